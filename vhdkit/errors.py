@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error the library raises, with its errno and the exit code of the command line.
+
+Decides how a failure is named and worded: one sentence with the file, the structure, the byte offset and
+what to do next. Knows nothing of files or formats. A caller catches `VhdkitError`, or the class whose cause
+it can handle. Adapters (CLI, NBD, FUSE) translate by the class attributes, never by text.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from enum import StrEnum
+
+
+class CorruptReason(StrEnum):
+    """One member per way an image can be wrong; `CorruptImage.reason` and `check` findings carry it."""
+
+    NO_FOOTER = "no-footer"
+    FOOTER_CHECKSUM = "footer-checksum"
+    FOOTER_VERSION = "footer-version"
+    FOOTER_POISONED = "footer-poisoned"
+    DISK_TYPE = "disk-type"
+    VIRTUAL_SIZE = "virtual-size"
+    DATA_OUTSIDE_FILE = "data-outside-file"
+    HEADER_OUTSIDE_FILE = "header-outside-file"
+    HEADER_COOKIE = "header-cookie"
+    HEADER_CHECKSUM = "header-checksum"
+    HEADER_VERSION = "header-version"
+    BLOCK_SIZE = "block-size"
+    BAT_OUTSIDE_FILE = "bat-outside-file"
+    BAT_TOO_SHORT = "bat-too-short"
+    BLOCK_OUTSIDE_FILE = "block-outside-file"
+    BLOCK_OVER_METADATA = "block-over-metadata"
+    BLOCKS_OVERLAP = "blocks-overlap"
+    LOCATOR_OUTSIDE_FILE = "locator-outside-file"
+    LOCATOR_LENGTH = "locator-length"
+    LOCATOR_TEXT = "locator-text"
+    CHAIN_LOOP = "chain-loop"
+    CHAIN_DEPTH = "chain-depth"
+
+
+class VhdkitError(Exception):
+    """Base of all errors of the library.
+
+    `path` is the file, `structure` the part of it ("footer", "BAT entry 7"), `offset_bytes` where that part
+    starts, `expected` and `found` the two values that differ, `hint` what a person can do next.
+    """
+
+    errno: int = errnos.EIO
+    exit_code: int = 1
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | None = None,
+        structure: str | None = None,
+        offset_bytes: int | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.path = path
+        self.structure = structure
+        self.offset_bytes = offset_bytes
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        place = []
+        if self.path is not None:
+            place.append(printable(self.path))
+        if self.structure is not None:
+            at = "" if self.offset_bytes is None else f" at byte {self.offset_bytes:#x}"
+            place.append(f"{self.structure}{at}")
+        text = ": ".join([*place, self.problem])
+        if self.expected is not None or self.found is not None:
+            text += f" (expected {self.expected}, found {self.found})"
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and undecodable bytes escaped: names come from untrusted images."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+class InvalidArgument(VhdkitError):
+    """The caller asked for something that cannot be: a bad size, a bad option, two that exclude each other."""
+
+    errno = errnos.EINVAL
+    exit_code = 2
+
+
+class OutOfRange(VhdkitError):
+    """A request reaches past the end of the disk."""
+
+    errno = errnos.EINVAL
+
+
+class ReadOnly(VhdkitError):
+    """A write to a disk that was opened for reading."""
+
+    errno = errnos.EROFS
+
+
+class NotFound(VhdkitError):
+    """The named file or its folder is not there."""
+
+    errno = errnos.ENOENT
+
+
+class AlreadyExists(VhdkitError):
+    """The file to create is already there."""
+
+    errno = errnos.EEXIST
+
+
+class AccessDenied(VhdkitError):
+    """The system refuses the access."""
+
+    errno = errnos.EACCES
+
+
+class UnsupportedFormat(VhdkitError):
+    """A file that is no disk image vhdkit reads."""
+
+    errno = errnos.ENOTSUP
+
+
+class IoFailed(VhdkitError):
+    """The system reported an error while reading or writing a file."""
+
+    errno = errnos.EIO
+
+
+class SyncFailed(IoFailed):
+    """A flush to the device failed: what was written since the last good flush may be lost."""
+
+
+class NoSpace(VhdkitError):
+    """The file system, the quota or the file-size limit is full."""
+
+    errno = errnos.ENOSPC
+    exit_code = 7
+
+
+class CorruptImage(VhdkitError):
+    """The bytes of an image contradict the format. `reason` says how."""
+
+    errno = errnos.EIO
+    exit_code = 3
+
+    def __init__(
+        self,
+        reason: CorruptReason,
+        problem: str,
+        *,
+        path: str | None = None,
+        structure: str | None = None,
+        offset_bytes: int | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.reason = reason
+        super().__init__(
+            problem,
+            path=path,
+            structure=structure,
+            offset_bytes=offset_bytes,
+            expected=expected,
+            found=found,
+            hint=hint,
+        )
+
+
+class ImageInUse(VhdkitError):
+    """Another program, or another open disk of this one, holds the image."""
+
+    errno = errnos.EBUSY
+    exit_code = 5
+
+
+class HasChildren(ImageInUse):
+    """A writable open of an image that differencing images stand on."""
+
+
+class ParentError(VhdkitError):
+    """The parent of a differencing image cannot be used."""
+
+    errno = errnos.ENOENT
+    exit_code = 6
+
+
+class ParentMissing(ParentError):
+    """No file in any of the places searched is the parent."""
+
+
+class ParentMismatch(ParentError):
+    """`INV-PARENT-ID`: a file with the parent's name has another unique id than the child recorded."""
+
+
+class ParentRefused(ParentError):
+    """The parent lies where an untrusted image may not point."""
+
+    errno = errnos.EPERM

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an examination of an image has to say: one finding per fact worth telling.
+
+Decides the shape of a finding and the order of severities. Opening an image collects findings it can live
+with (`info` shows them), `check` collects all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from vhdkit.errors import CorruptImage, printable
+
+
+class Severity(IntEnum):
+    """How bad a finding is. A NOTE is no fault of the image."""
+
+    NOTE = 0
+    WARNING = 1
+    ERROR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact: its stable code, where it is, and a sentence for people."""
+
+    severity: Severity
+    code: str
+    message: str
+    path: str
+    structure: str | None = None
+    offset_bytes: int | None = None
+
+    def __str__(self) -> str:
+        place = [printable(self.path)]
+        if self.structure is not None:
+            at = "" if self.offset_bytes is None else f" at byte {self.offset_bytes:#x}"
+            place.append(f"{self.structure}{at}")
+        return ": ".join([*place, self.message])
+
+
+def finding_of(error: CorruptImage, path: str) -> Finding:
+    """The finding that says what `error` says."""
+    message = error.problem
+    if error.expected is not None or error.found is not None:
+        message += f" (expected {error.expected}, found {error.found})"
+    return Finding(
+        Severity.ERROR, error.reason.value, message, error.path or path, error.structure, error.offset_bytes
+    )
