@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of files: new files that appear whole or not at all, and what lies in a folder.
+
+Decides how a new file gets its name and how names are looked up. With `store` (bytes) the only file I/O in
+vhdkit. Must not know formats or chains; where a parent may lie is `chain.resolve`'s decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import Self
+
+from vhdkit import errors
+from vhdkit.store import FileStore, translate, translated
+
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+
+
+class _UnnamedStore(FileStore):
+    """A file nobody can find yet: its parts need no order among themselves, so only the commit syncs."""
+
+    def sync(self) -> None:
+        """Nothing: see `NewFile.commit`."""
+
+
+class NewFile:
+    """A file under construction: `with NewFile(path) as new:` write `new.store`, then `new.commit()`.
+
+    Until the commit the bytes live under a temporary name in the same folder; leaving the block without a
+    commit (an error, Ctrl-C) removes them, so a half-written file is never seen under `path`.
+    Raises AlreadyExists when `path` is there and `replace` is false, NotFound when its folder is not.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        self.path = os.fspath(path)
+        self._replace = replace
+        self._directory = os.path.dirname(self.path) or os.curdir
+        name = os.path.basename(self.path)
+        if not name or name in (os.curdir, os.pardir) or os.path.isdir(self.path):
+            raise errors.InvalidArgument("is a directory; name a file", path=self.path)
+        if not os.path.isdir(self._directory):
+            raise errors.NotFound("the folder to create the file in does not exist", path=self.path)
+        self._check_destination()
+        # The name stays within the 255 bytes a file name may have.
+        self._temporary = os.path.join(self._directory, f".vhdkit-{secrets.token_hex(8)}.part")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with translated(self.path, "create"):
+            fd = os.open(self._temporary, flags, 0o666)
+        self.store = _UnnamedStore(fd, self.path, writable=True)
+        self._live = True
+
+    def _check_destination(self) -> None:
+        with translated(self.path, "look at"):
+            try:
+                status = os.lstat(self.path)
+            except FileNotFoundError:
+                return
+        if not self._replace:
+            raise errors.AlreadyExists(
+                "already exists", path=self.path, hint="choose another name, or --force"
+            )
+        if not stat.S_ISREG(status.st_mode):
+            raise errors.InvalidArgument(
+                "exists and is no regular file: it is not replaced",
+                path=self.path,
+                hint="to fill a device, write to standard output and pipe that to dd",
+            )
+
+    def commit(self, *, sync: bool = True) -> None:
+        """Give the file its name. With `sync` it returns when bytes and name are on the device."""
+        if sync:
+            FileStore.sync(self.store)
+        if self._replace:
+            with translated(self.path, "rename the finished file"):
+                os.rename(self._temporary, self.path)
+        else:
+            self._link_exclusively()
+        self._live = False
+        if sync:
+            sync_directory(self._directory)
+
+    def _link_exclusively(self) -> None:
+        """Rename without ever overwriting a file that came meanwhile."""
+        with translated(self.path, "name the finished file"):
+            try:
+                os.link(self._temporary, self.path)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                if os.path.lexists(self.path):  # a file system without hard links: the best that is left
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+                os.rename(self._temporary, self.path)
+            else:
+                os.unlink(self._temporary)
+
+    def discard(self) -> None:
+        """Close and, without a commit, remove what was written."""
+        self.store.close()
+        if self._live:
+            self._live = False
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.discard()
+
+
+def scratch_store(directory: str) -> FileStore:
+    """A nameless file in `directory` that vanishes when closed."""
+    directory = directory or os.curdir
+    with translated(directory, "create a temporary file in"):
+        try:
+            fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                raise
+            name = os.path.join(directory, f".vhdkit-{secrets.token_hex(8)}.part")
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.unlink(name)
+    return FileStore(fd, os.path.join(directory, "(temporary file)"), writable=True)
+
+
+def sync_directory(directory: str) -> None:
+    """Return when the names in `directory` are on the device."""
+    directory = directory or os.curdir
+    with translated(directory, "flush the folder"):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (
+                errno.EINVAL,
+                errno.EOPNOTSUPP,
+            ):  # a file system that cannot is no failure
+                raise
+        finally:
+            os.close(fd)
+
+
+def real_path(path: str | os.PathLike[str]) -> str:
+    """The absolute path with every link followed."""
+    return os.path.realpath(path)
+
+
+def is_within(path: str, directories: tuple[str, ...]) -> bool:
+    """True when the real path `path` lies in one of the real `directories` or below it."""
+    return any(os.path.commonpath((path, directory)) == directory for directory in directories)
+
+
+def is_regular(path: str) -> bool:
+    """True for an existing regular file (links followed)."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def regular_files(directory: str) -> Iterator[str]:
+    """The paths of the regular files directly in `directory`, sorted; links and other kinds are left out.
+
+    A folder that cannot be read has none.
+    """
+    try:
+        with os.scandir(directory or os.curdir) as entries:
+            names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    except OSError:
+        return
+    for name in sorted(names):
+        yield os.path.join(directory, name)
+
+
+def find_ignoring_case(path: str) -> str | None:
+    """An existing path that differs from `path` only in upper and lower case, or None.
+
+    Windows names are case-insensitive. An exact component always wins over another spelling.
+    """
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        return None
+    found = os.sep if os.path.isabs(path) else ""
+    for name in path.split(os.sep):
+        if not name:
+            continue
+        if not os.path.lexists(os.path.join(found, name)):
+            try:
+                spellings = sorted(
+                    one for one in os.listdir(found or os.curdir) if one.casefold() == name.casefold()
+                )
+            except OSError:
+                return None
+            if not spellings:
+                return None
+            name = spellings[0]
+        found = os.path.join(found, name)
+    return found
