@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw images: the bytes of the disk and nothing else, in a file or on a block device."""
+
+from __future__ import annotations
+
+from vhdkit import errors
+from vhdkit.finding import Finding, Severity
+from vhdkit.formats.linear import LinearImage
+from vhdkit.store import Store
+from vhdkit.units import SECTOR_SIZE, round_up
+
+
+def open_raw(store: Store, *, writable: bool = False) -> LinearImage:
+    """A raw image over `store`. A last part sector counts as a whole one that ends in zeros.
+
+    Raises InvalidArgument for an empty file.
+    """
+    size = store.size()
+    if size == 0:
+        raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
+    return LinearImage(store, round_up(size, SECTOR_SIZE), writable=writable)
+
+
+def create_raw(store: Store, size_bytes: int) -> None:
+    """Make `store` a raw image of zeros. `size_bytes` is whole sectors."""
+    assert size_bytes > 0 and size_bytes % SECTOR_SIZE == 0
+    store.truncate(size_bytes)
+
+
+def examine_raw(store: Store) -> list[Finding]:
+    """What there is to say about a raw image."""
+    size = store.size()
+    if size % SECTOR_SIZE:
+        message = f"{size} bytes is no whole number of sectors; the rest of the last one reads as zeros"
+        return [Finding(Severity.NOTE, "size-odd", message, store.name)]
+    return []
