@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block allocation table: for each block, the sector of the file where its bitmap begins.
+
+Decides what an entry means and which part of the table must be written after a change. Entries are a numpy
+array in the machine's byte order; 0xFFFFFFFF means unallocated. Only the entries the virtual size needs are
+kept: producers leave spare entries, or junk, behind them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED
+from vhdkit.store import Store
+from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors
+
+ENTRIES_PER_SECTOR = SECTOR_SIZE // BAT_ENTRY_SIZE
+
+
+class Bat:
+    """The table of one image, in memory. Changed entries are remembered by the sector of the table they are in."""
+
+    def __init__(self, entries: NDArray[np.uint32], table_offset_bytes: int) -> None:
+        self.entries = entries
+        self.table_offset_bytes = table_offset_bytes
+        self._view = memoryview(entries)  # type: ignore[arg-type]  # a scalar from here is a plain int, and quick
+        self._dirty: set[int] = set()
+
+    @classmethod
+    def load(cls, store: Store, table_offset_bytes: int, block_count: int) -> Bat:
+        """Read the first `block_count` entries; the caller has checked that the file holds them."""
+        raw = store.pread(table_offset_bytes, block_count * BAT_ENTRY_SIZE)
+        return cls(np.frombuffer(raw, dtype=">u4").astype(np.uint32), table_offset_bytes)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def block_start(self, block_index: int) -> int:
+        """Byte offset of the block's bitmap, or -1."""
+        entry = self._view[block_index]
+        return -1 if entry == BAT_UNALLOCATED else sectors_to_bytes(entry)
+
+    def allocated(self) -> NDArray[np.bool_]:
+        """One truth value per block."""
+        return np.not_equal(self.entries, BAT_UNALLOCATED)
+
+    def set(self, block_index: int, start_bytes: int) -> None:
+        """Point the block at its bitmap; to be written with the next flush."""
+        self._view[block_index] = whole_sectors(start_bytes)
+        self._dirty.add(block_index // ENTRIES_PER_SECTOR)
+
+    @property
+    def is_dirty(self) -> bool:
+        """True when an entry waits for a flush."""
+        return bool(self._dirty)
+
+    def take_dirty(self) -> dict[int, bytes]:
+        """Copies of the changed sectors of the table, by their number, which count as clean from now on."""
+        taken = {}
+        for number in sorted(self._dirty):
+            first = number * ENTRIES_PER_SECTOR
+            taken[number] = self.entries[first : first + ENTRIES_PER_SECTOR].astype(">u4").tobytes()
+        self._dirty.clear()
+        return taken
+
+    def mark_dirty(self, numbers: dict[int, bytes]) -> None:
+        """Take back what `take_dirty` gave: it could not be written."""
+        self._dirty.update(numbers)
+
+    def sector_offset(self, number: int) -> int:
+        """Byte offset in the file of sector `number` of the table."""
+        return self.table_offset_bytes + sectors_to_bytes(number)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sector bitmap in front of a block's data: bit 7 of byte 0 is sector 0.
+
+Decides the bit order and the stored size. Pure: gets bytes, gives truth values, and back.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.units import SECTOR_SIZE, round_up
+
+_BITS = 8
+
+
+def bitmap_size(block_size_bytes: int) -> int:
+    """Bytes a block's bitmap takes in the file: one bit a sector, rounded up to whole sectors."""
+    return round_up(block_size_bytes // SECTOR_SIZE // _BITS, SECTOR_SIZE)
+
+
+def owned(raw: bytes | bytearray, sector_count: int) -> NDArray[np.bool_]:
+    """One truth value per sector of the block."""
+    bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=sector_count, bitorder="big")
+    return bits.view(np.bool_)
+
+
+def is_full(raw: bytes | bytearray, sector_count: int) -> bool:
+    """True when every one of the block's sectors is set."""
+    return raw.startswith(b"\xff" * (sector_count // _BITS))
+
+
+def full(block_size_bytes: int) -> bytearray:
+    """A bitmap, at its stored size, with every sector set. Padding is set as well, as Hyper-V writes it."""
+    return bytearray(b"\xff" * bitmap_size(block_size_bytes))
+
+
+def set_run(raw: bytearray, first: int, count: int) -> bool:
+    """Set `count` sectors from `first`; True when one of them was clear."""
+    end = first + count
+    byte, last = first // _BITS, (end - 1) // _BITS
+    head = 0xFF >> (first % _BITS)
+    tail = 0xFF << (_BITS - 1 - (end - 1) % _BITS) & 0xFF
+    if byte == last:
+        mask = head & tail
+        grew = raw[byte] & mask != mask
+        raw[byte] |= mask
+        return grew
+    middle = b"\xff" * (last - byte - 1)
+    grew = raw[byte] & head != head or raw[last] & tail != tail or raw[byte + 1 : last] != middle
+    if grew:
+        raw[byte] |= head
+        raw[byte + 1 : last] = middle
+        raw[last] |= tail
+    return grew
+
+
+def runs(bits: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
+    """Neighbours that agree as (first, count, value), in order, without gaps."""
+    if not len(bits):
+        return []
+    edges = np.flatnonzero(bits[1:] != bits[:-1]) + 1
+    starts = [0, *edges.tolist()]
+    ends = [*starts[1:], len(bits)]
+    value = bool(bits[0])
+    result = []
+    for start, end in zip(starts, ends, strict=True):
+        result.append((start, end - start, value))
+        value = not value
+    return result
