@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which format a file is, and opening it as that.
+
+Decides by what stands in the file, not by its name, with one exception: a file called `.vhd` or `.avhd` without
+any VHD footer is refused, never taken for a raw disk. A raw disk's owner can write what looks like another
+format, so a caller who knows says which one it is.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from vhdkit import errors
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.raw import open_raw
+from vhdkit.formats.vhd.dynamic import open_dynamic
+from vhdkit.formats.vhd.fixed import open_fixed
+from vhdkit.formats.vhd.layout import DISK_TYPE_FIXED
+from vhdkit.formats.vhd.metadata import FooterState, looks_like_vhd, read_footers, read_metadata
+from vhdkit.image import Layer
+from vhdkit.store import Store
+
+VHD_SUFFIXES = (".vhd", ".avhd")
+_OTHER_FORMATS = (
+    (b"vhdxfile", "VHDX"),
+    (b"QFI\xfb", "QCOW2"),
+    (b"KDMV", "VMDK"),
+    (b"# Disk DescriptorFile", "VMDK"),
+    (b"COWD", "VMDK"),
+    (b"<<< ", "VDI"),
+    (b"QED\0", "QED"),
+)
+_MAGIC_BYTES = 32
+
+
+class FormatName(StrEnum):
+    """The two families a file can be; which kind of VHD it is stands in its footer."""
+
+    RAW = "raw"
+    VHD = "vhd"
+
+
+def identify(store: Store) -> FormatName:
+    """The format of the file.
+
+    Raises UnsupportedFormat for a known format vhdkit does not read, CorruptImage for a `.vhd` or `.avhd` without
+    a footer, InvalidArgument for an empty file.
+    """
+    if store.size() == 0:
+        raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
+    if looks_like_vhd(store):
+        return FormatName.VHD
+    head = store.pread(0, _MAGIC_BYTES)
+    for magic, name in _OTHER_FORMATS:
+        if head.startswith(magic):
+            raise errors.UnsupportedFormat(
+                f"is a {name} image; vhdkit reads VHD, AVHD and raw images",
+                path=store.name,
+                hint="if it is a raw disk that only begins like one, say --format raw",
+            )
+    if store.name.lower().endswith(VHD_SUFFIXES):
+        tail, _ = read_footers(store)
+        killed = tail.state is FooterState.KILLED
+        raise CorruptImage(
+            CorruptReason.NO_FOOTER,
+            "the file has no VHD footer, neither at its end nor at its beginning"
+            + (f" (the end was {tail.state})" if killed else ""),
+            path=store.name,
+            structure=tail.structure,
+            offset_bytes=tail.offset_bytes,
+            hint="the file is cut short or is no VHD; if it is a raw disk, say --format raw",
+        )
+    return FormatName.RAW
+
+
+def open_layer(
+    store: Store,
+    *,
+    format_name: FormatName | None = None,
+    writable: bool = False,
+    ignore_bitmaps: bool = False,
+) -> Layer:
+    """Open one image, without its parents. The layer takes over the store once it is returned.
+
+    Raises CorruptImage, UnsupportedFormat, InvalidArgument.
+    """
+    if (format_name or identify(store)) is FormatName.RAW:
+        return open_raw(store, writable=writable)
+    if read_metadata(store).footer.disk_type == DISK_TYPE_FIXED:
+        return open_fixed(store, writable=writable)
+    return open_dynamic(store, writable=writable, ignore_bitmaps=ignore_bitmaps)

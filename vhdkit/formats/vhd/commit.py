@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one write order of a dynamic or differencing image, and where new blocks go.
+
+Decides where a new block is placed and in which order its parts reach the device. Must not know virtual sectors:
+`dynamic` says which block and which bits.
+
+    a write:  reserve bitmap and footer -> data          (page cache)      bits and BAT entry change in memory only
+    a flush:  copy what is dirty -> sync -> bitmaps, BAT -> sync -> trailing footer   (synced with the next flush)
+
+- `INV-DATA-BEFORE-METADATA`: a bit or a BAT entry is written only after a sync that followed its data.
+- `INV-FLUSHED-OR-NEWER`: a new block lies in space that reads as zeros, past the last trailing footer, so a BAT
+  entry that lands before its bitmap shows what was there before.
+- `INV-FOOTER-COPY`: the trailing footer is written, in a phase of its own, while the copy at offset 0 is still.
+- `INV-NO-REUSE`: no space of the file is ever given to a second block.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from vhdkit import errors
+from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
+from vhdkit.store import Buffer, Store
+from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
+
+MAX_DIRTY_BYTES = 8 * MIB  # of bitmaps waiting for a flush; reaching it flushes
+MAX_CACHED_BYTES = 16 * MIB  # of clean bitmaps kept in memory
+
+
+class Commit:
+    """What one open image must still write: dirty bitmaps, dirty BAT sectors, the trailing footer.
+
+    `free_bytes` is where new space begins: past every block and past the trailing footer. One writer at a time
+    calls `place_block`, `publish` and `touch`; `flush` may run beside it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bat: Bat,
+        *,
+        footer_raw: bytes,
+        bitmap_size_bytes: int,
+        block_size_bytes: int,
+        free_bytes: int,
+    ) -> None:
+        self._store = store
+        self._bat = bat
+        self._footer_raw = footer_raw
+        self._bitmap_size = bitmap_size_bytes
+        self._block_size = block_size_bytes
+        self._free_bytes = free_bytes
+        self._footer_due: int | None = None  # where the trailing footer must go; None when it is right
+        self._footer_unsynced = False
+        self.guard = SyncGuard(store)
+        self.lock = threading.Lock()  # over everything a flush copies
+        self._flush_lock = threading.Lock()  # one flush at a time
+        self.bitmaps: dict[int, bytearray] = {}  # by block; those dirty or in flight never leave
+        self._dirty: set[int] = set()
+        self._in_flight: frozenset[int] = frozenset()
+
+    def place_block(self, data_offset_in_block: int, data: Buffer | None) -> int:
+        """Reserve room for a block and write its first data; returns the offset of its bitmap.
+
+        Nothing points at the block until `publish`. On failure the file is cut back to what it was.
+        Raises NoSpace, also where a BAT entry could not express the offset.
+        """
+        data_offset = round_up(self._free_bytes + self._bitmap_size, PAGE_SIZE)
+        start, end = data_offset - self._bitmap_size, data_offset + self._block_size
+        if start >= sectors_to_bytes(BAT_UNALLOCATED):
+            raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)
+        size_before = self._store.size()
+        try:
+            self._store.reserve(start, self._bitmap_size)
+            self._store.reserve(end, FOOTER_SIZE)
+            if data is not None:
+                self._store.pwrite(data_offset + data_offset_in_block, data)
+        except BaseException:  # Ctrl-C too: what was written there must not be under a later block
+            self._give_back(size_before, end)
+            raise
+        self._free_bytes = end + FOOTER_SIZE
+        return start
+
+    def _give_back(self, size_before: int, end: int) -> None:
+        """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
+        try:
+            self._store.truncate(size_before)
+        except errors.VhdkitError:
+            self._free_bytes = end + FOOTER_SIZE
+
+    def publish(self, block_index: int, start_bytes: int, bitmap: bytearray) -> None:
+        """Let the block be found, now in memory and at the next flush in the file."""
+        with self.lock:
+            self.bitmaps[block_index] = bitmap
+            self._dirty.add(block_index)
+            self._bat.set(block_index, start_bytes)
+            self._footer_due = self._free_bytes - FOOTER_SIZE
+        self._limit_dirty()
+
+    def touch(self, block_index: int) -> None:
+        """The block's bitmap in `bitmaps` has changed (under `lock`)."""
+        self._dirty.add(block_index)
+
+    def limit(self) -> None:
+        """Flush when too much is dirty, forget bitmaps when too many are clean."""
+        self._limit_dirty()
+        if len(self.bitmaps) * self._bitmap_size > MAX_CACHED_BYTES + MAX_DIRTY_BYTES:
+            with self.lock:
+                keep = self._dirty | self._in_flight
+                self.bitmaps = {block: self.bitmaps[block] for block in keep}
+
+    def _limit_dirty(self) -> None:
+        if len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make everything written so far durable, in the named order. Raises SyncFailed, NoSpace, IoFailed.
+
+        After NoSpace or IoFailed nothing is lost: the metadata stays dirty and the next flush tries again.
+        """
+        with self._flush_lock:
+            with self.lock:
+                bitmaps = {block: bytes(self.bitmaps[block]) for block in sorted(self._dirty)}
+                table = self._bat.take_dirty()
+                footer_offset = self._footer_due
+                self._in_flight = frozenset(bitmaps)
+                self._dirty.clear()
+            try:
+                self._sync_data()
+                if bitmaps or table:
+                    self._write_metadata(bitmaps, table)
+            except errors.VhdkitError:
+                with self.lock:
+                    self._dirty.update(bitmaps)
+                    self._bat.mark_dirty(table)
+                raise
+            finally:
+                self._in_flight = frozenset()
+            if footer_offset is not None:
+                self._write_footer(footer_offset)
+
+    def _sync_data(self) -> None:
+        self.guard.sync()
+        self._footer_unsynced = False
+
+    def _write_metadata(self, bitmaps: dict[int, bytes], table: dict[int, bytes]) -> None:
+        """Bitmaps and BAT may land in any order: see `INV-FLUSHED-OR-NEWER` above."""
+        for block, raw in bitmaps.items():
+            self._store.pwrite(self._bat.block_start(block), raw)
+        for number, raw in table.items():
+            self._store.pwrite(self._bat.sector_offset(number), raw)
+        self.guard.sync()
+
+    def _write_footer(self, footer_offset: int) -> None:
+        self._store.pwrite(footer_offset, self._footer_raw)
+        self._footer_unsynced = True
+        with self.lock:
+            if self._footer_due == footer_offset:
+                self._footer_due = None
+
+    def close(self) -> None:
+        """Flush, and let the trailing footer reach the device too."""
+        if self.guard.failure is None:
+            self.flush()
+            if self._footer_unsynced:
+                self._sync_data()

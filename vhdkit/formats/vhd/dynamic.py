@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic and differencing images: blocks found through the BAT, sectors owned by the bits of their bitmap.
+
+Decides which sectors the image owns, where they lie, and which block a write goes to. In which order bytes
+reach the device is `commit`'s decision, what is repaired at a writable open `mend`'s. Knows no parent: to a
+differencing image a sector it does not own is ABSENT, and the chain looks further.
+
+`INV-SECTOR-RULE`: a sector is owned when its block is allocated and its bit is set. In a dynamic disk the other
+sectors are zeros (`ignore_bitmaps` takes them as data, as some readers do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Finding
+from vhdkit.formats.vhd import bitmap
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.commit import Commit
+from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
+from vhdkit.formats.vhd.mend import mend
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.image import Extent, ExtentKind, merged_extents
+from vhdkit.store import Store
+from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors
+
+NO_END = 1 << 62  # a store offset no file reaches
+
+
+class DynamicImage:
+    """See `image.Layer`."""
+
+    def __init__(
+        self,
+        store: Store,
+        metadata: Metadata,
+        bat: Bat,
+        *,
+        writable: bool = False,
+        ignore_bitmaps: bool = False,
+    ) -> None:
+        """Use `open_dynamic`."""
+        assert metadata.header is not None
+        self.store = store
+        self.metadata = metadata
+        self.bat = bat
+        self.size_bytes = metadata.size_bytes
+        self.writable = writable
+        self.is_differencing = metadata.is_differencing
+        self.unowned = ExtentKind.ABSENT if self.is_differencing else ExtentKind.ZERO
+        self.block_size_bytes = metadata.header.block_size
+        # A writable image has no short last block: `mend` saw to it, and new blocks come behind the old end.
+        self.data_end_bytes = NO_END if writable else block_data_end(metadata)
+        self.findings: list[Finding] = list(metadata.findings)
+        self._ignore_bitmaps = ignore_bitmaps and not self.is_differencing
+        self._sectors_per_block = whole_sectors(self.block_size_bytes)
+        self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
+        self._full = bytearray(len(bat))  # 1: the block is known to be wholly owned
+        self._commit = Commit(
+            store,
+            bat,
+            footer_raw=metadata.footer_raw,
+            bitmap_size_bytes=self._bitmap_size,
+            block_size_bytes=self.block_size_bytes,
+            free_bytes=max(nominal_end(metadata, bat), metadata.file_size_bytes),
+        )
+
+    # -- what lies where ----------------------------------------------------------------------------------------
+
+    def allocated_blocks(self) -> NDArray[np.bool_]:
+        """See `Layer.allocated_blocks`."""
+        return self.bat.allocated()
+
+    def block_offset(self, block_index: int) -> int:
+        """See `Layer.block_offset`."""
+        start = self.bat.block_start(block_index)
+        return start if start < 0 else start + self._bitmap_size
+
+    def owned_sectors(self, block_index: int) -> NDArray[np.bool_] | None:
+        """See `Layer.owned_sectors`."""
+        if self._ignore_bitmaps or self._full[block_index]:
+            return None
+        raw = self._bitmap(block_index)
+        return None if self._full[block_index] else bitmap.owned(raw, self._sectors_per_block)
+
+    def _bitmap(self, block_index: int) -> bytearray:
+        """The bitmap of an allocated block, from memory or file. Remembers a full one as such."""
+        with self._commit.lock:
+            raw = self._commit.bitmaps.get(block_index)
+            if raw is None:
+                stored = self.store.pread(self.bat.block_start(block_index), self._bitmap_size)
+                raw = bytearray(stored.ljust(self._bitmap_size, b"\0"))
+                if self.writable:
+                    self._commit.bitmaps[block_index] = raw
+            if bitmap.is_full(raw, self._sectors_per_block):
+                self._full[block_index] = 1
+        self._commit.limit()
+        return raw
+
+    def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
+        """See `Layer.extents`."""
+        return merged_extents(self._extents(sector_index, sector_count))
+
+    def _extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
+        for block, first, count in self._split(sector_index, sector_count):
+            position = self._block_sector(block) + first
+            offset = self.block_offset(block)
+            if offset < 0:
+                yield Extent(position, count, self.unowned)
+                continue
+            owned = self.owned_sectors(block)
+            if owned is None:
+                yield from self._owned_run(position, count, offset + sectors_to_bytes(first))
+                continue
+            for run_first, run_count, is_owned in bitmap.runs(owned[first : first + count]):
+                if not is_owned:
+                    yield Extent(position + run_first, run_count, self.unowned)
+                    continue
+                yield from self._owned_run(
+                    position + run_first, run_count, offset + sectors_to_bytes(first + run_first)
+                )
+
+    def _owned_run(self, sector_index: int, sector_count: int, offset: int) -> Iterator[Extent]:
+        """An owned run, cut where the file's data ends: a last block may be stored short."""
+        inside = min(max(0, (self.data_end_bytes - offset) // SECTOR_SIZE), sector_count)
+        if inside:
+            yield Extent(sector_index, inside, ExtentKind.DATA, 0, offset)
+        if inside < sector_count:
+            yield Extent(sector_index + inside, sector_count - inside, ExtentKind.ZERO)
+
+    def _block_sector(self, block_index: int) -> int:
+        return block_index * self._sectors_per_block
+
+    def _split(self, sector_index: int, sector_count: int) -> Iterator[tuple[int, int, int]]:
+        """The range as (block, first sector in it, count)."""
+        assert 0 <= sector_index and sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
+        while sector_count > 0:
+            block, first = divmod(sector_index, self._sectors_per_block)
+            count = min(sector_count, self._sectors_per_block - first)
+            yield block, first, count
+            sector_index += count
+            sector_count -= count
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, sector_index: int, data: memoryview) -> bool:
+        """See `Layer.write`. Raises NoSpace, IoFailed, SyncFailed."""
+        assert self.writable
+        grew, position = False, 0
+        for block, first, count in self._split(sector_index, whole_sectors(len(data))):
+            size = sectors_to_bytes(count)
+            grew |= self._write_block(block, first, count, data[position : position + size])
+            position += size
+        return grew
+
+    def _write_block(self, block: int, first: int, count: int, data: memoryview | None) -> bool:
+        """Own a run of one block, holding `data`, or zeros when that is None."""
+        self._commit.guard.check()
+        start = self.bat.block_start(block)
+        if start < 0:
+            self._new_block(block, first, count, data)
+            return True
+        offset = start + self._bitmap_size + sectors_to_bytes(first)
+        if data is None:
+            self.store.punch(offset, sectors_to_bytes(count))
+        else:
+            self.store.pwrite(offset, data)
+        return False if self._full[block] else self._own(block, first, count)
+
+    def _new_block(self, block: int, first: int, count: int, data: memoryview | None) -> None:
+        start = self._commit.place_block(sectors_to_bytes(first), data)
+        if self.is_differencing:
+            raw = bytearray(self._bitmap_size)
+            bitmap.set_run(raw, first, count)
+        else:
+            # Readers disagree on clear bits in a dynamic disk, so ours has none: the rest of the block is zeros.
+            raw = bitmap.full(self.block_size_bytes)
+        if bitmap.is_full(raw, self._sectors_per_block):
+            self._full[block] = 1
+        self._commit.publish(block, start, raw)
+
+    def _own(self, block: int, first: int, count: int) -> bool:
+        """Set bits for data that is already in the file. True when one was clear."""
+        raw = self._bitmap(block)
+        if self._ignore_bitmaps:
+            first, count = (
+                0,
+                self._sectors_per_block,
+            )  # what was read as data must stay data for every reader
+        with self._commit.lock:
+            grew = bitmap.set_run(raw, first, count)
+            if grew:
+                self._commit.bitmaps[block] = raw
+                self._commit.touch(block)
+                if bitmap.is_full(raw, self._sectors_per_block):
+                    self._full[block] = 1
+        if grew:
+            self._commit.limit()
+        return grew
+
+    def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
+        """See `Layer.write_zeroes`. In a differencing image this hides the parent's data."""
+        assert self.writable
+        grew = False
+        for block, first, count in self._split(sector_index, sector_count):
+            if self.is_differencing or self.bat.block_start(block) >= 0:
+                grew |= self._write_block(block, first, count, None)
+        return grew
+
+    def trim(self, sector_index: int, sector_count: int) -> None:
+        """See `Layer.trim`. Bits and BAT stay as they are (`INV-NO-REUSE`)."""
+        assert self.writable
+        self._commit.guard.check()
+        for extent in self.extents(sector_index, sector_count):
+            if extent.store_offset_bytes is not None:
+                self.store.punch(extent.store_offset_bytes, sectors_to_bytes(extent.sector_count))
+
+    def flush(self) -> None:
+        """See `Layer.flush`."""
+        if self.writable:
+            self._commit.flush()
+
+    def close(self) -> None:
+        """See `Layer.close`."""
+        try:
+            if self.writable:
+                self._commit.close()
+        finally:
+            self.store.close()
+
+
+def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> DynamicImage:
+    """Open a dynamic or differencing image.
+
+    Raises CorruptImage, also for BAT entries that cannot be. A writable open mends a lost footer first.
+    """
+    metadata = read_metadata(store)
+    assert metadata.header is not None
+    bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
+    check_blocks(metadata, bat)
+    if writable and mend(store, metadata, nominal_end(metadata, bat), cut_end=_cut_end(metadata, bat)):
+        metadata = read_metadata(store)
+    return DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
+
+
+def block_data_end(metadata: Metadata) -> int:
+    """Where block data ends in the file: at the trailing footer, or at the end of a file without one."""
+    return metadata.tail.offset_bytes if metadata.tail.state.usable else metadata.file_size_bytes
+
+
+def nominal_end(metadata: Metadata, bat: Bat) -> int:
+    """The first byte after every structure and every whole block."""
+    assert metadata.header is not None
+    end = max((offset + size for _, offset, size in metadata.structures()), default=0)
+    used = bat.entries[bat.allocated()]
+    if len(used):
+        block_size = metadata.header.block_size
+        end = max(end, sectors_to_bytes(int(used.max())) + bitmap.bitmap_size(block_size) + block_size)
+    return end
+
+
+def used_sizes(metadata: Metadata) -> tuple[int, int]:
+    """Bytes in the file, bitmap included, of a block and of the last one, which the disk's end may cut."""
+    assert metadata.header is not None
+    block_size = metadata.header.block_size
+    bitmap_bytes = bitmap.bitmap_size(block_size)
+    last = metadata.size_bytes - (metadata.block_count - 1) * block_size
+    return bitmap_bytes + block_size, bitmap_bytes + last
+
+
+def _cut_end(metadata: Metadata, bat: Bat) -> int | None:
+    """End of the used part of a block that reaches past the data of the file, or None when there is none."""
+    whole, last = used_sizes(metadata)
+    starts = np.where(bat.allocated(), bat.entries.astype(np.int64) * SECTOR_SIZE, -whole)
+    ends = starts + whole
+    ends[-1] = starts[-1] + last
+    end = int(ends.max())
+    return end if end > block_data_end(metadata) else None
+
+
+def check_blocks(metadata: Metadata, bat: Bat) -> None:
+    """Refuse BAT entries outside the file, over metadata, or over each other (`INV-BLOCKS-DISJOINT`)."""
+    for error in bad_entries(metadata, bat):
+        raise error
+
+
+def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
+    """The errors of the table's entries, one for each bad entry, worst kind first.
+
+    A sound table of a million blocks costs a few vectorised passes, milliseconds.
+    """
+    used = bat.entries[bat.allocated()]
+    if not len(used):
+        return
+    assert metadata.header is not None
+    whole, last = used_sizes(metadata)
+    highest = (
+        max(block_data_end(metadata) - bitmap.bitmap_size(metadata.header.block_size), 0) // SECTOR_SIZE
+    )
+    outside = bat.allocated() & (bat.entries > highest)
+    yield from _errors(metadata, bat, outside, CorruptReason.BLOCK_OUTSIDE_FILE)
+    if sectors_to_bytes(int(used.min())) < metadata_end(metadata):
+        starts = bat.entries.astype(np.int64) * SECTOR_SIZE
+        ends = starts + whole
+        ends[-1] = starts[-1] + last
+        for _, offset, size in metadata.structures():
+            over = bat.allocated() & (starts < offset + size) & (ends > offset)
+            yield from _errors(metadata, bat, over, CorruptReason.BLOCK_OVER_METADATA)
+    yield from _errors(metadata, bat, _overlapping(bat, whole, last), CorruptReason.BLOCKS_OVERLAP)
+
+
+def metadata_end(metadata: Metadata) -> int:
+    """The first byte after every structure that is not a block."""
+    return max(offset + size for _, offset, size in metadata.structures())
+
+
+def _overlapping(bat: Bat, whole: int, last: int) -> NDArray[np.bool_]:
+    """The blocks that begin inside another one."""
+    used = np.sort(bat.entries[bat.allocated()])
+    gaps = used[1:] - used[:-1]
+    close = np.flatnonzero(gaps < whole // SECTOR_SIZE)
+    if not len(close):
+        return np.zeros(len(bat), dtype=np.bool_)
+    # Only the block that the end of the disk cuts may take less room than a whole one.
+    final = bat.block_start(len(bat) - 1) // SECTOR_SIZE
+    close = close[~((used[close] == final) & (gaps[close] >= last // SECTOR_SIZE))]
+    return bat.allocated() & np.isin(bat.entries, used[close + 1])
+
+
+_PROBLEMS = {
+    CorruptReason.BLOCK_OUTSIDE_FILE: "points past the end of the file",
+    CorruptReason.BLOCK_OVER_METADATA: "points into the image's own headers",
+    CorruptReason.BLOCKS_OVERLAP: "points into another block",
+}
+
+
+def _errors(
+    metadata: Metadata, bat: Bat, bad: NDArray[np.bool_], reason: CorruptReason
+) -> Iterator[CorruptImage]:
+    """One error per bad entry, naming its place in the table."""
+    for block in np.flatnonzero(bad).tolist():
+        yield CorruptImage(
+            reason,
+            _PROBLEMS[reason],
+            path=metadata.path,
+            structure=f"BAT entry {block}",
+            offset_bytes=bat.table_offset_bytes + block * BAT_ENTRY_SIZE,
+            found=f"block at byte {bat.block_start(block):#x} of a file of {metadata.file_size_bytes} bytes",
+            hint="`vhdkit check` lists everything that is wrong",
+        )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a writable open puts right before anything is written: a lost footer, a short last block.
+
+Decides what may be mended silently and in which order. Never mended: a footer that says another program is at
+work (0xC7, `v_poison`). Read-only opens change nothing and never come here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse
+from vhdkit.formats.vhd.layout import FOOTER_SIZE
+from vhdkit.formats.vhd.metadata import FooterState, Metadata
+from vhdkit.store import Store
+from vhdkit.units import SECTOR_SIZE, round_up
+
+_READ_ONLY_HINT = "it can be read meanwhile; to write, convert it to a new image"
+
+
+def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | None) -> bool:
+    """Mend `store`; returns True when it changed. Its BAT has been found valid.
+
+    `nominal_end` is the first byte after all structures and whole blocks; `cut_end` where the disk's part of a
+    block ends that the file (or its trailing footer) cuts short, else None.
+    Raises CorruptImage or ImageInUse for what must not be mended.
+    """
+    assert metadata.copy is not None
+    for place in (metadata.tail, metadata.copy):
+        where: dict[str, Any] = {"path": metadata.path, "structure": place.structure}
+        if place.state is FooterState.POISONED:
+            raise CorruptImage(
+                CorruptReason.FOOTER_POISONED, str(place.state), hint=_READ_ONLY_HINT, **where
+            )
+        if place.state is FooterState.KILLED:
+            raise ImageInUse(str(place.state), hint=_READ_ONLY_HINT, **where)
+    changed = False
+    if not metadata.copy.state.usable:
+        store.pwrite(0, metadata.footer_raw)
+        store.sync()
+        changed = True
+    if cut_end is not None and metadata.tail.state.usable:
+        # The footer stands inside the block. Out of the way first: were the new one written before, a power cut
+        # would leave the old one's bytes to be read as data. The copy at offset 0 carries the image meanwhile.
+        store.punch(metadata.tail.offset_bytes, metadata.file_size_bytes - metadata.tail.offset_bytes)
+        store.sync()
+    elif metadata.tail.state.usable:
+        return changed
+    end = max(nominal_end, round_up(store.size(), SECTOR_SIZE))
+    store.pwrite(end, metadata.footer_raw)
+    store.sync()
+    assert store.size() == end + FOOTER_SIZE
+    return True
