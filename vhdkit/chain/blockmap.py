@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flattened map: for every grain of the disk, which file answers and where. Read cost does not grow with depth.
+
+Decides who owns a sector in a whole chain (`INV-SECTOR-RULE`) and remembers it. Must not read or write data.
+
+    layers' BATs --fold--> one 64-bit entry per grain:  DIRECT  store offset << 8 | layer   (one file answers)
+                                                        ZERO    nobody owns it
+                                                        UNKNOWN not yet looked at; settled on first use
+                                                        MIXED   several answer: one owner byte per sector
+
+A grain is the smallest block size in the chain. Folding is one vectorised pass per layer; bitmaps are read only
+when a grain is first used. Owner bytes are kept in a bounded cache and can always be made again.
+`INV-MAP-EQUALS-WALK`: the map agrees with walking the layers sector by sector.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.image import Layer
+from vhdkit.units import MIB, SECTOR_SIZE, whole_sectors
+
+LAYER_BITS = 8
+LAYER_MASK = (1 << LAYER_BITS) - 1
+NOBODY = LAYER_MASK  # the owner byte of a sector that is zeros
+ZERO, UNKNOWN, MIXED = -1, -2, -3
+MAX_OWNER_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class MixedGrain:
+    """A grain with several owners: one owner byte per sector, and where each layer's grain lies in its file."""
+
+    owners: bytearray
+    offsets: tuple[int, ...]
+
+
+class BlockMap:
+    """The map over `layers`, leaf first. Look-ups are free of locks; changes go through `own`."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        block_sizes = [layer.block_size_bytes for layer in layers if layer.block_size_bytes]
+        size_bytes = layers[0].size_bytes
+        grain_bytes = min(block_sizes) if block_sizes else 1 << (size_bytes - 1).bit_length()
+        self.grain_bytes = max(grain_bytes, SECTOR_SIZE)
+        self.grain_shift = self.grain_bytes.bit_length() - 1
+        self.grain_sectors = whole_sectors(self.grain_bytes)
+        self.grain_count = -(-size_bytes // self.grain_bytes)
+        # What can be seen of a layer through those above it: a smaller one in between hides what is behind its end.
+        seen, visible = size_bytes, []
+        for layer in layers:
+            seen = min(seen, layer.size_bytes)
+            visible.append(seen)
+        self.visible_bytes = tuple(visible)
+        self._table = self._fold()
+        self.entries = memoryview(self._table)  # type: ignore[arg-type]  # scalars from here are plain ints, and quick
+        self._mixed: dict[int, MixedGrain] = {}
+        self._mixed_limit = max(1, MAX_OWNER_BYTES // self.grain_sectors)
+        self._lock = threading.Lock()
+
+    def _fold(self) -> NDArray[np.int64]:
+        """UNKNOWN where a sparse layer has a block, the base's place where it is linear, else ZERO."""
+        table = np.full(self.grain_count, ZERO, dtype=np.int64)
+        base, visible = self.layers[-1], self.visible_bytes[-1]
+        if not base.block_size_bytes:
+            whole = visible // self.grain_bytes
+            table[:whole] = (np.arange(whole, dtype=np.int64) << (self.grain_shift + LAYER_BITS)) | (
+                len(self.layers) - 1
+            )
+            if visible % self.grain_bytes:
+                table[whole] = UNKNOWN
+        for layer, size_bytes in zip(self.layers, self.visible_bytes, strict=True):
+            if layer.block_size_bytes:
+                grains = -(-size_bytes // self.grain_bytes)
+                allocated = layer.allocated_blocks()
+                ratio = layer.block_size_bytes // self.grain_bytes
+                if ratio > 1:
+                    allocated = np.repeat(allocated, ratio)
+                table[:grains][allocated[:grains]] = UNKNOWN
+        return table
+
+    def settle(self, grain: int) -> int:
+        """Find out who owns an UNKNOWN grain; returns its new entry."""
+        with self._lock:
+            owners, offsets = self._owners_of(grain)
+            entry = self._entry_for(grain, owners, offsets)
+            if entry == MIXED:
+                self._remember(grain, MixedGrain(owners, offsets))
+            self.entries[grain] = entry
+            return entry
+
+    def mixed(self, grain: int) -> MixedGrain:
+        """The owners of a MIXED grain, made again when the cache forgot them."""
+        known = self._mixed.get(grain)
+        if known is not None:
+            return known
+        with self._lock:
+            owners, offsets = self._owners_of(grain)
+            made = MixedGrain(owners, offsets)
+            self._remember(grain, made)
+            return made
+
+    def _remember(self, grain: int, made: MixedGrain) -> None:
+        while len(self._mixed) >= self._mixed_limit:
+            self._mixed.pop(next(iter(self._mixed)))
+        self._mixed[grain] = made
+
+    def own(self, first_sector: int, sector_count: int) -> None:
+        """The leaf owns this run now, by its own word: forget what is no longer true."""
+        first = first_sector // self.grain_sectors
+        last = (first_sector + sector_count - 1) // self.grain_sectors
+        with self._lock:
+            for grain in range(first, last + 1):
+                if self.entries[grain] != MIXED:
+                    self.entries[grain] = UNKNOWN
+                    continue
+                known = self._mixed.get(grain)
+                start = max(first_sector - grain * self.grain_sectors, 0)
+                stop = min(first_sector + sector_count - grain * self.grain_sectors, self.grain_sectors)
+                if known is not None and known.offsets[0] >= 0 and stop - start < self.grain_sectors:
+                    known.owners[start:stop] = bytes(stop - start)
+                else:
+                    self._mixed.pop(grain, None)
+                    self.entries[grain] = UNKNOWN
+
+    def _owners_of(self, grain: int) -> tuple[bytearray, tuple[int, ...]]:
+        """Walk the layers for one grain: who owns each sector, and where the grain lies in each file (-1: nowhere)."""
+        owners = np.full(self.grain_sectors, NOBODY, dtype=np.uint8)
+        open_sectors = np.ones(self.grain_sectors, dtype=np.bool_)
+        start_bytes = grain << self.grain_shift
+        offsets = [-1] * len(self.layers)
+        for index, layer in enumerate(self.layers):
+            seen = whole_sectors(self.visible_bytes[index] - start_bytes)
+            if seen < self.grain_sectors:
+                open_sectors[max(seen, 0) :] = False
+            if not open_sectors.any():
+                break
+            owned, offset = self._owned_by(layer, start_bytes)
+            if offset < 0:
+                continue
+            offsets[index] = offset
+            taken = open_sectors if owned is None else open_sectors & owned
+            stored = (layer.data_end_bytes - offset) // SECTOR_SIZE
+            if stored < self.grain_sectors:  # a block stored short: owned, but zeros from there on
+                open_sectors = open_sectors & ~taken
+                taken = taken.copy()
+                taken[max(stored, 0) :] = False
+            owners[taken] = index
+            open_sectors = open_sectors & ~taken
+        return bytearray(owners.tobytes()), tuple(offsets)
+
+    def _owned_by(self, layer: Layer, start_bytes: int) -> tuple[NDArray[np.bool_] | None, int]:
+        """The layer's owned sectors within the grain (None: all), and the grain's place in its file or -1."""
+        if not layer.block_size_bytes:
+            return None, start_bytes
+        block, within = divmod(start_bytes, layer.block_size_bytes)
+        offset = layer.block_offset(block)
+        if offset < 0:
+            return None, -1
+        owned = layer.owned_sectors(block)
+        if owned is not None and layer.block_size_bytes != self.grain_bytes:
+            first = whole_sectors(within)
+            owned = owned[first : first + self.grain_sectors]
+        return owned, offset + within
+
+    def _entry_for(self, grain: int, owners: bytearray, offsets: tuple[int, ...]) -> int:
+        """The entry that says it all, when one can; sectors past the end of the disk do not matter."""
+        inside = min(self.grain_sectors, whole_sectors(self.visible_bytes[0] - (grain << self.grain_shift)))
+        first = owners[0]
+        if owners.count(first, 0, inside) != inside:
+            return MIXED
+        return ZERO if first == NOBODY else offsets[first] << LAYER_BITS | first
+
+
+def owner_runs(owners: bytearray, first: int, count: int) -> list[tuple[int, int, int]]:
+    """Neighbours with one owner as (first, count, owner), in order, within `count` sectors from `first`."""
+    piece = np.frombuffer(owners, dtype=np.uint8, count=count, offset=first)
+    edges = (np.flatnonzero(piece[1:] != piece[:-1]) + 1).tolist()
+    starts = [0, *edges]
+    ends = [*edges, count]
+    return [(first + a, b - a, int(piece[a])) for a, b in zip(starts, ends, strict=True)]

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chain of open layers as one disk of sectors.
+
+Decides which file a request goes to, by the map, and passes writes to the leaf, the only layer that takes any
+(`INV-LEAF-ONLY-WRITES`). Must not see part sectors (`disk` splits them off) nor know a format.
+
+A read in one grain that one file answers is one look-up and one `preadv` into the caller's buffer, whatever the
+depth of the chain.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self, TypeAlias
+
+import numpy as np
+
+from vhdkit.chain.blockmap import LAYER_BITS, LAYER_MASK, MIXED, NOBODY, UNKNOWN, ZERO, BlockMap, owner_runs
+from vhdkit.chain.resolve import OpenOptions, open_layers
+from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
+from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
+
+Progress: TypeAlias = Callable[[int, int], None]  # called with (bytes done, bytes in all) during long work
+
+_GRAINS_AT_ONCE = 1 << 16  # of the map looked at in one vectorised step when listing extents
+
+
+class Chain:
+    """Open layers, leaf first. One writer at a time; readers need no lock. `close` closes every layer."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        assert layers and all(not layer.writable for layer in layers[1:])
+        self.layers = tuple(layers)
+        self.leaf = layers[0]
+        self.size_bytes = self.leaf.size_bytes
+        self.writable = self.leaf.writable
+        self.map = BlockMap(layers)
+        self._readers = tuple(layer.store.pread_into for layer in layers)
+        self._entries = self.map.entries
+        self._grain_shift = self.map.grain_shift
+        self._grain_bytes = self.map.grain_bytes
+        self._grain_mask = self.map.grain_bytes - 1
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None
+    ) -> Chain:
+        """Open a leaf and its parents. Raises what `resolve.open_layers` raises."""
+        return cls(open_layers(path, writable=writable, options=options))
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_into(self, sector_index: int, buffer: memoryview) -> None:
+        """Fill `buffer`, whole sectors, from `sector_index` on; the range lies inside the disk. Raises IoFailed."""
+        offset = sectors_to_bytes(sector_index)
+        within = offset & self._grain_mask
+        if within + len(buffer) <= self._grain_bytes:
+            entry = self._entries[offset >> self._grain_shift]
+            if entry >= 0:
+                self._readers[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
+                return
+        self._read_slowly(offset, buffer)
+
+    def _read_slowly(self, offset: int, buffer: memoryview) -> None:
+        """Grain by grain; neighbouring grains that lie together in one file are read together."""
+        position, size = 0, len(buffer)
+        run_layer, run_offset, run_start = -1, 0, 0  # a run of DIRECT grains not yet read
+        while position < size:
+            grain, within = (offset + position) >> self._grain_shift, (offset + position) & self._grain_mask
+            count = min(size - position, self._grain_bytes - within)
+            entry = self._entries[grain]
+            if entry == UNKNOWN:
+                entry = self.map.settle(grain)
+            if entry >= 0:
+                layer, place = entry & LAYER_MASK, (entry >> LAYER_BITS) + within
+                if layer != run_layer or place != run_offset + position - run_start:
+                    if run_layer >= 0:
+                        self._readers[run_layer](run_offset, buffer[run_start:position])
+                    run_layer, run_offset, run_start = layer, place, position
+            else:
+                if run_layer >= 0:
+                    self._readers[run_layer](run_offset, buffer[run_start:position])
+                    run_layer = -1
+                if entry == ZERO:
+                    buffer[position : position + count] = bytes(count)
+                else:
+                    self._read_mixed(grain, within, buffer[position : position + count])
+            position += count
+        if run_layer >= 0:
+            self._readers[run_layer](run_offset, buffer[run_start:position])
+
+    def _read_mixed(self, grain: int, within: int, buffer: memoryview) -> None:
+        """A grain with several owners: one read per run of one owner."""
+        known = self.map.mixed(grain)
+        first, count = within // SECTOR_SIZE, len(buffer) // SECTOR_SIZE
+        owner = known.owners[first]
+        if known.owners.count(owner, first, first + count) == count:
+            runs = [(first, count, owner)]
+        else:
+            runs = owner_runs(known.owners, first, count)
+        for run_first, run_count, owner in runs:
+            start = sectors_to_bytes(run_first - first)
+            piece = buffer[start : start + sectors_to_bytes(run_count)]
+            if owner == NOBODY:
+                piece[:] = bytes(len(piece))
+            else:
+                self._readers[owner](known.offsets[owner] + sectors_to_bytes(run_first), piece)
+
+    # -- what lies where ----------------------------------------------------------------------------------------
+
+    def extents(self, sector_index: int, sector_count: int, *, find_holes: bool = False) -> Iterator[Extent]:
+        """The range as runs, in order, without gaps, none ABSENT.
+
+        `layer_index` is the owner, -1 where no layer owns the run. With `find_holes` an owned run that is a hole
+        in its file is reported as ZERO of that layer.
+        """
+        runs = self._extents(sector_index, sector_count)
+        if find_holes:
+            runs = (part for run in merged_extents(runs) for part in self._holes(run))
+        return merged_extents(runs)
+
+    def _extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
+        end = sector_index + sector_count
+        grain_sectors = self.map.grain_sectors
+        position = sector_index
+        last_grain = -(-end // grain_sectors)
+        for first in range(sector_index // grain_sectors, last_grain, _GRAINS_AT_ONCE):
+            piece = np.asarray(self._entries[first : min(first + _GRAINS_AT_ONCE, last_grain)])
+            for grain in (np.flatnonzero(piece != ZERO) + first).tolist():
+                start, stop = max(grain * grain_sectors, sector_index), min((grain + 1) * grain_sectors, end)
+                if start > position:
+                    yield Extent(position, start - position, ExtentKind.ZERO, -1)
+                yield from self._grain_extents(grain, start, stop)
+                position = stop
+        if position < end:
+            yield Extent(position, end - position, ExtentKind.ZERO, -1)
+
+    def _grain_extents(self, grain: int, start: int, stop: int) -> Iterator[Extent]:
+        entry = self._entries[grain]
+        if entry == UNKNOWN:
+            entry = self.map.settle(grain)
+        grain_first = grain * self.map.grain_sectors
+        if entry == ZERO:
+            yield Extent(start, stop - start, ExtentKind.ZERO, -1)
+        elif entry == MIXED:
+            known = self.map.mixed(grain)
+            for first, count, owner in owner_runs(known.owners, start - grain_first, stop - start):
+                if owner == NOBODY:
+                    yield Extent(grain_first + first, count, ExtentKind.ZERO, -1)
+                else:
+                    place = known.offsets[owner] + sectors_to_bytes(first)
+                    yield Extent(grain_first + first, count, ExtentKind.DATA, owner, place)
+        else:
+            place = (entry >> LAYER_BITS) + sectors_to_bytes(start - grain_first)
+            yield Extent(start, stop - start, ExtentKind.DATA, entry & LAYER_MASK, place)
+
+    def _holes(self, extent: Extent) -> Iterator[Extent]:
+        """A DATA run split where its file has holes; a sector with any data in it is data."""
+        if extent.store_offset_bytes is None:
+            yield extent
+            return
+        base, position = extent.store_offset_bytes, 0
+        runs = self.layers[extent.layer_index].store.data_runs(base, sectors_to_bytes(extent.sector_count))
+        for offset, size, is_data in runs:
+            stop_bytes = offset + size - base
+            stop = covering_sectors(stop_bytes) if is_data else stop_bytes // SECTOR_SIZE
+            if stop > position:
+                kind = ExtentKind.DATA if is_data else ExtentKind.ZERO
+                place = base + sectors_to_bytes(position) if is_data else None
+                yield Extent(
+                    extent.sector_index + position, stop - position, kind, extent.layer_index, place
+                )
+                position = stop
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, sector_index: int, data: memoryview) -> None:
+        """Write whole sectors to the leaf. Raises NoSpace, IoFailed, SyncFailed."""
+        if self.leaf.write(sector_index, data):
+            self.map.own(sector_index, whole_sectors(len(data)))
+
+    def write_zeroes(self, sector_index: int, sector_count: int) -> None:
+        """Make a run read as zeros, hiding what parents have there. Raises NoSpace, IoFailed, SyncFailed."""
+        if self.leaf.write_zeroes(sector_index, sector_count):
+            self.map.own(sector_index, sector_count)
+
+    def trim(self, sector_index: int, sector_count: int) -> None:
+        """Give the leaf's space back: what it owns of the run reads as zeros, the rest is left as it is."""
+        self.leaf.trim(sector_index, sector_count)
+
+    def flush(self) -> None:
+        """Return when every completed write is on the device. Raises SyncFailed, NoSpace, IoFailed."""
+        self.leaf.flush()
+
+    def close(self) -> None:
+        """Flush and close every layer, the leaf first. All are closed even when the flush fails."""
+        try:
+            self.leaf.close()
+        finally:
+            for layer in self.layers[1:]:
+                layer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New images under a name, and new children of images that exist.
+
+Decides how a child names its parent and that a new image appears whole or not at all. What stands in a new VHD is
+`formats.vhd.create`'s decision.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+
+from vhdkit import errors
+from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers
+from vhdkit.folder import NewFile, real_path
+from vhdkit.formats.raw import create_raw
+from vhdkit.formats.vhd import create
+from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.geometry import azure_size
+from vhdkit.store import Store
+from vhdkit.units import SECTOR_SIZE
+
+_MAX_RAW_BYTES = 1 << 62
+
+
+class DiskFormat(StrEnum):
+    """What can be created or converted to."""
+
+    RAW = "raw"
+    FIXED = "fixed"
+    DYNAMIC = "dynamic"
+
+
+def create_image(
+    path: str | os.PathLike[str],
+    size_bytes: int,
+    *,
+    disk_format: DiskFormat = DiskFormat.DYNAMIC,
+    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    preallocate: bool = False,
+    azure: bool = False,
+    replace: bool = False,
+) -> int:
+    """Create an image of zeros; returns its virtual size in bytes.
+
+    `preallocate` sets the space of a fixed or raw image aside. `azure` makes a fixed VHD whose size is rounded up
+    to whole MiB, as Azure wants it. Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
+    """
+    if azure:
+        if disk_format is not DiskFormat.FIXED:
+            raise errors.InvalidArgument("Azure takes fixed VHDs only")
+        size_bytes = azure_size(size_bytes)
+    if preallocate and disk_format is DiskFormat.DYNAMIC:
+        raise errors.InvalidArgument("only fixed and raw images can be preallocated")
+    check_new_size(size_bytes, disk_format)
+    create.check_block_size(block_size_bytes)
+    with NewFile(path, replace=replace) as new:
+        write_empty(
+            new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate
+        )
+        new.commit()
+    return size_bytes
+
+
+def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
+    """Raise InvalidArgument for a size that an image of this format cannot have."""
+    if disk_format is not DiskFormat.RAW:
+        create.check_size(size_bytes, fixed=disk_format is DiskFormat.FIXED)
+    elif not 0 < size_bytes <= _MAX_RAW_BYTES or size_bytes % SECTOR_SIZE:
+        raise errors.InvalidArgument(
+            f"a raw disk is one or more whole {SECTOR_SIZE}-byte sectors, not {size_bytes} bytes"
+        )
+
+
+def write_empty(
+    store: Store,
+    size_bytes: int,
+    disk_format: DiskFormat,
+    *,
+    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    preallocate: bool = False,
+) -> None:
+    """Make the empty `store` an image of zeros. Raises InvalidArgument, NoSpace."""
+    if disk_format is DiskFormat.DYNAMIC:
+        create.create_dynamic(store, size_bytes, block_size_bytes=block_size_bytes)
+    elif disk_format is DiskFormat.FIXED:
+        create.create_fixed(store, size_bytes, preallocate=preallocate)
+    else:
+        create_raw(store, size_bytes)
+        if preallocate:
+            store.reserve(0, size_bytes)
+
+
+def create_child(
+    path: str | os.PathLike[str],
+    parent_path: str | os.PathLike[str],
+    *,
+    size_bytes: int | None = None,
+    block_size_bytes: int | None = None,
+    options: OpenOptions | None = None,
+    replace: bool = False,
+) -> int:
+    """Create an empty differencing image on `parent_path`; returns its virtual size in bytes.
+
+    The whole chain below must open and is held while the child is made, so nobody writes to it meanwhile. The
+    child has the parent's size unless a larger one is given, and the parent's block size.
+    Raises what opening the parent raises, and what `create_image` raises.
+    """
+    child = os.fspath(path)
+    layers = open_layers(parent_path, options=options)
+    try:
+        parent = layers[0]
+        size = parent.size_bytes if size_bytes is None else size_bytes
+        if size < parent.size_bytes:
+            raise errors.InvalidArgument(
+                f"a child of {size} bytes is smaller than its parent of {parent.size_bytes} bytes",
+                path=child,
+            )
+        if block_size_bytes is None:
+            block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
+        unique_id, timestamp = NULL_ID, 0
+        if isinstance(parent, DynamicImage | FixedImage):
+            unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
+        link = link_to(child, os.fspath(parent_path), unique_id, timestamp)
+        with NewFile(child, replace=replace) as new:
+            if os.path.exists(child) and os.path.samefile(child, parent_path):
+                raise errors.InvalidArgument("an image cannot be its own parent", path=child)
+            create.create_differencing(new.store, size, link, block_size_bytes=block_size_bytes)
+            new.commit()
+    finally:
+        for layer in layers:
+            layer.close()
+    return size
+
+
+def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> ParentLink:
+    """How `child` names `parent`: a path relative to its own folder and an absolute one, in Windows' spelling."""
+    parent_real = real_path(parent)
+    folder = os.path.dirname(real_path(child))
+    relative = os.path.relpath(parent_real, folder).replace(os.sep, "\\")
+    if not relative.startswith(".."):
+        relative = ".\\" + relative
+    return ParentLink(
+        unique_id=unique_id,
+        timestamp=timestamp,
+        name=os.path.basename(parent_real),
+        relative=relative,
+        absolute=parent_real.replace(os.sep, "\\"),
+    )

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the path of a leaf to its open layers: where a parent is looked for, and which file may be one.
+
+Decides how the text of a locator becomes a path on this machine, which places are searched in which order, and
+what an untrusted image may point at. Must not know blocks or bitmaps.
+
+- `INV-PARENT-ID`: a file is a parent only when its unique id is the one the child recorded. Never skipped.
+- `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only when no image stands on it.
+- A parent lies in the leaf's own folder or below it, or in a folder the user named. Links are followed first.
+"""
+
+from __future__ import annotations
+
+import ntpath
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from vhdkit import errors
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.folder import find_ignoring_case, is_regular, is_within, real_path, regular_files
+from vhdkit.formats.probe import FormatName, identify, open_layer
+from vhdkit.formats.vhd import layout
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.locator import ABSOLUTE, MAC, OLD_ABSOLUTE, OLD_RELATIVE, RELATIVE, Locator
+from vhdkit.formats.vhd.metadata import Metadata, read_footers, read_metadata
+from vhdkit.image import Layer
+from vhdkit.store import FileStore
+
+MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
+NULL_ID = bytes(layout.UUID_SIZE)  # XenServer writes it for a raw parent
+_LOCATOR_ORDER = (RELATIVE, ABSOLUTE, MAC, OLD_RELATIVE, OLD_ABSOLUTE)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """What a user may say about opening a chain.
+
+    `parent_dirs` are further folders parents may lie in. `allow_raw_parent` accepts a raw base under a child that
+    records no id. `ignore_bitmaps` reads a dynamic disk's sectors under clear bits as data. `format_name` says
+    what the leaf is instead of looking. `lock` False reads without holding the files (for `info`, `chain`).
+    """
+
+    parent_dirs: tuple[str, ...] = ()
+    allow_raw_parent: bool = False
+    ignore_bitmaps: bool = False
+    format_name: FormatName | None = None
+    lock: bool = True
+
+
+@dataclass(slots=True)
+class _Search:
+    """What was looked at while searching one parent, for the error that says so."""
+
+    places: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, bytes]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    unreadable: list[errors.VhdkitError] = field(default_factory=list)
+
+
+def open_layers(
+    path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None
+) -> list[Layer]:
+    """Open a leaf and all its parents, leaf first; only the leaf is writable.
+
+    Raises NotFound, AccessDenied, CorruptImage (also for loops and too deep chains), UnsupportedFormat,
+    ImageInUse, HasChildren, ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open.
+    """
+    options = options or OpenOptions()
+    leaf_path = os.fspath(path)
+    layers: list[Layer] = []
+    store = FileStore.open(leaf_path, writable=writable)
+    try:
+        _hold(store, writable, options)
+        if writable:
+            _refuse_with_children(store, options)
+        layers.append(_open_leaf(store, False, options))
+        _open_parents(layers, leaf_path, options)
+        if writable:  # last: only now is it sure that the chain is whole, and this may mend the file
+            layers[0] = _open_leaf(store, True, options)
+    except BaseException:
+        store.close()
+        for layer in layers:
+            layer.store.close()
+        raise
+    return layers
+
+
+def _open_leaf(store: FileStore, writable: bool, options: OpenOptions) -> Layer:
+    return open_layer(
+        store, format_name=options.format_name, writable=writable, ignore_bitmaps=options.ignore_bitmaps
+    )
+
+
+def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
+    if options.lock:
+        store.lock(writer=writer)
+
+
+def _open_parents(layers: list[Layer], leaf_path: str, options: OpenOptions) -> None:
+    folders = allowed_folders(leaf_path, options.parent_dirs)
+    seen = {_identity(layers[0])}
+    while isinstance(child := layers[-1], DynamicImage) and child.is_differencing:
+        if len(layers) >= MAX_CHAIN_DEPTH:
+            raise CorruptImage(
+                CorruptReason.CHAIN_DEPTH,
+                f"the chain has more than {MAX_CHAIN_DEPTH} layers",
+                path=leaf_path,
+            )
+        store = find_parent(child.metadata, folders, options)
+        try:
+            if store.identity in seen:
+                raise CorruptImage(
+                    CorruptReason.CHAIN_LOOP,
+                    "the chain of parents leads back to itself",
+                    path=child.metadata.path,
+                )
+            seen.add(store.identity)
+            _hold(store, False, options)
+            layers.append(_open_parent(store, child.metadata, options))
+        except BaseException:
+            store.close()
+            raise
+
+
+def _identity(layer: Layer) -> tuple[int, int]:
+    assert isinstance(layer.store, FileStore)
+    return layer.store.identity
+
+
+def _open_parent(store: FileStore, child: Metadata, options: OpenOptions) -> Layer:
+    format_name = FormatName.RAW if _parent_id(child) == NULL_ID else FormatName.VHD
+    return open_layer(store, format_name=format_name, ignore_bitmaps=options.ignore_bitmaps)
+
+
+def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
+    """The real folders parents may lie in: the leaf's own first."""
+    folders = [os.path.dirname(real_path(leaf_path)), *(real_path(folder) for folder in parent_dirs)]
+    return tuple(dict.fromkeys(folders))
+
+
+def _parent_id(child: Metadata) -> bytes:
+    assert child.header is not None
+    return child.header.parent_unique_id
+
+
+def find_parent(child: Metadata, folders: tuple[str, ...], options: OpenOptions) -> FileStore:
+    """The open file of the parent of `child`, whose `path` says where it lies.
+
+    Raises ParentMissing, ParentMismatch, ParentRefused, each naming every place that was searched.
+    """
+    if _parent_id(child) == NULL_ID and not options.allow_raw_parent:
+        raise errors.ParentRefused(
+            "the image records no id of its parent, which may be any raw file",
+            path=child.path,
+            hint="if you trust it, say --allow-raw-parent",
+        )
+    search = _Search()
+    for candidate in dict.fromkeys(_candidates(child, folders)):
+        store = _try(candidate, child, folders, search)
+        if store is not None:
+            return store
+    raise _not_found(child, search)
+
+
+def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Search) -> FileStore | None:
+    """Open the candidate when it is the parent; else note why not."""
+    # Links are followed before anything else is looked at: outside the allowed folders nothing is listed or opened.
+    if "\0" in candidate or not is_within(real_path(candidate), folders):
+        (search.refused if is_regular(candidate) else search.places).append(candidate)
+        return None
+    found = find_ignoring_case(candidate)
+    if found is None:
+        search.places.append(candidate)
+        return None
+    real = real_path(found)
+    if not is_within(real, folders):
+        search.refused.append(real)
+        return None
+    search.places.append(found)
+    if not is_regular(real):
+        return None
+    try:
+        store = FileStore.open(real, follow_links=False)
+    except errors.VhdkitError as error:
+        search.unreadable.append(error)
+        return None
+    try:
+        parent_id = unique_id(store)
+    except BaseException:
+        store.close()
+        raise
+    if parent_id == _parent_id(child):
+        return store
+    search.mismatched.append((found, parent_id))
+    store.close()
+    return None
+
+
+def unique_id(store: FileStore) -> bytes:
+    """The id other images know this one by: its footer's, or all zeros for a raw image."""
+    for place in read_footers(store):
+        if place.state.usable:
+            return place.footer.unique_id
+    return NULL_ID
+
+
+def _candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
+    """Paths to try, in order: locators by kind, the header's name, then the bare names in every folder."""
+    here = os.path.dirname(real_path(child.path))
+    texts = [text for _, text in _ordered_texts(child)]
+    for text in texts:
+        yield from _paths_of(text, here)
+    names = dict.fromkeys(ntpath.basename(text.rstrip("\\/")) for text in texts)
+    for folder in (here, *folders):
+        for name in names:
+            if name not in ("", os.curdir, os.pardir):
+                yield os.path.join(folder, name)
+
+
+def _ordered_texts(child: Metadata) -> list[tuple[str, str]]:
+    """(structure, text) of every name the child has for its parent, the most telling first."""
+
+    def rank(locator: Locator) -> int:
+        return _LOCATOR_ORDER.index(locator.platform_code)
+
+    known = [one for one in child.locators if one.platform_code in _LOCATOR_ORDER and one.text]
+    texts = [(one.structure, one.text or "") for one in sorted(known, key=rank)]
+    if child.parent_name:
+        texts.append(("parent name", child.parent_name))
+    return texts
+
+
+def _paths_of(text: str, here: str) -> Iterator[str]:
+    """Where a locator's text can point on this machine.
+
+    A path with a drive letter or a server points nowhere here; its bare name is tried later.
+    """
+    drive, rest = ntpath.splitdrive(text)
+    if drive:
+        return
+    path = rest.replace("\\", "/")
+    yield os.path.normpath(path if path.startswith("/") else os.path.join(here, path))
+
+
+def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
+    """The error that says where the parent was sought and what to do."""
+    names = [text for _, text in _ordered_texts(child)]
+    name = names[0] if names else "(unnamed)"
+    quoted = errors.printable(name)
+    if search.refused:
+        place = real_path(search.refused[0])
+        return errors.ParentRefused(
+            f"its parent {quoted} leads to {errors.printable(place)}, outside the image's folder",
+            path=child.path,
+            hint=f"if you trust it, say --allow-parent-dir {os.path.dirname(place)!r}",
+        )
+    if search.unreadable:
+        return errors.ParentMissing(
+            f"its parent {quoted} cannot be read: {search.unreadable[0]}", path=child.path
+        )
+    if search.mismatched:
+        place, found = search.mismatched[0]
+        return errors.ParentMismatch(
+            f"{errors.printable(place)} has the name of its parent but is another disk",
+            path=child.path,
+            expected=f"id {format_id(_parent_id(child))}",
+            found=f"id {format_id(found)}" if found != NULL_ID else "no id",
+            hint="find the right parent and name its folder with --allow-parent-dir",
+        )
+    places = (
+        ", ".join(errors.printable(place) for place in search.places) or "nowhere: it has no usable name"
+    )
+    return errors.ParentMissing(
+        f"its parent {quoted} (id {format_id(_parent_id(child))}) was not found; searched {places}",
+        path=child.path,
+        hint="if it lies in another folder, name that with --allow-parent-dir FOLDER",
+    )
+
+
+def format_id(unique_id_bytes: bytes) -> str:
+    """A unique id as people write it, 8-4-4-4-12."""
+    text = unique_id_bytes.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def find_children(
+    parent_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None
+) -> list[str]:
+    """Paths of the differencing images in `folders` whose parent has this id. Damaged files are passed over."""
+    children = []
+    for folder in dict.fromkeys(real_path(folder) for folder in folders):
+        for path in regular_files(folder):
+            if _child_of(path, parent_id, apart_from):
+                children.append(path)
+    return children
+
+
+def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None) -> bool:
+    try:
+        with FileStore.open(path) as store:
+            if store.identity == apart_from:
+                return False
+            # The cookie is looked at first: a folder may hold many files that are no images at all.
+            if not any(place.state.usable for place in read_footers(store)):
+                return False
+            metadata = read_metadata(store)
+    except errors.VhdkitError:
+        return False
+    return metadata.is_differencing and _parent_id(metadata) == parent_id
+
+
+def _refuse_with_children(store: FileStore, options: OpenOptions) -> None:
+    own_id = unique_id(store)
+    if own_id == NULL_ID:
+        return
+    folders = allowed_folders(store.name, options.parent_dirs)
+    children = find_children(own_id, folders, apart_from=store.identity)
+    if children:
+        others = f" and {len(children) - 1} more" if len(children) > 1 else ""
+        raise errors.HasChildren(
+            f"is the parent of {errors.printable(children[0])}{others}; writing to it would corrupt that image",
+            path=store.name,
+            hint="open the child instead",
+        )

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door a front end holds: a disk addressed by bytes.
+
+Decides range, read-only, and what happens to part sectors: an unaligned write reads its edge sectors, changes
+them and writes them back, under one lock with all other writes. Nothing below sees a part sector. Must not know
+how many layers there are or of which format.
+
+    any thread:  read_into, read, extents     no lock
+    any thread:  write, write_zeroes, trim    one at a time
+    any thread:  flush                        beside the others: covers every write that returned before it began
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Self
+
+from vhdkit import errors
+from vhdkit.chain.chain import Chain
+from vhdkit.chain.resolve import OpenOptions
+from vhdkit.image import Extent
+from vhdkit.store import Buffer
+from vhdkit.units import SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
+
+
+class Disk:
+    """An open disk. Close it, or use it in a `with` block: closing flushes."""
+
+    def __init__(self, chain: Chain) -> None:
+        """Take over an open chain; `open_disk` is the usual way."""
+        self.chain = chain
+        self.size_bytes = chain.size_bytes
+        self.writable = chain.writable
+        self._read_sectors = chain.read_into
+        self._write_lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def path(self) -> str:
+        """The leaf's path, as it was opened."""
+        return self.chain.leaf.store.name
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """`size_bytes` bytes from `offset_bytes`. Raises OutOfRange, IoFailed."""
+        self._check_range(offset_bytes, size_bytes)
+        buffer = bytearray(size_bytes)
+        self.read_into(offset_bytes, buffer)
+        return bytes(buffer)
+
+    def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
+        """Fill the writable, contiguous `buffer` from `offset_bytes`. Raises OutOfRange, IoFailed."""
+        view = (
+            buffer if type(buffer) is memoryview and buffer.format == "B" else memoryview(buffer).cast("B")
+        )
+        size = len(view)
+        if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
+            self._check_range(offset_bytes, size)
+        if (offset_bytes | size) & SECTOR_MASK:
+            self._read_unaligned(offset_bytes, view)
+        elif size:
+            self._read_sectors(offset_bytes // SECTOR_SIZE, view)
+
+    def _read_unaligned(self, offset: int, view: memoryview) -> None:
+        """Whole sectors go straight into the caller's buffer, the edges through one sector of our own."""
+        end = offset + len(view)
+        inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+        if inner_end > inner_start:
+            inner = view[inner_start - offset : inner_end - offset]
+            self._read_sectors(whole_sectors(inner_start), inner)
+        for first, last in self._edges(offset, end):
+            sector = self._sector(first // SECTOR_SIZE)
+            skip = first % SECTOR_SIZE
+            view[first - offset : last - offset] = sector[skip : skip + last - first]
+
+    def _sector(self, sector_index: int) -> bytearray:
+        sector = bytearray(SECTOR_SIZE)
+        self._read_sectors(sector_index, memoryview(sector))
+        return sector
+
+    @staticmethod
+    def _edges(offset: int, end: int) -> list[tuple[int, int]]:
+        """The parts of a range that do not fill their sector, as byte ranges: at most one at each end."""
+        inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+        if inner_end < inner_start:  # inside one sector
+            return [(offset, end)]
+        edges = [(offset, inner_start), (inner_end, end)]
+        return [(first, last) for first, last in edges if last > first]
+
+    def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write `data` at `offset_bytes`; with `fua` it is on the device when this returns.
+
+        Raises OutOfRange, ReadOnly, NoSpace, IoFailed, SyncFailed. After NoSpace the range may be partly written.
+        """
+        view = data if type(data) is memoryview and data.format == "B" else memoryview(data).cast("B")
+        self._check_write(offset_bytes, len(view))
+        with self._write_lock:
+            if (offset_bytes | len(view)) & SECTOR_MASK:
+                self._write_unaligned(offset_bytes, view)
+            elif view:
+                self.chain.write(offset_bytes // SECTOR_SIZE, view)
+        if fua:
+            self.chain.flush()
+
+    def _write_unaligned(self, offset: int, view: memoryview) -> None:
+        end = offset + len(view)
+        for first, last in self._edges(offset, end):
+            sector = self._sector(first // SECTOR_SIZE)
+            skip = first % SECTOR_SIZE
+            sector[skip : skip + last - first] = view[first - offset : last - offset]
+            self.chain.write(first // SECTOR_SIZE, memoryview(sector))
+        inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+        if inner_end > inner_start:
+            self.chain.write(whole_sectors(inner_start), view[inner_start - offset : inner_end - offset])
+
+    def write_zeroes(self, offset_bytes: int, size_bytes: int, *, fua: bool = False) -> None:
+        """Make a range read as zeros, cheaply where that is possible. Raises as `write` does."""
+        self._check_write(offset_bytes, size_bytes)
+        end = offset_bytes + size_bytes
+        with self._write_lock:
+            for first, last in self._edges(offset_bytes, end):
+                self._write_unaligned(first, memoryview(bytes(last - first)))
+            inner_start, inner_end = round_up(offset_bytes, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+            if inner_end > inner_start:
+                self.chain.write_zeroes(whole_sectors(inner_start), whole_sectors(inner_end - inner_start))
+        if fua:
+            self.chain.flush()
+
+    def trim(self, offset_bytes: int, size_bytes: int, *, fua: bool = False) -> None:
+        """Say that a range is no longer needed: whole sectors the leaf owns read as zeros, the rest stays.
+
+        Raises OutOfRange, ReadOnly, IoFailed, SyncFailed.
+        """
+        self._check_write(offset_bytes, size_bytes)
+        start, end = round_up(offset_bytes, SECTOR_SIZE), round_down(offset_bytes + size_bytes, SECTOR_SIZE)
+        with self._write_lock:
+            if end > start:
+                self.chain.trim(whole_sectors(start), whole_sectors(end - start))
+        if fua:
+            self.chain.flush()
+
+    def flush(self) -> None:
+        """Return when every write that returned before is on the device. Raises SyncFailed, NoSpace, IoFailed."""
+        if self._closed:
+            raise errors.InvalidArgument("the disk is closed", path=self.path)
+        self.chain.flush()
+
+    def extents(
+        self, offset_bytes: int = 0, size_bytes: int | None = None, *, find_holes: bool = False
+    ) -> Iterator[Extent]:
+        """The range (by default to the end) as runs of whole sectors that cover it, in order, without gaps.
+
+        Each is DATA or ZERO and says which layer owns it (leaf 0, -1 nobody) and where it lies in that file.
+        `find_holes` also looks for holes in the files. Raises OutOfRange, IoFailed.
+        """
+        size = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
+        self._check_range(offset_bytes, size)
+        first = offset_bytes // SECTOR_SIZE
+        return self.chain.extents(
+            first, covering_sectors(offset_bytes + size) - first, find_holes=find_holes
+        )
+
+    def close(self) -> None:
+        """Flush and close every file. Closing twice is fine. Raises as `flush` does; the files are closed anyway."""
+        with self._write_lock:
+            if not self._closed:
+                self._closed = True
+                self.chain.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _check_range(self, offset_bytes: int, size_bytes: int) -> None:
+        if self._closed:
+            raise errors.InvalidArgument("the disk is closed", path=self.path)
+        if offset_bytes < 0 or size_bytes < 0 or offset_bytes + size_bytes > self.size_bytes:
+            raise errors.OutOfRange(
+                f"{size_bytes} bytes at byte {offset_bytes} lie outside a disk of {self.size_bytes} bytes",
+                path=self.path,
+            )
+
+    def _check_write(self, offset_bytes: int, size_bytes: int) -> None:
+        self._check_range(offset_bytes, size_bytes)
+        if not self.writable:
+            raise errors.ReadOnly("the disk was opened for reading only", path=self.path)
+
+
+def open_disk(
+    path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None
+) -> Disk:
+    """Open an image and, when it is differencing, all its parents, as one disk.
+
+    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage, ImageInUse, HasChildren,
+    ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open and nothing was changed.
+    """
+    return Disk(Chain.open(path, writable=writable, options=options))
