@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vhdkit: read and write virtual hard disks (VHD, AVHD, raw), alone and in chains.
+
+This page of names is the whole public interface; everything else may change.
+
+    import vhdkit
+
+    with vhdkit.open_disk("leaf.avhd") as disk:
+        boot_sector = disk.read(0, 512)
+
+Sizes and offsets are bytes unless a name says sectors (512 bytes). Chains are listed leaf first. Every error is a
+`VhdkitError` with `path`, `structure`, `offset_bytes`, `errno` and `exit_code`.
+"""
+
+from vhdkit.chain.chain import Progress
+from vhdkit.chain.check import check
+from vhdkit.chain.compare import Comparison, compare
+from vhdkit.chain.convert import convert
+from vhdkit.chain.create import DiskFormat, create_child, create_image
+from vhdkit.chain.resolve import OpenOptions
+from vhdkit.disk import Disk, open_disk
+from vhdkit.errors import (
+    AccessDenied,
+    AlreadyExists,
+    CorruptImage,
+    CorruptReason,
+    HasChildren,
+    ImageInUse,
+    InvalidArgument,
+    IoFailed,
+    NoSpace,
+    NotFound,
+    OutOfRange,
+    ParentError,
+    ParentMismatch,
+    ParentMissing,
+    ParentRefused,
+    ReadOnly,
+    SyncFailed,
+    UnsupportedFormat,
+    VhdkitError,
+)
+from vhdkit.finding import Finding, Severity
+from vhdkit.formats.probe import FormatName
+from vhdkit.image import Extent, ExtentKind
+
+__all__ = [
+    "AccessDenied",
+    "AlreadyExists",
+    "Comparison",
+    "CorruptImage",
+    "CorruptReason",
+    "Disk",
+    "DiskFormat",
+    "Extent",
+    "ExtentKind",
+    "Finding",
+    "FormatName",
+    "HasChildren",
+    "ImageInUse",
+    "InvalidArgument",
+    "IoFailed",
+    "NoSpace",
+    "NotFound",
+    "OpenOptions",
+    "OutOfRange",
+    "ParentError",
+    "ParentMismatch",
+    "ParentMissing",
+    "ParentRefused",
+    "Progress",
+    "ReadOnly",
+    "Severity",
+    "SyncFailed",
+    "UnsupportedFormat",
+    "VhdkitError",
+    "check",
+    "compare",
+    "convert",
+    "create_child",
+    "create_image",
+    "open_disk",
+]

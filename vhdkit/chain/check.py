@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examining a whole chain: every file of it, and whether they belong together.
+
+Decides what can be wrong between a child and its parent. What can be wrong inside one file is said by its format.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vhdkit import errors
+from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent
+from vhdkit.errors import CorruptReason
+from vhdkit.finding import Finding, Severity
+from vhdkit.formats.probe import FormatName, identify
+from vhdkit.formats.raw import examine_raw
+from vhdkit.formats.vhd.check import check_vhd
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.store import FileStore
+
+
+def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[Finding]:
+    """Examine an image and all its parents, leaf first; an empty list means nothing to say.
+
+    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
+    with the images is a finding. Nothing is changed.
+    """
+    options = options or OpenOptions()
+    leaf_path = os.fspath(path)
+    folders = allowed_folders(leaf_path, options.parent_dirs)
+    findings: list[Finding] = []
+    stores = [FileStore.open(leaf_path)]
+    try:
+        while True:
+            store = stores[-1]
+            if options.lock:
+                store.lock(writer=False)
+            metadata = _check_one(store, findings, options, is_leaf=len(stores) == 1)
+            if metadata is None or not metadata.is_differencing:
+                return findings
+            parent = _parent_of(metadata, folders, options, findings)
+            if parent is None:
+                return findings
+            stores.append(parent)
+            if _closes_loop(stores, metadata, findings):
+                return findings
+            _check_link(metadata, parent, findings)
+    finally:
+        for store in stores:
+            store.close()
+
+
+def _check_one(
+    store: FileStore, findings: list[Finding], options: OpenOptions, *, is_leaf: bool
+) -> Metadata | None:
+    """Examine one file; returns its metadata when it is a VHD sound enough to have a parent."""
+    try:
+        format_name = (options.format_name if is_leaf else None) or identify(store)
+    except errors.CorruptImage as error:
+        findings.append(_finding(error, error.reason.value, store.name))
+        return None
+    if format_name is FormatName.RAW:
+        findings += examine_raw(store)
+        return None
+    findings += check_vhd(store, ignore_bitmaps=options.ignore_bitmaps)
+    try:
+        return read_metadata(store)
+    except errors.CorruptImage:
+        return None  # check_vhd has said so
+
+
+def _parent_of(
+    child: Metadata, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding]
+) -> FileStore | None:
+    codes = {
+        errors.ParentMissing: "parent-missing",
+        errors.ParentMismatch: "parent-mismatch",
+        errors.ParentRefused: "parent-refused",
+    }
+    try:
+        return find_parent(child, folders, options)
+    except errors.ParentError as error:
+        findings.append(_finding(error, codes[type(error)], child.path))
+        return None
+
+
+def _finding(error: errors.VhdkitError, code: str, path: str) -> Finding:
+    message = error.problem if error.hint is None else f"{error.problem}; {error.hint}"
+    return Finding(Severity.ERROR, code, message, path, error.structure, error.offset_bytes)
+
+
+def _closes_loop(stores: list[FileStore], child: Metadata, findings: list[Finding]) -> bool:
+    if stores[-1].identity in [store.identity for store in stores[:-1]]:
+        reason, message = CorruptReason.CHAIN_LOOP, "the chain of parents leads back to itself"
+    elif len(stores) > MAX_CHAIN_DEPTH:
+        reason, message = CorruptReason.CHAIN_DEPTH, f"the chain has more than {MAX_CHAIN_DEPTH} layers"
+    else:
+        return False
+    findings.append(Finding(Severity.ERROR, reason.value, message, child.path))
+    return True
+
+
+def _check_link(child: Metadata, store: FileStore, findings: list[Finding]) -> None:
+    """What a child and its parent may disagree on without being wrong."""
+    assert child.header is not None
+    try:
+        parent = read_metadata(store)
+    except errors.CorruptImage:
+        return
+    recorded = child.header.parent_timestamp
+    if recorded and recorded != parent.footer.timestamp:
+        message = (
+            f"records that {errors.printable(parent.path)} was made at {recorded}, which says"
+            f" {parent.footer.timestamp}; tools that touch parents change this"
+        )
+        findings.append(Finding(Severity.NOTE, "parent-timestamp", message, child.path, "dynamic header"))
+    if child.size_bytes != parent.size_bytes:
+        severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
+        message = f"holds {child.size_bytes} bytes, its parent {parent.size_bytes}"
+        findings.append(Finding(severity, "chain-size", message, child.path))

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an image and a chain are, as plain values: the facts behind `info` and `chain`.
+
+Decides which facts are told. Needs neither locks nor sound parents: an image in use, or an orphan, is described
+as far as it goes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from vhdkit import errors
+from vhdkit.chain.chain import Chain
+from vhdkit.chain.resolve import (
+    MAX_CHAIN_DEPTH,
+    NULL_ID,
+    OpenOptions,
+    allowed_folders,
+    find_parent,
+    format_id,
+)
+from vhdkit.finding import Finding
+from vhdkit.formats.probe import FormatName, identify
+from vhdkit.formats.raw import examine_raw
+from vhdkit.formats.vhd import geometry, layout
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.image import ExtentKind
+from vhdkit.store import FileStore
+from vhdkit.units import SECTOR_SIZE, round_up, whole_sectors
+
+
+@dataclass(frozen=True, slots=True)
+class ParentInfo:
+    """What a differencing image says of its parent; `path` is where it was found, `problem` why it was not."""
+
+    name: str
+    unique_id: str
+    timestamp: int
+    locators: tuple[tuple[str, str | None], ...]  # (platform code, text)
+    path: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """One image file. Sizes in bytes; fields that its format does not have are None."""
+
+    path: str
+    kind: str  # raw, fixed, dynamic or differencing
+    virtual_size_bytes: int
+    file_size_bytes: int
+    allocated_bytes: int  # on the file system, holes left out
+    in_use: bool
+    unique_id: str | None = None
+    creator: str | None = None
+    creator_version: str | None = None
+    creator_host: str | None = None
+    created_unix_seconds: int | None = None
+    geometry: tuple[int, int, int] | None = None
+    current_size_bytes: int | None = None
+    original_size_bytes: int | None = None
+    size_from_geometry: bool = False
+    saved_state: bool = False
+    hidden: bool = False
+    block_size_bytes: int | None = None
+    block_count: int | None = None
+    allocated_block_count: int | None = None
+    batmap: bool = False
+    parent: ParentInfo | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+def describe_image(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> ImageInfo:
+    """Describe one image, and where its parent is, if it has one.
+
+    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage; a parent that cannot be used is
+    told in `parent.problem`.
+    """
+    options = options or OpenOptions()
+    with FileStore.open(path) as store:
+        return _describe(
+            store, allowed_folders(store.name, options.parent_dirs), options, options.format_name
+        )
+
+
+def _describe(
+    store: FileStore, folders: tuple[str, ...], options: OpenOptions, format_name: FormatName | None
+) -> ImageInfo:
+    size = store.size()
+    if (format_name or identify(store)) is FormatName.RAW:
+        return ImageInfo(
+            store.name,
+            "raw",
+            round_up(size, SECTOR_SIZE),
+            size,
+            store.allocated_bytes(),
+            store.in_use(),
+            findings=tuple(examine_raw(store)),
+        )
+    metadata = read_metadata(store)
+    footer, header = metadata.footer, metadata.header
+    allocated = None
+    if header is not None:
+        bat = Bat.load(store, header.table_offset, metadata.block_count)
+        allocated = int(np.count_nonzero(bat.allocated()))
+    return ImageInfo(
+        path=store.name,
+        kind=metadata.kind,
+        virtual_size_bytes=metadata.size_bytes,
+        file_size_bytes=size,
+        allocated_bytes=store.allocated_bytes(),
+        in_use=store.in_use(),
+        unique_id=format_id(footer.unique_id),
+        creator=footer.creator_application.decode("latin-1").rstrip("\0 "),
+        creator_version=f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}",
+        creator_host=footer.creator_host_os.decode("latin-1").rstrip("\0 "),
+        created_unix_seconds=footer.timestamp + layout.EPOCH_UNIX_SECONDS,
+        geometry=geometry.footer_geometry(footer),
+        current_size_bytes=footer.current_size,
+        original_size_bytes=footer.original_size,
+        size_from_geometry=geometry.size_is_chs(footer),
+        saved_state=bool(footer.saved_state),
+        hidden=bool(footer.hidden),
+        block_size_bytes=header.block_size if header else None,
+        block_count=metadata.block_count if header else None,
+        allocated_block_count=allocated,
+        batmap=metadata.batmap is not None,
+        parent=_describe_parent(metadata, folders, options) if metadata.is_differencing else None,
+        findings=metadata.findings,
+    )
+
+
+def _describe_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> ParentInfo:
+    assert metadata.header is not None
+    path, problem = None, None
+    try:
+        with find_parent(metadata, folders, options) as store:
+            path = store.name
+    except errors.VhdkitError as error:
+        problem = error.problem if error.hint is None else f"{error.problem}; {error.hint}"
+    parent_id = metadata.header.parent_unique_id
+    return ParentInfo(
+        name=metadata.parent_name,
+        unique_id="none (a raw disk)" if parent_id == NULL_ID else format_id(parent_id),
+        timestamp=metadata.header.parent_timestamp,
+        locators=tuple((one.platform_code.decode("latin-1"), one.text) for one in metadata.locators),
+        path=path,
+        problem=problem,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of a chain. `owned_bytes` is what the layer answers for in the disk as the leaf shows it.
+
+    None where the chain is broken, so that nobody can tell.
+    """
+
+    image: ImageInfo
+    owned_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainInfo:
+    """A chain, leaf first. `problem` says why it does not go on; `unowned_bytes` reads as zeros by nobody's word."""
+
+    layers: tuple[LayerInfo, ...]
+    unowned_bytes: int | None
+    problem: str | None
+
+
+def describe_chain(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> ChainInfo:
+    """Describe an image and its parents as far as they can be found.
+
+    Raises what `describe_image` raises for the leaf, and CorruptImage for a parent that cannot be read.
+    """
+    options = options or OpenOptions()
+    leaf_path = os.fspath(path)
+    folders = allowed_folders(leaf_path, options.parent_dirs)
+    images = [describe_image(leaf_path, options=options)]
+    while (
+        (parent := images[-1].parent) is not None
+        and parent.path is not None
+        and len(images) < MAX_CHAIN_DEPTH
+    ):
+        raw_parent = parent.unique_id.startswith("none")
+        with FileStore.open(parent.path) as store:
+            images.append(
+                _describe(store, folders, options, FormatName.RAW if raw_parent else FormatName.VHD)
+            )
+    problem = images[-1].parent.problem if images[-1].parent is not None else None
+    if images[-1].parent is not None and problem is None:
+        problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers, or leads back to itself"
+    if problem is not None:
+        return ChainInfo(tuple(LayerInfo(image, None) for image in images), None, problem)
+    owned = [0] * (len(images) + 1)  # the last counts what nobody owns
+    unlocked = OpenOptions(
+        options.parent_dirs,
+        options.allow_raw_parent,
+        options.ignore_bitmaps,
+        options.format_name,
+        lock=False,
+    )
+    with Chain.open(leaf_path, options=unlocked) as chain:
+        for extent in chain.extents(0, whole_sectors(chain.size_bytes)):
+            assert extent.kind is not ExtentKind.ABSENT
+            owned[extent.layer_index] += extent.size_bytes
+    layers = tuple(LayerInfo(image, size) for image, size in zip(images, owned[:-1], strict=True))
+    return ChainInfo(layers, owned[-1], None)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be said about one VHD file: the deep examination behind `vhdkit check`.
+
+Decides what is an error (bytes will be read wrong or not at all), what a warning (read well by us, perhaps not by
+others, or space lost) and what a note. Changes nothing and raises only for I/O errors. Parents are
+`chain.check`'s affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Finding, Severity, finding_of
+from vhdkit.formats.vhd import bitmap, geometry, layout
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, used_sizes
+from vhdkit.formats.vhd.metadata import FooterState, Metadata, read_metadata
+from vhdkit.store import Store
+from vhdkit.units import KIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
+
+_MAX_LISTED = 16  # findings of one kind, before the rest are only counted
+_LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
+_READ_SECTORS = whole_sectors(256 * KIB)
+
+
+def check_vhd(store: Store, *, ignore_bitmaps: bool = False) -> list[Finding]:
+    """Examine a VHD file. A missing footer or header is the only finding then; else all are listed.
+
+    `ignore_bitmaps` leaves out what is no fault for a reader that ignores them. Raises IoFailed.
+    """
+    try:
+        metadata = read_metadata(store)
+    except CorruptImage as error:
+        return [finding_of(error, store.name)]
+    findings = list(metadata.findings)
+    findings += _footer_findings(metadata)
+    if metadata.header is None:
+        findings += _fixed_findings(metadata)
+        return findings
+    findings += _header_findings(store, metadata)
+    bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
+    table_errors = [finding_of(error, store.name) for error in bad_entries(metadata, bat)]
+    findings += _limited(iter(table_errors), store.name, "BAT entries")
+    findings += _space_findings(metadata, bat)
+    if not table_errors:
+        findings += _limited(_bitmap_findings(store, metadata, bat, ignore_bitmaps), store.name, "blocks")
+    return findings
+
+
+def _limited(findings: Iterator[Finding], path: str, what: str) -> list[Finding]:
+    """The first few of many, and a last one that counts the others."""
+    listed: list[Finding] = []
+    more = 0
+    for finding in findings:
+        if len(listed) < _MAX_LISTED:
+            listed.append(finding)
+        else:
+            more += 1
+    if more:
+        last = listed[-1]
+        listed.append(Finding(last.severity, last.code, f"and {more} more {what} like this", path))
+    return listed
+
+
+def _warning(
+    metadata: Metadata, code: str, message: str, structure: str, offset: int | None = None
+) -> Finding:
+    return Finding(Severity.WARNING, code, message, metadata.path, structure, offset)
+
+
+def _note(metadata: Metadata, code: str, message: str, structure: str, offset: int | None = None) -> Finding:
+    return Finding(Severity.NOTE, code, message, metadata.path, structure, offset)
+
+
+def _footer_findings(metadata: Metadata) -> Iterator[Finding]:
+    footer, tail, copy = metadata.footer, metadata.tail, metadata.copy
+    both_usable = copy is not None and tail.state.usable and copy.state.usable
+    if copy is not None and both_usable and copy.raw != tail.raw.ljust(layout.FOOTER_SIZE, b"\0"):
+        differing = [
+            field.name
+            for field in layout.STRUCTURES["footer"]
+            if getattr(copy.footer, field.name) != getattr(tail.footer, field.name)
+        ]
+        yield _warning(
+            metadata,
+            "footers-differ",
+            f"the footer and its copy differ in {', '.join(differing)}",
+            "footer copy",
+            0,
+        )
+    shape = geometry.footer_geometry(footer)
+    if shape != geometry.geometry_for(metadata.size_bytes) and not geometry.size_is_chs(footer):
+        severity = Severity.WARNING if shape.size_bytes > metadata.size_bytes else Severity.NOTE
+        expected = geometry.geometry_for(metadata.size_bytes)
+        message = f"geometry {'/'.join(map(str, shape))} where the size gives {'/'.join(map(str, expected))}"
+        yield Finding(severity, "geometry", message, metadata.path, "footer", tail.offset_bytes)
+    if footer.saved_state not in (0, 1):
+        yield _note(metadata, "saved-state", f"saved state is {footer.saved_state}, not 0 or 1", "footer")
+    if footer.hidden:
+        yield _note(metadata, "hidden", "marked hidden: an inner node of a XenServer chain", "footer")
+    if not any(footer.unique_id):
+        yield _warning(
+            metadata, "no-id", "the unique id is all zeros: no child can name this image", "footer"
+        )
+
+
+def _fixed_findings(metadata: Metadata) -> Iterator[Finding]:
+    spare = metadata.tail.offset_bytes - metadata.size_bytes
+    if spare:
+        yield _warning(
+            metadata,
+            "trailing-space",
+            f"{spare} bytes between the data and the footer",
+            "data",
+            metadata.size_bytes,
+        )
+
+
+def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
+    assert metadata.header is not None
+    header = metadata.header
+    if header.data_offset != layout.NO_DATA_OFFSET:
+        yield _note(
+            metadata,
+            "header-data-offset",
+            f"unused data offset is {header.data_offset:#x}, not all ones",
+            "dynamic header",
+        )
+    spare = header.max_table_entries - metadata.block_count
+    if spare:
+        yield _note(
+            metadata,
+            "bat-spare",
+            f"{spare} entries more than the virtual size needs",
+            "BAT",
+            header.table_offset,
+        )
+    for locator in metadata.locators:
+        if locator.fault is not None:
+            message = {
+                CorruptReason.LOCATOR_LENGTH: f"{locator.data_length_bytes} bytes of text are not possible",
+                CorruptReason.LOCATOR_OUTSIDE_FILE: "the text lies past the end of the file",
+            }.get(locator.fault, "the text cannot be decoded")
+            yield _warning(
+                metadata, locator.fault.value, message, locator.structure, locator.data_offset_bytes
+            )
+    if (
+        metadata.is_differencing
+        and not metadata.parent_name
+        and not any(one.text for one in metadata.locators)
+    ):
+        yield Finding(
+            Severity.ERROR, "parent-unnamed", "nothing names the parent", metadata.path, "dynamic header"
+        )
+    table_end = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
+    padding = store.pread(table_end, round_up(table_end, SECTOR_SIZE) - table_end)
+    if not spare and padding.strip(b"\xff"):
+        yield _note(metadata, "bat-padding", "the rest of its last sector is not all ones", "BAT", table_end)
+
+
+def _space_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
+    """Space that belongs to nothing, and blocks that are stored short."""
+    whole, last = used_sizes(metadata)
+    starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
+    data_end = block_data_end(metadata)
+    structures = [(offset, offset + size) for _, offset, size in metadata.structures()]
+    edges = np.array(
+        [*structures, *np.stack([starts, starts + whole], axis=1).tolist()] if len(starts) else structures,
+        dtype=np.int64,
+    )
+    edges = edges[np.argsort(edges[:, 0], kind="stable")]
+    covered = np.maximum.accumulate(edges[:, 1])
+    gaps = np.append(edges[1:, 0], data_end) - covered
+    leaked = int(gaps[gaps >= _LEAK_BYTES].sum())
+    if leaked:
+        first = int(covered[np.flatnonzero(gaps >= _LEAK_BYTES)[0]])
+        yield _warning(metadata, "leaked-space", f"{format_size(leaked)} belong to nothing", "file", first)
+    final = bat.block_start(len(bat) - 1)
+    ends = starts + np.where(starts == final, last, whole)
+    cut = int((ends - data_end).max()) if len(ends) else 0
+    if cut > 0:
+        severity = Severity.WARNING if metadata.tail.state is FooterState.GOOD else Severity.ERROR
+        yield Finding(
+            severity,
+            "block-cut",
+            f"a block lacks its last {cut} bytes, which read as zeros",
+            metadata.path,
+            "file",
+            data_end,
+        )
+
+
+def _bitmap_findings(store: Store, metadata: Metadata, bat: Bat, ignore_bitmaps: bool) -> Iterator[Finding]:
+    """Clear bits over data in dynamic disks, and batmap bits that promise too much."""
+    assert metadata.header is not None
+    block_size = metadata.header.block_size
+    size, sector_count = bitmap.bitmap_size(block_size), whole_sectors(block_size)
+    batmap = _batmap_bits(store, metadata)
+    for block in np.flatnonzero(bat.allocated()).tolist():
+        start = bat.block_start(block)
+        raw = store.pread(start, size).ljust(size, b"\0")
+        if bitmap.is_full(raw, sector_count):
+            continue
+        owned = bitmap.owned(raw, sector_count)
+        if block < len(batmap) and batmap[block]:
+            message = f"the batmap calls block {block} full, its bitmap does not"
+            yield _warning(metadata, "batmap", message, f"bitmap of block {block}", start)
+        if metadata.is_differencing or ignore_bitmaps:
+            continue
+        inside = min(sector_count, whole_sectors(metadata.size_bytes - block * block_size))
+        for first, count, is_owned in bitmap.runs(owned[:inside]):
+            place = None if is_owned else _first_data(store, start + size + sectors_to_bytes(first), count)
+            if place is not None:
+                yield _warning(
+                    metadata,
+                    "hidden-data",
+                    f"bytes under clear bits of block {block} are not zeros; some readers show them"
+                    " (--dynamic-bitmap ignore)",
+                    f"block {block}",
+                    place,
+                )
+                break
+
+
+def _first_data(store: Store, offset_bytes: int, sector_count: int) -> int | None:
+    """Offset of the first sector that is not zeros, or None."""
+    for offset, size, may_hold in store.data_runs(offset_bytes, sectors_to_bytes(sector_count)):
+        position = offset
+        while may_hold and position < offset + size:
+            raw = store.pread(position, min(sectors_to_bytes(_READ_SECTORS), offset + size - position))
+            if not raw:
+                break
+            if raw.count(0) != len(raw):
+                return position + len(raw) - len(raw.lstrip(b"\0"))
+            position += len(raw)
+    return None
+
+
+def _batmap_bits(store: Store, metadata: Metadata) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    if metadata.batmap is None:
+        return np.zeros(0, dtype=np.bool_)
+    raw = store.pread(metadata.batmap.batmap_offset, -(-metadata.block_count // 8))
+    return bitmap.owned(raw, min(len(raw) * 8, metadata.block_count))
