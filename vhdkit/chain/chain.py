@@ -16,7 +16,7 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from vhdkit.chain.blockmap import LAYER_BITS, LAYER_MASK, MIXED, NOBODY, UNKNOWN, ZERO, BlockMap, owner_runs
+from vhdkit.chain.blockmap import LAYER_BITS, LAYER_MASK, MAX_LAYERS, MIXED, NOBODY, UNKNOWN, ZERO, BlockMap, owner_runs
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
@@ -30,7 +30,7 @@ class Chain:
     """Open layers, leaf first. One writer at a time; readers need no lock. `close` closes every layer."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        assert layers and all(not layer.writable for layer in layers[1:])
+        assert 0 < len(layers) <= MAX_LAYERS and all(not layer.writable for layer in layers[1:])
         self.layers = tuple(layers)
         self.leaf = layers[0]
         self.size_bytes = self.leaf.size_bytes
@@ -41,6 +41,11 @@ class Chain:
         self._grain_shift = self.map.grain_shift
         self._grain_bytes = self.map.grain_bytes
         self._grain_mask = self.map.grain_bytes - 1
+        self._readers_by_number = (self._readers[0], *self._readers)  # the fine table counts layers from 1
+        self._fine = self.map.fine
+        self._fine_bytes = self.map.fine_bytes
+        self._fine_mask = self.map.fine_bytes - 1
+        self._fine_shift = self._fine_mask.bit_length()
 
     @classmethod
     def open(
@@ -54,8 +59,15 @@ class Chain:
     def read_into(self, sector_index: int, buffer: memoryview) -> None:
         """Fill `buffer`, whole sectors, from `sector_index` on; the range lies inside the disk. Raises IoFailed."""
         offset = sectors_to_bytes(sector_index)
+        size = len(buffer)
+        within = offset & self._fine_mask
+        if within + size <= self._fine_bytes:
+            entry = self._fine[offset >> self._fine_shift]
+            if entry:
+                self._readers_by_number[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
+                return
         within = offset & self._grain_mask
-        if within + len(buffer) <= self._grain_bytes:
+        if within + size <= self._grain_bytes:
             entry = self._entries[offset >> self._grain_shift]
             if entry >= 0:
                 self._readers[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
