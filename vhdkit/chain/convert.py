@@ -30,9 +30,9 @@ from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, check_block_size
 from vhdkit.formats.vhd.geometry import azure_size
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
-from vhdkit.units import KIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
+from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
 
-_PIECE_BYTES = 512 * KIB  # read, looked at and written while it is still in the processor's cache
+_PIECE_BYTES = MIB  # measured best: larger leaves the cache, smaller pays for its calls
 _WORKERS = 2
 _PIECES_IN_FLIGHT = 4 * _WORKERS
 _MIN_HOLE_PAGES = 4  # a shorter run of zero pages is written: a hole that small costs more than it saves

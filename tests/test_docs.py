@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from vhdkit.formats.vhd.layout import STRUCTURES
+
+ROOT = Path(__file__).parent.parent
+INVARIANT = re.compile(r"INV-[A-Z-]*[A-Z]")
+
+
+def table_of(text: str, heading: str) -> list[tuple[str, int, int]]:
+    """(field, offset, size) rows of the table under a heading."""
+    section = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \|", section, re.MULTILINE)
+    return [(name, int(offset), int(size)) for offset, size, name in rows]
+
+
+def docstrings_of_tests() -> str:
+    """All docstrings of all test functions, methods and modules."""
+    found = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test"):
+                found.append(ast.get_docstring(node) or "")
+    return "\n".join(found)
+
+
+def test_offset_tables_agree_with_the_layout() -> None:
+    """Every structure has a table in formats-vhd.md with the same fields, offsets and sizes as layout.py."""
+    text = (ROOT / "docs/formats-vhd.md").read_text()
+    for name, fields in STRUCTURES.items():
+        assert table_of(text, name) == [tuple(field) for field in fields], name
+
+
+def test_every_invariant_is_tested_and_every_tested_one_is_listed() -> None:
+    """The invariants of invariants.md and those named in test docstrings are the same set."""
+    listed = set(re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE))
+    tested = set(INVARIANT.findall(docstrings_of_tests()))
+    assert listed == tested
+
+
+def test_invariants_named_in_the_code_are_listed() -> None:
+    """No module speaks of an invariant that the page does not have."""
+    listed = set(INVARIANT.findall((ROOT / "docs/invariants.md").read_text()))
+    for path in (ROOT / "vhdkit").rglob("*.py"):
+        assert set(INVARIANT.findall(path.read_text())) <= listed, path
+
+
+def test_architecture_names_every_room() -> None:
+    """Each module of the engine stands in architecture.md's table of rooms or is plainly a part of one."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "vhdkit/chain").glob("*.py"):
+        if path.stem != "__init__":
+            assert f"`{path.stem}`" in text or f"chain/{path.stem}" in text, path
