@@ -17,6 +17,7 @@ from vhdkit.chain.check import check
 from vhdkit.chain.compare import Comparison, compare
 from vhdkit.chain.convert import convert
 from vhdkit.chain.create import DiskFormat, create_child, create_image
+from vhdkit.chain.rebase import rebase
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import (
@@ -80,4 +81,5 @@ __all__ = [
     "create_child",
     "create_image",
     "open_disk",
+    "rebase",
 ]

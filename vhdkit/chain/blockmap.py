@@ -110,7 +110,9 @@ class BlockMap:
             self._refine(grain, owners, offsets, 0, self.grain_sectors)
             return entry
 
-    def _refine(self, grain: int, owners: bytearray, offsets: tuple[int, ...], first: int, count: int) -> None:
+    def _refine(
+        self, grain: int, owners: bytearray, offsets: tuple[int, ...], first: int, count: int
+    ) -> None:
         """Fill in the fine entries over these sectors of the grain: store offset << 8 | layer + 1, or 0."""
         per_entry = whole_sectors(self.fine_bytes)
         low, high = first // per_entry, -(-(first + count) // per_entry)

@@ -16,7 +16,17 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from vhdkit.chain.blockmap import LAYER_BITS, LAYER_MASK, MAX_LAYERS, MIXED, NOBODY, UNKNOWN, ZERO, BlockMap, owner_runs
+from vhdkit.chain.blockmap import (
+    LAYER_BITS,
+    LAYER_MASK,
+    MAX_LAYERS,
+    MIXED,
+    NOBODY,
+    UNKNOWN,
+    ZERO,
+    BlockMap,
+    owner_runs,
+)
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors

@@ -207,7 +207,9 @@ def data_ranges(view: memoryview) -> list[tuple[int, int]]:
     """The byte ranges of `view` (whole sectors) that are not zeros, on pages from its start."""
     size = len(view)
     page_count = size // PAGE_SIZE
-    words = np.frombuffer(view, dtype=np.uint64, count=page_count * _WORDS_PER_PAGE).reshape(page_count, _WORDS_PER_PAGE)
+    words = np.frombuffer(view, dtype=np.uint64, count=page_count * _WORDS_PER_PAGE).reshape(
+        page_count, _WORDS_PER_PAGE
+    )
     # Most pages with data show it in their first word; only the others are looked at whole.
     has_data = words[:, 0] != 0
     quiet = np.flatnonzero(~has_data)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ntpath
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -253,7 +254,7 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
         return errors.ParentRefused(
             f"its parent {quoted} leads to {errors.printable(place)}, outside the image's folder",
             path=child.path,
-            hint=f"if you trust it, say --allow-parent-dir {os.path.dirname(place)!r}",
+            hint=f"if you trust it, say --allow-parent-dir {shlex.quote(os.path.dirname(place))}",
         )
     if search.unreadable:
         return errors.ParentMissing(
@@ -266,7 +267,7 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
             path=child.path,
             expected=f"id {format_id(_parent_id(child))}",
             found=f"id {format_id(found)}" if found != NULL_ID else "no id",
-            hint="find the right parent and name its folder with --allow-parent-dir",
+            hint=_repoint(child),
         )
     places = (
         ", ".join(errors.printable(place) for place in search.places) or "nowhere: it has no usable name"
@@ -274,7 +275,15 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
     return errors.ParentMissing(
         f"its parent {quoted} (id {format_id(_parent_id(child))}) was not found; searched {places}",
         path=child.path,
-        hint="if it lies in another folder, name that with --allow-parent-dir FOLDER",
+        hint=_repoint(child),
+    )
+
+
+def _repoint(child: Metadata) -> str:
+    """What to do about a parent that is somewhere else."""
+    return (
+        "name the folder it is in with --allow-parent-dir FOLDER, or repoint the image for good:"
+        f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT"
     )
 
 

@@ -150,7 +150,7 @@ def _create_sparse(store: Store, footer: Footer, block_size_bytes: int, link: Pa
     end = table_offset + table_size
     texts: list[tuple[int, bytes]] = []
     if link is not None:
-        header, texts, end = _linked(header, link, end)
+        header, texts, end = linked_header(header, link, end)
     assert layout.FOOTER_SIZE + layout.HEADER_SIZE <= table_offset
     raw_footer = layout.build_footer(footer)
     store.pwrite(0, raw_footer + layout.build_header(header))
@@ -161,7 +161,7 @@ def _create_sparse(store: Store, footer: Footer, block_size_bytes: int, link: Pa
     return footer
 
 
-def _linked(
+def linked_header(
     header: DynamicHeader, link: ParentLink, offset: int
 ) -> tuple[DynamicHeader, list[tuple[int, bytes]], int]:
     """`header` with everything that names the parent, and the locator texts to write from `offset` on."""

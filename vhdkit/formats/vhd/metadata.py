@@ -222,7 +222,11 @@ def read_metadata(store: Store) -> Metadata:
     tail, copy = read_footers(store)
     chosen = _choose(path, tail, copy)
     footer = chosen.footer
-    where: dict[str, Any] = {"path": path, "structure": chosen.structure, "offset_bytes": chosen.offset_bytes}
+    where: dict[str, Any] = {
+        "path": path,
+        "structure": chosen.structure,
+        "offset_bytes": chosen.offset_bytes,
+    }
     if footer.disk_type not in (
         layout.DISK_TYPE_FIXED,
         layout.DISK_TYPE_DYNAMIC,
