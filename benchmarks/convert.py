@@ -71,7 +71,9 @@ def command(*words: str | Path, fresh: Path, durable: bool = False) -> Callable[
     return run
 
 
-def jobs(folder: Path, raw: Path, dynamic: Path, leaf: Path, durable: bool) -> dict[str, dict[str, Callable[[], float]]]:
+def jobs(
+    folder: Path, raw: Path, dynamic: Path, leaf: Path, durable: bool
+) -> dict[str, dict[str, Callable[[], float]]]:
     """For each kind of conversion its contestants: name -> run."""
     ours = [sys.executable, "-m", "vhdkit", "convert", "--quiet", "--no-progress", "--no-sync"]
     out, copy = folder / "out", folder / "copy.raw"
@@ -88,8 +90,16 @@ def jobs(folder: Path, raw: Path, dynamic: Path, leaf: Path, durable: bool) -> d
         return {"qemu-img convert": command(*words, fresh=out, durable=durable)} if qemu else {}
 
     return {
-        "raw to dynamic": {"vhdkit": mine(raw, "dynamic"), **theirs("raw", "vpc", raw), "cp --sparse=auto": cp()},
-        "dynamic to raw": {"vhdkit": mine(dynamic, "raw"), **theirs("vpc", "raw", dynamic), "cp --sparse=auto": cp()},
+        "raw to dynamic": {
+            "vhdkit": mine(raw, "dynamic"),
+            **theirs("raw", "vpc", raw),
+            "cp --sparse=auto": cp(),
+        },
+        "dynamic to raw": {
+            "vhdkit": mine(dynamic, "raw"),
+            **theirs("vpc", "raw", dynamic),
+            "cp --sparse=auto": cp(),
+        },
         "chain of 3 to fixed": {"vhdkit": mine(leaf, "fixed"), "cp --sparse=auto": cp()},
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a chain of eight dynamic and differencing VHDs of 2 TiB (less 8 GiB, the most Windows allows), every block allocated.
+"""Opening a chain of eight VHDs of 2040 GiB, the most a VHD holds, with every block of every layer allocated.
 
 The files are sparse: headers, full BATs and footers are there, the data is holes, so a million blocks a layer cost no
 space. Each round is a process of its own that opens the chain, reads one sector and reports its time and peak memory.
@@ -64,16 +64,16 @@ def main() -> None:
             allocate_all(path)
 
         def ours() -> float:
-            done = subprocess.run(
-                [sys.executable, "-c", _OPEN, str(leaf)], check=True, capture_output=True, text=True
-            )
+            done = subprocess.run([sys.executable, "-c", _OPEN, str(leaf)], check=True, capture_output=True, text=True)
             result = json.loads(done.stdout)
             peaks.append(result["peak"])
             return float(result["seconds"])
 
         contestants = {"vhdkit, 8 layers": ours}
         if has("qemu-img"):
-            contestants["qemu-img info, 1 layer (whole process)"] = lambda: timed_command("qemu-img", "info", str(base))
+            contestants["qemu-img info, 1 layer (whole process)"] = lambda: timed_command(
+                "qemu-img", "info", str(base)
+            )
         rows = interleaved(contestants, options.rounds)
     peak = max(peaks)
     table = [

@@ -51,9 +51,7 @@ class Disk:
 
     def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
         """Fill the writable, contiguous `buffer` from `offset_bytes`. Raises OutOfRange, IoFailed."""
-        view = (
-            buffer if type(buffer) is memoryview and buffer.format == "B" else memoryview(buffer).cast("B")
-        )
+        view = buffer if type(buffer) is memoryview and buffer.format == "B" else memoryview(buffer).cast("B")
         size = len(view)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -157,9 +155,7 @@ class Disk:
         size = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
         self._check_range(offset_bytes, size)
         first = offset_bytes // SECTOR_SIZE
-        return self.chain.extents(
-            first, covering_sectors(offset_bytes + size) - first, find_holes=find_holes
-        )
+        return self.chain.extents(first, covering_sectors(offset_bytes + size) - first, find_holes=find_holes)
 
     def close(self) -> None:
         """Flush and close every file. Closing twice is fine. Raises as `flush` does; the files are closed anyway."""
@@ -189,9 +185,7 @@ class Disk:
             raise errors.ReadOnly("the disk was opened for reading only", path=self.path)
 
 
-def open_disk(
-    path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None
-) -> Disk:
+def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None) -> Disk:
     """Open an image and, when it is differencing, all its parents, as one disk.
 
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage, ImageInUse, HasChildren,

@@ -12,11 +12,12 @@ import errno
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from typing import Self
 
 from vhdkit import errors
-from vhdkit.store import FileStore, translate, translated
+from vhdkit.store import FileStore, translated
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
@@ -62,9 +63,7 @@ class NewFile:
             except FileNotFoundError:
                 return
         if not self._replace:
-            raise errors.AlreadyExists(
-                "already exists", path=self.path, hint="choose another name, or --force"
-            )
+            raise errors.AlreadyExists("already exists", path=self.path, hint="choose another name, or --force")
         if not stat.S_ISREG(status.st_mode):
             raise errors.InvalidArgument(
                 "exists and is no regular file: it is not replaced",
@@ -114,9 +113,9 @@ class NewFile:
         self.discard()
 
 
-def scratch_store(directory: str) -> FileStore:
-    """A nameless file in `directory` that vanishes when closed."""
-    directory = directory or os.curdir
+def scratch_store(directory: str | None) -> FileStore:
+    """A nameless file in `directory` (None: where the system keeps temporary files) that vanishes when closed."""
+    directory = tempfile.gettempdir() if directory is None else directory or os.curdir
     with translated(directory, "create a temporary file in"):
         try:
             fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
@@ -191,9 +190,7 @@ def find_ignoring_case(path: str) -> str | None:
             continue
         if not os.path.lexists(os.path.join(found, name)):
             try:
-                spellings = sorted(
-                    one for one in os.listdir(found or os.curdir) if one.casefold() == name.casefold()
-                )
+                spellings = sorted(one for one in os.listdir(found or os.curdir) if one.casefold() == name.casefold())
             except OSError:
                 return None
             if not spellings:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes at offsets: with `folder` (names) the only file I/O in vhdkit.
 
-Decides how bytes reach the operating system (`pread`, `pwrite`, `fdatasync`, hole punching, sparse runs),
-and which locks keep other programs away. Must not know what the bytes mean. There is no shared position: every call names its offset.
+Decides how bytes reach the operating system (`pread`, `pwrite`, `fdatasync`, hole punching, sparse runs), and which
+locks keep other programs away. Must not know what the bytes mean. There is no shared position: every call names its
+offset.
 
 Locks are those of QEMU's file driver: open-file-description locks, shared, on single bytes. A byte 100+i
 locked says "I use permission i", a byte 200+i says "I do not let others use permission i"; permission 0 is
@@ -140,9 +141,7 @@ class FileStore:
         self.writable = writable
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], *, writable: bool = False, follow_links: bool = True
-    ) -> FileStore:
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False, follow_links: bool = True) -> FileStore:
         """Open an existing regular file or block device.
 
         Raises NotFound, AccessDenied, InvalidArgument (a directory, a pipe, a character device).
@@ -350,9 +349,7 @@ class FileStore:
             fcntl.fcntl(self._fd, _F_OFD_SETLK, request)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise errors.ImageInUse(
-                    "another program holds this image exclusively", path=self._path
-                ) from error
+                raise errors.ImageInUse("another program holds this image exclusively", path=self._path) from error
             raise self._failed(error, "lock", byte) from error
 
     def close(self) -> None:

@@ -10,13 +10,9 @@ from __future__ import annotations
 import re
 
 SECTOR_SHIFT = 9
-SECTOR_SIZE = (
-    1 << SECTOR_SHIFT
-)  # bytes; every VHD structure and every request inside the engine counts in these
+SECTOR_SIZE = 1 << SECTOR_SHIFT  # bytes; every VHD structure and every request inside the engine counts in these
 SECTOR_MASK = SECTOR_SIZE - 1
-PAGE_SIZE = (
-    4096  # bytes; physical sector of current disks and page of the page cache: data blocks start on one
-)
+PAGE_SIZE = 4096  # bytes; physical sector of current disks and page of the page cache: data blocks start on one
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB

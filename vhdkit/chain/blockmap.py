@@ -40,7 +40,7 @@ MAX_MIXED_BYTES = 64 * MIB  # of owner bytes in the cache
 
 @dataclass(frozen=True, slots=True)
 class MixedGrain:
-    """A grain with several owners: one owner byte per sector, and where each layer's grain lies in its file (or -1)."""
+    """A grain with several owners: one owner byte per sector, and where the grain lies in each file (or -1)."""
 
     owners: bytearray
     offsets: tuple[int, ...]
@@ -110,9 +110,7 @@ class BlockMap:
             self._refine(grain, owners, offsets, 0, self.grain_sectors)
             return entry
 
-    def _refine(
-        self, grain: int, owners: bytearray, offsets: tuple[int, ...], first: int, count: int
-    ) -> None:
+    def _refine(self, grain: int, owners: bytearray, offsets: tuple[int, ...], first: int, count: int) -> None:
         """Fill in the fine entries over these sectors of the grain: store offset << 8 | layer + 1, or 0."""
         per_entry = whole_sectors(self.fine_bytes)
         low, high = first // per_entry, -(-(first + count) // per_entry)

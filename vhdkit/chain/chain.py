@@ -190,9 +190,7 @@ class Chain:
             if stop > position:
                 kind = ExtentKind.DATA if is_data else ExtentKind.ZERO
                 place = base + sectors_to_bytes(position) if is_data else None
-                yield Extent(
-                    extent.sector_index + position, stop - position, kind, extent.layer_index, place
-                )
+                yield Extent(extent.sector_index + position, stop - position, kind, extent.layer_index, place)
                 position = stop
 
     # -- writing ------------------------------------------------------------------------------------------------

@@ -50,9 +50,7 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
             store.close()
 
 
-def _check_one(
-    store: FileStore, findings: list[Finding], options: OpenOptions, *, is_leaf: bool
-) -> Metadata | None:
+def _check_one(store: FileStore, findings: list[Finding], options: OpenOptions, *, is_leaf: bool) -> Metadata | None:
     """Examine one file; returns its metadata when it is a VHD sound enough to have a parent."""
     try:
         format_name = (options.format_name if is_leaf else None) or identify(store)

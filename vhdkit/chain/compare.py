@@ -68,9 +68,7 @@ def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -
                 different += len(bad)
                 if first_difference is None:
                     sector = int(bad[0])
-                    within = np.flatnonzero(
-                        views[0][sector].view(np.uint8) != views[1][sector].view(np.uint8)
-                    )
+                    within = np.flatnonzero(views[0][sector].view(np.uint8) != views[1][sector].view(np.uint8))
                     first_difference = sectors_to_bytes(position + sector) + int(within[0])
         if progress is not None:
             progress(sectors_to_bytes(position + count), size)
@@ -115,8 +113,6 @@ def _alike(one: Chain, a: Extent, other: Chain, b: Extent) -> bool:
     if a.store_offset_bytes is None or b.store_offset_bytes is None:
         return a.store_offset_bytes is b.store_offset_bytes
     mine, theirs = one.layers[a.layer_index].store, other.layers[b.layer_index].store
-    if not (
-        isinstance(mine, FileStore) and isinstance(theirs, FileStore) and mine.identity == theirs.identity
-    ):
+    if not (isinstance(mine, FileStore) and isinstance(theirs, FileStore) and mine.identity == theirs.identity):
         return False
     return a.store_offset_bytes - b.store_offset_bytes == sectors_to_bytes(a.sector_index - b.sector_index)

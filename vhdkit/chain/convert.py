@@ -22,14 +22,13 @@ import numpy as np
 
 from vhdkit import errors
 from vhdkit.chain.chain import Chain, Progress
-from vhdkit.chain.create import DiskFormat, check_new_size, write_empty
-from vhdkit.chain.resolve import NULL_ID, OpenOptions, find_children, unique_id
-from vhdkit.folder import NewFile, is_regular
+from vhdkit.chain.create import DiskFormat, check_new_size, check_replaceable, write_empty
+from vhdkit.chain.resolve import OpenOptions
+from vhdkit.folder import NewFile
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, check_block_size
 from vhdkit.formats.vhd.geometry import azure_size
 from vhdkit.image import ExtentKind
-from vhdkit.store import FileStore
 from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB  # measured best: larger leaves the cache, smaller pays for its calls
@@ -89,7 +88,7 @@ def convert_chain(
     """`convert` for a chain that is already open."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     if replace:
-        check_replaceable(os.fspath(destination), chain)
+        check_replaceable(os.fspath(destination), chain.layers)
     with NewFile(destination, replace=replace) as new:
         write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)
         name = FormatName.RAW if disk_format is DiskFormat.RAW else FormatName.VHD
@@ -110,34 +109,7 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
     return size_bytes
 
 
-def check_replaceable(path: str, chain: Chain | None) -> None:
-    """Refuse to replace a file of the chain itself, an image in use, or one that other images stand on."""
-    if not is_regular(path):
-        return
-    with FileStore.open(path) as store:
-        own = (
-            [layer.store.identity for layer in chain.layers if isinstance(layer.store, FileStore)]
-            if chain
-            else []
-        )
-        if store.identity in own:
-            raise errors.InvalidArgument("is part of the source; it is not overwritten", path=path)
-        store.lock(writer=False)
-        store.unlock()
-        own_id = unique_id(store)
-        children = []
-        if own_id != NULL_ID:
-            children = find_children(own_id, [os.path.dirname(path)], apart_from=store.identity)
-    if children:
-        raise errors.HasChildren(
-            f"is the parent of {errors.printable(children[0])}; replacing it would destroy that image",
-            path=path,
-        )
-
-
-def copy_content(
-    chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None
-) -> None:
+def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None) -> None:
     """Write everything in `chain` that is not zeros to `target`, which reads as zeros.
 
     `one_writer` keeps writes apart, as a layer that allocates needs it. Raises IoFailed, NoSpace.

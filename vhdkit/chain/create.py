@@ -8,18 +8,20 @@ Decides how a child names its parent and that a new image appears whole or not a
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 
 from vhdkit import errors
-from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers
-from vhdkit.folder import NewFile, real_path
+from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
+from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd import create
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.geometry import azure_size
-from vhdkit.store import Store
+from vhdkit.image import Layer
+from vhdkit.store import FileStore, Store
 from vhdkit.units import SECTOR_SIZE
 
 _MAX_RAW_BYTES = 1 << 62
@@ -56,12 +58,26 @@ def create_image(
         raise errors.InvalidArgument("only fixed and raw images can be preallocated")
     check_new_size(size_bytes, disk_format)
     create.check_block_size(block_size_bytes)
+    if replace:
+        check_replaceable(os.fspath(path), ())
     with NewFile(path, replace=replace) as new:
-        write_empty(
-            new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate
-        )
+        write_empty(new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate)
         new.commit()
     return size_bytes
+
+
+def check_replaceable(path: str, layers: Sequence[Layer]) -> None:
+    """Refuse to replace a file of the chain `layers`, an image in use, or one that other images stand on.
+
+    Raises InvalidArgument, ImageInUse, HasChildren.
+    """
+    if not is_regular(path):
+        return
+    with FileStore.open(path) as store:
+        if any(isinstance(layer.store, FileStore) and layer.store.identity == store.identity for layer in layers):
+            raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
+        store.lock(writer=True)
+        refuse_with_children(store, OpenOptions(), "replacing it would destroy that image")
 
 
 def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
@@ -123,10 +139,10 @@ def create_child(
         unique_id, timestamp = NULL_ID, 0
         if isinstance(parent, DynamicImage | FixedImage):
             unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
+        if replace:
+            check_replaceable(child, layers)
         link = link_to(child, os.fspath(parent_path), unique_id, timestamp)
         with NewFile(child, replace=replace) as new:
-            if os.path.exists(child) and os.path.samefile(child, parent_path):
-                raise errors.InvalidArgument("an image cannot be its own parent", path=child)
             create.create_differencing(new.store, size, link, block_size_bytes=block_size_bytes)
             new.commit()
     finally:

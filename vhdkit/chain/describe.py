@@ -82,9 +82,7 @@ def describe_image(path: str | os.PathLike[str], *, options: OpenOptions | None 
     """
     options = options or OpenOptions()
     with FileStore.open(path) as store:
-        return _describe(
-            store, allowed_folders(store.name, options.parent_dirs), options, options.format_name
-        )
+        return _describe(store, allowed_folders(store.name, options.parent_dirs), options, options.format_name)
 
 
 def _describe(
@@ -182,16 +180,10 @@ def describe_chain(path: str | os.PathLike[str], *, options: OpenOptions | None 
     leaf_path = os.fspath(path)
     folders = allowed_folders(leaf_path, options.parent_dirs)
     images = [describe_image(leaf_path, options=options)]
-    while (
-        (parent := images[-1].parent) is not None
-        and parent.path is not None
-        and len(images) < MAX_CHAIN_DEPTH
-    ):
+    while (parent := images[-1].parent) is not None and parent.path is not None and len(images) < MAX_CHAIN_DEPTH:
         raw_parent = parent.unique_id.startswith("none")
         with FileStore.open(parent.path) as store:
-            images.append(
-                _describe(store, folders, options, FormatName.RAW if raw_parent else FormatName.VHD)
-            )
+            images.append(_describe(store, folders, options, FormatName.RAW if raw_parent else FormatName.VHD))
     problem = images[-1].parent.problem if images[-1].parent is not None else None
     if images[-1].parent is not None and problem is None:
         problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers, or leads back to itself"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repointing a differencing image to where its parent lies now.
 
-Decides that the names of the parent change, never its identity (`INV-PARENT-ID`) nor a byte of the disk. In which order
-the names reach the device is `formats.vhd.relink`'s decision.
+Decides that the names of the parent change, never its identity (`INV-PARENT-ID`) nor a byte of the disk. In which
+order the names reach the device is `formats.vhd.relink`'s decision.
 """
 
 from __future__ import annotations

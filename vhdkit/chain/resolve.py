@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.folder import find_ignoring_case, is_regular, is_within, real_path, regular_files
-from vhdkit.formats.probe import FormatName, identify, open_layer
+from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.locator import ABSOLUTE, MAC, OLD_ABSOLUTE, OLD_RELATIVE, RELATIVE, Locator
@@ -74,7 +74,7 @@ def open_layers(
     try:
         _hold(store, writable, options)
         if writable:
-            _refuse_with_children(store, options)
+            refuse_with_children(store, options, "writing to it would corrupt that image")
         layers.append(_open_leaf(store, False, options))
         _open_parents(layers, leaf_path, options)
         if writable:  # last: only now is it sure that the chain is whole, and this may mend the file
@@ -88,9 +88,7 @@ def open_layers(
 
 
 def _open_leaf(store: FileStore, writable: bool, options: OpenOptions) -> Layer:
-    return open_layer(
-        store, format_name=options.format_name, writable=writable, ignore_bitmaps=options.ignore_bitmaps
-    )
+    return open_layer(store, format_name=options.format_name, writable=writable, ignore_bitmaps=options.ignore_bitmaps)
 
 
 def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
@@ -257,9 +255,7 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
             hint=f"if you trust it, say --allow-parent-dir {shlex.quote(os.path.dirname(place))}",
         )
     if search.unreadable:
-        return errors.ParentMissing(
-            f"its parent {quoted} cannot be read: {search.unreadable[0]}", path=child.path
-        )
+        return errors.ParentMissing(f"its parent {quoted} cannot be read: {search.unreadable[0]}", path=child.path)
     if search.mismatched:
         place, found = search.mismatched[0]
         return errors.ParentMismatch(
@@ -269,9 +265,7 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
             found=f"id {format_id(found)}" if found != NULL_ID else "no id",
             hint=_repoint(child),
         )
-    places = (
-        ", ".join(errors.printable(place) for place in search.places) or "nowhere: it has no usable name"
-    )
+    places = ", ".join(errors.printable(place) for place in search.places) or "nowhere: it has no usable name"
     return errors.ParentMissing(
         f"its parent {quoted} (id {format_id(_parent_id(child))}) was not found; searched {places}",
         path=child.path,
@@ -293,9 +287,7 @@ def format_id(unique_id_bytes: bytes) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def find_children(
-    parent_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None
-) -> list[str]:
+def find_children(parent_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None) -> list[str]:
     """Paths of the differencing images in `folders` whose parent has this id. Damaged files are passed over."""
     children = []
     for folder in dict.fromkeys(real_path(folder) for folder in folders):
@@ -319,7 +311,11 @@ def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None) -
     return metadata.is_differencing and _parent_id(metadata) == parent_id
 
 
-def _refuse_with_children(store: FileStore, options: OpenOptions) -> None:
+def refuse_with_children(store: FileStore, options: OpenOptions, danger: str) -> None:
+    """Raise HasChildren when an image in the file's folder, or in those the user named, stands on this one.
+
+    `danger` says what would happen to it.
+    """
     own_id = unique_id(store)
     if own_id == NULL_ID:
         return
@@ -328,7 +324,7 @@ def _refuse_with_children(store: FileStore, options: OpenOptions) -> None:
     if children:
         others = f" and {len(children) - 1} more" if len(children) > 1 else ""
         raise errors.HasChildren(
-            f"is the parent of {errors.printable(children[0])}{others}; writing to it would corrupt that image",
+            f"is the parent of {errors.printable(children[0])}{others}; {danger}",
             path=store.name,
-            hint="open the child instead",
+            hint="work on the child instead, or move it away",
         )

@@ -8,13 +8,12 @@ function that reads or writes.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.chain.chain import Chain, Progress
-from vhdkit.chain.convert import check_replaceable, convert_chain, converted_size, data_ranges
-from vhdkit.chain.create import DiskFormat
+from vhdkit.chain.convert import convert_chain, converted_size, data_ranges
+from vhdkit.chain.create import DiskFormat, check_replaceable
 from vhdkit.folder import NewFile, scratch_store
 from vhdkit.formats.probe import FormatName
 from vhdkit.formats.raw import open_raw
@@ -42,9 +41,7 @@ def export_stream(
     Raises InvalidArgument for a format that cannot be streamed, IoFailed, and what `write` raises.
     """
     if disk_format is DiskFormat.DYNAMIC:
-        raise errors.InvalidArgument(
-            "a dynamic VHD cannot be written to a pipe", hint="say --to raw or --to fixed"
-        )
+        raise errors.InvalidArgument("a dynamic VHD cannot be written to a pipe", hint="say --to raw or --to fixed")
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     buffer, zeros = memoryview(bytearray(_PIECE_BYTES)), memoryview(_ZEROS)
     for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
@@ -85,7 +82,7 @@ def import_stream(
     """
     path = os.fspath(destination)
     if replace:
-        check_replaceable(path, None)
+        check_replaceable(path, ())
     if disk_format is DiskFormat.DYNAMIC:
         with scratch_store(os.path.dirname(path)) as spool:
             _check_source(receive(read, spool, source_format, progress))
@@ -114,7 +111,7 @@ def pass_stream(
     azure: bool = False,
 ) -> int:
     """From pipe to pipe; the bytes wait in a temporary file until the end is known."""
-    with scratch_store(tempfile.gettempdir()) as spool:
+    with scratch_store(None) as spool:
         _check_source(receive(read, spool, source_format, None))
         return export_stream(Chain([open_raw(spool)]), write, disk_format, azure=azure)
 
@@ -169,7 +166,5 @@ def _without_footer(store: FileStore, size_bytes: int) -> int:
     if footer.disk_type == layout.DISK_TYPE_FIXED and footer.current_size == tail.offset_bytes:
         return tail.offset_bytes
     if copy.state.usable:
-        raise errors.InvalidArgument(
-            "a dynamic or differencing VHD cannot be read from a pipe", hint="name its file"
-        )
+        raise errors.InvalidArgument("a dynamic or differencing VHD cannot be read from a pipe", hint="name its file")
     return size_bytes

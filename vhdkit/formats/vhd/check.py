@@ -65,9 +65,7 @@ def _limited(findings: Iterator[Finding], path: str, what: str) -> list[Finding]
     return listed
 
 
-def _warning(
-    metadata: Metadata, code: str, message: str, structure: str, offset: int | None = None
-) -> Finding:
+def _warning(metadata: Metadata, code: str, message: str, structure: str, offset: int | None = None) -> Finding:
     return Finding(Severity.WARNING, code, message, metadata.path, structure, offset)
 
 
@@ -102,9 +100,7 @@ def _footer_findings(metadata: Metadata) -> Iterator[Finding]:
     if footer.hidden:
         yield _note(metadata, "hidden", "marked hidden: an inner node of a XenServer chain", "footer")
     if not any(footer.unique_id):
-        yield _warning(
-            metadata, "no-id", "the unique id is all zeros: no child can name this image", "footer"
-        )
+        yield _warning(metadata, "no-id", "the unique id is all zeros: no child can name this image", "footer")
 
 
 def _fixed_findings(metadata: Metadata) -> Iterator[Finding]:
@@ -144,17 +140,9 @@ def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
                 CorruptReason.LOCATOR_LENGTH: f"{locator.data_length_bytes} bytes of text are not possible",
                 CorruptReason.LOCATOR_OUTSIDE_FILE: "the text lies past the end of the file",
             }.get(locator.fault, "the text cannot be decoded")
-            yield _warning(
-                metadata, locator.fault.value, message, locator.structure, locator.data_offset_bytes
-            )
-    if (
-        metadata.is_differencing
-        and not metadata.parent_name
-        and not any(one.text for one in metadata.locators)
-    ):
-        yield Finding(
-            Severity.ERROR, "parent-unnamed", "nothing names the parent", metadata.path, "dynamic header"
-        )
+            yield _warning(metadata, locator.fault.value, message, locator.structure, locator.data_offset_bytes)
+    if metadata.is_differencing and not metadata.parent_name and not any(one.text for one in metadata.locators):
+        yield Finding(Severity.ERROR, "parent-unnamed", "nothing names the parent", metadata.path, "dynamic header")
     table_end = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
     padding = store.pread(table_end, round_up(table_end, SECTOR_SIZE) - table_end)
     if not spare and padding.strip(b"\xff"):

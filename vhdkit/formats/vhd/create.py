@@ -49,9 +49,7 @@ class ParentLink:
 def check_size(size_bytes: int, *, fixed: bool = False) -> None:
     """Raise InvalidArgument for a virtual size no VHD can have."""
     if size_bytes % SECTOR_SIZE:
-        raise errors.InvalidArgument(
-            f"a disk of {size_bytes} bytes is no whole number of {SECTOR_SIZE}-byte sectors"
-        )
+        raise errors.InvalidArgument(f"a disk of {size_bytes} bytes is no whole number of {SECTOR_SIZE}-byte sectors")
     if size_bytes <= 0:
         raise errors.InvalidArgument("a disk needs at least one sector")
     if size_bytes > geometry.MAX_CREATE_BYTES:
@@ -92,7 +90,7 @@ def new_footer(disk_type: int, size_bytes: int) -> Footer:
         unique_id=uuid.uuid4().bytes,
         saved_state=0,
         hidden=0,
-        reserved=bytes(426),
+        reserved=bytes(layout.FOOTER_RESERVED_SIZE),
     )
 
 
@@ -121,9 +119,7 @@ def create_differencing(
 
     Raises InvalidArgument, also for a parent whose name cannot be written in UTF-16, and NoSpace.
     """
-    return _create_sparse(
-        store, new_footer(layout.DISK_TYPE_DIFFERENCING, size_bytes), block_size_bytes, link
-    )
+    return _create_sparse(store, new_footer(layout.DISK_TYPE_DIFFERENCING, size_bytes), block_size_bytes, link)
 
 
 def _create_sparse(store: Store, footer: Footer, block_size_bytes: int, link: ParentLink | None) -> Footer:
@@ -143,15 +139,15 @@ def _create_sparse(store: Store, footer: Footer, block_size_bytes: int, link: Pa
         parent_unique_id=bytes(layout.UUID_SIZE),
         parent_timestamp=0,
         reserved1=0,
-        parent_unicode_name=bytes(512),
+        parent_unicode_name=bytes(layout.PARENT_NAME_SIZE),
         parent_locators=(LocatorEntry(locator.NO_PLATFORM, 0, 0, 0, 0),) * layout.LOCATOR_COUNT,
-        reserved2=bytes(256),
+        reserved2=bytes(layout.HEADER_RESERVED_SIZE),
     )
     end = table_offset + table_size
     texts: list[tuple[int, bytes]] = []
     if link is not None:
         header, texts, end = linked_header(header, link, end)
-    assert layout.FOOTER_SIZE + layout.HEADER_SIZE <= table_offset
+    assert table_offset >= layout.FOOTER_SIZE + layout.HEADER_SIZE
     raw_footer = layout.build_footer(footer)
     store.pwrite(0, raw_footer + layout.build_header(header))
     _fill_table(store, table_offset, table_size)
@@ -175,9 +171,7 @@ def linked_header(
             path=link.relative,
         ) from error
     if any(entry.data_length > locator.MAX_LOCATOR_BYTES for entry in entries):
-        raise errors.InvalidArgument(
-            "the parent's path is too long to be stored in a VHD", path=link.relative
-        )
+        raise errors.InvalidArgument("the parent's path is too long to be stored in a VHD", path=link.relative)
     linked = replace(
         header,
         parent_unique_id=link.unique_id,

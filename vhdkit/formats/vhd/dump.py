@@ -76,9 +76,7 @@ def _dump(structure: str, offset: int, raw: bytes, parse: object, state: str) ->
     values = parse(raw)
     name = "footer" if structure == "footer copy" else structure
     fields = tuple(
-        FieldValue(
-            one.name, offset + one.offset_bytes, one.size_bytes, _shown(one.name, getattr(values, one.name))
-        )
+        FieldValue(one.name, offset + one.offset_bytes, one.size_bytes, _shown(one.name, getattr(values, one.name)))
         for one in layout.STRUCTURES[name]
         if one.name != "parent_locators"
     )

@@ -137,7 +137,7 @@ class DynamicImage:
 
     def _split(self, sector_index: int, sector_count: int) -> Iterator[tuple[int, int, int]]:
         """The range as (block, first sector in it, count)."""
-        assert 0 <= sector_index and sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
+        assert sector_index >= 0 and sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
         while sector_count > 0:
             block, first = divmod(sector_index, self._sectors_per_block)
             count = min(sector_count, self._sectors_per_block - first)
@@ -298,9 +298,7 @@ def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
         return
     assert metadata.header is not None
     whole, last = used_sizes(metadata)
-    highest = (
-        max(block_data_end(metadata) - bitmap.bitmap_size(metadata.header.block_size), 0) // SECTOR_SIZE
-    )
+    highest = max(block_data_end(metadata) - bitmap.bitmap_size(metadata.header.block_size), 0) // SECTOR_SIZE
     outside = bat.allocated() & (bat.entries > highest)
     yield from _errors(metadata, bat, outside, CorruptReason.BLOCK_OUTSIDE_FILE)
     if sectors_to_bytes(int(used.min())) < metadata_end(metadata):
@@ -338,9 +336,7 @@ _PROBLEMS = {
 }
 
 
-def _errors(
-    metadata: Metadata, bat: Bat, bad: NDArray[np.bool_], reason: CorruptReason
-) -> Iterator[CorruptImage]:
+def _errors(metadata: Metadata, bat: Bat, bad: NDArray[np.bool_], reason: CorruptReason) -> Iterator[CorruptImage]:
     """One error per bad entry, naming its place in the table."""
     for block in np.flatnonzero(bad).tolist():
         yield CorruptImage(

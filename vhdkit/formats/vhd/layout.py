@@ -20,6 +20,9 @@ FOOTER_SIZE = 512
 SHORT_FOOTER_SIZE = 511  # written by Virtual PC before 2004
 HEADER_SIZE = 1024
 LOCATOR_COUNT = 8
+PARENT_NAME_SIZE = 512
+FOOTER_RESERVED_SIZE = 426
+HEADER_RESERVED_SIZE = 256
 UUID_SIZE = 16
 BATMAP_HEADER_SIZE = 512
 
@@ -58,9 +61,8 @@ _FOOTER = Struct(
     "checksum" / Int32ub,
     "unique_id" / Bytes(UUID_SIZE),
     "saved_state" / Int8ub,
-    "hidden"
-    / Int8ub,  # XenServer's; reserved in the specification, and counted in the checksum all the same
-    "reserved" / Bytes(426),
+    "hidden" / Int8ub,  # XenServer's; reserved in the specification, and counted in the checksum all the same
+    "reserved" / Bytes(FOOTER_RESERVED_SIZE),
 )
 
 _LOCATOR = Struct(
@@ -82,9 +84,9 @@ _HEADER = Struct(
     "parent_unique_id" / Bytes(UUID_SIZE),
     "parent_timestamp" / Int32ub,
     "reserved1" / Int32ub,
-    "parent_unicode_name" / Bytes(512),  # UTF-16 big-endian
+    "parent_unicode_name" / Bytes(PARENT_NAME_SIZE),  # UTF-16 big-endian
     "parent_locators" / _LOCATOR[LOCATOR_COUNT],
-    "reserved2" / Bytes(256),
+    "reserved2" / Bytes(HEADER_RESERVED_SIZE),
 )
 
 # Source: XenServer's vhd-util (libvhd.h); not in the specification.

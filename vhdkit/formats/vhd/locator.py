@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from vhdkit.errors import CorruptReason
-from vhdkit.formats.vhd.layout import LOCATOR_COUNT, DynamicHeader, LocatorEntry
+from vhdkit.formats.vhd.layout import LOCATOR_COUNT, PARENT_NAME_SIZE, DynamicHeader, LocatorEntry
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, round_up
 
@@ -26,7 +26,6 @@ OLD_ABSOLUTE = b"Wi2k"
 NO_PLATFORM = b"\0\0\0\0"
 MAX_LOCATOR_BYTES = 64 * KIB  # Windows allows paths of 32767 UTF-16 units
 
-_PARENT_NAME_BYTES = 512
 _FILE_URL = "file://"
 _ENCODINGS = {
     RELATIVE: "utf-16-le",
@@ -74,9 +73,7 @@ def read_locators(store: Store, header: DynamicHeader) -> tuple[Locator, ...]:
 
 def _read(store: Store, slot: int, entry: LocatorEntry) -> Locator:
     text, fault = None, None
-    if entry.data_length > MAX_LOCATOR_BYTES or (
-        entry.platform_code in _ENCODINGS and entry.data_length == 0
-    ):
+    if entry.data_length > MAX_LOCATOR_BYTES or (entry.platform_code in _ENCODINGS and entry.data_length == 0):
         fault = CorruptReason.LOCATOR_LENGTH
     elif entry.platform_code in _ENCODINGS:
         raw = store.pread(entry.data_offset, entry.data_length) if entry.data_offset <= store.size() else b""
@@ -115,8 +112,8 @@ def decode_parent_name(raw: bytes) -> str:
 
 def encode_parent_name(name: str) -> bytes:
     """The 512 bytes for `name`; a longer name loses its end (the locators hold it whole)."""
-    raw = name.encode("utf-16-be", "replace")[:_PARENT_NAME_BYTES]
-    return raw.ljust(_PARENT_NAME_BYTES, b"\0")
+    raw = name.encode("utf-16-be", "replace")[:PARENT_NAME_SIZE]
+    return raw.ljust(PARENT_NAME_SIZE, b"\0")
 
 
 def place_locators(

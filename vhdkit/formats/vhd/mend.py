@@ -29,9 +29,7 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
     for place in (metadata.tail, metadata.copy):
         where: dict[str, Any] = {"path": metadata.path, "structure": place.structure}
         if place.state is FooterState.POISONED:
-            raise CorruptImage(
-                CorruptReason.FOOTER_POISONED, str(place.state), hint=_READ_ONLY_HINT, **where
-            )
+            raise CorruptImage(CorruptReason.FOOTER_POISONED, str(place.state), hint=_READ_ONLY_HINT, **where)
         if place.state is FooterState.KILLED:
             raise ImageInUse(str(place.state), hint=_READ_ONLY_HINT, **where)
     changed = False

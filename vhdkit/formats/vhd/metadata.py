@@ -25,9 +25,9 @@ from vhdkit.formats.vhd import geometry, layout
 from vhdkit.formats.vhd.layout import BatmapHeader, DynamicHeader, Footer
 from vhdkit.formats.vhd.locator import Locator, decode_parent_name, read_locators, space_bytes
 from vhdkit.store import Store
-from vhdkit.units import KIB, MIB, SECTOR_SIZE, format_size, is_power_of_two, round_up
+from vhdkit.units import MIB, SECTOR_SIZE, format_size, is_power_of_two, round_up
 
-MIN_BLOCK_SIZE = 512 * KIB  # with the largest virtual size this bounds a block map at 4 Mi entries
+MIN_BLOCK_SIZE = MIB // 2  # with the largest virtual size this bounds a block map at 4 Mi entries
 MAX_BLOCK_SIZE = 256 * MIB
 _KILLED_BYTE = 0xC7  # tapdisk fills the trailing footer with it while it holds the image for writing
 _TAP_CREATOR = b"tap\0"
@@ -358,9 +358,7 @@ def _read_batmap(store: Store, footer: Footer, header: DynamicHeader) -> BatmapH
     return batmap
 
 
-def _footer_findings(
-    path: str, tail: FooterPlace, copy: FooterPlace | None, footer: Footer
-) -> list[Finding]:
+def _footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, footer: Footer) -> list[Finding]:
     """What a reader can live with but a person may want to know."""
     findings = []
     for place in (tail, copy):
@@ -382,8 +380,6 @@ def _footer_findings(
         )
     if stated % SECTOR_SIZE:
         findings.append(
-            Finding(
-                Severity.WARNING, "size-odd", f"current size {stated} is no whole number of sectors", path
-            )
+            Finding(Severity.WARNING, "size-odd", f"current size {stated} is no whole number of sectors", path)
         )
     return findings

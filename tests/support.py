@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests share: what they need from the machine, where samples are, which files make up the project.
+
+A test asks here for a tool. Where it is missing the test is skipped with the reason on a developer's machine
+and fails with it in CI (`CI=true`), so that a green run in CI has run everything. Only the samples are
+optional in both: they are not part of the project.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE_FOLDERS = ("vhdkit", "vmm", "tests", "benchmarks", "examples", "fuzz")
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+_TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+_DEBIAN_PACKAGE = {
+    "7zz": "7zip",
+    "debugfs": "e2fsprogs",
+    "mcopy": "mtools",
+    "mke2fs": "e2fsprogs",
+    "mkfs.fat": "dosfstools",
+    "pyvhdi": "python3-libvhdi",
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
+    "vhdiinfo": "libvhdi-utils",
+    "xz": "xz-utils",
+}
+
+
+def in_ci() -> bool:
+    """True where a missing tool must make a test fail."""
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def not_available(reason: str) -> NoReturn:
+    """End the test: skipped with the reason on a developer's machine, failed in CI."""
+    if in_ci():
+        pytest.fail(f"{reason} (a test may not be skipped in CI)", pytrace=False)
+    pytest.skip(reason)
+
+
+def require_tool(name: str) -> str:
+    """The full path of a command, or the end of the test."""
+    path = shutil.which(name, path=_TOOL_PATH)
+    if path is None:
+        not_available(f"needs the command {name}: {_how_to_get(name)}")
+    return path
+
+
+def require_module(name: str) -> None:
+    """End the test unless this Python has the module."""
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that should hold it is missing
+        found = False
+    if not found:
+        not_available(f"needs the Python module {name}: run script/setup")
+
+
+def require_pyvhdi() -> str:
+    """A Python interpreter that can `import pyvhdi`, or the end of the test.
+
+    libvhdi's binding comes as a package of the system, so the system's interpreter has it and ours has not:
+    run a small program with it (`run([require_pyvhdi(), "-c", program, path])`).
+    """
+    if not _imports(SYSTEM_PYTHON, "pyvhdi"):
+        not_available(f"needs the module pyvhdi in {SYSTEM_PYTHON}: {_how_to_get('pyvhdi')}")
+    return SYSTEM_PYTHON
+
+
+@cache
+def _imports(interpreter: str, module: str) -> bool:
+    if not os.access(interpreter, os.X_OK):
+        return False
+    return subprocess.run([interpreter, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+
+
+def _how_to_get(name: str) -> str:
+    package = _DEBIAN_PACKAGE.get(name)
+    return "run script/setup" if package is None else f"run script/setup, or install Debian's package {package}"
+
+
+def run(command: Sequence[str | os.PathLike[str]], *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a program that must succeed; when it does not, the test fails with what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode != 0:
+        words = " ".join(os.fspath(word) for word in command)
+        pytest.fail(f"exit code {done.returncode} from: {words}\n{done.stdout}{done.stderr}", pytrace=False)
+    return done
+
+
+def _samples_folder() -> Path:
+    configured = os.environ.get("VHDKIT_SAMPLES")
+    return Path(configured) if configured else ROOT.parent / "shared" / "samples"
+
+
+def samples_dir() -> Path:
+    """The folder of real images: $VHDKIT_SAMPLES, else `../shared/samples` beside the project.
+
+    Where it is absent the test is skipped, in CI too: the samples are not part of the project.
+    """
+    folder = _samples_folder()
+    if not folder.is_dir():
+        pytest.skip(f"no samples: {folder} is not there (set VHDKIT_SAMPLES to the folder of sample images)")
+    return folder
+
+
+def sample(name: str) -> Path:
+    """One file of the samples, by its path inside the folder."""
+    path = samples_dir() / name
+    if not path.exists():
+        pytest.skip(f"no such sample: {path}")
+    return path
+
+
+def expected_samples(name: str = "expected.json") -> dict[str, dict[str, Any]]:
+    """What the samples must read as, from one of their `expected.json` files.
+
+    Empty where the samples are absent, so that a `parametrize` over it collects everywhere (pytest then
+    shows one skipped case).
+    """
+    try:
+        text = (_samples_folder() / name).read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    content: dict[str, dict[str, Any]] = json.loads(text)
+    return content
+
+
+def python_files(*folders: str) -> Iterator[tuple[str, str]]:
+    """(path from the root, text) of every Python file in these folders of the project, sorted."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def project_text_files() -> Iterator[tuple[str, str]]:
+    """(path from the root, text) of every file that people wrote: code, scripts, documents, settings."""
+    yield from python_files(*CODE_FOLDERS)
+    others = [path for folder in ("docs", "script", ".ci") for path in (ROOT / folder).rglob("*")]
+    others += [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / ".gitignore"]
+    for path in sorted(others):
+        if path.is_file() and path.suffix not in (".svg", ".png", ".json"):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
