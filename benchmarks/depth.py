@@ -13,6 +13,8 @@ import hashlib
 import random
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import vhdkit
@@ -121,9 +123,11 @@ def main() -> None:
         cold = {depth: read_rate(disk, places) for depth, disk in disks.items()}
         hashes = {content_hash(disk) for disk in disks.values()}
         assert len(hashes) == 1, "the chains do not show the same disk"
-        contestants = {str(depth): lambda disk=disk: read_rate(disk, places) for depth, disk in disks.items()}
+        contestants: dict[str, Callable[[], float]] = {
+            str(depth): partial(read_rate, disk, places) for depth, disk in disks.items()
+        }
         if libvhdi_rate(leaves[1]):
-            contestants["libvhdi, depth 1"] = lambda: libvhdi_rate(leaves[1])
+            contestants["libvhdi, depth 1"] = partial(libvhdi_rate, leaves[1])
         rows = interleaved(contestants, options.rounds)
         for disk in disks.values():
             disk.close()

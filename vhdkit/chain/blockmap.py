@@ -84,10 +84,12 @@ class BlockMap:
         base, visible = self.layers[-1], self.visible_bytes[-1]
         if not base.block_size_bytes:
             whole = visible // self.grain_bytes
+            if visible == self.visible_bytes[0]:  # the disk ends in the last grain: nobody asks for what is behind
+                whole = self.grain_count
             table[:whole] = (np.arange(whole, dtype=np.int64) << (self.grain_shift + LAYER_BITS)) | (
                 len(self.layers) - 1
             )
-            if visible % self.grain_bytes:
+            if whole * self.grain_bytes < visible:
                 table[whole] = UNKNOWN
         for layer, size_bytes in zip(self.layers, self.visible_bytes, strict=True):
             if layer.block_size_bytes:

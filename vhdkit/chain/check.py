@@ -111,7 +111,7 @@ def _check_link(child: Metadata, store: FileStore, findings: list[Finding]) -> N
             f"records that {errors.printable(parent.path)} was made at {recorded}, which says"
             f" {parent.footer.timestamp}; tools that touch parents change this"
         )
-        findings.append(Finding(Severity.NOTE, "parent-timestamp", message, child.path, "dynamic header"))
+        findings.append(Finding(Severity.WARNING, "parent-timestamp", message, child.path, "dynamic header"))
     if child.size_bytes != parent.size_bytes:
         severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
         message = f"holds {child.size_bytes} bytes, its parent {parent.size_bytes}"
