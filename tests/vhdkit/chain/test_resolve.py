@@ -42,7 +42,7 @@ def write_pair(folder: Path, image: Vhd, parent_name: str = "parent.vhd") -> Pat
 
 def no_names(**fields: object) -> Vhd:
     """A child without a header name; the locators are the caller's."""
-    return child(parent_name=b"", **fields)
+    return child(**({"parent_name": b""} | fields))  # type: ignore[arg-type]  # every name is one of Vhd's
 
 
 @pytest.mark.parametrize(

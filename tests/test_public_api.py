@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public names."""
+
+from __future__ import annotations
+
+import vhdkit
+
+PUBLIC = """
+AccessDenied AlreadyExists Comparison CorruptImage CorruptReason Disk DiskFormat Extent ExtentKind Finding FormatName
+HasChildren ImageInUse InvalidArgument IoFailed NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch
+ParentMissing ParentRefused Progress ReadOnly Severity SyncFailed UnsupportedFormat VhdkitError check compare convert
+create_child create_image open_disk rebase
+"""
+
+
+def test_public_names_are_pinned() -> None:
+    """A name is added or taken away on purpose only: here, and in the changelog."""
+    assert sorted(vhdkit.__all__) == sorted(PUBLIC.split())
+
+
+def test_every_public_name_is_documented() -> None:
+    """Each public class and function says what it is."""
+    undocumented = [name for name in vhdkit.__all__ if name != "Progress" and not getattr(vhdkit, name).__doc__]
+    assert undocumented == []

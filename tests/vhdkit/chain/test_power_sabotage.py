@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proof that the power-cut harness can fail: engines with a classic fault each, and the harness must find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.model import SectorModel
+from tests.power import BLOCK_SIZE, PowerRun, Scene, Violation, child_scene, dynamic_scene, short_block_scene
+from vhdkit.disk import Disk
+from vhdkit.formats.vhd import dynamic
+from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR
+from vhdkit.formats.vhd.commit import Commit
+from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED
+from vhdkit.formats.vhd.metadata import Metadata
+from vhdkit.store import Buffer, Store
+from vhdkit.units import SECTOR_SIZE, round_up, sectors_to_bytes
+
+SEEDS = range(6)  # of the honest engine, every one of these passes
+
+
+def run_all(make_scene: Callable[[int], Scene], **options: int) -> None:
+    """The workloads that the honest engine survives."""
+    for seed in SEEDS:
+        PowerRun(make_scene(seed), seed, second_cuts=False, **options).run()
+
+
+@pytest.mark.parametrize("make_scene", [dynamic_scene, child_scene])
+def test_a_bat_entry_written_at_once_is_caught(
+    make_scene: Callable[[int], Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-DATA-BEFORE-METADATA: the harness finds a BAT entry that is written before its block is synced."""
+    honest = Commit.publish
+
+    def publish(self: Commit, block_index: int, start_bytes: int, bitmap: bytearray) -> None:
+        """As vhd-lib does it: the entry goes to the file with the first write."""
+        honest(self, block_index, start_bytes, bitmap)
+        number = block_index // ENTRIES_PER_SECTOR
+        first = number * ENTRIES_PER_SECTOR
+        raw = self._bat.entries[first : first + ENTRIES_PER_SECTOR].astype(">u4").tobytes()
+        self._store.pwrite(self._bat.sector_offset(number), raw)
+
+    monkeypatch.setattr(Commit, "publish", publish)
+    with pytest.raises(Violation):
+        run_all(make_scene)
+
+
+@pytest.mark.parametrize("make_scene", [dynamic_scene, child_scene])
+def test_metadata_without_a_sync_before_it_is_caught(
+    make_scene: Callable[[int], Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-DATA-BEFORE-METADATA: the harness finds a flush that syncs data and metadata together."""
+    monkeypatch.setattr(Commit, "_sync_data", lambda self: self.guard.check())
+    with pytest.raises(Violation):
+        run_all(make_scene)
+
+
+def test_a_bitmap_written_at_once_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-DATA-BEFORE-METADATA: the harness finds a bitmap that is written for data which was not synced."""
+    honest = Commit.touch
+
+    def touch(self: Commit, block_index: int) -> None:
+        """The bits go to the file with the write."""
+        honest(self, block_index)
+        self._store.pwrite(self._bat.block_start(block_index), bytes(self.bitmaps[block_index]))
+
+    monkeypatch.setattr(Commit, "touch", touch)
+    with pytest.raises(Violation, match="INV-FLUSHED-OR-NEWER"):
+        run_all(child_scene)
+
+
+def test_a_flush_that_syncs_no_metadata_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-FLUSHED-OR-NEWER: the harness finds a flush that returns before its bitmaps and BAT are durable."""
+
+    def write_metadata(self: Commit, bitmaps: dict[int, bytes], table: dict[int, bytes]) -> None:
+        """Everything but the sync at the end."""
+        for block, raw in bitmaps.items():
+            self._store.pwrite(self._bat.block_start(block), raw)
+        for number, raw in table.items():
+            self._store.pwrite(self._bat.sector_offset(number), raw)
+
+    monkeypatch.setattr(Commit, "_write_metadata", write_metadata)
+    with pytest.raises(Violation):
+        run_all(child_scene)
+
+
+def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NO-REUSE: the harness finds space that a trim freed and a second block got before the BAT was flushed."""
+    free: list[int] = []
+    honest_trim, honest_place = dynamic.DynamicImage.trim, Commit.place_block
+
+    def trim(self: dynamic.DynamicImage, sector_index: int, sector_count: int) -> None:
+        """Whole blocks are given back at once."""
+        honest_trim(self, sector_index, sector_count)
+        for block, _, count in list(self._split(sector_index, sector_count)):
+            start = self.bat.block_start(block)
+            if start >= 0 and sectors_to_bytes(count) == BLOCK_SIZE:
+                free.append(start)
+                self.bat.set(block, sectors_to_bytes(BAT_UNALLOCATED))
+
+    def place_block(self: Commit, data_offset_in_block: int, data: Buffer | None) -> int:
+        """Freed space first."""
+        if not free:
+            return honest_place(self, data_offset_in_block, data)
+        start = free.pop()
+        self._store.punch(start, self._bitmap_size + self._block_size)
+        if data is not None:
+            self._store.pwrite(start + self._bitmap_size + data_offset_in_block, data)
+        return start
+
+    def script(disk: Disk, model: SectorModel) -> None:
+        """Block 0 is trimmed while the file still says that it has the space, and block 1 gets it."""
+        for offset in (0, BLOCK_SIZE):
+            data = bytes([offset % 251 + 1]) * (64 * SECTOR_SIZE)
+            model.write(offset, data)
+            disk.write(offset, data)
+            if offset == 0:
+                disk.flush()
+                model.flushed()
+                model.begin_trim(0, BLOCK_SIZE)
+                disk.trim(0, BLOCK_SIZE)
+                disk.chain.map._forget(0)
+                model.adopt(disk.read(0, BLOCK_SIZE))
+        disk.flush()
+        model.flushed()
+
+    def run() -> None:
+        for seed in SEEDS:
+            free.clear()
+            scene = dynamic_scene(seed, writes=0)
+            PowerRun(scene, seed, script=script, second_cuts=False).run()
+
+    run()  # the honest engine passes the same script
+    monkeypatch.setattr(dynamic.DynamicImage, "trim", trim)
+    monkeypatch.setattr(Commit, "place_block", place_block)
+    with pytest.raises(Violation):
+        run()
+
+
+def test_a_block_over_the_trailing_footer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NO-REUSE: the harness finds a new block that begins where the last footer stands, as most writers do."""
+    honest = Commit.__init__
+
+    def begin(self: Commit, *args: object, **options: int) -> None:
+        """Blocks are not aligned, so that the first one begins on the footer."""
+        honest(self, *args, **options)  # type: ignore[arg-type]
+        self._free_bytes = round_up(self._free_bytes, SECTOR_SIZE) - 2 * SECTOR_SIZE
+
+    monkeypatch.setattr(Commit, "__init__", begin)
+    with pytest.raises(Violation):
+        run_all(child_scene)
+
+
+def test_two_footers_in_one_phase_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-FOOTER-COPY: the harness finds a copy and a trailing footer that are written between the same two syncs."""
+    honest = Commit._write_footer
+
+    def write_footer(self: Commit, footer_offset: int) -> None:
+        """The copy is refreshed as well, as vhd-lib does it."""
+        honest(self, footer_offset)
+        self._store.pwrite(0, self._footer_raw)
+
+    monkeypatch.setattr(Commit, "_write_footer", write_footer)
+    with pytest.raises(Violation, match="INV-FOOTER-COPY"):
+        run_all(dynamic_scene)
+
+
+def test_mending_in_the_wrong_order_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-FLUSHED-OR-NEWER: the harness finds a mend that writes the new footer before the old one, which stands
+    inside a block, is out of the way."""
+
+    def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | None) -> bool:
+        """The new footer first, then the hole."""
+        if cut_end is None:
+            return False
+        store.pwrite(max(nominal_end, store.size()), metadata.footer_raw)
+        store.sync()
+        store.punch(metadata.tail.offset_bytes, SECTOR_SIZE)
+        store.sync()
+        return True
+
+    monkeypatch.setattr(dynamic, "mend", mend)
+    with pytest.raises(Violation, match="INV-FLUSHED-OR-NEWER"):
+        run_all(short_block_scene)
+
+
+def test_entries_of_the_sabotage_are_whole_sectors() -> None:
+    """The sabotage above rewrites whole BAT sectors, as the engine does."""
+    assert ENTRIES_PER_SECTOR * BAT_ENTRY_SIZE == SECTOR_SIZE
