@@ -276,9 +276,7 @@ def check_files(path: str, source: str) -> Iterator[str]:
 
 def check_silent(path: str, source: str) -> Iterator[str]:
     """Outside the command line nothing prints, exits or configures logging."""
-    if not path.startswith(("vhdkit/", "vmm/")) or any(
-        fnmatch.fnmatch(path, room) for room in TALKING_ROOMS
-    ):
+    if not path.startswith(("vhdkit/", "vmm/")) or any(fnmatch.fnmatch(path, room) for room in TALKING_ROOMS):
         return
     tree = ast.parse(source)
     for line, name in builtin_calls(tree):
