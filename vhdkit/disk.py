@@ -82,7 +82,7 @@ class Disk:
         """The parts of a range that do not fill their sector, as byte ranges: at most one at each end."""
         inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
         if inner_end < inner_start:  # inside one sector
-            return [(offset, end)]
+            return [(offset, end)] if end > offset else []
         edges = [(offset, inner_start), (inner_end, end)]
         return [(first, last) for first, last in edges if last > first]
 

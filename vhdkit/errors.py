@@ -29,6 +29,7 @@ class CorruptReason(StrEnum):
     BLOCK_SIZE = "block-size"
     BAT_OUTSIDE_FILE = "bat-outside-file"
     BAT_TOO_SHORT = "bat-too-short"
+    STRUCTURES_OVERLAP = "structures-overlap"
     BLOCK_OUTSIDE_FILE = "block-outside-file"
     BLOCK_OVER_METADATA = "block-over-metadata"
     BLOCKS_OVERLAP = "blocks-overlap"
@@ -77,9 +78,15 @@ class VhdkitError(Exception):
             at = "" if self.offset_bytes is None else f" at byte {self.offset_bytes:#x}"
             place.append(f"{self.structure}{at}")
         text = ": ".join([*place, self.problem])
-        if self.expected is not None or self.found is not None:
-            text += f" (expected {self.expected}, found {self.found})"
+        text += difference(self.expected, self.found)
         return f"{text}; {self.hint}" if self.hint else text
+
+
+def difference(expected: object, found: object) -> str:
+    """The two values that differ, in brackets; nothing where neither is known."""
+    known = {"expected": expected, "found": found}
+    words = [f"{name} {value}" for name, value in known.items() if value is not None]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def printable(text: str) -> str:

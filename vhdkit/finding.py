@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from vhdkit.errors import CorruptImage, printable
+from vhdkit.errors import CorruptImage, difference, printable
 
 
 class Severity(IntEnum):
@@ -42,9 +42,7 @@ class Finding:
 
 def finding_of(error: CorruptImage, path: str) -> Finding:
     """The finding that says what `error` says."""
-    message = error.problem
-    if error.expected is not None or error.found is not None:
-        message += f" (expected {error.expected}, found {error.found})"
+    message = error.problem + difference(error.expected, error.found)
     return Finding(
         Severity.ERROR, error.reason.value, message, error.path or path, error.structure, error.offset_bytes
     )

@@ -45,8 +45,7 @@ class NewFile:
         name = os.path.basename(self.path)
         if not name or name in (os.curdir, os.pardir) or os.path.isdir(self.path):
             raise errors.InvalidArgument("is a directory; name a file", path=self.path)
-        if not os.path.isdir(self._directory):
-            raise errors.NotFound("the folder to create the file in does not exist", path=self.path)
+        self._check_directory()
         self._check_destination()
         # The name stays within the 255 bytes a file name may have.
         self._temporary = os.path.join(self._directory, f".vhdkit-{secrets.token_hex(8)}.part")
@@ -55,6 +54,15 @@ class NewFile:
             fd = os.open(self._temporary, flags, 0o666)
         self.store = _UnnamedStore(fd, self.path, writable=True)
         self._live = True
+
+    def _check_directory(self) -> None:
+        with translated(self.path, "look at the folder to create the file in"):
+            try:
+                is_directory = stat.S_ISDIR(os.stat(self._directory).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                is_directory = False
+        if not is_directory:
+            raise errors.NotFound("the folder to create the file in does not exist", path=self.path)
 
     def _check_destination(self) -> None:
         with translated(self.path, "look at"):
@@ -177,10 +185,11 @@ def regular_files(directory: str) -> Iterator[str]:
         yield os.path.join(directory, name)
 
 
-def find_ignoring_case(path: str) -> str | None:
+def find_ignoring_case(path: str, directories: tuple[str, ...] | None = None) -> str | None:
     """An existing path that differs from `path` only in upper and lower case, or None.
 
-    Windows names are case-insensitive. An exact component always wins over another spelling.
+    Windows names are case-insensitive. An exact component always wins over another spelling. Only folders that
+    really lie in one of the real `directories` are listed (None: any), since another spelling may be a link.
     """
     if len(os.fsencode(path)) > _MAX_PATH_BYTES:
         return None
@@ -189,6 +198,8 @@ def find_ignoring_case(path: str) -> str | None:
         if not name:
             continue
         if not os.path.lexists(os.path.join(found, name)):
+            if directories is not None and not is_within(real_path(found or os.curdir), directories):
+                return None
             try:
                 spellings = sorted(one for one in os.listdir(found or os.curdir) if one.casefold() == name.casefold())
             except OSError:

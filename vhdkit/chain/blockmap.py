@@ -158,6 +158,14 @@ class BlockMap:
                 else:
                     self._forget(grain)
 
+    def forget(self, first_sector: int, sector_count: int) -> None:
+        """The leaf may own some of this run now: settle it anew. What a linear leaf owns never changes."""
+        if self.layers[0].block_size_bytes:
+            last = (first_sector + sector_count - 1) // self.grain_sectors
+            with self._lock:
+                for grain in range(first_sector // self.grain_sectors, last + 1):
+                    self._forget(grain)
+
     def _forget(self, grain: int) -> None:
         """Make the grain UNKNOWN, to be settled anew."""
         self.entries[grain] = UNKNOWN

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from vhdkit import errors
-from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent
+from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, parent_format
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.probe import FormatName, identify
@@ -30,18 +30,20 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
     folders = allowed_folders(leaf_path, options.parent_dirs)
     findings: list[Finding] = []
     stores = [FileStore.open(leaf_path)]
+    format_name = options.format_name
     try:
         while True:
             store = stores[-1]
             if options.lock:
                 store.lock(writer=False)
-            metadata = _check_one(store, findings, options, is_leaf=len(stores) == 1)
+            metadata = _check_one(store, findings, options, format_name)
             if metadata is None or not metadata.is_differencing:
                 return findings
             parent = _parent_of(metadata, folders, options, findings)
             if parent is None:
                 return findings
             stores.append(parent)
+            format_name = parent_format(metadata)
             if _closes_loop(stores, metadata, findings):
                 return findings
             _check_link(metadata, parent, findings)
@@ -50,10 +52,15 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
             store.close()
 
 
-def _check_one(store: FileStore, findings: list[Finding], options: OpenOptions, *, is_leaf: bool) -> Metadata | None:
-    """Examine one file; returns its metadata when it is a VHD sound enough to have a parent."""
+def _check_one(
+    store: FileStore, findings: list[Finding], options: OpenOptions, format_name: FormatName | None
+) -> Metadata | None:
+    """Examine one file; returns its metadata when it is a VHD sound enough to have a parent.
+
+    `format_name` is what its user or its child says it is, None where only the file itself tells.
+    """
     try:
-        format_name = (options.format_name if is_leaf else None) or identify(store)
+        format_name = format_name or identify(store)
     except errors.CorruptImage as error:
         findings.append(_finding(error, error.reason.value, store.name))
         return None

@@ -8,7 +8,7 @@ as far as it goes.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from vhdkit.chain.resolve import (
     find_parent,
     format_id,
 )
+from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding
 from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.raw import examine_raw
@@ -164,42 +165,66 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ChainInfo:
-    """A chain, leaf first. `problem` says why it does not go on; `unowned_bytes` reads as zeros by nobody's word."""
+    """A chain, leaf first. `problem` says why it does not go on; `unowned_bytes` reads as zeros by nobody's word.
+
+    `damaged` tells a file that contradicts the format, or a loop, from a parent that is missing or refused.
+    """
 
     layers: tuple[LayerInfo, ...]
     unowned_bytes: int | None
     problem: str | None
+    damaged: bool = False
 
 
 def describe_chain(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> ChainInfo:
     """Describe an image and its parents as far as they can be found.
 
-    Raises what `describe_image` raises for the leaf, and CorruptImage for a parent that cannot be read.
+    Raises what `describe_image` raises for the leaf; what is wrong behind it is told in `problem`.
     """
     options = options or OpenOptions()
     leaf_path = os.fspath(path)
-    folders = allowed_folders(leaf_path, options.parent_dirs)
     images = [describe_image(leaf_path, options=options)]
-    while (parent := images[-1].parent) is not None and parent.path is not None and len(images) < MAX_CHAIN_DEPTH:
-        raw_parent = parent.unique_id.startswith("none")
-        with FileStore.open(parent.path) as store:
-            images.append(_describe(store, folders, options, FormatName.RAW if raw_parent else FormatName.VHD))
-    problem = images[-1].parent.problem if images[-1].parent is not None else None
-    if images[-1].parent is not None and problem is None:
-        problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers, or leads back to itself"
-    if problem is not None:
-        return ChainInfo(tuple(LayerInfo(image, None) for image in images), None, problem)
+    try:
+        _describe_parents(images, options)
+    except errors.CorruptImage as error:
+        return _broken(images, str(error), damaged=True)
+    lost = images[-1].parent
+    if lost is not None:
+        return _broken(images, lost.problem or "its parent cannot be used", damaged=False)
     owned = [0] * (len(images) + 1)  # the last counts what nobody owns
-    unlocked = OpenOptions(
-        options.parent_dirs,
-        options.allow_raw_parent,
-        options.ignore_bitmaps,
-        options.format_name,
-        lock=False,
-    )
-    with Chain.open(leaf_path, options=unlocked) as chain:
-        for extent in chain.extents(0, whole_sectors(chain.size_bytes)):
-            assert extent.kind is not ExtentKind.ABSENT
-            owned[extent.layer_index] += extent.size_bytes
+    try:
+        with Chain.open(leaf_path, options=replace(options, lock=False)) as chain:
+            for extent in chain.extents(0, whole_sectors(chain.size_bytes)):
+                assert extent.kind is not ExtentKind.ABSENT
+                owned[extent.layer_index] += extent.size_bytes
+    except errors.CorruptImage as error:
+        return _broken(images, str(error), damaged=True)
     layers = tuple(LayerInfo(image, size) for image, size in zip(images, owned[:-1], strict=True))
     return ChainInfo(layers, owned[-1], None)
+
+
+def _describe_parents(images: list[ImageInfo], options: OpenOptions) -> None:
+    """Add the leaf's parents to `images`, down to the base or the first that cannot be used.
+
+    Raises CorruptImage for a parent that cannot be read, for a loop and for a chain that is too deep.
+    """
+    folders = allowed_folders(images[0].path, options.parent_dirs)
+    with FileStore.open(images[0].path) as store:
+        seen = {store.identity}
+    while (parent := images[-1].parent) is not None and parent.path is not None:
+        child = images[-1].path
+        if len(images) >= MAX_CHAIN_DEPTH:
+            problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers"
+            raise errors.CorruptImage(CorruptReason.CHAIN_DEPTH, problem, path=child)
+        with FileStore.open(parent.path) as store:
+            if store.identity in seen:
+                problem = "the chain of parents leads back to itself"
+                raise errors.CorruptImage(CorruptReason.CHAIN_LOOP, problem, path=child)
+            seen.add(store.identity)
+            raw_parent = parent.unique_id.startswith("none")
+            format_name = FormatName.RAW if raw_parent else FormatName.VHD
+            images.append(_describe(store, folders, options, format_name))
+
+
+def _broken(images: list[ImageInfo], problem: str, *, damaged: bool) -> ChainInfo:
+    return ChainInfo(tuple(LayerInfo(image, None) for image in images), None, problem, damaged)

@@ -128,8 +128,12 @@ def _identity(layer: Layer) -> tuple[int, int]:
 
 
 def _open_parent(store: FileStore, child: Metadata, options: OpenOptions) -> Layer:
-    format_name = FormatName.RAW if _parent_id(child) == NULL_ID else FormatName.VHD
-    return open_layer(store, format_name=format_name, ignore_bitmaps=options.ignore_bitmaps)
+    return open_layer(store, format_name=parent_format(child), ignore_bitmaps=options.ignore_bitmaps)
+
+
+def parent_format(child: Metadata) -> FormatName:
+    """What the parent of `child` is taken for, whatever it looks like: a child of a raw disk records no id."""
+    return FormatName.RAW if _parent_id(child) == NULL_ID else FormatName.VHD
 
 
 def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
@@ -168,7 +172,7 @@ def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Sea
     if "\0" in candidate or not is_within(real_path(candidate), folders):
         (search.refused if is_regular(candidate) else search.places).append(candidate)
         return None
-    found = find_ignoring_case(candidate)
+    found = find_ignoring_case(candidate, folders)
     if found is None:
         search.places.append(candidate)
         return None

@@ -30,6 +30,8 @@ def create_raw(store: Store, size_bytes: int) -> None:
 def examine_raw(store: Store) -> list[Finding]:
     """What there is to say about a raw image."""
     size = store.size()
+    if size == 0:
+        return [Finding(Severity.ERROR, "empty", "is empty: not a disk image", store.name)]
     if size % SECTOR_SIZE:
         message = f"{size} bytes is no whole number of sectors; the rest of the last one reads as zeros"
         return [Finding(Severity.NOTE, "size-odd", message, store.name)]

@@ -16,7 +16,7 @@ from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding, Severity, finding_of
 from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, used_sizes
+from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, entry_error, used_sizes
 from vhdkit.formats.vhd.metadata import FooterState, Metadata, read_metadata
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
@@ -42,12 +42,24 @@ def check_vhd(store: Store, *, ignore_bitmaps: bool = False) -> list[Finding]:
         return findings
     findings += _header_findings(store, metadata)
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-    table_errors = [finding_of(error, store.name) for error in bad_entries(metadata, bat)]
-    findings += _limited(iter(table_errors), store.name, "BAT entries")
+    table_errors = _table_errors(metadata, bat)
+    findings += table_errors
     findings += _space_findings(metadata, bat)
     if not table_errors:
         findings += _limited(_bitmap_findings(store, metadata, bat, ignore_bitmaps), store.name, "blocks")
     return findings
+
+
+def _table_errors(metadata: Metadata, bat: Bat) -> list[Finding]:
+    """The bad entries, the first few of each kind one by one: a hostile table has millions."""
+    found = []
+    for reason, blocks in bad_entries(metadata, bat):
+        listed = blocks[:_MAX_LISTED].tolist()
+        found += [finding_of(entry_error(metadata, bat, reason, block), metadata.path) for block in listed]
+        if len(blocks) > len(listed):
+            message = f"and {len(blocks) - len(listed)} more BAT entries like this"
+            found.append(Finding(Severity.ERROR, reason.value, message, metadata.path))
+    return found
 
 
 def _limited(findings: Iterator[Finding], path: str, what: str) -> list[Finding]:
@@ -154,11 +166,8 @@ def _space_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     whole, last = used_sizes(metadata)
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     data_end = block_data_end(metadata)
-    structures = [(offset, offset + size) for _, offset, size in metadata.structures()]
-    edges = np.array(
-        [*structures, *np.stack([starts, starts + whole], axis=1).tolist()] if len(starts) else structures,
-        dtype=np.int64,
-    )
+    structures = np.array([(offset, offset + size) for _, offset, size in metadata.structures()], dtype=np.int64)
+    edges = np.concatenate([structures, np.stack([starts, starts + whole], axis=1)])
     edges = edges[np.argsort(edges[:, 0], kind="stable")]
     covered = np.maximum.accumulate(edges[:, 1])
     gaps = np.append(edges[1:, 0], data_end) - covered

@@ -104,8 +104,12 @@ class Commit:
         self._dirty.add(block_index)
 
     def limit(self) -> None:
-        """Flush when too much is dirty, forget bitmaps when too many are clean."""
+        """Flush when too much is dirty, forget bitmaps when too many are clean. For writers."""
         self._limit_dirty()
+        self.forget_clean()
+
+    def forget_clean(self) -> None:
+        """Forget bitmaps when too many are clean. Writes nothing, so a reader may call it."""
         if len(self.bitmaps) * self._bitmap_size > MAX_CACHED_BYTES + MAX_DIRTY_BYTES:
             with self.lock:
                 keep = self._dirty | self._in_flight
@@ -131,7 +135,7 @@ class Commit:
                 self._sync_data()
                 if bitmaps or table:
                     self._write_metadata(bitmaps, table)
-            except errors.VhdkitError:
+            except BaseException:  # Ctrl-C too: what is not durable must stay dirty
                 with self.lock:
                     self._dirty.update(bitmaps)
                     self._bat.mark_dirty(table)

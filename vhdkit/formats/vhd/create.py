@@ -22,7 +22,7 @@ from vhdkit.formats.vhd import geometry, layout, locator
 from vhdkit.formats.vhd.layout import DynamicHeader, Footer, LocatorEntry
 from vhdkit.formats.vhd.metadata import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from vhdkit.store import Store
-from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, format_size, is_power_of_two, round_up
+from vhdkit.units import GIB, MIB, PAGE_SIZE, SECTOR_SIZE, format_size, is_power_of_two, round_up
 
 DEFAULT_BLOCK_SIZE = 2 * MIB
 CREATOR_APPLICATION = b"win "
@@ -55,7 +55,7 @@ def check_size(size_bytes: int, *, fixed: bool = False) -> None:
     if size_bytes > geometry.MAX_CREATE_BYTES:
         kind = "fixed" if fixed else "dynamic"
         raise errors.InvalidArgument(
-            f"a {kind} VHD holds at most {format_size(geometry.MAX_CREATE_BYTES)}, not {format_size(size_bytes)}"
+            f"a {kind} VHD holds at most {geometry.MAX_CREATE_BYTES // GIB} GiB, not {format_size(size_bytes)}"
         )
 
 

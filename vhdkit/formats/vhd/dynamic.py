@@ -98,7 +98,7 @@ class DynamicImage:
                     self._commit.bitmaps[block_index] = raw
             if bitmap.is_full(raw, self._sectors_per_block):
                 self._full[block_index] = 1
-        self._commit.limit()
+        self._commit.forget_clean()
         return raw
 
     def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
@@ -284,14 +284,16 @@ def _cut_end(metadata: Metadata, bat: Bat) -> int | None:
 
 def check_blocks(metadata: Metadata, bat: Bat) -> None:
     """Refuse BAT entries outside the file, over metadata, or over each other (`INV-BLOCKS-DISJOINT`)."""
-    for error in bad_entries(metadata, bat):
-        raise error
+    for reason, blocks in bad_entries(metadata, bat):
+        if len(blocks):
+            raise entry_error(metadata, bat, reason, int(blocks[0]))
 
 
-def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
-    """The errors of the table's entries, one for each bad entry, worst kind first.
+def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[tuple[CorruptReason, NDArray[np.intp]]]:
+    """What is wrong with the table's entries: each reason with the blocks it is true of, worst kind first.
 
-    A sound table of a million blocks costs a few vectorised passes, milliseconds.
+    Arrays, not errors: a hostile table of 16 MiB has four million bad entries. A sound table of a million blocks
+    costs a few vectorised passes, milliseconds.
     """
     used = bat.entries[bat.allocated()]
     if not len(used):
@@ -299,16 +301,16 @@ def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
     assert metadata.header is not None
     whole, last = used_sizes(metadata)
     highest = max(block_data_end(metadata) - bitmap.bitmap_size(metadata.header.block_size), 0) // SECTOR_SIZE
-    outside = bat.allocated() & (bat.entries > highest)
-    yield from _errors(metadata, bat, outside, CorruptReason.BLOCK_OUTSIDE_FILE)
+    yield CorruptReason.BLOCK_OUTSIDE_FILE, np.flatnonzero(bat.allocated() & (bat.entries > highest))
     if sectors_to_bytes(int(used.min())) < metadata_end(metadata):
         starts = bat.entries.astype(np.int64) * SECTOR_SIZE
         ends = starts + whole
         ends[-1] = starts[-1] + last
+        over = np.zeros(len(bat), dtype=np.bool_)
         for _, offset, size in metadata.structures():
-            over = bat.allocated() & (starts < offset + size) & (ends > offset)
-            yield from _errors(metadata, bat, over, CorruptReason.BLOCK_OVER_METADATA)
-    yield from _errors(metadata, bat, _overlapping(bat, whole, last), CorruptReason.BLOCKS_OVERLAP)
+            over |= (starts < offset + size) & (ends > offset)
+        yield CorruptReason.BLOCK_OVER_METADATA, np.flatnonzero(bat.allocated() & over)
+    yield CorruptReason.BLOCKS_OVERLAP, np.flatnonzero(_overlapping(bat, whole, last))
 
 
 def metadata_end(metadata: Metadata) -> int:
@@ -336,15 +338,14 @@ _PROBLEMS = {
 }
 
 
-def _errors(metadata: Metadata, bat: Bat, bad: NDArray[np.bool_], reason: CorruptReason) -> Iterator[CorruptImage]:
-    """One error per bad entry, naming its place in the table."""
-    for block in np.flatnonzero(bad).tolist():
-        yield CorruptImage(
-            reason,
-            _PROBLEMS[reason],
-            path=metadata.path,
-            structure=f"BAT entry {block}",
-            offset_bytes=bat.table_offset_bytes + block * BAT_ENTRY_SIZE,
-            found=f"block at byte {bat.block_start(block):#x} of a file of {metadata.file_size_bytes} bytes",
-            hint="`vhdkit check` lists everything that is wrong",
-        )
+def entry_error(metadata: Metadata, bat: Bat, reason: CorruptReason, block_index: int) -> CorruptImage:
+    """The error for one bad entry, naming its place in the table."""
+    return CorruptImage(
+        reason,
+        _PROBLEMS[reason],
+        path=metadata.path,
+        structure=f"BAT entry {block_index}",
+        offset_bytes=bat.table_offset_bytes + block_index * BAT_ENTRY_SIZE,
+        found=f"block at byte {bat.block_start(block_index):#x} of a file of {metadata.file_size_bytes} bytes",
+        hint="`vhdkit check` lists everything that is wrong",
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from vhdkit.errors import CorruptReason
+from vhdkit.errors import CorruptReason, printable
 from vhdkit.formats.vhd.layout import LOCATOR_COUNT, PARENT_NAME_SIZE, DynamicHeader, LocatorEntry
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, round_up
@@ -50,7 +50,7 @@ class Locator:
     @property
     def structure(self) -> str:
         """How messages call it."""
-        return f"parent locator {self.slot + 1} ({self.platform_code.decode('latin-1')})"
+        return f"parent locator {self.slot + 1} ({printable(self.platform_code.decode('latin-1'))})"
 
 
 def space_bytes(entry: LocatorEntry) -> int:

@@ -15,6 +15,7 @@ something like a footer there. `INV-FOOTER-COPY`: with either one good, the imag
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -196,7 +197,9 @@ def _choose(path: str, tail: FooterPlace, copy: FooterPlace) -> FooterPlace:
         return tail
     if copy.state.usable and copy.footer.disk_type != layout.DISK_TYPE_FIXED:
         return copy
-    fault = next((p for p in (tail, copy) if p.state not in (FooterState.ABSENT, FooterState.KILLED)), tail)
+    # A good footer here is a fixed disk's, at offset 0: data of the guest, which says nothing of the file.
+    silent = (FooterState.ABSENT, FooterState.KILLED, FooterState.GOOD)
+    fault = next((place for place in (tail, copy) if place.state not in silent), tail)
     hint = None
     if fault.state is FooterState.POISONED:
         hint = "finish or revert the resize with the tool that began it"
@@ -320,7 +323,27 @@ def _read_header(store: Store, footer: Footer, size_bytes: int) -> DynamicHeader
             **where,
         )
     _check_table(store, header, size_bytes)
+    _check_apart(store, header, offset, size_bytes)
     return header
+
+
+def _check_apart(store: Store, header: DynamicHeader, header_offset: int, size_bytes: int) -> None:
+    """Refuse a footer copy, header and BAT that lie over each other: writing one would destroy another."""
+    table_size = -(-size_bytes // header.block_size) * layout.BAT_ENTRY_SIZE
+    places = [
+        ("footer copy", 0, layout.FOOTER_SIZE),
+        ("dynamic header", header_offset, layout.HEADER_SIZE),
+        ("BAT", header.table_offset, table_size),
+    ]
+    for (lower, start, size), (upper, offset, _) in itertools.pairwise(sorted(places, key=lambda place: place[1])):
+        if offset < start + size:
+            raise CorruptImage(
+                CorruptReason.STRUCTURES_OVERLAP,
+                f"begins inside the {lower}",
+                path=store.name,
+                structure=upper,
+                offset_bytes=offset,
+            )
 
 
 def _check_table(store: Store, header: DynamicHeader, size_bytes: int) -> None:

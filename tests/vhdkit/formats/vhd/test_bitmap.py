@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,4 +78,4 @@ def test_runs_are_maximal_and_cover_everything(bits: list[bool]) -> None:
     for first, count, _ in found:
         assert first == position and count > 0
         position += count
-    assert all(one[2] != two[2] for one, two in zip(found, found[1:], strict=False))
+    assert all(one[2] != two[2] for one, two in pairwise(found))

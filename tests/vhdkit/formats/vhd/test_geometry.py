@@ -42,7 +42,7 @@ def _naive(sectors: int) -> tuple[int, int, int]:
         (96 * MIB, (963, 12, 17)),  # vhd-util: samples peer-vhdutil/resized.vhd
         (8 * MIB, (240, 4, 17)),  # vhd-util: samples peer-vhdutil/fixed.vhd
         (4212736, (121, 4, 17)),  # QEMU 5.3: samples dfvfs/ext2.vhd
-        (127 * GIB, (65535, 16, 255)),  # Hyper-V's default size and above: as large as CHS goes
+        (127 * GIB, (65278, 16, 255)),  # Hyper-V's default size, just below what CHS can say
         (2040 * GIB, (65535, 16, 255)),
         (512, (0, 4, 17)),
     ],

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw images: every byte is the disk's."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.stores import MemStore
+from tests.vhd_builder import MIB, pattern
+from vhdkit.errors import InvalidArgument
+from vhdkit.finding import Severity
+from vhdkit.formats.raw import create_raw, examine_raw, open_raw
+from vhdkit.image import Extent, ExtentKind, read_extents
+
+
+def _store(raw: bytes) -> MemStore:
+    store = MemStore("disk.img")
+    store.pwrite(0, raw)
+    return store
+
+
+def test_a_raw_image_is_its_bytes() -> None:
+    """All sectors are owned and lie where they are."""
+    store = _store(pattern(4096))
+    store.frozen = True
+    layer = open_raw(store)
+    buffer = bytearray(1024)
+    read_extents(store, layer.extents(3, 2), memoryview(buffer))
+    assert buffer == pattern(4096)[1536:2560]
+    assert (layer.size_bytes, layer.writable, layer.unowned) == (4096, False, ExtentKind.ZERO)
+
+
+@pytest.mark.parametrize(("size", "disk"), [(1, 512), (511, 512), (512, 512), (513, 1024)])
+def test_a_last_part_sector_is_filled_with_zeros(size: int, disk: int) -> None:
+    """An odd file is as long as its started sectors, the rest of the last one is zeros, and a note says so."""
+    store = _store(b"x" * size)
+    layer = open_raw(store)
+    assert layer.size_bytes == disk
+    buffer = bytearray(b"?" * disk)
+    read_extents(store, layer.extents(0, disk // 512), memoryview(buffer))
+    assert buffer == (b"x" * size).ljust(disk, b"\0")
+    findings = examine_raw(store)
+    assert [one.severity for one in findings] == ([] if size == disk else [Severity.NOTE])
+
+
+def test_an_empty_file_is_no_disk() -> None:
+    """A disk has at least one sector."""
+    with pytest.raises(InvalidArgument, match="empty"):
+        open_raw(MemStore())
+
+
+def test_a_new_raw_image_is_one_hole() -> None:
+    """Created, it has its size and no bytes; written, one run of data."""
+    store = MemStore()
+    create_raw(store, MIB)
+    layer = open_raw(store, writable=True)
+    assert list(layer.extents(0, 2048)) == [Extent(0, 2048, ExtentKind.ZERO)]
+    layer.write(8, memoryview(pattern(512)))
+    layer.flush()
+    assert list(layer.extents(8, 1)) == [Extent(8, 1, ExtentKind.DATA, 0, 4096)]
+    assert store.size() == MIB

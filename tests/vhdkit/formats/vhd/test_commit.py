@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The write order, one step at a time: what is written when, and what a failure leaves. Power cuts: chain/."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.stores import MemStore
+from tests.vhd_builder import KIB, pattern
+from vhdkit.errors import NoSpace, SyncFailed
+from vhdkit.formats.vhd import commit
+from vhdkit.formats.vhd.create import create_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.store import Buffer
+
+SMALL = 512 * KIB
+TABLE = 4096
+
+
+class Recorder(MemStore):
+    """Remembers every call that changes something; `fail` names one to fail from now on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int, int]] = []
+        self.fail: tuple[str, type[Exception]] | None = None
+
+    def _note(self, name: str, offset: int = 0, size: int = 0) -> None:
+        if self.fail is not None and self.fail[0] == name:
+            raise self.fail[1]("the device says no")
+        self.calls.append((name, offset, size))
+
+    def pwrite(self, offset_bytes: int, data: Buffer) -> None:
+        """Noted."""
+        self._note("pwrite", offset_bytes, len(data))
+        super().pwrite(offset_bytes, data)
+
+    def reserve(self, offset_bytes: int, size_bytes: int) -> None:
+        """Noted."""
+        self._note("reserve", offset_bytes, size_bytes)
+        super().reserve(offset_bytes, size_bytes)
+
+    def sync(self) -> None:
+        """Noted."""
+        self._note("sync")
+        super().sync()
+
+
+def _open(blocks: int = 4) -> tuple[Recorder, DynamicImage]:
+    store = Recorder()
+    create_dynamic(store, blocks * SMALL, block_size_bytes=SMALL)
+    layer = open_dynamic(store, writable=True)
+    store.calls.clear()
+    return store, layer
+
+
+def test_the_order_of_a_first_write_and_its_flush() -> None:
+    """INV-DATA-BEFORE-METADATA: room and data, sync, bitmap and BAT, sync, footer; the footer synced at close."""
+    store, layer = _open()
+    layer.write(3, memoryview(pattern(512)))
+    start = layer.bat.block_start(0)
+    data, end = start + 512, start + 512 + SMALL
+    assert store.calls == [("reserve", start, 512), ("reserve", end, 512), ("pwrite", data + 1536, 512)]
+    store.calls.clear()
+    layer.flush()
+    assert store.calls == [
+        ("sync", 0, 0),
+        ("pwrite", start, 512),
+        ("pwrite", TABLE, 16),
+        ("sync", 0, 0),
+        ("pwrite", end, 512),
+    ]
+    store.calls.clear()
+    layer.close()
+    assert store.calls[:1] == [("sync", 0, 0)]
+
+
+def test_rewriting_owned_sectors_costs_no_metadata() -> None:
+    """The second write to a block goes in place, and its flush is one sync."""
+    store, layer = _open()
+    layer.write(0, memoryview(pattern(512)))
+    layer.flush()
+    layer.flush()
+    store.calls.clear()
+    assert layer.write(1, memoryview(pattern(512))) is False
+    layer.flush()
+    assert [name for name, _, _ in store.calls] == ["pwrite", "sync"]
+
+
+def test_blocks_are_never_placed_before_the_last_footer() -> None:
+    """INV-NO-REUSE, INV-FLUSHED-OR-NEWER: each block begins behind the footer written before it."""
+    store, layer = _open()
+    end = store.size()
+    for block in (3, 1, 0):
+        layer.write(block * 1024, memoryview(pattern(512)))
+        assert layer.bat.block_start(block) >= end
+        layer.flush()
+        assert store.pread(store.size() - 512, 8) == b"conectix"
+        end = store.size()
+
+
+@pytest.mark.parametrize("call", ["reserve", "pwrite"])
+def test_no_space_for_a_new_block_leaves_the_file_as_it_was(call: str) -> None:
+    """A block that cannot be placed is not there, the file has its old length, and the next try works."""
+    store, layer = _open()
+    size = store.size()
+    store.fail = (call, NoSpace)
+    with pytest.raises(NoSpace):
+        layer.write(0, memoryview(pattern(512)))
+    assert store.size() == size and layer.block_offset(0) == -1
+    store.fail = None
+    layer.write(0, memoryview(pattern(512)))
+    layer.close()
+    assert open_dynamic(store).block_offset(0) > 0
+
+
+def test_no_space_in_a_flush_can_be_tried_again() -> None:
+    """Metadata that could not be written stays dirty; the next flush writes it."""
+    store, layer = _open()
+    layer.write(0, memoryview(pattern(512)))
+    store.fail = ("pwrite", NoSpace)
+    with pytest.raises(NoSpace):
+        layer.flush()
+    assert open_dynamic(store).block_offset(0) == -1
+    store.fail = None
+    layer.flush()
+    assert open_dynamic(store).block_offset(0) == layer.block_offset(0)
+
+
+def test_a_failed_sync_is_for_ever() -> None:
+    """After a failed sync every write and flush is refused: the kernel would claim success for lost data."""
+    store, layer = _open()
+    layer.write(0, memoryview(pattern(512)))
+    store.fail = ("sync", SyncFailed)
+    with pytest.raises(SyncFailed):
+        layer.flush()
+    store.fail = None
+    store.calls.clear()
+    for attempt in (layer.flush, lambda: layer.trim(0, 1), lambda: layer.write(0, memoryview(bytes(512)))):
+        with pytest.raises(SyncFailed):
+            attempt()
+    layer.close()
+    assert store.calls == []
+
+
+def test_too_much_dirt_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reaching the limit of dirty bitmaps is a whole flush, at the limit and not before."""
+    monkeypatch.setattr(commit, "MAX_DIRTY_BYTES", 3 * 512)
+    store, layer = _open(8)
+    for block in range(2):
+        layer.write(block * 1024, memoryview(pattern(512)))
+    assert "sync" not in [name for name, _, _ in store.calls]
+    layer.write(2 * 1024, memoryview(pattern(512)))
+    assert [name for name, _, _ in store.calls].count("sync") == 2
+    assert open_dynamic(store).allocated_blocks().tolist() == [True] * 3 + [False] * 5
+
+
+def test_a_file_does_not_grow_past_what_the_table_can_say() -> None:
+    """A block that would begin at or above sector 0xFFFFFFFF is refused as no space."""
+    store, layer = _open()
+    store.truncate(0xFFFFFFFF * 512 - SMALL)
+    again = open_dynamic(store, writable=True)
+    with pytest.raises(NoSpace, match="2 TiB"):
+        for block in range(4):
+            again.write(block * 1024, memoryview(pattern(512)))
+    assert layer.size_bytes == again.size_bytes
+    again.close()
+    reopened = open_dynamic(store)
+    starts = [reopened.bat.block_start(block) for block in range(4)]
+    assert all(start < 0xFFFFFFFF * 512 for start in starts)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a writable open puts right, what it must not touch, and that a read-only open changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vhd_builder import KIB, Block, Vhd, child, pattern, put, seal_footer
+from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, VhdkitError
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.metadata import FooterState
+from vhdkit.image import read_extents
+
+SMALL = 512 * KIB
+KILLED = b"\xc7" * 512
+POISONED = seal_footer(put(Vhd().footer(), 0, b"v_poison"))
+
+
+def _image(**fields: object) -> Vhd:
+    values: dict[str, object] = {"size": 2 * SMALL, "block_size": SMALL, "blocks": {0: Block(pattern(SMALL))}}
+    return Vhd(**(values | fields))  # type: ignore[arg-type]  # every name is one of Vhd's
+
+
+def _read(layer: DynamicImage) -> bytes:
+    buffer = bytearray(layer.size_bytes)
+    read_extents(layer.store, layer.extents(0, len(buffer) // 512), memoryview(buffer))
+    return bytes(buffer)
+
+
+def test_a_sound_image_is_not_touched_by_opening_it() -> None:
+    """Opening for writing writes nothing where nothing is wrong."""
+    store = _image().build().store(frozen=True)
+    assert _read(open_dynamic(store, writable=True)) == pattern(SMALL) + bytes(SMALL)
+
+
+@pytest.mark.parametrize("copy", [b"\0" * 512, put(Vhd().footer(), 300, b"!")])
+def test_a_bad_copy_is_restored_from_the_tail(copy: bytes) -> None:
+    """INV-FOOTER-COPY: after a writable open both footers are good and equal."""
+    image = _image(copy=copy)
+    store = image.build().store()
+    layer = open_dynamic(store, writable=True)
+    assert store.pread(0, 512) == image.footer()
+    assert layer.metadata.copy is not None and layer.metadata.copy.state is FooterState.GOOD
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0" * 512, b"\0" * 2048, put(Vhd().footer(), 300, b"!"), b"half"])
+def test_a_lost_trailing_footer_is_put_behind_everything(tail: bytes) -> None:
+    """INV-FOOTER-COPY: the footer comes back on a sector at the end, and no block loses a byte."""
+    image = _image(tail=tail)
+    built = image.build()
+    store = built.store()
+    layer = open_dynamic(store, writable=True)
+    assert store.pread(store.size() - 512, 512) == image.footer()
+    assert store.size() % 512 == 0 and store.size() - 512 >= built.footer_at
+    assert layer.metadata.tail.state is FooterState.GOOD
+    assert _read(layer) == pattern(SMALL) + bytes(SMALL)
+
+
+def test_a_lost_footer_is_not_put_over_a_locator_behind_the_blocks() -> None:
+    """The end of all structures counts, not that of the blocks."""
+    image = child(size=SMALL, block_size=SMALL, blocks={0: Block(pattern(SMALL))}, tail=b"")
+    image.locators[0].offset = 2 * SMALL
+    store = image.build().store()
+    store.truncate(2 * SMALL + len(image.locators[0].data))
+    layer = open_dynamic(store, writable=True)
+    assert store.pread(store.size() - 512, 512) == image.footer()
+    assert layer.metadata.locators[0].text == ".\\parent.vhd"
+
+
+def test_a_511_byte_footer_is_no_damage() -> None:
+    """A short footer is good; the next block goes behind it on a sector."""
+    image = _image(footer_size=511)
+    built = image.build()
+    store = built.store()
+    layer = open_dynamic(store, writable=True)
+    assert store.size() == built.size
+    layer.write(1024, memoryview(pattern(512, 3)))
+    layer.close()
+    again = open_dynamic(store)
+    assert again.metadata.tail.state is FooterState.GOOD and again.block_offset(1) % 4096 == 0
+    assert _read(again) == pattern(SMALL) + pattern(512, 3) + bytes(SMALL - 512)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"tail": KILLED}, ImageInUse),
+        ({"copy": KILLED}, ImageInUse),
+        ({"tail": POISONED}, CorruptImage),
+        ({"copy": POISONED}, CorruptImage),
+    ],
+    ids=["quirk-tail-0xC7", "copy-0xC7", "quirk-tail-poisoned", "copy-poisoned"],
+)
+def test_what_another_program_left_is_never_mended(fields: dict[str, object], kind: type[VhdkitError]) -> None:
+    """0xC7 and v_poison say that another program is at work: readable, refused for writing, not a byte changed."""
+    store = _image(**fields).build().store(frozen=True)
+    assert _read(open_dynamic(store)) == pattern(SMALL) + bytes(SMALL)
+    with pytest.raises(kind) as caught:
+        open_dynamic(store, writable=True)
+    assert caught.value.hint is not None
+    if isinstance(caught.value, CorruptImage):
+        assert caught.value.reason is CorruptReason.FOOTER_POISONED
+
+
+def test_nothing_is_mended_while_the_table_is_bad() -> None:
+    """With a BAT entry outside the file nobody knows where the end is: refused, unchanged."""
+    store = _image(tail=b"", entries={1: 0x00FFFFFF}).build().store(frozen=True)
+    with pytest.raises(CorruptImage) as caught:
+        open_dynamic(store, writable=True)
+    assert caught.value.reason is CorruptReason.BLOCK_OUTSIDE_FILE
+
+
+def test_a_short_last_block_is_made_whole_before_writing() -> None:
+    """Quirk: a block cut at the end of the file is completed with zeros, the footer moves out of its way."""
+    image = _image(size=SMALL)
+    built = image.build()
+    footer = built.pieces.pop()[1]
+    cut = built.starts[0] + 512 + 10 * 512
+    store = built.store()
+    store.truncate(cut)
+    store.pwrite(cut, footer)
+    layer = open_dynamic(store, writable=True)
+    kept = pattern(SMALL)[: 10 * 512]
+    assert _read(layer) == kept + bytes(SMALL - len(kept))
+    assert layer.metadata.tail.offset_bytes >= built.starts[0] + 512 + SMALL
+    layer.write(1023, memoryview(pattern(512, 5)))
+    layer.close()
+    assert _read(open_dynamic(store)) == kept + bytes(SMALL - len(kept) - 512) + pattern(512, 5)
+
+
+@pytest.mark.parametrize("fields", [{"tail": b""}, {"copy": b"\0" * 512}, {"footer_size": 511}])
+def test_a_read_only_open_changes_nothing(fields: dict[str, object]) -> None:
+    """Whatever is damaged, reading leaves the file alone."""
+    store = _image(**fields).build().store(frozen=True)
+    assert _read(open_dynamic(store)) == pattern(SMALL) + bytes(SMALL)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New files that appear whole or not at all, scratch files, and names looked up as Windows does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vhdkit import errors, folder
+from vhdkit.folder import NewFile
+
+
+def _refusing(code: int) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_new_file_appears_with_the_commit(sync: bool, tmp_path: Path) -> None:
+    """Before the commit the name is not there, after it the whole content is, and no other file."""
+    path = tmp_path / "new.vhd"
+    with NewFile(path) as new:
+        new.store.pwrite(0, b"content")
+        assert not path.exists()
+        new.commit(sync=sync)
+        assert path.read_bytes() == b"content"
+    assert [one.name for one in tmp_path.iterdir()] == ["new.vhd"]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, errors.NoSpace])
+def test_an_error_leaves_nothing(kind: type[BaseException], tmp_path: Path) -> None:
+    """An error or Ctrl-C before the commit: no file, neither under the name nor under another."""
+    with pytest.raises(kind), NewFile(tmp_path / "new.vhd") as new:
+        new.store.pwrite(0, b"half")
+        raise kind("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaving_without_a_commit_leaves_nothing(tmp_path: Path) -> None:
+    """Forgetting the commit is like an error."""
+    with NewFile(tmp_path / "new.vhd") as new:
+        new.store.pwrite(0, b"half")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["link", "fsync", "fdatasync"])
+def test_a_failing_commit_gives_a_typed_error(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that fails raises; before the name is given nothing stays behind."""
+    with pytest.raises(errors.VhdkitError), NewFile(tmp_path / "new.vhd") as new:
+        new.store.pwrite(0, b"x")
+        monkeypatch.setattr(os, call, _refusing(errno.EIO))
+        new.commit()
+    assert [one.name for one in tmp_path.iterdir()] == (["new.vhd"] if call == "fsync" else [])
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
+    """Not at the beginning, and not when it came while we were at work."""
+    path = tmp_path / "there.vhd"
+    path.write_bytes(b"precious")
+    with pytest.raises(errors.AlreadyExists, match="--force"):
+        NewFile(path)
+    path.unlink()
+    with pytest.raises(errors.AlreadyExists), NewFile(path) as new:
+        path.write_bytes(b"precious")
+        new.commit()
+    assert path.read_bytes() == b"precious"
+    assert [one.name for one in tmp_path.iterdir()] == ["there.vhd"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_file_systems_without_hard_links(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the file is renamed, and one that came meanwhile is still respected."""
+    monkeypatch.setattr(os, "link", _refusing(errno.EPERM))
+    path = tmp_path / "new.vhd"
+    if not exists:
+        with NewFile(path) as new:
+            new.store.pwrite(0, b"x")
+            new.commit()
+        assert path.read_bytes() == b"x"
+        return
+    with pytest.raises(errors.AlreadyExists), NewFile(path) as new:
+        path.write_bytes(b"precious")
+        new.commit()
+    assert path.read_bytes() == b"precious"
+
+
+def test_replacing_keeps_the_old_file_until_the_commit(tmp_path: Path) -> None:
+    """With `replace` the old content stays readable until the new one is whole; an error keeps it."""
+    path = tmp_path / "there.vhd"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), NewFile(path, replace=True) as new:
+        new.store.pwrite(0, b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    with NewFile(path, replace=True) as new:
+        new.store.pwrite(0, b"new")
+        assert path.read_bytes() == b"old"
+        new.commit()
+    assert path.read_bytes() == b"new"
+    assert [one.name for one in tmp_path.iterdir()] == ["there.vhd"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_link_is_never_written_through(replace: bool, tmp_path: Path) -> None:
+    """A link at the destination, dangling or not, is refused; what it points at stays as it is."""
+    (tmp_path / "target").write_bytes(b"precious")
+    for name, target in (("link", "target"), ("dangling", "none")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises((errors.AlreadyExists, errors.InvalidArgument)):
+            NewFile(tmp_path / name, replace=replace)
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"precious"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_device_is_not_replaced() -> None:
+    """`--force` onto a device would put a file in its place."""
+    with pytest.raises(errors.InvalidArgument, match="no regular file"):
+        NewFile("/dev/null", replace=True)
+    with pytest.raises(errors.AlreadyExists):
+        NewFile("/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("", errors.InvalidArgument),
+        (".", errors.InvalidArgument),
+        ("..", errors.InvalidArgument),
+        ("folder", errors.InvalidArgument),
+        ("folder/", errors.InvalidArgument),
+        ("none/new.vhd", errors.NotFound),
+        ("file/new.vhd", errors.NotFound),
+        ("x" * 300, errors.InvalidArgument),
+    ],
+)
+def test_impossible_names_are_refused(
+    name: str, kind: type[errors.VhdkitError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, a name in a folder that is not there, a name that is too long; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(kind), NewFile(name, replace=True) as new:
+        new.commit()
+    assert {one.name for one in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_a_relative_name_lands_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare name needs no folder; the longest name a file may have works."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("new.vhd", "x" * 255):
+        with NewFile(name) as new:
+            new.commit()
+        assert (tmp_path / name).exists()
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    """A new image is as private as any other file the user makes."""
+    before = os.umask(0o027)
+    try:
+        with NewFile(tmp_path / "new.vhd") as new:
+            new.commit()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new.vhd").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_scratch_has_no_name(supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch space is a file nobody sees, also where the file system cannot make nameless files."""
+    if not supported:
+        real_open = os.open
+
+        def open_without_tmpfile(path: str, flags: int, mode: int = 0o777) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "no")
+            return real_open(path, flags, mode)
+
+        monkeypatch.setattr(os, "open", open_without_tmpfile)
+    with folder.scratch_store(str(tmp_path)) as store:
+        store.pwrite(0, b"x")
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(errors.NotFound):
+        folder.scratch_store(str(tmp_path / "none"))
+
+
+def test_names_are_found_ignoring_case(tmp_path: Path) -> None:
+    """Every component may be spelled otherwise; an exact one wins; what is not there is None."""
+    (tmp_path / "Disks" / "SUB").mkdir(parents=True)
+    (tmp_path / "Disks" / "SUB" / "Bäse.VHD").write_bytes(b"")
+    (tmp_path / "Disks" / "a.vhd").write_bytes(b"")
+    (tmp_path / "Disks" / "A.vhd").write_bytes(b"")
+    found = folder.find_ignoring_case
+    assert found(str(tmp_path / "disks/sub/BÄSE.vhd")) == str(tmp_path / "Disks/SUB/Bäse.VHD")
+    assert found(str(tmp_path / "disks" / "a.vhd")) == str(tmp_path / "Disks" / "a.vhd")
+    assert found(str(tmp_path / "disks" / "A.vhd")) == str(tmp_path / "Disks" / "A.vhd")
+    assert found(str(tmp_path / "disks" / "A.VHD")) == str(tmp_path / "Disks" / "A.vhd")
+    assert found(str(tmp_path / "disks" / "b.vhd")) is None
+    assert found(str(tmp_path / "Disks" / "a.vhd" / "x")) is None
+    assert found(str(tmp_path / ("x" * 5000))) is None
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=300))
+def test_no_name_makes_the_search_fail(name: str) -> None:
+    """Whatever an image says, looking for it gives a path or None."""
+    found = folder.find_ignoring_case("/nowhere-at-all/" + name)
+    assert found is None
+
+
+def test_within_means_the_folder_or_below() -> None:
+    """Not a neighbour whose name begins the same."""
+    assert folder.is_within("/a/b/c", ("/a/b",)) and folder.is_within("/a/b", ("/a/b",))
+    assert not folder.is_within("/a/bc", ("/a/b",)) and not folder.is_within("/a", ("/a/b",))
+    assert folder.is_within("/x/y", ("/a", "/x")) and folder.is_within("/x", ("/",))
+
+
+def test_regular_files_only(tmp_path: Path) -> None:
+    """Links, folders and pipes are left out; the order is that of the names; a missing folder is empty."""
+    for name in ("b", "a"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    assert list(folder.regular_files(str(tmp_path))) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert list(folder.regular_files(str(tmp_path / "none"))) == []
+    assert folder.is_regular(str(tmp_path / "link")) and not folder.is_regular(str(tmp_path / "pipe"))
+    assert not folder.is_regular("a\0b")
+
+
+def test_a_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing sync of a folder is an error, except where the file system has none."""
+    folder.sync_directory(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", _refusing(errno.EINVAL))
+    folder.sync_directory(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", _refusing(errno.EIO))
+    with pytest.raises(errors.IoFailed):
+        folder.sync_directory(str(tmp_path))

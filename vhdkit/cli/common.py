@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every verb has in common: the options about images, sizes on the command line, help with examples.
+
+Decides the names of shared options and what they mean to the library. Must not print.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from vhdkit import FormatName, InvalidArgument, OpenOptions
+from vhdkit.units import parse_size
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+STREAM = "-"  # standard input or output in place of a file
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What the user said that every verb understands."""
+
+    options: OpenOptions
+    json: bool
+    quiet: bool
+    verbose: bool
+
+
+def size(text: str) -> int:
+    """Bytes as people write them: 512, 64K, 1.5G, 2TiB."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+class PathType(click.Path):
+    """The name of a file. Nothing is looked at here: the library says what is wrong with it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, which is not empty."""
+        text = str(value)
+        if not text:
+            self.fail("a file name cannot be empty", param, ctx)
+        if "\0" in text:
+            raise InvalidArgument("is no file name: it holds a zero byte", path=text)
+        return text
+
+
+PATH = PathType()
+_FOLDER = click.Path(exists=True, file_okay=False)
+
+
+def image_options(*, leaf_format: bool = True) -> Callable[[Verb], Verb]:
+    """The options of every verb that opens images; the verb gets them as one argument `common`.
+
+    Without `leaf_format` there is no `--format`: the verb has another meaning for it.
+    """
+
+    def decorate(verb: Verb) -> Verb:
+        @functools.wraps(verb)
+        def called(
+            *args: Any,
+            allow_parent_dir: tuple[str, ...],
+            allow_raw_parent: bool,
+            dynamic_bitmap: str,
+            json: bool,
+            quiet: bool,
+            verbose: bool,
+            image_format: str | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            options = OpenOptions(
+                parent_dirs=allow_parent_dir,
+                allow_raw_parent=allow_raw_parent,
+                ignore_bitmaps=dynamic_bitmap == "ignore",
+                format_name=FormatName(image_format) if image_format else None,
+            )
+            return verb(*args, common=Common(options, json, quiet, verbose), **kwargs)
+
+        decorated: Any = called
+        for option in reversed(_options(leaf_format)):
+            decorated = option(decorated)
+        result: Verb = decorated
+        return result
+
+    return decorate
+
+
+def _options(leaf_format: bool) -> list[Callable[[Any], Any]]:
+    options = [
+        click.option("--allow-parent-dir", metavar="DIR", type=_FOLDER, multiple=True,
+                     help="Parents may lie in DIR too, not only in the image's own folder. Repeatable."),
+        click.option("--allow-raw-parent", is_flag=True,
+                     help="Accept a raw parent: the image records no id to know it by."),
+        click.option("--dynamic-bitmap", type=click.Choice(["spec", "ignore"]), default="spec", show_default=True,
+                     help="A clear bit in a dynamic disk's bitmap means zeros (spec), or bitmaps are not looked at."),
+    ]  # fmt: skip
+    if leaf_format:
+        options.append(
+            click.option("--format", "image_format", type=click.Choice([one.value for one in FormatName]),
+                         help="What the image is, instead of looking.")
+        )  # fmt: skip
+    return [
+        *options,
+        click.option("--json", is_flag=True, help="Print one JSON document; an error is a JSON object too."),
+        click.option("-q", "--quiet", is_flag=True, help="Leave out notes, summaries and progress."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more; show where an internal error came from."),
+    ]
+
+
+def progress_option(verb: Verb) -> Verb:
+    """`--progress/--no-progress` for verbs that may take long."""
+    return click.option(
+        "--progress/--no-progress", default=None,
+        help="Show how far it is. Default: when standard error is a terminal.",
+    )(verb)  # fmt: skip
+
+
+def epilog(*examples: str, codes: str = "") -> str:
+    """The end of a verb's help: examples as they are typed, and its exit codes where they are its own."""
+    text = "\b\n" + "\n".join(["Examples:" if len(examples) > 1 else "Example:", *(f"  {one}" for one in examples)])
+    return f"{text}\n\n{codes}" if codes else text

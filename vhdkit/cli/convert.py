@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`convert`: a disk with all its parents as a new image of another kind, or through a pipe.
+
+Decides when a pipe is meant, that a terminal never gets a disk's bytes, and what is said at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+import vhdkit
+from vhdkit import DiskFormat, InvalidArgument
+from vhdkit.chain.convert import convert_chain
+from vhdkit.chain.stream import export_stream, import_stream, pass_stream
+from vhdkit.cli.common import PATH, STREAM, Common, epilog, image_options, progress_option
+from vhdkit.cli.common import size as parsed_size
+from vhdkit.cli.output import exact_size, note, print_json
+from vhdkit.cli.progress import progress_shown
+from vhdkit.errors import printable
+from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
+from vhdkit.store import translated
+from vhdkit.units import format_size
+
+_EXAMPLES = (
+    "vhdkit convert leaf.avhd disk.vhd --to fixed",
+    "vhdkit convert disk.raw disk.vhd --to dynamic --block-size 512K",
+    "vhdkit convert leaf.avhd - --to raw | zstd > disk.raw.zst",
+    "curl https://example.org/disk.raw | vhdkit convert - disk.vhd --to dynamic",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What was asked for. A path of `-` is a pipe."""
+
+    source: str
+    destination: str
+    kind: DiskFormat
+    block_size_bytes: int
+    azure: bool
+    replace: bool
+    sync: bool
+
+
+@click.command("convert", short_help="Between raw, fixed and dynamic, from whole chains.", epilog=epilog(*_EXAMPLES))
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("destination", metavar="DST", type=PATH)
+@click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),
+              help="Kind of the new image. Needed, except with --azure.")  # fmt: skip
+@click.option("--azure", is_flag=True, help="A fixed VHD of whole MiB, as Azure wants it.")
+@click.option(
+    "--block-size", type=parsed_size, help="Unit of allocation of a dynamic VHD, 512K to 256M; 2M when not given."
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace an existing file, unless it is in use, a parent, or in SRC's chain.",
+)
+@click.option("--no-sync", is_flag=True, help="Do not wait until the result is on the device.")
+@image_options()
+@progress_option
+def convert_command(
+    source: str, destination: str, kind: str | None, azure: bool, block_size: int | None, force: bool,
+    no_sync: bool, common: Common, progress: bool | None,
+) -> None:  # fmt: skip
+    """Write the content of SRC, with all its parents, to a new image DST.
+
+    Zeros become holes. DST appears whole or not at all. SRC or DST may be - for a pipe (raw and fixed; a dynamic
+    VHD can be made from a pipe, but not written to one). --format says what SRC is.
+
+    \b
+    With --json: {"source", "destination", "format", "virtual_size_bytes",
+                  "seconds", "bytes_per_second"}
+    """
+    if kind is None and not azure:
+        raise click.UsageError("say what to make with --to raw, --to fixed or --to dynamic")
+    target = DiskFormat(kind or DiskFormat.FIXED)
+    if block_size is not None and target is not DiskFormat.DYNAMIC:
+        raise click.UsageError(f"a {target} image has no blocks: no --block-size")
+    if destination == STREAM and common.json:
+        raise click.UsageError("standard output cannot be both the disk and the JSON document")
+    job = _Job(source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, force, not no_sync)
+    begin = time.monotonic()
+    size_bytes = _run(job, common, progress)
+    _tell(job, size_bytes, time.monotonic() - begin, common)
+
+
+def _run(job: _Job, common: Common, wanted: bool | None) -> int:
+    """Do it; returns the virtual size of the result."""
+    if job.source == STREAM:
+        return _from_pipe(job, common, wanted)
+    with vhdkit.open_disk(job.source, options=common.options) as disk:
+        with progress_shown(common, wanted, "converting") as show:
+            if job.destination == STREAM:
+                output = _standard_output()
+                made = export_stream(disk.chain, output.write, job.kind, azure=job.azure, progress=show)
+                output.flush()
+            else:
+                made = convert_chain(
+                    disk.chain, job.destination, job.kind, block_size_bytes=job.block_size_bytes,
+                    azure=job.azure, replace=job.replace, sync=job.sync, progress=show,
+                )  # fmt: skip
+        if made != disk.size_bytes:
+            note(
+                common,
+                f"rounded {disk.size_bytes} bytes up to {made} ({format_size(made)}): Azure takes whole MiB",
+            )
+    return made
+
+
+def _from_pipe(job: _Job, common: Common, wanted: bool | None) -> int:
+    read = _standard_input()
+    source_format = common.options.format_name
+    if job.destination == STREAM:
+        output = _standard_output()
+        made = pass_stream(read, output.write, job.kind, source_format=source_format, azure=job.azure)
+        output.flush()
+        return made
+    with progress_shown(common, wanted, "reading", endless=True) as show:
+        return import_stream(
+            read, job.destination, job.kind, source_format=source_format,
+            block_size_bytes=job.block_size_bytes, azure=job.azure, replace=job.replace, sync=job.sync,
+            progress=show,
+        )  # fmt: skip
+
+
+def _standard_input() -> Callable[[int], bytes]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InvalidArgument("standard input is a terminal or closed, not a disk image")
+    stream = sys.stdin.buffer
+
+    def read(size_bytes: int) -> bytes:
+        with translated("standard input", "read"):
+            return stream.read(size_bytes)
+
+    return read
+
+
+def _standard_output() -> Any:
+    stream = getattr(sys.stdout, "buffer", None)
+    if stream is None or sys.stdout.isatty():
+        raise InvalidArgument(
+            "standard output is a terminal or closed: a disk is not written to it", hint="name a file, or pipe it"
+        )
+    return stream
+
+
+def _tell(job: _Job, size_bytes: int, seconds: float, common: Common) -> None:
+    if job.destination == STREAM:
+        return
+    speed = int(size_bytes / max(seconds, 0.001))
+    if common.json:
+        document = {
+            "source": job.source,
+            "destination": job.destination,
+            "format": job.kind.value,
+            "virtual_size_bytes": size_bytes,
+            "seconds": round(seconds, 3),
+            "bytes_per_second": speed,
+        }
+        print_json(document)
+    elif not common.quiet:
+        what = "raw image" if job.kind is DiskFormat.RAW else f"{job.kind} VHD"
+        click.echo(
+            f"wrote {printable(job.destination)}: {what}, {exact_size(size_bytes)},"
+            f" in {seconds:.1f} s ({format_size(speed)}/s)"
+        )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`create`: a new empty image, or a new child of an image.
+
+Decides which options exclude each other and what is worth saying about the new file.
+"""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+import vhdkit
+from vhdkit import DiskFormat, OpenOptions
+from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.common import size as parsed_size
+from vhdkit.cli.output import exact_size, note, print_json
+from vhdkit.errors import printable
+from vhdkit.folder import is_within, real_path
+from vhdkit.formats.probe import VHD_SUFFIXES
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.units import format_size
+
+_EXAMPLES = (
+    "vhdkit create disk.vhd --size 10G",
+    "vhdkit create azure.vhd --size 30G --azure",
+    "vhdkit create child.avhd --parent disk.vhd",
+)
+
+
+@click.command("create", short_help="Create an image, or a child of one.", epilog=epilog(*_EXAMPLES))
+@click.argument("path", type=PATH)
+@click.option("--size", type=parsed_size, help="Virtual size, such as 10G. A child may be larger than its parent.")
+@click.option("--parent", type=PATH, help="Make a differencing image on this parent, which is only read.")
+@click.option("--format", "disk_format", type=click.Choice([one.value for one in DiskFormat]),
+              help="Kind of the new image; dynamic when not given.")  # fmt: skip
+@click.option("--block-size", type=parsed_size, help="Unit of allocation, 512K to 256M; 2M when not given.")
+@click.option("--preallocate", is_flag=True, help="Set the space of a fixed or raw image aside now.")
+@click.option("--azure", is_flag=True, help="A fixed VHD of whole MiB, as Azure wants it.")
+@click.option("--force", is_flag=True, help="Replace an existing file, unless it is in use or a parent.")
+@image_options(leaf_format=False)
+def create_command(
+    path: str, size: int | None, parent: str | None, disk_format: str | None, block_size: int | None,
+    preallocate: bool, azure: bool, force: bool, common: Common,
+) -> None:  # fmt: skip
+    """Create an image of zeros, or with --parent an empty child.
+
+    \b
+    With --json: {"path", "format", "virtual_size_bytes", "parent", "open_with"}
+    where open_with lists the options that opening the new image needs.
+    """
+    if parent is not None:
+        if disk_format is not None or preallocate or azure:
+            raise click.UsageError("a child is always a differencing VHD: no --format, --preallocate or --azure")
+        made = vhdkit.create_child(
+            path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
+        )  # fmt: skip
+        needed = _needed_to_open(path, parent, common.options)
+        _tell(common, path, "differencing", made, parent, needed)
+        return
+    if size is None:
+        raise click.UsageError("say how large with --size (such as 10G), or name a --parent")
+    kind = DiskFormat(disk_format or (DiskFormat.FIXED if azure else DiskFormat.DYNAMIC))
+    if block_size is not None and kind is not DiskFormat.DYNAMIC:
+        raise click.UsageError(f"a {kind} image has no blocks: no --block-size")
+    sizes = {} if block_size is None else {"block_size_bytes": block_size}
+    made = vhdkit.create_image(
+        path, size, disk_format=kind, preallocate=preallocate, azure=azure, replace=force, **sizes
+    )
+    if made != size:
+        note(common, f"rounded {size} bytes up to {made} ({format_size(made)}): Azure takes whole MiB")
+    if kind is DiskFormat.RAW and path.lower().endswith(VHD_SUFFIXES):
+        note(common, f"{path} is a raw disk under the name of a VHD; opening it needs --format raw")
+    _tell(common, path, kind.value, made, None, [])
+
+
+def _tell(common: Common, path: str, kind: str, size_bytes: int, parent: str | None, needed: list[list[str]]) -> None:
+    if common.json:
+        document = {
+            "path": path,
+            "format": kind,
+            "virtual_size_bytes": size_bytes,
+            "parent": parent,
+            "open_with": [word for option in needed for word in option],
+        }
+        print_json(document)
+    elif not common.quiet:
+        what = f"{kind} image" if kind == "raw" else f"{kind} VHD"
+        on = "" if parent is None else f" on {printable(parent)}"
+        click.echo(f"created {printable(path)}: {what}, {exact_size(size_bytes)}{on}")
+    if needed:
+        note(common, "opening it needs " + " ".join(word for option in needed for word in option))
+
+
+def _needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[str]]:
+    """The options that opening the new child needs, because of where its chain lies or what its base is."""
+    home = os.path.dirname(real_path(path))
+    folders = (
+        home,
+        *(real_path(folder) for folder in options.parent_dirs),
+        os.path.dirname(real_path(parent)),
+    )
+    # The parent was opened with its own folder allowed; from the child on, that has to be said.
+    trusting = OpenOptions(
+        parent_dirs=folders, allow_raw_parent=True, ignore_bitmaps=options.ignore_bitmaps, lock=False
+    )
+    with vhdkit.open_disk(path, options=trusting) as disk:
+        layers = disk.chain.layers
+        outside = dict.fromkeys(
+            os.path.dirname(real_path(layer.store.name))
+            for layer in layers
+            if not is_within(real_path(layer.store.name), (home,))
+        )
+        needed = [["--allow-parent-dir", folder] for folder in outside]
+        if not isinstance(layers[-1], DynamicImage | FixedImage):
+            needed.append(["--allow-raw-parent"])
+    return needed

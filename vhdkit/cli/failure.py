@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a failure reaches the user: one line on standard error and an exit code that tells the cause.
+
+Decides the wording around an error and what a signal does. The sentence itself and the code of a library error come
+from `vhdkit.errors`. With `--json` the line is one JSON object:
+
+    {"error": {"kind": "CorruptImage", "exit_code": 3, "message": ..., "problem": ..., "path": ..., "structure": ...,
+               "offset_bytes": ..., "expected": ..., "found": ..., "hint": ..., "reason": ...}}
+
+Kinds are the names of the library's error classes, and UsageError, Interrupted and InternalError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import click
+
+from vhdkit.errors import CorruptImage, VhdkitError, printable
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_SIGNAL_BASE = 128  # and the signal's number, as shells count
+_STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal asked us to stop. No `Exception`: nothing on the way out may take it for a failure to handle."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM."""
+        return EXIT_SIGNAL_BASE + self.number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into `Interrupted`, so that half-made files are removed.
+
+    Further ones wait for that: removing takes no time, and nothing must be left behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    # Whoever started us with a signal ignored (nohup) meant it.
+    before = {one: signal.getsignal(one) for one in _STOPPING_SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
+    for one in before:
+        signal.signal(one, stop)
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
+    """Say what went wrong on standard error; returns the exit code."""
+    if isinstance(error, VhdkitError):
+        facts = _facts_of_library(error)
+    elif isinstance(error, click.ClickException):
+        facts = _facts_of_usage(error)
+    elif isinstance(error, Interrupted):
+        facts = _facts("Interrupted", error.exit_code, "interrupted")
+    elif isinstance(error, MemoryError):
+        facts = _facts("InternalError", EXIT_FAILED, "not enough memory")
+    else:
+        what = printable(f"{type(error).__name__}: {error}")
+        facts = _facts(
+            "InternalError",
+            EXIT_FAILED,
+            f"internal error: {what}; this is a bug in vhdkit, please report it with the output of --verbose",
+        )
+        if verbose:
+            traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({"error": facts}), err=True)
+    else:
+        click.echo(f"vhdkit: {facts['message']}", err=True)
+    code: int = facts["exit_code"]
+    return code
+
+
+def _facts(kind: str, exit_code: int, message: str, **more: object) -> dict[str, Any]:
+    return {"kind": kind, "exit_code": exit_code, "message": message, **more}
+
+
+def _facts_of_library(error: VhdkitError) -> dict[str, Any]:
+    return _facts(
+        type(error).__name__,
+        error.exit_code,
+        str(error),
+        problem=error.problem,
+        path=error.path,
+        structure=error.structure,
+        offset_bytes=error.offset_bytes,
+        expected=None if error.expected is None else str(error.expected),
+        found=None if error.found is None else str(error.found),
+        hint=error.hint,
+        reason=error.reason.value if isinstance(error, CorruptImage) else None,
+    )
+
+
+def _facts_of_usage(error: click.ClickException) -> dict[str, Any]:
+    message = printable(error.format_message()).rstrip(".")
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        path = error.ctx.command_path
+        verb = path.removeprefix("vhdkit").strip()
+        message = f"{verb}: {message}" if verb else message
+        message += f"; see `{path} --help`"
+    return _facts("UsageError", error.exit_code, message)
+
+
+def silence_standard_output() -> None:
+    """Nobody reads any more: let what is still buffered go nowhere instead of failing at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.close()

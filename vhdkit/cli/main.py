@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vhdkit`: its verbs, its help, and the one place where it ends.
+
+Decides how every failure becomes an exit code. Verbs only raise.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from vhdkit.cli.check import check_command
+from vhdkit.cli.compare import compare_command
+from vhdkit.cli.convert import convert_command
+from vhdkit.cli.create import create_command
+from vhdkit.cli.describe import chain_command, dump_command, info_command
+from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
+from vhdkit.cli.map import map_command
+from vhdkit.cli.rebase import rebase_command
+from vhdkit.store import translate
+
+_EPILOG = """\b
+Examples:
+  vhdkit create disk.vhd --size 10G
+  vhdkit create child.avhd --parent disk.vhd
+  vhdkit info child.avhd
+  vhdkit convert child.avhd disk.raw --to raw
+
+\b
+Exit codes:
+  0 fine                  4 check: warnings only
+  1 failed, or differs    5 image in use
+  2 usage                 6 parent missing or refused
+  3 image damaged         7 no space left
+  130 interrupted (143 by SIGTERM)
+
+\b
+Completion in the shell, for good by putting the line into ~/.bashrc or ~/.zshrc:
+  bash:  eval "$(_VHDKIT_COMPLETE=bash_source vhdkit)"
+  zsh:   eval "$(_VHDKIT_COMPLETE=zsh_source vhdkit)"
+  fish:  _VHDKIT_COMPLETE=fish_source vhdkit | source
+
+VHDKIT_DEBUG=1 shows where an internal error came from, as --verbose does. NO_COLOR=1 switches colours off.
+"""
+
+
+class _Group(click.Group):
+    """A group whose end is ours: one line on standard error and an exit code, never a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order in which one meets them."""
+        return list(self.commands)
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
+        """Run the command line and exit."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in arguments
+        verbose = bool({"--verbose", "-v"} & set(arguments)) or os.environ.get("VHDKIT_DEBUG", "") not in (
+            "",
+            "0",
+        )
+        if sys.stdout is None:
+            sys.stdout = io.StringIO()  # closed by whoever started us: what is printed goes nowhere
+        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            with stopped_by_signals():
+                code = super().main(arguments, "vhdkit", standalone_mode=False)
+                sys.stdout.flush()
+        except BrokenPipeError:
+            silence_standard_output()
+            code = EXIT_FAILED
+        except OSError as error:  # the library's own are VhdkitErrors: this is one of our streams
+            code = report(translate(error, "standard output", "write"), as_json=as_json, verbose=verbose)
+            silence_standard_output()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            code = report(error, as_json=as_json, verbose=verbose)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version_text() -> str:
+    try:
+        version = importlib.metadata.version("vhdkit")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed)"
+    return f"vhdkit {version}, Python {platform.python_version()}"
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(_version_text())
+        ctx.exit()
+
+
+@click.group(
+    cls=_Group,
+    epilog=_EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Virtual hard disks: VHD, AVHD and raw images, alone and in chains.
+
+    A chain is an image and the parents it stands on, always listed leaf first. Sizes are written as 512, 64K, 10G
+    or 1.5T. Every verb takes --json.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for _verb in (
+    create_command,
+    info_command,
+    chain_command,
+    check_command,
+    map_command,
+    convert_command,
+    compare_command,
+    rebase_command,
+    dump_command,
+):
+    main.add_command(_verb)
