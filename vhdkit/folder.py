@@ -163,6 +163,14 @@ def is_within(path: str, directories: tuple[str, ...]) -> bool:
     return any(os.path.commonpath((path, directory)) == directory for directory in directories)
 
 
+def is_file_name(text: str) -> bool:
+    """False for text that cannot name a file here: it holds a zero byte, or letters the locale cannot write."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def is_regular(path: str) -> bool:
     """True for an existing regular file (links followed)."""
     try:

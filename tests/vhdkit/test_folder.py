@@ -244,3 +244,10 @@ def test_a_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "fsync", _refusing(errno.EIO))
     with pytest.raises(errors.IoFailed):
         folder.sync_directory(str(tmp_path))
+
+
+def test_file_names() -> None:
+    """Text with a zero byte or a lone surrogate names no file."""
+    assert folder.is_file_name("a/ä.vhd")
+    assert not folder.is_file_name("a\0b")
+    assert not folder.is_file_name("\ud800")

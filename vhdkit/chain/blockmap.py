@@ -224,7 +224,8 @@ class BlockMap:
 
 def owner_runs(owners: bytearray, first: int, count: int) -> list[tuple[int, int, int]]:
     """Neighbours with one owner as (first, count, owner), in order, within `count` sectors from `first`."""
-    piece = np.frombuffer(owners, dtype=np.uint8, count=count, offset=first)
+    # A copy: a writer may change the owners meanwhile, and a run must not get the owner of a part of it.
+    piece = np.frombuffer(owners[first : first + count], dtype=np.uint8)
     edges = (np.flatnonzero(piece[1:] != piece[:-1]) + 1).tolist()
     starts = [0, *edges]
     ends = [*edges, count]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
-from vhdkit.folder import find_ignoring_case, is_regular, is_within, real_path, regular_files
+from vhdkit.folder import find_ignoring_case, is_file_name, is_regular, is_within, real_path, regular_files
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -169,7 +169,7 @@ def find_parent(child: Metadata, folders: tuple[str, ...], options: OpenOptions)
 def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Search) -> FileStore | None:
     """Open the candidate when it is the parent; else note why not."""
     # Links are followed before anything else is looked at: outside the allowed folders nothing is listed or opened.
-    if "\0" in candidate or not is_within(real_path(candidate), folders):
+    if not is_file_name(candidate) or not is_within(real_path(candidate), folders):
         (search.refused if is_regular(candidate) else search.places).append(candidate)
         return None
     found = find_ignoring_case(candidate, folders)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INV-BOUNDED: any bytes as an image file end in success or a `VhdkitError`, in bounded time and memory.
+
+Fed: one file (`fuzz.sparse` says how the input becomes one). Tried: dump, check, opening as every format, extents,
+reads through layer and chain; then a writable opening of a copy, writes, zeros, trim, flush, close, opening again.
+Also watched, because it costs nothing here:
+
+- dump and check raise nothing at all, and what they say can be printed on a terminal;
+- an image that opening refuses as corrupt is not clean to check;
+- a layer's extents cover the range in order (`INV-MAP-EQUALS-WALK`: and the chain reads what they say);
+- what was written through a writable opening that succeeded is read back by the next one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import zlib
+
+from fuzz.loop import main
+from fuzz.mutate import mutate_image
+from fuzz.sparse import FuzzStore, decode
+from vhdkit.chain.chain import Chain
+from vhdkit.errors import CorruptImage, VhdkitError
+from vhdkit.finding import Severity
+from vhdkit.formats.probe import FormatName, open_layer
+from vhdkit.formats.vhd.check import check_vhd
+from vhdkit.formats.vhd.dump import dump_vhd
+from vhdkit.image import Extent, ExtentKind, Layer, read_extents
+from vhdkit.units import GIB, KIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
+
+_WINDOW_SECTORS = whole_sectors(64 * KIB)
+_WHOLE_BELOW = 16 * GIB  # a smaller disk's extents are listed as a whole
+_FORMATS = (None, FormatName.VHD, FormatName.RAW)
+
+
+def target(data: bytes) -> None:
+    """Do with the file whatever a user could do to it."""
+    store = FuzzStore(decode(data))
+    store.frozen = True
+    dumped = [one.structure for one in dump_vhd(store)]
+    findings = check_vhd(store)
+    check_vhd(store, ignore_bitmaps=True)
+    for said in [*dumped, *map(str, findings)]:
+        assert said.isprintable(), repr(said)
+    for format_name in _FORMATS:
+        for ignore_bitmaps in (False, True):
+            try:
+                layer = open_layer(store, format_name=format_name, ignore_bitmaps=ignore_bitmaps)
+            except VhdkitError as error:
+                assert str(error).isprintable(), repr(str(error))
+                if isinstance(error, CorruptImage):
+                    assert any(one.severity is Severity.ERROR for one in findings), error
+                continue
+            _read(layer, data)
+    for format_name in _FORMATS[1:]:
+        _write(FuzzStore(decode(data)), format_name, data)
+
+
+def opens(data: bytes) -> bool:
+    """Whether the file opens as a VHD: how the mutations are measured."""
+    try:
+        open_layer(FuzzStore(decode(data)), format_name=FormatName.VHD)
+    except VhdkitError:
+        return False
+    return True
+
+
+def _windows(layer: Layer, data: bytes) -> list[tuple[int, int]]:
+    """A few (first sector, count) ranges inside the disk: both ends, the middle, somewhere."""
+    total = whole_sectors(layer.size_bytes)
+    count = min(total, _WINDOW_SECTORS)
+    last = total - count
+    return [(first, count) for first in sorted({0, last, last // 2, zlib.crc32(data) % (last + 1)})]
+
+
+def _read(layer: Layer, data: bytes) -> None:
+    total = whole_sectors(layer.size_bytes)
+    if layer.size_bytes <= _WHOLE_BELOW:
+        _covered(list(layer.extents(0, total)), 0, total)
+    chain = Chain([layer])
+    for first, count in _windows(layer, data):
+        extents = list(layer.extents(first, count))
+        _covered(extents, first, count)
+        walked, mapped = (bytearray(sectors_to_bytes(count)) for _ in range(2))
+        read_extents(layer.store, extents, memoryview(walked))
+        chain.read_into(first, memoryview(mapped))
+        assert walked == mapped, f"sectors {first} to {first + count}: the map and the layer disagree"
+        _covered(list(chain.extents(first, count, find_holes=True)), first, count)
+
+
+def _covered(extents: list[Extent], first: int, count: int) -> None:
+    """The extents are in order and without gaps."""
+    position = first
+    for extent in extents:
+        assert extent.sector_index == position and extent.sector_count > 0, extent
+        assert (extent.store_offset_bytes is None) == (extent.kind is not ExtentKind.DATA), extent
+        position = extent.end_sector
+    assert position == first + count, (position, first, count)
+
+
+def _write(store: FuzzStore, format_name: FormatName | None, data: bytes) -> None:
+    """Write, close, and open again: what was written is there, or the opening or a write was refused."""
+    try:
+        layer = open_layer(store, format_name=format_name, writable=True)
+    except VhdkitError:
+        return
+    written = {}
+    try:
+        for number, (first, count) in enumerate(_windows(layer, data)):
+            raw = bytes([number + 1]) * sectors_to_bytes(min(count, 3))
+            layer.write(first, memoryview(raw))
+            written[first] = raw
+            if number % 2:
+                layer.flush()
+            if count > 8:
+                layer.write_zeroes(first + 4, 2)
+                layer.trim(first + 6, 2)
+        layer.flush()
+    except VhdkitError:
+        written.clear()
+    finally:
+        _close(layer)
+    if not written:
+        return
+    again = open_layer(store, format_name=format_name)
+    for first, raw in _last_word(written).items():
+        buffer = bytearray(SECTOR_SIZE)
+        read_extents(store, again.extents(first, 1), memoryview(buffer))
+        assert buffer == raw, f"sector {first} does not read as written"
+
+
+def _last_word(written: dict[int, bytes]) -> dict[int, bytes]:
+    """By sector, what it must hold now. Later writes, zeros and trims of a tiny disk may lie over earlier ones."""
+    starts = sorted(written)
+    apart = all(after - before > 8 for before, after in itertools.pairwise(starts))
+    return {first: raw[:SECTOR_SIZE] for first, raw in written.items()} if apart else {}
+
+
+def _close(layer: Layer) -> None:
+    try:
+        layer.close()
+    except VhdkitError as error:
+        assert str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(target, "fuzz_open", mutate_image))

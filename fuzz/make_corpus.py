@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the seeds: small, sound or nearly sound inputs from which mutations start. `python -m fuzz.make_corpus`.
+
+Decides which states of an image each target begins with. Deterministic: the same files every time, and a test
+compares them with what lies in `fuzz/corpus`. A file that broke an invariant once is kept there as `found-*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fuzz.loop import CORPUS
+from fuzz.recipe import (
+    ALLOW_EXTRA,
+    ALLOW_RAW,
+    DIFF,
+    DYN,
+    EMPTY,
+    FIX,
+    HARD,
+    LINK,
+    NO_LOCK,
+    RAW,
+    WRITABLE,
+    Entry,
+    Link,
+    Recipe,
+)
+from fuzz.sparse import Sparse
+from tests.vhd_builder import (
+    FIXED,
+    FREE,
+    GIB,
+    KIB,
+    MIB,
+    TIB,
+    Block,
+    Locator,
+    Vhd,
+    absolute,
+    child,
+    relative,
+)  # fmt: skip
+
+MAX_SEED_BYTES = 8 * KIB
+W2RU, W2KU, MACX, WI2R = range(4)
+
+
+def packed(vhd: Vhd) -> bytes:
+    """An image of the builder as a sparse input: runs of one byte become repeats."""
+    built = vhd.build()
+    image = Sparse(built.size)
+    for offset, raw in built.pieces:
+        position = 0
+        while position < len(raw):
+            size = min(512, len(raw) - position)
+            piece, stop = raw[position : position + size], position + size
+            if piece.count(piece[0]) == size:
+                while raw[stop : stop + 512] == piece:
+                    stop += 512
+                image.put(offset + position, piece[:1], stop - position)
+            else:
+                image.put(offset + position, piece.rstrip(b"\0"))
+            position = stop
+    return image.encode()
+
+
+def full_table(entry: int | None, block_size: int, size: int) -> bytes:
+    """A disk with a table of equal entries; a far one where `entry` is None: all free, at 4 GiB."""
+    vhd = Vhd(size=MIB, block_size=block_size, table_offset=4 * GIB if entry is None else None, tail=b"")
+    count = -(-size // block_size)
+    vhd.entry_count = vhd.needed_entries
+    head = Vhd(size=size, block_size=block_size, table_offset=vhd.table_offset)
+    table = head.table_at
+    image = Sparse(table + count * 4 + 512)
+    image.put(0, head.footer())
+    image.put(512, head.header())
+    image.put(table, (FREE if entry is None else entry).to_bytes(4, "big"), count)
+    image.put(image.size - 512, head.footer())
+    return image.encode()
+
+
+def open_seeds() -> Iterator[tuple[str, bytes]]:
+    """Images, each in a state of its own."""
+    two = {1: Block(b"second"), 0: Block(b"first", bits=b"\xf0\x01")}
+    yield "empty", b""
+    yield "raw", b"just bytes, no image" * 40
+    yield "raw-odd", Sparse(3 * MIB + 17, [(5, b"x", 1), (MIB, b"y", 1)]).encode()
+    yield "qcow2", b"QFI\xfb" + bytes(600)
+    yield "fixed", packed(Vhd(disk_type=FIXED, data=b"boot"))
+    yield "fixed-511", packed(Vhd(disk_type=FIXED, footer_size=511))
+    yield "fixed-bytes", b"d" * 1024 + Vhd(disk_type=FIXED, size=1024).footer()
+    yield "fixed-chs", packed(Vhd(disk_type=FIXED, creator=b"vpc ", chs=(60, 4, 17), size=4 * MIB))
+    yield "fixed-2tib", packed(Vhd(disk_type=FIXED, size=2 * TIB, data=b"boot"))
+    yield "dynamic", packed(Vhd(blocks=two))
+    yield "dynamic-aligned", packed(Vhd(blocks=two, aligned=True, block_size=512 * KIB))
+    yield "dynamic-chs", packed(Vhd(blocks=two, creator=b"qemu", chs=(60, 4, 17)))
+    yield "dynamic-cut", packed(Vhd(blocks=two, tail=b"", footer_at=2 * MIB + 4096))
+    yield "dynamic-cut-footer", packed(Vhd(blocks=two, footer_at=2 * MIB + 4096))
+    yield "dynamic-killed", packed(Vhd(blocks=two, tail=b"\xc7" * 512))
+    yield "dynamic-poisoned", packed(Vhd(blocks=two, tail=b"v_poison".ljust(512, b"\0")))
+    yield "dynamic-no-copy", packed(Vhd(blocks=two, copy=bytes(512)))
+    yield "dynamic-no-tail", packed(Vhd(blocks=two, tail=b""))
+    yield "dynamic-spare", packed(Vhd(blocks=two, entry_count=300, junk=b"junk" * 30))
+    yield "dynamic-256m", packed(Vhd(size=300 * MIB, block_size=256 * MIB, blocks={1: Block(b"z", at=MIB)}))
+    yield "dynamic-one-sector", packed(Vhd(size=512, blocks={0: Block(b"s")}))
+    yield "dynamic-odd-size", packed(Vhd(size=4 * MIB - 512 * 3, blocks=two))
+    yield "dynamic-header-far", packed(Vhd(header_offset=8192, blocks=two))
+    yield "dynamic-far-block", packed(Vhd(blocks={0: Block(b"far", start=2 * TIB - 4 * MIB)}))
+    yield "overlap", packed(Vhd(blocks=two, entries={0: 4, 1: 5}))
+    yield "tap-batmap", packed(Vhd(creator=b"tap\0", creator_version=0x10003, batmap=b"\xc0", blocks=two))
+    every = {0: relative(".\\p.vhd"), 1: absolute("C:\\p.vhd"), 2: Locator(b"MacX", b"file://localhost/p%20.vhd")}
+    every |= {5: Locator(b"Wi2r", b"p.vhd"), 7: Locator(b"Wi2k", b"c:\\p.vhd", space=1)}
+    yield "child", packed(child(blocks=two, locators=every))
+    yield "child-text-far", packed(child(blocks=two, locators={0: Locator(b"W2ru", b"", length=65537, offset=TIB)}))
+    strange = {3: Locator(b"W2ku", b"\x00\xd8\x00"), 4: Locator(b"\x1b[2J", b"", length=65537)}
+    yield "child-undecodable", packed(child(locators=strange))
+    yield "table-free-2tib", full_table(None, MIB, 2 * TIB)
+    yield "table-zeros-64gib", full_table(0, 512 * KIB, 64 * GIB)
+    yield "table-zeros-2tib", full_table(0, MIB, 2 * TIB)
+    yield "table-equal-256gib", full_table(0x9000, MIB, 256 * GIB)
+    yield "table-outside-256gib", full_table(0xFFFFFFFE, MIB, 256 * GIB)
+    yield "table-over-header", packed(Vhd(table_offset=520))
+    yield "table-over-copy", packed(Vhd(table_offset=0, entries={0: FREE}))
+    yield "header-over-copy", packed(Vhd(header_offset=256, table_offset=4096))
+
+
+def chain_seeds() -> Iterator[tuple[str, bytes]]:
+    """Folders: sound chains, and one for each trick."""
+    base = Entry(name=1, kind=DYN, own_id=2)
+
+    def leaf(*links: Link, name: bytes = b"", parent_id: int = 2) -> Entry:
+        return Entry(parent_id=parent_id, parent_name=name, links=list(links), shape=0x10)
+
+    def with_text(text: bytes, code: int = W2RU, *more: Entry, flags: int = WRITABLE) -> bytes:
+        return Recipe(flags, [leaf(Link(code, text)), *more]).encode()
+
+    yield "two", with_text(b".\\parent.vhd", W2RU, base)
+    yield "header-name-only", Recipe(WRITABLE, [leaf(name=b"parent.vhd"), base]).encode()
+    yield "ignoring-case", with_text(b"PARENT.VHD", W2RU, base)
+    middle = Entry(name=3, own_id=2, parent_id=3, links=[Link(W2RU, b"..\\base.vhd")])
+    yield "three", with_text(b"sub\\inner.vhd", W2RU, middle, Entry(name=2, kind=FIX, own_id=3))
+    yield "loop-of-one", Recipe(0, [leaf(Link(W2RU, b"leaf.vhd"), parent_id=1)]).encode()
+    back = Entry(name=1, own_id=2, parent_id=1, links=[Link(W2RU, b"leaf.vhd")])
+    yield "loop-of-two", with_text(b"parent.vhd", W2RU, back)
+    yield "loop-by-hard-link", Recipe(0, [leaf(Link(W2RU, b"parent.vhd"), parent_id=1), Entry(1, HARD)]).encode()
+    yield "outside", with_text(b"..\\outside\\parent.vhd")
+    yield "outside-absolute", with_text(b"%O/parent.vhd", W2KU)
+    yield "outside-mac", with_text(b"file://%O/parent.vhd", MACX)
+    yield "outside-link", with_text(b"link.vhd", W2KU)
+    yield "outside-link-ignoring-case", with_text(b"LINK.vhd")
+    yield "outside-folder-ignoring-case", with_text(b"LINKDIR\\PARENT.VHD")
+    yield "outside-link-of-its-own", with_text(b"parent.vhd", W2RU, Entry(1, LINK, parent_name=b"%O/parent.vhd"))
+    yield "extra-folder", with_text(b"C:\\elsewhere\\parent.vhd", W2KU, flags=ALLOW_EXTRA)
+    yield "pipe", with_text(b"pipe.vhd")
+    yield "folder", with_text(b"folder.vhd")
+    yield "device", with_text(b"/dev/zero", WI2R)
+    yield "zero-byte", with_text(b"file:///a%00b", MACX)
+    yield "long", with_text(b"a/" * 2000)
+    no_id = leaf(Link(W2RU, b"base.vhd"), parent_id=0)
+    yield "raw-parent", Recipe(ALLOW_RAW, [no_id, Entry(2, RAW, parent_name=b"r")]).encode()
+    yield "raw-parent-like-another", Recipe(ALLOW_RAW, [no_id, Entry(2, RAW, parent_name=b"QFI\xfb")]).encode()
+    yield "raw-parent-empty", Recipe(ALLOW_RAW, [no_id, Entry(2, EMPTY)]).encode()
+    yield "raw-parent-refused", Recipe(NO_LOCK, [no_id, Entry(2, RAW)]).encode()
+    yield "wrong-id", with_text(b"parent.vhd", W2RU, Entry(1, DYN, 4))
+    yield "control-characters", with_text(b"new\nline\x1b[31m.vhd", W2RU, Entry(11, DYN, 4))
+    wild = [Link(code, b"\xff\xd8\x00", 1 + code % 3) for code in range(7)]
+    yield "wild-locators", Recipe(0, [leaf(*wild), base]).encode()
+    sibling = Entry(name=2, own_id=5, parent_id=1, links=[Link(W2RU, b"leaf.vhd")])
+    yield "has-children", with_text(b"parent.vhd", W2RU, base, sibling)
+    yield "damaged-parent", with_text(b"parent.vhd", W2RU, Entry(1, DYN, 2, patches=[(1536, b"\0\0\0\1")]))
+    yield "child-of-type-zero", Recipe(0, [Entry(kind=DIFF, patches=[(60, b"\0\0\0\0")])]).encode()
+
+
+def corpus() -> dict[str, dict[str, bytes]]:
+    """Every seed, by target and name."""
+    return {"fuzz_open": dict(open_seeds()), "fuzz_chain": dict(chain_seeds())}
+
+
+def main() -> None:
+    """Write the corpus. What else lies there is left alone."""
+    for target, inputs in corpus().items():
+        (CORPUS / target).mkdir(parents=True, exist_ok=True)
+        for name, data in inputs.items():
+            assert len(data) <= MAX_SEED_BYTES, (target, name, len(data))
+            (CORPUS / target / name).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

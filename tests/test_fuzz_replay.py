@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INV-BOUNDED in the normal test run: every seed of the fuzz targets, and several hundred mutations of them.
+
+Decides how much is replayed (about ten seconds) and what is out of proportion: a case may take five seconds and,
+beyond a fixed part, a few times the bytes that its file stores. The long runs are `python -m fuzz.fuzz_open` and
+`python -m fuzz.fuzz_chain`.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from fuzz import fuzz_chain, fuzz_open, loop
+from fuzz.loop import MAX_CASE_SECONDS, Mutate, Target
+from fuzz.make_corpus import MAX_SEED_BYTES, corpus
+from fuzz.mutate import mutate_image
+from fuzz.sparse import FuzzStore, Sparse, decode
+from vhdkit.units import KIB, MIB
+
+TARGETS: dict[str, tuple[Target, Mutate]] = {
+    "fuzz_open": (fuzz_open.target, mutate_image),
+    "fuzz_chain": (fuzz_chain.target, fuzz_chain.mutate),
+}
+SEEDS = [pytest.param(name, data, id=f"{name}-{file}") for name in TARGETS for file, data in loop.seeds(name)]
+BATCHES = [*(("fuzz_open", seed, 50) for seed in range(8)), *(("fuzz_chain", seed, 15) for seed in range(8))]
+FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB
+MEMORY_PER_STORED_BYTE = 12  # a table of 4 Mi entries is 16 MiB; a few arrays of 64-bit numbers are made from it
+
+
+def replay(target: Target, data: bytes) -> None:
+    """One case within its bounds of time and memory."""
+    stored = sum(len(raw) * repeat for _, raw, repeat in decode(data).records)
+    tracemalloc.start()
+    try:
+        loop.timed(target, data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    limit = FIXED_MEMORY + MEMORY_PER_STORED_BYTE * stored
+    assert peak <= limit, f"{peak // MIB} MiB for a file that stores {stored // KIB} KiB"
+
+
+@pytest.mark.parametrize(("name", "data"), SEEDS)
+def test_seed(name: str, data: bytes) -> None:
+    """INV-BOUNDED holds for the seed, in time and memory."""
+    replay(TARGETS[name][0], data)
+
+
+@pytest.mark.parametrize(("name", "seed", "count"), BATCHES)
+def test_mutations(name: str, seed: int, count: int) -> None:
+    """INV-BOUNDED holds for mutations of the seeds, most of them with their checksums made right again."""
+    target, mutate = TARGETS[name]
+    inputs = [data for file, data in loop.seeds(name) if not file.endswith("ib")]  # large tables are slow
+    for number, data in enumerate(loop.mutations(inputs, mutate, seed, count)):
+        try:
+            loop.timed(target, data)
+        except Exception as error:
+            error.add_note(f"mutation {number} of seed {seed}, as hex: {data[:4096].hex()}")
+            raise
+
+
+def test_corpus_is_what_its_generator_makes() -> None:
+    """The seeds on disk are those of make_corpus, byte for byte; only found-* files may be there beside them."""
+    for name, made in corpus().items():
+        found = dict(loop.seeds(name))
+        assert {file: data for file, data in found.items() if not file.startswith("found-")} == made
+        assert all(len(data) <= MAX_SEED_BYTES for data in found.values())
+
+
+def test_mutations_reach_deep() -> None:
+    """INV-BOUNDED would be worth little if mutations died early: a good part of them still opens."""
+    inputs = [data for file, data in loop.seeds("fuzz_open") if not file.endswith("ib")]
+    opened = sum(fuzz_open.opens(data) for data in loop.mutations(inputs, mutate_image, 1, 100))
+    assert 20 < opened < 95
+
+
+def test_slow_case_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a case over its time bound fails."""
+    assert MAX_CASE_SECONDS > 0
+    monkeypatch.setattr(loop, "MAX_CASE_SECONDS", -1.0)
+    with pytest.raises(loop.TooSlow):
+        loop.timed(lambda data: None, b"")
+
+
+def test_greedy_case_is_reported() -> None:
+    """Self-test: a case over its memory bound fails."""
+
+    def greedy(data: bytes) -> None:
+        del data
+        bytes(FIXED_MEMORY + MIB)
+
+    with pytest.raises(AssertionError, match="MiB for a file that stores 0 KiB"):
+        replay(greedy, b"")
+
+
+def test_touching_the_outside_is_reported() -> None:
+    """Self-test: opening a file outside the allowed folder, or any for writing, fails the chain target."""
+    for event in (("open", "/etc/passwd", 0), ("os.listdir", "/etc", 0), ("open", "/allowed/leaf.vhd", 1)):
+        with pytest.raises(AssertionError):
+            fuzz_chain._judge([event], ["/allowed"], None)
+    fuzz_chain._judge([("open", "/allowed/leaf.vhd", 2)], ["/allowed"], "/allowed/leaf.vhd")
+
+
+def test_sparse_input_means_its_file() -> None:
+    """What is encoded comes back: size, bytes far away, repeats, later records over earlier ones."""
+    image = Sparse(1 << 40)
+    image.put(3, b"ab", 1000)
+    image.put(1 << 39, b"\xff" * 4, 512)
+    image.put(100, b"over")
+    again = decode(image.encode())
+    store = FuzzStore(again)
+    assert (again.size, store.size()) == (1 << 40, 1 << 40)
+    for offset, size in ((0, 2200), (99, 6), ((1 << 39) - 7, 3000), ((1 << 40) - 5, 50)):
+        assert store.pread(offset, size) == again.peek(offset, size) == image.peek(offset, size)
+    assert decode(b"plain").peek(0, 9) == b"plain"
+    assert [run[2] for run in store.data_runs(0, 1 << 40)] == [True, False, True, False]
