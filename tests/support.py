@@ -28,7 +28,10 @@ _TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "
 _DEBIAN_PACKAGE = {
     "7zz": "7zip",
     "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "fsck.fat": "dosfstools",
     "mcopy": "mtools",
+    "mdel": "mtools",
     "mke2fs": "e2fsprogs",
     "mkfs.fat": "dosfstools",
     "pyvhdi": "python3-libvhdi",

@@ -90,8 +90,9 @@ def _fact_rows(facts: ImageInfo, verbose: bool) -> list[tuple[str, str]]:
         rows.append(("blocks", f"{blocks}, {format_size(facts.block_size_bytes)} each"))
     rows.append(("unique id", facts.unique_id or ""))
     if facts.created_unix_seconds is not None:
-        host = _HOSTS.get(facts.creator_host or "", repr(facts.creator_host))
-        creator = f"by {facts.creator!r} {facts.creator_version} ({host})"
+        known = (facts.creator_host or "").strip("\0 ")
+        host = f" on {_HOSTS.get(known, repr(known))}" if known else ""
+        creator = f"by {facts.creator!r} {facts.creator_version}{host}"
         rows.append(("created", f"{_date(facts.created_unix_seconds)} {creator}"))
     if facts.geometry is not None:
         meaning = ", which is the virtual size" if facts.size_from_geometry else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,9 +138,9 @@ def entry(extent: Extent, names: list[str]) -> dict[str, Any]:
 def _print_json(disk: Disk, names: list[str]) -> None:
     separator = "["
     for extent in disk.extents(find_holes=True):
-        click.echo(separator + json.dumps(entry(extent, names)), nl=False)
+        sys.stdout.write(separator + json.dumps(entry(extent, names)))  # click.echo would flush each time
         separator = ",\n "
-    click.echo("]")
+    sys.stdout.write("]\n")
 
 
 def _print_table(disk: Disk, names: list[str]) -> None:
@@ -149,7 +150,7 @@ def _print_table(disk: Disk, names: list[str]) -> None:
         layer = (
             f"{extent.layer_index} {printable(_short(names[extent.layer_index]))}" if extent.layer_index >= 0 else "-"
         )
-        click.echo(f"{extent.offset_bytes:#14x} {extent.size_bytes:#14x} {extent.kind:<5} {place:>14}  {layer}")
+        print(f"{extent.offset_bytes:#14x} {extent.size_bytes:#14x} {extent.kind:<5} {place:>14}  {layer}")
 
 
 # -- as a picture on the terminal ---------------------------------------------------------------------------------
