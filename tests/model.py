@@ -8,6 +8,7 @@ file by offsets of its own, so neither shares code with the map, the bitmaps or 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class SectorModel:
         assert len(content) % SECTOR_SIZE == 0
         self.current = bytearray(content)
         self._older: dict[int, set[bytes]] = {}  # by sector: contents a cut may bring back, beside the current one
+        self._flushing: dict[int, set[bytes]] = {}  # the same, from before the flush that is under way
 
     @property
     def size_bytes(self) -> int:
@@ -50,14 +52,26 @@ class SectorModel:
         for index in range(covering_sectors(offset_bytes), (offset_bytes + size_bytes) // SECTOR_SIZE):
             self._older.setdefault(index, set()).add(ZERO_SECTOR)
 
-    def flushed(self) -> None:
-        """A flush has returned: only the current content is left."""
+    def flush_begins(self) -> None:
+        """A flush begins: it covers what the disk holds now, not what is written while it runs."""
+        for index, contents in self._older.items():
+            self._flushing.setdefault(index, set()).update(contents)
         self._older.clear()
+
+    def flush_ends(self) -> None:
+        """It has returned: what a sector held before it began can not come back."""
+        self._flushing.clear()
+
+    def flushed(self) -> None:
+        """A flush has returned during which nothing was written: only the current content is left."""
+        self.flush_begins()
+        self.flush_ends()
 
     def flushed_range(self, offset_bytes: int, size_bytes: int) -> None:
         """A FUA write has returned: of its own sectors only the current content is left."""
         for index in range(offset_bytes // SECTOR_SIZE, covering_sectors(offset_bytes + size_bytes)):
             self._older.pop(index, None)
+            self._flushing.pop(index, None)
 
     def violations(self, observed: Buffer, offset_bytes: int = 0) -> list[int]:
         """The sectors of `observed` that hold neither their current nor a possible older content."""
@@ -70,7 +84,8 @@ class SectorModel:
         return [
             first + index
             for index in np.flatnonzero(differs).tolist()
-            if found[index].tobytes() not in self._older.get(first + index, ())
+            if found[index].tobytes()
+            not in self._older.get(first + index, set()) | self._flushing.get(first + index, set())
         ]
 
     def adopt(self, observed: Buffer, offset_bytes: int = 0) -> None:
@@ -80,14 +95,14 @@ class SectorModel:
             index = offset_bytes // SECTOR_SIZE + number
             found = bytes(observed[sectors_to_bytes(number) : sectors_to_bytes(number + 1)])
             if found != self.sector(index):
-                self._older[index].add(self.sector(index))
+                self._older.setdefault(index, set()).add(self.sector(index))
                 self.current[sectors_to_bytes(index) : sectors_to_bytes(index + 1)] = found
 
     def recovered(self, observed: Buffer) -> None:
         """After a power cut: what is read is on the device."""
         assert not self.violations(observed)
         self.current[:] = observed
-        self._older.clear()
+        self.flushed()
 
 
 def walk_sector(layers: Sequence[Layer], sector_index: int) -> tuple[int, int]:
@@ -178,11 +193,15 @@ class ParsedVhd:
         pieces.sort()
         faults = [
             f"{name} overlaps {after}"
-            for (start, size, name), (begin, _, after) in zip(pieces, pieces[1:], strict=False)
+            for (start, size, name), (begin, _, after) in itertools.pairwise(pieces)
             if start + size > begin
         ]
-        end = self.store.size()
-        return faults + [f"{name} ends behind the file" for start, size, name in pieces if start + size > end]
+        end, unused = self.store.size(), len(self.entries) * self.block_size_bytes - self.size_bytes
+        for start, size, name in pieces:
+            used = size - unused if name == f"block {len(self.entries) - 1}" else size
+            if start + used > end:
+                faults.append(f"{name} ends behind the file")
+        return faults
 
 
 def _sum_is_right(raw: bytes, offset: int) -> bool:

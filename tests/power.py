@@ -4,8 +4,9 @@
 The engine is deterministic, so one run of the workload is enough: inside each operation the watcher makes several
 files a cut right there could leave, opens each with fresh eyes and compares it with the model.
 
-    workload --> Disk --> Chain --> DynamicImage --> CrashStore --(inside each operation)--> after_cut(seed) --> judge
-                   `-> SectorModel, told before the disk is                                  judge --> more work, a second cut
+    workload --> SectorModel (told first)
+             `-> Disk --> Chain --> DynamicImage --> CrashStore --(inside each operation)--> after_cut(seed)
+    after_cut(seed) --> judge --> now and then: more work, a second cut --> judge
 
 A file that breaks the promise raises `Violation`, which names the invariant.
 """
@@ -134,6 +135,24 @@ def short_block_scene(seed: int) -> Scene:
             stored = len(data)
     footer = scene.leaf.pread(scene.leaf.size() - SECTOR_SIZE, SECTOR_SIZE)
     end = scene.leaf.size() - SECTOR_SIZE - BLOCK_SIZE + stored + rng.randint(0, 3) * SECTOR_SIZE
+    scene.leaf.truncate(end)
+    scene.leaf.pwrite(end, footer)
+    return Scene(scene.leaf, [], bytes(content))
+
+
+def cut_block_scene(seed: int) -> Scene:
+    """A dynamic image whose last block is stored only as far as the disk goes, with the footer right behind."""
+    scene = dynamic_scene(seed, writes=0)
+    rng = random.Random(f"cut {seed}")
+    content = bytearray(scene.content)
+    start = DISK_SIZE // BLOCK_SIZE * BLOCK_SIZE
+    with open_mem(scene.leaf, writable=True) as disk:
+        for offset in (BLOCK_SIZE, start):  # the last block of the disk is the last one of the file
+            data = rng.randbytes(DISK_SIZE - start)
+            disk.write(offset, data)
+            content[offset : offset + len(data)] = data
+    footer = scene.leaf.pread(scene.leaf.size() - SECTOR_SIZE, SECTOR_SIZE)
+    end = scene.leaf.size() - SECTOR_SIZE - BLOCK_SIZE + DISK_SIZE - start
     scene.leaf.truncate(end)
     scene.leaf.pwrite(end, footer)
     return Scene(scene.leaf, [], bytes(content))

@@ -71,7 +71,8 @@ class MemStore:
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
         self._change(offset_bytes, bytes(data))
-        self._resize(max(self._size, offset_bytes + len(data)))
+        if len(data):
+            self._resize(max(self._size, offset_bytes + len(data)))
 
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.punch`."""
@@ -219,9 +220,7 @@ class CrashStore(MemStore):
         size = rng.choice((*self._sizes, rng.randint(low, high)))
         return size if rng.random() < 0.2 else min(round_up(size, SECTOR_SIZE), high)
 
-    def _landed(
-        self, rng: random.Random, style: str, versions: list[tuple[int, bytes]], moment: int
-    ) -> bytes | None:
+    def _landed(self, rng: random.Random, style: str, versions: list[tuple[int, bytes]], moment: int) -> bytes | None:
         """The version of a sector that reached the device since the last sync, or None."""
         if style == "early":
             versions = [one for one in versions if one[0] <= moment]

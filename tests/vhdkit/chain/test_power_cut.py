@@ -16,6 +16,7 @@ from tests.power import (
     Scene,
     bad_copy_scene,
     child_scene,
+    cut_block_scene,
     dynamic_scene,
     judge,
     lost_tail_scene,
@@ -24,6 +25,7 @@ from tests.power import (
     work,
 )
 from tests.stores import CrashStore, MemStore, PowerCut
+from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.units import SECTOR_SIZE, covering_sectors
 
@@ -46,6 +48,7 @@ SCENES: dict[str, Callable[[int], Scene]] = {
     "lost tail": lost_tail_scene,
     "bad copy": bad_copy_scene,
     "last block cut by the footer": short_block_scene,
+    "last block cut by the end of the disk": cut_block_scene,
 }
 
 SEEDS = range(60 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 2)
@@ -83,6 +86,64 @@ def test_a_real_cut_at_each_operation(name: str) -> None:
     assert cut_at > 10
 
 
+@pytest.mark.parametrize("name", ["empty dynamic", "dynamic", "child", "last block cut by the footer"])
+@pytest.mark.parametrize("seed", range(2))
+def test_writes_beside_a_flush(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-FLUSHED-OR-NEWER, INV-DATA-BEFORE-METADATA: writes and reads in the middle of a flush belong to the next
+    one: no bit or BAT entry of theirs gets to the device with this one, and what is in flight is not forgotten."""
+    monkeypatch.setattr(commit, "MAX_CACHED_BYTES", -commit.MAX_DIRTY_BYTES)  # nothing clean is kept
+    scene = SCENES[name](seed)
+    store, model = CrashStore(scene.leaf), SectorModel(scene.content)
+    disk = open_mem(store, scene.parents, writable=True)
+    rng, inside = random.Random(seed), False
+
+    def write_some() -> None:
+        """A small write, often to a block that is in flight."""
+        offset = rng.randrange(0, disk.size_bytes - 5000)
+        data = rng.randbytes(rng.choice((512, 1500, 5000)))
+        model.write(offset, data)
+        disk.write(offset, data)
+
+    def in_flush() -> None:
+        """Called inside each operation of the flush, and of what is done here."""
+        nonlocal inside
+        for cut in range(2):
+            cut_rng = random.Random(f"{seed} {store.operation_count} {cut}")
+            judge(store.after_cut(cut_rng), scene.parents, model, f"operation {store.operation_count}")
+        if not inside:
+            inside = True
+            write_some()
+            assert disk.read(0, disk.size_bytes) == model.current
+            inside = False
+
+    for _ in range(4):
+        for _ in range(4):
+            write_some()
+        store.watcher = in_flush
+        model.flush_begins()
+        disk.flush()
+        model.flush_ends()
+        in_flush()
+        store.watcher = None
+    disk.close()
+    assert store.pread(store.size() - SECTOR_SIZE, SECTOR_SIZE) == store.pread(0, SECTOR_SIZE), "INV-FOOTER-COPY"
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_closed_image_has_both_footers(name: str) -> None:
+    """INV-FOOTER-COPY: when close has returned, both footers are on the device, the last at the end of the file."""
+    scene = SCENES[name](9)
+    store, model = CrashStore(scene.leaf), SectorModel(scene.content)
+    disk = open_mem(store, scene.parents, writable=True)
+    for seed in range(8):
+        work(disk, model, random.Random(seed))
+    disk.close()
+    for seed in range(20):
+        found = store.after_cut(random.Random(seed))
+        assert found.size() == store.size()
+        assert found.pread(0, SECTOR_SIZE) == found.pread(found.size() - SECTOR_SIZE, SECTOR_SIZE)
+
+
 @pytest.mark.parametrize("name", SCENES)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_data_is_in_flight_beside_metadata(name: str, seed: int) -> None:
@@ -100,7 +161,8 @@ def test_no_data_is_in_flight_beside_metadata(name: str, seed: int) -> None:
         pending = store.pending_sectors()
         starts = [layer.bat.block_start(block) // SECTOR_SIZE for block in range(len(layer.bat))]
         bitmap_sectors = covering_sectors(BLOCK_SIZE // SECTOR_SIZE // 8)
-        data, metadata = set(), {layer.bat.table_offset_bytes // SECTOR_SIZE}
+        data: set[int] = set()
+        metadata = {layer.bat.table_offset_bytes // SECTOR_SIZE}
         for start in starts:
             if start >= 0:
                 metadata.update(range(start, start + bitmap_sectors))

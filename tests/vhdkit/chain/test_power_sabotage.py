@@ -21,10 +21,10 @@ from vhdkit.units import SECTOR_SIZE, round_up, sectors_to_bytes
 SEEDS = range(6)  # of the honest engine, every one of these passes
 
 
-def run_all(make_scene: Callable[[int], Scene], **options: int) -> None:
+def run_all(make_scene: Callable[[int], Scene]) -> None:
     """The workloads that the honest engine survives."""
     for seed in SEEDS:
-        PowerRun(make_scene(seed), seed, second_cuts=False, **options).run()
+        PowerRun(make_scene(seed), seed, second_cuts=False).run()
 
 
 @pytest.mark.parametrize("make_scene", [dynamic_scene, child_scene])

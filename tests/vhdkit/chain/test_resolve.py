@@ -340,3 +340,98 @@ def test_nothing_is_changed_or_held_on_error(tmp_path: Path) -> None:
     assert leaf.read_bytes() == before
     with FileStore.open(leaf, writable=True) as store:
         store.lock(writer=True)
+
+
+def _opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files opened and folders listed from now on."""
+    seen: list[str] = []
+    real_open, real_listdir = os.open, os.listdir
+
+    def record_open(path: str, *rest: int, **options: int) -> int:
+        seen.append(os.fspath(path))
+        return real_open(path, *rest, **options)
+
+    def record_listdir(path: str = ".") -> list[str]:
+        seen.append(os.fspath(path))
+        return real_listdir(path)
+
+    monkeypatch.setattr(os, "open", record_open)
+    monkeypatch.setattr(os, "listdir", record_listdir)
+    return seen
+
+
+@pytest.mark.parametrize("text", ["..\\OUTSIDE\\Parent.vhd", "..\\outside\\parent.vhd", "..\\none\\parent.vhd"])
+def test_outside_the_folder_nothing_is_opened_or_listed(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-PARENT-ID: an image cannot make us look into folders it does not lie in, not even for another spelling."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    parent().build().write(outside / "parent.vhd")
+    leaf = no_names(locators={0: relative(text)}).build().write(inside / "child.avhd")
+    seen = _opened(monkeypatch)
+    with pytest.raises(errors.ParentError):
+        open_layers(leaf)
+    assert str(leaf) in seen and all(Path(one).is_relative_to(inside) for one in seen)
+
+
+def test_a_link_found_by_ignoring_case_may_not_leave_either(tmp_path: Path) -> None:
+    """What another spelling leads to is followed and judged like what the child says."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    parent().build().write(outside / "real.vhd")
+    (inside / "Parent.VHD").symlink_to(outside / "real.vhd")
+    leaf = child().build().write(inside / "child.avhd")
+    with pytest.raises(errors.ParentRefused) as caught:
+        open_layers(leaf)
+    assert str(outside) in (caught.value.hint or "")
+    assert first_sector(leaf, parent_dirs=(str(outside),)) == TEXT
+
+
+def test_a_pipe_with_the_parents_name_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a pipe or a device can have effects of its own, so its kind is looked at first."""
+    leaf = child().build().write(tmp_path / "child.avhd")
+    os.mkfifo(tmp_path / "parent.vhd")
+    seen = _opened(monkeypatch)
+    with pytest.raises(errors.ParentMissing):
+        open_layers(leaf)
+    assert str(tmp_path / "parent.vhd") not in seen
+
+
+@pytest.mark.parametrize("text", ["C:\\disks\\gone.vhd", "\\\\disks\\share\\gone.vhd", "\\\\?\\C:\\disks\\gone.vhd"])
+def test_a_drive_or_server_is_no_place_here(tmp_path: Path, text: str) -> None:
+    """Of a path on another machine only the bare name is looked for, in the image's folder."""
+    leaf = no_names(locators={0: absolute(text)}).build().write(tmp_path / "child.avhd")
+    with pytest.raises(errors.ParentMissing) as caught:
+        open_layers(leaf)
+    assert f"searched {tmp_path / 'gone.vhd'};" in str(caught.value)
+
+
+def test_an_image_that_is_its_own_parent_is_a_loop(tmp_path: Path) -> None:
+    """It is not called its own child: a writable open finds the loop as well."""
+    leaf = child("leaf.vhd", unique_id=PARENT_ID).build().write(tmp_path / "leaf.vhd")
+    with pytest.raises(errors.CorruptImage) as caught:
+        open_layers(leaf, writable=True)
+    assert caught.value.reason is CorruptReason.CHAIN_LOOP
+
+
+def test_only_differencing_images_are_children(tmp_path: Path) -> None:
+    """A dynamic image that has the id in its unused field, or a fixed one, is nobody's child."""
+    Vhd(parent_id=PARENT_ID).build().write(tmp_path / "dynamic.vhd")
+    Vhd(size=1 << 20, disk_type=2).build().write(tmp_path / "fixed.vhd")
+    leaf = child().build().write(tmp_path / "child.vhd")
+    assert find_children(PARENT_ID, [str(tmp_path)]) == [str(leaf)]
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_no_descriptor_stays_open_after_an_error(tmp_path: Path, writable: bool) -> None:
+    """A chain that breaks at its third layer closes the first two."""
+    middle = uuid.UUID(int=7).bytes
+    child("gone.vhd", unique_id=middle).build().write(tmp_path / "middle.vhd")
+    leaf = child("middle.vhd", parent_id=middle).build().write(tmp_path / "leaf.vhd")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(errors.ParentMissing):
+        open_layers(leaf, writable=writable)
+    assert len(os.listdir("/proc/self/fd")) == before

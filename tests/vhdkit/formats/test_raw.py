@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.stores import MemStore
@@ -11,6 +13,7 @@ from vhdkit.errors import InvalidArgument
 from vhdkit.finding import Severity
 from vhdkit.formats.raw import create_raw, examine_raw, open_raw
 from vhdkit.image import Extent, ExtentKind, read_extents
+from vhdkit.store import FileStore
 
 
 def _store(raw: bytes) -> MemStore:
@@ -41,6 +44,15 @@ def test_a_last_part_sector_is_filled_with_zeros(size: int, disk: int) -> None:
     assert buffer == (b"x" * size).ljust(disk, b"\0")
     findings = examine_raw(store)
     assert [one.severity for one in findings] == ([] if size == disk else [Severity.NOTE])
+
+
+def test_a_last_part_sector_of_a_real_file_is_data(tmp_path: Path) -> None:
+    """The file's data ends inside the sector; the sector is data all the same."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"x" * 513)
+    with FileStore.open(path) as store:
+        layer = open_raw(store)
+        assert list(layer.extents(0, 2)) == [Extent(0, 2, ExtentKind.DATA, 0, 0)]
 
 
 def test_an_empty_file_is_no_disk() -> None:

@@ -61,6 +61,14 @@ def test_set_run_sets_just_the_run(raw: bytes, data: st.DataObject) -> None:
     assert grew == (False in before[first : first + count])
 
 
+@pytest.mark.parametrize("holes", ["ff00ff", "feffff", "ffff7f", "ff7fff"])
+def test_a_clear_bit_anywhere_in_the_run_is_noticed(holes: str) -> None:
+    """At its first byte, its last, or between them, a clear bit means that the run grew."""
+    raw = bytearray.fromhex(holes)
+    assert bitmap.set_run(raw, 0, 24) and raw == b"\xff\xff\xff"
+    assert not bitmap.set_run(raw, 0, 24)
+
+
 @given(st.binary(min_size=1, max_size=64), st.booleans(), st.integers(min_value=1, max_value=64))
 def test_is_full_looks_at_the_blocks_sectors_only(raw: bytes, whole: bool, count: int) -> None:
     """Full means every sector of the block; the padding behind does not matter."""

@@ -11,6 +11,7 @@ from vhdkit.errors import NoSpace, SyncFailed
 from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.create import create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.image import ExtentKind
 from vhdkit.store import Buffer
 
 SMALL = 512 * KIB
@@ -75,6 +76,15 @@ def test_the_order_of_a_first_write_and_its_flush() -> None:
     assert store.calls[:1] == [("sync", 0, 0)]
 
 
+def test_closing_syncs_the_footer_too() -> None:
+    """INV-FOOTER-COPY: the last thing a close does is a sync that covers the trailing footer."""
+    store, layer = _open()
+    layer.write(3, memoryview(pattern(512)))
+    layer.close()
+    assert [name for name, _, _ in store.calls[-2:]] == ["pwrite", "sync"]
+    assert store.calls[-2][1] == store.size() - 512
+
+
 def test_rewriting_owned_sectors_costs_no_metadata() -> None:
     """The second write to a block goes in place, and its flush is one sync."""
     store, layer = _open()
@@ -124,7 +134,9 @@ def test_no_space_in_a_flush_can_be_tried_again() -> None:
     assert open_dynamic(store).block_offset(0) == -1
     store.fail = None
     layer.flush()
-    assert open_dynamic(store).block_offset(0) == layer.block_offset(0)
+    again = open_dynamic(store)
+    assert again.block_offset(0) == layer.block_offset(0)
+    assert [one.kind for one in again.extents(0, 1024)] == [ExtentKind.DATA]
 
 
 def test_a_failed_sync_is_for_ever() -> None:
@@ -155,16 +167,16 @@ def test_too_much_dirt_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert open_dynamic(store).allocated_blocks().tolist() == [True] * 3 + [False] * 5
 
 
-def test_a_file_does_not_grow_past_what_the_table_can_say() -> None:
-    """A block that would begin at or above sector 0xFFFFFFFF is refused as no space."""
-    store, layer = _open()
-    store.truncate(0xFFFFFFFF * 512 - SMALL)
-    again = open_dynamic(store, writable=True)
+@pytest.mark.parametrize(("pages_before", "good"), [(1, True), (0, False)])
+def test_a_file_does_not_grow_past_what_the_table_can_say(pages_before: int, good: bool) -> None:
+    """A block that would begin at sector 0xFFFFFFFF, which means "not allocated", is refused; a page before, not."""
+    store, _ = _open()
+    store.truncate(0xFFFFFFFF * 512 - 1024 - pages_before * 4096)
+    layer = open_dynamic(store, writable=True)
+    if good:
+        layer.write(0, memoryview(pattern(512)))
+        assert layer.bat.block_start(0) == 0xFFFFFFFF * 512 - 4096
     with pytest.raises(NoSpace, match="2 TiB"):
-        for block in range(4):
-            again.write(block * 1024, memoryview(pattern(512)))
-    assert layer.size_bytes == again.size_bytes
-    again.close()
-    reopened = open_dynamic(store)
-    starts = [reopened.bat.block_start(block) for block in range(4)]
-    assert all(start < 0xFFFFFFFF * 512 for start in starts)
+        layer.write(1024, memoryview(pattern(512)))
+    layer.close()
+    assert open_dynamic(store).allocated_blocks().tolist() == [good, False, False, False]

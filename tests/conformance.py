@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every format must do, whoever wrote it: the checks behind the `image.Layer` contract.
+
+`SUBJECTS` has a row for each kind of layer. A format that is not in it fails `tests/vhdkit/test_conformance.py`,
+so a new format begins with its row here. A check gets a `Subject` and makes what it needs from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+import vhdkit.formats
+from tests.power import LINK
+from tests.stores import Fault, FaultyStore, MemStore, sync_failed
+from vhdkit import errors
+from vhdkit.formats.linear import LinearImage
+from vhdkit.formats.raw import create_raw, open_raw
+from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.fixed import FixedImage, open_fixed
+from vhdkit.image import ExtentKind, Layer, read_extents
+from vhdkit.store import Store
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, is_power_of_two, sectors_to_bytes, whole_sectors
+
+BLOCK_SIZE = 512 * KIB
+SIZE = 3 * BLOCK_SIZE + 5 * SECTOR_SIZE
+LAYER_METHODS = frozenset(name for name in vars(Layer) if not name.startswith("_"))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kind of layer: how to make an empty image of `SIZE` bytes in a store, and how to open it."""
+
+    name: str
+    layer_class: type
+    create: Callable[[Store], object]
+    opener: Callable[..., Layer]
+
+    def new(self) -> MemStore:
+        """A store with an empty image."""
+        store = MemStore(f"{self.name}.vhd")
+        self.create(store)
+        return store
+
+    def open(self, store: Store, *, writable: bool = False) -> Layer:
+        """The image in it."""
+        return self.opener(store, writable=writable)
+
+
+SUBJECTS = (
+    Subject("raw", LinearImage, lambda store: create_raw(store, SIZE), open_raw),
+    Subject("fixed", FixedImage, lambda store: create_fixed(store, SIZE), open_fixed),
+    Subject(
+        "dynamic", DynamicImage, lambda store: create_dynamic(store, SIZE, block_size_bytes=BLOCK_SIZE), open_dynamic
+    ),
+    Subject(
+        "differencing",
+        DynamicImage,
+        lambda store: create_differencing(store, SIZE, LINK, block_size_bytes=BLOCK_SIZE),
+        open_dynamic,
+    ),
+)
+
+
+def format_modules() -> Iterator[object]:
+    """Every module below `vhdkit.formats`."""
+    for found in pkgutil.walk_packages(vhdkit.formats.__path__, "vhdkit.formats."):
+        yield importlib.import_module(found.name)
+
+
+def classes_with_layer_methods() -> set[type]:
+    """Every class a format module defines that answers the contract's one question, `extents`."""
+    found = set()
+    for module in format_modules():
+        for _, one in inspect.getmembers(module, inspect.isclass):
+            if one.__module__.startswith("vhdkit.formats") and callable(getattr(one, "extents", None)):
+                found.add(one)
+    return found
+
+
+def openers() -> set[object]:
+    """Every `open_*` function a format module defines, but the one that chooses between them."""
+    return {
+        function
+        for module in format_modules()
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("open_") and name != "open_layer" and function.__module__.startswith("vhdkit.formats")
+    }
+
+
+# -- the checks -------------------------------------------------------------------------------------------------
+
+
+def content_of(layer: Layer) -> bytes:
+    """All of a layer alone; what it does not own is zeros."""
+    buffer = bytearray(b"\xee" * layer.size_bytes)
+    read_extents(layer.store, layer.extents(0, whole_sectors(layer.size_bytes)), memoryview(buffer))
+    return bytes(buffer)
+
+
+def check_shape(subject: Subject) -> None:
+    """Sizes, the unit of allocation and the tables fit together, and nothing is owned that is not stored."""
+    layer = subject.open(subject.new())
+    assert all(hasattr(layer, name) for name in LAYER_METHODS)
+    assert layer.size_bytes == SIZE and not layer.writable
+    assert layer.unowned in (ExtentKind.ZERO, ExtentKind.ABSENT)
+    if layer.block_size_bytes:
+        assert is_power_of_two(layer.block_size_bytes)
+        assert len(layer.allocated_blocks()) == -(-SIZE // layer.block_size_bytes)
+        assert all(layer.block_offset(block) == -1 for block in range(len(layer.allocated_blocks())))
+    else:
+        assert len(layer.allocated_blocks()) == 0
+        assert layer.block_offset(0) == 0 and layer.owned_sectors(0) is None
+    assert content_of(layer) == bytes(SIZE)
+
+
+def check_extents(subject: Subject) -> None:
+    """Any range is covered in order, without gaps; data has a place in the file, the rest is what `unowned` says."""
+    store, rng = subject.new(), random.Random(1)
+    layer, end = subject.open(store, writable=True), whole_sectors(SIZE)
+    for _ in range(12):
+        count = rng.randint(1, 300)
+        layer.write(rng.randrange(end - count), memoryview(rng.randbytes(sectors_to_bytes(count))))
+    per_block = whole_sectors(layer.block_size_bytes)
+    ranges = [
+        (0, end),
+        (end - 1, 1),
+        (0, 1),
+        (5, 0),
+        *((rng.randrange(end // 2), rng.randrange(end // 2)) for _ in range(99)),
+    ]
+    for first, count in ranges:
+        position = first
+        for extent in layer.extents(first, count):
+            assert extent.sector_index == position and extent.sector_count > 0 and extent.layer_index == 0
+            position = extent.end_sector
+            if extent.kind is not ExtentKind.DATA:
+                assert extent.store_offset_bytes is None and extent.kind is layer.unowned
+                continue
+            assert extent.store_offset_bytes is not None
+            assert 0 <= extent.store_offset_bytes <= store.size() - extent.size_bytes
+            if per_block:
+                block, within = divmod(extent.sector_index, per_block)
+                assert extent.store_offset_bytes == layer.block_offset(block) + sectors_to_bytes(within)
+                owned = layer.owned_sectors(block)
+                assert owned is None or owned[within]
+        assert position == first + count
+
+
+def check_write_and_read(subject: Subject) -> None:
+    """What is written is read: at once, beside unflushed neighbours, and by whoever opens the file later."""
+    store, rng, end = subject.new(), random.Random(2), whole_sectors(SIZE)
+    layer, expected = subject.open(store, writable=True), bytearray(SIZE)
+    for turn in range(60):
+        count = rng.choice((1, 2, 8, 100, 1500))
+        first = rng.choice((rng.randrange(end - count + 1), end - count, 0, max(1024 - count // 2, 0)))
+        data = rng.randbytes(sectors_to_bytes(count))
+        before = owned_count(layer)
+        grew = layer.write(first, memoryview(data))
+        assert grew == (owned_count(layer) > before)
+        expected[sectors_to_bytes(first) : sectors_to_bytes(first) + len(data)] = data
+        if turn % 7 == 0:
+            layer.flush()
+            assert content_of(subject.open(store.copy(frozen=True))) == expected
+        assert content_of(layer) == expected
+    layer.close()
+    assert content_of(subject.open(store.copy(frozen=True))) == expected
+
+
+def owned_count(layer: Layer) -> int:
+    """How many sectors the layer owns."""
+    count = 0
+    if not layer.block_size_bytes:
+        return whole_sectors(layer.size_bytes)
+    for block in range(len(layer.allocated_blocks())):
+        if layer.block_offset(block) >= 0:
+            owned = layer.owned_sectors(block)
+            count += whole_sectors(layer.block_size_bytes) if owned is None else int(owned.sum())
+    return count
+
+
+def check_zeroes(subject: Subject) -> None:
+    """Zeroed sectors read as zeros and, in an image that has a parent, are owned; their neighbours are unharmed."""
+    store, rng = subject.new(), random.Random(3)
+    layer, end = subject.open(store, writable=True), whole_sectors(SIZE)
+    expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(SIZE, b"\0")
+    layer.write(0, memoryview(expected)[:BLOCK_SIZE])
+    for first, count in ((0, 1), (3, 500), (1000, 60), (end - 1, 1), (1500, 1100), (700, 1)):
+        before = owned_count(layer)
+        assert layer.write_zeroes(first, count) == (owned_count(layer) > before)
+        expected[sectors_to_bytes(first) : sectors_to_bytes(first + count)] = bytes(sectors_to_bytes(count))
+        assert content_of(layer) == expected
+        assert all(extent.kind is not ExtentKind.ABSENT for extent in layer.extents(first, count))
+    layer.close()
+    assert content_of(subject.open(store.copy(frozen=True))) == expected
+
+
+def check_trim(subject: Subject) -> None:
+    """Trimmed sectors that the layer owns read as zeros; ownership and everything else stay as they are."""
+    store, rng = subject.new(), random.Random(4)
+    layer = subject.open(store, writable=True)
+    expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(SIZE, b"\0")
+    layer.write(0, memoryview(expected)[:BLOCK_SIZE])
+    layer.write(2000, memoryview(b"x" * SECTOR_SIZE))
+    expected[sectors_to_bytes(2000) : sectors_to_bytes(2001)] = b"x" * SECTOR_SIZE
+    used, owned = store.allocated_bytes(), owned_count(layer)
+    for first, count in ((1, 100), (900, 1000), (1990, 20), (0, whole_sectors(SIZE))):
+        layer.trim(first, count)
+        expected[sectors_to_bytes(first) : sectors_to_bytes(first + count)] = bytes(sectors_to_bytes(count))
+        assert content_of(layer) == expected
+        assert owned_count(layer) == owned
+    assert store.allocated_bytes() <= used - BLOCK_SIZE, "the space was not given back"
+    layer.close()
+    assert content_of(subject.open(store.copy(frozen=True))) == expected
+
+
+def check_range(subject: Subject) -> None:
+    """What lies outside the image is refused by an assertion, before anything is written: `Disk` checks the range."""
+    store = subject.new()
+    layer, end = subject.open(store, writable=True), whole_sectors(SIZE)
+    before = store.contents()
+    for first, count in ((end, 1), (end - 1, 2)):
+        data = memoryview(bytes(sectors_to_bytes(count)))
+        with pytest.raises(AssertionError):
+            layer.write(first, data)
+        with pytest.raises(AssertionError):
+            layer.write_zeroes(first, count)
+        with pytest.raises(AssertionError):
+            layer.trim(first, count)
+    assert store.contents() == before
+
+
+def check_read_only(subject: Subject) -> None:
+    """An image opened for reading never changes its store, not by flush or close either, and asserts on a write."""
+    store = subject.new()
+    store.frozen = True
+    layer = subject.open(store)
+    with pytest.raises(AssertionError):
+        layer.write(0, memoryview(bytes(SECTOR_SIZE)))
+    with pytest.raises(AssertionError):
+        layer.write_zeroes(0, 1)
+    with pytest.raises(AssertionError):
+        layer.trim(0, 1)
+    layer.flush()
+    layer.close()
+
+
+def check_flush(subject: Subject) -> None:
+    """A flush syncs at least once, also with nothing to do; a failed one is failed for good, and no write is taken."""
+    store = FaultyStore(subject.new())
+    layer = subject.open(store, writable=True)
+    for _ in range(2):
+        syncs = store.sync_count
+        layer.flush()
+        assert store.sync_count > syncs
+    layer.write(0, memoryview(b"x" * SECTOR_SIZE))
+    store.faults.append(Fault("sync", sync_failed))
+    for _ in range(2):
+        with pytest.raises(errors.SyncFailed):
+            layer.flush()
+        with pytest.raises(errors.SyncFailed):
+            layer.write(0, memoryview(b"y" * SECTOR_SIZE))
+        with pytest.raises(errors.SyncFailed):
+            layer.write_zeroes(0, 1)
+        with pytest.raises(errors.SyncFailed):
+            layer.trim(0, 1)
+    assert store.faults[0].seen == 1, "a second sync would have claimed success"
+
+
+def check_close(subject: Subject) -> None:
+    """Close syncs what was written, and lets go of the store even when that fails."""
+
+    class Watched(FaultyStore):
+        """Knows how often it was closed."""
+
+        closed = 0
+
+        def close(self) -> None:
+            """Count."""
+            self.closed += 1
+
+    store = Watched(subject.new())
+    layer = subject.open(store, writable=True)
+    layer.write(0, memoryview(b"x" * SECTOR_SIZE))
+    syncs = store.sync_count
+    layer.close()
+    assert store.sync_count > syncs and store.closed == 1
+    failing = Watched(subject.new())
+    layer = subject.open(failing, writable=True)
+    layer.write(0, memoryview(b"x" * SECTOR_SIZE))
+    failing.faults.append(Fault("sync", sync_failed))
+    with pytest.raises(errors.SyncFailed):
+        layer.close()
+    assert failing.closed == 1
+
+
+def check_large(subject: Subject) -> None:
+    """A write longer than several blocks arrives whole."""
+    store = subject.new()
+    layer, data = subject.open(store, writable=True), random.Random(5).randbytes(SIZE)
+    assert len(data) > MIB
+    layer.write(0, memoryview(data))
+    assert content_of(layer) == data
+    layer.close()
+    assert content_of(subject.open(store.copy(frozen=True))) == data
+
+
+CHECKS = (
+    check_shape,
+    check_extents,
+    check_write_and_read,
+    check_zeroes,
+    check_trim,
+    check_range,
+    check_read_only,
+    check_flush,
+    check_close,
+    check_large,
+)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`script/demo` shows the main job, and proves it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, require_tool
+
+
+def start_demo(folder: Path) -> subprocess.Popen[str]:
+    """Start the demo with this interpreter and without the set-up; its files go below `folder`."""
+    return subprocess.Popen(
+        ["bash", ROOT / "script" / "demo"],
+        env={**os.environ, "VHDKIT_PYTHON": sys.executable, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    """It ends well, shows the verbs, proves one content four ways, and cleans up."""
+    require_tool("mke2fs")
+    require_tool("debugfs")
+    output, errors = (process := start_demo(tmp_path)).communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    for words in (
+        "$ vhdkit info tuesday.avhd", "$ vhdkit chain tuesday.avhd", "$ vhdkit map tuesday.avhd",
+        "tuesday.avhd: clean", "equal: tuesday.avhd and fixed.vhd hold the same disk", "What happened",
+    ):  # fmt: skip
+        assert words in output
+    hashes = [line.split()[0] for line in output.splitlines() if len(line.split(" ")[0]) == 64]
+    assert len(hashes) == 4 and len(set(hashes)) == 1
+    assert "Traceback" not in output + errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_cleans_up_when_it_is_stopped(tmp_path: Path) -> None:
+    """Ctrl-C in the middle leaves no files."""
+    process = start_demo(tmp_path)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("*/base.vhd")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert list(tmp_path.iterdir()) == []

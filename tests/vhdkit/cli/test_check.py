@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhdkit check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.vhdkit.cli.running import document, good, make_chain, run
+
+
+def cut_footer(path: str) -> None:
+    """Take the trailing footer away; the copy is left."""
+    raw = Path(path).read_bytes()
+    Path(path).write_bytes(raw[:-512])
+
+
+def test_clean() -> None:
+    """A sound chain: code 0 and one line, or an empty list."""
+    make_chain()
+    assert good("check", "leaf.avhd") == "leaf.avhd: clean\n"
+    assert document("check", "leaf.avhd") == {"path": "leaf.avhd", "status": "clean", "findings": []}
+
+
+def test_notes_are_clean() -> None:
+    """A note is no fault: code 0."""
+    Path("x.raw").write_bytes(b"a" * 1000)
+    assert "x.raw: clean (1 note)" in good("check", "x.raw")
+
+
+def test_warnings() -> None:
+    """Warnings only: code 4."""
+    make_chain()
+    cut_footer("base.vhd")
+    result = run("check", "leaf.avhd")
+    assert result.exit_code == 4 and "warnings (1 warning)" in result.stdout
+    found = document("check", "leaf.avhd", code=4)
+    assert found["status"] == "warnings"
+    assert set(found["findings"][0]) == {"severity", "code", "message", "path", "structure", "offset_bytes"}
+
+
+def test_errors_come_first() -> None:
+    """Errors: code 3; they are listed before warnings, each with its place."""
+    make_chain()
+    cut_footer("leaf.avhd")
+    with Path("base.vhd").open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\0\0\0\1")
+    result = run("check", "leaf.avhd")
+    assert result.exit_code == 3
+    kinds = [line.split(":")[0] for line in result.stdout.splitlines()[:-1]]
+    assert kinds == sorted(kinds) and kinds[0] == "error" and "warning" in kinds
+    assert "BAT entry 0 at byte 0x1000" in result.stdout
+
+
+def test_a_missing_parent_is_an_error() -> None:
+    """An orphan: code 3, and what was searched is said."""
+    make_chain()
+    Path("base.vhd").unlink()
+    result = run("check", "leaf.avhd")
+    assert result.exit_code == 3 and "was not found" in result.stdout
+
+
+def test_quiet_leaves_the_code() -> None:
+    """--quiet prints nothing; the exit code says it."""
+    make_chain()
+    cut_footer("base.vhd")
+    result = run("check", "leaf.avhd", "--quiet")
+    assert (result.exit_code, result.output) == (4, "")

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhdkit create`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, run
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "size_bytes"),
+    [
+        ([], "dynamic", 10 * MIB),
+        (["--block-size", "512K"], "dynamic", 10 * MIB),
+        (["--format", "fixed"], "fixed", 10 * MIB),
+        (["--format", "fixed", "--preallocate"], "fixed", 10 * MIB),
+        (["--format", "raw"], "raw", 10 * MIB),
+        (["--azure"], "fixed", 10 * MIB),
+    ],
+)
+def test_every_kind(more: list[str], kind: str, size_bytes: int) -> None:
+    """Each kind is what info says it is, has the size, and reads as zeros."""
+    text = good("create", "x.img", "--size", "10M", *more)
+    assert text.startswith(f"created x.img: {kind} ") and text.count("\n") == 1
+    info = document("info", "x.img")
+    assert (info["kind"], info["virtual_size_bytes"]) == (kind, size_bytes)
+    if more == ["--block-size", "512K"]:
+        assert info["block_size_bytes"] == 512 << 10
+    if "--preallocate" in more:
+        assert info["allocated_bytes"] >= 10 * MIB
+    with vhdkit.open_disk("x.img") as disk:
+        assert not any(disk.read(0, disk.size_bytes))
+
+
+def test_json() -> None:
+    """The document has exactly the documented keys."""
+    made = document("create", "x.vhd", "--size", "1M")
+    assert made == {
+        "path": "x.vhd", "format": "dynamic", "virtual_size_bytes": MIB, "parent": None, "open_with": [],
+    }  # fmt: skip
+    child = document("create", "c.avhd", "--parent", "x.vhd", "--size", "2M")
+    assert child["parent"] == "x.vhd" and child["virtual_size_bytes"] == 2 * MIB
+
+
+def test_azure_says_what_it_rounded() -> None:
+    """A size that is no whole number of MiB is rounded up, and that is said."""
+    result = run("create", "x.vhd", "--size", "1000000", "--azure")
+    assert result.exit_code == 0 and "rounded 1000000 bytes up to 1048576" in result.stderr
+    assert run("create", "y.vhd", "--size", "1M", "--azure").stderr == ""
+    assert "Azure takes fixed" in failure("create", "z.vhd", "--size", "1M", "--azure", "--format", "raw", code=2)
+
+
+def test_a_child_elsewhere_says_how_to_open_it() -> None:
+    """When the chain lies outside the child's folder, the options that opening needs are printed, and work."""
+    Path("far").mkdir()
+    good("create", "base.vhd", "--size", "1M")
+    assert run("create", "near.avhd", "--parent", "base.vhd").stderr == ""
+    result = run("create", "far/leaf.avhd", "--parent", "near.avhd")
+    assert f"opening it needs --allow-parent-dir {os.getcwd()}" in result.stderr
+    options = document("create", "far/other.avhd", "--parent", "near.avhd")["open_with"]
+    failure("map", "far/other.avhd", code=6)
+    good("map", "far/other.avhd", *options)
+
+
+def test_a_child_of_a_raw_disk_says_how_to_open_it() -> None:
+    """A raw parent has no id, so opening the child needs the user's word."""
+    good("create", "base.raw", "--size", "1M", "--format", "raw")
+    assert document("create", "c.avhd", "--parent", "base.raw")["open_with"] == ["--allow-raw-parent"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--size", "100"], ["--size", "0"], ["--size", "2041G"], ["--size", "1M", "--block-size", "3M"],
+     ["--size", "1M", "--preallocate"], ["--size", "1M", "--format", "fixed", "--block-size", "1M"],
+     ["--parent", "base.vhd", "--azure"], ["--parent", "base.vhd", "--format", "raw"],
+     ["--parent", "base.vhd", "--size", "512K"]],
+)  # fmt: skip
+def test_what_cannot_be(more: list[str], folder: Path) -> None:
+    """Impossible wishes end with code 2, and no file is left."""
+    good("create", "base.vhd", "--size", "1M")
+    failure("create", "x.vhd", *more, code=2)
+    assert [path.name for path in folder.iterdir()] == ["base.vhd"]
+
+
+def test_nothing_is_overwritten_without_force() -> None:
+    """An existing file stays; with --force it is replaced."""
+    Path("x.vhd").write_text("precious")
+    assert "already exists" in failure("create", "x.vhd", "--size", "1M", code=1)
+    assert Path("x.vhd").read_text() == "precious"
+    good("create", "x.vhd", "--size", "1M", "--force")
+    assert document("info", "x.vhd")["kind"] == "dynamic"
+
+
+def test_force_does_not_destroy_a_chain() -> None:
+    """With --force too, a parent, an image in use and the new child's own chain are refused."""
+    make_chain()
+    before = Path("base.vhd").read_bytes()
+    failure("create", "base.vhd", "--size", "1M", "--force", code=5)
+    failure("create", "base.vhd", "--parent", "leaf.avhd", "--force", code=2)
+    with vhdkit.open_disk("leaf.avhd"):
+        failure("create", "leaf.avhd", "--size", "1M", "--force", code=5)
+    assert Path("base.vhd").read_bytes() == before
+
+
+def test_places_where_no_file_can_be() -> None:
+    """A folder, a device, and a folder that does not exist."""
+    assert "is a directory" in failure("create", ".", "--size", "1M", code=2)
+    assert "is no regular file" in failure("create", "/dev/null", "--size", "1M", "--force", code=2)
+    assert "folder" in failure("create", "gone/x.vhd", "--size", "1M", code=1)
+    assert "No such file" in failure("create", "x.vhd", "--parent", "gone.vhd", code=1)
+
+
+def test_quiet() -> None:
+    """--quiet says nothing."""
+    result = run("create", "x.vhd", "--size", "1000000", "--azure", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_a_raw_disk_with_the_name_of_a_vhd() -> None:
+    """It can be made, with a word about what opening it needs."""
+    assert "--format raw" in run("create", "x.vhd", "--size", "1M", "--format", "raw").stderr
+    good("map", "x.vhd", "--format", "raw")
