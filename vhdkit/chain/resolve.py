@@ -29,6 +29,8 @@ from vhdkit.image import Layer
 from vhdkit.store import FileStore
 
 MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
+_MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
+_MAX_NAME_TOLD = 512
 NULL_ID = bytes(layout.UUID_SIZE)  # XenServer writes it for a raw parent
 _LOCATOR_ORDER = (RELATIVE, ABSOLUTE, MAC, OLD_RELATIVE, OLD_ABSOLUTE)
 
@@ -250,7 +252,7 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
     """The error that says where the parent was sought and what to do."""
     names = [text for _, text in _ordered_texts(child)]
     name = names[0] if names else "(unnamed)"
-    quoted = errors.printable(name)
+    quoted = _shortened(name)
     if search.refused:
         place = real_path(search.refused[0])
         return errors.ParentRefused(
@@ -269,12 +271,22 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
             found=f"id {format_id(found)}" if found != NULL_ID else "no id",
             hint=_repoint(child),
         )
-    places = ", ".join(errors.printable(place) for place in search.places) or "nowhere: it has no usable name"
+    places = ", ".join(_shortened(place) for place in search.places[:_MAX_PLACES_TOLD])
+    if len(search.places) > _MAX_PLACES_TOLD:
+        places += f" and {len(search.places) - _MAX_PLACES_TOLD} more"
     return errors.ParentMissing(
-        f"its parent {quoted} (id {format_id(_parent_id(child))}) was not found; searched {places}",
+        f"its parent {quoted} (id {format_id(_parent_id(child))}) was not found;"
+        f" searched {places or 'nowhere: it has no usable name'}",
         path=child.path,
         hint=_repoint(child),
     )
+
+
+def _shortened(text: str) -> str:
+    """`text` for a message: a hostile name may be as long as a book."""
+    if len(text) > _MAX_NAME_TOLD:
+        text = text[: _MAX_NAME_TOLD // 2] + "..." + text[-_MAX_NAME_TOLD // 2 :]
+    return errors.printable(text)
 
 
 def _repoint(child: Metadata) -> str:

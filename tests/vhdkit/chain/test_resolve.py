@@ -435,3 +435,12 @@ def test_no_descriptor_stays_open_after_an_error(tmp_path: Path, writable: bool)
     with pytest.raises(errors.ParentMissing):
         open_layers(leaf, writable=writable)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_hostile_names_do_not_fill_the_screen(tmp_path: Path) -> None:
+    """Eight locators as long as they may be give a message that a person can still read."""
+    locators = {slot: relative(f"{slot}\\" + "a\\" * 16000) for slot in range(8)}
+    leaf = no_names(locators=locators).build().write(tmp_path / "child.avhd")
+    with pytest.raises(errors.ParentMissing) as caught:
+        open_layers(leaf)
+    assert len(str(caught.value)) < 40_000
