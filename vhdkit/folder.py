@@ -46,7 +46,7 @@ class NewFile:
         if not name or name in (os.curdir, os.pardir) or os.path.isdir(self.path):
             raise errors.InvalidArgument("is a directory; name a file", path=self.path)
         self._check_directory()
-        self._check_destination()
+        replaced = self._check_destination()
         # The name stays within the 255 bytes a file name may have.
         self._temporary = os.path.join(self._directory, f".vhdkit-{secrets.token_hex(8)}.part")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -54,6 +54,8 @@ class NewFile:
             fd = os.open(self._temporary, flags, 0o666)
         self.store = _UnnamedStore(fd, self.path, writable=True)
         self._live = True
+        if replaced is not None:
+            _take_over(fd, replaced)
 
     def _check_directory(self) -> None:
         with translated(self.path, "look at the folder to create the file in"):
@@ -64,12 +66,13 @@ class NewFile:
         if not is_directory:
             raise errors.NotFound("the folder to create the file in does not exist", path=self.path)
 
-    def _check_destination(self) -> None:
+    def _check_destination(self) -> os.stat_result | None:
+        """Refuse a destination that is not replaced; returns the one that is."""
         with translated(self.path, "look at"):
             try:
                 status = os.lstat(self.path)
             except FileNotFoundError:
-                return
+                return None
         if not self._replace:
             raise errors.AlreadyExists("already exists", path=self.path, hint="choose another name, or --force")
         if not stat.S_ISREG(status.st_mode):
@@ -78,6 +81,7 @@ class NewFile:
                 path=self.path,
                 hint="to fill a device, write to standard output and pipe that to dd",
             )
+        return status
 
     def commit(self, *, sync: bool = True) -> None:
         """Give the file its name. With `sync` it returns when bytes and name are on the device."""
@@ -121,9 +125,20 @@ class NewFile:
         self.discard()
 
 
+def _take_over(fd: int, old: os.stat_result) -> None:
+    """Give a new file the mode and, where allowed, the owner of the one it replaces: a secret stays one."""
+    with contextlib.suppress(OSError):
+        os.fchown(fd, old.st_uid, old.st_gid)
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, stat.S_IMODE(old.st_mode))
+
+
 def scratch_store(directory: str | None) -> FileStore:
     """A nameless file in `directory` (None: where the system keeps temporary files) that vanishes when closed."""
-    directory = tempfile.gettempdir() if directory is None else directory or os.curdir
+    if directory is None:
+        with translated("temporary files", "find a folder for"):
+            directory = tempfile.gettempdir()
+    directory = directory or os.curdir
     with translated(directory, "create a temporary file in"):
         try:
             fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
@@ -140,14 +155,15 @@ def sync_directory(directory: str) -> None:
     """Return when the names in `directory` are on the device."""
     directory = directory or os.curdir
     with translated(directory, "flush the folder"):
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:  # one may write to it but not read it: nobody could flush it
+            return
         try:
             os.fsync(fd)
         except OSError as error:
-            if error.errno not in (
-                errno.EINVAL,
-                errno.EOPNOTSUPP,
-            ):  # a file system that cannot is no failure
+            # A file system that cannot flush a folder is no failure.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
         finally:
             os.close(fd)
@@ -155,7 +171,8 @@ def sync_directory(directory: str) -> None:
 
 def real_path(path: str | os.PathLike[str]) -> str:
     """The absolute path with every link followed."""
-    return os.path.realpath(path)
+    with translated(os.fspath(path), "find the place of"):  # the working folder may be gone
+        return os.path.realpath(path)
 
 
 def is_within(path: str, directories: tuple[str, ...]) -> bool:
@@ -164,11 +181,12 @@ def is_within(path: str, directories: tuple[str, ...]) -> bool:
 
 
 def is_file_name(text: str) -> bool:
-    """False for text that cannot name a file here: it holds a zero byte, or letters the locale cannot write."""
+    """False for text that cannot name a file here: too long, with a zero byte, or letters the locale cannot write."""
     try:
-        return b"\0" not in os.fsencode(text)
+        raw = os.fsencode(text)
     except UnicodeEncodeError:
         return False
+    return b"\0" not in raw and len(raw) <= _MAX_PATH_BYTES
 
 
 def is_regular(path: str) -> bool:

@@ -131,6 +131,12 @@ def _fallocate(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def identity_of(fd: int) -> tuple[int, int]:
+    """Device and inode of an open file: the same for every name and descriptor of it. Raises OSError."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 class FileStore:
     """A `Store` over a regular file or a block device."""
 
@@ -174,8 +180,7 @@ class FileStore:
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode: the same for every name of one file."""
-        status = os.fstat(self._fd)
-        return status.st_dev, status.st_ino
+        return identity_of(self._fd)
 
     @property
     def is_device(self) -> bool:

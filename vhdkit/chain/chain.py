@@ -198,22 +198,20 @@ class Chain:
     def write(self, sector_index: int, data: memoryview) -> None:
         """Write whole sectors to the leaf. Raises NoSpace, IoFailed, SyncFailed."""
         try:
-            grew = self.leaf.write(sector_index, data)
+            if self.leaf.write(sector_index, data):
+                self.map.own(sector_index, whole_sectors(len(data)))
         except BaseException:  # the leaf may own a part of the run now, and a retry would not say so again
             self.map.forget(sector_index, whole_sectors(len(data)))
             raise
-        if grew:
-            self.map.own(sector_index, whole_sectors(len(data)))
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> None:
         """Make a run read as zeros, hiding what parents have there. Raises NoSpace, IoFailed, SyncFailed."""
         try:
-            grew = self.leaf.write_zeroes(sector_index, sector_count)
+            if self.leaf.write_zeroes(sector_index, sector_count):
+                self.map.own(sector_index, sector_count)
         except BaseException:
             self.map.forget(sector_index, sector_count)
             raise
-        if grew:
-            self.map.own(sector_index, sector_count)
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """Give the leaf's space back: what it owns of the run reads as zeros, the rest is left as it is."""

@@ -90,7 +90,9 @@ def _parent_of(
 
 
 def _finding(error: errors.VhdkitError, code: str, path: str) -> Finding:
-    message = error.problem if error.hint is None else f"{error.problem}; {error.hint}"
+    message = (
+        error.problem + errors.difference(error.expected, error.found) + (f"; {error.hint}" if error.hint else "")
+    )
     return Finding(Severity.ERROR, code, message, path, error.structure, error.offset_bytes)
 
 

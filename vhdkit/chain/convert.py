@@ -22,7 +22,7 @@ import numpy as np
 
 from vhdkit import errors
 from vhdkit.chain.chain import Chain, Progress
-from vhdkit.chain.create import DiskFormat, check_new_size, check_replaceable, write_empty
+from vhdkit.chain.create import DiskFormat, check_new_size, replacing, write_empty
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.folder import NewFile
 from vhdkit.formats.probe import FormatName, open_layer
@@ -87,9 +87,8 @@ def convert_chain(
 ) -> int:
     """`convert` for a chain that is already open."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
-    if replace:
-        check_replaceable(os.fspath(destination), chain.layers)
-    with NewFile(destination, replace=replace) as new:
+    held = replacing(os.fspath(destination), chain.layers, replace=replace)
+    with held, NewFile(destination, replace=replace) as new:
         write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)
         name = FormatName.RAW if disk_format is DiskFormat.RAW else FormatName.VHD
         target = open_layer(new.store, format_name=name, writable=True)

@@ -7,8 +7,9 @@ Decides how a child names its parent and that a new image appears whole or not a
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 from vhdkit import errors
@@ -58,26 +59,28 @@ def create_image(
         raise errors.InvalidArgument("only fixed and raw images can be preallocated")
     check_new_size(size_bytes, disk_format)
     create.check_block_size(block_size_bytes)
-    if replace:
-        check_replaceable(os.fspath(path), ())
-    with NewFile(path, replace=replace) as new:
+    with replacing(os.fspath(path), replace=replace), NewFile(path, replace=replace) as new:
         write_empty(new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate)
         new.commit()
     return size_bytes
 
 
-def check_replaceable(path: str, layers: Sequence[Layer]) -> None:
-    """Refuse to replace a file of the chain `layers`, an image in use, or one that other images stand on.
+@contextlib.contextmanager
+def replacing(path: str, layers: Sequence[Layer] = (), *, replace: bool) -> Iterator[None]:
+    """Hold the file that is to be replaced until it is, so that nobody opens it meanwhile and loses what he writes.
 
-    Raises InvalidArgument, ImageInUse, HasChildren.
+    A file of the chain `layers`, an image in use, or one that other images stand on is not replaced: raises
+    InvalidArgument, ImageInUse, HasChildren. Without `replace`, or where there is no file yet, this does nothing.
     """
-    if not is_regular(path):
+    if not (replace and is_regular(path)):
+        yield
         return
     with FileStore.open(path) as store:
         if any(isinstance(layer.store, FileStore) and layer.store.identity == store.identity for layer in layers):
             raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
         store.lock(writer=True)
         refuse_with_children(store, OpenOptions(), "replacing it would destroy that image")
+        yield
 
 
 def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
@@ -127,6 +130,10 @@ def create_child(
     child = os.fspath(path)
     layers = open_layers(parent_path, options=options)
     try:
+        if not is_regular(os.fspath(parent_path)):
+            raise errors.InvalidArgument(
+                "a parent must be a regular file", path=os.fspath(parent_path), hint="copy the device to a file"
+            )
         parent = layers[0]
         size = parent.size_bytes if size_bytes is None else size_bytes
         if size < parent.size_bytes:
@@ -139,10 +146,8 @@ def create_child(
         unique_id, timestamp = NULL_ID, 0
         if isinstance(parent, DynamicImage | FixedImage):
             unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
-        if replace:
-            check_replaceable(child, layers)
         link = link_to(child, os.fspath(parent_path), unique_id, timestamp)
-        with NewFile(child, replace=replace) as new:
+        with replacing(child, layers, replace=replace), NewFile(child, replace=replace) as new:
             create.create_differencing(new.store, size, link, block_size_bytes=block_size_bytes)
             new.commit()
     finally:
@@ -152,9 +157,16 @@ def create_child(
 
 
 def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> ParentLink:
-    """How `child` names `parent`: a path relative to its own folder and an absolute one, in Windows' spelling."""
+    """How `child` names `parent`: a path relative to its own folder and an absolute one, in Windows' spelling.
+
+    Raises InvalidArgument for a path that cannot be spelled so.
+    """
     parent_real = real_path(parent)
     folder = os.path.dirname(real_path(child))
+    if "\\" in parent_real:
+        raise errors.InvalidArgument(
+            "has a backslash in its path, which a VHD can only store as a folder; rename it", path=parent
+        )
     relative = os.path.relpath(parent_real, folder).replace(os.sep, "\\")
     if not relative.startswith(".."):
         relative = ".\\" + relative

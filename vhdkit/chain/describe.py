@@ -140,7 +140,8 @@ def _describe_parent(metadata: Metadata, folders: tuple[str, ...], options: Open
         with find_parent(metadata, folders, options) as store:
             path = store.name
     except errors.VhdkitError as error:
-        problem = error.problem if error.hint is None else f"{error.problem}; {error.hint}"
+        problem = error.problem + errors.difference(error.expected, error.found)
+        problem += f"; {error.hint}" if error.hint else ""
     parent_id = metadata.header.parent_unique_id
     return ParentInfo(
         name=metadata.parent_name,

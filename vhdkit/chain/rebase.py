@@ -44,6 +44,12 @@ def rebase(
 
 def _check_parent(store: FileStore, parent_id: bytes, parent_path: str, options: OpenOptions | None) -> None:
     """Raise unless `parent_path` is the recorded parent and opens with its own parents."""
+    if parent_id == NULL_ID and not (options and options.allow_raw_parent):
+        raise errors.ParentRefused(
+            "the image records no id of its parent, which may be any raw file",
+            path=store.name,
+            hint="if you are sure, say --allow-raw-parent",
+        )
     with FileStore.open(parent_path) as parent:
         if parent.identity == store.identity:
             raise errors.InvalidArgument("cannot be its own parent", path=store.name)

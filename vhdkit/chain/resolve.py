@@ -30,7 +30,7 @@ from vhdkit.store import FileStore
 
 MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
 _MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
-_MAX_NAME_TOLD = 512
+_MAX_NAME_TOLD = 500  # letters
 NULL_ID = bytes(layout.UUID_SIZE)  # XenServer writes it for a raw parent
 _LOCATOR_ORDER = (RELATIVE, ABSOLUTE, MAC, OLD_RELATIVE, OLD_ABSOLUTE)
 
@@ -303,17 +303,26 @@ def format_id(unique_id_bytes: bytes) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def find_children(parent_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None) -> list[str]:
-    """Paths of the differencing images in `folders` whose parent has this id. Damaged files are passed over."""
+def find_children(
+    parent_id: bytes,
+    folders: Sequence[str],
+    *,
+    apart_from: tuple[int, int] | None = None,
+    raw_parent: str | None = None,
+) -> list[str]:
+    """Paths of the differencing images in `folders` whose parent has this id. Damaged files are passed over.
+
+    Children of raw disks record no id; with `raw_parent` those count whose names lead to that path.
+    """
     children = []
     for folder in dict.fromkeys(real_path(folder) for folder in folders):
         for path in regular_files(folder):
-            if _child_of(path, parent_id, apart_from):
+            if _child_of(path, parent_id, apart_from, raw_parent):
                 children.append(path)
     return children
 
 
-def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None) -> bool:
+def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None, raw_parent: str | None) -> bool:
     try:
         with FileStore.open(path) as store:
             if store.identity == apart_from:
@@ -324,7 +333,12 @@ def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None) -
             metadata = read_metadata(store)
     except errors.VhdkitError:
         return False
-    return metadata.is_differencing and _parent_id(metadata) == parent_id
+    if not metadata.is_differencing or _parent_id(metadata) != parent_id:
+        return False
+    if parent_id != NULL_ID:
+        return True
+    names = _candidates(metadata, (os.path.dirname(real_path(path)),))
+    return raw_parent is not None and any(is_file_name(one) and real_path(one) == raw_parent for one in names)
 
 
 def refuse_with_children(store: FileStore, options: OpenOptions, danger: str) -> None:
@@ -332,11 +346,9 @@ def refuse_with_children(store: FileStore, options: OpenOptions, danger: str) ->
 
     `danger` says what would happen to it.
     """
-    own_id = unique_id(store)
-    if own_id == NULL_ID:
-        return
     folders = allowed_folders(store.name, options.parent_dirs)
-    children = find_children(own_id, folders, apart_from=store.identity)
+    own_id, own_path = unique_id(store), real_path(store.name)
+    children = find_children(own_id, folders, apart_from=store.identity, raw_parent=own_path)
     if children:
         others = f" and {len(children) - 1} more" if len(children) > 1 else ""
         raise errors.HasChildren(

@@ -13,18 +13,19 @@ from collections.abc import Callable
 from vhdkit import errors
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.convert import convert_chain, converted_size, data_ranges
-from vhdkit.chain.create import DiskFormat, check_replaceable
+from vhdkit.chain.create import DiskFormat, replacing
 from vhdkit.folder import NewFile, scratch_store
-from vhdkit.formats.probe import FormatName
+from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.raw import open_raw
 from vhdkit.formats.vhd import create, layout
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
-from vhdkit.formats.vhd.metadata import read_footers
+from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB
+_STREAM = "standard input"
 _ZEROS = bytes(_PIECE_BYTES)
 
 
@@ -81,19 +82,22 @@ def import_stream(
     wait in a nameless file beside the destination. Raises InvalidArgument, AlreadyExists, NoSpace, IoFailed.
     """
     path = os.fspath(destination)
-    if replace:
-        check_replaceable(path, ())
+    create.check_block_size(block_size_bytes)
     if disk_format is DiskFormat.DYNAMIC:
+        NewFile(path, replace=replace).discard()  # a destination that cannot be is refused before the stream is read
         with scratch_store(os.path.dirname(path)) as spool:
-            _check_source(receive(read, spool, source_format, progress))
+            receive(read, spool, source_format, progress)
             return convert_chain(
-                Chain([open_raw(spool)]), path, disk_format,
-                block_size_bytes=block_size_bytes, replace=replace, azure=azure, sync=sync,
-            )  # fmt: skip
-    with NewFile(path, replace=replace) as new:
-        size = converted_size(
-            _check_source(receive(read, new.store, source_format, progress)), disk_format, azure=azure
-        )
+                Chain([open_raw(spool)]),
+                path,
+                disk_format,
+                block_size_bytes=block_size_bytes,
+                azure=azure,
+                replace=replace,
+                sync=sync,
+            )
+    with replacing(path, replace=replace), NewFile(path, replace=replace) as new:
+        size = converted_size(receive(read, new.store, source_format, progress), disk_format, azure=azure)
         new.store.truncate(size)
         if disk_format is DiskFormat.FIXED:
             footer = create.new_footer(layout.DISK_TYPE_FIXED, size)
@@ -112,14 +116,8 @@ def pass_stream(
 ) -> int:
     """From pipe to pipe; the bytes wait in a temporary file until the end is known."""
     with scratch_store(None) as spool:
-        _check_source(receive(read, spool, source_format, None))
+        receive(read, spool, source_format, None)
         return export_stream(Chain([open_raw(spool)]), write, disk_format, azure=azure)
-
-
-def _check_source(size_bytes: int) -> int:
-    if size_bytes == 0:
-        raise errors.InvalidArgument("standard input was empty: not a disk image")
-    return size_bytes
 
 
 def receive(
@@ -143,10 +141,10 @@ def receive(
             progress(size, size)
         if not piece:
             break
+    if size == 0:
+        raise errors.InvalidArgument("is empty: not a disk image", path=_STREAM)
     store.truncate(size)
-    if source_format is not FormatName.RAW:
-        size = _without_footer(store, size)
-    size = round_up(size, SECTOR_SIZE)
+    size = round_up(_disk_size(store, size, source_format), SECTOR_SIZE)
     store.truncate(size)
     return size
 
@@ -157,14 +155,20 @@ def _place(store: FileStore, offset_bytes: int, data: bytes) -> None:
         store.pwrite(offset_bytes + start, padded[start : min(stop, len(data))])
 
 
-def _without_footer(store: FileStore, size_bytes: int) -> int:
-    """The size without the footer, where the stream was a fixed VHD. Raises InvalidArgument for another VHD."""
-    tail, copy = read_footers(store)
-    if not tail.state.usable:
-        return size_bytes
-    footer = tail.footer
-    if footer.disk_type == layout.DISK_TYPE_FIXED and footer.current_size == tail.offset_bytes:
-        return tail.offset_bytes
-    if copy.state.usable:
-        raise errors.InvalidArgument("a dynamic or differencing VHD cannot be read from a pipe", hint="name its file")
-    return size_bytes
+def _disk_size(store: FileStore, size_bytes: int, source_format: FormatName | None) -> int:
+    """Bytes of the disk in what was received: all of it, or what stands before a fixed VHD's footer.
+
+    Judged as a file would be. Raises InvalidArgument for a VHD that is not fixed, CorruptImage, UnsupportedFormat.
+    """
+    try:
+        if (source_format or identify(store, by_name=False)) is FormatName.RAW:
+            return size_bytes
+        metadata = read_metadata(store)
+    except errors.VhdkitError as error:
+        error.path = _STREAM  # the store has the name of what is made of it
+        raise
+    if metadata.header is not None:
+        raise errors.InvalidArgument(
+            "a dynamic or differencing VHD cannot be read from a pipe", path=_STREAM, hint="name its file"
+        )
+    return metadata.size_bytes

@@ -24,7 +24,7 @@ from vhdkit.cli.output import exact_size, note, print_json
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
-from vhdkit.store import translated
+from vhdkit.store import FileStore, identity_of, translated
 from vhdkit.units import format_size
 
 _EXAMPLES = (
@@ -99,6 +99,7 @@ def _run(job: _Job, common: Common, wanted: bool | None) -> int:
         with progress_shown(common, wanted, "converting") as show:
             if job.destination == STREAM:
                 output = _standard_output()
+                _refuse_layers(output, disk)
                 made = export_stream(disk.chain, output.write, job.kind, azure=job.azure, progress=show)
                 output.flush()
             else:
@@ -112,6 +113,17 @@ def _run(job: _Job, common: Common, wanted: bool | None) -> int:
                 f"rounded {disk.size_bytes} bytes up to {made} ({format_size(made)}): Azure takes whole MiB",
             )
     return made
+
+
+def _refuse_layers(output: Any, disk: vhdkit.Disk) -> None:
+    """Refuse a standard output that was redirected into a file of the source."""
+    try:
+        identity = identity_of(output.fileno())
+    except (OSError, ValueError):
+        return  # no file at all
+    for layer in disk.chain.layers:
+        if isinstance(layer.store, FileStore) and layer.store.identity == identity:
+            raise InvalidArgument("standard output is this file, which is part of the source", path=layer.store.name)
 
 
 def _from_pipe(job: _Job, common: Common, wanted: bool | None) -> int:

@@ -90,10 +90,8 @@ def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
         )
         if verbose:
             traceback.print_exception(error)
-    if as_json:
-        click.echo(json.dumps({"error": facts}), err=True)
-    else:
-        click.echo(f"vhdkit: {facts['message']}", err=True)
+    with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
+        click.echo(json.dumps({"error": facts}) if as_json else f"vhdkit: {facts['message']}", err=True)
     code: int = facts["exit_code"]
     return code
 

@@ -68,6 +68,8 @@ class _Group(click.Group):
         )
         if sys.stdout is None:
             sys.stdout = io.StringIO()  # closed by whoever started us: what is printed goes nowhere
+        if sys.stderr is None:
+            sys.stderr = io.StringIO()
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
             sys.stdout.reconfigure(errors="backslashreplace")
         try:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import vhdkit
 from vhdkit import Disk, Extent, ExtentKind, Progress
-from vhdkit.chain.create import check_replaceable
+from vhdkit.chain.create import replacing
 from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
 from vhdkit.cli.output import console, is_unicode, print_text
 from vhdkit.cli.picture import MAX_CELLS, Drawing, as_png, as_svg, colour_of, draw, glyph_of
@@ -27,10 +27,11 @@ from vhdkit.cli.progress import progress_shown
 from vhdkit.cli.tally import NOBODY, Tally, alike, tally
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile
-from vhdkit.units import GIB, format_size
+from vhdkit.units import GIB, SECTOR_SIZE, format_size, round_up
 
 _MAX_ROWS = 8
 _SLICE_BYTES = 4 * GIB
+_MAX_SLICES = 4096  # of a raw file that claims exabytes
 _LABEL_WIDTH = 11
 _LEVELS, _ASCII_LEVELS = " ░▒▓█", " .:+#"
 _LEVEL_BOUNDS = (0.25, 0.5, 0.95)  # from which share on a lane shows the third, fourth and fifth level
@@ -92,8 +93,9 @@ def _tally(disk: Disk, max_cells: int, progress: Progress | None) -> Tally:
 
 def _slices(disk: Disk, progress: Progress | None) -> Iterator[Extent]:
     """All runs, cut at slices of the disk so that progress can be told between them."""
-    for offset in range(0, disk.size_bytes, _SLICE_BYTES):
-        yield from disk.extents(offset, min(_SLICE_BYTES, disk.size_bytes - offset), find_holes=True)
+    slice_bytes = max(_SLICE_BYTES, round_up(disk.size_bytes // _MAX_SLICES, SECTOR_SIZE))
+    for offset in range(0, disk.size_bytes, slice_bytes):
+        yield from disk.extents(offset, min(slice_bytes, disk.size_bytes - offset), find_holes=True)
         if progress is not None:
             progress(offset, disk.size_bytes)
 
@@ -101,10 +103,8 @@ def _slices(disk: Disk, progress: Progress | None) -> Iterator[Extent]:
 def _write_picture(
     disk: Disk, path: str, write: Callable[[Drawing], bytes], replace: bool, progress: Progress | None
 ) -> None:
-    if replace:
-        check_replaceable(path, disk.chain.layers)
     names = [printable(_short(layer.store.name)) for layer in disk.chain.layers]
-    with NewFile(path, replace=replace) as new:
+    with replacing(path, disk.chain.layers, replace=replace), NewFile(path, replace=replace) as new:
         new.store.pwrite(0, write(draw(_tally(disk, MAX_CELLS, progress), names)))
         new.commit()
 

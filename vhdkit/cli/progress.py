@@ -45,7 +45,7 @@ def progress_shown(
 
     `wanted` is the user's word, None when there was none. `endless` work does not know its end (a pipe).
     """
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     if wanted is None:
         wanted = terminal and not common.quiet and not common.json
     if not wanted:

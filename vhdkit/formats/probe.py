@@ -40,8 +40,8 @@ class FormatName(StrEnum):
     VHD = "vhd"
 
 
-def identify(store: Store) -> FormatName:
-    """The format of the file.
+def identify(store: Store, *, by_name: bool = True) -> FormatName:
+    """The format of the file. Without `by_name` the file's name says nothing: it is not the one it came with.
 
     Raises UnsupportedFormat for a known format vhdkit does not read, CorruptImage for a `.vhd` or `.avhd` without
     a footer, InvalidArgument for an empty file.
@@ -58,7 +58,7 @@ def identify(store: Store) -> FormatName:
                 path=store.name,
                 hint="if it is a raw disk that only begins like one, say --format raw",
             )
-    if store.name.lower().endswith(VHD_SUFFIXES):
+    if by_name and store.name.lower().endswith(VHD_SUFFIXES):
         tail, _ = read_footers(store)
         killed = tail.state is FooterState.KILLED
         raise CorruptImage(

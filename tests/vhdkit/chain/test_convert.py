@@ -187,3 +187,42 @@ def test_data_ranges_hold_every_byte_that_is_not_zero(runs: list[tuple[int, int,
         outside[start:stop] = bytes(stop - start)
         last = stop
     assert not any(outside)
+
+
+def test_nobody_opens_what_is_being_replaced(chain: tuple[Path, bytes], tmp_path: Path) -> None:
+    """While a replacement is under way its destination is held: who opened it would lose what he writes."""
+    out = tmp_path / "out.vhd"
+    vhdkit.create_image(out, MIB)
+    refused = []
+
+    def try_to_open(done: int, size: int) -> None:
+        with pytest.raises(errors.ImageInUse):
+            vhdkit.open_disk(out, writable=True)
+        refused.append(done)
+
+    vhdkit.convert(chain[0], out, DiskFormat.DYNAMIC, replace=True, progress=try_to_open)
+    assert refused
+    vhdkit.open_disk(out, writable=True).close()
+
+
+def test_a_replaced_file_keeps_its_mode(chain: tuple[Path, bytes], tmp_path: Path) -> None:
+    """What only its owner could read stays so."""
+    out = tmp_path / "secret.raw"
+    out.write_bytes(b"old")
+    out.chmod(0o600)
+    vhdkit.convert(chain[0], out, DiskFormat.RAW, replace=True)
+    assert out.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_raw_base_is_not_replaced_under_its_child(chain: tuple[Path, bytes], tmp_path: Path) -> None:
+    """A child of a raw disk records no id; its names tell that it stands there."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"r" * MIB)
+    vhdkit.create_child(tmp_path / "of-raw.avhd", base)
+    with pytest.raises(errors.HasChildren, match="of-raw"):
+        vhdkit.convert(chain[0], base, DiskFormat.RAW, replace=True)
+    with pytest.raises(errors.HasChildren, match="of-raw"):
+        vhdkit.open_disk(base, writable=True)
+    other = tmp_path / "other.raw"
+    other.write_bytes(b"o" * MIB)
+    vhdkit.open_disk(other, writable=True).close()

@@ -171,3 +171,14 @@ def test_a_parents_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidArgument, match="rename"):
         vhdkit.create_child(tmp_path / "child.avhd", os.fsdecode(base))
     assert not (tmp_path / "child.avhd").exists()
+
+
+def test_parents_that_no_child_could_name_are_refused(tmp_path: Path) -> None:
+    """A backslash in the path, or a device: the child could never be opened, so it is not made."""
+    odd = tmp_path / "a\\b.vhd"
+    vhdkit.create_image(odd, MIB)
+    with pytest.raises(errors.InvalidArgument, match="backslash"):
+        vhdkit.create_child(tmp_path / "child.avhd", odd)
+    with pytest.raises(errors.InvalidArgument):
+        vhdkit.create_child(tmp_path / "child.avhd", "/dev/null")
+    assert not (tmp_path / "child.avhd").exists()

@@ -66,3 +66,16 @@ def test_rebase_refuses_images_without_a_parent(moved: tuple[Path, Path]) -> Non
         vhdkit.rebase(parent, child)
     with pytest.raises(errors.InvalidArgument, match="its own parent"):
         vhdkit.rebase(child, child)
+
+
+def test_rebase_onto_a_raw_disk_needs_permission(tmp_path: Path) -> None:
+    """INV-PARENT-ID: where no id was recorded any raw file would fit, so the user has to say so."""
+    (tmp_path / "base.raw").write_bytes(b"r" * MIB)
+    child = tmp_path / "child.avhd"
+    vhdkit.create_child(child, tmp_path / "base.raw")
+    moved = (tmp_path / "base.raw").rename(tmp_path / "moved.raw")
+    with pytest.raises(errors.ParentRefused, match="--allow-raw-parent"):
+        vhdkit.rebase(child, moved)
+    vhdkit.rebase(child, moved, options=vhdkit.OpenOptions(allow_raw_parent=True))
+    with vhdkit.open_disk(child, options=vhdkit.OpenOptions(allow_raw_parent=True)) as disk:
+        assert disk.read(0, 1) == b"r"

@@ -112,3 +112,36 @@ def test_from_pipe_to_pipe() -> None:
     assert pass_stream(Trickle(body()).read, out.write, DiskFormat.FIXED, azure=True) == 4 * MIB
     assert out.getvalue()[: 4 * MIB] == body().ljust(4 * MIB, b"\0")
     assert len(out.getvalue()) == 4 * MIB + 512
+
+
+@pytest.mark.parametrize("magic", [b"QFI\xfb", b"vhdxfile"])
+def test_other_formats_are_refused_in_a_stream_too(tmp_path: Path, magic: bytes) -> None:
+    """A stream is judged as a file would be: another format is named, not taken for raw bytes."""
+    for to in DiskFormat:
+        with pytest.raises(errors.UnsupportedFormat, match="standard input"):
+            import_stream(io.BytesIO(magic.ljust(8192, b"\0")).read, tmp_path / "out", to)
+    with pytest.raises(errors.CorruptImage, match="standard input"):
+        import_stream(io.BytesIO(bytes(4096)).read, tmp_path / "out", DiskFormat.RAW, source_format=FormatName.VHD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dynamic_stream_without_its_tail_is_still_refused(tmp_path: Path) -> None:
+    """The footer copy gives it away: its metadata must not become the disk."""
+    vhdkit.create_image(tmp_path / "d.vhd", SIZE)
+    stream = (tmp_path / "d.vhd").read_bytes()[:-512]
+    with pytest.raises(errors.InvalidArgument, match="dynamic"):
+        import_stream(io.BytesIO(stream).read, tmp_path / "out.raw", DiskFormat.RAW)
+
+
+def test_a_bad_destination_is_refused_before_the_stream_is_read(tmp_path: Path) -> None:
+    """An existing file or an impossible option costs nobody the time of a whole stream."""
+    (tmp_path / "there").touch()
+
+    def never(size: int) -> bytes:
+        raise AssertionError("the stream was read")
+
+    for to in DiskFormat:
+        with pytest.raises(errors.AlreadyExists):
+            import_stream(never, tmp_path / "there", to)
+        with pytest.raises(errors.InvalidArgument, match="block size"):
+            import_stream(never, tmp_path / "new", to, block_size_bytes=3 * MIB)

@@ -243,3 +243,25 @@ def test_a_full_disk(kind: str, folder: Path) -> None:
         pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
     assert done.returncode == 7, done.stderr
     assert "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_standard_output_that_is_a_layer_is_refused() -> None:
+    """`convert leaf.avhd - >base.vhd`, in whatever mode, does not write over the source."""
+    make_chain()
+    before = Path("base.vhd").read_bytes()
+    with Path("base.vhd").open("r+b") as layer:
+        code, _, told = finish(start("convert", "leaf.avhd", "-", "--to", "raw", stdout=layer))
+    assert code == 2 and "part of the source" in told
+    assert Path("base.vhd").read_bytes() == before
+
+
+def test_without_standard_error() -> None:
+    """With standard error closed or full, work is done and failures keep their exit code."""
+    make_chain()
+    command = [*COMMAND, "convert", "leaf.avhd", "out.raw", "--to", "raw"]
+    subprocess.run(command, check=True, stderr=None, preexec_fn=lambda: os.close(2))
+    assert Path("out.raw").stat().st_size == 8 * MIB
+    with Path("/dev/full").open("wb") as full:
+        Path("cut.vhd").write_bytes(Path("base.vhd").read_bytes()[:-512][600:])
+        done = subprocess.run([*COMMAND, "info", "cut.vhd"], check=False, stderr=full)
+    assert done.returncode == 3

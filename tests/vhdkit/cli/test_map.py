@@ -143,3 +143,10 @@ def test_memory_is_bounded() -> None:
     result = run("map", "x.vhd", "--json")
     assert len(json.loads(result.stdout)) >= 32
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+def test_a_file_that_claims_exabytes_is_mapped_at_once() -> None:
+    """A sparse raw file of any size has a bounded number of slices to look at."""
+    with Path("huge.raw").open("wb") as file:
+        file.truncate(1 << 43)
+    assert "8.0 TiB" in good("map", "huge.raw")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding
 from vhdkit.formats.vhd import bitmap
@@ -137,7 +138,7 @@ class DynamicImage:
 
     def _split(self, sector_index: int, sector_count: int) -> Iterator[tuple[int, int, int]]:
         """The range as (block, first sector in it, count)."""
-        assert sector_index >= 0 and sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
+        self._assert_inside(sector_index, sector_count)
         while sector_count > 0:
             block, first = divmod(sector_index, self._sectors_per_block)
             count = min(sector_count, self._sectors_per_block - first)
@@ -145,16 +146,29 @@ class DynamicImage:
             sector_index += count
             sector_count -= count
 
+    def _assert_inside(self, sector_index: int, sector_count: int) -> None:
+        assert sector_index >= 0 and sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
+
     # -- writing ------------------------------------------------------------------------------------------------
+
+    def _assert_writable(self, sector_index: int, sector_count: int) -> None:
+        assert self.writable
+        self._assert_inside(sector_index, sector_count)
 
     def write(self, sector_index: int, data: memoryview) -> bool:
         """See `Layer.write`. Raises NoSpace, IoFailed, SyncFailed."""
-        assert self.writable
+        self._assert_writable(sector_index, whole_sectors(len(data)))
         grew, position = False, 0
-        for block, first, count in self._split(sector_index, whole_sectors(len(data))):
-            size = sectors_to_bytes(count)
-            grew |= self._write_block(block, first, count, data[position : position + size])
-            position += size
+        try:
+            for block, first, count in self._split(sector_index, whole_sectors(len(data))):
+                size = sectors_to_bytes(count)
+                grew |= self._write_block(block, first, count, data[position : position + size])
+                position += size
+        except errors.VhdkitError:
+            raise
+        except BaseException:
+            self._commit.guard.interrupted()
+            raise
         return grew
 
     def _write_block(self, block: int, first: int, count: int, data: memoryview | None) -> bool:
@@ -179,9 +193,9 @@ class DynamicImage:
         else:
             # Readers disagree on clear bits in a dynamic disk, so ours has none: the rest of the block is zeros.
             raw = bitmap.full(self.block_size_bytes)
+        self._commit.publish(block, start, raw)
         if bitmap.is_full(raw, self._sectors_per_block):
             self._full[block] = 1
-        self._commit.publish(block, start, raw)
 
     def _own(self, block: int, first: int, count: int) -> bool:
         """Set bits for data that is already in the file. True when one was clear."""
@@ -204,11 +218,17 @@ class DynamicImage:
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
         """See `Layer.write_zeroes`. In a differencing image this hides the parent's data."""
-        assert self.writable
+        self._assert_writable(sector_index, sector_count)
         grew = False
-        for block, first, count in self._split(sector_index, sector_count):
-            if self.is_differencing or self.bat.block_start(block) >= 0:
-                grew |= self._write_block(block, first, count, None)
+        try:
+            for block, first, count in self._split(sector_index, sector_count):
+                if self.is_differencing or self.bat.block_start(block) >= 0:
+                    grew |= self._write_block(block, first, count, None)
+        except errors.VhdkitError:
+            raise
+        except BaseException:
+            self._commit.guard.interrupted()
+            raise
         return grew
 
     def trim(self, sector_index: int, sector_count: int) -> None:
@@ -221,8 +241,15 @@ class DynamicImage:
 
     def flush(self) -> None:
         """See `Layer.flush`."""
-        if self.writable:
+        if not self.writable:
+            return
+        try:
             self._commit.flush()
+        except errors.VhdkitError:
+            raise
+        except BaseException:
+            self._commit.guard.interrupted()
+            raise
 
     def close(self) -> None:
         """See `Layer.close`."""

@@ -37,10 +37,15 @@ def relink(image: DynamicImage, link: ParentLink) -> None:
     # The chosen footer is built anew only in its data offset; its other fields, reserved ones too, are kept.
     there = layout.build_footer(replace(metadata.footer, data_offset=second))
     back = layout.build_footer(metadata.footer)
-    store.pwrite(second, raw_header)
-    for offset, raw in texts:
-        store.pwrite(offset, raw)
-    store.sync()
+    try:
+        store.reserve(second, end + layout.FOOTER_SIZE - second)  # a full disk is found here or not at all
+        store.pwrite(second, raw_header)
+        for offset, raw in texts:
+            store.pwrite(offset, raw)
+        store.sync()
+    except BaseException:  # nothing points there yet: give the room back, and the trailing footer its place
+        store.truncate(metadata.file_size_bytes)
+        raise
     for footer, places in ((there, (end, 0)), (back, (0, end))):
         for place in places:
             store.pwrite(place, footer)

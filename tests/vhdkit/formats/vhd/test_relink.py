@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from tests.power import BLOCK_SIZE, LINK, child_scene
-from tests.stores import CrashStore, MemStore
+from tests.stores import CrashStore, Fault, FaultyStore, MemStore, no_space
+from vhdkit import errors
 from vhdkit.formats.vhd.create import ParentLink
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata
@@ -91,3 +94,15 @@ def test_a_header_overwritten_in_place_would_be_caught() -> None:
     store.watcher = judge
     store.pwrite(512, changed)
     assert broken
+
+
+@pytest.mark.parametrize("operation", ["reserve", "write"])
+def test_a_full_disk_leaves_the_image_as_it_was(operation: str) -> None:
+    """Without room for the second header nothing changes, not even the place of the trailing footer."""
+    leaf = child_scene(5).leaf
+    before = leaf.contents()
+    store = FaultyStore(leaf, Fault(operation, no_space))
+    image = open_dynamic(store, writable=True)
+    with pytest.raises(errors.NoSpace):
+        relink(image, NEW_LINK)
+    assert store.contents() == before
