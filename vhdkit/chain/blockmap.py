@@ -75,8 +75,10 @@ class BlockMap:
         self.fine_bytes = min(fine_bytes, self.grain_bytes)
         self._fine = np.zeros(self.grain_count * self.grain_bytes // self.fine_bytes, dtype=np.int64)
         self.fine = memoryview(self._fine)  # type: ignore[arg-type]
+        per_grain = self.grain_bytes // self.fine_bytes
+        self._fine_steps = np.arange(per_grain, dtype=np.int64) * (self.fine_bytes << LAYER_BITS)
         if not block_sizes:
-            self.fine[0] = 1
+            self._refine_whole(0, 0)
 
     def _fold(self) -> NDArray[np.int64]:
         """UNKNOWN where a sparse layer has a block, the base's place where it is linear, else ZERO."""
@@ -104,13 +106,35 @@ class BlockMap:
     def settle(self, grain: int) -> int:
         """Find out who owns an UNKNOWN grain; returns its new entry."""
         with self._lock:
-            owners, offsets = self._owners_of(grain)
-            entry = self._entry_for(grain, owners, offsets)
-            if entry == MIXED:
-                self._remember(grain, MixedGrain(owners, offsets))
+            entry = self._sole_owner(grain)
+            if entry >= 0:
+                self._refine_whole(grain, entry)
+            else:
+                owners, offsets = self._owners_of(grain)
+                entry = self._entry_for(grain, owners, offsets)
+                if entry == MIXED:
+                    self._remember(grain, MixedGrain(owners, offsets))
+                self._refine(grain, owners, offsets, 0, self.grain_sectors)
             self.entries[grain] = entry
-            self._refine(grain, owners, offsets, 0, self.grain_sectors)
             return entry
+
+    def _sole_owner(self, grain: int) -> int:
+        """The entry of a grain that the first layer with anything there owns whole, or UNKNOWN: the usual case."""
+        start_bytes = grain << self.grain_shift
+        end_bytes = start_bytes + self.grain_bytes
+        for index, layer in enumerate(self.layers):
+            if self.visible_bytes[index] < end_bytes:
+                return UNKNOWN
+            owned, offset = self._owned_by(layer, start_bytes)
+            if offset >= 0:
+                whole = owned is None and layer.data_end_bytes >= offset + self.grain_bytes
+                return offset << LAYER_BITS | index if whole else UNKNOWN
+        return UNKNOWN
+
+    def _refine_whole(self, grain: int, entry: int) -> None:
+        """Fill in the fine entries of a grain with one owner."""
+        per_grain = len(self._fine_steps)
+        self._fine[grain * per_grain : (grain + 1) * per_grain] = self._fine_steps + (entry + 1)
 
     def _refine(self, grain: int, owners: bytearray, offsets: tuple[int, ...], first: int, count: int) -> None:
         """Fill in the fine entries over these sectors of the grain: store offset << 8 | layer + 1, or 0."""
