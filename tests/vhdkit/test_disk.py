@@ -292,8 +292,10 @@ def test_writers_that_share_sectors(tmp_path: Path, disk_format: str) -> None:
     watchers.start(flusher)
     for number in range(workers):
         crew.start(writer, number)
-    crew.join()
-    done.set()
+    try:
+        crew.join()
+    finally:
+        done.set()
     watchers.join()
     disk.close()
     with open_disk(path) as reopened:
@@ -321,7 +323,9 @@ def test_reading_beside_the_first_write_of_each_block() -> None:
     readers.start(reader)
     for first in random.Random(2).sample(range(0, size, 8192), 150):
         crew.start(disk.write, first, new[first : first + 8192])
-    crew.join()
-    done.set()
+    try:
+        crew.join()
+    finally:
+        done.set()
     readers.join()
     assert isinstance(disk.chain.leaf.store, MemStore)

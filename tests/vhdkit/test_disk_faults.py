@@ -165,20 +165,23 @@ def test_space_that_cannot_be_given_back_is_not_used(kind: str) -> None:
         assert everything(reopened) == expected
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "child"])
+@pytest.mark.parametrize(("kind", "zeroes"), [("dynamic", False), ("child", False), ("child", True)])
 @pytest.mark.parametrize("retry_first_block_only", [False, True])
-def test_a_write_that_fails_in_its_second_block(kind: str, retry_first_block_only: bool) -> None:
+def test_a_write_that_fails_in_its_second_block(kind: str, zeroes: bool, retry_first_block_only: bool) -> None:
     """After a write over two blocks failed in the second, every sector is old or new, and later writes to the first
     block are read back: the map has noticed that the leaf owns it."""
     scene = scene_of(kind)
     disk, store = open_faulty(scene)
     everything(disk)  # the map is settled
     model = SectorModel(scene.content)
-    start, data = BLOCK_SIZE - 4 * SECTOR_SIZE, b"n" * 8 * SECTOR_SIZE
+    start, data = BLOCK_SIZE - 4 * SECTOR_SIZE, (b"\0" if zeroes else b"n") * 8 * SECTOR_SIZE
     store.faults = [Fault("reserve", no_space, at=3)]
     model.write(start, data)
     with pytest.raises(errors.NoSpace):
-        disk.write(start, data)
+        if zeroes:
+            disk.write_zeroes(start, len(data))
+        else:
+            disk.write(start, data)
     model.adopt(everything(disk))
     again = b"m" * (4 if retry_first_block_only else 8) * SECTOR_SIZE
     model.write(start, again)

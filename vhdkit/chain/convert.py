@@ -138,16 +138,31 @@ def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, pro
 
 
 def _pieces(chain: Chain) -> Iterator[tuple[int, int]]:
-    """The parts of the disk that may hold data as (first sector, count), cut at multiples of the piece size."""
+    """The parts of the disk that may hold data as (first sector, count), cut at multiples of the piece size.
+
+    Whose data it is does not matter here: in a chain a piece often has runs of several layers.
+    """
     step = whole_sectors(_PIECE_BYTES)
+    start = end = 0
     for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
         if extent.kind is not ExtentKind.DATA:
             continue
-        position = extent.sector_index
-        while position < extent.end_sector:
-            stop = min((position // step + 1) * step, extent.end_sector)
-            yield position, stop - position
-            position = stop
+        if extent.sector_index > end:
+            yield from _cut(start, end, step)
+            start = extent.sector_index
+        end = extent.end_sector
+        while end - start >= 2 * step:  # what is whole already need not wait for the end of the run
+            stop = (start // step + 1) * step
+            yield start, stop - start
+            start = stop
+    yield from _cut(start, end, step)
+
+
+def _cut(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    while start < end:
+        stop = min((start // step + 1) * step, end)
+        yield start, stop - start
+        start = stop
 
 
 class _Mover:
@@ -184,8 +199,10 @@ def data_ranges(view: memoryview) -> list[tuple[int, int]]:
     # Most pages with data show it in their first word; only the others are looked at whole.
     has_data = words[:, 0] != 0
     quiet = np.flatnonzero(~has_data)
-    if len(quiet):
-        has_data[quiet] = words[quiet].any(axis=1) if len(quiet) < page_count else words.any(axis=1)
+    if 0 < len(quiet) < page_count:
+        has_data[quiet] = words[quiet].any(axis=1)
+    elif page_count and len(quiet) == page_count and words.max():  # else zeros throughout, the usual case here
+        has_data = words.any(axis=1)
     pages = np.flatnonzero(has_data)
     ranges: list[tuple[int, int]] = []
     if len(pages):
