@@ -76,7 +76,8 @@ class BlockMap:
         self._fine = np.zeros(self.grain_count * self.grain_bytes // self.fine_bytes, dtype=np.int64)
         self.fine = memoryview(self._fine)  # type: ignore[arg-type]
         per_grain = self.grain_bytes // self.fine_bytes
-        self._fine_steps = np.arange(per_grain, dtype=np.int64) * (self.fine_bytes << LAYER_BITS)
+        step = self.fine_bytes << LAYER_BITS if per_grain > 1 else 0  # a lone raw file may claim exabytes
+        self._fine_steps = np.arange(per_grain, dtype=np.int64) * step
         if not block_sizes:
             self._refine_whole(0, 0)
 
