@@ -123,9 +123,12 @@ class Metadata:
             ("BAT", self.header.table_offset, table_size),
         ]
         for locator in self.locators:
+            # What a locator claims outside the file is no place of the file, whatever its kind: nothing may grow to it.
+            room = self.file_size_bytes - locator.data_offset_bytes
             space = space_bytes(self.header.parent_locators[locator.slot])
-            if locator.fault is None and locator.data_length_bytes:
-                places.append((locator.structure, locator.data_offset_bytes, space))
+            size = space if space <= room else locator.data_length_bytes
+            if locator.fault is None and 0 < size <= room:
+                places.append((locator.structure, locator.data_offset_bytes, size))
         if self.batmap is not None:
             places.append(("batmap header", self._batmap_offset(), layout.BATMAP_HEADER_SIZE))
             places.append(("batmap", self.batmap.batmap_offset, self.batmap.batmap_size * SECTOR_SIZE))
