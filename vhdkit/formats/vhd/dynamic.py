@@ -280,9 +280,9 @@ def block_data_end(metadata: Metadata) -> int:
 
 
 def nominal_end(metadata: Metadata, bat: Bat) -> int:
-    """The first byte after every structure and every whole block."""
+    """The first byte after every vital structure and every whole block; what else there is lies inside the file."""
     assert metadata.header is not None
-    end = max((offset + size for _, offset, size in metadata.structures()), default=0)
+    end = max((offset + size for _, offset, size in metadata.vital_structures()), default=0)
     used = bat.entries[bat.allocated()]
     if len(used):
         block_size = metadata.header.block_size
@@ -334,7 +334,7 @@ def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[tuple[CorruptReason, N
         ends = starts + whole
         ends[-1] = starts[-1] + last
         over = np.zeros(len(bat), dtype=np.bool_)
-        for _, offset, size in metadata.structures():
+        for _, offset, size in metadata.forbidden_to_blocks():
             over |= (starts < offset + size) & (ends > offset)
         yield CorruptReason.BLOCK_OVER_METADATA, np.flatnonzero(bat.allocated() & over)
     yield CorruptReason.BLOCKS_OVERLAP, np.flatnonzero(_overlapping(bat, whole, last))
@@ -342,7 +342,7 @@ def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[tuple[CorruptReason, N
 
 def metadata_end(metadata: Metadata) -> int:
     """The first byte after every structure that is not a block."""
-    return max(offset + size for _, offset, size in metadata.structures())
+    return max(offset + size for _, offset, size in metadata.forbidden_to_blocks())
 
 
 def _overlapping(bat: Bat, whole: int, last: int) -> NDArray[np.bool_]:

@@ -32,6 +32,16 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
             raise CorruptImage(CorruptReason.FOOTER_POISONED, str(place.state), hint=_READ_ONLY_HINT, **where)
         if place.state is FooterState.KILLED:
             raise ImageInUse(str(place.state), hint=_READ_ONLY_HINT, **where)
+    for locator in metadata.stray_locators():
+        # The file is going to grow to where the locator points: what is a block then would look like its text.
+        raise CorruptImage(
+            CorruptReason.LOCATOR_OUTSIDE_FILE,
+            "lies outside the file",
+            path=metadata.path,
+            structure=locator.structure,
+            offset_bytes=locator.data_offset_bytes,
+            hint=_READ_ONLY_HINT,
+        )
     changed = False
     if not metadata.copy.state.usable:
         store.pwrite(0, metadata.footer_raw)

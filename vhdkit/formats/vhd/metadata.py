@@ -112,23 +112,40 @@ class Metadata:
         assert place is not None
         return place.raw.ljust(layout.FOOTER_SIZE, b"\0")
 
-    def structures(self) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of everything in the file that is not a block, in bytes; the tail left out."""
+    def vital_structures(self) -> list[tuple[str, int, int]]:
+        """(name, offset, size) of what the image cannot be read without, in bytes; the trailing footer left out."""
         if self.header is None:
             return []
-        table_size = self.block_count * layout.BAT_ENTRY_SIZE
-        places = [
+        return [
             ("footer copy", 0, layout.FOOTER_SIZE),
             ("dynamic header", self.footer.data_offset, layout.HEADER_SIZE),
-            ("BAT", self.header.table_offset, table_size),
+            ("BAT", self.header.table_offset, self.block_count * layout.BAT_ENTRY_SIZE),
         ]
+
+    def stray_locators(self) -> list[Locator]:
+        """Locators whose text is said to lie outside the file, of known kinds or not."""
+        ends = ((one, one.data_offset_bytes + one.data_length_bytes) for one in self.locators)
+        return [one for one, end in ends if one.data_length_bytes and end > self.file_size_bytes]
+
+    def forbidden_to_blocks(self) -> list[tuple[str, int, int]]:
+        """(name, offset, size) of what no block may lie over: what is vital, and the texts that are in the file.
+
+        Texts alone, not the room they claim: a claim may reach past the end of the file, where blocks will be.
+        """
+        stray = self.stray_locators()
+        texts = [(one.structure, one.data_offset_bytes, one.data_length_bytes) for one in self.locators]
+        inside = [place for place, one in zip(texts, self.locators, strict=True) if one not in stray and place[2]]
+        return self.vital_structures() + inside
+
+    def structures(self) -> list[tuple[str, int, int]]:
+        """(name, offset, size) of everything that is said to lie in the file and is no block; footer left out."""
+        if self.header is None:
+            return []
+        places = self.vital_structures()
         for locator in self.locators:
-            # What a locator claims outside the file is no place of the file, whatever its kind: nothing may grow to it.
-            room = self.file_size_bytes - locator.data_offset_bytes
             space = space_bytes(self.header.parent_locators[locator.slot])
-            size = space if space <= room else locator.data_length_bytes
-            if locator.fault is None and 0 < size <= room:
-                places.append((locator.structure, locator.data_offset_bytes, size))
+            if locator.fault is None and locator.data_length_bytes:
+                places.append((locator.structure, locator.data_offset_bytes, space))
         if self.batmap is not None:
             places.append(("batmap header", self._batmap_offset(), layout.BATMAP_HEADER_SIZE))
             places.append(("batmap", self.batmap.batmap_offset, self.batmap.batmap_size * SECTOR_SIZE))
