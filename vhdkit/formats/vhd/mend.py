@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse
+from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
 from vhdkit.formats.vhd.metadata import FooterState, Metadata
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_up
 
+_MAX_FOOTER_OFFSET = 1 << 62  # file offsets have 63 bits
 _READ_ONLY_HINT = "it can be read meanwhile; to write, convert it to a new image"
 
 
@@ -55,6 +56,8 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
     elif metadata.tail.state.usable:
         return changed
     end = max(nominal_end, round_up(store.size(), SECTOR_SIZE))
+    if end > _MAX_FOOTER_OFFSET:
+        raise NoSpace("the file is too long to take the footer it lacks", path=metadata.path, hint=_READ_ONLY_HINT)
     store.pwrite(end, metadata.footer_raw)
     store.sync()
     assert store.size() == end + FOOTER_SIZE

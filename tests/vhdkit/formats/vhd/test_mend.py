@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.vhd_builder import KIB, Block, Locator, Vhd, child, pattern, put, relative, seal_footer
-from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, VhdkitError
+from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace, VhdkitError
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import FooterState
 from vhdkit.image import read_extents
@@ -146,3 +146,12 @@ def test_a_locator_outside_the_file_keeps_the_image_read_only(code: bytes, offse
         open_dynamic(store, writable=True)
     assert caught.value.reason is CorruptReason.LOCATOR_OUTSIDE_FILE
     open_dynamic(store)
+
+
+def test_a_file_of_exabytes_without_a_footer_is_an_error_not_an_overflow() -> None:
+    """INV-BOUNDED: where no footer can be appended any more, a writable open says so and changes nothing."""
+    store = child(tail=b"").build().store()
+    store.truncate((1 << 63) - 1)
+    store.frozen = True
+    with pytest.raises(NoSpace):
+        open_dynamic(store, writable=True)
