@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vhdkit import errors
-from vhdkit.store import Buffer
+from vhdkit.store import Buffer, Store
 from vhdkit.units import SECTOR_SIZE, covering_sectors, round_up
 
 ZERO_SECTOR = bytes(SECTOR_SIZE)
@@ -84,6 +84,10 @@ class MemStore:
         """See `Store.reserve`."""
         self._refuse_when_frozen()
         self._resize(max(self._size, offset_bytes + size_bytes))
+
+    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        """See `Store.copy_from`: a read there and one write here, which may be cut or fail."""
+        self.pwrite(offset_bytes, source.pread(source_offset_bytes, size_bytes))
 
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -21,6 +22,7 @@ from vhdkit.store import FileStore, translated
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+_MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 
 
 class _UnnamedStore(FileStore):
@@ -173,6 +175,15 @@ def real_path(path: str | os.PathLike[str]) -> str:
     """The absolute path with every link followed."""
     with translated(os.fspath(path), "find the place of"):  # the working folder may be gone
         return os.path.realpath(path)
+
+
+def sidecar_path(path: str | os.PathLike[str], kind: str) -> str:
+    """Where the `kind` of record about the image at `path` lies: a hidden file in its real folder."""
+    folder, name = os.path.split(real_path(path))
+    hidden = f".{name}.vhdkit-{kind}"
+    if len(os.fsencode(hidden)) > _MAX_NAME_BYTES:
+        hidden = f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.vhdkit-{kind}"
+    return os.path.join(folder, hidden)
 
 
 def is_within(path: str, directories: tuple[str, ...]) -> bool:

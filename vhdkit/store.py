@@ -38,6 +38,7 @@ _REFUSED_TO_WRITER = (101, 103, 201, 203)
 _ZEROS = bytes(MIB)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NO_KERNEL_COPY = {*_UNSUPPORTED, errno.EXDEV, errno.EBADF, errno.ETXTBSY}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -78,6 +79,13 @@ class Store(Protocol):
         """Grow the store over a fresh range that reads as zeros and has its space set aside."""
         ...
 
+    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        """Write here what `source` (or this store itself, not overlapping) holds there, without changing it.
+
+        The range lies inside the source. The kernel does the copying, or shares the space, where it can.
+        """
+        ...
+
     def truncate(self, size_bytes: int) -> None:
         """Cut or extend (with zeros) to `size_bytes`."""
         ...
@@ -93,6 +101,20 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of the store and of its locks. Closing twice is fine."""
         ...
+
+
+def copy_bytes(
+    source: Store, source_offset_bytes: int, destination: Store, offset_bytes: int, size_bytes: int
+) -> None:
+    """Copy between any two stores, in pieces of at most 1 MiB. Raises what reading and writing raise."""
+    while size_bytes > 0:
+        piece = source.pread(source_offset_bytes, min(size_bytes, MIB))
+        if not piece:
+            raise errors.IoFailed("the file ended while it was copied", path=source.name)
+        destination.pwrite(offset_bytes, piece)
+        source_offset_bytes += len(piece)
+        offset_bytes += len(piece)
+        size_bytes -= len(piece)
 
 
 def translate(error: OSError, path: str, doing: str) -> errors.VhdkitError:
@@ -270,6 +292,22 @@ class FileStore:
             self.pwrite(offset_bytes, piece)
             offset_bytes += len(piece)
             size_bytes -= len(piece)
+
+    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        """See `Store.copy_from`. Where the kernel cannot, the bytes go through memory."""
+        while size_bytes > 0 and isinstance(source, FileStore):
+            try:
+                done = os.copy_file_range(source._fd, self._fd, size_bytes, source_offset_bytes, offset_bytes)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise self._failed(error, f"copy from {errors.printable(source.name)}", offset_bytes) from error
+                break
+            if done == 0:
+                break
+            source_offset_bytes += done
+            offset_bytes += done
+            size_bytes -= done
+        copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
 
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""

@@ -251,3 +251,14 @@ def test_file_names() -> None:
     assert folder.is_file_name("a/ä.vhd")
     assert not folder.is_file_name("a\0b")
     assert not folder.is_file_name("\ud800")
+
+
+def test_a_sidecar_lies_hidden_beside_the_real_file(tmp_path: Path) -> None:
+    """Through any name of an image its records are found in one place, also when the name leaves no room."""
+    image, link = tmp_path / "disk.vhd", tmp_path / "elsewhere" / "link.vhd"
+    link.parent.mkdir()
+    link.symlink_to(image)
+    assert folder.sidecar_path(link, "undo") == str(tmp_path.resolve() / ".disk.vhd.vhdkit-undo")
+    long_names = [folder.sidecar_path(tmp_path / (letter * 255), "undo") for letter in "ab"]
+    assert long_names[0] != long_names[1]
+    assert all(len(Path(name).name) <= 255 for name in long_names)

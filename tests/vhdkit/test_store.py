@@ -398,3 +398,32 @@ def test_locks_hold_between_processes(holder: str, as_reader: bool, as_writer: b
         process.communicate("")
     with FileStore.open(path, writable=True) as store:
         store.lock(writer=True)
+
+
+def _refuse_kernel_copy(*args: object, **kwargs: object) -> int:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_copy_from_copies_between_and_within_files(
+    by_kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes arrive where they should, by the kernel or through memory, and the source is as it was."""
+    if not by_kernel:
+        monkeypatch.setattr("vhdkit.store.os.copy_file_range", _refuse_kernel_copy)
+    content = os.urandom(3 * MIB + 700)
+    with _new(tmp_path / "a", content) as source, _new(tmp_path / "b", b"x" * 10) as store:
+        store.copy_from(source, 300, 5, 2 * MIB + 77)
+        assert store.pread(0, 4 * MIB) == b"x" * 5 + content[300 : 300 + 2 * MIB + 77]
+        source.copy_from(source, 100, 4 * MIB, 5000)
+        assert source.pread(0, 8 * MIB) == content.ljust(4 * MIB, b"\0") + content[100:5100]
+
+
+def test_copy_from_past_the_end_of_the_source_fails(tmp_path: Path) -> None:
+    """A source that is shorter than asked for is an error, not zeros."""
+    with (
+        _new(tmp_path / "a", b"abc") as source,
+        _new(tmp_path / "b") as store,
+        pytest.raises(errors.IoFailed, match="ended"),
+    ):
+        store.copy_from(source, 0, 0, 4)
