@@ -32,6 +32,7 @@ def test_demo(tmp_path: Path) -> None:
     output, errors = (process := start_demo(tmp_path)).communicate(timeout=120)
     assert process.returncode == 0, output + errors
     for words in (
+        "$ vhdkit snapshot monday.avhd tuesday.avhd",
         "$ vhdkit info tuesday.avhd", "$ vhdkit chain tuesday.avhd", "$ vhdkit map tuesday.avhd",
         "tuesday.avhd: clean", "equal: tuesday.avhd and fixed.vhd hold the same disk", "What happened",
     ):  # fmt: skip

@@ -8,8 +8,8 @@ import vhdkit
 PUBLIC = """
 AccessDenied AlreadyExists Comparison CorruptImage CorruptReason Disk DiskFormat Extent ExtentKind Finding FormatName
 HasChildren ImageInUse InvalidArgument IoFailed NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch
-ParentMissing ParentRefused Progress ReadOnly Severity SyncFailed UnsupportedFormat VhdkitError check compare convert
-create_child create_image open_disk rebase
+ParentMissing ParentRefused Progress ReadOnly Severity SyncFailed UnsupportedFormat VhdkitError check clone compare
+convert create_child create_image open_disk rebase snapshot snapshot_many
 """
 
 

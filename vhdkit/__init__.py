@@ -19,6 +19,7 @@ from vhdkit.chain.convert import convert
 from vhdkit.chain.create import DiskFormat, create_child, create_image
 from vhdkit.chain.rebase import rebase
 from vhdkit.chain.resolve import OpenOptions
+from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import (
     AccessDenied,
@@ -76,10 +77,13 @@ __all__ = [
     "UnsupportedFormat",
     "VhdkitError",
     "check",
+    "clone",
     "compare",
     "convert",
     "create_child",
     "create_image",
     "open_disk",
     "rebase",
+    "snapshot",
+    "snapshot_many",
 ]

@@ -9,6 +9,7 @@ it can handle. Adapters (CLI, NBD, FUSE) translate by the class attributes, neve
 from __future__ import annotations
 
 import errno as errnos
+import shlex
 from enum import StrEnum
 
 
@@ -92,6 +93,11 @@ def difference(expected: object, found: object) -> str:
 def printable(text: str) -> str:
     """`text` with control characters and undecodable bytes escaped: names come from untrusted images."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def quoted(path: str) -> str:
+    """A path as it is typed on a command line, for hints."""
+    return shlex.quote(printable(path))
 
 
 class InvalidArgument(VhdkitError):

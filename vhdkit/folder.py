@@ -11,10 +11,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from vhdkit import errors
@@ -23,6 +24,13 @@ from vhdkit.store import FileStore, translated
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+_PART_BYTES = 8  # of chance in the name of a file under construction
+_PART = re.compile(rf"\.vhdkit-[0-9a-f]{{{2 * _PART_BYTES}}}\.part")
+
+
+def _part_name() -> str:
+    """The name of a file that has none yet."""
+    return f".vhdkit-{secrets.token_hex(_PART_BYTES)}.part"
 
 
 class _UnnamedStore(FileStore):
@@ -44,20 +52,33 @@ class NewFile:
         self.path = os.fspath(path)
         self._replace = replace
         self._directory = os.path.dirname(self.path) or os.curdir
-        name = os.path.basename(self.path)
-        if not name or name in (os.curdir, os.pardir) or os.path.isdir(self.path):
-            raise errors.InvalidArgument("is a directory; name a file", path=self.path)
-        self._check_directory()
-        replaced = self._check_destination()
+        replaced = self._checked()
         # The name stays within the 255 bytes a file name may have.
-        self._temporary = os.path.join(self._directory, f".vhdkit-{secrets.token_hex(8)}.part")
+        self._temporary = os.path.join(self._directory, _part_name())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path, "create"):
             fd = os.open(self._temporary, flags, 0o666)
         self.store = _UnnamedStore(fd, self.path, writable=True)
+        with contextlib.suppress(errors.VhdkitError):  # a file system without locks: nobody can tell then
+            self.store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
         self._live = True
         if replaced is not None:
             _take_over(fd, replaced)
+
+    @classmethod
+    def check(cls, path: str | os.PathLike[str]) -> None:
+        """Raise what making a new file under this name would raise before anything is written."""
+        plan = cls.__new__(cls)
+        plan.path, plan._replace = os.fspath(path), False
+        plan._directory = os.path.dirname(plan.path) or os.curdir
+        plan._checked()
+
+    def _checked(self) -> os.stat_result | None:
+        name = os.path.basename(self.path)
+        if not name or name in (os.curdir, os.pardir) or os.path.isdir(self.path):
+            raise errors.InvalidArgument("is a directory; name a file", path=self.path)
+        self._check_directory()
+        return self._check_destination()
 
     def _check_directory(self) -> None:
         with translated(self.path, "look at the folder to create the file in"):
@@ -89,14 +110,18 @@ class NewFile:
         """Give the file its name. With `sync` it returns when bytes and name are on the device."""
         if sync:
             FileStore.sync(self.store)
+        self._give_name()
+        if sync:
+            sync_directory(self._directory)
+
+    def _give_name(self) -> None:
+        self.store.unlock()
         if self._replace:
             with translated(self.path, "rename the finished file"):
                 os.rename(self._temporary, self.path)
         else:
             self._link_exclusively()
         self._live = False
-        if sync:
-            sync_directory(self._directory)
 
     def _link_exclusively(self) -> None:
         """Rename without ever overwriting a file that came meanwhile."""
@@ -127,6 +152,30 @@ class NewFile:
         self.discard()
 
 
+def commit_all(files: Sequence[NewFile]) -> None:
+    """Give several finished files their names, in this order; when one cannot have its, none keeps one.
+
+    Returns when all bytes and names are on the device. A cut in the middle leaves the first few of them. None of
+    the files may replace another: what was replaced could not be brought back.
+    """
+    for one in files:
+        assert not one._replace
+        FileStore.sync(one.store)
+    named: list[NewFile] = []
+    try:
+        for one in files:
+            named.append(one)
+            one._give_name()
+        for directory in dict.fromkeys(one._directory for one in files):
+            sync_directory(directory)
+    except BaseException:  # Ctrl-C too
+        for one in reversed(named):
+            if not one._live:
+                with contextlib.suppress(OSError):
+                    os.unlink(one.path)
+        raise
+
+
 def _take_over(fd: int, old: os.stat_result) -> None:
     """Give a new file the mode and, where allowed, the owner of the one it replaces: a secret stays one."""
     with contextlib.suppress(OSError):
@@ -147,7 +196,7 @@ def scratch_store(directory: str | None) -> FileStore:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
                 raise
-            name = os.path.join(directory, f".vhdkit-{secrets.token_hex(8)}.part")
+            name = os.path.join(directory, _part_name())
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.unlink(name)
     return FileStore(fd, os.path.join(directory, "(temporary file)"), writable=True)
@@ -200,6 +249,12 @@ def is_file_name(text: str) -> bool:
     return b"\0" not in raw and len(raw) <= _MAX_PATH_BYTES
 
 
+def exists(path: str) -> bool:
+    """True when the name is taken, be it by a link that leads nowhere."""
+    with translated(path, "look at"):
+        return os.path.lexists(path)
+
+
 def is_regular(path: str) -> bool:
     """True for an existing regular file (links followed)."""
     try:
@@ -211,8 +266,21 @@ def is_regular(path: str) -> bool:
 def regular_files(directory: str) -> Iterator[str]:
     """The paths of the regular files directly in `directory`, sorted; links and other kinds are left out.
 
-    A folder that cannot be read has none.
+    So are files under construction: see `parts`. A folder that cannot be read has none.
     """
+    for path in _files(directory):
+        if not _PART.fullmatch(os.path.basename(path)):
+            yield path
+
+
+def parts(directory: str) -> Iterator[str]:
+    """The paths of the files under construction in `directory`; those that nobody holds, a dead process left."""
+    for path in _files(directory):
+        if _PART.fullmatch(os.path.basename(path)):
+            yield path
+
+
+def _files(directory: str) -> Iterator[str]:
     try:
         with os.scandir(directory or os.curdir) as entries:
             names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]

@@ -35,6 +35,9 @@ def change(path: Path) -> None:
         disk.read_into(0, buffer)
         disk.read_into(0, memoryview(buffer)[:512])
     vhdkit.rebase(child, path)
+    leaf: str = vhdkit.snapshot(child)
+    leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
+    leaves += vhdkit.clone(path, [path.with_suffix(".a"), "b.avhd"])
 
 
 def examine(path: Path) -> int:

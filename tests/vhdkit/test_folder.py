@@ -262,3 +262,14 @@ def test_a_sidecar_lies_hidden_beside_the_real_file(tmp_path: Path) -> None:
     long_names = [folder.sidecar_path(tmp_path / (letter * 255), "undo") for letter in "ab"]
     assert long_names[0] != long_names[1]
     assert all(len(Path(name).name) <= 255 for name in long_names)
+
+
+def test_parts_are_apart(tmp_path: Path) -> None:
+    """Files under construction are listed by themselves, and are no images of the folder: their names are exact."""
+    with folder.NewFile(tmp_path / "new.vhd"):
+        (tmp_path / ".vhdkit-0123.part").touch()
+        (tmp_path / ".vhdkit-0123456789abcdef.part.vhd").touch()
+        (part,) = folder.parts(str(tmp_path))
+        assert part not in list(folder.regular_files(str(tmp_path)))
+        assert len(list(folder.regular_files(str(tmp_path)))) == 2
+    assert list(folder.parts(str(tmp_path))) == []

@@ -130,30 +130,48 @@ def create_child(
     child = os.fspath(path)
     layers = open_layers(parent_path, options=options)
     try:
-        if not is_regular(os.fspath(parent_path)):
-            raise errors.InvalidArgument(
-                "a parent must be a regular file", path=os.fspath(parent_path), hint="copy the device to a file"
-            )
-        parent = layers[0]
-        size = parent.size_bytes if size_bytes is None else size_bytes
-        if size < parent.size_bytes:
-            raise errors.InvalidArgument(
-                f"a child of {size} bytes is smaller than its parent of {parent.size_bytes} bytes",
-                path=child,
-            )
-        if block_size_bytes is None:
-            block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
-        unique_id, timestamp = NULL_ID, 0
-        if isinstance(parent, DynamicImage | FixedImage):
-            unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
-        link = link_to(child, os.fspath(parent_path), unique_id, timestamp)
+        size = child_size(child, layers[0], size_bytes)
         with replacing(child, layers, replace=replace), NewFile(child, replace=replace) as new:
-            create.create_differencing(new.store, size, link, block_size_bytes=block_size_bytes)
+            write_child(new.store, child, layers[0], size, block_size_bytes=block_size_bytes)
             new.commit()
     finally:
         for layer in layers:
             layer.close()
     return size
+
+
+def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:
+    """The virtual size of a new child of `parent`, the parent's own where none is asked for.
+
+    Raises InvalidArgument for a smaller one, and for a parent that is no regular file.
+    """
+    if not is_regular(parent.store.name):
+        raise errors.InvalidArgument(
+            "a parent must be a regular file", path=parent.store.name, hint="copy the device to a file"
+        )
+    size = parent.size_bytes if size_bytes is None else size_bytes
+    if size < parent.size_bytes:
+        raise errors.InvalidArgument(
+            f"a child of {size} bytes is smaller than its parent of {parent.size_bytes} bytes",
+            path=child,
+        )
+    return size
+
+
+def write_child(
+    store: Store, child: str, parent: Layer, size_bytes: int, *, block_size_bytes: int | None = None
+) -> None:
+    """Make the empty `store`, to be named `child`, an empty differencing image on `parent`.
+
+    It has the parent's block size unless another is given. Raises InvalidArgument, NoSpace.
+    """
+    if block_size_bytes is None:
+        block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
+    unique_id, timestamp = NULL_ID, 0
+    if isinstance(parent, DynamicImage | FixedImage):
+        unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
+    link = link_to(child, parent.store.name, unique_id, timestamp)
+    create.create_differencing(store, size_bytes, link, block_size_bytes=block_size_bytes)
 
 
 def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> ParentLink:

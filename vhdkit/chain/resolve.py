@@ -341,18 +341,27 @@ def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None, r
     return raw_parent is not None and any(is_file_name(one) and real_path(one) == raw_parent for one in names)
 
 
-def refuse_with_children(store: FileStore, options: OpenOptions, danger: str) -> None:
+def refuse_with_children(
+    store: FileStore,
+    options: OpenOptions,
+    danger: str,
+    *,
+    apart_from: str | None = None,
+    hint: str = "work on the child instead, or move it away",
+) -> None:
     """Raise HasChildren when an image in the file's folder, or in those the user named, stands on this one.
 
-    `danger` says what would happen to it.
+    `danger` says what would happen to it, `hint` what to do; the child at `apart_from` does not count.
     """
     folders = allowed_folders(store.name, options.parent_dirs)
     own_id, own_path = unique_id(store), real_path(store.name)
     children = find_children(own_id, folders, apart_from=store.identity, raw_parent=own_path)
+    if apart_from is not None:
+        children = [one for one in children if real_path(one) != real_path(apart_from)]
     if children:
         others = f" and {len(children) - 1} more" if len(children) > 1 else ""
         raise errors.HasChildren(
             f"is the parent of {errors.printable(children[0])}{others}; {danger}",
             path=store.name,
-            hint="work on the child instead, or move it away",
+            hint=hint,
         )

@@ -122,6 +122,13 @@ def progress_option(verb: Verb) -> Verb:
     )(verb)  # fmt: skip
 
 
+def dry_run_option(verb: Verb) -> Verb:
+    """`--dry-run` for verbs that change files."""
+    return click.option("--dry-run", is_flag=True, help="Look at everything, say what would be done, change nothing.")(
+        verb
+    )
+
+
 def epilog(*examples: str, codes: str = "") -> str:
     """The end of a verb's help: examples as they are typed, and its exit codes where they are its own."""
     text = "\b\n" + "\n".join(["Examples:" if len(examples) > 1 else "Example:", *(f"  {one}" for one in examples)])

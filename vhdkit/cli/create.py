@@ -56,7 +56,7 @@ def create_command(
         made = vhdkit.create_child(
             path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
         )  # fmt: skip
-        needed = _needed_to_open(path, parent, common.options)
+        needed = needed_to_open(path, parent, common.options)
         _tell(common, path, "differencing", made, parent, needed)
         return
     if size is None:
@@ -93,7 +93,7 @@ def _tell(common: Common, path: str, kind: str, size_bytes: int, parent: str | N
         note(common, "opening it needs " + " ".join(word for option in needed for word in option))
 
 
-def _needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[str]]:
+def needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[str]]:
     """The options that opening the new child needs, because of where its chain lies or what its base is."""
     home = os.path.dirname(real_path(path))
     folders = (

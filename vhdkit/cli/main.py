@@ -24,6 +24,7 @@ from vhdkit.cli.describe import chain_command, dump_command, info_command
 from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
 from vhdkit.cli.map import map_command
 from vhdkit.cli.rebase import rebase_command
+from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
 
 _EPILOG = """\b
@@ -132,6 +133,8 @@ for _verb in (
     map_command,
     convert_command,
     compare_command,
+    snapshot_command,
+    clone_command,
     rebase_command,
     dump_command,
 ):

@@ -239,4 +239,11 @@ def test_shell_completion() -> None:
     words = {"_VHDKIT_COMPLETE": "bash_complete", "COMP_WORDS": "vhdkit c", "COMP_CWORD": "1"}
     code, answer, _ = finish(start(env=words))
     assert code == 0
-    assert [line.split(",")[1] for line in answer.splitlines()] == ["create", "chain", "check", "convert", "compare"]
+    assert [line.split(",")[1] for line in answer.splitlines()] == [
+        "create",
+        "chain",
+        "check",
+        "convert",
+        "compare",
+        "clone",
+    ]

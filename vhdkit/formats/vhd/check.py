@@ -166,7 +166,10 @@ def _space_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     whole, last = used_sizes(metadata)
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     data_end = block_data_end(metadata)
-    structures = np.array([(offset, offset + size) for _, offset, size in metadata.structures()], dtype=np.int64)
+    # A locator may claim any 64-bit place: what is outside the file takes no space of it.
+    limit = metadata.file_size_bytes
+    places = [(offset, min(offset + size, limit)) for _, offset, size in metadata.structures() if offset < limit]
+    structures = np.array(places, dtype=np.int64)
     edges = np.concatenate([structures, np.stack([starts, starts + whole], axis=1)])
     edges = edges[np.argsort(edges[:, 0], kind="stable")]
     covered = np.maximum.accumulate(edges[:, 1])

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that are killed at the n-th thing they do to files, and a record of what they do in which order.
+
+`CrashStore` cuts the power inside one file. Here whole verbs run on real files, in a forked process that dies without
+a word (`os._exit`) before its n-th call that changes a name or a byte: what `kill -9` there would leave.
+
+    for number in killings(work):        # 1, 2, 3, ... until `work` ends by itself
+        ... look at the files ... put them back ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+CHANGING = ("link", "unlink", "rename", "fsync", "fdatasync", "pwrite", "ftruncate", "copy_file_range")
+_KILLED, _FAILED = 42, 43
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a process of its own that dies before its `number`-th changing call; False when it ended."""
+    pid = os.fork()
+    if pid == 0:  # nothing of the test's own may run on in the child
+        code = _FAILED
+        try:
+            left = [number]
+            for name in CHANGING:
+                setattr(os, name, _dying(getattr(os, name), left))
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, _KILLED), f"the work failed in its process: exit code {status}"
+    return status == _KILLED
+
+
+def _dying(call: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    def counted(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(_KILLED)
+        return call(*args, **options)
+
+    return counted
+
+
+def killings(work: Callable[[], object], *, step: int = 1) -> Iterator[int]:
+    """Kill `work` at its 1st, 2nd, 3rd ... changing call; after each the test looks and restores the files.
+
+    Ends when `work` came to its end, which is given as the last number, negative.
+    """
+    number = 1
+    while killed_at(number, work):
+        yield number
+        number += step
+    yield -number
+
+
+def recorded(work: Callable[[], object]) -> list[tuple[str, str]]:
+    """(call, path it was about) of every changing call `work` makes, in order."""
+    calls: list[tuple[str, str]] = []
+    before = {name: getattr(os, name) for name in CHANGING}
+
+    def noting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            about = args[-1] if name in ("link", "rename") else args[0]
+            path = os.readlink(f"/proc/self/fd/{about}") if isinstance(about, int) else os.fspath(about)
+            result = before[name](*args, **options)
+            calls.append((name, path))
+            return result
+
+        return call
+
+    try:
+        for name in CHANGING:
+            setattr(os, name, noting(name))
+        work()
+    finally:
+        for name, call in before.items():
+            setattr(os, name, call)
+    return calls

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freezing leaves by giving them children: one, several at once, or several children of one base.
+
+Decides what the new children are called, which images may be frozen, and that a set of children is made whole or
+not at all. What stands in a child is `chain.create`'s decision, how a set of files gets its names `folder`'s.
+
+    all chains open and held -> every child written under a temporary name, all synced
+                             -> named one after the other -> folders synced
+
+An error or Ctrl-C anywhere takes the names back. A power cut (or `kill -9`) between two names leaves the first few
+children of the set: they are empty, so every disk reads as before, through its leaf and through its child. No record
+is needed: the same snapshot made again takes them for its own and finishes the set. Clones are not taken so: an empty
+clone may be somebody's by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vhdkit import errors
+from vhdkit.chain.create import child_size, write_child
+from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children, unique_id
+from vhdkit.folder import NewFile, commit_all, exists, real_path
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.metadata import FooterState, read_metadata
+from vhdkit.image import Layer
+from vhdkit.store import FileStore
+
+Path: TypeAlias = str | os.PathLike[str]
+
+CHILD_SUFFIX = ".avhd"
+MAX_SET = 64  # children made at once: each holds its whole chain open, and a process has about a thousand descriptors
+_NUMBERED = re.compile(r"(.*)-(\d{1,9})")
+_MAX_NUMBER = 1_000_000
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A child to make, and the open chain it is to stand on, leaf first."""
+
+    parent: str
+    path: str
+    layers: list[Layer]
+
+
+def snapshot(leaf: Path, new: Path | None = None, *, options: OpenOptions | None = None, dry_run: bool = False) -> str:
+    """Freeze `leaf`: create an empty child, which everything written from now on goes to; returns the child's path.
+
+    Without `new` the child lies beside the leaf under the next free name (`default_name`). The child is on the device
+    when this returns. With `dry_run` everything is looked at and nothing made.
+    Raises HasChildren for a leaf that is none, ImageInUse while somebody writes to it, AlreadyExists, NoSpace, and
+    what opening the chain raises.
+    """
+    return snapshot_many([(leaf, new)], options=options, dry_run=dry_run)[0]
+
+
+def snapshot_many(
+    pairs: Sequence[tuple[Path, Path | None]], *, options: OpenOptions | None = None, dry_run: bool = False
+) -> list[str]:
+    """Freeze several leaves, all or none: (leaf, new) pairs as for `snapshot`; returns the children's paths.
+
+    A set that a power cut left half-made is finished by the same call. Raises what `snapshot` raises, and
+    InvalidArgument for a set that names something twice.
+    """
+    options = options or OpenOptions()
+    named = [
+        (os.fspath(leaf), os.fspath(new) if new is not None else default_name(os.fspath(leaf))) for leaf, new in pairs
+    ]
+    _check_names([leaf for leaf, _ in named], [new for _, new in named])
+    with _held(named, options) as wanted:
+        left_over = [one for one in wanted if _is_left_over(one)]
+        if len(left_over) == len(wanted):
+            left_over = []  # a finished set is no unfinished one: its names are taken
+        for one in wanted:
+            if one not in left_over:
+                NewFile.check(one.path)
+        for one in wanted:
+            _refuse_to_freeze(one, options, apart_from=one.path if one in left_over else None)
+        _make([one for one in wanted if one not in left_over], dry_run=dry_run)
+    return [new for _, new in named]
+
+
+def clone(
+    base: Path, paths: Sequence[Path], *, options: OpenOptions | None = None, dry_run: bool = False
+) -> list[str]:
+    """Create several empty children of one base, all or none; returns their paths.
+
+    The base may have children already. Raises ImageInUse while somebody writes to it, AlreadyExists, NoSpace,
+    InvalidArgument, and what opening the chain raises.
+    """
+    options = options or OpenOptions()
+    parent, names = os.fspath(base), [os.fspath(path) for path in paths]
+    _check_names([parent], names)
+    layers = open_layers(parent, options=options)
+    try:
+        _refuse_foreign_writer(layers[0])
+        _make([_Wanted(parent, name, layers) for name in names], dry_run=dry_run)
+    finally:
+        for layer in layers:
+            layer.close()
+    return names
+
+
+def default_name(leaf: str) -> str:
+    """The next free name for a child beside `leaf`: disk.vhd, disk.avhd, disk-1.avhd, disk-2.avhd, ..."""
+    folder, name = os.path.split(leaf)
+    stem, suffix = os.path.splitext(name)
+    number = 0
+    if suffix.lower() == CHILD_SUFFIX:
+        numbered = _NUMBERED.fullmatch(stem)
+        stem, number = (numbered[1], int(numbered[2]) + 1) if numbered else (stem, 1)
+    for one in range(number, number + _MAX_NUMBER):
+        path = os.path.join(folder, f"{stem}-{one}{CHILD_SUFFIX}" if one else stem + CHILD_SUFFIX)
+        if not exists(path):
+            return path
+    raise errors.AlreadyExists("every name for a child is taken", path=leaf, hint="say what to call it")
+
+
+def _check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
+    """Raise InvalidArgument for a set that is none."""
+    if not children or len(children) > MAX_SET:
+        raise errors.InvalidArgument(f"a set has 1 to {MAX_SET} images, not {len(children)}")
+    seen: dict[str, str] = {}
+    for path in [*leaves, *children]:
+        real = real_path(path)
+        if real in seen:
+            raise errors.InvalidArgument("is named twice", path=path)
+        seen[real] = path
+
+
+@contextlib.contextmanager
+def _held(named: Sequence[tuple[str, str]], options: OpenOptions) -> Iterator[list[_Wanted]]:
+    """All chains of the set, open and held so that nobody writes to them."""
+    with contextlib.ExitStack() as stack:
+        wanted = []
+        for leaf, new in named:
+            layers = open_layers(leaf, options=options)
+            for layer in layers:
+                stack.callback(layer.close)
+            wanted.append(_Wanted(leaf, new, layers))
+        yield wanted
+
+
+def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | None) -> None:
+    """Raise for an image that is no leaf any more, or that another program may be writing to."""
+    store = one.layers[0].store
+    assert isinstance(store, FileStore)
+    _refuse_foreign_writer(one.layers[0])
+    refuse_with_children(
+        store,
+        options,
+        "it is no leaf, and a snapshot of it would begin a second branch",
+        apart_from=apart_from,
+        hint=f"take the snapshot of the leaf, or begin a branch with `vhdkit clone {errors.quoted(one.parent)} NEW`",
+    )
+
+
+def _refuse_foreign_writer(leaf: Layer) -> None:
+    """Raise ImageInUse where a footer says that a program without our locks is at work."""
+    if isinstance(leaf, DynamicImage | FixedImage):
+        for place in (leaf.metadata.tail, leaf.metadata.copy):
+            if place is not None and place.state in (FooterState.KILLED, FooterState.POISONED):
+                raise errors.ImageInUse(
+                    str(place.state),
+                    path=leaf.store.name,
+                    structure=place.structure,
+                    hint="close it there; if that program is dead, see `vhdkit check --repair --help`",
+                )
+
+
+def _is_left_over(one: _Wanted) -> bool:
+    """True for an empty child of this very parent under the wanted name: what a cut left of the same set."""
+    parent = one.layers[0]
+    if not exists(one.path) or not isinstance(parent.store, FileStore):
+        return False
+    try:
+        with FileStore.open(one.path, follow_links=False) as store:
+            metadata = read_metadata(store)
+            if metadata.header is None or not metadata.is_differencing or metadata.size_bytes != parent.size_bytes:
+                return False
+            parent_id = unique_id(parent.store)
+            if parent_id == NULL_ID or metadata.header.parent_unique_id != parent_id:
+                return False
+            return not Bat.load(store, metadata.header.table_offset, metadata.block_count).allocated().any()
+    except errors.VhdkitError:
+        return False
+
+
+def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
+    """Create the children, all or none."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for one in wanted:
+            size = child_size(one.path, one.layers[0], None)
+            if dry_run:
+                NewFile.check(one.path)
+                continue
+            new = stack.enter_context(NewFile(one.path))
+            write_child(new.store, one.path, one.layers[0], size)
+            files.append(new)
+        commit_all(files)
