@@ -45,10 +45,11 @@ class NewFile:
 
     Until the commit the bytes live under a temporary name in the same folder; leaving the block without a
     commit (an error, Ctrl-C) removes them, so a half-written file is never seen under `path`.
+    With `like` it gets the mode and, where allowed, the owner of that file.
     Raises AlreadyExists when `path` is there and `replace` is false, NotFound when its folder is not.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False, like: FileStore | None = None) -> None:
         self.path = os.fspath(path)
         self._replace = replace
         self._directory = os.path.dirname(self.path) or os.curdir
@@ -62,7 +63,9 @@ class NewFile:
         with contextlib.suppress(errors.VhdkitError):  # a file system without locks: nobody can tell then
             self.store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
         self._live = True
-        if replaced is not None:
+        if like is not None:
+            _take_over(fd, os.fstat(like.fileno()))
+        elif replaced is not None:
             _take_over(fd, replaced)
 
     @classmethod
@@ -218,6 +221,13 @@ def sync_directory(directory: str) -> None:
                 raise
         finally:
             os.close(fd)
+
+
+def remove_file(path: str) -> None:
+    """Take a file's name away; it is gone from the device when this returns. One that is not there is fine."""
+    with translated(path, "remove"), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_directory(os.path.dirname(path))
 
 
 def real_path(path: str | os.PathLike[str]) -> str:

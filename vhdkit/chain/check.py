@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, parent_format
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity
@@ -59,17 +60,19 @@ def _check_one(
 
     `format_name` is what its user or its child says it is, None where only the file itself tells.
     """
+    seen = pending.look(store)
+    findings += seen.findings
     try:
-        format_name = format_name or identify(store)
+        format_name = format_name or identify(seen.store)
     except errors.CorruptImage as error:
         findings.append(_finding(error, error.reason.value, store.name))
         return None
     if format_name is FormatName.RAW:
-        findings += examine_raw(store)
+        findings += examine_raw(seen.store)
         return None
-    findings += check_vhd(store, ignore_bitmaps=options.ignore_bitmaps)
+    findings += check_vhd(seen.store, ignore_bitmaps=options.ignore_bitmaps)
     try:
-        return read_metadata(store)
+        return read_metadata(seen.store)
     except errors.CorruptImage:
         return None  # check_vhd has said so
 
@@ -111,7 +114,7 @@ def _check_link(child: Metadata, store: FileStore, findings: list[Finding]) -> N
     """What a child and its parent may disagree on without being wrong."""
     assert child.header is not None
     try:
-        parent = read_metadata(store)
+        parent = read_metadata(pending.view(store))
     except errors.CorruptImage:
         return
     recorded = child.header.parent_timestamp

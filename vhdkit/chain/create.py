@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.formats.raw import create_raw
@@ -76,7 +77,8 @@ def replacing(path: str, layers: Sequence[Layer] = (), *, replace: bool) -> Iter
         yield
         return
     with FileStore.open(path) as store:
-        if any(isinstance(layer.store, FileStore) and layer.store.identity == store.identity for layer in layers):
+        files = [pending.file_of(layer.store) for layer in layers]
+        if any(file is not None and file.identity == store.identity for file in files):
             raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
         store.lock(writer=True)
         refuse_with_children(store, OpenOptions(), "replacing it would destroy that image")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.resolve import (
     MAX_CHAIN_DEPTH,
@@ -89,8 +90,9 @@ def describe_image(path: str | os.PathLike[str], *, options: OpenOptions | None 
 def _describe(
     store: FileStore, folders: tuple[str, ...], options: OpenOptions, format_name: FormatName | None
 ) -> ImageInfo:
-    size = store.size()
-    if (format_name or identify(store)) is FormatName.RAW:
+    seen = pending.look(store)
+    size = seen.store.size()
+    if (format_name or identify(seen.store)) is FormatName.RAW:
         return ImageInfo(
             store.name,
             "raw",
@@ -98,13 +100,13 @@ def _describe(
             size,
             store.allocated_bytes(),
             store.in_use(),
-            findings=tuple(examine_raw(store)),
+            findings=(*seen.findings, *examine_raw(seen.store)),
         )
-    metadata = read_metadata(store)
+    metadata = read_metadata(seen.store)
     footer, header = metadata.footer, metadata.header
     allocated = None
     if header is not None:
-        bat = Bat.load(store, header.table_offset, metadata.block_count)
+        bat = Bat.load(seen.store, header.table_offset, metadata.block_count)
         allocated = int(np.count_nonzero(bat.allocated()))
     return ImageInfo(
         path=store.name,
@@ -129,7 +131,7 @@ def _describe(
         allocated_block_count=allocated,
         batmap=metadata.batmap is not None,
         parent=_describe_parent(metadata, folders, options) if metadata.is_differencing else None,
-        findings=metadata.findings,
+        findings=(*seen.findings, *metadata.findings),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.create import link_to
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, format_id, open_layers, unique_id
 from vhdkit.folder import real_path
@@ -31,6 +32,7 @@ def rebase(
     image_path = real_path(path)
     with FileStore.open(image_path, writable=True) as store:
         store.lock(writer=True)
+        pending.settle(store)
         header = read_metadata(store).header
         if header is None or not read_metadata(store).is_differencing:
             raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fspath(path))

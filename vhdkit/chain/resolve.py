@@ -18,15 +18,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.folder import find_ignoring_case, is_file_name, is_regular, is_within, real_path, regular_files
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.locator import ABSOLUTE, MAC, OLD_ABSOLUTE, OLD_RELATIVE, RELATIVE, Locator
-from vhdkit.formats.vhd.metadata import Metadata, read_footers, read_metadata
+from vhdkit.formats.vhd.metadata import Metadata, image_id, read_footers, read_metadata
 from vhdkit.image import Layer
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, Store
 
 MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
 _MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
@@ -77,9 +78,10 @@ def open_layers(
         _hold(store, writable, options)
         if writable:
             refuse_with_children(store, options, "writing to it would corrupt that image")
-        layers.append(_open_leaf(store, False, options))
-        _open_parents(layers, leaf_path, options)
+        layers.append(_open_leaf(pending.view(store), False, options))
+        _open_parents(layers, store, options)
         if writable:  # last: only now is it sure that the chain is whole, and this may mend the file
+            pending.settle(store)
             layers[0] = _open_leaf(store, True, options)
     except BaseException:
         store.close()
@@ -89,7 +91,7 @@ def open_layers(
     return layers
 
 
-def _open_leaf(store: FileStore, writable: bool, options: OpenOptions) -> Layer:
+def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
     return open_layer(store, format_name=options.format_name, writable=writable, ignore_bitmaps=options.ignore_bitmaps)
 
 
@@ -98,15 +100,15 @@ def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
         store.lock(writer=writer)
 
 
-def _open_parents(layers: list[Layer], leaf_path: str, options: OpenOptions) -> None:
-    folders = allowed_folders(leaf_path, options.parent_dirs)
-    seen = {_identity(layers[0])}
+def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) -> None:
+    folders = allowed_folders(leaf.name, options.parent_dirs)
+    seen = {leaf.identity}
     while isinstance(child := layers[-1], DynamicImage) and child.is_differencing:
         if len(layers) >= MAX_CHAIN_DEPTH:
             raise CorruptImage(
                 CorruptReason.CHAIN_DEPTH,
                 f"the chain has more than {MAX_CHAIN_DEPTH} layers",
-                path=leaf_path,
+                path=leaf.name,
             )
         store = find_parent(child.metadata, folders, options)
         try:
@@ -124,13 +126,9 @@ def _open_parents(layers: list[Layer], leaf_path: str, options: OpenOptions) -> 
             raise
 
 
-def _identity(layer: Layer) -> tuple[int, int]:
-    assert isinstance(layer.store, FileStore)
-    return layer.store.identity
-
-
 def _open_parent(store: FileStore, child: Metadata, options: OpenOptions) -> Layer:
-    return open_layer(store, format_name=parent_format(child), ignore_bitmaps=options.ignore_bitmaps)
+    view = pending.view(store)
+    return open_layer(view, format_name=parent_format(child), ignore_bitmaps=options.ignore_bitmaps)
 
 
 def parent_format(child: Metadata) -> FormatName:
@@ -204,10 +202,7 @@ def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Sea
 
 def unique_id(store: FileStore) -> bytes:
     """The id other images know this one by: its footer's, or all zeros for a raw image."""
-    for place in read_footers(store):
-        if place.state.usable:
-            return place.footer.unique_id
-    return NULL_ID
+    return image_id(pending.view(store))
 
 
 def _candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
@@ -327,10 +322,11 @@ def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None, r
         with FileStore.open(path) as store:
             if store.identity == apart_from:
                 return False
+            image = pending.view(store)
             # The cookie is looked at first: a folder may hold many files that are no images at all.
-            if not any(place.state.usable for place in read_footers(store)):
+            if not any(place.state.usable for place in read_footers(image)):
                 return False
-            metadata = read_metadata(store)
+            metadata = read_metadata(image)
     except errors.VhdkitError:
         return False
     if not metadata.is_differencing or _parent_id(metadata) != parent_id:

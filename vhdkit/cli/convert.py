@@ -17,6 +17,7 @@ import click
 import vhdkit
 from vhdkit import DiskFormat, InvalidArgument
 from vhdkit.chain.convert import convert_chain
+from vhdkit.chain.pending import file_of
 from vhdkit.chain.stream import export_stream, import_stream, pass_stream
 from vhdkit.cli.common import PATH, STREAM, Common, epilog, image_options, progress_option
 from vhdkit.cli.common import size as parsed_size
@@ -24,7 +25,7 @@ from vhdkit.cli.output import exact_size, note, print_json
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
-from vhdkit.store import FileStore, identity_of, translated
+from vhdkit.store import identity_of, translated
 from vhdkit.units import format_size
 
 _EXAMPLES = (
@@ -122,8 +123,9 @@ def _refuse_layers(output: Any, disk: vhdkit.Disk) -> None:
     except (OSError, ValueError):
         return  # no file at all
     for layer in disk.chain.layers:
-        if isinstance(layer.store, FileStore) and layer.store.identity == identity:
-            raise InvalidArgument("standard output is this file, which is part of the source", path=layer.store.name)
+        file = file_of(layer.store)
+        if file is not None and file.identity == identity:
+            raise InvalidArgument("standard output is this file, which is part of the source", path=file.name)
 
 
 def _from_pipe(job: _Job, common: Common, wanted: bool | None) -> int:

@@ -195,6 +195,14 @@ def read_footers(store: Store) -> tuple[FooterPlace, FooterPlace]:
     )
 
 
+def image_id(store: Store) -> bytes:
+    """The id other images know this one by: its footer's, or all zeros where no footer is good (a raw image)."""
+    for place in read_footers(store):
+        if place.state.usable:
+            return place.footer.unique_id
+    return bytes(layout.UUID_SIZE)
+
+
 def looks_like_vhd(store: Store) -> bool:
     """True when a footer, good or damaged, stands at either place."""
     tail, copy = read_footers(store)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another header and other footers: whole at every power cut, and at every failing call."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from tests.power import BLOCK_SIZE, DISK_SIZE, child_scene, dynamic_scene
+from tests.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from vhdkit import errors
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.layout import HEADER_SIZE
+from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.switch import second_header_offset, switch_header
+
+SMALLER = DISK_SIZE - BLOCK_SIZE
+
+
+def shrink(image: DynamicImage) -> None:
+    """Change the header and both footers: a block less."""
+    header, footer = image.metadata.header, image.metadata.footer
+    assert header is not None
+    entry_count = header.max_table_entries - 1
+    switch_header(image, replace(header, max_table_entries=entry_count), footer=replace(footer, current_size=SMALLER))
+
+
+def state_of(store: MemStore) -> tuple[int, int]:
+    """Entries by the header, size by the footer that is believed."""
+    metadata = read_metadata(store)
+    assert metadata.header is not None
+    return metadata.header.max_table_entries, metadata.size_bytes
+
+
+def test_header_and_footers_change_together() -> None:
+    """Afterwards both footers have the new fields and point at the old place, where the new header is."""
+    leaf = dynamic_scene(1).leaf
+    before = read_metadata(leaf)
+    shrink(open_dynamic(leaf, writable=True))
+    after = read_metadata(leaf)
+    assert state_of(leaf) == (3, SMALLER)
+    assert after.footer == replace(before.footer, current_size=SMALLER, checksum=after.footer.checksum)
+    assert after.copy is not None and after.copy.raw == after.tail.raw
+
+
+def test_inv_footer_copy_holds_while_the_header_changes() -> None:
+    """INV-FOOTER-COPY: a cut inside any step, and another one while life goes on, leaves the old state or the new."""
+    scene = child_scene(2)
+    old, new, seen = state_of(scene.leaf), (3, SMALLER), set()
+    store = CrashStore(scene.leaf)
+
+    def judge() -> None:
+        for seed in range(16):
+            rng = random.Random(f"{store.operation_count} {seed}")
+            found = store.after_cut(rng)
+            state = state_of(found)
+            assert state in (old, new), (store.operation_count, seed)
+            seen.add(state)
+            open_dynamic(found, writable=True)
+            assert state_of(found) == state  # mending did not mix them
+            if state == old and seed < 4:
+                again = CrashStore(found)
+                again.watcher = lambda crash=again, luck=rng: judge_again(crash, luck)
+                shrink(open_dynamic(again, writable=True))
+
+    def judge_again(crash: CrashStore, rng: random.Random) -> None:
+        assert state_of(crash.after_cut(rng)) in (old, new)
+
+    image = open_dynamic(store, writable=True)
+    store.watcher = judge
+    shrink(image)
+    assert seen == {old, new}
+
+
+@pytest.mark.parametrize("operation", ["reserve", "write", "sync"])
+@pytest.mark.parametrize("make_error", [io_failed, no_space, sync_failed])
+def test_a_failing_call_leaves_one_state(operation: str, make_error: Callable[[], errors.VhdkitError]) -> None:
+    """Whichever call fails, the error is told and the image is as it was or as it was to be."""
+    scene, states = dynamic_scene(3), set()
+    for at in range(1, 12):
+        store = FaultyStore(scene.leaf)
+        image = open_dynamic(store, writable=True)
+        store.faults.append(Fault(operation, make_error, at=at))
+        try:
+            shrink(image)
+        except errors.VhdkitError:
+            states.add(state_of(store))
+            assert state_of(store) in ((4, DISK_SIZE), (3, SMALLER)), at
+        else:
+            break
+    assert states
+
+
+def test_texts_lie_behind_the_second_header() -> None:
+    """What goes with the header is written where the caller placed it, and the trailing footer behind it."""
+    leaf = dynamic_scene(4).leaf
+    image = open_dynamic(leaf, writable=True)
+    place = second_header_offset(image) + HEADER_SIZE
+    assert image.metadata.header is not None
+    switch_header(image, image.metadata.header, texts=[(place, b"text")])
+    assert leaf.pread(place, 4) == b"text"
+    assert read_metadata(leaf).tail.offset_bytes == place + 512

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of unfinished work beside an image, and what opening the image does about them.
+
+Decides where an undo log lies, whether it is acted on, and what is said about it. The one place that does: every
+opener comes here with the file it has just opened, and goes on with what it gets back.
+
+    read-only open   ->  the image as it was before the change; nothing is written
+    writable open    ->  the change is taken back in the file, then its log removed (the writer's lock is held)
+
+What is no whole log, or not one of this image as it is now, is left alone and told as a finding: nobody asked for
+what it would do. It is never followed as a link, and only ever a regular file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vhdkit import errors
+from vhdkit.errors import printable
+from vhdkit.finding import Finding, Severity
+from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
+from vhdkit.formats.undo import UndoLog, UndoneStore, apply_change, belongs, encode, plan_change, read_log, roll_back
+from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.store import Buffer, FileStore, Store
+
+_UNDO = "undo"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an image is to be read, and what there is to say about records beside it."""
+
+    store: Store
+    findings: tuple[Finding, ...]
+
+
+def undo_path(image_path: str) -> str:
+    """Where the undo log of an image lies."""
+    return sidecar_path(image_path, _UNDO)
+
+
+def look(store: FileStore) -> Look:
+    """The image as it is to be read, whether or not its lock is held. Nothing is changed.
+
+    Raises AccessDenied or IoFailed for a log that cannot be read: the image may be half changed.
+    """
+    log, findings = _find(store)
+    return Look(store if log is None else UndoneStore(store, log), findings)
+
+
+def view(store: FileStore) -> Store:
+    """The image as it is to be read: `look` without its findings."""
+    return look(store).store
+
+
+def settle(store: FileStore) -> None:
+    """Take back a change to the image that did not finish; its writer's lock is held.
+
+    Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log is still there then, and the next open tries again.
+    """
+    log, _ = _find(store)
+    if log is not None:
+        roll_back(store, log)
+        _remove(undo_path(store.name))
+
+
+def file_of(store: Store) -> FileStore | None:
+    """The file behind a store that `look` gave, or None for a store that is none."""
+    if isinstance(store, UndoneStore):
+        store = store.store
+    return store if isinstance(store, FileStore) else None
+
+
+def change(store: FileStore, writes: Sequence[tuple[int, Buffer]], size_after_bytes: int | None = None) -> None:
+    """Put `writes`, (offset, bytes), into the image and give it a size: all of it or, after a power cut, nothing.
+
+    The writer's lock is held and `settle` was called. Raises InvalidArgument (too large a change, or a record of
+    another one lies there), NoSpace, IoFailed, SyncFailed; the file then holds what it held.
+    """
+    log = plan_change(store, image_id(store), writes, size_after_bytes)
+    with _logged(store, log):
+        apply_change(store, log)
+
+
+@contextlib.contextmanager
+def _logged(store: FileStore, log: UndoLog) -> Iterator[None]:
+    """The log lies beside the image while the block runs; a block that fails is taken back."""
+    path = undo_path(store.name)
+    write_log(path, log, like=store)
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        with contextlib.suppress(errors.VhdkitError):  # else the log stays, and the next open tries again
+            roll_back(store, log)
+            _remove(path)
+        raise
+    _remove(path)
+
+
+def _remove(path: str) -> None:
+    """Take the log away for good: empty first, so that it is no log any more should its name come back."""
+    with FileStore.open(path, writable=True, follow_links=False) as record:
+        record.truncate(0)
+        record.sync()
+    remove_file(path)
+
+
+def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
+    """Put the log, readable for whom `like` is, under its name; it is on the device when this returns.
+
+    Raises InvalidArgument when a whole log, or no regular file, lies there already; NoSpace, IoFailed.
+    """
+    if exists(path) and _load(path) is not None:
+        raise errors.InvalidArgument(
+            f"a record of an earlier change lies at {printable(path)}",
+            path=like.name,
+            hint="see what `vhdkit check` says of it; move it away if this image is well without it",
+        )
+    with NewFile(path, replace=True, like=like) as new:
+        new.store.pwrite(0, encode(log))
+        new.commit()
+
+
+def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
+    """The log to act on, and what to say."""
+    if store.is_device:
+        return None, ()
+    path = undo_path(store.name)
+    if not exists(path):
+        return None, ()
+    try:
+        log = _load(path)
+    except errors.NotFound:  # removed since: the change is made
+        return None, ()
+    except errors.InvalidArgument as error:
+        return None, (_ignored(store, path, f"is no regular file ({error.problem})"),)
+    if log is None:
+        return None, (_ignored(store, path, "is no whole undo log: the change it belongs to was not begun"),)
+    if not belongs(store, log):
+        return None, (_ignored(store, path, "is an undo log of another image, or this one was changed since"),)
+    return log, (_unfinished(store, path),)
+
+
+def _load(path: str) -> UndoLog | None:
+    """The log under this name, or None. Raises InvalidArgument for what is no regular file, a link too."""
+    with FileStore.open(path, follow_links=False) as record:
+        if record.is_device:
+            raise errors.InvalidArgument("is a device", path=path)
+        return read_log(record)
+
+
+def _ignored(store: FileStore, path: str, problem: str) -> Finding:
+    message = f"{printable(path)} {problem}; it is ignored"
+    return Finding(Severity.WARNING, "undo-log-ignored", message, store.name)
+
+
+def _unfinished(store: FileStore, path: str) -> Finding:
+    if store.in_use():
+        message = "is being changed by another program; it reads as it was before"
+        return Finding(Severity.NOTE, "change-under-way", message, store.name)
+    message = (
+        f"a change did not finish and is taken back at the next writable open (undo log {printable(path)});"
+        " until then it reads as it was before"
+    )
+    return Finding(Severity.WARNING, "change-unfinished", message, store.name)

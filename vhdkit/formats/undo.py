@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The undo log: what a file held before a change that no order of writes can make safe.
+
+Decides the format of the log, when it belongs to an image, and how a change is made and taken back. Where the log
+lies and who acts on it is `chain.pending`'s decision.
+
+    1  the log, whole, under its name              sync    nothing has changed yet
+    2  the change, in any order                    sync    a cut from here on is taken back by the log
+    3  the log is removed                          sync    the change is made
+
+`INV-UNDO-LOG`: with the log beside it a file reads as before the change, whatever part of the change reached it.
+
+A log is untrusted input, and the image beside it may have been replaced since. It is believed only when it is whole
+(a digest), of bounded size, made for an image of this id, and every byte of the file where it would write is the one
+from before or the one the change puts there. A torn sector is taken for one of the two only where a footer goes.
+
+    magic 8 | version 4 | count 4 | id 16 | size before 8 | size after 8 | count x (offset 8, size 8)
+    | per change: bytes before, bytes after | SHA-256 over all of it 32
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vhdkit import errors
+from vhdkit.formats.vhd.geometry import MAX_FIXED_BYTES
+from vhdkit.formats.vhd.layout import FOOTER_COOKIE, FOOTER_SIZE
+from vhdkit.formats.vhd.metadata import footer_state, read_footers
+from vhdkit.store import Buffer, Store
+from vhdkit.units import MIB, SECTOR_SIZE, round_down
+
+MAX_LOG_BYTES = 64 * MIB  # the largest BAT, before and after, is 32 MiB; a log is held in memory
+MAX_CHANGES = 1 << 16  # a table of the largest BAT changed in every page takes 4096
+MAX_FILE_BYTES = MAX_FIXED_BYTES + MIB
+_MAGIC = b"vhdkUNDO"
+_VERSION = 1
+_HEAD = struct.Struct(">8sII16sQQ")
+_PLACE = struct.Struct(">QQ")
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One range of the file: what it held, and what the change puts there. Both are equally long."""
+
+    offset_bytes: int
+    before: bytes
+    after: bytes
+
+    @property
+    def end_bytes(self) -> int:
+        """The first byte behind it."""
+        return self.offset_bytes + len(self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class UndoLog:
+    """What a change to an image does. `changes` are in order, apart from each other; sizes are the file's.
+
+    A range behind the end of the file, then or now, counts as zeros.
+    """
+
+    unique_id: bytes
+    size_before_bytes: int
+    size_after_bytes: int
+    changes: tuple[Change, ...]
+
+
+def plan_change(
+    store: Store, unique_id: bytes, writes: Sequence[tuple[int, Buffer]], size_after_bytes: int | None = None
+) -> UndoLog:
+    """The log for putting `writes`, (offset, bytes) apart from each other, into the file and giving it a size.
+
+    What is cut off by a smaller size must be zeros, or be among the writes. Raises InvalidArgument when the log
+    would be too large.
+    """
+    size_before = store.size()
+    end = max((offset + len(data) for offset, data in writes), default=0)
+    size_after = max(size_before, end) if size_after_bytes is None else size_after_bytes
+    changes = []
+    for offset, data in sorted(writes, key=lambda write: write[0]):
+        before = store.pread(offset, len(data)) if offset < size_before else b""
+        after = bytes(data)[: max(size_after - offset, 0)]
+        changes.append(Change(offset, before.ljust(len(data), b"\0"), after.ljust(len(data), b"\0")))
+    log = UndoLog(unique_id, size_before, size_after, tuple(changes))
+    if _size_of(log) > MAX_LOG_BYTES or len(changes) > MAX_CHANGES:
+        raise errors.InvalidArgument("the change is too large to be taken back after a power cut", path=store.name)
+    assert _is_possible(log)
+    return log
+
+
+def _size_of(log: UndoLog) -> int:
+    ranges = sum(_PLACE.size + 2 * len(change.before) for change in log.changes)
+    return _HEAD.size + ranges + _DIGEST_SIZE
+
+
+def _is_possible(log: UndoLog) -> bool:
+    """Sizes and ranges are such as we write."""
+    end = 0
+    for change in log.changes:
+        if change.offset_bytes < end or not change.before:
+            return False
+        end = change.end_bytes
+    return 0 < max(log.size_before_bytes, log.size_after_bytes, end) <= MAX_FILE_BYTES
+
+
+def encode(log: UndoLog) -> bytes:
+    """The bytes of the log's file."""
+    parts = [
+        _HEAD.pack(_MAGIC, _VERSION, len(log.changes), log.unique_id, log.size_before_bytes, log.size_after_bytes)
+    ]
+    parts += [_PLACE.pack(change.offset_bytes, len(change.before)) for change in log.changes]
+    for change in log.changes:
+        parts += [change.before, change.after]
+    raw = b"".join(parts)
+    return raw + hashlib.sha256(raw).digest()
+
+
+def read_log(store: Store) -> UndoLog | None:
+    """The log in `store`, or None for anything that is no whole log: torn, of an unknown version, or no log at all.
+
+    Takes memory in proportion to the file, and never more than MAX_LOG_BYTES. Raises IoFailed.
+    """
+    size = store.size()
+    if not _HEAD.size + _DIGEST_SIZE <= size <= MAX_LOG_BYTES:
+        return None
+    raw = store.pread(0, size)
+    body = raw[:-_DIGEST_SIZE]
+    if len(raw) != size or hashlib.sha256(body).digest() != raw[-_DIGEST_SIZE:]:
+        return None
+    magic, version, count, unique_id, size_before, size_after = _HEAD.unpack_from(body)
+    if magic != _MAGIC or version != _VERSION or count > min(MAX_CHANGES, len(body) // _PLACE.size):
+        return None
+    position = _HEAD.size + count * _PLACE.size
+    changes = []
+    for number in range(count):
+        offset, length = _PLACE.unpack_from(body, _HEAD.size + number * _PLACE.size)
+        end = position + 2 * length
+        if end > len(body):
+            return None
+        changes.append(Change(offset, body[position : position + length], body[position + length : end]))
+        position = end
+    log = UndoLog(unique_id, size_before, size_after, tuple(changes))
+    return log if position == len(body) and _is_possible(log) else None
+
+
+def belongs(store: Store, log: UndoLog) -> bool:
+    """True when the file is one that this change left behind, at any point of it; else nothing may be taken back.
+
+    Raises IoFailed.
+    """
+    size, sizes = store.size(), (log.size_before_bytes, log.size_after_bytes)
+    if not min(sizes) <= size <= max(sizes):
+        return False
+    tail, _ = read_footers(store)  # what stands at offset 0 may be a guest's
+    if tail.state.usable and (tail.footer.unique_id != log.unique_id or size not in sizes):
+        return False  # whole, of another size or another image
+    return all(_is_either(store, change) for change in log.changes)
+
+
+def _is_either(store: Store, change: Change) -> bool:
+    """True when what stands there came from before the change or from the change."""
+    found = store.pread(change.offset_bytes, len(change.before)) if change.offset_bytes < store.size() else b""
+    if found in (change.before, change.after):
+        return True
+    found = found + change.before[len(found) :]  # cut off by the file's end: nothing to compare
+    for start, stop in _pieces(change):
+        piece, before, after = found[start:stop], change.before[start:stop], change.after[start:stop]
+        if piece in (before, after) or _is_torn(piece, before, after):
+            continue
+        if any(byte not in pair for byte, *pair in zip(piece, before, after, strict=True)):
+            return False
+    return True
+
+
+def _pieces(change: Change) -> Iterator[tuple[int, int]]:
+    """The change cut at the sectors of the file, as ranges of its bytes."""
+    start = 0
+    while start < len(change.before):
+        edge = round_down(change.offset_bytes + start, SECTOR_SIZE) + SECTOR_SIZE
+        stop = min(edge - change.offset_bytes, len(change.before))
+        yield start, stop
+        start = stop
+
+
+def _is_torn(piece: bytes, before: bytes, after: bytes) -> bool:
+    """A footer was being written, and what stands there is none, nor another image's."""
+    footers = before.startswith(FOOTER_COOKIE) or after.startswith(FOOTER_COOKIE)
+    return footers and len(piece) == FOOTER_SIZE and not footer_state(piece).usable
+
+
+def apply_change(store: Store, log: UndoLog) -> None:
+    """Make the change and sync it; its log is on the device. Raises NoSpace, IoFailed, SyncFailed."""
+    _put(store, log.size_after_bytes, [(change.offset_bytes, change.after) for change in log.changes])
+
+
+def roll_back(store: Store, log: UndoLog) -> None:
+    """Give the file back what it held, and sync it; then, and not before, the log may go.
+
+    A cut in here is rolled back again. Raises NoSpace, IoFailed, SyncFailed.
+    """
+    _put(store, log.size_before_bytes, [(change.offset_bytes, change.before) for change in log.changes])
+
+
+def _put(store: Store, size_bytes: int, writes: list[tuple[int, bytes]]) -> None:
+    for offset, data in writes:
+        inside = data[: max(size_bytes - offset, 0)]
+        if inside:
+            store.pwrite(offset, inside)
+    if store.size() != size_bytes:
+        store.truncate(size_bytes)
+    store.sync()
+
+
+class UndoneStore:
+    """A file as it was before a change that did not finish: for reading, nothing is changed. See `store.Store`."""
+
+    def __init__(self, store: Store, log: UndoLog) -> None:
+        self.store = store
+        self._size = log.size_before_bytes
+        self._changes = log.changes
+        self._starts = [change.offset_bytes for change in log.changes]
+
+    @property
+    def name(self) -> str:
+        """See `Store.name`."""
+        return self.store.name
+
+    def size(self) -> int:
+        """See `Store.size`: the size it had."""
+        return self._size
+
+    def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """See `Store.pread`."""
+        buffer = bytearray(max(0, min(size_bytes, self._size - offset_bytes)))
+        self.pread_into(offset_bytes, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
+        """See `Store.pread_into`."""
+        inside = max(0, min(len(buffer), self._size - offset_bytes))
+        buffer[inside:] = bytes(len(buffer) - inside)
+        if inside:
+            self.store.pread_into(offset_bytes, buffer[:inside])
+        for change in self._touching(offset_bytes, offset_bytes + inside):
+            start, stop = max(change.offset_bytes, offset_bytes), min(change.end_bytes, offset_bytes + inside)
+            before = change.before[start - change.offset_bytes : stop - change.offset_bytes]
+            buffer[start - offset_bytes : stop - offset_bytes] = before
+
+    def _touching(self, start: int, stop: int) -> Iterator[Change]:
+        """The changes that share bytes with a range."""
+        for change in self._changes[max(bisect_right(self._starts, start) - 1, 0) :]:
+            if change.offset_bytes >= stop:
+                return
+            if change.end_bytes > start:
+                yield change
+
+    def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
+        """See `Store.data_runs`: what the log gives back may hold data."""
+        position, end = offset_bytes, offset_bytes + size_bytes
+        for change in self._touching(position, end):
+            if change.offset_bytes > position:
+                yield from self._runs_below(position, change.offset_bytes)
+            start, position = max(change.offset_bytes, position), min(change.end_bytes, end)
+            yield start, position - start, True
+        if position < end:
+            yield from self._runs_below(position, end)
+
+    def _runs_below(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        inside = max(start, min(stop, self.store.size()))
+        if inside > start:
+            yield from self.store.data_runs(start, inside - start)
+        if stop > inside:
+            yield inside, stop - inside, False
+
+    def pwrite(self, offset_bytes: int, data: Buffer) -> None:
+        """Raises ReadOnly, as everything that would change the file does."""
+        raise self._read_only()
+
+    def punch(self, offset_bytes: int, size_bytes: int) -> None:
+        """Raises ReadOnly."""
+        raise self._read_only()
+
+    def reserve(self, offset_bytes: int, size_bytes: int) -> None:
+        """Raises ReadOnly."""
+        raise self._read_only()
+
+    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        """Raises ReadOnly."""
+        raise self._read_only()
+
+    def truncate(self, size_bytes: int) -> None:
+        """Raises ReadOnly."""
+        raise self._read_only()
+
+    def sync(self) -> None:
+        """See `Store.sync`: there is nothing to wait for."""
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self.store.close()
+
+    def _read_only(self) -> errors.ReadOnly:
+        return errors.ReadOnly(
+            "is read as it was before a change that did not finish, which takes no writing", path=self.name
+        )
