@@ -17,6 +17,7 @@ from vhdkit.chain.check import check
 from vhdkit.chain.compare import Comparison, compare
 from vhdkit.chain.convert import convert
 from vhdkit.chain.create import DiskFormat, create_child, create_image
+from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
 from vhdkit.chain.rebase import rebase
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
@@ -62,6 +63,7 @@ __all__ = [
     "ImageInUse",
     "InvalidArgument",
     "IoFailed",
+    "Merge",
     "NoSpace",
     "NotFound",
     "OpenOptions",
@@ -82,8 +84,11 @@ __all__ = [
     "convert",
     "create_child",
     "create_image",
+    "merge",
+    "merge_under_way",
     "open_disk",
     "rebase",
+    "resume_merge",
     "snapshot",
     "snapshot_many",
 ]

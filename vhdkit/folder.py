@@ -245,6 +245,29 @@ def sidecar_path(path: str | os.PathLike[str], kind: str) -> str:
     return os.path.join(folder, hidden)
 
 
+def read_whole(path: str, limit_bytes: int) -> bytes | None:
+    """The bytes of a small regular file, links not followed; None where there is none, or a longer one.
+
+    Raises AccessDenied, IoFailed.
+    """
+    try:
+        store = FileStore.open(path, follow_links=False)
+    except (errors.NotFound, errors.InvalidArgument):
+        return None
+    with store:
+        return store.pread(0, limit_bytes) if store.size() <= limit_bytes and not store.is_device else None
+
+
+def write_whole(path: str, raw: bytes) -> None:
+    """Make `raw` the content of the file at `path`, at once and for good: after a power cut it has the old or the new.
+
+    Raises AccessDenied, NoSpace, IoFailed.
+    """
+    with NewFile(path, replace=True) as new:
+        new.store.pwrite(0, raw)
+        new.commit()
+
+
 def is_within(path: str, directories: tuple[str, ...]) -> bool:
     """True when the real path `path` lies in one of the real `directories` or below it."""
     return any(os.path.commonpath((path, directory)) == directory for directory in directories)

@@ -14,7 +14,7 @@ check are all built on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -57,6 +57,21 @@ class Extent:
     def offset_bytes(self) -> int:
         """Where the run begins on the disk."""
         return sectors_to_bytes(self.sector_index)
+
+    @property
+    def size_bytes(self) -> int:
+        """How long the run is."""
+        return sectors_to_bytes(self.sector_count)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of sectors to take over from another file: from `offset_bytes` of `source`, or zeros without one."""
+
+    sector_index: int
+    sector_count: int
+    source: Store | None = None
+    offset_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -121,6 +136,13 @@ class Layer(Protocol):
         """Own the range, as zeros. True when the layer owns more than before."""
         ...
 
+    def copy_in(self, pieces: Sequence[Piece]) -> None:
+        """Own the pieces' sectors with their content, moved as a whole; for merges, while nobody reads this layer.
+
+        Pieces are in order, do not overlap, and lie within one block (in a linear layer anywhere).
+        """
+        ...
+
     def trim(self, sector_index: int, sector_count: int) -> None:
         """Give space back: sectors the layer owns read as zeros afterwards, the others are left as they are."""
         ...
@@ -132,6 +154,16 @@ class Layer(Protocol):
     def close(self) -> None:
         """Flush what was written, then let go of the file."""
         ...
+
+
+def copy_piece(piece: Piece, store: Store, offset_bytes: int) -> None:
+    """Put the piece's content, which is not zeros by plan, there in `store`. A file may end inside its last sector."""
+    assert piece.source is not None
+    size = piece.size_bytes
+    inside = min(size, piece.source.size() - piece.offset_bytes)
+    store.copy_from(piece.source, piece.offset_bytes, offset_bytes, inside)
+    if inside < size:
+        store.pwrite(offset_bytes + inside, bytes(size - inside))
 
 
 def read_extents(store: Store, extents: Iterable[Extent], buffer: memoryview) -> None:

@@ -38,6 +38,12 @@ def change(path: Path) -> None:
     leaf: str = vhdkit.snapshot(child)
     leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
     leaves += vhdkit.clone(path, [path.with_suffix(".a"), "b.avhd"])
+    planned: vhdkit.Merge = vhdkit.merge(child, into=path, dry_run=True, relink_children=True)
+    if vhdkit.merge_under_way(child) is None and planned.data_bytes:
+        done: vhdkit.Merge = vhdkit.merge(child, to=path.with_suffix(".new.vhd"))
+        del done
+    else:
+        vhdkit.resume_merge(child)
 
 
 def examine(path: Path) -> int:

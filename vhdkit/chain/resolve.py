@@ -318,23 +318,45 @@ def find_children(
 
 
 def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None, raw_parent: str | None) -> bool:
+    child = _differencing(path, apart_from)
+    return child is not None and _stands_on(child, parent_id, raw_parent)
+
+
+def _differencing(path: str, apart_from: tuple[int, int] | None = None) -> Metadata | None:
+    """What the file at `path` says of itself when it is a sound differencing image, else None."""
     try:
         with FileStore.open(path) as store:
             if store.identity == apart_from:
-                return False
+                return None
             image = pending.view(store)
             # The cookie is looked at first: a folder may hold many files that are no images at all.
             if not any(place.state.usable for place in read_footers(image)):
-                return False
+                return None
             metadata = read_metadata(image)
     except errors.VhdkitError:
-        return False
-    if not metadata.is_differencing or _parent_id(metadata) != parent_id:
+        return None
+    return metadata if metadata.is_differencing else None
+
+
+def _stands_on(child: Metadata, parent_id: bytes, raw_parent: str | None) -> bool:
+    if _parent_id(child) != parent_id:
         return False
     if parent_id != NULL_ID:
         return True
-    names = _candidates(metadata, (os.path.dirname(real_path(path)),))
+    names = _candidates(child, (os.path.dirname(real_path(child.path)),))
     return raw_parent is not None and any(is_file_name(one) and real_path(one) == raw_parent for one in names)
+
+
+def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:
+    """For each parent, (unique id, real path), what `find_children` finds; every file is looked at once."""
+    families: list[list[str]] = [[] for _ in parents]
+    for folder in dict.fromkeys(real_path(folder) for folder in folders):
+        for path in regular_files(folder):
+            child = _differencing(path)
+            for (parent_id, parent_path), family in zip(parents, families, strict=True):
+                if child is not None and path != parent_path and _stands_on(child, parent_id, parent_path):
+                    family.append(path)
+    return families
 
 
 def refuse_with_children(

@@ -23,6 +23,7 @@ from vhdkit.cli.create import create_command
 from vhdkit.cli.describe import chain_command, dump_command, info_command
 from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
 from vhdkit.cli.map import map_command
+from vhdkit.cli.merge import merge_command
 from vhdkit.cli.rebase import rebase_command
 from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
@@ -135,6 +136,7 @@ for _verb in (
     compare_command,
     snapshot_command,
     clone_command,
+    merge_command,
     rebase_command,
     dump_command,
 ):

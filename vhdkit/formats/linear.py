@@ -7,13 +7,13 @@ It owns every sector, so it can only be the base of a chain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.formats.guard import SyncGuard
-from vhdkit.image import Extent, ExtentKind
+from vhdkit.image import Extent, ExtentKind, Piece, copy_piece
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
 
@@ -72,6 +72,17 @@ class LinearImage:
         assert self.writable and offset + size <= self.size_bytes
         self.store.punch(offset, size)
         return False
+
+    def copy_in(self, pieces: Sequence[Piece]) -> None:
+        """See `Layer.copy_in`: in place, zeros as holes."""
+        self._guard.check()
+        for piece in pieces:
+            offset, size = _byte_range(piece.sector_index, piece.sector_count)
+            assert self.writable and offset + size <= self.size_bytes
+            if piece.source is None:
+                self.store.punch(offset, size)
+            else:
+                copy_piece(piece, self.store, offset)
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`."""

@@ -15,7 +15,7 @@ from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR
 from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED
 from vhdkit.formats.vhd.metadata import Metadata
-from vhdkit.store import Buffer, Store
+from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_up, sectors_to_bytes
 
 SEEDS = range(6)  # of the honest engine, every one of these passes
@@ -100,14 +100,14 @@ def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
                 free.append(start)
                 self.bat.set(block, sectors_to_bytes(BAT_UNALLOCATED))
 
-    def place_block(self: Commit, data_offset_in_block: int, data: Buffer | None) -> int:
+    def place_block(self: Commit, fill: Callable[[int], object] | None) -> int:
         """Freed space first."""
         if not free:
-            return honest_place(self, data_offset_in_block, data)
+            return honest_place(self, fill)
         start = free.pop()
         self._store.punch(start, self._bitmap_size + self._block_size)
-        if data is not None:
-            self._store.pwrite(start + self._bitmap_size + data_offset_in_block, data)
+        if fill is not None:
+            fill(start + self._bitmap_size)
         return start
 
     def script(disk: Disk, model: SectorModel) -> None:

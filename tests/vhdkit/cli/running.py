@@ -18,7 +18,9 @@ import vhdkit
 from vhdkit.cli.main import main
 
 MIB = 1 << 20
-VERBS = ("create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "rebase", "dump")
+VERBS = (
+    "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase", "dump",
+)  # fmt: skip
 COMMAND = (sys.executable, "-m", "vhdkit")
 
 

@@ -25,6 +25,12 @@ def owned(raw: bytes | bytearray, sector_count: int) -> NDArray[np.bool_]:
     return bits.view(np.bool_)
 
 
+def packed(owned_sectors: NDArray[np.bool_], stored_size: int) -> bytearray:
+    """The bitmap at its stored size for one truth value per sector; the reverse of `owned`."""
+    padding = b"\xff" if owned_sectors.all() else b"\0"
+    return bytearray(np.packbits(owned_sectors, bitorder="big").tobytes().ljust(stored_size, padding))
+
+
 def is_full(raw: bytes | bytearray, sector_count: int) -> bool:
     """True when every one of the block's sectors is set."""
     return raw.startswith(b"\xff" * (sector_count // _BITS))

@@ -16,13 +16,15 @@ Decides where a new block is placed and in which order its parts reach the devic
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
-from vhdkit.store import Buffer, Store
+from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
 
 MAX_DIRTY_BYTES = 8 * MIB  # of bitmaps waiting for a flush; reaching it flushes
@@ -60,12 +62,13 @@ class Commit:
         self.bitmaps: dict[int, bytearray] = {}  # by block; those dirty or in flight never leave
         self._dirty: set[int] = set()
         self._in_flight: frozenset[int] = frozenset()
+        self._vacated: list[tuple[int, int]] = []  # places of moved blocks, to be punched after the next flush
 
-    def place_block(self, data_offset_in_block: int, data: Buffer | None) -> int:
-        """Reserve room for a block and write its first data; returns the offset of its bitmap.
+    def place_block(self, fill: Callable[[int], object] | None) -> int:
+        """Reserve room for a block and have `fill` write what belongs there; returns the offset of its bitmap.
 
-        Nothing points at the block until `publish`. On failure the file is cut back to what it was.
-        Raises NoSpace, also where a BAT entry could not express the offset.
+        `fill` gets the offset of the data. Nothing points at the block until `publish`. On failure the file is cut
+        back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
         """
         data_offset = round_up(self._free_bytes + self._bitmap_size, PAGE_SIZE)
         start, end = data_offset - self._bitmap_size, data_offset + self._block_size
@@ -75,8 +78,8 @@ class Commit:
         try:
             self._store.reserve(start, self._bitmap_size)
             self._store.reserve(end, FOOTER_SIZE)
-            if data is not None:
-                self._store.pwrite(data_offset + data_offset_in_block, data)
+            if fill is not None:
+                fill(data_offset)
         except BaseException:  # Ctrl-C too: what was written there must not be under a later block
             self._give_back(size_before, end)
             raise
@@ -95,9 +98,23 @@ class Commit:
         with self.lock:
             self.bitmaps[block_index] = bitmap
             self._dirty.add(block_index)
-            self._bat.set(block_index, start_bytes)
-            self._footer_due = self._free_bytes - FOOTER_SIZE
+            self._point_at(block_index, start_bytes)
         self._limit_dirty()
+
+    def publish_whole(self, block_index: int, start_bytes: int, vacated: tuple[int, int] | None) -> None:
+        """Like `publish` for a block whose bitmap is in the file already: written with the data, which nothing points
+        at. `vacated` is the place (offset, size) that the block leaves; once the BAT says so on the device it is
+        punched, never used again."""
+        with self.lock:
+            self.bitmaps.pop(block_index, None)
+            self._dirty.discard(block_index)
+            self._point_at(block_index, start_bytes)
+            if vacated is not None:
+                self._vacated.append(vacated)
+
+    def _point_at(self, block_index: int, start_bytes: int) -> None:
+        self._bat.set(block_index, start_bytes)
+        self._footer_due = self._free_bytes - FOOTER_SIZE
 
     def touch(self, block_index: int) -> None:
         """The block's bitmap in `bitmaps` has changed (under `lock`)."""
@@ -129,6 +146,7 @@ class Commit:
                 bitmaps = {block: bytes(self.bitmaps[block]) for block in sorted(self._dirty)}
                 table = self._bat.take_dirty()
                 footer_offset = self._footer_due
+                vacated, self._vacated = self._vacated, []
                 self._in_flight = frozenset(bitmaps)
                 self._dirty.clear()
             try:
@@ -139,11 +157,15 @@ class Commit:
                 with self.lock:
                     self._dirty.update(bitmaps)
                     self._bat.mark_dirty(table)
+                    self._vacated += vacated
                 raise
             finally:
                 self._in_flight = frozenset()
             if footer_offset is not None:
                 self._write_footer(footer_offset)
+            with contextlib.suppress(errors.VhdkitError):  # it only gives space back: a flush does not fail for that
+                for offset, size in vacated:
+                    self._store.punch(offset, size)
 
     def _sync_data(self) -> None:
         self.guard.sync()

@@ -11,7 +11,7 @@ sectors are zeros (`ignore_bitmaps` takes them as data, as some readers do).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,9 @@ from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
-from vhdkit.image import Extent, ExtentKind, merged_extents
+from vhdkit.image import Extent, ExtentKind, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
-from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 NO_END = 1 << 62  # a store offset no file reaches
 
@@ -186,7 +186,9 @@ class DynamicImage:
         return False if self._full[block] else self._own(block, first, count)
 
     def _new_block(self, block: int, first: int, count: int, data: memoryview | None) -> None:
-        start = self._commit.place_block(sectors_to_bytes(first), data)
+        within = sectors_to_bytes(first)
+        fill = None if data is None else lambda offset: self.store.pwrite(offset + within, data)
+        start = self._commit.place_block(fill)
         if self.is_differencing:
             raw = bytearray(self._bitmap_size)
             bitmap.set_run(raw, first, count)
@@ -231,6 +233,88 @@ class DynamicImage:
             raise
         return grew
 
+    def copy_in(self, pieces: Sequence[Piece]) -> None:
+        """See `Layer.copy_in`. A block that ends wholly owned moves to a 4 KiB boundary. Raises as `write` does."""
+        self._commit.guard.check()
+        block = pieces[0].sector_index // self._sectors_per_block
+        self._assert_writable(pieces[0].sector_index, pieces[-1].sector_index - pieces[0].sector_index + 1)
+        start = self.bat.block_start(block)
+        if start < 0 and not self.is_differencing:
+            pieces = [piece for piece in pieces if piece.source is not None]
+            if not pieces:
+                return
+        try:
+            owned, grew = self._owned_with(block, pieces)
+            if start >= 0 and (not owned.all() or (start + self._bitmap_size) % PAGE_SIZE == 0):
+                self._take_in_place(block, pieces, owned, grew)
+            else:
+                self._take_anew(block, pieces, owned)
+        except errors.VhdkitError:
+            raise
+        except BaseException:
+            self._commit.guard.interrupted()
+            raise
+
+    def _owned_with(self, block: int, pieces: Sequence[Piece]) -> tuple[NDArray[np.bool_], bool]:
+        """Which sectors the block owns once it has the pieces, and whether those are more than now."""
+        if self.bat.block_start(block) < 0:
+            owned = np.full(self._sectors_per_block, not self.is_differencing)
+        elif self._full[block]:
+            return np.ones(self._sectors_per_block, dtype=np.bool_), False
+        else:
+            owned = bitmap.owned(self._bitmap(block), self._sectors_per_block).copy()
+        before = int(np.count_nonzero(owned))
+        if self._ignore_bitmaps:
+            owned[:] = True  # what was read as data must stay data for every reader
+        for piece in pieces:
+            first = piece.sector_index - self._block_sector(block)
+            owned[first : first + piece.sector_count] = True
+        # Behind the end of the disk nobody reads: those sectors do not keep a block from being whole.
+        beyond = whole_sectors(self.size_bytes) - self._block_sector(block)
+        if beyond < self._sectors_per_block and owned[:beyond].all():
+            owned[beyond:] = True
+        return owned, int(np.count_nonzero(owned)) > before
+
+    def _take_in_place(self, block: int, pieces: Sequence[Piece], owned: NDArray[np.bool_], grew: bool) -> None:
+        base = self.block_offset(block) - sectors_to_bytes(self._block_sector(block))
+        for piece in pieces:
+            offset = base + sectors_to_bytes(piece.sector_index)
+            if piece.source is None:
+                self.store.punch(offset, piece.size_bytes)
+            else:
+                copy_piece(piece, self.store, offset)
+        if not grew:
+            return
+        with self._commit.lock:
+            self._commit.bitmaps[block] = bitmap.packed(owned, self._bitmap_size)
+            self._commit.touch(block)
+            self._full[block] = bool(owned.all())
+        self._commit.limit()
+
+    def _take_anew(self, block: int, pieces: Sequence[Piece], owned: NDArray[np.bool_]) -> None:
+        """Place the block behind everything with all that it owns: the pieces, and what it has already."""
+        first_sector, old = self._block_sector(block), self.block_offset(block)
+        end_sector = min(first_sector + len(owned), whole_sectors(self.size_bytes))
+
+        def fill(offset: int) -> None:
+            for piece in pieces:
+                if piece.source is not None:
+                    copy_piece(piece, self.store, offset + sectors_to_bytes(piece.sector_index - first_sector))
+            for first, count in _gaps(pieces, first_sector, end_sector) if old >= 0 else ():
+                place = old + sectors_to_bytes(first - first_sector)
+                for position, size, is_data in self.store.data_runs(place, sectors_to_bytes(count)):
+                    if is_data:
+                        self.store.copy_from(self.store, position, offset + position - old, size)
+            self.store.pwrite(offset - self._bitmap_size, bitmap.packed(owned, self._bitmap_size))
+
+        start = self._commit.place_block(fill)
+        vacated = None
+        if old >= 0:
+            whole, last = used_sizes(self.metadata)
+            vacated = (old - self._bitmap_size, last if block == len(self.bat) - 1 else whole)
+        self._commit.publish_whole(block, start, vacated)
+        self._full[block] = bool(owned.all())
+
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`. Bits and BAT stay as they are (`INV-NO-REUSE`)."""
         assert self.writable
@@ -258,6 +342,16 @@ class DynamicImage:
                 self._commit.close()
         finally:
             self.store.close()
+
+
+def _gaps(pieces: Sequence[Piece], first: int, end: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of the sectors from `first` to `end` that no piece covers."""
+    for piece in pieces:
+        if piece.sector_index > first:
+            yield first, piece.sector_index - first
+        first = piece.sector_index + piece.sector_count
+    if end > first:
+        yield first, end - first
 
 
 def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> DynamicImage:

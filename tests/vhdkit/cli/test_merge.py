@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhdkit merge`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import vhdkit
+from tests.vhdkit.cli.running import document, failure, good, interrupt, make_chain, names, run, start
+from vhdkit.chain.intent import KIND
+from vhdkit.folder import sidecar_path
+
+HERE = Path()
+
+
+def same(image: str, content: bytes) -> bool:
+    """True when the image's disk holds this."""
+    Path("expected.raw").write_bytes(content)
+    told = good("compare", image, "expected.raw")
+    Path("expected.raw").unlink()
+    return told.startswith("equal")
+
+
+def test_a_leaf_into_its_parent() -> None:
+    """The target is named, the leaf is gone, the parent holds the disk."""
+    content = make_chain()
+    told = good("merge", "leaf.avhd")
+    assert told.startswith(f"merged 1 layer into {os.path.realpath('middle.avhd')}: 8.0 MiB (8388608 bytes), ")
+    assert names(HERE) == ["base.vhd", "middle.avhd"] and same("middle.avhd", content)
+    assert run("check", "middle.avhd").exit_code == 0
+
+
+def test_into_an_ancestor_as_json() -> None:
+    """One document says what went where."""
+    content = make_chain()
+    told = document("merge", "leaf.avhd", "--into", "base.vhd")
+    paths = [os.path.realpath(name) for name in ("leaf.avhd", "middle.avhd")]
+    assert told["target"] == os.path.realpath("base.vhd") and told["merged"] == told["removed"] == paths
+    assert told["relinked"] == [] and told["virtual_size_bytes"] == len(content) and told["dry_run"] is False
+    assert told["data_bytes"] > 0 and told["block_count"] > 0 and told["bytes_per_second"] > 0
+    assert names(HERE) == ["base.vhd"] and same("base.vhd", content)
+
+
+def test_to_a_new_file_with_odd_names() -> None:
+    """Spaces and letters of other alphabets; the chain stays."""
+    content = make_chain()
+    Path("mappe mit ä").mkdir()
+    good("merge", "leaf.avhd", "--into", "base.vhd", "--to", "mappe mit ä/новый диск.vhd")
+    assert same("mappe mit ä/новый диск.vhd", content) and same("leaf.avhd", content)
+    failure("merge", "leaf.avhd", "--to", "mappe mit ä/новый диск.vhd", code=1)
+
+
+def test_a_dry_run() -> None:
+    """It says what goes where, and does nothing."""
+    make_chain()
+    told = good("merge", "leaf.avhd", "--into", "base.vhd", "--dry-run").splitlines()
+    assert told[0].startswith("would merge 2 layers into ")
+    assert told[1:] == [f"would remove {os.path.realpath(name)}" for name in ("leaf.avhd", "middle.avhd")]
+    assert names(HERE) == ["base.vhd", "leaf.avhd", "middle.avhd"]
+
+
+def test_children_are_repointed_with_relink() -> None:
+    """Without --relink the child is named in a refusal that says so; with it the child reads on."""
+    content = make_chain()
+    good("create", "child.avhd", "--parent", "leaf.avhd")
+    told = failure("merge", "leaf.avhd", code=5)
+    assert "child.avhd" in told and "--relink" in told
+    assert "child.avhd stands on it now" in good("merge", "leaf.avhd", "--relink")
+    assert same("child.avhd", content) and "leaf.avhd" not in names(HERE)
+
+
+def test_what_cannot_be_merged() -> None:
+    """Wrong files and options: each its exit code and one line."""
+    make_chain()
+    good("create", "other.vhd", "--size", "8M")
+    Path("empty.vhd").touch()
+    assert "has no parent" in failure("merge", "base.vhd", code=2)
+    assert "no ancestor" in failure("merge", "leaf.avhd", "--into", "other.vhd", code=2)
+    assert "empty" in failure("merge", "empty.vhd", code=2)
+    assert "directory" in failure("merge", ".", code=2)
+    failure("merge", "gone.avhd", code=1)
+    failure("merge", "leaf.avhd", "--into", "gone.vhd", code=1)
+    assert "no interrupted merge" in failure("merge", "leaf.avhd", "--resume", code=2)
+    assert "no other option" in failure("merge", "leaf.avhd", "--resume", "--dry-run", code=2)
+    Path("base.vhd").rename("away.vhd")
+    failure("merge", "leaf.avhd", code=6)
+
+
+def test_ctrl_c_and_resume() -> None:
+    """Interrupted in the middle the leaf is as it was, the way on is told, and `--resume` goes it."""
+    good("create", "base.vhd", "--size", "1G")
+    good("create", "leaf.avhd", "--parent", "base.vhd")
+    with open("leaf.raw", "wb") as raw:
+        raw.truncate(1 << 30)
+    piece = os.urandom(1 << 20)
+    with vhdkit.open_disk("leaf.avhd", writable=True) as disk, open("leaf.raw", "r+b") as raw:
+        for offset in range(0, 300 << 20, 1 << 20):
+            disk.write(offset, piece)
+            raw.seek(offset)
+            raw.write(piece)
+    process = start("merge", "leaf.avhd")
+    record = sidecar_path("base.vhd", KIND)
+    deadline = time.monotonic() + 30
+    while not os.path.exists(record) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    code, _, told = interrupt(process)
+    if code == 0:
+        return  # it was quicker
+    assert code == 130 and "vhdkit merge leaf.avhd --resume" in told and told.endswith("vhdkit: interrupted\n")
+    assert "equal" in good("compare", "leaf.avhd", "leaf.raw")
+    good("merge", "leaf.avhd", "--resume")
+    assert "equal" in good("compare", "base.vhd", "leaf.raw")
+    assert names(HERE) == ["base.vhd", "leaf.raw"]

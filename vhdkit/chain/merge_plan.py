@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge moves: for each block of the target, which run of sectors comes from which file.
+
+Decides who wins (`INV-SECTOR-RULE`: the first owner from the leaf) and what must become zeros in the target. Reads
+bitmaps and asks for holes, moves nothing and changes nothing.
+
+    sources' BATs --fold--> the blocks of the target that any source touches      (one vectorised pass a layer)
+    each of those --bitmaps, holes--> pieces: sectors, and where they lie (nowhere: zeros)
+
+Zeros are never left out: a hole in a source hides what the target, or its parents, have there. So does the end of a
+source that is smaller than the leaf. Plans are made block by block, so memory does not grow with the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.image import ExtentKind, Layer, Piece
+from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
+
+_KEEP, _ZERO = 255, 254  # owner bytes beside the indexes of the sources: the target's own, and zeros
+
+
+class MergePlan:
+    """The pieces that make `target` read as the leaf, `sources[0]`, does.
+
+    `sources` are the layers to be merged, leaf first. `below_bytes` is how much of the disk the target's own parents
+    answer for. A `fresh` target is an empty image that reads as zeros wherever it is not written.
+    """
+
+    def __init__(self, sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0, fresh: bool = False) -> None:
+        self._sources = tuple(sources)
+        self._size = sources[0].size_bytes
+        blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]
+        self._grain = min([*blocks, target.block_size_bytes or blocks[0]])
+        self.unit_bytes = target.block_size_bytes or self._grain
+        seen, visible = self._size, []
+        for layer in sources:
+            seen = min(seen, layer.size_bytes)
+            visible.append(seen)
+        self._visible = visible  # what is seen of each source through those above it
+        self.units = np.flatnonzero(self._touched() | self._hidden(target, below_bytes, fresh))
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of all the blocks that will be looked at: the measure of progress."""
+        return len(self.units) * self.unit_bytes
+
+    # -- which blocks -------------------------------------------------------------------------------------------
+
+    def _touched(self) -> NDArray[np.bool_]:
+        """The blocks of the target in which a source has space."""
+        touched = np.zeros(-(-self._size // self.unit_bytes), dtype=np.bool_)
+        for layer, size in zip(self._sources, self._visible, strict=True):
+            count = -(-size // self.unit_bytes)
+            if layer.block_size_bytes:
+                allocated = _by_unit(layer.allocated_blocks(), layer.block_size_bytes, self.unit_bytes)[:count]
+                touched[: len(allocated)] |= allocated
+            else:
+                for offset, length, is_data in layer.store.data_runs(0, size):
+                    if is_data:
+                        touched[offset // self.unit_bytes : -(-(offset + length) // self.unit_bytes)] = True
+        return touched
+
+    def _hidden(self, target: Layer, below_bytes: int, fresh: bool) -> NDArray[np.bool_]:
+        """The blocks behind the end of a source where something older would come to light."""
+        count = -(-self._size // self.unit_bytes)
+        hidden = np.zeros(count, dtype=np.bool_)
+        first = self._visible[-1] // self.unit_bytes
+        if self._visible[-1] == self._size or (fresh and target.unowned is ExtentKind.ZERO):
+            return hidden
+        if not target.block_size_bytes:
+            hidden[first:] = True
+            return hidden
+        allocated = target.allocated_blocks()[:count]
+        hidden[: len(allocated)] = allocated
+        if target.unowned is ExtentKind.ABSENT:
+            hidden[: -(-min(below_bytes, self._size) // self.unit_bytes)] = True
+        hidden[:first] = False
+        return hidden
+
+    # -- what is in them ----------------------------------------------------------------------------------------
+
+    def blocks(self) -> Iterator[list[Piece]]:
+        """The pieces of each block of the target that changes, block after block. Raises IoFailed."""
+        step, end = whole_sectors(self._grain), whole_sectors(self._size)
+        per_unit = whole_sectors(self.unit_bytes)
+        for unit in self.units.tolist():
+            pieces: list[Piece] = []
+            for first in range(unit * per_unit, min((unit + 1) * per_unit, end), step):
+                pieces += self._grain_pieces(first, min(step, end - first))
+            yield pieces
+
+    def _grain_pieces(self, first: int, count: int) -> list[Piece]:
+        owners = np.full(count, _KEEP, dtype=np.uint8)
+        undecided = np.ones(count, dtype=np.bool_)
+        bases: dict[int, int] = {}
+        for index, layer in enumerate(self._sources):
+            seen = max(whole_sectors(self._visible[index]) - first, 0)
+            if seen < count:
+                owners[seen:][undecided[seen:]] = _ZERO
+                undecided[seen:] = False
+            offset, owned = _owned_by(layer, first, count)
+            if offset < 0:
+                continue
+            taken = undecided if owned is None else undecided & owned
+            bases[index] = offset
+            owners[taken] = index
+            for start, stop in _holes(layer, offset, count):
+                owners[start:stop][taken[start:stop]] = _ZERO
+            undecided = undecided & ~taken
+            if not undecided.any():
+                break
+        return list(self._runs(owners, first, bases))
+
+    def _runs(self, owners: NDArray[np.uint8], first: int, bases: dict[int, int]) -> Iterator[Piece]:
+        edges = (np.flatnonzero(owners[1:] != owners[:-1]) + 1).tolist()
+        starts, ends = [0, *edges], [*edges, len(owners)]
+        for start, stop, owner in zip(starts, ends, owners[starts].tolist(), strict=True):
+            if owner == _ZERO:
+                yield Piece(first + start, stop - start)
+            elif owner != _KEEP:
+                place = bases[owner] + sectors_to_bytes(start)
+                yield Piece(first + start, stop - start, self._sources[owner].store, place)
+
+
+def _by_unit(blocks: NDArray[np.bool_], block_bytes: int, unit_bytes: int) -> NDArray[np.bool_]:
+    """One truth value per unit from one per block: has any of it space?"""
+    if block_bytes >= unit_bytes:
+        return np.repeat(blocks, block_bytes // unit_bytes)
+    ratio = unit_bytes // block_bytes
+    padded = np.zeros(-(-len(blocks) // ratio) * ratio, dtype=np.bool_)
+    padded[: len(blocks)] = blocks
+    return np.asarray(padded.reshape(-1, ratio).any(axis=1))
+
+
+def _owned_by(layer: Layer, first: int, count: int) -> tuple[int, NDArray[np.bool_] | None]:
+    """Where these sectors lie in the layer's file (-1: nowhere), and which of them it owns (None: all)."""
+    if not layer.block_size_bytes:
+        return sectors_to_bytes(first), None
+    block, within = divmod(first, whole_sectors(layer.block_size_bytes))
+    if sectors_to_bytes(first) >= layer.size_bytes or (offset := layer.block_offset(block)) < 0:
+        return -1, None
+    owned = layer.owned_sectors(block)
+    return offset + sectors_to_bytes(within), None if owned is None else owned[within : within + count]
+
+
+def _holes(layer: Layer, offset_bytes: int, count: int) -> Iterator[tuple[int, int]]:
+    """Sectors (from, to) of this part of the file that are zeros without anybody having written them."""
+    stored = min(sectors_to_bytes(max(layer.data_end_bytes - offset_bytes, 0) // SECTOR_SIZE), sectors_to_bytes(count))
+    position = 0
+    for offset, size, is_data in layer.store.data_runs(offset_bytes, stored):
+        # A sector with any data in it is data.
+        stop_bytes = offset + size - offset_bytes
+        stop = covering_sectors(stop_bytes) if is_data else stop_bytes // SECTOR_SIZE
+        if not is_data and stop > position:
+            yield position, stop
+        position = max(position, stop)
+    if position < count:  # the file, or its data, ends before the block does
+        yield position, count

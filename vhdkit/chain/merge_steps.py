@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a merge, apart from where its files come from: moving the data, and what happens to names.
+
+Decides how the plan's pieces reach the target and in which order record and names change. `Names` is the door to the
+folder, so that the power-cut tests can bring a folder of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from vhdkit.chain.chain import Chain, Progress
+from vhdkit.chain.intent import KIND, Intent, Phase
+from vhdkit.chain.merge_plan import MergePlan
+from vhdkit.chain.pending import undo_path
+from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
+from vhdkit.image import Layer, Piece
+from vhdkit.units import GIB, MIB, sectors_to_bytes, whole_sectors
+
+_PIECE_BYTES = MIB
+_FLUSH_BYTES = GIB  # copied between two flushes: bounds what the page cache and the metadata have to hold
+
+
+class Names(Protocol):
+    """What a merge does to the folder; each step is durable when it returns."""
+
+    def write(self, intent: Intent) -> None:
+        """Make this the merge's record, whatever was there before."""
+        ...
+
+    def remove_record(self) -> None:
+        """The merge is over."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Take a merged layer away; one that is gone already is fine."""
+        ...
+
+
+class RealNames:
+    """`Names` in the file system."""
+
+    def __init__(self, target_path: str) -> None:
+        self._record = sidecar_path(target_path, KIND)
+
+    def write(self, intent: Intent) -> None:
+        """See `Names.write`. Raises AccessDenied, NoSpace, IoFailed."""
+        write_whole(self._record, intent.encode())
+
+    def remove_record(self) -> None:
+        """See `Names.remove_record`. Raises AccessDenied, IoFailed."""
+        remove_file(self._record)
+
+    def remove(self, path: str) -> None:
+        """See `Names.remove`; a record of another unfinished change to it goes too. Raises AccessDenied, IoFailed."""
+        remove_file(path)
+        if exists(undo_path(path)):
+            remove_file(undo_path(path))
+
+
+def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
+    """Move everything in the plan into the open target; returns the bytes of data and of zeros.
+
+    What was moved is on the device when the target has been closed. Raises NoSpace, IoFailed, SyncFailed.
+    """
+    data = zeros = unsynced = done = 0
+    total = plan.touched_bytes
+    for pieces in plan.blocks():
+        done += plan.unit_bytes
+        if not pieces:
+            continue
+        target.copy_in(pieces)
+        moved = sum(piece.size_bytes for piece in pieces if piece.source is not None)
+        data += moved
+        zeros += sum(piece.size_bytes for piece in pieces) - moved
+        unsynced += moved
+        if unsynced >= _FLUSH_BYTES:
+            target.flush()
+            unsynced = 0
+        if progress is not None:
+            progress(done, total)
+    return data, zeros
+
+
+def is_complete(plan: MergePlan, leaf: Chain, target: Chain) -> bool:
+    """True when the target reads as the leaf does wherever a source owns something. Reads all of that."""
+    ours, theirs = memoryview(bytearray(_PIECE_BYTES)), memoryview(bytearray(_PIECE_BYTES))
+    step = whole_sectors(_PIECE_BYTES)
+    for pieces in plan.blocks():
+        for first, end in _joined(pieces):
+            for position in range(first, end, step):
+                size = sectors_to_bytes(min(step, end - position))
+                leaf.read_into(position, ours[:size])
+                target.read_into(position, theirs[:size])
+                if ours[:size] != theirs[:size]:
+                    return False
+    return True
+
+
+def _joined(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    """(first sector, end sector) of pieces that follow one another."""
+    start = end = -1
+    for piece in pieces:
+        if piece.sector_index != end:
+            if end > start:
+                yield start, end
+            start = piece.sector_index
+        end = piece.sector_index + piece.sector_count
+    if end > start:
+        yield start, end
+
+
+def carry_out(
+    intent: Intent,
+    names: Names,
+    fill: Callable[[], tuple[int, int]],
+    repoint: Iterable[Callable[[], None]] = (),
+) -> tuple[int, int]:
+    """The whole merge, or what is left of it, in its order; returns what `fill` does, (0, 0) where the target is full.
+
+    `fill` makes the target complete, and durable when it returns; each of `repoint` moves one child of the leaf to it.
+    Whatever is raised in between, the leaf, or the target where the leaf is gone, reads as before.
+    """
+    done = (0, 0)
+    if intent.phase is Phase.COPY:
+        names.write(intent)
+        done = fill()
+    if intent.relink:
+        names.write(intent.in_phase(Phase.RELINK))
+        for step in repoint:
+            step()
+    names.write(intent.in_phase(Phase.REMOVE))
+    remove_sources(intent, names)
+    return done
+
+
+def remove_sources(intent: Intent, names: Names) -> None:
+    """Take the merged layers away, the leaf first: it cannot be read without the others."""
+    for one in intent.sources:
+        names.remove(one.path)
+    names.remove_record()
