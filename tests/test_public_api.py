@@ -6,11 +6,11 @@ from __future__ import annotations
 import vhdkit
 
 PUBLIC = """
-AccessDenied AlreadyExists Comparison CorruptImage CorruptReason Disk DiskFormat Extent ExtentKind Finding FormatName
-HasChildren ImageInUse InvalidArgument IoFailed Merge NoSpace NotFound OpenOptions OutOfRange ParentError
-ParentMismatch ParentMissing ParentRefused Progress ReadOnly Severity SyncFailed UnsupportedFormat VhdkitError check
-clone compare convert create_child create_image merge merge_under_way open_disk rebase resume_merge snapshot
-snapshot_many
+AccessDenied AlreadyExists CompactResult Comparison CorruptImage CorruptReason Disk DiskFormat Extent ExtentKind
+Finding FormatName HasChildren ImageInUse InvalidArgument IoFailed Merge NoSpace NotFound OpenOptions OutOfRange
+ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly Severity SyncFailed UnsupportedFormat
+VhdkitError check clone compact compare convert create_child create_image merge merge_under_way open_disk rebase
+resume_merge snapshot snapshot_many
 """
 
 

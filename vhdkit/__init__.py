@@ -14,6 +14,7 @@ Sizes and offsets are bytes unless a name says sectors (512 bytes). Chains are l
 
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.check import check
+from vhdkit.chain.compact import CompactResult, compact
 from vhdkit.chain.compare import Comparison, compare
 from vhdkit.chain.convert import convert
 from vhdkit.chain.create import DiskFormat, create_child, create_image
@@ -50,6 +51,7 @@ from vhdkit.image import Extent, ExtentKind
 __all__ = [
     "AccessDenied",
     "AlreadyExists",
+    "CompactResult",
     "Comparison",
     "CorruptImage",
     "CorruptReason",
@@ -80,6 +82,7 @@ __all__ = [
     "VhdkitError",
     "check",
     "clone",
+    "compact",
     "compare",
     "convert",
     "create_child",

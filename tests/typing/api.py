@@ -35,6 +35,8 @@ def change(path: Path) -> None:
         disk.read_into(0, buffer)
         disk.read_into(0, memoryview(buffer)[:512])
     vhdkit.rebase(child, path)
+    smaller: vhdkit.CompactResult = vhdkit.compact(child, dry_run=True)
+    assert smaller.file_size_after_bytes <= smaller.file_size_before_bytes
     leaf: str = vhdkit.snapshot(child)
     leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
     leaves += vhdkit.clone(path, [path.with_suffix(".a"), "b.avhd"])

@@ -63,9 +63,15 @@ class _Search:
 
 
 def open_layers(
-    path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None
+    path: str | os.PathLike[str],
+    *,
+    writable: bool = False,
+    options: OpenOptions | None = None,
+    danger: str | None = "writing to it would corrupt that image",
 ) -> list[Layer]:
     """Open a leaf and all its parents, leaf first; only the leaf is writable.
+
+    A writable one has no children: `danger` is what would happen to them. None is for who changes no content.
 
     Raises NotFound, AccessDenied, CorruptImage (also for loops and too deep chains), UnsupportedFormat,
     ImageInUse, HasChildren, ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open.
@@ -76,8 +82,8 @@ def open_layers(
     store = FileStore.open(leaf_path, writable=writable)
     try:
         _hold(store, writable, options)
-        if writable:
-            refuse_with_children(store, options, "writing to it would corrupt that image")
+        if writable and danger is not None:
+            refuse_with_children(store, options, danger)
         layers.append(_open_leaf(pending.view(store), False, options))
         _open_parents(layers, store, options)
         if writable:  # last: only now is it sure that the chain is whole, and this may mend the file

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from vhdkit.cli.check import check_command
+from vhdkit.cli.compact import compact_command
 from vhdkit.cli.compare import compare_command
 from vhdkit.cli.convert import convert_command
 from vhdkit.cli.create import create_command
@@ -138,6 +139,7 @@ for _verb in (
     clone_command,
     merge_command,
     rebase_command,
+    compact_command,
     dump_command,
 ):
     main.add_command(_verb)

@@ -19,7 +19,8 @@ from vhdkit.cli.main import main
 
 MIB = 1 << 20
 VERBS = (
-    "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase", "dump",
+    "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase",
+    "compact", "dump",
 )  # fmt: skip
 COMMAND = (sys.executable, "-m", "vhdkit")
 

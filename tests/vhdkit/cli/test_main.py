@@ -246,4 +246,5 @@ def test_shell_completion() -> None:
         "convert",
         "compare",
         "clone",
+        "compact",
     ]

@@ -50,6 +50,11 @@ class Bat:
         self._view[block_index] = whole_sectors(start_bytes)
         self._dirty.add(block_index // ENTRIES_PER_SECTOR)
 
+    def clear(self, block_index: int) -> None:
+        """Let the block have no space; to be written with the next flush."""
+        self._view[block_index] = BAT_UNALLOCATED
+        self._dirty.add(block_index // ENTRIES_PER_SECTOR)
+
     @property
     def is_dirty(self) -> bool:
         """True when an entry waits for a flush."""

@@ -252,3 +252,8 @@ def build_header(header: DynamicHeader) -> bytes:
     names = _OFFSET["parent locator entry"]
     values["parent_locators"] = [{n: getattr(entry, n) for n in names} for entry in header.parent_locators]
     return sealed(bytes(_HEADER.build(values)), HEADER_CHECKSUM_OFFSET)
+
+
+def build_batmap_header(header: BatmapHeader) -> bytes:
+    """The 512 bytes of a batmap header; its checksum is over the map, so it is taken as it is."""
+    return bytes(_BATMAP_HEADER.build({name: getattr(header, name) for name in _OFFSET["batmap header"]}))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images worth compacting and resizing: blocks in any order, with gaps, of zeros, partly owned, unaligned.
+
+Built by `vhd_builder`, so nothing of the library decides what they look like. `cut_everywhere` runs an operation on
+an image whose power may fail, and judges inside every write and every sync what a cut would leave.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.model import ParsedVhd
+from tests.power import open_mem
+from tests.stores import CrashStore, MemStore
+from tests.vhd_builder import Block, Vhd, bitmap_space, bits_of, child, pattern
+from vhdkit.formats.probe import open_layer
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.image import Layer
+from vhdkit.store import Store
+from vhdkit.units import KIB, SECTOR_SIZE, sectors_to_bytes
+
+BLOCK = 512 * KIB
+SECTORS = BLOCK // SECTOR_SIZE
+
+
+@dataclass(slots=True)
+class Crowd:
+    """An image, the layers below it, and the content of its disk."""
+
+    store: MemStore
+    parents: list[Layer]
+    content: bytes
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The image, opened for writing as a chain is, and its parents."""
+        return self.over(self.store)
+
+    def over(self, store: Store) -> list[Layer]:
+        """The same with another store for the image."""
+        return [open_dynamic(store, writable=True), *self.parents]
+
+
+def crowd(seed: int, *, blocks: int = 9, differencing: bool = False, batmap: bool = False) -> Crowd:
+    """A random image of 512 KiB blocks, the last of them cut by the disk's end."""
+    rng = random.Random(f"crowd {seed}")
+    size = blocks * BLOCK - rng.choice((0, 0, 37, 1000)) * SECTOR_SIZE
+    parents = _parents(rng, size) if differencing else []
+    order = rng.sample(range(blocks), rng.randint(blocks // 2, blocks))
+    made = {block: _block(rng, differencing) for block in order}
+    if rng.random() < 0.5:  # gaps between blocks, some wide enough for one
+        position = 64 * KIB
+        for block in made.values():
+            block.start = position
+            position += bitmap_space(BLOCK) + BLOCK + rng.choice((0, 0, 7, 8, 1100, 2300)) * SECTOR_SIZE
+    fields: dict[str, object] = {"size": size, "block_size": BLOCK, "blocks": made, "aligned": rng.random() < 0.5}
+    if batmap:
+        full = {number for number, block in made.items() if block.bits is None}
+        fields |= {"creator": b"tap\0", "creator_version": 0x00010003, "batmap": _map(full, blocks)}
+    image = child(**fields) if differencing else Vhd(**fields)  # type: ignore[arg-type]  # names are Vhd's
+    store = image.build().store()
+    with open_mem(store.copy(), parents) as disk:
+        return Crowd(store, parents, disk.read(0, size))
+
+
+def _map(full: set[int], blocks: int) -> bytes:
+    raw = bytearray(-(-blocks // 8))
+    for block in full:
+        raw[block // 8] |= 0x80 >> block % 8
+    return bytes(raw)
+
+
+def _block(rng: random.Random, differencing: bool) -> Block:
+    """Zeros or data, owned wholly or in part."""
+    kind = rng.choice(("data", "data", "zeros", "zeros", "part", "zero part", "end"))
+    first = rng.randrange(SECTORS - 100)
+    run = set(range(first, first + rng.randint(1, 100)))
+    at = sectors_to_bytes(first)
+    data = pattern(len(run) * SECTOR_SIZE, rng.randrange(200))
+    if kind == "data":
+        return Block(pattern(BLOCK, rng.randrange(200)))
+    if kind == "zeros":
+        return Block(b"")
+    if kind == "end":
+        return Block(b"\1" * SECTOR_SIZE, at=BLOCK - 200 * SECTOR_SIZE)
+    if kind == "zero part":
+        return Block(data if differencing else b"", bits_of(set(range(SECTORS)) - run, BLOCK), at=at)
+    return Block(data, bits_of(run, BLOCK), at=at)
+
+
+def _parents(rng: random.Random, size: int) -> list[Layer]:
+    """A dynamic base with data in some blocks, as large as the child or a little smaller."""
+    blocks = {block: _block(rng, False) for block in rng.sample(range(size // BLOCK), size // BLOCK // 2)}
+    base = Vhd(size=size - rng.choice((0, 0, 5)) * SECTOR_SIZE, block_size=BLOCK, blocks=blocks)
+    return [open_layer(base.build().store("base.vhd", frozen=True))]
+
+
+def content_of(store: Store, parents: list[Layer], *, writable: bool = False) -> bytes:
+    """The whole disk as a reader sees it; with `writable` the image is opened as for writing first."""
+    disk = open_mem(store, parents, writable=writable)
+    return disk.read(0, disk.size_bytes)
+
+
+def sound(store: MemStore) -> list[str]:
+    """What is wrong with the layout of a file."""
+    return ParsedVhd.parse(store).overlaps()
+
+
+def cut_everywhere(
+    start: Crowd,
+    work: Callable[[list[Layer]], object],
+    allowed: tuple[bytes, ...],
+    *,
+    seed: int = 0,
+    cuts: int = 3,
+    again: bool = True,
+) -> set[bytes]:
+    """Do `work`; a cut inside any of its operations leaves one of the `allowed` contents, and finishes when redone.
+
+    Redoing is cut as well, unless `again` is false. Returns the contents that were seen.
+    """
+    rng = random.Random(f"cuts {seed}")
+    store, seen = CrashStore(start.store), set()
+
+    def judge() -> None:
+        for number in range(cuts):
+            found = store.after_cut(rng)
+            content = content_of(found.copy(frozen=True), start.parents)
+            assert content in allowed, f"operation {store.operation_count}, cut {number}: another content"
+            seen.add(content)
+            mended = found.copy()
+            assert content_of(mended, start.parents, writable=True) == content, "mending changed the content"
+            assert not sound(mended), sound(mended)
+            if again and number == 0 and content == start.content and rng.random() < 0.3:
+                rest = Crowd(found, start.parents, content)
+                cut_everywhere(rest, work, allowed, seed=rng.randrange(1 << 30), cuts=1, again=False)
+
+    layers = start.over(store)
+    store.watcher = judge
+    work(layers)
+    assert isinstance(layers[0], DynamicImage)
+    layers[0].close()
+    store.watcher = None
+    final = content_of(store, start.parents)
+    assert final == allowed[-1]
+    assert not sound(store)
+    return seen

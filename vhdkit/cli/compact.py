@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`compact`: a smaller file for the same disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+import vhdkit
+from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
+from vhdkit.cli.output import count, print_json, print_text
+from vhdkit.cli.progress import progress_shown
+from vhdkit.errors import printable
+from vhdkit.units import format_size
+
+
+@click.command(
+    "compact",
+    short_help="A smaller file for the same disk.",
+    epilog=epilog("vhdkit compact disk.vhd", "vhdkit compact --dry-run disk.vhd"),
+)
+@click.argument("image", type=PATH)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@image_options()
+@progress_option
+def compact_command(image: str, dry_run: bool, common: Common, progress: bool | None) -> None:
+    """Drop the blocks of IMAGE that hold nothing but zeros, close the gaps, and cut the file.
+
+    Zeros that hide data of a parent stay. In a fixed or raw image, whose size is given, runs of zeros become holes.
+    The disk reads the same at every moment: Ctrl-C or a power cut loses nothing, and compacting again goes on. An
+    image that others stand on is compacted too; nobody may have it open. Before, let the guest write zeros over what
+    it has deleted (fstrim, sdelete -z).
+
+    \b
+    With --json: {"path", "file_size_before_bytes", "file_size_after_bytes",
+      "allocated_before_bytes", "allocated_after_bytes", "dropped_block_count",
+      "moved_block_count", "punched_bytes"}
+    allocated is what the file takes on its file system, null with --dry-run afterwards.
+    """
+    with progress_shown(common, progress, "compacting") as show:
+        done = vhdkit.compact(image, options=common.options, dry_run=dry_run, progress=show)
+    if common.json:
+        print_json(asdict(done))
+    elif dry_run or not common.quiet:
+        print_text(f"{printable(image)}: {'would ' if dry_run else ''}{_sentence(done, dry_run)}")
+
+
+def _sentence(done: vhdkit.CompactResult, dry_run: bool) -> str:
+    if done.punched_bytes:
+        return f"{'make' if dry_run else 'made'} holes of {format_size(done.punched_bytes)} of zeros"
+    if done.file_size_after_bytes == done.file_size_before_bytes and not done.dropped_block_count:
+        return "change nothing: there is nothing to gain" if dry_run else "nothing to gain"
+    blocks = f"{count(done.dropped_block_count, 'block')}, {'move' if dry_run else 'moved'} {done.moved_block_count}"
+    sizes = f"{format_size(done.file_size_before_bytes)} -> {format_size(done.file_size_after_bytes)}"
+    return f"{'drop' if dry_run else 'dropped'} {blocks}; file size {sizes}"
