@@ -68,6 +68,11 @@ class MemStore:
         assert offset_bytes >= 0
         buffer[:] = self._load(offset_bytes, len(buffer))
 
+    def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """See `Store.try_pread_into`: memory never waits."""
+        self.pread_into(offset_bytes, buffer)
+        return True
+
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
         self._change(offset_bytes, bytes(data))
@@ -79,6 +84,10 @@ class MemStore:
         size_bytes = min(size_bytes, self._size - offset_bytes)
         if size_bytes > 0:
             self._clear(offset_bytes, size_bytes)
+
+    def punches(self) -> bool:
+        """See `Store.punches`."""
+        return True
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.reserve`."""

@@ -29,7 +29,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # These see nothing of vhdkit but what is listed, and none of these modules of Python.
 SANS_IO = {
     "vhdkit.serve.nbd_wire": {"vhdkit.units", "vhdkit.errors"},
-    "vhdkit.serve.nbd_protocol": {"vhdkit.units", "vhdkit.errors", "vhdkit.serve.nbd_wire"},
+    "vhdkit.serve.nbd_options": {"vhdkit.units", "vhdkit.errors", "vhdkit.serve", "vhdkit.serve.nbd_wire"},
+    "vhdkit.serve.nbd_protocol": {
+        "vhdkit.units",
+        "vhdkit.errors",
+        "vhdkit.serve",
+        "vhdkit.serve.nbd_options",
+        "vhdkit.serve.nbd_wire",
+    },
 }
 NOT_SANS_IO = {"asyncio", "os", "select", "selectors", "socket", "ssl", "threading"}
 # Packages that do not see each other.

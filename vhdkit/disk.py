@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Self
 
@@ -34,6 +35,8 @@ class Disk:
         self.size_bytes = chain.size_bytes
         self.writable = chain.writable
         self._read_sectors = chain.read_into
+        self._try_read_sectors = chain.try_read_into
+        self._flush_is_due = chain.leaf.flush_is_due
         self._write_lock = threading.Lock()
         self._closed = False
 
@@ -59,6 +62,18 @@ class Disk:
             self._read_unaligned(offset_bytes, view)
         elif size:
             self._read_sectors(offset_bytes // SECTOR_SIZE, view)
+
+    def try_read_into(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """As `read_into` when no device has to be waited for; False (and `buffer` undefined) when one may.
+
+        Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed.
+        """
+        size = len(buffer)
+        if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
+            self._check_range(offset_bytes, size)
+        if (offset_bytes | size) & SECTOR_MASK:
+            return False
+        return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
     def _read_unaligned(self, offset: int, view: memoryview) -> None:
         """Whole sectors go straight into the caller's buffer, the edges through one sector of our own."""
@@ -100,6 +115,22 @@ class Disk:
                 self.chain.write(offset_bytes // SECTOR_SIZE, view)
         if fua:
             self.chain.flush()
+
+    def try_write(self, offset_bytes: int, data: memoryview) -> bool:
+        """As `write` of whole sectors, unless it would wait for another writer or for a flush: False, nothing done.
+
+        Raises as `write` does.
+        """
+        size = len(data)
+        if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
+            self._check_write(offset_bytes, size)
+        if (offset_bytes | size) & SECTOR_MASK or self._flush_is_due() or not self._write_lock.acquire(blocking=False):
+            return False
+        try:
+            self.chain.write(offset_bytes // SECTOR_SIZE, data)
+        finally:
+            self._write_lock.release()
+        return True
 
     def _write_unaligned(self, offset: int, view: memoryview) -> None:
         end = offset + len(view)
@@ -143,6 +174,36 @@ class Disk:
         if self._closed:
             raise errors.InvalidArgument("the disk is closed", path=self.path)
         self.chain.flush()
+
+    def known_holes(self, offset_bytes: int, size_bytes: int) -> list[tuple[int, int, bool]]:
+        """The range as (offset, size, certainly zeros that nobody owns), by what is known without reading anything.
+
+        Coarser than `extents`, and never waits. The range lies inside the disk and is not empty.
+        """
+        assert size_bytes > 0 and 0 <= offset_bytes and offset_bytes + size_bytes <= self.size_bytes
+        first = offset_bytes // SECTOR_SIZE
+        end = offset_bytes + size_bytes
+        runs = self.chain.known_holes(first, covering_sectors(end) - first)
+        clipped = []
+        for index, count, is_hole in runs:
+            start, stop = max(index * SECTOR_SIZE, offset_bytes), min((index + count) * SECTOR_SIZE, end)
+            clipped.append((start, stop - start, is_hole))
+        return clipped
+
+    def has_known_holes(self, offset_bytes: int, size_bytes: int) -> bool:
+        """True when `known_holes` finds one."""
+        first = offset_bytes // SECTOR_SIZE
+        return self.chain.has_known_holes(first, covering_sectors(offset_bytes + size_bytes) - first)
+
+    @property
+    def layer_ids(self) -> tuple[str | None, ...]:
+        """The unique id of each layer, leaf first, as people write it; None for a raw one."""
+        ids = (layer.unique_id for layer in self.chain.layers)
+        return tuple(None if one is None else str(uuid.UUID(bytes=one)) for one in ids)
+
+    def zeroes_are_fast(self) -> bool:
+        """True when `write_zeroes` gives space back instead of writing zeros."""
+        return self.chain.leaf.store.punches()
 
     def extents(
         self, offset_bytes: int = 0, size_bytes: int | None = None, *, find_holes: bool = False

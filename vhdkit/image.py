@@ -88,6 +88,11 @@ class Layer(Protocol):
         ...
 
     @property
+    def unique_id(self) -> bytes | None:
+        """The id that children know the image by; None for one without (raw)."""
+        ...
+
+    @property
     def size_bytes(self) -> int:
         """The virtual size, a whole number of sectors."""
         ...
@@ -145,6 +150,10 @@ class Layer(Protocol):
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """Give space back: sectors the layer owns read as zeros afterwards, the others are left as they are."""
+        ...
+
+    def flush_is_due(self) -> bool:
+        """True when so much metadata waits for a flush that a write may soon have to do one itself."""
         ...
 
     def flush(self) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Protocol, Self, TypeAlias
 
 from vhdkit import errors
-from vhdkit.units import MIB, SECTOR_SIZE
+from vhdkit.units import MIB, SECTOR_SIZE, round_up
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -67,12 +67,20 @@ class Store(Protocol):
         """Fill `buffer`; what lies past the end of the store reads as zeros."""
         ...
 
+    def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """Fill `buffer` when that needs no waiting for a device; False (and `buffer` undefined) when it may."""
+        ...
+
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """Write all of `data`, growing the store when it reaches past the end."""
         ...
 
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
         """Make a range inside the store read as zeros, giving its space back where that is possible."""
+        ...
+
+    def punches(self) -> bool:
+        """True when `punch` gives space back; False when it writes zeros."""
         ...
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
@@ -166,6 +174,7 @@ class FileStore:
         """Take over `fd`. Use `FileStore.open` or `NewFile` instead."""
         self._fd = fd
         self._path = path
+        self._no_wait = os.RWF_NOWAIT
         self.writable = writable
 
     @classmethod
@@ -252,6 +261,18 @@ class FileStore:
         except OSError as error:
             raise self._failed(error, "read", offset_bytes) from error
 
+    def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """See `Store.try_pread_into`: the page cache has it, or the file system has no device to wait for."""
+        try:
+            return os.preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _UNSUPPORTED and self._no_wait:
+                self._no_wait = 0  # tmpfs, for one, has no such flag and never waits
+                return self.try_pread_into(offset_bytes, buffer)
+            raise self._failed(error, "read", offset_bytes) from error
+
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
         try:
@@ -273,6 +294,14 @@ class FileStore:
             if error.errno not in _UNSUPPORTED:
                 raise self._failed(error, "punch a hole", offset_bytes) from error
             self._write_zeros(offset_bytes, min(size_bytes, max(self.size() - offset_bytes, 0)))
+
+    def punches(self) -> bool:
+        """See `Store.punches`."""
+        try:  # behind the end there is nothing to lose
+            _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, round_up(self.size(), MIB), MIB)
+        except OSError:
+            return False
+        return True
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.reserve`. Where the file system cannot reserve, zeros are written."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import threading
@@ -329,3 +330,27 @@ def test_reading_beside_the_first_write_of_each_block() -> None:
         done.set()
     readers.join()
     assert isinstance(disk.chain.leaf.store, MemStore)
+
+
+def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None:
+    """What is not known yet, not whole sectors or locked by another writer is refused; the rest is as by read, write."""
+    path = tmp_path / "d.vhd"
+    create_image(path, 8 * MIB)
+    with open_disk(path, writable=True) as disk:
+        data, buffer = os.urandom(8192), memoryview(bytearray(8192))
+        assert disk.try_read_into(0, buffer) and bytes(buffer) == bytes(8192)
+        assert disk.has_known_holes(0, 4 * MIB)
+        assert disk.try_write(4096, memoryview(data))
+        assert not disk.try_read_into(4096, buffer), "its bitmap was not looked at yet"
+        assert disk.read(4096, 8192) == data
+        assert disk.try_read_into(4096, buffer) and bytes(buffer) == data
+        assert not disk.try_write(1, memoryview(data)) and not disk.try_read_into(1, buffer)
+        assert disk.known_holes(100, 4 * MIB) == [(100, 2 * MIB - 100, False), (2 * MIB, 2 * MIB + 100, True)]
+        with disk._write_lock:
+            assert not disk.try_write(0, memoryview(data))
+        with pytest.raises(errors.OutOfRange):
+            disk.try_write(8 * MIB - SECTOR_SIZE, memoryview(data))
+        with pytest.raises(errors.OutOfRange):
+            disk.try_read_into(8 * MIB, buffer)
+    with open_disk(path) as disk, pytest.raises(errors.ReadOnly):
+        disk.try_write(0, memoryview(data))

@@ -52,6 +52,8 @@ class Chain:
         self._grain_bytes = self.map.grain_bytes
         self._grain_mask = self.map.grain_bytes - 1
         self._readers_by_number = (self._readers[0], *self._readers)  # the fine table counts layers from 1
+        tries = tuple(layer.store.try_pread_into for layer in layers)
+        self._tries_by_number = (tries[0], *tries)
         self._fine = self.map.fine
         self._fine_bytes = self.map.fine_bytes
         self._fine_mask = self.map.fine_bytes - 1
@@ -83,6 +85,71 @@ class Chain:
                 self._readers[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
                 return
         self._read_slowly(offset, buffer)
+
+    def try_read_into(self, sector_index: int, buffer: memoryview) -> bool:
+        """As `read_into` when that needs no waiting for a device; False (and `buffer` undefined) when it may.
+
+        What the map does not know yet may have to be read from bitmaps, so that is not tried.
+        """
+        offset = sectors_to_bytes(sector_index)
+        size = len(buffer)
+        within = offset & self._fine_mask
+        if within + size <= self._fine_bytes:
+            entry = self._fine[offset >> self._fine_shift]
+            if entry:
+                return self._tries_by_number[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
+        return self._try_slowly(offset, buffer)
+
+    def _try_slowly(self, offset: int, buffer: memoryview) -> bool:
+        """Grain by grain, only over grains whose one owner, or whose having none, is known."""
+        position, size = 0, len(buffer)
+        while position < size:
+            within = (offset + position) & self._grain_mask
+            count = min(size - position, self._grain_bytes - within)
+            entry = self._entries[(offset + position) >> self._grain_shift]
+            piece = buffer if count == size else buffer[position : position + count]
+            if entry >= 0:
+                if not self._tries_by_number[(entry & LAYER_MASK) + 1]((entry >> LAYER_BITS) + within, piece):
+                    return False
+            elif entry == ZERO:
+                piece[:] = bytes(count)
+            elif entry == UNKNOWN or not self._try_mixed((offset + position) >> self._grain_shift, within, piece):
+                return False
+            position += count
+        return True
+
+    def _try_mixed(self, grain: int, within: int, buffer: memoryview) -> bool:
+        """A grain with several owners, when they are known and the range has few."""
+        known = self.map.known.get(grain)
+        if known is None:
+            return False
+        first = within // SECTOR_SIZE
+        for run_first, run_count, owner in owner_runs(known.owners, first, len(buffer) // SECTOR_SIZE):
+            start = sectors_to_bytes(run_first - first)
+            piece = buffer[start : start + sectors_to_bytes(run_count)]
+            if owner == NOBODY:
+                piece[:] = bytes(len(piece))
+            elif not self._tries_by_number[owner + 1](known.offsets[owner] + sectors_to_bytes(run_first), piece):
+                return False
+        return True
+
+    def known_holes(self, sector_index: int, sector_count: int) -> list[tuple[int, int, bool]]:
+        """The range as (first sector, count, nobody owns it), by what the map knows of whole grains; never a read."""
+        first = sectors_to_bytes(sector_index) >> self._grain_shift
+        last = (sectors_to_bytes(sector_index + sector_count) - 1) >> self._grain_shift
+        holes = np.asarray(self._entries[first : last + 1]) == ZERO
+        edges = (np.flatnonzero(holes[1:] != holes[:-1]) + 1).tolist()
+        runs, end, grain_sectors = [], sector_index + sector_count, self.map.grain_sectors
+        for start, stop in zip((0, *edges), (*edges, len(holes)), strict=True):
+            begin = max((first + start) * grain_sectors, sector_index)
+            runs.append((begin, min((first + stop) * grain_sectors, end) - begin, bool(holes[start])))
+        return runs
+
+    def has_known_holes(self, sector_index: int, sector_count: int) -> bool:
+        """True when `known_holes` has one."""
+        first = sectors_to_bytes(sector_index) >> self._grain_shift
+        last = (sectors_to_bytes(sector_index + sector_count) - 1) >> self._grain_shift
+        return ZERO in self._entries[first : last + 1].tolist()
 
     def _read_slowly(self, offset: int, buffer: memoryview) -> None:
         """Grain by grain; neighbouring grains that lie together in one file are read together."""

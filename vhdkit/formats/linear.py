@@ -24,8 +24,9 @@ class LinearImage:
     unowned = ExtentKind.ZERO
     block_size_bytes = 0
 
-    def __init__(self, store: Store, size_bytes: int, *, writable: bool) -> None:
+    def __init__(self, store: Store, size_bytes: int, *, writable: bool, unique_id: bytes | None = None) -> None:
         self.store = store
+        self.unique_id = unique_id
         self.size_bytes = size_bytes
         self.data_end_bytes = size_bytes
         self.writable = writable
@@ -87,6 +88,10 @@ class LinearImage:
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`."""
         self.write_zeroes(sector_index, sector_count)
+
+    def flush_is_due(self) -> bool:
+        """See `Layer.flush_is_due`: there is no metadata to wait for one."""
+        return False
 
     def flush(self) -> None:
         """See `Layer.flush`."""

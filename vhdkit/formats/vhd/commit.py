@@ -120,6 +120,10 @@ class Commit:
         """The block's bitmap in `bitmaps` has changed (under `lock`)."""
         self._dirty.add(block_index)
 
+    def half_full(self) -> bool:
+        """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
+        return 2 * len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES
+
     def limit(self) -> None:
         """Flush when too much is dirty, forget bitmaps when too many are clean. For writers."""
         self._limit_dirty()

@@ -49,6 +49,7 @@ class DynamicImage:
         self.store = store
         self.metadata = metadata
         self.bat = bat
+        self.unique_id: bytes | None = metadata.footer.unique_id
         self.size_bytes = metadata.size_bytes
         self.writable = writable
         self.is_differencing = metadata.is_differencing
@@ -322,6 +323,10 @@ class DynamicImage:
         for extent in self.extents(sector_index, sector_count):
             if extent.store_offset_bytes is not None:
                 self.store.punch(extent.store_offset_bytes, sectors_to_bytes(extent.sector_count))
+
+    def flush_is_due(self) -> bool:
+        """See `Layer.flush_is_due`."""
+        return self._commit.half_full()
 
     def flush(self) -> None:
         """See `Layer.flush`."""

@@ -12,7 +12,7 @@ class FixedImage(LinearImage):
     """A linear image with a footer behind its data, which writing never touches."""
 
     def __init__(self, store: Store, metadata: Metadata, *, writable: bool) -> None:
-        super().__init__(store, metadata.size_bytes, writable=writable)
+        super().__init__(store, metadata.size_bytes, writable=writable, unique_id=metadata.footer.unique_id)
         self.metadata = metadata
 
 

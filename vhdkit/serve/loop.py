@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread's event loop and the worker threads beside it.
+
+Decides when a callback runs: on the loop's thread, when a descriptor is ready, when another thread posted it, or when
+a job is done. Must not know what is served. Everything that may wait for a device or a disk runs as a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import queue
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+READABLE, WRITABLE = select.EPOLLIN, select.EPOLLOUT
+WORKERS = 8
+
+
+class Loop:
+    """Run callbacks on one thread. `post` and `submit` may be called from any thread, the rest from the loop's."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._posted: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_numbers = itertools.count()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._running = False
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self.watch(self._wake_reader.fileno(), READABLE, self._woken)
+
+    # -- descriptors, timers and posts --------------------------------------------------------------------------
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(events)` whenever `fd` is ready."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, events)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch a watched `fd` for other events."""
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget `fd`, before it is closed."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call `callback` once, after that time."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Let the loop's thread call `callback` soon. From any thread, and from signal handlers."""
+        self._posted.append(callback)
+        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: it has ended
+            self._wake_writer.send(b"\0")
+
+    def _woken(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_reader.recv(4096)
+        self._run_posted()
+
+    def _run_posted(self) -> None:
+        while self._posted:
+            self._posted.popleft()()
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def submit(self, work: Callable[[], T], done: Callable[[T | BaseException], None]) -> None:
+        """Run `work` on a worker thread, then `done` with its result, or what it raised, on the loop's thread."""
+        if not self._workers:
+            self._start_workers()
+
+        def job() -> None:
+            result: T | BaseException
+            try:
+                result = work()
+            except BaseException as error:  # whatever it is, the one who waits for it must hear of it
+                result = error
+            self.post(lambda: done(result))
+
+        self._jobs.put(job)
+
+    def _start_workers(self) -> None:
+        for number in range(WORKERS):
+            worker = threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
+            worker.start()
+            self._workers.append(worker)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run until `stop`."""
+        self._running = True
+        while self._running:
+            for fd, events in self._epoll.poll(self._run_timers()):
+                callback = self._callbacks.get(fd)
+                if callback is not None:  # an earlier callback of this round may have closed it
+                    callback(events)
+
+    def _run_timers(self) -> float | None:
+        """Run what is due; seconds until the next is, or None."""
+        while self._timers:
+            left = self._timers[0][0] - time.monotonic()
+            if left > 0:
+                return left
+            heapq.heappop(self._timers)[2]()
+        return None
+
+    def stop(self) -> None:
+        """End `run` after the present round."""
+        self._running = False
+        self.post(lambda: None)
+
+    def close(self) -> None:
+        """End the workers, after the jobs they were given, and free the descriptors."""
+        for _ in self._workers:
+            self._jobs.put(None)
+        for worker in self._workers:
+            worker.join()
+        self._run_posted()
+        self._epoll.close()
+        self._wake_reader.close()
+        self._wake_writer.close()

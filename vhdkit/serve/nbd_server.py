@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NBD server: listening sockets, connections, exports, and the order in which it all ends.
+
+Decides who is let in, when an export holds still (`held`), and that at the end everything in flight is answered,
+flushed and closed. Must not know the protocol (`connection`) nor what a command does (`export`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from vhdkit import errors
+from vhdkit.serve.connection import Connection
+from vhdkit.serve.export import PIECE_BYTES, Export
+from vhdkit.serve.loop import READABLE, Loop
+from vhdkit.serve.nbd_options import ExportInfo, Session, TlsMode
+from vhdkit.serve.stats import Stats
+from vhdkit.units import KIB, MIB
+
+BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of what a client sent
+_REPLY_ROOM_BYTES = PIECE_BYTES + 64 * KIB
+SOCKET_BUFFER_BYTES = 2 * MIB
+MAX_CONNECTIONS = 1024
+GRACE_SECONDS = 10.0  # for clients to take their last answers
+_ACCEPT_AGAIN_SECONDS = 0.2
+_log = logging.getLogger(__name__)
+
+
+class NbdServer:
+    """Serves exports until `stop`. `run` is the loop; other threads use `stop` and `hold` only."""
+
+    def __init__(
+        self,
+        exports: Sequence[Export],
+        *,
+        tls_context: ssl.SSLContext | None = None,
+        tls_mode: TlsMode = TlsMode.OFF,
+        exit_last: bool = False,
+    ) -> None:
+        """Take over open disks; the first is the default export. `exit_last`: end when the last client has gone."""
+        self.exports = list(exports)
+        self.tls_context = tls_context
+        self.tls_mode = tls_mode
+        self.loop = Loop()
+        self.stats = Stats()
+        self.job_bytes = 0
+        self.buffer = memoryview(
+            bytearray(BUFFER_BYTES)
+        )  # both are shared by all connections: one at a time is served
+        self.replies = memoryview(bytearray(_REPLY_ROOM_BYTES))
+        self.connections: list[Connection] = []
+        self._exit_last = exit_last
+        self._listeners: list[socket.socket] = []
+        self._ending = False
+        self._drained: Callable[[], None] | None = None
+
+    def catalog(self) -> list[ExportInfo]:
+        """The exports as they are now."""
+        return [export.info() for export in self.exports]
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    def listen(self, sock: socket.socket) -> None:
+        """Take connections from a bound socket."""
+        sock.listen(128)
+        sock.setblocking(False)
+        self._listeners.append(sock)
+        self.loop.watch(sock.fileno(), READABLE, lambda events: self._accept(sock))
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors: let some clients go before the next try
+            _log.error("cannot take a connection: %s", error)
+            self.loop.unwatch(listener.fileno())
+            self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
+            return
+        if len(self.connections) >= MAX_CONNECTIONS:
+            _log.warning("more than %d clients: one is sent away", MAX_CONNECTIONS)
+            sock.close()
+            return
+        self.adopt(sock, _peer_name(sock, address))
+
+    def _watch_again(self, listener: socket.socket) -> None:
+        if not self._ending:
+            self.loop.watch(listener.fileno(), READABLE, lambda events: self._accept(listener))
+
+    def adopt(self, sock: socket.socket, peer: str) -> None:
+        """Serve a connected socket."""
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # row 42
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        self.connections.append(Connection(self, sock, peer, self._left))
+
+    def enter(self, session: Session) -> Export:
+        """The export a client has chosen."""
+        return next(export for export in self.exports if export.name == session.export.name)
+
+    def _left(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+        if not self.connections and (self._ending or (self._exit_last and connection.export is not None)):
+            self.loop.stop()
+
+    # -- holding still ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hold(self, exports: Sequence[Export]) -> Iterator[None]:
+        """While the block runs, on a thread that is not the loop's, these exports have no request in flight.
+
+        New requests wait; no client is told.
+        """
+        still = threading.Event()
+
+        def begin() -> None:
+            for export in exports:
+                export.held = True
+            self._drained = lambda: None if any(export.jobs for export in exports) else still.set()
+            self._drained()
+
+        def end() -> None:
+            self._drained = None
+            for export in exports:
+                export.held = False
+            for connection in list(self.connections):
+                connection.proceed()
+
+        self.loop.post(begin)
+        still.wait()
+        try:
+            yield
+        finally:
+            self.loop.post(end)
+
+    def drained(self, export: Export) -> None:
+        """A held export has no job in flight any more."""
+        if self._drained is not None:
+            self._drained()
+
+    # -- running and ending -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop` (or the last client has gone, where that was asked for), then flush and close all disks.
+
+        Raises the first error of that last flush.
+        """
+        try:
+            self.loop.run()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Take no more clients and requests, answer what is in flight, end. From any thread or signal handler."""
+        self.loop.post(self._stop)
+
+    def _stop(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._close_listeners()
+        for connection in list(self.connections):
+            connection.shut_down()
+        if not self.connections:
+            self.loop.stop()
+        self.loop.call_later(GRACE_SECONDS, self.loop.stop)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            self.loop.unwatch(listener.fileno())
+            listener.close()
+        self._listeners.clear()
+
+    def _close(self) -> None:
+        self._ending = True
+        self._close_listeners()
+        for connection in list(self.connections):
+            connection.close()
+        self.loop.close()  # ends the workers: nobody uses a disk any more
+        failures: list[errors.VhdkitError] = []
+        for export in self.exports:
+            try:
+                export.disk.close()
+            except errors.VhdkitError as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+
+def _peer_name(sock: socket.socket, address: object) -> str:
+    if isinstance(address, tuple):
+        return f"{address[0]}:{address[1]}"
+    return f"unix client {sock.fileno()}"

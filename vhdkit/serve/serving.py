@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transmission phase of one client: which requests are served right here, and which become jobs.
+
+The hot path takes every whole request out of one batch of received bytes, serves reads and writes that need no waiting
+straight from and into shared buffers, and answers with one `send`. Must not know what the other commands do (`export`)
+nor how they are spelled (`nbd_protocol`).
+
+Payloads reach the disk in pieces as they arrive, and long reads leave in pieces, so nothing of a client's choosing is
+ever allocated; a client has at most `MAX_JOBS` small jobs and one batch of answers that it did not take.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from vhdkit import errors
+from vhdkit.serve.channel import Channel
+from vhdkit.serve.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
+from vhdkit.serve.host import Host
+from vhdkit.serve.nbd_protocol import Request, Transmission
+from vhdkit.serve.nbd_wire import Command, CommandFlag
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down
+
+MAX_JOBS = 64  # of one client at once
+MAX_JOB_BYTES = 4 * MIB  # of data in one client's jobs
+MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond it each has one job at a time
+_LAST_HEADER_BYTES = 64  # the longest header before data
+_WORTH_WRITING_BYTES = 64 * KIB  # what arrives of a payload is collected up to here before it is written
+_CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
+_log = logging.getLogger(__name__)
+
+
+class _Payload:
+    """What is still to come of a payload that did not arrive whole."""
+
+    __slots__ = ("left", "offset", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.offset = request.offset
+        self.left = request.payload_bytes
+
+
+class _LongRead:
+    """A read that leaves in pieces: chunks of their own, or the one body of a simple reply."""
+
+    __slots__ = ("offset", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.offset = request.offset
+
+    @property
+    def end(self) -> int:
+        return self.request.offset + self.request.length
+
+
+class Serving:
+    """One client's requests. All methods run on the loop's thread."""
+
+    def __init__(
+        self,
+        host: Host,
+        channel: Channel,
+        rules: Transmission,
+        export: Export,
+        *,
+        peer: str,
+        proceed: Callable[[], None],
+    ) -> None:
+        """`proceed` is called when a job is done: more can be served, or the connection ended."""
+        self.export = export
+        self.ended = False  # the client said that it is done
+        self.jobs = 0
+        self._job_bytes = 0
+        self._host = host
+        self._loop = host.loop
+        self._channel = channel
+        self._rules = rules
+        self._peer = peer
+        self._proceed = proceed
+        self._late: list[bytes | bytearray] = []  # answers that wait for the end of a long read
+        self._payload: _Payload | None = None
+        self._long_read: _LongRead | None = None
+        self._waiting = False  # for a job without which nothing more can be served
+
+    def blocked(self) -> bool:
+        """True while no more requests are taken."""
+        return bool(
+            self._channel.unsent
+            or self._waiting
+            or self.ended
+            or self.jobs >= MAX_JOBS
+            or self._job_bytes >= MAX_JOB_BYTES
+            or (self.jobs and self._host.job_bytes >= MAX_ALL_JOB_BYTES)
+            or self._long_read is not None
+            or self.export.held
+        )
+
+    def step(self) -> bool:
+        """Go on with a long read; False when there is none, or it cannot go on now."""
+        if self._long_read is None or self._channel.unsent or self._waiting or self._channel.is_closed():
+            return False
+        self._continue_long_read(self._long_read)
+        return True
+
+    def serve(self, buffer: memoryview, end: int) -> int:
+        """Serve what lies before `end`; returns where what could not be served begins."""
+        rules, export = self._rules, self.export
+        next_request, disk = rules.next_request, export.disk
+        try_read, try_write, has_holes = disk.try_read_into, disk.try_write, disk.has_known_holes
+        replies, room = self._host.replies, len(self._host.replies)
+        header_size = rules.read_header_size
+        began = time.perf_counter_ns()
+        filled, served = 0, 0
+        position = self._take_payload(buffer, 0, end) if self._payload is not None else 0
+        while not self._must_wait():
+            # Round and round without leaving as long as nothing has to wait: see the `continue`s.
+            request = next_request(buffer, position, end)
+            if request is None:
+                break
+            error, command, flags, cookie, offset, length, payload_bytes = request
+            start = position + rules.request_size
+            try:
+                if command == Command.READ and not error and not flags and 0 < length <= PIECE_BYTES:
+                    stop = filled + header_size + length
+                    if stop > room:
+                        self._channel.send(replies[:filled])
+                        filled = 0
+                        continue
+                    holes = length >= HOLE_WORTH_BYTES and rules.structured and has_holes(offset, length)
+                    if not holes and try_read(offset, replies[filled + header_size : stop]):
+                        rules.put_read_header(replies, filled, cookie, offset, length)
+                        position, filled, served = start, stop, served + 1
+                        continue
+                elif command == Command.WRITE and not error and 0 < length <= end - start:
+                    if filled + _LAST_HEADER_BYTES > room:
+                        self._channel.send(replies[:filled])
+                        filled = 0
+                    if try_write(offset, buffer[start : start + length]):
+                        position, served = start + length, served + 1
+                        if flags & CommandFlag.FUA:
+                            self._flush_then(rules.done(request), request)
+                        else:
+                            filled += rules.put_done(replies, filled, cookie, offset)
+                        continue
+            except errors.VhdkitError as problem:
+                self._log_failure(request, problem)
+                self._channel.send(error_reply(rules, request, problem))
+                position = start
+                if payload_bytes > end - start:
+                    self._payload = _Payload(request._replace(error=error_number(problem)))
+                else:
+                    position += payload_bytes
+                continue
+            position = self._begin(request, buffer, start, end)
+            if self._payload is not None:
+                position = self._take_payload(buffer, position, end)
+        if filled:
+            self._channel.send(replies[:filled])
+        if served:
+            self._host.stats.batch(served, time.perf_counter_ns() - began)
+        return position
+
+    def _must_wait(self) -> bool:
+        """True when the next request cannot be looked at yet."""
+        return self._payload is not None or self.blocked()
+
+    def _begin(self, request: Request, buffer: memoryview, start: int, end: int) -> int:
+        """Deal with a request that is not served at once; returns where the next one begins."""
+        rules = self._rules
+        if request.command == Command.DISC:  # row 31
+            self.ended = True
+            return end
+        stop = start + request.payload_bytes
+        if request.payload_bytes and (stop > end or request.payload_bytes > PIECE_BYTES):
+            self._payload = _Payload(request)
+            return start
+        if request.error:
+            self._channel.send(rules.error(request, request.error))
+        elif request.command == Command.READ and request.length > PIECE_BYTES:
+            self._long_read = _LongRead(request)
+            if not rules.structured:
+                self._channel.send(rules.begin_simple_read(request))
+        elif request.command == Command.FLUSH:
+            self._flush_then(rules.done(request), request)
+        else:
+            self._submit(request, bytes(buffer[start:stop]) if request.payload_bytes else None)
+        return stop
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def _submit(self, request: Request, payload: bytes | None) -> None:
+        """Let a worker do it, and answer when it is done; with FUA, when that is durable (row 31)."""
+        rules, export = self._rules, self.export
+        size = request.length if request.command in (Command.READ, Command.WRITE) else 0
+        self._job_begins(size)
+        began = time.perf_counter_ns()
+
+        def done(answer: bytes | bytearray | BaseException) -> None:
+            self._job_ends(size)
+            self._host.stats.batch(1, time.perf_counter_ns() - began)
+            if isinstance(answer, BaseException):
+                self._log_failure(request, answer)
+                answer = error_reply(rules, request, answer)
+            elif request.flags & CommandFlag.FUA and request.command in _CHANGING:
+                self._flush_then(answer, request)
+                return
+            self._answer(answer)
+
+        self._loop.submit(lambda: export.run(rules, request, payload), done)
+
+    def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
+        """Send `answer` when everything so far is durable."""
+        rules, export = self._rules, self.export
+        self._job_begins()
+
+        def done(failure: BaseException | None) -> None:
+            self._job_ends()
+            if failure is not None:
+                self._log_failure(request, failure)
+            self._answer(answer if failure is None else error_reply(rules, request, failure))
+
+        export.flush(self._loop, done)
+
+    def _job_begins(self, size_bytes: int = 0) -> None:
+        self._job_bytes += size_bytes
+        self._host.job_bytes += size_bytes
+        self.jobs += 1
+        self.export.jobs += 1
+
+    def _job_ends(self, size_bytes: int = 0) -> None:
+        self._job_bytes -= size_bytes
+        self._host.job_bytes -= size_bytes
+        self.jobs -= 1
+        self.export.jobs -= 1
+        if self.export.held and not self.export.jobs:
+            self._host.drained(self.export)
+
+    def _answer(self, answer: bytes | bytearray) -> None:
+        """An answer from a job. It may not stand inside the chunk of a long read."""
+        if self._channel.is_closed():
+            return
+        if self._long_read is not None:
+            self._late.append(answer)
+        else:
+            self._channel.send(answer)
+        self._proceed()
+
+    # -- payloads that arrive in pieces -------------------------------------------------------------------------
+
+    def _take_payload(self, buffer: memoryview, position: int, end: int) -> int:
+        """Serve what is here of the payload; returns where the rest begins."""
+        payload = self._payload
+        assert payload is not None
+        request = payload.request
+        size = min(payload.left, end - position)
+        if request.error:  # row 25: drained
+            payload.left -= size
+        elif request.command != Command.WRITE:
+            return self._gather(payload, buffer, position, end)
+        else:
+            if size < payload.left:  # cut where a sector ends, so that no sector is written in two parts
+                size = round_down(payload.offset + size, SECTOR_SIZE) - payload.offset
+                if size < min(payload.left, _WORTH_WRITING_BYTES):
+                    return position
+            size = min(size, PIECE_BYTES)
+            self._write_piece(payload, buffer[position : position + size])
+        if not payload.left and not self._waiting:
+            self._end_payload(payload)
+        return position + size
+
+    def _gather(self, payload: _Payload, buffer: memoryview, position: int, end: int) -> int:
+        """A short payload that is needed whole."""
+        if end - position < payload.left:
+            return position
+        self._payload = None
+        stop = position + payload.left
+        self._submit(payload.request, bytes(buffer[position:stop]))
+        return stop
+
+    def _write_piece(self, payload: _Payload, piece: memoryview) -> None:
+        export = self.export
+        offset = payload.offset
+        payload.offset += len(piece)
+        payload.left -= len(piece)
+        try:
+            if export.disk.try_write(offset, piece):
+                return
+        except errors.VhdkitError as problem:
+            self._fail_payload(payload, problem)
+            return
+        data = bytes(piece)
+        self._waiting = True
+        self._job_begins()
+
+        def done(result: object) -> None:
+            self._job_ends()
+            self._waiting = False
+            if isinstance(result, BaseException):
+                self._fail_payload(payload, result)
+            if not payload.left:
+                self._end_payload(payload)
+            self._proceed()
+
+        self._loop.submit(lambda: export.disk.write(offset, data), done)
+
+    def _fail_payload(self, payload: _Payload, problem: BaseException) -> None:
+        """The rest is drained, and the answer is the first error."""
+        self._log_failure(payload.request, problem)
+        payload.request = payload.request._replace(error=error_number(problem))
+
+    def _end_payload(self, payload: _Payload) -> None:
+        rules, request = self._rules, payload.request
+        self._payload = None
+        if self._channel.is_closed():
+            return
+        if request.error:
+            self._channel.send(rules.error(request, request.error))
+        elif request.flags & CommandFlag.FUA:
+            self._flush_then(rules.done(request), request)
+        else:
+            self._channel.send(rules.done(request))
+
+    # -- long reads ---------------------------------------------------------------------------------------------
+
+    def _continue_long_read(self, reading: _LongRead) -> None:
+        """Send the next piece: at once when it needs no waiting, else when a worker has it."""
+        rules, export = self._rules, self.export
+        request, offset = reading.request, reading.offset
+        if offset == reading.end:
+            self._end_long_read(rules.done(request) if rules.structured else b"")
+            return
+        size = min(reading.end - offset, PIECE_BYTES)
+        reading.offset += size
+        head = rules.data_chunk(request, offset, size) if rules.structured else b""
+        reply = self._host.replies[: len(head) + size]
+        try:
+            has_holes = rules.structured and export.disk.has_known_holes(offset, size)
+            if not has_holes and export.disk.try_read_into(offset, reply[len(head) :]):
+                reply[: len(head)] = head
+                self._channel.send(reply)
+                return
+        except errors.VhdkitError as problem:
+            self._fail_long_read(request, problem)
+            return
+        self._waiting = True
+        self._job_begins()
+
+        def done(result: bytes | BaseException) -> None:
+            self._job_ends()
+            self._waiting = False
+            if isinstance(result, BaseException):
+                self._fail_long_read(request, result)
+            else:
+                self._channel.send(result)
+            self._proceed()
+
+        self._loop.submit(lambda: export.run_read_piece(rules, request, offset, size), done)
+
+    def _fail_long_read(self, request: Request, problem: BaseException) -> None:
+        """Rows 33 and 34: no chunk is cut short, and a simple reply that promised success cannot be saved."""
+        rules = self._rules
+        self._log_failure(request, problem)
+        if rules.structured:
+            self._end_long_read(error_reply(rules, request, problem))
+        else:
+            self._channel.close()
+
+    def _end_long_read(self, last: bytes) -> None:
+        self._long_read = None
+        self._channel.send(last)
+        late, self._late = self._late, []
+        for answer in late:
+            self._channel.send(answer)
+
+    def _log_failure(self, request: Request, problem: BaseException) -> None:
+        self._host.stats.errors += 1
+        name = Command(request.command).name if request.command in list(Command) else str(request.command)
+        _log.warning("%s: %s of %d bytes at byte %d: %s", self._peer, name, request.length, request.offset, problem)
