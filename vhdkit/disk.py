@@ -180,7 +180,7 @@ class Disk:
 
         Coarser than `extents`, and never waits. The range lies inside the disk and is not empty.
         """
-        assert size_bytes > 0 and 0 <= offset_bytes and offset_bytes + size_bytes <= self.size_bytes
+        assert size_bytes > 0 and offset_bytes >= 0 and offset_bytes + size_bytes <= self.size_bytes
         first = offset_bytes // SECTOR_SIZE
         end = offset_bytes + size_bytes
         runs = self.chain.known_holes(first, covering_sectors(end) - first)

@@ -251,6 +251,14 @@ class UndoneStore:
             before = change.before[start - change.offset_bytes : stop - change.offset_bytes]
             buffer[start - offset_bytes : stop - offset_bytes] = before
 
+    def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """See `Store.try_pread_into`: such a store is rare, so it is never tried."""
+        return False
+
+    def punches(self) -> bool:
+        """See `Store.punches`."""
+        return False
+
     def _touching(self, start: int, stop: int) -> Iterator[Change]:
         """The changes that share bytes with a range."""
         for change in self._changes[max(bisect_right(self._starts, start) - 1, 0) :]:
