@@ -333,7 +333,7 @@ def test_reading_beside_the_first_write_of_each_block() -> None:
 
 
 def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None:
-    """What is not known yet, not whole sectors or locked by another writer is refused; the rest is as by read, write."""
+    """What is not known yet, not whole sectors or locked by another writer is refused; the rest is done."""
     path = tmp_path / "d.vhd"
     create_image(path, 8 * MIB)
     with open_disk(path, writable=True) as disk:
