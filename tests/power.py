@@ -272,7 +272,8 @@ def _write(disk: Disk, model: SectorModel, rng: random.Random) -> None:
     offset, size = random_range(rng, disk.size_bytes, rng.choice((1, 100, SECTOR_SIZE, SECTOR_SIZE)))
     data, fua = rng.randbytes(size), rng.random() < 0.15
     model.write(offset, data)
-    disk.write(offset, data, fua=fua)
+    if fua or not disk.try_write(offset, memoryview(data)):
+        disk.write(offset, data, fua=fua)
     if fua:
         model.flushed_range(offset, size)
 
@@ -300,5 +301,7 @@ def _flush(disk: Disk, model: SectorModel, rng: random.Random) -> None:
 
 def _read(disk: Disk, model: SectorModel, rng: random.Random) -> None:
     """While the power is on, a disk is simply right."""
-    offset, size = random_range(rng, disk.size_bytes, 1)
+    offset, size = random_range(rng, disk.size_bytes, rng.choice((1, SECTOR_SIZE)))
+    buffer = memoryview(bytearray(size))
+    assert not disk.try_read_into(offset, buffer) or buffer == model.current[offset : offset + size]
     assert disk.read(offset, size) == model.current[offset : offset + size]

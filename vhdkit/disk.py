@@ -36,6 +36,7 @@ class Disk:
         self.writable = chain.writable
         self._read_sectors = chain.read_into
         self._try_read_sectors = chain.try_read_into
+        self._write_in_place = chain.write_in_place
         self._flush_is_due = chain.leaf.flush_is_due
         self._write_lock = threading.Lock()
         self._closed = False
@@ -124,10 +125,13 @@ class Disk:
         size = len(data)
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
-        if (offset_bytes | size) & SECTOR_MASK or self._flush_is_due() or not self._write_lock.acquire(blocking=False):
+        if (offset_bytes | size) & SECTOR_MASK or not self._write_lock.acquire(blocking=False):
             return False
         try:
-            self.chain.write(offset_bytes // SECTOR_SIZE, data)
+            if not self._write_in_place(offset_bytes // SECTOR_SIZE, data):
+                if self._flush_is_due():
+                    return False
+                self.chain.write(offset_bytes // SECTOR_SIZE, data)
         finally:
             self._write_lock.release()
         return True

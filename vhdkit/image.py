@@ -137,6 +137,10 @@ class Layer(Protocol):
         """Store whole sectors. True when the layer owns more than before."""
         ...
 
+    def write_in_place(self, store_offset_bytes: int, data: memoryview) -> None:
+        """Overwrite sectors that the layer owns and that lie there: nothing but their data changes."""
+        ...
+
     def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
         """Own the range, as zeros. True when the layer owns more than before."""
         ...

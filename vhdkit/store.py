@@ -40,6 +40,8 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_KERNEL_COPY = {*_UNSUPPORTED, errno.EXDEV, errno.EBADF, errno.ETXTBSY}
 
+_preadv = os.preadv
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -264,7 +266,7 @@ class FileStore:
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """See `Store.try_pread_into`: the page cache has it, or the file system has no device to wait for."""
         try:
-            return os.preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == len(buffer)
+            return _preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == len(buffer)
         except BlockingIOError:
             return False
         except OSError as error:

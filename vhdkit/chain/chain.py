@@ -267,9 +267,34 @@ class Chain:
         try:
             if self.leaf.write(sector_index, data):
                 self.map.own(sector_index, whole_sectors(len(data)))
+            else:  # it owned all of it before: learn that, for `write_in_place`
+                grain = sectors_to_bytes(sector_index) >> self._grain_shift
+                if self._entries[grain] == UNKNOWN:
+                    self.map.settle(grain)
         except BaseException:  # the leaf may own a part of the run now, and a retry would not say so again
             self.map.forget(sector_index, whole_sectors(len(data)))
             raise
+
+    def write_in_place(self, sector_index: int, data: memoryview) -> bool:
+        """Overwrite whole sectors that the map knows to lie together in the leaf; False, nothing done, for others.
+
+        Nothing but data changes: no bit, no BAT entry, no map. Raises IoFailed, SyncFailed.
+        """
+        offset = sectors_to_bytes(sector_index)
+        within = offset & self._fine_mask
+        if within + len(data) > self._fine_bytes:
+            within = offset & self._grain_mask
+            if within + len(data) > self._grain_bytes:
+                return False
+            entry = self._entries[offset >> self._grain_shift]
+            if entry < 0 or entry & LAYER_MASK:
+                return False
+        else:
+            entry = self._fine[offset >> self._fine_shift] - 1
+            if entry < 0 or entry & LAYER_MASK:
+                return False
+        self.leaf.write_in_place((entry >> LAYER_BITS) + within, data)
+        return True
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> None:
         """Make a run read as zeros, hiding what parents have there. Raises NoSpace, IoFailed, SyncFailed."""

@@ -66,6 +66,12 @@ class LinearImage:
         self.store.pwrite(offset, data)
         return False
 
+    def write_in_place(self, store_offset_bytes: int, data: memoryview) -> None:
+        """See `Layer.write_in_place`."""
+        self._guard.check()
+        assert self.writable and store_offset_bytes + len(data) <= self.size_bytes
+        self.store.pwrite(store_offset_bytes, data)
+
     def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
         """See `Layer.write_zeroes`: a hole in the file."""
         self._guard.check()

@@ -62,9 +62,11 @@ class Transmission:
         self.extended = session.extended
         request = wire.EXTENDED_REQUEST if self.extended else wire.REQUEST
         self.request_size = request.size
-        self._unpack = request.unpack_from
-        self._magic = wire.EXTENDED_REQUEST_MAGIC if self.extended else wire.REQUEST_MAGIC
-        self._write_flags = int(CommandFlag.PAYLOAD_LEN) if self.extended else 0
+        # The hot path unpacks and knows the usual requests itself; any other it takes to `next_request`.
+        self.unpack = request.unpack_from  # magic, flags, command, cookie, offset, length
+        self.magic = wire.EXTENDED_REQUEST_MAGIC if self.extended else wire.REQUEST_MAGIC
+        write_flags = int(CommandFlag.PAYLOAD_LEN) if self.extended else 0
+        self.write_flags = -1 if self.read_only else write_flags  # of a usual WRITE; a usual READ has none
         self.read_header_size = wire.SIMPLE_REPLY.size
         if self.extended:
             self.read_header_size = wire.EXTENDED_DATA_CHUNK.size
@@ -80,17 +82,12 @@ class Transmission:
         """
         if end - position < self.request_size:
             return None
-        magic, flags, command, cookie, offset, length = self._unpack(buffer, position)
-        if magic != self._magic:
+        magic, flags, command, cookie, offset, length = self.unpack(buffer, position)
+        if magic != self.magic:
             raise BrokenClient(f"bad magic {magic:#x} where a request should begin")
-        if 0 < length <= wire.MAX_PAYLOAD_BYTES and offset + length <= self.size_bytes:  # the usual ones, quickly
-            if command == Command.READ and flags == 0:
-                return Request(0, command, 0, cookie, offset, length, 0)
-            if command == Command.WRITE and flags == self._write_flags and not self.read_only:
-                return Request(0, command, flags, cookie, offset, length, length)
-        return self._unusual(flags, command, cookie, offset, length)
+        return self._judged(flags, command, cookie, offset, length)
 
-    def _unusual(self, flags: int, command: int, cookie: int, offset: int, length: int) -> Request:
+    def _judged(self, flags: int, command: int, cookie: int, offset: int, length: int) -> Request:
         payload = length if command == Command.WRITE and not self.extended else 0
         if self.extended and flags & CommandFlag.PAYLOAD_LEN:
             payload = length

@@ -29,6 +29,7 @@ MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond it each has one job
 _LAST_HEADER_BYTES = 64  # the longest header before data
 _WORTH_WRITING_BYTES = 64 * KIB  # what arrives of a payload is collected up to here before it is written
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
+_READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
 
 
@@ -108,56 +109,66 @@ class Serving:
 
     def serve(self, buffer: memoryview, end: int) -> int:
         """Serve what lies before `end`; returns where what could not be served begins."""
-        rules, export = self._rules, self.export
-        next_request, disk = rules.next_request, export.disk
-        try_read, try_write, has_holes = disk.try_read_into, disk.try_write, disk.has_known_holes
-        replies, room = self._host.replies, len(self._host.replies)
-        header_size = rules.read_header_size
-        began = time.perf_counter_ns()
-        filled, served = 0, 0
-        position = self._take_payload(buffer, 0, end) if self._payload is not None else 0
+        position = 0
+        if self._payload is not None:
+            position = self._take_payload(buffer, 0, end)
         while not self._must_wait():
-            # Round and round without leaving as long as nothing has to wait: see the `continue`s.
-            request = next_request(buffer, position, end)
+            began = position
+            position = self._serve_usual(buffer, position, end)
+            if self._channel.unsent:
+                break
+            request = self._rules.next_request(buffer, position, end)
             if request is None:
                 break
-            error, command, flags, cookie, offset, length, payload_bytes = request
-            start = position + rules.request_size
-            try:
-                if command == Command.READ and not error and not flags and 0 < length <= PIECE_BYTES:
-                    stop = filled + header_size + length
+            if began != position and self.blocked():
+                break
+            position = self._begin(request, buffer, position + self._rules.request_size, end)
+            if self._payload is not None:
+                position = self._take_payload(buffer, position, end)
+        return position
+
+    def _serve_usual(self, buffer: memoryview, position: int, end: int) -> int:
+        """The hot path: plain reads and writes that need no waiting. Returns where the first other request begins."""
+        rules, disk = self._rules, self.export.disk
+        unpack, magic, request_size, size_bytes = rules.unpack, rules.magic, rules.request_size, rules.size_bytes
+        try_read, try_write, has_holes = disk.try_read_into, disk.try_write, disk.has_known_holes
+        put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
+        header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
+        replies, room = self._host.replies, len(self._host.replies) - _LAST_HEADER_BYTES
+        began, filled, served = time.perf_counter_ns(), 0, 0
+        try:
+            while end - position >= request_size:
+                found, flags, command, cookie, offset, length = unpack(buffer, position)
+                if found != magic or not 0 < length <= PIECE_BYTES or offset + length > size_bytes:
+                    break
+                if command == _READ and flags == 0:
+                    start = filled + header_size
+                    stop = start + length
                     if stop > room:
                         self._channel.send(replies[:filled])
                         filled = 0
+                        if self._channel.unsent:
+                            break
                         continue
-                    holes = length >= HOLE_WORTH_BYTES and rules.structured and has_holes(offset, length)
-                    if not holes and try_read(offset, replies[filled + header_size : stop]):
-                        rules.put_read_header(replies, filled, cookie, offset, length)
-                        position, filled, served = start, stop, served + 1
-                        continue
-                elif command == Command.WRITE and not error and 0 < length <= end - start:
-                    if filled + _LAST_HEADER_BYTES > room:
-                        self._channel.send(replies[:filled])
-                        filled = 0
-                    if try_write(offset, buffer[start : start + length]):
-                        position, served = start + length, served + 1
-                        if flags & CommandFlag.FUA:
-                            self._flush_then(rules.done(request), request)
-                        else:
-                            filled += rules.put_done(replies, filled, cookie, offset)
-                        continue
-            except errors.VhdkitError as problem:
-                self._log_failure(request, problem)
-                self._channel.send(error_reply(rules, request, problem))
-                position = start
-                if payload_bytes > end - start:
-                    self._payload = _Payload(request._replace(error=error_number(problem)))
+                    if (length >= hole_worth and has_holes(offset, length)) or not try_read(
+                        offset, replies[start:stop]
+                    ):
+                        break
+                    put_read_header(replies, filled, cookie, offset, length)
+                    filled = stop
+                    position += request_size
+                elif command == _WRITE and flags == write_flags:
+                    start = position + request_size
+                    stop = start + length
+                    if stop > end or filled > room or not try_write(offset, buffer[start:stop]):
+                        break
+                    filled += put_done(replies, filled, cookie, offset)
+                    position = stop
                 else:
-                    position += payload_bytes
-                continue
-            position = self._begin(request, buffer, start, end)
-            if self._payload is not None:
-                position = self._take_payload(buffer, position, end)
+                    break
+                served += 1
+        except errors.VhdkitError as problem:  # the request is told so when it is done again, as a job
+            _log.debug("%s: %s", self._peer, problem)
         if filled:
             self._channel.send(replies[:filled])
         if served:

@@ -172,6 +172,12 @@ class DynamicImage:
             raise
         return grew
 
+    def write_in_place(self, store_offset_bytes: int, data: memoryview) -> None:
+        """See `Layer.write_in_place`."""
+        self._commit.guard.check()
+        assert self.writable
+        self.store.pwrite(store_offset_bytes, data)
+
     def _write_block(self, block: int, first: int, count: int, data: memoryview | None) -> bool:
         """Own a run of one block, holding `data`, or zeros when that is None."""
         self._commit.guard.check()
