@@ -27,7 +27,8 @@ MAX_JOBS = 64  # of one client at once
 MAX_JOB_BYTES = 4 * MIB  # of data in one client's jobs
 MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond it each has one job at a time
 _LAST_HEADER_BYTES = 64  # the longest header before data
-_WORTH_WRITING_BYTES = 64 * KIB  # what arrives of a payload is collected up to here before it is written
+_KEPT_BYTES = 64 * KIB  # payloads up to here are looked at once they are all there
+_WORTH_WRITING_BYTES = 16 * KIB  # what arrives of a longer one is collected up to here before it is written
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
@@ -118,10 +119,10 @@ class Serving:
             if self._channel.unsent:
                 break
             request = self._rules.next_request(buffer, position, end)
-            if request is None:
+            if request is None or (began != position and self.blocked()):
                 break
-            if began != position and self.blocked():
-                break
+            if position + self._rules.request_size + min(request.payload_bytes, _KEPT_BYTES) > end:
+                break  # it is kept until it is all there, or enough of it to be written in pieces
             position = self._begin(request, buffer, position + self._rules.request_size, end)
             if self._payload is not None:
                 position = self._take_payload(buffer, position, end)
