@@ -206,7 +206,8 @@ class Chain:
         """
         runs = self._extents(sector_index, sector_count)
         if find_holes:
-            runs = (part for run in merged_extents(runs) for part in self._holes(run))
+            seen: dict[int, tuple[int, int, bool]] = {}
+            runs = (part for run in merged_extents(runs) for part in self._holes(run, seen))
         return merged_extents(runs)
 
     def _extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
@@ -244,21 +245,34 @@ class Chain:
             place = (entry >> LAYER_BITS) + sectors_to_bytes(start - grain_first)
             yield Extent(start, stop - start, ExtentKind.DATA, entry & LAYER_MASK, place)
 
-    def _holes(self, extent: Extent) -> Iterator[Extent]:
-        """A DATA run split where its file has holes; a sector with any data in it is data."""
+    def _holes(self, extent: Extent, seen: dict[int, tuple[int, int, bool]]) -> Iterator[Extent]:
+        """A DATA run split where its file has holes; a sector with any data in it is data.
+
+        `seen` remembers for each layer the run of its file that was looked up last: to find the end of a long one takes
+        the file system a while, and all of a chain's runs may lie in it.
+        """
         if extent.store_offset_bytes is None:
             yield extent
             return
-        base, position = extent.store_offset_bytes, 0
-        runs = self.layers[extent.layer_index].store.data_runs(base, sectors_to_bytes(extent.sector_count))
-        for offset, size, is_data in runs:
-            stop_bytes = offset + size - base
-            stop = covering_sectors(stop_bytes) if is_data else stop_bytes // SECTOR_SIZE
-            if stop > position:
-                kind = ExtentKind.DATA if is_data else ExtentKind.ZERO
-                place = base + sectors_to_bytes(position) if is_data else None
-                yield Extent(extent.sector_index + position, stop - position, kind, extent.layer_index, place)
-                position = stop
+        index, base, position = extent.layer_index, extent.store_offset_bytes, 0
+        while position < extent.sector_count:
+            at = base + sectors_to_bytes(position)
+            start, end, is_data = seen.get(index, (0, 0, False))
+            if not start <= at < end:
+                start, end, is_data = seen[index] = self._file_run(index, at)
+            stop = min(covering_sectors(end - base) if is_data else (end - base) // SECTOR_SIZE, extent.sector_count)
+            if stop == position:  # a hole that ends inside this sector
+                stop, is_data = position + 1, True
+            kind = ExtentKind.DATA if is_data else ExtentKind.ZERO
+            yield Extent(extent.sector_index + position, stop - position, kind, index, at if is_data else None)
+            position = stop
+
+    def _file_run(self, layer_index: int, offset_bytes: int) -> tuple[int, int, bool]:
+        """(start, end, may hold data) of the run of the layer's file from there on; behind its end is nothing."""
+        store = self.layers[layer_index].store
+        size_bytes = max(store.size() - offset_bytes, SECTOR_SIZE)
+        offset, size, is_data = next(iter(store.data_runs(offset_bytes, size_bytes)))
+        return offset, offset + size, is_data
 
     # -- writing ------------------------------------------------------------------------------------------------
 
