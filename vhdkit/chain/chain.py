@@ -248,8 +248,8 @@ class Chain:
     def _holes(self, extent: Extent, seen: dict[int, tuple[int, int, bool]]) -> Iterator[Extent]:
         """A DATA run split where its file has holes; a sector with any data in it is data.
 
-        `seen` remembers for each layer the run of its file that was looked up last: to find the end of a long one takes
-        the file system a while, and all of a chain's runs may lie in it.
+        `seen` remembers for each layer the run of its file that was looked up last: to find the end of a long one
+        takes the file system a while, and all of a chain's runs may lie in it.
         """
         if extent.store_offset_bytes is None:
             yield extent
