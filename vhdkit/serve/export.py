@@ -93,8 +93,7 @@ class Export:
         if request.command == Command.BLOCK_STATUS:
             return self._run_status(rules, request, payload)
         if request.command == Command.WRITE:
-            assert payload is not None
-            disk.write(offset, payload)
+            disk.write(offset, payload or b"")
         elif request.command == Command.TRIM:
             disk.trim(offset, length)
         elif request.command == Command.WRITE_ZEROES:

@@ -103,7 +103,7 @@ class Serving:
 
     def step(self) -> bool:
         """Go on with a long read; False when there is none, or it cannot go on now."""
-        if self._long_read is None or self._channel.unsent or self._waiting or self._channel.is_closed():
+        if self._long_read is None or self._channel.unsent or self._waiting or self.export.held:
             return False
         self._continue_long_read(self._long_read)
         return True
@@ -114,12 +114,11 @@ class Serving:
         if self._payload is not None:
             position = self._take_payload(buffer, 0, end)
         while not self._must_wait():
-            began = position
             position = self._serve_usual(buffer, position, end)
             if self._channel.unsent:
                 break
             request = self._rules.next_request(buffer, position, end)
-            if request is None or (began != position and self.blocked()):
+            if request is None:
                 break
             if position + self._rules.request_size + min(request.payload_bytes, _KEPT_BYTES) > end:
                 break  # it is kept until it is all there, or enough of it to be written in pieces
@@ -187,7 +186,7 @@ class Serving:
             self.ended = True
             return end
         stop = start + request.payload_bytes
-        if request.payload_bytes and (stop > end or request.payload_bytes > PIECE_BYTES):
+        if request.payload_bytes > _KEPT_BYTES:
             self._payload = _Payload(request)
             return start
         if request.error:
@@ -271,8 +270,6 @@ class Serving:
         size = min(payload.left, end - position)
         if request.error:  # row 25: drained
             payload.left -= size
-        elif request.command != Command.WRITE:
-            return self._gather(payload, buffer, position, end)
         else:
             if size < payload.left:  # cut where a sector ends, so that no sector is written in two parts
                 size = round_down(payload.offset + size, SECTOR_SIZE) - payload.offset
@@ -283,15 +280,6 @@ class Serving:
         if not payload.left and not self._waiting:
             self._end_payload(payload)
         return position + size
-
-    def _gather(self, payload: _Payload, buffer: memoryview, position: int, end: int) -> int:
-        """A short payload that is needed whole."""
-        if end - position < payload.left:
-            return position
-        self._payload = None
-        stop = position + payload.left
-        self._submit(payload.request, bytes(buffer[position:stop]))
-        return stop
 
     def _write_piece(self, payload: _Payload, piece: memoryview) -> None:
         export = self.export
