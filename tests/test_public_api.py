@@ -6,7 +6,8 @@ from __future__ import annotations
 import vhdkit
 
 PUBLIC = """
-AccessDenied AlreadyExists CompactResult Comparison CorruptImage CorruptReason Disk DiskFormat Extent ExtentKind
+AccessDenied AddressInUse AlreadyExists CompactResult Comparison CorruptImage CorruptReason Disk DiskFormat Extent
+ExtentKind
 Finding FormatName HasChildren ImageInUse InvalidArgument IoFailed Merge NoSpace NotFound OpenOptions OutOfRange
 ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly Severity SyncFailed UnsupportedFormat
 VhdkitError check clone compact compare convert create_child create_image merge merge_under_way open_disk rebase

@@ -25,6 +25,7 @@ from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import (
     AccessDenied,
+    AddressInUse,
     AlreadyExists,
     CorruptImage,
     CorruptReason,
@@ -50,6 +51,7 @@ from vhdkit.image import Extent, ExtentKind
 
 __all__ = [
     "AccessDenied",
+    "AddressInUse",
     "AlreadyExists",
     "CompactResult",
     "Comparison",

@@ -197,6 +197,13 @@ class ImageInUse(VhdkitError):
     exit_code = 5
 
 
+class AddressInUse(VhdkitError):
+    """Another program listens on the socket's path or port."""
+
+    errno = errnos.EADDRINUSE
+    exit_code = 5
+
+
 class HasChildren(ImageInUse):
     """A writable open of an image that differencing images stand on."""
 

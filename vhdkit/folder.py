@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of files: new files that appear whole or not at all, and what lies in a folder.
+"""The names of files: new files that appear whole or not at all, sockets, and what lies in a folder.
 
-Decides how a new file gets its name and how names are looked up. With `store` (bytes) the only file I/O in
-vhdkit. Must not know formats or chains; where a parent may lie is `chain.resolve`'s decision.
+Decides how a new file or a socket gets its name and how names are looked up. With `store` (bytes) the only file I/O
+in vhdkit. Must not know formats or chains; where a parent may lie is `chain.resolve`'s decision.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -24,6 +27,10 @@ from vhdkit.store import FileStore, translated
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+_MAX_SOCKET_BYTES = 107  # sun_path of Linux, without the zero byte at its end
+_SOCKET_MODE, _SHARED_SOCKET_MODE = 0o600, 0o660
+_BACKLOG = 128  # clients that wait to be taken
+_TRIES, _TRY_SECONDS = 50, 0.1  # for the lock of a folder
 _PART_BYTES = 8  # of chance in the name of a file under construction
 _PART = re.compile(rf"\.vhdkit-[0-9a-f]{{{2 * _PART_BYTES}}}\.part")
 
@@ -34,7 +41,7 @@ def _part_name() -> str:
 
 
 class _UnnamedStore(FileStore):
-    """A file nobody can find yet: its parts need no order among themselves, so only the commit syncs."""
+    """A file nobody can find (yet): its parts need no order among themselves, so only a commit syncs."""
 
     def sync(self) -> None:
         """Nothing: see `NewFile.commit`."""
@@ -202,7 +209,7 @@ def scratch_store(directory: str | None) -> FileStore:
             name = os.path.join(directory, _part_name())
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.unlink(name)
-    return FileStore(fd, os.path.join(directory, "(temporary file)"), writable=True)
+    return _UnnamedStore(fd, os.path.join(directory, "(temporary file)"), writable=True)
 
 
 def sync_directory(directory: str) -> None:
@@ -228,6 +235,119 @@ def remove_file(path: str) -> None:
     with translated(path, "remove"), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     sync_directory(os.path.dirname(path))
+
+
+class SocketFile:
+    """A unix socket that listens under a name: private from the first moment on, taken away by `close`.
+
+    The name of a socket on which nobody listens any more is taken over; anything else under it is left alone.
+    """
+
+    def __init__(self, path: str, *, owner: tuple[int, int | None] | None = None) -> None:
+        """Only the user may connect, or the `owner`, a user id, and where one is given everybody of a group id.
+
+        Raises AddressInUse, AlreadyExists, InvalidArgument (too long a path), NotFound, AccessDenied.
+        """
+        self.path = path
+        size = len(os.fsencode(path))
+        if size > _MAX_SOCKET_BYTES:
+            raise errors.InvalidArgument(
+                f"the path of a socket has at most {_MAX_SOCKET_BYTES} bytes, not {size}",
+                path=path,
+                hint="choose a shorter one, or change into its folder and give the bare name",
+            )
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._identity: tuple[int, int] | None = None
+        try:
+            with translated(path, "create the socket"), _folder_held(os.path.dirname(path)):
+                self._take_over_name()
+                self._bind(owner)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self, owner: tuple[int, int | None] | None) -> None:
+        shared = owner is not None and owner[1] is not None
+        # The mode that a socket has when it is bound is that of its file: there is no moment with a wider one.
+        os.fchmod(self.socket.fileno(), _SHARED_SOCKET_MODE if shared else _SOCKET_MODE)
+        self.socket.bind(self.path)
+        status = os.lstat(self.path)
+        self._identity = status.st_dev, status.st_ino
+        if owner is not None:
+            os.chown(self.path, owner[0], -1 if owner[1] is None else owner[1], follow_symlinks=False)
+        self.socket.listen(_BACKLOG)  # still under the folder's lock: one that does not listen is taken over
+
+    def _take_over_name(self) -> None:
+        """Unlink what is there when it is a socket nobody listens on."""
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(status.st_mode):
+            raise errors.AlreadyExists("exists and is no socket: it is not replaced", path=self.path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(self.path)
+            except ConnectionRefusedError:
+                os.unlink(self.path)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):  # somebody is there, busy or of another kind
+                    raise
+        raise errors.AddressInUse("another program is listening there", path=self.path)
+
+    def close(self) -> None:
+        """Take the name away, unless it is another's by now, and close the socket. Closing twice is fine."""
+        if self._identity is not None:
+            with contextlib.suppress(OSError):
+                status = os.lstat(self.path)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.path)
+            self._identity = None
+        self.socket.close()
+
+
+@contextlib.contextmanager
+def _folder_held(directory: str) -> Iterator[None]:
+    """Nobody else of us is here in this folder at the same time. One that cannot be locked stops nobody."""
+    try:
+        fd = os.open(directory or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # one may write to it but not read it
+        yield
+        return
+    try:
+        for _ in range(_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno != errno.EWOULDBLOCK:
+                    break
+                time.sleep(_TRY_SECONDS)
+        yield
+    finally:
+        os.close(fd)
+
+
+class PrivateFolder:
+    """A new folder that only the user (or `owner`) may enter, for sockets; removed by `close` when it is empty."""
+
+    def __init__(self, *, owner: tuple[int, int | None] | None = None) -> None:
+        """In the user's runtime folder, or where temporary files go. Raises AccessDenied, NoSpace, IoFailed."""
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        parent = runtime if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK) else None
+        with translated(parent or "temporary files", "create a private folder in"):
+            self.path = tempfile.mkdtemp(prefix="vhdkit-", dir=parent)
+            if owner is not None:
+                os.chown(self.path, owner[0], -1 if owner[1] is None else owner[1])
+                if owner[1] is not None:
+                    os.chmod(self.path, 0o750)
+
+    def close(self) -> None:
+        """Remove it. Closing twice is fine."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path)
 
 
 def real_path(path: str | os.PathLike[str]) -> str:

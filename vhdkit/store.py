@@ -403,6 +403,11 @@ class FileStore:
         for byte in set(_HELD_BY_WRITER) - set(held):
             self._set_lock(fcntl.F_UNLCK, byte)
 
+    def become_reader(self) -> None:
+        """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""
+        for byte in set(_HELD_BY_WRITER) - set(_HELD_BY_READER):
+            self._set_lock(fcntl.F_UNLCK, byte)
+
     def unlock(self) -> None:
         """Give up every lock of this store."""
         for byte in _HELD_BY_WRITER:

@@ -28,6 +28,7 @@ TABLE: dict[type[VhdkitError], tuple[int, int]] = {
     errors.SyncFailed: (errno.EIO, 1),
     errors.NoSpace: (errno.ENOSPC, 7),
     errors.CorruptImage: (errno.EIO, 3),
+    errors.AddressInUse: (errno.EADDRINUSE, 5),
     errors.ImageInUse: (errno.EBUSY, 5),
     errors.HasChildren: (errno.EBUSY, 5),
     errors.ParentError: (errno.ENOENT, 6),

@@ -73,7 +73,7 @@ def snapshot_many(
     named = [
         (os.fspath(leaf), os.fspath(new) if new is not None else default_name(os.fspath(leaf))) for leaf, new in pairs
     ]
-    _check_names([leaf for leaf, _ in named], [new for _, new in named])
+    check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options) as wanted:
         left_over = [one for one in wanted if _is_left_over(one)]
         if len(left_over) == len(wanted):
@@ -97,7 +97,7 @@ def clone(
     """
     options = options or OpenOptions()
     parent, names = os.fspath(base), [os.fspath(path) for path in paths]
-    _check_names([parent], names)
+    check_names([parent], names)
     layers = open_layers(parent, options=options)
     try:
         _refuse_foreign_writer(layers[0])
@@ -123,7 +123,7 @@ def default_name(leaf: str) -> str:
     raise errors.AlreadyExists("every name for a child is taken", path=leaf, hint="say what to call it")
 
 
-def _check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
+def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
     """Raise InvalidArgument for a set that is none."""
     if not children or len(children) > MAX_SET:
         raise errors.InvalidArgument(f"a set has 1 to {MAX_SET} images, not {len(children)}")

@@ -26,6 +26,7 @@ from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, sto
 from vhdkit.cli.map import map_command
 from vhdkit.cli.merge import merge_command
 from vhdkit.cli.rebase import rebase_command
+from vhdkit.cli.serve import serve_command
 from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
 
@@ -140,6 +141,7 @@ for _verb in (
     merge_command,
     rebase_command,
     compact_command,
+    serve_command,
     dump_command,
 ):
     main.add_command(_verb)

@@ -57,6 +57,7 @@ class NbdServer:
         self._exit_last = exit_last
         self._listeners: list[socket.socket] = []
         self._ending = False
+        self._closed = False
         self._drained: Callable[[], None] | None = None
 
     def catalog(self) -> list[ExportInfo]:
@@ -155,7 +156,7 @@ class NbdServer:
         try:
             self.loop.run()
         finally:
-            self._close()
+            self.close()
 
     def stop(self) -> None:
         """Take no more clients and requests, answer what is in flight, end. From any thread or signal handler."""
@@ -178,8 +179,11 @@ class NbdServer:
             listener.close()
         self._listeners.clear()
 
-    def _close(self) -> None:
-        self._ending = True
+    def close(self) -> None:
+        """Hang up on everybody, flush and close all disks. Closing twice is fine. Raises as `run` does."""
+        if self._closed:
+            return
+        self._closed = self._ending = True
         self._close_listeners()
         for connection in list(self.connections):
             connection.close()

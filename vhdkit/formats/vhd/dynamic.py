@@ -58,7 +58,7 @@ class DynamicImage:
         # A writable image has no short last block: `mend` saw to it, and new blocks come behind the old end.
         self.data_end_bytes = NO_END if writable else block_data_end(metadata)
         self.findings: list[Finding] = list(metadata.findings)
-        self._ignore_bitmaps = ignore_bitmaps and not self.is_differencing
+        self.ignore_bitmaps = ignore_bitmaps and not self.is_differencing
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
         self._full = bytearray(len(bat))  # 1: the block is known to be wholly owned
@@ -84,7 +84,7 @@ class DynamicImage:
 
     def owned_sectors(self, block_index: int) -> NDArray[np.bool_] | None:
         """See `Layer.owned_sectors`."""
-        if self._ignore_bitmaps or self._full[block_index]:
+        if self.ignore_bitmaps or self._full[block_index]:
             return None
         raw = self._bitmap(block_index)
         return None if self._full[block_index] else bitmap.owned(raw, self._sectors_per_block)
@@ -210,7 +210,7 @@ class DynamicImage:
     def _own(self, block: int, first: int, count: int) -> bool:
         """Set bits for data that is already in the file. True when one was clear."""
         raw = self._bitmap(block)
-        if self._ignore_bitmaps:
+        if self.ignore_bitmaps:
             first, count = (
                 0,
                 self._sectors_per_block,
@@ -272,7 +272,7 @@ class DynamicImage:
         else:
             owned = bitmap.owned(self._bitmap(block), self._sectors_per_block).copy()
         before = int(np.count_nonzero(owned))
-        if self._ignore_bitmaps:
+        if self.ignore_bitmaps:
             owned[:] = True  # what was read as data must stay data for every reader
         for piece in pieces:
             first = piece.sector_index - self._block_sector(block)

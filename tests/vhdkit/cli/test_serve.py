@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`serve` as a process: readiness, signals, sockets, what it leaves behind, and wrong command lines."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.servers import SECONDS, read_ready, serving, start_server
+from tests.support import require_tool
+from tests.support import run as run_tool
+from tests.vhdkit.cli.running import failure, finish, good, make_chain, names, start
+
+
+def digest(path: str) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def copied(uri: str) -> bytes:
+    """The whole export, by nbdcopy."""
+    run_tool([require_tool("nbdcopy"), uri, "copy.raw"])
+    return Path("copy.raw").read_bytes()
+
+
+def put(uri: str, data: bytes) -> None:
+    """Fill the export from its beginning, and flush."""
+    Path("put.raw").write_bytes(data)
+    run_tool([require_tool("nbdcopy"), "--flush", "put.raw", uri])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_serves_until_a_signal(number: int, folder: Path) -> None:
+    """A chain reads back whole; a signal ends it with 0, and nothing is left but the images."""
+    content = make_chain()
+    before = names(folder)
+    with serving("leaf.avhd", "--socket", "a b.sock", "--pid-file", "pid") as server:
+        assert Path("pid").read_text() == f"{server.process.pid}\n"
+        assert stat.S_IMODE(os.stat("a b.sock").st_mode) == 0o600
+        assert server.ready["exports"][0]["path"] == "leaf.avhd"
+        assert copied(server.uri) == content
+        assert server.stop(number) == (0, "")
+    Path("copy.raw").unlink()
+    assert names(folder) == before
+    good("check", "leaf.avhd")
+
+
+def test_address_on_standard_output() -> None:
+    """Without --json the address is one line, whatever is asked for, and the private folder goes at the end."""
+    good("create", "a.vhd", "--size", "1M")
+    process = start("serve", "a.vhd", "--listen", "localhost:0")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"nbd://localhost:")
+    process.terminate()
+    assert finish(process) == (0, "", "")
+    process = start("serve", "a.vhd")
+    assert process.stdout is not None
+    uri = process.stdout.readline().decode().strip()
+    path = Path(uri.partition("socket=")[2])
+    assert path.is_socket()
+    process.terminate()
+    assert finish(process) == (0, "", "")
+    assert not path.parent.exists()
+
+
+def test_several_exports() -> None:
+    """Each image under its file's name or its own; the first is the default."""
+    for name, size in (("a.vhd", "1M"), ("b.vhd", "2M"), ("c.vhd", "3M")):
+        good("create", name, "--size", size)
+    with serving("a.vhd", "b.vhd", "--export", "see/me=c.vhd", "--socket", "s") as server:
+        assert [row["name"] for row in server.ready["exports"]] == ["a.vhd", "b.vhd", "see/me"]
+        sizes = [run_tool([require_tool("nbdinfo"), "--size", uri]).stdout.strip() for uri in server.ready["uris"]]
+        assert sizes == ["1048576", "2097152", "3145728"]
+        default = run_tool([require_tool("nbdinfo"), "--size", f"nbd+unix:///?socket={Path('s').absolute()}"]).stdout
+        assert default.strip() == "1048576"
+        listed = run_tool([require_tool("nbdinfo"), "--list", server.uri]).stdout
+        assert "dynamic VHD, 2.0 MiB, b.vhd" in listed
+
+
+def test_overlay_leaves_the_images_alone() -> None:
+    """With --overlay clients write, and at the end every file of the chain is as it was; several may do so at once."""
+    content = make_chain()
+    before = {name: digest(name) for name in ("base.vhd", "middle.avhd", "leaf.avhd")}
+    with serving("leaf.avhd", "--overlay", "--socket", "a") as server, serving("leaf.avhd", "--overlay") as other:
+        put(server.uri, bytes(len(content)))
+        assert copied(server.uri) == bytes(len(content))
+        assert copied(other.uri) == content
+        assert server.stop() == (0, "")
+    assert {name: digest(name) for name in before} == before
+
+
+def test_written_data_is_there_afterwards() -> None:
+    """What a client wrote is on the disk when the server has ended."""
+    content = make_chain()
+    with serving("leaf.avhd") as server:
+        put(server.uri, content[::-1])
+        assert server.stop()[0] == 0
+    with vhdkit.open_disk("leaf.avhd") as disk:
+        assert disk.read(0, disk.size_bytes) == content[::-1]
+
+
+def test_two_servers_for_one_image() -> None:
+    """An image in use is refused with code 5; readers share it."""
+    good("create", "a.vhd", "--size", "1M")
+    with serving("a.vhd"):
+        assert "a.vhd: another program" in failure("serve", "a.vhd", code=5)
+        assert "a.vhd: another program" in failure("serve", "a.vhd", "--read-only", code=5)
+    with serving("a.vhd", "--read-only"), serving("a.vhd", "--read-only"):
+        assert "another program" in failure("serve", "a.vhd", code=5)
+
+
+def test_killed_and_started_again() -> None:
+    """After kill -9 the same command line starts again over the stale socket and pid file."""
+    good("create", "a.vhd", "--size", "1M")
+    words = ("a.vhd", "--socket", "s", "--pid-file", "pid")
+    with serving(*words) as server:
+        server.process.kill()
+        server.wait()
+        assert Path("s").exists() and Path("pid").exists()
+        with serving(*words) as again:
+            assert Path("pid").read_text() == f"{again.process.pid}\n"
+            good("create", "b.vhd", "--size", "1M")
+            assert "another program is listening" in failure("serve", "b.vhd", "--socket", "s", code=5)
+            assert again.stop() == (0, "")
+
+
+def test_exit_last() -> None:
+    """With --exit-last it ends when its last client has gone."""
+    make_chain()
+    with serving("leaf.avhd", "--read-only", "--exit-last") as server:
+        run_tool([require_tool("nbdinfo"), "--size", server.uri])
+        assert server.wait() == (0, "")
+
+
+def test_socket_activation(tmp_path: Path) -> None:
+    """`nbdcopy -- [ vhdkit serve IMAGE ]`: the socket is passed, nothing is printed, the copy is whole."""
+    content = make_chain()
+    command = ["[", os.path.join(os.path.dirname(sys.executable), "vhdkit"), "serve", "leaf.avhd", "]"]
+    run_tool([require_tool("nbdcopy"), "--", *command, "copy.raw"])
+    assert Path("copy.raw").read_bytes() == content
+    assert failure("serve", "gone.vhd", code=1)
+
+
+def test_passed_descriptor_that_is_no_socket() -> None:
+    """LISTEN_FDS for something that does not listen is refused in one line."""
+    good("create", "a.vhd", "--size", "1M")
+    program = (
+        "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+        " os.dup2(os.open('/dev/null', 0), 3, inheritable=True);"
+        " os.execv(sys.executable, [sys.executable, '-m', 'vhdkit', 'serve', 'a.vhd'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "descriptor 3" in done.stderr
+
+
+def test_service_manager_is_told() -> None:
+    """READY=1 when clients can connect, STOPPING=1 when it ends."""
+    good("create", "a.vhd", "--size", "1M")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("notify.sock")
+        manager.settimeout(SECONDS)
+        process = start_server("a.vhd", env={"NOTIFY_SOCKET": str(Path("notify.sock").absolute())})
+        try:
+            read_ready(process)
+            assert manager.recv(100) == b"READY=1"
+            process.terminate()
+            assert manager.recv(100) == b"STOPPING=1"
+            process.communicate(timeout=SECONDS)
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_follow_leaf() -> None:
+    """--follow-leaf serves the newest image that stands on the one named; two that do are both named."""
+    make_chain()
+    assert "is the parent of" in failure("serve", "base.vhd", code=5)
+    with serving("base.vhd", "--follow-leaf") as server:
+        assert server.ready["exports"][0]["path"].endswith("/leaf.avhd")
+        assert server.ready["exports"][0]["name"] == "base.vhd"
+    good("create", "second.avhd", "--parent", "middle.avhd")
+    line = failure("serve", "base.vhd", "--follow-leaf", code=5)
+    assert "leaf.avhd" in line and "second.avhd" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        ([], 2, "name an IMAGE"),
+        (["gone.vhd"], 1, "gone.vhd"),
+        (["a.vhd", "--socket", "no/where.sock"], 1, "no/where.sock"),
+        (["a.vhd", "--socket", "x" * 200], 2, "107"),
+        (["a.vhd", "--socket", "a.vhd"], 1, "no socket"),
+        (["a.vhd", "--listen", "::1"], 2, "brackets"),
+        (["a.vhd", "--listen", "0.0.0.0:0"], 2, "--insecure"),
+        (["a.vhd", "a.vhd"], 5, "twice"),
+        (["a.vhd", "--export", "a.vhd=b.vhd"], 2, "two exports"),
+        (["--export", "a.vhd"], 2, "NAME=IMAGE"),
+        (["a.vhd", "--overlay", "--read-only"], 2, "--read-only"),
+        (["a.vhd", "--socket-owner", "no-such-user-x"], 2, "no-such-user-x"),
+        (["a.vhd", "--pid-file", "."], 2, "directory"),
+        (["a.vhd", "--engine", "steam"], 2, "steam"),
+    ],
+)
+def test_wrong_command_lines(words: list[str], code: int, text: str, folder: Path) -> None:
+    """Each is one line that names what is wrong, and leaves nothing."""
+    for name in ("a.vhd", "b.vhd"):
+        good("create", name, "--size", "1M")
+    before = names(folder)
+    assert text in failure("serve", *words, code=code)
+    assert names(folder) == before

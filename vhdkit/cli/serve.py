@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`serve`: images and chains as NBD exports, until somebody says that it is enough.
+
+Decides which options exclude each other, what is printed when the server is ready, and what a signal does: the first
+ends it in order, a second one does not wait for slow clients. Everything that was answered is flushed either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+import vhdkit
+from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.output import print_json
+from vhdkit.folder import read_whole, remove_file, write_whole
+from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
+from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.notify import READY, STOPPING, notify
+from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.units import KIB
+
+_STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXAMPLES = (
+    "vhdkit serve disk.vhd --socket /run/disk.sock",
+    "vhdkit serve system.avhd data.vhd --read-only",
+    "vhdkit serve backup.avhd --overlay --listen localhost:10809",
+    "nbdcopy -- [ vhdkit serve child.avhd ] copy.raw",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The command line of `serve`."""
+
+    image: tuple[str, ...]
+    export: tuple[str, ...]
+    socket: str | None
+    listen: str | None
+    read_only: bool
+    overlay: bool
+    follow_leaf: bool
+    insecure: bool
+    socket_owner: str | None
+    exit_last: bool
+    pid_file: str | None
+    engine: str
+
+
+@click.command(
+    "serve",
+    short_help="Serve images over NBD.",
+    epilog=epilog(*_EXAMPLES, codes="Ends with 0 after Ctrl-C or SIGTERM, when everything written is on the device."),
+)
+@click.argument("image", nargs=-1, type=PATH)
+@click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
+@click.option(
+    "--socket",
+    metavar="PATH",
+    type=PATH,
+    help="Listen on a unix socket that only you may use. Without this and --listen: on one in a new folder.",
+)
+@click.option("--listen", metavar="HOST:PORT", help="Listen on TCP. Port 0 is any free one.")
+@click.option("--read-only", is_flag=True, help="Nobody may write; the images are opened for reading.")
+@click.option(
+    "--overlay",
+    is_flag=True,
+    help="Clients may write, but the images stay as they are: changes are thrown away at the end.",
+)
+@click.option(
+    "--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE, as a live snapshot left it."
+)
+@click.option("--insecure", is_flag=True, help="Listen for other machines although nothing is encrypted.")
+@click.option("--socket-owner", metavar="USER[:GROUP]", help="Who may use the unix socket instead of you (as root).")
+@click.option("--exit-last", is_flag=True, help="End when the last client has gone.")
+@click.option("--pid-file", metavar="FILE", type=PATH, help="Write the process's number there when it is ready.")
+@click.option("--engine", type=click.Choice(["builtin"]), default="builtin", show_default=True,
+              help="The server that is used.")  # fmt: skip
+@image_options()
+def serve_command(common: Common, **words: Any) -> None:
+    """Serve IMAGE, a chain's leaf or a single image, as an NBD export called like the file, until Ctrl-C or SIGTERM.
+
+    The first export is the default one. Clients get along with several connections, and what one flushes is flushed
+    for all. The address is printed on standard output when clients can connect; sockets that a service manager passes
+    (LISTEN_FDS) are used as they are.
+
+    \b
+    With --json, when ready: {"pid", "uris": [...],
+      "exports": [{"name", "uri", "path", "size_bytes", "read_only"}]}
+    """
+    wish = Wish(**words)
+    _check(wish)
+    _log_to_stderr(common)
+    _ENGINES[wish.engine](wish, common)
+
+
+def _check(wish: Wish) -> None:
+    """Raise UsageError for options that exclude each other."""
+    if not wish.image and not wish.export:
+        raise click.UsageError("name an IMAGE to serve")
+    if wish.overlay and wish.read_only:
+        raise click.UsageError("--overlay is for writing: no --read-only")
+    if is_activated() and (wish.socket or wish.listen):
+        raise click.UsageError("sockets were passed by LISTEN_FDS: no --socket and no --listen")
+    if wish.socket_owner and wish.listen and not wish.socket:
+        raise click.UsageError("--socket-owner is about a unix socket, not about --listen")
+
+
+def _log_to_stderr(common: Common) -> None:
+    """Warnings always; with -v what every client does."""
+    level = logging.ERROR if common.quiet else logging.INFO if common.verbose else logging.WARNING
+    form = "%(asctime)s level=%(levelname)s room=%(name)s %(message)s" if common.verbose else "vhdkit: %(message)s"
+    logging.basicConfig(level=level, format=form, stream=sys.stderr, force=True)
+
+
+def _wanted(wish: Wish) -> list[Wanted]:
+    """The images in the order of their kind: plain ones first."""
+    wanted = [Wanted(path) for path in wish.image]
+    for word in wish.export:
+        name, sign, path = word.partition("=")
+        if not sign or not path:
+            raise click.UsageError(f"--export {word!r} is not NAME=IMAGE")
+        wanted.append(Wanted(path, name))
+    return wanted
+
+
+def _serve_builtin(wish: Wish, common: Common) -> None:
+    with contextlib.ExitStack() as cleanup:
+        manner = Manner(common.options, wish.read_only, wish.overlay, wish.follow_leaf)
+        exports = open_exports(_wanted(wish), manner)
+        for export in exports:
+            cleanup.callback(_close, export)
+        listeners = cleanup.enter_context(Listeners())
+        activated = _listen(wish, listeners)
+        server = NbdServer(exports, exit_last=wish.exit_last)
+        cleanup.callback(server.close)
+        for sock in listeners.sockets:
+            server.listen(sock)
+        cleanup.enter_context(_stopped_in_order(server))
+        if wish.pid_file is not None:
+            cleanup.enter_context(_pid_file(wish.pid_file))
+        if not activated or common.json:
+            _tell_ready(exports, listeners, common)
+        notify(READY)
+        server.run()
+
+
+def _close(export: ImageExport) -> None:
+    """Close what the server did not come to close."""
+    export.disk.close()
+
+
+def _listen(wish: Wish, listeners: Listeners) -> bool:
+    """Have the sockets that were asked for; True when they were passed to us: whoever did so knows where they are."""
+    if listeners.add_activated():
+        return True
+    try:
+        owner = parse_owner(wish.socket_owner) if wish.socket_owner else None
+        address = parse_address(wish.listen) if wish.listen is not None else None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if address is not None:
+        listeners.add_tcp(*address, open_to_all=wish.insecure)
+    if wish.socket is not None or address is None:
+        listeners.add_unix(wish.socket, owner=owner)
+    return False
+
+
+@contextlib.contextmanager
+def _stopped_in_order(server: NbdServer) -> Iterator[None]:
+    """Signals end the server from now on, not the program. They stay caught: the last flush is not cut short."""
+    seen = 0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal seen
+        seen += 1
+        notify(STOPPING)
+        if seen == 1:
+            server.stop()
+        else:
+            server.loop.stop()
+
+    for one in _STOPPING_SIGNALS:
+        if signal.getsignal(one) != signal.SIG_IGN:  # whoever started us with a signal ignored (nohup) meant it
+            signal.signal(one, stop)
+    yield
+
+
+@contextlib.contextmanager
+def _pid_file(path: str) -> Iterator[None]:
+    """A file with our number in it while the block runs."""
+    text = f"{os.getpid()}\n".encode()
+    write_whole(path, text)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(vhdkit.VhdkitError):
+            if read_whole(path, KIB) == text:  # else it is another's by now
+                remove_file(path)
+
+
+def _tell_ready(exports: list[ImageExport], listeners: Listeners, common: Common) -> None:
+    """Where clients find what."""
+    uris = {export.name: [address.uri(export.name) for address in listeners.addresses] for export in exports}
+    if common.json:
+        rows = [
+            {
+                "name": export.name,
+                "uri": uris[export.name][0],
+                "path": export.image_path,
+                "size_bytes": export.disk.size_bytes,
+                "read_only": export.read_only,
+            }
+            for export in exports
+        ]
+        print_json({"pid": os.getpid(), "uris": [one for export in exports for one in uris[export.name]],
+                    "exports": rows})  # fmt: skip
+    elif not common.quiet:
+        for export in exports:
+            for uri in uris[export.name]:
+                click.echo(uri)
+    sys.stdout.flush()
+
+
+_ENGINES: dict[str, Callable[[Wish, Common], None]] = {"builtin": _serve_builtin}
