@@ -16,7 +16,7 @@ from collections.abc import Callable
 from vhdkit.serve.channel import Channel
 from vhdkit.serve.export import Export
 from vhdkit.serve.host import Host
-from vhdkit.serve.loop import WRITABLE
+from vhdkit.serve.loop import READABLE, WRITABLE
 from vhdkit.serve.nbd_options import Handshake, State
 from vhdkit.serve.nbd_protocol import BrokenClient, Transmission
 from vhdkit.serve.serving import Serving
@@ -32,6 +32,7 @@ class Connection:
         """Take over a connected, non-blocking socket; `left` is called once it is closed."""
         self.peer = peer
         self.opened = time.time()
+        self._began = time.monotonic()
         self._host = host
         self._left = left
         self._channel = Channel(host.loop, sock, self.proceed)
@@ -52,6 +53,10 @@ class Connection:
     def export(self) -> Export | None:
         """What the client has chosen, once it has."""
         return self._serving.export if self._serving is not None else None
+
+    def is_undecided(self, seconds: float) -> bool:
+        """True when it has been connected for longer than that and has not chosen an export."""
+        return self._serving is None and time.monotonic() - self._began >= seconds
 
     # -- moving on ----------------------------------------------------------------------------------------------
 
@@ -96,13 +101,17 @@ class Connection:
         """True while nothing more is taken from this client."""
         if self._ending or self._channel.unsent:
             return True
-        return self._serving is not None and self._serving.blocked()
+        return self._handshake.is_held_back if self._serving is None else self._serving.blocked()
 
     def _step(self) -> bool:
         """Do one thing that needs nothing new from the client; False when there is none."""
         if self._securing or self._channel.is_closed():
             return False
         if self._serving is not None and self._serving.step():
+            return True
+        if self._handshake.is_held_back and not self._ending and not self._channel.unsent:
+            self._handshake.receive(b"")
+            self._send_handshake()
             return True
         if self._blocked():
             return False
@@ -186,8 +195,13 @@ class Connection:
         self._ending = True
 
     def shut_down(self) -> None:
-        """The server ends: `end`, after a handshake that is not finished was told so (row 41)."""
+        """The server ends: `end`, after an option that has come already was answered so (row 41)."""
         self._handshake.shut_down()
+        if self._securing:
+            self.close()
+            return
+        if self._serving is None:
+            self.proceed(READABLE)
         self.end()
         self.proceed()
 

@@ -26,7 +26,8 @@ DIRTY = "qemu:dirty-bitmap:"
 PIECE_BYTES = MIB  # the most that is read or written at once
 HOLE_WORTH_BYTES = 64 * KIB  # reads from this size on are looked at for holes
 MAX_CACHE_BYTES = 64 * MIB  # read ahead for one CACHE request
-_STATUS_RUNS = 1 << 16  # descriptors in one answer; the protocol allows more, a client asks again
+_STATUS_RUNS = 1 << 13  # descriptors of one context in an answer; the protocol allows more, a client asks again
+STATUS_BYTES = 16 * _STATUS_RUNS  # the most they take
 _COMPACT_RUN_BYTES = (1 << 32) - PAGE_SIZE  # the longest run that 32 bits can say in whole pages
 _ZEROS = memoryview(bytes(PIECE_BYTES))
 
@@ -35,6 +36,11 @@ class Export:
     """A disk under a name. `disk` may be exchanged for another view of the same bytes while the export is held."""
 
     def __init__(self, name: str, disk: Disk, *, description: str = "", read_only: bool = False) -> None:
+        """Take over an open disk. Raises InvalidArgument for a name or description that no client could be told."""
+        if "\0" in name + description or len(_encoded(name)) > wire.MAX_STRING_BYTES:  # row 13
+            raise errors.InvalidArgument(
+                f"an export's name has at most {wire.MAX_STRING_BYTES} bytes, and it and the description no NUL"
+            )
         self.name = name
         self.description = description
         self.disk = disk
@@ -93,7 +99,7 @@ class Export:
         if request.command == Command.BLOCK_STATUS:
             return self._run_status(rules, request, payload)
         if request.command == Command.WRITE:
-            disk.write(offset, payload or b"")
+            disk.write(offset, payload or b"")  # nothing at all is none of a wrong size (row 29)
         elif request.command == Command.TRIM:
             disk.trim(offset, length)
         elif request.command == Command.WRITE_ZEROES:
@@ -197,6 +203,13 @@ class Export:
         # After a snapshot the layer has moved down, but its name is still its id.
         depth = ids.index(wanted) if wanted in ids else len(ids)
         return lambda extent: int(0 <= extent.layer_index <= depth)
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise errors.InvalidArgument(f"the export's name {errors.printable(name)!r} is no UTF-8 text") from error
 
 
 class _NotFast(errors.VhdkitError):

@@ -3,7 +3,8 @@
 
 Decides what each option is answered with and when the connection moves on, is upgraded to TLS or ends. Sans-IO:
 knows no sockets, no disks and no clock; what exports there are it asks a function. Every length is checked against
-its limit before anything is kept, so a client cannot make the server hold more than `MAX_OPTION_BYTES`.
+its limit before anything is kept, and while `MAX_OUTPUT_BYTES` of answers wait to be sent no option is looked at, so a
+client cannot make the server hold more than that, one more answer, and what it is given at once.
 
     receive(bytes) --> output (bytes to send), state
     OPTIONS --STARTTLS--> TLS --secured()--> OPTIONS --GO/EXPORT_NAME--> TRANSMISSION
@@ -25,6 +26,7 @@ from vhdkit.serve.nbd_wire import HandshakeFlag, Info, Option, Reply, Transmissi
 MAX_OPTION_BYTES = 64 * 1024  # of data kept for one option; longer ones are skipped and refused
 MAX_SKIPPED_BYTES = 1 << 20  # of such an option; a longer one ends the connection
 MAX_QUERIES = 256  # contexts asked for in one option
+MAX_OUTPUT_BYTES = 256 * 1024  # of answers; further options wait until these are taken
 MAX_OPTIONS = 4096  # in one handshake: a client that never decides is sent away
 _OFFERED = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 _U32, _U16 = struct.Struct(">I"), struct.Struct(">H")
@@ -88,6 +90,7 @@ class Handshake:
         self._input = bytearray()
         self._skip = 0  # bytes of an option too long to keep, still to come
         self._options_left = MAX_OPTIONS
+        self.is_held_back = False  # options may wait: take the output, then `receive(b"")`, before more is received
         self._forget()
 
     def _forget(self) -> None:
@@ -102,8 +105,11 @@ class Handshake:
     def receive(self, data: bytes | memoryview) -> None:
         """Take what the client sent; afterwards look at `output` and `state`."""
         self._input += data
+        self.is_held_back = False
         while self.state is State.OPTIONS and self._step():
-            pass
+            if len(self.output) >= MAX_OUTPUT_BYTES:
+                self.is_held_back = True
+                break
 
     def take_output(self) -> bytes:
         """What is to be sent now."""
@@ -160,7 +166,7 @@ class Handshake:
             return False
         (flags,) = wire.CLIENT_FLAGS.unpack_from(self._input)
         del self._input[: wire.CLIENT_FLAGS.size]
-        if flags & ~_OFFERED:  # row 2
+        if flags & ~int(_OFFERED):  # row 2; the complement of an IntFlag knows only the flags that have names
             self.state = State.CLOSED
             return False
         self._client_flags = HandshakeFlag(flags)
@@ -237,13 +243,17 @@ class Handshake:
         flags = TransmissionFlag.HAS_FLAGS | export.flags
         if self._structured or self._extended:
             flags |= TransmissionFlag.SEND_DF
-        if self._extended:
+        if self._extended and self._contexts_of(export):
             flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         return flags
 
+    def _contexts_of(self, export: ExportInfo) -> tuple[tuple[int, str], ...]:
+        """Row 19: contexts set for another export are void."""
+        return self._contexts if self._context_export == export.name else ()
+
     def _start(self, export: ExportInfo) -> None:
-        contexts = self._contexts if self._context_export == export.name else ()  # row 19
-        self.session = Session(export, self._structured or self._extended, self._extended, contexts)
+        structured = self._structured or self._extended
+        self.session = Session(export, structured, self._extended, self._contexts_of(export))
         self.state = State.TRANSMISSION
 
     def _export_name(self, option: int, data: bytes) -> None:

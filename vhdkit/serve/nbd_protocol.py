@@ -23,15 +23,16 @@ MAX_STATUS_PAYLOAD_BYTES = 4096
 MAX_UNFRAGMENTED_BYTES = 1 << 20  # of a read with DF (row 16: at least 64 KiB)
 _NO_END = 1 << 64
 _WRITES = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
-_KNOWN_FLAGS = {  # row 25; FUA is fine with every one of them (row 26)
-    Command.READ: CommandFlag.DF,
-    Command.WRITE: CommandFlag(0),
-    Command.FLUSH: CommandFlag(0),
-    Command.TRIM: CommandFlag(0),
-    Command.CACHE: CommandFlag(0),
-    Command.WRITE_ZEROES: CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
-    Command.BLOCK_STATUS: CommandFlag.REQ_ONE,
+_KNOWN_FLAGS = {  # row 25; FUA is fine with every one of them (row 26). Numbers: ~ of an IntFlag drops unknown bits
+    Command.READ: int(CommandFlag.FUA | CommandFlag.DF),
+    Command.WRITE: int(CommandFlag.FUA),
+    Command.FLUSH: int(CommandFlag.FUA),
+    Command.TRIM: int(CommandFlag.FUA),
+    Command.CACHE: int(CommandFlag.FUA),
+    Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
+    Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
+_STATUS_PAYLOAD_FLAGS = _KNOWN_FLAGS[Command.BLOCK_STATUS] | int(CommandFlag.PAYLOAD_LEN)
 _STATUS_PAYLOAD = struct.Struct(">Q")
 
 
@@ -91,13 +92,11 @@ class Transmission:
         payload = length if command == Command.WRITE and not self.extended else 0
         if self.extended and flags & CommandFlag.PAYLOAD_LEN:
             payload = length
-        if payload > MAX_DRAINED_BYTES:
+        if payload > (wire.MAX_PAYLOAD_BYTES if self.extended else MAX_DRAINED_BYTES):
             raise BrokenClient(f"a payload of {payload} bytes")
         error = 0
         if payload and command == Command.BLOCK_STATUS and length <= MAX_STATUS_PAYLOAD_BYTES:
-            if (
-                flags & ~(CommandFlag.FUA | CommandFlag.REQ_ONE | CommandFlag.PAYLOAD_LEN)
-            ) or not self.session.contexts:
+            if flags & ~_STATUS_PAYLOAD_FLAGS or not self.session.contexts:
                 error = WireErrno.EINVAL
         else:
             error = self.refusal(flags, command, offset, length)
@@ -111,8 +110,8 @@ class Transmission:
         if command == Command.WRITE and self.extended:
             if not flags & CommandFlag.PAYLOAD_LEN:
                 return WireErrno.EINVAL
-            flags &= ~CommandFlag.PAYLOAD_LEN
-        if flags & ~(known | CommandFlag.FUA) or (flags & CommandFlag.DF and not self.structured):
+            flags &= ~int(CommandFlag.PAYLOAD_LEN)
+        if flags & ~known or (flags & CommandFlag.DF and not self.structured):
             return WireErrno.EINVAL
         if command in _WRITES and self.read_only:
             return WireErrno.EPERM

@@ -26,8 +26,10 @@ BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of what a
 _REPLY_ROOM_BYTES = PIECE_BYTES + 64 * KIB
 SOCKET_BUFFER_BYTES = 2 * MIB
 MAX_CONNECTIONS = 1024
+HANDSHAKE_SECONDS = 60.0  # for a client to choose an export: who only connects may not keep others out
 GRACE_SECONDS = 10.0  # for clients to take their last answers
 _ACCEPT_AGAIN_SECONDS = 0.2
+_LOOK_SECONDS = 0.2  # between looks whether the server has ended
 _log = logging.getLogger(__name__)
 
 
@@ -42,8 +44,14 @@ class NbdServer:
         tls_mode: TlsMode = TlsMode.OFF,
         exit_last: bool = False,
     ) -> None:
-        """Take over open disks; the first is the default export. `exit_last`: end when the last client has gone."""
+        """Take over open disks; the first is the default export. `exit_last`: end when the last client has gone.
+
+        Raises InvalidArgument when two exports have one name.
+        """
         self.exports = list(exports)
+        names = [export.name for export in exports]
+        if len(set(names)) != len(names):
+            raise errors.InvalidArgument("two exports have the same name")
         self.tls_context = tls_context
         self.tls_mode = tls_mode
         self.loop = Loop()
@@ -59,6 +67,9 @@ class NbdServer:
         self._ending = False
         self._closed = False
         self._drained: Callable[[], None] | None = None
+        self._holding = threading.Lock()
+        self._ended = threading.Event()
+        self._judging = False  # a look at undecided clients is due
 
     def catalog(self) -> list[ExportInfo]:
         """The exports as they are now."""
@@ -96,10 +107,33 @@ class NbdServer:
     def adopt(self, sock: socket.socket, peer: str) -> None:
         """Serve a connected socket."""
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # row 42
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        self.connections.append(Connection(self, sock, peer, self._left))
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # row 42
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        except OSError as error:  # gone already
+            _log.debug("%s: %s", peer, error)
+            sock.close()
+            return
+        connection = Connection(self, sock, peer, self._left)
+        self.connections.append(connection)
+        self._judge_later()
+        connection.proceed()  # it may have hung up before it was greeted
+
+    def _judge_later(self) -> None:
+        if not self._judging:
+            self._judging = True
+            self.loop.call_later(HANDSHAKE_SECONDS / 4, self._judge)
+
+    def _judge(self) -> None:
+        """Send away who does not decide."""
+        self._judging = False
+        for connection in list(self.connections):
+            if connection.is_undecided(HANDSHAKE_SECONDS):
+                _log.info("%s: chose no export in %.0f seconds", connection.peer, HANDSHAKE_SECONDS)
+                connection.close()
+        if any(connection.is_undecided(0) for connection in self.connections):
+            self._judge_later()
 
     def enter(self, session: Session) -> Export:
         """The export a client has chosen."""
@@ -117,8 +151,14 @@ class NbdServer:
     def hold(self, exports: Sequence[Export]) -> Iterator[None]:
         """While the block runs, on a thread that is not the loop's, these exports have no request in flight.
 
-        New requests wait; no client is told.
+        New requests wait; no client is told. One such block runs at a time. Raises InvalidArgument when the server has
+        ended.
         """
+        with self._holding, self._held(exports):
+            yield
+
+    @contextlib.contextmanager
+    def _held(self, exports: Sequence[Export]) -> Iterator[None]:
         still = threading.Event()
 
         def begin() -> None:
@@ -135,7 +175,9 @@ class NbdServer:
                 connection.proceed()
 
         self.loop.post(begin)
-        still.wait()
+        while not still.wait(_LOOK_SECONDS):
+            if self._ended.is_set():
+                raise errors.InvalidArgument("the server has ended")
         try:
             yield
         finally:
@@ -188,6 +230,7 @@ class NbdServer:
         for connection in list(self.connections):
             connection.close()
         self.loop.close()  # ends the workers: nobody uses a disk any more
+        self._ended.set()
         failures: list[errors.VhdkitError] = []
         for export in self.exports:
             try:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.serve.channel import Channel
-from vhdkit.serve.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
+from vhdkit.serve.export import HOLE_WORTH_BYTES, PIECE_BYTES, STATUS_BYTES, Export, error_number, error_reply
 from vhdkit.serve.host import Host
 from vhdkit.serve.nbd_protocol import Request, Transmission
 from vhdkit.serve.nbd_wire import Command, CommandFlag
@@ -104,6 +104,8 @@ class Serving:
     def step(self) -> bool:
         """Go on with a long read; False when there is none, or it cannot go on now."""
         if self._long_read is None or self._channel.unsent or self._waiting or self.export.held:
+            return False
+        if self.export.held:
             return False
         self._continue_long_read(self._long_read)
         return True
@@ -207,18 +209,21 @@ class Serving:
         """Let a worker do it, and answer when it is done; with FUA, when that is durable (row 31)."""
         rules, export = self._rules, self.export
         size = request.length if request.command in (Command.READ, Command.WRITE) else 0
+        if request.command == Command.BLOCK_STATUS:
+            size = STATUS_BYTES * len(rules.session.contexts)
         self._job_begins(size)
         began = time.perf_counter_ns()
 
         def done(answer: bytes | bytearray | BaseException) -> None:
-            self._job_ends(size)
             self._host.stats.batch(1, time.perf_counter_ns() - began)
             if isinstance(answer, BaseException):
                 self._log_failure(request, answer)
                 answer = error_reply(rules, request, answer)
             elif request.flags & CommandFlag.FUA and request.command in _CHANGING:
-                self._flush_then(answer, request)
+                self._flush_then(answer, request)  # first: between two jobs a held export would seem to be still
+                self._job_ends(size)
                 return
+            self._job_ends(size)
             self._answer(answer)
 
         self._loop.submit(lambda: export.run(rules, request, payload), done)
@@ -297,12 +302,12 @@ class Serving:
         self._job_begins()
 
         def done(result: object) -> None:
-            self._job_ends()
             self._waiting = False
             if isinstance(result, BaseException):
                 self._fail_payload(payload, result)
             if not payload.left:
                 self._end_payload(payload)
+            self._job_ends()
             self._proceed()
 
         self._loop.submit(lambda: export.disk.write(offset, data), done)
