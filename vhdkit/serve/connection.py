@@ -21,7 +21,6 @@ from vhdkit.serve.nbd_options import Handshake, State
 from vhdkit.serve.nbd_protocol import BrokenClient, Transmission
 from vhdkit.serve.serving import Serving
 
-HANDSHAKE_SECONDS = 600.0  # somebody may be typing options by hand
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +41,6 @@ class Connection:
         self._kept = b""  # received, not served yet
         self._ending = False  # what is in flight is finished, then it is closed
         self._send_handshake()
-        host.loop.call_later(HANDSHAKE_SECONDS, self._hurry)
 
     @property
     def is_secure(self) -> bool:
@@ -149,12 +147,6 @@ class Connection:
         position = self._serving.serve(buffer, size)
         if position < size:
             self._kept = bytes(buffer[position:size])
-
-    def _hurry(self) -> None:
-        """A handshake has gone on for so long that nobody can be waiting for its end."""
-        if self._serving is None and not self._channel.is_closed():
-            _log.info("%s: the handshake takes too long", self.peer)
-            self.close()
 
     # -- handshake ----------------------------------------------------------------------------------------------
 

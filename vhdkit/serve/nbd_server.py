@@ -26,7 +26,7 @@ BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of what a
 _REPLY_ROOM_BYTES = PIECE_BYTES + 64 * KIB
 SOCKET_BUFFER_BYTES = 2 * MIB
 MAX_CONNECTIONS = 1024
-HANDSHAKE_SECONDS = 60.0  # for a client to choose an export: who only connects may not keep others out
+HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; somebody may be typing options by hand
 GRACE_SECONDS = 10.0  # for clients to take their last answers
 _ACCEPT_AGAIN_SECONDS = 0.2
 _LOOK_SECONDS = 0.2  # between looks whether the server has ended
@@ -94,7 +94,7 @@ class NbdServer:
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
             return
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room():
             _log.warning("more than %d clients: one is sent away", MAX_CONNECTIONS)
             sock.close()
             return
@@ -119,6 +119,14 @@ class NbdServer:
         self.connections.append(connection)
         self._judge_later()
         connection.proceed()  # it may have hung up before it was greeted
+
+    def _make_room(self) -> bool:
+        """Send away the oldest client that has chosen no export: who only connects may not keep others out."""
+        undecided = next((one for one in self.connections if one.is_undecided(0)), None)
+        if undecided is not None:
+            _log.warning("more than %d clients: one that has chosen no export is sent away", MAX_CONNECTIONS)
+            undecided.close()
+        return undecided is not None
 
     def _judge_later(self) -> None:
         if not self._judging:
