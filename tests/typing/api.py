@@ -37,6 +37,7 @@ def change(path: Path) -> None:
     vhdkit.rebase(child, path)
     smaller: vhdkit.CompactResult = vhdkit.compact(child, dry_run=True)
     assert smaller.file_size_after_bytes <= smaller.file_size_before_bytes
+    vhdkit.rebase(child, path, unsafe_new_id=True, dry_run=False)
     leaf: str = vhdkit.snapshot(child)
     leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
     leaves += vhdkit.clone(path, [path.with_suffix(".a"), "b.avhd"])

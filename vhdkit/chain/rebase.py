@@ -1,67 +1,177 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repointing a differencing image to where its parent lies now.
+"""Repointing a differencing image: to where its parent lies now, or to another image that reads the same.
 
-Decides that the names of the parent change, never its identity (`INV-PARENT-ID`) nor a byte of the disk. In which
-order the names reach the device is `formats.vhd.relink`'s decision.
+Decides that the disk never changes by it: the names of the parent change freely, its identity (`INV-PARENT-ID`) only
+when every sector that is read through the parent was found equal under the old and the new one. In which order the
+names reach the device is `formats.vhd.relink`'s decision.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 
 from vhdkit import errors
 from vhdkit.chain import pending
+from vhdkit.chain.chain import Chain, Progress
+from vhdkit.chain.compare import compare_chains
 from vhdkit.chain.create import link_to
-from vhdkit.chain.resolve import NULL_ID, OpenOptions, format_id, open_layers, unique_id
+from vhdkit.chain.resolve import (
+    NULL_ID,
+    OpenOptions,
+    allowed_folders,
+    find_by_id,
+    find_parent,
+    format_id,
+    open_layers,
+    unique_id,
+)
 from vhdkit.folder import real_path
-from vhdkit.formats.vhd.dynamic import open_dynamic
-from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.probe import FormatName
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.relink import relink
+from vhdkit.image import ExtentKind, Layer
 from vhdkit.store import FileStore
+from vhdkit.units import format_size, whole_sectors
 
 
 def rebase(
-    path: str | os.PathLike[str], parent_path: str | os.PathLike[str], *, options: OpenOptions | None = None
+    path: str | os.PathLike[str],
+    parent_path: str | os.PathLike[str],
+    *,
+    unsafe_new_id: bool = False,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Let the differencing image at `path` name `parent_path` as its parent, which it must be by its id.
 
+    With `unsafe_new_id` an image with another id is accepted, and its id recorded, when the disk reads the same on it
+    as on the recorded parent: the whole content is compared, so both must be there.
     The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
-    image without a parent, ParentMismatch for another parent, ImageInUse when the image is open anywhere, and what
-    opening the two raises. On error the image has its old names.
+    image without a parent, ParentMismatch for another parent, ParentMissing where there is nothing to compare with,
+    ImageInUse when the image is open anywhere, and what opening the two raises. On error the image has its old names.
     """
-    image_path = real_path(path)
-    with FileStore.open(image_path, writable=True) as store:
+    options = options or OpenOptions()
+    image_path, new_path = real_path(path), os.fspath(parent_path)
+    with FileStore.open(image_path, writable=not dry_run) as store:
         store.lock(writer=True)
-        pending.settle(store)
-        header = read_metadata(store).header
-        if header is None or not read_metadata(store).is_differencing:
+        if not dry_run:
+            pending.settle(store)
+        metadata = read_metadata(pending.view(store))
+        if metadata.header is None or not metadata.is_differencing:
             raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fspath(path))
-        _check_parent(store, header.parent_unique_id, os.fspath(parent_path), options)
-        image = open_dynamic(store, writable=True)
-        relink(
-            image,
-            link_to(image_path, os.fspath(parent_path), header.parent_unique_id, header.parent_timestamp),
-        )
+        recorded, timestamp = metadata.header.parent_unique_id, metadata.header.parent_timestamp
+        found = _id_of(store, new_path)
+        if NULL_ID in (recorded, found) and not options.allow_raw_parent:
+            raise errors.ParentRefused(
+                "the image records no id of its parent, which may be any raw file"
+                if recorded == NULL_ID
+                else f"{errors.printable(new_path)} has no id that could be recorded: any raw file would fit then",
+                path=store.name,
+                hint="if you are sure, say --allow-raw-parent",
+            )
+        if found != recorded and not unsafe_new_id:
+            raise errors.ParentMismatch(
+                f"{errors.printable(new_path)} is not its parent",
+                path=store.name,
+                expected=f"id {format_id(recorded)}",
+                found=f"id {format_id(found)}" if found != NULL_ID else "no id",
+                hint="if it holds the same disk, say --unsafe-new-id: the content is compared then",
+            )
+        with _opened(new_path, found, options) as layers:
+            _refuse_loop(store, layers)
+            if found != recorded:
+                _check_content(store, metadata, layers, options, progress)
+                timestamp = _timestamp(layers[0])
+            link = link_to(image_path, new_path, found, timestamp)
+            if not dry_run:
+                relink(open_dynamic(store, writable=True), link)
 
 
-def _check_parent(store: FileStore, parent_id: bytes, parent_path: str, options: OpenOptions | None) -> None:
-    """Raise unless `parent_path` is the recorded parent and opens with its own parents."""
-    if parent_id == NULL_ID and not (options and options.allow_raw_parent):
-        raise errors.ParentRefused(
-            "the image records no id of its parent, which may be any raw file",
-            path=store.name,
-            hint="if you are sure, say --allow-raw-parent",
-        )
+def _id_of(store: FileStore, parent_path: str) -> bytes:
     with FileStore.open(parent_path) as parent:
         if parent.identity == store.identity:
             raise errors.InvalidArgument("cannot be its own parent", path=store.name)
-        found = unique_id(parent)
-        if found != parent_id:
-            raise errors.ParentMismatch(
-                f"{errors.printable(parent_path)} is not its parent",
+        return unique_id(parent)
+
+
+def _timestamp(parent: Layer) -> int:
+    return parent.metadata.footer.timestamp if isinstance(parent, DynamicImage | FixedImage) else 0
+
+
+@contextlib.contextmanager
+def _opened(path: str, parent_id: bytes, options: OpenOptions) -> Iterator[list[Layer]]:
+    """The layers of a parent, leaf first, held while the block runs."""
+    as_raw = FormatName.RAW if parent_id == NULL_ID else None
+    layers = open_layers(path, options=replace(options, format_name=as_raw))
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def _refuse_loop(store: FileStore, layers: list[Layer]) -> None:
+    for layer in layers:
+        file = pending.file_of(layer.store)
+        if file is not None and file.identity == store.identity:
+            raise errors.InvalidArgument(
+                f"would stand on itself: {errors.printable(layers[0].store.name)} is one of its children",
                 path=store.name,
-                expected=f"id {format_id(parent_id)}",
-                found=f"id {format_id(found)}" if found != NULL_ID else "no id",
             )
-    for layer in open_layers(parent_path, options=options):
-        layer.close()
+
+
+def _check_content(
+    store: FileStore, metadata: Metadata, new: list[Layer], options: OpenOptions, progress: Progress | None
+) -> None:
+    """Raise unless the disk reads the same on the new parent as on the recorded one."""
+    child = open_dynamic(pending.view(store))  # not closed: the store is the caller's
+    folders = allowed_folders(store.name, options.parent_dirs)
+    try:
+        old_path, old_id = _recorded_parent(metadata, folders, options)
+        with _opened(old_path, old_id, replace(options, parent_dirs=folders)) as old:
+            result = compare_chains(Chain([child, *old]), Chain([child, *new]), progress)
+    except (errors.ParentError, errors.CorruptImage) as error:
+        _refuse_unseen(child, error)
+        return
+    if not result.same_content:
+        raise errors.ParentMismatch(
+            f"the disk would read differently on {errors.printable(new[0].store.name)}, in"
+            f" {result.different_sector_count} sectors, first at byte {result.first_difference_bytes:#x}",
+            path=store.name,
+            hint="it is another disk, or was written to: the image keeps its parent",
+        )
+
+
+def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:
+    """(path, id) of the parent as the image knows it: by its names, or in the folders under another name."""
+    assert metadata.header is not None
+    parent_id = metadata.header.parent_unique_id
+    try:
+        with find_parent(metadata, folders, options) as store:
+            return store.name, parent_id
+    except errors.ParentError:
+        renamed = find_by_id(parent_id, folders)
+        if not renamed:
+            raise
+        return renamed[0], parent_id
+
+
+def _refuse_unseen(child: DynamicImage, cause: errors.VhdkitError) -> None:
+    """Without the old parent nothing can be compared, and nothing needs to be where nothing is read through it."""
+    through = sum(
+        one.size_bytes for one in child.extents(0, whole_sectors(child.size_bytes)) if one.kind is ExtentKind.ABSENT
+    )
+    if through:
+        raise errors.ParentMissing(
+            f"{format_size(through)} of the disk are read through the recorded parent, which cannot be read"
+            f" ({cause}): there is nothing to compare the new one with",
+            path=child.store.name,
+            hint="bring the recorded parent back, from a backup if need be, and name its folder with"
+            " --allow-parent-dir",
+        )

@@ -304,6 +304,25 @@ def format_id(unique_id_bytes: bytes) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
+def find_by_id(wanted_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None) -> list[str]:
+    """Paths of the files directly in `folders` that are the image with this id, whatever they are called.
+
+    More than one is a copy: which one is meant, nobody can tell. Hard links count once. A null id is nobody's.
+    """
+    found: dict[tuple[int, int], str] = {}
+    if wanted_id == NULL_ID:
+        return []
+    for folder in dict.fromkeys(real_path(folder) for folder in folders):
+        for path in regular_files(folder):
+            try:
+                with FileStore.open(path, follow_links=False) as store:
+                    if store.identity != apart_from and unique_id(store) == wanted_id:
+                        found.setdefault(store.identity, path)
+            except errors.VhdkitError:
+                continue
+    return list(found.values())
+
+
 def find_children(
     parent_id: bytes,
     folders: Sequence[str],

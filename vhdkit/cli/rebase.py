@@ -1,35 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rebase`: repoint an image to where its parent lies now."""
+"""`rebase`: repoint an image to where its parent lies now, or to another image with the same content."""
 
 from __future__ import annotations
 
 import click
 
 import vhdkit
-from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options, progress_option
 from vhdkit.cli.output import print_json, print_text
+from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 
 
 @click.command(
     "rebase",
     short_help="Repoint an image to its moved parent.",
-    epilog=epilog("vhdkit rebase child.avhd --parent /srv/bases/base.vhd"),
+    epilog=epilog(
+        "vhdkit rebase child.avhd --parent /srv/bases/base.vhd",
+        "vhdkit rebase child.avhd --parent converted.vhd --unsafe-new-id",
+    ),
 )
 @click.argument("image", type=PATH)
 @click.option("--parent", required=True, metavar="PARENT", type=PATH, help="Where the parent lies now.")
+@click.option("--unsafe-new-id", is_flag=True,
+              help="Accept a PARENT with another id when the disk reads the same on it as on the old.")  # fmt: skip
+@dry_run_option
 @image_options(leaf_format=False)
-def rebase_command(image: str, parent: str, common: Common) -> None:
+@progress_option
+def rebase_command(
+    image: str, parent: str, unsafe_new_id: bool, dry_run: bool, common: Common, progress: bool | None
+) -> None:
     """Let a differencing image find its parent after that was moved or renamed.
 
     The parent must be the one the image was made on: its id is compared. Only the names of the parent change, the
     relative and the absolute one together; the disk stays as it is.
 
+    With --unsafe-new-id the parent may be another image, such as a converted copy: every sector that the image reads
+    through its parent is compared between the old and the new one, and one difference is enough to refuse.
+
     \b
-    With --json: {"path", "parent"}
+    With --json: {"path", "parent", "dry_run"}
     """
-    vhdkit.rebase(image, parent, options=common.options)
+    with progress_shown(common, progress, "comparing") as show:
+        vhdkit.rebase(
+            image, parent, unsafe_new_id=unsafe_new_id, options=common.options, progress=show, dry_run=dry_run
+        )
     if common.json:
-        print_json({"path": image, "parent": parent})
+        print_json({"path": image, "parent": parent, "dry_run": dry_run})
     elif not common.quiet:
-        print_text(f"{printable(image)} now stands on {printable(parent)}")
+        stands = "would stand" if dry_run else "now stands"
+        print_text(f"{printable(image)} {stands} on {printable(parent)}")

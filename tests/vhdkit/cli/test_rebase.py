@@ -30,7 +30,9 @@ def test_the_command_that_the_error_names_mends_it() -> None:
 def test_as_json() -> None:
     """The document names both files."""
     make_chain()
-    assert document("rebase", "leaf.avhd", "--parent", "middle.avhd") == {"path": "leaf.avhd", "parent": "middle.avhd"}
+    expected = {"path": "leaf.avhd", "parent": "middle.avhd", "dry_run": False}
+    assert document("rebase", "leaf.avhd", "--parent", "middle.avhd") == expected
+    assert document("rebase", "leaf.avhd", "--parent", "middle.avhd", "--dry-run") == expected | {"dry_run": True}
 
 
 def test_what_cannot_be_rebased() -> None:
@@ -43,3 +45,16 @@ def test_what_cannot_be_rebased() -> None:
     failure("rebase", "leaf.avhd", "--parent", "gone.vhd", code=1)
     assert run("rebase", "leaf.avhd").exit_code == 2
     assert Path("leaf.avhd").read_bytes() == before
+
+
+def test_a_converted_parent() -> None:
+    """A parent converted to another kind has a new id: refused with a hint, accepted after the comparison."""
+    content = make_chain()
+    good("convert", "middle.avhd", "whole.vhd", "--to", "fixed")
+    assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
+    told = run("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", "--progress")
+    assert told.exit_code == 0 and "leaf.avhd now stands on whole.vhd" in told.stdout
+    Path("middle.avhd").unlink()
+    Path("base.vhd").unlink()
+    Path("flat.raw").write_bytes(content)
+    assert "equal" in good("compare", "leaf.avhd", "flat.raw")
