@@ -19,6 +19,7 @@ from vhdkit.chain.compare import Comparison, compare
 from vhdkit.chain.convert import convert
 from vhdkit.chain.create import DiskFormat, create_child, create_image
 from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
+from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
 from vhdkit.chain.rebase import rebase
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
@@ -63,6 +64,8 @@ __all__ = [
     "ExtentKind",
     "Finding",
     "FormatName",
+    "GarbageItem",
+    "GarbageKind",
     "HasChildren",
     "ImageInUse",
     "InvalidArgument",
@@ -85,6 +88,7 @@ __all__ = [
     "check",
     "clone",
     "compact",
+    "collect_garbage",
     "compare",
     "convert",
     "create_child",

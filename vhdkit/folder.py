@@ -408,6 +408,46 @@ def exists(path: str) -> bool:
         return os.path.lexists(path)
 
 
+def is_folder(path: str) -> bool:
+    """True for an existing folder (links followed)."""
+    return os.path.isdir(path)
+
+
+def subfolders(directory: str) -> list[str]:
+    """The folders directly in `directory`, sorted, no links. A folder that cannot be read has none."""
+    try:
+        with os.scandir(directory or os.curdir) as entries:
+            return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+def sidecars_of(path: str) -> list[str]:
+    """The records about the image at `path` that lie beside it, of whatever kind."""
+    folder, name = os.path.split(real_path(path))
+    short = hashlib.sha256(os.fsencode(name)).hexdigest()  # see sidecar_path
+    beginnings = tuple(os.path.join(folder, f".{one}.vhdkit-") for one in (name, short))
+    return [one for one in _files(folder) if one.startswith(beginnings)]
+
+
+def unlink(path: str) -> None:
+    """Take a name away; its folder is not synced."""
+    with translated(path, "remove"):
+        os.unlink(path)
+
+
+def hard_link(path: str, new_path: str) -> bool:
+    """Give a file a second name, which must be free; False where file systems cannot. The folder is not synced."""
+    with translated(new_path, "name the file"):
+        try:
+            os.link(path, new_path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in {*_NO_HARD_LINKS, errno.EXDEV}:
+                return False
+            raise
+    return True
+
+
 def is_regular(path: str) -> bool:
     """True for an existing regular file (links followed)."""
     try:

@@ -40,6 +40,8 @@ def change(path: Path) -> None:
     vhdkit.rebase(child, path, unsafe_new_id=True, dry_run=False)
     leaf: str = vhdkit.snapshot(child)
     leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
+    items: list[vhdkit.GarbageItem] = vhdkit.collect_garbage(path.parent, leaves, delete=False)
+    leaves += [item.path for item in items if item.kind is vhdkit.GarbageKind.IMAGE]
     leaves += vhdkit.clone(path, [path.with_suffix(".a"), "b.avhd"])
     planned: vhdkit.Merge = vhdkit.merge(child, into=path, dry_run=True, relink_children=True)
     if vhdkit.merge_under_way(child) is None and planned.data_bytes:

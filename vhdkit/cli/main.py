@@ -23,6 +23,7 @@ from vhdkit.cli.convert import convert_command
 from vhdkit.cli.create import create_command
 from vhdkit.cli.describe import chain_command, dump_command, info_command
 from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
+from vhdkit.cli.garbage import gc_command
 from vhdkit.cli.map import map_command
 from vhdkit.cli.merge import merge_command
 from vhdkit.cli.rebase import rebase_command
@@ -142,6 +143,7 @@ for _verb in (
     rebase_command,
     compact_command,
     serve_command,
+    gc_command,
     dump_command,
 ):
     main.add_command(_verb)

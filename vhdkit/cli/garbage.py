@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gc`: the layers of a folder that nobody needs any more.
+
+Decides how they are listed, and that nothing goes without `--delete`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+import vhdkit
+from vhdkit import GarbageItem
+from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.output import columns, count, print_json, print_text
+from vhdkit.errors import printable
+from vhdkit.units import format_size
+
+
+@click.command(
+    "gc",
+    short_help="Layers that nobody reaches any more.",
+    epilog=epilog("vhdkit gc /srv/disks --keep web.avhd mail.avhd", "vhdkit gc . --keep leaf.avhd --delete"),
+)
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.argument("leaves", metavar="", nargs=-1, type=PATH)
+@click.option("--keep", metavar="LEAF...", multiple=True, required=True, type=PATH,
+              help="A leaf whose whole chain stays; more names may follow it.")  # fmt: skip
+@click.option("--delete", is_flag=True, help="Remove what is listed; without it nothing is.")
+@image_options(leaf_format=False)
+def gc_command(directory: str, leaves: tuple[str, ...], keep: tuple[str, ...], delete: bool, common: Common) -> None:
+    """List the images in DIR that no LEAF reaches, and half-made files of dead programs; remove them with --delete.
+
+    Name every leaf that is still needed: an image that stands alone counts as unreached, too. What is damaged, in
+    use, or has an unfinished merge or resize stays, with all its parents, and so does the parent of any image in DIR,
+    in the folders directly above and below it, and in those of --allow-parent-dir. Raw disks and other files are
+    never touched, and links are not followed.
+
+    \b
+    With --json: {"directory", "items": [{"path", "kind": "image" | "part", "size_bytes",
+                  "allocated_bytes", "kept", "removed"}]}
+    where kept says why a file stays all the same.
+    """
+    items = vhdkit.collect_garbage(directory, [*keep, *leaves], delete=delete, options=common.options)
+    if common.json:
+        print_json({"directory": directory, "items": [_document(one) for one in items]})
+    elif not common.quiet:
+        _tell(items, delete=delete)
+
+
+def _document(item: GarbageItem) -> dict[str, object]:
+    return {
+        "path": item.path,
+        "kind": item.kind.value,
+        "size_bytes": item.size_bytes,
+        "allocated_bytes": item.allocated_bytes,
+        "kept": item.kept,
+        "removed": item.removed,
+    }
+
+
+def _tell(items: Sequence[GarbageItem], *, delete: bool) -> None:
+    rows = [(_word(one, delete=delete), format_size(one.allocated_bytes), printable(one.path)) for one in items]
+    for line, item in zip(columns(rows, "lrl") if rows else [], items, strict=True):
+        print_text(line, f"  ({item.kept})" if item.kept else "")
+    going = [one for one in items if one.kept is None]
+    size = format_size(sum(one.allocated_bytes for one in going))
+    if not going:
+        print_text(("nothing to remove", "bold green"))
+    elif delete:
+        print_text(f"removed {count(len(going), 'file')}, {size}")
+    else:
+        print_text(f"{count(len(going), 'file')}, {size}, would be removed: say --delete")
+
+
+def _word(item: GarbageItem, *, delete: bool) -> str:
+    if item.kept is not None:
+        return "stays"
+    return "removed" if delete else "unreached"
