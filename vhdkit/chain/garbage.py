@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, find_children, open_layers
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.folder import (
@@ -36,7 +37,7 @@ from vhdkit.folder import (
 from vhdkit.formats.probe import VHD_SUFFIXES, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_metadata
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, Store
 
 
 class GarbageKind(StrEnum):
@@ -128,8 +129,9 @@ def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tup
     for leaf in leaves:
         layers = open_layers(leaf, options=look)
         for layer in layers:
-            assert isinstance(layer.store, FileStore)
-            reached.add(layer.store.identity)
+            file = pending.file_of(layer.store)
+            assert file is not None
+            reached.add(file.identity)
             layer.close()
     return reached
 
@@ -157,17 +159,18 @@ def _node(store: FileStore) -> _Node | None:
     if store.size() == 0 or not (looks_like_vhd(store) or store.name.lower().endswith(VHD_SUFFIXES)):
         return None
     node = _Node(store.name, store.identity, store.size(), store.allocated_bytes())
+    view = pending.view(store)
     try:
-        metadata = read_metadata(store)
+        metadata = read_metadata(view)
     except CorruptImage as error:
         node.problem = f"damaged: {error.problem}"
-        node.parent_id, node.knows_parent = _claimed_parent(store)
+        node.parent_id, node.knows_parent = _claimed_parent(view)
         return node
     node.unique_id = metadata.footer.unique_id
     if metadata.header is not None and metadata.is_differencing:
         node.parent_id, node.parent_names = metadata.header.parent_unique_id, _names(metadata)
     try:
-        open_layer(store)
+        open_layer(view)
     except CorruptImage as error:
         node.problem = f"damaged: {error.problem}"
     records = sidecars_of(store.name)
@@ -181,7 +184,7 @@ def _names(metadata: Metadata) -> frozenset[str]:
     return frozenset(ntpath.basename(text).casefold() for text in texts)
 
 
-def _claimed_parent(store: FileStore) -> tuple[bytes | None, bool]:
+def _claimed_parent(store: Store) -> tuple[bytes | None, bool]:
     """The parent id in a header nobody should believe, and whether there is one: enough to keep what it may need."""
     raw = store.pread(layout.FOOTER_SIZE, layout.HEADER_SIZE)
     if len(raw) < layout.HEADER_SIZE or not raw.startswith(layout.HEADER_COOKIE):

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.create import child_size, write_child
-from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children, unique_id
+from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, commit_all, exists, real_path
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.metadata import FooterState, read_metadata
+from vhdkit.formats.vhd.metadata import FooterState, image_id, read_metadata
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
 
@@ -75,6 +76,8 @@ def snapshot_many(
     ]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options) as wanted:
+    _check_names([leaf for leaf, _ in named], [new for _, new in named])
+    with _held(named, options, dry_run=dry_run) as wanted:
         left_over = [one for one in wanted if _is_left_over(one)]
         if len(left_over) == len(wanted):
             left_over = []  # a finished set is no unfinished one: its names are taken
@@ -136,11 +139,13 @@ def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _held(named: Sequence[tuple[str, str]], options: OpenOptions) -> Iterator[list[_Wanted]]:
+def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bool) -> Iterator[list[_Wanted]]:
     """All chains of the set, open and held so that nobody writes to them."""
     with contextlib.ExitStack() as stack:
         wanted = []
         for leaf, new in named:
+            if not dry_run:
+                _settle(leaf)
             layers = open_layers(leaf, options=options)
             for layer in layers:
                 stack.callback(layer.close)
@@ -148,10 +153,20 @@ def _held(named: Sequence[tuple[str, str]], options: OpenOptions) -> Iterator[li
         yield wanted
 
 
+def _settle(leaf: str) -> None:
+    """Take back a change that did not finish: once frozen, the leaf is not opened for writing any more."""
+    with FileStore.open(leaf) as store:
+        if pending.view(store) is store:
+            return
+    with FileStore.open(leaf, writable=True) as store:
+        store.lock(writer=True)
+        pending.settle(store)
+
+
 def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | None) -> None:
     """Raise for an image that is no leaf any more, or that another program may be writing to."""
-    store = one.layers[0].store
-    assert isinstance(store, FileStore)
+    store = pending.file_of(one.layers[0].store)
+    assert store is not None
     _refuse_foreign_writer(one.layers[0])
     refuse_with_children(
         store,
@@ -178,14 +193,14 @@ def _refuse_foreign_writer(leaf: Layer) -> None:
 def _is_left_over(one: _Wanted) -> bool:
     """True for an empty child of this very parent under the wanted name: what a cut left of the same set."""
     parent = one.layers[0]
-    if not exists(one.path) or not isinstance(parent.store, FileStore):
+    if not exists(one.path):
         return False
     try:
         with FileStore.open(one.path, follow_links=False) as store:
             metadata = read_metadata(store)
             if metadata.header is None or not metadata.is_differencing or metadata.size_bytes != parent.size_bytes:
                 return False
-            parent_id = unique_id(parent.store)
+            parent_id = image_id(parent.store)
             if parent_id == NULL_ID or metadata.header.parent_unique_id != parent_id:
                 return False
             return not Bat.load(store, metadata.header.table_offset, metadata.block_count).allocated().any()
