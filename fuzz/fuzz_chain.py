@@ -3,7 +3,8 @@
 
 Fed: a folder of images (`fuzz.recipe` says how the input becomes one) with false names, ids and locators, in a real
 temporary folder, beside decoys: links out of it, a pipe, a folder with an image's name, and outside it images with
-the right ids. Tried: describe_chain, check, open_disk, reads, extents, and writing to the leaf.
+the right ids. Tried: describe_chain, check, open_disk, reads, extents, snapshot, clone, collect_garbage,
+repairing the leaf, and writing to it.
 
 Also watched, through Python's audit events: nothing outside the allowed folders is opened or listed, nothing but
 the leaf is opened for writing, and no pipe is opened at all (DESIGN.md, "Untrusted images").
@@ -25,7 +26,7 @@ from pathlib import Path
 from fuzz import recipe
 from fuzz.loop import main
 from fuzz.mutate import mutate_bytes
-from vhdkit import VhdkitError, check, open_disk
+from vhdkit import VhdkitError, check, clone, collect_garbage, open_disk, repair, snapshot
 from vhdkit.chain.describe import describe_chain
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.units import KIB
@@ -116,9 +117,11 @@ def target(data: bytes) -> None:
     )
     path = str(leaf)
     allowed = [str(root), *extra]
-    for work in (_describe, _check, _read):
+    for work in (_describe, _check, _read, _plan):
         _judge(_watch().during(partial(work, path, options)), allowed, None)
+    _collect(root, path, options)
     if wanted.flags & recipe.WRITABLE:
+        _judge(_watch().during(partial(_repair, path, options)), allowed, path)
         _judge(_watch().during(partial(_write, path, options)), allowed, path)
 
 
@@ -128,9 +131,41 @@ def _judge(events: list[tuple[str, str, int]], allowed: Sequence[str], leaf: str
         real = os.path.realpath(path)
         inside = any(os.path.commonpath((real, folder)) == folder for folder in allowed)
         assert inside or path.endswith((".py", ".pyc")), f"{event} {path!r}: outside the allowed folders"
-        assert not flags & _WRITING or path == leaf, f"{event} {path!r} for writing"
+        assert not flags & _WRITING or path == leaf or _is_record(path, leaf), f"{event} {path!r} for writing"
         if event == "open" and os.path.exists(real):
             assert not stat.S_ISFIFO(os.stat(real).st_mode), f"{path!r} is a pipe"
+
+
+def _is_record(path: str, leaf: str | None) -> bool:
+    """True for a record beside the leaf, or a file on its way to be one."""
+    folder, name = os.path.split(path)
+    return leaf is not None and folder == os.path.dirname(leaf) and name.startswith((".vhdkit-", ".leaf.vhd.vhdkit-"))
+
+
+def _plan(path: str, options: OpenOptions) -> None:
+    """What changes files, as far as it goes without changing any."""
+    for plan in (partial(repair, path), partial(snapshot, path), partial(clone, path, [path + ".clone"])):
+        try:
+            plan(options=options, dry_run=True)
+        except VhdkitError as error:
+            assert str(error).isprintable(), repr(str(error))
+
+
+def _repair(path: str, options: OpenOptions) -> None:
+    try:
+        done = repair(path, accept_data_loss=True, writer_is_dead=True, report=path + ".lost", options=options)
+        assert all(fix.message.isprintable() for fix in done.fixes)
+    except VhdkitError as error:
+        assert str(error).isprintable(), repr(str(error))
+
+
+def _collect(root: Path, path: str, options: OpenOptions) -> None:
+    """Looks into the folders around, too, so only its end is watched."""
+    try:
+        for item in collect_garbage(root, [path], options=options):
+            assert item.kept is None or item.kept.isprintable(), repr(item.kept)
+    except VhdkitError as error:
+        assert str(error).isprintable(), repr(str(error))
 
 
 def _describe(path: str, options: OpenOptions) -> None:

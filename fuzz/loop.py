@@ -60,14 +60,17 @@ def mutations(inputs: Sequence[bytes], mutate: Mutate, seed: int, count: int) ->
     return [mutate(rng.choice(inputs), rng, inputs) for _ in range(count)]
 
 
-def main(target: Target, name: str, mutate: Mutate) -> int:
-    """The program of a target: `python -m fuzz.NAME [CORPUS or INPUT ...] [--seconds N] [--seed N]`."""
+def main(target: Target, name: str, mutate: Mutate, *, corpus: str | None = None) -> int:
+    """The program of a target: `python -m fuzz.NAME [CORPUS or INPUT ...] [--seconds N] [--seed N]`.
+
+    `corpus` names the target whose seeds it uses, where these are not its own.
+    """
     try:
         atheris: Any = importlib.import_module("atheris")
     except ModuleNotFoundError:
         atheris = None
     if atheris is None:
-        return _own_loop(target, name, mutate)
+        return _own_loop(target, name, mutate, corpus or name)
 
     def custom(data: bytes, max_size: int, seed: int) -> bytes:
         rng = random.Random(seed)
@@ -79,9 +82,9 @@ def main(target: Target, name: str, mutate: Mutate) -> int:
     return 0
 
 
-def _own_loop(target: Target, name: str, mutate: Mutate) -> int:
+def _own_loop(target: Target, name: str, mutate: Mutate, corpus: str) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m fuzz.{name}", description=f"Fuzz {name} without atheris.")
-    parser.add_argument("inputs", nargs="*", type=Path, default=[CORPUS / name], help="folders of seeds, or inputs")
+    parser.add_argument("inputs", nargs="*", type=Path, default=[CORPUS / corpus], help="folders of seeds, or inputs")
     parser.add_argument("--seconds", type=float, default=60, help="how long")
     parser.add_argument("--seed", type=int, default=1, help="another number, other inputs")
     parser.add_argument("--keep-going", action="store_true", help="list every failure of its kind once")

@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from fuzz import fuzz_chain, fuzz_open, loop
+from fuzz import fuzz_chain, fuzz_open, fuzz_repair, loop
 from fuzz.loop import MAX_CASE_SECONDS, Mutate, Target
 from fuzz.make_corpus import MAX_SEED_BYTES, corpus
 from fuzz.mutate import mutate_image
@@ -22,9 +22,20 @@ from vhdkit.units import KIB, MIB
 TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_open": (fuzz_open.target, mutate_image),
     "fuzz_chain": (fuzz_chain.target, fuzz_chain.mutate),
+    "fuzz_repair": (fuzz_repair.target, mutate_image),
 }
-SEEDS = [pytest.param(name, data, id=f"{name}-{file}") for name in TARGETS for file, data in loop.seeds(name)]
-BATCHES = [*(("fuzz_open", seed, 50) for seed in range(8)), *(("fuzz_chain", seed, 15) for seed in range(8))]
+CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS}
+SEEDS = [
+    pytest.param(name, data, id=f"{name}-{file}")
+    for name in TARGETS
+    for file, data in loop.seeds(CORPUS_OF.get(name, name))
+    if not (name == "fuzz_repair" and file.endswith("-2tib"))  # seconds each, and test_repair has such tables
+]
+BATCHES = [
+    *(("fuzz_open", seed, 50) for seed in range(8)),
+    *(("fuzz_chain", seed, 15) for seed in range(8)),
+    *(("fuzz_repair", seed, 25) for seed in range(8)),
+]
 FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB
 MEMORY_PER_STORED_BYTE = 12  # a table of 4 Mi entries is 16 MiB; a few arrays of 64-bit numbers are made from it
 
@@ -52,7 +63,9 @@ def test_seed(name: str, data: bytes) -> None:
 def test_mutations(name: str, seed: int, count: int) -> None:
     """INV-BOUNDED holds for mutations of the seeds, most of them with their checksums made right again."""
     target, mutate = TARGETS[name]
-    inputs = [data for file, data in loop.seeds(name) if not file.endswith("ib")]  # large tables are slow
+    inputs = [
+        data for file, data in loop.seeds(CORPUS_OF.get(name, name)) if not file.endswith("ib")
+    ]  # large tables are slow
     for number, data in enumerate(loop.mutations(inputs, mutate, seed, count)):
         try:
             loop.timed(target, data)

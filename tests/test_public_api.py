@@ -7,10 +7,10 @@ import vhdkit
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists CompactResult Comparison CorruptImage CorruptReason Disk DiskFormat Extent
-ExtentKind Finding FormatName GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed Merge NoSpace
-NotFound OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly Severity
-SyncFailed UnsupportedFormat VhdkitError check clone collect_garbage compact compare convert create_child create_image
-merge merge_under_way open_disk rebase resume_merge snapshot snapshot_many
+ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed Merge
+NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly
+Repair Severity SyncFailed UnsupportedFormat VhdkitError check clone collect_garbage compact compare convert
+create_child create_image merge merge_under_way open_disk rebase repair restore resume_merge snapshot snapshot_many
 """
 
 

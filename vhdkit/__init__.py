@@ -21,6 +21,7 @@ from vhdkit.chain.create import DiskFormat, create_child, create_image
 from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
 from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
 from vhdkit.chain.rebase import rebase
+from vhdkit.chain.repair import Repair, repair, restore
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
 from vhdkit.disk import Disk, open_disk
@@ -48,6 +49,7 @@ from vhdkit.errors import (
 )
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.probe import FormatName
+from vhdkit.formats.vhd.repair import Fix
 from vhdkit.image import Extent, ExtentKind
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "Extent",
     "ExtentKind",
     "Finding",
+    "Fix",
     "FormatName",
     "GarbageItem",
     "GarbageKind",
@@ -81,6 +84,7 @@ __all__ = [
     "ParentRefused",
     "Progress",
     "ReadOnly",
+    "Repair",
     "Severity",
     "SyncFailed",
     "UnsupportedFormat",
@@ -98,6 +102,8 @@ __all__ = [
     "open_disk",
     "rebase",
     "resume_merge",
+    "repair",
+    "restore",
     "snapshot",
     "snapshot_many",
 ]

@@ -57,6 +57,10 @@ def examine(path: Path) -> int:
     def progress(done_bytes: int, size_bytes: int) -> None:
         del done_bytes, size_bytes
 
+    done: vhdkit.Repair = vhdkit.repair(path, accept_data_loss=True, undo="undo", dry_run=True)
+    restored: int = vhdkit.restore(path, "undo")
+    fixes: list[vhdkit.Fix] = [fix for fix in done.fixes if fix.needs is None]
+    del restored, fixes
     try:
         findings: list[vhdkit.Finding] = vhdkit.check(path)
         vhdkit.convert(path, path.with_suffix(".raw"), vhdkit.DiskFormat.RAW, replace=True, progress=progress)

@@ -10,7 +10,7 @@ import os
 
 from vhdkit import errors
 from vhdkit.chain import pending
-from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, parent_format
+from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, leads_to, parent_format
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.probe import FormatName, identify
@@ -47,7 +47,7 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
             format_name = parent_format(metadata)
             if _closes_loop(stores, metadata, findings):
                 return findings
-            _check_link(metadata, parent, findings)
+            _check_link(metadata, parent, folders, findings)
     finally:
         for store in stores:
             store.close()
@@ -110,9 +110,15 @@ def _closes_loop(stores: list[FileStore], child: Metadata, findings: list[Findin
     return True
 
 
-def _check_link(child: Metadata, store: FileStore, findings: list[Finding]) -> None:
+def _check_link(child: Metadata, store: FileStore, folders: tuple[str, ...], findings: list[Finding]) -> None:
     """What a child and its parent may disagree on without being wrong."""
     assert child.header is not None
+    if not leads_to(child, store.name, folders):
+        message = (
+            f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
+            " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` write the names anew)"
+        )
+        findings.append(Finding(Severity.WARNING, "parent-names", message, child.path, "dynamic header"))
     try:
         parent = read_metadata(pending.view(store))
     except errors.CorruptImage:

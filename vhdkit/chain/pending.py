@@ -73,13 +73,21 @@ def file_of(store: Store) -> FileStore | None:
     return store if isinstance(store, FileStore) else None
 
 
-def change(store: FileStore, writes: Sequence[tuple[int, Buffer]], size_after_bytes: int | None = None) -> None:
+def change(
+    store: FileStore,
+    writes: Sequence[tuple[int, Buffer]],
+    size_after_bytes: int | None = None,
+    *,
+    unique_id: bytes | None = None,
+) -> None:
     """Put `writes`, (offset, bytes), into the image and give it a size: all of it or, after a power cut, nothing.
+
+    `unique_id` is the id the image will have where its footer says none now.
 
     The writer's lock is held and `settle` was called. Raises InvalidArgument (too large a change, or a record of
     another one lies there), NoSpace, IoFailed, SyncFailed; the file then holds what it held.
     """
-    log = plan_change(store, image_id(store), writes, size_after_bytes)
+    log = plan_change(store, image_id(store) if unique_id is None else unique_id, writes, size_after_bytes)
     with _logged(store, log):
         apply_change(store, log)
 

@@ -224,6 +224,18 @@ def _candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
+def leads_to(child: Metadata, parent_path: str, folders: tuple[str, ...]) -> bool:
+    """True when a locator of the child leads to this file by itself: others do not look for its bare name."""
+    here, parent = os.path.dirname(real_path(child.path)), real_path(parent_path)
+    for text in (locator.text for locator in child.locators):
+        for path in _paths_of(text or "", here):
+            if is_file_name(path) and is_within(real_path(path), folders):
+                found = find_ignoring_case(path, folders)
+                if found is not None and real_path(found) == parent:
+                    return True
+    return False
+
+
 def _ordered_texts(child: Metadata) -> list[tuple[str, str]]:
     """(structure, text) of every name the child has for its parent, the most telling first."""
 

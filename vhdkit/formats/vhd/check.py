@@ -22,7 +22,7 @@ from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
 
 _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
-_LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
+LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
 _READ_SECTORS = whole_sectors(256 * KIB)
 
 
@@ -44,7 +44,7 @@ def check_vhd(store: Store, *, ignore_bitmaps: bool = False) -> list[Finding]:
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
     table_errors = _table_errors(metadata, bat)
     findings += table_errors
-    findings += _space_findings(metadata, bat)
+    findings += _space_findings(store, metadata, bat)
     if not table_errors:
         findings += _limited(_bitmap_findings(store, metadata, bat, ignore_bitmaps), store.name, "blocks")
     return findings
@@ -161,23 +161,52 @@ def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
         yield _note(metadata, "bat-padding", "the rest of its last sector is not all ones", "BAT", table_end)
 
 
-def _space_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
+def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the space between structures, blocks and the end of the data that belongs to nothing.
+
+    What is smaller than LEAK_BYTES is alignment and left out.
+    """
+    whole, _ = used_sizes(metadata)
+    starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
+    # A locator may claim any 64-bit place: what is outside the file takes no space of it.
+    limit = metadata.file_size_bytes
+    places = [(offset, min(offset + size, limit)) for _, offset, size in metadata.structures() if offset < limit]
+    edges = np.concatenate([np.array(places, dtype=np.int64), np.stack([starts, starts + whole], axis=1)])
+    edges = edges[np.argsort(edges[:, 0], kind="stable")]
+    covered = np.maximum.accumulate(edges[:, 1])
+    sizes = np.append(edges[1:, 0], block_data_end(metadata)) - covered
+    for index in np.flatnonzero(sizes >= LEAK_BYTES).tolist():
+        start = round_up(int(covered[index]), SECTOR_SIZE)  # the rest of a table's last sector is padding
+        yield start, int(covered[index] + sizes[index]) - start
+
+
+def held_bytes(store: Store, offset_bytes: int, size_bytes: int, *, enough: int | None = None) -> int:
+    """How much of a range may hold data, the rest being holes; not counted beyond `enough`."""
+    held = 0
+    for _, size, may_hold in store.data_runs(offset_bytes, size_bytes):
+        held += size if may_hold else 0
+        if enough is not None and held >= enough:
+            break
+    return held
+
+
+def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Space that belongs to nothing, and blocks that are stored short."""
     whole, last = used_sizes(metadata)
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     data_end = block_data_end(metadata)
-    # A locator may claim any 64-bit place: what is outside the file takes no space of it.
-    limit = metadata.file_size_bytes
-    places = [(offset, min(offset + size, limit)) for _, offset, size in metadata.structures() if offset < limit]
-    structures = np.array(places, dtype=np.int64)
-    edges = np.concatenate([structures, np.stack([starts, starts + whole], axis=1)])
-    edges = edges[np.argsort(edges[:, 0], kind="stable")]
-    covered = np.maximum.accumulate(edges[:, 1])
-    gaps = np.append(edges[1:, 0], data_end) - covered
-    leaked = int(gaps[gaps >= _LEAK_BYTES].sum())
-    if leaked:
-        first = int(covered[np.flatnonzero(gaps >= _LEAK_BYTES)[0]])
-        yield _warning(metadata, "leaked-space", f"{format_size(leaked)} belong to nothing", "file", first)
+    leaks = list(gaps(metadata, bat))
+    if leaks:
+        leaked, first = sum(size for _, size in leaks), leaks[0][0]
+        listed = leaks[:_MAX_LISTED]
+        # File systems keep whole pages, so a hole may hold a little at its ends.
+        if len(leaks) > len(listed) or any(
+            held_bytes(store, *leak, enough=LEAK_BYTES) >= LEAK_BYTES for leak in listed
+        ):
+            yield _warning(metadata, "leaked-space", f"{format_size(leaked)} belong to nothing", "file", first)
+        else:
+            message = f"{format_size(leaked)} belong to nothing, and are a hole that costs nothing"
+            yield _note(metadata, "leaked-space", message, "file", first)
     final = bat.block_start(len(bat) - 1)
     ends = starts + np.where(starts == final, last, whole)
     cut = int((ends - data_end).max()) if len(ends) else 0

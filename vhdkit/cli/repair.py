@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`check --repair` and `check --restore`: what was put right, what needs consent, what is left.
+
+Decides how a repair is told. The findings afterwards are `cli.check`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vhdkit
+from vhdkit import Repair
+from vhdkit.cli.common import Common
+from vhdkit.cli.output import count, print_text
+from vhdkit.errors import printable
+from vhdkit.units import format_size
+
+_MAX_TOLD = 20  # ranges of one fix; the report has them all
+
+
+def repair_document(done: Repair, *, dry_run: bool) -> dict[str, Any]:
+    """A repair for JSON, without the findings."""
+    fixes = [
+        {
+            "code": fix.code,
+            "message": fix.message,
+            "done": fix.needs is None and not dry_run,
+            "needs": fix.needs,
+            "lost": [{"offset_bytes": offset, "size_bytes": size} for offset, size in fix.lost],
+            "doubtful": [{"offset_bytes": offset, "size_bytes": size} for offset, size in fix.doubtful],
+        }
+        for fix in done.fixes
+    ]
+    return {
+        "fixes": fixes,
+        "changed_bytes": done.changed_bytes,
+        "undo": done.undo_path,
+        "report": done.report_path,
+        "dry_run": dry_run,
+    }
+
+
+def tell_repair(done: Repair, *, dry_run: bool) -> None:
+    """One line per fix, and where backup and report are."""
+    for fix in done.fixes:
+        if fix.needs is not None:
+            print_text(("not done: ", "yellow"), printable(fix.message), f"; needs {fix.needs}")
+        else:
+            print_text(("would do: " if dry_run else "repaired: ", "green"), printable(fix.message))
+        for name, ranges in (("loses", fix.lost), ("doubtful", fix.doubtful)):
+            for offset, size in ranges[:_MAX_TOLD]:
+                print_text(f"  {name} {format_size(size)} of the disk from byte {offset:#x}")
+            if len(ranges) > _MAX_TOLD:
+                print_text(f"  and {count(len(ranges) - _MAX_TOLD, 'more range')}")
+    if not done.fixes:
+        print_text("nothing to repair")
+    if done.report_path is not None:
+        print_text(f"the ranges are listed in {printable(done.report_path)}")
+    if done.undo_path is not None:
+        image, undo = vhdkit.errors.quoted(done.path), vhdkit.errors.quoted(done.undo_path)
+        print_text(f"taken back with: vhdkit check {image} --restore {undo}")
+
+
+def restore(image: str, undo: str, common: Common) -> dict[str, Any]:
+    """Take a repair back, and say so."""
+    restored = vhdkit.restore(image, undo)
+    if not common.quiet and not common.json:
+        print_text(f"restored {restored} bytes of {printable(image)} from {printable(undo)}")
+    return {"restored_bytes": restored}

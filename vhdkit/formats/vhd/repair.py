@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a damaged VHD needs to be sound again: the writes, made to a draft of it.
+
+Decides what may be put right, what needs consent, and what nobody can put right. Writes nothing into the file: how the
+draft gets there, whole or not at all, is `chain.repair`'s decision, and so are parents.
+
+    footers -> header -> locators -> BAT -> space and trailing footer -> geometry      each on what came before
+
+- What is known twice is restored from the other place: a footer from its copy, the copy from the footer.
+- What is known once and wrong is restored only where the rest of the file says the same (a header's checksum).
+- A BAT entry that cannot be true is cleared, with consent: its block then reads as zeros, or as the parent's.
+- A mark that another program is at work (0xC7, `v_poison`) is taken off only when the user says that it is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.vhd import bitmap, geometry, layout
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.check import LEAK_BYTES, gaps, held_bytes
+from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, nominal_end, used_sizes
+from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
+from vhdkit.formats.vhd.locator import NO_PLATFORM
+from vhdkit.formats.vhd.metadata import FooterPlace, FooterState, Metadata, footer_state, read_footers, read_metadata
+from vhdkit.store import Store
+from vhdkit.units import MIB, SECTOR_SIZE, format_size, round_down, round_up
+
+MAX_FREED_BYTES = 16 * MIB  # of data in space that belongs to nothing: a larger backup is no backup any more
+_SEARCH_BYTES = MIB  # behind a lost footer: how much garbage may stand there
+LOSS = "--accept-data-loss"
+DEAD = "--writer-is-dead"
+COMPACT = "vhdkit compact"  # it moves blocks into such space
+BY_HAND = "a copy by hand"
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """What the user allows: to drop data, and to take off the mark of a program that is surely not running."""
+
+    data_loss: bool = False
+    writer_is_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """One thing that is put right, or would be: `needs` is the consent that is missing, None when it was done.
+
+    `lost` are the ranges of the disk, (offset, size) in bytes, whose content is dropped; `doubtful` those that show
+    something which may belong elsewhere.
+    """
+
+    code: str
+    message: str
+    needs: str | None = None
+    lost: tuple[tuple[int, int], ...] = ()
+    doubtful: tuple[tuple[int, int], ...] = ()
+
+
+def repair_vhd(draft: DraftStore, consent: Consent) -> list[Fix]:
+    """Change `draft` into what the image should be; returns what was done or could be, in order.
+
+    What cannot be put right is left: `check_vhd` says so afterwards. Raises IoFailed.
+    """
+    fixes = list(_mend_footers(draft, consent))
+    if any(one.needs == DEAD for one in fixes):
+        return fixes  # whoever left the mark may be at work on any part of it
+    fixes += _mend_header(draft, consent)
+    try:
+        metadata = read_metadata(draft)
+    except CorruptImage:
+        return fixes
+    if metadata.header is None:
+        fixes += _free_fixed(draft, metadata)
+    else:
+        fixes += _clear_stray_locators(draft, metadata)
+        metadata = read_metadata(draft)
+        dropped = list(_clear_entries(draft, metadata, consent))
+        fixes += dropped
+        if not any(one.needs for one in dropped):
+            fixes += _settle_end(draft, metadata, keep_space=bool(dropped))
+    fixes += _mend_geometry(draft)
+    return fixes
+
+
+# -- footers ----------------------------------------------------------------------------------------------------------
+
+
+def _mend_footers(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
+    """Leave two good, equal footers where one is to be had. A lost trailing one gets its place in `_settle_end`."""
+    tail, copy = read_footers(draft)
+    marked = [one for one in (tail, copy) if one.state in (FooterState.KILLED, FooterState.POISONED)]
+    if marked and not _is_guests(tail, copy):
+        said = f"the {marked[0].structure} is {marked[0].state}"
+        if not consent.writer_is_dead:
+            yield Fix("footer-mark", f"{said}; only when that program is dead may this be taken off", DEAD)
+            return
+        if not (tail.state.usable or copy.state.usable):
+            yield from _take_off_poison(draft, tail, copy)
+            return
+    if not tail.state.usable and not (copy.state.usable and copy.footer.disk_type != layout.DISK_TYPE_FIXED):
+        yield from _rescue_footer(draft, tail, copy)
+    elif tail.state.usable and tail.footer.disk_type != layout.DISK_TYPE_FIXED:
+        yield from _align_copy(draft, tail, copy)
+
+
+def _is_guests(tail: FooterPlace, copy: FooterPlace) -> bool:
+    """A fixed disk with a good footer: whatever stands at offset 0 is data."""
+    return tail.state.usable and tail.footer.disk_type == layout.DISK_TYPE_FIXED
+
+
+def _align_copy(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:
+    """Make the copy equal to the footer; or the footer to its copy, where only that one leads to a sound image."""
+    whole = tail.raw.ljust(FOOTER_SIZE, b"\0")
+    if copy.raw == whole:
+        return
+    if copy.state.usable and copy.footer.unique_id == tail.footer.unique_id and not _is_sound(draft):
+        trial = DraftStore(draft)
+        trial.pwrite(tail.offset_bytes, copy.raw[: len(tail.raw)])
+        if _is_sound(trial):
+            draft.pwrite(tail.offset_bytes, copy.raw[: len(tail.raw)])
+            yield Fix("footer", "the footer leads to no sound image, its copy does: restored from the copy")
+            return
+    draft.pwrite(0, _sealed(whole))
+    yield Fix(
+        "footer-copy", f"the copy was {'another one' if copy.state.usable else copy.state}: restored from the footer"
+    )
+
+
+def _is_sound(store: Store) -> bool:
+    """True when the image can be read: its header, and a table without contradictions."""
+    try:
+        metadata = read_metadata(store)
+    except CorruptImage:
+        return False
+    if metadata.header is None:
+        return True
+    bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
+    return not any(len(blocks) for _, blocks in bad_entries(metadata, bat))
+
+
+def _take_off_poison(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:
+    """Both footers carry a mark: give the poisoned one its name back where that makes a sound image."""
+    for place in (tail, copy):
+        if place.state is not FooterState.POISONED:
+            continue
+        raw = _sealed(layout.FOOTER_COOKIE + place.raw.ljust(FOOTER_SIZE, b"\0")[len(layout.FOOTER_COOKIE) :])
+        trial = DraftStore(draft)
+        _put_both(trial, tail, raw)
+        if _is_sound(trial):
+            _put_both(draft, tail, raw)
+            yield Fix("footer-mark", f"the mark of an unfinished resize is taken off the {place.structure}")
+            return
+
+
+def _put_both(draft: DraftStore, tail: FooterPlace, raw: bytes) -> None:
+    draft.pwrite(tail.offset_bytes, raw)
+    if layout.parse_footer(raw).disk_type != layout.DISK_TYPE_FIXED:
+        draft.pwrite(0, raw)
+
+
+def _rescue_footer(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:
+    """No footer is good: look for one before trailing garbage, then for one with nothing wrong but its checksum."""
+    found = _stray_footer(draft)
+    if found is not None:
+        offset, raw = found
+        garbage = draft.size() - offset - FOOTER_SIZE
+        if held_bytes(draft, offset + FOOTER_SIZE, garbage) > MAX_FREED_BYTES:
+            yield Fix(
+                "trailing-garbage", f"a footer stands before {format_size(garbage)} of other data", "a copy by hand"
+            )
+            return
+        draft.truncate(offset + FOOTER_SIZE)
+        if layout.parse_footer(raw).disk_type != layout.DISK_TYPE_FIXED:
+            draft.pwrite(0, raw)
+        yield Fix("trailing-garbage", f"{garbage} bytes of garbage behind the footer are cut off")
+        return
+    for place in (tail, copy):
+        if place.state is not FooterState.CHECKSUM or not place.raw.startswith(layout.FOOTER_COOKIE):
+            continue
+        fixed = place.footer.disk_type == layout.DISK_TYPE_FIXED
+        twice = tail.raw.ljust(FOOTER_SIZE, b"\0") == copy.raw
+        agrees = place is tail and place.footer.current_size == place.offset_bytes if fixed else twice
+        raw = _sealed(place.raw.ljust(FOOTER_SIZE, b"\0"))
+        trial = DraftStore(draft)
+        _put_both(trial, tail, raw)
+        if agrees and footer_state(raw).usable and _is_sound(trial):
+            _put_both(draft, tail, raw)
+            said = "the file's size" if fixed else "its copy"
+            yield Fix("footer-checksum", f"only the checksum of the footer was wrong: it agrees with {said}")
+            return
+
+
+def _stray_footer(store: Store) -> tuple[int, bytes] | None:
+    """A good footer that other bytes follow: (offset, footer) of the last one, which fits the file up to there."""
+    end = store.size()
+    for offset in range(round_down(end, SECTOR_SIZE), max(end - _SEARCH_BYTES, 0), -SECTOR_SIZE):
+        raw = store.pread(offset, FOOTER_SIZE)
+        if not raw.startswith(layout.FOOTER_COOKIE) or not footer_state(raw).usable:
+            continue
+        footer = layout.parse_footer(raw)
+        if footer.disk_type != layout.DISK_TYPE_FIXED:
+            trial = DraftStore(store)
+            trial.truncate(offset + FOOTER_SIZE)
+            if _is_sound(trial):
+                return offset, raw
+        elif geometry.virtual_size(footer, offset) == offset:
+            return offset, raw
+    return None
+
+
+def _sealed(raw: bytes) -> bytes:
+    return layout.sealed(raw, layout.FOOTER_CHECKSUM_OFFSET)
+
+
+# -- header and locators ----------------------------------------------------------------------------------------------
+
+
+def _mend_header(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
+    """A header whose checksum alone is wrong. It has no second copy, so everything else has to speak for it."""
+    try:
+        read_metadata(draft)
+        return
+    except CorruptImage as error:
+        if error.reason is not CorruptReason.HEADER_CHECKSUM or error.offset_bytes is None:
+            return
+        offset = error.offset_bytes
+    trial = DraftStore(draft)
+    raw = layout.sealed(draft.pread(offset, HEADER_SIZE), layout.HEADER_CHECKSUM_OFFSET)
+    trial.pwrite(offset, raw)
+    if not _is_sound(trial):
+        return
+    metadata = read_metadata(trial)
+    assert metadata.header is not None
+    bat = Bat.load(trial, metadata.header.table_offset, metadata.block_count)
+    sure = metadata.header.max_table_entries == metadata.block_count and not list(gaps(metadata, bat))
+    if not sure and not consent.data_loss:
+        yield Fix(
+            "header-checksum",
+            "the header's checksum is wrong, and block size or table do not fit the rest of the file in every way:"
+            " taking it as it is may show wrong data",
+            LOSS,
+        )
+        return
+    draft.pwrite(offset, raw)
+    said = "the rest of the file agrees with it" if sure else "taken as it is, by your word"
+    yield Fix("header-checksum", f"the header's checksum is made right: {said}")
+
+
+def _clear_stray_locators(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
+    """Locators whose text would lie outside the file: they say nothing, and the file may grow to there."""
+    assert metadata.header is not None
+    stray = {one.slot for one in metadata.stray_locators()}
+    if not stray:
+        return
+    entries = tuple(
+        replace(entry, platform_code=NO_PLATFORM, data_space=0, data_length=0, data_offset=0)
+        if slot in stray
+        else entry
+        for slot, entry in enumerate(metadata.header.parent_locators)
+    )
+    draft.pwrite(metadata.footer.data_offset, layout.build_header(replace(metadata.header, parent_locators=entries)))
+    slots = ", ".join(str(slot + 1) for slot in sorted(stray))
+    yield Fix("locator-outside-file", f"parent locator {slots} pointed outside the file: cleared")
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def _clear_entries(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iterator[Fix]:
+    """Entries that cannot be true. Of blocks that lie over each other the first one in the file stays."""
+    assert metadata.header is not None
+    bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
+    worst = dict(bad_entries(metadata, bat))
+    cleared = np.zeros(len(bat), dtype=np.bool_)
+    for reason in (CorruptReason.BLOCK_OUTSIDE_FILE, CorruptReason.BLOCK_OVER_METADATA):
+        cleared[worst.get(reason, np.zeros(0, dtype=np.intp))] = True
+    bat.entries[cleared] = BAT_UNALLOCATED
+    doubtful = np.zeros(len(bat), dtype=np.bool_)
+    if any(len(blocks) for _, blocks in bad_entries(metadata, bat)):
+        later, doubtful = _overlapping(metadata, bat)
+        bat.entries[later] = BAT_UNALLOCATED
+        cleared |= later
+    if not cleared.any():
+        return
+    lost, unsure = tuple(_ranges(metadata, cleared)), tuple(_ranges(metadata, doubtful))
+    shows = "their parent's content" if metadata.is_differencing else "zeros"
+    message = f"{int(cleared.sum())} blocks have impossible places: {format_size(sum(s for _, s in lost))} of the disk"
+    if not consent.data_loss:
+        yield Fix("bat", f"{message} would show {shows}", LOSS, lost, unsure)
+        return
+    for number in sorted({int(block) // (SECTOR_SIZE // BAT_ENTRY_SIZE) for block in np.flatnonzero(cleared)}):
+        first = number * (SECTOR_SIZE // BAT_ENTRY_SIZE)
+        raw = bat.entries[first : first + SECTOR_SIZE // BAT_ENTRY_SIZE].astype(">u4").tobytes()
+        draft.pwrite(bat.sector_offset(number), raw)
+    yield Fix("bat", f"{message} shows {shows} now", None, lost, unsure)
+
+
+def _overlapping(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(the blocks that begin inside an earlier one, the blocks they lie over), one truth value per block."""
+    whole, last = (size // SECTOR_SIZE for size in used_sizes(metadata))
+    blocks = np.flatnonzero(bat.allocated())
+    starts = bat.entries[blocks].astype(np.int64)
+    order = np.lexsort((blocks, starts))
+    later, over = np.zeros(len(bat), dtype=np.bool_), np.zeros(len(bat), dtype=np.bool_)
+    end, holder, final = -1, -1, len(bat) - 1
+    for block, start in zip(blocks[order].tolist(), starts[order].tolist(), strict=True):
+        if start < end:
+            later[block] = over[holder] = True
+        else:
+            end, holder = start + (last if block == final else whole), block
+    return later, over
+
+
+def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """The chosen blocks as ranges of the disk in bytes, neighbours joined."""
+    assert metadata.header is not None
+    size = metadata.header.block_size
+    for first, count, chosen in bitmap.runs(blocks):
+        if chosen:
+            yield first * size, min((first + count) * size, metadata.size_bytes) - first * size
+
+
+# -- space ------------------------------------------------------------------------------------------------------------
+
+
+def _free_fixed(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
+    """Bytes between the data and the footer of a fixed disk, unless another reader takes them for data."""
+    data_end = max(metadata.size_bytes, metadata.footer.current_size)
+    spare = metadata.tail.offset_bytes - data_end
+    if spare <= 0 or data_end % SECTOR_SIZE:
+        return
+    if held_bytes(draft, data_end, spare) > MAX_FREED_BYTES:
+        yield Fix(
+            "trailing-space", f"{format_size(spare)} of data stand between the disk and its footer", "a copy by hand"
+        )
+        return
+    raw = metadata.footer_raw
+    draft.truncate(data_end)
+    draft.pwrite(data_end, raw)
+    yield Fix("trailing-space", f"{spare} bytes between the data and the footer are cut off")
+
+
+def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> Iterator[Fix]:
+    """Put the trailing footer behind everything, and free what belongs to nothing (not with `keep_space`)."""
+    assert metadata.header is not None
+    bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
+    end = _end_of_structures(metadata, bat)
+    keep_space |= _has_spare_entries(draft, metadata)
+    if not metadata.tail.state.usable:
+        yield from _restore_tail(draft, metadata, end, keep_space=keep_space)
+    elif metadata.tail.offset_bytes < end:
+        # The footer stands inside a block: what follows it there are zeros, once it has gone.
+        draft.punch(metadata.tail.offset_bytes, draft.size() - metadata.tail.offset_bytes)
+        draft.pwrite(end, metadata.footer_raw)
+        yield Fix("block-cut", "a block was stored short: its rest, zeros, is added, and the footer put behind it")
+    elif metadata.tail.offset_bytes - end >= LEAK_BYTES and not keep_space:
+        spare = metadata.tail.offset_bytes - end
+        message = f"{format_size(spare)} behind the last block belong to nothing"
+        if held_bytes(draft, end, spare) > MAX_FREED_BYTES:
+            yield Fix("leaked-space", message, COMPACT)
+        else:
+            draft.truncate(end)
+            draft.pwrite(end, metadata.footer_raw)
+            yield Fix("leaked-space", f"{message}: given back")
+    if not keep_space:
+        yield from _free_gaps(draft, read_metadata(draft), bat, end)
+
+
+def _restore_tail(draft: DraftStore, metadata: Metadata, end: int, *, keep_space: bool) -> Iterator[Fix]:
+    """Write the trailing footer anew: behind the last structure, or behind all there is when that has to stay."""
+    tail, size = metadata.tail, draft.size()
+    behind = max(size - end, 0)
+    place = max(end, round_up(size, SECTOR_SIZE))
+    if not keep_space and held_bytes(draft, end, behind) <= MAX_FREED_BYTES:
+        place = end
+    elif tail.state is not FooterState.ABSENT and tail.offset_bytes >= end and tail.offset_bytes % SECTOR_SIZE == 0:
+        place = tail.offset_bytes  # over the damaged one
+    draft.truncate(place)
+    draft.pwrite(place, metadata.footer_raw)
+    yield Fix("footer", f"the trailing footer was {tail.state}: restored from its copy")
+    if behind > FOOTER_SIZE and place == end:
+        yield Fix("trailing-garbage", f"{behind} bytes behind the last structure belong to nothing: cut off")
+
+
+def _end_of_structures(metadata: Metadata, bat: Bat) -> int:
+    """The first byte after everything that is of the image but its trailing footer."""
+    limit = block_data_end(metadata)  # a locator may claim room that it does not need, beyond the footer even
+    ends = [min(offset + size, limit) for _, offset, size in metadata.structures() if offset < limit]
+    return round_up(max([nominal_end(metadata, bat), *ends]), SECTOR_SIZE)
+
+
+def _has_spare_entries(store: Store, metadata: Metadata) -> bool:
+    """True when the table goes on behind the end of the disk, and not with empty entries: blocks of somebody's."""
+    assert metadata.header is not None
+    header = metadata.header
+    position = header.table_offset + metadata.block_count * BAT_ENTRY_SIZE
+    left = (header.max_table_entries - metadata.block_count) * BAT_ENTRY_SIZE
+    while left > 0:
+        raw = store.pread(position, min(left, MIB))
+        if not raw:
+            return False
+        if raw.count(0xFF) != len(raw):
+            return True
+        position += len(raw)
+        left -= len(raw)
+    return False
+
+
+def _free_gaps(draft: DraftStore, metadata: Metadata, bat: Bat, end: int) -> Iterator[Fix]:
+    """Space between blocks, before `end`, that belongs to nothing becomes a hole."""
+    inner = [(offset, size) for offset, size in gaps(metadata, bat) if offset < end]
+    sizes = [(offset, size, held_bytes(draft, offset, size)) for offset, size in inner]
+    found = [one for one in sizes if one[2] >= LEAK_BYTES]
+    data = sum(held for _, _, held in found)
+    if not found:
+        return
+    if data > MAX_FREED_BYTES:
+        yield Fix("leaked-space", f"{format_size(data)} between blocks belong to nothing", COMPACT)
+        return
+    for offset, size, _ in found:
+        draft.punch(offset, size)
+    yield Fix("leaked-space", f"{format_size(data)} between blocks belong to nothing: made a hole")
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def _mend_geometry(draft: DraftStore) -> Iterator[Fix]:
+    """Cylinders, heads and sectors that describe more than the disk, or less than they should."""
+    try:
+        metadata = read_metadata(draft)
+    except CorruptImage:
+        return
+    if not metadata.tail.state.usable or geometry.size_is_chs(metadata.footer):
+        return  # a size that comes from the geometry is not ours to change
+    shape, wanted = geometry.footer_geometry(metadata.footer), geometry.geometry_for(metadata.size_bytes)
+    if wanted.size_bytes <= shape.size_bytes <= metadata.size_bytes:
+        return
+    cylinders, heads, sectors = wanted
+    footer = replace(metadata.footer, cylinders=cylinders, heads=heads, sectors_per_track=sectors)
+    raw = layout.build_footer(footer)
+    draft.pwrite(metadata.tail.offset_bytes, raw[: len(metadata.tail.raw)])
+    if metadata.copy is not None:
+        draft.pwrite(0, raw)
+    yield Fix("geometry", f"{'/'.join(map(str, shape))} is made {'/'.join(map(str, wanted))}, as the size gives")
