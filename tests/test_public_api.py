@@ -7,10 +7,11 @@ import vhdkit
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists CompactResult Comparison CorruptImage CorruptReason Disk DiskFormat Extent
-ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed Merge
+ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed Merge Move
 NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly
 Repair Severity SyncFailed UnsupportedFormat VhdkitError check clone collect_garbage compact compare convert
-create_child create_image merge merge_under_way open_disk rebase repair restore resume_merge snapshot snapshot_many
+create_child create_image merge merge_under_way open_disk rebase relocate repair restore resume_merge snapshot
+snapshot_many
 """
 
 

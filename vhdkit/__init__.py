@@ -18,9 +18,10 @@ from vhdkit.chain.compact import CompactResult, compact
 from vhdkit.chain.compare import Comparison, compare
 from vhdkit.chain.convert import convert
 from vhdkit.chain.create import DiskFormat, create_child, create_image
-from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
 from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
+from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
 from vhdkit.chain.rebase import rebase
+from vhdkit.chain.relocate import Move, relocate
 from vhdkit.chain.repair import Repair, repair, restore
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
@@ -74,6 +75,7 @@ __all__ = [
     "InvalidArgument",
     "IoFailed",
     "Merge",
+    "Move",
     "NoSpace",
     "NotFound",
     "OpenOptions",
@@ -91,8 +93,8 @@ __all__ = [
     "VhdkitError",
     "check",
     "clone",
-    "compact",
     "collect_garbage",
+    "compact",
     "compare",
     "convert",
     "create_child",
@@ -101,9 +103,10 @@ __all__ = [
     "merge_under_way",
     "open_disk",
     "rebase",
-    "resume_merge",
+    "relocate",
     "repair",
     "restore",
+    "resume_merge",
     "snapshot",
     "snapshot_many",
 ]

@@ -34,12 +34,13 @@ def change(path: Path) -> None:
         buffer = bytearray(4096)
         disk.read_into(0, buffer)
         disk.read_into(0, memoryview(buffer)[:512])
-    vhdkit.rebase(child, path)
     smaller: vhdkit.CompactResult = vhdkit.compact(child, dry_run=True)
     assert smaller.file_size_after_bytes <= smaller.file_size_before_bytes
     vhdkit.rebase(child, path, unsafe_new_id=True, dry_run=False)
     leaf: str = vhdkit.snapshot(child)
     leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
+    moves: list[vhdkit.Move] = vhdkit.relocate(leaf, "elsewhere", dry_run=True)
+    leaves += [move.new_path for move in moves]
     items: list[vhdkit.GarbageItem] = vhdkit.collect_garbage(path.parent, leaves, delete=False)
     leaves += [item.path for item in items if item.kind is vhdkit.GarbageKind.IMAGE]
     leaves += vhdkit.clone(path, [path.with_suffix(".a"), "b.avhd"])

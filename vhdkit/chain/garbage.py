@@ -22,6 +22,7 @@ from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.chain import pending
+from vhdkit.chain.intent import intents_about
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, find_children, open_layers
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.folder import (
@@ -176,6 +177,8 @@ def _node(store: FileStore) -> _Node | None:
     records = sidecars_of(store.name)
     if records:
         node.problem = f"has a record of unfinished work: {printable(records[0])}"
+    elif intents_about(store.name, (os.path.dirname(store.name),)):
+        node.problem = "is part of a merge that did not finish"
     return node
 
 

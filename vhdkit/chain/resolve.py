@@ -217,11 +217,16 @@ def _candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
     texts = [text for _, text in _ordered_texts(child)]
     for text in texts:
         yield from _paths_of(text, here)
-    names = dict.fromkeys(ntpath.basename(text.rstrip("\\/")) for text in texts)
+    names = bare_names(child)
     for folder in (here, *folders):
         for name in names:
             if name not in ("", os.curdir, os.pardir):
                 yield os.path.join(folder, name)
+
+
+def bare_names(child: Metadata) -> list[str]:
+    """The names of the file that the child has for its parent, without folders."""
+    return list(dict.fromkeys(ntpath.basename(text.rstrip("\\/")) for _, text in _ordered_texts(child)))
 
 
 def leads_to(child: Metadata, parent_path: str, folders: tuple[str, ...]) -> bool:

@@ -28,6 +28,7 @@ from vhdkit.cli.map import map_command
 from vhdkit.cli.merge import merge_command
 from vhdkit.cli.rebase import rebase_command
 from vhdkit.cli.serve import serve_command
+from vhdkit.cli.relocate import relocate_command
 from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
 
@@ -141,6 +142,7 @@ for _verb in (
     clone_command,
     merge_command,
     rebase_command,
+    relocate_command,
     compact_command,
     serve_command,
     gc_command,

@@ -53,6 +53,14 @@ class DraftStore:
             low, high = max(place, offset_bytes), min(place + SECTOR_SIZE, end)
             buffer[low - offset_bytes : high - offset_bytes] = self._sectors[index][low - place : high - place]
 
+    def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """See `Store.try_pread_into`: never tried, a draft is not served."""
+        return False
+
+    def punches(self) -> bool:
+        """See `Store.punches`."""
+        return False
+
     def _touched(self, start: int, stop: int) -> list[int]:
         """The changed sectors that share bytes with a range."""
         wanted = range(start // SECTOR_SIZE, covering_sectors(stop))

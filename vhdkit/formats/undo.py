@@ -89,7 +89,8 @@ def plan_change(
     log = UndoLog(unique_id, size_before, size_after, tuple(changes))
     if _size_of(log) > MAX_LOG_BYTES or len(changes) > MAX_CHANGES:
         raise errors.InvalidArgument("the change is too large to be taken back after a power cut", path=store.name)
-    assert _is_possible(log)
+    if not _is_possible(log):
+        raise errors.InvalidArgument("the file is larger than a change can be taken back in", path=store.name)
     return log
 
 

@@ -18,7 +18,7 @@ import vhdkit
 from vhdkit.cli.main import main
 
 MIB = 1 << 20
-VERBS = ("create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase", "compact", "serve", "gc", "dump")
+VERBS = ("create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase", "compact", "serve", "gc", "relocate", "dump")
 COMMAND = (sys.executable, "-m", "vhdkit")
 
 

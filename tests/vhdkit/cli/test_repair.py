@@ -35,8 +35,8 @@ def test_repair_and_restore() -> None:
     assert "repaired: the trailing footer was absent" in told
     assert "vhdkit check 'a b.vhd' --restore 'undo file'" in told and "a b.vhd: clean" in told
     assert "nothing to repair" in good("check", "a b.vhd", "--repair")
-    told = run("check", "a b.vhd", "--restore", "undo file")
-    assert told.exit_code == 4 and "restored" in told.stdout
+    result = run("check", "a b.vhd", "--restore", "undo file")
+    assert result.exit_code == 4 and "restored" in result.stdout
     assert Path("a b.vhd").read_bytes() == before
 
 

@@ -13,7 +13,7 @@ from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
 from vhdkit.formats.vhd.metadata import FooterState, Metadata
 from vhdkit.store import Store
-from vhdkit.units import SECTOR_SIZE, round_up
+from vhdkit.units import SECTOR_SIZE, round_down, round_up
 
 _MAX_FOOTER_OFFSET = 1 << 62  # file offsets have 63 bits
 _READ_ONLY_HINT = "it can be read meanwhile; to write, convert it to a new image"
@@ -55,6 +55,9 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
         store.sync()
     elif metadata.tail.state.usable:
         return changed
+    elif cut_end is not None and store.size() % SECTOR_SIZE:
+        store.punch(round_down(store.size(), SECTOR_SIZE), SECTOR_SIZE)  # part of a sector read as zeros, and shall
+        store.sync()
     end = max(nominal_end, round_up(store.size(), SECTOR_SIZE))
     if end > _MAX_FOOTER_OFFSET:
         raise NoSpace("the file is too long to take the footer it lacks", path=metadata.path, hint=_READ_ONLY_HINT)

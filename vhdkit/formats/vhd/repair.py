@@ -376,6 +376,8 @@ def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> I
 def _restore_tail(draft: DraftStore, metadata: Metadata, end: int, *, keep_space: bool) -> Iterator[Fix]:
     """Write the trailing footer anew: behind the last structure, or behind all there is when that has to stay."""
     tail, size = metadata.tail, draft.size()
+    if size < end and size % SECTOR_SIZE:
+        draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)  # part of a sector read as zeros, and shall
     behind = max(size - end, 0)
     place = max(end, round_up(size, SECTOR_SIZE))
     if not keep_space and held_bytes(draft, end, behind) <= MAX_FREED_BYTES:
@@ -445,6 +447,8 @@ def _mend_geometry(draft: DraftStore) -> Iterator[Fix]:
         return
     cylinders, heads, sectors = wanted
     footer = replace(metadata.footer, cylinders=cylinders, heads=heads, sectors_per_track=sectors)
+    if geometry.virtual_size(footer, metadata.tail.offset_bytes) != metadata.size_bytes:
+        return  # a creator whose disks are as large as their geometry, which was zero
     raw = layout.build_footer(footer)
     draft.pwrite(metadata.tail.offset_bytes, raw[: len(metadata.tail.raw)])
     if metadata.copy is not None:

@@ -155,3 +155,13 @@ def test_a_file_of_exabytes_without_a_footer_is_an_error_not_an_overflow() -> No
     store.frozen = True
     with pytest.raises(NoSpace):
         open_dynamic(store, writable=True)
+
+
+def test_part_of_a_sector_stays_zeros() -> None:
+    """INV-FLUSHED-OR-NEWER: a file cut inside a sector reads zeros there, and still does when it is mended."""
+    built = _image(tail=b"").build()
+    store = built.store()
+    store.truncate(built.starts[0] + 512 + 5 * 512 + 300)
+    before = _read(open_dynamic(store))
+    assert before[5 * 512 : 6 * 512] == bytes(512) != pattern(SMALL)[5 * 512 : 6 * 512]
+    assert _read(open_dynamic(store, writable=True)) == before == _read(open_dynamic(store))
