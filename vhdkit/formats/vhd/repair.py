@@ -354,7 +354,7 @@ def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> I
     end = _end_of_structures(metadata, bat)
     keep_space |= _has_spare_entries(draft, metadata)
     if not metadata.tail.state.usable:
-        yield from _restore_tail(draft, metadata, end, keep_space=keep_space)
+        yield from _restore_tail(draft, metadata, bat, end, keep_space=keep_space)
     elif metadata.tail.offset_bytes < end:
         # The footer stands inside a block: what follows it there are zeros, once it has gone.
         draft.punch(metadata.tail.offset_bytes, draft.size() - metadata.tail.offset_bytes)
@@ -373,10 +373,10 @@ def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> I
         yield from _free_gaps(draft, read_metadata(draft), bat, end)
 
 
-def _restore_tail(draft: DraftStore, metadata: Metadata, end: int, *, keep_space: bool) -> Iterator[Fix]:
+def _restore_tail(draft: DraftStore, metadata: Metadata, bat: Bat, end: int, *, keep_space: bool) -> Iterator[Fix]:
     """Write the trailing footer anew: behind the last structure, or behind all there is when that has to stay."""
     tail, size = metadata.tail, draft.size()
-    if size < end and size % SECTOR_SIZE:
+    if size < nominal_end(metadata, bat) and size % SECTOR_SIZE:  # the file ends inside a block
         draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)  # part of a sector read as zeros, and shall
     behind = max(size - end, 0)
     place = max(end, round_up(size, SECTOR_SIZE))
