@@ -75,8 +75,6 @@ def snapshot_many(
         (os.fspath(leaf), os.fspath(new) if new is not None else default_name(os.fspath(leaf))) for leaf, new in pairs
     ]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
-    with _held(named, options) as wanted:
-    _check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options, dry_run=dry_run) as wanted:
         left_over = [one for one in wanted if _is_left_over(one)]
         if len(left_over) == len(wanted):

@@ -27,8 +27,8 @@ from vhdkit.cli.garbage import gc_command
 from vhdkit.cli.map import map_command
 from vhdkit.cli.merge import merge_command
 from vhdkit.cli.rebase import rebase_command
-from vhdkit.cli.serve import serve_command
 from vhdkit.cli.relocate import relocate_command
+from vhdkit.cli.serve import serve_command
 from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
 

@@ -18,7 +18,10 @@ import vhdkit
 from vhdkit.cli.main import main
 
 MIB = 1 << 20
-VERBS = ("create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase", "compact", "serve", "gc", "relocate", "dump")
+VERBS = (
+    "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase",
+    "relocate", "compact", "gc", "serve", "dump",
+)  # fmt: skip
 COMMAND = (sys.executable, "-m", "vhdkit")
 
 
