@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fuzz import fuzz_merge
 from fuzz.loop import CORPUS
 from fuzz.recipe import (
     ALLOW_EXTRA,
@@ -27,6 +28,7 @@ from fuzz.recipe import (
     Recipe,
 )
 from fuzz.sparse import Sparse
+from tests.chains import ChainPlan, LayerPlan
 from tests.vhd_builder import (
     FIXED,
     FREE,
@@ -41,6 +43,7 @@ from tests.vhd_builder import (
     child,
     relative,
 )  # fmt: skip
+from vhdkit.chain.intent import Intent, Named, Phase
 
 MAX_SEED_BYTES = 8 * KIB
 W2RU, W2KU, MACX, WI2R = range(4)
@@ -172,9 +175,43 @@ def chain_seeds() -> Iterator[tuple[str, bytes]]:
     yield "child-of-type-zero", Recipe(0, [Entry(kind=DIFF, patches=[(60, b"\0\0\0\0")])]).encode()
 
 
+def merge_seeds() -> Iterator[tuple[str, bytes]]:
+    """Chains to be merged: each kind of target, sizes that differ, damage of each kind; and records."""
+
+    def layer(kind: str, sectors: int, block: int, *runs: tuple[int, int]) -> LayerPlan:
+        return LayerPlan(kind, sectors, block * KIB, runs)
+
+    leaf = layer("differencing", 3000, 512, (0, 9), (1024, 1024), (2900, 100))
+    middle = layer("differencing", 3000, 1024, (5, 40), (1000, 100), (2040, 20))
+    for kind in ("raw", "fixed", "dynamic"):
+        base = layer(kind, 3000, 512, (0, 700), (1500, 1500))
+        yield f"into-{kind}", fuzz_merge.encode(ChainPlan((leaf, base)), 1)
+        yield f"new-{kind}", fuzz_merge.encode(ChainPlan((leaf, middle, base)), 2, fresh=True)
+    base = layer("dynamic", 3000, 2048, (0, 3000))
+    chain = ChainPlan((leaf, middle, base))
+    yield "into-middle", fuzz_merge.encode(chain, 1)
+    yield "two-into-base", fuzz_merge.encode(chain, 2)
+    yield "ignoring-bitmaps", fuzz_merge.encode(ChainPlan(chain.layers, True), 2)
+    small = layer("differencing", 700, 512, (600, 100))
+    yield "smaller-between", fuzz_merge.encode(ChainPlan((leaf, small, middle, base)), 2)
+    yield "smaller-new", fuzz_merge.encode(ChainPlan((leaf, small, base)), 1, fresh=True)
+    for number, name in enumerate(("bits", "table", "cut", "bytes")):
+        damage = [(one, number, 300 + one, 77) for one in range(3)]
+        yield f"damaged-{name}", fuzz_merge.encode(chain, 2, damages=damage)
+    one = Named("/srv/images/leaf.avhd", bytes(range(16)))
+    base_name = Named("/srv/images/base.vhd", bytes(16))
+    yield "record", Intent(Phase.REMOVE, base_name, (one,), False).encode()
+    outside = Named("/etc/passwd", bytes(16))
+    yield "record-outside", Intent(Phase.REMOVE, base_name, (outside,), True).encode()
+
+
 def corpus() -> dict[str, dict[str, bytes]]:
     """Every seed, by target and name."""
-    return {"fuzz_open": dict(open_seeds()), "fuzz_chain": dict(chain_seeds())}
+    return {
+        "fuzz_open": dict(open_seeds()),
+        "fuzz_chain": dict(chain_seeds()),
+        "fuzz_merge": dict(merge_seeds()),
+    }
 
 
 def main() -> None:

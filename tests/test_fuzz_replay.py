@@ -2,8 +2,8 @@
 """INV-BOUNDED in the normal test run: every seed of the fuzz targets, and several hundred mutations of them.
 
 Decides how much is replayed (about ten seconds) and what is out of proportion: a case may take five seconds and,
-beyond a fixed part, a few times the bytes that its file stores. The long runs are `python -m fuzz.fuzz_open` and
-`python -m fuzz.fuzz_chain`.
+beyond a fixed part, a few times the bytes that its file stores. The long runs are `python -m fuzz.fuzz_open`,
+`fuzz_chain` and `fuzz_merge`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from fuzz import fuzz_chain, fuzz_open, fuzz_repair, loop
+from fuzz import fuzz_chain, fuzz_merge, fuzz_open, fuzz_repair, loop
 from fuzz.loop import MAX_CASE_SECONDS, Mutate, Target
 from fuzz.make_corpus import MAX_SEED_BYTES, corpus
 from fuzz.mutate import mutate_image
@@ -22,6 +22,7 @@ from vhdkit.units import KIB, MIB
 TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_open": (fuzz_open.target, mutate_image),
     "fuzz_chain": (fuzz_chain.target, fuzz_chain.mutate),
+    "fuzz_merge": (fuzz_merge.target, fuzz_merge.mutate),
     "fuzz_repair": (fuzz_repair.target, mutate_image),
 }
 CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS}
@@ -34,6 +35,7 @@ SEEDS = [
 BATCHES = [
     *(("fuzz_open", seed, 50) for seed in range(8)),
     *(("fuzz_chain", seed, 15) for seed in range(8)),
+    *(("fuzz_merge", seed, 8) for seed in range(8)),
     *(("fuzz_repair", seed, 25) for seed in range(8)),
 ]
 FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB
