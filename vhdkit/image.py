@@ -169,16 +169,6 @@ class Layer(Protocol):
         ...
 
 
-def copy_piece(piece: Piece, store: Store, offset_bytes: int) -> None:
-    """Put the piece's content, which is not zeros by plan, there in `store`. A file may end inside its last sector."""
-    assert piece.source is not None
-    size = piece.size_bytes
-    inside = min(size, piece.source.size() - piece.offset_bytes)
-    store.copy_from(piece.source, piece.offset_bytes, offset_bytes, inside)
-    if inside < size:
-        store.pwrite(offset_bytes + inside, bytes(size - inside))
-
-
 def read_extents(store: Store, extents: Iterable[Extent], buffer: memoryview) -> None:
     """Fill `buffer` from one layer's extents; what the layer does not own is zeros."""
     position = 0
