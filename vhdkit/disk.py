@@ -20,6 +20,7 @@ from typing import Self
 
 from vhdkit import errors
 from vhdkit.chain.chain import Chain
+from vhdkit.chain.merge import settle_merges
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.image import Extent
 from vhdkit.store import Buffer
@@ -254,6 +255,9 @@ def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: 
     """Open an image and, when it is differencing, all its parents, as one disk.
 
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage, ImageInUse, HasChildren,
-    ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open and nothing was changed.
+    ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open and nothing was changed; but a writable
+    open first finishes an interrupted merge whose data is complete.
     """
+    if writable:
+        settle_merges(path, options or OpenOptions())
     return Disk(Chain.open(path, writable=writable, options=options))

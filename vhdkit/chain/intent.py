@@ -17,11 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from vhdkit.folder import is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
+from vhdkit.errors import printable
+from vhdkit.finding import Finding, Severity
+from vhdkit.folder import exists, is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
 from vhdkit.formats.vhd.layout import UUID_SIZE
 from vhdkit.units import MIB
 
@@ -124,6 +127,31 @@ def read_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | Non
         return None
     intent = decode(raw, os.path.dirname(record_path), allowed)
     return intent if intent is not None and sidecar_path(intent.target.path, KIND) == record_path else None
+
+
+def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
+    """What there is to say about a merge into this image: under way, unfinished, or a record not to be believed."""
+    record = sidecar_path(image_path, KIND)
+    if not exists(record):
+        return ()
+    intent = read_intent(record, (os.sep,))  # only to be told
+    if intent is None:
+        message = f"{printable(record)} is no whole record of a merge, or one of another image; it is ignored"
+        return (Finding(Severity.WARNING, "merge-record-ignored", message, image_path),)
+    leaf = printable(intent.leaf.path)
+    if in_use:
+        message = f"is taking in {leaf} in another program; until that is over it is whole through {leaf} alone"
+        return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
+    rest = f"`vhdkit merge --resume {shlex.quote(image_path)}` finishes it"
+    if intent.phase is Phase.COPY:
+        message = (
+            f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, this image alone is a"
+            f" mixture; {rest}"
+        )
+    else:
+        left = "children to be repointed" if intent.phase is Phase.RELINK else "merged files to be removed"
+        message = f"a merge of {leaf} into it is complete but for {left}; the next writable open, or {rest}"
+    return (Finding(Severity.WARNING, "merge-unfinished", message, image_path),)
 
 
 def intents_about(path: str, folders: tuple[str, ...]) -> list[Intent]:

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, write_empty
-from vhdkit.chain.intent import Intent, Named, Phase, intents_about
+from vhdkit.chain.intent import KIND, Intent, Named, Phase, intent_of, intents_about
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.chain.merge_steps import RealNames, carry_out, fold, is_complete, remove_sources
 from vhdkit.chain.resolve import (
@@ -37,7 +38,7 @@ from vhdkit.chain.resolve import (
     parent_format,
     unique_id,
 )
-from vhdkit.folder import NewFile, is_regular, real_path
+from vhdkit.folder import NewFile, is_regular, real_path, remove_file, sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import create_differencing
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
@@ -117,8 +118,13 @@ def merge_under_way(path: str | os.PathLike[str], *, options: OpenOptions | None
     return found[0].target.path if found else None
 
 
-def finish(intent: Intent, options: OpenOptions, progress: Progress | None = None) -> Merge:
-    """Do what is left of a merge. What was copied is compared, and copied again where it is not there."""
+def finish(
+    intent: Intent, options: OpenOptions, progress: Progress | None = None, *, only_compare: bool = False
+) -> Merge:
+    """Do what is left of a merge. What was copied is compared, and copied again where it is not there.
+
+    With `only_compare` that raises InvalidArgument instead.
+    """
     if not is_regular(intent.leaf.path):
         if intent.phase is Phase.REMOVE:
             return _remove_rest(intent, options)
@@ -134,7 +140,53 @@ def finish(intent: Intent, options: OpenOptions, progress: Progress | None = Non
             raise errors.InvalidArgument(
                 "the chain is not the one whose merge was interrupted", path=intent.leaf.path, hint="merge it anew"
             )
-        return _InPlace(layers, index, intent.relink, options, intent.phase).run(False, progress)
+        merging = _InPlace(layers, index, intent.relink, options, intent.phase)
+        if only_compare and merging.phase is Phase.COPY:
+            raise errors.InvalidArgument(
+                "does not hold what its merge record says", path=intent.target.path, hint="`vhdkit check` says more"
+            )
+        return merging.run(False, progress)
+
+
+def settle_merges(path: str | os.PathLike[str], options: OpenOptions) -> None:
+    """Before the image at `path` is opened for writing: finish the merge it has a part in, when its data is complete.
+
+    That is compared first: a record alone removes nothing. A merge that was still copying stays as it is for a
+    source, which reads as before. Raises ImageInUse for a target that is not whole, NotFound for an image that was
+    merged away, and what opening raises.
+    """
+    image = real_path(path)
+    intent = intent_of(image, options.parent_dirs)
+    if intent is None:
+        intent = _intent_below(image, options)
+        if intent is None or intent.phase is Phase.COPY or image not in [one.path for one in intent.sources]:
+            return
+    if not any(is_regular(one.path) for one in intent.sources):
+        if intent.phase is Phase.REMOVE:
+            remove_file(sidecar_path(intent.target.path, KIND))
+            return
+    elif intent.phase is not Phase.COPY and is_regular(intent.leaf.path):
+        finish(intent, options, only_compare=True)
+        if image != intent.target.path:
+            raise errors.NotFound(f"was merged into {errors.printable(intent.target.path)}: open that", path=image)
+        return
+    raise errors.ImageInUse(
+        f"a merge of {errors.printable(intent.leaf.path)} into it was interrupted",
+        path=image,
+        hint=f"finish it first: vhdkit merge --resume {shlex.quote(errors.printable(image))}",
+    )
+
+
+def _intent_below(image: str, options: OpenOptions) -> Intent | None:
+    """The merge under way into one of the image's ancestors."""
+    try:
+        layers = open_layers(image, options=replace(options, lock=False))
+    except errors.VhdkitError:
+        return None  # the open that follows says it better
+    with _closing(layers):
+        paths = [real_path(_file(layer).name) for layer in layers[1:]]
+    intents = (intent_of(path, options.parent_dirs) for path in paths)
+    return next((intent for intent in intents if intent is not None), None)
 
 
 def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
@@ -187,9 +239,9 @@ class _InPlace:
             if _file(layer).is_device:
                 raise errors.InvalidArgument("is a device: it cannot be merged", path=_file(layer).name)
         self._plan = MergePlan(self._sources, self._target, below_bytes=_seen(self._below))
-        self._phase = phase
+        self.phase = phase
         if phase is not Phase.COPY and not is_complete(self._plan, Chain(layers), Chain(layers[index:])):
-            self._phase = Phase.COPY  # the leaf was written to since, or the record is not true
+            self.phase = Phase.COPY  # the leaf was written to since, or the record is not true
         self._children = self._find_children()
         self._check_size()
 
@@ -212,7 +264,7 @@ class _InPlace:
         families = find_children_of([(one.unique_id, one.path) for one in self._names], folders)
         for number, (one, family) in enumerate(zip(self._names, families, strict=True)):
             outside = [path for path in family if real_path(path) not in inside]
-            if number == len(self._names) - 1 and self._phase is not Phase.COPY:
+            if number == len(self._names) - 1 and self.phase is not Phase.COPY:
                 continue  # they were repointed to it, and it will not change any more
             if outside and not (number == 0 and self._relink):
                 raise _has_children(one.path, outside, number == 0)
@@ -221,11 +273,11 @@ class _InPlace:
     def run(self, dry_run: bool, progress: Progress | None) -> Merge:
         if dry_run:
             return self._result(_count(self._plan))
-        intent = Intent(self._phase, self._names[-1], tuple(self._names[:-1]), self._relink)
+        intent = Intent(self.phase, self._names[-1], tuple(self._names[:-1]), self._relink)
         names = RealNames(intent.target.path)
         with contextlib.ExitStack() as held:
             children = [held.enter_context(_held_child(path)) for path in self._children]
-            target = self._open_target(held) if self._phase is Phase.COPY else self._target
+            target = self._open_target(held) if self.phase is Phase.COPY else self._target
 
             def fill() -> tuple[int, int]:
                 done = fold(self._plan, target, progress)

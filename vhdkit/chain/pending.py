@@ -7,6 +7,8 @@ opener comes here with the file it has just opened, and goes on with what it get
     read-only open   ->  the image as it was before the change; nothing is written
     writable open    ->  the change is taken back in the file, then its log removed (the writer's lock is held)
 
+The record of a merge is told here too; a writable open of a `Disk` acts on it (`chain.merge`).
+
 What is no whole log, or not one of this image as it is now, is left alone and told as a finding: nobody asked for
 what it would do. It is never followed as a link, and only ever a regular file.
 """
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors
+from vhdkit.chain.intent import merge_findings
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity
 from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
@@ -47,6 +50,8 @@ def look(store: FileStore) -> Look:
     Raises AccessDenied or IoFailed for a log that cannot be read: the image may be half changed.
     """
     log, findings = _find(store)
+    if not store.is_device:
+        findings += merge_findings(store.name, store.in_use())
     return Look(store if log is None else UndoneStore(store, log), findings)
 
 

@@ -34,6 +34,7 @@ from vhdkit.store import FileStore
 from vhdkit.units import format_size
 
 _INDENT, _MAX_INDENTS = "   ", 8  # a deeper tree goes straight down
+UNFINISHED = ("merge-unfinished", "merge-under-way", "change-unfinished", "change-under-way")
 _HOSTS = {"Wi2k": "Windows", "Mac": "Macintosh"}
 
 
@@ -183,6 +184,10 @@ def _print_tree(facts: ChainInfo, common: Common) -> None:
     for index, line in enumerate(columns(rows, "rllrrl")):
         style = "dim" if index == 0 else "bold" if index == 1 else "red" if line.startswith("?") else ""
         print_text((line, style))
+    for layer in facts.layers if not common.quiet else ():
+        for finding in layer.image.findings:
+            if finding.code in UNFINISHED:
+                print_finding(finding)
     if common.verbose:
         for depth, layer in enumerate(facts.layers):
             print_pairs([(f"{depth} path", os.path.abspath(layer.image.path)), ("  id", layer.image.unique_id or "")])

@@ -416,3 +416,83 @@ def test_a_failing_folder_leaves_a_merge_to_be_resumed(monkeypatch: pytest.Monke
     assert content(names[0]) == before
     vhdkit.resume_merge(names[0])
     assert files() == [names[1]] and content(names[1]) == before
+
+
+# -- what an open does about it ---------------------------------------------------------------------------------
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, names: list[str], step: int) -> None:
+    """A merge of the whole chain that stopped before its n-th step."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, step)
+        vhdkit.merge(names[0], into=names[-1])
+
+
+def codes(path: str) -> list[str]:
+    """What `check` says of the chain."""
+    return [finding.code for finding in vhdkit.check(path)]
+
+
+def test_a_source_of_a_copying_merge_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the record says copy the leaf is as good as ever; check says what state the folder is in, and the target
+    alone is not opened for writing, even when the leaf is elsewhere."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 2)
+    assert "merge-unfinished" in codes(names[0]) and "merge-unfinished" in codes(names[2])
+    write(names[0], 5)
+    before = content(names[0])
+    os.mkdir("away")
+    for name in names[:2]:
+        os.rename(name, f"away/{name}")
+    with pytest.raises(errors.ImageInUse, match="interrupted"):
+        vhdkit.open_disk(names[2], writable=True)
+    for name in names[:2]:
+        os.rename(f"away/{name}", name)
+    vhdkit.resume_merge(names[1])
+    assert content(names[2]) == before and codes(names[2]) == []
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_a_writable_open_finishes_a_complete_merge(opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the data in place a writable open of any image of the merge removes what is to be removed: the target
+    opens, the others are said to have gone into it. A read-only open changes nothing."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 3)
+    before, there = content(names[0]), files()
+    assert content(names[opened]) and files() == there
+    assert "merge-unfinished" in codes(names[opened])
+    if opened == 2:
+        vhdkit.open_disk(names[2], writable=True).close()
+    else:
+        with pytest.raises(errors.NotFound, match="was merged into"):
+            vhdkit.open_disk(names[opened], writable=True)
+    assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_a_false_record_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that says complete beside a target that is not: the open that would finish it refuses, all stays."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 3)
+    with vhdkit.open_disk(names[0]) as disk:
+        places = [one.store_offset_bytes for one in disk.extents() if one.layer_index == 0]
+    with open(names[0], "r+b") as leaf:  # as another program would
+        leaf.seek(next(place for place in places if place is not None))
+        leaf.write(b"changed behind our back")
+    there, before = files(), content(names[0])
+    with pytest.raises(errors.InvalidArgument, match="does not hold"):
+        vhdkit.open_disk(names[2], writable=True)
+    assert files() == there and content(names[0]) == before
+    vhdkit.resume_merge(names[0])
+    assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_layers_left_over_are_not_removed_by_an_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the leaf gone nothing can be compared: the user is told to say --resume. With all gone the record goes."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 4)
+    before = content(names[2])
+    with pytest.raises(errors.ImageInUse, match="resume"):
+        vhdkit.open_disk(names[2], writable=True)
+    os.unlink(names[1])
+    vhdkit.open_disk(names[2], writable=True).close()
+    assert files() == [names[2]] and content(names[2]) == before
