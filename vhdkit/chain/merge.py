@@ -215,7 +215,8 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
         size = open_layer(target).size_bytes
         remove_sources(intent, RealNames(intent.target.path))
     removed = tuple(one.path for one in rest)
-    return Merge(intent.target.path, removed, removed, (), size, 0, 0, 0)
+    merged = tuple(one.path for one in intent.sources)
+    return Merge(intent.target.path, merged, removed, (), size, 0, 0, 0)
 
 
 class _InPlace:

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands killed with SIGKILL at random moments, on real files: a bounded loop over a table of scenes.
+
+    prepare a folder -> run the command in a process of its own -> kill it -> look -> recover, killed too now and then
+    -> look -> recover for good -> look
+
+`SCENES` is the table; a scene says what is made, which command is run, what must be true after any kill, and how one
+goes on. `python -m tests.soak SECONDS [SCENE...]` is what `script/soak` runs; `test_soak.py` runs each for moments.
+The command runs in a fork of this process, which saves the start of an interpreter for each of hundreds of kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import vhdkit
+from vhdkit.cli.main import main as vhdkit_main
+from vhdkit.units import KIB, MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One thing that is killed. All of it happens in a folder of its own, the working directory.
+
+    `prepare` makes the files, the same each time. `command` is what follows `vhdkit`. `look` raises AssertionError
+    when something is wrong after a kill; `done` is true for it once recovery has finished. `recover` is the next
+    command to run, or None when nothing is left to do.
+    """
+
+    name: str
+    prepare: Callable[[], None]
+    command: Sequence[str]
+    look: Callable[[bool], None]
+    recover: Callable[[], Sequence[str] | None]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run did."""
+
+    kills: int = 0
+    finished: int = 0  # commands that were quicker than their killer
+    recoveries: int = 0
+    states: dict[str, int] = field(default_factory=dict)  # what the folder looked like after a kill
+
+
+def run_killed(command: Sequence[str], seconds: float | None) -> bool:
+    """Run `vhdkit COMMAND` in a process of its own and kill it after so long; True when it was killed."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        if seconds is not None:
+            os.dup2(null, 2)
+        try:
+            vhdkit_main(list(command))
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        finally:
+            os._exit(70)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0, f"vhdkit {' '.join(command)}: {os.waitstatus_to_exitcode(status)}"
+    return False
+
+
+def soak(scene: Scene, seconds: float, seed: int = 1, *, kills: int = 0) -> Tally:
+    """Kill the scene's command for so long, and at least so often.
+
+    Raises AssertionError; the folder is then kept and named.
+    """
+    tally, rng, here = Tally(), random.Random(seed), os.getcwd()
+    end = time.monotonic() + seconds
+    base = Path(tempfile.mkdtemp(prefix="vhdkit-soak-"))
+    try:
+        (base / "fresh").mkdir()
+        os.chdir(base / "fresh")
+        scene.prepare()
+        os.chdir(base)
+        duration = 0.2
+        while time.monotonic() < end or tally.kills < kills:
+            shutil.rmtree(base / "work", ignore_errors=True)
+            shutil.copytree(base / "fresh", base / "work")
+            os.chdir(base / "work")
+            duration = _one(scene, rng, duration, tally)
+            os.chdir(base)
+    except AssertionError as error:
+        error.add_note(f"{scene.name}, seed {seed}: the folder is {base}")
+        os.chdir(here)
+        raise
+    os.chdir(here)
+    shutil.rmtree(base)
+    return tally
+
+
+def _one(scene: Scene, rng: random.Random, duration: float, tally: Tally) -> float:
+    """One command killed, looked at, recovered; returns how long the command takes, as far as is known."""
+    begin = time.monotonic()
+    killed = run_killed(scene.command, rng.uniform(0, duration))
+    if killed:
+        tally.kills += 1
+        duration *= 1.02  # until it finishes now and then: kills reach its very end
+    else:
+        tally.finished += 1
+        duration = max((time.monotonic() - begin) * 0.98, 0.002)
+    state = " ".join(sorted(name for name in os.listdir() if not name.endswith(".part")))
+    tally.states[state] = tally.states.get(state, 0) + 1
+    scene.look(False)
+    command = scene.recover()
+    if command is not None and rng.random() < 0.4:
+        tally.kills += run_killed(command, rng.uniform(0, duration))
+        scene.look(False)
+        command = scene.recover()
+    if command is not None:
+        run_killed(command, None)
+        tally.recoveries += 1
+    scene.look(True)
+    return duration
+
+
+# -- merge ------------------------------------------------------------------------------------------------------
+
+_DISK = 24 * MIB
+_BLOCK = 512 * KIB
+_LAYERS = ("leaf.avhd", "middle.avhd", "base.vhd")
+
+
+def _scribble(path: str, rng: random.Random, writes: int) -> None:
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for _ in range(writes):
+            size = rng.choice((512, 4096, 65_536, _BLOCK))
+            disk.write(rng.randrange(_DISK - size) // 512 * 512, rng.randbytes(size))
+        disk.write_zeroes(rng.randrange(_DISK - _BLOCK), _BLOCK)
+
+
+def _make_chain() -> None:
+    rng = random.Random("soak")
+    vhdkit.create_image("base.vhd", _DISK, block_size_bytes=_BLOCK)
+    _scribble("base.vhd", rng, 40)
+    for child, parent in (("middle.avhd", "base.vhd"), ("leaf.avhd", "middle.avhd")):
+        vhdkit.create_child(child, parent)
+        _scribble(child, rng, 40)
+    Path("expected").write_bytes(_content("leaf.avhd"))
+
+
+def _make_chain_with_child() -> None:
+    _make_chain()
+    vhdkit.create_child("child.avhd", "leaf.avhd")
+
+
+def _content(path: str) -> bytes:
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
+def _look_at_merge(done: bool) -> None:
+    """The leaf, or once it is gone the base, and a child there may be, read as before."""
+    expected = Path("expected").read_bytes()
+    there = [name for name in _LAYERS if os.path.exists(name)]
+    readable = "leaf.avhd" if "leaf.avhd" in there else "base.vhd"
+    assert _content(readable) == expected, f"{readable} reads otherwise"
+    if os.path.exists("child.avhd"):
+        assert _content("child.avhd") == expected, "the child reads otherwise"
+    if done:
+        assert there == ["base.vhd"], f"{there} are left"
+        bad = [one for one in vhdkit.check("base.vhd") if one.severity is vhdkit.Severity.ERROR]
+        assert not bad, bad
+        records = [name for name in os.listdir() if name.endswith("vhdkit-merge")]
+        assert not records, records
+
+
+def _recover_merge() -> Sequence[str] | None:
+    if vhdkit.merge_under_way("base.vhd") is not None:
+        return ("merge", "--resume", "base.vhd")
+    if not os.path.exists("leaf.avhd"):
+        return None
+    relink = ("--relink",) if os.path.exists("child.avhd") else ()
+    return ("merge", "leaf.avhd", "--into", "base.vhd", *relink)
+
+
+SCENES = {
+    scene.name: scene
+    for scene in (
+        Scene("merge", _make_chain, ("merge", "leaf.avhd", "--into", "base.vhd"), _look_at_merge, _recover_merge),
+        Scene(
+            "merge-relink",
+            _make_chain_with_child,
+            ("merge", "leaf.avhd", "--into", "base.vhd", "--relink"),
+            _look_at_merge,
+            _recover_merge,
+        ),
+    )
+}
+
+
+def main() -> None:
+    """Share the time among the scenes, and tell what was done."""
+    parser = argparse.ArgumentParser(prog="script/soak", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("seconds", type=float, help="for all scenes together")
+    parser.add_argument("scenes", nargs="*", choices=[[], *SCENES], default=[], help="only these")
+    parser.add_argument("--seed", type=int, default=1, help="another number, other moments")
+    options = parser.parse_args()
+    names = options.scenes or list(SCENES)
+    for name in names:
+        tally = soak(SCENES[name], options.seconds / len(names), options.seed)
+        print(f"{name}: {tally.kills} kills, {tally.finished} in time, {tally.recoveries} recoveries")
+        for state, count in sorted(tally.states.items(), key=lambda one: -one[1]):
+            print(f"    {count:5} x  {state}")
+
+
+if __name__ == "__main__":
+    main()
