@@ -98,7 +98,7 @@ class MemStore:
 
     def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`: a read there and one write here, which may be cut or fail."""
-        self.pwrite(offset_bytes, source.pread(source_offset_bytes, size_bytes).ljust(size_bytes, b"\0"))
+        self.pwrite(offset_bytes, source.pread(source_offset_bytes, size_bytes))
 
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""

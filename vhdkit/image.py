@@ -66,12 +66,16 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of sectors to take over from another file: from `offset_bytes` of `source`, or zeros without one."""
+    """A run of sectors to take over from another file: from `offset_bytes` of `source`, or zeros without one.
+
+    The last `short_bytes` of it lie behind the end of that file (a raw image may end inside a sector): zeros too.
+    """
 
     sector_index: int
     sector_count: int
     source: Store | None = None
     offset_bytes: int = 0
+    short_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -167,6 +171,15 @@ class Layer(Protocol):
     def close(self) -> None:
         """Flush what was written, then let go of the file."""
         ...
+
+
+def copy_piece(piece: Piece, store: Store, offset_bytes: int) -> None:
+    """Put the content of a piece that has a source there in `store`. Raises NoSpace, IoFailed."""
+    assert piece.source is not None
+    size = piece.size_bytes - piece.short_bytes
+    store.copy_from(piece.source, piece.offset_bytes, offset_bytes, size)
+    if piece.short_bytes:
+        store.pwrite(offset_bytes + size, bytes(piece.short_bytes))
 
 
 def read_extents(store: Store, extents: Iterable[Extent], buffer: memoryview) -> None:

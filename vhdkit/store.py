@@ -92,8 +92,7 @@ class Store(Protocol):
     def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """Write here what `source` (or this store itself, not overlapping) holds there, without changing it.
 
-        What lies past the end of the source reads as zeros. The kernel does the copying, or shares the space, where
-        it can.
+        The range lies inside the source. The kernel does the copying, or shares the space, where it can.
         """
         ...
 
@@ -119,8 +118,9 @@ def copy_bytes(
 ) -> None:
     """Copy between any two stores, in pieces of at most 1 MiB. Raises what reading and writing raise."""
     while size_bytes > 0:
-        wanted = min(size_bytes, MIB)
-        piece = source.pread(source_offset_bytes, wanted).ljust(wanted, b"\0")
+        piece = source.pread(source_offset_bytes, min(size_bytes, MIB))
+        if not piece:
+            raise errors.IoFailed("the file ended while it was copied", path=source.name)
         destination.pwrite(offset_bytes, piece)
         source_offset_bytes += len(piece)
         offset_bytes += len(piece)

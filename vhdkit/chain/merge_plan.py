@@ -123,8 +123,11 @@ class MergePlan:
             if owner == _ZERO:
                 yield Piece(first + start, stop - start)
             elif owner != _KEEP:
-                place = bases[owner] + sectors_to_bytes(start)
-                yield Piece(first + start, stop - start, self._sources[owner].store, place)
+                place, layer = bases[owner] + sectors_to_bytes(start), self._sources[owner]
+                short = 0
+                if not layer.block_size_bytes:
+                    short = max(place + sectors_to_bytes(stop - start) - layer.store.size(), 0)
+                yield Piece(first + start, stop - start, layer.store, place, short)
 
 
 def _by_unit(blocks: NDArray[np.bool_], block_bytes: int, unit_bytes: int) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.formats.guard import SyncGuard
-from vhdkit.image import Extent, ExtentKind, Piece
+from vhdkit.image import Extent, ExtentKind, Piece, copy_piece
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
 
@@ -89,7 +89,7 @@ class LinearImage:
             if piece.source is None:
                 self.store.punch(offset, size)
             else:
-                self.store.copy_from(piece.source, piece.offset_bytes, offset, size)
+                copy_piece(piece, self.store, offset)
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`."""

@@ -144,6 +144,17 @@ def test_a_dry_run_changes_nothing() -> None:
     assert vhdkit.merge(names[0], into=names[2]) == told
 
 
+def test_a_raw_base_that_ends_inside_a_sector() -> None:
+    """Its last sector counts as a whole one that ends in zeros, in the target too."""
+    Path("base.img").write_bytes(os.urandom(2 * MIB - 100))
+    vhdkit.create_child("leaf.avhd", "base.img", block_size_bytes=BLOCK, options=RAW)
+    before = content("leaf.avhd")
+    vhdkit.merge("leaf.avhd", to="new.img", options=RAW)
+    assert content("new.img") == before and len(before) == 2 * MIB
+    vhdkit.merge("leaf.avhd", options=RAW)
+    assert content("base.img") == before
+
+
 def test_blocks_can_be_moved() -> None:
     """XO 'blocks can be moved': a block on no page boundary that ends whole moves to one; where it was is a hole."""
     leaf, base = make_chain(2)

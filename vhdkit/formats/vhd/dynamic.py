@@ -25,7 +25,7 @@ from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
-from vhdkit.image import Extent, ExtentKind, Piece, merged_extents
+from vhdkit.image import Extent, ExtentKind, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
@@ -290,7 +290,7 @@ class DynamicImage:
             if piece.source is None:
                 self.store.punch(offset, piece.size_bytes)
             else:
-                self.store.copy_from(piece.source, piece.offset_bytes, offset, piece.size_bytes)
+                copy_piece(piece, self.store, offset)
         if not grew:
             return
         with self._commit.lock:
@@ -307,8 +307,7 @@ class DynamicImage:
         def fill(offset: int) -> None:
             for piece in pieces:
                 if piece.source is not None:
-                    place = offset + sectors_to_bytes(piece.sector_index - first_sector)
-                    self.store.copy_from(piece.source, piece.offset_bytes, place, piece.size_bytes)
+                    copy_piece(piece, self.store, offset + sectors_to_bytes(piece.sector_index - first_sector))
             for first, count in _gaps(pieces, first_sector, end_sector) if old >= 0 else ():
                 place = old + sectors_to_bytes(first - first_sector)
                 for position, size, is_data in self.store.data_runs(place, sectors_to_bytes(count)):
