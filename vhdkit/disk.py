@@ -20,7 +20,7 @@ from typing import Self
 
 from vhdkit import errors
 from vhdkit.chain.chain import Chain
-from vhdkit.chain.merge import settle_merges
+from vhdkit.chain.merge import settle_merge_into, settle_merge_of
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.image import Extent
 from vhdkit.store import Buffer
@@ -258,6 +258,10 @@ def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: 
     ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open and nothing was changed; but a writable
     open first finishes an interrupted merge whose data is complete.
     """
+    options = options or OpenOptions()
     if writable:
-        settle_merges(path, options or OpenOptions())
-    return Disk(Chain.open(path, writable=writable, options=options))
+        settle_merge_into(path, options)
+    chain = Chain.open(path, writable=writable, options=options)
+    if writable:
+        settle_merge_of(chain.layers, options)
+    return Disk(chain)

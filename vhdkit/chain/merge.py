@@ -19,7 +19,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from vhdkit import errors
@@ -148,45 +148,56 @@ def finish(
         return merging.run(False, progress)
 
 
-def settle_merges(path: str | os.PathLike[str], options: OpenOptions) -> None:
-    """Before the image at `path` is opened for writing: finish the merge it has a part in, when its data is complete.
+def settle_merge_into(path: str | os.PathLike[str], options: OpenOptions) -> None:
+    """Before the image at `path` is opened for writing: finish a merge into it whose data is complete.
 
-    That is compared first: a record alone removes nothing. A merge that was still copying stays as it is for a
-    source, which reads as before. Raises ImageInUse for a target that is not whole, NotFound for an image that was
-    merged away, and what opening raises.
+    That is compared first: a record alone removes nothing. Raises ImageInUse for a target that is not whole or whose
+    rest cannot be compared, and what `merge` raises.
     """
     image = real_path(path)
     intent = intent_of(image, options.parent_dirs)
     if intent is None:
-        intent = _intent_below(image, options)
-        if intent is None or intent.phase is Phase.COPY or image not in [one.path for one in intent.sources]:
-            return
-    if not any(is_regular(one.path) for one in intent.sources):
-        if intent.phase is Phase.REMOVE:
-            remove_file(sidecar_path(intent.target.path, KIND))
-            return
-    elif intent.phase is not Phase.COPY and is_regular(intent.leaf.path):
-        finish(intent, options, only_compare=True)
-        if image != intent.target.path:
-            raise errors.NotFound(f"was merged into {errors.printable(intent.target.path)}: open that", path=image)
         return
-    raise errors.ImageInUse(
+    if any(is_regular(one.path) for one in intent.sources):
+        _finish_complete(intent, image, options)
+    elif intent.phase is Phase.REMOVE:
+        remove_file(sidecar_path(image, KIND))
+    else:
+        raise _interrupted(intent, image)
+
+
+def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> None:
+    """After the chain `layers` was opened for writing: finish a merge of its leaf whose data is complete.
+
+    A merge that was still copying does not matter to the leaf. Raises NotFound where the leaf is gone then; whatever
+    is raised, the layers are closed.
+    """
+    paths = [real_path(_file(layer).name) for layer in layers]
+    with contextlib.ExitStack() as closing:
+        for layer in layers:
+            closing.callback(layer.close)
+        for below in paths[1:]:
+            intent = intent_of(below, options.parent_dirs)
+            if intent is None or intent.phase is Phase.COPY or paths[0] not in [one.path for one in intent.sources]:
+                continue
+            closing.close()
+            _finish_complete(intent, paths[0], options)
+            raise errors.NotFound(f"was merged into {errors.printable(below)}: open that", path=paths[0])
+        closing.pop_all()
+
+
+def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:
+    if intent.phase is Phase.COPY or not is_regular(intent.leaf.path):
+        raise _interrupted(intent, image)
+    finish(intent, options, only_compare=True)
+
+
+def _interrupted(intent: Intent, image: str) -> errors.ImageInUse:
+    return errors.ImageInUse(
         f"a merge of {errors.printable(intent.leaf.path)} into it was interrupted",
         path=image,
         hint=f"finish it first: vhdkit merge --resume {shlex.quote(errors.printable(image))}",
     )
-
-
-def _intent_below(image: str, options: OpenOptions) -> Intent | None:
-    """The merge under way into one of the image's ancestors."""
-    try:
-        layers = open_layers(image, options=replace(options, lock=False))
-    except errors.VhdkitError:
-        return None  # the open that follows says it better
-    with _closing(layers):
-        paths = [real_path(_file(layer).name) for layer in layers[1:]]
-    intents = (intent_of(path, options.parent_dirs) for path in paths)
-    return next((intent for intent in intents if intent is not None), None)
 
 
 def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
