@@ -165,7 +165,7 @@ def copying(folder: Path, size_bytes: int) -> Callable[[], float]:
                 pass
 
         def work() -> None:
-            subprocess.run(["cp", "--sparse=never", source, copy], check=True)
+            subprocess.run(["cp", "--sparse=never", "--reflink=never", source, copy], check=True)
             subprocess.run(["sync", copy], check=True)
 
         return timed(work)
