@@ -28,7 +28,9 @@ from fuzz.recipe import (
     Recipe,
 )
 from fuzz.sparse import Sparse
+from tests import nbd_client as nbd
 from tests.chains import ChainPlan, LayerPlan
+from tests.nbd_client import go_data, meta_data, option
 from tests.vhd_builder import (
     FIXED,
     FREE,
@@ -205,12 +207,45 @@ def merge_seeds() -> Iterator[tuple[str, bytes]]:
     yield "record-outside", Intent(Phase.REMOVE, base_name, (outside,), True).encode()
 
 
+def nbd_seeds() -> Iterator[tuple[str, bytes]]:
+    """Conversations of NBD clients: a byte for the TLS mode, flags, options, requests."""
+    structured, extended = option(nbd.STRUCTURED), option(nbd.EXTENDED)
+    contexts = option(nbd.SET_META, meta_data(["base:allocation", "qemu:allocation-depth"], "disk"))
+    go, fixed = option(nbd.GO, go_data("disk", (0, 1, 2, 3))), b"\0\0\0\0\3"
+    looks = option(nbd.LIST) + option(nbd.INFO, go_data("")) + option(nbd.LIST_META, meta_data([], "disk")) + option(4)
+    for name, before in (("simple", b""), ("structured", structured + contexts), ("extended", extended + contexts)):
+        is_extended = name == "extended"
+        write = nbd.request(nbd.WRITE, 4096, 8, flags=32 if is_extended else 0, extended=is_extended) + b"payload!"
+        commands = [
+            (nbd.READ, 512),
+            (nbd.FLUSH, 0),
+            (nbd.TRIM, 512),
+            (nbd.CACHE, 9),
+            (nbd.ZEROES, 7),
+            (nbd.STATUS, 4096),
+        ]
+        sent = b"".join(nbd.request(one, 0, length, cookie=one, extended=is_extended) for one, length in commands)
+        yield name, fixed + looks + before + go + sent + write + nbd.request(nbd.DISC, extended=is_extended)
+    chosen = nbd.request(nbd.STATUS, 0, 16, flags=32, extended=True) + bytes([0] * 6 + [2] + [0] * 4 + [1, 0, 0, 0, 2])
+    yield "filter", fixed + extended + contexts + go + chosen
+    yield "export-name", b"\0\0\0\0\0" + option(nbd.EXPORT_NAME, b"read-only") + nbd.request(nbd.ZEROES, 0, 1)
+    yield "tls", b"\1\0\0\0\3" + structured + option(nbd.STARTTLS) + go
+    yield "tls-required", b"\2\0\0\0\3" + go + option(nbd.EXPORT_NAME)
+    yield "abort", fixed + option(nbd.ABORT, b"bye")
+    yield "long", fixed + option(nbd.LIST, bytes(70000))[:200]
+    yield (
+        "refused-writes",
+        fixed + go + nbd.request(nbd.WRITE, 1 << 63, 5, flags=0x8000) + b"12345" + nbd.request(nbd.READ),
+    )
+
+
 def corpus() -> dict[str, dict[str, bytes]]:
     """Every seed, by target and name."""
     return {
         "fuzz_open": dict(open_seeds()),
         "fuzz_chain": dict(chain_seeds()),
         "fuzz_merge": dict(merge_seeds()),
+        "fuzz_nbd": dict(nbd_seeds()),
     }
 
 

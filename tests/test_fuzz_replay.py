@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from fuzz import fuzz_chain, fuzz_merge, fuzz_open, fuzz_repair, loop
+from fuzz import fuzz_chain, fuzz_merge, fuzz_nbd, fuzz_open, fuzz_repair, loop
 from fuzz.loop import MAX_CASE_SECONDS, Mutate, Target
 from fuzz.make_corpus import MAX_SEED_BYTES, corpus
 from fuzz.mutate import mutate_image
@@ -24,6 +24,7 @@ TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_chain": (fuzz_chain.target, fuzz_chain.mutate),
     "fuzz_merge": (fuzz_merge.target, fuzz_merge.mutate),
     "fuzz_repair": (fuzz_repair.target, mutate_image),
+    "fuzz_nbd": (fuzz_nbd.target, fuzz_nbd.mutate),
 }
 CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS}
 SEEDS = [
@@ -37,6 +38,7 @@ BATCHES = [
     *(("fuzz_chain", seed, 15) for seed in range(8)),
     *(("fuzz_merge", seed, 8) for seed in range(8)),
     *(("fuzz_repair", seed, 25) for seed in range(8)),
+    *(("fuzz_nbd", seed, 150) for seed in range(3)),
 ]
 FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB
 MEMORY_PER_STORED_BYTE = 12  # a table of 4 Mi entries is 16 MiB; a few arrays of 64-bit numbers are made from it
@@ -89,6 +91,13 @@ def test_mutations_reach_deep() -> None:
     inputs = [data for file, data in loop.seeds("fuzz_open") if not file.endswith("ib")]
     opened = sum(fuzz_open.opens(data) for data in loop.mutations(inputs, mutate_image, 1, 100))
     assert 20 < opened < 95
+
+
+def test_nbd_mutations_reach_requests() -> None:
+    """INV-BOUNDED of the NBD server is tried where it matters: many mutations get as far as requests."""
+    inputs = [data for _, data in loop.seeds("fuzz_nbd")]
+    counts = [fuzz_nbd.reaches_requests(data) for data in loop.mutations(inputs, fuzz_nbd.mutate, 1, 200)]
+    assert 25 < sum(count > 2 for count in counts) < 190
 
 
 def test_slow_case_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
