@@ -20,7 +20,7 @@ from vhdkit.serve.export import Export
 from vhdkit.serve.nbd_options import TlsMode
 from vhdkit.serve.nbd_server import NbdServer
 
-PATIENCE_SECONDS = 30.0  # nothing here takes longer on any machine
+PATIENCE_SECONDS = 20.0  # nothing here takes longer on any machine
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META, EXTENDED = (
     1,
     2,
@@ -335,6 +335,13 @@ class Running:
         self._clients.append(ours)
         self.server.loop.post(lambda: self.server.adopt(theirs, "test"))
         return Client(ours)
+
+    def dial(self, path: str) -> Client:
+        """A new client of the unix socket at `path`, before its greeting."""
+        sock = socket.socket(socket.AF_UNIX)
+        self._clients.append(sock)
+        sock.connect(path)
+        return Client(sock)
 
     def client(
         self, name: str = "", *, structured: bool = False, extended: bool = False, contexts: Sequence[str] = ()
