@@ -69,6 +69,8 @@ def settle(store: FileStore) -> None:
     if log is not None:
         roll_back(store, log)
         _remove(undo_path(store.name))
+    elif not store.is_device and _was_being_removed(undo_path(store.name)):
+        remove_file(undo_path(store.name))
 
 
 def file_of(store: Store) -> FileStore | None:
@@ -120,6 +122,15 @@ def _remove(path: str) -> None:
     remove_file(path)
 
 
+def _was_being_removed(path: str) -> bool:
+    """True for the empty file that is left of a log when the machine stopped in `_remove`."""
+    try:
+        with FileStore.open(path, follow_links=False) as record:
+            return not record.is_device and record.size() == 0
+    except errors.VhdkitError:
+        return False
+
+
 def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
     """Put the log, readable for whom `like` is, under its name; it is on the device when this returns.
 
@@ -149,6 +160,8 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
         return None, ()
     except errors.InvalidArgument as error:
         return None, (_ignored(store, path, f"is no regular file ({error.problem})"),)
+    if log is None and _was_being_removed(path):
+        return None, ()
     if log is None:
         return None, (_ignored(store, path, "is no whole undo log: the change it belongs to was not begun"),)
     if not belongs(store, log):
