@@ -58,3 +58,37 @@ def test_architecture_names_every_room() -> None:
     for path in (ROOT / "vhdkit/chain").glob("*.py"):
         if path.stem != "__init__":
             assert f"`{path.stem}`" in text or f"chain/{path.stem}" in text, path
+
+
+def nbd_tests() -> dict[str, str]:
+    """Docstrings of the tests of the NBD server, by `file::test`."""
+    found = {}
+    paths = [*(ROOT / "tests/vhdkit/serve").glob("test_*.py"), *(ROOT / "tests/interop").glob("test_nbd_*.py")]
+    for path in [*paths, ROOT / "tests/test_fuzz_replay.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                found[f"{path.stem}::{node.name}"] = ast.get_docstring(node) or ""
+    return found
+
+
+def rows_named(text: str) -> set[int]:
+    """The checklist's rows that a docstring names: "Row 9", "Rows 9, 13 and 14"."""
+    lists = re.findall(r"\bRows? (\d+(?:(?:, | and )\d+)*)", text)
+    return {int(number) for numbers in lists for number in re.findall(r"\d+", numbers)}
+
+
+def test_nbd_support_names_tests_that_exist() -> None:
+    """Each row of nbd-support.md names tests that exist and name the row; each row a test names is on the page."""
+    text = (ROOT / "docs/nbd-support.md").read_text()
+    tests = nbd_tests()
+    named = re.findall(r"`(test_\w+::test_\w+)`", text)
+    assert not set(named) - set(tests)
+    rows = {int(number): line for number, line in re.findall(r"^\| (\d+) (\|.*)$", text, re.MULTILINE)}
+    assert sorted(rows) == list(range(1, 43))
+    for number, line in rows.items():
+        names = re.findall(r"`(test_\w+::test_\w+)`", line)
+        assert names, f"row {number} has no test"
+        for name in names:
+            assert number in rows_named(tests[name]), f"{name} does not name row {number}"
+    assert {number for text in tests.values() for number in rows_named(text)} <= set(rows)
+    assert rows_named("Rows 9, 13 and 14: x. Row 2") == {2, 9, 13, 14}

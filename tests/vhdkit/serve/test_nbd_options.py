@@ -161,7 +161,7 @@ def test_options_that_take_no_data(number: int) -> None:
 
 @pytest.mark.parametrize("number", [nbd.INFO, nbd.GO])
 def test_info_always_tells_the_export(number: int) -> None:
-    """Row 9: INFO_EXPORT comes unasked, unknown kinds are ignored, asked ones come once."""
+    """Rows 9 and 36: INFO_EXPORT comes unasked, unknown kinds are ignored, asked ones come once, block sizes too."""
     handshake = begin()
     replies = ask(handshake, number, go_data("first", (1, 2, 3, 3, 7, 0xFFFF)))
     assert replies == [
@@ -255,7 +255,7 @@ def test_no_exports() -> None:
 
 
 def test_long_names_and_texts() -> None:
-    """Row 13: a name of 4096 bytes is served; descriptions and error texts are cut to 4096 bytes."""
+    """Rows 13 and 14: a name of 4096 bytes is served; descriptions and error texts are cut to 4096 bytes."""
     name = "ß" * 2048
     handshake = Handshake(lambda: [replace(FIRST, name=name, description="ß" * 5000 + "x")])
     handshake.take_output()
