@@ -2,18 +2,28 @@
 """Open chains that grow: a new child is stacked on the leaf while somebody reads and writes the disk.
 
 Decides in which order an open leaf becomes a parent, and which image is the newest of its line. The caller sees to it
-that no request is in flight meanwhile.
+that no request is in flight while `Freezing` is at work. What stands in a child is `chain.create`'s decision.
 
+    every child written, named and synced       (a cut leaves empty children: INV-SET-HARMLESS)
+    requests held -> every old leaf flushed -> every new chain built -> the caller takes them -> locks of old leaves
+                                                                                                 become a reader's
+
+Until the caller takes the new chains an error anywhere leaves the old ones as they are, and the children are removed.
 No lock is ever given up: the new chain reads the old leaf through the very store that wrote it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Sequence
+from typing import Self
 
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.blockmap import MAX_LAYERS
 from vhdkit.chain.chain import Chain
+from vhdkit.chain.create import child_size, write_child
 from vhdkit.chain.resolve import (
     MAX_CHAIN_DEPTH,
     NULL_ID,
@@ -22,7 +32,8 @@ from vhdkit.chain.resolve import (
     find_children,
     unique_id,
 )
-from vhdkit.folder import real_path, scratch_store
+from vhdkit.chain.snapshot import check_names, default_name
+from vhdkit.folder import NewFile, commit_all, real_path, remove_file, scratch_store
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink, create_differencing
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -64,6 +75,84 @@ def as_parent(leaf: Layer) -> Layer:
     return open_layer(
         leaf.store, format_name=FormatName.VHD if is_vhd else FormatName.RAW, ignore_bitmaps=ignore_bitmaps
     )
+
+
+class Freezing:
+    """A live snapshot of several chains, all or none. Use it in a `with` block: leaving it early takes all back.
+
+    with Freezing(pairs) as freezing:      children are made and on the device
+        (hold all requests)
+        chains = freezing.freeze()
+        (serve the new chains)
+        freezing.done()
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Chain, str | None]]) -> None:
+        """Make the children: (chain, path of its new leaf or None for `default_name`) each.
+
+        Raises InvalidArgument, ReadOnly, AlreadyExists, NotFound, AccessDenied, NoSpace, IoFailed, ImageInUse.
+        """
+        for chain, _ in pairs:
+            if not chain.writable:
+                raise errors.ReadOnly("is only read here, and stays as it is anyway", path=chain.leaf.store.name)
+        self._chains = [chain for chain, _ in pairs]
+        self.paths = [default_name(chain.leaf.store.name) if new is None else new for chain, new in pairs]
+        for path in self.paths:
+            NewFile.check(path)
+        check_names([chain.leaf.store.name for chain in self._chains], self.paths)
+        self._children: list[Layer] = []
+        self._made = False
+        self._kept = False
+        try:
+            self._make()
+        except BaseException:
+            self._take_back()
+            raise
+
+    def _make(self) -> None:
+        with contextlib.ExitStack() as stack_:
+            files = []
+            for chain, path in zip(self._chains, self.paths, strict=True):
+                new = stack_.enter_context(NewFile(path))
+                write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
+                files.append(new)
+            commit_all(files)
+            self._made = True
+        for path in self.paths:
+            store = FileStore.open(path, writable=True, follow_links=False)
+            try:
+                store.lock(writer=True)
+                self._children.append(open_layer(store, format_name=FormatName.VHD, writable=True))
+            except BaseException:
+                store.close()
+                raise
+
+    def freeze(self) -> list[Chain]:
+        """The new chains. Nobody writes to the old ones meanwhile. Raises what `stack` raises."""
+        return [stack(chain, child) for chain, child in zip(self._chains, self._children, strict=True)]
+
+    def done(self) -> None:
+        """The new chains are in use: the children stay, and the old leaves are held as readers hold them."""
+        self._kept = True
+        for chain in self._chains:
+            file = pending.file_of(chain.leaf.store)
+            if file is not None:
+                file.become_reader()
+
+    def _take_back(self) -> None:
+        """Remove the children. Raises IoFailed or AccessDenied when one cannot be removed."""
+        for child in self._children:
+            child.store.close()
+        if self._made:
+            for path in self.paths:
+                remove_file(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self._kept:
+            self._take_back()
 
 
 def scratch_child(chain: Chain, directory: str | None) -> Chain:

@@ -21,6 +21,7 @@ from vhdkit.cli.compact import compact_command
 from vhdkit.cli.compare import compare_command
 from vhdkit.cli.convert import convert_command
 from vhdkit.cli.create import create_command
+from vhdkit.cli.ctl import ctl_command
 from vhdkit.cli.describe import chain_command, dump_command, info_command
 from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
 from vhdkit.cli.garbage import gc_command
@@ -145,6 +146,7 @@ for _verb in (
     relocate_command,
     compact_command,
     serve_command,
+    ctl_command,
     gc_command,
     dump_command,
 ):

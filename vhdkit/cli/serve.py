@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,11 +22,16 @@ import click
 import vhdkit
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
-from vhdkit.folder import read_whole, remove_file, write_whole
+from vhdkit.cli.statistics import stats_shown
+from vhdkit.folder import SocketFile, read_whole, remove_file, write_whole
+from vhdkit.serve.control import Control
 from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
+from vhdkit.serve.nbd_options import TlsMode
 from vhdkit.serve.nbd_server import NbdServer
 from vhdkit.serve.notify import READY, STOPPING, notify
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.operations import Operations
+from vhdkit.serve.tls import certificate_context, psk_context
 from vhdkit.units import KIB
 
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,11 +53,17 @@ class Wish:
     listen: str | None
     read_only: bool
     overlay: bool
+    keep_overlay: str | None
+    tls_certs: str | None
+    tls_psk: str | None
+    tls_required: bool
+    control: str | None
     follow_leaf: bool
     insecure: bool
     socket_owner: str | None
     exit_last: bool
     pid_file: str | None
+    stats: bool
     engine: str
 
 
@@ -76,12 +88,35 @@ class Wish:
     help="Clients may write, but the images stay as they are: changes are thrown away at the end.",
 )
 @click.option(
+    "--keep-overlay",
+    metavar="FILE",
+    type=PATH,
+    help="With --overlay: keep the changes as FILE, a new child of the image.",
+)
+@click.option(
+    "--tls-certs",
+    metavar="DIR",
+    type=PATH,
+    help="Offer TLS with server-cert.pem and server-key.pem in DIR. With a ca-cert.pem there, clients need a"
+    " certificate that it signed.",
+)
+@click.option(
+    "--tls-psk",
+    metavar="FILE",
+    type=PATH,
+    help="Offer TLS with the pre-shared keys in FILE, lines USER:HEX (Python 3.13 and newer).",
+)
+@click.option("--tls-required", is_flag=True, help="Refuse clients that do not encrypt.")
+@click.option("--control", metavar="PATH", type=PATH,
+              help="Take commands of `vhdkit ctl` on this unix socket.")  # fmt: skip
+@click.option(
     "--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE, as a live snapshot left it."
 )
 @click.option("--insecure", is_flag=True, help="Listen for other machines although nothing is encrypted.")
 @click.option("--socket-owner", metavar="USER[:GROUP]", help="Who may use the unix socket instead of you (as root).")
 @click.option("--exit-last", is_flag=True, help="End when the last client has gone.")
 @click.option("--pid-file", metavar="FILE", type=PATH, help="Write the process's number there when it is ready.")
+@click.option("--stats", is_flag=True, help="Show on the terminal what is going on.")
 @click.option("--engine", type=click.Choice(["builtin"]), default="builtin", show_default=True,
               help="The server that is used.")  # fmt: skip
 @image_options()
@@ -94,7 +129,7 @@ def serve_command(common: Common, **words: Any) -> None:
 
     \b
     With --json, when ready: {"pid", "uris": [...],
-      "exports": [{"name", "uri", "path", "size_bytes", "read_only"}]}
+      "exports": [{"name", "uri", "path", "size_bytes", "read_only"}], "control"}
     """
     wish = Wish(**words)
     _check(wish)
@@ -110,6 +145,12 @@ def _check(wish: Wish) -> None:
         raise click.UsageError("--overlay is for writing: no --read-only")
     if is_activated() and (wish.socket or wish.listen):
         raise click.UsageError("sockets were passed by LISTEN_FDS: no --socket and no --listen")
+    if wish.keep_overlay is not None and (not wish.overlay or len(wish.image) + len(wish.export) != 1):
+        raise click.UsageError("--keep-overlay is for --overlay and one image")
+    if wish.tls_certs and wish.tls_psk:
+        raise click.UsageError("either --tls-certs or --tls-psk")
+    if wish.tls_required and not (wish.tls_certs or wish.tls_psk):
+        raise click.UsageError("--tls-required needs --tls-certs DIR")
     if wish.socket_owner and wish.listen and not wish.socket:
         raise click.UsageError("--socket-owner is about a unix socket, not about --listen")
 
@@ -133,24 +174,55 @@ def _wanted(wish: Wish) -> list[Wanted]:
 
 
 def _serve_builtin(wish: Wish, common: Common) -> None:
-    with contextlib.ExitStack() as cleanup:
-        manner = Manner(common.options, wish.read_only, wish.overlay, wish.follow_leaf)
+    with contextlib.ExitStack() as unserved, contextlib.ExitStack() as cleanup:
+        tls = _tls(wish)
+        manner = Manner(common.options, wish.read_only, wish.overlay, wish.keep_overlay, wish.follow_leaf)
         exports = open_exports(_wanted(wish), manner)
         for export in exports:
             cleanup.callback(_close, export)
+        if wish.keep_overlay is not None:
+            unserved.callback(_remove_quietly, wish.keep_overlay)
         listeners = cleanup.enter_context(Listeners())
         activated = _listen(wish, listeners)
-        server = NbdServer(exports, exit_last=wish.exit_last)
+        mode = TlsMode.OFF if tls is None else TlsMode.REQUIRED if wish.tls_required else TlsMode.OFFERED
+        server = NbdServer(exports, tls_context=tls, tls_mode=mode, exit_last=wish.exit_last)
         cleanup.callback(server.close)
         for sock in listeners.sockets:
             server.listen(sock)
+        if wish.control is not None:
+            _take_commands(wish, server, exports, cleanup)
         cleanup.enter_context(_stopped_in_order(server))
         if wish.pid_file is not None:
             cleanup.enter_context(_pid_file(wish.pid_file))
         if not activated or common.json:
-            _tell_ready(exports, listeners, common)
+            _tell_ready(exports, listeners, wish, common)
         notify(READY)
+        unserved.pop_all()  # from now on clients may have written to it
+        if wish.stats:
+            cleanup.enter_context(stats_shown(server))
         server.run()
+
+
+def _tls(wish: Wish) -> ssl.SSLContext | None:
+    if wish.tls_psk is not None:
+        return psk_context(wish.tls_psk)
+    return certificate_context(wish.tls_certs) if wish.tls_certs is not None else None
+
+
+def _take_commands(wish: Wish, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack) -> None:
+    """Have the control socket, of the same owner as the other."""
+    assert wish.control is not None
+    socket_file = SocketFile(wish.control, owner=parse_owner(wish.socket_owner) if wish.socket_owner else None)
+    cleanup.callback(socket_file.close)
+    control = Control(server.loop, Operations(server, exports).methods())
+    cleanup.callback(control.close)
+    control.listen(socket_file.socket)
+
+
+def _remove_quietly(path: str) -> None:
+    """Take back a child that nobody came to use."""
+    with contextlib.suppress(vhdkit.VhdkitError):
+        remove_file(path)
 
 
 def _close(export: ImageExport) -> None:
@@ -168,7 +240,7 @@ def _listen(wish: Wish, listeners: Listeners) -> bool:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if address is not None:
-        listeners.add_tcp(*address, open_to_all=wish.insecure)
+        listeners.add_tcp(*address, open_to_all=wish.insecure or wish.tls_required)
     if wish.socket is not None or address is None:
         listeners.add_unix(wish.socket, owner=owner)
     return False
@@ -207,9 +279,12 @@ def _pid_file(path: str) -> Iterator[None]:
                 remove_file(path)
 
 
-def _tell_ready(exports: list[ImageExport], listeners: Listeners, common: Common) -> None:
+def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, common: Common) -> None:
     """Where clients find what."""
-    uris = {export.name: [address.uri(export.name) for address in listeners.addresses] for export in exports}
+    secure = bool(wish.tls_certs or wish.tls_psk)
+    uris = {
+        export.name: [address.uri(export.name, secure=secure) for address in listeners.addresses] for export in exports
+    }
     if common.json:
         rows = [
             {
@@ -222,7 +297,7 @@ def _tell_ready(exports: list[ImageExport], listeners: Listeners, common: Common
             for export in exports
         ]
         print_json({"pid": os.getpid(), "uris": [one for export in exports for one in uris[export.name]],
-                    "exports": rows})  # fmt: skip
+                    "exports": rows, "control": wish.control})  # fmt: skip
     elif not common.quiet:
         for export in exports:
             for uri in uris[export.name]:

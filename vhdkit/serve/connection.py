@@ -30,6 +30,7 @@ class Connection:
     def __init__(self, host: Host, sock: socket.socket, peer: str, left: Callable[[Connection], None]) -> None:
         """Take over a connected, non-blocking socket; `left` is called once it is closed."""
         self.peer = peer
+        self.number = 0  # of this client, in this server
         self.opened = time.time()
         self._began = time.monotonic()
         self._host = host

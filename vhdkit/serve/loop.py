@@ -155,6 +155,7 @@ class Loop:
         for worker in self._workers:
             worker.join()
         self._run_posted()
+        self._callbacks.clear()  # who unwatches later has nothing to unwatch
         self._epoll.close()
         self._wake_reader.close()
         self._wake_writer.close()

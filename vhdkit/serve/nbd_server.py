@@ -8,6 +8,7 @@ flushed and closed. Must not know the protocol (`connection`) nor what a command
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import socket
 import ssl
@@ -28,6 +29,7 @@ SOCKET_BUFFER_BYTES = 2 * MIB
 MAX_CONNECTIONS = 1024
 HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; somebody may be typing options by hand
 GRACE_SECONDS = 10.0  # for clients to take their last answers
+HANG_UP_SECONDS = 2.0
 _ACCEPT_AGAIN_SECONDS = 0.2
 _LOOK_SECONDS = 0.2  # between looks whether the server has ended
 _log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class NbdServer:
         self._listeners: list[socket.socket] = []
         self._ending = False
         self._closed = False
+        self._numbers = itertools.count(1)
         self._drained: Callable[[], None] | None = None
         self._holding = threading.Lock()
         self._ended = threading.Event()
@@ -116,6 +119,7 @@ class NbdServer:
             sock.close()
             return
         connection = Connection(self, sock, peer, self._left)
+        connection.number = next(self._numbers)
         self.connections.append(connection)
         self._judge_later()
         connection.proceed()  # it may have hung up before it was greeted
@@ -146,6 +150,18 @@ class NbdServer:
     def enter(self, session: Session) -> Export:
         """The export a client has chosen."""
         return next(export for export in self.exports if export.name == session.export.name)
+
+    def disconnect(self, connections: Sequence[Connection]) -> None:
+        """Hang up on clients when what they have in flight is answered, and soon even when they do not take that."""
+
+        def give_up() -> None:
+            for connection in connections:
+                connection.close()
+
+        for connection in connections:
+            connection.end()
+            connection.proceed()
+        self.loop.call_later(HANG_UP_SECONDS, give_up)
 
     def _left(self, connection: Connection) -> None:
         if connection in self.connections:
@@ -192,7 +208,10 @@ class NbdServer:
             self.loop.post(end)
 
     def drained(self, export: Export) -> None:
-        """A held export has no job in flight any more."""
+        """A held export has no job in flight any more; unless what ended now begins another, such as a flush."""
+        self.loop.post(self._look_if_still)
+
+    def _look_if_still(self) -> None:
         if self._drained is not None:
             self._drained()
 
@@ -239,6 +258,10 @@ class NbdServer:
             connection.close()
         self.loop.close()  # ends the workers: nobody uses a disk any more
         self._ended.set()
+        with self._holding:  # who holds an export is done with its disk first
+            self._close_disks()
+
+    def _close_disks(self) -> None:
         failures: list[errors.VhdkitError] = []
         for export in self.exports:
             try:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vhdkit import errors
+from vhdkit.chain.create import create_child
 from vhdkit.chain.live import newest_leaf, scratch_child
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
-from vhdkit.folder import real_path
+from vhdkit.folder import real_path, remove_file
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
@@ -41,12 +42,14 @@ class Wanted:
 class Manner:
     """How images are opened. `follow_leaf`: the newest image that stands on the named one is served in its place.
 
-    `overlay`: what is written goes to a nameless temporary child that is gone when the server ends.
+    `overlay`: what is written goes to a nameless temporary child that is gone when the server ends, or to a new child
+    `keep_overlay`, which is a whole image at every moment.
     """
 
     options: OpenOptions
     read_only: bool = False
     overlay: bool = False
+    keep_overlay: str | None = None
     follow_leaf: bool = False
 
 
@@ -54,18 +57,33 @@ class ImageExport(Export):
     """An export that knows how its image was opened, for what is done to it while it is served."""
 
     def __init__(self, name: str, disk: Disk, manner: Manner) -> None:
-        super().__init__(name, disk, description=described(disk, temporary=manner.overlay), read_only=manner.read_only)
+        super().__init__(name, disk, read_only=manner.read_only)
         self.manner = manner
+        self.description = described(disk, temporary=self.is_temporary)
+
+    @property
+    def is_temporary(self) -> bool:
+        """True while the top layer is a nameless one."""
+        return self.manner.overlay and self.manner.keep_overlay is None
 
     @property
     def image_path(self) -> str:
         """The image that is served, whatever lies on it for the time being."""
-        return self.disk.chain.layers[1 if self.manner.overlay else 0].store.name
+        return self.disk.chain.layers[1 if self.is_temporary else 0].store.name
+
+    def set_read_only(self, read_only: bool) -> None:
+        """Refuse all writing from now on, or allow it again; the export is held.
+
+        Clients that are connected get EPERM. Those that came while it was read-only have to come anew to write.
+        """
+        self.read_only = read_only
+        self.disk.writable = self.disk.chain.writable and not read_only
 
     def exchange(self, disk: Disk) -> None:
         """Serve another disk from now on; the export is held."""
+        disk.writable = disk.writable and not self.read_only
         self.disk = disk
-        self.description = described(disk, temporary=self.manner.overlay)
+        self.description = described(disk, temporary=self.is_temporary)
 
 
 def check_wanted(wanted: Sequence[Wanted]) -> None:
@@ -112,6 +130,8 @@ def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
 def _open(path: str, manner: Manner) -> Disk:
     if manner.follow_leaf:
         path = newest_leaf(path, manner.options)
+    if manner.keep_overlay is not None:
+        return _open_kept(path, manner.keep_overlay, manner.options)
     writable = not manner.read_only and not manner.overlay
     disk = open_disk(path, writable=writable, options=manner.options)
     if not manner.overlay:
@@ -120,6 +140,19 @@ def _open(path: str, manner: Manner) -> Disk:
         return Disk(scratch_child(disk.chain, scratch_folder()))
     except BaseException:
         disk.close()
+        raise
+
+
+def _open_kept(path: str, child: str, options: OpenOptions) -> Disk:
+    """A new child of the image, open for writing; removed again when it cannot be opened."""
+    create_child(child, path, options=options)
+    try:
+        # The parent was opened with its own folder allowed; from the child on, that has to be said.
+        folders = (*options.parent_dirs, os.path.dirname(real_path(path)))
+        trusting = replace(options, parent_dirs=folders, allow_raw_parent=True, format_name=None)
+        return open_disk(child, writable=True, options=trusting)
+    except BaseException:
+        remove_file(child)
         raise
 
 

@@ -98,6 +98,38 @@ def test_overlay_leaves_the_images_alone() -> None:
     assert {name: digest(name) for name in before} == before
 
 
+def test_kept_overlay() -> None:
+    """With --keep-overlay the changes are a child of the image; it is valid after kill -9 too, and never replaced."""
+    content = make_chain()
+    before = digest("leaf.avhd")
+    Path("elsewhere").mkdir()
+    for number, kept in enumerate(("kept.avhd", "elsewhere/kept.avhd")):
+        with serving("leaf.avhd", "--overlay", "--keep-overlay", kept, "--socket", "s") as server:
+            assert server.ready["exports"][0]["name"] == "leaf.avhd"
+            put(server.uri, content[::-1])
+            if number:
+                server.process.kill()
+            else:
+                assert server.stop() == (0, "")
+        with vhdkit.open_disk(kept, options=vhdkit.OpenOptions(parent_dirs=(".",))) as disk:
+            assert disk.read(0, disk.size_bytes) == content[::-1]
+        assert digest("leaf.avhd") == before
+        assert "already exists" in failure("serve", "leaf.avhd", "--overlay", "--keep-overlay", kept, code=1)
+    failure("serve", "leaf.avhd", "--overlay", "--keep-overlay", "new.avhd", "--socket", "no/s", code=1)
+    assert not Path("new.avhd").exists()
+
+
+def test_killed_overlay_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After kill -9 there is no trace of a temporary overlay."""
+    make_chain()
+    Path("tmp").mkdir()
+    with serving("leaf.avhd", "--overlay", "--socket", "s", env={"TMPDIR": str(Path("tmp").absolute())}) as server:
+        put(server.uri, b"x" * 4096)
+        server.process.kill()
+        server.wait()
+    assert not list(Path("tmp").iterdir())
+
+
 def test_written_data_is_there_afterwards() -> None:
     """What a client wrote is on the disk when the server has ended."""
     content = make_chain()
@@ -210,6 +242,13 @@ def test_follow_leaf() -> None:
         (["--export", "a.vhd"], 2, "NAME=IMAGE"),
         (["a.vhd", "--overlay", "--read-only"], 2, "--read-only"),
         (["a.vhd", "--socket-owner", "no-such-user-x"], 2, "no-such-user-x"),
+        (["a.vhd", "--control", "no/where.ctl"], 1, "no/where.ctl"),
+        (["a.vhd", "--keep-overlay", "x.avhd"], 2, "--overlay"),
+        (["a.vhd", "b.vhd", "--overlay", "--keep-overlay", "x.avhd"], 2, "one image"),
+        (["a.vhd", "--overlay", "--keep-overlay", "b.vhd"], 1, "already exists"),
+        (["a.vhd", "--tls-required"], 2, "--tls-certs"),
+        (["a.vhd", "--tls-certs", "nowhere"], 1, "server-cert.pem"),
+        (["a.vhd", "--tls-certs", ".", "--tls-psk", "k"], 2, "either"),
         (["a.vhd", "--pid-file", "."], 2, "directory"),
         (["a.vhd", "--engine", "steam"], 2, "steam"),
     ],

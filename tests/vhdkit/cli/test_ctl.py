@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ctl` against a server in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.servers import Server, serving
+from tests.support import require_tool
+from tests.vhdkit.cli.running import document, failure, good, make_chain, names
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("verb", ["status", "snapshot", "set-read-only", "disconnect", "shutdown"])
+def test_every_verb_has_help(verb: str) -> None:
+    """Each verb says what it does, and has --json."""
+    assert "--json" in good("ctl", "x", verb, "--help") and verb in good("ctl", "--help")
+
+
+def test_session(folder: Path) -> None:
+    """Status, snapshot by its usual name and by a given one, read-only, disconnect, shutdown; words and JSON."""
+    make_chain()
+    good("create", "other.vhd", "--size", "1M")
+    with serving("leaf.avhd", "other.vhd", "--socket", "s", "--control", "c") as server:
+        assert stat.S_IMODE(os.stat("c").st_mode) == 0o600 and server.ready["control"] == "c"
+        text = good("ctl", "c", "status")
+        assert "leaf.avhd  8.0 MiB, writable" in text and "base.vhd" in text
+        assert good("ctl", "c", "snapshot", "leaf.avhd") == ("leaf.avhd: froze leaf.avhd, goes on in leaf-1.avhd\n")
+        rows = document("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", "other.vhd")["snapshots"]
+        assert [row["leaf"] for row in rows] == [str(folder / "x y.avhd"), "other.avhd"]
+        assert "already exists" in failure("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", code=1)
+        assert "there is no export 'nope'" in failure("ctl", "c", "snapshot", "nope", code=1)
+        assert "leaf.avhd is read-only" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd")
+        assert "leaf.avhd is writable again" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd", "--off")
+        assert good("ctl", "c", "disconnect", "--export", "leaf.avhd") == "hung up on 0 clients\n"
+        assert "no client 9" in failure("ctl", "c", "disconnect", "--client", "9", code=1)
+        assert good("ctl", "c", "shutdown", "--quiet") == ""
+        assert server.wait() == (0, "")
+    assert "c" not in names(folder) and "s" not in names(folder)
+    line = failure("ctl", "c", "status", code=1)
+    assert "no server is listening" in line
+    with serving("leaf.avhd", "--follow-leaf") as server:
+        assert server.ready["exports"][0]["path"].endswith("/x y.avhd")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["snapshot", "a="], ["snapshot", "a", "a=x"], ["disconnect"], ["disconnect", "--client", "x"], ["nope"], []],
+)
+def test_wrong_words(words: list[str]) -> None:
+    """A wrong command line is one line and code 2, before anybody is asked."""
+    if words:
+        failure("ctl", "c", *words, code=2)
+
+
+def fio(server: Server, seconds: int) -> subprocess.Popen[str]:
+    """A client that writes at random and reads back what it wrote."""
+    command = [
+        require_tool("fio"), "--name=live", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randwrite", "--size=6m",
+        "--bsrange=512-64k", "--iodepth=8", "--time_based", f"--runtime={seconds}", "--rate=4m,4m", "--fsync=50",
+        "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=32", "--verify_state_save=0",
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_snapshots_under_fio() -> None:
+    """INV-LIVE-PRESERVES: fio writes and verifies over three snapshots and finds every byte; the chain is sound."""
+    make_chain()
+    with serving("leaf.avhd", "--control", "c") as server:
+        writer = fio(server, 3)
+        try:
+            for _ in range(3):
+                time.sleep(0.6)
+                good("ctl", "c", "snapshot")
+            output, _ = writer.communicate(timeout=60)
+        finally:
+            writer.kill()
+            writer.communicate()
+        assert writer.returncode == 0 and "err= 0" in output, output
+        subprocess.run([require_tool("nbdcopy"), server.uri, "served.raw"], check=True, timeout=60)
+        assert server.stop() == (0, "")
+    with vhdkit.open_disk("leaf-3.avhd", writable=True) as disk:
+        assert disk.read(0, disk.size_bytes) == Path("served.raw").read_bytes()
+        assert len(disk.chain.layers) == 6
+    good("check", "leaf-3.avhd")

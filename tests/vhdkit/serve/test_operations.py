@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the control socket does to a server with clients: nothing they write is lost, and sets are all or none."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.nbd_client import Client, Running
+from vhdkit import errors
+from vhdkit.chain.create import create_image
+from vhdkit.chain.resolve import OpenOptions
+from vhdkit.disk import open_disk
+from vhdkit.serve.control import BadParams
+from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.nbd_wire import Command, CommandFlag
+from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.operations import Operations
+from vhdkit.units import KIB, MIB, PAGE_SIZE
+
+SIZE = 8 * MIB
+SECONDS = 30
+
+
+class Bench:
+    """Two exports, `a` and `b`, and what can be done to them."""
+
+    def __init__(self, folder: Path, manner: Manner) -> None:
+        self.folder = folder
+        for name in ("a", "b"):
+            create_image(folder / f"{name}.vhd", SIZE, block_size_bytes=512 * KIB)
+        wanted = [Wanted(str(folder / f"{name}.vhd"), name) for name in ("a", "b")]
+        self.exports: list[ImageExport] = open_exports(wanted, manner)
+        self.server = NbdServer(self.exports)
+        self.methods = Operations(self.server, self.exports).methods()
+        self.running = Running(self.server)
+
+    def do(self, name: str, **params: object) -> dict[str, object]:
+        """Call a method as the control socket would: short ones on the loop, long ones on this thread."""
+        method = self.methods[name]
+        if method.takes_long:
+            return method.work(params)  # type: ignore[return-value]
+        done: list[object] = []
+        called = threading.Event()
+
+        def call() -> None:
+            try:
+                done.append(method.work(params))
+            except Exception as error:
+                done.append(error)
+            called.set()
+
+        self.server.loop.post(call)
+        assert called.wait(SECONDS)
+        if isinstance(done[0], Exception):
+            raise done[0]
+        return done[0]  # type: ignore[return-value]
+
+    def files(self) -> list[str]:
+        """What lies in the folder."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@contextlib.contextmanager
+def bench_in(folder: Path, **manner: bool) -> Iterator[Bench]:
+    """A bench that surely ends."""
+    one = Bench(folder, Manner(OpenOptions(), **manner))  # type: ignore[arg-type]
+    try:
+        yield one
+    finally:
+        one.running.close()
+    if one.running.failure is not None:
+        raise one.running.failure
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Two writable exports."""
+    with bench_in(tmp_path) as one:
+        yield one
+
+
+class Writer(threading.Thread):
+    """A client that writes to its own half of an export and reads back, until told to stop; it keeps a model."""
+
+    def __init__(self, client: Client, first: int, size: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.client, self.first, self.size = client, first, size
+        self.model = bytearray(size)
+        self.rng = random.Random(seed)
+        self.stopped = threading.Event()
+        self.rounds = 0
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Write, now and then with FUA, flush, read, compare."""
+        try:
+            while not self.stopped.is_set():
+                self._round()
+                self.rounds += 1
+        except BaseException as failure:
+            self.failure = failure
+
+    def _round(self) -> None:
+        rng, client = self.rng, self.client
+        start = rng.randrange(self.size - 1)
+        count = min(rng.choice([1, 700, PAGE_SIZE, 70_000, 300_000]), self.size - start)
+        data = rng.randbytes(count)
+        flags = CommandFlag.FUA if rng.random() < 0.1 else 0
+        assert not client.call(Command.WRITE, self.first + start, count, flags=flags, payload=data).error
+        self.model[start : start + count] = data
+        if rng.random() < 0.1:
+            assert not client.call(Command.FLUSH).error
+        start = rng.randrange(self.size - 1)
+        count = min(rng.choice([512, PAGE_SIZE, 200_000]), self.size - start)
+        assert client.read(self.first + start, count) == self.model[start : start + count]
+
+    def finish(self) -> bytearray:
+        """Its model, when all went well."""
+        self.stopped.set()
+        self.join(SECONDS)
+        assert self.failure is None, self.failure
+        return self.model
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when it holds."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_snapshots_under_writing_clients(bench: Bench) -> None:
+    """INV-LIVE-PRESERVES: while clients write, flush and compare, both disks are frozen five times; nothing is lost.
+
+    Each frozen layer holds the same at the end as right after its snapshot.
+    """
+    half = SIZE // 2
+    places = [("a", 0), ("a", half), ("b", 0), ("b", half)]
+    writers = [Writer(bench.running.client(name), first, half, index) for index, (name, first) in enumerate(places)]
+    for writer in writers:
+        writer.start()
+    frozen: dict[str, bytes] = {}
+    for number in range(5):
+        goal = [writer.rounds + 4 for writer in writers]
+        wait_for(lambda goal=goal: all(w.rounds >= least or w.failure for w, least in zip(writers, goal, strict=True)))  # type: ignore[misc]
+        done = bench.do("snapshot")
+        for row in done["snapshots"]:  # type: ignore[attr-defined]
+            assert row["leaf"].endswith(f"{row['export']}{'' if not number else f'-{number}'}.avhd")
+            frozen[row["frozen"]] = Path(row["frozen"]).read_bytes()
+    models = [writer.finish() for writer in writers]
+    bench.running.end()
+    for name, model in (("a", models[0] + models[1]), ("b", models[2] + models[3])):
+        with open_disk(bench.folder / f"{name}-4.avhd", writable=True) as disk:
+            assert disk.read(0, SIZE) == model and len(disk.chain.layers) == 6
+    for path, raw in frozen.items():
+        assert Path(path).read_bytes() == raw, path
+
+
+def test_a_set_is_all_or_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the second disk's flush fails no child stays, nobody is disconnected, and the next snapshot works."""
+    client = bench.running.client("a")
+    client.call(Command.WRITE, 0, 5, payload=b"hello")
+    leaf = bench.exports[1].disk.chain.leaf
+
+    def full() -> None:
+        raise errors.NoSpace("no room", path="b.vhd")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(leaf, "flush", full)
+        with pytest.raises(errors.NoSpace):
+            bench.do("snapshot")
+    assert bench.files() == ["a.vhd", "b.vhd"]
+    assert client.read(0, 5) == b"hello"
+    assert not client.call(Command.WRITE, 0, 5, payload=b"later").error
+    with pytest.raises(errors.AlreadyExists):
+        bench.do("snapshot", exports={"a": None, "b": str(bench.folder / "a.vhd")})
+    assert bench.files() == ["a.vhd", "b.vhd"]
+    bench.do("snapshot", exports={"b": str(bench.folder / "x.avhd")})
+    assert bench.files() == ["a.vhd", "b.vhd", "x.avhd"]
+    assert client.read(0, 5) == b"later"
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        ({"exports": {"nope": None}}, errors.NotFound),
+        ({"exports": {}}, BadParams),
+        ({"exports": ["a"]}, BadParams),
+        ({"exports": {"a": "relative.avhd"}}, BadParams),
+        ({"exports": {"a": "/x\0y"}}, BadParams),
+        ({"exports": {"a": 7}}, BadParams),
+        ({"export": "a"}, BadParams),
+        ({"exports": {"a": "/no/such/folder/x.avhd"}}, errors.NotFound),
+    ],
+)
+def test_wrong_snapshots(bench: Bench, params: dict[str, object], kind: type[Exception]) -> None:
+    """Wrong parameters are refused by name, and nothing is made."""
+    with pytest.raises(kind):
+        bench.do("snapshot", **params)
+    assert bench.files() == ["a.vhd", "b.vhd"]
+
+
+def test_what_cannot_be_frozen(tmp_path: Path) -> None:
+    """Exports that are only read, and temporary overlays, have no leaf to freeze."""
+    for number, (manner, kind) in enumerate(
+        (({"read_only": True}, errors.ReadOnly), ({"overlay": True}, errors.InvalidArgument))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with bench_in(folder, **manner) as bench, pytest.raises(kind):
+            bench.do("snapshot")
+
+
+def test_context_of_the_old_leaf_goes_on(bench: Bench) -> None:
+    """A client that watches the old leaf's dirty bitmap sees after the snapshot what changes above it too."""
+    client = bench.running.client("a", contexts=["qemu:allocation-depth"])
+    client.call(Command.WRITE, 0, PAGE_SIZE, payload=bytes([1]) * PAGE_SIZE)
+    bench.do("snapshot", exports={"a": None})
+    client.call(Command.WRITE, 512 * KIB, PAGE_SIZE, payload=bytes([2]) * PAGE_SIZE)
+    assert client.read(0, 1) == b"\1" and client.read(512 * KIB, 1) == b"\2"
+    layers = bench.do("status")["exports"][0]["layers"]  # type: ignore[index]
+    assert [layer["writable"] for layer in layers] == [True, False]
+
+
+def test_read_only_and_back(bench: Bench) -> None:
+    """Connected clients get EPERM for every way of writing, may read and flush, and write again when allowed."""
+    client = bench.running.client("a")
+    assert not client.call(Command.WRITE, 0, 4, payload=b"kept").error
+    bench.do("set-read-only")
+    for command, payload in ((Command.WRITE, b"lost"), (Command.WRITE_ZEROES, b""), (Command.TRIM, b"")):
+        assert client.call(command, 0, 4, payload=payload).error == 1
+    assert client.read(0, 4) == b"kept" and not client.call(Command.FLUSH).error
+    bench.do("snapshot", exports={"a": None})
+    assert client.call(Command.WRITE, 0, 4, payload=b"lost").error == 1
+    bench.do("set-read-only", export="a", read_only=False)
+    assert not client.call(Command.WRITE, 0, 4, payload=b"more").error
+    status = bench.do("status")
+    assert [row["read_only"] for row in status["exports"]] == [False, True]  # type: ignore[attr-defined]
+    for params in ({"read_only": 1}, {"export": 1}, {"exports": "a"}):
+        with pytest.raises(BadParams):
+            bench.do("set-read-only", **params)
+
+
+def test_disconnect(bench: Bench) -> None:
+    """One client by number, or all of an export; the others stay."""
+    first, second, other = (bench.running.client(name) for name in ("a", "a", "b"))
+    clients = bench.do("status")["clients"]
+    assert [row["export"] for row in clients] == ["a", "a", "b"]  # type: ignore[attr-defined]
+    bench.do("disconnect", client=clients[0]["client"])  # type: ignore[index]
+    assert first.is_hung_up()
+    assert second.read(0, 1) == b"\0"
+    assert len(bench.do("disconnect", export="a")["clients"]) == 1  # type: ignore[arg-type]
+    assert second.is_hung_up()
+    assert other.read(0, 1) == b"\0"
+    assert bench.running.client("a").read(0, 1) == b"\0"
+    with pytest.raises(errors.NotFound):
+        bench.do("disconnect", client=999)
+    for params in ({}, {"client": "a"}, {"client": True}, {"client": 1, "export": "a"}):
+        with pytest.raises(BadParams):
+            bench.do("disconnect", **params)
+
+
+def test_status(bench: Bench) -> None:
+    """Counters count, and a parameter that there is not is refused."""
+    client = bench.running.client("b")
+    for _ in range(10):
+        client.read(0, 512)
+    status = bench.do("status")
+    assert status["requests"] == 10 and sum(count for _, count in status["latency_us"]) == 10  # type: ignore[attr-defined]
+    with pytest.raises(BadParams):
+        bench.do("status", verbose=True)
+
+
+def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that ends in the middle of a snapshot ends after it, with the disk whole; later ones are refused."""
+    client = bench.running.client("a")
+    client.call(Command.WRITE, 0, 4, payload=b"kept")
+    leaf = bench.exports[0].disk.chain.leaf
+    flush, entered, gate = leaf.flush, threading.Event(), threading.Event()
+
+    def slow() -> None:
+        entered.set()
+        assert gate.wait(SECONDS)
+        flush()
+
+    monkeypatch.setattr(leaf, "flush", slow)
+    done: list[object] = []
+    thread = threading.Thread(target=lambda: done.append(bench.do("snapshot", exports={"a": None})))
+    thread.start()
+    assert entered.wait(SECONDS)
+    bench.do("shutdown")
+    time.sleep(0.1)
+    gate.set()
+    thread.join(SECONDS)
+    assert done
+    bench.running.join()
+    with open_disk(bench.folder / "a.avhd", writable=True) as disk:
+        assert disk.read(0, 4) == b"kept"
+    with pytest.raises(errors.VhdkitError):
+        bench.do("snapshot", exports={"b": None})
+    assert bench.files() == ["a.avhd", "a.vhd", "b.vhd"]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ctl`: say to a running server what it is to do.
+
+Decides how the words become a call of the control socket and how the answer is shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from vhdkit.cli.common import PATH, epilog
+from vhdkit.cli.output import columns, console, count, print_json, print_text
+from vhdkit.errors import printable
+from vhdkit.serve.control_client import ControlClient
+from vhdkit.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """Where it is, and how its answers are shown."""
+
+    path: str
+
+
+@click.group(
+    "ctl",
+    short_help="Command a running server.",
+    epilog=epilog(
+        "vhdkit ctl /run/disk.ctl status",
+        "vhdkit ctl /run/disk.ctl snapshot",
+        "vhdkit ctl /run/disk.ctl snapshot system=/srv/system-1.avhd data=/srv/data-1.avhd",
+        "vhdkit ctl /run/disk.ctl set-read-only",
+        "vhdkit ctl /run/disk.ctl disconnect --export data",
+        "vhdkit ctl /run/disk.ctl shutdown",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("socket", type=PATH)
+@click.pass_context
+def ctl_command(context: click.Context, socket: str) -> None:
+    """Talk to the server that listens on SOCKET, the PATH of its --control.
+
+    Exit codes are those of the error that the server met, and 1 where no server listens. With --json each verb prints
+    the server's answer as it is.
+    """
+    context.obj = _Server(socket)
+
+
+def _verb(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A verb of `ctl`: it gets the server, and says with --json what came back."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        for option in (
+            click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+            click.option("--json", is_flag=True, help="Print the server's answer; an error is a JSON object too."),
+        ):
+            function = option(function)
+        return ctl_command.command(name, **settings)(click.pass_obj(function))
+
+    return decorate
+
+
+def _ask(server: _Server, method: str, *, as_json: bool, **params: object) -> Any:
+    with ControlClient(server.path) as client:
+        result = client.call(method, **params)
+    if as_json:
+        print_json(result)
+    return result
+
+
+@_verb("status")
+def status_verb(server: _Server, json: bool, quiet: bool) -> None:
+    """What is served from which files, to whom, and how quickly."""
+    status = _ask(server, "status", as_json=json)
+    if json or quiet:
+        return
+    clients = status["clients"]
+    print_text(
+        f"server {status['pid']}, up {status['uptime_seconds']:.0f} s: {count(len(clients), 'client')},"
+        f" {count(status['requests'], 'request')}, {count(status['errors'], 'error')}"
+    )
+    for export in status["exports"]:
+        kind = "read-only" if export["read_only"] else "writable"
+        if export["overlay"]:
+            kind += ", changes are thrown away at the end"
+        print_text((f"{printable(export['name'])}", "bold"), f"  {format_size(export['size_bytes'])}, {kind}")
+        rows = [
+            [str(number), printable(layer["path"]), layer["kind"]] for number, layer in enumerate(export["layers"])
+        ]
+        for line in columns(rows, "r"):
+            console().print("  " + line)
+    for one in clients:
+        where = "still choosing" if one["export"] is None else printable(one["export"])
+        tls = ", TLS" if one["tls"] else ""
+        print_text(f"client {one['client']}: {where}, {printable(one['peer'])}{tls}, {one['connected_seconds']:.0f} s")
+
+
+@_verb("snapshot")
+@click.argument("exports", metavar="[EXPORT[=NEW]]...", nargs=-1)
+def snapshot_verb(server: _Server, exports: tuple[str, ...], json: bool, quiet: bool) -> None:
+    """Freeze what is served while it is served, all exports or those named, all or none.
+
+    Each leaf stays as it is at one moment, the same for all of them, and a new child takes what is written from then
+    on: NEW, or a name beside the leaf as `vhdkit snapshot` gives. Clients notice nothing. To serve the newest leaf
+    with the same command line again, start the server with --follow-leaf.
+    """
+    wanted: dict[str, str | None] = {}
+    for word in exports:
+        name, sign, new = word.rpartition("=")
+        if not sign:
+            name, new = word, ""
+        if sign and not new:
+            raise click.UsageError(f"{printable(word)!r} is not EXPORT=NEW")
+        if name in wanted:
+            raise click.UsageError(f"{printable(name)!r} is named twice")
+        wanted[name] = os.path.abspath(new) if new else None
+    result = _ask(server, "snapshot", as_json=json, **({"exports": wanted} if wanted else {}))
+    if not json and not quiet:
+        for row in result["snapshots"]:
+            print_text(
+                f"{printable(row['export'])}: froze {printable(row['frozen'])}, goes on in {printable(row['leaf'])}"
+            )
+
+
+@_verb("set-read-only")
+@click.option("--export", help="This export; without it all of them.")
+@click.option("--off", is_flag=True, help="Allow writing again.")
+def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, quiet: bool) -> None:
+    """What was written is on the device when this returns, and from then on writing fails with EPERM.
+
+    Connections go on. With --off they may write again; clients that came in between have to connect anew for it.
+    """
+    result = _ask(server, "set-read-only", as_json=json, export=export, read_only=not off)
+    if not json and not quiet:
+        for name in result["exports"]:
+            print_text(f"{printable(name)} is {'writable again' if off else 'read-only'}")
+
+
+@_verb("disconnect")
+@click.option("--export", help="All clients of this export.")
+@click.option("--client", type=int, help="The client of this number, as `status` lists it.")
+def disconnect_verb(server: _Server, export: str | None, client: int | None, json: bool, quiet: bool) -> None:
+    """Hang up on clients, when what they have asked for is answered. They may come again."""
+    if (export is None) == (client is None):
+        raise click.UsageError("either --export NAME or --client NUMBER")
+    whom: dict[str, object] = {"export": export} if client is None else {"client": client}
+    result = _ask(server, "disconnect", as_json=json, **whom)
+    if not json and not quiet:
+        print_text(f"hung up on {count(len(result['clients']), 'client')}")
+
+
+@_verb("shutdown")
+def shutdown_verb(server: _Server, json: bool, quiet: bool) -> None:
+    """End the server as SIGTERM does: what was asked for is answered, everything is flushed."""
+    _ask(server, "shutdown", as_json=json)
+    if not json and not quiet:
+        print_text("the server is ending")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other side of the control socket: ask a running server for something and wait for the answer.
+
+Decides how an answer becomes a result or the error that the server met. A server is believed no more than a client:
+an answer is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any, Self
+
+from vhdkit import errors
+from vhdkit.store import translated
+from vhdkit.units import KIB, MIB
+
+MAX_ANSWER_BYTES = 16 * MIB
+ANSWER_SECONDS = 600.0  # flushing a slow disk takes long
+
+
+class ControlClient:
+    """A connection to a server's control socket."""
+
+    def __init__(self, path: str, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
+        """Connect. Raises NotFound where no server listens, AccessDenied, InvalidArgument."""
+        self.path = path
+        self._number = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with translated(path, "reach the server"):
+                self._socket.connect(path)  # without a timeout: with one, a moment's crowd would be an error
+            self._socket.settimeout(timeout_seconds)
+        except errors.NotFound as error:
+            self._socket.close()
+            raise errors.NotFound(
+                "no server is listening there", path=path, hint="start one: vhdkit serve IMAGE --control PATH"
+            ) from error
+        except errors.IoFailed as error:
+            self._socket.close()
+            if isinstance(error.__cause__, ConnectionRefusedError):
+                raise errors.NotFound(
+                    "no server is listening there any more", path=path, hint="start it again"
+                ) from error
+            raise
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def call(self, method: str, **params: object) -> Any:
+        """The method's result. Raises the error that the server met, and IoFailed when it does not answer."""
+        self._number += 1
+        request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
+        with translated(self.path, "talk to the server"):
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            raw = self._receive_line()
+        try:
+            answer = json.loads(raw)
+            problem = answer.get("error")
+            if problem is None:
+                return answer["result"]
+            raise _error_of(problem)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise errors.IoFailed("what answers there is no vhdkit server", path=self.path) from error
+
+    def _receive_line(self) -> bytes:
+        received = bytearray()
+        while not received.endswith(b"\n"):
+            piece = self._socket.recv(64 * KIB)
+            if not piece:
+                raise errors.IoFailed("the server went away without an answer", path=self.path)
+            received += piece
+            if len(received) > MAX_ANSWER_BYTES:
+                raise errors.IoFailed("what answers there is no vhdkit server", path=self.path)
+        return bytes(received)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _error_of(problem: dict[str, Any]) -> errors.VhdkitError:
+    """The server's error as one of ours: of the same class where it is one that needs no more than words."""
+    data = problem.get("data") or {}
+    kind = getattr(errors, str(data.get("kind")), None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.VhdkitError)) or kind is errors.CorruptImage:
+        kind = errors.VhdkitError
+    text = str(data.get("problem") or problem["message"])
+    error: errors.VhdkitError = kind(text, path=data.get("path"), hint=data.get("hint"))
+    code = data.get("exit_code")
+    error.exit_code = code if isinstance(code, int) else 2 if problem["code"] != -32603 else 1
+    return error

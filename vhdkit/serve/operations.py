@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the control socket can do to a server: look at it, freeze disks, change exports, send clients away, end it.
+
+Decides what each method takes and answers. How requests are spelled is `control`'s decision, in which order a leaf
+becomes a parent that of `chain.live`. A method that holds exports, or reads files, is marked as taking long.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from vhdkit import errors
+from vhdkit.chain.live import Freezing
+from vhdkit.disk import Disk
+from vhdkit.serve.connection import Connection
+from vhdkit.serve.control import BadParams, Method, Params
+from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.opening import ImageExport, kind_of
+
+
+class Operations:
+    """The methods of one server. `started` is when it began to serve, in seconds since the epoch."""
+
+    def __init__(self, server: NbdServer, exports: list[ImageExport]) -> None:
+        self._server = server
+        self._exports = exports
+        self._started = time.time()
+
+    def methods(self) -> dict[str, Method]:
+        """By the names they are called by."""
+        return {
+            "status": Method(self._status),
+            "snapshot": Method(self._snapshot, takes_long=True),
+            "set-read-only": Method(self._set_read_only, takes_long=True),
+            "disconnect": Method(self._disconnect),
+            "shutdown": Method(self._shutdown),
+        }
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def _find(self, name: object) -> ImageExport:
+        for export in self._exports:
+            if export.name == name:
+                return export
+        names = ", ".join(repr(export.name) for export in self._exports)
+        raise errors.NotFound(f"there is no export {name!r}; there are {names}")
+
+    def _one_or_all(self, params: Params) -> list[ImageExport]:
+        """The export that `export` names, or all of them."""
+        name = _text(params, "export")
+        return list(self._exports) if name is None else [self._find(name)]
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def _status(self, params: Params) -> object:
+        """Exports with their layers, clients, counters. On the loop: it waits for nothing."""
+        _only(params)
+        stats = self._server.stats
+        return {
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.time() - self._started, 3),
+            "exports": [_export_document(export) for export in self._exports],
+            "clients": [_client_document(connection) for connection in self._server.connections],
+            "requests": stats.requests,
+            "errors": stats.errors,
+            "latency_us": [[limit, count] for limit, count in stats.histogram_us().items()],
+        }
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    def _snapshot(self, params: Params) -> object:
+        """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}, without it all exports."""
+        _only(params, "exports")
+        wanted = params.get("exports")
+        if wanted is None:
+            wanted = {export.name: None for export in self._exports}
+        if not isinstance(wanted, dict) or not wanted:
+            raise BadParams('"exports" is an object: {export: path of the new leaf or null}')
+        pairs = [(self._find(name), _new_path(path)) for name, path in wanted.items()]
+        for export, _ in pairs:
+            if export.is_temporary:
+                raise errors.InvalidArgument(
+                    f"export {export.name!r} is a temporary overlay: there is no image to freeze",
+                    path=export.image_path,
+                )
+        exports = [export for export, _ in pairs]
+        frozen = [export.disk.path for export in exports]
+        chains = [(export.disk.chain, path) for export, path in pairs]
+        with Freezing(chains) as freezing, self._server.hold(exports):
+            began = time.monotonic()
+            disks = [Disk(chain) for chain in freezing.freeze()]
+            for export, disk in zip(exports, disks, strict=True):
+                export.exchange(disk)
+            freezing.done()
+            held = time.monotonic() - began
+        rows = [
+            {"export": export.name, "frozen": old, "leaf": new}
+            for export, old, new in zip(exports, frozen, freezing.paths, strict=True)
+        ]
+        return {"snapshots": rows, "held_seconds": round(held, 6)}
+
+    def _set_read_only(self, params: Params) -> object:
+        """What was written is on the device, and no more is written; {"export", "read_only": true}."""
+        _only(params, "export", "read_only")
+        exports = self._one_or_all(params)
+        read_only = params.get("read_only", True)
+        if not isinstance(read_only, bool):
+            raise BadParams('"read_only" is true or false')
+        for export in exports:
+            if not read_only and not export.disk.chain.writable:
+                raise errors.ReadOnly("was opened for reading only", path=export.image_path)
+        with self._server.hold(exports):
+            for export in exports:
+                export.disk.flush()
+            for export in exports:
+                export.set_read_only(read_only)
+        return {"exports": [export.name for export in exports], "read_only": read_only}
+
+    def _disconnect(self, params: Params) -> object:
+        """Send away one client, by its number, or all clients of an export; {"client"} or {"export"}."""
+        _only(params, "client", "export")
+        number = params.get("client")
+        if ("client" in params) == ("export" in params):
+            raise BadParams('either "client", a number, or "export", a name')
+        if "export" in params:
+            export = self._find(_text(params, "export"))
+            leaving = [one for one in self._server.connections if one.export is export]
+        elif isinstance(number, int) and not isinstance(number, bool):
+            leaving = [one for one in self._server.connections if one.number == number]
+            if not leaving:
+                raise errors.NotFound(f"there is no client {number}")
+        else:
+            raise BadParams('"client" is a number')
+        self._server.disconnect(leaving)
+        return {"clients": [one.number for one in leaving]}
+
+    def _shutdown(self, params: Params) -> object:
+        """End as SIGTERM does."""
+        _only(params)
+        self._server.stop()
+        return {}
+
+
+def _only(params: Params, *names: str) -> None:
+    """Raise BadParams for a parameter that the method does not know: it may be a slip of the pen."""
+    unknown = [name for name in params if name not in names]
+    if unknown:
+        raise BadParams(f"unknown parameters: {', '.join(unknown)}")
+
+
+def _text(params: Params, name: str) -> str | None:
+    value = params.get(name)
+    if value is not None and not isinstance(value, str):
+        raise BadParams(f'"{name}" is a text')
+    return value
+
+
+def _new_path(path: object) -> str | None:
+    """Where a child is to lie. The server's own folder is nobody's business, so it is said in full."""
+    if path is None:
+        return None
+    if not isinstance(path, str) or not path.startswith(os.sep) or "\0" in path:
+        raise BadParams("the path of a new leaf is absolute, or null for the usual name")
+    return path
+
+
+def _export_document(export: ImageExport) -> dict[str, Any]:
+    """An export as `status` tells it. Layers are listed leaf first."""
+    disk = export.disk
+    layers = [
+        {"path": layer.store.name, "kind": kind_of(layer), "unique_id": unique_id, "writable": layer.writable}
+        for layer, unique_id in zip(disk.chain.layers, disk.layer_ids, strict=True)
+    ]
+    return {
+        "name": export.name,
+        "description": export.description,
+        "path": export.image_path,
+        "size_bytes": disk.size_bytes,
+        "read_only": export.read_only,
+        "overlay": export.is_temporary,
+        "jobs": export.jobs,
+        "layers": layers,
+    }
+
+
+def _client_document(connection: Connection) -> dict[str, Any]:
+    return {
+        "client": connection.number,
+        "peer": connection.peer,
+        "export": connection.export.name if connection.export is not None else None,
+        "tls": connection.is_secure,
+        "connected_seconds": round(time.time() - connection.opened, 3),
+    }

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TLS for the server: which files make it up, and which clients it lets in.
+
+Decides the names of the files, as QEMU, nbdkit and libnbd have them, and the rule for clients:
+
+    ca-cert.pem is there      ->  a client has to show a certificate that this CA signed
+    ca-cert.pem is not there  ->  any client; the connection is encrypted, the server shows who it is
+    ca-crl.pem is there too   ->  and the certificate is not on this list
+
+Never below TLS 1.2. The sockets are `channel`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from typing import Any
+
+from vhdkit import errors
+from vhdkit.errors import quoted
+from vhdkit.folder import exists, read_whole
+from vhdkit.store import translate
+from vhdkit.units import MIB
+
+CERTIFICATE, KEY, AUTHORITY, REVOKED = "server-cert.pem", "server-key.pem", "ca-cert.pem", "ca-crl.pem"
+_MAX_KEYS_BYTES = MIB
+_MIN_PSK_HEX = 32
+
+
+def certificate_context(directory: str) -> ssl.SSLContext:
+    """From a folder with certificate and key. Raises NotFound, AccessDenied, InvalidArgument, naming the file."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    certificate, key, authority, revoked = (
+        os.path.join(directory, name) for name in (CERTIFICATE, KEY, AUTHORITY, REVOKED)
+    )
+    for path in (certificate, key):
+        if not exists(path):
+            raise errors.NotFound(
+                "is not there; a server needs its certificate and its key",
+                path=path,
+                hint=f"make them with openssl or certtool as {CERTIFICATE} and {KEY} in {quoted(directory)}",
+            )
+    _load(certificate, lambda: context.load_cert_chain(certificate, key, password=_no_password))
+    if exists(authority):
+        _load(authority, lambda: context.load_verify_locations(authority))
+        context.verify_mode = ssl.CERT_REQUIRED
+        if exists(revoked):
+            _load(revoked, lambda: context.load_verify_locations(revoked))
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is locked by a password")
+
+
+def _load(path: str, load: Any) -> None:
+    """Have the library read its files, and say which one it could not use."""
+    try:
+        load()
+    except ssl.SSLError as error:
+        raise errors.InvalidArgument(f"cannot be used for TLS: {error.reason or error}", path=path) from error
+    except ValueError as error:
+        raise errors.InvalidArgument(f"cannot be used for TLS: {error}", path=path) from error
+    except OSError as error:
+        raise translate(error, path, "read it, or the key that belongs to it") from error
+
+
+def psk_context(path: str) -> ssl.SSLContext:
+    """From a file of lines USER:KEY, the key in hexadecimal digits, as `psktool` writes them.
+
+    Raises InvalidArgument, also where this Python's ssl module has no pre-shared keys, and NotFound.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    set_callback = getattr(context, "set_psk_server_callback", None)
+    if set_callback is None:
+        raise errors.InvalidArgument(
+            "pre-shared keys need Python 3.13 or newer",
+            hint="use certificates (--tls-certs), or --engine nbdkit",
+        )
+    keys = read_keys(path)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2  # what the module's keys are made for
+    context.set_ciphers("PSK")
+    set_callback(lambda identity: keys.get(identity or "", b""))
+    return context
+
+
+def read_keys(path: str) -> dict[str, bytes]:
+    """User and key of every line. Raises NotFound, InvalidArgument with the number of a bad line."""
+    raw = read_whole(path, _MAX_KEYS_BYTES)
+    if raw is None:
+        raise errors.NotFound("there is no such file of keys (or it is too large)", path=path)
+    keys: dict[str, bytes] = {}
+    for number, line in enumerate(raw.decode(errors="replace").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        user, colon, digits = line.strip().rpartition(":")
+        try:
+            key = bytes.fromhex(digits)
+        except ValueError:
+            key = b""
+        if not colon or not user or len(digits) < _MIN_PSK_HEX or not key:
+            raise errors.InvalidArgument(
+                f"line {number} is not USER:KEY with at least {_MIN_PSK_HEX} hexadecimal digits", path=path
+            )
+        keys[user] = key
+    if not keys:
+        raise errors.InvalidArgument("holds no keys", path=path)
+    return keys
