@@ -29,12 +29,15 @@ def test_demo(tmp_path: Path) -> None:
     """It ends well, shows the verbs, proves one content four ways, and cleans up."""
     require_tool("mke2fs")
     require_tool("debugfs")
-    output, errors = (process := start_demo(tmp_path)).communicate(timeout=120)
+    require_tool("nbdcopy")
+    require_tool("fio")
+    output, errors = (process := start_demo(tmp_path)).communicate(timeout=240)
     assert process.returncode == 0, output + errors
     for words in (
         "$ vhdkit snapshot monday.avhd tuesday.avhd",
         "$ vhdkit info tuesday.avhd", "$ vhdkit chain tuesday.avhd", "$ vhdkit map tuesday.avhd",
         "tuesday.avhd: clean", "equal: tuesday.avhd and fixed.vhd hold the same disk", "What happened",
+        "$ vhdkit ctl nbd.ctl snapshot", "fio read back all that it wrote", "nothing was lost",
     ):  # fmt: skip
         assert words in output
     hashes = [line.split()[0] for line in output.splitlines() if len(line.split(" ")[0]) == 64]
