@@ -270,7 +270,11 @@ class SocketFile:
         shared = owner is not None and owner[1] is not None
         # The mode that a socket has when it is bound is that of its file: there is no moment with a wider one.
         os.fchmod(self.socket.fileno(), _SHARED_SOCKET_MODE if shared else _SOCKET_MODE)
-        self.socket.bind(self.path)
+        before = os.umask(0)  # which would take the group's part away again
+        try:
+            self.socket.bind(self.path)
+        finally:
+            os.umask(before)
         status = os.lstat(self.path)
         self._identity = status.st_dev, status.st_ino
         if owner is not None:

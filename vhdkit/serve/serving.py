@@ -37,10 +37,11 @@ _log = logging.getLogger(__name__)
 class _Payload:
     """What is still to come of a payload that did not arrive whole."""
 
-    __slots__ = ("left", "offset", "request")
+    __slots__ = ("began", "left", "offset", "request")
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.began = time.perf_counter_ns()
         self.offset = request.offset
         self.left = request.payload_bytes
 
@@ -48,10 +49,11 @@ class _Payload:
 class _LongRead:
     """A read that leaves in pieces: chunks of their own, or the one body of a simple reply."""
 
-    __slots__ = ("offset", "request")
+    __slots__ = ("began", "offset", "request")
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.began = time.perf_counter_ns()
         self.offset = request.offset
 
     @property
@@ -232,9 +234,12 @@ class Serving:
         """Send `answer` when everything so far is durable."""
         rules, export = self._rules, self.export
         self._job_begins()
+        began = time.perf_counter_ns()
 
         def done(failure: BaseException | None) -> None:
             self._job_ends()
+            if request.command == Command.FLUSH:
+                self._host.stats.batch(1, time.perf_counter_ns() - began)
             if failure is not None:
                 self._log_failure(request, failure)
             self._answer(answer if failure is None else error_reply(rules, request, failure))
@@ -322,6 +327,7 @@ class Serving:
         self._payload = None
         if self._channel.is_closed():
             return
+        self._host.stats.batch(1, time.perf_counter_ns() - payload.began)
         if request.error:
             self._channel.send(rules.error(request, request.error))
         elif request.flags & CommandFlag.FUA:
@@ -375,6 +381,8 @@ class Serving:
             self._channel.close()
 
     def _end_long_read(self, last: bytes) -> None:
+        if self._long_read is not None:
+            self._host.stats.batch(1, time.perf_counter_ns() - self._long_read.began)
         self._long_read = None
         self._channel.send(last)
         late, self._late = self._late, []

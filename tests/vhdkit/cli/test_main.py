@@ -247,4 +247,5 @@ def test_shell_completion() -> None:
         "compare",
         "clone",
         "compact",
+        "ctl",
     ]

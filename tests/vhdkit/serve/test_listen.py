@@ -71,6 +71,13 @@ def test_private_unix_socket(tmp_path: Path) -> None:
     assert not private.parent.exists() and not list(tmp_path.iterdir())
 
 
+def test_shared_with_a_group(tmp_path: Path) -> None:
+    """With a group its members may connect too, whatever the umask."""
+    with Listeners() as listeners:
+        listeners.add_unix(str(tmp_path / "a.sock"), owner=(os.getuid(), os.getgid()))
+        assert stat.S_IMODE(os.stat(tmp_path / "a.sock").st_mode) == 0o660
+
+
 def test_stale_socket_is_replaced(tmp_path: Path) -> None:
     """What a killed server left is taken over; a live server's socket, and any other file, is not."""
     path = tmp_path / "a.sock"

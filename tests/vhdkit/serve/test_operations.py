@@ -273,8 +273,11 @@ def test_status(bench: Bench) -> None:
     client = bench.running.client("b")
     for _ in range(10):
         client.read(0, 512)
+    client.read(0, 2 * MIB)
+    client.call(Command.WRITE, 0, 2 * MIB, payload=bytes(2 * MIB))
+    client.call(Command.FLUSH)
     status = bench.do("status")
-    assert status["requests"] == 10 and sum(count for _, count in status["latency_us"]) == 10  # type: ignore[attr-defined]
+    assert status["requests"] == 13 and sum(count for _, count in status["latency_us"]) == 13  # type: ignore[attr-defined]
     with pytest.raises(BadParams):
         bench.do("status", verbose=True)
 
