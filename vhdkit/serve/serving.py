@@ -29,7 +29,9 @@ MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond it each has one job
 _LAST_HEADER_BYTES = 64  # the longest header before data
 _KEPT_BYTES = 64 * KIB  # payloads up to here are looked at once they are all there
 _WORTH_WRITING_BYTES = 16 * KIB  # what arrives of a longer one is collected up to here before it is written
+SLICE_BYTES = 64 * MIB  # of a long command at once
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
+_SLICED = frozenset({Command.WRITE_ZEROES, Command.TRIM})
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
 
@@ -228,7 +230,29 @@ class Serving:
             self._job_ends(size)
             self._answer(answer)
 
-        self._loop.submit(lambda: export.run(rules, request, payload), done)
+        self._work(request, payload, done)
+
+    def _work(
+        self, request: Request, payload: bytes | None, done: Callable[[bytes | bytearray | BaseException], None]
+    ) -> None:
+        """Run a command on workers, a long one slice by slice: between two slices it is the others' turn."""
+        rules, export, loop = self._rules, self.export, self._loop
+        if request.command not in _SLICED or request.length <= SLICE_BYTES:
+            loop.submit(lambda: export.run(rules, request, payload), done)
+            return
+        left = request
+
+        def next_slice(result: bytes | bytearray | BaseException) -> None:
+            nonlocal left
+            if isinstance(result, BaseException) or not left.length or self._channel.is_closed():
+                done(result if isinstance(result, BaseException) else rules.done(request))
+                return
+            size = min(left.length, SLICE_BYTES)
+            piece = left._replace(length=size)
+            left = left._replace(offset=left.offset + size, length=left.length - size)
+            loop.submit(lambda: export.run(rules, piece), next_slice)
+
+        next_slice(b"")
 
     def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
         """Send `answer` when everything so far is durable."""

@@ -33,7 +33,7 @@ from tests.nbd_client import (
 )
 from tests.power import open_mem
 from tests.stores import CrashStore, Fault, FaultyStore, io_failed, no_space, sync_failed
-from tests.vhdkit.serve.disks import SIZE, child, empty, export_of
+from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
 from vhdkit.units import KIB, MIB
 
 pytestmark = pytest.mark.timeout(120)
@@ -210,6 +210,24 @@ def test_half_a_request_then_gone() -> None:
             client.sock.close()
         with running.client() as client:
             assert client.read(4096, 512) == bytes(512)
+
+
+def test_long_commands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 35: a client that zeros its disk twenty times over does not keep the workers from others."""
+    monkeypatch.setattr("vhdkit.serve.serving.SLICE_BYTES", 256 * KIB)
+    with serving(export_of(sparse(64 * MIB))) as running, running.client() as other:
+        greedy = running.client(extended=True)
+        cookies = {greedy.send(ZEROES, 4096, 60 * MIB, flags=nbd.NO_HOLE) for _ in range(20)}
+        running.on_loop()
+        assert other.call(WRITE, 5, payload=b"other").error == 0
+        assert other.call(FLUSH).error == 0
+        greedy.sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            greedy.sock.recv(1)
+        greedy.sock.settimeout(nbd.PATIENCE_SECONDS)
+        answers = greedy.answers(20)
+        assert set(answers) == cookies and not any(answer.error for answer in answers.values())
+        assert other.read(0, 12) == b"\0" * 5 + b"other" + b"\0" * 2
 
 
 # -- storage that fails -----------------------------------------------------------------------------------------
