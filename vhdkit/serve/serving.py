@@ -211,7 +211,7 @@ class Serving:
 
     def _submit(self, request: Request, payload: bytes | None) -> None:
         """Let a worker do it, and answer when it is done; with FUA, when that is durable (row 31)."""
-        rules, export = self._rules, self.export
+        rules = self._rules
         size = request.length if request.command in (Command.READ, Command.WRITE) else 0
         if request.command == Command.BLOCK_STATUS:
             size = STATUS_BYTES * len(rules.session.contexts)
