@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ _DEBIAN_PACKAGE = {
     "mdel": "mtools",
     "mke2fs": "e2fsprogs",
     "mkfs.fat": "dosfstools",
+    "nbd": "python3-libnbd",
     "nbdcopy": "libnbd-bin",
     "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
@@ -88,6 +90,25 @@ def require_pyvhdi() -> str:
     """
     if not _imports(SYSTEM_PYTHON, "pyvhdi"):
         not_available(f"needs the module pyvhdi in {SYSTEM_PYTHON}: {_how_to_get('pyvhdi')}")
+    return SYSTEM_PYTHON
+
+
+def require_nbdkit() -> str:
+    """nbdkit, with a python plugin that can load us, or the end of the test."""
+    program = require_tool("nbdkit")
+    dump = subprocess.run([program, "python", "--dump-plugin"], capture_output=True, text=True, check=False).stdout
+    if not dump:
+        not_available("needs nbdkit's python plugin: run script/setup, or install Debian's nbdkit-plugin-python")
+    ours = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if f"\npython_version={ours}." not in dump:
+        pytest.skip(f"nbdkit's Python is not {ours}, as ours is: nothing can load compiled modules of both")
+    return program
+
+
+def require_libnbd() -> str:
+    """A Python interpreter that can `import nbd`, or the end of the test: libnbd's binding is the system's, too."""
+    if not _imports(SYSTEM_PYTHON, "nbd"):
+        not_available(f"needs the module nbd in {SYSTEM_PYTHON}: {_how_to_get('nbd')}")
     return SYSTEM_PYTHON
 
 

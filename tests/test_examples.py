@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import struct
 import subprocess
@@ -13,15 +14,16 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.support import ROOT
+from tests.servers import serving
+from tests.support import ROOT, require_libnbd, require_tool
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def run_example(name: str, *words: str | Path, code: int = 0) -> str:
+def run_example(name: str, *words: str | Path, code: int = 0, interpreter: str = sys.executable) -> str:
     """Run an example as a user would; what it printed."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name, *words],
+        [interpreter, ROOT / "examples" / name, *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
@@ -70,6 +72,48 @@ def test_write_to_child(tmp_path: Path) -> None:
     with vhdkit.open_disk(leaf) as disk:
         assert disk.read(1000, 5) == b"hello"
     assert "already exists" in run_example("write_to_child.py", base, leaf, "0", "x", code=1)
+
+
+def make_chain(folder: Path) -> Path:
+    """A leaf on a base, with data in both; the leaf."""
+    base, leaf = folder / "base.vhd", folder / "my leaf.avhd"
+    vhdkit.create_image(base, 8 << 20)
+    with vhdkit.open_disk(base, writable=True) as disk:
+        disk.write(0, b"b" * 65536)
+    vhdkit.create_child(leaf, base)
+    with vhdkit.open_disk(leaf, writable=True) as disk:
+        disk.write(4096, b"l" * 1024)
+        disk.write(5 << 20, b"m" * 4096)
+    return leaf
+
+
+@pytest.mark.interop
+def test_read_over_nbd(tmp_path: Path) -> None:
+    """The size, how much is data, and the hash of that data, as the file has it; a wrong address is told."""
+    interpreter = require_libnbd()
+    leaf = make_chain(tmp_path)
+    with vhdkit.open_disk(leaf) as disk:
+        runs = [run for run in disk.extents(find_holes=True) if run.kind is vhdkit.ExtentKind.DATA]
+        data = b"".join(disk.read(run.offset_bytes, run.size_bytes) for run in runs)
+    with serving(leaf, "--read-only") as server:
+        text = run_example("read_over_nbd.py", server.uri, interpreter=interpreter)
+    assert f"{8 << 20} bytes, {len(data)} of them data" in text
+    assert hashlib.sha256(data).hexdigest() in text
+    gone = f"nbd+unix:///?socket={tmp_path / 'gone.sock'}"
+    assert "gone.sock" in run_example("read_over_nbd.py", gone, code=1, interpreter=interpreter)
+
+
+@pytest.mark.interop
+def test_copy_with_nbdcopy(tmp_path: Path) -> None:
+    """The raw file is the disk that the chain shows; one that is there already stays."""
+    require_tool("nbdcopy")
+    leaf, target = make_chain(tmp_path), tmp_path / "copy.raw"
+    text = run_example("copy_with_nbdcopy.py", leaf, target)
+    with vhdkit.open_disk(leaf) as disk:
+        assert target.read_bytes() == disk.read(0, disk.size_bytes)
+    assert hashlib.sha256(target.read_bytes()).hexdigest() in text
+    assert "already exists" in run_example("copy_with_nbdcopy.py", leaf, target, code=1)
+    assert "gone.vhd" in run_example("copy_with_nbdcopy.py", tmp_path / "gone.vhd", tmp_path / "new.raw", code=1)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
