@@ -47,6 +47,7 @@ FOREIGN_HOMES = {
     "click": ("vhdkit/cli/*", "vmm/cli/*"),
     "construct": ("vhdkit/formats/*/layout.py", "vhdkit/serve/nbd_wire.py"),
     "mfusepy": ("vhdkit/serve/fuse_mount.py",),
+    "nbdkit": ("vhdkit/serve/nbdkit_plugin.py",),
     "pyroute2": ("vmm/net/bridge.py",),
     "qemu": ("vmm/kvm/qmp.py",),
     "rich": ("vhdkit/cli/*", "vmm/cli/*"),
@@ -81,6 +82,18 @@ OS_PATH_EVERYWHERE = {
 }
 OS_OF_ROOM = {
     "vhdkit/cli/": {"devnull", "environ", "get_terminal_size", "getpid", "isatty", "kill"},
+    "vhdkit/cli/serve_nbdkit.py": {
+        "POSIX_SPAWN_DUP2",
+        "WNOHANG",
+        "close",
+        "defpath",
+        "dup",
+        "pathsep",
+        "posix_spawn",
+        "waitpid",
+        "waitstatus_to_exitcode",
+    },
+    "vhdkit/serve/nbdkit_command.py": {"defpath", "pathsep"},
     "vhdkit/serve/": {"environ", "getegid", "geteuid", "getgid", "getpid", "getuid", "kill", "pidfd_open"},
 }
 # The library never prints, exits or configures logging. Only these do.

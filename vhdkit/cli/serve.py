@@ -14,7 +14,7 @@ import signal
 import ssl
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -22,12 +22,14 @@ import click
 import vhdkit
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
+from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
 from vhdkit.cli.statistics import stats_shown
 from vhdkit.folder import SocketFile, read_whole, remove_file, write_whole
 from vhdkit.serve.control import Control
 from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
 from vhdkit.serve.nbd_options import TlsMode
 from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.nbdkit_command import Launch, writes
 from vhdkit.serve.notify import READY, STOPPING, notify
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
 from vhdkit.serve.operations import Operations
@@ -40,6 +42,7 @@ _EXAMPLES = (
     "vhdkit serve system.avhd data.vhd --read-only",
     "vhdkit serve backup.avhd --overlay --listen localhost:10809",
     "nbdcopy -- [ vhdkit serve child.avhd ] copy.raw",
+    "vhdkit serve disk.vhd --engine nbdkit -- --filter=partition partition=1",
 )
 
 
@@ -69,6 +72,7 @@ class Wish:
 
 @click.command(
     "serve",
+    cls=EngineCommand,
     short_help="Serve images over NBD.",
     epilog=epilog(*_EXAMPLES, codes="Ends with 0 after Ctrl-C or SIGTERM, when everything written is on the device."),
 )
@@ -117,8 +121,9 @@ class Wish:
 @click.option("--exit-last", is_flag=True, help="End when the last client has gone.")
 @click.option("--pid-file", metavar="FILE", type=PATH, help="Write the process's number there when it is ready.")
 @click.option("--stats", is_flag=True, help="Show on the terminal what is going on.")
-@click.option("--engine", type=click.Choice(["builtin"]), default="builtin", show_default=True,
-              help="The server that is used.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["builtin", "nbdkit"]), default="builtin", show_default=True,
+              help="The server: our own, which is faster, or nbdkit with our plugin, for its filters. What follows "
+                   "-- is then for nbdkit.")  # fmt: skip
 @image_options()
 def serve_command(common: Common, **words: Any) -> None:
     """Serve IMAGE, a chain's leaf or a single image, as an NBD export called like the file, until Ctrl-C or SIGTERM.
@@ -225,6 +230,36 @@ def _remove_quietly(path: str) -> None:
         remove_file(path)
 
 
+def _serve_nbdkit(wish: Wish, common: Common) -> None:
+    """Look whether all images can be served, which says best what is wrong with one; then leave them to nbdkit."""
+    if wish.control or wish.keep_overlay or wish.stats:
+        raise click.UsageError("nbdkit has no --control, --keep-overlay and --stats: leave out --engine nbdkit")
+    program = find_nbdkit()
+    launch = Launch(
+        (), common.options, wish.read_only, wish.overlay, wish.exit_last,
+        tls_certs=wish.tls_certs, tls_psk=wish.tls_psk, tls_required=wish.tls_required,
+        arguments=click.get_current_context().meta.get(ARGUMENTS, ()),
+    )  # fmt: skip
+    manner = Manner(common.options, read_only=not writes(launch), follow_leaf=wish.follow_leaf)
+    exports = open_exports(_wanted(wish), manner)
+    for export in exports:
+        export.disk.close()
+        export.read_only = wish.read_only
+    images = tuple((export.name, os.path.abspath(export.image_path)) for export in exports)
+    with contextlib.ExitStack() as cleanup:
+        listeners = cleanup.enter_context(Listeners())
+        activated = _listen(wish, listeners)
+
+        def ready() -> None:
+            if wish.pid_file is not None:
+                cleanup.enter_context(_pid_file(wish.pid_file))
+            if not activated or common.json:
+                _tell_ready(exports, listeners, wish, common)
+            notify(READY)
+
+        run_nbdkit(program, replace(launch, exports=images), listeners.sockets, ready)
+
+
 def _close(export: ImageExport) -> None:
     """Close what the server did not come to close."""
     export.disk.close()
@@ -305,4 +340,4 @@ def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, co
     sys.stdout.flush()
 
 
-_ENGINES: dict[str, Callable[[Wish, Common], None]] = {"builtin": _serve_builtin}
+_ENGINES: dict[str, Callable[[Wish, Common], None]] = {"builtin": _serve_builtin, "nbdkit": _serve_nbdkit}
