@@ -31,6 +31,7 @@ def certificate_context(directory: str) -> ssl.SSLContext:
     """From a folder with certificate and key. Raises NotFound, AccessDenied, InvalidArgument, naming the file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # a send could have to wait for the client's bytes then
     certificate, key, authority, revoked = (
         os.path.join(directory, name) for name in (CERTIFICATE, KEY, AUTHORITY, REVOKED)
     )
@@ -81,6 +82,7 @@ def psk_context(path: str) -> ssl.SSLContext:
         )
     keys = read_keys(path)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2  # what the module's keys are made for
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_ciphers("PSK")
     set_callback(lambda identity: keys.get(identity or "", b""))
     return context

@@ -94,6 +94,7 @@ def test_offered_and_for_everybody(certificates: Path, tmp_path: Path) -> None:
 def test_old_versions_are_not_spoken(certificates: Path, tmp_path: Path) -> None:
     """Nothing below TLS 1.2."""
     context = certificate_context(str(folder_with(certificates, tmp_path / "s", ca="ca", server="server")))
+    assert context.options & ssl.OP_NO_RENEGOTIATION
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2 and context.verify_mode == ssl.CERT_REQUIRED
     context = certificate_context(str(folder_with(certificates, tmp_path / "t", server="server")))
     assert context.verify_mode == ssl.CERT_NONE
