@@ -87,14 +87,17 @@ def test_kill_9_under_load(tmp_path: Path, kind: str, monkeypatch: pytest.Monkey
             load = subprocess.Popen(fio(server.uri, *words, "--do_verify=0"), stdout=-3, stderr=-3)
             try:
                 writer.start()
-                time.sleep(0.7 + rng.random())
+                until = time.monotonic() + 60
+                while len(writer.flushed) <= 50 and time.monotonic() < until:
+                    time.sleep(0.05)
+                time.sleep(0.3 + rng.random())
                 server.process.kill()
                 writer.join(30)
                 assert not writer.is_alive()
             finally:
                 load.kill()
                 load.wait(20)
-        assert len(writer.flushed) > 20
+        assert len(writer.flushed) > 50
         content = content_of(image.path)
         for page, flushed in writer.flushed.items():
             raw = content[FIRST + page * PAGE : FIRST + (page + 1) * PAGE]
