@@ -60,20 +60,20 @@ def start_server(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
         [sys.executable, "-m", "vhdkit", "serve", *map(str, words), "--json"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        **options,
+        **{"stderr": subprocess.PIPE, **options},
     )
 
 
 def read_ready(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What it prints when it is ready; fails with its words when it ends instead."""
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
     text = ""
     for line in process.stdout:
         text += line
         if line == "}\n":
             document: dict[str, Any] = json.loads(text)
             return document
-    raise AssertionError(f"the server ended: {process.stderr.read()}")
+    said = process.stderr.read() if process.stderr is not None else ""
+    raise AssertionError(f"the server ended: {said}")

@@ -52,6 +52,7 @@ from vhdkit.finding import Finding, Severity
 from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd.repair import Fix
 from vhdkit.image import Extent, ExtentKind
+from vhdkit.serve.control_client import ControlClient
 
 __all__ = [
     "AccessDenied",
@@ -59,6 +60,7 @@ __all__ = [
     "AlreadyExists",
     "CompactResult",
     "Comparison",
+    "ControlClient",
     "CorruptImage",
     "CorruptReason",
     "Disk",

@@ -75,3 +75,10 @@ def examine(path: Path) -> int:
         return error.exit_code
     worst = max((finding.severity for finding in findings), default=vhdkit.Severity.NOTE)
     return int(worst is vhdkit.Severity.ERROR or not result.same_content)
+
+
+def freeze(control: Path) -> list[str]:
+    """Ask a running server for a snapshot of all that it serves."""
+    with vhdkit.ControlClient(str(control)) as client:
+        done: dict[str, list[dict[str, str]]] = client.call("snapshot")
+    return [row["leaf"] for row in done["snapshots"]]
