@@ -17,7 +17,7 @@ from tests.stores import CrashStore, MemStore
 from tests.vhd_builder import Block, Vhd, bitmap_space, bits_of, child, pattern
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
-from vhdkit.image import Layer
+from vhdkit.image import ExtentKind, Layer
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, sectors_to_bytes
 
@@ -103,6 +103,18 @@ def content_of(store: Store, parents: list[Layer], *, writable: bool = False) ->
     return disk.read(0, disk.size_bytes)
 
 
+def short(content: bytes) -> tuple[int, bytes]:
+    """A disk's size, and its content without the zeros at its end: large disks here are mostly zeros."""
+    return len(content), content.rstrip(b"\0")
+
+
+def short_content_of(store: Store, parents: list[Layer], *, writable: bool = False) -> tuple[int, bytes]:
+    """`short` of the disk, without reading what nobody owns."""
+    disk = open_mem(store, parents, writable=writable)
+    end = max((one.offset_bytes + one.size_bytes for one in disk.extents() if one.kind is ExtentKind.DATA), default=0)
+    return disk.size_bytes, disk.read(0, end).rstrip(b"\0")
+
+
 def sound(store: MemStore) -> list[str]:
     """What is wrong with the layout of a file."""
     return ParsedVhd.parse(store).overlaps()
@@ -122,19 +134,21 @@ def cut_everywhere(
     Redoing is cut as well, unless `again` is false. Returns the contents that were seen.
     """
     rng = random.Random(f"cuts {seed}")
-    store, seen = CrashStore(start.store), set()
+    store = CrashStore(start.store)
+    seen: set[bytes] = set()
+    states = [short(content) for content in allowed]
 
     def judge() -> None:
         for number in range(cuts):
             found = store.after_cut(rng)
-            content = content_of(found.copy(frozen=True), start.parents)
-            assert content in allowed, f"operation {store.operation_count}, cut {number}: another content"
-            seen.add(content)
+            content = short_content_of(found.copy(frozen=True), start.parents)
+            assert content in states, f"operation {store.operation_count}, cut {number}: another content"
+            seen.add(allowed[states.index(content)])
             mended = found.copy()
-            assert content_of(mended, start.parents, writable=True) == content, "mending changed the content"
+            assert short_content_of(mended, start.parents, writable=True) == content, "mending changed the content"
             assert not sound(mended), sound(mended)
-            if again and number == 0 and content == start.content and rng.random() < 0.3:
-                rest = Crowd(found, start.parents, content)
+            if again and number == 0 and content == short(start.content) and rng.random() < 0.3:
+                rest = Crowd(found, start.parents, start.content)
                 cut_everywhere(rest, work, allowed, seed=rng.randrange(1 << 30), cuts=1, again=False)
 
     layers = start.over(store)
@@ -143,7 +157,6 @@ def cut_everywhere(
     assert isinstance(layers[0], DynamicImage)
     layers[0].close()
     store.watcher = None
-    final = content_of(store, start.parents)
-    assert final == allowed[-1]
+    assert short_content_of(store, start.parents) == states[-1]
     assert not sound(store)
     return seen

@@ -47,6 +47,7 @@ _DEBIAN_PACKAGE = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "sfdisk": "fdisk",
     "vhdiinfo": "libvhdi-utils",
     "xz": "xz-utils",
 }

@@ -23,6 +23,7 @@ from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
 from vhdkit.chain.rebase import rebase
 from vhdkit.chain.relocate import Move, relocate
 from vhdkit.chain.repair import Repair, repair, restore
+from vhdkit.chain.resize import ResizeResult, resize
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
 from vhdkit.disk import Disk, open_disk
@@ -89,6 +90,7 @@ __all__ = [
     "Progress",
     "ReadOnly",
     "Repair",
+    "ResizeResult",
     "Severity",
     "SyncFailed",
     "UnsupportedFormat",
@@ -107,6 +109,7 @@ __all__ = [
     "rebase",
     "relocate",
     "repair",
+    "resize",
     "restore",
     "resume_merge",
     "snapshot",

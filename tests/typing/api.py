@@ -37,6 +37,8 @@ def change(path: Path) -> None:
     smaller: vhdkit.CompactResult = vhdkit.compact(child, dry_run=True)
     assert smaller.file_size_after_bytes <= smaller.file_size_before_bytes
     vhdkit.rebase(child, path, unsafe_new_id=True, dry_run=False)
+    larger: vhdkit.ResizeResult = vhdkit.resize(child, 1 << 31, dry_run=True)
+    assert larger.virtual_size_after_bytes == 1 << 31
     leaf: str = vhdkit.snapshot(child)
     leaves: list[str] = vhdkit.snapshot_many([(leaf, None), (path, path.with_suffix(".new"))], dry_run=True)
     moves: list[vhdkit.Move] = vhdkit.relocate(leaf, "elsewhere", dry_run=True)

@@ -25,6 +25,7 @@ from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.convert import data_ranges
+from vhdkit.chain.report import Report
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.chain.zeros import first_data_in_store, is_zero_in_disk
 from vhdkit.formats.linear import LinearImage
@@ -74,7 +75,7 @@ def compact(
         image, store = layers[0], layers[0].store
         file = _regular_file(image)
         size, allocated = store.size(), file.allocated_bytes()
-        report = _Report(progress)
+        report = Report(progress)
         if isinstance(image, DynamicImage):
             dropped, packing = plan_compact(layers, report)
             if not dry_run:
@@ -102,30 +103,7 @@ def _regular_file(image: Layer) -> FileStore:
     return store
 
 
-class _Report:
-    """Adds up what was looked at and what was moved, for the caller's progress."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._done = self._total = 0
-
-    def expect(self, size_bytes: int) -> None:
-        """There is so much more to do."""
-        self._total += size_bytes
-
-    def did(self, size_bytes: int) -> None:
-        """So much more is done."""
-        self._done += size_bytes
-        if self._progress is not None:
-            self._progress(self._done, max(self._total, self._done))
-
-    def finish(self) -> None:
-        """All is done."""
-        if self._progress is not None:
-            self._progress(self._total, self._total)
-
-
-def plan_compact(layers: Sequence[Layer], report: _Report | None = None) -> tuple[NDArray[np.int64], Packing]:
+def plan_compact(layers: Sequence[Layer], report: Report | None = None) -> tuple[NDArray[np.int64], Packing]:
     """The blocks of the leaf, a dynamic or differencing image, that can go, and where the others go then."""
     image = layers[0]
     assert isinstance(image, DynamicImage)
@@ -161,7 +139,7 @@ def _can_go(image: DynamicImage, block: int, below: Chain | None) -> bool:
 
 
 def run_compact(
-    image: DynamicImage, dropped: NDArray[np.int64], packing: Packing, report: _Report | None = None
+    image: DynamicImage, dropped: NDArray[np.int64], packing: Packing, report: Report | None = None
 ) -> None:
     """Do what `plan_compact` found; the image, opened for writing, is closed by the caller."""
     if report is not None:
@@ -171,7 +149,7 @@ def run_compact(
     cut_end(image, packing.end_bytes)
 
 
-def _punch_zeros(image: LinearImage, report: _Report, dry_run: bool) -> Iterator[int]:
+def _punch_zeros(image: LinearImage, report: Report, dry_run: bool) -> Iterator[int]:
     """Make holes of the zeros of a fixed or raw image; yields the bytes of each."""
     store, size = image.store, min(image.size_bytes, image.store.size())
     report.expect(size)

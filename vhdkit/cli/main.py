@@ -29,6 +29,7 @@ from vhdkit.cli.map import map_command
 from vhdkit.cli.merge import merge_command
 from vhdkit.cli.rebase import rebase_command
 from vhdkit.cli.relocate import relocate_command
+from vhdkit.cli.resize import resize_command
 from vhdkit.cli.serve import serve_command
 from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
@@ -145,6 +146,7 @@ for _verb in (
     rebase_command,
     relocate_command,
     compact_command,
+    resize_command,
     serve_command,
     ctl_command,
     gc_command,

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhdkit resize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, run
+
+
+def test_resize_says_what_it_did() -> None:
+    """Larger, the same, smaller, with a plan first; the disk keeps its content."""
+    content = make_chain()
+    assert "would be resized 8.0 MiB (8388608 bytes) -> 4.0 GiB" in good("resize", "--dry-run", "leaf.avhd", "4G")
+    assert "resized 8.0 MiB (8388608 bytes) -> 4.0 GiB" in good("resize", "leaf.avhd", "4G")
+    assert "is 4.0 GiB (4294967296 bytes) already" in good("resize", "leaf.avhd", "4G")
+    assert "-> 8.0 MiB" in good("resize", "leaf.avhd", "8M")
+    Path("flat.raw").write_bytes(content)
+    assert "equal" in good("compare", "leaf.avhd", "flat.raw")
+    assert run("check", "leaf.avhd").exit_code == 0
+
+
+def test_resize_as_json() -> None:
+    """The document has the sizes, and the file's."""
+    good("create", "disk.vhd", "--size", "8M")
+    told = document("resize", "disk.vhd", "16M")
+    assert (told["virtual_size_before_bytes"], told["virtual_size_after_bytes"]) == (8 * MIB, 16 * MIB)
+    assert told["file_size_after_bytes"] == Path("disk.vhd").stat().st_size and told["notes"] == []
+
+
+def test_what_resize_refuses() -> None:
+    """Parents, sizes that are none, too large ones, missing files: each its exit code and one line."""
+    make_chain()
+    assert "is the parent of" in failure("resize", "base.vhd", "16M", code=5)
+    assert run("resize", "leaf.avhd", "much").exit_code == 2
+    failure("resize", "leaf.avhd", "3T", code=2)
+    assert "smaller than its parent" in failure("resize", "leaf.avhd", "4M", code=2)
+    failure("resize", "gone.vhd", "4M", code=1)

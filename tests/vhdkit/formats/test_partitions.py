@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partition tables: those of real tools, odd ones, and hostile ones."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import uuid
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.stores import MemStore
+from tests.support import require_tool
+from vhdkit.formats.partitions import MAX_LOGICAL_PARTITIONS, PartitionTable, read_partitions
+from vhdkit.units import KIB, MIB
+
+SECTOR = 512
+LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+
+
+def mbr(*entries: tuple[int, int, int]) -> bytes:
+    """A table of (type, first sector, count)."""
+    raw = b"".join(struct.pack("<B3sB3sII", 0, b"", kind, b"", first, count) for kind, first, count in entries)
+    return (bytes(446) + raw).ljust(510, b"\0") + b"\x55\xaa"
+
+
+def write_gpt(store: MemStore, size: int, *partitions: tuple[int, int, str], primary: bool = True) -> None:
+    """A protective MBR and both copies of a GPT, as the UEFI specification lays them out."""
+    last = size // SECTOR - 1
+    entries = b"".join(
+        struct.pack("<16s16sQQQ72s", uuid.UUID(LINUX).bytes_le, b"u" * 16, first, end, 0, name.encode("utf-16-le"))
+        for first, end, name in partitions
+    ).ljust(128 * 128, b"\0")
+    store.pwrite(0, mbr((0xEE, 1, last)))
+    for own, other, place in ((1, last, 2), (last, 1, last - 32)):
+        if own == 1 and not primary:
+            continue
+        fields = (own, other, 34, last - 33, b"d" * 16, place, 128, 128, zlib.crc32(entries))
+        head = struct.pack("<8sII", b"EFI PART", 0x10000, 92)
+        body = struct.pack("<4xQQQQ16sQIII", *fields)
+        crc = zlib.crc32(head + bytes(4) + body)
+        store.pwrite(own * SECTOR, head + struct.pack("<I", crc) + body)
+        store.pwrite(place * SECTOR, entries)
+
+
+def disk(size: int = 16 * MIB, raw: bytes = b"") -> MemStore:
+    """A disk of zeros that begins with `raw`."""
+    store = MemStore("disk.img")
+    store.truncate(size)
+    store.pwrite(0, raw)
+    return store
+
+
+def table_of(store: MemStore) -> PartitionTable | None:
+    """What is read from it."""
+    return read_partitions(store.pread, store.size())
+
+
+def test_mbr_with_logical_partitions() -> None:
+    """Primary partitions by their place in the table, logical ones from 5 on, through the chain of tables."""
+    store = disk(raw=mbr((0x83, 2048, 2048), (0, 0, 0), (0x0F, 8192, 16384)))
+    store.pwrite(8192 * SECTOR, mbr((0x07, 64, 1000), (0x05, 4096, 4096)))
+    store.pwrite((8192 + 4096) * SECTOR, mbr((0x82, 64, 2000)))
+    table = table_of(store)
+    assert table is not None and table.scheme == "mbr" and table.backup_ranges == ()
+    assert [
+        (one.number, one.offset_bytes // SECTOR, one.size_bytes // SECTOR, one.kind) for one in table.partitions
+    ] == [
+        (1, 2048, 2048, "0x83"),
+        (3, 8192, 16384, "0x0f"),
+        (5, 8192 + 64, 1000, "0x07"),
+        (6, 8192 + 4096 + 64, 2000, "0x82"),
+    ]
+
+
+def test_gpt_with_names() -> None:
+    """Numbers, places, types and names of a GPT, and where its second copy is."""
+    store = disk()
+    write_gpt(store, 16 * MIB, (2048, 4095, "boot"), (4096, 20000, "Ünicode ☃"))
+    table = table_of(store)
+    assert table is not None and table.scheme == "gpt"
+    assert [(one.number, one.end_bytes, one.name, one.kind) for one in table.partitions] == [
+        (1, 2 * MIB, "boot", LINUX),
+        (2, 20001 * SECTOR, "Ünicode ☃", LINUX),
+    ]
+    assert table.backup_ranges == ((16 * MIB - 33 * SECTOR, 32 * SECTOR), (16 * MIB - SECTOR, SECTOR))
+
+
+def test_the_second_gpt_counts_when_the_first_is_lost() -> None:
+    """Partitions are read from the copy at the end, which is no mere copy then: it has no range to give up."""
+    store = disk()
+    write_gpt(store, 16 * MIB, (2048, 4095, "boot"), primary=False)
+    table = table_of(store)
+    assert table is not None and [one.name for one in table.partitions] == ["boot"] and table.backup_ranges == ()
+
+
+@pytest.mark.parametrize("offset", [8 * MIB - 33 * SECTOR, 8 * MIB - SECTOR + 60])
+def test_a_second_gpt_that_differs_is_not_given_up(offset: int) -> None:
+    """A damaged second copy, or one that says something else, has no range."""
+    store = disk(8 * MIB)
+    write_gpt(store, 8 * MIB, (2048, 4095, "boot"))
+    store.pwrite(offset, b"\1")
+    table = table_of(store)
+    assert table is not None and len(table.partitions) == 1 and table.backup_ranges == ()
+
+
+def test_a_disk_without_a_table() -> None:
+    """Zeros, a file system's boot sector, and a disk of one sector have no table."""
+    assert table_of(disk()) is None
+    assert table_of(disk(SECTOR)) is None
+    boot = bytearray(mbr())
+    boot[446:510] = b"\x4f\x53 not found\r\n" * 4 + bytes(8)
+    assert table_of(disk(raw=bytes(boot))) is None
+
+
+def test_extended_partitions_that_never_end() -> None:
+    """A chain that leads back to itself, or goes on for ever, is read as far as the limit."""
+    store = disk(raw=mbr((0x05, 64, 20000)))
+    store.pwrite(64 * SECTOR, mbr((0x83, 1, 1), (0x05, 0, 1)))
+    table = table_of(store)
+    assert table is not None and len(table.partitions) == 2
+    long = disk(raw=mbr((0x05, 64, 20000)))
+    for number in range(MAX_LOGICAL_PARTITIONS + 50):
+        long.pwrite((64 + number) * SECTOR, mbr((0x83, 1, 1), (0x05, number + 1, 1)))
+    table = table_of(long)
+    assert table is not None and len(table.partitions) == MAX_LOGICAL_PARTITIONS + 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 16 * KIB), st.binary(min_size=1, max_size=16)), max_size=8), st.booleans())
+def test_any_bytes_are_some_table_or_none(changes: list[tuple[int, bytes]], gpt: bool) -> None:
+    """INV-BOUNDED: whatever a guest writes there, reading its table ends, with a table or without."""
+    store = disk(64 * KIB, raw=mbr((0x05, 3, 90), (0x83, 0xFFFFFFFF, 0xFFFFFFFF)))
+    if gpt:
+        write_gpt(store, 64 * KIB, (40, 50, "x"))
+    for offset, raw in changes:
+        store.pwrite(offset, raw)
+    table = table_of(store)
+    assert table is None or all(one.size_bytes > 0 for one in table.partitions)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("label", ["gpt", "dos"])
+def test_tables_of_sfdisk(tmp_path: Path, label: str) -> None:
+    """What sfdisk wrote is read as sfdisk reads it."""
+    tool = require_tool("sfdisk")
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(64 * MIB))
+    lines = [f"label: {label}", "size=8M", "size=16M"]
+    lines += ["size=20M, type=E", "size=4M", "size=5M"] if label == "dos" else ['size=4M, name="mine"']
+    subprocess.run([tool, "-q", path], input="\n".join(lines), text=True, check=True, capture_output=True)
+    told = subprocess.run([tool, "-d", path], text=True, check=True, capture_output=True).stdout
+    lines = [line.removeprefix(str(path)) for line in told.splitlines() if "start=" in line]
+    starts = {int(line.split(":")[0]): int(line.split("start=")[1].split(",")[0]) for line in lines}
+    raw = path.read_bytes()
+    table = read_partitions(lambda offset, size: raw[offset : offset + size], len(raw))
+    assert table is not None
+    assert {one.number: one.offset_bytes // SECTOR for one in table.partitions} == starts

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`resize`: another virtual size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+import vhdkit
+from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
+from vhdkit.cli.common import size as parsed_size
+from vhdkit.cli.output import count, exact_size, note, print_json, print_text
+from vhdkit.cli.progress import progress_shown
+from vhdkit.errors import printable
+
+
+@click.command(
+    "resize",
+    short_help="Another virtual size, larger or smaller.",
+    epilog=epilog("vhdkit resize disk.vhd 20G", "vhdkit resize --dry-run disk.vhd 8G"),
+)
+@click.argument("image", type=PATH)
+@click.argument("size", type=parsed_size)
+@click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
+@image_options()
+@progress_option
+def resize_command(image: str, size: int, dry_run: bool, common: Common, progress: bool | None) -> None:
+    """Give IMAGE, a fixed, dynamic or differencing VHD or a raw file, the virtual size SIZE.
+
+    What is added reads as zeros; partitions and file systems grow in the guest. Nothing is ever cut off: a disk does
+    not become smaller than a partition on it or than its last byte that is not zero. An image that others stand on
+    keeps its size, and a child does not become smaller than its parent. At any moment the disk has its old size or
+    its new one: after Ctrl-C, kill or a power cut, do it again.
+
+    \b
+    With --json: {"path", "virtual_size_before_bytes", "virtual_size_after_bytes",
+      "file_size_before_bytes", "file_size_after_bytes", "moved_block_count",
+      "dropped_block_count", "notes": [...]}
+    file_size_after_bytes is null with --dry-run.
+    """
+    with progress_shown(common, progress, "resizing") as show:
+        done = vhdkit.resize(image, size, options=common.options, dry_run=dry_run, progress=show)
+    if common.json:
+        print_json(asdict(done))
+        return
+    for one in done.notes:
+        note(common, one)
+    if dry_run or not common.quiet:
+        print_text(f"{printable(image)}: {_sentence(done, dry_run)}")
+
+
+def _sentence(done: vhdkit.ResizeResult, dry_run: bool) -> str:
+    if done.virtual_size_before_bytes == done.virtual_size_after_bytes:
+        return f"is {exact_size(done.virtual_size_after_bytes)} already"
+    blocks = ""
+    if done.moved_block_count or done.dropped_block_count:
+        moved = count(done.moved_block_count, "block")
+        blocks = f"; {moved} {'to move' if dry_run else 'moved'}, {done.dropped_block_count} dropped"
+    sizes = f"{exact_size(done.virtual_size_before_bytes)} -> {exact_size(done.virtual_size_after_bytes)}"
+    return f"{'would be ' if dry_run else ''}resized {sizes}{blocks}"

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The partitions of a disk: MBR with its extended partitions, and GPT. Read, never written.
+
+Decides which table a disk has and what its entries say. Pure: gets a function that reads bytes of the disk, knows no
+image. A guest wrote these bytes, so everything is bounded: entries, logical partitions, the size of an array. What
+makes no sense is left out, and a table that is no table is none.
+
+Sources: UEFI specification, section 5 (GPT); for MBR and extended partitions, what every PC has done since DOS 3.3.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
+
+ReadBytes: TypeAlias = Callable[[int, int], bytes]  # (offset, size): fewer bytes only at the end of the disk
+
+MAX_LOGICAL_PARTITIONS = 128  # of an extended partition; Linux stops at 256, Windows and DOS far earlier
+MAX_GPT_ENTRIES = 1024  # everyone writes 128
+MAX_GPT_ENTRY_BYTES = 4096  # everyone writes 128
+_SIGNATURE_OFFSET, _SIGNATURE = 510, b"\x55\xaa"
+_TABLE_OFFSET = 446
+_MBR_ENTRY = struct.Struct("<B3sB3sII")  # status, first CHS, type, last CHS, first sector, sector count
+_EXTENDED = (0x05, 0x0F, 0x85)
+_PROTECTIVE = 0xEE
+_GPT_HEADER = struct.Struct("<8s4sII4xQQQQ16sQIII")
+_GPT_MAGIC = b"EFI PART"
+_GPT_CRC_OFFSET = 16
+_GPT_ENTRY = struct.Struct("<16s16sQQQ72s")
+_MIN_GPT_ENTRY_BYTES = _GPT_ENTRY.size
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One partition. `number` is what Linux calls it (5 and up for logical ones); sizes in bytes.
+
+    `kind` is "0x83" in an MBR, a GUID in a GPT; `name` is the GPT's, empty elsewhere.
+    """
+
+    number: int
+    offset_bytes: int
+    size_bytes: int
+    kind: str
+    name: str = ""
+
+    @property
+    def end_bytes(self) -> int:
+        """The first byte behind it."""
+        return self.offset_bytes + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionTable:
+    """What a disk's table says. `backup_ranges` are (offset, size) of a GPT's second header and its entries.
+
+    They are told only where the first header and its entries are whole, so that nothing hangs on the second.
+    """
+
+    scheme: str  # "mbr" or "gpt"
+    partitions: tuple[Partition, ...]
+    backup_ranges: tuple[tuple[int, int], ...] = ()
+
+
+def read_partitions(read: ReadBytes, size_bytes: int) -> PartitionTable | None:
+    """The partition table of a disk, or None where there is none. Raises what `read` raises."""
+    sector = read(0, SECTOR_SIZE)
+    if len(sector) < SECTOR_SIZE or sector[_SIGNATURE_OFFSET:] != _SIGNATURE:
+        return _read_gpt(read, size_bytes)  # the protective MBR may be lost
+    entries = list(_mbr_entries(sector))
+    if any(kind == _PROTECTIVE for _, kind, _, _ in entries):
+        gpt = _read_gpt(read, size_bytes)
+        if gpt is not None:
+            return gpt
+    if not entries or _is_boot_sector(sector):
+        return None
+    found = []
+    for number, kind, first, count in entries:
+        found.append(_partition(number, kind, first, count))
+        if kind in _EXTENDED:
+            found += _logical(read, first)
+    return PartitionTable("mbr", tuple(found))
+
+
+def _mbr_entries(sector: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(number, type, first sector, sector count) of the entries in use."""
+    for index in range(4):
+        values = _MBR_ENTRY.unpack_from(sector, _TABLE_OFFSET + index * _MBR_ENTRY.size)
+        _, _, kind, _, first, count = values
+        if kind and count:
+            yield index + 1, kind, first, count
+
+
+def _is_boot_sector(sector: bytes) -> bool:
+    """True for a file system without a table: its boot code stands where entries would, with impossible marks."""
+    marks = [sector[_TABLE_OFFSET + index * _MBR_ENTRY.size] for index in range(4)]
+    return any(mark not in (0x00, 0x80) for mark in marks)
+
+
+def _partition(number: int, kind: int, first: int, count: int) -> Partition:
+    return Partition(number, sectors_to_bytes(first), sectors_to_bytes(count), f"{kind:#04x}")
+
+
+def _logical(read: ReadBytes, extended_first: int) -> Iterator[Partition]:
+    """The logical partitions: each has a table of its own, which points at the next one."""
+    position = extended_first
+    seen: set[int] = set()
+    for number in range(5, 5 + MAX_LOGICAL_PARTITIONS):
+        sector = read(sectors_to_bytes(position), SECTOR_SIZE)
+        if position in seen or len(sector) < SECTOR_SIZE or sector[_SIGNATURE_OFFSET:] != _SIGNATURE:
+            return
+        seen.add(position)
+        entries = list(_mbr_entries(sector))
+        for _, kind, first, count in entries:
+            if kind not in _EXTENDED:
+                yield _partition(number, kind, position + first, count)
+                break
+        following = [first for _, kind, first, _ in entries if kind in _EXTENDED]
+        if not following:
+            return
+        position = extended_first + following[0]
+
+
+def _read_gpt(read: ReadBytes, size_bytes: int) -> PartitionTable | None:
+    """The GPT by its first header, or else by the one in the last sector."""
+    last = size_bytes // SECTOR_SIZE - 1
+    for sector_index in (1, last):
+        header = _gpt_header(read, sector_index)
+        if header is None:
+            continue
+        entries, other, raw = header
+        backup: tuple[tuple[int, int], ...] = ()
+        if sector_index == 1:
+            backup = _backup_ranges(read, other, raw)
+        return PartitionTable("gpt", tuple(_gpt_partitions(entries)), backup)
+    return None
+
+
+def _gpt_header(read: ReadBytes, sector_index: int) -> tuple[list[bytes], int, bytes] | None:
+    """The entries of a whole header with whole entries, where the other header is, and the raw array; else None."""
+    if sector_index < 1:
+        return None
+    sector = read(sectors_to_bytes(sector_index), SECTOR_SIZE)
+    if len(sector) < SECTOR_SIZE or not sector.startswith(_GPT_MAGIC):
+        return None
+    _, _, size, stored, own, other, _, _, _, place, count, entry_size, array_sum = _GPT_HEADER.unpack_from(sector)
+    if not _GPT_HEADER.size <= size <= SECTOR_SIZE or own != sector_index:
+        return None
+    blank = sector[:_GPT_CRC_OFFSET] + bytes(4) + sector[_GPT_CRC_OFFSET + 4 : size]
+    possible = count <= MAX_GPT_ENTRIES and _MIN_GPT_ENTRY_BYTES <= entry_size <= MAX_GPT_ENTRY_BYTES
+    if zlib.crc32(blank) != stored or not possible or place >= 1 << 54:
+        return None
+    raw = read(sectors_to_bytes(place), count * entry_size)
+    if len(raw) != count * entry_size or zlib.crc32(raw) != array_sum:
+        return None
+    return [raw[start : start + entry_size] for start in range(0, len(raw), entry_size)], other, raw
+
+
+def _backup_ranges(read: ReadBytes, sector_index: int, raw: bytes) -> tuple[tuple[int, int], ...]:
+    """Where the second header and its entries lie, when they are whole and say what the first ones say."""
+    header = _gpt_header(read, sector_index) if sector_index < 1 << 54 else None
+    if header is None or header[2] != raw:
+        return ()
+    sector = read(sectors_to_bytes(sector_index), SECTOR_SIZE)
+    place = _GPT_HEADER.unpack_from(sector)[9]
+    size = sectors_to_bytes(covering_sectors(len(raw)))
+    return (sectors_to_bytes(place), size), (sectors_to_bytes(sector_index), SECTOR_SIZE)
+
+
+def _gpt_partitions(entries: list[bytes]) -> Iterator[Partition]:
+    for number, entry in enumerate(entries, 1):
+        kind, _, first, last, _, name = _GPT_ENTRY.unpack_from(entry)
+        if any(kind) and first <= last < 1 << 54:
+            text = name.decode("utf-16-le", "replace").split("\0", 1)[0]
+            size = sectors_to_bytes(last - first + 1)
+            yield Partition(number, sectors_to_bytes(first), size, str(uuid.UUID(bytes_le=kind)).upper(), text)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving a VHD another virtual size.
+
+Decides what the footers and the header of another size say, where a longer BAT goes, and the order. Must not judge
+whether a disk may shrink: that nothing of value lies behind the new end is known to the caller (`chain.resize`).
+
+A dynamic or differencing image (blocks move by `move`, header and footers change by `switch`):
+
+    grow:    bytes behind the old end -> zeros; blocks out of the way of the longer BAT; the BAT's new part  | sync
+             header and footers                                                                             | switch
+    shrink:  header and footers                                                                             | switch
+             the entries that are not needed any more; then the gaps are filled and the file is cut         | move
+
+Until the switch the old header, BAT and size hold, from it on the new ones: a cut leaves the one or the other.
+
+The BAT grows where it is when nothing but blocks is in its way, else it begins anew at the first place where only
+blocks are (behind the locators, say). Moving the few blocks there costs little, while a BAT at the end of the file
+would keep it from ever becoming shorter.
+
+A fixed image has one footer, so no order is safe: `fixed_writes` says what changes, `chain.pending` makes it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vhdkit.formats.vhd import batmap, geometry, layout
+from vhdkit.formats.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREATOR_VERSION
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, FOOTER_SIZE, DynamicHeader, Footer
+from vhdkit.formats.vhd.metadata import Metadata, batmap_header_offset
+from vhdkit.formats.vhd.move import Packing, block_space, cut_end, move_blocks, plan_clearing, plan_packing
+from vhdkit.formats.vhd.move import structure_ranges as occupied_ranges
+from vhdkit.formats.vhd.switch import switch_header
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up
+
+_FREE_ENTRY = b"\xff" * BAT_ENTRY_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class GrowPlan:
+    """How the BAT gets its new length: the new header, the range it and what follows it take, who moves away."""
+
+    header: DynamicHeader
+    start_bytes: int
+    end_bytes: int
+    packing: Packing
+    table_bytes: int
+
+
+def resized_footer(footer: Footer, size_bytes: int) -> Footer:
+    """`footer` for a disk of `size_bytes`.
+
+    Both sizes are set, since some readers take the original one. A creator that means cylinders x heads x sectors
+    would shorten the disk, so it becomes ours; any other creator stays.
+    """
+    shape = geometry.geometry_for(size_bytes)
+    resized = replace(
+        footer,
+        original_size=size_bytes,
+        current_size=size_bytes,
+        cylinders=shape.cylinders,
+        heads=shape.heads,
+        sectors_per_track=shape.sectors_per_track,
+    )
+    if geometry.size_is_chs(resized):
+        resized = replace(
+            resized,
+            creator_application=CREATOR_APPLICATION,
+            creator_version=CREATOR_VERSION,
+            creator_host_os=CREATOR_HOST_OS,
+        )
+    assert geometry.virtual_size(resized, size_bytes) == size_bytes
+    return resized
+
+
+def fixed_writes(metadata: Metadata, size_bytes: int) -> tuple[list[tuple[int, bytes]], int]:
+    """The (offset, bytes) that give a fixed image another size, and the file size after them.
+
+    The old footer becomes zeros; the new one stands right behind the data.
+    """
+    footer = layout.build_footer(resized_footer(metadata.footer, size_bytes))
+    old = metadata.tail
+    return [(old.offset_bytes, bytes(len(old.raw))), (size_bytes, footer)], size_bytes + FOOTER_SIZE
+
+
+def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
+    """Where the BAT for a larger disk goes, and which blocks move out of its way. Raises NoSpace."""
+    metadata, header = image.metadata, image.metadata.header
+    assert header is not None
+    count = -(-size_bytes // image.block_size_bytes)
+    table_bytes = round_up(count * BAT_ENTRY_SIZE, SECTOR_SIZE)
+    others = [place for place in occupied_ranges(image) if place[0] != header.table_offset]
+    start, end = header.table_offset, header.table_offset + table_bytes
+    # The batmap follows the table's stated length. It keeps its place only where spare entries are enough.
+    if _first_in_way(start, end, others) is not None or (metadata.batmap and count > header.max_table_entries):
+        others.append((start, start + metadata.block_count * BAT_ENTRY_SIZE))  # it holds until the switch
+        length = table_bytes
+        if metadata.batmap is not None:
+            length += layout.BATMAP_HEADER_SIZE + batmap.map_size(count)
+        start = round_up(layout.FOOTER_SIZE + layout.HEADER_SIZE, PAGE_SIZE)
+        while (blocked := _first_in_way(start, start + length, others)) is not None:
+            start = round_up(blocked, PAGE_SIZE)
+        end = start + length
+        count_stated = count
+    else:
+        count_stated = max(count, header.max_table_entries)
+    wanted = replace(header, table_offset=start, max_table_entries=count_stated)
+    return GrowPlan(wanted, start, end, plan_clearing(image, start, end), table_bytes)
+
+
+def _first_in_way(start: int, end: int, others: list[tuple[int, int]]) -> int | None:
+    """The end of something that shares bytes with a range, or None."""
+    return next((high for low, high in others if low < end and high > start), None)
+
+
+def grow_dynamic(
+    image: DynamicImage, size_bytes: int, plan: GrowPlan, moved: Callable[[int], None] | None = None
+) -> None:
+    """Make the disk larger. The image, opened for writing, still knows the old size: close it.
+
+    Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size, or the new one, and every byte.
+    """
+    store, metadata = image.store, image.metadata
+    last = image.bat.block_start(len(image.bat) - 1)
+    used = image.size_bytes - (len(image.bat) - 1) * image.block_size_bytes
+    if last >= 0 and used < image.block_size_bytes:
+        # Nobody could see these bytes; as a part of the disk they are zeros.
+        end = last + block_space(image)
+        store.punch(end - (image.block_size_bytes - used), image.block_size_bytes - used)
+    move_blocks(image, plan.packing, moved)
+    _give_way(image, plan.end_bytes)
+    for offset, raw in _table_writes(image, plan):
+        store.pwrite(offset, raw)
+    store.sync()
+    switch_header(image, plan.header, footer=resized_footer(metadata.footer, size_bytes))
+    _tidy(image)
+
+
+def _give_way(image: DynamicImage, end_bytes: int) -> None:
+    """Let the trailing footer stand behind `end_bytes`; the copy carries the image while it moves."""
+    store = image.store
+    if store.size() - FOOTER_SIZE < end_bytes:
+        size_before = store.size()
+        try:
+            store.reserve(size_before, end_bytes + FOOTER_SIZE - size_before)
+        except BaseException:
+            store.truncate(size_before)
+            raise
+        store.pwrite(end_bytes, image.metadata.footer_raw)
+        store.sync()
+
+
+def _table_writes(image: DynamicImage, plan: GrowPlan) -> list[tuple[int, bytes]]:
+    """The BAT's new part, or all of it in its new place with the batmap behind it."""
+    metadata = image.metadata
+    assert metadata.header is not None
+    known = len(image.bat) * BAT_ENTRY_SIZE
+    if plan.start_bytes == metadata.header.table_offset:
+        return [(plan.start_bytes + known, b"\xff" * (plan.table_bytes - known))]
+    entries = image.bat.entries.astype(">u4").tobytes()
+    writes = [(plan.start_bytes, entries.ljust(plan.table_bytes, b"\xff"))]
+    if metadata.batmap is not None:
+        place = batmap_header_offset(plan.header)
+        old = batmap.read_map(image.store, metadata)
+        raw_header, raw = batmap.moved(metadata.batmap, old, place, plan.header.max_table_entries)
+        writes.append((place, raw_header + raw))
+    return writes
+
+
+def shrink_dynamic(image: DynamicImage, size_bytes: int, moved: Callable[[int], None] | None = None) -> None:
+    """Make the disk smaller and the file with it. The image, opened for writing, is of no use then: close it.
+
+    Nothing of value lies behind the new end. Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size,
+    or the new one.
+    """
+    metadata = image.metadata
+    assert metadata.header is not None
+    count = -(-size_bytes // image.block_size_bytes)
+    entries = count if metadata.batmap is None else metadata.header.max_table_entries  # the map keeps its place
+    header = replace(metadata.header, max_table_entries=entries)
+    switch_header(image, header, footer=resized_footer(metadata.footer, size_bytes))
+    gone = len(image.bat) - count
+    if gone:
+        place = metadata.header.table_offset + count * BAT_ENTRY_SIZE
+        image.store.pwrite(place, _FREE_ENTRY * gone)
+        image.store.sync()
+    smaller = open_dynamic(image.store, writable=True)
+    packing = plan_packing(smaller)
+    move_blocks(smaller, packing, moved)
+    cut_end(smaller, packing.end_bytes)
+
+
+def plan_shrink(image: DynamicImage, size_bytes: int) -> tuple[int, int, int]:
+    """(blocks dropped, blocks moved, end of the file's blocks) of a shrink, before it is done."""
+    count = -(-size_bytes // image.block_size_bytes)
+    allocated = np.flatnonzero(image.allocated_blocks()).astype(np.int64)
+    dropped = allocated[allocated >= count]
+    packing = plan_packing(image, dropped)
+    return len(dropped), len(packing.blocks), packing.end_bytes
+
+
+def _tidy(image: DynamicImage) -> None:
+    """Cut off the second header that the switch left behind; what lies before it is in use or stays a gap."""
+    larger = open_dynamic(image.store, writable=True)
+    ends = [end for _, end in occupied_ranges(larger)]
+    starts = larger.bat.entries[larger.allocated_blocks()].astype(np.int64) * SECTOR_SIZE
+    ends += [int(starts.max()) + block_space(larger)] if len(starts) else []
+    cut_end(larger, round_up(max(ends), SECTOR_SIZE))
