@@ -38,6 +38,7 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit info tuesday.avhd", "$ vhdkit chain tuesday.avhd", "$ vhdkit map tuesday.avhd",
         "tuesday.avhd: clean", "equal: tuesday.avhd and fixed.vhd hold the same disk", "What happened",
         "$ vhdkit ctl nbd.ctl snapshot", "fio read back all that it wrote", "nothing was lost",
+        "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output
     hashes = [line.split()[0] for line in output.splitlines() if len(line.split(" ")[0]) == 64]
