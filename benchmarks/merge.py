@@ -47,13 +47,19 @@ const mergeVhd = vhd.mergeVhd || vhd.vhdMerge
 
 
 def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False) -> list[Path]:
-    """The chain, leaf first. Every block is changed by one layer; half of those in part, in runs of 4 to 128 KiB."""
+    """The chain, leaf first. Every block is changed by one layer; half of those in part, in runs of 4 to 128 KiB.
+
+    The base has a page in each block: vhd-lib stops at a partly owned block that its parent lacks.
+    """
     rng = random.Random(8)
     paths = [folder / f"{LAYERS - 1 - number}.vhd" for number in range(LAYERS)]
     vhdkit.create_image(paths[-1], 8 * GIB)
     blocks = list(range(8 * GIB // BLOCK))
     rng.shuffle(blocks)
     piece = memoryview(rng.randbytes(BLOCK))
+    with vhdkit.open_disk(paths[-1], writable=True) as disk:
+        for block in range(8 * GIB // BLOCK):
+            disk.write(block * BLOCK, piece[:4096])
     for number in reversed(range(LAYERS - 1)):
         vhdkit.create_child(paths[number], paths[number + 1])
         written = 0
@@ -134,7 +140,7 @@ def vhd_lib(folder: Path) -> Iterator[Callable[[list[Path]], None] | None]:
         return
 
     def run(paths: list[Path]) -> None:
-        subprocess.run(["node", home / "merge.js", *reversed(paths)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["node", home / "merge.js", *reversed(paths)], check=True, capture_output=True)
         subprocess.run(["sync", paths[-1]], check=True)
 
     yield run

@@ -25,7 +25,7 @@ from vhdkit import errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.intent import Intent, Named, Phase
 from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.merge_steps import carry_out, fold, is_complete, remove_sources
+from vhdkit.chain.merge_steps import carry_out, fill_target, is_complete, remove_sources
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic, create_fixed
@@ -199,14 +199,10 @@ class World:
         stores = self.chain()
         layers = [layer_of(store) for store in stores]
         index = self.index
-        target = layer_of(stores[index], writable=intent.phase is Phase.COPY)
         below = layers[index + 1].size_bytes if layers[index + 1 :] else 0
-        plan = MergePlan(layers[:index], layers[index], below_bytes=below)
 
         def fill() -> tuple[int, int]:
-            done = fold(plan, target)
-            target.close()
-            return done
+            return fill_target(layers[:index], partial(layer_of, stores[index], writable=True), below)
 
         carry_out(intent, self, fill, [partial(self._repoint, name, intent) for name in self._children()])
 

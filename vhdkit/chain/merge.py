@@ -28,7 +28,7 @@ from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, write_empty
 from vhdkit.chain.intent import KIND, Intent, Named, Phase, intent_of, intents_about
 from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.merge_steps import RealNames, carry_out, fold, is_complete, remove_sources
+from vhdkit.chain.merge_steps import RealNames, carry_out, fill_target, fold, is_complete, remove_sources
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
@@ -40,7 +40,7 @@ from vhdkit.chain.resolve import (
 )
 from vhdkit.folder import NewFile, is_regular, real_path, remove_file, sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
-from vhdkit.formats.vhd.create import create_differencing
+from vhdkit.formats.vhd.create import check_size, create_differencing
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.relink import relink
@@ -251,17 +251,24 @@ class _InPlace:
             if _file(layer).is_device:
                 raise errors.InvalidArgument("is a device: it cannot be merged", path=_file(layer).name)
         self._plan = MergePlan(self._sources, self._target, below_bytes=_seen(self._below))
+        self._size = self._sources[0].size_bytes
         self.phase = phase
-        if phase is not Phase.COPY and not is_complete(self._plan, Chain(layers), Chain(layers[index:])):
+        if phase is not Phase.COPY and not self._is_complete(layers, index):
             self.phase = Phase.COPY  # the leaf was written to since, or the record is not true
         self._children = self._find_children()
         self._check_size()
 
+    def _is_complete(self, layers: list[Layer], index: int) -> bool:
+        same_size = self._target.size_bytes == self._size
+        return same_size and is_complete(self._plan, Chain(layers), Chain(layers[index:]))
+
     def _check_size(self) -> None:
-        """What cannot be grown is found out before anything changes."""
-        if self._target.size_bytes != self._sources[0].size_bytes:
+        """A size that the target cannot get is found out before anything changes."""
+        if isinstance(self._target, DynamicImage | FixedImage):
+            check_size(self._size, fixed=isinstance(self._target, FixedImage))
+        if self._target.size_bytes < min(self._size, _seen(self._below)):
             raise errors.InvalidArgument(
-                f"holds {self._target.size_bytes} bytes, the leaf {self._sources[0].size_bytes}",
+                "is smaller than its parent and than the leaf: what its parent has behind its end would appear",
                 path=self._names[-1].path,
                 hint="merge to a new file with --to",
             )
@@ -289,22 +296,25 @@ class _InPlace:
         names = RealNames(intent.target.path)
         with contextlib.ExitStack() as held:
             children = [held.enter_context(_held_child(path)) for path in self._children]
-            target = self._open_target(held) if self.phase is Phase.COPY else self._target
+            store = self._open_target(held)
 
             def fill() -> tuple[int, int]:
-                done = fold(self._plan, target, progress)
-                target.close()
-                return done
+                return fill_target(self._sources, partial(self._opened, store), _seen(self._below), progress)
 
             done = carry_out(intent, names, fill, [partial(self._repoint, child) for child in children])
         return self._result(done)
 
-    def _open_target(self, held: contextlib.ExitStack) -> Layer:
-        """The target, open for writing; the lock stays with the descriptor that has it."""
+    def _open_target(self, held: contextlib.ExitStack) -> FileStore:
+        """The target's file, open for writing; the lock stays with the descriptor that has it."""
         store = held.enter_context(FileStore.open(self._names[-1].path, writable=True, follow_links=False))
         if store.identity != _file(self._target).identity:
             raise errors.ImageInUse("was replaced while it was opened", path=store.name)
         pending.settle(store)
+        if self.phase is Phase.COPY:
+            self._opened(store)  # what cannot be written to is found out before anything changes
+        return store
+
+    def _opened(self, store: FileStore) -> Layer:
         child = self._sources[-1]
         assert isinstance(child, DynamicImage)
         name = parent_format(child.metadata)
@@ -323,7 +333,7 @@ class _InPlace:
             merged=merged,
             removed=merged,
             relinked=tuple(self._children),
-            size_bytes=self._sources[0].size_bytes,
+            size_bytes=self._size,
             data_bytes=counted[0],
             zero_bytes=counted[1],
             block_count=len(self._plan.units),

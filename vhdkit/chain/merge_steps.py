@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.intent import KIND, Intent, Phase
 from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.pending import undo_path
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Layer, Piece
+from vhdkit.store import FileStore
 from vhdkit.units import GIB, MIB, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB
@@ -55,8 +59,8 @@ class RealNames:
     def remove(self, path: str) -> None:
         """See `Names.remove`; a record of another unfinished change to it goes too. Raises AccessDenied, IoFailed."""
         remove_file(path)
-        if exists(undo_path(path)):
-            remove_file(undo_path(path))
+        if exists(pending.undo_path(path)):
+            remove_file(pending.undo_path(path))
 
 
 def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
@@ -81,6 +85,53 @@ def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tu
         if progress is not None:
             progress(done, total)
     return data, zeros
+
+
+def fill_target(
+    sources: Sequence[Layer],
+    open_target: Callable[[], Layer],
+    below_bytes: int,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Make the target complete and durable, at the leaf's size, and close it; returns what `fold` does.
+
+    `open_target` opens it for writing, each time anew; `below_bytes` is how much its parents answer for.
+    """
+    size = sources[0].size_bytes
+    target = open_target()
+    if target.size_bytes < size:
+        set_size(target, size)
+        target = open_target()
+    done = fold(MergePlan(sources, target, below_bytes=below_bytes), target, progress)
+    if target.size_bytes > size:
+        target.flush()
+        target = open_target()
+        set_size(target, size)
+    target.close()
+    return done
+
+
+def set_size(target: Layer, size_bytes: int) -> None:
+    """Give the target, open for writing, another virtual size; it is durable and the open layer of no use any more.
+
+    What appears is zeros. What goes is not seen through the leaf: it is behind its end. Raises NoSpace, IoFailed,
+    SyncFailed; the target then has one size or the other.
+    """
+    if isinstance(target, DynamicImage):
+        if size_bytes > target.size_bytes:
+            grow_dynamic(target, size_bytes, plan_grow(target, size_bytes))
+        else:
+            shrink_dynamic(target, size_bytes)
+        return
+    store, kept = target.store, min(size_bytes, target.size_bytes)
+    if isinstance(target, FixedImage):
+        assert isinstance(store, FileStore)
+        store.punch(kept, target.metadata.tail.offset_bytes - kept)  # as a part of the disk it is zeros
+        store.sync()
+        pending.change(store, *fixed_writes(target.metadata, size_bytes))
+    else:
+        store.truncate(size_bytes)
+        store.sync()
 
 
 def is_complete(plan: MergePlan, leaf: Chain, target: Chain) -> bool:

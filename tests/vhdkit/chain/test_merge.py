@@ -14,6 +14,7 @@ import vhdkit
 from tests.merging import unaligned
 from tests.model import ParsedVhd
 from tests.stores import MemStore
+from tests.vhd_builder import seal_footer
 from vhdkit import DiskFormat, errors
 from vhdkit.chain import merge_steps
 from vhdkit.chain.describe import describe_image
@@ -212,6 +213,58 @@ def test_an_ancestor_that_lost_its_footer() -> None:
     os.truncate(base, os.path.getsize(base) - SECTOR_SIZE)
     vhdkit.merge(leaf)
     assert content(base) == before and vhdkit.check(base) == []
+
+
+@pytest.mark.parametrize("base", list(DiskFormat))
+@pytest.mark.parametrize("grown", [SECTOR_SIZE, 5 * MIB + 3 * SECTOR_SIZE, 3 * GIB])
+def test_merge_a_bigger_child_into_a_parent(base: DiskFormat, grown: int) -> None:
+    """XO 'merge a bigger child into a parent': the parent gets the leaf's size first, and its data."""
+    vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=BLOCK)
+    write("base", 3)
+    vhdkit.create_child("leaf.avhd", "base", size_bytes=SIZE + grown, block_size_bytes=BLOCK, options=RAW)
+    with vhdkit.open_disk("leaf.avhd", writable=True, options=RAW) as disk:
+        disk.write(SIZE - 5000, b"over the old end" * 300)
+        disk.write(SIZE + grown - SECTOR_SIZE, b"last" * 128)
+        head, tail = disk.read(0, SIZE), disk.read(SIZE, grown if grown < GIB else MIB)
+    done = vhdkit.merge("leaf.avhd", options=RAW)
+    assert files() == ["base"] and done.size_bytes == SIZE + grown
+    with vhdkit.open_disk("base") as disk:
+        assert disk.size_bytes == SIZE + grown
+        assert disk.read(0, SIZE) == head and disk.read(SIZE, len(tail)) == tail
+        assert disk.read(SIZE + grown - SECTOR_SIZE, SECTOR_SIZE) == b"last" * 128
+    assert not [one for one in vhdkit.check("base") if one.severity is vhdkit.Severity.ERROR]
+
+
+def smaller_leaf(base: DiskFormat, size: int) -> bytes:
+    """A chain of two whose leaf is smaller than its base, as some programs make them; what the leaf reads."""
+    vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=BLOCK)
+    write("base", 3)
+    vhdkit.create_child("leaf.avhd", "base", block_size_bytes=BLOCK, options=RAW)
+    write_with_raw("leaf.avhd", 4)
+    with open("leaf.avhd", "r+b") as file:
+        footer = bytearray(file.read(SECTOR_SIZE))
+        footer[48:56] = size.to_bytes(8, "big")
+        for place in (0, os.path.getsize("leaf.avhd") - SECTOR_SIZE):
+            file.seek(place)
+            file.write(seal_footer(bytes(footer)))
+    return content("leaf.avhd")
+
+
+@pytest.mark.parametrize("base", list(DiskFormat))
+def test_a_smaller_child_makes_its_parent_smaller(base: DiskFormat) -> None:
+    """The result has the leaf's size also where that is smaller: what the leaf does not see is not kept."""
+    before = smaller_leaf(base, 2 * MIB + 5 * SECTOR_SIZE)
+    vhdkit.merge("leaf.avhd", options=RAW)
+    assert files() == ["base"] and content("base") == before
+    assert not [one for one in vhdkit.check("base") if one.severity is vhdkit.Severity.ERROR]
+
+
+def test_a_parent_that_hides_its_own_does_not_grow() -> None:
+    """A target smaller than its parent and the leaf would show what its parent has behind its end: refused."""
+    smaller_leaf(DiskFormat.DYNAMIC, 2 * MIB)
+    os.rename("leaf.avhd", "target.avhd")
+    vhdkit.create_child("layer0.avhd", "target.avhd", size_bytes=SIZE)
+    refused(errors.InvalidArgument, "would appear")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------

@@ -66,6 +66,22 @@ def target_without_its_footer() -> Scene:
     return scene
 
 
+def growing_target() -> Scene:
+    """The target is smaller than the leaf and grows first."""
+    rng = random.Random("growing")
+    base = unaligned(base_image("dynamic", [(0, 700)], rng, size=BLOCK_SIZE + 10 * 512))
+    leaf = child_of(base, "leaf.avhd", [(500, 600), (PER_BLOCK + 5, 20), (3 * PER_BLOCK, 30)], rng)
+    return Scene([leaf, base], 1)
+
+
+def shrinking_target() -> Scene:
+    """The target is larger than the leaf."""
+    rng = random.Random("shrinking")
+    base = base_image("dynamic", [WHOLE], rng)
+    leaf = child_of(base, "leaf.avhd", [(3, 60), (PER_BLOCK + 1, 8)], rng, size=BLOCK_SIZE + 10 * 512)
+    return Scene([leaf, base], 1)
+
+
 def with_children() -> Scene:
     """Two images stand on the leaf and are repointed to the target."""
     scene = two_layers()
@@ -83,6 +99,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
         moving_blocks_of_a_dynamic_base,
         raw_base,
         target_without_its_footer,
+        growing_target,
+        shrinking_target,
         with_children,
     )
 }
