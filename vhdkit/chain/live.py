@@ -68,13 +68,15 @@ def seal(leaf: Layer) -> None:
 
 def as_parent(leaf: Layer) -> Layer:
     """The image opened again for reading, through the same store. It was flushed."""
-    if not leaf.writable:
-        return leaf
+    return reopened(leaf, writable=False) if leaf.writable else leaf
+
+
+def reopened(leaf: Layer, *, writable: bool) -> Layer:
+    """The image as its file is now, through the same store, with the lock that it has. Nothing of it is unflushed."""
     is_vhd = isinstance(leaf, DynamicImage | FixedImage)  # never guessed: a raw disk's guest may write anything
     ignore_bitmaps = isinstance(leaf, DynamicImage) and leaf.ignore_bitmaps
-    return open_layer(
-        leaf.store, format_name=FormatName.VHD if is_vhd else FormatName.RAW, ignore_bitmaps=ignore_bitmaps
-    )
+    name = FormatName.VHD if is_vhd else FormatName.RAW
+    return open_layer(leaf.store, format_name=name, writable=writable, ignore_bitmaps=ignore_bitmaps)
 
 
 class Freezing:

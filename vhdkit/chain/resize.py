@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
+from vhdkit.chain.live import reopened, seal
 from vhdkit.chain.report import Report
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.chain.zeros import data_of_disk, first_data_in_store
-from vhdkit.errors import InvalidArgument, printable
+from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
 from vhdkit.formats.vhd.create import check_size
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -78,6 +79,23 @@ def resize(
     finally:
         for layer in layers:
             layer.close()
+
+
+def resize_open(chain: Chain, size_bytes: int) -> tuple[Chain, ResizeResult | VhdkitError]:
+    """Resize the leaf of an open chain that nobody uses meanwhile; its files stay open and locked.
+
+    The files belong to the new chain from now on, also where the second value is the error that left the disk as it
+    was. Raises ReadOnly, and what flushing the leaf and opening it anew raises.
+    """
+    if not chain.writable:
+        raise ReadOnly("was opened for reading only", path=chain.leaf.store.name)
+    seal(chain.leaf)
+    outcome: ResizeResult | VhdkitError
+    try:
+        outcome = _Job([reopened(chain.leaf, writable=True), *chain.layers[1:]], size_bytes, Report(None)).run(False)
+    except VhdkitError as error:
+        outcome = error
+    return Chain([reopened(chain.leaf, writable=True), *chain.layers[1:]]), outcome
 
 
 class _Job:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from vhdkit.cli.common import PATH, epilog
+from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, console, count, print_json, print_text
 from vhdkit.errors import printable
 from vhdkit.serve.control_client import ControlClient
@@ -34,6 +35,7 @@ class _Server:
         "vhdkit ctl /run/disk.ctl status",
         "vhdkit ctl /run/disk.ctl snapshot",
         "vhdkit ctl /run/disk.ctl snapshot system=/srv/system-1.avhd data=/srv/data-1.avhd",
+        "vhdkit ctl /run/disk.ctl resize data 20G",
         "vhdkit ctl /run/disk.ctl set-read-only",
         "vhdkit ctl /run/disk.ctl disconnect --export data",
         "vhdkit ctl /run/disk.ctl shutdown",
@@ -125,6 +127,23 @@ def snapshot_verb(server: _Server, exports: tuple[str, ...], json: bool, quiet: 
             print_text(
                 f"{printable(row['export'])}: froze {printable(row['frozen'])}, goes on in {printable(row['leaf'])}"
             )
+
+
+@_verb("resize")
+@click.argument("export")
+@click.argument("size", type=parsed_size)
+def resize_verb(server: _Server, export: str, size: int, json: bool, quiet: bool) -> None:
+    """Give the disk of EXPORT another SIZE while it is served; what `vhdkit resize` refuses is refused here too.
+
+    Clients that are connected keep the size that they were told, and see the new one when they connect anew:
+    `disconnect --export EXPORT` makes them.
+    """
+    result = _ask(server, "resize", as_json=json, export=export, size_bytes=size)
+    if not json and not quiet:
+        before, after = format_size(result["size_before_bytes"]), format_size(result["size_bytes"])
+        print_text(f"{printable(export)}: {before} -> {after}, for those who connect from now on")
+        for text in result["notes"]:
+            print_text(f"note: {printable(text)}")
 
 
 @_verb("set-read-only")

@@ -13,6 +13,7 @@ from typing import Any
 
 from vhdkit import errors
 from vhdkit.chain.live import Freezing
+from vhdkit.chain.resize import resize_open
 from vhdkit.disk import Disk
 from vhdkit.serve.connection import Connection
 from vhdkit.serve.control import BadParams, Method, Params
@@ -33,6 +34,7 @@ class Operations:
         return {
             "status": Method(self._status),
             "snapshot": Method(self._snapshot, takes_long=True),
+            "resize": Method(self._resize, takes_long=True),
             "set-read-only": Method(self._set_read_only, takes_long=True),
             "disconnect": Method(self._disconnect),
             "shutdown": Method(self._shutdown),
@@ -100,6 +102,31 @@ class Operations:
             for export, old, new in zip(exports, frozen, freezing.paths, strict=True)
         ]
         return {"snapshots": rows, "held_seconds": round(held, 6)}
+
+    def _resize(self, params: Params) -> object:
+        """Give the disk of one export another size; {"export", "size_bytes"}.
+
+        Clients that are connected keep the size they were told; those that come anew see the new one.
+        """
+        _only(params, "export", "size_bytes")
+        export, size = self._find(_text(params, "export")), params.get("size_bytes")
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise BadParams('"size_bytes" is a positive number')
+        if export.manner.overlay:
+            raise errors.InvalidArgument("lies under an overlay and is not changed", path=export.image_path)
+        if export.read_only:
+            raise errors.ReadOnly("is served for reading only", path=export.image_path)
+        with self._server.hold([export]):
+            chain, outcome = resize_open(export.disk.chain, size)
+            export.exchange(Disk(chain))
+        if isinstance(outcome, errors.VhdkitError):
+            raise outcome
+        return {
+            "export": export.name,
+            "size_before_bytes": outcome.virtual_size_before_bytes,
+            "size_bytes": outcome.virtual_size_after_bytes,
+            "notes": list(outcome.notes),
+        }
 
     def _set_read_only(self, params: Params) -> object:
         """What was written is on the device, and no more is written; {"export", "read_only": true}."""

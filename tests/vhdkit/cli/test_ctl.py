@@ -19,7 +19,7 @@ from tests.vhdkit.cli.running import document, failure, good, make_chain, names
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("verb", ["status", "snapshot", "set-read-only", "disconnect", "shutdown"])
+@pytest.mark.parametrize("verb", ["status", "snapshot", "resize", "set-read-only", "disconnect", "shutdown"])
 def test_every_verb_has_help(verb: str) -> None:
     """Each verb says what it does, and has --json."""
     assert "--json" in good("ctl", "x", verb, "--help") and verb in good("ctl", "--help")
@@ -38,6 +38,8 @@ def test_session(folder: Path) -> None:
         assert [row["leaf"] for row in rows] == [str(folder / "x y.avhd"), "other.avhd"]
         assert "already exists" in failure("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", code=1)
         assert "there is no export 'nope'" in failure("ctl", "c", "snapshot", "nope", code=1)
+        assert "other.vhd: 1.0 MiB -> 3.0 MiB" in good("ctl", "c", "resize", "other.vhd", "3M")
+        assert "smaller than its parent" in failure("ctl", "c", "resize", "leaf.avhd", "1M", code=2)
         assert "leaf.avhd is read-only" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd")
         assert "leaf.avhd is writable again" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd", "--off")
         assert good("ctl", "c", "disconnect", "--export", "leaf.avhd") == "hung up on 0 clients\n"
@@ -53,7 +55,16 @@ def test_session(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["snapshot", "a="], ["snapshot", "a", "a=x"], ["disconnect"], ["disconnect", "--client", "x"], ["nope"], []],
+    [
+        ["snapshot", "a="],
+        ["snapshot", "a", "a=x"],
+        ["resize", "a"],
+        ["resize", "a", "x"],
+        ["disconnect"],
+        ["disconnect", "--client", "x"],
+        ["nope"],
+        [],
+    ],
 )
 def test_wrong_words(words: list[str]) -> None:
     """A wrong command line is one line and code 2, before anybody is asked."""

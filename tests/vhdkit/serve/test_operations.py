@@ -14,6 +14,7 @@ import pytest
 
 from tests.nbd_client import Client, Running
 from vhdkit import errors
+from vhdkit.chain.check import check
 from vhdkit.chain.create import create_image
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import open_disk
@@ -228,6 +229,44 @@ def test_context_of_the_old_leaf_goes_on(bench: Bench) -> None:
     assert client.read(0, 1) == b"\1" and client.read(512 * KIB, 1) == b"\2"
     layers = bench.do("status")["exports"][0]["layers"]  # type: ignore[index]
     assert [layer["writable"] for layer in layers] == [True, False]
+
+
+def test_a_disk_grows_and_shrinks_under_a_writing_client(bench: Bench) -> None:
+    """INV-LIVE-PRESERVES: nothing is lost; who is connected keeps the size, who comes anew sees the new one."""
+    client = bench.running.client("a")
+    writer = Writer(client, 0, SIZE, 1)
+    writer.start()
+    wait_for(lambda: writer.rounds > 10)
+    for size in (4 * SIZE, 2 * SIZE, 3 * SIZE):
+        rounds = writer.rounds
+        assert bench.do("resize", export="a", size_bytes=size)["size_bytes"] == size
+        assert bench.running.client("a").size == size
+        wait_for(lambda rounds=rounds: writer.rounds > rounds + 10)  # type: ignore[misc]
+    model = writer.finish()
+    assert client.size == SIZE
+    bench.running.end()
+    with open_disk(bench.folder / "a.vhd") as disk:
+        assert disk.size_bytes == 3 * SIZE and disk.read(0, 3 * SIZE) == bytes(model).ljust(3 * SIZE, b"\0")
+    assert not check(bench.folder / "a.vhd")
+
+
+def test_what_cannot_be_resized_goes_on_as_it_was(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A size that would cut off data is refused with a word, the disk is written to as before; so with wrong words."""
+    client = bench.running.client("a")
+    assert not client.call(Command.WRITE, SIZE - PAGE_SIZE, PAGE_SIZE, payload=b"x" * PAGE_SIZE).error
+    with pytest.raises(errors.InvalidArgument, match="would cut off data"):
+        bench.do("resize", export="a", size_bytes=SIZE // 2)
+    assert not client.call(Command.WRITE, 0, PAGE_SIZE, payload=b"y" * PAGE_SIZE).error
+    assert client.read(0, SIZE) == b"y" * PAGE_SIZE + bytes(SIZE - 2 * PAGE_SIZE) + b"x" * PAGE_SIZE
+    for wrong in (None, "1G", True, -1):
+        with pytest.raises(BadParams):
+            bench.do("resize", export="a", size_bytes=wrong)
+    bench.do("set-read-only", export="b")
+    with pytest.raises(errors.ReadOnly):
+        bench.do("resize", export="b", size_bytes=2 * SIZE)
+    folder = tmp_path_factory.mktemp("overlay")
+    with bench_in(folder, overlay=True) as other, pytest.raises(errors.InvalidArgument, match="overlay"):
+        other.do("resize", export="a", size_bytes=2 * SIZE)
 
 
 def test_read_only_and_back(bench: Bench) -> None:
