@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import ssl
 import sys
@@ -24,7 +25,7 @@ from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
 from vhdkit.cli.statistics import stats_shown
-from vhdkit.folder import SocketFile, read_whole, remove_file, write_whole
+from vhdkit.folder import SocketFile, is_regular, read_whole, remove_file, write_whole
 from vhdkit.serve.control import Control
 from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
 from vhdkit.serve.nbd_options import TlsMode
@@ -205,7 +206,15 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
         unserved.pop_all()  # from now on clients may have written to it
         if wish.stats:
             cleanup.enter_context(stats_shown(server))
+        _allow_descriptors()
         server.run()
+
+
+def _allow_descriptors() -> None:
+    """Each client takes a descriptor, and what is usual is less than the clients we can serve."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _tls(wish: Wish) -> ssl.SSLContext | None:
@@ -301,10 +310,18 @@ def _stopped_in_order(server: NbdServer) -> Iterator[None]:
     yield
 
 
+def _is_pid_file(path: str) -> bool:
+    """True for a file with a number in it and nothing else, or with nothing."""
+    raw = read_whole(path, KIB)
+    return raw is not None and (not raw or raw.strip().isdigit())
+
+
 @contextlib.contextmanager
 def _pid_file(path: str) -> Iterator[None]:
     """A file with our number in it while the block runs."""
     text = f"{os.getpid()}\n".encode()
+    if is_regular(path) and not _is_pid_file(path):
+        raise vhdkit.AlreadyExists("exists and is no pid file: it is not replaced", path=path)
     write_whole(path, text)
     try:
         yield

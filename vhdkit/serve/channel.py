@@ -12,7 +12,8 @@ import socket
 import ssl
 from collections.abc import Callable
 
-from vhdkit.serve.loop import READABLE, WRITABLE, Loop
+from vhdkit.serve.loop import HANGUP, READABLE, WRITABLE, Loop
+from vhdkit.serve.stats import Stats
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -20,9 +21,12 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 class Channel:
     """Bytes to and from one client. Methods raise OSError (SSLError too) when it is gone."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, ready: Callable[[int], None]) -> None:
+    def __init__(
+        self, loop: Loop, sock: socket.socket, ready: Callable[[int], None], stats: Stats | None = None
+    ) -> None:
         """Take over a connected, non-blocking socket; `ready(events)` is called when something can be done."""
         self._loop = loop
+        self._stats = stats or Stats()  # what passes is counted there
         self._sock = sock
         self._fd = sock.fileno()
         self._ready = ready
@@ -47,9 +51,11 @@ class Channel:
     def receive_into(self, buffer: memoryview) -> int | None:
         """How many bytes came; 0 at the end, None when there are none yet."""
         try:
-            return self._sock.recv_into(buffer)
+            received = self._sock.recv_into(buffer)
         except _WOULD_BLOCK:
             return None
+        self._stats.bytes_received += received
+        return received
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send now what the socket takes and keep a copy of the rest: `data` is the caller's again.
@@ -67,6 +73,7 @@ class Channel:
             except OSError:
                 self.close()
                 return
+            self._stats.bytes_sent += sent
             if sent == len(data):
                 return
         self.unsent.append(memoryview(bytes(memoryview(data)[sent:])))
@@ -79,10 +86,22 @@ class Channel:
                 sent = self._sock.send(data)
             except _WOULD_BLOCK:
                 return
+            self._stats.bytes_sent += sent
             if sent < len(data):
                 self.unsent[0] = data[sent:]
             else:
                 self.unsent.pop(0)
+
+    def ready_to_send(self, events: int) -> None:
+        """Send what was kept when `events` say that there is room, or that the client hung up.
+
+        Who hung up takes nothing more: when that cannot be sent it is hung up on too, or the loop would tell of it for
+        ever.
+        """
+        if self.unsent and events & (WRITABLE | HANGUP):
+            self.send_unsent()
+            if self.unsent and events & HANGUP:
+                self.close()
 
     def watch(self, *, reading: bool) -> None:
         """Wait for bytes to come when `reading`, and for room when something is unsent."""

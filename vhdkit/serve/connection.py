@@ -35,7 +35,7 @@ class Connection:
         self._began = time.monotonic()
         self._host = host
         self._left = left
-        self._channel = Channel(host.loop, sock, self.proceed)
+        self._channel = Channel(host.loop, sock, self.proceed, host.stats)
         self._handshake = Handshake(host.catalog, tls=host.tls_mode)
         self._serving: Serving | None = None  # from the transmission phase on
         self._securing = False
@@ -88,8 +88,7 @@ class Connection:
         if self._securing:
             self._secure()
             return
-        if events & WRITABLE:
-            self._channel.send_unsent()
+        self._channel.ready_to_send(events)
         if events & ~WRITABLE and not self._blocked():
             self._receive()
 

@@ -193,8 +193,7 @@ class _Client:
 
     def _proceed(self, events: int = 0) -> None:
         try:
-            if events & WRITABLE:
-                self._channel.send_unsent()
+            self._channel.ready_to_send(events)
             if events & ~WRITABLE and not self._blocked():
                 self._receive()
             while not self._blocked() and self._take_line():

@@ -8,13 +8,14 @@ devices and belong on worker threads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from vhdkit import errors
 from vhdkit.disk import Disk
 from vhdkit.image import Extent, ExtentKind
 from vhdkit.serve import nbd_wire as wire
-from vhdkit.serve.loop import Loop
+from vhdkit.serve.loop import Lane, Loop
 from vhdkit.serve.nbd_options import ExportInfo
 from vhdkit.serve.nbd_protocol import Request, Transmission
 from vhdkit.serve.nbd_wire import Command, CommandFlag, TransmissionFlag, WireErrno, wire_errno
@@ -25,9 +26,10 @@ DEPTH = "qemu:allocation-depth"
 DIRTY = "qemu:dirty-bitmap:"
 PIECE_BYTES = MIB  # the most that is read or written at once
 HOLE_WORTH_BYTES = 64 * KIB  # reads from this size on are looked at for holes
-MAX_CACHE_BYTES = 64 * MIB  # read ahead for one CACHE request
+MAX_CACHE_BYTES = 16 * MIB  # read ahead for one CACHE request
 _STATUS_RUNS = 1 << 13  # descriptors of one context in an answer; the protocol allows more, a client asks again
-STATUS_BYTES = 16 * _STATUS_RUNS  # the most they take
+_STATUS_EXTENTS = 1 << 15  # looked at for one answer; those that are alike become one descriptor
+_EXTENTS_AT_ONCE = 32
 _COMPACT_RUN_BYTES = (1 << 32) - PAGE_SIZE  # the longest run that 32 bits can say in whole pages
 _ZEROS = memoryview(bytes(PIECE_BYTES))
 
@@ -47,6 +49,7 @@ class Export:
         self.read_only = read_only or not disk.writable
         self.held = False  # new requests wait
         self.jobs = 0  # on worker threads or waiting for a flush
+        self.parked: list[Callable[[], None]] = []  # what goes on when it is not held any more
         self._flush_waiters: list[Callable[[BaseException | None], None]] = []
         self._flushing = False
 
@@ -84,7 +87,7 @@ class Export:
             for waiter in waiters:
                 waiter(result if isinstance(result, BaseException) else None)
 
-        loop.submit(self.disk.flush, finished)
+        loop.submit(self.disk.flush, finished, Lane.FLUSH)
 
     # -- commands, on worker threads ----------------------------------------------------------------------------
 
@@ -181,7 +184,11 @@ class Export:
         flags_of = self._flags_of(context)
         runs: list[tuple[int, int]] = []
         extents = self.disk.extents(offset, length, find_holes=context == ALLOCATION)
-        for _, size, extent in _clipped(extents, offset, length):
+        for number, (_, size, extent) in enumerate(_clipped(extents, offset, length)):
+            if number == _STATUS_EXTENTS:
+                break
+            if number % _EXTENTS_AT_ONCE == 0:
+                time.sleep(0)  # lets the loop have the interpreter
             flags = flags_of(extent)
             if runs and runs[-1][1] == flags:
                 size += runs.pop()[0]

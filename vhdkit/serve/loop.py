@@ -13,17 +13,27 @@ import itertools
 import queue
 import select
 import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from typing import TypeVar
 
 T = TypeVar("T")
-READABLE, WRITABLE = select.EPOLLIN, select.EPOLLOUT
-WORKERS = 8
+READABLE, WRITABLE, HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
+_SWITCH_SECONDS = 0.0005  # how long a worker in the middle of Python code may keep the loop waiting
 _SPINS = 60  # looks before sleeping, half a microsecond each
 _MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 4  # looking goes on while at least one in five spins finds something
+
+
+class Lane(Enum):
+    """Kinds of jobs that do not wait for one another. The value is how many threads there are for it."""
+
+    WORK = 8
+    FLUSH = 4  # waits for devices, and clients wait for it
+    LISTING = 1  # mostly Python code: more threads would only take time from the loop
 
 
 class Loop:
@@ -40,7 +50,7 @@ class Loop:
         self._wake_writer.setblocking(False)
         self._running = False
         self._spin_credit = _MAX_SPIN_CREDIT
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lanes: dict[Lane, queue.SimpleQueue[Callable[[], None] | None]] = {}
         self._workers: list[threading.Thread] = []
         self.watch(self._wake_reader.fileno(), READABLE, self._woken)
 
@@ -81,10 +91,10 @@ class Loop:
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
-    def submit(self, work: Callable[[], T], done: Callable[[T | BaseException], None]) -> None:
+    def submit(self, work: Callable[[], T], done: Callable[[T | BaseException], None], lane: Lane = Lane.WORK) -> None:
         """Run `work` on a worker thread, then `done` with its result, or what it raised, on the loop's thread."""
-        if not self._workers:
-            self._start_workers()
+        if lane not in self._lanes:
+            self._start_workers(lane)
 
         def job() -> None:
             result: T | BaseException
@@ -94,29 +104,32 @@ class Loop:
                 result = error
             self.post(lambda: done(result))
 
-        self._jobs.put(job)
+        self._lanes[lane].put(job)
 
-    def _start_workers(self) -> None:
-        for number in range(WORKERS):
-            worker = threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
+    def _start_workers(self, lane: Lane) -> None:
+        self._lanes[lane] = queue.SimpleQueue()
+        for number in range(lane.value):
+            name = f"{lane.name.lower()}-{number}"
+            worker = threading.Thread(target=_work, args=(self._lanes[lane],), name=name, daemon=True)
             worker.start()
             self._workers.append(worker)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
 
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Run until `stop`."""
         self._running = True
-        while self._running:
-            timeout = self._run_timers()
-            for fd, events in self._spin() or self._epoll.poll(timeout):
-                callback = self._callbacks.get(fd)
-                if callback is not None:  # an earlier callback of this round may have closed it
-                    callback(events)
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        try:
+            while self._running:
+                timeout = self._run_timers()
+                for fd, events in self._spin() or self._epoll.poll(timeout):
+                    callback = self._callbacks.get(fd)
+                    if callback is not None:  # an earlier callback of this round may have closed it
+                        callback(events)
+        finally:
+            sys.setswitchinterval(before)
 
     def _spin(self) -> list[tuple[int, int]]:
         """Look a few times without sleeping: a client that waits for each answer asks again within microseconds.
@@ -150,8 +163,9 @@ class Loop:
 
     def close(self) -> None:
         """End the workers, after the jobs they were given, and free the descriptors."""
-        for _ in self._workers:
-            self._jobs.put(None)
+        for lane, jobs in self._lanes.items():
+            for _ in range(lane.value):
+                jobs.put(None)
         for worker in self._workers:
             worker.join()
         self._run_posted()
@@ -159,3 +173,9 @@ class Loop:
         self._epoll.close()
         self._wake_reader.close()
         self._wake_writer.close()
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """What a worker does: one job after the other, until there is no job but None."""
+    while (job := jobs.get()) is not None:
+        job()

@@ -93,6 +93,7 @@ class NbdServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: let some clients go before the next try
+            self._make_room()
             _log.error("cannot take a connection: %s", error)
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
@@ -195,6 +196,9 @@ class NbdServer:
             self._drained = None
             for export in exports:
                 export.held = False
+                parked, export.parked = export.parked, []
+                for go_on in parked:
+                    go_on()
             for connection in list(self.connections):
                 connection.proceed()
 

@@ -145,7 +145,11 @@ def _open(path: str, manner: Manner) -> Disk:
 
 def _open_kept(path: str, child: str, options: OpenOptions) -> Disk:
     """A new child of the image, open for writing; removed again when it cannot be opened."""
-    create_child(child, path, options=options)
+    try:
+        create_child(child, path, options=options)
+    except errors.AlreadyExists as error:
+        error.hint = "choose another name, or serve that file: it holds what was kept"
+        raise
     try:
         # The parent was opened with its own folder allowed; from the child on, that has to be said.
         folders = (*options.parent_dirs, os.path.dirname(real_path(path)))

@@ -14,7 +14,9 @@ from typing import Any
 from vhdkit import errors
 from vhdkit.chain.live import Freezing
 from vhdkit.chain.resize import resize_open
+from vhdkit.chain.resolve import allowed_folders
 from vhdkit.disk import Disk
+from vhdkit.folder import real_path
 from vhdkit.serve.connection import Connection
 from vhdkit.serve.control import BadParams, Method, Params
 from vhdkit.serve.nbd_server import NbdServer
@@ -67,6 +69,8 @@ class Operations:
             "clients": [_client_document(connection) for connection in self._server.connections],
             "requests": stats.requests,
             "errors": stats.errors,
+            "bytes_received": stats.bytes_received,
+            "bytes_sent": stats.bytes_sent,
             "latency_us": [[limit, count] for limit, count in stats.histogram_us().items()],
         }
 
@@ -87,6 +91,8 @@ class Operations:
                     f"export {export.name!r} is a temporary overlay: there is no image to freeze",
                     path=export.image_path,
                 )
+        for export, path in pairs:
+            _check_place(export, path)
         exports = [export for export, _ in pairs]
         frozen = [export.disk.path for export in exports]
         chains = [(export.disk.chain, path) for export, path in pairs]
@@ -191,6 +197,17 @@ def _new_path(path: object) -> str | None:
     if not isinstance(path, str) or not path.startswith(os.sep) or "\0" in path:
         raise BadParams("the path of a new leaf is absolute, or null for the usual name")
     return path
+
+
+def _check_place(export: ImageExport, path: str | None) -> None:
+    """Refuse a new leaf that nobody would find who opens the frozen one: its data would be written over unseen."""
+    folders = allowed_folders(export.image_path, export.manner.options.parent_dirs)
+    if path is not None and os.path.dirname(real_path(path)) not in folders:
+        raise errors.InvalidArgument(
+            f"the new leaf {errors.printable(path)} would lie where nobody looks for children of the frozen image",
+            path=export.image_path,
+            hint="put it into the same folder, or start the server with --allow-parent-dir and that folder",
+        )
 
 
 def _export_document(export: ImageExport) -> dict[str, Any]:

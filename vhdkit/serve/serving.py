@@ -17,8 +17,9 @@ from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.serve.channel import Channel
-from vhdkit.serve.export import HOLE_WORTH_BYTES, PIECE_BYTES, STATUS_BYTES, Export, error_number, error_reply
+from vhdkit.serve.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.host import Host
+from vhdkit.serve.loop import Lane
 from vhdkit.serve.nbd_protocol import Request, Transmission
 from vhdkit.serve.nbd_wire import Command, CommandFlag
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down
@@ -32,6 +33,7 @@ _WORTH_WRITING_BYTES = 16 * KIB  # what arrives of a longer one is collected up 
 SLICE_BYTES = 64 * MIB  # of a long command at once
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 _SLICED = frozenset({Command.WRITE_ZEROES, Command.TRIM})
+_SLOW = frozenset({Command.BLOCK_STATUS, Command.CACHE})
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
 
@@ -108,8 +110,6 @@ class Serving:
     def step(self) -> bool:
         """Go on with a long read; False when there is none, or it cannot go on now."""
         if self._long_read is None or self._channel.unsent or self._waiting or self.export.held:
-            return False
-        if self.export.held:
             return False
         self._continue_long_read(self._long_read)
         return True
@@ -213,8 +213,8 @@ class Serving:
         """Let a worker do it, and answer when it is done; with FUA, when that is durable (row 31)."""
         rules = self._rules
         size = request.length if request.command in (Command.READ, Command.WRITE) else 0
-        if request.command == Command.BLOCK_STATUS:
-            size = STATUS_BYTES * len(rules.session.contexts)
+        if request.command in _SLOW:
+            size = MAX_JOB_BYTES // 2  # so that no client has more than two of them at once
         self._job_begins(size)
         began = time.perf_counter_ns()
 
@@ -238,7 +238,8 @@ class Serving:
         """Run a command on workers, a long one slice by slice: between two slices it is the others' turn."""
         rules, export, loop = self._rules, self.export, self._loop
         if request.command not in _SLICED or request.length <= SLICE_BYTES:
-            loop.submit(lambda: export.run(rules, request, payload), done)
+            lane = Lane.LISTING if request.command == Command.BLOCK_STATUS else Lane.WORK
+            loop.submit(lambda: export.run(rules, request, payload), done, lane)
             return
         left = request
 
@@ -247,12 +248,26 @@ class Serving:
             if isinstance(result, BaseException) or not left.length or self._channel.is_closed():
                 done(result if isinstance(result, BaseException) else rules.done(request))
                 return
+            if export.held:  # between two slices a held export need not wait for the rest
+                export.parked.append(go_on)
+                self._pause(True)
+                return
             size = min(left.length, SLICE_BYTES)
             piece = left._replace(length=size)
             left = left._replace(offset=left.offset + size, length=left.length - size)
             loop.submit(lambda: export.run(rules, piece), next_slice)
 
+        def go_on() -> None:
+            self._pause(False)
+            next_slice(b"")
+
         next_slice(b"")
+
+    def _pause(self, pause: bool) -> None:
+        """A job of ours is not in flight for a while, or is again."""
+        self.export.jobs += -1 if pause else 1
+        if pause and not self.export.jobs:
+            self._host.drained(self.export)
 
     def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
         """Send `answer` when everything so far is durable."""

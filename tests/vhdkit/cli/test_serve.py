@@ -250,6 +250,8 @@ def test_follow_leaf() -> None:
         (["a.vhd", "--tls-certs", "nowhere"], 1, "server-cert.pem"),
         (["a.vhd", "--tls-certs", ".", "--tls-psk", "k"], 2, "either"),
         (["a.vhd", "--pid-file", "."], 2, "directory"),
+        (["a.vhd", "--pid-file", "a.vhd"], 1, "no pid file"),
+        (["a.vhd", "--pid-file", "b.vhd"], 1, "no pid file"),
         (["a.vhd", "--engine", "steam"], 2, "steam"),
     ],
 )

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from vhdkit.serve.loop import Loop
+from vhdkit.serve.loop import Lane, Loop
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,6 +32,28 @@ def test_jobs_run_elsewhere_and_are_told_here() -> None:
     assert sorted(str(one) for one in seen) == sorted(
         str(one) for one in [(KeyboardInterrupt, here), (threading.Thread, here)]
     )
+    loop.close()
+
+
+def test_lanes_do_not_wait_for_one_another() -> None:
+    """Jobs that fill one lane leave the others free."""
+    loop, gate, seen = Loop(), threading.Event(), list[str]()
+
+    def flushed(result: object) -> None:
+        seen.append("flush")
+        gate.set()
+
+    def worked(result: object) -> None:
+        seen.append("work")
+        if seen.count("work") == 3 * Lane.WORK.value:
+            loop.stop()
+
+    for _ in range(3 * Lane.WORK.value):
+        loop.submit(gate.wait, worked)
+    loop.submit(bool, flushed, Lane.FLUSH)
+    loop.call_later(20, loop.stop)
+    loop.run()
+    assert seen == ["flush", *["work"] * 3 * Lane.WORK.value]
     loop.close()
 
 

@@ -199,7 +199,7 @@ def test_a_set_is_all_or_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
         ({"exports": {"a": "/x\0y"}}, BadParams),
         ({"exports": {"a": 7}}, BadParams),
         ({"export": "a"}, BadParams),
-        ({"exports": {"a": "/no/such/folder/x.avhd"}}, errors.NotFound),
+        ({"exports": {"a": "/no/such/folder/x.avhd"}}, errors.InvalidArgument),
     ],
 )
 def test_wrong_snapshots(bench: Bench, params: dict[str, object], kind: type[Exception]) -> None:
@@ -349,3 +349,11 @@ def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPa
     with pytest.raises(errors.VhdkitError):
         bench.do("snapshot", exports={"b": None})
     assert bench.files() == ["a.avhd", "a.vhd", "b.vhd"]
+
+
+def test_a_new_leaf_lies_where_it_will_be_found(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """INV-LIVE-PRESERVES: a child that nobody looks for would let the frozen leaf be written to again: refused."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    with pytest.raises(errors.InvalidArgument, match="nobody looks for"):
+        bench.do("snapshot", exports={"a": str(elsewhere / "a.avhd")})
+    assert bench.files() == ["a.vhd", "b.vhd"] and not list(elsewhere.iterdir())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import struct
 import threading
 import time
@@ -228,6 +229,34 @@ def test_long_commands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         answers = greedy.answers(20)
         assert set(answers) == cookies and not any(answer.error for answer in answers.values())
         assert other.read(0, 12) == b"\0" * 5 + b"other" + b"\0" * 2
+
+
+def test_a_long_command_does_not_keep_an_export_from_holding_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hold begins between two slices of a long command, which goes on afterwards and is answered."""
+    monkeypatch.setattr("vhdkit.serve.serving.SLICE_BYTES", 64 * KIB)
+    export = export_of(sparse(64 * MIB))
+    with serving(export) as running, running.client(extended=True) as client:
+        client.send(ZEROES, 0, 60 * MIB, flags=nbd.NO_HOLE)
+        running.on_loop()
+        with running.server.hold([export]):
+            assert export.parked and not export.jobs
+        assert client.answer().error == 0 and not export.parked
+        assert client.read(0, 4096) == bytes(4096)
+
+
+def test_who_hangs_up_with_answers_unread_is_forgotten() -> None:
+    """A client that shuts its socket down both ways but keeps it open makes no server spin."""
+    with serving(export_of(sparse(64 * MIB))) as running:
+        client = running.client()
+        for _ in range(8):
+            client.send(READ, 0, MIB)
+        running.on_loop()
+        client.sock.shutdown(socket.SHUT_WR)
+        client.sock.shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + nbd.PATIENCE_SECONDS
+        while running.server.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 # -- storage that fails -----------------------------------------------------------------------------------------
