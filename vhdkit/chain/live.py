@@ -28,8 +28,8 @@ from vhdkit.chain.resolve import (
     MAX_CHAIN_DEPTH,
     NULL_ID,
     OpenOptions,
-    allowed_folders,
     find_children,
+    folders_of_children,
     unique_id,
 )
 from vhdkit.chain.snapshot import check_names, default_name
@@ -181,7 +181,7 @@ def newest_leaf(path: str | os.PathLike[str], options: OpenOptions) -> str:
     newest = os.fspath(path)
     for _ in range(MAX_CHAIN_DEPTH):
         with FileStore.open(newest) as store:
-            folders = allowed_folders(newest, options.parent_dirs)
+            folders = folders_of_children(newest, options.parent_dirs)
             children = find_children(
                 unique_id(store), folders, apart_from=store.identity, raw_parent=real_path(newest)
             )

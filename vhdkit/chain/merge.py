@@ -34,6 +34,7 @@ from vhdkit.chain.resolve import (
     OpenOptions,
     allowed_folders,
     find_children_of,
+    folders_of_children,
     open_layers,
     parent_format,
     unique_id,
@@ -41,8 +42,9 @@ from vhdkit.chain.resolve import (
 from vhdkit.folder import NewFile, is_regular, real_path, remove_file, sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import check_size, create_differencing
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage, nominal_end, open_dynamic
 from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.move import cut_end
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
@@ -277,8 +279,9 @@ class _InPlace:
         """The leaf's children, to be relinked. Raises HasChildren for any image that the merge would break."""
         inside = {one.path for one in self._names[:-1]}
         folders = [
-            *allowed_folders(self._names[0].path, self._options.parent_dirs),
-            *(os.path.dirname(one.path) for one in self._names),
+            folder
+            for layer in (*self._sources, self._target)
+            for folder in folders_of_children(layer.store.name, self._options.parent_dirs)
         ]
         families = find_children_of([(one.unique_id, one.path) for one in self._names], folders)
         for number, (one, family) in enumerate(zip(self._names, families, strict=True)):
@@ -311,7 +314,10 @@ class _InPlace:
             raise errors.ImageInUse("was replaced while it was opened", path=store.name)
         pending.settle(store)
         if self.phase is Phase.COPY:
-            self._opened(store)  # what cannot be written to is found out before anything changes
+            image = self._opened(store)  # what cannot be written to is found out before anything changes
+            if isinstance(image, DynamicImage) and intent_of(store.name) is not None:
+                # What an earlier try copied and nothing points at yet would be left behind at each new one.
+                cut_end(image, nominal_end(image.metadata, image.bat))
         return store
 
     def _opened(self, store: FileStore) -> Layer:

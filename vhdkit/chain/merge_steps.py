@@ -7,9 +7,11 @@ folder, so that the power-cut tests can bring a folder of their own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.intent import KIND, Intent, Phase
@@ -20,10 +22,10 @@ from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Layer, Piece
 from vhdkit.store import FileStore
-from vhdkit.units import GIB, MIB, sectors_to_bytes, whole_sectors
+from vhdkit.units import MIB, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB
-_FLUSH_BYTES = GIB  # copied between two flushes: bounds what the page cache and the metadata have to hold
+_FLUSH_BYTES = 256 * MIB  # copied between two flushes: bounds what the page cache and the metadata have to hold
 
 
 class Names(Protocol):
@@ -102,7 +104,12 @@ def fill_target(
     if target.size_bytes < size:
         set_size(target, size)
         target = open_target()
-    done = fold(MergePlan(sources, target, below_bytes=below_bytes), target, progress)
+    try:
+        done = fold(MergePlan(sources, target, below_bytes=below_bytes), target, progress)
+    except errors.VhdkitError:
+        with contextlib.suppress(errors.VhdkitError):  # what is copied is found again then, not copied twice
+            target.flush()
+        raise
     if target.size_bytes > size:
         target.flush()
         target = open_target()

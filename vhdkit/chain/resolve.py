@@ -340,6 +340,14 @@ def find_by_id(wanted_id: bytes, folders: Sequence[str], *, apart_from: tuple[in
     return list(found.values())
 
 
+def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
+    """The real folders in which children of an image are looked for: those parents may lie in, and the one of the
+    name it was given by, which may be a link: who made a child through that name put it there.
+    """
+    here = real_path(os.path.dirname(path) or os.curdir)
+    return tuple(dict.fromkeys((*allowed_folders(path, parent_dirs), here)))
+
+
 def find_children(
     parent_id: bytes,
     folders: Sequence[str],
@@ -413,7 +421,7 @@ def refuse_with_children(
 
     `danger` says what would happen to it, `hint` what to do; the child at `apart_from` does not count.
     """
-    folders = allowed_folders(store.name, options.parent_dirs)
+    folders = folders_of_children(store.name, options.parent_dirs)
     own_id, own_path = unique_id(store), real_path(store.name)
     children = find_children(own_id, folders, apart_from=store.identity, raw_parent=own_path)
     if apart_from is not None:

@@ -28,8 +28,11 @@ from vhdkit.units import format_size
 @click.option("--keep", metavar="LEAF...", multiple=True, required=True, type=PATH,
               help="A leaf whose whole chain stays; more names may follow it.")  # fmt: skip
 @click.option("--delete", is_flag=True, help="Remove what is listed; without it nothing is.")
+@click.option("--dry-run", is_flag=True, help="List only, also with --delete.")
 @image_options(leaf_format=False)
-def gc_command(directory: str, leaves: tuple[str, ...], keep: tuple[str, ...], delete: bool, common: Common) -> None:
+def gc_command(
+    directory: str, leaves: tuple[str, ...], keep: tuple[str, ...], delete: bool, dry_run: bool, common: Common
+) -> None:
     """List the images in DIR that no LEAF reaches, and half-made files of dead programs; remove them with --delete.
 
     Name every leaf that is still needed: an image that stands alone counts as unreached, too. What is damaged, in
@@ -42,6 +45,7 @@ def gc_command(directory: str, leaves: tuple[str, ...], keep: tuple[str, ...], d
                   "allocated_bytes", "kept", "removed"}]}
     where kept says why a file stays all the same.
     """
+    delete = delete and not dry_run
     items = vhdkit.collect_garbage(directory, [*keep, *leaves], delete=delete, options=common.options)
     if common.json:
         print_json({"directory": directory, "items": [_document(one) for one in items]})

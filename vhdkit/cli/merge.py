@@ -82,7 +82,7 @@ def _tell_unfinished(leaf: str, common: Common) -> None:
     except VhdkitError:
         return
     if unfinished is not None:
-        note(common, f"every image reads as before; go on with `vhdkit merge {leaf} --resume`")
+        note(common, f"{leaf} reads as before; go on with `vhdkit merge {leaf} --resume`")
 
 
 def _document(done: vhdkit.Merge, dry_run: bool, seconds: float) -> dict[str, Any]:

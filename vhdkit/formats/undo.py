@@ -160,7 +160,30 @@ def belongs(store: Store, log: UndoLog) -> bool:
     tail, _ = read_footers(store)  # what stands at offset 0 may be a guest's
     if tail.state.usable and (tail.footer.unique_id != log.unique_id or size not in sizes):
         return False  # whole, of another size or another image
-    return all(_is_either(store, change) for change in log.changes)
+    return all(_is_either(store, change) for change in log.changes) and not _has_new_data(store, log)
+
+
+def _has_new_data(store: Store, log: UndoLog) -> bool:
+    """True when behind the file's old end, where the change puts nothing but what it says, somebody wrote since.
+
+    That happens when the image had another name for a while, under which nobody saw the log.
+    """
+    position = log.size_before_bytes
+    ends = [(change.offset_bytes, change.end_bytes) for change in log.changes]
+    for start, stop in [*ends, (store.size(), store.size())]:
+        if start > position and _has_data(store, position, start):
+            return True
+        position = max(position, stop)
+    return False
+
+
+def _has_data(store: Store, start: int, stop: int) -> bool:
+    """True when a byte of this part of the file, cut at its end, is not zero."""
+    for offset, size, may_hold_data in store.data_runs(start, min(stop, store.size()) - start):
+        for position in range(offset, offset + size, MIB) if may_hold_data else ():
+            if store.pread(position, min(MIB, offset + size - position)).strip(b"\0"):
+                return True
+    return False
 
 
 def _is_either(store: Store, change: Change) -> bool:

@@ -24,8 +24,8 @@ from typing import TypeVar
 T = TypeVar("T")
 READABLE, WRITABLE, HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 _SWITCH_SECONDS = 0.0005  # how long a worker in the middle of Python code may keep the loop waiting
-_SPINS = 60  # looks before sleeping, half a microsecond each
-_MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 4  # looking goes on while at least one in five spins finds something
+_SPINS = 300  # looks before sleeping, half a microsecond each
+_MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 2  # looking goes on while two of three times something is found
 
 
 class Lane(Enum):

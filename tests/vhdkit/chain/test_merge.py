@@ -560,3 +560,22 @@ def test_layers_left_over_are_not_removed_by_an_open(monkeypatch: pytest.MonkeyP
     os.unlink(names[1])
     vhdkit.open_disk(names[2], writable=True).close()
     assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_interrupted_tries_do_not_pile_up_in_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed merge copied without anything pointing at it is given back by the next try."""
+    vhdkit.create_image("base.vhd", SIZE, block_size_bytes=BLOCK)
+    vhdkit.create_child("leaf.avhd", "base.vhd", block_size_bytes=BLOCK)
+    write("leaf.avhd", 1)
+
+    def killed(self: DynamicImage) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(DynamicImage, "close", killed)
+            vhdkit.merge("leaf.avhd")
+    leaked = os.path.getsize("base.vhd")
+    vhdkit.merge("leaf.avhd")
+    assert os.path.getsize("base.vhd") <= leaked
+    assert "leaked-space" not in {finding.code for finding in vhdkit.check("base.vhd")}

@@ -15,7 +15,8 @@ import vhdkit
 from vhdkit.chain import pending
 from vhdkit.chain.describe import describe_chain, describe_image
 from vhdkit.formats.undo import UndoLog, apply_change, encode, plan_change
-from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.formats.vhd.metadata import image_id, read_metadata
+from vhdkit.formats.vhd.resize import fixed_writes
 from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
@@ -266,3 +267,22 @@ def test_the_empty_rest_of_a_removed_log_is_no_news(base: Path) -> None:
         assert log_of(base).exists()
     with vhdkit.open_disk(base, writable=True):
         assert not log_of(base).exists()
+
+
+def test_data_written_under_another_name_is_never_taken_back(tmp_path: Path) -> None:
+    """INV-UNDO-LOG: who renames a half-grown image and writes to it keeps that: the log is none of this image then."""
+    path, other = tmp_path / "d.vhd", tmp_path / "e.vhd"
+    vhdkit.create_image(path, SIZE, disk_format=vhdkit.DiskFormat.FIXED)
+    with FileStore.open(path, writable=True) as store:
+        metadata = read_metadata(store)
+        writes, size = fixed_writes(metadata, 4 * SIZE)
+        log = plan_change(store, image_id(store), writes, size)
+        pending.write_log(pending.undo_path(str(path)), log, like=store)
+        apply_change(store, log)
+    path.rename(other)
+    with vhdkit.open_disk(other, writable=True) as disk:
+        disk.write(2 * SIZE, MARK)
+    other.rename(path)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        assert disk.size_bytes == 4 * SIZE and disk.read(2 * SIZE, len(MARK)) == MARK
+    assert codes(path) == {"undo-log-ignored"}

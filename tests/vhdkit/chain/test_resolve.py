@@ -444,3 +444,18 @@ def test_hostile_names_do_not_fill_the_screen(tmp_path: Path) -> None:
     with pytest.raises(errors.ParentMissing) as caught:
         open_layers(leaf)
     assert len(str(caught.value)) < 40_000
+
+
+def test_a_child_beside_the_link_its_parent_is_named_by_counts(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: who names a parent by a link does not write to it under the child beside that link."""
+    real, links = tmp_path / "real", tmp_path / "links"
+    real.mkdir()
+    links.mkdir()
+    vhdkit.create_image(real / "base.vhd", 1 << 20)
+    (links / "base.vhd").symlink_to(real / "base.vhd")
+    options = OpenOptions(parent_dirs=(str(real),))
+    vhdkit.create_child(links / "child.avhd", links / "base.vhd", options=options)
+    with pytest.raises(errors.HasChildren, match="child"):
+        vhdkit.open_disk(links / "base.vhd", writable=True)
+    with pytest.raises(errors.HasChildren, match="child"):
+        vhdkit.resize(links / "base.vhd", 1 << 21)
