@@ -48,6 +48,7 @@ from vhdkit.formats.vhd.move import cut_end
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
+from vhdkit.units import SECTOR_SIZE, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,7 @@ class _InPlace:
             image = self._opened(store)  # what cannot be written to is found out before anything changes
             if isinstance(image, DynamicImage) and intent_of(store.name) is not None:
                 # What an earlier try copied and nothing points at yet would be left behind at each new one.
-                cut_end(image, nominal_end(image.metadata, image.bat))
+                cut_end(image, round_up(nominal_end(image.metadata, image.bat), SECTOR_SIZE))
         return store
 
     def _opened(self, store: FileStore) -> Layer:

@@ -577,5 +577,4 @@ def test_interrupted_tries_do_not_pile_up_in_the_target(monkeypatch: pytest.Monk
             vhdkit.merge("leaf.avhd")
     leaked = os.path.getsize("base.vhd")
     vhdkit.merge("leaf.avhd")
-    assert os.path.getsize("base.vhd") <= leaked
-    assert "leaked-space" not in {finding.code for finding in vhdkit.check("base.vhd")}
+    assert os.path.getsize("base.vhd") <= leaked and not vhdkit.check("base.vhd")
