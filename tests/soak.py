@@ -193,6 +193,66 @@ def _recover_merge() -> Sequence[str] | None:
     return ("merge", "leaf.avhd", "--into", "base.vhd", *relink)
 
 
+# -- compact and resize -----------------------------------------------------------------------------------------
+
+
+def _make_image_with_gaps() -> None:
+    """Blocks of zeros before and between blocks of data, in the base and in a child."""
+    rng = random.Random("gaps")
+    vhdkit.create_image("base.vhd", _DISK, block_size_bytes=_BLOCK)
+    with vhdkit.open_disk("base.vhd", writable=True) as disk:
+        for number in range(_DISK // _BLOCK):
+            disk.write(number * _BLOCK, rng.randbytes(_BLOCK))
+            if number % 3:
+                disk.write(number * _BLOCK, bytes(_BLOCK))
+    Path("expected").write_bytes(_content("base.vhd"))
+
+
+def _make_fixed() -> None:
+    vhdkit.create_image("base.vhd", _DISK, disk_format=vhdkit.DiskFormat.FIXED)
+    _scribble("base.vhd", random.Random("fixed"), 40)
+    Path("expected").write_bytes(_content("base.vhd"))
+
+
+def _make_full() -> None:
+    """A dynamic image with all blocks, the first of which a longer BAT pushes away."""
+    vhdkit.create_image("base.vhd", _DISK, block_size_bytes=_BLOCK)
+    with vhdkit.open_disk("base.vhd", writable=True) as disk:
+        disk.write(0, random.Random("full").randbytes(_DISK))
+    Path("expected").write_bytes(_content("base.vhd"))
+
+
+def _look_at_size(sizes: tuple[int, ...]) -> Callable[[bool], None]:
+    """The disk has its old size or the last of `sizes`, which it has in the end, and reads as it did."""
+
+    def look(done: bool) -> None:
+        expected, found = Path("expected").read_bytes(), _content("base.vhd")
+        assert len(found) in sizes, f"a disk of {len(found)} bytes"
+        assert found == expected[: len(found)].ljust(len(found), b"\0"), "the disk reads otherwise"
+        if done:
+            assert len(found) == sizes[-1]
+            bad = [one for one in vhdkit.check("base.vhd") if one.severity is vhdkit.Severity.ERROR]
+            assert not bad, bad
+
+    return look
+
+
+def _look_at_large(done: bool) -> None:
+    """As `_look_at_size`, of a disk whose end is too far away to be read whole."""
+    expected = Path("expected").read_bytes()
+    with vhdkit.open_disk("base.vhd") as disk:
+        assert disk.size_bytes in (_DISK, _LARGER) and (not done or disk.size_bytes == _LARGER)
+        assert disk.read(0, _DISK) == expected, "the disk reads otherwise"
+        rest = disk.extents(_DISK, disk.size_bytes - _DISK)
+        assert all(extent.kind is vhdkit.ExtentKind.ZERO for extent in rest), "there is something behind the old end"
+
+
+def _again(*command: str) -> Callable[[], Sequence[str]]:
+    return lambda: command
+
+
+_LARGER = 4096 * MIB  # its BAT is 32 KiB longer
+
 SCENES = {
     scene.name: scene
     for scene in (
@@ -203,6 +263,27 @@ SCENES = {
             ("merge", "leaf.avhd", "--into", "base.vhd", "--relink"),
             _look_at_merge,
             _recover_merge,
+        ),
+        Scene(
+            "compact",
+            _make_image_with_gaps,
+            ("compact", "base.vhd"),
+            _look_at_size((_DISK,)),
+            _again("compact", "base.vhd"),
+        ),
+        Scene(
+            "resize-dynamic",
+            _make_full,
+            ("resize", "base.vhd", "4G"),
+            _look_at_large,
+            _again("resize", "base.vhd", "4G"),
+        ),
+        Scene(
+            "resize-fixed",
+            _make_fixed,
+            ("resize", "base.vhd", "40M"),
+            _look_at_size((_DISK, 40 * MIB)),
+            _again("resize", "base.vhd", "40M"),
         ),
     )
 }
