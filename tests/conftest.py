@@ -8,12 +8,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import in_ci, samples_dir
+
+# A runner in the background may hand SIGINT and SIGHUP down as ignored; programs under test are to be stopped by them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No deadline: the first example pays for imports, and files on a busy disk take what they take.
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
