@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
+
 import vhdkit
 
 PUBLIC = """
@@ -24,3 +29,17 @@ def test_every_public_name_is_documented() -> None:
     """Each public class and function says what it is."""
     undocumented = [name for name in vhdkit.__all__ if name != "Progress" and not getattr(vhdkit, name).__doc__]
     assert undocumented == []
+
+
+def test_errors_and_the_control_client_cost_no_numpy() -> None:
+    """A program that only talks to a server or catches errors does not import what the disks need."""
+    program = "import sys, vhdkit; vhdkit.ControlClient; vhdkit.VhdkitError; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    """A misspelt name fails as in any module, and dir() lists the public ones."""
+    with pytest.raises(AttributeError, match="opendisk"):
+        vhdkit.opendisk  # type: ignore[attr-defined]  # noqa: B018
+    assert set(vhdkit.__all__) <= set(dir(vhdkit))

@@ -10,50 +10,56 @@ This page of names is the whole public interface; everything else may change.
 
 Sizes and offsets are bytes unless a name says sectors (512 bytes). Chains are listed leaf first. Every error is a
 `VhdkitError` with `path`, `structure`, `offset_bytes`, `errno` and `exit_code`.
+
+Each name is imported when it is first used: who only catches errors or talks to a server pays for no numpy.
 """
 
-from vhdkit.chain.chain import Progress
-from vhdkit.chain.check import check
-from vhdkit.chain.compact import CompactResult, compact
-from vhdkit.chain.compare import Comparison, compare
-from vhdkit.chain.convert import convert
-from vhdkit.chain.create import DiskFormat, create_child, create_image
-from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
-from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
-from vhdkit.chain.rebase import rebase
-from vhdkit.chain.relocate import Move, relocate
-from vhdkit.chain.repair import Repair, repair, restore
-from vhdkit.chain.resize import ResizeResult, resize
-from vhdkit.chain.resolve import OpenOptions
-from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
-from vhdkit.disk import Disk, open_disk
-from vhdkit.errors import (
-    AccessDenied,
-    AddressInUse,
-    AlreadyExists,
-    CorruptImage,
-    CorruptReason,
-    HasChildren,
-    ImageInUse,
-    InvalidArgument,
-    IoFailed,
-    NoSpace,
-    NotFound,
-    OutOfRange,
-    ParentError,
-    ParentMismatch,
-    ParentMissing,
-    ParentRefused,
-    ReadOnly,
-    SyncFailed,
-    UnsupportedFormat,
-    VhdkitError,
-)
-from vhdkit.finding import Finding, Severity
-from vhdkit.formats.probe import FormatName
-from vhdkit.formats.vhd.repair import Fix
-from vhdkit.image import Extent, ExtentKind
-from vhdkit.serve.control_client import ControlClient
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vhdkit.chain.chain import Progress
+    from vhdkit.chain.check import check
+    from vhdkit.chain.compact import CompactResult, compact
+    from vhdkit.chain.compare import Comparison, compare
+    from vhdkit.chain.convert import convert
+    from vhdkit.chain.create import DiskFormat, create_child, create_image
+    from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
+    from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
+    from vhdkit.chain.rebase import rebase
+    from vhdkit.chain.relocate import Move, relocate
+    from vhdkit.chain.repair import Repair, repair, restore
+    from vhdkit.chain.resize import ResizeResult, resize
+    from vhdkit.chain.resolve import OpenOptions
+    from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
+    from vhdkit.disk import Disk, open_disk
+    from vhdkit.errors import (
+        AccessDenied,
+        AddressInUse,
+        AlreadyExists,
+        CorruptImage,
+        CorruptReason,
+        HasChildren,
+        ImageInUse,
+        InvalidArgument,
+        IoFailed,
+        NoSpace,
+        NotFound,
+        OutOfRange,
+        ParentError,
+        ParentMismatch,
+        ParentMissing,
+        ParentRefused,
+        ReadOnly,
+        SyncFailed,
+        UnsupportedFormat,
+        VhdkitError,
+    )
+    from vhdkit.finding import Finding, Severity
+    from vhdkit.formats.probe import FormatName
+    from vhdkit.formats.vhd.repair import Fix
+    from vhdkit.image import Extent, ExtentKind
+    from vhdkit.serve.control_client import ControlClient
 
 __all__ = [
     "AccessDenied",
@@ -115,3 +121,46 @@ __all__ = [
     "snapshot",
     "snapshot_many",
 ]
+
+# Where each name lives, for the first use of it; the imports above say the same to type checkers.
+_HOMES = {
+    "vhdkit.chain.chain": "Progress",
+    "vhdkit.chain.check": "check",
+    "vhdkit.chain.compact": "CompactResult compact",
+    "vhdkit.chain.compare": "Comparison compare",
+    "vhdkit.chain.convert": "convert",
+    "vhdkit.chain.create": "DiskFormat create_child create_image",
+    "vhdkit.chain.garbage": "GarbageItem GarbageKind collect_garbage",
+    "vhdkit.chain.merge": "Merge merge merge_under_way resume_merge",
+    "vhdkit.chain.rebase": "rebase",
+    "vhdkit.chain.relocate": "Move relocate",
+    "vhdkit.chain.repair": "Repair repair restore",
+    "vhdkit.chain.resize": "ResizeResult resize",
+    "vhdkit.chain.resolve": "OpenOptions",
+    "vhdkit.chain.snapshot": "clone snapshot snapshot_many",
+    "vhdkit.disk": "Disk open_disk",
+    "vhdkit.errors": (
+        "AccessDenied AddressInUse AlreadyExists CorruptImage CorruptReason HasChildren ImageInUse "
+        "InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
+        "ParentRefused ReadOnly SyncFailed UnsupportedFormat VhdkitError"
+    ),
+    "vhdkit.finding": "Finding Severity",
+    "vhdkit.formats.probe": "FormatName",
+    "vhdkit.formats.vhd.repair": "Fix",
+    "vhdkit.image": "Extent ExtentKind",
+    "vhdkit.serve.control_client": "ControlClient",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'vhdkit' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
