@@ -11,14 +11,15 @@ so it is timed apart too.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import vhdkit
@@ -27,21 +28,41 @@ from benchmarks.common import Row, arguments, has, interleaved, report, timed, w
 GIB, MIB = 1 << 30, 1 << 20
 BLOCK = 2 * MIB
 LAYERS = 8
-NPM_PACKAGE = "vhd-lib@0.7.2"  # the newest whose dependencies a plain registry mirror has, when this was written
+# The newest vhd-lib, and the newest whose dependencies a plain registry mirror has (when this was written). The newest
+# gets empty stand-ins for the packages that are missing there, none of which a merge of files uses.
+NPM_PACKAGES = {
+    "vhd-lib@4.15.0": ("@vates/diff", "@vates/stream-reader", "@xen-orchestra/fs"),
+    "vhd-lib@0.7.2": (),
+}
+_STAND_IN = """
+const path = require('path')
+module.exports = class {}
+module.exports.relativeFromFile = (file, target) => path.relative(path.dirname(file), target)
+"""
 _PROGRAM = """
 const fs = require('fs').promises
 const handler = {
   openFile: (path, flags) => fs.open(path, flags),
   closeFile: file => file.close(),
-  getSize: async file => (await file.stat()).size,
+  getSize: async file => (typeof file === 'string' ? await fs.stat(file) : await file.stat()).size,
   read: async (file, buffer, position = 0) => file.read(buffer, 0, buffer.length, position),
   write: async (file, buffer, position = 0) => file.write(buffer, 0, buffer.length, position),
+  readFile: path => fs.readFile(path),
+  writeFile: (path, data, options) => fs.writeFile(path, data, options),
+  rename: (from, to) => fs.rename(from, to),
+  unlink: path => fs.unlink(path),
 }
-const vhd = require('vhd-lib')
-const mergeVhd = vhd.mergeVhd || vhd.vhdMerge
 ;(async () => {
   const [base, ...children] = process.argv.slice(2)
-  for (const child of children) await mergeVhd(handler, base, handler, child)
+  const vhd = require('vhd-lib')
+  const mergeVhd = vhd.mergeVhd || vhd.vhdMerge
+  if (mergeVhd !== undefined) {
+    for (const child of children) await mergeVhd(handler, base, handler, child)
+  } else {
+    const { mergeVhdChain } = require('vhd-lib/merge')
+    await mergeVhdChain(handler, [base, ...children], { removeUnused: true })
+    await fs.rename(children[children.length - 1], base) // it gives the result the newest child's name
+  }
 })().catch(error => { console.error(error); process.exit(1) })
 """
 
@@ -49,7 +70,8 @@ const mergeVhd = vhd.mergeVhd || vhd.vhdMerge
 def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False) -> list[Path]:
     """The chain, leaf first. Every block is changed by one layer; half of those in part, in runs of 4 to 128 KiB.
 
-    The base has a page in each block: vhd-lib stops at a partly owned block that its parent lacks.
+    The base has a page in each block: vhd-lib stops at a partly owned block that its parent lacks. With
+    `whole_blocks_only` the base is empty, and every block of the others is owned as a whole.
     """
     rng = random.Random(8)
     paths = [folder / f"{LAYERS - 1 - number}.vhd" for number in range(LAYERS)]
@@ -58,7 +80,7 @@ def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False) ->
     rng.shuffle(blocks)
     piece = memoryview(rng.randbytes(BLOCK))
     with vhdkit.open_disk(paths[-1], writable=True) as disk:
-        for block in range(8 * GIB // BLOCK):
+        for block in () if whole_blocks_only else range(8 * GIB // BLOCK):
             disk.write(block * BLOCK, piece[:4096])
     for number in reversed(range(LAYERS - 1)):
         vhdkit.create_child(paths[number], paths[number + 1])
@@ -118,32 +140,33 @@ def to_new_file(paths: list[Path]) -> None:
     vhdkit.merge(paths[0], into=paths[-1], to=paths[0].parent / "new.vhd")
 
 
-@contextmanager
-def vhd_lib(folder: Path) -> Iterator[Callable[[list[Path]], None] | None]:
+def vhd_lib(folder: Path, package: str) -> Callable[[list[Path]], None] | None:
     """The package from npm, installed for this run only; None where that cannot be."""
     if not has("npm") or not has("node"):
-        yield None
-        return
-    home = folder / "npm"
+        return None
+    home = folder / package
     home.mkdir()
-    (home / "package.json").write_text('{"private": true}')
+    name, version = package.split("@")
+    overrides = {}
+    for missing in NPM_PACKAGES[package]:
+        stand_in = home / "stand-ins" / missing
+        stand_in.mkdir(parents=True)
+        (stand_in / "package.json").write_text(json.dumps({"name": missing, "version": "99.0.0"}))
+        for file in ("index.js", "path.js"):
+            (stand_in / file).write_text(_STAND_IN)
+        overrides[missing] = f"file:./stand-ins/{missing}"
+    wanted = {"private": True, "dependencies": {name: version}, "overrides": overrides}
+    (home / "package.json").write_text(json.dumps(wanted))
     (home / "merge.js").write_text(_PROGRAM)
-    done = subprocess.run(
-        ["npm", "install", "--no-audit", "--no-fund", NPM_PACKAGE],
-        cwd=home,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode != 0:
-        yield None
-        return
+    command = ["npm", "install", "--no-audit", "--no-fund", "--omit=dev"]
+    if subprocess.run(command, cwd=home, capture_output=True, timeout=300, check=False).returncode != 0:
+        return None
 
-    def run(paths: list[Path]) -> None:
+    def work(paths: list[Path]) -> None:
         subprocess.run(["node", home / "merge.js", *reversed(paths)], check=True, capture_output=True)
         subprocess.run(["sync", paths[-1]], check=True)
 
-    yield run
+    return work
 
 
 def contestant(ground: Ground, work: Callable[[list[Path]], None]) -> Callable[[], float]:
@@ -201,7 +224,7 @@ def prove(ground: Ground, reference: Path, work: Callable[[list[Path]], None]) -
     return "the same" if same.same_content else f"differs, first at byte {same.first_difference_bytes}"
 
 
-def reflink_share(megabytes: int = 1024) -> tuple[float, float] | None:
+def reflink_share(megabytes: int = 1024, rounds: int = 3) -> tuple[float, float] | None:
     """(seconds to merge whole aligned blocks on XFS, seconds to copy them there), or None without root or mkfs.xfs."""
     if os.geteuid() != 0 or not has("mkfs.xfs"):
         return None
@@ -215,13 +238,16 @@ def reflink_share(megabytes: int = 1024) -> tuple[float, float] | None:
             return None
         try:
             chain = build(mounted, megabytes * MIB, whole_blocks_only=True)
-            subprocess.run(["sync"], check=True)
-            shared = timed(lambda: to_new_file(chain))
-            size = sum(path.stat().st_blocks * 512 for path in chain)
-            copied = copying(mounted, min(size, megabytes * MIB))()
+            copy = copying(mounted, megabytes * MIB)
+            shared, copied = [], []
+            for _ in range(rounds):
+                (chain[0].parent / "new.vhd").unlink(missing_ok=True)
+                subprocess.run(["sync"], check=True)
+                shared.append(timed(lambda: to_new_file(chain)))
+                copied.append(copy())
         finally:
             subprocess.run(["umount", mounted], check=True)
-        return shared, copied
+    return statistics.median(shared), statistics.median(copied)
 
 
 def peak_of_a_large_merge(folder: Path) -> float:
@@ -251,7 +277,7 @@ def main() -> None:
     parser = arguments(__doc__ or "", rounds=3)
     parser.add_argument("--megabytes", type=int, default=2048, help="of changed data")
     options = parser.parse_args()
-    with workplace(options.dir) as folder, vhd_lib(folder) as npm:
+    with workplace(options.dir) as folder:
         (folder / "chain").mkdir()
         chain = build(folder / "chain", options.megabytes * MIB)
         ground = Ground(folder, chain)
@@ -261,8 +287,9 @@ def main() -> None:
             "vhdkit, to a new file": to_new_file,
             "vhdkit, 7 merges": single_merges,
         }
-        if npm is not None:
-            contenders[NPM_PACKAGE] = npm
+        for package in NPM_PACKAGES:
+            if (npm := vhd_lib(folder, package)) is not None:
+                contenders[package] = npm
         proofs = {name: prove(ground, chain[0], work) for name, work in contenders.items()}
         runs = {name: contestant(ground, work) for name, work in contenders.items()}
         runs["cp and flush"] = copying(folder, planned.data_bytes)

@@ -21,7 +21,7 @@ import pytest
 
 from tests.support import ROOT
 from vhdkit import errors
-from vhdkit.store import FileStore, translate
+from vhdkit.store import FileStore, close_all, translate
 from vhdkit.units import MIB
 
 PATIENCE = 20  # seconds, for what must not hang
@@ -400,17 +400,8 @@ def test_locks_hold_between_processes(holder: str, as_reader: bool, as_writer: b
         store.lock(writer=True)
 
 
-def _refuse_kernel_copy(*args: object, **kwargs: object) -> int:
-    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-
-@pytest.mark.parametrize("by_kernel", [True, False])
-def test_copy_from_copies_between_and_within_files(
-    by_kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bytes arrive where they should, by the kernel or through memory, and the source is as it was."""
-    if not by_kernel:
-        monkeypatch.setattr("vhdkit.store.os.copy_file_range", _refuse_kernel_copy)
+def test_copy_from_copies_between_and_within_files(tmp_path: Path) -> None:
+    """The bytes arrive where they should, and the source is as it was."""
     content = os.urandom(3 * MIB + 700)
     with _new(tmp_path / "a", content) as source, _new(tmp_path / "b", b"x" * 10) as store:
         store.copy_from(source, 300, 5, 2 * MIB + 77)
@@ -427,3 +418,19 @@ def test_copy_from_past_the_end_of_the_source_fails(tmp_path: Path) -> None:
         pytest.raises(errors.IoFailed, match="ended"),
     ):
         store.copy_from(source, 0, 0, 4)
+
+
+def test_closing_several_at_once_closes_all_and_tells_failures(tmp_path: Path) -> None:
+    """Every store is closed, also when one of them cannot be; that one is told."""
+
+    class Broken(FileStore):
+        def close(self) -> None:
+            raise errors.IoFailed("no", path=self.name)
+
+    stores = [_new(tmp_path / str(number), b"x") for number in range(12)]
+    descriptors = [store.fileno() for store in stores]
+    broken = Broken(os.dup(descriptors[0]), "broken", writable=False)
+    with pytest.raises(errors.IoFailed, match="broken"):
+        close_all([broken, *stores])
+    os.close(broken.fileno())
+    assert all(store.fileno() == -1 for store in stores)

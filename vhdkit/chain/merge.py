@@ -47,7 +47,7 @@ from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.move import cut_end
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.image import Layer
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, close_all
 from vhdkit.units import SECTOR_SIZE, round_up
 
 
@@ -386,8 +386,7 @@ def _closing(layers: Sequence[Layer]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
-            layer.store.close()
+        close_all(layer.store for layer in layers)
 
 
 @contextlib.contextmanager

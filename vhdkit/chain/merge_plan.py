@@ -95,6 +95,20 @@ class MergePlan:
             yield pieces
 
     def _grain_pieces(self, first: int, count: int) -> list[Piece]:
+        """The pieces of one grain: of its first owner alone where that one has all of it, the usual case."""
+        return self._whole_piece(first, count) or self._mixed_pieces(first, count)
+
+    def _whole_piece(self, first: int, count: int) -> list[Piece]:
+        for layer, visible in zip(self._sources, self._visible, strict=True):
+            if not layer.block_size_bytes or visible < sectors_to_bytes(first + count):
+                break
+            offset, owned = _owned_by(layer, first, count)
+            if offset >= 0:
+                whole = owned is None and next(_holes(layer, offset, count), None) is None
+                return [Piece(first, count, layer.store, offset)] if whole else []
+        return []
+
+    def _mixed_pieces(self, first: int, count: int) -> list[Piece]:
         owners = np.full(count, _KEEP, dtype=np.uint8)
         undecided = np.ones(count, dtype=np.bool_)
         bases: dict[int, int] = {}

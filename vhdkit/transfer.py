@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How bytes get from one file into another: shared, copied where the files are kept, or through memory.
+
+Decides which of the three a range takes, and that the device begins to write while more is copied. Must not know what
+the bytes mean. With `store` and `folder` the only file I/O in vhdkit; errors leave as OSError, `store` words them.
+
+    pages that lie alike in both files  --> FICLONERANGE         where the file system shares them: no data moves
+    files on a server                   --> copy_file_range      the server copies: no data comes here and goes back
+    everything else                     --> preadv, pwrite       through a buffer that stays in the processor's cache
+
+Measured: between two local files `copy_file_range` splices page by page and takes 1.3 to 1.6 times as long as the
+buffer does (ext4, tmpfs; Linux 6.18). What is small is not shared: a clone costs more than copying it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import threading
+
+from vhdkit.units import KIB, MIB, PAGE_SIZE, round_down, round_up
+
+BUFFER_BYTES = MIB // 2
+MIN_SHARED_BYTES = 64 * KIB
+_WRITE_BEHIND_BYTES = 16 * MIB  # copied before the device is told to begin
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, offset here
+_CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EBADF, errno.ETXTBSY, errno.EPERM}
+_NO_KERNEL_COPY = {*_CANNOT_SHARE, errno.EINVAL}
+# Magic numbers of statfs(2) for file systems that may copy without moving the data here: NFS, SMB (two), Ceph, FUSE.
+_KEPT_ELSEWHERE = {0x6969, 0xFE534D42, 0xFF534D42, 0x00C36400, 0x65735546}
+_SYNC_FILE_RANGE_WRITE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+
+
+class Transfer:
+    """Copies into one open file, whose descriptor stays the caller's. One thread at a time."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._kept_elsewhere = _kept_elsewhere(fd)
+        self._not_shared: set[int] = set()  # devices of sources with which nothing can be shared
+        self._buffer: memoryview | None = None
+        self._behind_bytes = 0
+        self._writing: threading.Thread | None = None
+
+    def copy(self, source_fd: int, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
+        """Copy a range that does not overlap its source; returns how much of it there was. Raises OSError."""
+        head, shared = self._share(source_fd, source_offset_bytes, offset_bytes, size_bytes)
+        if not shared:
+            return self._move(source_fd, source_offset_bytes, offset_bytes, size_bytes)
+        tail = size_bytes - head - shared
+        done = self._move(source_fd, source_offset_bytes, offset_bytes, head)
+        behind = head + shared
+        return done + shared + self._move(source_fd, source_offset_bytes + behind, offset_bytes + behind, tail)
+
+    # -- shared -------------------------------------------------------------------------------------------------
+
+    def _share(self, source_fd: int, source_offset: int, offset: int, size: int) -> tuple[int, int]:
+        """Share the whole pages inside the range: (bytes before them, bytes shared, 0 where that cannot be)."""
+        head = round_up(offset, PAGE_SIZE) - offset
+        inner = round_down(offset + size, PAGE_SIZE) - offset - head
+        if inner < MIN_SHARED_BYTES or (source_offset - offset) % PAGE_SIZE:
+            return 0, 0
+        device = os.fstat(source_fd).st_dev
+        if device in self._not_shared:
+            return 0, 0
+        request = _CLONE_RANGE.pack(source_fd, source_offset + head, inner, offset + head)
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, request)
+        except OSError as error:
+            if error.errno in _CANNOT_SHARE:
+                self._not_shared.add(device)
+            elif error.errno != errno.EINVAL:  # that is about this range: blocks larger than a page, the file's end
+                raise
+            return 0, 0
+        return head, inner
+
+    # -- moved --------------------------------------------------------------------------------------------------
+
+    def _move(self, source_fd: int, source_offset: int, offset: int, size: int) -> int:
+        done = 0
+        if self._kept_elsewhere:
+            done = self._copy_there(source_fd, source_offset, offset, size)
+        while done < size:
+            piece = self._buffered()[: min(size - done, BUFFER_BYTES)]
+            got = os.preadv(source_fd, (piece,), source_offset + done)
+            if got == 0:
+                break
+            written = 0
+            while written < got:
+                written += os.pwrite(self._fd, piece[written:got], offset + done + written)
+            done += got
+            self._behind_bytes += got
+        if self._behind_bytes >= _WRITE_BEHIND_BYTES:
+            self._begin_writing()
+        return done
+
+    def _copy_there(self, source_fd: int, source_offset: int, offset: int, size: int) -> int:
+        done = 0
+        while done < size:
+            try:
+                got = os.copy_file_range(source_fd, self._fd, size - done, source_offset + done, offset + done)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                self._kept_elsewhere = False
+                break
+            if got == 0:
+                break
+            done += got
+        return done
+
+    def _buffered(self) -> memoryview:
+        if self._buffer is None:
+            self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # on a page boundary
+        return self._buffer
+
+    # -- the device ---------------------------------------------------------------------------------------------
+
+    def _begin_writing(self) -> None:
+        """Let the device write what was copied, beside what is copied next: the sync at the end then waits less.
+
+        Only a hint, in no order with anything; a failure to write is told by the sync.
+        """
+        if self._writing is not None and self._writing.is_alive():
+            return
+        self._behind_bytes = 0
+        self._writing = threading.Thread(
+            target=_libc.sync_file_range,
+            args=(self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE),
+            name="write-behind",
+            daemon=True,
+        )
+        with contextlib.suppress(RuntimeError):  # no more threads: then later, in the sync
+            self._writing.start()
+
+    def close(self) -> None:
+        """Before the descriptor is closed."""
+        if self._writing is not None and self._writing.is_alive():
+            self._writing.join()
+
+
+def _kept_elsewhere(fd: int) -> bool:
+    """True for a file on a server, or of a program, that may be able to copy by itself."""
+    raw = ctypes.create_string_buffer(256)  # struct statfs begins with the kind of the file system
+    return _libc.fstatfs(fd, raw) == 0 and struct.unpack_from("l", raw)[0] & 0xFFFFFFFF in _KEPT_ELSEWHERE
