@@ -10,6 +10,7 @@ import os
 
 from vhdkit import errors
 from vhdkit.chain import pending
+from vhdkit.chain.chain import Progress
 from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, leads_to, parent_format
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity
@@ -20,9 +21,12 @@ from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.store import FileStore
 
 
-def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[Finding]:
+def check(
+    path: str | os.PathLike[str], *, options: OpenOptions | None = None, progress: Progress | None = None
+) -> list[Finding]:
     """Examine an image and all its parents, leaf first; an empty list means nothing to say.
 
+    `progress` is told of a layer more when it comes to it: parents are found on the way.
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
     with the images is a finding. Nothing is changed.
     """
@@ -30,6 +34,7 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
     leaf_path = os.fspath(path)
     folders = allowed_folders(leaf_path, options.parent_dirs)
     findings: list[Finding] = []
+    examined_bytes = 0
     stores = [FileStore.open(leaf_path)]
     format_name = options.format_name
     try:
@@ -37,9 +42,10 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
             store = stores[-1]
             if options.lock:
                 store.lock(writer=False)
-            metadata = _check_one(store, findings, options, format_name)
+            metadata = _check_one(store, findings, options, format_name, _after(progress, examined_bytes))
             if metadata is None or not metadata.is_differencing:
                 return findings
+            examined_bytes += metadata.size_bytes
             parent = _parent_of(metadata, folders, options, findings)
             if parent is None:
                 return findings
@@ -53,8 +59,17 @@ def check(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -
             store.close()
 
 
+def _after(progress: Progress | None, before_bytes: int) -> Progress | None:
+    """A layer's progress as that of all layers so far."""
+    return None if progress is None else lambda done, total: progress(before_bytes + done, before_bytes + total)
+
+
 def _check_one(
-    store: FileStore, findings: list[Finding], options: OpenOptions, format_name: FormatName | None
+    store: FileStore,
+    findings: list[Finding],
+    options: OpenOptions,
+    format_name: FormatName | None,
+    progress: Progress | None,
 ) -> Metadata | None:
     """Examine one file; returns its metadata when it is a VHD sound enough to have a parent.
 
@@ -70,7 +85,7 @@ def _check_one(
     if format_name is FormatName.RAW:
         findings += examine_raw(seen.store)
         return None
-    findings += check_vhd(seen.store, ignore_bitmaps=options.ignore_bitmaps)
+    findings += check_vhd(seen.store, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
     try:
         return read_metadata(seen.store)
     except errors.CorruptImage:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from vhdkit import errors
 from vhdkit.chain import pending
+from vhdkit.chain.chain import Progress
 from vhdkit.chain.check import check
 from vhdkit.chain.create import link_to
 from vhdkit.chain.resolve import (
@@ -70,12 +71,14 @@ def repair(
     report: str | os.PathLike[str] | None = None,
     options: OpenOptions | None = None,
     dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> Repair:
     """Put right what can be in one image (its parents are left alone); returns what was done, and what is left.
 
     `accept_data_loss` allows to clear BAT entries that cannot be true: the ranges of the disk that lose their content
     are written to `report`, by default beside the image. `writer_is_dead` allows to take off the mark of another
-    program. `undo` names a new file for a backup of every byte that changes, for `restore`.
+    program. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` is that of the
+    examinations before and after.
     Raises ImageInUse while anybody has the image open, InvalidArgument for an image that is no VHD or a repair that is
     too large, AlreadyExists for a backup or report that is there, NoSpace, IoFailed, and what `check` raises.
     """
@@ -90,7 +93,7 @@ def repair(
         draft = DraftStore(view)
         fixes = repair_vhd(draft, Consent(accept_data_loss, writer_is_dead))
         fixes += _repoint(draft, store, options)
-        left = check_vhd(draft)
+        left = check_vhd(draft, progress=progress)
         writes = draft.writes()
         undo_path = report_path = None
         if writes or draft.size() != view.size():
@@ -102,7 +105,7 @@ def repair(
                 _give_back(store, log)
         if dry_run:
             return Repair(image_path, tuple(fixes), _size_of(writes), tuple(left))
-    findings = check(image_path, options=options)
+    findings = check(image_path, options=options, progress=progress)
     return Repair(image_path, tuple(fixes), _size_of(writes), tuple(findings), undo_path, report_path)
 
 

@@ -13,8 +13,9 @@ import click
 
 import vhdkit
 from vhdkit import Finding, Severity
-from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options
+from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options, progress_option
 from vhdkit.cli.output import count, finding_document, print_finding, print_json, print_text
+from vhdkit.cli.progress import progress_shown
 from vhdkit.cli.repair import repair_document, restore, tell_repair
 from vhdkit.errors import printable
 
@@ -52,10 +53,11 @@ _STATUS = {
 @click.option("--restore", "undo_to_apply", metavar="FILE", type=PATH, help="Take a repair back with its backup.")
 @dry_run_option
 @image_options()
+@progress_option
 @click.pass_context
 def check_command(
     context: click.Context, image: str, wanted: bool, undo: str | None, accept_data_loss: bool, report: str | None,
-    writer_is_dead: bool, undo_to_apply: str | None, dry_run: bool, common: Common,
+    writer_is_dead: bool, undo_to_apply: str | None, dry_run: bool, common: Common, progress: bool | None,
 ) -> None:  # fmt: skip
     """Examine an image and its parents; without --repair or --restore nothing is changed.
 
@@ -81,10 +83,11 @@ def check_command(
         raise click.UsageError("--repair or --restore, not both")
     more: dict[str, Any] = {}
     if wanted:
-        done = vhdkit.repair(
-            image, accept_data_loss=accept_data_loss, writer_is_dead=writer_is_dead, undo=undo, report=report,
-            options=common.options, dry_run=dry_run,
-        )  # fmt: skip
+        with progress_shown(common, progress, "examining") as show:
+            done = vhdkit.repair(
+                image, accept_data_loss=accept_data_loss, writer_is_dead=writer_is_dead, undo=undo, report=report,
+                options=common.options, dry_run=dry_run, progress=show,
+            )  # fmt: skip
         findings = list(done.findings)
         more["repair"] = repair_document(done, dry_run=dry_run)
         if not common.quiet and not common.json:
@@ -92,7 +95,8 @@ def check_command(
     else:
         if undo_to_apply:
             more |= restore(image, undo_to_apply, common)
-        findings = vhdkit.check(image, options=common.options)
+        with progress_shown(common, progress, "examining") as show:
+            findings = vhdkit.check(image, options=common.options, progress=show)
     worst = max((one.severity for one in findings), default=None)
     status, code = _STATUS[worst]
     if common.json:

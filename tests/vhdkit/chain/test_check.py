@@ -98,3 +98,17 @@ def test_an_image_in_use_is_not_examined(tmp_path: Path) -> None:
     vhdkit.create_image(tmp_path / "a.vhd", 1 << 20)
     with vhdkit.open_disk(tmp_path / "a.vhd", writable=True), pytest.raises(errors.ImageInUse):
         vhdkit.check(tmp_path / "a.vhd")
+
+
+def test_progress_adds_the_layers_up(tmp_path: Path) -> None:
+    """A chain's progress never goes back: each parent adds to what there is to do."""
+    paths = [tmp_path / name for name in ("leaf.avhd", "base.vhd")]
+    vhdkit.create_image(paths[1], 8 << 20)
+    with vhdkit.open_disk(paths[1], writable=True) as disk:
+        disk.write(0, b"x")
+    vhdkit.create_child(paths[0], paths[1])
+    with vhdkit.open_disk(paths[0], writable=True) as disk:
+        disk.write(3 << 20, b"x")
+    told: list[tuple[int, int]] = []
+    vhdkit.check(paths[0], progress=lambda done, total: told.append((done, total)))
+    assert told == [(2 << 20, 8 << 20), (8 << 20, 16 << 20)]

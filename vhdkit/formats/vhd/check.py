@@ -8,7 +8,7 @@ others, or space lost) and what a note. Changes nothing and raises only for I/O 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,13 +23,17 @@ from vhdkit.units import KIB, SECTOR_SIZE, format_size, round_up, sectors_to_byt
 
 _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
 LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
+_TOLD_EVERY = 256  # blocks between two words of how far it is
 _READ_SECTORS = whole_sectors(256 * KIB)
 
 
-def check_vhd(store: Store, *, ignore_bitmaps: bool = False) -> list[Finding]:
+def check_vhd(
+    store: Store, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
     """Examine a VHD file. A missing footer or header is the only finding then; else all are listed.
 
-    `ignore_bitmaps` leaves out what is no fault for a reader that ignores them. Raises IoFailed.
+    `ignore_bitmaps` leaves out what is no fault for a reader that ignores them. `progress` is called with bytes of the
+    disk that were looked at, and bytes in all. Raises IoFailed.
     """
     try:
         metadata = read_metadata(store)
@@ -46,7 +50,8 @@ def check_vhd(store: Store, *, ignore_bitmaps: bool = False) -> list[Finding]:
     findings += table_errors
     findings += _space_findings(store, metadata, bat)
     if not table_errors:
-        findings += _limited(_bitmap_findings(store, metadata, bat, ignore_bitmaps), store.name, "blocks")
+        found = _bitmap_findings(store, metadata, bat, ignore_bitmaps, progress)
+        findings += _limited(found, store.name, "blocks")
     return findings
 
 
@@ -222,13 +227,21 @@ def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Find
         )
 
 
-def _bitmap_findings(store: Store, metadata: Metadata, bat: Bat, ignore_bitmaps: bool) -> Iterator[Finding]:
+def _bitmap_findings(
+    store: Store,
+    metadata: Metadata,
+    bat: Bat,
+    ignore_bitmaps: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Finding]:
     """Clear bits over data in dynamic disks, and batmap bits that promise too much."""
     assert metadata.header is not None
     block_size = metadata.header.block_size
     size, sector_count = bitmap.bitmap_size(block_size), whole_sectors(block_size)
     batmap = _batmap_bits(store, metadata)
-    for block in np.flatnonzero(bat.allocated()).tolist():
+    for number, block in enumerate(np.flatnonzero(bat.allocated()).tolist()):
+        if progress is not None and number % _TOLD_EVERY == 0:
+            progress(block * block_size, metadata.size_bytes)
         start = bat.block_start(block)
         raw = store.pread(start, size).ljust(size, b"\0")
         if bitmap.is_full(raw, sector_count):

@@ -13,9 +13,9 @@ from vhdkit.units import MIB
 BLOCK = 2 * MIB
 
 
-def findings(image: Vhd, **options: bool) -> dict[str, Finding]:
+def findings(image: Vhd, *, ignore_bitmaps: bool = False) -> dict[str, Finding]:
     """What check says, by code."""
-    return {one.code: one for one in check_vhd(image.build().store(frozen=True), **options)}
+    return {one.code: one for one in check_vhd(image.build().store(frozen=True), ignore_bitmaps=ignore_bitmaps)}
 
 
 def sound(**fields: object) -> Vhd:
@@ -123,3 +123,13 @@ def test_an_image_that_cannot_be_read_gives_its_one_error(image: Vhd) -> None:
     (found,) = check_vhd(image.build().store("broken.vhd"))
     assert found.severity is Severity.ERROR
     assert found.structure is not None and found.offset_bytes is not None
+
+
+def test_progress_goes_over_the_disk_in_order() -> None:
+    """Whoever waits for a large image is told how much of it was looked at, never more than there is."""
+    told: list[tuple[int, int]] = []
+    size = 600 * BLOCK
+    image = Vhd(size=size, blocks={number: Block(b"") for number in range(600)})
+    check_vhd(image.build().store(frozen=True), progress=lambda done, total: told.append((done, total)))
+    assert [total for _, total in told] == [size] * len(told)
+    assert [done for done, _ in told] == [0, 256 * BLOCK, 512 * BLOCK]
