@@ -9,7 +9,8 @@ Decides what is garbage and in which order it goes. It is careful by design: wha
     every other VHD in the folder                     goes, children before parents, the folder synced in between
 
 So at a cut no child is without its parent. Only regular files directly in the folder are looked at, no link is
-followed, and what is no VHD (a raw disk too) is never touched. A half-made file goes when its maker is dead.
+followed, and what is no VHD (a raw disk too) is never touched. A half-made file goes when its maker is dead, the
+record of a merge when neither its target nor any of its sources is there: while one is, it says what that file is.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.chain import pending
-from vhdkit.chain.intent import intents_about
+from vhdkit.chain.intent import KIND, intents_about, read_intent
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, find_children, open_layers
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.folder import (
+    exists,
     is_folder,
     parts,
     real_path,
@@ -46,6 +48,7 @@ class GarbageKind(StrEnum):
 
     IMAGE = "image"
     PART = "part"  # a file under construction whose maker died
+    RECORD = "record"  # of a merge of which no file is there any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,8 @@ def collect_garbage(
         _refuse_unknown(scan, reached)
         _remove(scan, doomed)
     items = [_item(node) for node in _children_first([one for one in scan.nodes if one.identity not in reached])]
-    return items + [_part(path, delete=delete) for path in parts(place)]
+    items += [_part(path, delete=delete) for path in parts(place)]
+    return items + [_record(path, delete=delete) for path in _orphaned_records(place)]
 
 
 def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tuple[int, int]]:
@@ -304,3 +308,20 @@ def _part(path: str, *, delete: bool) -> GarbageItem:
     except errors.VhdkitError as error:
         kept = error.problem
     return GarbageItem(path, GarbageKind.PART, size, allocated, kept, removed)
+
+
+def _orphaned_records(directory: str) -> Iterator[str]:
+    """The records of merges whose target and sources are all gone."""
+    for path in regular_files(directory):
+        if path.endswith(f".vhdkit-{KIND}"):
+            intent = read_intent(path, (os.sep,))  # only to see whether its files are there
+            if intent is not None and not any(exists(one.path) for one in (intent.target, *intent.sources)):
+                yield path
+
+
+def _record(path: str, *, delete: bool) -> GarbageItem:
+    with FileStore.open(path, follow_links=False) as store:
+        size, allocated = store.size(), store.allocated_bytes()
+    if delete:
+        unlink(path)
+    return GarbageItem(path, GarbageKind.RECORD, size, allocated, None, delete)

@@ -33,7 +33,8 @@ from vhdkit.units import format_size
 def gc_command(
     directory: str, leaves: tuple[str, ...], keep: tuple[str, ...], delete: bool, dry_run: bool, common: Common
 ) -> None:
-    """List the images in DIR that no LEAF reaches, and half-made files of dead programs; remove them with --delete.
+    """List the images in DIR that no LEAF reaches, half-made files of dead programs and records of merges that are
+    gone; remove them with --delete.
 
     Name every leaf that is still needed: an image that stands alone counts as unreached, too. What is damaged, in
     use, or has an unfinished merge or resize stays, with all its parents, and so does the parent of any image in DIR,
@@ -41,7 +42,7 @@ def gc_command(
     never touched, and links are not followed.
 
     \b
-    With --json: {"directory", "items": [{"path", "kind": "image" | "part", "size_bytes",
+    With --json: {"directory", "items": [{"path", "kind": "image" | "part" | "record", "size_bytes",
                   "allocated_bytes", "kept", "removed"}]}
     where kept says why a file stays all the same.
     """

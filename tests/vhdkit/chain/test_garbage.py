@@ -13,6 +13,7 @@ import vhdkit
 from tests.killing import killings, recorded
 from tests.vhd_builder import MIB, Vhd, child, put
 from vhdkit import GarbageKind, OpenOptions, errors, folder
+from vhdkit.chain.intent import KIND, Intent, Named, Phase
 
 
 def make_tree(home: Path) -> dict[str, Path]:
@@ -230,3 +231,24 @@ def test_arguments_that_are_none(tmp_path: Path) -> None:
         vhdkit.collect_garbage(tree["a"], [tree["a"]])
     with pytest.raises(errors.NotFound):
         vhdkit.collect_garbage(tmp_path, [tmp_path / "gone.vhd"])
+
+
+def test_orphaned_records_of_merges_go(tmp_path: Path) -> None:
+    """Cleans orphan merge states: a record goes when none of its files is there, and stays while one is."""
+    tree = make_tree(tmp_path)
+    gone = tmp_path / "gone.vhd"
+    sources = (Named(str(tmp_path / "leaf.avhd"), b"l" * 16), Named(str(tmp_path / "middle.avhd"), b"m" * 16))
+    intent = Intent(Phase.COPY, Named(str(gone), b"t" * 16), sources, False)
+    record = Path(folder.sidecar_path(gone, KIND))
+    record.write_bytes(intent.encode())
+    torn = Path(folder.sidecar_path(tmp_path / "torn.vhd", KIND))
+    torn.write_bytes(intent.encode()[:-1])
+    for name in ("gone.vhd", "leaf.avhd", "middle.avhd"):
+        (tmp_path / name).write_bytes(b"")
+        kinds = {one.kind for one in vhdkit.collect_garbage(tmp_path, list(tree.values()), delete=True)}
+        assert GarbageKind.RECORD not in kinds and record.exists()
+        (tmp_path / name).unlink()
+    (listed,) = vhdkit.collect_garbage(tmp_path, list(tree.values()))
+    assert (listed.kind, listed.path, listed.removed) == (GarbageKind.RECORD, str(record), False) and record.exists()
+    (removed,) = vhdkit.collect_garbage(tmp_path, list(tree.values()), delete=True)
+    assert removed.removed and not record.exists() and torn.exists()
