@@ -25,7 +25,7 @@ from vhdkit import errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.intent import Intent, Named, Phase
 from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.merge_steps import carry_out, fill_target, is_complete, remove_sources
+from vhdkit.chain.merge_steps import carry_out, drop_earlier_try, fill_target, is_complete, remove_sources
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic, create_fixed
@@ -228,6 +228,8 @@ class World:
             if self.record.phase is not Phase.COPY:
                 whole = is_complete(plan, Chain(layers), Chain(layers[self.index :]))
                 assert whole, "INV-MERGE-PRESERVES: the record says complete, and it is not"
+            else:
+                drop_earlier_try(layer_of(self.chain()[self.index], writable=True))
             self.merge(self.record)
         else:
             assert self.record.phase is Phase.REMOVE, "INV-MERGE-PRESERVES: the leaf is gone, the target not complete"

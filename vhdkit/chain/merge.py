@@ -28,7 +28,15 @@ from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, write_empty
 from vhdkit.chain.intent import KIND, Intent, Named, Phase, intent_of, intents_about
 from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.merge_steps import RealNames, carry_out, fill_target, fold, is_complete, remove_sources
+from vhdkit.chain.merge_steps import (
+    RealNames,
+    carry_out,
+    drop_earlier_try,
+    fill_target,
+    fold,
+    is_complete,
+    remove_sources,
+)
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
@@ -42,13 +50,11 @@ from vhdkit.chain.resolve import (
 from vhdkit.folder import NewFile, is_regular, real_path, remove_file, sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import check_size, create_differencing
-from vhdkit.formats.vhd.dynamic import DynamicImage, nominal_end, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.move import cut_end
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.image import Layer
 from vhdkit.store import FileStore, close_all
-from vhdkit.units import SECTOR_SIZE, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +322,8 @@ class _InPlace:
         pending.settle(store)
         if self.phase is Phase.COPY:
             image = self._opened(store)  # what cannot be written to is found out before anything changes
-            if isinstance(image, DynamicImage) and intent_of(store.name) is not None:
-                # What an earlier try copied and nothing points at yet would be left behind at each new one.
-                cut_end(image, round_up(nominal_end(image.metadata, image.bat), SECTOR_SIZE))
+            if intent_of(store.name) is not None:
+                drop_earlier_try(image)
         return store
 
     def _opened(self, store: FileStore) -> Layer:
