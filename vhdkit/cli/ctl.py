@@ -37,7 +37,9 @@ class _Server:
         "vhdkit ctl /run/disk.ctl snapshot system=/srv/system-1.avhd data=/srv/data-1.avhd",
         "vhdkit ctl /run/disk.ctl resize data 20G",
         "vhdkit ctl /run/disk.ctl set-read-only",
+        "vhdkit ctl /run/disk.ctl add more=/srv/more.vhd",
         "vhdkit ctl /run/disk.ctl disconnect --export data",
+        "vhdkit ctl /run/disk.ctl remove data",
         "vhdkit ctl /run/disk.ctl shutdown",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -158,6 +160,46 @@ def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, q
     if not json and not quiet:
         for name in result["exports"]:
             print_text(f"{printable(name)} is {'writable again' if off else 'read-only'}")
+
+
+@_verb("add")
+@click.argument("export", metavar="NAME=IMAGE")
+@click.option("--read-only", is_flag=True, help="Nobody may write; the image is opened for reading.")
+@click.option("--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE.")
+@click.option("--format", "image_format", type=click.Choice(["raw", "vhd"]), help="What it is, instead of looking.")
+@click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Parents may lie in DIR too. Repeatable.")
+@click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent: the image records no id to know it by.")
+def add_verb(
+    server: _Server,
+    export: str,
+    read_only: bool,
+    follow_leaf: bool,
+    image_format: str | None,
+    allow_parent_dir: tuple[str, ...],
+    allow_raw_parent: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Serve one more image, as the export NAME."""
+    name, sign, path = export.partition("=")
+    if not sign or not path:
+        raise click.UsageError(f"{printable(export)!r} is not NAME=IMAGE")
+    folders = [os.path.abspath(folder) for folder in allow_parent_dir]
+    result = _ask(
+        server, "add", as_json=json, name=name, path=os.path.abspath(path), read_only=read_only,
+        follow_leaf=follow_leaf, format=image_format, parent_dirs=folders, allow_raw_parent=allow_raw_parent,
+    )  # fmt: skip
+    if not json and not quiet:
+        print_text(f"{printable(name)}: {printable(result['export']['description'])}")
+
+
+@_verb("remove")
+@click.argument("export")
+def remove_verb(server: _Server, export: str, json: bool, quiet: bool) -> None:
+    """Serve EXPORT no longer; refused while clients use it (`disconnect` sends them away). It is flushed then."""
+    _ask(server, "remove", as_json=json, export=export)
+    if not json and not quiet:
+        print_text(f"{printable(export)} is not served any more")
 
 
 @_verb("disconnect")

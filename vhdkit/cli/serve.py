@@ -32,7 +32,7 @@ from vhdkit.serve.nbd_options import TlsMode
 from vhdkit.serve.nbd_server import NbdServer
 from vhdkit.serve.nbdkit_command import Launch, writes
 from vhdkit.serve.notify import READY, STOPPING, notify
-from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports, wanted_of_file
 from vhdkit.serve.operations import Operations
 from vhdkit.serve.tls import certificate_context, psk_context
 from vhdkit.units import KIB
@@ -53,6 +53,7 @@ class Wish:
 
     image: tuple[str, ...]
     export: tuple[str, ...]
+    exports: str | None
     socket: str | None
     listen: str | None
     read_only: bool
@@ -79,6 +80,9 @@ class Wish:
 )
 @click.argument("image", nargs=-1, type=PATH)
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
+@click.option("--exports", metavar="FILE", type=PATH,
+              help="Serve what FILE lists: a JSON array of objects with the keys name, path and, where wanted,"
+                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent. With --control it may be empty.")  # fmt: skip
 @click.option(
     "--socket",
     metavar="PATH",
@@ -145,8 +149,10 @@ def serve_command(common: Common, **words: Any) -> None:
 
 def _check(wish: Wish) -> None:
     """Raise UsageError for options that exclude each other."""
-    if not wish.image and not wish.export:
+    if not wish.image and not wish.export and wish.exports is None:
         raise click.UsageError("name an IMAGE to serve")
+    if wish.exports is not None and (wish.overlay or wish.read_only or wish.engine != "builtin"):
+        raise click.UsageError("--exports says for each image how it is opened: no --read-only, --overlay or --engine")
     if wish.overlay and wish.read_only:
         raise click.UsageError("--overlay is for writing: no --read-only")
     if is_activated() and (wish.socket or wish.listen):
@@ -176,6 +182,10 @@ def _wanted(wish: Wish) -> list[Wanted]:
         if not sign or not path:
             raise click.UsageError(f"--export {word!r} is not NAME=IMAGE")
         wanted.append(Wanted(path, name))
+    if wish.exports is not None:
+        wanted += wanted_of_file(wish.exports)
+    if not wanted and wish.control is None:
+        raise click.UsageError(f"{wish.exports} lists nothing, and without --control nothing can be added")
     return wanted
 
 

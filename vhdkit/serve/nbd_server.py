@@ -152,6 +152,51 @@ class NbdServer:
         """The export a client has chosen."""
         return next(export for export in self.exports if export.name == session.export.name)
 
+    def add_export(self, export: Export) -> None:
+        """Offer one more, from a thread that is not the loop's. Raises InvalidArgument for a name that is taken."""
+
+        def add() -> None:
+            if any(one.name == export.name for one in self.exports):
+                raise errors.InvalidArgument(f"there is an export {export.name!r} already")
+            self.exports.append(export)
+
+        self._on_loop(add)
+
+    def remove_export(self, export: Export) -> None:
+        """Offer one less, from a thread that is not the loop's; its disk is the caller's again.
+
+        Raises ImageInUse while clients use it.
+        """
+
+        def remove() -> None:
+            users = [str(one.number) for one in self.connections if one.export is export]
+            if users:
+                raise errors.ImageInUse(
+                    f"export {export.name!r} is used by client {', '.join(users)}", hint="send them away: disconnect"
+                )
+            self.exports.remove(export)
+
+        self._on_loop(remove)
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        """Run this between requests; raises what it raises."""
+        done = threading.Event()
+        failures: list[errors.VhdkitError] = []
+
+        def run() -> None:
+            try:
+                work()
+            except errors.VhdkitError as failure:
+                failures.append(failure)
+            done.set()
+
+        self.loop.post(run)
+        while not done.wait(_LOOK_SECONDS):
+            if self._ended.is_set():
+                raise errors.InvalidArgument("the server has ended")
+        if failures:
+            raise failures[0]
+
     def disconnect(self, connections: Sequence[Connection]) -> None:
         """Hang up on clients when what they have in flight is answered, and soon even when they do not take that."""
 

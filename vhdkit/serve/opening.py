@@ -6,6 +6,7 @@ Decides names and descriptions of exports, and what is refused before anything i
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,26 +17,25 @@ from vhdkit.chain.live import newest_leaf, scratch_child
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
-from vhdkit.folder import real_path, remove_file
+from vhdkit.folder import read_whole, real_path, remove_file
+from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
 from vhdkit.serve import nbd_wire as wire
 from vhdkit.serve.export import Export
-from vhdkit.units import format_size
+from vhdkit.units import MIB, format_size
 
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """An image to be served: its path, and its name where it is not to be called as the file."""
-
-    path: str
-    name: str | None = None
-
-    @property
-    def export_name(self) -> str:
-        """What clients call it."""
-        return os.path.basename(self.path) if self.name is None else self.name
+MAX_EXPORTS_FILE_BYTES = 4 * MIB  # a thousand exports with long paths
+_ENTRY_KINDS: dict[str, tuple[type, str]] = {
+    "name": (str, "a text"),
+    "path": (str, "a text"),
+    "read_only": (bool, "true or false"),
+    "follow_leaf": (bool, "true or false"),
+    "format": (str, "a text"),
+    "parent_dirs": (list, "a list of folders"),
+    "allow_raw_parent": (bool, "true or false"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,20 @@ class Manner:
     overlay: bool = False
     keep_overlay: str | None = None
     follow_leaf: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An image to be served: its path, its name where it is not to be called as the file, its own manner if any."""
+
+    path: str
+    name: str | None = None
+    manner: Manner | None = None
+
+    @property
+    def export_name(self) -> str:
+        """What clients call it."""
+        return os.path.basename(self.path) if self.name is None else self.name
 
 
 class ImageExport(Export):
@@ -113,13 +127,66 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
         paths.add(real)
 
 
+def wanted_of_document(document: object) -> Wanted:
+    """What one entry of an exports file, or the parameters of `ctl add`, ask for. Raises InvalidArgument.
+
+    {"name", "path", "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null, "parent_dirs": [],
+     "allow_raw_parent": false}
+    """
+    if not isinstance(document, dict):
+        raise errors.InvalidArgument("an export is a JSON object")
+    unknown = [name for name in document if name not in _ENTRY_KINDS]
+    if unknown:
+        raise errors.InvalidArgument(f"an export has no {', '.join(map(repr, unknown))}")
+    for name, (kind, what) in _ENTRY_KINDS.items():
+        value = document.get(name)
+        if not isinstance(value, kind) and (value is not None or name in ("name", "path")):
+            raise errors.InvalidArgument(f"{name!r} of an export is {what}")
+    folders = document.get("parent_dirs") or []
+    if not all(isinstance(folder, str) and folder and "\0" not in folder for folder in folders):
+        raise errors.InvalidArgument("'parent_dirs' of an export are folders")
+    path = document["path"]
+    if not path or "\0" in path:
+        raise errors.InvalidArgument("the path of an export is a file's")
+    format_name = document.get("format")
+    if format_name not in (None, *FormatName):
+        raise errors.InvalidArgument(f"the format of an export is one of {', '.join(FormatName)}")
+    options = OpenOptions(
+        parent_dirs=tuple(folders),
+        allow_raw_parent=bool(document.get("allow_raw_parent")),
+        format_name=FormatName(format_name) if format_name else None,
+    )
+    manner = Manner(options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf")))
+    return Wanted(path, document["name"], manner)
+
+
+def wanted_of_file(path: str) -> list[Wanted]:
+    """The exports that a file lists, a JSON array. Raises InvalidArgument, AccessDenied."""
+    raw = read_whole(path, MAX_EXPORTS_FILE_BYTES)
+    if raw is None:
+        raise errors.InvalidArgument(
+            f"is no list of exports: not a regular file of at most {MAX_EXPORTS_FILE_BYTES} bytes", path=path
+        )
+    try:
+        entries = json.loads(raw)
+        if not isinstance(entries, list):
+            raise errors.InvalidArgument("is no list of exports")
+        return [wanted_of_document(entry) for entry in entries]
+    except (ValueError, RecursionError) as error:
+        raise errors.InvalidArgument("is no list of exports: it is not JSON", path=path) from error
+    except errors.InvalidArgument as error:
+        error.path = path
+        raise
+
+
 def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
     """Open all images, or none. Raises what opening them raises."""
     check_wanted(wanted)
     exports: list[ImageExport] = []
     try:
         for one in wanted:
-            exports.append(ImageExport(one.export_name, _open(one.path, manner), manner))
+            own = one.manner or manner
+            exports.append(ImageExport(one.export_name, _open(one.path, own), own))
     except BaseException:
         for export in exports:
             export.disk.close()

@@ -20,7 +20,7 @@ from vhdkit.folder import real_path
 from vhdkit.serve.connection import Connection
 from vhdkit.serve.control import BadParams, Method, Params
 from vhdkit.serve.nbd_server import NbdServer
-from vhdkit.serve.opening import ImageExport, kind_of
+from vhdkit.serve.opening import ImageExport, kind_of, open_exports, wanted_of_document
 
 
 class Operations:
@@ -38,6 +38,8 @@ class Operations:
             "snapshot": Method(self._snapshot, takes_long=True),
             "resize": Method(self._resize, takes_long=True),
             "set-read-only": Method(self._set_read_only, takes_long=True),
+            "add": Method(self._add, takes_long=True),
+            "remove": Method(self._remove, takes_long=True),
             "disconnect": Method(self._disconnect),
             "shutdown": Method(self._shutdown),
         }
@@ -150,6 +152,34 @@ class Operations:
             for export in exports:
                 export.set_read_only(read_only)
         return {"exports": [export.name for export in exports], "read_only": read_only}
+
+    def _add(self, params: Params) -> object:
+        """Serve one more image; the parameters are those of an entry of an exports file (`opening`)."""
+        try:
+            wanted = wanted_of_document(params)
+        except errors.InvalidArgument as error:
+            raise BadParams(error.problem) from error
+        held = next((one for one in self._exports if real_path(one.image_path) == real_path(wanted.path)), None)
+        if held is not None:
+            raise errors.ImageInUse(f"is served already, as {held.name!r}", path=wanted.path)
+        assert wanted.manner is not None
+        [export] = open_exports([wanted], wanted.manner)
+        try:
+            self._server.add_export(export)
+        except BaseException:
+            export.disk.close()
+            raise
+        self._exports.append(export)
+        return {"export": _export_document(export)}
+
+    def _remove(self, params: Params) -> object:
+        """Serve an export no longer, once its clients have gone; what was written is on the device then."""
+        _only(params, "export")
+        export = self._find(_text(params, "export"))
+        self._server.remove_export(export)
+        self._exports.remove(export)
+        export.disk.close()
+        return {"export": export.name}
 
     def _disconnect(self, params: Params) -> object:
         """Send away one client, by its number, or all clients of an export; {"client"} or {"export"}."""

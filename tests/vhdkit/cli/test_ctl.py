@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -19,7 +20,9 @@ from tests.vhdkit.cli.running import document, failure, good, make_chain, names
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("verb", ["status", "snapshot", "resize", "set-read-only", "disconnect", "shutdown"])
+@pytest.mark.parametrize(
+    "verb", ["status", "snapshot", "resize", "set-read-only", "add", "remove", "disconnect", "shutdown"]
+)
 def test_every_verb_has_help(verb: str) -> None:
     """Each verb says what it does, and has --json."""
     assert "--json" in good("ctl", "x", verb, "--help") and verb in good("ctl", "--help")
@@ -102,3 +105,44 @@ def test_snapshots_under_fio() -> None:
         assert disk.read(0, disk.size_bytes) == Path("served.raw").read_bytes()
         assert len(disk.chain.layers) == 6
     good("check", "leaf-3.avhd")
+
+
+def test_exports_come_and_go(folder: Path) -> None:
+    """A server that began with an empty list gets an image, serves it by its name and manner, and gives it back."""
+    make_chain()
+    Path("list").write_text("[]")
+    with serving("--exports", "list", "--socket", "s", "--control", "c"):
+        assert document("ctl", "c", "status")["exports"] == []
+        assert "8.0 MiB" in good("ctl", "c", "add", "system=leaf.avhd", "--read-only")
+        [export] = document("ctl", "c", "status")["exports"]
+        assert (export["name"], export["read_only"]) == ("system", True)
+        assert "served already, as 'system'" in failure("ctl", "c", "add", "again=leaf.avhd", code=5)
+        assert "already" in failure("ctl", "c", "add", "system=base.vhd", "--read-only", code=2)
+        assert "NAME=IMAGE" in failure("ctl", "c", "add", "leaf.avhd", code=2)
+        assert "no" in failure("ctl", "c", "add", "x=absent.vhd", code=1)
+        assert good("ctl", "c", "remove", "system") == "system is not served any more\n"
+        assert "no export" in failure("ctl", "c", "remove", "system", code=1)
+        good("check", "leaf.avhd")
+
+
+def test_exports_from_a_file(folder: Path) -> None:
+    """Each entry of the list is opened in its own manner."""
+    make_chain()
+    good("create", "other.vhd", "--size", "1M")
+    entries = [{"name": "a", "path": "leaf.avhd"}, {"name": "b", "path": "other.vhd", "read_only": True}]
+    Path("list").write_text(json.dumps(entries))
+    with serving("--exports", "list") as server:
+        assert [(row["name"], row["read_only"]) for row in server.ready["exports"]] == [("a", False), ("b", True)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "{}", "[5]", '[{"name": "a"}]', '[{"name": 1, "path": "x"}]', '[{"name": "a", "path": "x", "y": 1}]',
+     '[{"name": "a", "path": ""}]', '[{"name": "a", "path": "x", "format": "qcow2"}]',
+     '[{"name": "a", "path": "x", "parent_dirs": [1]}]', "[" * 100000, "[]"],
+)  # fmt: skip
+def test_bad_lists_of_exports(folder: Path, text: str) -> None:
+    """A list that is none is one clear line; so is an empty one when nothing could be added to it."""
+    Path("list").write_text(text)
+    failure("serve", "--exports", "list", code=2)
+    failure("serve", "--exports", "list", "--read-only", code=2)

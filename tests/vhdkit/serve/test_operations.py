@@ -357,3 +357,22 @@ def test_a_new_leaf_lies_where_it_will_be_found(bench: Bench, tmp_path_factory: 
     with pytest.raises(errors.InvalidArgument, match="nobody looks for"):
         bench.do("snapshot", exports={"a": str(elsewhere / "a.avhd")})
     assert bench.files() == ["a.vhd", "b.vhd"] and not list(elsewhere.iterdir())
+
+
+def test_an_export_in_use_stays(bench: Bench) -> None:
+    """An export with a client is not removed; what the client wrote is in the file when it was, once it has gone."""
+    with bench.running.client("b") as client:
+        client.call(Command.WRITE, 0, PAGE_SIZE, payload=b"x" * PAGE_SIZE)
+        with pytest.raises(errors.ImageInUse, match="used by client"):
+            bench.do("remove", export="b")
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            assert bench.do("remove", export="b") == {"export": "b"}
+            break
+        except errors.ImageInUse:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with open_disk(bench.folder / "b.vhd", writable=True) as disk:
+        assert disk.read(0, PAGE_SIZE) == b"x" * PAGE_SIZE
+    assert [one.name for one in bench.server.catalog()] == ["a"]
