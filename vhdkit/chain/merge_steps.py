@@ -17,13 +17,13 @@ from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.intent import KIND, Intent, Phase
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
-from vhdkit.formats.vhd.dynamic import DynamicImage, nominal_end
+from vhdkit.formats.vhd.dynamic import DynamicImage, end_of_structures
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.move import cut_end
 from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Layer, Piece
 from vhdkit.store import FileStore
-from vhdkit.units import MIB, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
+from vhdkit.units import MIB, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB
 _FLUSH_BYTES = 256 * MIB  # copied between two flushes: bounds what the page cache and the metadata have to hold
@@ -72,7 +72,7 @@ def drop_earlier_try(target: Layer) -> None:
     Else each new try would leave more of it. Raises IoFailed, NoSpace, SyncFailed.
     """
     if isinstance(target, DynamicImage):
-        cut_end(target, round_up(nominal_end(target.metadata, target.bat), SECTOR_SIZE))
+        cut_end(target, end_of_structures(target.metadata, target.bat))
 
 
 def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.image import Extent, ExtentKind, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
-from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
 
 NO_END = 1 << 62  # a store offset no file reaches
 
@@ -59,6 +59,7 @@ class DynamicImage:
         self.data_end_bytes = NO_END if writable else block_data_end(metadata)
         self.findings: list[Finding] = list(metadata.findings)
         self.ignore_bitmaps = ignore_bitmaps and not self.is_differencing
+        self.keeps_places = False  # True: somebody reads the file by where its blocks are now, so none of them moves
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
         self._full = bytearray(len(bat))  # 1: the block is known to be wholly owned
@@ -241,6 +242,10 @@ class DynamicImage:
             raise
         return grew
 
+    def refuse_writing(self) -> None:
+        """From now on: the file has changed behind the back of this open image. What was flushed is in it."""
+        self._commit.guard.interrupted()
+
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`. A block that ends wholly owned moves to a 4 KiB boundary. Raises as `write` does."""
         self._commit.guard.check()
@@ -253,7 +258,8 @@ class DynamicImage:
                 return
         try:
             owned, grew = self._owned_with(block, pieces)
-            if start >= 0 and (not owned.all() or (start + self._bitmap_size) % PAGE_SIZE == 0):
+            moves = owned.all() and (start + self._bitmap_size) % PAGE_SIZE and not self.keeps_places
+            if start >= 0 and not moves:
                 self._take_in_place(block, pieces, owned, grew)
             else:
                 self._take_anew(block, pieces, owned)
@@ -394,6 +400,17 @@ def nominal_end(metadata: Metadata, bat: Bat) -> int:
         block_size = metadata.header.block_size
         end = max(end, sectors_to_bytes(int(used.max())) + bitmap.bitmap_size(block_size) + block_size)
     return end
+
+
+def end_of_structures(metadata: Metadata, bat: Bat) -> int:
+    """The first byte, at a sector's beginning, after everything that is of the image but its trailing footer.
+
+    Unlike `nominal_end` with what it can be read without: an image that was repointed has its parent's names behind
+    all its blocks.
+    """
+    limit = block_data_end(metadata)  # a locator may claim room that it does not need, beyond the footer even
+    ends = [min(offset + size, limit) for _, offset, size in metadata.structures() if offset < limit]
+    return round_up(max([nominal_end(metadata, bat), *ends]), SECTOR_SIZE)
 
 
 def used_sizes(metadata: Metadata) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import LEAK_BYTES, gaps, held_bytes
-from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, nominal_end, used_sizes
+from vhdkit.formats.vhd.dynamic import bad_entries, end_of_structures, nominal_end, used_sizes
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
 from vhdkit.formats.vhd.locator import NO_PLATFORM
 from vhdkit.formats.vhd.metadata import FooterPlace, FooterState, Metadata, footer_state, read_footers, read_metadata
@@ -351,7 +351,7 @@ def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> I
     """Put the trailing footer behind everything, and free what belongs to nothing (not with `keep_space`)."""
     assert metadata.header is not None
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
-    end = _end_of_structures(metadata, bat)
+    end = end_of_structures(metadata, bat)
     keep_space |= _has_spare_entries(draft, metadata)
     if not metadata.tail.state.usable:
         yield from _restore_tail(draft, metadata, bat, end, keep_space=keep_space)
@@ -389,13 +389,6 @@ def _restore_tail(draft: DraftStore, metadata: Metadata, bat: Bat, end: int, *, 
     yield Fix("footer", f"the trailing footer was {tail.state}: restored from its copy")
     if behind > FOOTER_SIZE and place == end:
         yield Fix("trailing-garbage", f"{behind} bytes behind the last structure belong to nothing: cut off")
-
-
-def _end_of_structures(metadata: Metadata, bat: Bat) -> int:
-    """The first byte after everything that is of the image but its trailing footer."""
-    limit = block_data_end(metadata)  # a locator may claim room that it does not need, beyond the footer even
-    ends = [min(offset + size, limit) for _, offset, size in metadata.structures() if offset < limit]
-    return round_up(max([nominal_end(metadata, bat), *ends]), SECTOR_SIZE)
 
 
 def _has_spare_entries(store: Store, metadata: Metadata) -> bool:
