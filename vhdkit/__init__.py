@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         AccessDenied,
         AddressInUse,
         AlreadyExists,
+        Cancelled,
         CorruptImage,
         CorruptReason,
         HasChildren,
@@ -65,6 +66,7 @@ __all__ = [
     "AccessDenied",
     "AddressInUse",
     "AlreadyExists",
+    "Cancelled",
     "CompactResult",
     "Comparison",
     "ControlClient",
@@ -140,7 +142,7 @@ _HOMES = {
     "vhdkit.chain.snapshot": "clone snapshot snapshot_many",
     "vhdkit.disk": "Disk open_disk",
     "vhdkit.errors": (
-        "AccessDenied AddressInUse AlreadyExists CorruptImage CorruptReason HasChildren ImageInUse "
+        "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason HasChildren ImageInUse "
         "InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
         "ParentRefused ReadOnly SyncFailed UnsupportedFormat VhdkitError"
     ),

@@ -153,6 +153,13 @@ class SyncFailed(IoFailed):
     """A flush to the device failed: what was written since the last good flush may be lost."""
 
 
+class Cancelled(VhdkitError):
+    """Somebody asked to stop work under way; everything reads as before."""
+
+    errno = errnos.ECANCELED
+    exit_code = 130
+
+
 class NoSpace(VhdkitError):
     """The file system, the quota or the file-size limit is full."""
 

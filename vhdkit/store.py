@@ -19,7 +19,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeAlias
 
@@ -393,20 +393,47 @@ class FileStore:
         held = _HELD_BY_WRITER if writer else _HELD_BY_READER
         for byte in held:
             self._set_lock(fcntl.F_RDLCK, byte)
-        for byte in _REFUSED_TO_WRITER if writer else _REFUSED_TO_READER:
+        refused = self._refused(_REFUSED_TO_WRITER if writer else _REFUSED_TO_READER)
+        if refused is not None:
+            self.unlock()
+            raise self._in_use(refused)
+        for byte in set(_HELD_BY_WRITER) - set(held):
+            self._set_lock(fcntl.F_UNLCK, byte)
+
+    def _refused(self, bytes_: Sequence[int]) -> int | None:
+        """The first of these bytes that another has locked."""
+        for byte in bytes_:
             request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
             with translated(self._path, "look at the locks"):
                 answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, request)
             if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-                self.unlock()
-                doing = "writing to" if byte in _REFUSED_TO_READER else "using"
-                raise errors.ImageInUse(
-                    f"another program is {doing} this image",
-                    path=self._path,
-                    hint="close it there first (`info`, `chain` and `dump` work meanwhile)",
-                )
-        for byte in set(_HELD_BY_WRITER) - set(held):
-            self._set_lock(fcntl.F_UNLCK, byte)
+                return byte
+        return None
+
+    def _in_use(self, byte: int) -> errors.ImageInUse:
+        doing = "writing to" if byte in _REFUSED_TO_READER else "using"
+        return errors.ImageInUse(
+            f"another program is {doing} this image",
+            path=self._path,
+            hint="close it there first (`info`, `chain` and `dump` work meanwhile)",
+        )
+
+    def become_writer(self) -> None:
+        """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, who stays a reader."""
+        more = set(_HELD_BY_WRITER) - set(_HELD_BY_READER)
+        for byte in more:
+            self._set_lock(fcntl.F_RDLCK, byte)
+        refused = self._refused(_REFUSED_TO_WRITER)
+        if refused is not None:
+            for byte in more:
+                self._set_lock(fcntl.F_UNLCK, byte)
+            raise self._in_use(refused)
+
+    def inherit_lock(self, holder: FileStore) -> None:
+        """Have the writer's locks that `holder`, another opening of the file, has; it may be closed then."""
+        assert self.identity == holder.identity
+        for byte in _HELD_BY_WRITER:
+            self._set_lock(fcntl.F_RDLCK, byte)
 
     def become_reader(self) -> None:
         """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""

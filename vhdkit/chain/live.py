@@ -39,7 +39,7 @@ from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink, create_dif
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, Store
 
 _SCRATCH_LINK = ParentLink(NULL_ID, 0, "parent", ".\\parent", "\\parent")  # nobody ever looks for it
 
@@ -71,12 +71,15 @@ def as_parent(leaf: Layer) -> Layer:
     return reopened(leaf, writable=False) if leaf.writable else leaf
 
 
-def reopened(leaf: Layer, *, writable: bool) -> Layer:
-    """The image as its file is now, through the same store, with the lock that it has. Nothing of it is unflushed."""
-    is_vhd = isinstance(leaf, DynamicImage | FixedImage)  # never guessed: a raw disk's guest may write anything
-    ignore_bitmaps = isinstance(leaf, DynamicImage) and leaf.ignore_bitmaps
+def reopened(layer: Layer, *, writable: bool, store: Store | None = None) -> Layer:
+    """The image as its file is now, through the same store, with the lock that it has, or through another `store`.
+
+    Nothing of it is unflushed.
+    """
+    is_vhd = isinstance(layer, DynamicImage | FixedImage)  # never guessed: a raw disk's guest may write anything
+    ignore_bitmaps = isinstance(layer, DynamicImage) and layer.ignore_bitmaps
     name = FormatName.VHD if is_vhd else FormatName.RAW
-    return open_layer(leaf.store, format_name=name, writable=writable, ignore_bitmaps=ignore_bitmaps)
+    return open_layer(store or layer.store, format_name=name, writable=writable, ignore_bitmaps=ignore_bitmaps)
 
 
 class Freezing:

@@ -145,7 +145,7 @@ def finish(
     layers = open_layers(intent.leaf.path, options=options)
     with _closing(layers):
         index = len(intent.sources)
-        if [_named(layer) for layer in layers[: index + 1]] != [*intent.sources, intent.target]:
+        if [named(layer) for layer in layers[: index + 1]] != [*intent.sources, intent.target]:
             raise errors.InvalidArgument(
                 "the chain is not the one whose merge was interrupted", path=intent.leaf.path, hint="merge it anew"
             )
@@ -231,7 +231,7 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
             (family,) = find_children_of([(one.unique_id, one.path)], folders)
             children = [path for path in family if real_path(path) not in paths]
             if children:
-                raise _has_children(one.path, children, False)
+                raise has_children(one.path, children, False)
         size = open_layer(target).size_bytes
         remove_sources(intent, RealNames(intent.target.path))
     removed = tuple(one.path for one in rest)
@@ -253,7 +253,7 @@ class _InPlace:
         self._sources, self._target = layers[:index], layers[index]
         self._below = layers[index + 1 :]
         self._options = options
-        self._names = [_named(layer) for layer in layers[: index + 1]]
+        self._names = [named(layer) for layer in layers[: index + 1]]
         self._relink = relink_children
         for layer in layers[: index + 1]:
             _file(layer).lock(writer=True)
@@ -296,7 +296,7 @@ class _InPlace:
             if number == len(self._names) - 1 and self.phase is not Phase.COPY:
                 continue  # they were repointed to it, and it will not change any more
             if outside and not (number == 0 and self._relink):
-                raise _has_children(one.path, outside, number == 0)
+                raise has_children(one.path, outside, number == 0)
         return [path for path in families[0] if real_path(path) not in inside]
 
     def run(self, dry_run: bool, progress: Progress | None) -> Merge:
@@ -409,7 +409,8 @@ def _file(layer: Layer) -> FileStore:
     return file
 
 
-def _named(layer: Layer) -> Named:
+def named(layer: Layer) -> Named:
+    """A layer as a merge's record names it."""
     store = _file(layer)
     return Named(real_path(store.name), unique_id(store) if isinstance(layer, DynamicImage | FixedImage) else NULL_ID)
 
@@ -447,7 +448,8 @@ def _count(plan: MergePlan) -> tuple[int, int]:
     return data, zeros
 
 
-def _has_children(path: str, children: Sequence[str], of_leaf: bool) -> errors.HasChildren:
+def has_children(path: str, children: Sequence[str], of_leaf: bool = False) -> errors.HasChildren:
+    """The error for a file that a merge would change or remove while others stand on it."""
     others = f" and {len(children) - 1} more" if len(children) > 1 else ""
     return errors.HasChildren(
         f"is the parent of {errors.printable(children[0])}{others}, which the merge would break",

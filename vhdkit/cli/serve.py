@@ -81,8 +81,8 @@ class Wish:
 @click.argument("image", nargs=-1, type=PATH)
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
 @click.option("--exports", metavar="FILE", type=PATH,
-              help="Serve what FILE lists: a JSON array of objects with the keys name, path and, where wanted,"
-                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent. With --control it may be empty.")  # fmt: skip
+              help="Serve what FILE lists, a JSON array of objects: name, path and, where wanted, read_only,"
+                   " follow_leaf, format, parent_dirs, allow_raw_parent. With --control it may be empty.")  # fmt: skip
 @click.option(
     "--socket",
     metavar="PATH",
