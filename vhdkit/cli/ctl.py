@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from vhdkit.cli.common import PATH, epilog
+from vhdkit import OpenOptions, Progress
+from vhdkit.cli.common import PATH, Common, epilog, progress_option
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, console, count, print_json, print_text
+from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.serve.control_client import ControlClient
 from vhdkit.units import format_size
+
+_LOOK_SECONDS = 0.25  # between looks how far a merge is
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class _Server:
         "vhdkit ctl /run/disk.ctl status",
         "vhdkit ctl /run/disk.ctl snapshot",
         "vhdkit ctl /run/disk.ctl snapshot system=/srv/system-1.avhd data=/srv/data-1.avhd",
+        "vhdkit ctl /run/disk.ctl merge data --into /srv/data.vhd",
         "vhdkit ctl /run/disk.ctl resize data 20G",
         "vhdkit ctl /run/disk.ctl set-read-only",
         "vhdkit ctl /run/disk.ctl add more=/srv/more.vhd",
@@ -129,6 +135,76 @@ def snapshot_verb(server: _Server, exports: tuple[str, ...], json: bool, quiet: 
             print_text(
                 f"{printable(row['export'])}: froze {printable(row['frozen'])}, goes on in {printable(row['leaf'])}"
             )
+
+
+@_verb("merge")
+@click.argument("export")
+@click.option("--layer", metavar="LAYER", type=PATH, help="The newest layer to be merged; the leaf when not given.")
+@click.option("--into", metavar="ANCESTOR", type=PATH, help="What it, and all in between, go into; its parent.")
+@click.option("--max-rate", metavar="SIZE", type=parsed_size, help="Copy at most so much a second, such as 50M.")
+@progress_option
+def merge_verb(
+    server: _Server,
+    export: str,
+    layer: str | None,
+    into: str | None,
+    max_rate: int | None,
+    progress: bool | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Fold layers of EXPORT into one of them while clients go on reading and writing.
+
+    The merged files are removed, the ancestor keeps its name. With the leaf among them the server goes on in the
+    ancestor: the leaf is frozen, what was frozen is merged, again and again while that grows smaller, and clients wait
+    for the small rest only. Ctrl-C, or `cancel` from elsewhere, stops it; the disk then reads as before, and merging
+    again goes on where it stopped.
+    """
+    common = Common(OpenOptions(), json, quiet, verbose=False)
+    paths = {"layer": layer and os.path.abspath(layer), "into": into and os.path.abspath(into)}
+    with (
+        ControlClient(server.path, timeout_seconds=None) as client,
+        progress_shown(common, progress, "merging") as show,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        job = pool.submit(client.call, "merge", export=export, max_rate_bytes=max_rate, **paths)
+        try:
+            while not _is_done(job):
+                if show is not None:
+                    _show_merge(server, export, show)
+        except BaseException:
+            _ask(server, "cancel", as_json=False, export=export)
+            raise
+        result = job.result()
+    if json:
+        print_json(result)
+    elif not quiet:
+        passes = f"{result['passes']} {'pass' if result['passes'] == 1 else 'passes'}"
+        print_text(
+            f"{printable(result['export'])}: merged {count(len(result['merged']), 'layer')} into"
+            f" {printable(result['into'])}, {format_size(result['copied_bytes'])} in {passes}; clients waited"
+            f" {result['held_seconds'] * 1000:.0f} ms at most"
+        )
+
+
+def _is_done(job: Future[Any]) -> bool:
+    return bool(wait([job], _LOOK_SECONDS).done)
+
+
+def _show_merge(server: _Server, export: str, show: Progress) -> None:
+    for one in _ask(server, "status", as_json=False)["exports"]:
+        if one["name"] == export and one["merge"] is not None and one["merge"]["total_bytes"]:
+            show(one["merge"]["done_bytes"], one["merge"]["total_bytes"])
+
+
+@_verb("cancel")
+@click.argument("export", required=False)
+def cancel_verb(server: _Server, export: str | None, json: bool, quiet: bool) -> None:
+    """Stop the merge of EXPORT, or of all; what it has copied is found again by the next one."""
+    result = _ask(server, "cancel", as_json=json, export=export)
+    if not json and not quiet:
+        names = ", ".join(map(printable, result["exports"]))
+        print_text(f"stopping the merge of {names}" if names else "nothing is being merged")
 
 
 @_verb("resize")

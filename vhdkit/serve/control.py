@@ -4,7 +4,7 @@
 Decides how requests and answers are spelled, and that a client is bounded: a line has at most `MAX_LINE_BYTES`, one
 request of a client is worked on at a time, and nothing more is read from it meanwhile. What a method does is decided
 in `operations`. Methods that may take long run one after the other on a thread of their own, never on the loop's
-workers, which an export that is held waits for.
+workers, which an export that is held waits for; those that take minutes on one each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Method:
 
     work: Callable[[Params], object]
     takes_long: bool = False
+    takes_minutes: bool = False  # nothing else waits for it: a thread of its own, one a client at most
 
 
 class BadParams(Exception):
@@ -61,6 +62,7 @@ class Control:
         self._clients: set[_Client] = set()
         self._long: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._minutes: list[threading.Thread] = []
 
     def listen(self, sock: socket.socket) -> None:
         """Take clients from a listening socket, which stays the caller's."""
@@ -84,7 +86,9 @@ class Control:
         self._clients.add(_Client(self, sock, self._clients.discard))
 
     def close(self) -> None:
-        """Wait for what is being done, and hang up."""
+        """Wait for what is being done, and hang up. Work of minutes sees by itself that the server has ended."""
+        for thread in self._minutes:
+            thread.join()
         if self._worker is not None:
             self._long.put(None)
             self._worker.join()
@@ -117,6 +121,11 @@ class Control:
             answer = _answer(number, method, params)
             return answer if answered else b""
 
+        if method.takes_minutes:
+            thread = threading.Thread(target=self._run_long, args=(run, reply), name="control-minutes", daemon=True)
+            self._minutes = [one for one in self._minutes if one.is_alive()] + [thread]
+            thread.start()
+            return
         if not method.takes_long:
             reply(run())
             return

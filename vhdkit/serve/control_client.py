@@ -22,8 +22,11 @@ ANSWER_SECONDS = 600.0  # flushing a slow disk takes long
 class ControlClient:
     """A connection to a server's control socket."""
 
-    def __init__(self, path: str, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
-        """Connect. Raises NotFound where no server listens, AccessDenied, InvalidArgument."""
+    def __init__(self, path: str, *, timeout_seconds: float | None = ANSWER_SECONDS) -> None:
+        """Connect; without a timeout an answer may take for ever.
+
+        Raises NotFound where no server listens, AccessDenied, InvalidArgument.
+        """
         self.path = path
         self._number = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

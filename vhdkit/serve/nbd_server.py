@@ -72,6 +72,8 @@ class NbdServer:
         self._drained: Callable[[], None] | None = None
         self._holding = threading.Lock()
         self._ended = threading.Event()
+        self._users = 0  # threads that work on disks of exports beside the requests
+        self._left_alone = threading.Condition()
         self._judging = False  # a look at undecided clients is due
 
     def catalog(self) -> list[ExportInfo]:
@@ -177,6 +179,27 @@ class NbdServer:
             self.exports.remove(export)
 
         self._on_loop(remove)
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """While the block runs, on a thread that is not the loop's, no disk is closed: the server's end waits for it.
+
+        Look at `has_ended` now and then. Raises InvalidArgument when the server has ended.
+        """
+        with self._left_alone:
+            if self._ended.is_set():
+                raise errors.InvalidArgument("the server has ended")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._left_alone:
+                self._users -= 1
+                self._left_alone.notify_all()
+
+    def has_ended(self) -> bool:
+        """True when no client is served any more; for threads that are not the loop's."""
+        return self._ended.is_set()
 
     def _on_loop(self, work: Callable[[], None]) -> None:
         """Run this between requests; raises what it raises."""
@@ -306,7 +329,9 @@ class NbdServer:
         for connection in list(self.connections):
             connection.close()
         self.loop.close()  # ends the workers: nobody uses a disk any more
-        self._ended.set()
+        with self._left_alone:
+            self._ended.set()
+            self._left_alone.wait_for(lambda: not self._users)
         with self._holding:  # who holds an export is done with its disk first
             self._close_disks()
 

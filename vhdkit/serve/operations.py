@@ -8,6 +8,7 @@ becomes a parent that of `chain.live`. A method that holds exports, or reads fil
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.serve.connection import Connection
 from vhdkit.serve.control import BadParams, Method, Params
+from vhdkit.serve.merging import MergeWish, Merging
 from vhdkit.serve.nbd_server import NbdServer
 from vhdkit.serve.opening import ImageExport, kind_of, open_exports, wanted_of_document
 
@@ -30,12 +32,16 @@ class Operations:
         self._server = server
         self._exports = exports
         self._started = time.time()
+        self._merges: dict[str, Merging] = {}  # under way, by export
+        self._merges_lock = threading.Lock()
 
     def methods(self) -> dict[str, Method]:
         """By the names they are called by."""
         return {
             "status": Method(self._status),
             "snapshot": Method(self._snapshot, takes_long=True),
+            "merge": Method(self._merge, takes_minutes=True),
+            "cancel": Method(self._cancel),
             "resize": Method(self._resize, takes_long=True),
             "set-read-only": Method(self._set_read_only, takes_long=True),
             "add": Method(self._add, takes_long=True),
@@ -67,7 +73,7 @@ class Operations:
         return {
             "pid": os.getpid(),
             "uptime_seconds": round(time.time() - self._started, 3),
-            "exports": [_export_document(export) for export in self._exports],
+            "exports": [_export_document(export) | self._merge_document(export) for export in self._exports],
             "clients": [_client_document(connection) for connection in self._server.connections],
             "requests": stats.requests,
             "errors": stats.errors,
@@ -75,6 +81,52 @@ class Operations:
             "bytes_sent": stats.bytes_sent,
             "latency_us": [[limit, count] for limit, count in stats.histogram_us().items()],
         }
+
+    def _merge_document(self, export: ImageExport) -> dict[str, Any]:
+        merging = self._merges.get(export.name)
+        return {"merge": None if merging is None else merging.document()}
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def _merge(self, params: Params) -> object:
+        """Fold layers of one export into one of them while clients go on.
+
+        {"export", "layer": path or null (the leaf), "into": path or null (its parent), "max_rate_bytes": or null}
+        """
+        _only(params, "export", "layer", "into", "max_rate_bytes")
+        export = self._find(_text(params, "export"))
+        rate = params.get("max_rate_bytes")
+        if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
+            raise BadParams('"max_rate_bytes" is a positive number')
+        wish = MergeWish(_text(params, "layer"), _text(params, "into"), rate)
+        with self._merges_lock:
+            self._refuse_merging([export])
+            merging = Merging(self._server, export, wish)
+            self._merges[export.name] = merging
+        try:
+            with self._server.using():
+                return merging.run()
+        finally:
+            del self._merges[export.name]
+
+    def _cancel(self, params: Params) -> object:
+        """Stop the merge of an export, or all; what it copied is not lost. {"export": name or null}"""
+        _only(params, "export")
+        exports = self._one_or_all(params)
+        stopped = [export.name for export in exports if export.name in self._merges]
+        for name in stopped:
+            self._merges[name].cancel()
+        return {"exports": stopped}
+
+    def _refuse_merging(self, exports: list[ImageExport]) -> None:
+        """Raise ImageInUse for an export whose layers are being merged: its chain is in somebody else's hands."""
+        for export in exports:
+            if export.name in self._merges:
+                raise errors.ImageInUse(
+                    f"the layers of export {export.name!r} are being merged",
+                    path=export.image_path,
+                    hint="wait for it (`status` says how far it is), or stop it: cancel",
+                )
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -96,6 +148,7 @@ class Operations:
         for export, path in pairs:
             _check_place(export, path)
         exports = [export for export, _ in pairs]
+        self._refuse_merging(exports)
         frozen = [export.disk.path for export in exports]
         chains = [(export.disk.chain, path) for export, path in pairs]
         with Freezing(chains) as freezing, self._server.hold(exports):
@@ -124,6 +177,7 @@ class Operations:
             raise errors.InvalidArgument("lies under an overlay and is not changed", path=export.image_path)
         if export.read_only:
             raise errors.ReadOnly("is served for reading only", path=export.image_path)
+        self._refuse_merging([export])
         with self._server.hold([export]):
             chain, outcome = resize_open(export.disk.chain, size)
             export.exchange(Disk(chain))
@@ -176,6 +230,7 @@ class Operations:
         """Serve an export no longer, once its clients have gone; what was written is on the device then."""
         _only(params, "export")
         export = self._find(_text(params, "export"))
+        self._refuse_merging([export])
         self._server.remove_export(export)
         self._exports.remove(export)
         export.disk.close()

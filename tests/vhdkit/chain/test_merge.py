@@ -428,38 +428,6 @@ def test_can_resume_in_the_middle_of_the_data(block: int, monkeypatch: pytest.Mo
     assert files() == [names[2]] and content(names[2]) == before
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_resuming_leaves_the_names_of_the_targets_parent(empty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is given back of an earlier try ends behind the locators, which a repointed image has behind its blocks,
-    and one without blocks behind its table."""
-    if empty:
-        names = ["leaf.avhd", *make_chain(1)]
-        names.insert(1, "middle.avhd")
-        for child, parent in ((1, 2), (0, 1)):
-            vhdkit.create_child(names[child], names[parent])
-        write(names[0], 5)
-    else:
-        names = make_chain(3)
-        os.rename(names[2], "moved.vhd")
-        names[2] = "moved.vhd"
-        vhdkit.rebase(names[1], names[2])
-    before = content(names[0])
-
-    def copy_in(self: DynamicImage, pieces: Sequence[Piece]) -> None:
-        raise errors.IoFailed("stopped")  # before anything lies behind the names
-
-    with monkeypatch.context() as patch, pytest.raises(errors.IoFailed):
-        patch.setattr(DynamicImage, "copy_in", copy_in)
-        vhdkit.merge(names[0])
-    with monkeypatch.context() as patch, pytest.raises(errors.IoFailed):
-        patch.setattr(DynamicImage, "copy_in", copy_in)
-        vhdkit.resume_merge(names[1])
-    assert content(names[0]) == before
-    vhdkit.resume_merge(names[1])
-    assert [one for one in vhdkit.check(names[1]) if one.severity >= vhdkit.Severity.WARNING] == []
-    assert content(names[1]) == before
-
-
 def test_a_child_made_after_the_interruption_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the leaf got a child before the merge was resumed, that is refused, and the child reads on."""
     names = make_chain(2)

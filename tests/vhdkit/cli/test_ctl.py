@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import time
@@ -15,14 +16,21 @@ import pytest
 import vhdkit
 from tests.servers import Server, serving
 from tests.support import require_tool
-from tests.vhdkit.cli.running import document, failure, good, make_chain, names
+from tests.vhdkit.cli.running import document, failure, good, make_chain, names, start
 
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize(
-    "verb", ["status", "snapshot", "resize", "set-read-only", "add", "remove", "disconnect", "shutdown"]
-)
+VERBS = "status snapshot merge cancel resize set-read-only add remove disconnect shutdown"
+
+
+def content(path: str) -> bytes:
+    """The whole disk."""
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, 8 * MIB)
+
+
+@pytest.mark.parametrize("verb", VERBS.split())
 def test_every_verb_has_help(verb: str) -> None:
     """Each verb says what it does, and has --json."""
     assert "--json" in good("ctl", "x", verb, "--help") and verb in good("ctl", "--help")
@@ -146,3 +154,44 @@ def test_bad_lists_of_exports(folder: Path, text: str) -> None:
     Path("list").write_text(text)
     failure("serve", "--exports", "list", code=2)
     failure("serve", "--exports", "list", "--read-only", code=2)
+
+
+def test_merging_while_serving(folder: Path) -> None:
+    """Layers below the leaf, then the leaf too, go into an ancestor; words, JSON, progress, refusals."""
+    make_chain()
+    before = content("leaf.avhd")
+    with serving("leaf.avhd", "--socket", "s", "--control", "c"):
+        for _ in range(2):
+            good("ctl", "c", "snapshot")
+        line = good(
+            "ctl", "c", "merge", "leaf.avhd", "--layer", "leaf-1.avhd", "--into", "leaf.avhd", "--max-rate", "9G"
+        )
+        assert line.startswith("leaf.avhd: merged 1 layer into leaf.avhd, 0 B in 1 pass; clients waited ")
+        assert "leaf-1.avhd" not in names(folder)
+        assert good("ctl", "c", "cancel") == "nothing is being merged\n"
+        assert "is no layer of export" in failure("ctl", "c", "merge", "leaf.avhd", "--into", "other.vhd", code=2)
+        done = document("ctl", "c", "merge", "leaf.avhd", "--into", "base.vhd")
+        assert done["leaf"].endswith("base.vhd") and len(done["merged"]) == 2 and done["held_seconds"] < 30
+        assert [name for name in names(folder) if name.endswith("vhd")] == ["base.vhd"]
+        assert "has no parent" in failure("ctl", "c", "merge", "leaf.avhd", code=2)
+    assert content("base.vhd") == before
+
+
+def test_a_merge_is_stopped_by_a_signal(folder: Path) -> None:
+    """Ctrl-C, and SIGTERM, end a slow merge in the server too; what is served reads as before."""
+    make_chain()
+    with vhdkit.open_disk("leaf.avhd", writable=True) as disk:
+        disk.write(0, os.urandom(4 * MIB))
+    before = content("leaf.avhd")
+    with serving("leaf.avhd", "--socket", "s", "--control", "c"):
+        good("ctl", "c", "snapshot")
+        words = ["ctl", "c", "merge", "leaf.avhd", "--layer", "leaf.avhd", "--max-rate", "1", "--progress"]
+        with start(*words) as merging:
+            deadline = time.monotonic() + 60
+            while not (document("ctl", "c", "status")["exports"][0]["merge"] or {}).get("done_bytes"):
+                assert time.monotonic() < deadline and merging.poll() is None
+                time.sleep(0.05)
+            merging.send_signal(signal.SIGINT)
+            assert merging.wait(60) == 130
+        assert document("ctl", "c", "status")["exports"][0]["merge"] is None
+    assert content("leaf-1.avhd") == before

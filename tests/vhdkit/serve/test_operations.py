@@ -45,7 +45,7 @@ class Bench:
     def do(self, name: str, **params: object) -> dict[str, object]:
         """Call a method as the control socket would: short ones on the loop, long ones on this thread."""
         method = self.methods[name]
-        if method.takes_long:
+        if method.takes_long or method.takes_minutes:
             return method.work(params)  # type: ignore[return-value]
         done: list[object] = []
         called = threading.Event()
