@@ -22,26 +22,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import vhdkit
+from tests import soak_live
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
+
+Work: TypeAlias = Sequence[str] | Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
     """One thing that is killed. All of it happens in a folder of its own, the working directory.
 
-    `prepare` makes the files, the same each time. `command` is what follows `vhdkit`. `look` raises AssertionError
-    when something is wrong after a kill; `done` is true for it once recovery has finished. `recover` is the next
-    command to run, or None when nothing is left to do.
+    `prepare` makes the files, the same each time. `command` is what follows `vhdkit`, or a function. `look` raises
+    AssertionError when something is wrong after a kill; `done` is true for it once recovery has finished. `recover`
+    is the next command to run, or None when nothing is left to do.
     """
 
     name: str
     prepare: Callable[[], None]
-    command: Sequence[str]
+    command: Work
     look: Callable[[bool], None]
-    recover: Callable[[], Sequence[str] | None]
+    recover: Callable[[], Work | None]
 
 
 @dataclass(slots=True)
@@ -54,8 +58,8 @@ class Tally:
     states: dict[str, int] = field(default_factory=dict)  # what the folder looked like after a kill
 
 
-def run_killed(command: Sequence[str], seconds: float | None) -> bool:
-    """Run `vhdkit COMMAND` in a process of its own and kill it after so long; True when it was killed."""
+def run_killed(command: Work, seconds: float | None) -> bool:
+    """Run `vhdkit COMMAND`, or the function, in a process of its own and kill it after so long; True when killed."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -64,6 +68,9 @@ def run_killed(command: Sequence[str], seconds: float | None) -> bool:
         if seconds is not None:
             os.dup2(null, 2)
         try:
+            if callable(command):
+                command()
+                os._exit(0)
             vhdkit_main(list(command))
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
@@ -75,7 +82,7 @@ def run_killed(command: Sequence[str], seconds: float | None) -> bool:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return True
-    assert os.waitstatus_to_exitcode(status) == 0, f"vhdkit {' '.join(command)}: {os.waitstatus_to_exitcode(status)}"
+    assert os.waitstatus_to_exitcode(status) == 0, f"{command}: {os.waitstatus_to_exitcode(status)}"
     return False
 
 
@@ -263,6 +270,13 @@ SCENES = {
             ("merge", "leaf.avhd", "--into", "base.vhd", "--relink"),
             _look_at_merge,
             _recover_merge,
+        ),
+        Scene(
+            "live-merge",
+            soak_live.make_chain,
+            soak_live.merge_while_writing,
+            soak_live.look,
+            lambda: soak_live.merge_while_writing,
         ),
         Scene(
             "compact",

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests import soak
-from tests.soak import SCENES, Scene
+from tests.soak import SCENES, Scene, Work
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -30,7 +29,7 @@ def test_what_is_wrong_is_found() -> None:
     def look(done: bool) -> None:
         assert not done or os.path.exists("leaf.avhd"), "the leaf is gone"
 
-    def recover() -> Sequence[str] | None:
+    def recover() -> Work | None:
         return SCENES["merge"].recover()
 
     scene = Scene("spoiled", prepare, SCENES["merge"].command, look, recover)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that is written to while its layers are merged, for `soak` to kill: what was flushed, or newer, is there.
+
+The writer keeps a log, a line for each write and each flush, which SIGKILL cannot take back. After a kill every sector
+must read as the last write to it before the last whole flush, or as one of those that came after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+from pathlib import Path
+
+import vhdkit
+from vhdkit import errors
+from vhdkit.serve.merging import MergeWish, Merging
+from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.opening import ImageExport, Manner
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
+
+DISK = 8 * MIB
+BLOCK = 512 * KIB
+LAYERS = ("leaf.avhd", "upper.avhd", "lower.avhd", "base.vhd")
+_LOG = "log"
+_SECTORS = DISK // SECTOR_SIZE
+
+
+def pattern(number: int, first: int, count: int) -> bytes:
+    """What write `number` puts there: each sector says which write and which sector it is."""
+    words = (number << 32 | index for index in range(first, first + count))
+    return b"".join(word.to_bytes(8, "little") * (SECTOR_SIZE // 8) for word in words)
+
+
+def make_chain() -> None:
+    """Four layers; the log begins with what is on them, flushed."""
+    with Path(_LOG).open("w") as log:
+        number, rng = 0, random.Random("live")
+        for layer in reversed(range(len(LAYERS))):
+            if layer == len(LAYERS) - 1:
+                vhdkit.create_image(LAYERS[layer], DISK, block_size_bytes=BLOCK)
+            else:
+                vhdkit.create_child(LAYERS[layer], LAYERS[layer + 1])
+            with vhdkit.open_disk(LAYERS[layer], writable=True) as disk:
+                for _ in range(25):
+                    number += 1
+                    _write(disk, number, rng, log.fileno())
+        os.write(log.fileno(), b"flush\n")
+
+
+def _write(disk: vhdkit.Disk, number: int, rng: random.Random, log: int) -> None:
+    count = min(rng.choice((1, 8, 100, 1024, 1500)), _SECTORS)
+    first = rng.randrange(_SECTORS - count)
+    os.write(log, f"write {number} {first} {count}\n".encode())
+    disk.write(first * SECTOR_SIZE, pattern(number, first, count))
+
+
+def newest() -> str:
+    """The image that is the disk now: the upper end of the chain whose base is there."""
+    path = "base.vhd"
+    while True:
+        children = [name for name in sorted(os.listdir()) if name.endswith(".avhd") and _stands_on(name, path)]
+        if not children:
+            return path
+        (path,) = children
+
+
+def _stands_on(child: str, parent: str) -> bool:
+    with vhdkit.open_disk(child, options=vhdkit.OpenOptions(lock=False)) as disk:
+        layers = disk.layer_ids
+    with vhdkit.open_disk(parent, options=vhdkit.OpenOptions(lock=False)) as disk:
+        return len(layers) > 1 and layers[1] == disk.layer_ids[0]
+
+
+def merge_while_writing() -> None:
+    """Serve the disk without a client, write from one thread, merge from another: first the middle, then all of it."""
+    leaf = newest()
+    rng = random.Random(os.getpid())
+    log = os.open(_LOG, os.O_WRONLY | os.O_APPEND)
+    os.write(log, b"start\n")
+    number = sum(line.startswith("write") for line in Path(_LOG).read_text().splitlines())
+    export = ImageExport("disk", vhdkit.open_disk(leaf, writable=True), Manner(vhdkit.OpenOptions()))
+    server = NbdServer([export])
+    loop = threading.Thread(target=server.run)
+    loop.start()
+    stop = threading.Event()
+
+    def write() -> None:
+        nonlocal number
+        while not stop.is_set():
+            with server.hold([export]):  # as a request would: never while the chain is exchanged
+                for _ in range(3):
+                    number += 1
+                    _write(export.disk, number, rng, log)
+                if rng.random() < 0.5:
+                    export.disk.flush()
+                    os.write(log, b"flush\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        paths = [layer.store.name for layer in export.disk.chain.layers]
+        if len(paths) > 2:
+            Merging(server, export, MergeWish(layer=paths[1], into=paths[2])).run()
+        if len(paths) > 1:
+            Merging(server, export, MergeWish(into=paths[-1])).run()
+    finally:
+        stop.set()
+        writer.join()
+        export.disk.flush()
+        os.write(log, b"flush\n")
+        server.stop()
+        loop.join()
+
+
+def look(done: bool) -> None:
+    """Every sector is explained by the log; in the end only the base is left."""
+    _settle()
+    written = _written()
+    with vhdkit.open_disk(newest(), options=vhdkit.OpenOptions(lock=False)) as disk:
+        raw = disk.read(0, DISK)
+    for sector in range(_SECTORS):
+        found = raw[sector * SECTOR_SIZE : (sector + 1) * SECTOR_SIZE]
+        word = int.from_bytes(found[:8], "little")
+        allowed = written.get(sector, {0})
+        if word == 0 and 0 in allowed and not any(found):
+            continue
+        assert word & 0xFFFFFFFF == sector and found == found[:8] * (SECTOR_SIZE // 8), f"sector {sector} is torn"
+        assert word >> 32 in allowed, f"sector {sector} is of write {word >> 32}, not of one of {sorted(allowed)}"
+    if done:
+        images = [name for name in os.listdir() if name.endswith("vhd")]
+        assert images == ["base.vhd"], images
+
+
+def _written() -> dict[int, set[int]]:
+    """Which writes each sector may show: the last one before the last flush, and all later ones.
+
+    What a killed process had not flushed may be there or not, and no later flush of another process decides that.
+    """
+    flushed: dict[int, set[int]] = {}
+    since: dict[int, list[int]] = {}
+    for line in Path(_LOG).read_text().splitlines():
+        what, *numbers = line.split()
+        if what == "flush":
+            flushed.update({sector: {later[-1]} for sector, later in since.items()})
+            since.clear()
+        elif what == "start":
+            for sector, later in since.items():
+                flushed[sector] = flushed.get(sector, {0}).union(later)
+            since.clear()
+        else:
+            number, first, count = map(int, numbers)
+            for sector in range(first, first + count):
+                since.setdefault(sector, []).append(number)
+    for sector, later in since.items():
+        flushed[sector] = flushed.get(sector, {0}).union(later)
+    return flushed
+
+
+def _settle() -> None:
+    """A merge whose data is complete is finished by the next writable open, as when the server is started again."""
+    for target in LAYERS[:0:-1]:
+        if os.path.exists(target) and vhdkit.merge_under_way(target) is not None:
+            with contextlib.suppress(errors.HasChildren):
+                vhdkit.resume_merge(target)
