@@ -36,6 +36,7 @@ MAX_LAYERS = NOBODY - 1  # in the fine table a layer's number is its index plus 
 ZERO, UNKNOWN, MIXED = -1, -2, -3
 MAX_FINE_ENTRIES = 4 * MIB  # 32 MiB of table; up to 16 GiB of disk have an entry for each page
 MAX_MIXED_BYTES = 64 * MIB  # of owner bytes in the cache
+WALK_MIXED_BYTES = 4 * MIB  # the same for who goes over the disk once, from its beginning to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ class BlockMap:
         self._fine_steps = np.arange(per_grain, dtype=np.int64) * step
         if not block_sizes:
             self._refine_whole(0, 0)
+
+    def walked_once(self) -> None:
+        """Nothing will be asked for twice: remember little of what several layers own."""
+        self._known_limit = max(1, WALK_MIXED_BYTES // self.grain_sectors)
 
     def _fold(self) -> NDArray[np.int64]:
         """UNKNOWN where a sparse layer has a block, the base's place where it is linear, else ZERO."""

@@ -56,6 +56,8 @@ def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -
     """Compare two open chains."""
     size = max(one.size_bytes, other.size_bytes)
     first_difference, different = None, 0
+    for chain in (one, other):
+        chain.map.walked_once()
     buffers = [memoryview(bytearray(sectors_to_bytes(_PIECE_SECTORS))) for _ in range(2)]
     for position, count, alike in _pieces(one, other):
         if not alike:

@@ -9,7 +9,9 @@ import pytest
 
 import vhdkit
 from vhdkit import DiskFormat
+from vhdkit.chain import blockmap
 from vhdkit.chain.chain import Chain
+from vhdkit.chain.compare import compare_chains
 from vhdkit.units import MIB, SECTOR_SIZE
 
 
@@ -82,3 +84,19 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     vhdkit.compare(first, second, progress=lambda *step: seen.append(step))
     assert seen == sorted(seen) and seen[-1] == (6 * MIB, 6 * MIB)
+
+
+def test_little_is_remembered_of_what_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chains of large disks stay within memory: who owns what in a block is forgotten behind the comparison."""
+    image(tmp_path / "base.vhd", 40 * MIB, {number * 2 * MIB: b"base" for number in range(20)})
+    vhdkit.create_child(tmp_path / "leaf.avhd", tmp_path / "base.vhd")
+    with vhdkit.open_disk(tmp_path / "leaf.avhd", writable=True) as disk:
+        for number in range(20):
+            disk.write(number * 2 * MIB + 8192, b"leaf")
+    monkeypatch.setattr(blockmap, "WALK_MIXED_BYTES", 3 * 4096)
+    with Chain.open(tmp_path / "leaf.avhd") as one, Chain.open(tmp_path / "leaf.avhd") as other:
+        list(one.extents(0, one.size_bytes // SECTOR_SIZE))
+        assert len(one.map.known) == 20
+    with Chain.open(tmp_path / "leaf.avhd") as one, Chain.open(tmp_path / "leaf.avhd") as other:
+        assert compare_chains(one, other).same_content
+        assert 0 < len(one.map.known) <= 3 and 0 < len(other.map.known) <= 3
