@@ -240,6 +240,10 @@ class FileStore:
         """Bytes the file takes on its file system (holes do not count)."""
         return os.fstat(self._fd).st_blocks * SECTOR_SIZE
 
+    def modified_ns(self) -> int:
+        """When it was last written to, in nanoseconds since 1970."""
+        return os.fstat(self._fd).st_mtime_ns
+
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
         """See `Store.pread`."""
         pieces = []

@@ -27,6 +27,7 @@ from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, sto
 from vhdkit.cli.garbage import gc_command
 from vhdkit.cli.map import map_command
 from vhdkit.cli.merge import merge_command
+from vhdkit.cli.mount import mount_command, mounts_command, umount_command
 from vhdkit.cli.rebase import rebase_command
 from vhdkit.cli.relocate import relocate_command
 from vhdkit.cli.resize import resize_command
@@ -149,6 +150,9 @@ for _verb in (
     resize_command,
     serve_command,
     ctl_command,
+    mount_command,
+    umount_command,
+    mounts_command,
     gc_command,
     dump_command,
 ):

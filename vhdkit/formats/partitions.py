@@ -14,7 +14,7 @@ import struct
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
@@ -25,9 +25,44 @@ MAX_LOGICAL_PARTITIONS = 128  # of an extended partition; Linux stops at 256, Wi
 MAX_GPT_ENTRIES = 1024  # everyone writes 128
 MAX_GPT_ENTRY_BYTES = 4096  # everyone writes 128
 _SIGNATURE_OFFSET, _SIGNATURE = 510, b"\x55\xaa"
+_DISK_SIGNATURE_OFFSET = 440
 _TABLE_OFFSET = 446
 _MBR_ENTRY = struct.Struct("<B3sB3sII")  # status, first CHS, type, last CHS, first sector, sector count
 _EXTENDED = (0x05, 0x0F, 0x85)
+_EXTENDED_KINDS = tuple(f"{kind:#04x}" for kind in _EXTENDED)
+# The types that disks of today have: MBR's numbers as `kind` spells them, GPT's GUIDs.
+KIND_NAMES = {
+    "0x01": "FAT",
+    "0x04": "FAT",
+    "0x05": "Extended",
+    "0x06": "FAT",
+    "0x07": "NTFS or exFAT",
+    "0x0b": "FAT32",
+    "0x0c": "FAT32",
+    "0x0e": "FAT",
+    "0x0f": "Extended",
+    "0x27": "Windows recovery",
+    "0x82": "Linux swap",
+    "0x83": "Linux",
+    "0x85": "Extended",
+    "0x8e": "Linux LVM",
+    "0xa5": "FreeBSD",
+    "0xef": "EFI system",
+    "0xfd": "Linux RAID",
+    "C12A7328-F81F-11D2-BA4B-00A0C93EC93B": "EFI system",
+    "21686148-6449-6E6F-744E-656564454649": "BIOS boot",
+    "E3C9E316-0B5C-4DB8-817D-F92DF00215AE": "Microsoft reserved",
+    "EBD0A0A2-B9E5-4433-87C0-68B6B72699C7": "Microsoft basic data",
+    "DE94BBA4-06D1-4D40-A16A-BFD50179D6AC": "Windows recovery",
+    "0FC63DAF-8483-4772-8E79-3D69D8477DE4": "Linux filesystem",
+    "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709": "Linux root (x86-64)",
+    "B921B045-1DF0-41C3-AF44-4C6F280D3FAE": "Linux root (ARM64)",
+    "933AC7E1-2EB4-4F13-B844-0E14E2AEF915": "Linux home",
+    "BC13C2FF-59E6-4262-A352-B275FD6F7172": "Linux extended boot",
+    "0657FD6D-A4AB-43C4-84E5-0933C84B4F4F": "Linux swap",
+    "E6D6D379-F507-44C2-A23C-238F2A3DF928": "Linux LVM",
+    "A19D880F-05FC-4D3B-A006-743F0F84911E": "Linux RAID",
+}
 _PROTECTIVE = 0xEE
 _GPT_HEADER = struct.Struct("<8s4sII4xQQQQ16sQIII")
 _GPT_MAGIC = b"EFI PART"
@@ -40,7 +75,8 @@ _MIN_GPT_ENTRY_BYTES = _GPT_ENTRY.size
 class Partition:
     """One partition. `number` is what Linux calls it (5 and up for logical ones); sizes in bytes.
 
-    `kind` is "0x83" in an MBR, a GUID in a GPT; `name` is the GPT's, empty elsewhere.
+    `kind` is "0x83" in an MBR, a GUID in a GPT; `name` is the GPT's, empty elsewhere. `unique_id` is what Linux calls
+    the PARTUUID: a GUID, or the disk's signature and the number; empty where there is none.
     """
 
     number: int
@@ -48,6 +84,17 @@ class Partition:
     size_bytes: int
     kind: str
     name: str = ""
+    unique_id: str = ""
+
+    @property
+    def kind_name(self) -> str:
+        """The type in words, as people know it; the bare `kind` where it is a rare one."""
+        return KIND_NAMES.get(self.kind, self.kind)
+
+    @property
+    def is_extended(self) -> bool:
+        """True for the one that holds the logical partitions and nothing else."""
+        return self.kind in _EXTENDED_KINDS
 
     @property
     def end_bytes(self) -> int:
@@ -84,6 +131,9 @@ def read_partitions(read: ReadBytes, size_bytes: int) -> PartitionTable | None:
         found.append(_partition(number, kind, first, count))
         if kind in _EXTENDED:
             found += _logical(read, first)
+    signature = int.from_bytes(sector[_DISK_SIGNATURE_OFFSET : _DISK_SIGNATURE_OFFSET + 4], "little")
+    if signature:
+        found = [replace(one, unique_id=f"{signature:08x}-{one.number:02x}") for one in found]
     return PartitionTable("mbr", tuple(found))
 
 
@@ -174,8 +224,11 @@ def _backup_ranges(read: ReadBytes, sector_index: int, raw: bytes) -> tuple[tupl
 
 def _gpt_partitions(entries: list[bytes]) -> Iterator[Partition]:
     for number, entry in enumerate(entries, 1):
-        kind, _, first, last, _, name = _GPT_ENTRY.unpack_from(entry)
+        kind, unique, first, last, _, name = _GPT_ENTRY.unpack_from(entry)
         if any(kind) and first <= last < 1 << 54:
             text = name.decode("utf-16-le", "replace").split("\0", 1)[0]
             size = sectors_to_bytes(last - first + 1)
-            yield Partition(number, sectors_to_bytes(first), size, str(uuid.UUID(bytes_le=kind)).upper(), text)
+            yield Partition(
+                number, sectors_to_bytes(first), size, str(uuid.UUID(bytes_le=kind)).upper(), text,
+                str(uuid.UUID(bytes_le=unique)),
+            )  # fmt: skip

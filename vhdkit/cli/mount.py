@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mount`, `umount`, `mounts`: an image as files, or the files in it.
+
+Decides which options exclude each other, what /etc/fstab's options mean, what is printed, and that `--foreground` ends
+in order after Ctrl-C. How mounts are made and taken away is `vhdkit.serve.mounting`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import click
+
+import vhdkit
+from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.failure import Interrupted
+from vhdkit.cli.output import columns, note, print_json, print_text
+from vhdkit.errors import printable, quoted
+from vhdkit.folder import exists
+from vhdkit.serve.mounting import Listed, Mounted, Wish, listed, mount, umount
+from vhdkit.serve.opening import Manner
+from vhdkit.units import format_size
+
+_SYSTEM_LOG = "/dev/log"
+# Options of /etc/fstab that are mount(8)'s or the system's business.
+_OF_MOUNT = {
+    "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "suid", "nosuid",
+    "dev", "nodev", "exec", "noexec", "atime", "noatime", "relatime", "norelatime", "strictatime", "diratime",
+    "nodiratime", "async", "sync", "mand", "nomand", "lazytime", "nolazytime", "silent", "loud",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """The command line of `mount`."""
+
+    image: str
+    mountpoint: str
+    rw: bool
+    overlay: bool
+    keep_overlay: str | None
+    as_file: bool
+    partition: int | None
+    file_system: bool
+    allow_other: bool
+    foreground: bool
+
+
+@click.command(
+    "mount",
+    short_help="Mount an image as files, or the files in it.",
+    epilog=epilog(
+        "vhdkit mount disk.vhd /mnt/disk",
+        "vhdkit mount child.avhd /mnt/files --partition 1 --fs",
+        "vhdkit mount disk.vhd /mnt/files --fs --overlay",
+        "vhdkit mount child.avhd child.raw --file --rw",
+    ),
+)
+@click.argument("image", type=PATH)
+@click.argument("mountpoint", type=PATH)
+@click.option("--rw", is_flag=True, help="What is written there is written to the image.")
+@click.option("--overlay", is_flag=True,
+              help="One may write there, but the image stays as it is: changes are thrown away at the end.")  # fmt: skip
+@click.option("--keep-overlay", metavar="FILE", type=PATH,
+              help="With --overlay: keep the changes as FILE, a new child of the image.")  # fmt: skip
+@click.option("--file", "as_file", is_flag=True,
+              help="Mount the disk, or the partition, as one file over the regular file MOUNTPOINT.")  # fmt: skip
+@click.option("--partition", metavar="N", type=click.IntRange(min=1), help="With --fs or --file: this partition.")
+@click.option("--fs", "file_system", is_flag=True,
+              help="Mount the file system in it: as root by the kernel, else by fuse2fs or ntfs-3g.")  # fmt: skip
+@click.option("--allow-other", is_flag=True, help="Other users may look, too.")
+@click.option("--foreground", is_flag=True, help="Stay until it is unmounted, or until Ctrl-C unmounts it.")
+@click.option("-o", "fstab", metavar="OPTIONS", multiple=True,
+              help="As in /etc/fstab: rw, ro, overlay, fs, partition=N, allow_other, allow_parent_dir=DIR...")  # fmt: skip
+@image_options()
+def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
+    """Mount IMAGE, a chain's leaf or a single image, at the empty folder MOUNTPOINT. Read-only, unless you say more.
+
+    \b
+    disk.raw                  the whole disk, as the chain reads
+    partitions/N.raw          each partition; by-label/, by-uuid/ and by-type/ are links to them
+    layers/K-NAME.raw         the disk as of each layer of the chain, the newest first: a journey in time
+    info.json                 what is what
+
+    With --fs the files in the disk's file system are at MOUNTPOINT instead. Returns when the mount can be used;
+    `vhdkit umount MOUNTPOINT` takes it away, whatever it consists of.
+
+    \b
+    With --json: {"mountpoint", "base", "image", "size_bytes", "writable", "file_system", "driver", "pid", "notes"}
+      base is the FUSE mount itself, driver what mounted the file system in it; null without --fs
+    """
+    wished = _Words(**words)
+    for text in fstab:
+        wished, common = _with_fstab(wished, common, text)
+    _check(wished)
+    _log(common, foreground=wished.foreground)
+    manner = Manner(
+        common.options,
+        read_only=not (wished.rw or wished.overlay),
+        overlay=wished.overlay,
+        keep_overlay=wished.keep_overlay,
+    )
+    wish = Wish(
+        wished.image, wished.mountpoint, manner, wished.as_file, wished.partition, wished.file_system,
+        wished.allow_other, wished.foreground,
+    )  # fmt: skip
+    mounted = mount(wish)
+    _tell(mounted, wish, common)
+    if wished.foreground:
+        _stay(mounted, common)
+
+
+def _check(words: _Words) -> None:
+    """Raise UsageError for options that exclude each other."""
+    if words.rw and words.overlay:
+        raise click.UsageError("either --rw or --overlay: they are two ways to write")
+    if words.keep_overlay is not None and not words.overlay:
+        raise click.UsageError("--keep-overlay is for --overlay")
+    if words.as_file and words.file_system:
+        raise click.UsageError("either --file or --fs: a file system is no file")
+    if words.partition is not None and not (words.as_file or words.file_system):
+        raise click.UsageError("--partition says which one --fs or --file is about; without them all are there")
+
+
+def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Common]:
+    """The command line with what an option string adds, as mount.fuse3 passes it on."""
+    flags = {"overlay": "overlay", "file": "as_file", "fs": "file_system", "allow_other": "allow_other",
+             "foreground": "foreground", "rw": "rw"}  # fmt: skip
+    for option in text.split(","):
+        name, sign, value = option.partition("=")
+        if name in flags and not sign:
+            words = replace(words, **{flags[name]: True})
+        elif name == "ro" and not sign:
+            words = replace(words, rw=False)
+        elif name == "partition" and value.isdecimal():
+            words = replace(words, partition=int(value))
+        elif name == "keep_overlay" and value:
+            words = replace(words, keep_overlay=value)
+        elif name == "allow_parent_dir" and value:
+            folders = (*common.options.parent_dirs, value)
+            common = replace(common, options=replace(common.options, parent_dirs=folders))
+        elif name == "allow_raw_parent" and not sign:
+            common = replace(common, options=replace(common.options, allow_raw_parent=True))
+        elif option and name not in _OF_MOUNT and not name.startswith(("x-", "X-", "comment")):
+            raise click.UsageError(f"-o {option!r} is no option of mount")
+    if words.overlay:
+        words = replace(words, rw=False)  # mount(8) says rw unless the line says ro
+    return words, common
+
+
+def _log(common: Common, *, foreground: bool) -> None:
+    """What the server has to say later: on standard error where it is still seen, else in the system's log."""
+    if foreground:
+        logging.basicConfig(
+            level=logging.INFO if common.verbose else logging.WARNING, format="vhdkit: %(message)s",
+            stream=sys.stderr, force=True,
+        )  # fmt: skip
+    elif exists(_SYSTEM_LOG):
+        with contextlib.suppress(OSError):
+            handler = logging.handlers.SysLogHandler(_SYSTEM_LOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+            handler.ident = f"vhdkit-mount[{os.getpid()}]: "
+            logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    else:
+        logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+
+
+def _tell(mounted: Mounted, wish: Wish, common: Common) -> None:
+    for text in mounted.notes:
+        note(common, text)
+    if common.json:
+        found = mounted.file_system
+        print_json(
+            {
+                "mountpoint": mounted.mountpoint,
+                "base": mounted.base,
+                "image": mounted.image,
+                "size_bytes": mounted.size_bytes,
+                "writable": mounted.writable,
+                "file_system": None if found is None else {"type": found.kind, "label": found.label},
+                "driver": mounted.driver,
+                "pid": mounted.child.pid,
+                "notes": list(mounted.notes),
+            }
+        )
+    elif not common.quiet:
+        overlay = wish.manner.overlay
+        kept = f", changes go to {wish.manner.keep_overlay}" if wish.manner.keep_overlay else ", changes are thrown away"
+        access = ("writable" + (kept if overlay else "")) if mounted.writable else "read-only"
+        what = f"{format_size(mounted.size_bytes)}, {access}"
+        if mounted.file_system is not None:
+            what = f"{mounted.file_system.kind} by {mounted.driver}, {access}"
+        print_text(printable(f"{wish.image} is at {wish.mountpoint}: {what}"))
+    sys.stdout.flush()
+
+
+def _stay(mounted: Mounted, common: Common) -> None:
+    """Until somebody unmounts it, or a signal says that we should."""
+    problem = None
+    try:
+        code = mounted.child.wait()
+    except Interrupted:
+        try:
+            problem = umount(mounted.mountpoint)
+        except vhdkit.ImageInUse as error:
+            note(common, f"{error.problem}: waiting for them")
+            umount(mounted.mountpoint, lazy=True)
+        code = mounted.child.wait()
+    else:
+        if code < 0 or mounted.base != mounted.mountpoint:
+            with contextlib.suppress(vhdkit.VhdkitError):  # what stands on it, and a mount without a server
+                umount(mounted.mountpoint)
+    if code < 0:
+        raise vhdkit.IoFailed(f"the server was killed by signal {-code}", path=mounted.image)
+    if code:
+        raise vhdkit.IoFailed(problem or f"the server failed (exit code {code})", path=mounted.image)
+
+
+@click.command("umount", short_help="Take a mount away.", epilog=epilog("vhdkit umount /mnt/disk"))
+@click.argument("mountpoint", type=PATH)
+@click.option("--lazy", is_flag=True, help="Do not wait for those who use it: it goes when the last is done.")
+@click.option("--json", "as_json", is_flag=True, help="An error is a JSON object, too.")
+@click.option("-q", "--quiet", is_flag=True, help="Accepted for scripts: it says nothing anyway.")
+@click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")
+def umount_command(mountpoint: str, lazy: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Take away what `vhdkit mount` put at MOUNTPOINT, with all that belongs to it, in the right order.
+
+    Returns when everything that was written is in the image, on the device, and the image is closed. It also takes away
+    what a killed server left.
+    """
+    problem = umount(mountpoint, lazy=lazy)
+    if problem is not None:
+        raise vhdkit.IoFailed(
+            f"it is unmounted, but when the image was closed: {problem}", path=mountpoint,
+            hint="what was written since the last flush may be lost",
+        )  # fmt: skip
+    if as_json:
+        print_json({"mountpoint": mountpoint})
+
+
+@click.command("mounts", short_help="What is mounted.", epilog=epilog("vhdkit mounts", "vhdkit mounts --json"))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; an error is a JSON object too.")
+@click.option("-q", "--quiet", is_flag=True, help="The mount points alone.")
+@click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")
+def mounts_command(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """List what is mounted by vhdkit, oldest first. A mount whose server is gone is `dead`: umount takes it away.
+
+    \b
+    With --json: {"mounts": [{"mountpoint", "base", "image", "writable", "driver", "loop", "pid"}]}
+      pid is null for a dead one
+    """
+    found = listed()
+    if as_json:
+        print_json({"mounts": [{name: getattr(one, name) for name in Listed.__slots__} for one in found]})
+    elif quiet:
+        for one in found:
+            click.echo(printable(one.mountpoint))
+    elif found:
+        rows = [["MOUNTPOINT", "IMAGE", "ACCESS", "FILE SYSTEM", "SERVER"], *(_row(one) for one in found)]
+        for line in columns(rows):
+            click.echo(line)
+    else:
+        click.echo("nothing is mounted")
+
+
+def _row(one: Listed) -> list[str]:
+    access = "read-write" if one.writable else "read-only"
+    driver = one.driver or "-"
+    if one.loop is not None:
+        driver += f" ({one.loop})"
+    server = "dead" if one.pid is None else str(one.pid)
+    return [quoted(one.mountpoint), quoted(one.image), access, driver, server]
+
+
+def mount_program() -> None:
+    """The program `vhdkit-mount IMAGE MOUNTPOINT -o OPTIONS`, as mount.fuse3 calls it for a line of /etc/fstab."""
+    from vhdkit.cli.main import main
+
+    main(["mount", *sys.argv[1:]])

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which driver mounts a file system, with which words. Pure: command lines out, nothing is run.
+
+Decides the order in which drivers are tried and the options that each gets. Root has the kernel's drivers first, on a
+loop device with direct I/O; everybody has the FUSE drivers. Images are not trusted: no set-user-id bits, no devices.
+
+A read-only mount of a file system that was not unmounted cannot replay its journal. It is tried as it should be first,
+and then as it stands, without the journal: `leaves_journal` says so, since what the journal holds is missing then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vhdkit.formats.filesystems import CONTAINERS, FileSystem
+
+_SAFE = "nosuid,nodev"
+_EXT = ("ext2", "ext3", "ext4")
+# The kernel's name where it is another.
+_KERNEL_NAMES = {"ntfs": "ntfs3"}
+_KERNEL = (*_EXT, "xfs", "btrfs", "ntfs", "exfat", "vfat", "squashfs", "iso9660")
+# Two layers of one disk have the same XFS id, and the kernel refuses the second without this.
+_KERNEL_OPTIONS = {"xfs": "nouuid"}
+_WITHOUT_JOURNAL = {"ext3": "noload", "ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+# FUSE drivers, and Debian's packages of them.
+_FUSE = {**dict.fromkeys(_EXT, "fuse2fs"), "ntfs": "ntfs-3g"}
+PACKAGES = {"fuse2fs": "fuse2fs", "ntfs-3g": "ntfs-3g"}
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One way to mount: `name` for people, the program with its words, whether the file is put on a loop device."""
+
+    name: str
+    words: tuple[str, ...]
+    needs_loop: bool
+    leaves_journal: bool = False
+
+    def command(self, source: str, target: str) -> list[str]:
+        """The command line."""
+        return [*self.words, source, target]
+
+
+def attempts(found: FileSystem, *, writable: bool, is_root: bool, allow_other: bool = False) -> Iterator[Attempt]:
+    """What is to be tried, in this order."""
+    access = "rw" if writable else "ro"
+    if is_root and found.kind in _KERNEL:
+        kind = _KERNEL_NAMES.get(found.kind, found.kind)
+        options = ",".join(filter(None, (access, _SAFE, _KERNEL_OPTIONS.get(found.kind))))
+        yield _by_kernel(kind, options)
+        if not writable and found.kind in _WITHOUT_JOURNAL:
+            yield _by_kernel(kind, f"{options},{_WITHOUT_JOURNAL[found.kind]}", leaves_journal=True)
+    driver = _FUSE.get(found.kind)
+    if driver is not None:
+        options = access + (",allow_other" if allow_other else "")
+        if driver == "fuse2fs" and not is_root:
+            options += ",fakeroot"  # the owners inside are other people: whoever mounts the image may read it
+        yield Attempt(driver, (driver, "-o", options), needs_loop=False)
+        if driver == "fuse2fs" and not writable:
+            yield Attempt(driver, (driver, "-o", f"{options},norecovery"), needs_loop=False, leaves_journal=True)
+
+
+def _by_kernel(kind: str, options: str, *, leaves_journal: bool = False) -> Attempt:
+    words = ("mount", "-i", "-t", kind, "-o", options)
+    return Attempt(f"the kernel's {kind}", words, needs_loop=True, leaves_journal=leaves_journal)
+
+
+def advice(found: FileSystem | None, *, is_root: bool, file: str) -> str:
+    """What a person can do when there is nothing that mounts it."""
+    if found is None:
+        return f"no file system is known there; `file -s {file}` may know more"
+    if found.kind in CONTAINERS:
+        return CONTAINERS[found.kind]
+    driver = _FUSE.get(found.kind)
+    ways = [] if is_root or found.kind not in _KERNEL else ["mount it as root"]
+    if driver is not None:
+        ways.append(f"install Debian's package {PACKAGES[driver]}")
+    if found.kind == "vfat":
+        ways.append("mount the disk without --fs and read the partition with mtools: `mdir -i FILE`, `mcopy -i FILE`")
+    return ", or ".join(ways) or f"this system's kernel has no driver for {found.kind}"

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mounting needs of the system: the kernel's tables and switches, programs, and a process for the server.
+
+Decides how each is asked for; what for is `mounting`'s. Opens no image: of files only those of /proc and /sys, which
+`store` is not made for. Foreign programs get an argument list, never a shell, and a clean standard input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vhdkit.errors import AccessDenied, IoFailed, NotFound
+from vhdkit.serve import mount_table as table
+from vhdkit.store import translated
+from vhdkit.units import KIB, MIB
+
+log = logging.getLogger(__name__)
+
+FUSE_DEVICE = "/dev/fuse"
+PROGRAM_SECONDS = 120.0  # replaying a journal may take a while
+_TOOL_FOLDERS = ("/usr/sbin", "/sbin")
+_PR_SET_IO_FLUSHER = 57
+_READ_AHEAD_KIB = MIB // KIB
+_CREDENTIALS = struct.Struct("3i")
+_MAX_TOLD = 64 * KIB  # of what a program says
+_READY = b"+"
+
+
+def read_text(path: str) -> str:
+    """A file of the kernel's; empty where there is none or none for us."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON document of ours; empty where there is none."""
+    try:
+        found = json.loads(read_text(path))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def mounts() -> list[table.Mount]:
+    """What is mounted, as this process sees it."""
+    return table.parse(read_text("/proc/self/mountinfo"))
+
+
+def loop_files() -> dict[str, str]:
+    """The file behind each loop device in use."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/sys/block"):
+            file = read_text(f"/sys/block/{name}/loop/backing_file").rstrip("\n")
+            if file:
+                found[f"/dev/{name}"] = file
+    return found
+
+
+def loop_is_direct(device: str) -> bool:
+    """True when a loop device goes past the page cache."""
+    return read_text(f"/sys/block/{os.path.basename(device)}/loop/dio").strip() == "1"
+
+
+def read_ahead(device: str) -> None:
+    """Let the kernel read further ahead than 128 KiB; only root may, and nothing depends on it."""
+    with contextlib.suppress(OSError), open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as file:
+        file.write(str(_READ_AHEAD_KIB))
+
+
+def is_root() -> bool:
+    """True when we may do what only root may."""
+    return os.geteuid() == 0
+
+
+def check_fuse() -> None:
+    """Raise NotFound or AccessDenied when this system, or this user, has no FUSE."""
+    try:
+        mode = os.stat(FUSE_DEVICE).st_mode
+    except OSError as error:
+        raise NotFound(
+            "is not there: this system cannot mount with FUSE", path=FUSE_DEVICE,
+            hint="load the kernel's module (modprobe fuse); in a container, pass the device in (--device /dev/fuse)",
+        ) from error  # fmt: skip
+    if not stat.S_ISCHR(mode):
+        raise NotFound("is no device: this system cannot mount with FUSE", path=FUSE_DEVICE)
+    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise AccessDenied(
+            "may not be opened by you", path=FUSE_DEVICE,
+            hint="it is usually open to everybody: have root run `chmod 666 /dev/fuse`, or mount as root",
+        )  # fmt: skip
+    if os.geteuid() != 0 and find_program("fusermount3") is None:
+        raise NotFound("fusermount3 is not installed, without which only root mounts", hint="install Debian's fuse3")
+
+
+def kind_of_place(path: str) -> str:
+    """What is at a mount point: "folder", "file", "other", "missing", or "dead", a mount whose server is gone."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return "dead"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return "missing"
+        with translated(path, "look at the mount point"):
+            raise
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def is_empty(folder: str) -> bool:
+    """True for a folder with nothing in it. Raises AccessDenied."""
+    with translated(folder, "look into the mount point"), os.scandir(folder) as entries:
+        return next(entries, None) is None
+
+
+def remove_folder(path: str) -> None:
+    """Remove an empty folder that we made."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+# -- programs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How a program ended, and what it said."""
+
+    code: int
+    text: str
+
+
+def find_program(name: str) -> str | None:
+    """Its path, also where an ordinary user's search path does not lead."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_TOOL_FOLDERS]))
+
+
+def run(command: Sequence[str]) -> Told:
+    """Run a program to its end. Raises NotFound, IoFailed."""
+    program = find_program(command[0])
+    if program is None:
+        raise NotFound(f"the program {command[0]} is not installed")
+    try:
+        # In a file, not a pipe: what a driver leaves running in the background would hold a pipe open.
+        with open(os.memfd_create("told"), "w+b") as told:
+            done = subprocess.run(
+                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=told, stderr=told, check=False,
+                timeout=PROGRAM_SECONDS, env={**os.environ, "LC_ALL": "C"},
+            )  # fmt: skip
+            told.seek(0)
+            said = told.read(_MAX_TOLD).decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError) as error:
+        raise IoFailed(f"cannot be run: {error}", path=program) from error
+    return Told(done.returncode, "; ".join(line.strip() for line in said.splitlines() if line.strip()))
+
+
+def users_of(mountpoint: str) -> list[str]:
+    """Who keeps a mount busy, as far as we may see: "bash (process 4711)"."""
+    found = []
+    below = mountpoint.rstrip("/") + "/"
+    for number in (name for name in os.listdir("/proc") if name.isdigit()):
+        for link in _links_of(number):
+            if link == mountpoint or link.startswith(below):
+                found.append(f"{read_text(f'/proc/{number}/comm').strip()} (process {number})")
+                break
+    return found
+
+
+def _links_of(number: str) -> Iterator[str]:
+    folder = f"/proc/{number}"
+    names = ["cwd", "root"]
+    with contextlib.suppress(OSError):
+        names += [f"fd/{name}" for name in os.listdir(f"{folder}/fd")]
+    for name in names:
+        with contextlib.suppress(OSError):
+            yield os.readlink(f"{folder}/{name}")
+
+
+# -- the server's process -----------------------------------------------------------------------------------------
+
+
+class Server:
+    """The process that answers a mount."""
+
+    def __init__(self, pid: int, sock: socket.socket | None = None) -> None:
+        self.pid = pid
+        self._sock = sock
+
+    def wait(self) -> str | None:
+        """Wait until it has ended; what went wrong when it closed the image, if anything did."""
+        if self._sock is None:
+            return None
+        told = bytearray()
+        with self._sock as sock, contextlib.suppress(OSError):
+            while piece := sock.recv(KIB):
+                told += piece
+        return told.decode("utf-8", "replace") or None
+
+    def close(self) -> None:
+        """Do not wait."""
+        if self._sock is not None:
+            self._sock.close()
+
+
+def find_server(mount: table.Mount) -> Server | None:
+    """The server of a mount of ours, or None when it is dead. To be asked while it is still mounted."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(table.server_address(mount.device))
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    except OSError:
+        sock.close()
+        return None
+    pid, user, _ = _CREDENTIALS.unpack(raw)
+    if mount.owner_id is not None and user != mount.owner_id:  # anybody could take such a name
+        sock.close()
+        return None
+    return Server(pid, sock)
+
+
+class Presence:
+    """The server's end: whoever connects sees when the process is gone, and is told what went wrong at the end.
+
+    Nobody is accepted before: no thread is needed, and a killed process ends the connections like any other.
+    """
+
+    def __init__(self) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def show(self, mountpoint: str) -> None:
+        """From now on we are found. Called while the kernel waits for us: the mount itself must not be touched."""
+        mount = table.top_at(mounts(), mountpoint)
+        with contextlib.suppress(OSError):  # then nobody can wait for us, no more
+            if mount is not None:
+                self._sock.bind(table.server_address(mount.device))
+                self._sock.listen()
+
+    def tell(self, problem: str) -> None:
+        """Tell all who wait."""
+        self._sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._sock.accept()
+                with client:
+                    client.sendall(problem.encode("utf-8", "replace"))
+
+
+@dataclass(slots=True)
+class Child:
+    """A process of ours that serves. `said` is what it, or libfuse, wrote before it was ready."""
+
+    pid: int
+    is_ready: bool
+    said: str
+
+    def wait(self) -> int:
+        """Its exit code."""
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+def start(body: Callable[[Callable[[], None]], int], *, talks: bool) -> Child:
+    """Run `body` in a process of its own, in the background; return when it called what it was given, or has ended.
+
+    The process stands alone: its own session, the root folder, no terminal. When it `talks`, what it writes to
+    standard error is seen even so, once it is ready.
+    """
+    ready_end, child_ready = os.pipe()
+    said_end, child_said = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(ready_end)
+            os.close(said_end)
+            code = _be_server(body, child_ready, child_said, talks)
+        finally:
+            os._exit(code)
+    os.close(child_ready)
+    os.close(child_said)
+    try:
+        is_ready = os.read(ready_end, 1) == _READY
+        said = b"" if is_ready else _rest(said_end)
+    finally:
+        os.close(ready_end)
+        os.close(said_end)
+    return Child(pid, is_ready, said.decode("utf-8", "replace"))
+
+
+def _rest(fd: int) -> bytes:
+    pieces = []
+    while piece := os.read(fd, MIB):
+        pieces.append(piece)
+    return b"".join(pieces)[:_MAX_TOLD]
+
+
+def _be_server(body: Callable[[Callable[[], None]], int], ready_fd: int, said_fd: int, talks: bool) -> int:
+    os.setsid()
+    os.chdir("/")
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)  # libfuse takes them then, and ends in order
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    stderr = os.dup(2) if talks else nothing
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    os.dup2(said_fd, 2)
+    os.close(said_fd)
+    # Memory that we need to answer a write is never had by writing to what we ourselves serve. Only root may say so.
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+    def ready() -> None:
+        os.dup2(stderr, 2)
+        os.write(ready_fd, _READY)
+        os.close(ready_fd)
+
+    return body(ready)
+
+
+def stop(pid: int) -> None:
+    """Ask a server to end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def pause() -> None:
+    """A moment, between two looks."""
+    time.sleep(0.05)
