@@ -66,7 +66,7 @@ class _Words:
 @click.argument("mountpoint", type=PATH)
 @click.option("--rw", is_flag=True, help="What is written there is written to the image.")
 @click.option("--overlay", is_flag=True,
-              help="One may write there, but the image stays as it is: changes are thrown away at the end.")  # fmt: skip
+              help="One may write there, but the image stays as it is: changes are thrown away.")  # fmt: skip
 @click.option("--keep-overlay", metavar="FILE", type=PATH,
               help="With --overlay: keep the changes as FILE, a new child of the image.")  # fmt: skip
 @click.option("--file", "as_file", is_flag=True,
@@ -77,7 +77,7 @@ class _Words:
 @click.option("--allow-other", is_flag=True, help="Other users may look, too.")
 @click.option("--foreground", is_flag=True, help="Stay until it is unmounted, or until Ctrl-C unmounts it.")
 @click.option("-o", "fstab", metavar="OPTIONS", multiple=True,
-              help="As in /etc/fstab: rw, ro, overlay, fs, partition=N, allow_other, allow_parent_dir=DIR...")  # fmt: skip
+              help="As in /etc/fstab: rw, ro, overlay, fs, partition=N, allow_other and more.")  # fmt: skip
 @image_options()
 def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
     """Mount IMAGE, a chain's leaf or a single image, at the empty folder MOUNTPOINT. Read-only, unless you say more.
@@ -135,7 +135,7 @@ def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Commo
     for option in text.split(","):
         name, sign, value = option.partition("=")
         if name in flags and not sign:
-            words = replace(words, **{flags[name]: True})
+            words = replace(words, **dict[str, Any]({flags[name]: True}))
         elif name == "ro" and not sign:
             words = replace(words, rw=False)
         elif name == "partition" and value.isdecimal():
@@ -190,7 +190,9 @@ def _tell(mounted: Mounted, wish: Wish, common: Common) -> None:
         )
     elif not common.quiet:
         overlay = wish.manner.overlay
-        kept = f", changes go to {wish.manner.keep_overlay}" if wish.manner.keep_overlay else ", changes are thrown away"
+        kept = (
+            f", changes go to {wish.manner.keep_overlay}" if wish.manner.keep_overlay else ", changes are thrown away"
+        )
         access = ("writable" + (kept if overlay else "")) if mounted.writable else "read-only"
         what = f"{format_size(mounted.size_bytes)}, {access}"
         if mounted.file_system is not None:
@@ -224,16 +226,18 @@ def _stay(mounted: Mounted, common: Common) -> None:
 @click.command("umount", short_help="Take a mount away.", epilog=epilog("vhdkit umount /mnt/disk"))
 @click.argument("mountpoint", type=PATH)
 @click.option("--lazy", is_flag=True, help="Do not wait for those who use it: it goes when the last is done.")
+@click.option("--force", is_flag=True,
+              help="As root, for a mount that hangs: all waiting ends with errors, the rest is lost.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="An error is a JSON object, too.")
 @click.option("-q", "--quiet", is_flag=True, help="Accepted for scripts: it says nothing anyway.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")
-def umount_command(mountpoint: str, lazy: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+def umount_command(mountpoint: str, lazy: bool, force: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Take away what `vhdkit mount` put at MOUNTPOINT, with all that belongs to it, in the right order.
 
-    Returns when everything that was written is in the image, on the device, and the image is closed. It also takes away
-    what a killed server left.
+    Returns when everything that was written is in the image, on the device, and the image is closed. It also takes
+    away what a killed server left.
     """
-    problem = umount(mountpoint, lazy=lazy)
+    problem = umount(mountpoint, lazy=lazy, force=force)
     if problem is not None:
         raise vhdkit.IoFailed(
             f"it is unmounted, but when the image was closed: {problem}", path=mountpoint,

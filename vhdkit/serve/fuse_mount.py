@@ -3,9 +3,9 @@
 
 Decides what the kernel may cache and how many threads serve. Must not know disks, nor what a mount looks like.
 
-mfusepy brings libfuse's structures in all their versions; its own callbacks copy every byte once more and wrap
-each call, so ours are put in their place: they read from the image straight into libfuse's buffer and write straight out of
-the request. What bounds the rate is then the way through the kernel, not Python.
+mfusepy brings libfuse's structures in all their versions; its own callbacks copy every byte once more and wrap each
+call, so ours are put in their place: they read from the image straight into libfuse's buffer and write straight out
+of the request. What bounds the rate is then the way through the kernel, not Python.
 
     kernel -> libfuse thread -> callback(addresses) -> Handle.read_into(memoryview of libfuse's buffer) -> kernel
 
@@ -77,9 +77,7 @@ def load() -> Any:
     try:
         import mfusepy
     except ImportError as error:
-        raise NotFound(
-            "the Python package mfusepy is not installed", hint="pip install 'vhdkit[fuse]'"
-        ) from error
+        raise NotFound("the Python package mfusepy is not installed", hint="pip install 'vhdkit[fuse]'") from error
     except OSError as error:
         raise NotFound(f"libfuse cannot be used: {error}", path=os.environ["FUSE_LIBRARY_PATH"]) from error
     if mfusepy.fuse_version_major != 3:  # pragma: no cover  (somebody set FUSE_LIBRARY_PATH)

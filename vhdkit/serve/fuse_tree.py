@@ -137,9 +137,7 @@ class Tree:
             size = len(node.content)
             return Attributes(stat.S_IFREG | _READ_BITS, size, round_up(size, PAGE_SIZE), 1, self._made_ns)
         bits = _READ_BITS | (_WRITE_BITS if node.writable else 0)
-        return Attributes(
-            stat.S_IFREG | bits, node.size_bytes, node.allocated_bytes(), 1, node.source.written_ns
-        )
+        return Attributes(stat.S_IFREG | bits, node.size_bytes, node.allocated_bytes(), 1, node.source.written_ns)
 
     def open(self, path: str, *, write: bool) -> Handle | Text:
         """An open file. Raises OSError (ENOENT, EISDIR, EACCES), and what opening a layer raises."""

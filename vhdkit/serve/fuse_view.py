@@ -114,7 +114,7 @@ class View:
         self._count_again = 0.0
 
     def open(self, *, write: bool) -> Handle:
-        """An open file. Raises PermissionError (EACCES) for writing where that is not to be, and what opening raises."""
+        """An open file. Raises PermissionError (EACCES) for writing to what is read-only, and what opening raises."""
         if write and not self.writable:
             raise PermissionError(errno.EACCES, "may only be read")
         return Handle(self, self.source.disk(), writable=write)

@@ -2,7 +2,8 @@
 """Which driver mounts a file system, with which words. Pure: command lines out, nothing is run.
 
 Decides the order in which drivers are tried and the options that each gets. Root has the kernel's drivers first, on a
-loop device with direct I/O; everybody has the FUSE drivers. Images are not trusted: no set-user-id bits, no devices.
+loop device with direct I/O, where that cannot come to a standstill (`mount_host.loop_writes_are_safe`); everybody has
+the FUSE drivers. Images are not trusted: no set-user-id bits, no devices.
 
 A read-only mount of a file system that was not unmounted cannot replay its journal. It is tried as it should be first,
 and then as it stands, without the journal: `leaves_journal` says so, since what the journal holds is missing then.
@@ -25,27 +26,34 @@ _KERNEL_OPTIONS = {"xfs": "nouuid"}
 _WITHOUT_JOURNAL = {"ext3": "noload", "ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 # FUSE drivers, and Debian's packages of them.
 _FUSE = {**dict.fromkeys(_EXT, "fuse2fs"), "ntfs": "ntfs-3g"}
+_SET_USER_ID = ("ntfs-3g",)
 PACKAGES = {"fuse2fs": "fuse2fs", "ntfs-3g": "ntfs-3g"}
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One way to mount: `name` for people, the program with its words, whether the file is put on a loop device."""
+    """One way to mount: `name` for people, the program with its words, whether the file is put on a loop device.
+
+    `runs_as_root`: it is a set-user-id program.
+    """
 
     name: str
     words: tuple[str, ...]
     needs_loop: bool
     leaves_journal: bool = False
+    runs_as_root: bool = False
 
     def command(self, source: str, target: str) -> list[str]:
         """The command line."""
         return [*self.words, source, target]
 
 
-def attempts(found: FileSystem, *, writable: bool, is_root: bool, allow_other: bool = False) -> Iterator[Attempt]:
+def attempts(
+    found: FileSystem, *, writable: bool, is_root: bool, allow_other: bool = False, safe_loop: bool = True
+) -> Iterator[Attempt]:
     """What is to be tried, in this order."""
     access = "rw" if writable else "ro"
-    if is_root and found.kind in _KERNEL:
+    if is_root and found.kind in _KERNEL and (safe_loop or not writable):
         kind = _KERNEL_NAMES.get(found.kind, found.kind)
         options = ",".join(filter(None, (access, _SAFE, _KERNEL_OPTIONS.get(found.kind))))
         yield _by_kernel(kind, options)
@@ -56,7 +64,7 @@ def attempts(found: FileSystem, *, writable: bool, is_root: bool, allow_other: b
         options = access + (",allow_other" if allow_other else "")
         if driver == "fuse2fs" and not is_root:
             options += ",fakeroot"  # the owners inside are other people: whoever mounts the image may read it
-        yield Attempt(driver, (driver, "-o", options), needs_loop=False)
+        yield Attempt(driver, (driver, "-o", options), needs_loop=False, runs_as_root=driver in _SET_USER_ID)
         if driver == "fuse2fs" and not writable:
             yield Attempt(driver, (driver, "-o", f"{options},norecovery"), needs_loop=False, leaves_journal=True)
 

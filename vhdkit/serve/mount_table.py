@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernel says is mounted, and which of it is ours. Pure.
 
-Decides how a mount of vhdkit is known, from nothing but the kernel's own tables: nothing has to be written down, and so
-nothing can be out of date after a crash. Must not read files.
+Decides how a mount of vhdkit is known, from nothing but the kernel's own tables: nothing has to be written down, and
+so nothing can be out of date after a crash. Must not read files.
 
 A mount of ours has the type `fuse.vhdkit`, and the image as its source. A file system in it is mounted from a loop
 device over one of its files, or by a FUSE driver that names one as its source.
@@ -108,6 +108,12 @@ def stack_at(found: Sequence[Stack], path: str) -> Stack | None:
 
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def driver_name(mount: Mount) -> str:
+    """What mounted a file system, as far as the table tells: ntfs-3g gives FUSE no name of its own."""
+    names = {"fuse": "ntfs-3g", "fuseblk": "ntfs-3g", "fuse.ext4": "fuse2fs"}
+    return names.get(mount.file_system, mount.file_system)
 
 
 def option_text(options: Mapping[str, str | bool]) -> str:

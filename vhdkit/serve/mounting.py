@@ -2,15 +2,16 @@
 """Mounting and unmounting: in which order things are put on one another, and taken off again.
 
 Decides what is refused before anything is opened, that a mount is usable when `mount` returns, and that whatever fails
-leaves nothing behind. Must not know libfuse (`fuse_mount`), how the kernel is asked (`mount_host`), nor drivers' words.
+leaves nothing behind. Must not know libfuse (`fuse_mount`), how the kernel is asked (`mount_host`), nor drivers' words
+(`mount_drivers`).
 
     image -> server process -> FUSE mount                              a folder, or one file
                                    -> loop device -> file system       --fs as root: direct I/O
                                    -> FUSE driver -> file system       --fs otherwise
 
 Unmounting goes the other way: file system, loop device, FUSE mount; then it waits for the server, which flushes and
-closes the image last. What is mounted is read from the kernel's tables, so a mount whose server was killed is found and
-taken away like any other.
+closes the image last. What is mounted is read from the kernel's tables, so a mount whose server was killed is found
+and taken away like any other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
 
 log = logging.getLogger(__name__)
 
+_WITHOUT_JOURNAL = (
+    "the file system was not unmounted: it is shown as it stands, without what its journal holds (--overlay has the"
+    " journal replayed, and throws that away at the end)"
+)
 _BUSY_SECONDS = 120.0  # a FUSE driver may still be writing after its mount is gone
 
 
@@ -92,17 +97,27 @@ def mount(wish: Wish) -> Mounted:
             undo.callback(folder.close)
             base = folder.path
         tree = _tree(wish, model, mountpoint)
-        child = _start(wish, export, tree, base)
+        plan = _plan(wish, found, model.writable) if found is not None else []
+        child = _start(wish, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
         if host_device := _device(base):
             host.read_ahead(host_device)
-        driver, notes = None, ()
+        driver: str | None = None
+        notes: tuple[str, ...] = ()
         if found is not None:
             undo.callback(_take_down, base)
-            driver, notes = _mount_inside(wish, found, _file_of(wish, base), mountpoint, export)
+            driver, notes = _mount_inside(plan, found, _file_of(wish, base), mountpoint, export)
         undo.pop_all()
     _let_go(export)
     return Mounted(
-        mountpoint, base, os.path.abspath(export.image_path), tree.size_bytes, model.writable, child, driver, found, notes
+        mountpoint,
+        base,
+        os.path.abspath(export.image_path),
+        tree.size_bytes,
+        model.writable,
+        child,
+        driver,
+        found,
+        notes,
     )
 
 
@@ -148,13 +163,31 @@ def _wanted_file_system(wish: Wish, model: Model) -> FileSystem:
         )
     else:
         found, file = model.whole, DISK_NAME
-    is_root = host.is_root()
-    if found is not None and any(drivers.attempts(found, writable=False, is_root=is_root)):
+    if found is not None and any(drivers.attempts(found, writable=False, is_root=host.is_root())):
         return found
     what = "no file system that vhdkit knows" if found is None else f"{found.kind}, which cannot be mounted here"
     raise errors.UnsupportedFormat(
-        f"{file} holds {what}", path=path, hint=drivers.advice(found, is_root=is_root, file=file)
+        f"{file} holds {what}", path=path, hint=drivers.advice(found, is_root=host.is_root(), file=file)
     )
+
+
+def _plan(wish: Wish, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
+    """The drivers that are here, in the order in which they are tried. Raises UnsupportedFormat when none is."""
+    is_root, safe_loop = host.is_root(), host.loop_writes_are_safe()
+    possible = list(
+        drivers.attempts(found, writable=writable, is_root=is_root, allow_other=wish.allow_other, safe_loop=safe_loop)
+    )
+    here = [one for one in possible if host.find_program(one.words[0]) is not None]
+    if here:
+        return here
+    if not possible:
+        hint = (
+            "the memory of this process is limited in a way (cgroup version 1) in which the kernel's driver could wait"
+            " for itself: mount outside of that limit, with CAP_SYS_RESOURCE, or read-only"
+        )
+    else:
+        hint = drivers.advice(found, is_root=is_root, file=DISK_NAME)
+    raise errors.UnsupportedFormat(f"no driver for its {found.kind} is here", path=wish.image, hint=hint)
 
 
 def _tree(wish: Wish, model: Model, mountpoint: str) -> Tree:
@@ -190,20 +223,21 @@ def _remove_quietly(path: str) -> None:
         remove_file(path)
 
 
-def _start(wish: Wish, export: ImageExport, tree: Tree, base: str) -> host.Child:
+def _start(wish: Wish, export: ImageExport, tree: Tree, base: str, *, root_needed: bool) -> host.Child:
+    others = wish.allow_other or (root_needed and not host.is_root())  # the base is in a folder of our own then
     options = table.option_text(
         {
             "fsname": os.path.abspath(export.image_path),
             "subtype": table.OUR_TYPE.partition(".")[2],
             "ro": not tree.is_writable,
             "default_permissions": True,
-            "allow_other": wish.allow_other,
+            "allow_other": others,
         }
     )
     child = host.start(lambda ready: _serve(export, tree, base, options, ready), talks=wish.stays)
     if not child.is_ready:
         child.wait()
-        raise _refused(child.said, base)
+        raise _refused(child.said, base, others_wanted=wish.allow_other)
     return child
 
 
@@ -225,13 +259,15 @@ def _serve(export: ImageExport, tree: Tree, base: str, options: str, ready: Call
     return code
 
 
-def _refused(said: str, mountpoint: str) -> errors.VhdkitError:
+def _refused(said: str, mountpoint: str, *, others_wanted: bool) -> errors.VhdkitError:
     """Why libfuse did not mount, by what it said."""
     words = " ".join(line.strip() for line in said.splitlines() if "max threads" not in line)
     if "allow_other" in words or "allow_root" in words:
+        what = "others may" if others_wanted else "the driver of this file system runs as root, which may"
+        otherwise = ", or leave out --allow-other" if others_wanted else ", or mount as root"
         return errors.AccessDenied(
-            "others may be let in by root only", path=mountpoint,
-            hint="have root write the line user_allow_other into /etc/fuse.conf, or leave out --allow-other",
+            f"{what} not be let in by an ordinary user here", path=mountpoint,
+            hint=f"have root write the line user_allow_other into /etc/fuse.conf{otherwise}",
         )  # fmt: skip
     if "Permission denied" in words or "not permitted" in words or "no write access" in words:
         hint = "an ordinary user mounts on folders that are his own"
@@ -243,28 +279,17 @@ def _refused(said: str, mountpoint: str) -> errors.VhdkitError:
 
 
 def _mount_inside(
-    wish: Wish, found: FileSystem, file: str, mountpoint: str, export: ImageExport
+    plan: list[drivers.Attempt], found: FileSystem, file: str, mountpoint: str, export: ImageExport
 ) -> tuple[str, tuple[str, ...]]:
     """Mount the file system in `file`; (the driver's name, what the user should know). Raises UnsupportedFormat."""
-    writable, is_root = export.disk.writable, host.is_root()
-    said = []
-    missing = True
-    for attempt in drivers.attempts(found, writable=writable, is_root=is_root, allow_other=wish.allow_other):
-        if host.find_program(attempt.words[0]) is None:
-            said.append(f"{attempt.name} is not installed")
-            continue
-        missing = False
-        told = _try(attempt, file, mountpoint, writable)
+    said, unknown = [], True
+    for attempt in plan:
+        told = _try(attempt, file, mountpoint, export.disk.writable)
         if told is None:
-            notes = []
-            if attempt.leaves_journal:
-                notes.append(
-                    "the file system was not unmounted: it is shown as it stands, without what its journal holds"
-                    " (--overlay has the journal replayed, and throws that away at the end)"
-                )
-            return attempt.name, tuple(notes)
+            return attempt.name, (_WITHOUT_JOURNAL,) if attempt.leaves_journal else ()
         said.append(f"{attempt.name}: {told}")
-    hint = drivers.advice(found, is_root=is_root, file=file) if missing else None
+        unknown = unknown and "unknown filesystem type" in told
+    hint = drivers.advice(found, is_root=host.is_root(), file=file) if unknown else None
     raise errors.UnsupportedFormat(
         f"its {found.kind} cannot be mounted: {'; '.join(dict.fromkeys(said))}", path=export.image_path, hint=hint
     )
@@ -274,7 +299,9 @@ def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -
     """One attempt: None when it is mounted, else why it is not; nothing is left then."""
     source = file
     if attempt.needs_loop:
-        told = host.run(["losetup", "--find", "--show", "--direct-io=on", *([] if writable else ["--read-only"]), file])
+        told = host.run(
+            ["losetup", "--find", "--show", "--direct-io=on", *([] if writable else ["--read-only"]), file]
+        )
         if told.code != 0:
             return told.text or "no loop device"
         source = told.text
@@ -288,7 +315,8 @@ def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -
             host.run(["losetup", "--detach", source])  # it stays for as long as it is mounted
     if told.code == 0 and table.top_at(host.mounts(), mountpoint) is not None:
         return None
-    return told.text.removeprefix(f"mount: {mountpoint}: ") or f"exit code {told.code}"
+    text = told.text.removeprefix(f"mount: {mountpoint}: ").partition("; dmesg(1)")[0]
+    return text.rstrip(".") or f"exit code {told.code}"
 
 
 # -- unmounting ---------------------------------------------------------------------------------------------------
@@ -299,11 +327,13 @@ def found_stacks() -> list[table.Stack]:
     return list(table.stacks(host.mounts(), host.loop_files()))
 
 
-def umount(path: str, *, lazy: bool = False) -> str | None:
+def umount(path: str, *, lazy: bool = False, force: bool = False) -> str | None:
     """Take away a mount of ours with all that stands on it, and wait until the image is closed.
 
     `lazy`: at once, whoever uses it; the image is closed when the last of them is done, which is not waited for.
-    Returns what went wrong when the image was closed, if anything did. Raises NotFound, ImageInUse, AccessDenied, IoFailed.
+    `force` (root): whoever waits for it gets an error, and what was not flushed is lost; for a server that hangs.
+    Returns what went wrong when the image was closed, if anything did.
+    Raises NotFound, InvalidArgument, ImageInUse, AccessDenied, IoFailed.
     """
     real = _real_mountpoint(path)
     found = found_stacks()
@@ -311,10 +341,14 @@ def umount(path: str, *, lazy: bool = False) -> str | None:
     if stack is None:
         raise _not_ours(path, real)
     server = host.find_server(stack.base)
+    lazy = lazy or force
+    if force:  # ends all waiting; whether it unmounts, too, is of no matter
+        host.run(["umount", "-i", "-f", stack.base.mountpoint])
     try:
         for mounted, _ in reversed(stack.inside):
             _umount_one(mounted.mountpoint, lazy=lazy)
-        _umount_base(stack, patient=stack.base.mountpoint != real, lazy=lazy)
+        if not force or table.top_at(host.mounts(), stack.base.mountpoint) is not None:
+            _umount_base(stack, patient=stack.base.mountpoint != real, lazy=lazy)
     except BaseException:
         if server is not None:
             server.close()
@@ -422,7 +456,8 @@ def listed() -> list[Listed]:
         if not stack.inside:
             found.append(Listed(base.mountpoint, base.mountpoint, base.source, base.is_writable, None, None, pid))
         for one, loop in stack.inside:
+            writable = base.is_writable and one.is_writable
             found.append(
-                Listed(one.mountpoint, base.mountpoint, base.source, one.is_writable, one.file_system, loop, pid)
+                Listed(one.mountpoint, base.mountpoint, base.source, writable, table.driver_name(one), loop, pid)
             )
     return found
