@@ -157,3 +157,9 @@ for _verb in (
     dump_command,
 ):
     main.add_command(_verb)
+
+
+def mount_program() -> NoReturn:
+    """The program `vhdkit-mount IMAGE MOUNTPOINT -o OPTIONS`, as mount.fuse3 calls it for a line of /etc/fstab."""
+    main(["mount", *sys.argv[1:]])
+    raise AssertionError("it exits")

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 import vhdkit
+from vhdkit.cli.background import start
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.failure import Interrupted
 from vhdkit.cli.output import columns, note, print_json, print_text
@@ -110,7 +111,7 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
         wished.image, wished.mountpoint, manner, wished.as_file, wished.partition, wished.file_system,
         wished.allow_other, wished.foreground,
     )  # fmt: skip
-    mounted = mount(wish)
+    mounted = mount(wish, lambda body, talks: start(body, talks=talks))
     _tell(mounted, wish, common)
     if wished.foreground:
         _stay(mounted, common)
@@ -279,10 +280,3 @@ def _row(one: Listed) -> list[str]:
         driver += f" ({one.loop})"
     server = "dead" if one.pid is None else str(one.pid)
     return [quoted(one.mountpoint), quoted(one.image), access, driver, server]
-
-
-def mount_program() -> None:
-    """The program `vhdkit-mount IMAGE MOUNTPOINT -o OPTIONS`, as mount.fuse3 calls it for a line of /etc/fstab."""
-    from vhdkit.cli.main import main
-
-    main(["mount", *sys.argv[1:]])

@@ -37,6 +37,7 @@ from vhdkit.units import PAGE_SIZE, round_up
 
 DISK_NAME, PARTITIONS, LAYERS, INFO_NAME = "disk.raw", "partitions", "layers", "info.json"
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+_LINK_BITS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 _READ_BITS, _WRITE_BITS, _FOLDER_BITS = 0o444, 0o200, 0o555
 
 
@@ -132,7 +133,7 @@ class Tree:
             return Attributes(stat.S_IFDIR | _FOLDER_BITS, 0, 0, 2 + folders, self._made_ns)
         if isinstance(node, Link):
             size = len(os.fsencode(node.target))
-            return Attributes(stat.S_IFLNK | 0o777, size, 0, 1, self._made_ns)
+            return Attributes(stat.S_IFLNK | _LINK_BITS, size, 0, 1, self._made_ns)
         if isinstance(node, Text):
             size = len(node.content)
             return Attributes(stat.S_IFREG | _READ_BITS, size, round_up(size, PAGE_SIZE), 1, self._made_ns)

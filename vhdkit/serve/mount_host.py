@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mounting needs of the system: the kernel's tables and switches, programs, and a process for the server.
+"""What mounting needs of the system: the kernel's tables and switches, programs, and how a server is found.
 
-Decides how each is asked for; what for is `mounting`'s. Opens no image: of files only those of /proc and /sys, which
-`store` is not made for. Foreign programs get an argument list, never a shell, and a clean standard input.
+Decides how each is asked for; what for is `mounting`'s, and starting a process is the command line's. Opens no image: of
+files only those of /proc and /sys, which `store` is not made for. Foreign programs get an argument list, never a shell,
+and a clean standard input.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ import json
 import logging
 import os
 import shutil
-import signal
 import socket
 import stat
 import struct
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,6 @@ _READ_AHEAD_KIB = MIB // KIB
 _CREDENTIALS = struct.Struct("3i")
 _MAX_TOLD = 64 * KIB  # of what a program says
 _MAX_LINES = 2  # some programs go on with their manual
-_READY = b"+"
 
 
 def read_text(path: str) -> str:
@@ -319,69 +317,9 @@ class Child:
         return os.waitstatus_to_exitcode(status)
 
 
-def start(body: Callable[[Callable[[], None]], int], *, talks: bool) -> Child:
-    """Run `body` in a process of its own, in the background; return when it called what it was given, or has ended.
-
-    The process stands alone: its own session, the root folder, no terminal. When it `talks`, what it writes to
-    standard error is seen even so, once it is ready.
-    """
-    ready_end, child_ready = os.pipe()
-    said_end, child_said = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.close(ready_end)
-            os.close(said_end)
-            code = _be_server(body, child_ready, child_said, talks)
-        finally:
-            os._exit(code)
-    os.close(child_ready)
-    os.close(child_said)
-    try:
-        is_ready = os.read(ready_end, 1) == _READY
-        said = b"" if is_ready else _rest(said_end)
-    finally:
-        os.close(ready_end)
-        os.close(said_end)
-    return Child(pid, is_ready, said.decode("utf-8", "replace"))
-
-
-def _rest(fd: int) -> bytes:
-    pieces = []
-    while piece := os.read(fd, MIB):
-        pieces.append(piece)
-    return b"".join(pieces)[:_MAX_TOLD]
-
-
-def _be_server(body: Callable[[Callable[[], None]], int], ready_fd: int, said_fd: int, talks: bool) -> int:
-    os.setsid()
-    os.chdir("/")
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, signal.SIG_DFL)  # libfuse takes them then, and ends in order
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    stderr = os.dup(2) if talks else nothing
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
-    os.dup2(said_fd, 2)
-    os.close(said_fd)
-    # Memory that we need to answer a write is never had by waiting for that write. See `loop_writes_are_safe`.
+def become_flusher() -> None:
+    """Say that this process writes for others, where we may: see `loop_writes_are_safe`. Its threads inherit it."""
     ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
-
-    def ready() -> None:
-        os.dup2(stderr, 2)
-        os.write(ready_fd, _READY)
-        os.close(ready_fd)
-
-    return body(ready)
-
-
-def stop(pid: int) -> None:
-    """Ask a server to end."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
 
 
 def pause() -> None:

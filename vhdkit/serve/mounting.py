@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from vhdkit import errors
 from vhdkit.folder import PrivateFolder, real_path, remove_file
@@ -35,6 +35,9 @@ from vhdkit.serve.fuse_tree import DISK_NAME, INFO_NAME, PARTITIONS, Model, Tree
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
 
 log = logging.getLogger(__name__)
+
+# Runs what it is given in a process of its own, and returns when that is ready or has ended: (body, whether it talks).
+Start: TypeAlias = Callable[[Callable[[Callable[[], None]], int], bool], host.Child]
 
 _WITHOUT_JOURNAL = (
     "the file system was not unmounted: it is shown as it stands, without what its journal holds (--overlay has the"
@@ -75,8 +78,8 @@ class Mounted:
     notes: tuple[str, ...] = ()
 
 
-def mount(wish: Wish) -> Mounted:
-    """Mount an image; returns when it can be used.
+def mount(wish: Wish, start: Start) -> Mounted:
+    """Mount an image; returns when it can be used. `start` makes the server's process.
 
     Raises what opening the image raises, InvalidArgument, NotFound, AccessDenied, AlreadyExists (something is mounted
     there), UnsupportedFormat (no file system, or no driver for it), IoFailed.
@@ -98,7 +101,7 @@ def mount(wish: Wish) -> Mounted:
             base = folder.path
         tree = _tree(wish, model, mountpoint)
         plan = _plan(wish, found, model.writable) if found is not None else []
-        child = _start(wish, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
+        child = _start(start, wish, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
         if host_device := _device(base):
             host.read_ahead(host_device)
         driver: str | None = None
@@ -223,7 +226,7 @@ def _remove_quietly(path: str) -> None:
         remove_file(path)
 
 
-def _start(wish: Wish, export: ImageExport, tree: Tree, base: str, *, root_needed: bool) -> host.Child:
+def _start(start: Start, wish: Wish, export: ImageExport, tree: Tree, base: str, *, root_needed: bool) -> host.Child:
     others = wish.allow_other or (root_needed and not host.is_root())  # the base is in a folder of our own then
     options = table.option_text(
         {
@@ -234,7 +237,7 @@ def _start(wish: Wish, export: ImageExport, tree: Tree, base: str, *, root_neede
             "allow_other": others,
         }
     )
-    child = host.start(lambda ready: _serve(export, tree, base, options, ready), talks=wish.stays)
+    child = start(lambda ready: _serve(export, tree, base, options, ready), wish.stays)
     if not child.is_ready:
         child.wait()
         raise _refused(child.said, base, others_wanted=wish.allow_other)

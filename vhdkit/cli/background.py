@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of our own that goes on when the command has returned.
+
+Decides how it is cut off from the terminal, and how the command learns that it is ready, or why it is not. Must not
+know what it does. The command has one thread, and the new process is a copy of it: what is open stays open.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeAlias
+
+from vhdkit.serve.mount_host import Child, become_flusher
+from vhdkit.units import KIB
+
+Body: TypeAlias = Callable[[Callable[[], None]], int]  # gets what it calls when it is ready; returns an exit code
+
+_MAX_SAID_BYTES = 64 * KIB
+_READY = b"+"
+
+
+def start(body: Body, *, talks: bool) -> Child:
+    """Run `body` in a process of its own; return when it called what it was given, or has ended.
+
+    The process stands alone: its own session, the root folder, no terminal. When it `talks`, what it writes to
+    standard error is seen even so, once it is ready.
+    """
+    ready_end, child_ready = os.pipe()
+    said_end, child_said = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(ready_end)
+        os.close(said_end)
+        _serve(body, child_ready, child_said, talks)
+    os.close(child_ready)
+    os.close(child_said)
+    try:
+        is_ready = os.read(ready_end, 1) == _READY
+        said = b"" if is_ready else _rest(said_end)
+    finally:
+        os.close(ready_end)
+        os.close(said_end)
+    return Child(pid, is_ready, said.decode("utf-8", "replace"))
+
+
+def _rest(fd: int) -> bytes:
+    pieces = []
+    while piece := os.read(fd, _MAX_SAID_BYTES):
+        pieces.append(piece)
+    return b"".join(pieces)[:_MAX_SAID_BYTES]
+
+
+def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:
+    """The new process, from its beginning to its end."""
+    code = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(one, signal.SIG_DFL)  # libfuse takes them then, and ends in order
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stderr = os.dup(2) if talks else nothing
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+        os.dup2(said_fd, 2)
+        os.close(said_fd)
+        become_flusher()
+
+        def ready() -> None:
+            os.dup2(stderr, 2)
+            os.write(ready_fd, _READY)
+            os.close(ready_fd)
+
+        code = body(ready)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(code)  # nothing of the command's own end: its buffers, its exit code
