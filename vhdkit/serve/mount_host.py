@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mounting needs of the system: the kernel's tables and switches, programs, and how a server is found.
 
-Decides how each is asked for; what for is `mounting`'s, and starting a process is the command line's. Opens no image: of
-files only those of /proc and /sys, which `store` is not made for. Foreign programs get an argument list, never a shell,
-and a clean standard input.
+Decides how each is asked for; what for is `mounting`'s, and starting a process is the command line's. Opens no image:
+of files only those of /proc and /sys, which `store` is not made for. Foreign programs get an argument list, never a
+shell, and a clean standard input.
 """
 
 from __future__ import annotations

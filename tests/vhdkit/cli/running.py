@@ -20,7 +20,7 @@ from vhdkit.cli.main import main
 MIB = 1 << 20
 VERBS = (
     "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase",
-    "relocate", "compact", "resize", "gc", "serve", "dump",
+    "relocate", "compact", "resize", "gc", "serve", "mount", "umount", "mounts", "dump",
 )  # fmt: skip
 COMMAND = (sys.executable, "-m", "vhdkit")
 

@@ -159,3 +159,20 @@ def test_tables_of_sfdisk(tmp_path: Path, label: str) -> None:
     table = read_partitions(lambda offset, size: raw[offset : offset + size], len(raw))
     assert table is not None
     assert {one.number: one.offset_bytes // SECTOR for one in table.partitions} == starts
+
+
+def test_types_and_ids_as_people_know_them() -> None:
+    """The type in words, the extended one by its type, and the id that Linux calls PARTUUID."""
+    raw = bytearray(mbr((0x83, 2048, 64), (0x0F, 4096, 64), (0x42, 8192, 64)))
+    raw[440:444] = bytes.fromhex("efbeadde")
+    table = table_of(disk(raw=bytes(raw)))
+    assert table is not None
+    assert [one.kind_name for one in table.partitions] == ["Linux", "Extended", "0x42"]
+    assert [one.is_extended for one in table.partitions] == [False, True, False]
+    assert [one.unique_id for one in table.partitions] == ["deadbeef-01", "deadbeef-02", "deadbeef-03"]
+    store = disk()
+    write_gpt(store, 16 * MIB, (2048, 4095, "one"))
+    table = table_of(store)
+    assert table is not None
+    assert table.partitions[0].kind_name == "Linux filesystem"
+    assert table.partitions[0].unique_id == str(uuid.UUID(bytes_le=b"u" * 16))

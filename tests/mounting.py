@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real mounts for tests: what they need, and that none is left behind, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support import ROOT, in_ci, not_available, require_module, require_tool
+
+COMMAND = (sys.executable, "-m", "vhdkit")
+SECONDS = 60.0
+
+
+def require_fuse() -> None:
+    """FUSE mounts must be possible, or the test ends."""
+    require_module("mfusepy")
+    require_tool("fusermount3")
+    try:
+        is_device = stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
+    except OSError:
+        is_device = False
+    if not is_device or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        not_available("needs /dev/fuse, open to us")
+
+
+def require_root() -> None:
+    """Root, or the end of the test: where it is not even in CI, an ordinary user is meant."""
+    if os.geteuid() != 0:
+        not_available("needs root")
+
+
+def require_loop() -> None:
+    """Loop devices, which root has."""
+    require_root()
+    require_tool("losetup")
+    if not os.path.exists("/dev/loop-control"):
+        not_available("needs loop devices")
+
+
+def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command as a process of its own, which must end with this code within a minute."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=SECONDS, check=False, env=environment,
+        **options,
+    )  # fmt: skip
+    assert done.returncode == code, (words, done.stdout, done.stderr)
+    return done
+
+
+@contextlib.contextmanager
+def mounted(image: Path, mountpoint: Path, *words: str | Path) -> Iterator[Path]:
+    """`vhdkit mount`, and in the end `vhdkit umount`, which must succeed."""
+    if not mountpoint.exists():
+        mountpoint.mkdir()
+    with cleaned(mountpoint):
+        vhdkit("mount", image, mountpoint, *words)
+        yield mountpoint
+        vhdkit("umount", mountpoint)
+        assert not is_mounted(mountpoint)
+
+
+@contextlib.contextmanager
+def cleaned(mountpoint: Path) -> Iterator[None]:
+    """Whatever is left at the mount point in the end is taken away by force."""
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + SECONDS
+        while is_mounted(mountpoint) and time.monotonic() < deadline:
+            subprocess.run(
+                [*COMMAND, "umount", "--force" if os.geteuid() == 0 else "--lazy", str(mountpoint)], check=False,
+                capture_output=True, timeout=SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+
+
+def is_mounted(path: Path) -> bool:
+    """Without looking at the mount itself, whose server may be dead."""
+    wanted = str(path).replace(" ", "\\040")
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.split(" ")[4] == wanted for line in lines)
+
+
+def kill(pid: int) -> None:
+    """kill -9, and wait until the process is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + SECONDS
+    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        time.sleep(0.01)
+
+
+def can_mount_kernel(kind: str) -> bool:
+    """True when the kernel has this file system; in CI it must."""
+    found = f"\t{kind}\n" in Path("/proc/filesystems").read_text()
+    if not found and in_ci():
+        not_available(f"needs a kernel with {kind}")
+    return found
