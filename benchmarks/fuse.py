@@ -3,8 +3,8 @@
 
 Every measurement is a fresh mount and one run of fio; all contestants follow one another in each round, and ratios are
 taken round by round, so that a machine whose speed drifts is unfair to none. The image is in memory (its pages are
-warm), the kernel has nothing of the mounted file yet. Two ways to read: as programs do, through the kernel's page cache and
-with its read-ahead, and with O_DIRECT, where each request reaches the server.
+warm), the kernel has nothing of the mounted file yet. Two ways to read: as programs do, through the kernel's page
+cache and with its read-ahead, and with O_DIRECT, where each request reaches the server.
 
     script/bench fuse -- --rounds 5 --seconds 3
     script/bench fuse -- --rounds 1 --seconds 0.5 --size 128     a look
@@ -187,8 +187,8 @@ def contestants() -> list[Contestant]:
 def rate(file: Path, load: Load, seconds: float, size: int, folder: Path) -> float:
     """Requests a second, of one run of fio."""
     command = [
-        "fio", "--name=load", f"--filename={file}", "--ioengine=psync", f"--rw={load.mode}", f"--bs={load.block_bytes}",
-        f"--direct={int(load.direct)}", f"--size={size}", "--time_based", f"--runtime={seconds}",
+        "fio", "--name=load", f"--filename={file}", "--ioengine=psync", f"--rw={load.mode}",
+        f"--bs={load.block_bytes}", f"--direct={int(load.direct)}", f"--size={size}", "--time_based", f"--runtime={seconds}",
         f"--ramp_time={seconds * RAMP:.2f}", "--randrepeat=0", "--norandommap", "--output-format=json",
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 120, cwd=folder)

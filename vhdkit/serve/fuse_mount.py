@@ -37,6 +37,7 @@ FOREVER_SECONDS = 86400.0  # names and attributes that cannot change
 _LIBRARIES = ("libfuse3.so.3", "libfuse3.so.4")
 _MAX_THREADS_SINCE = 12  # libfuse 3.12 has the option
 _SPLICE_BITS = sum(1 << bit for bit in (7, 8, 9))  # through a pipe: slower than one read into the reply, measured
+_TRUNCATE_BIT = 1 << 3  # O_TRUNC as a part of open, which the kernel takes for done: we refuse it, so it has to ask
 _WRITING = os.O_WRONLY | os.O_RDWR
 _Address, _Size, _Offset, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
 _FILLER = ctypes.CFUNCTYPE(_Int, _Address, ctypes.c_char_p, _Address, _Offset, _Int)
@@ -171,7 +172,7 @@ class Callbacks:
     def init(self, connection: int, config: int) -> None:
         """Say what we want of the kernel."""
         wanted = self._fuse.fuse_conn_info.from_address(connection)
-        wanted.want &= ~_SPLICE_BITS
+        wanted.want &= ~(_SPLICE_BITS | _TRUNCATE_BIT)
         wanted.max_readahead = MIB
         ours = self._fuse.fuse_config.from_address(config)
         ours.nullpath_ok = 1

@@ -296,11 +296,15 @@ class Presence:
     def tell(self, problem: str) -> None:
         """Tell all who wait."""
         self._sock.setblocking(False)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 client, _ = self._sock.accept()
-                with client:
+                with client, contextlib.suppress(OSError):  # some will have gone
                     client.sendall(problem.encode("utf-8", "replace"))
+
+    def close(self) -> None:
+        """Not found any more."""
+        self._sock.close()
 
 
 @dataclass(slots=True)

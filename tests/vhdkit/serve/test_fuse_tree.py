@@ -144,7 +144,10 @@ def test_writable_mounts(make: Make) -> None:
 def test_a_layer_thrown_away_is_no_layer(make: Make) -> None:
     """With changes that are thrown away the layers are the image's own, and show it as it is."""
     tree = build_folder(make(b"old".ljust(512, b"\0"), overlay=True), {})
-    assert [path for path in paths(tree) if path.startswith("/layers/")] == ["/layers/0-leaf.raw", "/layers/1-base.raw"]
+    assert [path for path in paths(tree) if path.startswith("/layers/")] == [
+        "/layers/0-leaf.raw",
+        "/layers/1-base.raw",
+    ]
     disk = tree.open("/disk.raw", write=True)
     assert not isinstance(disk, Text)
     disk.write(0, memoryview(b"new"))

@@ -71,7 +71,7 @@ def test_reading_ends_where_the_range_ends(disk: vhdkit.Disk) -> None:
 
 
 def test_writing_ends_where_the_range_ends(disk: vhdkit.Disk) -> None:
-    """A write over the end is short, one behind it finds no space, as on a block device; the neighbour is untouched."""
+    """A write over the end is short, one behind it finds no space, as on a device; the neighbour is untouched."""
     view = view_of(disk, MIB, MIB)
     handle = view.open(write=True)
     assert handle.write(10, memoryview(b"hello")) == 5
