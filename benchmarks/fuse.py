@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import Row, arguments, has, report, workplace
-from benchmarks.nbd import copy_raw, fill, middle_ratio, rotated
+from benchmarks.nbd import copy_raw, fill, middle_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -188,8 +188,9 @@ def rate(file: Path, load: Load, seconds: float, size: int, folder: Path) -> flo
     """Requests a second, of one run of fio."""
     command = [
         "fio", "--name=load", f"--filename={file}", "--ioengine=psync", f"--rw={load.mode}",
-        f"--bs={load.block_bytes}", f"--direct={int(load.direct)}", f"--size={size}", "--time_based", f"--runtime={seconds}",
-        f"--ramp_time={seconds * RAMP:.2f}", "--randrepeat=0", "--norandommap", "--output-format=json",
+        f"--bs={load.block_bytes}", f"--direct={int(load.direct)}", f"--size={size}", "--time_based",
+        f"--runtime={seconds}", f"--ramp_time={seconds * RAMP:.2f}", "--randrepeat=0", "--norandommap",
+        "--output-format=json",
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 120, cwd=folder)
     start = done.stdout.find("{")
@@ -212,7 +213,7 @@ def measure(folder: Path, rounds: int, seconds: float, size: int) -> Iterator[li
         playing = [one for one in contestants() if load.is_read or one.writes]
         rows = {one.name: Row(one.name) for one in playing}
         for number in range(rounds):
-            for one in rotated(playing, number):
+            for one in playing[number % len(playing) :] + playing[: number % len(playing)]:
                 rows[one.name].values.append(measured(one, load, seconds, size, folder))
         own = rows["vhdkit"]
         for row in rows.values():

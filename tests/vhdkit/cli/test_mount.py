@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -197,15 +198,9 @@ def _uncommented(path: Path) -> str:
 def _python_for_all(environment: dict[str, str]) -> str:
     """A Python that an ordinary user may run with our packages; the test ends where there is none."""
     for python in (sys.executable, SYSTEM_PYTHON):
-        check = [
-            "setpriv",
-            f"--reuid={NOBODY}",
-            f"--regid={NOBODY}",
-            "--clear-groups",
-            python,
-            "-c",
-            "import numpy, mfusepy, vhdkit",
-        ]
+        # By a shell, or the program would be started with root's rights still.
+        words = shlex.join([python, "-c", "import numpy, mfusepy, vhdkit"])
+        check = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", words]
         try:
             if subprocess.run(check, env=environment, capture_output=True, check=False, cwd="/").returncode == 0:
                 return str(python)

@@ -117,9 +117,9 @@ def test_a_writable_mount(chain: tuple[Path, bytearray], tmp_path: Path) -> None
         assert fallocate(fd, ZERO_RANGE, SIZE - 10, 20) == errno.ENOSPC
         assert os.pread(fd, SIZE, 0) == content
         assert disk.read_bytes() == content
-        data = os.lseek(fd, 2 * MIB, os.SEEK_DATA)
-        assert data >= 3 * MIB and not any(content[2 * MIB : data])
-        assert os.lseek(fd, 2 * MIB, os.SEEK_HOLE) == 2 * MIB and os.lseek(fd, data, os.SEEK_HOLE) > data
+        start = os.lseek(fd, 2 * MIB, os.SEEK_DATA)
+        assert start >= 3 * MIB and not any(content[2 * MIB : start])
+        assert os.lseek(fd, 2 * MIB, os.SEEK_HOLE) == 2 * MIB and os.lseek(fd, start, os.SEEK_HOLE) > start
         refused(errno.ENXIO, os.lseek, fd, SIZE, os.SEEK_DATA)
         refused(errno.ENOSPC, os.pwrite, fd, b"x", SIZE)
         assert os.pwrite(fd, b"end!", SIZE - 2) == 2

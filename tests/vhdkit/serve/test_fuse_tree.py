@@ -33,15 +33,14 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """From the first bytes of a disk to the model of a chain on it: `leaf.avhd` on `base.vhd`."""
     with ExitStack() as stack:
 
-        def model(head: bytes = b"", **manner: bool) -> Model:
+        def model(head: bytes = b"", *, read_only: bool = True, overlay: bool = False) -> Model:
             base, leaf = tmp_path / "base.vhd", tmp_path / "leaf.avhd"
             vhdkit.create_image(base, SIZE, block_size_bytes=MIB)
             with vhdkit.open_disk(base, writable=True) as disk:
                 disk.write(0, head or bytes(512))
             vhdkit.create_child(leaf, base, block_size_bytes=MIB)
-            export = open_exports(
-                [Wanted(str(leaf), "disk")], Manner(vhdkit.OpenOptions(), **(manner or {"read_only": True}))
-            )[0]
+            manner = Manner(vhdkit.OpenOptions(), read_only=read_only and not overlay, overlay=overlay)
+            export = open_exports([Wanted(str(leaf), "disk")], manner)[0]
             stack.callback(export.disk.close)
             return Model(export, NOW)
 
