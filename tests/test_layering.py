@@ -98,6 +98,7 @@ OS_OF_ROOM = {
         "pipe",
         "read",
         "setsid",
+        "waitpid",
         "write",
     },
     "vhdkit/cli/serve_nbdkit.py": {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
@@ -32,7 +33,9 @@ def start(body: Body, *, talks: bool) -> Child:
     said_end, child_said = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy has threads that wait for work and hold nothing
+        pid = os.fork()
     if pid == 0:
         os.close(ready_end)
         os.close(said_end)
@@ -42,6 +45,10 @@ def start(body: Body, *, talks: bool) -> Child:
     try:
         is_ready = os.read(ready_end, 1) == _READY
         said = b"" if is_ready else _rest(said_end)
+    except BaseException:  # Ctrl-C: nobody would know of it
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        raise
     finally:
         os.close(ready_end)
         os.close(said_end)

@@ -27,7 +27,7 @@ from vhdkit.units import MIB
 SEEK_DATA, SEEK_HOLE = 3, 4  # of lseek(2) on Linux
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # of fallocate(2)
 MAX_OPEN_LAYERS = 8  # maps of older layers that are kept: one of a large disk has up to 40 MiB
-MAX_COUNTED_RUNS = 1 << 14  # of a disk whose allocated bytes are counted run by run; beyond that, block by block
+MAX_COUNTED_BLOCKS = 1 << 10  # of a disk whose bytes are counted exactly: each may cost a read of its bitmap
 _COUNT_RARELY = 20  # times as long as counting took until it is done again while the disk is written to
 _MAX_ZERO_BYTES = 64 * MIB  # in one go: others may write in between
 
@@ -140,7 +140,7 @@ def count_allocated(disk: Disk, offset_bytes: int, size_bytes: int) -> int:
     if size_bytes == 0:
         return 0
     blocks = [size for _, size, is_hole in disk.known_holes(offset_bytes, size_bytes) if not is_hole]
-    if sum(blocks) > MAX_COUNTED_RUNS * disk.chain.map.grain_bytes:
+    if sum(blocks) > MAX_COUNTED_BLOCKS * disk.chain.map.grain_bytes:
         return sum(blocks)
     runs = disk.extents(offset_bytes, size_bytes, find_holes=True)
     return min(sum(run.size_bytes for run in runs if run.kind is ExtentKind.DATA), size_bytes)

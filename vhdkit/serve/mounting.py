@@ -98,16 +98,16 @@ def mount(wish: Wish, start: Start) -> Mounted:
         if found is not None:
             folder = PrivateFolder()
             undo.callback(folder.close)
-            base = folder.path
+            base = real_path(folder.path)
         tree = _tree(wish, model, mountpoint)
         plan = _plan(wish, found, model.writable) if found is not None else []
         child = _start(start, wish, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
-        if host_device := _device(base):
-            host.read_ahead(host_device)
+        undo.callback(_take_down, base)
+        if device := _device(base):
+            host.read_ahead(device)
         driver: str | None = None
         notes: tuple[str, ...] = ()
         if found is not None:
-            undo.callback(_take_down, base)
             driver, notes = _mount_inside(plan, found, _file_of(wish, base), mountpoint, export)
         undo.pop_all()
     _let_go(export)

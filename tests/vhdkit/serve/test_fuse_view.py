@@ -133,7 +133,7 @@ def test_allocated_bytes_follow_what_is_written(disk: vhdkit.Disk) -> None:
 def test_allocated_bytes_of_many_pieces_are_estimated(disk: vhdkit.Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block where counting runs would take long: never less than there is."""
     disk.write(7 * MIB, b"x" * 4096)
-    monkeypatch.setattr("vhdkit.serve.fuse_view.MAX_COUNTED_RUNS", 1)
+    monkeypatch.setattr("vhdkit.serve.fuse_view.MAX_COUNTED_BLOCKS", 1)
     assert view_of(disk).allocated_bytes() == 3 * MIB
 
 
