@@ -17,7 +17,7 @@ from typing import Any
 from tests.support import ROOT, in_ci, not_available, require_module, require_tool
 
 COMMAND = (sys.executable, "-m", "vhdkit")
-SECONDS = 60.0
+SECONDS = 250.0  # a busy disk takes its time to flush; the test runner gives up at 300
 
 
 def require_fuse() -> None:
@@ -47,7 +47,7 @@ def require_loop() -> None:
 
 
 def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command as a process of its own, which must end with this code within a minute."""
+    """Run the command as a process of its own, which must end with this code."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
     done = subprocess.run(
         [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=SECONDS, check=False, env=environment,
