@@ -187,10 +187,13 @@ class LiveMerge:
         problem: errors.VhdkitError | None = None
         below = layers[self._first :]
         try:
-            target = reopened(layers[self._target], writable=False)
-            self._names.write(self._intent.in_phase(Phase.RELINK))
             if child.writable:
                 seal(child)
+            target = reopened(layers[self._target], writable=False)
+            self._names.write(self._intent.in_phase(Phase.RELINK))
+        except errors.VhdkitError as error:  # what clients wrote may be in the open child alone: it is kept
+            return self._chain, error
+        try:
             self._repoint(child)
             below = (target, *layers[self._target + 1 :])
             self._exchanged = True
