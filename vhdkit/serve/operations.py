@@ -33,7 +33,7 @@ class Operations:
         self._exports = exports
         self._started = time.time()
         self._merges: dict[str, Merging] = {}  # under way, by export
-        self._merges_lock = threading.Lock()
+        self._changing = threading.Lock()  # who changes a chain that no merge has in hand, or takes one in hand
 
     def methods(self) -> dict[str, Method]:
         """By the names they are called by."""
@@ -94,12 +94,13 @@ class Operations:
         {"export", "layer": path or null (the leaf), "into": path or null (its parent), "max_rate_bytes": or null}
         """
         _only(params, "export", "layer", "into", "max_rate_bytes")
-        export = self._find(_text(params, "export"))
+        name = _text(params, "export")
         rate = params.get("max_rate_bytes")
         if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
             raise BadParams('"max_rate_bytes" is a positive number')
         wish = MergeWish(_text(params, "layer"), _text(params, "into"), rate)
-        with self._merges_lock:
+        with self._changing:  # a snapshot under way ends first: the chain it leaves is merged
+            export = self._find(name)
             self._refuse_merging([export])
             merging = Merging(self._server, export, wish)
             self._merges[export.name] = merging
@@ -148,16 +149,17 @@ class Operations:
         for export, path in pairs:
             _check_place(export, path)
         exports = [export for export, _ in pairs]
-        self._refuse_merging(exports)
-        frozen = [export.disk.path for export in exports]
-        chains = [(export.disk.chain, path) for export, path in pairs]
-        with Freezing(chains) as freezing, self._server.hold(exports):
-            began = time.monotonic()
-            disks = [Disk(chain) for chain in freezing.freeze()]
-            for export, disk in zip(exports, disks, strict=True):
-                export.exchange(disk)
-            freezing.done()
-            held = time.monotonic() - began
+        with self._changing:
+            self._refuse_merging(exports)
+            frozen = [export.disk.path for export in exports]
+            chains = [(export.disk.chain, path) for export, path in pairs]
+            with Freezing(chains) as freezing, self._server.hold(exports):
+                began = time.monotonic()
+                disks = [Disk(chain) for chain in freezing.freeze()]
+                for export, disk in zip(exports, disks, strict=True):
+                    export.exchange(disk)
+                freezing.done()
+                held = time.monotonic() - began
         rows = [
             {"export": export.name, "frozen": old, "leaf": new}
             for export, old, new in zip(exports, frozen, freezing.paths, strict=True)
@@ -177,10 +179,11 @@ class Operations:
             raise errors.InvalidArgument("lies under an overlay and is not changed", path=export.image_path)
         if export.read_only:
             raise errors.ReadOnly("is served for reading only", path=export.image_path)
-        self._refuse_merging([export])
-        with self._server.hold([export]):
-            chain, outcome = resize_open(export.disk.chain, size)
-            export.exchange(Disk(chain))
+        with self._changing:
+            self._refuse_merging([export])
+            with self._server.hold([export]):
+                chain, outcome = resize_open(export.disk.chain, size)
+                export.exchange(Disk(chain))
         if isinstance(outcome, errors.VhdkitError):
             raise outcome
         return {
@@ -230,10 +233,11 @@ class Operations:
         """Serve an export no longer, once its clients have gone; what was written is on the device then."""
         _only(params, "export")
         export = self._find(_text(params, "export"))
-        self._refuse_merging([export])
-        self._server.remove_export(export)
-        self._exports.remove(export)
-        export.disk.close()
+        with self._changing:
+            self._refuse_merging([export])
+            self._server.remove_export(export)
+            self._exports.remove(export)
+            export.disk.close()
         return {"export": export.name}
 
     def _disconnect(self, params: Params) -> object:

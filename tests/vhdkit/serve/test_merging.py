@@ -122,6 +122,42 @@ def test_stopped_in_the_middle(tmp_path: Path) -> None:
         finished(bench, writers, layers[0], 3)
 
 
+def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that comes in the middle of a snapshot merges below the new leaf, and nothing written to that is lost."""
+    with bench_in(tmp_path) as bench:
+        client = bench.running.client("a")
+        client.call(Command.WRITE, 0, 3, payload=b"old")
+        for _ in range(2):
+            bench.do("snapshot", exports={"a": None})
+        layers = [layer.store.name for layer in bench.exports[0].disk.chain.layers]
+        leaf = bench.exports[0].disk.chain.leaf
+        flush, entered, gate = leaf.flush, threading.Event(), threading.Event()
+
+        def slow() -> None:
+            entered.set()
+            assert gate.wait(30)
+            flush()
+
+        monkeypatch.setattr(leaf, "flush", slow)
+        freezing = threading.Thread(target=lambda: bench.do("snapshot", exports={"a": None}))
+        freezing.start()
+        assert entered.wait(30)
+        done: list[dict[str, object]] = []
+        merge = threading.Thread(target=lambda: done.append(bench.do("merge", export="a", layer=layers[1])))
+        merge.start()
+        merge.join(0.3)
+        gate.set()
+        freezing.join(30)
+        client.call(Command.WRITE, 0, 3, payload=b"new")
+        merge.join(30)
+        assert done and client.read(0, 3) == b"new"
+        newest = bench.exports[0].image_path
+        assert done[0]["leaf"] == newest and newest not in layers
+        bench.running.end()
+    with open_disk(newest, writable=True) as disk:
+        assert disk.read(0, 3) == b"new" and len(disk.chain.layers) == 3
+
+
 def test_a_server_that_ends_stops_its_merge(tmp_path: Path) -> None:
     """The end of the server does not wait for a slow merge, and closes no file under it."""
     with bench_in(tmp_path) as bench:
