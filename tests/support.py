@@ -28,11 +28,15 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 _TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _DEBIAN_PACKAGE = {
     "7zz": "7zip",
+    "as": "binutils",
+    "busybox": "busybox-static",
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "fio": "fio",
+    "dpkg-deb": "dpkg",
     "fsck.fat": "dosfstools",
     "fusermount3": "fuse3",
+    "ld": "binutils",
     "mcopy": "mtools",
     "mdel": "mtools",
     "mke2fs": "e2fsprogs",
@@ -44,9 +48,11 @@ _DEBIAN_PACKAGE = {
     "nbdkit": "nbdkit",
     "nbdsh": "python3-libnbd",
     "pyvhdi": "python3-libvhdi",
+    "qemu-ga": "qemu-guest-agent",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
     "sfdisk": "fdisk",
     "vhdiinfo": "libvhdi-utils",
     "xz": "xz-utils",
@@ -111,6 +117,25 @@ def require_libnbd() -> str:
     if not _imports(SYSTEM_PYTHON, "nbd"):
         not_available(f"needs the module nbd in {SYSTEM_PYTHON}: {_how_to_get('nbd')}")
     return SYSTEM_PYTHON
+
+
+def require_qemu() -> str:
+    """The machine emulator, or the end of the test."""
+    return require_tool("qemu-system-x86_64")
+
+
+def require_boot_sector_guest() -> str:
+    """QEMU, with what the boot-sector guest (tests.vmm.guests.boot_sector) is made with, or the end of the test."""
+    require_tool("as")
+    require_tool("ld")
+    return require_qemu()
+
+
+def require_kvm() -> str:
+    """QEMU on a machine whose KVM this user may open, or the end of the test."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        not_available("needs /dev/kvm, readable and writable for this user")
+    return require_qemu()
 
 
 @cache
