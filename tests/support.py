@@ -17,9 +17,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.vmm.guests.linux import LinuxGuest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("vhdkit", "vmm", "tests", "benchmarks", "examples", "fuzz")
@@ -129,6 +132,17 @@ def require_boot_sector_guest() -> str:
     require_tool("as")
     require_tool("ld")
     return require_qemu()
+
+
+def require_linux_guest() -> LinuxGuest:
+    """The Linux guest (tests.vmm.guests.linux), made when it must be, and QEMU; or the end of the test."""
+    from tests.vmm.guests import linux, tools
+
+    require_qemu()
+    try:
+        return linux.linux_guest()
+    except tools.GuestUnavailable as error:
+        not_available(str(error))
 
 
 def require_kvm() -> str:

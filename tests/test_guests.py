@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import require_boot_sector_guest, require_kvm
-from tests.vmm.guests import boot_sector, launch
+from tests.support import require_boot_sector_guest, require_kvm, require_linux_guest, require_qemu, require_tool
+from tests.vmm.guests import boot_sector, launch, linux, linux_disk
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, WRITE_LBA, BootOptions
+from tests.vmm.guests.shell import GuestShell
 
 pytestmark = pytest.mark.kvm
 
@@ -90,3 +91,48 @@ def test_power_button(tmp_path: Path, obeys: bool) -> None:
             time.sleep(0.3)
             serial.sendall(b"c")
             assert b"power" not in launch.read_until(serial, b"count ")
+
+
+def linux_words() -> list[str]:
+    """The words for a Linux guest that is booted without a disk."""
+    guest = require_linux_guest()
+    return ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", guest.append]
+
+
+def test_linux_shell(tmp_path: Path) -> None:
+    """Commands run inside with their exit codes and output, large or binary; it powers off by ACPI."""
+    words = linux_words()
+    with (
+        launch.running(require_qemu(), tmp_path, *words, memory=linux.MEMORY) as guest,
+        GuestShell(guest.serial) as shell,
+    ):
+        shell.wait_ready()
+        assert shell.check("uname -s") == "Linux"
+        assert shell.run("echo to both; echo errors >&2; exit 7").exit_code == 7
+        assert shell.run("echo to both; echo errors >&2; exit 7").output == "to both\nerrors\n"
+        assert len(shell.check("seq 1 20000")) == len("\n".join(map(str, range(1, 20001))))
+        shell.send("cd /proc; value=5")
+        shell.send('echo "typed: $PWD $value" >/dev/console')
+        assert shell.run("true").exit_code == 0
+        assert b"typed: /proc 5" in shell.transcript
+        guest.monitor("system_powerdown")
+        assert guest.wait() == 0
+
+
+@pytest.mark.parametrize("controller", ["ide", "scsi", "virtio"])
+def test_linux_disk_boots(tmp_path: Path, controller: str) -> None:
+    """The Linux guest's disk boots by itself from any controller, and its file system can be used."""
+    require_linux_guest()
+    require_tool("mke2fs")
+    disk = tmp_path / "disk.raw"
+    linux_disk.write_raw_disk(disk)
+    words = launch.drive(disk, controller)
+    with (
+        launch.running(require_qemu(), tmp_path, *words, memory=linux_disk.MEMORY) as guest,
+        GuestShell(guest.serial) as shell,
+    ):
+        shell.wait_ready()
+        shell.check("mount $(findfs LABEL=guest) /mnt && echo kept >/mnt/file && sync && umount /mnt")
+        shell.send("poweroff -f")
+        assert guest.wait() == 0
+    assert b"kept\n" in disk.read_bytes()

@@ -10,9 +10,9 @@ What it says on the first serial port, a line each (CR LF):
     tick N                 each `print_every`; each `write_every` N goes to COUNT_LBA, 32 bits little endian
     power button           it was asked to power off by ACPI (when `power_button`), and does
 
-Keys on the serial port: c → "count N"; w → writes N, "written N"; d → the text of READ_LBA again; r resets; h → "halted"
-for ever; p → "power off"; any other → "key X". A failed read or write → "DISK-ERROR". Powering off tries the port of
-QEMU's isa-debug-exit first, so QEMU may end with exit code 33 instead of 0 where that device is present.
+Keys on the serial port: c → "count N"; w → writes N, "written N"; d → the text of READ_LBA again; r resets; h →
+"halted" for ever; p → "power off"; any other → "key X". A failed read or write → "DISK-ERROR". Powering off tries the
+port of QEMU's isa-debug-exit first, so QEMU may end with exit code 33 instead of 0 where that device is present.
 """
 
 from __future__ import annotations
