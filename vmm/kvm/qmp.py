@@ -31,12 +31,18 @@ AGENT_SECONDS = 3.0
 Event: TypeAlias = dict[str, Any]
 
 
+class ConnectionEnded(QemuFailed):
+    """The connection ended before the answer came."""
+
+
 class Qmp:
     """A connection. Commands may be given from several tasks at once."""
 
     def __init__(self, client: QMPClient, who: str) -> None:
         """Use `connect` or `connect_agent`."""
         self._client = client
+        # The client's own listener, which nobody reads, would keep every event for ever (an agent's are a guest's).
+        client.events.event_filter = lambda event: False
         self._who = who
         self._listener = EventListener()
         self._watch: asyncio.Task[None] | None = None
@@ -118,7 +124,7 @@ class Qmp:
         except ExecuteError as error:
             raise QemuFailed(f"{self._who} refused {command}: {error}") from error
         except (ExecInterruptedError, StateError, QMPError, OSError) as error:
-            raise QemuFailed(f"{self._who} went away during {command}: {_reason(error)}") from error
+            raise ConnectionEnded(f"{self._who} went away during {command}: {_reason(error)}") from error
 
     async def send_descriptor(self, name: str, descriptor: int) -> None:
         """Give QEMU a descriptor, which it calls `name` from then on (`fd:NAME`). Ours stays open.
@@ -183,7 +189,8 @@ class Qmp:
 
     async def _hang_up(self) -> None:
         # It raises what ended the connection, which was or will be told to whoever is waiting for an answer.
-        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.TimeoutError):
+        # (ValueError: the other side sent a line without an end.)
+        with contextlib.suppress(QMPError, OSError, EOFError, ValueError, asyncio.TimeoutError):
             await asyncio.wait_for(self._client.disconnect(), COMMAND_SECONDS)
 
 

@@ -99,8 +99,8 @@ def running(qemu: str, folder: Path, *words: str, memory: str = "16", accelerato
     """A QEMU with these words on its command line; killed at the end when it still runs."""
     command = [
         qemu, "-accel", accelerator, "-m", memory, "-nodefaults", "-no-user-config", "-display", "none",
-        "-chardev", f"socket,id=serial,path={folder}/serial.sock,server=on,wait=on", "-serial", "chardev:serial",
         "-chardev", f"socket,id=qmp,path={folder}/qmp.sock,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+        "-chardev", f"socket,id=serial,path={folder}/serial.sock,server=on,wait=on", "-serial", "chardev:serial",
         *words,
     ]  # fmt: skip
     with (folder / "qemu.log").open("ab") as log:

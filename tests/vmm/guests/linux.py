@@ -106,6 +106,7 @@ def _make_initrd(folder: Path, kernel: Path, busybox: Path, agent: Path) -> None
     archive.file("etc/passwd", b"root::0:0:root:/:/bin/sh\n")
     archive.file("etc/group", b"root:x:0:\n")
     archive.link("var/run", "../run")
+    archive.link("bin/kvp", "kvp-agent")
     archive.link("sbin/hwclock", "../bin/hwclock")
     archive.file("bin/qemu-ga", agent.read_bytes(), executable=True)
     for library in _libraries(agent):
