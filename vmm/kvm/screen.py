@@ -2,8 +2,8 @@
 """A machine's screen: a picture of it, and how to look at it.
 
 Decides how a picture gets out of a QEMU that may open no files (it writes to a memory file of ours, of which we read
-no more than a limit), what is believed to be a picture, and which viewers can reach a VNC server on a unix socket. Must
-not know where a picture goes or how a viewer is started.
+no more than a limit), what is believed to be a picture, and which viewers can reach a VNC server on a unix socket.
+Must not know where a picture goes or how a viewer is started.
 """
 
 from __future__ import annotations
