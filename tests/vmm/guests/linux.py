@@ -3,7 +3,7 @@
 
 The kernel package is downloaded with apt once, unpacked into the cache and never installed. The file system holds
 busybox, the kernel's modules for QEMU's disks, network cards and virtio devices, qemu's guest agent with its libraries
-(the system's own), and the scripts of linux_root/. Everything afterwards needs no network.
+(the system's own), random_read.S for benchmarks, and the scripts of linux_root/. From then on no network is needed.
 
     guest = linux_guest()
     qemu-system-x86_64 -m 192 -kernel guest.kernel -initrd guest.initrd -append guest.append ...
@@ -42,6 +42,7 @@ _PLACES = {
     "shutdown": "sbin/shutdown",
     "dhcp-event": "usr/share/udhcpc/default.script",
 }
+_RANDOM_READ = Path(__file__).with_name("random_read.S")
 _OS_RELEASE = 'NAME="vmm test guest"\nID=vmm-test-guest\nVERSION_ID=1\nPRETTY_NAME="vmm test guest 1"\n'
 
 
@@ -59,7 +60,7 @@ def linux_guest() -> LinuxGuest:
     """The guest, made when it is not in the cache. Raises GuestUnavailable where it cannot be made."""
     kernel = _kernel_folder()
     busybox, agent = Path(tool("busybox", "busybox-static")), Path(tool("qemu-ga", "qemu-guest-agent"))
-    sources = [path.read_bytes() for path in (*sorted(_ROOT.iterdir()), Path(__file__), busybox, agent)]
+    sources = [path.read_bytes() for path in (*sorted(_ROOT.iterdir()), _RANDOM_READ, Path(__file__), busybox, agent)]
     folder = kept("initrd", [kernel.name, *sources], lambda new: _make_initrd(new, kernel, busybox, agent))
     return LinuxGuest(kernel / "vmlinuz", folder / "initrd")
 
@@ -108,6 +109,7 @@ def _make_initrd(folder: Path, kernel: Path, busybox: Path, agent: Path) -> None
     archive.link("var/run", "../run")
     archive.link("bin/kvp", "kvp-agent")
     archive.link("sbin/hwclock", "../bin/hwclock")
+    archive.file("bin/random-read", _assembled(folder, _RANDOM_READ), executable=True)
     archive.file("bin/qemu-ga", agent.read_bytes(), executable=True)
     for library in _libraries(agent):
         archive.file(str(library), library.read_bytes(), executable=True)
@@ -117,6 +119,17 @@ def _make_initrd(folder: Path, kernel: Path, busybox: Path, agent: Path) -> None
         archive.file(f"lib/modules/{name}.ko", files[name].read_bytes())
     archive.file("lib/modules/order", "".join(f"{name}.ko\n" for name in started).encode())
     (folder / "initrd").write_bytes(archive.finished())
+
+
+def _assembled(folder: Path, source: Path) -> bytes:
+    """A program made from one assembler file."""
+    built, program = folder / "program.o", folder / "program"
+    run([tool("as", "binutils"), "--64", "-o", built, source])
+    run([tool("ld", "binutils"), "-o", program, built])
+    content = program.read_bytes()
+    built.unlink()
+    program.unlink()
+    return content
 
 
 def _libraries(program: Path) -> Iterator[Path]:
