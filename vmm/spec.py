@@ -144,7 +144,7 @@ class MachineSpec(_Settings):
     memory_bytes: int = Field(default=512 * MIB, ge=MIN_MEMORY_BYTES, le=MAX_MEMORY_BYTES, multiple_of=MIB)
     cpu_count: int = Field(default=1, ge=1, le=MAX_CPU_COUNT)
     machine_type: str = Field(default="pc", pattern=r"^[a-z0-9._-]{1,64}$")
-    cpu_model: str = Field(default="qemu64", pattern=r"^[A-Za-z0-9._+=,-]{1,256}$")
+    cpu_model: str = Field(default="Nehalem-v1", pattern=r"^[A-Za-z0-9._+=,-]{1,256}$")
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     firmware: Literal["bios", "uefi"] = "bios"
     boot_order: tuple[BootDevice, ...] = ("cdrom", "disk", "network")
