@@ -66,6 +66,7 @@ class DiskSpec(_Settings):
     serial: str = Field(
         default_factory=lambda: uuid.uuid4().hex[:MAX_SERIAL_CHARACTERS], pattern=r"^[A-Za-z0-9_-]{1,20}$"
     )
+    format: Literal["vhd", "raw"] | None = None  # of an image, once looked at: what a guest writes must not change it
     parent_dirs: tuple[str, ...] = ()
     allow_raw_parent: bool = False
     identity: str | None = None  # of a passed-through device: WWN or the like, checked whenever it is opened
