@@ -19,13 +19,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass
 
-from vmm.errors import AccessDenied, InvalidSpec, VmmError, of_os_error
+from vmm.errors import AccessDenied, InvalidSpec, NotFound, VmmError, of_os_error
 
 MAX_SOCKET_PATH_BYTES = 107
 RUNTIME_ID_CHARACTERS = 12
+MAX_NAME_CHARACTERS = 64
+_NAME = re.compile(r"[^\W_][\w .-]*")
 _LONGEST_SOCKET_NAME = "display/vnc.sock"
 DEFAULT_KEYS = ("machines", "disks", "snapshots")  # folders that `vmm host paths set` changes
 
@@ -226,6 +229,31 @@ def _settings_path() -> str:
 def registry_folder() -> str:
     """Where every machine has its folder, or a link to it."""
     return os.path.join(home(), "machines")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that no machine can have: it is a folder's name and a word on command lines."""
+    if not _NAME.fullmatch(name) or name != name.strip() or len(name) > MAX_NAME_CHARACTERS or name.endswith("."):
+        raise ValueError(
+            f"{name!r} is no name for a machine: letters, digits, space, '.', '_' and '-', a letter or digit first, "
+            f"at most {MAX_NAME_CHARACTERS} characters"
+        )
+
+
+def machine_folder(name: str) -> str:
+    """The folder in which a machine really lies. Raises NotFound."""
+    entry = os.path.join(registry_folder(), name)
+    try:
+        check_name(name)
+        known = os.path.lexists(entry)
+    except ValueError:
+        known = False
+    if not known:
+        raise NotFound(f"there is no machine {name!r}", hint="vmm list shows all machines")
+    folder = os.path.realpath(entry)
+    if not os.path.isdir(folder):
+        raise NotFound("the machine's folder is not there; is its disk mounted?", machine=name, path=folder)
+    return folder
 
 
 def default_folders() -> dict[str, str]:

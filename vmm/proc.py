@@ -18,6 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vmm.errors import InUse, of_os_error
+from vmm.paths import MachinePaths
+
 _STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which may hold anything
 
 
@@ -197,6 +200,22 @@ class Lock:
             self._descriptor = None
 
 
+@contextlib.contextmanager
+def machine_lock(folder: str, name: str) -> Iterator[None]:
+    """While the block runs nobody else changes the machine in that folder. Raises InUse when somebody does."""
+    lock = Lock(MachinePaths(folder).lock)
+    try:
+        taken = lock.try_take()
+    except OSError as error:
+        raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
+    if not taken:
+        raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def is_locked(path: str) -> bool:
     """True while somebody holds the lock."""
     with contextlib.suppress(OSError):
@@ -208,13 +227,3 @@ def is_locked(path: str) -> bool:
         finally:
             os.close(descriptor)
     return False
-
-
-@contextlib.contextmanager
-def umask(mask: int) -> Iterator[None]:
-    """Make files with these rights less."""
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)

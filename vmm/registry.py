@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmm import paths
-from vmm.errors import AlreadyExists, InUse, NotFound, VmmError, of_os_error
+from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
 from vmm.paths import MachinePaths, RuntimePaths
-from vmm.proc import Lock
-from vmm.spec import DiskSpec, MachineSpec, check_name, read_spec
+from vmm.proc import machine_lock
+from vmm.spec import DiskSpec, MachineSpec, read_spec
 
 MAX_DEFINITION_BYTES = 4 << 20
 
@@ -51,21 +51,12 @@ def names() -> list[str]:
         raise of_os_error(error, "list the machines", path=folder) from error
 
 
-def folder_of(name: str) -> str:
-    """The folder in which a machine really lies. Raises NotFound."""
-    entry = os.path.join(paths.registry_folder(), name)
-    if not _is_name(name) or not os.path.lexists(entry):
-        hint = "vmm list shows all machines"
-        raise NotFound(f"there is no machine {name!r}", hint=hint)
-    folder = os.path.realpath(entry)
-    if not os.path.isdir(folder):
-        raise NotFound("the machine's folder is not there; is its disk mounted?", machine=name, path=folder)
-    return folder
-
-
 def load(name: str) -> Machine:
     """A machine by its name. Raises NotFound, InvalidSpec, AccessDenied."""
-    return load_folder(folder_of(name))
+    machine = load_folder(paths.machine_folder(name))
+    if machine.spec.name != name:  # a rename was cut short: the folder's name is the one it is found by
+        return Machine(machine.spec.changed(name=name), machine.paths, machine.runtime)
+    return machine
 
 
 def load_folder(folder: str) -> Machine:
@@ -97,24 +88,15 @@ def load_all() -> tuple[list[Machine], list[VmmError]]:
     return machines, failures
 
 
-# -- changing ------------------------------------------------------------------------------------------------------
+# -- changing ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def changing(name: str) -> Iterator[Machine]:
     """The machine, which nobody else changes while the block runs. Raises InUse when somebody does, and as `load`."""
-    folder = folder_of(name)
-    lock = Lock(MachinePaths(folder).lock)
-    try:
-        taken = lock.try_take()
-    except OSError as error:
-        raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
-    if not taken:
-        raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
-    try:
-        yield load_folder(folder)
-    finally:
-        lock.release()
+    folder = paths.machine_folder(name)
+    with machine_lock(folder, name):
+        yield load(name)
 
 
 def add(spec: MachineSpec, *, folder: str | None = None) -> Machine:
@@ -161,6 +143,26 @@ def save(machine: Machine, spec: MachineSpec) -> Machine:
     return Machine(spec, machine.paths, machine.runtime)
 
 
+def rename(machine: Machine, spec: MachineSpec) -> None:
+    """Give a machine the name in `spec`, under its lock. Raises AlreadyExists."""
+    old, new = (os.path.join(paths.registry_folder(), name) for name in (machine.name, spec.name))
+    target = os.path.join(os.path.dirname(machine.paths.folder), spec.name)
+    is_link = os.path.islink(old)
+    try:
+        with _adding():
+            if os.path.lexists(new) or os.path.lexists(target):
+                raise AlreadyExists("there is a machine or folder of that name already", machine=spec.name)
+            # The definition last: until then the folder's name is what a machine is found by.
+            os.rename(machine.paths.folder, target)
+            if is_link:
+                os.symlink(target, new)
+                os.unlink(old)
+            paths.write_whole(MachinePaths(target).definition, spec.to_json())
+            paths.sync_folder(paths.registry_folder())
+    except OSError as error:
+        raise of_os_error(error, "rename the machine", machine=machine.name) from error
+
+
 def remove(machine: Machine) -> None:
     """Take a machine away, under its lock; its disks stay. Raises AccessDenied."""
     entry = os.path.join(paths.registry_folder(), machine.name)
@@ -190,7 +192,7 @@ def _adding() -> Iterator[None]:
         os.close(descriptor)
 
 
-# -- one image, one machine -----------------------------------------------------------------------------------------
+# -- one image, one machine -------------------------------------------------------------------------------------
 
 
 def check_disks(spec: MachineSpec) -> None:
@@ -229,7 +231,7 @@ def _identity(disk: DiskSpec) -> object:
 
 def _is_name(name: str) -> bool:
     try:
-        check_name(name)
+        paths.check_name(name)
     except ValueError:
         return False
     return True

@@ -11,7 +11,6 @@ The limits are Hyper-V's (Windows Server 2008 R2): two IDE controllers with two 
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, Self
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from vmm.errors import InvalidSpec
+from vmm.paths import check_name
 
 SCHEMA_VERSION: Final = 1
 MIB = 1 << 20
@@ -27,10 +27,9 @@ MAX_MEMORY_BYTES = 1 << 40
 MAX_CPU_COUNT = 255  # of QEMU's pc machine
 IDE_CONTROLLERS, IDE_UNITS = 2, 2
 SCSI_CONTROLLERS, SCSI_UNITS = 4, 64
-VIRTIO_UNITS = 16  # each takes a PCI slot of 32
+VIRTIO_UNITS = 12  # each takes a PCI slot, of which a machine has 32
 MAX_SYNTHETIC_ADAPTERS, MAX_LEGACY_ADAPTERS = 8, 4
 MAX_SERIAL_CHARACTERS = 20  # of an IDE and a virtio disk
-MAX_NAME_CHARACTERS = 64
 
 DiskKind = Literal["vhd", "pass-through", "iso"]
 Controller = Literal["ide", "scsi", "virtio"]
@@ -41,7 +40,6 @@ UNITS: dict[Controller, tuple[int, int]] = {
     "virtio": (1, VIRTIO_UNITS),
 }
 DeviceId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-_NAME = re.compile(r"[^\W_][\w .-]*")
 
 
 class _Settings(BaseModel):
@@ -189,7 +187,7 @@ class MachineSpec(_Settings):
         """True when something else than a disk can be booted."""
         return self.kernel is not None or bool(self.adapters) or any(disk.kind == "iso" for disk in self.disks)
 
-    # -- looking ----------------------------------------------------------------------------------------------------
+    # -- looking -------------------------------------------------------------------------------------------------
 
     def disk(self, disk_id: str) -> DiskSpec | None:
         """The disk of that id."""
@@ -214,7 +212,7 @@ class MachineSpec(_Settings):
             hint="put the disk on scsi" if controller != "scsi" else None,
         )
 
-    # -- changing and writing down ----------------------------------------------------------------------------------
+    # -- changing and writing down -------------------------------------------------------------------------------
 
     def changed(self, **changes: object) -> MachineSpec:
         """A definition with other settings. Raises InvalidSpec."""
@@ -268,15 +266,6 @@ def read_spec(content: bytes, path: str) -> MachineSpec:
         return MachineSpec.model_validate(document)
     except ValidationError as error:
         raise InvalidSpec(f"is no machine definition: {_words_of(error)}", path=path) from error
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError for a name that no machine can have: it is a folder's name and a word on command lines."""
-    if not _NAME.fullmatch(name) or name != name.strip() or len(name) > MAX_NAME_CHARACTERS or name.endswith("."):
-        raise ValueError(
-            f"{name!r} is no name for a machine: letters, digits, space, '.', '_' and '-', a letter or digit first, "
-            f"at most {MAX_NAME_CHARACTERS} characters"
-        )
 
 
 def _validated(settings: dict[str, Any], machine: str | None) -> MachineSpec:
