@@ -29,7 +29,9 @@ from vmm.state import MachineState, processes_of
 COME_BACK_SECONDS = 20.0  # for a worker to be there again
 START_SECONDS = 120.0  # without a word of it
 END_SECONDS = 60.0  # for everything to be put away
+STATUS_SECONDS = 10.0
 _LOOK_SECONDS = 0.02
+_TRIES = 100
 _MAX_DEFINITION_BYTES = 4 << 20
 
 
@@ -90,15 +92,20 @@ def is_looked_after(runtime: RuntimePaths) -> bool:
 
 def state_of(place: Place) -> dict[str, Any]:
     """What the worker says about the machine; of a machine that does not run its state alone. Raises as `contact`."""
-    try:
+    for _ in range(_TRIES):
         client = contact(place)
-        if client is not None:
+        if client is None:
+            break
+        try:
             with client:
-                document: dict[str, Any] = client.call("status", timeout_seconds=5)
+                document: dict[str, Any] = client.call("status", timeout_seconds=STATUS_SECONDS)
                 return document
-    except VmmError:
-        if os.path.isdir(place.runtime.folder):
-            raise  # else it ended just now
+        except TimedOut:
+            raise
+        except VmmError:
+            time.sleep(_LOOK_SECONDS)  # it ended just now, or was killed: look again
+    else:
+        raise TimedOut("its worker ends whenever it is asked", machine=place.name, hint=f"vmm logs {place.name}")
     state = MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF
     return {"state": state.value}
 

@@ -137,10 +137,13 @@ class Keeper:
         exports = exports_of(self._runtime, follow_leaf=not self._is_first_start)
         path = os.path.join(self._runtime.folder, "exports.json")
         write_whole(path, json.dumps(exports).encode(), durable=False)
+        notes = os.path.join(self._runtime.folder, "notes")
+        os.makedirs(notes, mode=0o700, exist_ok=True)
         if self._listener is None:
             self._listener = self._listen()
         serve = python_command(
-            "vhdkit", "serve", "--exports", path, "--control", self._runtime.nbd_control, "--json"
+            "vhdkit", "serve", "--exports", path, "--control", self._runtime.nbd_control, "--json",
+            "--remember", notes,
         )  # fmt: skip
         pid = spawn_detached(
             ["/bin/sh", "-c", _ACTIVATE, "vhdkit", *serve],

@@ -41,6 +41,7 @@ from vmm.state import KeeperNote, MachineState, Phase, WorkerNote
 START_SECONDS = 60.0  # from QEMU's start until it answers
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
 QUIT_SECONDS = 20.0
+REACH_SECONDS = 10.0
 MEND_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between tries to go on
 LOOK_SECONDS = 0.05
 _FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
@@ -124,6 +125,14 @@ class Running:
         if self._qmp is None or not self._qmp.is_connected:
             raise QemuFailed("QEMU cannot be reached at the moment", hint="try again")
         return self._qmp
+
+    async def wait_reachable(self) -> None:
+        """Return when there is a conversation with QEMU, or none is to be expected soon."""
+        deadline = time.monotonic() + REACH_SECONDS
+        while self._qmp is None and self._end is None and self.note.phase is Phase.RUNNING:
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
 
     @contextlib.contextmanager
     def busy(self, operation: str) -> Iterator[None]:

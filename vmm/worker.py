@@ -217,8 +217,8 @@ class Worker:
     # -- what the control socket offers --------------------------------------------------------------------------
 
     def _methods(self) -> dict[str, Method]:
-        return {
-            "status": self._status,
+        """All methods; those that need QEMU wait until there is a conversation with it."""
+        methods: dict[str, Method] = {
             "pause": self._pause,
             "resume": self._resume,
             "reset": self._reset,
@@ -228,6 +228,14 @@ class Worker:
             **self._plugging.methods(),
             **GuestServices(self._running).methods(),
         }
+        return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
+
+    def _when_reachable(self, method: Method) -> Method:
+        async def called(params: dict[str, Any], progress: Progress) -> object:
+            await self._running.wait_reachable()
+            return await method(params, progress)
+
+        return called
 
     async def _status(self, params: dict[str, Any], progress: Progress) -> object:
         """How the machine is; {"guest": true} asks the guest's agent, too."""
