@@ -163,8 +163,9 @@ class Running:
         if not saved.is_saved(self.machine):
             await self._launch(accel.choose(evidence, self.spec.accelerator).name, incoming=False)
             return
-        descriptor, description = saved.open_saved_memory(self.machine, self.spec, evidence.qemu_version)
+        descriptor = -1
         try:
+            descriptor, description = saved.open_saved_memory(self.machine, self.spec, evidence.qemu_version)
             accelerator = accel.choose(evidence, description.accelerator).name
             self.note.details["restoring"] = True
             await self._launch(accelerator, incoming=True)
@@ -176,7 +177,8 @@ class Running:
             await self.kill()
             raise
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             self.note.details.pop("restoring", None)
 
     async def _launch(self, accelerator: str, *, incoming: bool) -> None:

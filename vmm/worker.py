@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -172,8 +173,10 @@ class Worker:
         server = keeper.server if keeper is not None else None
         if server is None or not server.is_alive():
             return
-        with contextlib.suppress(VmmError):
+        try:
             await self._running.server.call("shutdown")
+        except VmmError:  # it is not that far yet, or ended just now
+            server.send(signal.SIGTERM)
         if not await asyncio.to_thread(server.wait, SERVER_END_SECONDS):
             await asyncio.to_thread(server.end, 1.0)
 

@@ -16,6 +16,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import vhdkit
@@ -117,7 +118,7 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
                 )
             await asyncio.sleep(_LOOK_SECONDS)
     if disk.id in {node["node-name"] for node in await qmp.execute("query-named-block-nodes")}:
-        await qmp.execute("blockdev-del", node_name=disk.id, timeout_seconds=NODE_SECONDS)
+        await _insist(lambda: qmp.execute("blockdev-del", node_name=disk.id, timeout_seconds=NODE_SECONDS))
     if disk.kind == "vhd":
         await _remove_export(server, disk.id)
 
@@ -159,11 +160,24 @@ async def resize_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec, size_bytes: 
     size_bytes = int(result["size_bytes"])  # rounded as the format wants it
     # QEMU learns a size when it connects, and only then lets a disk be resized to it.
     await server.call("disconnect", export=disk.id)
+
+    async def resize() -> None:
+        # It connects when there is something to ask for, and nobody knows when the guest will.
+        read = f'qemu-io -d {disk.id} "read 0 512"'
+        await qmp.execute("human-monitor-command", command_line=read, timeout_seconds=NODE_SECONDS)
+        await qmp.execute("block_resize", node_name=disk.id, size=size_bytes, timeout_seconds=NODE_SECONDS)
+
+    await _insist(resize)
+    return result
+
+
+async def _insist(work: Callable[[], Awaitable[object]]) -> None:
+    """Do this, again and again for a while when QEMU is not ready for it. Raises what it raised last."""
     deadline = time.monotonic() + NODE_SECONDS
     while True:
         try:
-            await qmp.execute("block_resize", node_name=disk.id, size=size_bytes, timeout_seconds=NODE_SECONDS)
-            return result
+            await work()
+            return
         except QemuFailed:
             if time.monotonic() > deadline:
                 raise
