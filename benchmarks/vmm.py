@@ -230,10 +230,10 @@ def main() -> None:
     with workplace(options.dir) as folder:
         if "start" in parts:
             rows = measure_start(folder, options.rounds)
-            for name, goal in ("start", GOAL_START_SECONDS), ("worker", float(GOAL_WORKER_MIB)):
-                row = rows[name]
-                table.append([row.name, f"{row.median:.2f}", f"<= {goal:g}", verdict(row.median <= goal)])
-                data[name] = row.values
+            for part, most in ("start", GOAL_START_SECONDS), ("worker", float(GOAL_WORKER_MIB)):
+                row = rows[part]
+                table.append([row.name, f"{row.median:.2f}", f"<= {most:g}", verdict(row.median <= most)])
+                data[part] = row.values
         if "read" in parts:
             try:
                 by_count = measure_read(folder, options.rounds, options.reads)

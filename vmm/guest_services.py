@@ -11,9 +11,9 @@ import base64
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
-from vmm.errors import InvalidSpec, NotFound, WrongState
+from vmm.errors import InvalidSpec, WrongState
 from vmm.kvm import screen
-from vmm.kvm.key_value import POOLS, Pool
+from vmm.kvm.key_value import POOLS, find_item, pool_named
 from vmm.rpc import Method, Progress, parameter
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class GuestServices:
 
     async def _freeze(self, params: dict[str, Any], progress: Progress) -> object:
         """{"max_seconds": S}: {"count": file systems}; they thaw by themselves after S seconds."""
-        seconds = parameter(params, "max_seconds", int | float, 10.0)
+        seconds = parameter(params, "max_seconds", int | float, 10.0)  # type: ignore[arg-type]
         if not 0 < seconds <= MAX_FREEZE_SECONDS:
             raise InvalidSpec(f"file systems stay frozen for at most {MAX_FREEZE_SECONDS:g} seconds")
         return {"count": await self._running.agent.freeze(max_seconds=seconds), "max_seconds": seconds}
@@ -109,24 +109,3 @@ class GuestServices:
 
 def _key(params: dict[str, Any]) -> str:
     return str(parameter(params, "key", str, ""))
-
-
-def pool_named(name: str | None) -> Pool | None:
-    """The pool of that name. Raises InvalidSpec."""
-    for pool in POOLS:
-        if pool == name:
-            return pool
-    if name is not None:
-        raise InvalidSpec(f"there is no pool {name!r}; there are {' and '.join(POOLS)}")
-    return None
-
-
-def find_item(get: Any, key: str, pool: Pool | None) -> tuple[str, Pool]:
-    """(value, pool) of a key: in that pool, or in the guest's and then the host's. Raises NotFound."""
-    pools: tuple[Pool, ...] = ("guest", "host") if pool is None else (pool,)
-    for one in pools:
-        try:
-            return get(one, key), one
-        except NotFound:
-            continue
-    raise NotFound(f"there is no item {key!r}", hint="vmm kvp list shows all items")

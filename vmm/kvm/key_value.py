@@ -31,6 +31,7 @@ import asyncio
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
 from vmm.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError, of_os_error
@@ -317,6 +318,27 @@ def _word(message: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise InvalidSpec(f"{name} is a text")
     return value
+
+
+def pool_named(name: str | None) -> Pool | None:
+    """The pool of that name. Raises InvalidSpec."""
+    for pool in POOLS:
+        if pool == name:
+            return pool
+    if name is not None:
+        raise InvalidSpec(f"there is no pool {name!r}; there are {' and '.join(POOLS)}")
+    return None
+
+
+def find_item(get: Callable[[Pool, str], str], key: str, pool: Pool | None) -> tuple[str, Pool]:
+    """(value, pool) of a key: in that pool, or in the guest's and then the host's. Raises NotFound."""
+    pools: tuple[Pool, ...] = ("guest", "host") if pool is None else (pool,)
+    for one in pools:
+        try:
+            return get(one, key), one
+        except NotFound:
+            continue
+    raise NotFound(f"there is no item {key!r}", hint="vmm kvp list shows all items")
 
 
 def store_path(machine_folder: str) -> str:

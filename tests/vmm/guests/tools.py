@@ -45,7 +45,9 @@ def tool(name: str, package: str) -> str:
 def run(command: Sequence[str | os.PathLike[str]], **options: object) -> str:
     """Run a program; its standard output. Raises GuestUnavailable with what it said when it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)  # type: ignore[call-overload]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300, **options
+        )  # type: ignore[call-overload]
     except OSError as error:
         raise GuestUnavailable(f"could not run {command[0]}: {error}") from error
     if done.returncode != 0:
