@@ -21,7 +21,7 @@ from vmm import contact
 from vmm.contact import Place
 from vmm.errors import NotFound, VmmError, WrongState
 from vmm.proc import machine_lock
-from vmm.rpc import ControlClient
+from vmm.rpc import ANSWER_SECONDS, ControlClient
 
 if TYPE_CHECKING:
     from vmm.kvm.console import Typing
@@ -46,9 +46,9 @@ class GuestAccess:
             raise WrongState(f"is {state}: nobody is inside", machine=name, hint=f"start it: vmm start {name}")
         return client
 
-    def _call(self, method: str, **params: object) -> Any:
+    def _call(self, method: str, timeout_seconds: float = ANSWER_SECONDS, **params: object) -> Any:
         with self._connect() as worker:
-            return worker.call(method, **params)
+            return worker.call(method, timeout_seconds=timeout_seconds, progress=None, **params)
 
     # -- console and screen -----------------------------------------------------------------------------------------
 

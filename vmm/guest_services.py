@@ -72,7 +72,7 @@ class GuestServices:
 
     async def _freeze(self, params: dict[str, Any], progress: Progress) -> object:
         """{"max_seconds": S}: {"count": file systems}; they thaw by themselves after S seconds."""
-        seconds = parameter(params, "max_seconds", int | float, 10.0)  # type: ignore[arg-type]
+        seconds = parameter(params, "max_seconds", int | float, 10.0)
         if not 0 < seconds <= MAX_FREEZE_SECONDS:
             raise InvalidSpec(f"file systems stay frozen for at most {MAX_FREEZE_SECONDS:g} seconds")
         return {"count": await self._running.agent.freeze(max_seconds=seconds), "max_seconds": seconds}

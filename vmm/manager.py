@@ -23,6 +23,7 @@ from vmm import contact, registry, saved
 from vmm.contact import Place
 from vmm.errors import InvalidSpec, NotFound, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
+from vmm.guest_access import GuestAccess
 from vmm.images import find_image, look_at
 from vmm.kvm import machine_types
 from vmm.kvm.drives import store_error
@@ -356,6 +357,10 @@ class Manager:
         if disk.kind == "vhd":
             disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
         return disk
+
+    def guest(self, name: str) -> GuestAccess:
+        """The inside of a machine: console, screen, agent, exchanged items. Raises NotFound."""
+        return GuestAccess(Place.of(name))
 
     # -- asking the worker --------------------------------------------------------------------------------------------
 

@@ -8,19 +8,19 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vhdkit
 from tests.pictures import read_png
-from tests.support import require_boot_sector_guest, require_linux_guest, require_qemu, require_tool
+from tests.support import require_boot_sector_guest, require_linux_guest, require_tool
 from tests.vmm.guests import boot_sector, linux, linux_disk
 from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, BootOptions
 from tests.vmm.guests.launch import read_until
 from tests.vmm.guests.shell import GuestShell
-from tests.vmm.stage import SECONDS, machine_stage
+from tests.vmm.stage import SECONDS
 from vmm.errors import AgentUnavailable, NotFound, TimedOut, WrongState
 from vmm.manager import DiskWish, Manager
 from vmm.spec import Controller
@@ -30,15 +30,7 @@ pytestmark = pytest.mark.kvm
 MIB = 1 << 20
 
 
-@pytest.fixture
-def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    """A manager of no machines yet."""
-    require_qemu()
-    with machine_stage(tmp_path, monkeypatch) as found:
-        yield found
-
-
-def boot_machine(manager: Manager, folder: Path, options: BootOptions | None = None, **settings: object) -> Path:
+def boot_machine(manager: Manager, folder: Path, options: BootOptions | None = None, **settings: Any) -> Path:
     """The machine `web`: the boot-sector guest in a child of a base image; the child's path."""
     require_boot_sector_guest()
     base, leaf = folder / "base.vhd", folder / "leaf.avhd"
@@ -50,7 +42,7 @@ def boot_machine(manager: Manager, folder: Path, options: BootOptions | None = N
     return leaf
 
 
-def linux_machine(manager: Manager, **settings: object) -> None:
+def linux_machine(manager: Manager, **settings: Any) -> None:
     """The machine `web`: the Linux guest without a disk, started until its shell answers."""
     guest = require_linux_guest()
     manager.create(
@@ -111,7 +103,7 @@ def test_boots_from_a_chain_and_writes_to_its_leaf(manager: Manager, tmp_path: P
     assert (hash_of(base), hash_of(middle)) == before
     with vhdkit.open_disk(leaf) as disk:
         assert content in disk.read(0, disk.size_bytes)
-        owners = {extent.layer_index for extent in disk.extents() if extent.layer_index is not None}
+        owners = {extent.layer_index for extent in disk.extents()}
         assert {0, 2} <= owners, "the leaf has the new sectors, the base the old ones"
     with vhdkit.open_disk(middle) as disk:
         assert content not in disk.read(0, disk.size_bytes)

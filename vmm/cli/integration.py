@@ -11,177 +11,172 @@ from typing import Any
 
 import click
 
-from vmm.cli.common import manager, print_json
+from vmm.cli.common import epilog, output_options, print_json, print_line, print_pairs, print_table
 from vmm.errors import InvalidSpec, printable
 from vmm.guest_access import FREEZE_SECONDS
+from vmm.manager import Manager
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@click.group()
-def agent() -> None:
-    """Ask a machine's guest agent (qemu-guest-agent in the guest)."""
+MAX_INPUT_BYTES = 1 << 20  # of standard input; what an item may hold is less
 
 
-@agent.command("show")
-@click.argument("machine")
-@json_option
-def show_agent(machine: str, as_json: bool) -> None:
-    """Heartbeat, operating system and addresses of MACHINE's guest."""
-    info = manager().guest(machine).info()
+@click.group("agent")
+def agent_command() -> None:
+    """Ask the agent inside a machine, which is qemu-guest-agent."""
+
+
+@agent_command.command("show", epilog=epilog("vmm agent show web"))
+@click.argument("name")
+@output_options
+def show_agent(name: str, as_json: bool, quiet: bool) -> None:
+    """Heartbeat, operating system and addresses of the guest of the machine NAME."""
+    info = Manager().guest(name).info()
     if as_json:
         print_json(info)
-        return
-    for name, text in guest_lines(info):
-        click.echo(f"{name:<11}{text}")
+    elif not quiet:
+        print_pairs(guest_pairs(info))
 
 
-@agent.command()
-@click.argument("machine")
-@json_option
-def ping(machine: str, as_json: bool) -> None:
-    """Ask MACHINE's guest for a sign of life; exit code 0 when it came."""
-    beat = manager().guest(machine).ping()
+@agent_command.command("ping", epilog=epilog("vmm agent ping web && echo it lives"))
+@click.argument("name")
+@output_options
+def ping(name: str, as_json: bool, quiet: bool) -> None:
+    """Ask the guest of the machine NAME for a sign of life; exit code 0 when it came."""
+    beat = Manager().guest(name).ping()
     if as_json:
         print_json(beat)
-    else:
-        click.echo(f"{machine}: the guest answers")
+    elif not quiet:
+        print_line(f"{name}: the guest answers")
 
 
-@agent.command()
-@click.argument("machine")
+@agent_command.command("freeze", epilog=epilog("vmm agent freeze web && copy-the-disks && vmm agent thaw web"))
+@click.argument("name")
 @click.option(
     "--seconds", type=float, default=FREEZE_SECONDS, show_default=True, help="They thaw by themselves after so long."
 )
-@json_option
-def freeze(machine: str, seconds: float, as_json: bool) -> None:
-    """Write out and freeze the file systems of MACHINE's guest, for a copy of its disks.
-
-    \b
-    Example: vmm agent freeze web && copy-the-disks; vmm agent thaw web
-    """
-    count = manager().guest(machine).freeze(seconds)
+@output_options
+def freeze(name: str, seconds: float, as_json: bool, quiet: bool) -> None:
+    """Write out and freeze the file systems of the guest of the machine NAME, for a copy of its disks."""
+    count = Manager().guest(name).freeze(seconds)
     if as_json:
         print_json({"count": count, "max_seconds": seconds})
-    else:
-        click.echo(f"{machine}: {_file_systems(count)} frozen for at most {seconds:g} s")
+    elif not quiet:
+        print_line(f"{name}: {_file_systems(count)} frozen for at most {seconds:g} s")
 
 
-@agent.command()
-@click.argument("machine")
-@json_option
-def thaw(machine: str, as_json: bool) -> None:
-    """Thaw them again; fails when they had to thaw before, so that the copy is not of one moment."""
-    count = manager().guest(machine).thaw()
+@agent_command.command("thaw", epilog=epilog("vmm agent thaw web"))
+@click.argument("name")
+@output_options
+def thaw(name: str, as_json: bool, quiet: bool) -> None:
+    """Thaw what `freeze` froze; fails when it had to thaw before, so that a copy is not of one moment."""
+    count = Manager().guest(name).thaw()
     if as_json:
         print_json({"count": count})
-    else:
-        click.echo(f"{machine}: {_file_systems(count)} thawed")
+    elif not quiet:
+        print_line(f"{name}: {_file_systems(count)} thawed")
 
 
-@agent.command("set-time")
-@click.argument("machine")
-def set_time(machine: str) -> None:
-    """Set the clock of MACHINE's guest to the host's."""
-    manager().guest(machine).set_time()
-    click.echo(f"{machine}: the guest's clock is set")
+@agent_command.command("set-time", epilog=epilog("vmm agent set-time web"))
+@click.argument("name")
+@output_options
+def set_time(name: str, as_json: bool, quiet: bool) -> None:
+    """Set the clock of the guest of the machine NAME to the host's."""
+    Manager().guest(name).set_time()
+    if as_json:
+        print_json({})
+    elif not quiet:
+        print_line(f"{name}: the guest's clock is set")
 
 
-@click.group()
-def kvp() -> None:
+@click.group("kvp")
+def kvp_command() -> None:
     """Exchange small texts with a machine's guest (key-value data exchange).
 
-    The host's items are set here and read in the guest, the guest's are set there and read here. They are kept while
+    The host's items are set here and read in the guest; the guest's are set there and read here. They are kept while
     the machine is off.
     """
 
 
-@kvp.command("list")
-@click.argument("machine")
-@json_option
-def list_items(machine: str, as_json: bool) -> None:
-    """All items of MACHINE, the guest's and the host's."""
-    items = manager().guest(machine).items()
+@kvp_command.command("list", epilog=epilog("vmm kvp list web"))
+@click.argument("name")
+@output_options
+def list_items(name: str, as_json: bool, quiet: bool) -> None:
+    """All items of the machine NAME, the guest's and the host's."""
+    items = Manager().guest(name).items()
     if as_json:
         print_json(items)
         return
-    rows = [
-        (pool, printable(key), printable(value)) for pool in ("guest", "host") for key, value in items[pool].items()
-    ]
-    if not rows:
-        click.echo(f"{machine}: nothing has been exchanged")
+    rows = [(pool, key, value) for pool in ("guest", "host") for key, value in items[pool].items()]
+    if quiet:
         return
-    width = max(len(key) for _, key, _ in rows)
-    click.echo(f"{'set by':<8}{'key':<{width}}  value")
-    for pool, key, value in rows:
-        click.echo(f"{pool:<8}{key:<{width}}  {value}")
+    if rows:
+        print_table(("SET BY", "KEY", "VALUE"), rows)
+    else:
+        click.echo(f"{name}: nothing has been exchanged", err=True)
 
 
-@kvp.command("get")
-@click.argument("machine")
+@kvp_command.command("get", epilog=epilog("vmm kvp get web address"))
+@click.argument("name")
 @click.argument("key")
 @click.option("--pool", type=click.Choice(["guest", "host"]), help="Whose item; else the guest's, then the host's.")
-@json_option
-def get_item(machine: str, key: str, pool: str | None, as_json: bool) -> None:
-    """Print the value of MACHINE's item KEY."""
-    value, found_in = manager().guest(machine).get_item(key, pool)
+@output_options
+def get_item(name: str, key: str, pool: str | None, as_json: bool, quiet: bool) -> None:
+    """Print the value of the item KEY of the machine NAME."""
+    value, found_in = Manager().guest(name).get_item(key, pool)
     if as_json:
         print_json({"key": key, "value": value, "pool": found_in})
     elif sys.stdout.isatty():
         # What a guest sets must not reach into the terminal.
         click.echo("\n".join(printable(line) for line in value.split("\n")))
-    else:
+    elif not quiet:
         click.echo(value)
 
 
-@kvp.command("set")
-@click.argument("machine")
+@kvp_command.command("set", epilog=epilog("vmm kvp set web role database", "vmm kvp set web key - < id.pub"))
+@click.argument("name")
 @click.argument("key")
 @click.argument("value")
-@json_option
-def set_item(machine: str, key: str, value: str, as_json: bool) -> None:
-    """Set the host's item KEY of MACHINE to VALUE (- for standard input)."""
+@output_options
+def set_item(name: str, key: str, value: str, as_json: bool, quiet: bool) -> None:
+    """Set the host's item KEY of the machine NAME to VALUE (- for standard input)."""
     if value == "-":
         try:
-            value = sys.stdin.buffer.read(1 << 20).decode()
+            value = sys.stdin.buffer.read(MAX_INPUT_BYTES).decode()
         except UnicodeDecodeError:
             raise InvalidSpec("the value on standard input is no text in UTF-8") from None
-    _told(machine, manager().guest(machine).set_item(key, value), as_json)
+    _told(name, Manager().guest(name).set_item(key, value), as_json, quiet)
 
 
-@kvp.command("delete")
-@click.argument("machine")
+@kvp_command.command("delete", epilog=epilog("vmm kvp delete web role"))
+@click.argument("name")
 @click.argument("key")
-@json_option
-def delete_item(machine: str, key: str, as_json: bool) -> None:
-    """Remove the host's item KEY of MACHINE."""
-    _told(machine, manager().guest(machine).delete_item(key), as_json)
+@output_options
+def delete_item(name: str, key: str, as_json: bool, quiet: bool) -> None:
+    """Remove the host's item KEY of the machine NAME."""
+    _told(name, Manager().guest(name).delete_item(key), as_json, quiet)
 
 
-def _told(machine: str, taken: bool, as_json: bool) -> None:
+def _told(name: str, taken: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"taken": taken})
-    elif taken:
-        click.echo(f"{machine}: done, and the guest knows")
-    else:
-        click.echo(f"{machine}: done; the guest will be told when it takes part")
+    elif not quiet:
+        print_line(f"{name}: done, and the guest knows" if taken else f"{name}: done; the guest hears of it later")
 
 
 def _file_systems(count: int) -> str:
     return "1 file system" if count == 1 else f"{count} file systems"
 
 
-def guest_lines(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of each line about a guest, from `GuestAccess.info` or the guest of `vmm show`."""
+def guest_pairs(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and texts about a guest, from `GuestAccess.info` or the guest of `MachineInfo`."""
     seen = info.get("seen_seconds_ago")
-    lines = [("heartbeat", info["heartbeat"] + ("" if seen is None else f" ({seen:g} s ago)"))]
+    pairs = [("heartbeat", info["heartbeat"] + ("" if seen is None else f" ({seen:g} s ago)"))]
     system = info.get("os")
     if system:
         words = " ".join(part for part in (system["name"], system["version"]) if part)
-        kernel = f" ({system['kernel']})" if system["kernel"] else ""
-        lines.append(("system", printable(words + kernel) or "unknown"))
-        lines.append(("host name", printable(system["host_name"]) or "unknown"))
+        kernel = f" (kernel {system['kernel']})" if system["kernel"] else ""
+        pairs.append(("guest system", words + kernel))
+        pairs.append(("guest name", system["host_name"]))
     for interface in info.get("interfaces", ()):
         addresses = ", ".join(interface["addresses"]) or "no address"
-        lines.append(("address", printable(f"{addresses} on {interface['name']} ({interface['mac']})")))
-    return lines
+        pairs.append(("guest address", f"{addresses} on {interface['name']} ({interface['mac']})"))
+    return pairs

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vmm.cli.common import epilog, format_size, output_options, print_json, print_pairs, print_table
+from vmm.cli.integration import guest_pairs
 from vmm.errors import to_document
 from vmm.manager import MachineInfo, Manager
 
@@ -96,7 +97,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
             ("busy with", one.operation or ""),
             ("up", "" if one.uptime_seconds is None else _duration(one.uptime_seconds)),
             ("accelerator", one.accelerator or f"{spec.accelerator} (when started)"),
-            ("heartbeat", one.heartbeat or ""),
+            ("heartbeat", "" if one.guest else one.heartbeat or ""),
             ("id", spec.id),
             ("memory", format_size(spec.memory_bytes)),
             ("cpus", f"{spec.cpu_count} × {spec.cpu_model}"),
@@ -114,7 +115,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
             ("folder", one.folder or ""),
             ("processes", ", ".join(f"{part} {pid}" for part, pid in (one.pids or {}).items())),
             ("notes", spec.notes),
-            *((f"guest {key}", str(value)) for key, value in (one.guest or {}).items() if value),
+            *(guest_pairs(one.guest) if one.guest else ()),
         ]
     )
     rows = [
