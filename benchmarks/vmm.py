@@ -46,6 +46,7 @@ REWRITES_PER_LAYER = 2000
 PROCESSES = (1, 4)
 START_SECONDS = 60.0
 QEMU = "qemu-system-x86_64"
+VMM = str(Path(sys.executable).with_name("vmm"))
 
 
 # -- start ------------------------------------------------------------------------------------------------------------
@@ -53,10 +54,9 @@ QEMU = "qemu-system-x86_64"
 
 def vmm(*words: str, environment: dict[str, str]) -> str:
     """Run the command line, which must succeed; what it printed."""
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("vmm")), *words],
-        env=environment, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    done = subprocess.run([VMM, *words], env=environment, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"vmm {words[0]} failed")  # it has said why
     return done.stdout
 
 
@@ -64,9 +64,7 @@ def one_start(environment: dict[str, str], log: Path) -> tuple[float, float]:
     """Start the machine `bench`, and power it off: seconds to its first byte, MiB of its worker."""
     before = log.stat().st_size if log.exists() else 0
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("vmm")), "start", "bench"], env=environment, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([VMM, "start", "bench"], env=environment, stdout=subprocess.DEVNULL)
     deadline = start + START_SECONDS
     while not (log.exists() and b"B" in log.read_bytes()[before:]):
         if time.perf_counter() > deadline or process.poll() not in (None, 0):
@@ -76,7 +74,7 @@ def one_start(environment: dict[str, str], log: Path) -> tuple[float, float]:
     if process.wait() != 0:
         raise SystemExit("vmm start failed")
     status = json.loads(vmm("show", "bench", "--json", environment=environment))
-    memory = resident_mib(int(status["worker_pid"]))
+    memory = resident_mib(int(status["pids"]["worker"]))
     vmm("stop", "bench", environment=environment)
     return seconds, memory
 
@@ -100,9 +98,7 @@ def measure_start(folder: Path, rounds: int) -> dict[str, Row]:
     # Sockets have short names: the runtime folder must have one, too.
     with tempfile.TemporaryDirectory(prefix="vmmb-") as runtime:
         environment = {**os.environ, "VMM_HOME": str(folder / "home"), "VMM_RUNTIME": runtime}
-        vmm(
-            "create", "bench", "--memory", "16M", "--accelerator", "tcg", "--disk", str(child), environment=environment
-        )
+        vmm("create", "bench", "--memory", "16M", "--accel", "tcg", "--disk", str(child), environment=environment)
         log = folder / "home" / "machines" / "bench" / "console.log"
         seconds, memory = Row("vmm start to the first serial byte, s"), Row("the worker, MiB")
         try:
@@ -113,7 +109,7 @@ def measure_start(folder: Path, rounds: int) -> dict[str, Row]:
                     memory.values.append(values[1])
         finally:
             subprocess.run(
-                [str(Path(sys.executable).with_name("vmm")), "stop", "bench"],
+                [VMM, "stop", "bench"],
                 env=environment, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
     return {"start": seconds, "worker": memory}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, require_tool
+from tests.support import ROOT, require_linux_guest, require_tool
 
 
 def start_demo(folder: Path) -> subprocess.Popen[str]:
@@ -31,6 +31,7 @@ def test_demo(tmp_path: Path) -> None:
     require_tool("debugfs")
     require_tool("nbdcopy")
     require_tool("fio")
+    require_linux_guest()
     output, errors = (process := start_demo(tmp_path)).communicate(timeout=240)
     assert process.returncode == 0, output + errors
     for words in (
@@ -38,6 +39,8 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit info tuesday.avhd", "$ vhdkit chain tuesday.avhd", "$ vhdkit map tuesday.avhd",
         "tuesday.avhd: clean", "equal: tuesday.avhd and fixed.vhd hold the same disk", "What happened",
         "$ vhdkit ctl nbd.ctl snapshot", "fio read back all that it wrote", "nothing was lost",
+        "VMM-GUEST READY", "diary.txt is now on the disk", "shutdown-requested  (by: agent)",
+        "all that the machine wrote is in guest.avhd",
         "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output

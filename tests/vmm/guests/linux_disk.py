@@ -4,17 +4,18 @@
     sector 0     linux_loader.S, the partition table       LBA 8     kernel, then the initial RAM file system
     sector 1     the kernel's command line                 32 MiB    partition 1: ext4, labelled "guest"
 
-The guest needs `MEMORY` MiB. It sees the disk by its controller's driver; `findfs LABEL=guest` finds the partition.
+`python -m tests.vmm.guests.linux_disk FILE` makes one. The guest needs `MEMORY` MiB. It sees the disk by its controller's driver; `findfs LABEL=guest` finds the partition.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import sys
 from pathlib import Path
 
 from tests.vmm.guests.linux import APPEND, LinuxGuest, linux_guest
-from tests.vmm.guests.tools import kept, run, tool
+from tests.vmm.guests.tools import GuestUnavailable, kept, run, tool
 
 SECTOR = 512
 MEMORY = "256"
@@ -64,3 +65,10 @@ def _assembled() -> bytes:
              "-o", folder / "loader.bin", folder / "loader.o"])  # fmt: skip
 
     return (kept("linux-loader", [_SOURCE.read_bytes()], make) / "loader.bin").read_bytes()
+
+
+if __name__ == "__main__":
+    try:
+        write_raw_disk(Path(sys.argv[1]))
+    except (GuestUnavailable, OSError) as error:
+        sys.exit(str(error))
