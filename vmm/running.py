@@ -186,6 +186,8 @@ class Running:
             self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming, identity=self.identity
         )
         try:
+            if not incoming:  # else the guest goes on where it was
+                self.hub.mark_start()
             await self.hub.start()  # connected before the guest can say anything
             self._exited.clear()
             self._end = None

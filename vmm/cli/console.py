@@ -8,6 +8,7 @@ How a terminal is joined is in `terminal`.
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -136,16 +137,24 @@ def screen_command(name: str, png: str | None, no_viewer: bool, as_json: bool, q
         subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         words = [f"started {command[0]}"]
     else:
+        install = "" if command else "   (sudo apt install virt-viewer)"
         command = command or viewer_command(path, {viewers()[0]: viewers()[0]}) or []
         words = [
             f"the screen is a VNC server on the socket {path}",
-            f"look at it here:        {' '.join(command)}",
-            f"from another computer:  ssh -N -L 5901:{path} {os.environ.get('USER') or 'root'}@{os.uname().nodename}",
+            f"look at it here:        {' '.join(command)}{install}",
+            f"from another computer:  ssh -N -L 5901:{path} {_user()}@{os.uname().nodename}",
             "                        and there a VNC viewer on localhost:5901",
         ]
     if not quiet:
         for line in words:
             print_line(line)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a user without a name
+        return str(os.geteuid())
 
 
 def _take_picture(guest: GuestAccess, path: str) -> int:
@@ -154,8 +163,11 @@ def _take_picture(guest: GuestAccess, path: str) -> int:
     if path == "-":
         sys.stdout.buffer.write(picture)
         sys.stdout.buffer.flush()
+    elif os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe: nothing takes its place
+        with open(path, "wb") as file:
+            file.write(picture)
     else:
         from vmm.paths import write_whole
 
-        write_whole(path, picture, mode=0o644, durable=False)
+        write_whole(os.path.realpath(path), picture, mode=0o644, durable=False)
     return len(picture)

@@ -16,6 +16,9 @@ A watcher's line: {"type": "alone" | "shared" | "take" | "never", "scrollback": 
 
 The hub outlives QEMU's restarts (it connects again) and a worker's death (the log is a file; the next worker opens
 console.sock anew, and watchers come back to it). While no hub is connected QEMU throws the guest's output away.
+
+Each start of the machine is marked in the log, and scroll-back goes no further than to the last: who waits for
+"login:" wants this start's.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
@@ -41,6 +45,7 @@ UNREAD_SECONDS: Final = 10.0  # a guest that takes no keys for so long loses wha
 RECONNECT_SECONDS: Final = 0.1
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_REQUEST_BYTES: Final = 4096
+_START_MARK: Final = b"[vmm: started "
 _MISSED: Final = b"\r\n[vmm: output was left out here, this terminal is too slow]\r\n"
 
 
@@ -63,6 +68,11 @@ class ConsoleLog:
         except OSError as error:
             raise of_os_error(error, "open the console's log", path=self.path) from error
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the newer file."""
+        return self._size
+
     def append(self, data: bytes) -> None:
         """Keep this. A full disk loses it and nothing else: a console must not stop a machine."""
         with contextlib.suppress(OSError, VmmError):
@@ -75,9 +85,11 @@ class ConsoleLog:
                 self._open()
             self._size += os.write(self._descriptor, data[-self._max_bytes :])
 
-    def tail(self, count: int) -> bytes:
-        """The last bytes of it."""
-        return read_log(self.path, count)
+    def scrollback(self, count: int) -> bytes:
+        """The last bytes of it, since the machine was started."""
+        data = read_log(self.path, count)
+        _, mark, since = data.rpartition(_START_MARK)
+        return since.partition(b"\n")[2] if mark else data
 
     def close(self) -> None:
         """Close the file."""
@@ -173,22 +185,29 @@ class ConsoleHub:
         return len(self._watchers)
 
     async def start(self, *, wait_seconds: float = 5.0) -> None:
-        """Open the log and console.sock, and connect to the serial port.
+        """Open the log and console.sock, and connect to the serial port; the latter alone when called again.
 
         Returns when connected, or after `wait_seconds` without QEMU: it is tried for as long as the hub lives.
         Raises VmmError.
         """
+        if self._server is None:
+            await self._open()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._connected.wait(), wait_seconds)
+
+    async def _open(self) -> None:
         self._log = ConsoleLog(self._log_path, max_bytes=self._log_bytes)
         listening = _listen(self._console_path)
         self._server = await asyncio.start_unix_server(self._serve, sock=listening)
         self._following = asyncio.create_task(self._follow())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._connected.wait(), wait_seconds)
 
-    def mark(self, text: str) -> None:
-        """Put a line of ours into the log, as "the machine was started"; nobody sees it live."""
-        if self._log is not None:
-            self._log.append(f"\r\n[vmm: {text}]\r\n".encode())
+    def mark_start(self) -> None:
+        """Note in the log that the guest begins anew. Before `start`, or its first words may stand before the mark."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S").encode()
+        log = ConsoleLog(self._log_path, max_bytes=self._log_bytes) if self._log is None else self._log
+        log.append((b"\r\n" if log.size_bytes else b"") + _START_MARK + now + b"]\r\n")
+        if log is not self._log:
+            log.close()
 
     async def close(self) -> None:
         """End: console.sock goes first, so that a watcher whose connection ends knows that no other comes."""
@@ -269,7 +288,7 @@ class ConsoleHub:
         self._share_out()
         assert self._log is not None
         answer = {"ok": True, "typing": watcher.may_type, "machine": self._machine}
-        writer.write(json.dumps(answer).encode() + b"\n" + self._log.tail(scrollback))
+        writer.write(json.dumps(answer).encode() + b"\n" + self._log.scrollback(scrollback))
         return watcher
 
     def _share_out(self) -> None:

@@ -130,6 +130,28 @@ def test_terminal_when_it_is_ended_and_when_the_machine_ends(web: Manager) -> No
         terminal.close()
 
 
+def test_terminal_when_the_worker_is_killed(web: Manager) -> None:
+    """A terminal stays when the worker is killed: it finds the next one's console, and types on."""
+    terminal = Terminal()
+    try:
+        terminal.see("READY")
+        pids = web.show("web").pids
+        assert pids is not None
+        os.kill(pids["worker"], signal.SIGKILL)
+        web.show("web")  # answers when there is another worker
+        deadline = time.monotonic() + SECONDS
+        while True:  # a key that was pressed in between is lost
+            terminal.type("k")
+            if select.select([terminal.user], [], [], 0.5)[0]:
+                break
+            assert time.monotonic() < deadline
+        assert "BOOT-OK" not in terminal.see("key k")
+        terminal.type("\x1d")
+        assert terminal.end() == 0
+    finally:
+        terminal.close()
+
+
 def test_script(web: Manager) -> None:
     """A script's input goes in, the answers come out, and it ends by itself."""
     done = vmm("console", "web", "--no-scrollback", text="ab")

@@ -4,7 +4,8 @@
     sector 0     linux_loader.S, the partition table       LBA 8     kernel, then the initial RAM file system
     sector 1     the kernel's command line                 32 MiB    partition 1: ext4, labelled "guest"
 
-`python -m tests.vmm.guests.linux_disk FILE` makes one. The guest needs `MEMORY` MiB. It sees the disk by its controller's driver; `findfs LABEL=guest` finds the partition.
+`python -m tests.vmm.guests.linux_disk FILE` makes one. The guest needs `MEMORY` MiB. It sees the disk by its
+controller's driver; `findfs LABEL=guest` finds the partition.
 """
 
 from __future__ import annotations
