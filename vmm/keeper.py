@@ -134,7 +134,9 @@ class Keeper:
     # -- the server ----------------------------------------------------------------------------------------------
 
     def _start_server(self) -> None:
-        exports = exports_of(self._runtime, follow_leaf=not self._is_first_start)
+        # A live snapshot moves the leaf, and a backup that was interrupted has left one (backup).
+        has_moved = not self._is_first_start or os.path.exists(os.path.join(self._machine.folder, "backup.json"))
+        exports = exports_of(self._runtime, follow_leaf=has_moved)
         path = os.path.join(self._runtime.folder, "exports.json")
         write_whole(path, json.dumps(exports).encode(), durable=False)
         notes = os.path.join(self._runtime.folder, "notes")

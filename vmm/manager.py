@@ -12,6 +12,7 @@ truth is in the machines' folders and workers, so any number of managers may be 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import vhdkit
-from vmm import contact, registry, saved
+from vmm import backup, contact, registry, saved
 from vmm.contact import Place
 from vmm.errors import InvalidSpec, NotFound, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
@@ -333,6 +334,28 @@ class Manager:
             except VmmError as error:
                 rows.append((disk, None, error.problem))
         return rows
+
+    def backup(self, name: str, folder: str, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Copy all disks, as they are at one moment, into a new folder, while the machine runs or not.
+
+        {"folder", "disks": {id: path}, "consistent": whether file systems were written out}. Raises AlreadyExists,
+        Refused for passed-through devices, StoreFailed, NoSpace.
+        """
+        target = backup.check_target(folder)
+        place = Place.of(name)
+        client = contact.contact(place)
+        if client is not None:
+            with client:
+                result: dict[str, Any] = client.call(
+                    "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
+                )
+                return result
+        with registry.changing(name) as machine:
+            disks = backup.disks_to_copy(machine.spec)
+            told = progress or (lambda document: None)
+            copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))
+        is_off = not saved.is_saved(place.machine)  # a saved machine's file systems are in use
+        return {**copied, "consistent": is_off}
 
     def _disk_of(self, wish: DiskWish, spec: MachineSpec) -> DiskSpec:
         """A disk for a machine as it is wished for, with what was not said chosen and its image looked at."""

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -79,7 +79,7 @@ class Running:
         self.tell = tell
         self._qmp: Qmp | None = None
         self._process: QemuProcess | None = None
-        self._exited = asyncio.Event()
+        self.exited = asyncio.Event()
         self._end: End | None = None
         self._status = "prelaunch"  # QEMU's word for it
         self._status_changed = asyncio.Condition()
@@ -189,7 +189,7 @@ class Running:
             if not incoming:  # else the guest goes on where it was
                 self.hub.mark_start()
             await self.hub.start()  # connected before the guest can say anything
-            self._exited.clear()
+            self.exited.clear()
             self._end = None
             process = start_qemu(command, log_path=self.machine.log("qemu"), descriptors=launch.descriptors)
         finally:
@@ -208,7 +208,7 @@ class Running:
     async def _first_contact(self) -> None:
         """Wait until QEMU answers. Raises what the disks' server said, what QEMU said, TimedOut."""
         connecting = asyncio.create_task(Qmp.connect(self.runtime.qmp, timeout_seconds=START_SECONDS))
-        exited = asyncio.create_task(self._exited.wait())
+        exited = asyncio.create_task(self.exited.wait())
         try:
             while not connecting.done():
                 await asyncio.wait({connecting, exited}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -238,7 +238,7 @@ class Running:
         await self.qmp.send_descriptor("saved", descriptor)
         await self.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
         while True:
-            if self._exited.is_set():
+            if self.exited.is_set():
                 assert self._process is not None
                 why = self._process.last_words() or "QEMU ended without a word"
                 raise QemuFailed(f"the saved memory cannot be restored: {why}")
@@ -269,7 +269,7 @@ class Running:
         if not self.spec.integration.time_sync:
             return
         deadline = time.monotonic() + _TIME_SYNC_SECONDS
-        while time.monotonic() < deadline and not self._exited.is_set():
+        while time.monotonic() < deadline and not self.exited.is_set():
             with contextlib.suppress(VmmError):
                 await self.agent.set_time()
                 return
@@ -297,7 +297,7 @@ class Running:
             await self.quit(End.SAVED)
             return
         deadline = time.monotonic() + START_SECONDS
-        while not self._exited.is_set() and time.monotonic() < deadline:
+        while not self.exited.is_set() and time.monotonic() < deadline:
             with contextlib.suppress(VmmError):
                 await self.qmp.execute("migrate_cancel")
                 if self.note.details.pop("was_running", False):
@@ -333,11 +333,11 @@ class Running:
             if self.note.phase is not Phase.STARTING:
                 self.tell("qemu-died", status=status, problem=process.last_words())
         self.note.qemu = None
-        self._exited.set()
+        self.exited.set()
 
     async def wait_end(self) -> End:
         """Wait until QEMU has ended; why."""
-        await self._exited.wait()
+        await self.exited.wait()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -358,18 +358,18 @@ class Running:
         with contextlib.suppress(VmmError):
             await self.qmp.execute("quit", timeout_seconds=STOP_SECONDS)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._exited.wait(), QUIT_SECONDS)
-        if not self._exited.is_set():
+            await asyncio.wait_for(self.exited.wait(), QUIT_SECONDS)
+        if not self.exited.is_set():
             self.tell("qemu-killed", problem="it did not quit")
             await self.kill()
 
     async def kill(self) -> None:
         """End QEMU at once."""
-        if self._process is not None and not self._exited.is_set():
+        if self._process is not None and not self.exited.is_set():
             self._end = self._end or End.STOPPED
             await asyncio.to_thread(self._process.ref.kill)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._exited.wait(), QUIT_SECONDS)
+                await asyncio.wait_for(self.exited.wait(), QUIT_SECONDS)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -394,7 +394,7 @@ class Running:
 
     async def _talk(self) -> None:
         """Listen to QEMU for as long as it lives, connecting again where a conversation broke off."""
-        while not self._exited.is_set():
+        while not self.exited.is_set():
             try:
                 if self._qmp is None:
                     self._qmp = await Qmp.connect(self.runtime.qmp)
@@ -538,7 +538,7 @@ class Running:
             if not by_agent:
                 await self.qmp.execute("system_powerdown")
             self.tell("shutdown-requested", by="agent" if by_agent else "power button")
-            await asyncio.wait_for(self._exited.wait(), timeout_seconds)
+            await asyncio.wait_for(self.exited.wait(), timeout_seconds)
         except TimeoutError as error:
             raise TimedOut(
                 f"the guest did not shut down within {timeout_seconds:g} s",
@@ -592,15 +592,3 @@ class Running:
             if ram := migration.get("ram"):
                 progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
             await asyncio.sleep(LOOK_SECONDS)
-
-    @contextlib.asynccontextmanager
-    async def standing_still(self) -> AsyncIterator[None]:
-        """The guest stands still inside the block, and goes on after it if it ran before."""
-        was_running = self._status == "running"
-        if was_running:
-            await self.qmp.execute("stop", timeout_seconds=STOP_SECONDS)
-        try:
-            yield
-        finally:
-            if was_running:
-                await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)

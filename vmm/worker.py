@@ -24,6 +24,7 @@ import traceback
 from typing import Any
 
 from vmm import registry, saved
+from vmm.backup import Backup, merge_away_offline
 from vmm.errors import VmmError, of_os_error, to_document
 from vmm.events import add_event
 from vmm.guest_services import GuestServices
@@ -56,6 +57,8 @@ class Worker:
             self._note.qemu = None
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._plugging = Plugging(self._running)
+        self._backup = Backup(self._running)
+        self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
         self._off = asyncio.Event()  # everything of the machine is put away
         self._problem: VmmError | None = None  # what went wrong with the disks at the end
         self._recoveries: list[float] = []
@@ -118,6 +121,7 @@ class Worker:
                 await self._begin()
                 self._tell("started", accelerator=self._note.accelerator)
             self._report(result=self._running.document())
+            self._rest = asyncio.create_task(self._backup.finish_interrupted())
         except VmmError as error:
             error.machine = error.machine or self._spec.name
             self._tell("start-failed", problem=str(error))
@@ -154,6 +158,7 @@ class Worker:
             self._note.write(self._runtime)
         try:
             await self._end_server()
+            await merge_away_offline(self._machine)
             await asyncio.to_thread(saved.note_disks, self._machine, self._running.spec)
         except VmmError as error:
             self._problem = error
@@ -228,6 +233,7 @@ class Worker:
             "stop": self._stop,
             "shutdown": self._shutdown,
             "save": self._save,
+            "backup": self._backup.take,
             **self._plugging.methods(),
             **GuestServices(self._running).methods(),
         }
