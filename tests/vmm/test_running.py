@@ -136,7 +136,7 @@ def test_save_and_start(manager: Manager, tmp_path: Path) -> None:
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
-    steps = []
+    steps: list[dict[str, object]] = []
     manager.save("small", progress=steps.append)
     saved = last_tick(manager)
     assert manager.state("small") is MachineState.SAVED and processes() == {}
