@@ -37,12 +37,14 @@ _DEBIAN_PACKAGE = {
     "e2fsck": "e2fsprogs",
     "fio": "fio",
     "dpkg-deb": "dpkg",
+    "losetup": "mount",
     "fsck.fat": "dosfstools",
     "fusermount3": "fuse3",
     "ld": "binutils",
     "mcopy": "mtools",
     "mdel": "mtools",
     "mke2fs": "e2fsprogs",
+    "mkfs.ext4": "e2fsprogs",
     "mkfs.fat": "dosfstools",
     "nbd": "python3-libnbd",
     "nbdcopy": "libnbd-bin",
@@ -56,8 +58,13 @@ _DEBIAN_PACKAGE = {
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
     "sfdisk": "fdisk",
+    "swapon": "mount",
+    "tgtadm": "tgt",
+    "tgtd": "tgt",
     "vhdiinfo": "libvhdi-utils",
+    "wipefs": "util-linux",
     "xz": "xz-utils",
 }
 
@@ -80,6 +87,12 @@ def require_tool(name: str) -> str:
     if path is None:
         not_available(f"needs the command {name}: {_how_to_get(name)}")
     return path
+
+
+def require_root() -> None:
+    """End the test unless it runs as root."""
+    if os.geteuid() != 0:
+        not_available("needs root")
 
 
 def require_module(name: str) -> None:
