@@ -35,6 +35,7 @@ _CACHE_VERSION = 1
 _TRIAL_SECONDS, _QEMU_SECONDS, _DEATH_SECONDS = 10.0, 20.0, 2.0
 _MAX_CACHE_BYTES = 1 << 16
 _TOO_LONG = "did not end in time"
+KERNEL_WORDS = "in 64-bit kernel mode"
 _USE_TCG = "use TCG: --accel tcg"
 _USE_KVM = "for guests that need no more than that: --accel kvm"
 _PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -113,7 +114,7 @@ def kernel_problem(kvm: Outcome) -> str | None:
         return None if kvm.done else "nothing was tried in long mode"
     reasons = sorted(set(kvm.failed.values()))
     return (
-        f"in 64-bit kernel mode this KVM fails at {', '.join(kvm.failed)} ({'; '.join(reasons)}): "
+        f"{KERNEL_WORDS} this KVM fails at {', '.join(kvm.failed)} ({'; '.join(reasons)}): "
         "it starts firmware and boot sectors, but no common 64-bit kernel"
     )
 

@@ -21,6 +21,7 @@ qapi/block-core.json (BlockdevOptionsFile, BlockdevOptionsIscsi); RFC 3721 and l
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -28,11 +29,15 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused, VmmError, of_os_error
 from vmm.host import block
 from vmm.host.block import BlockDevice, Host
+from vmm.kvm import iscsi
+
+if TYPE_CHECKING:
+    from vmm.spec import MachineSpec
 
 BLKGETSIZE64 = 0x80081272
 RIGHTS_HINT = "run this as root, or let your user have the device: sudo setfacl -m u:$USER:rw "
@@ -65,10 +70,36 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What machines have already: identities of devices and LUNs, and image files by path, each with its machine."""
+    """What machines have: identities of devices and LUNs, and image files by their paths without links, each with
+    its machine."""
 
     identities: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
+
+
+def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, follow_links: bool = True) -> Given:
+    """What these machines have, without the one whose id is `except_id`. Pure but for links in paths.
+
+    A disk whose identity is not written down, as in a definition made by hand, counts by its URL. Following links
+    touches the storage that images are on, and waits for it where it does not answer.
+    """
+    identities: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for spec in specs:
+        if spec.id == except_id:
+            continue
+        for disk in spec.disks:
+            if disk.path is None:
+                continue
+            if disk.kind == "pass-through":
+                with contextlib.suppress(InvalidSpec):
+                    url = iscsi.parse(disk.path) if iscsi.is_url(disk.path) else None
+                    identity = disk.identity or (url.identity if url else None)
+                    if identity is not None:
+                        identities[identity] = spec.name
+            else:
+                images[os.path.realpath(disk.path) if follow_links else disk.path] = spec.name
+    return Given(identities, images)
 
 
 # -- devices: may it be given away? -------------------------------------------------------------------------------
@@ -147,7 +178,7 @@ def _given_already(facts: DeviceFacts, given: Given) -> Iterator[Reason]:
         if one.identity is not None and one.identity in given.identities:
             yield Reason(f"{who}belongs to the machine {given.identities[one.identity]}", in_use=True)
     if device.file is not None:
-        machine = given.images.get(os.path.realpath(device.file))
+        machine = given.images.get(device.file)  # the kernel says the name without links
         if machine is not None:
             yield Reason(f"is the file {device.file}, a disk of the machine {machine}", in_use=True)
 

@@ -20,6 +20,7 @@ from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused
 from vmm.host import block
 from vmm.kvm import passthrough
 from vmm.kvm.passthrough import Given
+from vmm.spec import make_disk, make_spec
 
 
 @pytest.fixture
@@ -132,13 +133,29 @@ def test_given_to_another_machine(host: FakeHost) -> None:
 
 
 def test_loop_device_of_a_machines_disk(host: FakeHost, tmp_path: Path) -> None:
-    """A loop device on a file that is a machine's disk is refused, by whichever name of the file."""
+    """A loop device on a file that is a machine's disk is refused, by whichever name the machine knows the file."""
     file = tmp_path / "disk.vhd"
     file.write_text("")
     (tmp_path / "link").symlink_to(file)
-    host.disk("loop0", "virtual", loop__backing_file=str(tmp_path / "link"))
-    (reason,) = reasons(host, "loop0", given=Given(images={str(file.resolve()): "web"}))
+    host.disk("loop0", "virtual", loop__backing_file=str(file))
+    web = make_spec(name="web", disks=[make_disk(id="disk-0", path=str(tmp_path / "link"))])
+    (reason,) = reasons(host, "loop0", given=passthrough.given_of([web]))
     assert "a disk of the machine web" in reason
+    assert reasons(host, "loop0", given=passthrough.given_of([web], except_id=web.id)) == []
+
+
+def test_what_machines_have() -> None:
+    """Devices count by the identity that is written down, LUNs by their URL too, images by their path."""
+    url = "iscsi://san/iqn.2001-04.com.example:store/1"
+    disks = [
+        make_disk(id="disk-0", path="/images/a.vhd"),
+        make_disk(id="disk-1", kind="pass-through", path="/dev/sdb", identity="wwn=naa.1", unit=1),
+        make_disk(id="disk-2", kind="pass-through", path=url, controller_index=1),
+        make_disk(id="cd-0", kind="iso", path=None, controller_index=1, unit=1),
+    ]
+    given = passthrough.given_of([make_spec(name="web", disks=disks)], follow_links=False)
+    assert given.images == {"/images/a.vhd": "web"}
+    assert given.identities == {"wwn=naa.1": "web", "iscsi=iqn.2001-04.com.example:store,lun=1": "web"}
 
 
 def test_all_reasons_at_once(host: FakeHost) -> None:
