@@ -14,9 +14,10 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from vmm.devices import medium_of
 from vmm.errors import InvalidSpec, Unsupported, of_os_error
 from vmm.kvm import program
-from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Facts, Medium, Sockets, file_node, qemu_arguments
+from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
 from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.rpc import bind_private
@@ -54,6 +55,13 @@ class Launch:
         self.sets += 1
         return self.sets, self.give(ours)
 
+    def give_secret(self, secret_id: str, content: bytes) -> Device:
+        """QEMU gets a secret; what object it makes of it."""
+        memory = os.memfd_create(secret_id, os.MFD_CLOEXEC)
+        number = self.give(memory)
+        os.write(memory, content)
+        return {"qom-type": "secret", "id": secret_id, "file": f"/dev/fd/{number}"}
+
     def listen(self, path: str) -> int:
         """A listening socket there for QEMU; only we may connect. Raises OSError."""
         return self.give(bind_private(path).detach())
@@ -72,16 +80,15 @@ def prepare(
     incoming: bool,
     identity: Identity | None,
     adapters: Callable[[Launch], tuple[Adapter, ...]] = lambda launch: (),
-    medium_of: Callable[[DiskSpec, Launch], Medium] | None = None,
 ) -> tuple[list[str], Launch]:
     """(the command, what goes with it). Raises VmmError for whatever is missing; then nothing is left open.
 
-    `adapters` delivers the network adapters, `medium_of` what a passed-through disk is made of.
+    `adapters` delivers the network adapters.
     """
     check_reachable(runtime.folder, identity)
     launch = Launch(identity)
     try:
-        media = {disk.id: _medium(disk, launch, medium_of) for disk in spec.disks if disk.kind != "vhd" and disk.path}
+        media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if disk.kind != "vhd" and disk.path}
         services = spec.integration
         wants_agent = services.heartbeat or services.shutdown or services.time_sync or services.backup
         facts = Facts(
@@ -141,14 +148,12 @@ def _copied(path: str | None, runtime: RuntimePaths, name: str, identity: Identi
     return private_copy(path, target, identity)
 
 
-def _medium(disk: DiskSpec, launch: Launch, medium_of: Callable[[DiskSpec, Launch], Medium] | None) -> Medium:
+def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
     if disk.kind == "iso":
         assert disk.path is not None
         number, descriptor = launch.give_set(open_medium(disk.path))
         return Medium(file_node(disk.id, number, read_only=True), ((number, descriptor),))
-    if medium_of is None:
-        raise Unsupported("passing devices through is not available in this build")
-    return medium_of(disk, launch)
+    return medium_of(spec, disk, give_set=launch.give_set, give_secret=launch.give_secret)
 
 
 def open_medium(path: str) -> int:

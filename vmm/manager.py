@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import vhdkit
-from vmm import backup, contact, registry, saved
+from vmm import backup, contact, devices, registry, saved
 from vmm.contact import Place
 from vmm.errors import InvalidSpec, NotFound, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
@@ -366,9 +366,13 @@ class Manager:
                 spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
             )
         path = wish.path
-        if path is not None and wish.kind != "pass-through":
-            path = find_image(path, spec.paths.disks or default_folders()["disks"])
         settings: dict[str, object] = {} if wish.serial is None else {"serial": wish.serial}
+        if path is not None and wish.kind == "pass-through":
+            found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
+            path = found.pop("path")
+            settings |= found
+        elif path is not None:
+            path = find_image(path, spec.paths.disks or default_folders()["disks"])
         disk = make_disk(
             id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
             unit=unit, read_only=wish.read_only or wish.kind == "iso",
@@ -444,8 +448,8 @@ def _size_of(disk: DiskSpec) -> int | None:
         return None
     if disk.kind == "vhd":
         return look_at(disk).size_bytes
-    if disk.path.startswith("iscsi:"):
-        return None
+    if disk.kind == "pass-through":
+        return devices.size_bytes_of(disk)
     descriptor = open_medium(disk.path)
     try:
         return os.lseek(descriptor, 0, os.SEEK_END)

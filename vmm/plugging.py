@@ -8,13 +8,18 @@ served again whoever is killed, and forgotten after the guest let go of it. How 
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
+import os
 from typing import Any
 
 from vmm import registry
+from vmm.devices import medium_of
 from vmm.errors import InvalidSpec, NotFound, WrongState
 from vmm.keeper import export_of
 from vmm.kvm import drives
+from vmm.kvm.cmdline import Device
 from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
 from vmm.running import Running
@@ -73,20 +78,29 @@ class Plugging:
         with self._running.busy("disk-add"):
             self._write_down(after)
             try:
-                await drives.add_disk(
-                    self._running.qmp,
-                    self._running.server,
-                    disk,
-                    self._running.runtime.nbd,
-                    export=export_of(json.loads(disk.model_dump_json()), follow_leaf=False),
-                    medium=None,
-                )
+                await self._plug_in(disk)
             except BaseException:
                 self._write_down(before)
                 raise
         add = json.loads(disk.model_dump_json())
         self._running.tell("disk-added", disk=disk.id, path=disk.path)
         return {"disk": add}
+
+    async def _plug_in(self, disk: DiskSpec) -> None:
+        qmp, server, socket = self._running.qmp, self._running.server, self._running.runtime.nbd
+        if disk.kind == "vhd":
+            export = export_of(json.loads(disk.model_dump_json()), follow_leaf=False)
+            await drives.add_disk(qmp, server, disk, socket, export=export, medium=None)
+            return
+        number = await drives.free_set(qmp)
+        medium = await asyncio.to_thread(
+            medium_of, self._running.spec, disk, give_set=lambda ours: (number, ours), give_secret=_secret
+        )
+        try:
+            await drives.add_disk(qmp, server, disk, socket, export={}, medium=medium)
+        finally:
+            for _, ours in medium.descriptors:
+                os.close(ours)
 
     async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
         """Unplug a disk; {"disk": id}."""
@@ -133,3 +147,8 @@ class Plugging:
         registry.save(stored, stored.spec.changed(disks=list(spec.disks)))
         write_whole(self._running.runtime.running, spec.to_json(), durable=False)
         self._running.spec = spec
+
+
+def _secret(secret_id: str, content: bytes) -> Device:
+    """The object for a secret, whose content goes over the monitor's private socket."""
+    return {"qom-type": "secret", "id": secret_id, "format": "base64", "data": base64.b64encode(content).decode()}

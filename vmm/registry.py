@@ -209,19 +209,20 @@ def check_disks(spec: MachineSpec) -> None:
         for disk in other.spec.disks:
             own = mine.get(_identity(disk)) if disk.kind != "iso" else None
             if own is not None and not (own.read_only and disk.read_only):
+                child = f"give this machine a child of its own: vhdkit create NEW.avhd --parent {own.path}"
                 raise InUse(
                     f"is a disk of the machine {other.name} already",
                     machine=spec.name,
                     path=own.path,
-                    hint=f"give this machine a child of its own: vhdkit create NEW.avhd --parent {own.path}",
+                    hint=child if own.kind == "vhd" else f"vmm disk remove {other.name} {disk.id}",
                 )
 
 
 def _identity(disk: DiskSpec) -> object:
     """What two names of the same file or device have in common."""
     path = disk.path or ""
-    if path.startswith("iscsi://"):
-        return path
+    if disk.identity is not None:
+        return disk.identity  # a device's name may be another's by now
     try:
         facts = os.stat(path)
     except OSError:

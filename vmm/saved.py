@@ -202,19 +202,29 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec) -> str | None:
         return "the note about its disks is damaged"
     now = _looks_of(spec)
     for disk in spec.disks:
-        if disk.kind == "vhd" and then.get(disk.id) != now.get(disk.id):
+        before, after = then.get(disk.id), now.get(disk.id)
+        if disk.kind == "vhd" and before != after:
             return f"{disk.path} was changed since"
+        # What was written to a device is counted anew with each boot of the host.
+        if isinstance(before, list) and isinstance(after, list) and disk.kind == "pass-through":
+            is_same_boot = before[:1] == after[:1]
+            if is_same_boot and before != after:
+                return f"{disk.path} was changed since"
     return None
 
 
 def _looks_of(spec: MachineSpec) -> dict[str, object]:
     """Of each image: what changes when somebody writes to it."""
+    from vmm.devices import look_of  # who only starts a machine does not pay for it
+
     looks: dict[str, object] = {}
     for disk in spec.disks:
         if disk.kind == "vhd" and disk.path is not None:
             with contextlib.suppress(OSError):
                 facts = os.stat(disk.path)
                 looks[disk.id] = [facts.st_ino, facts.st_size, facts.st_mtime_ns]
+        elif disk.kind == "pass-through":
+            looks[disk.id] = look_of(disk)
     return looks
 
 

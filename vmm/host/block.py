@@ -30,6 +30,7 @@ Attachment = Literal["DAS", "SAN"]
 SYSFS_SECTOR_BYTES = 512  # the unit of every `size` file, whatever the device's own sectors are
 SAN_TRANSPORTS = frozenset({"iscsi", "fc", "nvme-tcp", "nvme-rdma", "nvme-fc", "nbd", "rbd"})
 _MAX_FILE_BYTES = 1 << 20
+_SECTORS_WRITTEN = 6  # of a device's `stat`
 _MAX_DEPTH = 16  # of devices on devices
 # The first that matches the device's place in the tree of devices.
 _TRANSPORT_OF_PLACE = (
@@ -356,6 +357,17 @@ def find(path: str, *, root: str = "/") -> BlockDevice:
         return Host(root).device_of_number(number)
     except NotFound as error:
         raise NotFound("is a node without a device behind it", path=path, hint=LIST_HINT) from error
+
+
+def write_mark(path: str, *, root: str = "/") -> list[str | int | None]:
+    """[boot, disk sequence number, sectors written since boot]: changes when anybody on this host wrote to the device,
+    or when it was unplugged meanwhile. Raises as `find`."""
+    name = find(path, root=root).name
+    folder = os.path.join(root, "sys/class/block", name)
+    boot = _read_text(os.path.join(root, "proc/sys/kernel/random/boot_id"))
+    counters = (_read_text(os.path.join(folder, "stat")) or "").split()
+    written = int(counters[_SECTORS_WRITTEN]) if len(counters) > _SECTORS_WRITTEN else None
+    return [boot, _read_text(os.path.join(folder, "diskseq")), written]
 
 
 LIST_HINT = "vmm host disks lists the disks of this host"

@@ -53,7 +53,7 @@ class Medium:
 
     node: Device
     descriptors: tuple[tuple[int, int], ...] = ()
-    device_driver: str | None = None  # in place of the controller's usual one, such as scsi-block
+    objects: tuple[Device, ...] = ()  # that the node refers to, made before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +180,17 @@ def _disks(spec: MachineSpec, facts: Facts) -> list[str]:
             words += ["-blockdev", _json(chain_node(disk, facts.nbd_socket))]
         elif medium is not None:
             words += _medium_words(medium)
-        words += ["-device", _json(disk_device(disk, boot_index=order.get(disk.id), medium=medium))]
+        words += ["-device", _json(disk_device(disk, boot_index=order.get(disk.id)))]
     return words
 
 
 def _medium_words(medium: Medium) -> list[str]:
     words: list[str] = []
     for set_number, descriptor in medium.descriptors:
-        words += ["-add-fd", f"set={set_number},fd={descriptor}"]
+        # By this word the set is found again when the disk is unplugged.
+        words += ["-add-fd", f"set={set_number},fd={descriptor},opaque={medium.node['node-name']}"]
+    for one in medium.objects:
+        words += ["-object", _json(one)]
     return [*words, "-blockdev", _json(medium.node)]
 
 
@@ -219,7 +222,7 @@ def file_node(node_name: str, set_number: int, *, read_only: bool) -> Device:
     }
 
 
-def disk_device(disk: DiskSpec, *, boot_index: int | None = None, medium: Medium | None = None) -> Device:
+def disk_device(disk: DiskSpec, *, boot_index: int | None = None) -> Device:
     """The device of a disk or drive, as `device_add` takes it, too."""
     device: dict[str, Any] = {"id": disk.id}
     if disk.controller == "ide":
@@ -230,14 +233,11 @@ def disk_device(disk: DiskSpec, *, boot_index: int | None = None, medium: Medium
                    "lun": 0}  # fmt: skip
     else:
         device |= {"driver": "virtio-blk-pci", "bus": "pci.0", "addr": f"{_SLOT_VIRTIO_DISK + disk.unit:#x}"}
-    if medium is not None and medium.device_driver is not None:
-        device["driver"] = medium.device_driver
     if disk.path is not None:
         device["drive"] = disk.id
-    if device["driver"] != "scsi-block":  # that one shows the device's own
-        device["serial"] = disk.serial
-        if disk.kind != "iso":
-            device |= {"werror": "stop", "rerror": "stop"}
+    device["serial"] = disk.serial
+    if disk.kind != "iso":
+        device |= {"werror": "stop", "rerror": "stop"}
     if boot_index is not None:
         device["bootindex"] = boot_index
     return device

@@ -97,12 +97,15 @@ async def add_disk(
             node = chain_node(disk, nbd_socket)
         else:
             assert medium is not None
+            undo.push_async_callback(_quietly_take_back, qmp, disk.id)
             for set_number, descriptor in medium.descriptors:
-                await qmp.add_descriptor_to_set(set_number, descriptor)
+                await qmp.add_descriptor_to_set(set_number, descriptor, disk.id)
+            for one in medium.objects:
+                await qmp.execute_raw("object-add", dict(one))
             node = medium.node
         await qmp.execute_raw("blockdev-add", dict(node), timeout_seconds=NODE_SECONDS)
         undo.push_async_callback(_quietly_remove_node, qmp, disk.id)
-        await qmp.execute_raw("device_add", dict(disk_device(disk, medium=medium)))
+        await qmp.execute_raw("device_add", dict(disk_device(disk)))
         undo.pop_all()
 
 
@@ -121,6 +124,28 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
         await _insist(lambda: qmp.execute("blockdev-del", node_name=disk.id, timeout_seconds=NODE_SECONDS))
     if disk.kind == "vhd":
         await _remove_export(server, disk.id)
+    else:
+        await _take_back(qmp, disk.id)
+
+
+async def free_set(qmp: Qmp) -> int:
+    """The number of a set of descriptors that QEMU does not have yet."""
+    return max((one["fdset-id"] for one in await qmp.execute("query-fdsets")), default=0) + 1
+
+
+async def _take_back(qmp: Qmp, disk_id: str) -> None:
+    """Have QEMU close its descriptors of a disk, with which the claim on a device ends, and forget its objects."""
+    for one in await qmp.execute("query-fdsets"):
+        if any(descriptor.get("opaque") == disk_id for descriptor in one["fds"]):
+            await qmp.execute("remove-fd", fdset_id=one["fdset-id"])
+    for name in [one["name"] for one in await qmp.execute("qom-list", path="/objects")]:
+        if name.startswith(f"{disk_id}-"):
+            await qmp.execute("object-del", id=name)
+
+
+async def _quietly_take_back(qmp: Qmp, disk_id: str) -> None:
+    with contextlib.suppress(VmmError):
+        await _take_back(qmp, disk_id)
 
 
 async def has_device(qmp: Qmp, device_id: str) -> bool:

@@ -48,6 +48,17 @@ class Lun:
         return f"iscsi={self.target},lun={self.number}"
 
 
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a device or LUN must not be given away; `in_use` tells that somebody would have to let go of it first."""
+
+    text: str
+    in_use: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def is_url(text: str) -> bool:
     """True for what is meant to be the URL of a LUN."""
     return text.lower().startswith(("iscsi:", "iser:"))
@@ -104,7 +115,9 @@ def _wrong(url: str, what: str, hint: str = SYNTAX_HINT) -> InvalidSpec:
     return InvalidSpec(what, path=re.sub(r"//[^@/]*@", "//...@", url), hint=hint)
 
 
-def refusals(lun: Lun, *, identities: Mapping[str, str], sessions: Iterable[tuple[str, int, str]] = ()) -> list[str]:
+def refusals(
+    lun: Lun, *, identities: Mapping[str, str], sessions: Iterable[tuple[str, int, str]] = ()
+) -> list[Reason]:
     """Why this LUN must not be given to a machine; empty when it may be. Pure.
 
     `identities` are those that machines have already, each with its machine; `sessions` the LUNs that this host's own
@@ -112,12 +125,11 @@ def refusals(lun: Lun, *, identities: Mapping[str, str], sessions: Iterable[tupl
     """
     reasons = []
     if lun.identity in identities:
-        reasons.append(f"belongs to the machine {identities[lun.identity]}")
+        reasons.append(Reason(f"belongs to the machine {identities[lun.identity]}", in_use=True))
     for target, number, device in sessions:
         if target.lower() == lun.target and number == lun.number:
-            reasons.append(
-                f"is a disk of this host itself, {device}: pass that through, or log out of the target (iscsiadm)"
-            )
+            what = f"is a disk of this host itself, {device} (pass that through, or log out of the target)"
+            reasons.append(Reason(what, in_use=True))
     return reasons
 
 

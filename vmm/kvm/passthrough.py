@@ -35,6 +35,7 @@ from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused, VmmE
 from vmm.host import block
 from vmm.host.block import BlockDevice, Host
 from vmm.kvm import iscsi
+from vmm.kvm.iscsi import Reason
 
 if TYPE_CHECKING:
     from vmm.spec import MachineSpec
@@ -55,17 +56,6 @@ class DeviceFacts:
     whole: BlockDevice | None = None  # of a partition
     holders: tuple[BlockDevice, ...] = ()  # devices made of it or of its partitions
     twins: tuple[BlockDevice, ...] = ()  # others with the same identity
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a device must not be given away; `in_use` tells that somebody would have to let go of it first."""
-
-    text: str
-    in_use: bool = False
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +183,12 @@ def _not_known_again(facts: DeviceFacts) -> Iterator[Reason]:
         yield Reason(f"has the same identity as {names} and could be taken for it")
 
 
-def refuse(path: str, reasons: Sequence[Reason]) -> None:
-    """Raise InUse or Refused with all reasons, or nothing when there are none."""
+def refuse(path: str, reasons: Sequence[Reason], look: str = "vmm host disks") -> None:
+    """Raise InUse or Refused with all reasons, or nothing when there are none; `look` is the verb that shows more."""
     if reasons:
         kind = InUse if any(one.in_use for one in reasons) else Refused
         text = "; ".join(map(str, reasons))
-        raise kind(f"cannot be passed through: it {text}", path=path, hint=block.LIST_HINT)
+        raise kind(f"cannot be passed through: it {text}", path=path, hint=f"{look} shows more")
 
 
 # -- devices: taking it -------------------------------------------------------------------------------------------
@@ -328,23 +318,3 @@ def blockdev_of(node_name: str, fd_set: int, *, read_only: bool = False) -> dict
         "discard": "unmap",
         "read-only": read_only,
     }
-
-
-def is_held_by(pid: int, identity: str, *, root: str = "/") -> bool:
-    """True while the process has the device with this identity open: for a worker that takes a machine over."""
-    folder = f"/proc/{pid}/fd"
-    numbers = {one.number for one in Host(root).by_identity(identity)}
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return False
-    for name in names:
-        try:
-            facts = os.stat(f"{folder}/{name}")
-        except OSError:
-            continue
-        if stat.S_ISBLK(facts.st_mode):
-            number = block.name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev))
-            if number in numbers:
-                return True
-    return False

@@ -137,13 +137,13 @@ class Qmp:
             raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
         await self.execute("getfd", fdname=name)
 
-    async def add_descriptor_to_set(self, set_number: int, descriptor: int) -> None:
-        """Give QEMU a descriptor as `/dev/fdset/SET_NUMBER`. Raises QemuFailed, TimedOut."""
+    async def add_descriptor_to_set(self, set_number: int, descriptor: int, word: str = "") -> None:
+        """Give QEMU a descriptor as `/dev/fdset/SET_NUMBER`, to be found by `word`. Raises QemuFailed, TimedOut."""
         try:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
             raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
-        await self.execute("add-fd", fdset_id=set_number)
+        await self.execute("add-fd", fdset_id=set_number, opaque=word)
 
     # -- events -----------------------------------------------------------------------------------------------------
 
