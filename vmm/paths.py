@@ -8,7 +8,7 @@ link. Must not know what is in the files.
       host.json                 settings of the host: default folders
       machines/NAME/            a machine: its folder, or a link to it where it lies elsewhere
         machine.json            its definition
-        events.jsonl  console.log  logs/  saved/  uefi-vars.fd
+        was-running  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
       disks/  snapshots/        where new ones are put unless somebody says otherwise
     runtime ($VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
       FIRST-12-OF-ID/           a running machine: sockets (a unix socket's path has at most 107 bytes) and state.json
@@ -88,6 +88,11 @@ class MachinePaths:
     def saved(self) -> str:
         """The folder of a saved machine's memory and devices; it is there whole or not at all."""
         return os.path.join(self.folder, "saved")
+
+    @property
+    def was_running(self) -> str:
+        """An empty file that is there while the machine runs, and after the host stopped under it."""
+        return os.path.join(self.folder, "was-running")
 
     @property
     def logs(self) -> str:

@@ -8,13 +8,14 @@ command line import it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from vmm.paths import RuntimePaths, write_whole
+from vmm.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.proc import ProcessRef
 
 _MAX_NOTE_BYTES = 1 << 20
@@ -154,3 +155,12 @@ def _read(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def note_running(machine: MachinePaths, is_running: bool) -> None:
+    """Write down for the host's next start whether the machine runs. Not being able to is not worth failing for."""
+    with contextlib.suppress(OSError):
+        if is_running:
+            os.close(os.open(machine.was_running, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        else:
+            os.unlink(machine.was_running)

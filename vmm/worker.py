@@ -33,7 +33,7 @@ from vmm.plugging import Plugging
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlServer, Method, Progress, bind_private, parameter
 from vmm.running import LOOK_SECONDS, End, Running
-from vmm.state import KeeperNote, Phase, WorkerNote
+from vmm.state import KeeperNote, Phase, WorkerNote, note_running
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
 SERVER_END_SECONDS = 60.0
@@ -134,6 +134,7 @@ class Worker:
         self._running_now()
 
     def _running_now(self) -> None:
+        note_running(self._machine, True)
         self._note.phase = Phase.RUNNING
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)
@@ -153,6 +154,7 @@ class Worker:
 
     async def _put_away(self, watch: asyncio.Task[None]) -> None:
         """The disks' server flushes and ends, then those who wait are told, then we end. The keeper does the rest."""
+        note_running(self._machine, False)
         self._note.phase = Phase.ENDED
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)

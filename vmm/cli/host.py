@@ -10,26 +10,28 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmm.errors import InvalidSpec, NotFound, VmmError, printable
+from vmm.cli.common import format_size, print_json, print_line, print_pairs, print_table
+from vmm.errors import InvalidSpec, NotFound, VmmError, printable, to_document
 
 if TYPE_CHECKING:
     from vmm.host.block import BlockDevice, Host
     from vmm.kvm.passthrough import Given
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-_WIDE = 10_000  # columns of what is no terminal: nothing is wrapped there
 _STYLES = {"ok": "green", "limited": "yellow", "missing": "red"}
 
 
-@click.group("host")
-def host_group() -> None:
+@click.group("host", invoke_without_command=True)
+@click.pass_context
+def host_group(context: click.Context) -> None:
     """This host: what it is, what it lacks, its disks and folders, and what starts with it."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 # -- info ---------------------------------------------------------------------------------------------------------
@@ -47,11 +49,11 @@ def info_command(refresh: bool, as_json: bool) -> None:
     accelerator, problem = _accelerator(refresh)
     features = {check.key: check.state.value for check in checks}
     if as_json:
-        _print_json({"host": asdict(facts), "accelerator": accelerator, "problem": problem, "features": features})
+        print_json({"host": asdict(facts), "accelerator": accelerator, "problem": problem, "features": features})
         return
-    memory = "not known" if facts.memory_bytes is None else size_text(facts.memory_bytes)
+    memory = "not known" if facts.memory_bytes is None else format_size(facts.memory_bytes)
     if facts.available_bytes is not None:
-        memory += f", {size_text(facts.available_bytes)} available"
+        memory += f", {format_size(facts.available_bytes)} available"
     processor = f"{facts.processor_count} × {facts.processor or facts.architecture}"
     processor += f", {facts.virtualization}" if facts.virtualization else ""
     qemu = next(check for check in checks if check.key == "qemu")
@@ -73,7 +75,7 @@ def info_command(refresh: bool, as_json: bool) -> None:
         names = [check.title for check in checks if check.state == state and check.key not in ("qemu", "kvm")]
         if names:
             pairs.append((title, ", ".join(names)))
-    _print_pairs(pairs)
+    print_pairs(pairs)
     if any(check.state != "ok" for check in checks):
         click.echo("vmm host doctor says what is limited or missing, and what helps")
 
@@ -104,7 +106,7 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
     checks = doctor.examine()
     able = doctor.is_able(checks)
     if as_json:
-        _print_json({"able": able, "checks": [asdict(check) for check in checks]})
+        print_json({"able": able, "checks": [asdict(check) for check in checks]})
     else:
         for check in checks:
             if show_all or check.state is not doctor.State.OK:
@@ -136,7 +138,7 @@ def disks_command(show_all: bool, as_json: bool) -> None:
     given = _given()
     reasons = {one.name: _reasons(host, one, given) for one in devices}
     if as_json:
-        _print_json(
+        print_json(
             [{**asdict(one), "pass_through": not reasons[one.name], "because": reasons[one.name]} for one in devices]
         )
         return
@@ -146,7 +148,7 @@ def disks_command(show_all: bool, as_json: bool) -> None:
     rows = [
         (
             ("  " if one.parent else "") + one.path,
-            size_text(one.size_bytes),
+            format_size(one.size_bytes),
             _attached(one),
             one.model or one.file or "",
             one.identity or "",
@@ -155,7 +157,7 @@ def disks_command(show_all: bool, as_json: bool) -> None:
         )
         for one in devices
     ]
-    _print_table(("DEVICE", "SIZE", "ATTACHED", "MODEL", "IDENTITY", "USED BY", "PASS-THROUGH"), rows, right=(1,))
+    print_table(("DEVICE", "SIZE", "ATTACHED", "MODEL", "IDENTITY", "USED BY", "PASS-THROUGH"), rows)
 
 
 def _attached(device: BlockDevice) -> str:
@@ -213,9 +215,9 @@ def _show_paths(as_json: bool) -> None:
     folders = paths.default_folders()
     places = {"home": paths.home(), "runtime": paths.runtime_home(), **folders}
     if as_json:
-        _print_json(places)
+        print_json(places)
         return
-    _print_pairs([(key, path if os.path.isdir(path) else f"{path} (not there yet)") for key, path in places.items()])
+    print_pairs([(key, path if os.path.isdir(path) else f"{path} (not there yet)") for key, path in places.items()])
 
 
 @paths_group.command("set")
@@ -265,7 +267,7 @@ def autostart_command(action: str | None, for_user: bool | None, as_json: bool) 
         result = autostart.install(scope, own_command())
         done = "installed" if result.changed else "was there already:"
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     click.echo(f"{done} {result.path}")
     for note in result.notes:
@@ -273,7 +275,28 @@ def autostart_command(action: str | None, for_user: bool | None, as_json: bool) 
 
 
 def _run_automatic(action: str, *, as_json: bool) -> None:
-    raise InvalidSpec("not yet")
+    from vmm.automatic import Outcome, start_machines, stop_machines
+    from vmm.manager import Manager
+
+    def tell(outcome: Outcome) -> None:
+        if not as_json:
+            print_line(f"{outcome.machine}: {outcome.problem or outcome.done}")
+
+    run = start_machines if action == "start" else stop_machines
+    outcomes = run(Manager(), tell=tell)
+    if as_json:
+        print_json(
+            [
+                {
+                    "machine": one.machine,
+                    "done": one.done,
+                    "error": None if one.problem is None else to_document(one.problem),
+                }
+                for one in outcomes
+            ]
+        )
+    if any(one.problem is not None for one in outcomes):
+        raise SystemExit(1)
 
 
 def own_command() -> list[str]:
@@ -284,43 +307,3 @@ def own_command() -> list[str]:
         if path and os.access(path, os.X_OK) and os.path.isfile(path):
             return [os.path.abspath(path)]
     raise NotFound("the command vmm is not installed", hint="pip install 'vhdkit[vmm]'")
-
-
-# -- output -------------------------------------------------------------------------------------------------------
-
-
-def size_text(size_bytes: int) -> str:
-    """A size for people: at most one digit after the point, in powers of 1024."""
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f}".rstrip("0").rstrip(".") + f" {unit}"
-        size /= 1024
-    return f"{size:.1f}".rstrip("0").rstrip(".") + " TiB"
-
-
-def _print_json(document: object) -> None:
-    import json
-
-    click.echo(json.dumps(document, indent=2))
-
-
-def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    rows = list(pairs)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{click.style(name.ljust(width), dim=True)}  {printable(value)}")
-
-
-def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-    console.print(table)
