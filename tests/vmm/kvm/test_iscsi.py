@@ -96,7 +96,7 @@ def test_identity_is_the_same_by_every_portal() -> None:
     by_name, by_address = iscsi.parse(f"iscsi://san/{IQN}/1"), iscsi.parse(f"iscsi://10.0.0.7:9/{IQN}/1")
     assert by_name.identity == by_address.identity != iscsi.parse(f"iscsi://san/{IQN}/2").identity
     (reason,) = iscsi.refusals(by_name, identities={by_address.identity: "web"})
-    assert reason == "belongs to the machine web"
+    assert str(reason) == "belongs to the machine web" and reason.in_use
     assert iscsi.refusals(by_name, identities={f"iscsi={IQN},lun=2": "web"}) == []
 
 
@@ -110,7 +110,7 @@ def test_lun_of_the_host_itself(tmp_path: Path) -> None:
     sessions = iscsi.host_sessions(root=str(tmp_path))
     assert sessions == [(IQN, 1, "/dev/sdb")]
     (reason,) = iscsi.refusals(iscsi.parse(f"iscsi://san/{IQN}/1"), identities={}, sessions=sessions)
-    assert "/dev/sdb" in reason
+    assert "/dev/sdb" in str(reason)
     assert iscsi.refusals(iscsi.parse(f"iscsi://san/{IQN}/2"), identities={}, sessions=sessions) == []
 
 

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -361,18 +360,11 @@ def test_qemu_without_rights_keeps_the_claim(tmp_path: Path) -> None:
     with loop_device(tmp_path / "file") as device:
         run([require_tool("mkswap"), device])
         claim = passthrough.claim(device)
-        identity = claim.identity
         with claim, qemu_with(claim) as qemu:
             claim.close()
             assert_untouchable(device, tmp_path)
-            assert passthrough.is_held_by(qemu.pid, identity)
-            assert not passthrough.is_held_by(os.getpid(), identity)
             os.kill(qemu.pid, signal.SIGKILL)
             qemu.wait(30)
-            deadline = time.monotonic() + 30
-            while passthrough.is_held_by(qemu.pid, identity) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not passthrough.is_held_by(qemu.pid, identity)
         run([require_tool("mkfs.ext4"), "-q", device])
         assert b"SWAPSPACE2" not in Path(device).read_bytes()
 
