@@ -225,6 +225,9 @@ class Running:
             keeper = KeeperNote.read(self.runtime)
             if keeper is not None and keeper.failure is not None:
                 raise from_document(keeper.failure) from None
+            if self._exited.is_set() and self._process is not None:  # it closed its end before it was seen to end
+                words = self._process.last_words() or "it said nothing"
+                raise QemuFailed(f"QEMU refused the machine: {words}") from None
             raise
         finally:
             exited.cancel()

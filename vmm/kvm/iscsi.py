@@ -7,6 +7,9 @@ URL, because URLs are stored in a machine's definition and shown: it is in a fil
 
     iscsi://[USER@]HOST[:PORT]/TARGET/LUN[?password-file=PATH]
 
+While the target does not answer the guest's requests wait and libiscsi connects again and again; no time-out is set,
+because a request that was given up may be done by the target all the same.
+
 No claim keeps other hosts from a LUN: that is the target's matter (its access rules, or reservations).
 
 Sources: libiscsi's README (URLs), RFC 3721 (names of targets), RFC 7143, QEMU's BlockdevOptionsIscsi.
@@ -27,7 +30,6 @@ SCHEME = "iscsi://"
 DEFAULT_PORT = 3260
 MAX_NAME_BYTES = 223  # RFC 7143, 4.2.7.1
 MAX_LUN = 16383  # what a flat LUN address holds
-TIMEOUT_SECONDS = 10  # for a command that gets no answer, before the guest's machine is paused
 SYNTAX_HINT = "iscsi://[USER@]HOST[:PORT]/TARGET/LUN[?password-file=PATH]"
 _TARGET = re.compile(r"iqn\.\d{4}-\d{2}\.[^\s/?#:]+(:[^\s/?#]*)?|eui\.[0-9A-Fa-f]{16}|naa\.[0-9A-Fa-f]{16,32}")
 
@@ -179,7 +181,6 @@ def blockdev_of_lun(
         "target": lun.target,
         "lun": lun.number,
         "initiator-name": initiator,
-        "timeout": TIMEOUT_SECONDS,
         **who,
         "cache": {"direct": True, "no-flush": False},
         "discard": "unmap",

@@ -9,7 +9,9 @@ own, in a mount namespace of its own, and the host's node stays as it is. Must n
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
@@ -143,8 +145,21 @@ class QemuProcess:
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
             telling = [line for line in lines if ": warning: " not in line and ": info: " not in line]
             if telling:
-                return telling[-1].removeprefix("qemu-system-x86_64: ")
+                return _without_description(telling[-1].removeprefix("qemu-system-x86_64: "))
         return None
+
+
+def _without_description(words: str) -> str:
+    """A complaint about `-blockdev {...}: ` or the like with only the name of what it is about."""
+    option = re.match(r"-[a-z]+ (?=\{)", words)
+    if option is None:
+        return words
+    try:
+        document, end = json.JSONDecoder().raw_decode(words, option.end())
+    except ValueError:
+        return words
+    name = document.get("node-name") or document.get("id")
+    return f"{name}{words[end:]}" if name and words[end:].startswith(": ") else words
 
 
 def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[int, int]) -> QemuProcess:

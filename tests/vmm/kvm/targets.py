@@ -25,11 +25,38 @@ class Target:
     control: int
     file: Path
     url: str
-    process: subprocess.Popen[bytes]
+    account: tuple[str, str]
+    process: list[subprocess.Popen[bytes]]  # one, or none while it is away
 
     def admin(self, *words: str) -> None:
         """Give the target a command."""
         run([require_tool("tgtadm"), "-C", str(self.control), "--lld", "iscsi", *words])
+
+    def start(self) -> None:
+        """Start it, with its target and LUN."""
+        command = [require_tool("setpriv"), "--pdeathsig", "KILL", require_tool("tgtd"), "-f", "-C", str(self.control)]
+        command += ["--iscsi", f"portal=127.0.0.1:{self.port}"]
+        with self.file.with_suffix(".log").open("ab") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.process.append(process)
+        _wait_for(process, self.port, self.control)
+        self.admin("--op", "new", "--mode", "target", "--tid", "1", "-T", TARGET)
+        self.admin("--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", str(self.file))
+        user, password = self.account
+        if user:
+            self.admin("--op", "new", "--mode", "account", "--user", user, "--password", password)
+            self.admin("--op", "bind", "--mode", "account", "--tid", "1", "--user", user)
+        self.admin("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
+
+    def kill(self) -> None:
+        """Kill it at once; `start` brings it back."""
+        while self.process:
+            process = self.process.pop()
+            process.kill()
+            process.wait()
+        for name in (f"/var/run/tgtd/socket.{self.control}", f"/var/run/tgtd/socket.{self.control}.lock"):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 @contextlib.contextmanager
@@ -43,37 +70,12 @@ def iscsi_target(file: Path, *, size_bytes: int = 16 << 20, user: str = "", pass
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     control = os.getpid() % 30000 + 1  # one test process has one at a time
-    command = [
-        require_tool("setpriv"),
-        "--pdeathsig",
-        "KILL",
-        require_tool("tgtd"),
-        "-f",
-        "-C",
-        str(control),
-        "--iscsi",
-        f"portal=127.0.0.1:{port}",
-    ]
-    with (
-        file.with_suffix(".log").open("wb") as log,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process,
-    ):
-        try:
-            _wait_for(process, port, control)
-            target = Target(port, control, file, f"iscsi://127.0.0.1:{port}/{TARGET}/1", process)
-            target.admin("--op", "new", "--mode", "target", "--tid", "1", "-T", TARGET)
-            target.admin("--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", str(file))
-            if user:
-                target.admin("--op", "new", "--mode", "account", "--user", user, "--password", password)
-                target.admin("--op", "bind", "--mode", "account", "--tid", "1", "--user", user)
-            target.admin("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
-            yield target
-        finally:
-            process.kill()
-            process.wait()
-            for name in (f"/var/run/tgtd/socket.{control}", f"/var/run/tgtd/socket.{control}.lock"):
-                with contextlib.suppress(OSError):
-                    os.unlink(name)
+    target = Target(port, control, file, f"iscsi://127.0.0.1:{port}/{TARGET}/1", (user, password), [])
+    try:
+        target.start()
+        yield target
+    finally:
+        target.kill()
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int, control: int) -> None:
