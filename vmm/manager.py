@@ -13,6 +13,7 @@ truth is in the machines' folders and workers, so any number of managers may be 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -280,17 +281,16 @@ class Manager:
         """Give a machine a disk; a running one on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
         with registry.changing(name) as machine:
             saved.refuse_when_saved(machine.paths, name, "adding a disk")
-            client = contact.contact(_place(machine))
-            if client is not None and wish.controller is None:
-                wish = _on_scsi(wish)
-            disk = self._disk_of(wish, machine.spec)
-            spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
-            if client is None:
-                registry.save(machine, spec)
-                add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
-            else:
-                registry.check_disks(spec)
-                with client:
+            with contact.contact(_place(machine)) or contextlib.nullcontext() as client:
+                if client is not None and wish.controller is None:
+                    wish = _on_scsi(wish)
+                disk = self._disk_of(wish, machine.spec)
+                spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
+                if client is None:
+                    registry.save(machine, spec)
+                    add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
+                else:
+                    registry.check_disks(spec)
                     client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
         return disk
 

@@ -37,13 +37,13 @@ pytestmark = pytest.mark.kvm
 TINY: dict[str, Any] = {"memory_bytes": 16 * MIB, "accelerator": "tcg"}
 
 
-def bootable(path: Path) -> Path:
+def bootable(path: Path, *, write_every: int = 0) -> Path:
     """A raw file of 16 MiB that boots the small guest."""
     with path.open("wb") as file:
         file.truncate(16 * MIB)
     options = vhdkit.OpenOptions(format_name=vhdkit.FormatName.RAW)
     with vhdkit.open_disk(path, writable=True, options=options) as disk:
-        boot_sector.install(disk, boot_sector.BootOptions(print_every=4))
+        boot_sector.install(disk, boot_sector.BootOptions(print_every=4, write_every=write_every))
     return path
 
 
@@ -261,7 +261,7 @@ def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:
 def test_target_that_goes_away(manager: Manager, tmp_path: Path) -> None:
     """While the target is away the guest waits for it, sees no error, and goes on where it was when it is back."""
     with iscsi_target(tmp_path / "lun") as target:
-        bootable(target.file)
+        bootable(target.file, write_every=4)
         manager.create("small", disks=[given(target.url)], **TINY)
         manager.start("small")
         wait_counting(manager)
