@@ -9,6 +9,7 @@ changes nothing. Must not know machines.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import shutil
@@ -33,6 +34,7 @@ UEFI_FIRMWARE = (
 )
 ISCSI_HINT_PACKAGE = "qemu-block-extra"
 _MODULES = ("pydantic", "qemu.qmp", "pyroute2")
+_PACKAGE_OF = {"fusermount3": "fuse3", "ip": "iproute2", "nft": "nftables", "unshare": "util-linux"}
 _SECONDS = 10.0
 _LITTLE_SPACE_BYTES = 1 << 30
 
@@ -105,6 +107,15 @@ def _program(key: str, name: str, package: str, *, title: str, without: str, nee
     path = shutil.which(name, path=kernel.program_path())
     problem = None if path else f"there is no command {name}"
     return _judge(key, title, problem, found=path or "", without=without, remedy=install(package), needed=needed)
+
+
+def _helps_with(problem: str | None, usual: str, without_right: str | None = None) -> str:
+    """What helps: the package of a command that is missing, else the right, else the usual step."""
+    for name, package in _PACKAGE_OF.items():
+        if problem is not None and problem.endswith(f"no command {name}"):
+            return install(package)
+    denied = problem is not None and problem.endswith(os.strerror(errno.EACCES))
+    return without_right if denied and without_right is not None else usual
 
 
 # -- what machines need -------------------------------------------------------------------------------------------
@@ -284,7 +295,7 @@ def _check_network() -> Iterator[Check]:
         tap,
         found="/dev/net/tun",
         without="internal and external switches, and the back end bridge, cannot connect machines",
-        remedy=f"{sudo()}modprobe tun" if tap and "No such" in tap else "run vmm as root for those switches",
+        remedy=_helps_with(tap, f"{sudo()}modprobe tun", "run vmm as root for those switches"),
     )
     bridge = kernel.bridge()
     yield _judge(
@@ -293,7 +304,7 @@ def _check_network() -> Iterator[Check]:
         bridge,
         found="yes",
         without="there are no internal and external switches; private ones work",
-        remedy=install("iproute2") if bridge and "command ip" in bridge else f"{sudo()}modprobe bridge",
+        remedy=_helps_with(bridge, f"{sudo()}modprobe bridge"),
     )
     yield _judge(
         "bridge-vlan",
@@ -310,7 +321,7 @@ def _check_network() -> Iterator[Check]:
         guards,
         found="yes",
         without="on the back end bridge a guest could use another one's MAC address",
-        remedy=install("nftables") if guards and "command nft" in guards else "a kernel with CONFIG_NF_TABLES_BRIDGE",
+        remedy=_helps_with(guards, "a kernel with CONFIG_NF_TABLES_BRIDGE"),
     )
     vhost = kernel.device("/dev/vhost-net")
     yield _judge(
@@ -319,7 +330,7 @@ def _check_network() -> Iterator[Check]:
         vhost,
         found="/dev/vhost-net",
         without="QEMU itself moves the packets of taps, which takes more of the processor",
-        remedy=f"{sudo()}modprobe vhost_net",
+        remedy=_helps_with(vhost, f"{sudo()}modprobe vhost_net", "run vmm as root, for which it is used"),
         worst=State.LIMITED,
     )
     yield _program(
@@ -341,7 +352,7 @@ def _check_mount() -> Iterator[Check]:
         fuse,
         found="/dev/fuse",
         without="vhdkit mount cannot show a chain as files",
-        remedy=install("fuse3") if fuse and "fusermount3" in fuse else f"{sudo()}modprobe fuse",
+        remedy=_helps_with(fuse, f"{sudo()}modprobe fuse", f"{sudo()}chmod 666 /dev/fuse, as distributions have it"),
     )
 
 

@@ -128,6 +128,21 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only("network", "vhost-net").state is State.LIMITED
 
 
+@pytest.mark.parametrize(
+    ("problem", "helps"),
+    [
+        ("there is no command unshare", "util-linux"),
+        ("there is no command nft", "nftables"),
+        ("/dev/x: No such file or directory", "the usual"),
+        ("/dev/x: Permission denied", "the right"),
+        (None, "the usual"),
+    ],
+)
+def test_what_helps_fits_the_cause(problem: str | None, helps: str) -> None:
+    """A missing command needs its package, a closed device a right, anything else the usual step."""
+    assert helps in doctor._helps_with(problem, "the usual", "the right")
+
+
 def test_folders(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home below a file cannot be made; one below a folder of ours can."""
     assert only("folders", "home").state is State.OK

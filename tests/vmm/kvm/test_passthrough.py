@@ -250,7 +250,7 @@ def test_use_that_no_table_shows(tmp_path: Path) -> None:
 
 
 def test_another_disk_under_the_name(tmp_path: Path) -> None:
-    """When the name leads to another device, the one with the identity is taken, wherever it is now."""
+    """INV-DEVICE-IDENTITY: when the name leads to another device, the one with the identity is taken, wherever it is now."""
     with loop_device(tmp_path / "one") as one, loop_device(tmp_path / "two") as two:
         identity = block.find(one).identity
         with passthrough.claim(two, identity=identity) as claim:
@@ -355,7 +355,7 @@ def flat(document: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 @pytest.mark.kvm
 def test_qemu_without_rights_keeps_the_claim(tmp_path: Path) -> None:
-    """An unprivileged QEMU uses the device, and the claim holds without us until QEMU is dead."""
+    """INV-DEVICE-CLAIMED: an unprivileged QEMU uses the device, and the claim holds without us until QEMU is dead."""
     require_root()
     with loop_device(tmp_path / "file") as device:
         run([require_tool("mkswap"), device])
