@@ -216,8 +216,7 @@ class Running:
                 if keeper is not None and keeper.failure is not None:
                     raise from_document(keeper.failure)
                 if exited.done():
-                    assert self._process is not None
-                    raise QemuFailed(f"QEMU refused the machine: {self._process.last_words() or 'it said nothing'}")
+                    raise self._refusal()
             self._talk_over(connecting.result())
         except QemuFailed:
             # Both die together when the server does: its reason is the better one.
@@ -225,9 +224,8 @@ class Running:
             keeper = KeeperNote.read(self.runtime)
             if keeper is not None and keeper.failure is not None:
                 raise from_document(keeper.failure) from None
-            if self._exited.is_set() and self._process is not None:  # it closed its end before it was seen to end
-                words = self._process.last_words() or "it said nothing"
-                raise QemuFailed(f"QEMU refused the machine: {words}") from None
+            if self._exited.is_set():  # it hung up before it was seen to end
+                raise self._refusal() from None
             raise
         finally:
             exited.cancel()
@@ -236,6 +234,10 @@ class Running:
                 with contextlib.suppress(asyncio.CancelledError, VmmError):
                     await connecting
         await self._refresh()
+
+    def _refusal(self) -> QemuFailed:
+        words = self._process.last_words() if self._process is not None else None
+        return QemuFailed(f"QEMU refused the machine: {words or 'it said nothing'}")
 
     async def _restore(self, descriptor: int, description: saved.Description, progress: Progress) -> None:
         await self.qmp.send_descriptor("saved", descriptor)

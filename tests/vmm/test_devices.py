@@ -76,7 +76,7 @@ def assert_untouchable_but_swap(device: str, point: Path) -> None:
 
 
 def test_claim_outlives_the_worker(manager: Manager, tmp_path: Path) -> None:
-    """INV-DEVICE-CLAIMED: worker and keeper are killed; the device stays claimed, the new ones go on, and power off gives it back."""
+    """INV-DEVICE-CLAIMED: worker and keeper are killed; the device stays claimed until the machine is off."""
     with loop_device(bootable(tmp_path / "device.raw")) as device:
         manager.create("small", disks=[given(device)], **TINY)
         manager.start("small")
@@ -140,7 +140,7 @@ def test_device_that_is_in_use_at_start(manager: Manager, tmp_path: Path) -> Non
 
 
 def test_device_under_another_name(manager: Manager, tmp_path: Path) -> None:
-    """INV-DEVICE-IDENTITY: the device has another number after a while; the machine finds it by its identity, and no other."""
+    """INV-DEVICE-IDENTITY: the device has another number after a while; the machine finds it, and no other."""
     file = bootable(tmp_path / "device.raw")
     with loop_device(file) as first:
         manager.create("small", disks=[given(first)], **TINY)

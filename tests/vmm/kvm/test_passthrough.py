@@ -250,7 +250,7 @@ def test_use_that_no_table_shows(tmp_path: Path) -> None:
 
 
 def test_another_disk_under_the_name(tmp_path: Path) -> None:
-    """INV-DEVICE-IDENTITY: when the name leads to another device, the one with the identity is taken, wherever it is now."""
+    """INV-DEVICE-IDENTITY: when the name leads to another device, the one with the identity is taken."""
     with loop_device(tmp_path / "one") as one, loop_device(tmp_path / "two") as two:
         identity = block.find(one).identity
         with passthrough.claim(two, identity=identity) as claim:
