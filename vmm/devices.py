@@ -99,15 +99,15 @@ def size_bytes_of(disk: DiskSpec) -> int | None:
     return block.find(passthrough.locate(disk.path, disk.identity)).size_bytes
 
 
-def refuse_passed_through(spec: MachineSpec, what: str) -> None:
-    """Raise Refused when the machine has a device or LUN, of which `what` ("a snapshot") could hold nothing."""
+def refuse_passed_through(spec: MachineSpec, what: str, *, hint: str | None = None) -> None:
+    """Raise Refused when the machine has a device or LUN, of which `what` ("snapshot") could hold nothing."""
     found = [disk for disk in spec.disks if disk.kind == "pass-through"]
     if found:
         names = ", ".join(f"{disk.id} ({disk.path})" for disk in found)
         raise Refused(
             f"has disks that are passed through, of which there is no {what}: {names}",
             machine=spec.name,
-            hint=f"take them away first: vmm disk remove {spec.name} {found[0].id}",
+            hint=hint or f"take them away first: vmm disk remove {spec.name} {found[0].id}",
         )
 
 

@@ -224,7 +224,7 @@ class Running:
             keeper = KeeperNote.read(self.runtime)
             if keeper is not None and keeper.failure is not None:
                 raise from_document(keeper.failure) from None
-            if self._exited.is_set():  # it hung up before it was seen to end
+            if self.exited.is_set():  # it hung up before it was seen to end
                 raise self._refusal() from None
             raise
         finally:
