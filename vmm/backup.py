@@ -22,7 +22,6 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmm.devices import refuse_passed_through
 from vmm.errors import AlreadyExists, StoreFailed, VmmError, WrongState, of_os_error
 from vmm.paths import MachinePaths, sync_folder, write_whole
 from vmm.proc import python_command, python_environment
@@ -44,6 +43,8 @@ def note_path(machine: MachinePaths) -> str:
 
 def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
     """The images of a machine. Raises Refused for one whose disks cannot be frozen."""
+    from vmm.devices import refuse_passed_through
+
     refuse_passed_through(spec, "backup", hint="back those up from inside the guest")
     return [disk for disk in spec.disks if disk.kind == "vhd"]
 

@@ -14,7 +14,6 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vmm.devices import medium_of
 from vmm.errors import InvalidSpec, Unsupported, of_os_error
 from vmm.kvm import program
 from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
@@ -153,6 +152,8 @@ def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
         assert disk.path is not None
         number, descriptor = launch.give_set(open_medium(disk.path))
         return Medium(file_node(disk.id, number, read_only=True), ((number, descriptor),))
+    from vmm.devices import medium_of  # few machines need it, and every start would wait for it
+
     return medium_of(spec, disk, give_set=launch.give_set, give_secret=launch.give_secret)
 
 

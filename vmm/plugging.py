@@ -15,7 +15,6 @@ import os
 from typing import Any
 
 from vmm import registry
-from vmm.devices import medium_of
 from vmm.errors import InvalidSpec, NotFound, WrongState
 from vmm.keeper import export_of
 from vmm.kvm import drives
@@ -92,6 +91,8 @@ class Plugging:
             export = export_of(json.loads(disk.model_dump_json()), follow_leaf=False)
             await drives.add_disk(qmp, server, disk, socket, export=export, medium=None)
             return
+        from vmm.devices import medium_of
+
         number = await drives.free_set(qmp)
         medium = await asyncio.to_thread(
             medium_of, self._running.spec, disk, give_set=lambda ours: (number, ours), give_secret=_secret
