@@ -24,7 +24,6 @@ import vhdkit
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
-from vhdkit.cli.statistics import stats_shown
 from vhdkit.folder import SocketFile, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
 from vhdkit.serve.control import Control
@@ -222,6 +221,8 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
         notify(READY)
         unserved.pop_all()  # from now on clients may have written to it
         if wish.stats:
+            from vhdkit.cli.statistics import stats_shown
+
             cleanup.enter_context(stats_shown(server))
         _allow_descriptors()
         server.run()
