@@ -11,9 +11,11 @@ import os
 from dataclasses import dataclass
 
 import vhdkit
-from vmm.errors import NotFound
+from vmm.errors import InvalidSpec, NotFound
 from vmm.kvm.drives import store_error
 from vmm.spec import DiskSpec
+
+MIN_DISK_BYTES = 512  # a sector
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
                     raise
             else:
                 with opened:
+                    if opened.size_bytes < MIN_DISK_BYTES:
+                        raise InvalidSpec(f"is no disk: it holds {opened.size_bytes} bytes", path=disk.path)
                     return ImageFacts(disk.path, kind.value, opened.size_bytes)
     except vhdkit.NotFound as error:
         raise NotFound(

@@ -165,7 +165,7 @@ class Manager:
         add_event(machine.paths.events, "created")
         return self.show(name)
 
-    def set(self, name: str, **settings: object) -> bool:
+    def set(self, name: str, /, **settings: object) -> bool:
         """Change settings of `MachineSpec`; True when it takes effect only with the next start.
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
