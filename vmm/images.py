@@ -15,7 +15,7 @@ from vmm.errors import InvalidSpec, NotFound
 from vmm.kvm.drives import store_error
 from vmm.spec import DiskSpec
 
-MIN_DISK_BYTES = 512  # a sector
+MIN_DISK_BYTES = 64 << 10  # a file that is shorter was named by mistake
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ def folder(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_create_with_everything(folder: Path) -> None:
     """All options become settings; relative names become full ones; type and model are versioned."""
     words = [
-        "--memory", "1G", "--cpus", "2", "--disk", "a.avhd", "--disk",
-        "b.vhd,controller=scsi,unit=5,serial=DATA,read-only", "--cdrom", "cd.iso", "--firmware", "uefi", "--boot-order", "disk,cdrom", "--accel", "tcg", "--no-screen",
-        "--service", "time-sync=off", "--automatic-start", "always", "--start-delay", "5",
+        "--memory", "1G", "--cpus", "2", "--firmware", "uefi", "--boot-order", "disk,cdrom", "--accel", "tcg",
+        "--disk", "a.avhd", "--disk", "b.vhd,controller=scsi,unit=5,serial=DATA,read-only", "--cdrom", "cd.iso",
+        "--no-screen", "--service", "time-sync=off", "--automatic-start", "always", "--start-delay", "5",
         "--automatic-stop", "shut-down", "--automatic-recovery", "restart", "--notes", "mine",
     ]  # fmt: skip
     made = document("create", "web", *words)
