@@ -41,7 +41,7 @@ def _facts(error: BaseException) -> dict[str, Any]:
     if isinstance(error, click.ClickException):
         return _of_usage(error)
     if isinstance(error, OSError):
-        return to_document(of_os_error(error, "do this"))
+        return to_document(of_os_error(error, "write the output"))
     if type(error).__module__.startswith("vhdkit"):
         document = _plain(type(error).__name__, getattr(error, "exit_code", EXIT_FAILED), str(error))
         return {**document, "path": getattr(error, "path", None), "hint": getattr(error, "hint", None)}
