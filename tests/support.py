@@ -17,9 +17,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.vmm.guests.linux import LinuxGuest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("vhdkit", "vmm", "tests", "benchmarks", "examples", "fuzz")
@@ -28,16 +31,21 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 _TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _DEBIAN_PACKAGE = {
     "7zz": "7zip",
+    "as": "binutils",
+    "busybox": "busybox-static",
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "fio": "fio",
+    "dpkg-deb": "dpkg",
+    "losetup": "mount",
     "fsck.fat": "dosfstools",
     "fuse2fs": "fuse2fs",
     "fusermount3": "fuse3",
-    "losetup": "mount",
+    "ld": "binutils",
     "mcopy": "mtools",
     "mdel": "mtools",
     "mke2fs": "e2fsprogs",
+    "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "mkntfs": "ntfs-3g",
     "mount.fuse3": "fuse3",
@@ -53,11 +61,18 @@ _DEBIAN_PACKAGE = {
     "nbdkit": "nbdkit",
     "nbdsh": "python3-libnbd",
     "pyvhdi": "python3-libvhdi",
+    "qemu-ga": "qemu-guest-agent",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
     "sfdisk": "fdisk",
+    "swapon": "mount",
+    "tgtadm": "tgt",
+    "tgtd": "tgt",
     "vhdiinfo": "libvhdi-utils",
+    "wipefs": "util-linux",
     "xz": "xz-utils",
 }
 
@@ -80,6 +95,12 @@ def require_tool(name: str) -> str:
     if path is None:
         not_available(f"needs the command {name}: {_how_to_get(name)}")
     return path
+
+
+def require_root() -> None:
+    """End the test unless it runs as root."""
+    if os.geteuid() != 0:
+        not_available("needs root")
 
 
 def require_module(name: str) -> None:
@@ -120,6 +141,36 @@ def require_libnbd() -> str:
     if not _imports(SYSTEM_PYTHON, "nbd"):
         not_available(f"needs the module nbd in {SYSTEM_PYTHON}: {_how_to_get('nbd')}")
     return SYSTEM_PYTHON
+
+
+def require_qemu() -> str:
+    """The machine emulator, or the end of the test."""
+    return require_tool("qemu-system-x86_64")
+
+
+def require_boot_sector_guest() -> str:
+    """QEMU, with what the boot-sector guest (tests.vmm.guests.boot_sector) is made with, or the end of the test."""
+    require_tool("as")
+    require_tool("ld")
+    return require_qemu()
+
+
+def require_linux_guest() -> LinuxGuest:
+    """The Linux guest (tests.vmm.guests.linux), made when it must be, and QEMU; or the end of the test."""
+    from tests.vmm.guests import linux, tools
+
+    require_qemu()
+    try:
+        return linux.linux_guest()
+    except tools.GuestUnavailable as error:
+        not_available(str(error))
+
+
+def require_kvm() -> str:
+    """QEMU on a machine whose KVM this user may open, or the end of the test."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        not_available("needs /dev/kvm, readable and writable for this user")
+    return require_qemu()
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.mounting import require_fuse
-from tests.support import ROOT, require_tool
+from tests.support import ROOT, require_linux_guest, require_tool
 
 
 def start_demo(folder: Path) -> subprocess.Popen[str]:
@@ -33,6 +33,7 @@ def test_demo(tmp_path: Path) -> None:
     require_tool("nbdcopy")
     require_tool("fio")
     require_fuse()
+    require_linux_guest()
     output, errors = (process := start_demo(tmp_path)).communicate(timeout=240)
     assert process.returncode == 0, output + errors
     for words in (
@@ -42,6 +43,8 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit ctl nbd.ctl snapshot", "fio read back all that it wrote", "nothing was lost",
         "$ vhdkit mount tuesday.avhd mnt", "mnt/disk.raw and flat.raw are equal", "rain since Tuesday",
         "clouds on Monday", "sunny",
+        "VMM-GUEST READY", "diary.txt is now on the disk", "shutdown-requested  (by: agent)",
+        "all that the machine wrote is in guest.avhd",
         "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output

@@ -1,7 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thin KVM/QEMU virtual-machine manager whose disks are vhdkit chains.
+"""vmm: a thin KVM/QEMU virtual-machine manager whose disks are vhdkit chains.
 
-The public names, nothing else. This version has none yet.
+This page of names is the whole public interface; everything else may change.
+
+    import vmm
+
+    manager = vmm.Manager()
+    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd")])
+    manager.start("web")
+
+Sizes are bytes. Every error is a `VmmError` with `machine`, `path`, `hint` and `exit_code`. Each name is imported when
+it is first used, so that who only starts a machine or catches errors pays for no more.
 """
 
-__all__: list[str] = []
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmm.errors import (
+        AccessDenied,
+        AgentUnavailable,
+        AlreadyExists,
+        InUse,
+        InvalidSpec,
+        NoSpace,
+        NotFound,
+        QemuFailed,
+        Refused,
+        StoreFailed,
+        TimedOut,
+        Unsupported,
+        VmmError,
+        WrongState,
+    )
+    from vmm.manager import Deletion, DiskWish, MachineInfo, Manager
+    from vmm.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
+    from vmm.state import MachineState
+
+__all__ = [
+    "AccessDenied",
+    "AdapterSpec",
+    "AgentUnavailable",
+    "AlreadyExists",
+    "AutomaticSpec",
+    "Deletion",
+    "DiskSpec",
+    "DiskWish",
+    "InUse",
+    "IntegrationSpec",
+    "InvalidSpec",
+    "MachineInfo",
+    "MachineSpec",
+    "MachineState",
+    "Manager",
+    "NoSpace",
+    "NotFound",
+    "PathsSpec",
+    "QemuFailed",
+    "Refused",
+    "StoreFailed",
+    "TimedOut",
+    "Unsupported",
+    "VmmError",
+    "WrongState",
+]
+
+# Where each name lives, for the first use of it; the imports above say the same to type checkers.
+_HOMES = {
+    "vmm.errors": (
+        "AccessDenied AgentUnavailable AlreadyExists InUse InvalidSpec NoSpace NotFound QemuFailed Refused "
+        "StoreFailed TimedOut Unsupported VmmError WrongState"
+    ),
+    "vmm.manager": "Deletion DiskWish MachineInfo Manager",
+    "vmm.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
+    "vmm.state": "MachineState",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module 'vmm' has no attribute {name!r}")
+        value = getattr(import_module(home), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

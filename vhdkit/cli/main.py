@@ -12,27 +12,12 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
-from vhdkit.cli.check import check_command
-from vhdkit.cli.compact import compact_command
-from vhdkit.cli.compare import compare_command
-from vhdkit.cli.convert import convert_command
-from vhdkit.cli.create import create_command
-from vhdkit.cli.ctl import ctl_command
-from vhdkit.cli.describe import chain_command, dump_command, info_command
 from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
-from vhdkit.cli.garbage import gc_command
-from vhdkit.cli.map import map_command
-from vhdkit.cli.merge import merge_command
-from vhdkit.cli.mount import mount_command, mounts_command, umount_command
-from vhdkit.cli.rebase import rebase_command
-from vhdkit.cli.relocate import relocate_command
-from vhdkit.cli.resize import resize_command
-from vhdkit.cli.serve import serve_command
-from vhdkit.cli.snapshot import clone_command, snapshot_command
 from vhdkit.store import translate
 
 _EPILOG = """\b
@@ -60,12 +45,46 @@ VHDKIT_DEBUG=1 shows where an internal error came from, as --verbose does. NO_CO
 """
 
 
+# Verb -> the module it is in, in the order in which one meets them. Imported when used: a server starts in less time.
+_VERBS = {
+    "create": "create",
+    "info": "describe",
+    "chain": "describe",
+    "check": "check",
+    "map": "map",
+    "convert": "convert",
+    "compare": "compare",
+    "snapshot": "snapshot",
+    "clone": "snapshot",
+    "merge": "merge",
+    "rebase": "rebase",
+    "relocate": "relocate",
+    "compact": "compact",
+    "resize": "resize",
+    "serve": "serve",
+    "ctl": "ctl",
+    "mount": "mount",
+    "umount": "mount",
+    "mounts": "mount",
+    "gc": "garbage",
+    "dump": "describe",
+}
+
+
 class _Group(click.Group):
     """A group whose end is ours: one line on standard error and an exit code, never a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The verbs in the order in which one meets them."""
-        return list(self.commands)
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module."""
+        module = _VERBS.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = getattr(import_module(f"vhdkit.cli.{module}"), f"{cmd_name}_command")
+        return command
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         """Run the command line and exit."""
@@ -131,32 +150,6 @@ def main(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-for _verb in (
-    create_command,
-    info_command,
-    chain_command,
-    check_command,
-    map_command,
-    convert_command,
-    compare_command,
-    snapshot_command,
-    clone_command,
-    merge_command,
-    rebase_command,
-    relocate_command,
-    compact_command,
-    resize_command,
-    serve_command,
-    ctl_command,
-    mount_command,
-    umount_command,
-    mounts_command,
-    gc_command,
-    dump_command,
-):
-    main.add_command(_verb)
 
 
 def mount_program() -> NoReturn:

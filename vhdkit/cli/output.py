@@ -10,22 +10,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.text import Text
 
 from vhdkit import Finding, Severity
 from vhdkit.cli.common import Common
 from vhdkit.errors import printable
 from vhdkit.units import KIB, format_size
 
+if TYPE_CHECKING:  # imported where something is shown: a server that prints JSON starts without it
+    from rich.console import Console
+
 STYLE_OF = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console for plain text: no markup, no guessed colours, no wrapping. Honours NO_COLOR and pipes."""
+    from rich.console import Console
+
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -41,11 +44,15 @@ def print_json(document: object) -> None:
 
 def print_text(*parts: str | tuple[str, str]) -> None:
     """One line; a part is text or (text, style)."""
+    from rich.text import Text
+
     console().print(Text.assemble(*parts))
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]], indent: str = "  ") -> None:
     """Names and values in two columns."""
+    from rich.text import Text
+
     rows = [(name, value) for name, value in pairs if value]
     width = max((len(name) for name, _ in rows), default=0)
     screen = console()

@@ -24,8 +24,8 @@ import vhdkit
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
-from vhdkit.cli.statistics import stats_shown
 from vhdkit.folder import SocketFile, is_regular, read_whole, remove_file, write_whole
+from vhdkit.formats.vhd.remember import use_folder
 from vhdkit.serve.control import Control
 from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
 from vhdkit.serve.nbd_options import TlsMode
@@ -63,6 +63,7 @@ class Wish:
     tls_psk: str | None
     tls_required: bool
     control: str | None
+    remember: str | None
     follow_leaf: bool
     insecure: bool
     socket_owner: str | None
@@ -118,6 +119,9 @@ class Wish:
 @click.option("--tls-required", is_flag=True, help="Refuse clients that do not encrypt.")
 @click.option("--control", metavar="PATH", type=PATH,
               help="Take commands of `vhdkit ctl` on this unix socket.")  # fmt: skip
+@click.option("--remember", metavar="DIR", type=PATH,
+              help="Note in DIR, a private folder in memory, what is not yet in the images: when this server is"
+                   " killed and started again, its clients have lost nothing.")  # fmt: skip
 @click.option(
     "--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE, as a live snapshot left it."
 )
@@ -192,6 +196,8 @@ def _wanted(wish: Wish) -> list[Wanted]:
 def _serve_builtin(wish: Wish, common: Common) -> None:
     with contextlib.ExitStack() as unserved, contextlib.ExitStack() as cleanup:
         tls = _tls(wish)
+        use_folder(wish.remember)
+        cleanup.callback(use_folder, None)
         manner = Manner(common.options, wish.read_only, wish.overlay, wish.keep_overlay, wish.follow_leaf)
         exports = open_exports(_wanted(wish), manner)
         for export in exports:
@@ -215,6 +221,8 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
         notify(READY)
         unserved.pop_all()  # from now on clients may have written to it
         if wish.stats:
+            from vhdkit.cli.statistics import stats_shown
+
             cleanup.enter_context(stats_shown(server))
         _allow_descriptors()
         server.run()

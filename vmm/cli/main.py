@@ -1,22 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vmm` itself: its help and its version.
+"""The command `vmm`: its verbs, its help, and the one place where it ends.
 
-Decides what `vmm` alone says. Verb families live in modules of their own beside this one.
+Decides which module each verb is in, so that only that one is imported, and how every failure becomes an exit code.
+Verbs only raise.
 """
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
 import click
 
+from vmm.cli.failure import EXIT_FAILED, report, silence_standard_output
 
-@click.group(invoke_without_command=True)
-@click.version_option(package_name="vhdkit", prog_name="vmm")
+_EPILOG = """\b
+Examples:
+  vhdkit create web.vhd --size 20G
+  vmm create web --memory 1G --disk web.vhd --cdrom installer.iso
+  vmm start web
+  vmm list
+
+\b
+Exit codes:
+  0 fine                              6 refused for safety
+  1 failed                            7 no space left
+  2 usage, or a machine that cannot be  8 the host lacks something
+  5 in use, or in the wrong state     9 it took too long
+  130 interrupted
+
+VMM_DEBUG=1 shows where an internal error came from. VMM_HOME and VMM_RUNTIME are the folders of machines and sockets.
+"""
+
+# Verb -> "module:command", in the order in which one meets them. What a verb is for, for `vmm --help` without imports.
+_VERBS: dict[str, tuple[str, str]] = {
+    "create": ("vmm.cli.define:create_command", "Define a machine."),
+    "list": ("vmm.cli.show:list_command", "All machines and what they are doing."),
+    "show": ("vmm.cli.show:show_command", "Everything about a machine."),
+    "set": ("vmm.cli.define:set_command", "Change a machine's settings."),
+    "delete": ("vmm.cli.define:delete_command", "Remove a machine."),
+    "start": ("vmm.cli.life:start_command", "Start a machine, with its saved memory if it has some."),
+    "shutdown": ("vmm.cli.life:shutdown_command", "Have the guest shut itself down."),
+    "stop": ("vmm.cli.life:stop_command", "Power a machine off."),
+    "reset": ("vmm.cli.life:reset_command", "Press the reset button."),
+    "pause": ("vmm.cli.life:pause_command", "Let a machine stand still."),
+    "resume": ("vmm.cli.life:resume_command", "Let a paused machine go on."),
+    "save": ("vmm.cli.life:save_command", "Save memory and devices to disk, then off."),
+    "console": ("vmm.cli.console:console_command", "Join this terminal to a machine's serial console."),
+    "screen": ("vmm.cli.console:screen_command", "Look at a machine's screen, or take a picture of it."),
+    "agent": ("vmm.cli.integration:agent_command", "Ask the agent inside a machine; freeze its file systems."),
+    "kvp": ("vmm.cli.integration:kvp_command", "Exchange small texts with a machine's guest."),
+    "disk": ("vmm.cli.disk:disk_command", "Add, remove, list and resize disks."),
+    "host": ("vmm.cli.host:host_group", "This host: what it is and lacks, its disks, folders, and autostart."),
+    "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
+    "events": ("vmm.cli.log:events_command", "What happened to a machine."),
+    "logs": ("vmm.cli.log:logs_command", "What a machine's programs said."),
+}
+
+
+class _Group(click.Group):
+    """A group that imports a verb when it is used, and whose end is ours: one line and an exit code, no traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order in which one meets them."""
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module."""
+        place = _VERBS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place[0].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, out of the table: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in _VERBS.items()])
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
+        """Run the command line and exit."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in arguments
+        verbose = os.environ.get("VMM_DEBUG", "") not in ("", "0")
+        if sys.stdout is None:
+            sys.stdout = io.StringIO()  # closed by whoever started us: what is printed goes nowhere
+        if sys.stderr is None:
+            sys.stderr = io.StringIO()
+        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            code = super().main(arguments, "vmm", standalone_mode=False)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence_standard_output()
+            code = EXIT_FAILED
+        except SystemExit:
+            raise
+        except BaseException as error:
+            code = report(error, as_json=as_json, verbose=verbose)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("vhdkit")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        click.echo(f"vmm, version {number}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_Group,
+    epilog=_EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Manage KVM/QEMU virtual machines whose disks are chains of virtual hard disks.
+    """Virtual machines on KVM and QEMU whose disks are chains of virtual hard disks.
 
-    This version holds no machine commands yet. To create, inspect, check and convert the disks themselves
-    use the command vhdkit.
+    Disks are made with the command vhdkit. Sizes are written as 512M, 4G or 1.5T. Every verb takes --json.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

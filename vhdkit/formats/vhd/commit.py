@@ -24,6 +24,7 @@ from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
+from vhdkit.formats.vhd.remember import Notes
 from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
 
@@ -47,8 +48,10 @@ class Commit:
         bitmap_size_bytes: int,
         block_size_bytes: int,
         free_bytes: int,
+        notes: Notes | None = None,
     ) -> None:
         self._store = store
+        self._notes = notes
         self._bat = bat
         self._footer_raw = footer_raw
         self._bitmap_size = bitmap_size_bytes
@@ -99,6 +102,8 @@ class Commit:
             self.bitmaps[block_index] = bitmap
             self._dirty.add(block_index)
             self._point_at(block_index, start_bytes)
+            if self._notes is not None:
+                self._notes.note(block_index, start_bytes, bitmap)
         self._limit_dirty()
 
     def publish_whole(self, block_index: int, start_bytes: int, vacated: tuple[int, int] | None) -> None:
@@ -109,6 +114,8 @@ class Commit:
             self.bitmaps.pop(block_index, None)
             self._dirty.discard(block_index)
             self._point_at(block_index, start_bytes)
+            if self._notes is not None:
+                self._notes.note(block_index, start_bytes, None)
             if vacated is not None:
                 self._vacated.append(vacated)
 
@@ -119,6 +126,8 @@ class Commit:
     def touch(self, block_index: int) -> None:
         """The block's bitmap in `bitmaps` has changed (under `lock`)."""
         self._dirty.add(block_index)
+        if self._notes is not None:
+            self._notes.note(block_index, self._bat.block_start(block_index), self.bitmaps[block_index])
 
     def half_full(self) -> bool:
         """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
@@ -153,6 +162,8 @@ class Commit:
                 vacated, self._vacated = self._vacated, []
                 self._in_flight = frozenset(bitmaps)
                 self._dirty.clear()
+                if self._notes is not None:
+                    self._notes.flush_begins()
             try:
                 self._sync_data()
                 if bitmaps or table:
@@ -165,6 +176,9 @@ class Commit:
                 raise
             finally:
                 self._in_flight = frozenset()
+            if self._notes is not None:
+                with self.lock:
+                    self._notes.flush_ended()
             if footer_offset is not None:
                 self._write_footer(footer_offset)
             with contextlib.suppress(errors.VhdkitError):  # it only gives space back: a flush does not fail for that
@@ -196,3 +210,6 @@ class Commit:
             self.flush()
             if self._footer_unsynced:
                 self._sync_data()
+            if self._notes is not None:
+                self._notes.close()
+                self._notes = None

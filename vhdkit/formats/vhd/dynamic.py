@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding
-from vhdkit.formats.vhd import bitmap
+from vhdkit.formats.vhd import bitmap, remember
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
@@ -70,6 +70,7 @@ class DynamicImage:
             bitmap_size_bytes=self._bitmap_size,
             block_size_bytes=self.block_size_bytes,
             free_bytes=max(nominal_end(metadata, bat), metadata.file_size_bytes),
+            notes=remember.begin(store, self.unique_id) if writable else None,
         )
 
     # -- what lies where ----------------------------------------------------------------------------------------
@@ -379,11 +380,32 @@ def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool =
     """
     metadata = read_metadata(store)
     assert metadata.header is not None
+    if writable and _write_what_was_noted(store, metadata):
+        metadata = read_metadata(store)
+    assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
     check_blocks(metadata, bat)
     if writable and mend(store, metadata, nominal_end(metadata, bat), cut_end=_cut_end(metadata, bat)):
         metadata = read_metadata(store)
     return DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
+
+
+def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
+    """Write what a process that was killed had in memory only, in the order of `commit`; True when there was any."""
+    assert metadata.header is not None
+    bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
+    block_size, unique_id = metadata.header.block_size, metadata.footer.unique_id
+    bitmaps = remember.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
+    if bitmaps:
+        check_blocks(metadata, bat)
+        store.sync()
+        for block, raw in bitmaps.items():
+            store.pwrite(bat.block_start(block), raw)
+        for number, raw in bat.take_dirty().items():
+            store.pwrite(bat.sector_offset(number), raw)
+        store.sync()
+        remember.forget(store, unique_id)
+    return bool(bitmaps)
 
 
 def block_data_end(metadata: Metadata) -> int:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk in one word, and the verbs of `disk`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+
+import vhdkit
+from tests.vmm.cli.running import document, failure, good
+from tests.vmm.small_guests import make_machine
+from vmm.cli.disk import parse_disk
+from vmm.manager import DiskWish, Manager
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("word", "wish"),
+    [
+        ("a.vhd", DiskWish("a.vhd")),
+        ("a,b.vhd", DiskWish("a,b.vhd")),
+        ("a.vhd,read-only", DiskWish("a.vhd", read_only=True)),
+        ("a,b.vhd,controller=scsi,index=1,unit=7", DiskWish("a,b.vhd", "scsi", 1, 7)),
+        ("x=y.vhd,serial=S", DiskWish("x=y.vhd", serial="S")),
+        (
+            "a.vhd,parent-dir=/p,parent-dir=/q,allow-raw-parent",
+            DiskWish("a.vhd", parent_dirs=("/p", "/q"), allow_raw_parent=True),
+        ),
+    ],
+)
+def test_one_word(word: str, wish: DiskWish) -> None:
+    """Options follow commas; a comma that no option follows belongs to the name."""
+    assert parse_disk(word) == wish
+
+
+@pytest.mark.parametrize("word", ["", ",read-only", "a,unit=", "a,unit=-1", "a,controller=usb", "a,unit=1,what"])
+def test_bad_words(word: str) -> None:
+    """What is no disk is a usage error."""
+    with pytest.raises(click.BadParameter):
+        parse_disk(word)
+
+
+@pytest.mark.kvm
+def test_session(manager: Manager, tmp_path: Path) -> None:
+    """Added, listed, resized and removed while the machine runs, by words and JSON."""
+    make_machine(manager, tmp_path)
+    vhdkit.create_image(tmp_path / "data.vhd", 8 * MIB)
+    good("start", "small")
+    assert "disk-1 on scsi0:0, serial DATA" in good("disk", "add", "small", tmp_path / "data.vhd,serial=DATA")
+    assert "is given twice" in failure("disk", "add", "small", tmp_path / "data.vhd", code=5)
+    rows = document("disk", "list", "small")
+    assert [(row["id"], row["size_bytes"]) for row in rows] == [("disk-0", 8 * MIB), ("disk-1", 8 * MIB)]
+    assert "data.vhd" in good("disk", "list", "small")
+    assert document("disk", "resize", "small", "DATA", "16M")["size_bytes"] == 16 * MIB
+    assert "stays" in good("disk", "remove", "small", "disk-1")
+    assert "has no disk" in failure("disk", "remove", "small", "disk-1", code=1)
+    assert "no size" in failure("disk", "resize", "small", "disk-0", "big", code=2)
+    assert "either" in failure("disk", "add", "small", "x", "--cdrom", "--pass-through", code=2)

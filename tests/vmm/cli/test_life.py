@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's life as it is typed, with the boot-sector guest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.vmm.cli.running import document, failure, good
+from tests.vmm.small_guests import console, make_machine, wait_counting, wait_until
+from vmm.manager import Manager
+
+pytestmark = pytest.mark.kvm
+
+
+def test_session(manager: Manager, tmp_path: Path) -> None:
+    """Start, show, pause, resume, save, start, reset, set, shutdown: words, JSON and exit codes on the way."""
+    make_machine(manager, tmp_path)
+    assert good("start", "small") == "small is running\n"
+    assert "is running already" in failure("start", "small", code=5)
+    wait_counting(manager)
+    row = document("list")[0]
+    assert row["state"] == "running" and set(row["pids"]) == {"keeper", "worker", "server", "qemu"}
+    assert "state         running" in good("show", "small")
+    assert document("pause", "small") == {"name": "small", "state": "paused"}
+    assert "is paused: cannot pause" in failure("pause", "small", code=5)
+    assert good("resume", "small") == "small is running\n"
+    assert "will be with its next start" in good("set", "small", "--memory", "32M")
+    assert "cannot have another name" in failure("set", "small", "--rename", "big", code=5)
+    assert "cannot delete it" in failure("delete", "small", "--yes", code=5)
+    good("set", "small", "--memory", "16M")
+    assert good("save", "small") == "small is saved\n"
+    assert "small  saved" in good("list")
+    assert "is saved: cannot stop" in failure("stop", "small", code=5)
+    good("start", "small", "--quiet")
+    wait_counting(manager)
+    assert good("reset", "small") == "small is running\n"
+    wait_until(lambda: console(manager).count("READY") == 2, "it boots again")
+    assert good("shutdown", "small", "--timeout", "60") == "small is off\n"
+    assert "is off: cannot shutdown" in failure("shutdown", "small", code=5)
+    good("start", "small")
+    assert good("stop", "small") == "small is off\n"
+    for verb in ("start", "stop", "shutdown", "pause", "resume", "reset", "save", "events", "logs"):
+        assert "there is no machine 'absent'" in failure(verb, "absent", code=1)
+
+
+def test_events_and_logs(manager: Manager, tmp_path: Path) -> None:
+    """What happened in its order, as words and JSON; logs of every program; of a machine that never ran none."""
+    make_machine(manager, tmp_path)
+    assert [event["event"] for event in document("events", "small")] == ["created"]
+    assert document("logs", "small", "--of", "qemu")["qemu"]["lines"] == []
+    good("start", "small")
+    wait_counting(manager)
+    follow = subprocess.Popen(
+        [sys.executable, "-m", "vmm", "events", "small", "--json", "--follow"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert follow.stdout is not None
+        told = [json.loads(follow.stdout.readline())["event"] for _ in range(2)]
+        good("stop", "small")
+        told += [json.loads(follow.stdout.readline())["event"] for _ in range(2)]
+    finally:
+        follow.kill()
+        follow.communicate()
+    assert told == ["created", "started", "stopped", "off"]
+    assert "started  (accelerator: tcg)" in good("events", "small")
+    assert "tick" in good("logs", "small", "--of", "console")
+    assert good("logs", "small", "--of", "console", "--lines", "2").count("\n") == 2
+    assert "disks.log" in good("logs", "small")
+    assert "--of PROGRAM" in failure("logs", "small", "--follow", code=2)
+
+
+def test_start_imports_little(manager: Manager, tmp_path: Path) -> None:
+    """Most of a start's time is imports: the command needs no models, no numbers, no event loop."""
+    program = (
+        "import sys, vmm.cli.life, vmm.contact; "
+        "heavy = ('numpy', 'pydantic', 'rich', 'asyncio', 'pyroute2', 'construct'); "
+        "print([one for one in heavy if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_worker_imports_no_numbers_and_stays_small(manager: Manager, tmp_path: Path) -> None:
+    """A worker has neither numpy nor rich, and less than 60 MiB of memory."""
+    make_machine(manager, tmp_path)
+    good("start", "small")
+    pid = document("show", "small")["pids"]["worker"]
+    assert "numpy" not in Path(f"/proc/{pid}/maps").read_text()
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = int(status.partition("VmRSS:")[2].split()[0])
+    assert resident <= 60 << 10
+
+
+def test_interrupted_command(manager: Manager, tmp_path: Path) -> None:
+    """Ctrl-C at a command that waits is one line and 130, and the machine does not care."""
+    make_machine(manager, tmp_path)
+    good("start", "small")
+    wait_counting(manager)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vmm", "events", "small", "--follow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(2)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.strip()) == (130, b"vmm: interrupted")
+    wait_counting(manager)
+
+
+def test_without_qemu(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host without QEMU the command that installs it is told, and nothing is left."""
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
+    assert "apt install qemu-system-x86" in failure("create", "web", code=8)

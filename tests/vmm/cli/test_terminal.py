@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A terminal joined to a console: raw and given back, the key that leaves, scripts, consoles that come back."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import socket
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmm.cli.terminal import Ended, Join, raw_terminal
+from vmm.errors import NotFound
+
+SECONDS = 30.0
+
+
+@dataclass
+class Stage:
+    """A join in a thread, the guest's side of its console, and the user's side of its input and output."""
+
+    guest: socket.socket
+    input: int
+    output: int
+    ended: list[Ended] = field(default_factory=list)
+    thread: threading.Thread | None = None
+
+    def end_input(self) -> None:
+        """The user's input is used up."""
+        os.close(self.input)
+        self.input = -1
+
+    def wait(self) -> Ended:
+        assert self.thread is not None
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive(), "it did not end"
+        return self.ended[0]
+
+
+def read_until(descriptor: int, words: bytes) -> bytes:
+    """What comes on a descriptor up to these words."""
+    seen = b""
+    while words not in seen:
+        piece = os.read(descriptor, 4096)
+        assert piece, seen
+        seen += piece
+    return seen
+
+
+@contextmanager
+def staged(*, terminal: bool = False, later: socket.socket | None = None, **options: object) -> Iterator[Stage]:
+    """A join whose input is a pipe or a terminal; `later` is what a second connection gets."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(SECONDS)
+    output_read, output_write = os.pipe()
+    if terminal:
+        user, input_fd = pty.openpty()
+    else:
+        input_fd, user = os.pipe()
+
+    def connect(is_again: bool) -> socket.socket:
+        if not is_again:
+            return theirs
+        if later is None:
+            raise NotFound("it is gone")
+        return later
+
+    join = Join(connect, input_fd, output_write, **options)  # type: ignore[arg-type]
+    stage = Stage(ours, user, output_read)
+
+    def run() -> None:
+        stage.ended.append(join.run())
+
+    # (A signal handler can be set in the main thread only.)
+    stage.thread = threading.Thread(target=run, daemon=True)
+    if not terminal:
+        stage.thread.start()
+    try:
+        yield stage
+    finally:
+        ours.close()
+        if stage.thread.ident is not None:
+            stage.thread.join(SECONDS)
+        for descriptor in (output_read, output_write, input_fd, stage.input):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def test_script() -> None:
+    """A script's lines reach the guest, its answer the output; then the guest is quiet and it ends."""
+    with staged(linger_seconds=0.2) as stage:
+        os.write(stage.input, b"ls\n")
+        assert stage.guest.recv(100) == b"ls\n"
+        stage.guest.sendall(b"file\r\n")
+        stage.end_input()
+        assert stage.wait() is Ended.INPUT_DONE
+        assert read_until(stage.output, b"file") == b"file\r\n"
+
+
+def test_script_may_send_any_byte() -> None:
+    """The key that leaves a terminal is a byte like any other in a script."""
+    with staged(linger_seconds=0.1) as stage:
+        os.write(stage.input, b"a\x1db")
+        stage.end_input()
+        assert stage.wait() is Ended.INPUT_DONE
+        assert stage.guest.recv(100) == b"a\x1db"
+
+
+def test_expected_text_in_pieces() -> None:
+    """It ends when the text has come, even in pieces and with the input long used up."""
+    with staged(expect=b"login:", linger_seconds=0.0) as stage:
+        stage.end_input()
+        for piece in b"welcome\r\nlo", b"gi", b"n: ":
+            stage.guest.sendall(piece)
+            read_until(stage.output, piece)
+        assert stage.wait() is Ended.FOUND
+
+
+def test_time_is_over() -> None:
+    """Without the text it ends when the time is over."""
+    with staged(expect=b"never", timeout_seconds=0.1) as stage:
+        stage.guest.sendall(b"something else")
+        assert stage.wait() is Ended.TIMED_OUT
+
+
+def test_large_input_and_output() -> None:
+    """Neither side loses a byte when both send more than fits into a pipe."""
+    sent = os.urandom(1 << 20)
+    with staged(linger_seconds=1.0) as stage:
+        received = bytearray()
+
+        def guest() -> None:
+            while len(received) < len(sent):
+                piece = stage.guest.recv(65536)
+                received.extend(piece)
+                stage.guest.sendall(piece)
+
+        def user() -> None:
+            rest = sent
+            while rest:
+                rest = rest[os.write(stage.input, rest) :]
+            stage.end_input()
+
+        threads = [threading.Thread(target=target, daemon=True) for target in (guest, user)]
+        for thread in threads:
+            thread.start()
+        shown = b""
+        while len(shown) < len(sent):
+            shown += os.read(stage.output, 65536)
+        assert shown == sent and received == sent
+        for thread in threads:
+            thread.join(SECONDS)
+
+
+def test_console_that_ends() -> None:
+    """When the machine is off it ends."""
+    with staged() as stage:
+        stage.guest.close()
+        assert stage.wait() is Ended.CONSOLE_GONE
+
+
+def test_console_that_comes_back() -> None:
+    """When the worker died and its successor opened the console again it goes on there."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(SECONDS)
+    with staged(later=theirs, is_coming_back=lambda: True, expect=b"again") as stage:
+        stage.guest.close()
+        os.write(stage.input, b"hello")
+        assert ours.recv(100) == b"hello"
+        ours.sendall(b"here again")
+        assert stage.wait() is Ended.FOUND
+    ours.close()
+
+
+def test_no_console() -> None:
+    """Without a console there is an error at once."""
+
+    def connect(is_again: bool) -> socket.socket:
+        raise NotFound("there is none")
+
+    with pytest.raises(NotFound):
+        Join(connect, 0, 1).run()
+
+
+def test_terminal_is_raw_and_given_back() -> None:
+    """On a terminal every key but the one that leaves goes through, Ctrl-C too; then the terminal is as before."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(SECONDS)
+    user, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    output_read, output_write = os.pipe()
+
+    def person() -> None:
+        while termios.tcgetattr(terminal)[3] & termios.ICANON:
+            pass
+        os.write(user, b"\x03x")
+        assert ours.recv(2, socket.MSG_WAITALL) == b"\x03x"
+        os.write(user, b"\x1d")
+
+    thread = threading.Thread(target=person, daemon=True)
+    thread.start()
+    assert Join(lambda _: theirs, terminal, output_write).run() is Ended.LEFT
+    thread.join(SECONDS)
+    assert termios.tcgetattr(terminal) == before
+    for descriptor in user, terminal, output_read, output_write:
+        os.close(descriptor)
+    ours.close()
+
+
+def test_terminal_is_given_back_when_it_is_ended() -> None:
+    """SIGTERM leaves no raw terminal behind."""
+    user, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    with pytest.raises(KeyboardInterrupt), raw_terminal(terminal):
+        assert termios.tcgetattr(terminal) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert termios.tcgetattr(terminal) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    os.close(user)
+    os.close(terminal)

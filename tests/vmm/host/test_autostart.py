@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unit that starts machines with the host: what systemd makes of it, and that it comes and goes whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_tool
+from vmm.errors import AccessDenied, InvalidSpec, Unsupported, VmmError
+from vmm.host import autostart
+from vmm.host.autostart import Scope
+
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >>"{log}"
+case "$*" in *"{fails}"*) echo "Failed to {fails} unit: it is Monday" >&2; exit 1;; esac
+"""
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that takes the place of the system's and the user's units, with a systemctl that only writes a log."""
+    monkeypatch.setattr(autostart, "SYSTEM_FOLDER", str(tmp_path / "system"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(autostart, "_SYSTEMD_RUNS", str(tmp_path))
+    monkeypatch.setattr(autostart, "_LINGER_FOLDER", str(tmp_path / "linger"))
+    monkeypatch.delenv("VMM_HOME", raising=False)
+    monkeypatch.delenv("VMM_RUNTIME", raising=False)
+    monkeypatch.setattr(autostart, "program_path", lambda: str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    systemctl(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return tmp_path
+
+
+def systemctl(host: Path, *, fails: str = "nothing") -> None:
+    """Put a systemctl there whose verb `fails` does."""
+    program = host / "bin/systemctl"
+    program.write_text(SYSTEMCTL.format(log=host / "log", fails=fails))
+    program.chmod(0o755)
+
+
+def log(host: Path) -> list[str]:
+    """What systemctl was called with."""
+    return (host / "log").read_text().splitlines() if (host / "log").exists() else []
+
+
+@pytest.mark.parametrize("scope", ["system", "user"])
+def test_systemd_accepts_the_unit(scope: Scope, tmp_path: Path) -> None:
+    """systemd-analyze finds nothing wrong with the unit, whatever stands in a path."""
+    analyze = require_tool("systemd-analyze")
+    folder = tmp_path / "with blank, 100%n and $HOME"
+    folder.mkdir()
+    command = folder / "vmm"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    unit = tmp_path / autostart.UNIT
+    unit.write_text(autostart.unit_text(scope, [str(command)], {"VMM_HOME": 'a "b" 100%n $c'}))
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [analyze, f"--{scope}", "verify", "--man=no", unit],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0 and autostart.UNIT not in done.stderr, done.stderr
+
+
+def test_systemd_refuses_a_wrong_unit(tmp_path: Path) -> None:
+    """Self-test of the check: a command that is not there is found by systemd-analyze."""
+    require_tool("systemd-analyze")
+    unit = tmp_path / autostart.UNIT
+    unit.write_text(autostart.unit_text("system", ["/nowhere/vmm"], {}))
+    assert "/nowhere/vmm" in (autostart.verify(str(unit), "system") or "")
+
+
+def test_words_are_quoted() -> None:
+    """Blanks, quotes, backslashes and percent signs in paths stay what they are; line ends are refused."""
+    text = autostart.unit_text("system", ['/a b/"c"\\d%n'], {"VMM_HOME": "/x y"})
+    assert 'ExecStart=:"/a b/\\"c\\"\\\\d%%n" host autostart --start-machines\n' in text
+    assert 'Environment="VMM_HOME=/x y"\n' in text
+    for bad in (["/a\nExecStart=/bin/rm"], ["vmm"], []):
+        with pytest.raises(InvalidSpec):
+            autostart.unit_text("system", bad, {})
+
+
+def test_scopes_differ() -> None:
+    """The system's unit waits for the network and many users, the user's own for its session."""
+    system, user = (autostart.unit_text(scope, ["/bin/vmm"], {}) for scope in ("system", "user"))
+    assert "network-online.target" in system and "WantedBy=multi-user.target" in system
+    assert "network-online.target" not in user and "WantedBy=default.target" in user
+
+
+def test_install_and_remove(host: Path) -> None:
+    """Installing writes, enables and reloads; again it changes nothing; removing takes all of it away."""
+    first = autostart.install("system", ["/bin/true"])
+    unit = host / "system" / autostart.UNIT
+    assert first.changed and first.path == str(unit) and unit.stat().st_mode & 0o777 == 0o644
+    assert autostart.is_installed("system")
+    assert not autostart.install("system", ["/bin/true"]).changed
+    assert autostart.install("system", ["/bin/false"]).changed and "/bin/false" in unit.read_text()
+    assert autostart.remove("system").changed and not unit.exists()
+    assert not autostart.remove("system").changed
+    verbs = [line.split()[2] for line in log(host)]
+    assert verbs == ["enable", "daemon-reload"] * 3 + ["disable", "daemon-reload"]
+    assert os.listdir(host / "system") == []
+
+
+def test_environment_is_kept(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that comes from the environment is the unit's home, too."""
+    monkeypatch.setenv("VMM_HOME", "/srv/machines")
+    autostart.install("system", ["/bin/true"])
+    assert 'Environment="VMM_HOME=/srv/machines"' in (host / "system" / autostart.UNIT).read_text()
+
+
+def test_user_unit_and_its_note(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without root the unit is the user's own, and lingering is spoken of until it is on."""
+    monkeypatch.setattr(os, "geteuid", os.getuid)
+    result = autostart.install("user", ["/bin/true"])
+    assert result.path == str(host / "config/systemd/user" / autostart.UNIT)
+    assert any("enable-linger" in note for note in result.notes)
+    assert all("--user" in line for line in log(host))
+
+
+def test_failure_leaves_nothing(host: Path) -> None:
+    """When systemd does not enable the unit it is not left behind, and its words are told."""
+    systemctl(host, fails="enable")
+    with pytest.raises(VmmError, match="it is Monday"):
+        autostart.install("system", ["/bin/true"])
+    assert os.listdir(host / "system") == []
+
+
+def test_wrong_unit_is_not_installed(host: Path) -> None:
+    """What systemd-analyze refuses gets no name."""
+    (host / "bin/systemd-analyze").symlink_to(require_tool("systemd-analyze"))
+    with pytest.raises(InvalidSpec, match="not executable"):
+        autostart.install("system", ["/nowhere/vmm"])
+    assert os.listdir(host / "system") == [] and log(host) == []
+
+
+def test_host_without_systemd(host: Path) -> None:
+    """Without systemctl nothing is installed, and the way out is told."""
+    (host / "bin/systemctl").unlink()
+    with pytest.raises(Unsupported, match="--print"):
+        autostart.install("system", ["/bin/true"])
+    assert not (host / "system").exists()
+
+
+def test_only_root_for_the_system(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is not root is told what to do instead."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(AccessDenied, match="--user"):
+        autostart.install("system", ["/bin/true"])
+    assert autostart.default_scope() == "user"
+
+
+def test_systemd_that_does_not_run(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the unit is enabled for later, and nothing is asked of a manager that is not there."""
+    monkeypatch.setattr(autostart, "_SYSTEMD_RUNS", str(host / "none"))
+    result = autostart.install("system", ["/bin/true"])
+    assert any("does not run here" in note for note in result.notes)
+    assert [line.split()[2] for line in log(host)] == ["enable"]

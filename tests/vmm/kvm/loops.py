@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loop devices for tests: real block devices made of files, gone again however the test ends."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support import not_available, require_root, require_tool
+
+MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def loop_device(file: Path, *, size_bytes: int = 16 * MIB, read_only: bool = False) -> Iterator[str]:
+    """A loop device on a new file (or the one that is there): its path, for as long as the block lasts."""
+    require_root()
+    losetup = require_tool("losetup")
+    if not file.exists():
+        with file.open("wb") as new:
+            new.truncate(size_bytes)
+    command = [losetup, "--find", "--show", *(["--read-only"] if read_only else []), str(file)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        not_available(f"needs a free loop device: {made.stderr.strip()}")
+    path = made.stdout.strip()
+    try:
+        yield path
+    finally:
+        # Where something still uses it, it goes when that ends.
+        subprocess.run([losetup, "--detach", path], capture_output=True, check=False)

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest agent: services and their switches, time-outs, guests that lie, and that nothing stays frozen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import require_linux_guest, require_qemu
+from tests.vmm.guests import launch, linux
+from tests.vmm.guests.shell import GuestShell
+from vmm.errors import AgentUnavailable, TimedOut, VmmError
+from vmm.kvm import guest_agent
+from vmm.kvm.guest_agent import GuestAgent
+from vmm.spec import IntegrationSpec
+
+Answer = Callable[[str, dict[str, Any]], Any]
+
+
+class FakeGuest:
+    """The other end of the port: answers with what `answers` has for a command; None is no answer."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(4096):
+                request = json.loads(piece)  # one question at a time, and no new line after it
+                command, arguments = request["execute"], request.get("arguments", {})
+                self.asked.append(command)
+                answer = arguments["id"] if command == "guest-sync" else self.answers.get(command)
+                if callable(answer):
+                    answer = answer(arguments)
+                if isinstance(answer, str) and answer.startswith("error: "):
+                    reply = {"error": {"class": "GenericError", "desc": answer}, "id": request["id"]}
+                elif answer is None:
+                    continue
+                else:
+                    reply = {"return": answer, "id": request["id"]}
+                writer.write(json.dumps(reply).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def agent_of(
+    folder: Path, answers: dict[str, Any], **switches: bool
+) -> AsyncIterator[tuple[GuestAgent, FakeGuest]]:
+    """A GuestAgent whose guest has opened its port."""
+    fake = FakeGuest(answers)
+    server = await asyncio.start_unix_server(fake.serve, folder / "agent.sock")
+    agent = GuestAgent(str(folder / "agent.sock"), IntegrationSpec(**switches), machine="web")
+    agent.port_changed(True)
+    try:
+        yield agent, fake
+    finally:
+        await agent.close()
+        server.close()
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    """Before the guest opened its port every question fails at once and says what to install."""
+
+    async def scene() -> None:
+        agent = GuestAgent(str(tmp_path / "agent.sock"), IntegrationSpec(), machine="web")
+        assert agent.heartbeat().state == "no contact"
+        with pytest.raises(AgentUnavailable, match=r"web: no guest agent.*qemu-guest-agent"):
+            await agent.os_info()
+        assert (await agent.summary())["os"] is None
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("service", "ask"),
+    [
+        ("shutdown", lambda agent: agent.shutdown()),
+        ("time_sync", lambda agent: agent.set_time()),
+        ("key_value", lambda agent: agent.os_info()),
+        ("key_value", lambda agent: agent.addresses()),
+        ("backup", lambda agent: agent.freeze()),
+        ("heartbeat", lambda agent: agent.ping()),
+    ],
+)
+def test_a_service_that_is_off_is_refused(tmp_path: Path, service: str, ask: Callable[[GuestAgent], Any]) -> None:
+    """A service that is switched off is refused by name, and the guest never hears of it."""
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, {}, **{service: False}) as (agent, fake):
+            with pytest.raises(AgentUnavailable, match=service.replace("_", "-")):
+                await ask(agent)
+            assert fake.asked == []
+
+    asyncio.run(scene())
+
+
+def test_a_guest_that_lies(tmp_path: Path) -> None:
+    """Answers of any shape become bounded texts, never an error of Python's."""
+    addresses = [{"ip-address": "10.0.0.5", "prefix": 24}, {"ip-address": "x" * 999, "prefix": "no"}, 7, {}] * 20
+    interfaces = [{"name": "eth0", "hardware-address": 5, "ip-addresses": addresses}, 1, {"name": ["a"]}] * 99
+    answers: dict[str, Any] = {
+        "guest-get-osinfo": {"name": ["not", "a", "text"], "pretty-name": "Linux" * 999, "kernel-release": 6},
+        "guest-get-host-name": [1, 2],
+        "guest-network-get-interfaces": interfaces,
+    }
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, answers) as (agent, _):
+            info = await agent.os_info()
+            assert info.name == ("Linux" * 999)[: guest_agent.MAX_TEXT_CHARACTERS]
+            assert (info.kernel, info.host_name) == ("", "")
+            found = await agent.addresses()
+            assert 0 < len(found) <= guest_agent.MAX_INTERFACES
+            assert found[0].addresses[0] == "10.0.0.5/24" and found[0].mac == ""
+            assert len(found[0].addresses) <= guest_agent.MAX_ADDRESSES
+            answers["guest-network-get-interfaces"] = {"no": "list"}
+            assert await agent.addresses() == ()
+
+    asyncio.run(scene())
+
+
+def test_a_line_without_an_end(tmp_path: Path) -> None:
+    """A guest that never stops talking is hung up on, and asked again the next time."""
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, {"guest-ping": "x" * (12 << 20)}) as (agent, fake):
+            with pytest.raises(AgentUnavailable, match="web"):
+                await agent.ping()
+            fake.answers["guest-ping"] = {}
+            await agent.ping()
+
+    asyncio.run(scene())
+
+
+def test_a_silent_guest_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that does not answer is a TimedOut with the machine's name; the next question finds it well again."""
+    monkeypatch.setattr(guest_agent, "ANSWER_SECONDS", 0.2)
+    ask_kwdefaults = GuestAgent._ask.__kwdefaults__
+    assert ask_kwdefaults is not None
+    monkeypatch.setitem(ask_kwdefaults, "seconds", 0.2)
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, {}) as (agent, fake):
+            with pytest.raises(TimedOut, match="web"):
+                await agent.ping()
+            fake.answers["guest-ping"] = {}
+            await agent.ping()
+            assert agent.heartbeat().state == "ok"
+            agent.port_changed(False)
+            assert agent.heartbeat().state == "lost"
+
+    asyncio.run(scene())
+
+
+def test_shutdown_needs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that obeys does not answer, which is well; one that refuses is told so."""
+    monkeypatch.setattr(guest_agent, "SHUTDOWN_ANSWER_SECONDS", 0.2)
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, {}) as (agent, fake):
+            await agent.shutdown()
+            assert fake.asked[-1] == "guest-shutdown"
+            fake.answers["guest-shutdown"] = "error: not today"
+            with pytest.raises(AgentUnavailable, match="not today"):
+                await agent.shutdown()
+
+    asyncio.run(scene())
+
+
+class FreezingGuest(dict[str, Any]):
+    """Answers of a guest that can freeze, and whether it is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_frozen = False
+        self["guest-fsfreeze-freeze"] = lambda _: self._set(True)
+        self["guest-fsfreeze-thaw"] = lambda _: self._set(False)
+        self["guest-fsfreeze-status"] = lambda _: "frozen" if self.is_frozen else "thawed"
+
+    def _set(self, is_frozen: bool) -> int:
+        self.is_frozen = is_frozen
+        return 2
+
+
+def test_frozen_block_always_thaws(tmp_path: Path) -> None:
+    """Inside the block the guest is frozen; after it, and after an error in it, it is not."""
+    guest = FreezingGuest()
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest) as (agent, _):
+            async with agent.frozen() as count:
+                assert count == 2 and guest.is_frozen and await agent.is_frozen()
+                with pytest.raises(AgentUnavailable, match="already"):
+                    await agent.freeze()
+            assert not guest.is_frozen
+            with pytest.raises(ZeroDivisionError):
+                async with agent.frozen():
+                    raise ZeroDivisionError
+            assert not guest.is_frozen
+
+    asyncio.run(scene())
+
+
+def test_frozen_too_long_thaws_and_says_so(tmp_path: Path) -> None:
+    """When the time is over the guest thaws while the block still works, and the block's end is an error."""
+    guest = FreezingGuest()
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest) as (agent, _):
+            with pytest.raises(TimedOut, match="before the work was done"):
+                async with agent.frozen(max_seconds=0.05):
+                    while guest.is_frozen:
+                        await asyncio.sleep(0.01)
+            async with agent.frozen():  # and it can be frozen again
+                pass
+
+    asyncio.run(scene())
+
+
+def test_cancelled_and_closed_thaw(tmp_path: Path) -> None:
+    """A cancelled block and an agent that is closed leave nothing frozen."""
+    guest = FreezingGuest()
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest) as (agent, _):
+
+            async def work() -> None:
+                async with agent.frozen():
+                    await asyncio.sleep(60)
+
+            task = asyncio.create_task(work())
+            while not guest.is_frozen:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not guest.is_frozen
+            await agent.freeze()
+            await agent.close()
+            assert not guest.is_frozen
+
+    asyncio.run(scene())
+
+
+def test_freeze_that_comes_late_thaws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that freezes after we gave up waiting is thawed all the same."""
+    monkeypatch.setattr(guest_agent, "FREEZE_ANSWER_SECONDS", 0.1)
+    guest = FreezingGuest()
+
+    def freeze_without_a_word(_: object) -> None:
+        guest.is_frozen = True
+
+    guest["guest-fsfreeze-freeze"] = freeze_without_a_word
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest) as (agent, _):
+            with pytest.raises(TimedOut):
+                await agent.freeze()
+            assert not guest.is_frozen
+
+    asyncio.run(scene())
+
+
+def test_a_new_worker_thaws_what_it_finds_frozen(tmp_path: Path) -> None:
+    """A guest that an earlier worker left frozen thaws at the first contact."""
+    guest = FreezingGuest()
+    guest.is_frozen = True
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest) as (agent, _):
+            running = asyncio.create_task(agent.run())
+            async with asyncio.timeout(30):
+                while guest.is_frozen:
+                    await asyncio.sleep(0.01)
+            running.cancel()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.kvm
+def test_real_agent(tmp_path: Path) -> None:
+    """qemu's own agent in a Linux guest: system, addresses, time, freezing that stops writes, shutdown."""
+    built = require_linux_guest()
+    words = [
+        "-kernel", str(built.kernel), "-initrd", str(built.initrd), "-append", built.append,
+        "-device", "virtio-serial-pci", "-chardev", f"socket,id=ga,path={tmp_path}/ga.sock,server=on,wait=off",
+        "-device", "virtserialport,chardev=ga,name=org.qemu.guest_agent.0,id=agent",
+        "-nic", "user,model=virtio-net-pci,mac=00:15:5d:00:00:07", "-rtc", "base=2020-01-01T00:00:00",
+    ]  # fmt: skip
+    (tmp_path / "disk.raw").write_bytes(bytes(16 << 20))
+    words += launch.drive(tmp_path / "disk.raw", "virtio")
+    with (
+        launch.running(require_qemu(), tmp_path, *words, memory=linux.MEMORY) as guest,
+        GuestShell(guest.serial) as shell,
+    ):
+        shell.wait_ready()
+        shell.check("ip link set eth0 up && ip addr add 10.9.8.7/24 dev eth0")
+        shell.check("mke2fs -F /dev/vda 2>&1 && mount -t ext4 /dev/vda /mnt && echo old >/mnt/file")
+
+        async def scene() -> None:
+            agent = GuestAgent(str(tmp_path / "ga.sock"), IntegrationSpec(), machine="web")
+            agent.port_changed(True)
+            info = await agent.os_info()
+            assert info.name == "vmm test guest" and info.kernel and info.host_name == "vmm-guest"
+            (interface,) = await agent.addresses()
+            assert (interface.name, interface.mac) == ("eth0", "00:15:5d:00:00:07")
+            assert "10.9.8.7/24" in interface.addresses
+            await agent.set_time()
+            async with agent.frozen() as count:
+                assert count >= 1
+                # The write waits for the thaw, in the guest's own background.
+                shell.send("(echo new >/mnt/file; sync; echo done >/run/done) &")
+                assert shell.run("sleep 0.5; cat /run/done").exit_code != 0
+            await agent.close()
+
+        asyncio.run(scene())
+        assert abs(int(shell.check("date +%s")) - time.time()) < 30
+        shell.check("for i in $(seq 100); do [ -e /run/done ] && exit 0; usleep 100000; done; exit 1")
+
+        async def end() -> None:
+            agent = GuestAgent(str(tmp_path / "ga.sock"), IntegrationSpec())
+            agent.port_changed(True)
+            await agent.shutdown()
+            with contextlib.suppress(VmmError):
+                await agent.close()
+
+        asyncio.run(end())
+        assert guest.wait() == 0

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LUNs: what a URL may say, when one is refused, and QEMU's own initiator against a real target."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support import require_tool, run
+from tests.vmm.host.fake_host import FakeHost
+from tests.vmm.kvm.targets import TARGET, iscsi_target
+from vmm.errors import InvalidSpec
+from vmm.kvm import iscsi
+from vmm.kvm.iscsi import Lun
+
+IQN = "iqn.2001-04.com.example:store"
+
+
+@pytest.mark.parametrize(
+    ("url", "lun"),
+    [
+        (f"iscsi://san/{IQN}/1", Lun("san:3260", IQN, 1)),
+        (f"iscsi://10.0.0.7:3261/{IQN}/0", Lun("10.0.0.7:3261", IQN, 0)),
+        (f"iscsi://[fe80::1]:3261/{IQN}/0", Lun("[fe80::1]:3261", IQN, 0)),
+        (f"ISCSI://san/{IQN.upper()}/16383", Lun("san:3260", IQN, 16383)),
+        ("iscsi://san/iqn.2001-04.com.example%3Astore/2", Lun("san:3260", IQN, 2)),
+        ("iscsi://san/iqn.2001-04.com.example/2", Lun("san:3260", "iqn.2001-04.com.example", 2)),
+        ("iscsi://san/eui.02004567a425678d/2", Lun("san:3260", "eui.02004567a425678d", 2)),
+        (f"iscsi://me@san/{IQN}/1?password-file=/etc/p", Lun("san:3260", IQN, 1, "me", "/etc/p")),
+    ],
+)
+def test_urls(url: str, lun: Lun) -> None:
+    """Portal, target, LUN and user are read from the URL, with the protocol's own port where none stands there."""
+    assert iscsi.is_url(url) and iscsi.parse(url) == lun
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("iscsi:san", "does not begin"),
+        ("iser://san/x/1", "does not begin"),
+        (f"iscsi:///{IQN}/1", "no host"),
+        (f"iscsi://san:0/{IQN}/1", "port 0"),
+        (f"iscsi://san:99999/{IQN}/1", "[Pp]ort"),
+        (f"iscsi://san:x/{IQN}/1", "[Pp]ort"),
+        (f"iscsi://[::1/{IQN}/1", "IPv6"),
+        ("iscsi://san", "/TARGET/LUN"),
+        (f"iscsi://san/{IQN}", "/TARGET/LUN"),
+        (f"iscsi://san/{IQN}/", "/TARGET/LUN"),
+        (f"iscsi://san/{IQN}/1/2", "/TARGET/LUN"),
+        ("iscsi://san/store/1", "cannot be"),
+        ("iscsi://san/iqn.2001-04.a:" + "x" * 223 + "/1", "cannot be"),
+        (f"iscsi://san/{IQN}/one", "no number"),
+        (f"iscsi://san/{IQN}/-1", "no number"),
+        (f"iscsi://san/{IQN}/16384", "no number"),
+        (f"iscsi://san/{IQN}/²", "no number"),
+        (f"iscsi://me@san/{IQN}/1", "go together"),
+        (f"iscsi://san/{IQN}/1?password-file=/etc/p", "go together"),
+        (f"iscsi://me@san/{IQN}/1?password-file=p", "whole path"),
+        (f"iscsi://san/{IQN}/1?speed=9", "only password-file"),
+        (f"iscsi://san/{IQN}/1?speed", "without a value"),
+        (f"iscsi://san/{IQN}/1#x", "go together"),
+    ],
+)
+def test_urls_that_cannot_be(url: str, says: str) -> None:
+    """Each way in which a URL is wrong is said, with how one looks."""
+    with pytest.raises(InvalidSpec, match=says):
+        iscsi.parse(url)
+
+
+@pytest.mark.parametrize("url", [f"iscsi://me:geheim@san/{IQN}/1", f"iscsi://me%25geheim@san/{IQN}/1"])
+def test_password_is_not_taken_and_not_shown(url: str) -> None:
+    """A password in the URL is refused, and not repeated in the refusal."""
+    with pytest.raises(InvalidSpec, match="password-file") as caught:
+        iscsi.parse(url)
+    assert "geheim" not in str(caught.value)
+
+
+@given(st.text(alphabet=string.printable, max_size=80))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    """Whatever follows the scheme is a LUN whose identity names its target, or an InvalidSpec."""
+    try:
+        lun = iscsi.parse("iscsi://" + text)
+    except InvalidSpec:
+        return
+    assert lun.target in lun.identity and lun.portal.rsplit(":", 1)[1].isdigit()
+
+
+def test_identity_is_the_same_by_every_portal() -> None:
+    """Two ways to one LUN are one LUN; another LUN of the target is another."""
+    by_name, by_address = iscsi.parse(f"iscsi://san/{IQN}/1"), iscsi.parse(f"iscsi://10.0.0.7:9/{IQN}/1")
+    assert by_name.identity == by_address.identity != iscsi.parse(f"iscsi://san/{IQN}/2").identity
+    (reason,) = iscsi.refusals(by_name, identities={by_address.identity: "web"})
+    assert str(reason) == "belongs to the machine web" and reason.in_use
+    assert iscsi.refusals(by_name, identities={f"iscsi={IQN},lun=2": "web"}) == []
+
+
+def test_lun_of_the_host_itself(tmp_path: Path) -> None:
+    """A LUN that the host's own initiator has as a disk is refused with that disk's name."""
+    host = FakeHost(tmp_path)
+    host.disk("sdb", "iscsi")
+    session = tmp_path / "sys/class/iscsi_session/session1"
+    session.mkdir(parents=True)
+    (session / "targetname").write_text(IQN + "\n")
+    sessions = iscsi.host_sessions(root=str(tmp_path))
+    assert sessions == [(IQN, 1, "/dev/sdb")]
+    (reason,) = iscsi.refusals(iscsi.parse(f"iscsi://san/{IQN}/1"), identities={}, sessions=sessions)
+    assert "/dev/sdb" in str(reason)
+    assert iscsi.refusals(iscsi.parse(f"iscsi://san/{IQN}/2"), identities={}, sessions=sessions) == []
+
+
+def test_host_without_initiator(tmp_path: Path) -> None:
+    """A host without the kernel's initiator has no sessions."""
+    assert iscsi.host_sessions(root=str(tmp_path)) == []
+
+
+def test_names_of_initiators() -> None:
+    """Each machine is an initiator of its own."""
+    assert iscsi.initiator_name("ABC-1") == "iqn.2008-11.org.linux-kvm:abc-1" != iscsi.initiator_name("abc-2")
+
+
+def qemu_io(blockdev: dict[str, object], *commands: str, secret: str = "") -> str:
+    """Let QEMU's own initiator do something with a LUN."""
+    words = [word for command in commands for word in ("-c", command)]
+    objects = ["--object", secret] if secret else []
+    return run([require_tool("qemu-io"), *objects, *words, "json:" + json.dumps(blockdev)]).stdout
+
+
+@pytest.mark.interop
+def test_qemu_reaches_the_lun(tmp_path: Path) -> None:
+    """What QEMU writes to the LUN is found in the target's file."""
+    with iscsi_target(tmp_path / "lun") as target:
+        lun = iscsi.parse(target.url)
+        assert lun.target == TARGET
+        blockdev = iscsi.blockdev_of_lun("lun0", lun, initiator=iscsi.initiator_name("test"))
+        qemu_io(blockdev, "write -P 0x5a 1M 64k", "flush")
+        content = target.file.read_bytes()
+        assert content[1 << 20 : (1 << 20) + 65536] == b"\x5a" * 65536
+        assert not any(content[: 1 << 20])
+
+
+@pytest.mark.interop
+def test_qemu_knows_the_password(tmp_path: Path) -> None:
+    """A target that wants to know who is there gets the user, and the password out of the file."""
+    password = tmp_path / "password"
+    password.write_text("twelve-letters")
+    with iscsi_target(tmp_path / "lun", user="me", password="twelve-letters") as target:
+        url = target.url.replace("//", "//me@", 1) + f"?password-file={password}"
+        lun = iscsi.parse(url)
+        blockdev = iscsi.blockdev_of_lun("lun0", lun, initiator=iscsi.initiator_name("test"), secret_id="chap")
+        qemu_io(blockdev, "read 0 4k", secret=f"secret,id=chap,file={lun.password_file}")

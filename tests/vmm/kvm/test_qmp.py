@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The monitor's client, against a played QEMU and a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import require_tool
+from vmm.errors import AgentUnavailable, QemuFailed, TimedOut
+from vmm.kvm.qmp import ConnectionEnded, Qmp
+
+Answer = Callable[[dict[str, Any]], list[dict[str, Any]]]
+GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": []}}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name, for sockets."""
+    with tempfile.TemporaryDirectory(prefix="vmm-qmp-") as name:
+        yield Path(name)
+
+
+async def requests(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """What is asked; the messages are JSON values one after the other, not lines."""
+    text = ""
+    while piece := await reader.read(4096):
+        text += piece.decode()
+        while text := text.lstrip():
+            try:
+                request, end = json.JSONDecoder().raw_decode(text)
+            except ValueError:
+                break
+            text = text[end:]
+            yield request
+
+
+@contextlib.asynccontextmanager
+async def played(path: Path, answer: Answer, *, greets: bool = True) -> AsyncIterator[None]:
+    """Somebody at the socket who answers each request with what `answer` says, and hangs up after {"end": ...}."""
+    writers = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        if greets:
+            writer.write(json.dumps(GREETING).encode() + b"\n")
+        async for request in requests(reader):
+            if request["execute"] == "qmp_capabilities":
+                replies: list[dict[str, Any]] = [{"return": {}}]
+            else:
+                replies = answer(request)
+            for reply in replies:
+                if "end" in reply:
+                    writer.close()
+                    return
+                named = reply if "event" in reply or "id" not in request else {**reply, "id": request["id"]}
+                writer.write(json.dumps(named).encode() + b"\n")
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, path)
+    try:
+        yield
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        await server.wait_closed()
+
+
+def run(scene: Callable[[], Awaitable[None]]) -> None:
+    """Play a scene, in bounded time."""
+    asyncio.run(asyncio.wait_for(scene(), 30))
+
+
+def test_result_and_argument_names(folder: Path) -> None:
+    """A command's result comes back, and an argument `fdset_id` is sent as `fdset-id`."""
+    seen = []
+
+    def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+        seen.append(request.get("arguments"))
+        return [{"return": {"status": "running"}}]
+
+    async def scene() -> None:
+        async with played(folder / "q", answer):
+            qmp = await Qmp.connect(str(folder / "q"))
+            assert await qmp.execute("query-status", fdset_id=3) == {"status": "running"}
+            await qmp.close()
+            await qmp.close()
+
+    run(scene)
+    assert seen == [{"fdset-id": 3}]
+
+
+def test_refusal_is_qemu_failed_with_its_words(folder: Path) -> None:
+    """QEMU's own words are the problem, and the connection is usable afterwards."""
+
+    def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+        if request["execute"] == "cont":
+            return [{"error": {"class": "GenericError", "desc": "No such thing"}}]
+        return [{"return": 5}]
+
+    async def scene() -> None:
+        async with played(folder / "q", answer):
+            qmp = await Qmp.connect(str(folder / "q"))
+            with pytest.raises(QemuFailed, match="refused cont: No such thing"):
+                await qmp.execute("cont")
+            assert await qmp.execute("query-x") == 5
+            await qmp.close()
+
+    run(scene)
+
+
+def test_no_answer_is_timed_out_and_ends_the_connection(folder: Path) -> None:
+    """After a time-out nothing can be asked any more: a late answer would be taken for another's."""
+
+    async def scene() -> None:
+        async with played(folder / "q", lambda request: []):
+            qmp = await Qmp.connect(str(folder / "q"))
+            with pytest.raises(TimedOut, match="did not answer stop within"):
+                await qmp.execute("stop", timeout_seconds=0.05)
+            assert not qmp.is_connected
+            with pytest.raises(QemuFailed):
+                await qmp.execute("query-status")
+
+    run(scene)
+
+
+def test_events_come_in_order_and_end_with_the_connection(folder: Path) -> None:
+    """Everything QEMU told before it hung up is read, then the iteration ends."""
+
+    def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = [
+            {"event": name, "data": {}, "timestamp": {}} for name in ("STOP", "RESUME", "SHUTDOWN")
+        ]
+        return [*told, {"return": {}}, {"end": True}]
+
+    async def scene() -> None:
+        async with played(folder / "q", answer):
+            qmp = await Qmp.connect(str(folder / "q"))
+            await qmp.execute("quit")
+            assert [event["event"] async for event in qmp.events()] == ["STOP", "RESUME", "SHUTDOWN"]
+            await asyncio.wait_for(qmp.wait_closed(), 5)
+            await qmp.close()
+
+    run(scene)
+
+
+def test_hanging_up_in_the_middle_of_a_command(folder: Path) -> None:
+    """A QEMU that dies instead of answering is QemuFailed for all who wait, and says during what."""
+
+    def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"end": True}] if request["execute"] == "stop" else []
+
+    async def scene() -> None:
+        async with played(folder / "q", answer):
+            qmp = await Qmp.connect(str(folder / "q"))
+            results = await asyncio.gather(qmp.execute("query-a"), qmp.execute("stop"), return_exceptions=True)
+            assert [type(one) for one in results] == [ConnectionEnded, ConnectionEnded]
+            assert "went away during stop" in str(results[1])
+            await qmp.close()
+
+    run(scene)
+
+
+@pytest.mark.parametrize("text", [b"", b"garbage\n", b'{"no": "greeting"}\n', b"\xff\xfe\n"])
+def test_who_does_not_greet_is_no_qemu(folder: Path, text: bytes) -> None:
+    """Hanging up, garbage and other protocols are one clear error, not a traceback of the client's."""
+
+    async def scene() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(text)
+            writer.close()
+
+        server = await asyncio.start_unix_server(serve, folder / "q")
+        with pytest.raises(QemuFailed, match="cannot talk to QEMU"):
+            await Qmp.connect(str(folder / "q"))
+        server.close()
+        await server.wait_closed()
+
+    run(scene)
+
+
+def test_nobody_listens(folder: Path) -> None:
+    """No socket, and a socket that nobody listens on, are QemuFailed with the path."""
+
+    async def scene() -> None:
+        with pytest.raises(QemuFailed, match="No such file") as caught:
+            await Qmp.connect(str(folder / "absent"))
+        assert caught.value.path == str(folder / "absent")
+
+    run(scene)
+
+
+def test_silence_is_timed_out(folder: Path) -> None:
+    """Who accepts and says nothing does not keep us waiting."""
+
+    async def scene() -> None:
+        async with played(folder / "q", lambda request: [], greets=False):
+            with pytest.raises(TimedOut, match="did not greet"):
+                await Qmp.connect(str(folder / "q"), timeout_seconds=0.05)
+
+    run(scene)
+
+
+def test_agent_is_synchronised_first(folder: Path) -> None:
+    """The agent has no greeting; it is asked to repeat a number, then commands work."""
+
+    def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+        if request["execute"] == "guest-sync":
+            return [{"return": request["arguments"]["id"]}]
+        return [{"return": {"name": request["execute"]}}]
+
+    async def scene() -> None:
+        async with played(folder / "a", answer, greets=False):
+            agent = await Qmp.connect_agent(str(folder / "a"))
+            assert await agent.execute("guest-get-osinfo") == {"name": "guest-get-osinfo"}
+            await agent.close()
+
+    run(scene)
+
+
+def test_silent_and_lying_agents_are_unavailable(folder: Path) -> None:
+    """A channel on which nobody answers, or somebody answers wrongly, is AgentUnavailable."""
+
+    async def scene() -> None:
+        async with played(folder / "a", lambda request: [], greets=False):
+            with pytest.raises(AgentUnavailable, match="does not answer"):
+                await Qmp.connect_agent(str(folder / "a"), timeout_seconds=0.05)
+        async with played(folder / "b", lambda request: [{"return": -1}], greets=False):
+            with pytest.raises(AgentUnavailable, match="somebody else"):
+                await Qmp.connect_agent(str(folder / "b"), timeout_seconds=1)
+
+    run(scene)
+
+
+@pytest.mark.kvm
+def test_real_qemu(folder: Path) -> None:
+    """A real monitor: status, a descriptor handed over, an unknown command, events at the end."""
+    program = require_tool("qemu-system-x86_64")
+    path = folder / "q"
+    process = subprocess.Popen(
+        [program, "-machine", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off"]
+    )
+
+    async def scene() -> None:
+        while not path.exists():
+            assert process.poll() is None
+            await asyncio.sleep(0.01)
+        qmp = await Qmp.connect(str(path))
+        assert (await qmp.execute("query-status"))["status"] in ("running", "prelaunch")
+        with (folder / "f").open("wb") as file:
+            await qmp.send_descriptor("state", file.fileno())
+            await qmp.add_descriptor_to_set(5, file.fileno())
+        assert [one["fdset-id"] for one in await qmp.execute("query-fdsets")] == [5]
+        with pytest.raises(QemuFailed, match="refused fly"):
+            await qmp.execute("fly")
+        await qmp.execute("quit")
+        assert [event["event"] async for event in qmp.events()] == ["SHUTDOWN"]
+        await qmp.close()
+
+    try:
+        run(scene)
+    finally:
+        process.kill()
+        process.wait()

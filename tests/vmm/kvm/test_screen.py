@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of screens, of real machines: BIOS text, UEFI, none at all."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pictures import Picture, read_png
+from tests.support import not_available, require_boot_sector_guest, require_qemu
+from tests.vmm.guests import boot_sector, launch
+from vmm.errors import QemuFailed
+from vmm.kvm.qmp import Qmp
+from vmm.kvm.screen import is_png, screendump, viewer_command
+
+pytestmark = pytest.mark.kvm
+OVMF = Path("/usr/share/OVMF")
+
+
+def take(guest: launch.Guest) -> Picture:
+    """A picture of the guest's screen, taken twice on one connection."""
+
+    async def scene() -> bytes:
+        qmp = await Qmp.connect(str(guest.qmp))
+        try:
+            await screendump(qmp)
+            return await screendump(qmp)
+        finally:
+            await qmp.close()
+
+    return read_png(asyncio.run(scene()))
+
+
+def test_bios_text(tmp_path: Path) -> None:
+    """The screen of a machine in text mode is a picture of 720 x 400 points with text on black."""
+    qemu = require_boot_sector_guest()
+    boot_sector.write_raw_disk(tmp_path / "disk.raw")
+    words = ["-device", "VGA", *launch.drive(tmp_path / "disk.raw", "ide")]
+    with launch.running(qemu, tmp_path, *words) as guest:
+        with launch.connect(guest.serial) as serial:
+            launch.read_until(serial, b"READY")
+        picture = take(guest)
+    assert (picture.width, picture.height) == (720, 400)
+    assert picture.colour_count >= 2
+    # Some lines of text: neither empty nor full.
+    assert 0.002 < picture.share_of_other_than((0, 0, 0)) < 0.3
+
+
+def test_uefi(tmp_path: Path) -> None:
+    """UEFI firmware draws its screen, which is a picture with more than one colour."""
+    code = OVMF / "OVMF_CODE.fd"
+    if not code.exists():
+        not_available("needs UEFI firmware: run script/setup, or install Debian's package ovmf")
+    shutil.copy(OVMF / "OVMF_VARS.fd", tmp_path / "vars.fd")
+    words = [
+        "-device", "VGA", "-drive", f"if=pflash,format=raw,readonly=on,file={code}",
+        "-drive", f"if=pflash,format=raw,file={tmp_path}/vars.fd",
+    ]  # fmt: skip
+    with launch.running(require_qemu(), tmp_path, *words, memory="96") as guest:
+        launch.connect(guest.serial).close()  # (the firmware would wait for one who listens and does not read)
+        deadline = time.monotonic() + 60
+        while (picture := take(guest)).colour_count < 3:  # text mode before the firmware begins
+            assert time.monotonic() < deadline, "the firmware drew nothing"
+            time.sleep(0.2)
+    assert picture.width >= 640 and picture.height >= 400
+
+
+def test_no_screen(tmp_path: Path) -> None:
+    """A machine without a screen has no picture, and QEMU's descriptors are as before."""
+    with launch.running(require_qemu(), tmp_path) as guest, launch.connect(guest.serial):
+
+        async def scene() -> None:
+            qmp = await Qmp.connect(str(guest.qmp))
+            with pytest.raises(QemuFailed, match="screendump"):
+                await screendump(qmp)
+            assert await qmp.execute("query-fdsets") == []
+            await qmp.close()
+
+        asyncio.run(scene())
+
+
+@pytest.mark.parametrize("data", [b"", b"P6 1 1 255", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"])
+def test_not_a_picture(data: bytes) -> None:
+    """A picture that is not whole is none."""
+    assert not is_png(data)
+
+
+def test_viewers() -> None:
+    """The best viewer that is there is told where the screen is, in its own way."""
+    assert viewer_command("/run/x/vnc.sock", {}) is None
+    assert viewer_command("/x", {"vncviewer": "/bin/vncviewer"}) == ["/bin/vncviewer", "/x"]
+    both = {"vncviewer": "/bin/vncviewer", "remote-viewer": "/bin/remote-viewer"}
+    assert viewer_command("/x", both) == ["/bin/remote-viewer", "vnc+unix:///x"]

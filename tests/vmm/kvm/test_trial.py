@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trial on /dev/kvm: the real device does what the trial asks, and anything else is told, never raised."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import not_available
+from vmm.kvm import trial, trial_guest
+
+needs_kvm = pytest.mark.kvm
+
+
+def require_kvm() -> None:
+    """End the test where /dev/kvm may not be used."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        not_available("needs read and write access to /dev/kvm")
+
+
+@needs_kvm
+def test_real_mode_guest_runs() -> None:
+    """KVM runs the real-mode guest, and every step of the others is accounted for exactly once."""
+    require_kvm()
+    outcome = trial.run_trial()
+    assert outcome.refused is None and outcome.real_mode is None
+    names = [step.name for step in trial_guest.LONG_STEPS]
+    assert sorted([*outcome.done, *outcome.failed, *outcome.left_out]) == sorted(names)
+    assert "64-bit arithmetic" in outcome.done
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("e6e1e6e0f4", "a wrong result"),
+        ("b006e6e2f4", "exception 6"),
+        ("f4", "it halted too early"),
+        ("e6e0e6e0f4", "a wrong result"),
+        ("e655f4", "a wrong result"),
+    ],
+)
+def test_guest_that_goes_wrong_is_seen(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that reports wrongly, traps, or halts without a report is a failure with its reason."""
+    require_kvm()
+    step = trial_guest.Step("real mode", "", bytes.fromhex(code))
+    whole = trial_guest.memory_image(step)
+    memory = bytearray(whole)
+    start = trial_guest.CODE
+    memory[start : start + len(step.code) + 3] = step.code + b"\xf4\xf4\xf4"
+    monkeypatch.setattr(trial_guest, "REAL_STEP", step)
+    monkeypatch.setattr(trial_guest, "memory_image", lambda given: bytes(memory) if given is step else whole)
+    assert trial.run_trial().real_mode == says
+
+
+def test_device_that_is_not_there(tmp_path: Path) -> None:
+    """A missing device is told with the system's word."""
+    outcome = trial.run_trial(str(tmp_path / "kvm"))
+    assert outcome.refused == os.strerror(2) and outcome.real_mode is not None
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/zero"])
+def test_device_that_is_something_else(device: str) -> None:
+    """A device that is no KVM refuses the first request."""
+    refused = trial.run_trial(device).refused
+    assert refused is not None and "refused" in refused
+
+
+def test_no_descriptor_is_left() -> None:
+    """Whatever happens, the trial closes what it opened."""
+    before = set(os.listdir("/proc/self/fd"))
+    trial.run_trial()
+    trial.run_trial("/dev/null")
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_outcome_survives_json() -> None:
+    """The line that the process prints is the outcome."""
+    outcome = trial.Outcome(None, None, ["SSE2"], {"a": "b"}, ["c"], 7)
+    assert trial.Outcome(**json.loads(outcome.to_json())) == outcome

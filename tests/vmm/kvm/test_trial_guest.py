@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trial guests: their machine code is what their source says, and a whole processor does every step.
+
+QEMU's translator is that whole processor: on a machine whose KVM fails at a step, this proves that the step is right.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_tool, run
+from vmm.kvm import trial_guest as guest
+
+ALL_CODE = (
+    guest.REAL_STEP,
+    *guest.LONG_STEPS,
+    guest.BREAKPOINT_HANDLER,
+    guest.PAGE_FAULT_HANDLER,
+)
+# Loads the rest of the disk to where the trial puts it and enters long mode as the trial does.
+BOOT_SECTOR = f"""
+.intel_syntax noprefix
+.code16
+start:
+    xor ax, ax
+    mov ds, ax
+    mov ss, ax
+    mov sp, 0x1f00
+    mov si, offset packet
+    mov ah, 0x42
+    int 0x13
+    jc bad
+    mov si, offset packet2
+    mov ah, 0x42
+    int 0x13
+    jc bad
+    cli
+    lgdt [gdt_pointer]
+    lidt [idt_pointer]
+    mov eax, {guest.PML4}
+    mov cr3, eax
+    mov eax, 0x40620
+    mov cr4, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    or eax, 0x100
+    wrmsr
+    mov eax, cr0
+    and eax, 0xfffffffb
+    or eax, 0x80010023
+    mov cr0, eax
+    ljmp {guest.CODE_SELECTOR}, offset inside
+bad:
+    mov al, 0xff
+    out {guest.PORT_TRAP}, al
+    hlt
+packet: .byte 16, 0
+    .word {(0x7C00 - guest.PML4) // 512}, {guest.PML4}, 0
+    .quad {guest.PML4 // 512}
+packet2: .byte 16, 0
+    .word 16, {guest.CODE}, 0
+    .quad {guest.CODE // 512}
+gdt_pointer: .word {guest.GDT_LIMIT}
+    .long {guest.GDT}
+idt_pointer: .word {guest.IDT_LIMIT}
+    .long {guest.IDT}
+.code64
+inside:
+    mov ax, {guest.DATA_SELECTOR}
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    mov rsp, {guest.STACK_TOP}
+    mov rax, {guest.CODE}
+    jmp rax
+"""
+
+
+def assembled(source: str, folder: Path, *, origin: int = 0) -> bytes:
+    """What the GNU assembler makes of a source in Intel's syntax."""
+    text, made, linked, code = (folder / name for name in ("step.s", "step.o", "step.elf", "step.bin"))
+    text.write_text(".intel_syntax noprefix\n" + source + "\n")
+    run([require_tool("as"), "-o", made, text])
+    run([require_tool("ld"), "-e", "0", "-Ttext", hex(origin), "-o", linked, made])
+    run([require_tool("objcopy"), "-O", "binary", "-j", ".text", linked, code])
+    return code.read_bytes()
+
+
+@pytest.mark.parametrize("step", ALL_CODE, ids=lambda step: step.name)
+def test_code_is_its_source(step: guest.Step, tmp_path: Path) -> None:
+    """The bytes of each step are what an assembler makes of the text beside them."""
+    bits = 16 if step is guest.REAL_STEP else 64
+    assert assembled(f".code{bits}\n{step.source}", tmp_path) == step.code
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("step", guest.LONG_STEPS, ids=lambda step: step.name)
+def test_whole_processor_does_every_step(step: guest.Step, tmp_path: Path) -> None:
+    """Each long-mode step reports that it is done, and nothing else, on a processor without faults."""
+    memory = bytearray(guest.memory_image(step))
+    sector = assembled(BOOT_SECTOR.replace(".intel_syntax noprefix", ""), tmp_path, origin=0x7C00)
+    assert len(sector) <= 510
+    memory[: len(sector)] = sector
+    memory[510:512] = b"\x55\xaa"
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(memory)
+    ports = (guest.PORT_DONE, guest.PORT_WRONG, guest.PORT_TRAP)
+    command = [require_tool("qemu-system-x86_64"), "-accel", "tcg", "-cpu", "max", "-m", "8", "-nodefaults"]
+    command += ["-no-user-config", "-display", "none", "-no-reboot", "-drive", f"file={disk},format=raw,if=ide"]
+    for port in ports:
+        command += ["-chardev", f"file,id=p{port},path={tmp_path}/{port}"]
+        command += ["-device", f"isa-debugcon,iobase={port},chardev=p{port}"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 60
+            said = [b"", b"", b""]
+            while not any(said) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+                said = [(tmp_path / str(port)).read_bytes() for port in ports if (tmp_path / str(port)).exists()]
+        finally:
+            process.kill()
+    assert [len(one) for one in said] == [1, 0, 0], said
+
+
+def test_steps_follow_the_features() -> None:
+    """A step whose processor feature is not offered is left out, and only such a step."""
+    assert guest.steps_for(frozenset({"cx16", "xsave"})) == guest.LONG_STEPS
+    names = {step.name for step in guest.LONG_STEPS} - {step.name for step in guest.steps_for(frozenset())}
+    assert names == {"CMPXCHG16B", "XSAVE and XRSTOR"}
+
+
+@pytest.mark.parametrize("step", (guest.REAL_STEP, *guest.LONG_STEPS), ids=lambda step: step.name)
+def test_parts_of_the_memory_do_not_overlap(step: guest.Step) -> None:
+    """Page tables, descriptors, handlers, program and variables keep apart, and all of it fits."""
+    memory = guest.memory_image(step)
+    assert len(memory) == guest.MEMORY_BYTES
+    program = step.code + b"\xe6\xe0\xf4"
+    assert memory[guest.CODE :].startswith(program) and guest.CODE + len(program) < 0x9000
+    handlers = memory[guest.HANDLERS : guest.CODE]
+    assert guest.BREAKPOINT_HANDLER.code in handlers and guest.PAGE_FAULT_HANDLER.code in handlers
+    assert not any(memory[0x9000:])

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines with the boot-sector guest, for tests: made in a moment, and telling what they see."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import vhdkit
+from tests.vmm.guests import boot_sector
+from vmm.contact import Place
+from vmm.manager import DiskWish, Manager
+from vmm.proc import ProcessRef
+from vmm.state import MachineState, processes_of
+
+MIB = 1 << 20
+SECONDS = 20.0
+PARTS = ("keeper", "worker", "server", "qemu")
+
+
+def make_disk(folder: Path, name: str = "disk", options: boot_sector.BootOptions | None = None) -> Path:
+    """A child NAME.avhd on NAME.vhd, which boots the guest."""
+    base, leaf = folder / f"{name}.vhd", folder / f"{name}.avhd"
+    vhdkit.create_image(base, 8 * MIB)
+    with vhdkit.open_disk(base, writable=True) as disk:
+        boot_sector.install(disk, options or boot_sector.BootOptions(print_every=4))
+    vhdkit.create_child(leaf, base)
+    return leaf
+
+
+def make_machine(manager: Manager, folder: Path, name: str = "small", **settings: object) -> Path:
+    """A machine with such a disk; its leaf."""
+    leaf = make_disk(folder, name)
+    settings = {"memory_bytes": 16 * MIB, "accelerator": "tcg", **settings}
+    manager.create(name, disks=[DiskWish(str(leaf))], **settings)  # type: ignore[arg-type]
+    return leaf
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
+    """Return when the condition holds; fails after a long time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def console(manager: Manager, name: str = "small") -> str:
+    """Everything the guest said so far."""
+    try:
+        return Path(manager.log_path(name, "console")).read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def last_tick(manager: Manager, name: str = "small") -> int:
+    """The number the guest counted to, as far as it told."""
+    return max((int(one) for one in re.findall(r"tick (\d+)\n", console(manager, name))), default=0)
+
+
+def wait_counting(manager: Manager, name: str = "small") -> int:
+    """Return when the guest has counted on from here; the new number."""
+    before = last_tick(manager, name)
+    wait_until(lambda: last_tick(manager, name) > before, f"{name} counts on from {before}: {console(manager, name)}")
+    return last_tick(manager, name)
+
+
+def press(manager: Manager, key: str, name: str = "small") -> None:
+    """Press a key at the guest's serial console."""
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(SECONDS)
+        link.connect(Place.of(name).runtime.console)
+        link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
+        assert json.loads(link.makefile().readline())["ok"]
+        link.sendall(key.encode())
+        time.sleep(0.1)
+
+
+def processes(name: str = "small") -> dict[str, ProcessRef]:
+    """The machine's processes that live."""
+    return processes_of(Place.of(name).runtime)
+
+
+def wait_whole(name: str = "small", *, but: dict[str, ProcessRef] | None = None) -> dict[str, ProcessRef]:
+    """Return when all four processes live, and none of those in `but` is among them."""
+
+    def whole() -> bool:
+        now = processes(name)
+        return set(now) == set(PARTS) and not set(now.values()) & set((but or {}).values())
+
+    wait_until(whole, f"all of {PARTS} live")
+    return processes(name)
+
+
+def wait_state(manager: Manager, state: MachineState, name: str = "small") -> None:
+    """Return when the machine is in that state."""
+    wait_until(lambda: manager.state(name) is state, f"{name} is {state}")

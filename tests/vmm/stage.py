@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines with real workers for tests: homes of their own, and nothing of them lives when the test is over.
+
+The runtime folder has a short name, because of sockets, and QEMU's user may pass through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmm.manager import Manager
+from vmm.paths import RuntimePaths
+from vmm.state import processes_of
+
+SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def machine_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    """A manager of no machines yet, whose home is below `folder`; every process of theirs is dead afterwards."""
+    runtime = Path(tempfile.mkdtemp(prefix="vmmt-", dir="/tmp"))
+    runtime.chmod(0o711)
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(runtime))
+    try:
+        yield Manager()
+    finally:
+        kill_all(runtime)
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+def kill_all(runtime: Path) -> None:
+    """End every process that is noted in a runtime folder, those first that would start others."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        living = [processes_of(RuntimePaths(str(one))) for one in runtime.glob("*")]
+        if not any(living):
+            return
+        for processes in living:
+            for part in ("keeper", "worker", "qemu", "server"):
+                if part in processes:
+                    processes[part].kill()
+        time.sleep(0.05)
+    raise AssertionError(f"something of {runtime} still lives: {os.listdir(runtime)}")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of all disks at one moment, and nothing of the snapshot left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, WRITTEN_TEXT, BootOptions
+from tests.vmm.small_guests import (
+    MIB,
+    console,
+    make_disk,
+    make_machine,
+    press,
+    processes,
+    wait_counting,
+    wait_until,
+    wait_whole,
+)
+from vmm import backup
+from vmm.contact import Place
+from vmm.errors import AlreadyExists, NotFound, Refused, StoreFailed
+from vmm.manager import DiskWish, Manager
+from vmm.spec import make_spec
+
+pytestmark = pytest.mark.kvm
+
+
+def files_of(folder: Path) -> list[str]:
+    """Images that lie there."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".vhd", ".avhd"))
+
+
+def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
+    """The copy boots by itself and has what the guest wrote before; the machine runs on, on its own image alone."""
+    leaf = make_machine(manager, tmp_path)
+    second = make_disk(tmp_path, "second")
+    manager.add_disk("small", DiskWish(str(second), controller="virtio"))
+    manager.start("small")
+    wait_counting(manager)
+    before = files_of(tmp_path)
+    result = manager.backup("small", str(tmp_path / "copy"))
+    assert sorted(result["disks"]) == ["disk-0", "disk-1"] and result["consistent"] is False
+    assert files_of(tmp_path) == before
+    assert not os.path.exists(backup.note_path(Place.of("small").machine))
+    press(manager, "w")
+    wait_until(lambda: "written " in console(manager), "the guest writes on")
+    copy = tmp_path / "copy" / "disk-0.vhd"
+    with vhdkit.open_disk(copy) as disk:
+        assert disk.read(WRITE_LBA * SECTOR, len(WRITTEN_TEXT)) == WRITTEN_TEXT
+    assert json.loads((tmp_path / "copy" / "machine.json").read_text())["name"] == "small"
+    manager.stop("small")
+    assert vhdkit.check(leaf) == [] and vhdkit.check(copy) == []
+    manager.create("twin", disks=[DiskWish(str(copy))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.start("twin")
+    wait_counting(manager, "twin")
+
+
+def test_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> None:
+    """The copy reads as the chain does, and says that its file systems are in order."""
+    leaf = make_machine(manager, tmp_path)
+    assert manager.backup("small", str(tmp_path / "copy"))["consistent"] is True
+    assert vhdkit.compare(leaf, tmp_path / "copy" / "disk-0.vhd").same_content
+
+
+def test_refused(manager: Manager, tmp_path: Path) -> None:
+    """A folder that is there, one in no folder, devices: refused before anything is done."""
+    make_machine(manager, tmp_path)
+    with pytest.raises(AlreadyExists, match="name a new folder"):
+        manager.backup("small", str(tmp_path))
+    with pytest.raises(NotFound):
+        manager.backup("small", str(tmp_path / "a" / "b"))
+    device = make_spec(name="x", kernel="/k", disks=[{"id": "disk-0", "kind": "pass-through", "path": "/dev/x"}])
+    with pytest.raises(Refused, match="inside the guest"):
+        backup.disks_to_copy(device)
+
+
+def test_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When copying fails the snapshot is merged away all the same, and no half copy stays."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    before = files_of(tmp_path)
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "copy.part").mkdir()  # in its way
+    with pytest.raises(AlreadyExists):
+        manager.backup("small", str(tmp_path / "closed" / "copy"))
+    assert files_of(tmp_path) == before
+    wait_counting(manager)
+
+
+@pytest.mark.parametrize("victims", [("worker",), ("keeper", "worker", "server", "qemu")], ids="+".join)
+def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """Who comes next merges the snapshot away; what was written to it meanwhile is in the machine's own image."""
+    leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
+    manager.create("small", disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.start("small")
+    wait_counting(manager)
+    before = files_of(tmp_path)
+    note = backup.note_path(Place.of("small").machine)
+    child = os.fork()
+    if child == 0:
+        try:
+            manager.backup("small", str(tmp_path / "copy"))
+        finally:
+            os._exit(0)
+    wait_until(lambda: os.path.exists(note) and files_of(tmp_path) != before, "the snapshot is there")
+    living = processes()
+    for part in victims:
+        os.kill(living[part].pid, 9)
+    os.waitpid(child, 0)
+    if "qemu" in victims:
+        manager.state("small")
+        manager.start("small")
+    wait_whole(but={part: living[part] for part in victims})
+    wait_counting(manager)
+    wait_until(lambda: files_of(tmp_path) == before and not os.path.exists(note), "the snapshot is merged away")
+    wait_counting(manager)
+    manager.stop("small")
+    assert vhdkit.check(leaf) == []
+
+
+def test_damaged_note(manager: Manager, tmp_path: Path) -> None:
+    """A note that says nothing is an error that names it."""
+    make_machine(manager, tmp_path)
+    place = Place.of("small").machine
+    Path(backup.note_path(place)).write_text("[")
+    with pytest.raises(StoreFailed, match=r"damaged"):
+        backup._read_note(place)

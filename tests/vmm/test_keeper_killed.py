@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kill -9 of every part of a running machine and of every set of them: the guest lives on, or the machine is off.
+
+The guest counts aloud, so that it is seen to go on; what it had written is looked for in the chain afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vmm.guests import boot_sector
+from tests.vmm.small_guests import (
+    console,
+    make_machine,
+    press,
+    processes,
+    wait_counting,
+    wait_state,
+    wait_until,
+    wait_whole,
+)
+from vmm.contact import Place
+from vmm.errors import StoreFailed, VmmError
+from vmm.manager import Manager
+from vmm.proc import ProcessRef
+from vmm.state import MachineState
+
+pytestmark = pytest.mark.kvm
+LOOKING_AFTER = ("keeper", "worker", "server")
+SETS = [part for size in (1, 2, 3) for part in itertools.combinations(LOOKING_AFTER, size)]
+
+
+def kill(parts: tuple[str, ...], name: str = "small") -> dict[str, ProcessRef]:
+    """kill -9 of these parts at once."""
+    living = processes(name)
+    victims = {part: living[part] for part in parts}
+    for victim in victims.values():
+        os.kill(victim.pid, 9)
+    return victims
+
+
+def has_written(leaf: Path) -> bool:
+    """True when the guest's text stands in the chain, and the parent does not have it."""
+    at = boot_sector.WRITE_LBA * boot_sector.SECTOR
+    with vhdkit.open_disk(leaf) as disk, vhdkit.open_disk(leaf.with_suffix(".vhd")) as base:
+        text = boot_sector.WRITTEN_TEXT
+        return disk.read(at, len(text)) == text and base.read(at, len(text)) != text
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+@pytest.mark.parametrize("parts", SETS, ids="+".join)
+def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, ...], paused: bool) -> None:
+    """Whatever looks after it is killed comes back by itself or with the next command; QEMU stays the same one."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    if paused:
+        manager.pause("small")
+    qemu = processes()["qemu"]
+    victims = kill(parts)
+    if {"keeper", "worker"} <= set(parts):
+        manager.state("small")  # the next command brings them back
+    now = wait_whole(but=victims)
+    assert now["qemu"] == qemu
+    if paused:
+        wait_state(manager, MachineState.PAUSED)
+        manager.resume("small")
+    wait_state(manager, MachineState.RUNNING)
+    wait_counting(manager)
+    press(manager, "w")
+    wait_until(lambda: "written " in console(manager), "the guest writes")
+    manager.stop("small")
+    assert processes() == {} and not os.path.exists(Place.of("small").runtime.folder)
+    assert has_written(leaf)
+    assert vhdkit.check(leaf) == []
+
+
+def test_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
+    """Without a recovery action the machine is off, its disks are free, nothing is left, and it starts again."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    kill(("qemu",))
+    wait_until(lambda: not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    assert manager.state("small") is MachineState.OFF and processes() == {}
+    assert "qemu-died" in [event["event"] for event in manager.events("small")]
+    assert has_written(leaf)
+    vhdkit.open_disk(leaf, writable=True).close()
+    manager.start("small")
+    wait_counting(manager)
+
+
+def test_killed_qemu_recovers(manager: Manager, tmp_path: Path) -> None:
+    """With the recovery action `restart` another QEMU boots the guest; not for ever when it dies at once."""
+    make_machine(manager, tmp_path, automatic={"recovery": "restart"})
+    manager.start("small")
+    wait_counting(manager)
+    for _ in range(3):
+        now = wait_whole(but=kill(("qemu",)))
+        assert set(now) == {"keeper", "worker", "server", "qemu"}
+        wait_state(manager, MachineState.RUNNING)
+    kill(("qemu",))
+    wait_state(manager, MachineState.OFF)
+    assert "recovery-given-up" in [event["event"] for event in manager.events("small")]
+
+
+@pytest.mark.parametrize("parts", [("worker", "qemu"), ("keeper", "worker", "qemu")], ids="+".join)
+def test_qemu_dies_unseen(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """A QEMU that died with its worker is noticed by the next one, or by the next command."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    kill(parts)
+    wait_state(manager, MachineState.OFF)
+    wait_until(lambda: not processes() and not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    manager.start("small")
+
+
+@pytest.mark.parametrize("folder_gone", [False, True], ids=["folder stays", "folder gone"])
+def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> None:
+    """Everything killed at once, as by a power cut, also with the runtime folder gone: off, and it starts."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    runtime = Place.of("small").runtime.folder
+    kill(("keeper", "worker", "server", "qemu"))
+    wait_until(lambda: not processes(), "all is dead")
+    if folder_gone:
+        shutil.rmtree(runtime)
+    assert [(one.name, one.state) for one in manager.machines()] == [("small", MachineState.OFF)]
+    assert not os.path.exists(runtime)
+    manager.start("small")
+    wait_counting(manager)
+    manager.stop("small")
+    assert has_written(leaf)
+
+
+def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """A worker that is killed as soon as it is there is followed by one that starts the machine."""
+    make_machine(manager, tmp_path)
+    place = Place.of("small")
+    child = os.fork()
+    if child == 0:
+        try:
+            manager.start("small")
+        finally:
+            os._exit(0)
+    wait_until(lambda: "worker" in processes(), "there is a worker")
+    kill(("worker",))
+    os.waitpid(child, 0)
+    wait_state(manager, MachineState.RUNNING)
+    wait_counting(manager)
+    assert os.path.exists(place.runtime.control)
+
+
+def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """kill -9 of the command that starts a machine does not matter to the machine."""
+    make_machine(manager, tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            manager.start("small")
+        finally:
+            os._exit(0)
+    wait_until(lambda: "keeper" in processes(), "there is a keeper")
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    wait_state(manager, MachineState.RUNNING)
+    wait_counting(manager)
+
+
+def test_damaged_disk_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
+    """What the disks' server says is the error of `start`, and nothing is left of the machine."""
+    leaf = make_machine(manager, tmp_path)
+    leaf.with_suffix(".vhd").rename(tmp_path / "elsewhere.vhd")
+    with pytest.raises(StoreFailed, match="parent") as caught:
+        manager.start("small")
+    assert caught.value.machine == "small" and caught.value.exit_code == 6
+    assert manager.state("small") is MachineState.OFF and processes() == {}
+
+
+def test_disk_in_use_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
+    """A disk that another program writes to is refused, by the lock of the image itself."""
+    leaf = make_machine(manager, tmp_path)
+    with vhdkit.open_disk(leaf, writable=True), pytest.raises(VmmError, match="another program is writing") as caught:
+        manager.start("small")
+    assert caught.value.exit_code == 5
+    manager.start("small")

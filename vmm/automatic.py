@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to machines when their host starts and stops, each as its automatic actions say.
+
+Decides which machines start with the host, in which order, and what is tried when a machine's stop action fails: a
+machine that cannot be saved is asked to shut down, and one that does neither is powered off, as it would be a moment
+later anyhow. One machine's failure is no other's. Must not know how it is called (the unit that `host.autostart`
+installs does).
+
+That a machine was running when the host stopped is a file in its folder, which its worker makes and removes: a host
+that lost its power had no time to write anything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from vmm import registry
+from vmm.errors import VmmError
+from vmm.events import add_event
+from vmm.manager import Manager
+from vmm.registry import Machine
+from vmm.state import MachineState, note_running
+
+SHUTDOWN_SECONDS = 180.0
+AT_ONCE = 4  # machines that are stopped side by side: more would only share the disk
+_OFF = (MachineState.OFF, MachineState.SAVED)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was done with a machine: "started", "saved", "shut down", "turned off", or "failed" with the problem."""
+
+    machine: str
+    done: str
+    problem: VmmError | None = None
+
+
+def starts_with_host(machine: Machine) -> bool:
+    """What a machine's automatic start action says now."""
+    action = machine.spec.automatic.start
+    return action == "always" or (action == "if-was-running" and os.path.lexists(machine.paths.was_running))
+
+
+def start_machines(
+    manager: Manager, *, sleep: Callable[[float], None] = time.sleep, tell: Callable[[Outcome], None] | None = None
+) -> list[Outcome]:
+    """Start what starts with the host, those with the shortest delay first. Delays count from now."""
+    machines, failures = registry.load_all()
+    outcomes = [Outcome(error.machine or "", "failed", error) for error in failures]
+    began = time.monotonic()
+    for machine in sorted(machines, key=lambda one: (one.spec.automatic.start_delay_seconds, one.name)):
+        outcome = _started(manager, machine, began, sleep)
+        if outcome is not None:
+            outcomes.append(outcome)
+            if tell is not None:
+                tell(outcome)
+    return outcomes
+
+
+def _started(manager: Manager, machine: Machine, began: float, sleep: Callable[[float], None]) -> Outcome | None:
+    """None for a machine that is not to be started, or runs already."""
+    try:
+        if not starts_with_host(machine) or manager.state(machine.name) not in _OFF:
+            return None
+        sleep(max(0.0, began + machine.spec.automatic.start_delay_seconds - time.monotonic()))
+        manager.start(machine.name)
+    except VmmError as error:
+        return Outcome(machine.name, "failed", error)
+    return Outcome(machine.name, "started")
+
+
+def stop_machines(manager: Manager, *, tell: Callable[[Outcome], None] | None = None) -> list[Outcome]:
+    """Stop every machine that runs, as its automatic stop action says, several at once."""
+    machines, _ = registry.load_all()
+
+    def stop(machine: Machine) -> Outcome | None:
+        outcome = _stopped(manager, machine)
+        if outcome is not None and tell is not None:
+            tell(outcome)
+        return outcome
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [outcome for outcome in pool.map(stop, machines) if outcome is not None]
+
+
+def _stopped(manager: Manager, machine: Machine) -> Outcome | None:
+    """None for a machine that does not run."""
+    name = machine.name
+    ways: dict[str, tuple[str, Callable[[], object]]] = {
+        "save": ("saved", lambda: manager.save(name)),
+        "shut-down": ("shut down", lambda: manager.shutdown(name, timeout_seconds=SHUTDOWN_SECONDS)),
+        "turn-off": ("turned off", lambda: manager.stop(name)),
+    }
+    try:
+        if manager.state(name) in _OFF:
+            return None
+        add_event(machine.paths.events, "host-stopping", action=machine.spec.automatic.stop)
+        word = _first_that_works(_from(machine.spec.automatic.stop, ways))
+        note_running(machine.paths, True)  # it did until now
+        return Outcome(name, word)
+    except VmmError as error:
+        return Outcome(name, "failed", error)
+
+
+def _from(
+    action: str, ways: dict[str, tuple[str, Callable[[], object]]]
+) -> Sequence[tuple[str, Callable[[], object]]]:
+    """The wished way and those after it."""
+    return list(ways.values())[list(ways).index(action) :]
+
+
+def _first_that_works(ways: Sequence[tuple[str, Callable[[], object]]]) -> str:
+    """The word of the first way that does not fail. Raises what the last one raised."""
+    for word, way in ways[:-1]:
+        try:
+            way()
+        except VmmError:
+            continue
+        return word
+    word, way = ways[-1]
+    way()
+    return word

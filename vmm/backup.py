@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of all disks of a machine at one moment, while it runs or not.
+
+Decides the order in which a snapshot is taken, copied and merged away again, and what is left to be done by whoever
+comes after a crash. The machine's definition does not change meanwhile: a note in its folder (`backup.json`) says that
+the newest image on each disk is the one to serve, until it has been merged away.
+
+    note -> guest's file systems frozen -> all disks frozen at one moment (new children take the writes) -> thawed
+         -> the frozen chains copied -> children merged into the frozen images while the guest runs -> note removed
+
+The copies appear in their folder whole or not at all. Must not know how an image is copied: `vhdkit convert` does it,
+as a process of its own, so that the worker stays small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import AlreadyExists, StoreFailed, VmmError, WrongState, of_os_error
+from vmm.paths import MachinePaths, sync_folder, write_whole
+from vmm.proc import python_command, python_environment
+from vmm.rpc import Progress
+from vmm.spec import DiskSpec, MachineSpec
+
+if TYPE_CHECKING:
+    from vmm.running import Running
+
+MERGE_SECONDS = 24 * 3600.0
+FREEZE_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
+
+
+def note_path(machine: MachinePaths) -> str:
+    """Where the note of a backup under way lies."""
+    return os.path.join(machine.folder, "backup.json")
+
+
+def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
+    """The images of a machine. Raises Refused for one whose disks cannot be frozen."""
+    from vmm.devices import refuse_passed_through
+
+    refuse_passed_through(spec, "backup", hint="back those up from inside the guest")
+    return [disk for disk in spec.disks if disk.kind == "vhd"]
+
+
+def check_target(folder: str) -> str:
+    """The absolute path of a folder that is not there yet, in one that is. Raises AlreadyExists, NotFound."""
+    target = os.path.abspath(folder)
+    if os.path.lexists(target):
+        raise AlreadyExists("is there already", path=target, hint="name a new folder")
+    try:
+        os.stat(os.path.dirname(target))
+    except OSError as error:
+        raise of_os_error(error, "use the folder", path=os.path.dirname(target)) from error
+    return target
+
+
+# -- copying -------------------------------------------------------------------------------------------------------
+
+
+async def copy_disks(
+    spec: MachineSpec, disks: list[DiskSpec], target: str, progress: Progress, ended: asyncio.Event | None = None
+) -> dict[str, Any]:
+    """Copy these images and the definition into a new folder; {"folder", "disks": {id: path}}.
+
+    `ended`: give up when this is set. Raises StoreFailed and its like; nothing is left then.
+    """
+    part = f"{target}.part"
+    try:
+        os.mkdir(part, 0o700)
+        copies = {}
+        for disk in disks:
+            name = f"{disk.id}.vhd"
+            await _convert(disk, os.path.join(part, name), progress, ended)
+            copies[disk.id] = os.path.join(target, name)
+        write_whole(os.path.join(part, "machine.json"), spec.to_json())
+        os.rename(part, target)
+        sync_folder(os.path.dirname(target))
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise of_os_error(error, "write the backup", machine=spec.name, path=target) from error
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return {"folder": target, "disks": copies}
+
+
+async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: asyncio.Event | None) -> None:
+    assert disk.path is not None
+    words = ["convert", disk.path, copy, "--to", "dynamic", "--json"]
+    words += [word for folder in disk.parent_dirs for word in ("--allow-parent-dir", folder)]
+    words += ["--allow-raw-parent"] if disk.allow_raw_parent else []
+    words += ["--format", disk.format] if disk.format is not None else []
+    process = await asyncio.create_subprocess_exec(
+        *python_command("vhdkit", *words),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=python_environment(),
+    )
+    talking = asyncio.create_task(process.communicate())
+    try:
+        while not talking.done():
+            await asyncio.wait({talking}, timeout=_LOOK_SECONDS)
+            progress({"step": f"copying {disk.id}"})
+            if ended is not None and ended.is_set():
+                raise WrongState("was switched off while it was copied")
+    finally:
+        if not talking.done():
+            process.terminate()
+        _, said = await talking
+    if process.returncode != 0:
+        raise _error_in(said, disk)
+
+
+def _error_in(said: bytes, disk: DiskSpec) -> VmmError:
+    """What vhdkit said."""
+    with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
+        told = json.loads(said.strip().splitlines()[-1])["error"]
+        error = StoreFailed(str(told.get("problem") or told["message"]), path=told.get("path"), hint=told.get("hint"))
+        error.exit_code = int(told["exit_code"])
+        return error
+    return StoreFailed("could not be copied", path=disk.path)
+
+
+# -- of a running machine --------------------------------------------------------------------------------------------
+
+
+class Backup:
+    """Backups of a running machine, and the rest of one that was interrupted."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    async def take(self, params: dict[str, Any], progress: Progress) -> object:
+        """Copy all disks as they are at one moment; {"folder": absolute path}."""
+        running = self._running
+        target = check_target(str(params.get("folder", "")))
+        disks = disks_to_copy(running.spec)
+        written = [disk for disk in disks if not disk.read_only]
+        with running.busy("backup"):
+            if os.path.exists(note_path(running.machine)):
+                await self.merge_away(progress)
+            children = {disk.id: _child_name(str(disk.path)) for disk in written}
+            document = {disk.id: {"frozen": disk.path, "child": children[disk.id]} for disk in written}
+            write_whole(note_path(running.machine), json.dumps(document).encode())
+            try:
+                consistent = await self._freeze(children) if children else True
+                result = await copy_disks(running.spec, disks, target, progress, running.exited)
+            finally:
+                if not running.exited.is_set():
+                    await self.merge_away(progress)
+        running.tell("backed-up", folder=target, consistent=consistent)
+        return {**result, "consistent": consistent}
+
+    async def _freeze(self, children: dict[str, str]) -> bool:
+        """All disks at one moment, the guest's file systems written out where its agent can; True when it did."""
+        running = self._running
+        async with contextlib.AsyncExitStack() as frozen:
+            consistent = False
+            if running.spec.integration.backup and running.agent.is_open:
+                with contextlib.suppress(VmmError):
+                    await frozen.enter_async_context(running.agent.frozen(max_seconds=FREEZE_SECONDS))
+                    consistent = True
+            await running.server.call("snapshot", exports=children)
+        return consistent
+
+    async def merge_away(self, progress: Progress) -> None:
+        """Merge the children of a backup into the images they stand on, while the guest runs. Raises StoreFailed."""
+        running = self._running
+        for disk_id, one in _read_note(running.machine).items():
+            if not os.path.exists(one["child"]):
+                continue
+            progress({"step": f"merging {disk_id}"})
+            await running.server.call("merge", export=disk_id, into=one["frozen"], timeout_seconds=MERGE_SECONDS)
+        _remove_note(running.machine)
+
+    async def finish_interrupted(self) -> None:
+        """What a backup left behind when its worker, or the whole host, went down. A failure is told, no more."""
+        if os.path.exists(note_path(self._running.machine)):
+            try:
+                with self._running.busy("backup"):
+                    await self.merge_away(lambda document: None)
+                self._running.tell("backup-cleaned-up")
+            except VmmError as error:
+                self._running.tell("backup-left", problem=str(error))
+
+
+def _child_name(path: str) -> str:
+    """A new image beside this one."""
+    stem = os.path.splitext(path)[0]
+    return f"{stem}.backup-{int(time.time())}.avhd"
+
+
+def _read_note(machine: MachinePaths) -> dict[str, dict[str, str]]:
+    try:
+        with open(note_path(machine), "rb") as file:
+            document = json.load(file)
+        return {str(disk_id): {key: str(one[key]) for key in ("frozen", "child")} for disk_id, one in document.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreFailed("the note of an interrupted backup is damaged", path=note_path(machine)) from error
+
+
+def _remove_note(machine: MachinePaths) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(note_path(machine))
+
+
+async def merge_away_offline(machine: MachinePaths) -> None:
+    """The same when nothing serves the disks any more. Raises StoreFailed; the next start tries again."""
+    for one in _read_note(machine).values():
+        if not os.path.exists(one["child"]):
+            continue
+        process = await asyncio.create_subprocess_exec(
+            *python_command("vhdkit", "merge", one["child"], "--into", one["frozen"], "--json"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=python_environment(),
+        )
+        _, said = await process.communicate()
+        if process.returncode != 0:
+            raise _error_in(said, DiskSpec(id="disk-0", path=one["child"]))
+    _remove_note(machine)

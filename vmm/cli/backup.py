@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`backup`: all disks of a machine as they are at one moment, in a folder."""
+
+from __future__ import annotations
+
+import click
+
+from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
+from vmm.manager import Manager
+
+
+@click.command("backup", epilog=epilog("vmm backup web /backups/web-monday"))
+@click.argument("name")
+@click.argument("folder", metavar="DIR")
+@output_options
+def backup_command(name: str, folder: str, as_json: bool, quiet: bool) -> None:
+    """Copy all disks of the machine NAME, and its definition, into the new folder DIR. It may run meanwhile.
+
+    The copies are dynamic VHDs without parents, of one moment: the guest's file systems are written out and frozen for
+    it where the guest agent runs, else the copies are as after a power cut. Memory is not copied.
+    """
+    with progress_line(shown=not quiet and not as_json) as progress:
+        result = Manager().backup(name, folder, progress=progress)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        how = "its file systems written out" if result["consistent"] else "as after a power cut"
+        print_line(f"{name}: {len(result['disks'])} disks in {result['folder']}, {how}")

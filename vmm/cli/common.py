@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs have in common: options, sizes, tables, JSON, and a line that shows how far something is.
+
+Decides layout and style, nothing about content. Every text that comes from outside passes `printable`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from vmm.errors import printable
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_COLOURS = {
+    "running": "green", "paused-critical": "red", "paused": "yellow", "saved": "cyan", "starting": "green",
+    "stopping": "yellow",
+}  # fmt: skip
+
+
+class SizeType(click.ParamType[int]):
+    """Bytes as people write them: 512, 64K, 1.5G, 2TiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        if isinstance(value, int):
+            return value
+        found = _SIZE.fullmatch(str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is no size: write 512M, 4G or 1.5T", param, ctx)
+        return int(float(found[1]) * _FACTORS[found[2].upper()])
+
+
+SIZE = SizeType()
+
+
+def format_size(size_bytes: int | None) -> str:
+    """ "512.0 MiB"; "-" for an unknown one."""
+    if size_bytes is None:
+        return "-"
+    amount, unit = float(size_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{size_bytes} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def output_options(verb: Verb) -> Verb:
+    """`--json` and `--quiet`."""
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document; an error is one, too."),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def epilog(*examples: str) -> str:
+    """The end of a verb's help."""
+    return "\b\n" + "\n".join(["Examples:" if len(examples) > 1 else "Example:", *(f"  {one}" for one in examples)])
+
+
+def print_json(document: object) -> None:
+    """One document on standard output."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def print_line(text: str) -> None:
+    """One line."""
+    click.echo(printable(text))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, states: int | None = None) -> None:
+    """Aligned columns; the column `states` has the colours of states, on a terminal."""
+    cells = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    for number, row in enumerate(cells):
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        padded[-1] = padded[-1].rstrip()
+        if number == 0:
+            padded = [click.style(cell, dim=True) for cell in padded]
+        elif states is not None:
+            padded[states] = click.style(padded[states], fg=_COLOURS.get(row[states]))
+        click.echo("  ".join(padded))
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names and values in two columns; without a value left out."""
+    pairs = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        click.echo(f"{click.style(name.ljust(width), dim=True)}  {printable(value)}")
+
+
+@contextlib.contextmanager
+def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows how far something is on one line of a terminal, which is wiped at the end."""
+    is_on = shown and sys.stderr.isatty()
+    width = 0
+
+    def show(document: dict[str, Any]) -> None:
+        nonlocal width
+        done, total = document.get("done"), document.get("total")
+        share = f" {done * 100 // total} %" if isinstance(done, int) and isinstance(total, int) and total else ""
+        text = f"{printable(str(document.get('step', '')))}{share}"
+        sys.stderr.write("\r" + text.ljust(width))
+        sys.stderr.flush()
+        width = max(width, len(text))
+
+    try:
+        yield show if is_on else lambda document: None
+    finally:
+        if width:
+            sys.stderr.write("\r" + " " * width + "\r")
+            sys.stderr.flush()
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask on a terminal; elsewhere --yes is needed. Raises Abort, UsageError."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("nothing was done: confirm with --yes")
+    click.confirm(question, abort=True, err=True)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmm console` and `vmm screen`: at a machine's serial console, and a look at its screen.
+
+Decides what people are told when they come and when they leave, and which viewer is started where there is a display.
+How a terminal is joined is in `terminal`.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from vmm.cli.common import epilog, output_options, print_json, print_line
+from vmm.cli.terminal import Ended, Join
+from vmm.errors import InvalidSpec, TimedOut, VmmError
+from vmm.guest_access import GuestAccess
+from vmm.manager import Manager
+
+if TYPE_CHECKING:
+    from vmm.kvm.console import Typing
+
+
+@click.command(
+    "console",
+    epilog=epilog(
+        "vmm console web",
+        "echo 'systemctl status' | vmm console web",
+        "vmm console web --expect 'login:' --timeout 60 </dev/null",
+    ),
+)
+@click.argument("name")
+@click.option("--no-scrollback", is_flag=True, help="Do not show what was said before.")
+@click.option(
+    "--log", "wants_log", is_flag=True, help="Print what is kept of the past, and end; works when it is off."
+)
+@click.option("--watch", is_flag=True, help="Only look; nothing is typed.")
+@click.option("--shared", is_flag=True, help="Type together with others who share.")
+@click.option("--take", is_flag=True, help="Take the keyboard from whoever has it.")
+@click.option("--expect", metavar="TEXT", help="End when the guest has said this.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="End after so long; exit code 9 with --expect.")
+def console_command(
+    name: str,
+    no_scrollback: bool,
+    wants_log: bool,
+    watch: bool,
+    shared: bool,
+    take: bool,
+    expect: str | None,
+    timeout: float | None,
+) -> None:
+    """Join this terminal to the serial console of the machine NAME. Ctrl-] leaves; the machine runs on.
+
+    Many may watch, one types. Without a terminal the input is sent as it is, and the command ends when that is used up
+    and the guest has been quiet for a second.
+    """
+    if watch + shared + take > 1:
+        raise InvalidSpec("--watch, --shared and --take exclude each other")
+    if timeout is not None and timeout <= 0:
+        raise InvalidSpec("--timeout wants a number above 0")
+    if expect == "":
+        raise InvalidSpec("--expect wants a text")
+    guest = Manager().guest(name)
+    if wants_log:
+        sys.stdout.buffer.write(guest.console_log())
+        sys.stdout.buffer.flush()
+        return
+    typing: Typing = "never" if watch else "shared" if shared else "take" if take else "alone"
+    ended = _join(guest, name, typing, no_scrollback=no_scrollback, expect=expect, timeout=timeout)
+    if ended is Ended.TIMED_OUT and expect is not None:
+        raise TimedOut(f"the guest did not say {expect!r} within {timeout:g} s", machine=name)
+    if ended is Ended.CONSOLE_GONE:
+        if expect is not None:
+            raise VmmError(f"the console ended before the guest said {expect!r}", machine=name)
+        click.echo(f"{name}: the console ended: the machine is off", err=True)
+
+
+def _join(
+    guest: GuestAccess, name: str, typing: Typing, *, no_scrollback: bool, expect: str | None, timeout: float | None
+) -> Ended:
+    is_terminal = sys.stdin.isatty()
+
+    def connect(is_again: bool) -> socket.socket:
+        size = 0 if is_again or no_scrollback else None
+        link, may_type = guest.open_console(typing=typing, scrollback_bytes=size)
+        if not is_again:
+            if not may_type and typing != "never":
+                click.echo(f"{name}: somebody else types; this only shows (--take to type, --shared)", err=True)
+            elif is_terminal:
+                click.echo(f"{name}: this is its console; Ctrl-] leaves", err=True)
+        return link
+
+    join = Join(
+        connect, sys.stdin.fileno(), sys.stdout.fileno(), expect=None if expect is None else expect.encode(),
+        timeout_seconds=timeout, is_coming_back=guest.has_console,
+    )  # fmt: skip
+    ended = join.run()
+    if is_terminal:
+        click.echo("", err=True)
+    return ended
+
+
+@click.command("screen", epilog=epilog("vmm screen web", "vmm screen web --png web.png"))
+@click.argument("name")
+@click.option("--png", metavar="FILE", help="Take a picture and put it there (- for standard output).")
+@click.option("--no-viewer", is_flag=True, help="Only say where the screen is.")
+@output_options
+def screen_command(name: str, png: str | None, no_viewer: bool, as_json: bool, quiet: bool) -> None:
+    """Look at the screen of the machine NAME: by VNC with keyboard and mouse, or a picture of it with --png.
+
+    A viewer is started where one is installed and there is a display to show it on; with --json never.
+    """
+    guest = Manager().guest(name)
+    if png is not None:
+        size = _take_picture(guest, png)
+        if as_json and png != "-":
+            print_json({"name": name, "path": png, "size_bytes": size})
+        elif not quiet and png != "-":
+            print_line(f"{png}: a picture of {size} bytes")
+        return
+    path = guest.vnc_socket()
+    if as_json:
+        print_json({"name": name, "vnc_socket": path})
+        return
+    from vmm.kvm.screen import viewer_command, viewers
+
+    found = {one: program for one in viewers() if (program := shutil.which(one)) is not None}
+    command = viewer_command(path, found)
+    has_display = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if command is not None and has_display and not no_viewer:
+        subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        words = [f"started {command[0]}"]
+    else:
+        install = "" if command else "   (sudo apt install virt-viewer)"
+        command = command or viewer_command(path, {viewers()[0]: viewers()[0]}) or []
+        words = [
+            f"the screen is a VNC server on the socket {path}",
+            f"look at it here:        {' '.join(command)}{install}",
+            f"from another computer:  ssh -N -L 5901:{path} {_user()}@{os.uname().nodename}",
+            "                        and there a VNC viewer on localhost:5901",
+        ]
+    if not quiet:
+        for line in words:
+            print_line(line)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a user without a name
+        return str(os.geteuid())
+
+
+def _take_picture(guest: GuestAccess, path: str) -> int:
+    """Put a picture into the file, whole or not at all; its size in bytes."""
+    picture = guest.screen()
+    if path == "-":
+        sys.stdout.buffer.write(picture)
+        sys.stdout.buffer.flush()
+    elif os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe: nothing takes its place
+        with open(path, "wb") as file:
+            file.write(picture)
+    else:
+        from vmm.paths import write_whole
+
+        write_whole(os.path.realpath(path), picture, mode=0o644, durable=False)
+    return len(picture)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`create`, `set` and `delete`: which machines there are and what they are made of.
+
+Decides how options become settings. What can be is `spec`'s decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import click
+
+from vmm.cli.common import SIZE, confirm, epilog, format_size, output_options, print_json, print_line
+from vmm.cli.disk import parse_disk
+from vmm.cli.show import document_of
+from vmm.manager import DiskWish, Manager
+from vmm.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
+
+_SERVICES = tuple(IntegrationSpec.model_fields)
+_SET_HELP = {
+    "memory": "Memory, such as 512M or 4G.",
+    "cpus": "Number of virtual processors.",
+    "firmware": "What boots: bios (SeaBIOS) or uefi (OVMF).",
+    "boot_order": "What is booted from first, such as cdrom,disk,network.",
+    "accel": "kvm, tcg, or auto: KVM where it really runs a guest.",
+    "cpu_model": "QEMU's name of the processor model; it stays the machine's for life.",
+}
+
+
+def _choices(model: Any, name: str) -> list[str]:
+    return list(get_args(model.model_fields[name].annotation))
+
+
+def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `create` and `set` share."""
+    options = [
+        click.option("--memory", type=SIZE, help=_SET_HELP["memory"]),
+        click.option("--cpus", type=int, help=_SET_HELP["cpus"]),
+        click.option("--firmware", type=click.Choice(["bios", "uefi"]), help=_SET_HELP["firmware"]),
+        click.option("--boot-order", metavar="DEVICES", help=_SET_HELP["boot_order"]),
+        click.option("--kernel", metavar="FILE", help="Boot this Linux kernel instead of a disk; '' for none."),
+        click.option("--initrd", metavar="FILE", help="Its initial file system."),
+        click.option("--append", metavar="TEXT", help="Its arguments."),
+        click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), help=_SET_HELP["accel"]),
+        click.option("--cpu", "cpu_model", metavar="MODEL", help=_SET_HELP["cpu_model"]),
+        click.option("--screen/--no-screen", default=None, help="Whether the machine has a screen (VGA)."),
+        click.option("--service", "services", metavar="NAME=on|off", multiple=True,
+                     help=f"Switch an integration service: {', '.join(_SERVICES)}. Repeatable."),
+        click.option("--automatic-start", type=click.Choice(_choices(AutomaticSpec, "start")),
+                     help="What happens when the host starts."),
+        click.option("--start-delay", type=int, metavar="SECONDS", help="How long that waits."),
+        click.option("--automatic-stop", type=click.Choice(_choices(AutomaticSpec, "stop")),
+                     help="What happens when the host stops."),
+        click.option("--automatic-recovery", type=click.Choice(_choices(AutomaticSpec, "recovery")),
+                     help="What happens when QEMU crashes."),
+        click.option("--disk-folder", metavar="DIR", help="Where this machine's disks are looked for; '' for none."),
+        click.option("--snapshot-folder", metavar="DIR", help="Where this machine's snapshots go; '' for none."),
+        click.option("--background-capture/--no-background-capture", default=None,
+                     help="Let QEMU keep CAP_SYS_PTRACE, to save memory while the guest runs."),
+        click.option("--notes", metavar="TEXT", help="What you want to remember about it."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _settings(words: dict[str, Any], before: MachineSpec | None) -> dict[str, object]:
+    """What was said, as settings of a machine."""
+    names = {"memory": "memory_bytes", "cpus": "cpu_count", "accel": "accelerator"}
+    plain = ("memory", "cpus", "firmware", "accel", "cpu_model", "screen", "background_capture", "notes")
+    settings: dict[str, object] = {names.get(one, one): words[one] for one in plain if words[one] is not None}
+    for one in ("kernel", "initrd", "append"):
+        if words[one] is not None:
+            settings[one] = words[one] or None
+    if words["boot_order"] is not None:
+        settings["boot_order"] = _boot_order(words["boot_order"])
+    if words["services"]:
+        known = before.integration.model_dump() if before is not None else {}
+        settings["integration"] = known | dict(_service(word) for word in words["services"])
+    automatic = {
+        "start": words["automatic_start"],
+        "start_delay_seconds": words["start_delay"],
+        "stop": words["automatic_stop"],
+        "recovery": words["automatic_recovery"],
+    }
+    automatic = {name: value for name, value in automatic.items() if value is not None}
+    if automatic:
+        settings["automatic"] = (before.automatic.model_dump() if before is not None else {}) | automatic
+    folders = {"disks": words["disk_folder"], "snapshots": words["snapshot_folder"]}
+    folders = {name: value or None for name, value in folders.items() if value is not None}
+    if folders:
+        settings["paths"] = (before.paths.model_dump() if before is not None else {}) | folders
+    return settings
+
+
+def _boot_order(text: str) -> list[str]:
+    order = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in order if word not in get_args(BootDevice)]
+    if unknown:
+        raise click.BadParameter(
+            f"{unknown[0]!r} is none of {', '.join(get_args(BootDevice))}", param_hint="--boot-order"
+        )
+    return order
+
+
+def _service(word: str) -> tuple[str, bool]:
+    name, _, value = word.partition("=")
+    name = name.replace("-", "_")
+    if name not in _SERVICES or value not in ("on", "off"):
+        raise click.BadParameter(
+            f"{word!r} is not NAME=on|off; there are {', '.join(_SERVICES)}", param_hint="--service"
+        )
+    return name, value == "on"
+
+
+@click.command(
+    "create",
+    epilog=epilog(
+        "vmm create web --memory 1G --cpus 2 --disk web.vhd",
+        "vmm create web --disk system.avhd --disk data.vhd,controller=scsi --cdrom installer.iso",
+        "vmm create tiny --kernel vmlinuz --initrd initrd.gz --append console=ttyS0",
+    ),
+)
+@click.argument("name")
+@click.option("--disk", "disks", metavar="IMAGE[,OPTION=VALUE...]", multiple=True,
+              help="A disk; options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only,"
+                   " parent-dir=DIR, allow-raw-parent. Repeatable; the first is on IDE.")  # fmt: skip
+@click.option("--pass-through", "devices", metavar="DEVICE|iscsi://...", multiple=True,
+              help="A block device or an iSCSI LUN, whole, as a disk (on SCSI or as ,controller= says).")  # fmt: skip
+@click.option("--cdrom", "images", metavar="FILE", multiple=True, help="An ISO image in a drive on IDE. Repeatable.")
+@click.option("--folder", metavar="DIR", help="Make the machine's own folder in DIR instead of the host's default.")
+@_setting_options
+@output_options
+def create_command(
+    name: str,
+    disks: tuple[str, ...],
+    devices: tuple[str, ...],
+    images: tuple[str, ...],
+    folder: str | None,
+    as_json: bool,
+    quiet: bool,
+    **words: Any,
+) -> None:
+    """Define a machine called NAME. Nothing is started, and no disk is changed.
+
+    Images are looked at as the machine will open them. QEMU's newest machine type and the processor model become the
+    machine's for life, so that what is saved can be restored after an upgrade.
+    """
+    wishes = [parse_disk(word) for word in disks]
+    wishes += [parse_disk(word, kind="pass-through") for word in devices]
+    wishes += [DiskWish(path, kind="iso") for path in images]
+    one = Manager().create(name, disks=wishes, folder=folder, **_settings(words, None))
+    if as_json:
+        print_json(document_of(one))
+    elif not quiet:
+        assert one.spec is not None
+        print_line(
+            f"{name}: {one.spec.cpu_count} × {one.spec.cpu_model}, {format_size(one.spec.memory_bytes)},"
+            f" {len(one.spec.disks)} disks, {one.spec.machine_type}"
+        )
+
+
+@click.command("set", epilog=epilog("vmm set web --memory 2G", "vmm set web --automatic-stop shut-down --rename www"))
+@click.argument("name")
+@click.option("--rename", "new_name", metavar="NAME", help="Give it another name.")
+@_setting_options
+@output_options
+def set_command(name: str, new_name: str | None, as_json: bool, quiet: bool, **words: Any) -> None:
+    """Change settings of the machine NAME. A running machine gets new hardware with its next start."""
+    manager = Manager()
+    before = manager.show(name).spec
+    settings = _settings(words, before)
+    if new_name is not None:
+        settings["name"] = new_name
+    if not settings:
+        raise click.UsageError("say what is to change")
+    later = manager.set(name, **settings)
+    name = new_name or name
+    if as_json:
+        print_json({**document_of(manager.show(name)), "takes_effect": "next start" if later else "now"})
+    elif not quiet:
+        print_line(f"{name} is changed" + (", and will be with its next start" if later else ""))
+
+
+@click.command("delete", epilog=epilog("vmm delete web", "vmm delete web --with-disks --yes"))
+@click.argument("name")
+@click.option("--with-disks", is_flag=True, help="Remove its writable images, too; never a parent of one.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@output_options
+def delete_command(name: str, with_disks: bool, yes: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Remove the machine NAME, with its saved memory and logs. Its disks stay, unless --with-disks is given.
+
+    What will be removed is listed first.
+    """
+    manager = Manager()
+    plan = manager.plan_delete(name, with_disks=with_disks)
+    document = {"folder": plan.folder, "disks": list(plan.disks),
+                "kept": [{"path": path, "reason": reason} for path, reason in plan.kept]}  # fmt: skip
+    if not as_json and not quiet:
+        for path in (plan.folder, *plan.disks):
+            print_line(f"{'would remove' if dry_run else 'removes'}  {path}")
+        for path, reason in plan.kept:
+            print_line(f"keeps    {path}  ({reason})")
+    if not dry_run:
+        confirm(f"Delete {name}?", yes=yes)
+        manager.delete(name, with_disks=with_disks)
+    if as_json:
+        print_json({**document, "deleted": not dry_run})
+    elif not quiet and not dry_run:
+        print_line(f"{name} is deleted")

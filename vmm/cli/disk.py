@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`disk add`, `remove`, `list`, `resize`: a machine's disks, while it runs or not.
+
+Decides how a disk is written in one word: IMAGE[,OPTION=VALUE...]. An image's name may hold commas: what follows one
+is an option only when it looks like one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import click
+
+from vmm.cli.common import SIZE, epilog, format_size, output_options, print_json, print_line, print_table
+from vmm.manager import DiskWish, Manager
+from vmm.spec import UNITS
+
+_VALUED = ("controller", "index", "unit", "serial", "parent-dir")
+_FLAGS = ("read-only", "allow-raw-parent")
+
+
+def parse_disk(word: str, *, kind: Literal["vhd", "pass-through"] = "vhd") -> DiskWish:
+    """IMAGE[,OPTION=VALUE...] as a wish. Raises BadParameter."""
+    path, *rest = word.split(",")
+    while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:
+        path += "," + rest.pop(0)
+    if not path:
+        raise click.BadParameter(f"{word!r} names no image")
+    settings: dict[str, Any] = {"parent_dirs": ()}
+    for option in rest:
+        name, sign, value = option.partition("=")
+        if option in _FLAGS:
+            settings[option.replace("-", "_")] = True
+        elif name not in _VALUED or not sign or not value:
+            raise click.BadParameter(
+                f"{option!r} in {word!r} is no option; there are {', '.join((*_VALUED, *_FLAGS))}"
+            )
+        elif name == "parent-dir":
+            settings["parent_dirs"] += (value,)
+        elif name in ("index", "unit"):
+            if not value.isdecimal():
+                raise click.BadParameter(f"{option!r} in {word!r}: not a number")
+            settings["controller_index" if name == "index" else "unit"] = int(value)
+        else:
+            settings[name] = value
+    if settings.get("controller") not in (None, *UNITS):
+        raise click.BadParameter(f"{settings['controller']!r} is no controller; there are {', '.join(UNITS)}")
+    return DiskWish(path, kind=kind, **settings)
+
+
+@click.group("disk", context_settings={"help_option_names": ["-h", "--help"]})
+def disk_command() -> None:
+    """Add, remove, list and resize the disks of a machine. On SCSI also while it runs."""
+
+
+@disk_command.command(
+    "add", epilog=epilog("vmm disk add web data.vhd", "vmm disk add web data.vhd,controller=scsi,unit=5")
+)
+@click.argument("name")
+@click.argument("disk", metavar="IMAGE[,OPTION=VALUE...]")
+@click.option(
+    "--pass-through", is_flag=True, help="IMAGE is a block device or an iscsi:// LUN, given to the guest whole."
+)
+@click.option("--cdrom", is_flag=True, help="IMAGE is an ISO image.")
+@output_options
+def add_command(name: str, disk: str, pass_through: bool, cdrom: bool, as_json: bool, quiet: bool) -> None:
+    """Give the machine NAME a disk. A running one gets it at once, on SCSI.
+
+    Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, parent-dir=DIR, allow-raw-parent.
+    """
+    if pass_through and cdrom:
+        raise click.UsageError("either --pass-through or --cdrom")
+    wish = DiskWish(disk, kind="iso") if cdrom else parse_disk(disk, kind="pass-through" if pass_through else "vhd")
+    added = Manager().add_disk(name, wish)
+    if as_json:
+        print_json(added.model_dump(mode="json"))
+    elif not quiet:
+        print_line(f"{name}: {added.id} on {added.place}, serial {added.serial}: {added.path}")
+
+
+@disk_command.command("remove", epilog=epilog("vmm disk remove web disk-1"))
+@click.argument("name")
+@click.argument("disk", metavar="DISK")
+@output_options
+def remove_command(name: str, disk: str, as_json: bool, quiet: bool) -> None:
+    """Take DISK (its id, serial or image) away from the machine NAME. The image stays.
+
+    A running guest is asked to let go of it, and may refuse.
+    """
+    removed = Manager().remove_disk(name, disk)
+    if as_json:
+        print_json(removed.model_dump(mode="json"))
+    elif not quiet:
+        print_line(f"{name}: {removed.id} is removed; {removed.path} stays")
+
+
+@disk_command.command("list", epilog=epilog("vmm disk list web"))
+@click.argument("name")
+@output_options
+def list_command(name: str, as_json: bool, quiet: bool) -> None:
+    """The disks of the machine NAME."""
+    disks = Manager().disks(name)
+    if as_json:
+        print_json(
+            [{**disk.model_dump(mode="json"), "size_bytes": size, "problem": problem} for disk, size, problem in disks]
+        )
+    elif not quiet:
+        rows = [
+            [disk.id, disk.place, disk.kind, format_size(size), disk.serial, disk.path or "empty", problem or ""]
+            for disk, size, problem in disks
+        ]
+        print_table(("DISK", "PLACE", "KIND", "SIZE", "SERIAL", "IMAGE", "NOTE"), rows)
+
+
+@disk_command.command("resize", epilog=epilog("vmm disk resize web disk-1 40G"))
+@click.argument("name")
+@click.argument("disk", metavar="DISK")
+@click.argument("size", type=SIZE)
+@output_options
+def resize_command(name: str, disk: str, size: int, as_json: bool, quiet: bool) -> None:
+    """Give DISK of the machine NAME another SIZE; while it runs, on SCSI and virtio, the guest is told.
+
+    A chain is refused what `vhdkit resize` refuses: what is in the way of a smaller size is named.
+    """
+    size_bytes = Manager().resize_disk(name, disk, size)
+    if as_json:
+        print_json({"disk": disk, "size_bytes": size_bytes})
+    elif not quiet:
+        print_line(f"{name}: {disk} has {format_size(size_bytes)}")

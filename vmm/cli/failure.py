@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a failure reaches the user: one line on standard error and an exit code that tells the cause.
+
+Decides the wording around an error. The sentence and the code of a library error come from `vmm.errors`. With `--json`
+the line is {"error": {"kind", "exit_code", "message", "problem", "machine", "path", "hint"}}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Any
+
+import click
+
+from vmm.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
+
+EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
+__all__ = ["EXIT_FAILED", "report", "silence_standard_output"]
+
+
+def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
+    """Say what went wrong on standard error; returns the exit code."""
+    facts = _facts(error)
+    if verbose and facts["kind"] == "InternalError":
+        import traceback
+
+        traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
+        click.echo(json.dumps({"error": facts}) if as_json else f"vmm: {facts['message']}", err=True)
+    code: int = facts["exit_code"]
+    return code
+
+
+def _facts(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, VmmError):
+        return to_document(error)
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        return _plain("Interrupted", EXIT_INTERRUPTED, "interrupted")
+    if isinstance(error, click.ClickException):
+        return _of_usage(error)
+    if isinstance(error, OSError):
+        return to_document(of_os_error(error, "write the output"))
+    if type(error).__module__.startswith("vhdkit"):
+        document = _plain(type(error).__name__, getattr(error, "exit_code", EXIT_FAILED), str(error))
+        return {**document, "path": getattr(error, "path", None), "hint": getattr(error, "hint", None)}
+    what = printable(f"{type(error).__name__}: {error}")
+    words = f"internal error: {what}; this is a bug in vmm, please report it with the output of VMM_DEBUG=1"
+    return _plain("InternalError", EXIT_FAILED, words)
+
+
+def _plain(kind: str, exit_code: int, message: str) -> dict[str, Any]:
+    return {"kind": kind, "exit_code": exit_code, "message": message}
+
+
+def _of_usage(error: click.ClickException) -> dict[str, Any]:
+    message = printable(error.format_message()).rstrip(".")
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        path = error.ctx.command_path
+        verb = path.removeprefix("vmm").strip()
+        message = f"{verb}: {message}" if verb else message
+        message += f"; see `{path} --help`"
+    return _plain("UsageError", error.exit_code, message)
+
+
+def silence_standard_output() -> None:
+    """Nobody reads any more: let what is still buffered go nowhere instead of failing at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.close()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`start`, `shutdown`, `stop`, `reset`, `pause`, `resume`, `save`: what a machine does next.
+
+Decides how these words become calls. It imports what a start needs and no more: most of a start's time is imports.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
+
+if TYPE_CHECKING:
+    from vmm.manager import Manager
+
+
+def _manager() -> Manager:
+    from vmm.manager import Manager
+
+    return Manager()
+
+
+def _told(name: str, state: str, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json({"name": name, "state": state})
+    elif not quiet:
+        print_line(f"{name} is {state}")
+
+
+@click.command("start", epilog=epilog("vmm start web", "vmm start web --discard-saved"))
+@click.argument("name")
+@click.option("--discard-saved", is_flag=True, help="Throw the saved memory away and boot, as after a power cut.")
+@output_options
+def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) -> None:
+    """Start the machine NAME. It runs on when this command has ended, whatever happens to the terminal.
+
+    A saved machine goes on where it was saved. When that is not possible the saved memory is kept and nothing is
+    started.
+    """
+    from vmm import contact
+
+    with progress_line(shown=not quiet and not as_json) as progress:
+        started = contact.start(name, discard_saved=discard_saved, progress=progress)
+    _told(name, started["state"], as_json=as_json, quiet=quiet)
+
+
+@click.command("shutdown", epilog=epilog("vmm shutdown web", "vmm shutdown web --timeout 300"))
+@click.argument("name")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
+              help="How many seconds the guest may take.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Power it off when it has not shut down by then.")
+@output_options
+def shutdown_command(name: str, timeout: float, force: bool, as_json: bool, quiet: bool) -> None:
+    """Have the guest of NAME shut itself down, by its agent or else by the power button, and wait until it is off."""
+    from vmm.errors import TimedOut
+
+    with progress_line(shown=not quiet and not as_json) as progress:
+        manager = _manager()
+        try:
+            manager.shutdown(name, timeout_seconds=timeout, progress=progress)
+        except TimedOut:
+            if not force:
+                raise
+            manager.stop(name, progress=progress)
+    _told(name, "off", as_json=as_json, quiet=quiet)
+
+
+@click.command("stop", epilog=epilog("vmm stop web"))
+@click.argument("name")
+@output_options
+def stop_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Power NAME off, whatever the guest thinks of it. What the guest had flushed to its disks is there."""
+    with progress_line(shown=not quiet and not as_json) as progress:
+        _manager().stop(name, progress=progress)
+    _told(name, "off", as_json=as_json, quiet=quiet)
+
+
+@click.command("save", epilog=epilog("vmm save web"))
+@click.argument("name")
+@output_options
+def save_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Save memory and devices of NAME to disk and switch it off; `vmm start` lets it go on there.
+
+    When it cannot be saved, such as for lack of space, the machine goes on running.
+    """
+    with progress_line(shown=not quiet and not as_json) as progress:
+        _manager().save(name, progress=progress)
+    _told(name, "saved", as_json=as_json, quiet=quiet)
+
+
+@click.command("reset", epilog=epilog("vmm reset web"))
+@click.argument("name")
+@output_options
+def reset_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Press the reset button of NAME."""
+    manager = _manager()
+    manager.reset(name)
+    _told(name, manager.state(name), as_json=as_json, quiet=quiet)
+
+
+@click.command("pause", epilog=epilog("vmm pause web"))
+@click.argument("name")
+@output_options
+def pause_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Let NAME stand still, with its memory in place."""
+    _manager().pause(name)
+    _told(name, "paused", as_json=as_json, quiet=quiet)
+
+
+@click.command("resume", epilog=epilog("vmm resume web"))
+@click.argument("name")
+@output_options
+def resume_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Let NAME go on after `pause`."""
+    _manager().resume(name)
+    _told(name, "running", as_json=as_json, quiet=quiet)

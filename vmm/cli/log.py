@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`events` and `logs`: what happened to a machine, and what its programs said."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from vmm.cli.common import epilog, output_options, print_json, print_line
+from vmm.errors import of_os_error, printable
+from vmm.manager import Manager
+
+_LOGS = ("worker", "keeper", "qemu", "disks", "console")
+_LOOK_SECONDS = 0.2
+
+
+@click.command("events", epilog=epilog("vmm events web", "vmm events web --follow", "vmm events web --json --follow"))
+@click.argument("name")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
+@output_options
+def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
+    """What happened to the machine NAME, the oldest first.
+
+    With --json one document; with --json --follow an object a line.
+    """
+    manager = Manager()
+    events = manager.events(name)
+    if as_json and not follow:
+        print_json(events)
+        return
+    for event in _chained(events, manager.follow_events(name) if follow else iter(())):
+        if as_json:
+            click.echo(json.dumps(event))
+        elif not quiet:
+            print_line(_words(event))
+
+
+def _chained(events: list[dict[str, Any]], following: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+    """What was, then what happens."""
+    yield from events
+    for event in following:
+        if event is not None:
+            yield event
+        else:
+            sys.stdout.flush()  # for whoever reads a pipe
+
+
+def _words(event: dict[str, Any]) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(event.get("time") or 0)))
+    details = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("time", "event"))
+    return f"{when}  {event['event']}" + (f"  ({details})" if details else "")
+
+
+@click.command("logs", epilog=epilog("vmm logs web", "vmm logs web --of console", "vmm logs web --of qemu --follow"))
+@click.argument("name")
+@click.option("--of", "log", type=click.Choice(_LOGS), help="Of this program alone.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on, until Ctrl-C.")
+@click.option(
+    "--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="The last lines of each."
+)
+@output_options
+def logs_command(name: str, log: str | None, follow: bool, lines: int, as_json: bool, quiet: bool) -> None:
+    """What the programs of the machine NAME said: its worker, its keeper, QEMU, the server of its disks.
+
+    `--of console` is what the guest wrote to its serial console. With --json: {program: {"path", "lines"}}.
+    """
+    manager = Manager()
+    wanted = [log] if log is not None else [one for one in _LOGS if one != "console"]
+    paths = {one: manager.log_path(name, one) for one in wanted}  # type: ignore[arg-type]
+    if follow and len(wanted) != 1:
+        raise click.UsageError("--follow needs --of PROGRAM")
+    found = {one: _tail(path, lines) for one, path in paths.items()}
+    if as_json:
+        print_json({one: {"path": paths[one], "lines": found[one]} for one in wanted})
+        return
+    if quiet:
+        return
+    for one in wanted:
+        if len(wanted) > 1:
+            click.echo(click.style(f"{one}: {printable(paths[one])}", dim=True))
+        for line in found[one]:
+            print_line(line)
+    if follow:
+        for line in _following(paths[wanted[0]]):
+            print_line(line)
+
+
+def _tail(path: str, count: int) -> list[str]:
+    """The last lines of a log; none of one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - (1 << 20)))
+            lines = [line.decode(errors="replace") for line in file.read().splitlines()]
+            return lines[len(lines) - count :] if count < len(lines) else lines
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise of_os_error(error, "read the log", path=path) from error
+
+
+def _following(path: str) -> Iterator[str]:
+    """Lines as they are written, for ever, also when the log begins anew."""
+    position = None
+    rest = b""
+    while True:
+        try:
+            with open(path, "rb") as file:
+                end = file.seek(0, 2)
+                position = end if position is None else 0 if end < position else position
+                file.seek(position)
+                data = file.read()
+        except FileNotFoundError:
+            data, position = b"", 0
+        position += len(data)
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace").rstrip("\r")
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This terminal, joined to a machine's console: keys one way, output the other.
+
+Decides how a terminal is made raw and surely given back as it was, which key leaves, when a script's console ends (its
+input is used up and the guest is quiet, a text has come, or the time is over), and that a console whose worker died is
+found again. Must not know what the console is: `connect` gives a connected socket, or fails with a VmmError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import select
+import signal
+import socket
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Final
+
+from vmm.errors import VmmError
+
+LEAVE_KEY: Final = b"\x1d"  # Ctrl-]
+LINGER_SECONDS: Final = 1.0
+RECONNECT_SECONDS: Final = 10.0
+_RETRY_SECONDS: Final = 0.1
+_PIECE_BYTES: Final = 16 * 1024
+_MAX_UNSENT_BYTES: Final = 64 * 1024
+
+Connect = Callable[[bool], socket.socket]  # connect(is_again)
+
+
+class Ended(enum.Enum):
+    """Why it ended."""
+
+    LEFT = "left"  # Ctrl-]
+    INPUT_DONE = "input done"  # the script's input is used up, and the guest has said what it had to say
+    FOUND = "found"
+    TIMED_OUT = "timed out"
+    CONSOLE_GONE = "console gone"
+
+
+class Join:
+    """One joining of a terminal and a console."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        input_fd: int,
+        output_fd: int,
+        *,
+        expect: bytes | None = None,
+        timeout_seconds: float | None = None,
+        linger_seconds: float = LINGER_SECONDS,
+        is_coming_back: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`expect`: end when this has come. `is_coming_back`: whether a console that ended is worth waiting for."""
+        self._connect = connect
+        self._input = input_fd
+        self._output = output_fd
+        self._expect = expect
+        self._deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._linger = linger_seconds
+        self._is_coming_back = is_coming_back
+        self._is_terminal = os.isatty(input_fd)
+        self._input_open = True
+        self._unsent = b""
+        self._recent = b""  # the end of what came, in which `expect` may have begun
+        self._last_output = time.monotonic()
+
+    def run(self) -> Ended:
+        """Join until one of the ends. Raises VmmError when there is no console to begin with."""
+        link = self._connect(False)
+        try:
+            with raw_terminal(self._input):
+                while True:
+                    ended = self._converse(link)
+                    if ended is not Ended.CONSOLE_GONE:
+                        return ended
+                    link.close()
+                    again = self._connect_again()
+                    if again is None:
+                        return ended
+                    link = again
+        finally:
+            link.close()
+
+    def _connect_again(self) -> socket.socket | None:
+        until = time.monotonic() + RECONNECT_SECONDS
+        while self._is_coming_back() and time.monotonic() < until:
+            with contextlib.suppress(VmmError):
+                return self._connect(True)
+            time.sleep(_RETRY_SECONDS)
+        return None
+
+    def _converse(self, link: socket.socket) -> Ended:
+        self._last_output = time.monotonic()
+        while True:
+            reading: list[int] = [link.fileno()]
+            if self._input_open and len(self._unsent) < _MAX_UNSENT_BYTES:
+                reading.append(self._input)
+            writing = [link.fileno()] if self._unsent else []
+            readable, writable, _ = select.select(reading, writing, [], self._seconds_to_wait())
+            try:
+                if link.fileno() in readable:
+                    data = link.recv(_PIECE_BYTES)
+                    if not data:
+                        return Ended.CONSOLE_GONE
+                    if self._show(data):
+                        return Ended.FOUND
+                if writable:
+                    self._unsent = self._unsent[link.send(self._unsent) :]
+            except ConnectionError:
+                return Ended.CONSOLE_GONE
+            if self._input in readable and self._take_input():
+                return Ended.LEFT
+            now = time.monotonic()
+            if self._deadline is not None and now >= self._deadline:
+                return Ended.TIMED_OUT
+            if self._is_quiet(now):
+                return Ended.INPUT_DONE
+
+    def _seconds_to_wait(self) -> float | None:
+        ends = [] if self._deadline is None else [self._deadline]
+        if self._lingers():
+            ends.append(self._last_output + self._linger)
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _lingers(self) -> bool:
+        """True when only the guest's silence is waited for."""
+        return not self._input_open and not self._unsent and self._expect is None
+
+    def _is_quiet(self, now: float) -> bool:
+        return self._lingers() and now >= self._last_output + self._linger
+
+    def _show(self, data: bytes) -> bool:
+        """Write output; True when the expected text has come."""
+        self._last_output = time.monotonic()
+        rest = data
+        while rest:
+            rest = rest[os.write(self._output, rest) :]
+        if self._expect is None:
+            return False
+        self._recent += data
+        found = self._expect in self._recent
+        self._recent = self._recent[-len(self._expect) :]
+        return found
+
+    def _take_input(self) -> bool:
+        """Take keys; True when the one that leaves was among them."""
+        data = os.read(self._input, _PIECE_BYTES)
+        if not data:
+            self._input_open = False
+            self._last_output = time.monotonic()
+        if self._is_terminal and LEAVE_KEY in data:
+            return True
+        self._unsent += data
+        return False
+
+
+@contextlib.contextmanager
+def raw_terminal(descriptor: int) -> Iterator[None]:
+    """Every key goes through as it is inside this block, and the terminal is as before after it, whatever happens.
+
+    Nothing happens for what is no terminal.
+    """
+    if not os.isatty(descriptor):
+        yield
+        return
+    before = termios.tcgetattr(descriptor)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt  # out through the `finally` below
+
+    handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        tty.setraw(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

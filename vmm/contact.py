@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How somebody outside finds a machine's worker: the one that listens, one to be started, or one to come back.
+
+Decides whether a machine runs, and repairs what was killed: where QEMU lives and nobody looks after it a keeper is
+started, which brings the rest; where nobody lives what is left is taken away. Light (the command line starts machines
+with it): it reads a definition's id and leaves the rest of it to the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vmm import saved
+from vmm.errors import InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState, from_document, of_os_error
+from vmm.events import add_event
+from vmm.kvm.process import Identity, identity_of
+from vmm.paths import MachinePaths, RuntimePaths, machine_folder, make_private, runtime_of, write_whole
+from vmm.proc import is_locked, machine_lock, python_command, python_environment, spawn_detached
+from vmm.rpc import ControlClient, Progress
+from vmm.state import MachineState, processes_of
+
+COME_BACK_SECONDS = 20.0  # for a worker to be there again
+START_SECONDS = 120.0  # without a word of it
+END_SECONDS = 60.0  # for everything to be put away
+STATUS_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
+_TRIES = 100
+_MAX_DEFINITION_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A machine as far as it must be known to find its worker."""
+
+    name: str
+    machine: MachinePaths
+    runtime: RuntimePaths
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        """By the machine's name. Raises NotFound, InvalidSpec."""
+        machine = MachinePaths(machine_folder(name))
+        machine_id = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(machine.definition, "rb") as file:
+            machine_id = json.loads(file.read(_MAX_DEFINITION_BYTES))["id"]
+        if not isinstance(machine_id, str):
+            from vmm.registry import load
+
+            machine_id = load(name).spec.id
+        return cls(name, machine, runtime_of(machine_id))
+
+
+def contact(place: Place) -> ControlClient | None:
+    """A connection to the machine's worker; None where the machine does not run.
+
+    Raises TimedOut when somebody should be there and is not, AccessDenied.
+    """
+    deadline = time.monotonic() + COME_BACK_SECONDS
+    called = False
+    while True:
+        with contextlib.suppress(NotFound):
+            return ControlClient(place.runtime.control, machine=place.name)
+        if not os.path.isdir(place.runtime.folder):
+            return None
+        if not is_looked_after(place.runtime):
+            if "qemu" not in processes_of(place.runtime):
+                if _clean_up(place):
+                    return None
+            elif not called:
+                called = True
+                add_event(place.machine.events, "orphan-found")
+                _spawn_keeper(place)
+        if time.monotonic() > deadline:
+            raise TimedOut(
+                "its worker does not come back", machine=place.name, path=place.machine.log("worker"),
+                hint=f"vmm logs {place.name}",
+            )  # fmt: skip
+        time.sleep(_LOOK_SECONDS)
+
+
+def is_looked_after(runtime: RuntimePaths) -> bool:
+    """True while a keeper or a worker lives."""
+    return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
+
+
+def state_of(place: Place) -> dict[str, Any]:
+    """What the worker says about the machine; of a machine that does not run its state alone. Raises as `contact`."""
+    for _ in range(_TRIES):
+        client = contact(place)
+        if client is None:
+            break
+        try:
+            with client:
+                document: dict[str, Any] = client.call("status", timeout_seconds=STATUS_SECONDS)
+                return document
+        except TimedOut:
+            raise
+        except VmmError:
+            time.sleep(_LOOK_SECONDS)  # it ended just now, or was killed: look again
+    else:
+        raise TimedOut("its worker ends whenever it is asked", machine=place.name, hint=f"vmm logs {place.name}")
+    state = MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF
+    return {"state": state.value}
+
+
+def _clean_up(place: Place) -> bool:
+    """Nobody lives any more: take away what is left. False when somebody is at work on the machine."""
+    with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name):
+        left = processes_of(place.runtime)
+        if "qemu" not in left and not is_looked_after(place.runtime):
+            for ref in left.values():
+                ref.end(END_SECONDS)  # a disks' server flushes first
+            saved.discard_part(place.machine)
+            shutil.rmtree(place.runtime.folder, ignore_errors=True)
+            add_event(place.machine.events, "found-dead")
+        return True
+    return False
+
+
+def _spawn_keeper(place: Place, ready: int | None = None) -> None:
+    words = [place.machine.folder, place.runtime.folder]
+    try:
+        os.makedirs(place.machine.logs, mode=0o700, exist_ok=True)
+        spawn_detached(
+            python_command("vmm.keeper", *words, *(() if ready is None else ("3",))),
+            log_path=place.machine.log("keeper"),
+            environment=python_environment(),
+            descriptors={} if ready is None else {3: ready},
+        )
+    except OSError as error:
+        raise of_os_error(error, "start the machine's keeper", machine=place.name) from error
+
+
+# -- starting -------------------------------------------------------------------------------------------------------
+
+
+def start(name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Start a machine, with its saved memory where there is some; returns what its worker says when it runs.
+
+    Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
+    """
+    place = Place.of(name)
+    with machine_lock(place.machine.folder, name):
+        _refuse_running(place)
+        if discard_saved and saved.is_saved(place.machine):
+            saved.discard(place.machine)
+            add_event(place.machine.events, "saved-state-discarded")
+        saved.discard_part(place.machine)
+        make_runtime(place.runtime, identity_of(_id_of(place)))
+        try:
+            with open(place.machine.definition, "rb") as file:
+                write_whole(place.runtime.running, file.read(_MAX_DEFINITION_BYTES), durable=False)
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            raise of_os_error(error, "start the machine", machine=name) from error
+        try:
+            try:
+                _spawn_keeper(place, writing)
+            finally:
+                os.close(writing)
+            return _wait_started(place, reading, progress)
+        finally:
+            os.close(reading)
+
+
+def _id_of(place: Place) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError), open(place.machine.definition, "rb") as file:
+        return str(json.loads(file.read(_MAX_DEFINITION_BYTES))["id"])
+    raise NotFound("the machine's definition cannot be read", machine=place.name, path=place.machine.definition)
+
+
+def _refuse_running(place: Place) -> None:
+    if not os.path.isdir(place.runtime.folder):
+        return
+    client = None
+    if is_looked_after(place.runtime) or "qemu" in processes_of(place.runtime):
+        client = contact(place)
+    if client is not None:
+        with client:
+            state = client.call("status", timeout_seconds=5)["state"]
+        raise WrongState(f"is {state} already", machine=place.name)
+    for ref in processes_of(place.runtime).values():
+        ref.end(END_SECONDS)
+
+
+def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict[str, Any]:
+    """Follow what the worker tells. Raises its error, after everything was put away."""
+    received = b""
+    while True:
+        if not select.select([reading], [], [], START_SECONDS)[0]:
+            raise TimedOut(
+                f"did not start within {START_SECONDS:g} s", machine=place.name, hint=f"vmm logs {place.name}"
+            )
+        piece = os.read(reading, 1 << 16)
+        received += piece
+        while b"\n" in received:
+            line, _, received = received.partition(b"\n")
+            document = json.loads(line)
+            if "result" in document:
+                result: dict[str, Any] = document["result"]
+                return result
+            if "error" in document:
+                wait_put_away(place)
+                error = from_document(document["error"])
+                error.machine = error.machine or place.name
+                raise error
+            if progress is not None:
+                progress(document["progress"])
+        if not piece:
+            return _after_all(place)
+
+
+def _after_all(place: Place) -> dict[str, Any]:
+    """The worker was killed before it said anything: the keeper has started another, or nobody lives."""
+    result = state_of(place)
+    deadline = time.monotonic() + START_SECONDS
+    while result["state"] == MachineState.STARTING and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+        result = state_of(place)
+    if result["state"] in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
+        raise QemuFailed(
+            "its worker ended before the machine ran", machine=place.name, hint=f"vmm logs {place.name}"
+        )  # fmt: skip
+    return result
+
+
+def wait_put_away(place: Place) -> None:
+    """Return when nothing of the machine is left: no process, no lock, no socket. Raises TimedOut."""
+    deadline = time.monotonic() + END_SECONDS
+    while os.path.isdir(place.runtime.folder) and is_locked(place.runtime.lock("keeper")):
+        if time.monotonic() > deadline:
+            raise TimedOut("something of the machine is left", machine=place.name, path=place.runtime.folder)
+        time.sleep(_LOOK_SECONDS)
+
+
+def make_runtime(runtime: RuntimePaths, identity: Identity | None) -> None:
+    """The machine's runtime folder, empty. QEMU's user may pass through it, and see and write nothing in it.
+
+    Raises AccessDenied, NoSpace.
+    """
+    make_private(os.path.dirname(runtime.folder), mode=0o711 if identity is not None else 0o700)
+    if os.path.lexists(runtime.folder):
+        make_private(runtime.folder)  # a link, or somebody else's, is not emptied
+        shutil.rmtree(runtime.folder, ignore_errors=True)
+    make_private(runtime.folder)
+    if identity is not None:
+        try:
+            os.chown(runtime.folder, 0, identity.user_id)
+            os.chmod(runtime.folder, 0o710)
+        except OSError as error:
+            raise of_os_error(error, "give the folder to QEMU's group", path=runtime.folder) from error

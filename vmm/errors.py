@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error of the machine manager, with the exit code of the command line.
+
+Decides how a failure is named and worded: one line with the machine, the file, what happened and what to do next.
+Knows nothing of machines. A caller catches `VmmError`, or the class whose cause it can handle. An error crosses the
+worker's control socket as `to_document` and comes back, of the same class, from `from_document`.
+
+Exit codes: 1 failed, 2 the request cannot be, 5 in use or in the wrong state, 6 refused for safety, 7 no space,
+8 the host lacks something, 9 it took too long.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+EXIT_FAILED = 1
+
+
+class VmmError(Exception):
+    """Base of all errors of vmm.
+
+    `problem` says what happened, `machine` to whom, `path` to which file or device, `hint` what a person can do next.
+    """
+
+    exit_code: int = EXIT_FAILED
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        machine: str | None = None,
+        path: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.machine = machine
+        self.path = path
+        self.hint = hint
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        place = [printable(part) for part in (self.machine, self.path) if part is not None]
+        text = printable(": ".join([*place, self.problem]))
+        return f"{text} ({printable(self.hint)})" if self.hint else text
+
+
+def printable(text: str) -> str:
+    """`text` on one line, control characters and undecodable bytes escaped: names and messages come from outside."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+class InvalidSpec(VmmError):
+    """A machine, or a change to one, that cannot be: a bad name, a limit passed, options that exclude each other."""
+
+    exit_code = 2
+
+
+class NotFound(VmmError):
+    """There is no such machine, disk, adapter, file or device."""
+
+
+class AlreadyExists(VmmError):
+    """The name is taken, or the file to create is already there."""
+
+
+class WrongState(VmmError):
+    """The machine is in a state in which this cannot be done."""
+
+    exit_code = 5
+
+
+class InUse(VmmError):
+    """Another machine, another program or another command holds it."""
+
+    exit_code = 5
+
+
+class AccessDenied(VmmError):
+    """The system refuses the access."""
+
+
+class Refused(VmmError):
+    """It could be done but would endanger data, so it is not."""
+
+    exit_code = 6
+
+
+class Unsupported(VmmError):
+    """The host lacks something; the hint is the command that installs it or switches it on."""
+
+    exit_code = 8
+
+
+class QemuFailed(VmmError):
+    """QEMU refused a command, ended by itself, or does not answer as it should."""
+
+
+class AgentUnavailable(VmmError):
+    """The guest agent is switched off, not there yet, or does not answer."""
+
+
+class TimedOut(VmmError):
+    """It did not happen in the time that was given."""
+
+    exit_code = 9
+
+
+class NoSpace(VmmError):
+    """The file system or the quota is full."""
+
+    exit_code = 7
+
+
+class StoreFailed(VmmError):
+    """A disk image or its server failed; what vhdkit said is the problem."""
+
+
+def to_document(error: VmmError) -> dict[str, Any]:
+    """The error as JSON: for the control socket and for --json."""
+    return {
+        "kind": type(error).__name__,
+        "exit_code": error.exit_code,
+        "message": str(error),
+        "problem": error.problem,
+        "machine": error.machine,
+        "path": error.path,
+        "hint": error.hint,
+    }
+
+
+def from_document(document: dict[str, Any]) -> VmmError:
+    """The error that `to_document` described; of the base class where the kind is not known here."""
+    kind = globals().get(str(document.get("kind")))
+    if not (isinstance(kind, type) and issubclass(kind, VmmError)):
+        kind = VmmError
+    words = {name: document.get(name) for name in ("machine", "path", "hint")}
+    error: VmmError = kind(
+        str(document.get("problem") or document.get("message") or "failed"),
+        **{name: str(value) for name, value in words.items() if value is not None},
+    )
+    code = document.get("exit_code")
+    if isinstance(code, int) and not isinstance(code, bool):
+        error.exit_code = code
+    return error
+
+
+def of_os_error(error: OSError, doing: str, *, machine: str | None = None, path: str | None = None) -> VmmError:
+    """What an operating system's error means: `doing` completes "could not ..."."""
+
+    kinds: dict[int | None, type[VmmError]] = {
+        errno.ENOENT: NotFound,
+        errno.ENOTDIR: NotFound,
+        errno.EEXIST: AlreadyExists,
+        errno.EACCES: AccessDenied,
+        errno.EPERM: AccessDenied,
+        errno.EROFS: AccessDenied,
+        errno.ENOSPC: NoSpace,
+        errno.EDQUOT: NoSpace,
+        errno.EBUSY: InUse,
+        errno.ETXTBSY: InUse,
+    }
+    if path is None and error.filename is not None:
+        path = str(error.filename)
+    reason = error.strerror or str(error) or type(error).__name__
+    return kinds.get(error.errno, VmmError)(f"could not {doing}: {reason}", machine=machine, path=path)

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block device of this host: what it is, how it is attached, who uses it.
+
+Decides how a device's kind, transport and identity are read from the kernel's own files, and whether it is attached
+directly (DAS) or over a network of storage (SAN). What may be done with a device is not decided here
+(`kvm.passthrough`). Needs no device to be opened, so no rights; everything is read below one root folder, which is
+another one in the tests.
+
+The identity is what stays the same when the kernel numbers its devices anew: a WWN, a serial number, the id of a
+volume, the file behind a loop device. A device without any has none; its name is never taken for one.
+
+Sources: Linux Documentation/ABI/{stable,testing}/sysfs-block, sysfs-class-* and sysfs-devices-*;
+proc_pid_mountinfo(5) and swapon(8); udev's 60-persistent-storage.rules for the order in which identities are believed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from vmm.errors import InvalidSpec, NotFound
+
+Kind = Literal["disk", "partition", "cd-rom", "loop", "raid", "mapper", "multipath", "memory", "network"]
+Attachment = Literal["DAS", "SAN"]
+
+SYSFS_SECTOR_BYTES = 512  # the unit of every `size` file, whatever the device's own sectors are
+SAN_TRANSPORTS = frozenset({"iscsi", "fc", "nvme-tcp", "nvme-rdma", "nvme-fc", "nbd", "rbd"})
+_MAX_FILE_BYTES = 1 << 20
+_SECTORS_WRITTEN = 6  # of a device's `stat`
+_MAX_DEPTH = 16  # of devices on devices
+# The first that matches the device's place in the tree of devices.
+_TRANSPORT_OF_PLACE = (
+    (re.compile(r"/session\d+/"), "iscsi"),
+    (re.compile(r"/rport-\d+"), "fc"),
+    (re.compile(r"/end_device-\d+"), "sas"),
+    (re.compile(r"/usb\d+/"), "usb"),
+    (re.compile(r"/ata\d+/"), "ata"),
+    (re.compile(r"/nvme/nvme\d+/"), "nvme-pcie"),
+    (re.compile(r"/mmc_host/"), "mmc"),
+    (re.compile(r"/(vmbus|VMBUS)", re.IGNORECASE), "vmbus"),
+    (re.compile(r"/vbd-\d+"), "xen"),
+    (re.compile(r"/virtio\d+/"), "virtio"),
+    (re.compile(r"/host\d+/target"), "scsi"),
+)
+# Links of udev that are not made from an identity, or from one that we read ourselves in a better form.
+_WEAK_LINKS = ("lvm-pv-uuid-", "dm-name-")
+_STRONG_LINKS = ("wwn-", "nvme-eui.", "nvme-uuid.", "scsi-3", "dm-uuid-", "md-uuid-")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDevice:
+    """One block device. Sizes in bytes; texts are None where the host does not say."""
+
+    name: str  # the kernel's, which changes from boot to boot: "sda"
+    path: str
+    number: str  # "8:0"
+    kind: Kind
+    size_bytes: int
+    logical_sector_bytes: int
+    model: str | None
+    serial: str | None
+    wwn: str | None
+    identity: str | None
+    stable_path: str | None  # a link below /dev/disk/by-id
+    transport: str | None
+    attachment: Attachment | None
+    read_only: bool
+    removable: bool
+    rotational: bool
+    parent: str | None  # of a partition: the name of the whole disk
+    partitions: tuple[str, ...]
+    holders: tuple[str, ...]  # devices made of this one
+    members: tuple[str, ...]  # devices that this one is made of
+    mounts: tuple[str, ...]
+    is_swap: bool
+    file: str | None  # behind a loop device
+
+    @property
+    def is_present(self) -> bool:
+        """False for a drive without medium and a loop device without file."""
+        return self.size_bytes > 0
+
+
+class Host:
+    """The kernel's view below a root folder, read once: `Host().devices()`."""
+
+    def __init__(self, root: str = "/") -> None:
+        self._root = root
+        self._mounts = _mounts_by_device(self._text("proc/self/mountinfo") or "")
+        self._swaps = frozenset(_swaps(self._text("proc/swaps") or ""))
+        self._links = self._links_by_id()
+        self._cache: dict[str, BlockDevice] = {}
+
+    def devices(self) -> list[BlockDevice]:
+        """All of them, each disk followed by its partitions. Those that vanish meanwhile are left out."""
+        folder = self._path("sys/class/block")
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return []
+        found = []
+        for name in names:
+            try:
+                if self._value(name, "hidden") != "1":
+                    found.append(self.device(name))
+            except NotFound:
+                continue
+        return sorted(found, key=lambda one: (_natural(one.parent or one.name), _natural(one.name)))
+
+    def device(self, name: str) -> BlockDevice:
+        """One device by the kernel's name. Raises NotFound."""
+        if name not in self._cache:
+            self._cache[name] = self._read(name)
+        return self._cache[name]
+
+    def device_of_number(self, number: str) -> BlockDevice:
+        """One device by its number, "8:0". Raises NotFound."""
+        place = self._path(f"sys/dev/block/{number}")
+        if not os.path.islink(place):
+            raise NotFound(f"the kernel knows no block device {number}")
+        return self.device(os.path.basename(os.readlink(place)))
+
+    def by_identity(self, identity: str) -> list[BlockDevice]:
+        """Every device that has this identity: none when it is gone, several when identities are not unique."""
+        return [one for one in self.devices() if one.identity == identity]
+
+    # -- one device ---------------------------------------------------------------------------------------------
+
+    def _read(self, name: str) -> BlockDevice:
+        place = os.path.realpath(self._sys(name))
+        number = self._value(name, "dev")
+        if number is None:
+            raise NotFound(f"there is no block device {name!r}")
+        parent = os.path.basename(os.path.dirname(place)) if self._value(name, "partition") is not None else None
+        disk = parent or name
+        kind = self._kind(name, parent)
+        path = self._device_path(name)
+        members = self._listing(name, "slaves")
+        transport = self._transport(disk, members)
+        links = self._links.get(self._resolved(path), ())
+        wwn, serial = self._wwn(disk, kind), self._serial(disk)
+        file = self._value(name, "loop/backing_file")
+        return BlockDevice(
+            name=name,
+            path=path,
+            number=number,
+            kind=kind,
+            size_bytes=_number(self._value(name, "size")) * SYSFS_SECTOR_BYTES,
+            logical_sector_bytes=_number(self._value(disk, "queue/logical_block_size")) or SYSFS_SECTOR_BYTES,
+            model=self._model(disk),
+            serial=serial,
+            wwn=wwn,
+            identity=self._identity(name, parent, wwn, serial, file, links),
+            stable_path=_best_link(links),
+            transport=transport,
+            attachment=self._attachment(disk, transport, members),
+            read_only=self._value(name, "ro") == "1",
+            removable=self._value(disk, "removable") == "1",
+            rotational=self._value(disk, "queue/rotational") == "1",
+            parent=parent,
+            partitions=() if parent else self._partitions(name),
+            holders=self._listing(name, "holders"),
+            members=members,
+            mounts=tuple(self._mounts.get(number, ())) or tuple(self._mounts.get(path, ())),
+            is_swap=any(self._resolved(swap) == self._resolved(path) for swap in self._swaps),
+            file=file,
+        )
+
+    def _kind(self, name: str, parent: str | None) -> Kind:
+        if parent is not None:
+            return "partition"
+        if name.startswith("dm-"):
+            return "multipath" if (self._value(name, "dm/uuid") or "").startswith("mpath-") else "mapper"
+        for prefix, kind in _KIND_OF_NAME.items():
+            if re.fullmatch(prefix + r"\d+", name):
+                return kind
+        return "cd-rom" if self._value(name, "device/type") == "5" else "disk"
+
+    def _transport(self, disk: str, members: tuple[str, ...]) -> str | None:
+        fabric = self._value(disk, "device/transport")  # of an NVMe controller, or of its subsystem's below
+        if fabric is None and disk.startswith("nvme"):
+            fabric = next(self._fabrics_of_subsystem(disk), None)
+        if fabric is not None:
+            return f"nvme-{fabric}"
+        place = os.path.realpath(self._sys(disk)) + "/"
+        for pattern, transport in _TRANSPORT_OF_PLACE:
+            if pattern.search(place):
+                return transport
+        if disk.startswith(("nbd", "rbd")):
+            return disk[:3]
+        kinds = {self._transport(self._whole(member), ()) for member in members}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def _fabrics_of_subsystem(self, disk: str) -> Iterator[str]:
+        """Transports of the controllers of a multipath NVMe disk, whose parent is no controller but a subsystem."""
+        subsystem = os.path.join(self._sys(disk), "device")
+        try:
+            names = sorted(os.listdir(subsystem))
+        except OSError:
+            return
+        for name in names:
+            if re.fullmatch(r"nvme\d+", name):
+                fabric = _read_text(os.path.join(subsystem, name, "transport"))
+                if fabric:
+                    yield fabric
+
+    def _attachment(
+        self, disk: str, transport: str | None, members: tuple[str, ...], depth: int = 0
+    ) -> Attachment | None:
+        """SAN as soon as one part comes over a network; None for what is no hardware."""
+        if transport is not None:
+            return "SAN" if transport in SAN_TRANSPORTS else "DAS"
+        if depth >= _MAX_DEPTH:
+            return None
+        found = set()
+        for member in members:
+            whole = self._whole(member)
+            below = self._listing(whole, "slaves")
+            found.add(self._attachment(whole, self._transport(whole, below), below, depth + 1))
+        return "SAN" if "SAN" in found else "DAS" if "DAS" in found else None
+
+    # -- identity -----------------------------------------------------------------------------------------------
+
+    def _identity(
+        self,
+        name: str,
+        parent: str | None,
+        wwn: str | None,
+        serial: str | None,
+        file: str | None,
+        links: tuple[str, ...],
+    ) -> str | None:
+        """A text that names this device wherever it turns up, most reliable source first."""
+        if parent is not None:
+            of_disk = self.device(parent).identity
+            return f"{of_disk},partition={self._value(name, 'partition')}" if of_disk else None
+        volume = self._value(name, "dm/uuid") or self._value(name, "md/uuid")
+        model = self._model(name)
+        if volume:
+            return f"volume={volume}"
+        if wwn:
+            return f"wwn={wwn}"
+        if serial:
+            return f"serial={model + ' ' if model else ''}{serial}"
+        if file is not None:
+            return f"file={file}"
+        best = _best_link(links)
+        return f"id={os.path.basename(best)}" if best else None
+
+    def _wwn(self, disk: str, kind: Kind) -> str | None:
+        if kind == "multipath":
+            return (self._value(disk, "dm/uuid") or "").removeprefix("mpath-") or None
+        text = self._value(disk, "wwid") or self._value(disk, "device/wwid")
+        # A "t10." name is made of vendor, model and serial; only of a device that has no WWN.
+        return " ".join(text.split()) if text else None
+
+    def _serial(self, disk: str) -> str | None:
+        for name in ("serial", "device/serial", "device/cid"):
+            text = self._value(disk, name)
+            if text:
+                return text
+        page = self._bytes(disk, "device/vpd_pg80")  # SCSI's unit serial number: a header of four bytes
+        text = page[4:].decode("ascii", "replace").strip(" \0") if len(page) > 4 else ""
+        return text or None
+
+    def _model(self, disk: str) -> str | None:
+        parts = [self._value(disk, "device/vendor"), self._value(disk, "device/model")]
+        if parts[0] in ("ATA", "NVMe") or (parts[0] or "").startswith("0x"):
+            parts[0] = None  # the kind of bus or a PCI number, not who made it
+        text = " ".join(part for part in parts if part) or self._value(disk, "dm/name")
+        return text or self._value(disk, "device/name")
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def _path(self, below: str) -> str:
+        return os.path.join(self._root, below)
+
+    def _sys(self, name: str) -> str:
+        return self._path(f"sys/class/block/{name}")
+
+    def _text(self, below: str) -> str | None:
+        return _read_text(self._path(below))
+
+    def _value(self, device: str, name: str) -> str | None:
+        return _read_text(os.path.join(self._sys(device), name))
+
+    def _bytes(self, device: str, name: str) -> bytes:
+        return _read_bytes(os.path.join(self._sys(device), name)) or b""
+
+    def _listing(self, device: str, name: str) -> tuple[str, ...]:
+        try:
+            return tuple(sorted(os.listdir(os.path.join(self._sys(device), name)), key=_natural))
+        except OSError:
+            return ()
+
+    def _partitions(self, disk: str) -> tuple[str, ...]:
+        return tuple(one for one in self._listing(disk, "") if self._value(disk, f"{one}/partition") is not None)
+
+    def _whole(self, name: str) -> str:
+        """The disk of a partition, or the device itself."""
+        if self._value(name, "partition") is None:
+            return name
+        return os.path.basename(os.path.dirname(os.path.realpath(self._sys(name))))
+
+    def _device_path(self, name: str) -> str:
+        mapped = self._value(name, "dm/name")
+        if mapped:
+            return f"/dev/mapper/{mapped}"
+        return "/dev/" + name.replace("!", "/")
+
+    def _resolved(self, path: str) -> str:
+        """Where links below this root's /dev lead."""
+        return os.path.realpath(self._path(path.lstrip("/")))
+
+    def _links_by_id(self) -> Mapping[str, tuple[str, ...]]:
+        found = defaultdict(list)
+        folder = "dev/disk/by-id"
+        try:
+            names = sorted(os.listdir(self._path(folder)))
+        except OSError:
+            return {}
+        for name in names:
+            found[self._resolved(f"{folder}/{name}")].append(f"/{folder}/{name}")
+        return {target: tuple(links) for target, links in found.items()}
+
+
+_KIND_OF_NAME: dict[str, Kind] = {
+    "loop": "loop",
+    "md": "raid",
+    "zram": "memory",
+    "ram": "memory",
+    "nbd": "network",
+    "rbd": "network",
+    "sr": "cd-rom",
+}
+
+
+def name_of_number(major: int, minor: int) -> str:
+    """How the kernel writes the number of a device."""
+    return f"{major}:{minor}"
+
+
+def find(path: str, *, root: str = "/") -> BlockDevice:
+    """The block device that a path leads to, by whichever name. Raises NotFound or InvalidSpec."""
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise NotFound(f"there is no such device: {error.strerror}", path=path, hint=LIST_HINT) from error
+    if not _is_block(facts.st_mode):
+        raise InvalidSpec(f"is {_what(facts.st_mode)}, no block device", path=path, hint=LIST_HINT)
+    number = name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev))
+    try:
+        return Host(root).device_of_number(number)
+    except NotFound as error:
+        raise NotFound("is a node without a device behind it", path=path, hint=LIST_HINT) from error
+
+
+def write_mark(path: str, *, root: str = "/") -> list[str | int | None]:
+    """[boot, disk sequence number, sectors written since boot]: changes when anybody on this host wrote to the device,
+    or when it was unplugged meanwhile. Raises as `find`."""
+    name = find(path, root=root).name
+    folder = os.path.join(root, "sys/class/block", name)
+    boot = _read_text(os.path.join(root, "proc/sys/kernel/random/boot_id"))
+    counters = (_read_text(os.path.join(folder, "stat")) or "").split()
+    written = int(counters[_SECTORS_WRITTEN]) if len(counters) > _SECTORS_WRITTEN else None
+    return [boot, _read_text(os.path.join(folder, "diskseq")), written]
+
+
+LIST_HINT = "vmm host disks lists the disks of this host"
+
+
+def _is_block(mode: int) -> bool:
+    return mode & 0o170000 == 0o060000
+
+
+def _what(mode: int) -> str:
+    names = {0o040000: "a folder", 0o100000: "a file", 0o020000: "a character device", 0o010000: "a pipe"}
+    return names.get(mode & 0o170000, "something else")
+
+
+def _mounts_by_device(text: str) -> dict[str, list[str]]:
+    """Mount points by device number and by source, from mountinfo. Some file systems show a number of their own."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for line in text.splitlines():
+        words = line.split(" ")
+        if len(words) < 7 or "-" not in words[6:]:
+            continue
+        point, source = _unescaped(words[4]), words[words.index("-", 6) + 2 :][:1]
+        for key in {words[2], *map(_unescaped, source)}:
+            if point not in found[key]:
+                found[key].append(point)
+    return found
+
+
+def _swaps(text: str) -> Iterator[str]:
+    """Paths of the devices that the host swaps to."""
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if len(words) > 1 and words[1] == "partition":
+            yield _unescaped(words[0])
+
+
+def _unescaped(text: str) -> str:
+    """The kernel writes blanks in names as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def _best_link(links: tuple[str, ...]) -> str | None:
+    """The link that says most about the device itself, else any but those that say nothing."""
+    usable = [link for link in links if not os.path.basename(link).startswith(_WEAK_LINKS)]
+    strong = [link for link in usable if os.path.basename(link).startswith(_STRONG_LINKS)]
+    return next(iter(strong or usable), None)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key by which sda2 comes before sda10, and sdz before sdaa."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(0, int(part), "") if part.isdigit() else (1, len(part), part) for part in parts]
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdigit() else 0
+
+
+def _read_bytes(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MAX_FILE_BYTES)
+    except OSError:
+        return None
+
+
+def _read_text(path: str) -> str | None:
+    """A file's text without the blanks around it; None where it cannot be read."""
+    content = _read_bytes(path)
+    return None if content is None else content.decode("utf-8", "backslashreplace").strip(" \n\0")

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images that machines use, looked at before a machine gets them.
+
+Decides what a path on the command line means and which image may become a disk: it is opened as the machine will open
+it, so that what stands in the way is said at once. Everything about images themselves is vhdkit's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import vhdkit
+from vmm.errors import InvalidSpec, NotFound
+from vmm.kvm.drives import store_error
+from vmm.spec import DiskSpec
+
+MIN_DISK_BYTES = 64 << 10  # a file that is shorter was named by mistake
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What is known of an image after looking at it."""
+
+    path: str
+    format: str  # "vhd" or "raw"
+    size_bytes: int
+
+
+def find_image(path: str, folder: str) -> str:
+    """The absolute path of an image: as it is given, or else in the folder for disks where a bare name is not here."""
+    if os.path.exists(path) or os.sep in path:
+        return os.path.abspath(path)
+    elsewhere = os.path.join(folder, path)
+    return elsewhere if os.path.exists(elsewhere) else os.path.abspath(path)
+
+
+def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
+    """Open the image of a disk as the machine would, and close it again.
+
+    `writable`: also make sure that nobody else uses it and that no image stands on it. Raises NotFound, StoreFailed,
+    InUse.
+    """
+    assert disk.path is not None
+    kinds = [vhdkit.FormatName(disk.format)] if disk.format is not None else []
+    try:
+        if not kinds:
+            _open(disk, None, lock=False).close()  # it says best what is wrong with a file that is neither
+            kinds = [vhdkit.FormatName.VHD, vhdkit.FormatName.RAW]
+        for kind in kinds:
+            try:
+                opened = _open(disk, kind, lock=writable, writable=writable)
+            except (vhdkit.CorruptImage, vhdkit.UnsupportedFormat):
+                if kind is kinds[-1]:
+                    raise
+            else:
+                with opened:
+                    if opened.size_bytes < MIN_DISK_BYTES:
+                        raise InvalidSpec(f"is no disk: it holds {opened.size_bytes} bytes", path=disk.path)
+                    return ImageFacts(disk.path, kind.value, opened.size_bytes)
+    except vhdkit.NotFound as error:
+        raise NotFound(
+            "there is no such image",
+            path=error.path or disk.path,
+            hint=f"make one: vhdkit create {disk.path} --size 10G",
+        ) from error
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+    raise AssertionError("one of two kinds was opened or raised")
+
+
+def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writable: bool = False) -> vhdkit.Disk:
+    options = vhdkit.OpenOptions(
+        parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, format_name=kind, lock=lock
+    )
+    assert disk.path is not None
+    return vhdkit.open_disk(disk.path, writable=writable, options=options)

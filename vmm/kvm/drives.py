@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disks of a running machine: the server that serves them, the nodes and devices that QEMU makes of them.
+
+Decides the order in which a disk is added, taken away and resized, so that a failure half way leaves it as it was, and
+when it is worth while to let a machine go on whose disks had failed. Must not know machines' states.
+
+Adding:   the server takes the image -> QEMU connects (a node) -> a device on a SCSI controller
+Removing: the device (the guest is asked, and agrees) -> the node -> the server gives the image back
+Resizing: the chain grows -> QEMU is sent away and comes again, with the new size -> the guest is told
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import vhdkit
+from vmm.errors import InUse, NoSpace, QemuFailed, StoreFailed, TimedOut, VmmError, of_os_error
+from vmm.kvm.cmdline import RECONNECT_SECONDS, Medium, chain_node, disk_device
+from vmm.kvm.qmp import Qmp
+from vmm.paths import RuntimePaths
+from vmm.spec import DiskSpec
+
+SERVER_SECONDS = 60.0  # an answer of the server's: it may flush a slow disk
+UNPLUG_SECONDS = 20.0  # for the guest to let go of a disk
+NODE_SECONDS = RECONNECT_SECONDS * 3.0
+MIN_FREE_BYTES = 1 << 20  # on a file system where writing is worth another try
+_LOOK_SECONDS = 0.05
+
+
+class DiskServer:
+    """The control socket of the machine's disk server, which may be away for a moment."""
+
+    def __init__(self, runtime: RuntimePaths) -> None:
+        self._runtime = runtime
+
+    async def call(self, method: str, *, timeout_seconds: float = SERVER_SECONDS, **params: object) -> Any:
+        """Ask for something. Raises StoreFailed with the server's words, InUse, NoSpace."""
+
+        def ask() -> Any:
+            with vhdkit.ControlClient(self._runtime.nbd_control, timeout_seconds=timeout_seconds) as client:
+                return client.call(method, **params)
+
+        try:
+            return await asyncio.to_thread(ask)
+        except vhdkit.VhdkitError as error:
+            raise store_error(error) from error
+
+    async def is_serving(self) -> bool:
+        """True when it answers."""
+        try:
+            await self.call("status", timeout_seconds=5)
+        except VmmError:
+            return False
+        return True
+
+    async def wait_serving(self, timeout_seconds: float) -> None:
+        """Return when it answers. Raises TimedOut."""
+        deadline = time.monotonic() + timeout_seconds
+        while not await self.is_serving():
+            if time.monotonic() > deadline:
+                raise TimedOut(f"the disks' server did not answer within {timeout_seconds:g} s")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+def store_error(error: vhdkit.VhdkitError) -> VmmError:
+    """An error of vhdkit's as one of ours, with its words and its exit code."""
+    kinds: tuple[tuple[type[vhdkit.VhdkitError], type[VmmError]], ...] = (
+        (vhdkit.NoSpace, NoSpace),
+        (vhdkit.ImageInUse, InUse),
+    )
+    kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), StoreFailed)
+    ours = kind(error.problem, path=error.path, hint=error.hint)
+    ours.exit_code = error.exit_code
+    return ours
+
+
+# -- adding and taking away ------------------------------------------------------------------------------------------
+
+
+async def add_disk(
+    qmp: Qmp, server: DiskServer, disk: DiskSpec, nbd_socket: str, *, export: dict[str, Any], medium: Medium | None
+) -> None:
+    """Plug a disk into the running machine; on an error everything is as before.
+
+    `export` is its entry for the disks' server, `medium` what a passed-through one is made of.
+    """
+    async with contextlib.AsyncExitStack() as undo:
+        if disk.kind == "vhd":
+            await server.call("add", **export)
+            undo.push_async_callback(_quietly_remove_export, server, disk.id)
+            node = chain_node(disk, nbd_socket)
+        else:
+            assert medium is not None
+            undo.push_async_callback(_quietly_take_back, qmp, disk.id)
+            for set_number, descriptor in medium.descriptors:
+                await qmp.add_descriptor_to_set(set_number, descriptor, disk.id)
+            for one in medium.objects:
+                await qmp.execute_raw("object-add", dict(one))
+            node = medium.node
+        await qmp.execute_raw("blockdev-add", dict(node), timeout_seconds=NODE_SECONDS)
+        undo.push_async_callback(_quietly_remove_node, qmp, disk.id)
+        await qmp.execute_raw("device_add", dict(disk_device(disk)))
+        undo.pop_all()
+
+
+async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
+    """Unplug a disk. Raises TimedOut, and leaves it plugged in, when the guest does not let go of it."""
+    if await has_device(qmp, disk.id):
+        await qmp.execute("device_del", id=disk.id)
+        deadline = time.monotonic() + UNPLUG_SECONDS
+        while await has_device(qmp, disk.id):
+            if time.monotonic() > deadline:
+                raise TimedOut(
+                    f"the guest does not let go of {disk.id}", hint="unmount it in the guest, or shut the machine down"
+                )
+            await asyncio.sleep(_LOOK_SECONDS)
+    if disk.id in {node["node-name"] for node in await qmp.execute("query-named-block-nodes")}:
+        await _insist(lambda: qmp.execute("blockdev-del", node_name=disk.id, timeout_seconds=NODE_SECONDS))
+    if disk.kind == "vhd":
+        await _remove_export(server, disk.id)
+    else:
+        await _take_back(qmp, disk.id)
+
+
+async def free_set(qmp: Qmp) -> int:
+    """The number of a set of descriptors that QEMU does not have yet."""
+    return max((one["fdset-id"] for one in await qmp.execute("query-fdsets")), default=0) + 1
+
+
+async def _take_back(qmp: Qmp, disk_id: str) -> None:
+    """Have QEMU close its descriptors of a disk, with which the claim on a device ends, and forget its objects."""
+    for one in await qmp.execute("query-fdsets"):
+        if any(descriptor.get("opaque") == disk_id for descriptor in one["fds"]):
+            await qmp.execute("remove-fd", fdset_id=one["fdset-id"])
+    for name in [one["name"] for one in await qmp.execute("qom-list", path="/objects")]:
+        if name.startswith(f"{disk_id}-"):
+            await qmp.execute("object-del", id=name)
+
+
+async def _quietly_take_back(qmp: Qmp, disk_id: str) -> None:
+    with contextlib.suppress(VmmError):
+        await _take_back(qmp, disk_id)
+
+
+async def has_device(qmp: Qmp, device_id: str) -> bool:
+    """True while the device is plugged in."""
+    return any(one["name"] == device_id for one in await qmp.execute("qom-list", path="/machine/peripheral"))
+
+
+async def _remove_export(server: DiskServer, name: str) -> None:
+    """Give an image back; QEMU's connection may take a moment to be seen as gone."""
+    deadline = time.monotonic() + NODE_SECONDS
+    while True:
+        try:
+            await server.call("remove", export=name)
+            return
+        except InUse:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def _quietly_remove_export(server: DiskServer, name: str) -> None:
+    with contextlib.suppress(VmmError):
+        await _remove_export(server, name)
+
+
+async def _quietly_remove_node(qmp: Qmp, name: str) -> None:
+    with contextlib.suppress(VmmError):
+        await qmp.execute("blockdev-del", node_name=name)
+
+
+# -- another size ----------------------------------------------------------------------------------------------------
+
+
+async def resize_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec, size_bytes: int) -> dict[str, Any]:
+    """Give a disk another size while the guest uses it; what the server said. Raises StoreFailed, QemuFailed."""
+    result: dict[str, Any] = await server.call("resize", export=disk.id, size_bytes=size_bytes)
+    size_bytes = int(result["size_bytes"])  # rounded as the format wants it
+    # QEMU learns a size when it connects, and only then lets a disk be resized to it.
+    await server.call("disconnect", export=disk.id)
+
+    async def resize() -> None:
+        # It connects when there is something to ask for, and nobody knows when the guest will.
+        read = f'qemu-io -d {disk.id} "read 0 512"'
+        await qmp.execute("human-monitor-command", command_line=read, timeout_seconds=NODE_SECONDS)
+        await qmp.execute("block_resize", node_name=disk.id, size=size_bytes, timeout_seconds=NODE_SECONDS)
+
+    await _insist(resize)
+    return result
+
+
+async def _insist(work: Callable[[], Awaitable[object]]) -> None:
+    """Do this, again and again for a while when QEMU is not ready for it. Raises what it raised last."""
+    deadline = time.monotonic() + NODE_SECONDS
+    while True:
+        try:
+            await work()
+            return
+        except QemuFailed:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+# -- when disks have failed ------------------------------------------------------------------------------------------
+
+
+def problem_of_store(disks: tuple[DiskSpec, ...], nbd_socket: str) -> str | None:
+    """Why the disks cannot work now, as far as can be seen from outside; None when another try is worth while."""
+    if not any(disk.kind == "vhd" for disk in disks):
+        return None
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            probe.connect(nbd_socket)
+            if not probe.recv(8):
+                return "the disks' server hangs up"
+    except OSError as error:
+        return f"the disks' server does not answer: {error.strerror or 'time-out'}"
+    for disk in disks:
+        if disk.is_writable_image and disk.path is not None:
+            folder = os.path.dirname(disk.path)
+            try:
+                facts = os.statvfs(folder)
+            except OSError as error:
+                return str(of_os_error(error, "look at the file system", path=folder))
+            if facts.f_bavail * facts.f_frsize < MIN_FREE_BYTES:
+                return f"the file system of {disk.path} is full"
+    return None

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integration services that qemu's guest agent offers: heartbeat, what the guest is, shutdown, freezing, time.
+
+Decides which service a question belongs to and refuses it where that is switched off, how long each may take, what a
+guest's answer may look like, and that **file systems never stay frozen**: they thaw when the caller is done, when he
+fails, when the time is over, and when a worker finds them frozen that nobody holds. Must not know who asks, or what
+else QEMU does: the worker says when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
+
+The guest is not trusted: its answers are looked at field by field, cut to a length, and bounded in number. It is asked
+one thing at a time; what is not answered ends the connection, and the next begins by synchronising (`guest-sync`).
+
+Hyper-V counts names and addresses to the data exchange, so `key_value` switches them. Source of the commands: qga's
+schema in QEMU's documentation (interop/qemu-ga-ref).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, Protocol
+
+from vmm.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
+from vmm.kvm.qmp import ConnectionEnded, Qmp
+
+Service = Literal["heartbeat", "shutdown", "time_sync", "key_value", "backup"]
+HeartbeatState = Literal["off", "no contact", "ok", "lost"]
+PowerDown = Literal["powerdown", "reboot", "halt"]
+
+ANSWER_SECONDS: Final = 3.0
+HEARTBEAT_SECONDS: Final = 5.0
+LOST_AFTER_SECONDS: Final = 15.0  # three heartbeats that did not come
+SUMMARY_SECONDS: Final = 1.5  # `vmm show` waits no longer for a guest that is busy
+FREEZE_SECONDS: Final = (
+    10.0  # how long file systems stay frozen unless the caller says otherwise, as Windows' VSS does
+)
+FREEZE_ANSWER_SECONDS: Final = 30.0  # it writes out all that is dirty first
+THAW_TRY_SECONDS: Final = 2.0
+THAW_GIVE_UP_SECONDS: Final = 60.0
+SHUTDOWN_ANSWER_SECONDS: Final = 1.0  # an error comes at once; a guest that obeys does not answer
+
+# What a guest may tell us.
+MAX_TEXT_CHARACTERS: Final = 256
+MAX_INTERFACES: Final = 64
+MAX_ADDRESSES: Final = 32  # of an interface
+
+
+class Switches(Protocol):
+    """Which services are on; `vmm.spec.IntegrationSpec` is one."""
+
+    @property
+    def heartbeat(self) -> bool: ...
+    @property
+    def shutdown(self) -> bool: ...
+    @property
+    def time_sync(self) -> bool: ...
+    @property
+    def key_value(self) -> bool: ...
+    @property
+    def backup(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Whether the guest is alive, as its agent shows. `seen_seconds_ago` is None before the first contact."""
+
+    state: HeartbeatState
+    seen_seconds_ago: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OsInfo:
+    """What runs in the guest, in its own words. Empty where it does not say."""
+
+    name: str
+    version: str
+    kernel: str
+    machine: str
+    host_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface in the guest. `addresses` are "10.0.0.5/24" or "fe80::1/64"."""
+
+    name: str
+    mac: str
+    addresses: tuple[str, ...]
+
+
+class GuestAgent:
+    """The agent of one running machine. For one event loop."""
+
+    def __init__(
+        self, path: str, switches: Switches, *, machine: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`path`: QEMU's end of the agent's port. Nothing is connected yet."""
+        self._path = path
+        self._switches = switches
+        self._machine = machine
+        self._clock = clock
+        self._is_open = False
+        self._opened = asyncio.Event()
+        self._qmp: Qmp | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._seen: float | None = None
+        self._known_os: OsInfo | None = None
+        self._known_interfaces: tuple[Interface, ...] = ()
+        self._freeze_ends: asyncio.Task[None] | None = None  # thaws when the time is over
+        self._holds_frozen = False
+
+    # -- whether there is an agent ----------------------------------------------------------------------------------
+
+    def port_changed(self, is_open: bool) -> None:
+        """The guest opened the agent's port, or closed it."""
+        self._is_open = is_open
+        if is_open:
+            self._opened.set()
+        else:
+            self._opened.clear()
+            self._known_interfaces = ()  # a guest that restarts may come back as another
+            self._known_os = None
+
+    @property
+    def is_open(self) -> bool:
+        """True while the guest holds the agent's port open."""
+        return self._is_open
+
+    def heartbeat(self) -> Heartbeat:
+        """Whether the guest is alive, without asking it."""
+        if not self._switches.heartbeat:
+            return Heartbeat("off")
+        if self._seen is None:
+            return Heartbeat("no contact")
+        ago = self._clock() - self._seen
+        alive = self._is_open and ago <= LOST_AFTER_SECONDS
+        return Heartbeat("ok" if alive else "lost", round(ago, 1))
+
+    async def run(self) -> None:
+        """Keep the heartbeat, until cancelled. First it thaws what a worker before us may have left frozen."""
+        while True:
+            await self._opened.wait()
+            with contextlib.suppress(VmmError):
+                await self._first_contact()
+            while self._is_open:
+                if self._switches.heartbeat:
+                    with contextlib.suppress(VmmError):
+                        await self.ping()
+                await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def _first_contact(self) -> None:
+        if self._switches.backup and not self._holds_frozen:
+            status = await self._ask("guest-fsfreeze-status")
+            if status == "frozen" and not self._holds_frozen:
+                await self._thaw()
+        if self._switches.key_value:
+            self._known_os = await self.os_info()
+            self._known_interfaces = await self.addresses()
+
+    async def ping(self) -> None:
+        """Ask for a sign of life. Raises AgentUnavailable, TimedOut."""
+        self._need("heartbeat")
+        await self._ask("guest-ping")
+
+    async def close(self) -> None:
+        """Let go of the agent; file systems that we hold frozen thaw first."""
+        if self._holds_frozen:
+            with contextlib.suppress(VmmError):
+                await self.thaw()
+        if self._freeze_ends is not None:
+            self._freeze_ends.cancel()
+        await self._hang_up()
+
+    # -- what the guest is ------------------------------------------------------------------------------------------
+
+    async def os_info(self) -> OsInfo:
+        """What runs in the guest. Raises AgentUnavailable, TimedOut."""
+        self._need("key_value")
+        answer = _mapping(await self._ask("guest-get-osinfo"))
+        host = _mapping(await self._ask("guest-get-host-name"))
+        self._known_os = OsInfo(
+            name=_text(answer.get("name")) or _text(answer.get("pretty-name")),
+            version=_text(answer.get("version-id")) or _text(answer.get("version")),
+            kernel=_text(answer.get("kernel-release")),
+            machine=_text(answer.get("machine")),
+            host_name=_text(host.get("host-name")),
+        )
+        return self._known_os
+
+    async def addresses(self) -> tuple[Interface, ...]:
+        """The guest's network interfaces, without its loopback. Raises AgentUnavailable, TimedOut."""
+        self._need("key_value")
+        found = []
+        for one in _list(await self._ask("guest-network-get-interfaces"), MAX_INTERFACES):
+            interface = _mapping(one)
+            name = _text(interface.get("name"))
+            if name and name != "lo":
+                found.append(Interface(name, _text(interface.get("hardware-address")), _addresses_of(interface)))
+        self._known_interfaces = tuple(found)
+        return self._known_interfaces
+
+    async def summary(self) -> dict[str, Any]:
+        """Heartbeat, system and addresses as JSON, for `vmm show`: fresh where the guest answers quickly, else as last
+        known. Never fails.
+        """
+        if self._is_open and self._switches.key_value:
+            with contextlib.suppress(VmmError, TimeoutError):
+                async with asyncio.timeout(SUMMARY_SECONDS):
+                    await self.os_info()
+                    await self.addresses()
+        beat = self.heartbeat()
+        return {
+            "heartbeat": beat.state,
+            "seen_seconds_ago": beat.seen_seconds_ago,
+            "os": asdict(self._known_os) if self._known_os is not None else None,
+            "interfaces": [asdict(one) for one in self._known_interfaces],
+        }
+
+    # -- what the guest does ----------------------------------------------------------------------------------------
+
+    async def shutdown(self, mode: PowerDown = "powerdown") -> None:
+        """Ask the guest to end; returns when it was asked. Raises AgentUnavailable when it cannot be or refuses.
+
+        That it ended is told by QEMU, not by the agent, which goes down with it.
+        """
+        self._need("shutdown")
+        try:
+            await self._ask("guest-shutdown", seconds=SHUTDOWN_ANSWER_SECONDS, mode=mode)
+        except TimedOut:
+            pass  # the answer of a guest that obeys
+        except AgentUnavailable as error:
+            if not isinstance(error.__cause__, ConnectionEnded):
+                raise  # else it went down before we could hear that it would
+
+    async def set_time(self, seconds: float | None = None) -> None:
+        """Set the guest's clock to this time since 1970, UTC; to the host's where None. Raises VmmError."""
+        self._need("time_sync")
+        now = time.time_ns() if seconds is None else int(seconds * 1e9)
+        await self._ask("guest-set-time", time=now)
+
+    # -- freezing ---------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def frozen(self, *, max_seconds: float = FREEZE_SECONDS) -> AsyncIterator[int]:
+        """The guest's file systems written out and frozen inside this block; their number.
+
+        They thaw at its end, however it ends. Raises AgentUnavailable, TimedOut, also when they had to thaw before the
+        block was done, so that what was copied meanwhile is not of one moment.
+        """
+        count = await self.freeze(max_seconds=max_seconds)
+        try:
+            yield count
+        except BaseException:
+            with contextlib.suppress(VmmError):
+                await self.thaw()
+            raise
+        await self.thaw()
+
+    async def freeze(self, *, max_seconds: float = FREEZE_SECONDS) -> int:
+        """Write out and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`.
+
+        Raises AgentUnavailable, TimedOut; then nothing stays frozen.
+        """
+        self._need("backup")
+        if self._holds_frozen:
+            raise AgentUnavailable("the file systems are frozen already", machine=self._machine)
+        self._holds_frozen = True
+        try:
+            answer = await self._ask("guest-fsfreeze-freeze", seconds=FREEZE_ANSWER_SECONDS)
+        except BaseException:
+            # It may have frozen some before it failed, or freeze after we stopped waiting.
+            thawing = asyncio.ensure_future(self._thaw())
+            with contextlib.suppress(VmmError):
+                await asyncio.shield(thawing)
+            self._holds_frozen = False
+            raise
+        self._freeze_ends = asyncio.create_task(self._thaw_after(max_seconds))
+        return answer if isinstance(answer, int) else 0
+
+    async def thaw(self) -> int:
+        """Thaw what `freeze` froze; how many file systems. Raises TimedOut when they had to thaw before."""
+        self._need("backup")
+        if not self._holds_frozen:
+            return await self._thaw()
+        timer, self._freeze_ends = self._freeze_ends, None
+        if timer is None or timer.done():
+            self._holds_frozen = False
+            raise TimedOut(
+                "the guest's file systems thawed before the work was done, because the time was over",
+                machine=self._machine,
+            )
+        timer.cancel()
+        try:
+            return await self._thaw()
+        finally:
+            self._holds_frozen = False
+
+    async def is_frozen(self) -> bool:
+        """True while the guest's file systems are frozen. Raises AgentUnavailable, TimedOut."""
+        self._need("backup")
+        return bool(await self._ask("guest-fsfreeze-status") == "frozen")
+
+    async def _thaw_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        with contextlib.suppress(VmmError):
+            await self._thaw()
+
+    async def _thaw(self) -> int:
+        """Thaw, again and again until the guest says that it did, or is gone."""
+        deadline = self._clock() + THAW_GIVE_UP_SECONDS
+        while True:
+            try:
+                answer = await self._ask("guest-fsfreeze-thaw", seconds=THAW_TRY_SECONDS)
+                return answer if isinstance(answer, int) else 0
+            except VmmError:
+                if not self._is_open or self._clock() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
+
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    def _need(self, service: Service) -> None:
+        if not getattr(self._switches, service):
+            raise AgentUnavailable(
+                f"the integration service {service.replace('_', '-')} is switched off for this machine",
+                machine=self._machine,
+            )
+
+    async def _ask(self, command: str, *, seconds: float = ANSWER_SECONDS, **arguments: object) -> Any:
+        """The answer to a question. Raises AgentUnavailable, TimedOut."""
+        if not self._is_open:
+            raise AgentUnavailable(
+                "no guest agent has answered yet",
+                machine=self._machine,
+                hint="is qemu-guest-agent installed and running in the guest?",
+            )
+        async with self._one_at_a_time:
+            try:
+                if self._qmp is None or not self._qmp.is_connected:
+                    await self._hang_up()
+                    self._qmp = await Qmp.connect_agent(self._path, timeout_seconds=seconds)
+                answer = await self._qmp.execute(command, timeout_seconds=seconds, **arguments)
+            except QemuFailed as error:
+                raise AgentUnavailable(error.problem, machine=self._machine) from error
+            except AgentUnavailable as error:
+                raise AgentUnavailable(error.problem, machine=self._machine, hint=error.hint) from error
+            except TimedOut as error:
+                raise TimedOut(error.problem, machine=self._machine) from error
+            except asyncio.CancelledError:
+                # The answer that is still to come must not be taken for another's.
+                await asyncio.shield(self._hang_up())
+                raise
+            self._seen = self._clock()
+            return answer
+
+    async def _hang_up(self) -> None:
+        qmp, self._qmp = self._qmp, None
+        if qmp is not None:
+            await qmp.close()
+
+
+# -- what a guest may say -----------------------------------------------------------------------------------------
+
+
+def _text(value: object) -> str:
+    return value[:MAX_TEXT_CHARACTERS] if isinstance(value, str) else ""
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object, limit: int) -> list[Any]:
+    return value[:limit] if isinstance(value, list) else []
+
+
+def _addresses_of(interface: dict[str, Any]) -> tuple[str, ...]:
+    found = []
+    for one in _list(interface.get("ip-addresses"), MAX_ADDRESSES):
+        entry = _mapping(one)
+        address, prefix = _text(entry.get("ip-address")), entry.get("prefix")
+        if address:
+            found.append(f"{address}/{prefix}" if type(prefix) is int and 0 <= prefix <= 128 else address)
+    return tuple(found)

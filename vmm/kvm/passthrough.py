@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices of the host, and LUNs, that a machine gets whole.
+
+Decides which device may be given away, how it is claimed and known again, and how QEMU is told. What devices there
+are, and who uses them, is read by `host.block`.
+
+- INV-DEVICE-CLAIMED: as long as a guest can write to a device, its open file description holds the kernel's exclusive
+  claim (O_EXCL): nobody can mount it, swap to it, or make a file system on it. QEMU alone takes no such claim. The
+  descriptor is opened here and handed to QEMU, so the claim lives as long as the last of both, and needs no rights in
+  QEMU.
+- INV-DEVICE-IDENTITY: what is claimed is what was asked for: the identity is read of the device that is already open,
+  after the claim, and a name like /dev/sdb alone is never enough.
+
+Refusals are reasons in words, pure over facts, all at once. The claim itself has the last word: a container's mounts
+are in no table that we can read. A LUN has no claim that other hosts would respect: only what this host knows of it,
+and the target's own access rules, keep it to one machine.
+
+Sources: open(2); block/bdev.c of Linux (exclusive claims of a disk and its partitions exclude each other); QEMU's
+qapi/block-core.json (BlockdevOptionsFile, BlockdevOptionsIscsi); RFC 3721 and libiscsi's README (URLs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused, VmmError, of_os_error
+from vmm.host import block
+from vmm.host.block import BlockDevice, Host
+from vmm.kvm import iscsi
+from vmm.kvm.iscsi import Reason
+
+if TYPE_CHECKING:
+    from vmm.spec import MachineSpec
+
+BLKGETSIZE64 = 0x80081272
+RIGHTS_HINT = "run this as root, or let your user have the device: sudo setfacl -m u:$USER:rw "
+NO_IDENTITY = (
+    "has neither WWN nor serial number nor udev link, so another disk could have its name after the next boot"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """A device and everything around it that matters for giving it away."""
+
+    device: BlockDevice
+    partitions: tuple[BlockDevice, ...] = ()
+    whole: BlockDevice | None = None  # of a partition
+    holders: tuple[BlockDevice, ...] = ()  # devices made of it or of its partitions
+    twins: tuple[BlockDevice, ...] = ()  # others with the same identity
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What machines have: identities of devices and LUNs, and image files by their paths without links, each with
+    its machine."""
+
+    identities: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
+
+
+def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, follow_links: bool = True) -> Given:
+    """What these machines have, without the one whose id is `except_id`. Pure but for links in paths.
+
+    A disk whose identity is not written down, as in a definition made by hand, counts by its URL. Following links
+    touches the storage that images are on, and waits for it where it does not answer.
+    """
+    identities: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for spec in specs:
+        if spec.id == except_id:
+            continue
+        for disk in spec.disks:
+            if disk.path is None:
+                continue
+            if disk.kind == "pass-through":
+                with contextlib.suppress(InvalidSpec):
+                    url = iscsi.parse(disk.path) if iscsi.is_url(disk.path) else None
+                    identity = disk.identity or (url.identity if url else None)
+                    if identity is not None:
+                        identities[identity] = spec.name
+            else:
+                images[os.path.realpath(disk.path) if follow_links else disk.path] = spec.name
+    return Given(identities, images)
+
+
+# -- devices: may it be given away? -------------------------------------------------------------------------------
+
+
+def inspect(path: str, *, root: str = "/") -> DeviceFacts:
+    """Everything about the device that a path leads to. Raises NotFound, InvalidSpec."""
+    device = block.find(path, root=root)
+    return facts_of(device, Host(root))
+
+
+def facts_of(device: BlockDevice, host: Host) -> DeviceFacts:
+    """Everything about a device, from one view of the host."""
+    partitions = _existing(host, device.partitions)
+    holders = [name for one in (device, *partitions) for name in one.holders]
+    twins = host.by_identity(device.identity) if device.identity else []
+    return DeviceFacts(
+        device,
+        partitions,
+        host.device(device.parent) if device.parent else None,
+        _existing(host, dict.fromkeys(holders)),
+        tuple(one for one in twins if one.name != device.name),
+    )
+
+
+def _existing(host: Host, names: Iterable[str]) -> tuple[BlockDevice, ...]:
+    found = []
+    for name in names:
+        try:
+            found.append(host.device(name))
+        except NotFound:
+            continue
+    return tuple(found)
+
+
+def refusals(facts: DeviceFacts, *, read_only: bool = False, given: Given | None = None) -> list[Reason]:
+    """Why this device must not be given to a machine, each reason by itself; empty when it may be. Pure."""
+    return [
+        *_nature(facts.device, read_only),
+        *_users(facts),
+        *_given_already(facts, given or Given()),
+        *_not_known_again(facts),
+    ]
+
+
+def _nature(device: BlockDevice, read_only: bool) -> Iterator[Reason]:
+    if device.kind == "cd-rom":
+        yield Reason("is a CD-ROM drive (give the machine an image of the medium: --cdrom)")
+    elif device.kind == "memory":
+        yield Reason("is part of this host's memory, not a disk")
+    elif not device.is_present:
+        yield Reason("has no file behind it" if device.kind == "loop" else "has no medium")
+    elif device.read_only and not read_only:
+        yield Reason("is write-protected")
+
+
+def _users(facts: DeviceFacts) -> Iterator[Reason]:
+    for one in (facts.device, *facts.partitions):
+        who = "" if one is facts.device else f"its partition {one.path} "
+        if one.mounts:
+            yield Reason(f"{who}is mounted at {', '.join(one.mounts)}", in_use=True)
+        if one.is_swap:
+            yield Reason(f"{who}is swap space of this host", in_use=True)
+        for name in one.holders:
+            holder = next((held for held in facts.holders if held.name == name), None)
+            what = "is one path of" if holder is not None and holder.kind == "multipath" else "is part of"
+            yield Reason(f"{who}{what} {holder.path if holder else name}", in_use=True)
+
+
+def _given_already(facts: DeviceFacts, given: Given) -> Iterator[Reason]:
+    device = facts.device
+    related = [(device, "")]
+    related += [(one, f"its partition {one.path} ") for one in facts.partitions]
+    related += [(facts.whole, f"the whole disk {facts.whole.path} ")] if facts.whole else []
+    for one, who in related:
+        if one.identity is not None and one.identity in given.identities:
+            yield Reason(f"{who}belongs to the machine {given.identities[one.identity]}", in_use=True)
+    if device.file is not None:
+        machine = given.images.get(device.file)  # the kernel says the name without links
+        if machine is not None:
+            yield Reason(f"is the file {device.file}, a disk of the machine {machine}", in_use=True)
+
+
+def _not_known_again(facts: DeviceFacts) -> Iterator[Reason]:
+    device = facts.device
+    if device.identity is None:
+        if device.is_present and device.kind not in ("cd-rom", "memory"):
+            yield Reason(NO_IDENTITY)
+    elif facts.twins and not any(one.kind == "multipath" for one in facts.holders):
+        names = ", ".join(one.path for one in facts.twins)
+        yield Reason(f"has the same identity as {names} and could be taken for it")
+
+
+def refuse(path: str, reasons: Sequence[Reason], look: str = "vmm host disks") -> None:
+    """Raise InUse or Refused with all reasons, or nothing when there are none; `look` is the verb that shows more."""
+    if reasons:
+        kind = InUse if any(one.in_use for one in reasons) else Refused
+        text = "; ".join(map(str, reasons))
+        raise kind(f"cannot be passed through: it {text}", path=path, hint=f"{look} shows more")
+
+
+# -- devices: taking it -------------------------------------------------------------------------------------------
+
+
+class Claim:
+    """A device that is open and exclusively ours; `fd` is for QEMU. Use as a context, or `close` it."""
+
+    def __init__(self, fd: int, path: str, device: BlockDevice, size_bytes: int, *, read_only: bool) -> None:
+        self.fd = fd
+        self.path = path
+        self.device = device
+        self.size_bytes = size_bytes
+        self.read_only = read_only
+
+    @property
+    def identity(self) -> str:
+        """What the device is known by: never empty."""
+        assert self.device.identity is not None
+        return self.device.identity
+
+    def close(self) -> None:
+        """Let go; while QEMU has its copy of the descriptor the device stays claimed."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def claim(
+    path: str,
+    *,
+    identity: str | None = None,
+    read_only: bool = False,
+    given: Given | None = None,
+    root: str = "/",
+) -> Claim:
+    """Take the device at `path`, or, where that name is another device's by now, the one that has `identity`.
+
+    Raises NotFound (gone), InUse (mounted, swap, part of a volume, held by a program or a machine), Refused (cannot be
+    known again, is another than asked for), AccessDenied, InvalidSpec (no block device).
+    """
+    path = locate(path, identity, root=root)
+    facts = inspect(path, root=root)
+    refuse(path, refusals(facts, read_only=read_only, given=given))
+    fd = _open_exclusively(path, read_only=read_only)
+    try:
+        held = _device_of(fd, path, root)
+        wanted = identity or facts.device.identity
+        if held.identity is None or held.identity != wanted:
+            raise Refused(f"is another device than before: {held.identity}, not {wanted}", path=path)
+        size = struct.unpack("=Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
+    except OSError as error:
+        os.close(fd)
+        raise of_os_error(error, "use the device", path=path) from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return Claim(fd, path, held, size, read_only=read_only)
+
+
+def locate(path: str, identity: str | None, *, root: str = "/") -> str:
+    """The path under which the device with this identity is now: `path` itself while it still leads there.
+
+    Raises NotFound when the device is gone, Refused when several have its identity, and what `block.find` raises
+    when no identity is known.
+    """
+    if identity is None:
+        return path
+    try:
+        if block.find(path, root=root).identity == identity:
+            return path
+    except VmmError:
+        pass  # its name is gone or another's: it is looked for below
+    found = Host(root).by_identity(identity)
+    whole = [one for one in found if not one.holders] or found
+    if not whole:
+        raise NotFound(f"the device {identity} is not there any more", path=path, hint=block.LIST_HINT)
+    if len(whole) > 1:
+        names = ", ".join(one.path for one in whole)
+        raise Refused(f"several devices have the identity {identity}: {names}", path=path)
+    return whole[0].stable_path or whole[0].path
+
+
+def _open_exclusively(path: str, *, read_only: bool) -> int:
+    # Not blocking: a drive without medium must not keep us waiting.
+    flags = os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise InUse(
+                "is in use by something else on this host",
+                path=path,
+                hint=f"sudo fuser -v {path} and lsblk {path} show by what",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise AccessDenied(f"could not be opened: {error.strerror}", path=path, hint=RIGHTS_HINT + path) from error
+        raise of_os_error(error, "open the device", path=path) from error
+
+
+def _device_of(fd: int, path: str, root: str) -> BlockDevice:
+    facts = os.fstat(fd)
+    if not stat.S_ISBLK(facts.st_mode):
+        raise InvalidSpec("is no block device", path=path)
+    return Host(root).device_of_number(
+        block.name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev)),
+    )
+
+
+def blockdev_of(node_name: str, fd_set: int, *, read_only: bool = False) -> dict[str, Any]:
+    """QEMU's block device on a claimed descriptor, which QEMU got with `-add-fd set=FD_SET,fd=…`. Pure.
+
+    Without the host's cache: another initiator of a shared disk, or a power cut, finds what the guest flushed.
+    """
+    return {
+        "driver": "host_device",
+        "node-name": node_name,
+        "filename": f"/dev/fdset/{fd_set}",
+        "cache": {"direct": True, "no-flush": False},
+        "aio": "native",
+        "discard": "unmap",
+        "read-only": read_only,
+    }

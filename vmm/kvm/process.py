@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU as a process: whose rights it has, how it is started, and what it said when it ended.
+
+Decides the privileges. QEMU is untrusted: as root it gets a user of the machine's own, no capabilities, no way to
+gain any (no-new-privs), and its system call filter; where the host's /dev/kvm is for root alone it sees one of its
+own, in a mount namespace of its own, and the host's node stays as it is. Must not know what the command line means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vmm.errors import AccessDenied, QemuFailed, Unsupported, of_os_error
+from vmm.proc import ProcessRef, spawn_detached
+
+KVM_DEVICE = "/dev/kvm"
+# systemd's table of user ids (UIDS-GIDS) names 0x70000000 to 0x7FFFFFFF as used by nobody: 28 bits.
+FIRST_USER_ID = 0x70000000
+_ID_DIGITS = 7  # of the machine's id, 4 bits each
+# Where the kernel maps fewer ids (in a container): systemd's for users that exist as long as a service runs.
+_SMALL_USER_IDS = range(61184, 65520)
+_TAIL_BYTES = 16 << 10
+# A /dev/kvm of the machine's own: arguments are a folder, user, major and minor number, then the command.
+_OWN_KVM_SCRIPT = (
+    'set -e; mount -t tmpfs -o mode=0755,size=4k,nr_inodes=8 vmm "$1"; mknod -m 600 "$1/kvm" c "$3" "$4"; '
+    'chown "$2:$2" "$1/kvm"; mount --bind "$1/kvm" /dev/kvm; shift 4; exec "$@"'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who QEMU runs as: a user and group of the machine's own."""
+
+    user_id: int
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """For `chown`."""
+        return self.user_id, self.user_id
+
+
+def identity_of(machine_id: str) -> Identity | None:
+    """The user of a machine, out of its id; None where we are not root and QEMU runs as we do. Raises Unsupported."""
+    if os.geteuid() != 0:
+        return None
+    number = int(machine_id.replace("-", "")[:_ID_DIGITS], 16)
+    for candidate in (FIRST_USER_ID + number, _SMALL_USER_IDS[number % len(_SMALL_USER_IDS)]):
+        if _is_mapped(candidate):
+            return Identity(candidate)
+    raise Unsupported(
+        "there is no user id for the machine: this root maps too few of them",
+        hint="map at least 65536 user ids into this container",
+    )
+
+
+def _is_mapped(user_id: int) -> bool:
+    """True when this user id exists in our user namespace, as a user and as a group."""
+    for path in ("/proc/self/uid_map", "/proc/self/gid_map"):
+        with open(path, encoding="ascii") as file:
+            ranges = [(int(first), int(count)) for first, _, count in map(str.split, file)]
+        if not any(first <= user_id < first + count for first, count in ranges):
+            return False
+    return True
+
+
+def check_reachable(folder: str, identity: Identity | None) -> None:
+    """Raise AccessDenied when QEMU's user cannot come to the runtime folder, whose own rights are right."""
+    if identity is None:
+        return
+    parent = os.path.dirname(folder)
+    while True:
+        facts = os.stat(parent)
+        if not facts.st_mode & stat.S_IXOTH:
+            raise AccessDenied(
+                "cannot be entered by the user that QEMU runs as",
+                path=parent,
+                hint=f"chmod o+x {parent}, or set VMM_RUNTIME to another folder",
+            )
+        if parent == os.path.dirname(parent):
+            return
+        parent = os.path.dirname(parent)
+
+
+def kvm_access(identity: Identity | None) -> tuple[list[str], int | None]:
+    """(how the command begins so that QEMU may use KVM, the group that allows it), neither being the usual case."""
+    if identity is None:
+        return [], None
+    facts = os.stat(KVM_DEVICE)
+    if facts.st_mode & 0o006 == 0o006:
+        return [], None
+    if facts.st_mode & 0o060 == 0o060 and facts.st_gid != 0:
+        return [], facts.st_gid
+    return ["unshare", "--mount", "--propagation", "slave", "--", "/bin/sh", "-c", _OWN_KVM_SCRIPT, "vmm"], None
+
+
+def privileged_command(
+    command: Sequence[str],
+    *,
+    identity: Identity | None,
+    uses_kvm: bool,
+    keeps_ptrace: bool,
+    scratch_folder: str,
+) -> list[str]:
+    """The command that starts `command` with as few rights as it needs. Raises Unsupported.
+
+    `keeps_ptrace`: CAP_SYS_PTRACE and nothing else, as root. `scratch_folder` is where a file system with a device
+    node may be mounted, visible to nobody else.
+    """
+    if shutil.which("setpriv") is None:
+        raise Unsupported("there is no setpriv to take QEMU's rights away", hint="sudo apt install util-linux")
+    drop = ["setpriv", "--no-new-privs"]
+    if identity is None:
+        return [*drop, "--", *command]
+    prefix, group = kvm_access(identity) if uses_kvm else ([], None)
+    if prefix:
+        device = os.stat(KVM_DEVICE).st_rdev
+        prefix += [scratch_folder, str(identity.user_id), str(os.major(device)), str(os.minor(device))]
+    kept = ",+sys_ptrace" if keeps_ptrace else ""
+    drop += [f"--reuid={identity.user_id}", f"--regid={identity.user_id}"]
+    drop += ["--clear-groups"] if group is None else [f"--groups={group}"]
+    drop += [f"--inh-caps=-all{kept}", f"--ambient-caps=-all{kept}", f"--bounding-set=-all{kept}"]
+    return [*prefix, *drop, "--", *command]
+
+
+@dataclass(slots=True)
+class QemuProcess:
+    """A QEMU that was started here, or found running."""
+
+    ref: ProcessRef
+    log_path: str
+    log_offset: int = 0
+
+    def last_words(self) -> str | None:
+        """The last complaint since it was started; None when it said nothing but warnings."""
+        with contextlib.suppress(OSError), open(self.log_path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self.log_offset, size - _TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            telling = [line for line in lines if ": warning: " not in line and ": info: " not in line]
+            if telling:
+                return _without_description(telling[-1].removeprefix("qemu-system-x86_64: "))
+        return None
+
+
+def _without_description(words: str) -> str:
+    """A complaint about `-blockdev {...}: ` or the like with only the name of what it is about."""
+    option = re.match(r"-[a-z]+ (?=\{)", words)
+    if option is None:
+        return words
+    try:
+        document, end = json.JSONDecoder().raw_decode(words, option.end())
+    except ValueError:
+        return words
+    name = document.get("node-name") or document.get("id")
+    return f"{name}{words[end:]}" if name and words[end:].startswith(": ") else words
+
+
+def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[int, int]) -> QemuProcess:
+    """Start it. Raises QemuFailed, AccessDenied, NotFound."""
+    offset = 0
+    with contextlib.suppress(FileNotFoundError):
+        offset = os.stat(log_path).st_size
+    try:
+        pid = spawn_detached(command, log_path=log_path, descriptors=descriptors)
+    except OSError as error:
+        raise of_os_error(error, f"start {command[0]}") from error
+    ref = ProcessRef.of(pid)
+    process = QemuProcess(ref or ProcessRef(pid, 0), log_path, offset)
+    if ref is None:
+        raise QemuFailed(f"ended at once: {process.last_words()}")
+    return process
+
+
+def reap(ref: ProcessRef) -> int | None:
+    """The exit status of a process that has ended, where it was our child."""
+    try:
+        pid, status = os.waitpid(ref.pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def private_copy(path: str, target: str, identity: Identity | None) -> str:
+    """A file that QEMU may read: the very file where QEMU runs as we do, else a copy of its user's own.
+
+    Raises NotFound, AccessDenied, NoSpace.
+    """
+    try:
+        if identity is None:
+            with open(path, "rb"):
+                return path
+        with open(path, "rb") as source, open(target, "xb", opener=_private) as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+            os.fchown(copy.fileno(), *identity.owner)
+            os.fchmod(copy.fileno(), 0o400)
+    except OSError as error:
+        raise of_os_error(error, "read the file", path=path) from error
+    return target
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

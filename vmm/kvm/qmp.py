@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversation with QEMU's monitor, or with the guest agent, which speaks nearly the same.
+
+Decides that every command has a time-out, that failures are errors of ours, and what happens to a connection on which
+an answer is still missing: it is closed, because a late answer must not be taken for another's. The only file that
+knows qemu.qmp. Must not know what the commands mean.
+
+    qmp = await Qmp.connect("/run/vmm/0123456789ab/qmp.sock")
+    status = await qmp.execute("query-status")
+    async for event in qmp.events():       # {"event": "STOP", "data": {...}}, until the connection ends
+        ...
+    await qmp.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+
+from vmm.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
+
+CONNECT_SECONDS = 10.0
+COMMAND_SECONDS = 10.0  # a main loop that drains a disk waits for the reconnect delay, see drives
+AGENT_SECONDS = 3.0
+
+Event: TypeAlias = dict[str, Any]
+
+
+class ConnectionEnded(QemuFailed):
+    """The connection ended before the answer came."""
+
+
+class Qmp:
+    """A connection. Commands may be given from several tasks at once."""
+
+    def __init__(self, client: QMPClient, who: str) -> None:
+        """Use `connect` or `connect_agent`."""
+        self._client = client
+        # The client's own listener, which nobody reads, would keep every event for ever (an agent's are a guest's).
+        client.events.event_filter = lambda event: False
+        self._who = who
+        self._listener = EventListener()
+        self._watch: asyncio.Task[None] | None = None
+        self._hanging_up: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+
+    @classmethod
+    async def connect(cls, path: str, *, timeout_seconds: float = CONNECT_SECONDS) -> Qmp:
+        """Connect to a monitor and leave its negotiation mode. Raises QemuFailed, TimedOut."""
+        client = QMPClient("qemu")
+        qmp = cls(client, "QEMU")
+        client.register_listener(qmp._listener)
+        await qmp._connect(path, timeout_seconds)
+        return qmp
+
+    @classmethod
+    async def connect_agent(cls, path: str, *, timeout_seconds: float = AGENT_SECONDS) -> Qmp:
+        """Connect to a guest agent and throw away what it still has to say to others before us.
+
+        Raises AgentUnavailable when nobody answers.
+        """
+        client = QMPClient("agent")
+        client.await_greeting = False
+        client.negotiate = False
+        qmp = cls(client, "the guest agent")
+        try:
+            await qmp._connect(path, timeout_seconds)
+            token = random.getrandbits(31)
+            answer = await qmp.execute("guest-sync", timeout_seconds=timeout_seconds, id=token)
+        except VmmError as error:
+            await qmp.close()
+            raise AgentUnavailable(
+                f"the guest agent does not answer: {error.problem}",
+                hint="is qemu-guest-agent installed and running in the guest?",
+            ) from error
+        if answer != token:
+            await qmp.close()
+            raise AgentUnavailable("the guest agent answers to somebody else's question")
+        return qmp
+
+    async def _connect(self, path: str, timeout_seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._client.connect(path), timeout_seconds)
+        except TimeoutError as error:
+            await self.close()
+            raise TimedOut(f"{self._who} did not greet within {timeout_seconds:g} s", path=path) from error
+        except (QMPError, OSError) as error:
+            await self.close()
+            raise QemuFailed(f"cannot talk to {self._who}: {_reason(error)}", path=path) from error
+        self._watch = asyncio.create_task(self._wait_for_end())
+
+    async def _wait_for_end(self) -> None:
+        """Notice the end of the connection, which the client tells only who asks."""
+        while self._client.runstate.name == "RUNNING":
+            await self._client.runstate_changed()
+        self._ended.set()
+        await self._disconnect()
+
+    # -- commands ---------------------------------------------------------------------------------------------------
+
+    async def execute(self, command: str, *, timeout_seconds: float = COMMAND_SECONDS, **arguments: object) -> Any:
+        """The result of a command; `_` in names of arguments is written `-`.
+
+        Raises QemuFailed with QEMU's own words (for an agent AgentUnavailable when it is gone), TimedOut. After a
+        TimedOut the connection is closed.
+        """
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await self.execute_raw(command, named, timeout_seconds=timeout_seconds)
+
+    async def execute_raw(
+        self, command: str, arguments: dict[str, Any] | None = None, *, timeout_seconds: float = COMMAND_SECONDS
+    ) -> Any:
+        """As `execute`, with the names of the arguments as they are."""
+        try:
+            return await asyncio.wait_for(self._client.execute(command, arguments or None), timeout_seconds)
+        except TimeoutError as error:
+            await self.close()
+            raise TimedOut(f"{self._who} did not answer {command} within {timeout_seconds:g} s") from error
+        except ExecuteError as error:
+            raise QemuFailed(f"{self._who} refused {command}: {error}") from error
+        except (ExecInterruptedError, StateError, QMPError, OSError) as error:
+            raise ConnectionEnded(f"{self._who} went away during {command}: {_reason(error)}") from error
+
+    async def send_descriptor(self, name: str, descriptor: int) -> None:
+        """Give QEMU a descriptor, which it calls `name` from then on (`fd:NAME`). Ours stays open.
+
+        Raises QemuFailed, TimedOut.
+        """
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError) as error:
+            raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
+        await self.execute("getfd", fdname=name)
+
+    async def add_descriptor_to_set(self, set_number: int, descriptor: int, word: str = "") -> None:
+        """Give QEMU a descriptor as `/dev/fdset/SET_NUMBER`, to be found by `word`. Raises QemuFailed, TimedOut."""
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError) as error:
+            raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
+        await self.execute("add-fd", fdset_id=set_number, opaque=word)
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What QEMU tells by itself, in its order, until the connection ends. For one reader."""
+        while True:
+            if not self._listener.empty():
+                yield dict(await self._listener.get())
+                continue
+            getting = asyncio.ensure_future(self._listener.get())
+            ending = asyncio.ensure_future(self._ended.wait())
+            try:
+                await asyncio.wait({getting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ending.cancel()
+                got = getting.done()
+                getting.cancel()
+            if got:
+                yield dict(getting.result())
+            elif self._listener.empty():
+                return
+
+    @property
+    def is_connected(self) -> bool:
+        """False once the connection has ended."""
+        return not self._ended.is_set()
+
+    async def wait_closed(self) -> None:
+        """Return when the connection has ended."""
+        await self._ended.wait()
+
+    async def close(self) -> None:
+        """Hang up; closing twice is fine."""
+        self._ended.set()
+        await self._disconnect()
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            await asyncio.wait({self._watch})
+
+    async def _disconnect(self) -> None:
+        if self._hanging_up is None:  # the client cannot be disconnected by two at once
+            self._hanging_up = asyncio.create_task(self._hang_up())
+        await asyncio.shield(self._hanging_up)
+
+    async def _hang_up(self) -> None:
+        # It raises what ended the connection, which was or will be told to whoever is waiting for an answer.
+        # (ValueError: the other side sent a line without an end.)
+        with contextlib.suppress(QMPError, OSError, EOFError, ValueError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._client.disconnect(), COMMAND_SECONDS)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost reason, which is the one that says something."""
+    if isinstance(error, ExecInterruptedError) or not str(error):
+        return "the connection ended"
+    inner = getattr(error, "exc", None)
+    if isinstance(inner, BaseException):
+        return _reason(inner)
+    return str(error) or type(error).__name__

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's front door: every verb of vmm as a method, synchronous and typed.
+
+Decides which verb is for the machine's files, which for its worker, and what is refused beforehand. Keeps nothing: the
+truth is in the machines' folders and workers, so any number of managers may be used at once, in any process.
+
+    manager = vmm.Manager()
+    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd")])
+    manager.start("web")
+    manager.shutdown("web")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import vhdkit
+from vmm import backup, contact, devices, registry, saved
+from vmm.contact import Place
+from vmm.errors import InvalidSpec, NotFound, VmmError, WrongState
+from vmm.events import add_event, follow_events, read_events
+from vmm.guest_access import GuestAccess
+from vmm.images import find_image, look_at
+from vmm.kvm import machine_types
+from vmm.kvm.drives import store_error
+from vmm.launch import open_medium
+from vmm.paths import default_folders
+from vmm.registry import Machine
+from vmm.rpc import Progress
+from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk, make_spec
+from vmm.state import MachineState, processes_of
+
+SHUTDOWN_SECONDS = 120.0
+_PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
+LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWish:
+    """A disk that a machine is to have. `controller` None: IDE while there is room, then SCSI; `unit` None: any."""
+
+    path: str | None
+    controller: Controller | None = None
+    controller_index: int | None = None
+    unit: int | None = None
+    kind: Literal["vhd", "pass-through", "iso"] = "vhd"
+    read_only: bool = False
+    serial: str | None = None
+    parent_dirs: tuple[str, ...] = ()
+    allow_raw_parent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MachineInfo:
+    """A machine as `list` and `show` tell it. `problem` says why nothing more is known of it."""
+
+    name: str
+    state: MachineState | None
+    spec: MachineSpec | None
+    folder: str | None = None
+    accelerator: str | None = None
+    uptime_seconds: float | None = None
+    reason: str | None = None
+    heartbeat: str | None = None
+    operation: str | None = None
+    guest: dict[str, Any] | None = None
+    pids: dict[str, int] | None = None
+    problem: VmmError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What deleting a machine removes, and which of its disks stay, with the reason."""
+
+    folder: str
+    disks: tuple[str, ...]
+    kept: tuple[tuple[str, str], ...]
+
+
+class Manager:
+    """All machines of this user on this host."""
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The names of all machines, sorted."""
+        return registry.names()
+
+    def machines(self) -> list[MachineInfo]:
+        """All machines. One that cannot be looked at is there, too, with its problem."""
+        return [self._info_or_problem(name) for name in registry.names()]
+
+    def _info_or_problem(self, name: str) -> MachineInfo:
+        try:
+            return self.show(name)
+        except VmmError as error:
+            return MachineInfo(name, None, None, problem=error)
+
+    def show(self, name: str, *, guest: bool = False) -> MachineInfo:
+        """One machine; `guest` asks its agent, too. Raises NotFound, InvalidSpec, TimedOut."""
+        machine = registry.load(name)
+        place = _place(machine)
+        found = contact.state_of(place)
+        if guest and found.get("heartbeat") is not None:
+            found |= self._call(name, "status", guest=True)
+        processes = processes_of(place.runtime)
+        return MachineInfo(
+            name=machine.name,
+            state=MachineState(found["state"]),
+            spec=machine.spec,
+            folder=machine.paths.folder,
+            accelerator=found.get("accelerator"),
+            uptime_seconds=found.get("uptime_seconds"),
+            reason=found.get("reason"),
+            heartbeat=found.get("heartbeat"),
+            operation=found.get("operation"),
+            guest=found.get("guest"),
+            pids={part: ref.pid for part, ref in processes.items()},
+        )
+
+    def state(self, name: str) -> MachineState:
+        """What a machine is doing. Raises NotFound, TimedOut."""
+        return MachineState(contact.state_of(Place.of(name))["state"])
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What happened to a machine, the oldest first."""
+        return read_events(Place.of(name).machine.events)
+
+    def follow_events(self, name: str) -> Iterator[dict[str, Any] | None]:
+        """What happens to a machine from now on, for ever; None now and then."""
+        return follow_events(Place.of(name).machine.events)
+
+    def log_path(self, name: str, log: LogName) -> str:
+        """Where a program's log lies; it may not be there yet."""
+        machine = Place.of(name).machine
+        return machine.console_log if log == "console" else machine.log(log)
+
+    # -- making and changing ----------------------------------------------------------------------------------------
+
+    def create(
+        self, name: str, *, disks: Sequence[DiskWish] = (), folder: str | None = None, **settings: object
+    ) -> MachineInfo:
+        """Define a machine; `settings` are those of `MachineSpec`, `folder` where its own folder is made.
+
+        Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
+        Unsupported (there is no QEMU).
+        """
+        if "machine_type" not in settings:
+            settings["machine_type"] = machine_types.newest("pc")
+        for key in ("kernel", "initrd"):
+            if isinstance(path := settings.get(key), str):
+                settings[key] = _readable(path)
+        spec = make_spec(name=name, **settings)
+        for wish in disks:
+            spec = spec.changed(disks=[*spec.disks, self._disk_of(wish, spec)])
+        if folder is not None and not os.path.isdir(folder):
+            raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+        machine = registry.add(spec, folder=folder)
+        add_event(machine.paths.events, "created")
+        return self.show(name)
+
+    def set(self, name: str, /, **settings: object) -> bool:
+        """Change settings of `MachineSpec`; True when it takes effect only with the next start.
+
+        Raises InvalidSpec, WrongState for a name or hardware that must not change now.
+        """
+        with registry.changing(name) as machine:
+            fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
+            if fixed:
+                raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
+            hardware = set(settings) - {"notes", "automatic", "name", "paths"}
+            if hardware:
+                saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(hardware))}")
+            for key in ("kernel", "initrd"):
+                if isinstance(path := settings.get(key), str):
+                    settings[key] = _readable(path)
+            spec = machine.spec.changed(**settings)
+            running = contact.contact(_place(machine))
+            if running is not None:
+                running.close()
+            if spec.name != machine.name:
+                if running is not None:
+                    raise WrongState("is running, and cannot have another name now", machine=name)
+                registry.rename(machine, spec)
+            else:
+                registry.save(machine, spec)
+        return running is not None and bool(hardware)
+
+    def plan_delete(self, name: str, *, with_disks: bool = False) -> Deletion:
+        """What `delete` would remove. Raises WrongState while the machine runs, InUse for a disk in use."""
+        machine = registry.load(name)
+        self._refuse_running(machine, "delete it")
+        disks, kept = [], []
+        for disk in machine.spec.disks:
+            if disk.path is None:
+                continue
+            if disk.kind != "vhd" or disk.read_only:
+                kept.append((disk.path, "it is not the machine's own" if disk.kind == "vhd" else f"it is {disk.kind}"))
+            elif not with_disks:
+                kept.append((disk.path, "disks stay unless --with-disks is given"))
+            elif not os.path.exists(disk.path):
+                kept.append((disk.path, "it is not there"))
+            else:
+                try:
+                    look_at(disk, writable=True)
+                    disks.append(disk.path)
+                except VmmError as error:
+                    kept.append((disk.path, error.problem))
+        return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
+
+    def delete(self, name: str, *, with_disks: bool = False) -> Deletion:
+        """Remove a machine, its saved state and logs; with its writable images where asked for. Never a parent.
+
+        Raises WrongState while it runs, and nothing is removed then.
+        """
+        with registry.changing(name) as machine:
+            plan = self.plan_delete(name, with_disks=with_disks)
+            registry.remove(machine)
+            for path in plan.disks:
+                os.unlink(path)
+        return plan
+
+    def _refuse_running(self, machine: Machine, what: str) -> None:
+        state = contact.state_of(_place(machine))["state"]
+        if state not in (MachineState.OFF, MachineState.SAVED):
+            raise WrongState(
+                f"is {state}: cannot {what} now",
+                machine=machine.name,
+                hint=f"shut it down: vmm shutdown {machine.name}",
+            )
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> MachineState:
+        """Start a machine, with its saved memory where there is some. Raises WrongState, InUse, what is missing."""
+        return MachineState(contact.start(name, discard_saved=discard_saved, progress=progress)["state"])
+
+    def shutdown(
+        self, name: str, *, timeout_seconds: float = SHUTDOWN_SECONDS, progress: Progress | None = None
+    ) -> None:
+        """Have the guest shut itself down, and wait. Raises TimedOut when it does not, WrongState."""
+        self._call_until_off(name, "shutdown", progress, seconds=timeout_seconds)
+
+    def stop(self, name: str, *, progress: Progress | None = None) -> None:
+        """Power off. Raises WrongState when it is off."""
+        self._call_until_off(name, "stop", progress)
+
+    def save(self, name: str, *, progress: Progress | None = None) -> None:
+        """Memory and devices to disk, then off. Raises WrongState, NoSpace; then the machine goes on."""
+        self._call_until_off(name, "save", progress)
+
+    def reset(self, name: str) -> None:
+        """As the reset button."""
+        self._call(name, "reset")
+
+    def pause(self, name: str) -> None:
+        """Stand still."""
+        self._call(name, "pause")
+
+    def resume(self, name: str) -> None:
+        """Go on after `pause`."""
+        self._call(name, "resume")
+
+    def discard_saved(self, name: str) -> None:
+        """Throw a saved machine's memory away. Raises WrongState where there is none."""
+        with registry.changing(name) as machine:
+            if not saved.is_saved(machine.paths):
+                raise WrongState("is not saved", machine=name)
+            saved.discard(machine.paths)
+        add_event(machine.paths.events, "saved-state-discarded")
+
+    # -- disks --------------------------------------------------------------------------------------------------------
+
+    def add_disk(self, name: str, wish: DiskWish) -> DiskSpec:
+        """Give a machine a disk; a running one on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
+        with registry.changing(name) as machine:
+            saved.refuse_when_saved(machine.paths, name, "adding a disk")
+            with contact.contact(_place(machine)) or contextlib.nullcontext() as client:
+                if client is not None and wish.controller is None:
+                    wish = _on_scsi(wish)
+                disk = self._disk_of(wish, machine.spec)
+                spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
+                if client is None:
+                    registry.save(machine, spec)
+                    add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
+                else:
+                    registry.check_disks(spec)
+                    client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
+        return disk
+
+    def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
+        """Take a disk away from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
+        with registry.changing(name) as machine:
+            disk = _find_disk(machine, disk_id)
+            saved.refuse_when_saved(machine.paths, name, "removing a disk")
+            client = contact.contact(_place(machine))
+            if client is None:
+                rest = [one for one in machine.spec.disks if one.id != disk.id]
+                registry.save(machine, machine.spec.changed(disks=rest))
+                add_event(machine.paths.events, "disk-removed", disk=disk.id, path=disk.path)
+            else:
+                with client:
+                    client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
+        return disk
+
+    def resize_disk(self, name: str, disk_id: str, size_bytes: int) -> int:
+        """Give a disk another size; the size it has then. Raises StoreFailed, WrongState, InvalidSpec."""
+        with registry.changing(name) as machine:
+            disk = _find_disk(machine, disk_id)
+            if disk.kind != "vhd" or disk.read_only or disk.path is None:
+                raise WrongState("only a writable image can be resized", machine=name, path=disk.path)
+            saved.refuse_when_saved(machine.paths, name, "resizing a disk")
+            client = contact.contact(_place(machine))
+            if client is not None:
+                with client:
+                    done = client.call(
+                        "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
+                    )
+                return int(done["size_bytes"])
+            return _resize_image(disk, size_bytes)
+
+    def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
+        """The disks of a machine: (disk, size in bytes, what is wrong with it)."""
+        rows: list[tuple[DiskSpec, int | None, str | None]] = []
+        for disk in registry.load(name).spec.disks:
+            try:
+                rows.append((disk, _size_of(disk), None))
+            except VmmError as error:
+                rows.append((disk, None, error.problem))
+        return rows
+
+    def backup(self, name: str, folder: str, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Copy all disks, as they are at one moment, into a new folder, while the machine runs or not.
+
+        {"folder", "disks": {id: path}, "consistent": whether file systems were written out}. Raises AlreadyExists,
+        Refused for passed-through devices, StoreFailed, NoSpace.
+        """
+        target = backup.check_target(folder)
+        place = Place.of(name)
+        client = contact.contact(place)
+        if client is not None:
+            with client:
+                result: dict[str, Any] = client.call(
+                    "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
+                )
+                return result
+        with registry.changing(name) as machine:
+            disks = backup.disks_to_copy(machine.spec)
+            told = progress or (lambda document: None)
+            copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))
+        is_off = not saved.is_saved(place.machine)  # a saved machine's file systems are in use
+        return {**copied, "consistent": is_off}
+
+    def _disk_of(self, wish: DiskWish, spec: MachineSpec) -> DiskSpec:
+        """A disk for a machine as it is wished for, with what was not said chosen and its image looked at."""
+        controller = wish.controller or _usual_controller(wish, spec)
+        index, unit = wish.controller_index, wish.unit
+        if unit is None:
+            index, unit = (
+                spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
+            )
+        path = wish.path
+        settings: dict[str, object] = {} if wish.serial is None else {"serial": wish.serial}
+        if path is not None and wish.kind == "pass-through":
+            found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
+            path = found.pop("path")
+            settings |= found
+        elif path is not None:
+            path = find_image(path, spec.paths.disks or default_folders()["disks"])
+        disk = make_disk(
+            id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
+            unit=unit, read_only=wish.read_only or wish.kind == "iso",
+            parent_dirs=tuple(os.path.abspath(one) for one in wish.parent_dirs),
+            allow_raw_parent=wish.allow_raw_parent, **settings,
+        )  # fmt: skip
+        if disk.kind == "iso" and path is not None:
+            os.close(open_medium(path))
+        if disk.kind == "vhd":
+            disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
+        return disk
+
+    def guest(self, name: str) -> GuestAccess:
+        """The inside of a machine: console, screen, agent, exchanged items. Raises NotFound."""
+        return GuestAccess(Place.of(name))
+
+    # -- asking the worker --------------------------------------------------------------------------------------------
+
+    def _call(self, name: str, method: str, progress: Progress | None = None, **params: object) -> Any:
+        """Ask the machine's worker. Raises WrongState when there is none."""
+        place = Place.of(name)
+        client = contact.contact(place)
+        if client is None:
+            state = contact.state_of(place)["state"]
+            raise WrongState(f"is {state}: cannot {method} it now", machine=name)
+        with client:
+            return client.call(method, timeout_seconds=_PATIENCE_SECONDS, progress=progress, **params)
+
+    def _call_until_off(self, name: str, method: str, progress: Progress | None, **params: object) -> None:
+        """Ask for something that ends the machine, and return when nothing of it is left."""
+        self._call(name, method, progress, **params)
+        contact.wait_put_away(Place.of(name))
+
+
+def _place(machine: Machine) -> Place:
+    return Place(machine.name, machine.paths, machine.runtime)
+
+
+def _find_disk(machine: Machine, disk_id: str) -> DiskSpec:
+    """A disk by its id, or by its path."""
+    for disk in machine.spec.disks:
+        if disk_id in (disk.id, disk.serial) or (disk.path is not None and os.path.abspath(disk_id) == disk.path):
+            return disk
+    known = ", ".join(disk.id for disk in machine.spec.disks) or "none"
+    raise NotFound(f"has no disk {disk_id!r}; there are {known}", machine=machine.name)
+
+
+def _usual_controller(wish: DiskWish, spec: MachineSpec) -> Controller:
+    if wish.kind == "iso":
+        return "ide"
+    on_ide = sum(disk.controller == "ide" for disk in spec.disks)
+    return "ide" if on_ide < 3 else "scsi"
+
+
+def _free_unit(spec: MachineSpec, controller: Controller, index: int) -> int:
+    taken = {disk.unit for disk in spec.disks if (disk.controller, disk.controller_index) == (controller, index)}
+    return next(unit for unit in range(len(taken) + 1) if unit not in taken)
+
+
+def _on_scsi(wish: DiskWish) -> DiskWish:
+
+    return replace(wish, controller="scsi")
+
+
+def _readable(path: str) -> str:
+    """The absolute path of a file that can be opened. Raises NotFound, AccessDenied."""
+    os.close(open_medium(path))
+    return os.path.abspath(path)
+
+
+def _size_of(disk: DiskSpec) -> int | None:
+    if disk.path is None:
+        return None
+    if disk.kind == "vhd":
+        return look_at(disk).size_bytes
+    if disk.kind == "pass-through":
+        return devices.size_bytes_of(disk)
+    descriptor = open_medium(disk.path)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)
+
+
+def _resize_image(disk: DiskSpec, size_bytes: int) -> int:
+
+    assert disk.path is not None
+    options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
+    try:
+        return vhdkit.resize(disk.path, size_bytes, options=options).virtual_size_after_bytes
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error

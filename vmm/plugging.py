@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that come, go and grow while the machine runs, and a copy of all of them at one moment.
+
+Decides what may be changed in a running machine (SCSI only), and in which order the change reaches QEMU, the
+definition that runs and the one that is stored: a disk is written down before the guest can use it, so that it is
+served again whoever is killed, and forgotten after the guest let go of it. How QEMU is told: `kvm.drives`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from typing import Any
+
+from vmm import registry
+from vmm.errors import InvalidSpec, NotFound, WrongState
+from vmm.keeper import export_of
+from vmm.kvm import drives
+from vmm.kvm.cmdline import Device
+from vmm.paths import write_whole
+from vmm.rpc import Method, Progress, parameter
+from vmm.running import Running
+from vmm.spec import DiskSpec, MachineSpec, make_disk
+from vmm.state import MachineState
+
+_LIVE = (MachineState.RUNNING, MachineState.PAUSED)
+
+
+class Plugging:
+    """The disks of a running machine."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers about disks."""
+        return {
+            "disk-add": self._add,
+            "disk-remove": self._remove,
+            "disk-resize": self._resize,
+            "disk-status": self._status,
+        }
+
+    def _check(self, verb: str) -> None:
+        if self._running.state not in _LIVE:
+            raise WrongState(f"is {self._running.state.value}: cannot {verb} now")
+
+    def _disk(self, params: dict[str, Any]) -> DiskSpec:
+        disk_id = parameter(params, "disk", str, "")
+        disk = self._running.spec.disk(disk_id)
+        if disk is None:
+            known = ", ".join(one.id for one in self._running.spec.disks) or "none"
+            raise NotFound(f"there is no disk {disk_id!r} in the running machine; there are {known}")
+        return disk
+
+    async def _add(self, params: dict[str, Any], progress: Progress) -> object:
+        """Plug in a disk; {"disk": a disk's settings}."""
+        disk = make_disk(**parameter(params, "disk", dict, {}))
+        self._check("add a disk")
+        if disk.controller != "scsi":
+            raise WrongState(
+                f"is running, and a disk on {disk.controller} cannot be added then",
+                hint="add it on scsi, or when the machine is off",
+            )
+        if disk.kind == "iso":
+            raise InvalidSpec("an ISO image goes into a drive on IDE, which cannot be added to a running machine")
+        used = {one.controller_index for one in self._running.spec.disks if one.controller == "scsi"} | {0}
+        if disk.controller_index not in used:
+            raise WrongState(
+                f"runs without a SCSI controller {disk.controller_index}",
+                hint="use controller 0, which is always there",
+            )
+        before = self._running.spec
+        after = before.changed(disks=[*before.disks, disk])
+        with self._running.busy("disk-add"):
+            self._write_down(after)
+            try:
+                await self._plug_in(disk)
+            except BaseException:
+                self._write_down(before)
+                raise
+        add = json.loads(disk.model_dump_json())
+        self._running.tell("disk-added", disk=disk.id, path=disk.path)
+        return {"disk": add}
+
+    async def _plug_in(self, disk: DiskSpec) -> None:
+        qmp, server, socket = self._running.qmp, self._running.server, self._running.runtime.nbd
+        if disk.kind == "vhd":
+            export = export_of(json.loads(disk.model_dump_json()), follow_leaf=False)
+            await drives.add_disk(qmp, server, disk, socket, export=export, medium=None)
+            return
+        from vmm.devices import medium_of
+
+        number = await drives.free_set(qmp)
+        medium = await asyncio.to_thread(
+            medium_of, self._running.spec, disk, give_set=lambda ours: (number, ours), give_secret=_secret
+        )
+        try:
+            await drives.add_disk(qmp, server, disk, socket, export={}, medium=medium)
+        finally:
+            for _, ours in medium.descriptors:
+                os.close(ours)
+
+    async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
+        """Unplug a disk; {"disk": id}."""
+        disk = self._disk(params)
+        self._check("remove a disk")
+        if disk.controller != "scsi":
+            raise WrongState(
+                f"is running, and a disk on {disk.controller} cannot be removed then",
+                hint="shut the machine down first",
+            )
+        before = self._running.spec
+        after = before.changed(disks=[one for one in before.disks if one.id != disk.id])
+        with self._running.busy("disk-remove"):
+            await drives.remove_disk(self._running.qmp, self._running.server, disk)
+            self._write_down(after)
+        self._running.tell("disk-removed", disk=disk.id, path=disk.path)
+        return {"disk": disk.id}
+
+    async def _resize(self, params: dict[str, Any], progress: Progress) -> object:
+        """Give a disk another size; {"disk": id, "size_bytes"}."""
+        disk = self._disk(params)
+        size_bytes = parameter(params, "size_bytes", int, 0)
+        if size_bytes <= 0:
+            raise InvalidSpec("a size is a positive number of bytes")
+        self._check("resize a disk")
+        if disk.kind != "vhd" or disk.read_only:
+            raise WrongState("only a writable image can be resized")
+        if disk.controller == "ide":
+            raise WrongState(
+                "is running, and a guest does not see a disk on ide grow", hint="shut the machine down first"
+            )
+        with self._running.busy("disk-resize"):
+            result = await drives.resize_disk(self._running.qmp, self._running.server, disk, size_bytes)
+        self._running.tell("disk-resized", disk=disk.id, size_bytes=result["size_bytes"])
+        return result
+
+    async def _status(self, params: dict[str, Any], progress: Progress) -> object:
+        """The disks as the server serves them: sizes and layers."""
+        return await self._running.server.call("status", timeout_seconds=5)
+
+    def _write_down(self, spec: MachineSpec) -> None:
+        """The running definition, which the keeper reads, and the disks of the stored one. Raises InUse, NoSpace."""
+        stored = registry.load_folder(self._running.machine.folder)
+        registry.save(stored, stored.spec.changed(disks=list(spec.disks)))
+        write_whole(self._running.runtime.running, spec.to_json(), durable=False)
+        self._running.spec = spec
+
+
+def _secret(secret_id: str, content: bytes) -> Device:
+    """The object for a secret, whose content goes over the monitor's private socket."""
+    return {"qom-type": "secret", "id": secret_id, "format": "base64", "data": base64.b64encode(content).decode()}

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that outlive whoever started them: known by number and start time, watched by pidfd, started detached.
+
+Decides when a number that was written down still means the same process, and how a program of ours is started so that
+it neither dies with its starter nor hears its terminal. Must not know what the programs do. Light: the command line
+imports it, and so does the keeper, which is to stay small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vmm.errors import InUse, of_os_error
+from vmm.paths import MachinePaths
+
+_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which may hold anything
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRef:
+    """A process: its number, and when it began in clock ticks since boot, without which a number means nothing."""
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessRef | None:
+        """The living process of this number; None when there is none, or only what is left of a dead one."""
+        fields = _stat(pid)
+        return None if fields is None else cls(pid, int(fields[_START_FIELD]))
+
+    @classmethod
+    def of_self(cls) -> ProcessRef:
+        """This process."""
+        me = cls.of(os.getpid())
+        assert me is not None
+        return me
+
+    @classmethod
+    def from_document(cls, document: object) -> ProcessRef | None:
+        """What `to_document` wrote; None for anything else."""
+        match document:
+            case {"pid": int(pid), "start_ticks": int(ticks)} if pid > 1:
+                return cls(pid, ticks)
+        return None
+
+    def to_document(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"pid": self.pid, "start_ticks": self.start_ticks}
+
+    def is_alive(self) -> bool:
+        """True while the process runs; a zombie does not."""
+        return ProcessRef.of(self.pid) == self
+
+    def open_pidfd(self) -> int | None:
+        """A descriptor that becomes readable when the process ends; None when it has ended."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except (ProcessLookupError, PermissionError):
+            return None
+        if not self.is_alive():  # looked at after opening: the number cannot change hands any more
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def send(self, number: int) -> bool:
+        """Send a signal to this process and surely no other; False when it has ended."""
+        descriptor = self.open_pidfd()
+        if descriptor is None:
+            return False
+        try:
+            signal.pidfd_send_signal(descriptor, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait for its end; False when it still runs then."""
+        descriptor = self.open_pidfd()
+        if descriptor is None:
+            return True
+        try:
+            return bool(select.select([descriptor], [], [], timeout_seconds)[0])
+        finally:
+            os.close(descriptor)
+
+    def end(self, grace_seconds: float) -> None:
+        """Ask it to end, wait, and kill it when it does not."""
+        if self.send(signal.SIGTERM) and not self.wait(grace_seconds):
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill it and wait until it is dead."""
+        if self.send(signal.SIGKILL):
+            self.wait(10.0)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the name; None for no process and for a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            content = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = content[content.rindex(b")") + 1 :].decode().split()
+    return None if fields[_STATE_FIELD] in ("Z", "X", "x") else fields
+
+
+# -- starting ------------------------------------------------------------------------------------------------------
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours with this Python, whatever the working directory holds."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def python_environment() -> dict[str, str]:
+    """Our environment, with the folder that our own packages were imported from first on Python's path."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    rest = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
+
+
+def spawn_detached(
+    command: Sequence[str],
+    *,
+    log_path: str,
+    environment: Mapping[str, str] | None = None,
+    descriptors: Mapping[int, int] | None = None,
+) -> int:
+    """Start a program in a session of its own, with nothing to read and its output appended to a log; its number.
+
+    `descriptors`: number there -> ours. All others stay here. Raises OSError.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    # First out of the way of the numbers that they are to have, else one could be overwritten before it is copied.
+    wanted = {0: null, 1: log, 2: log, **(descriptors or {})}
+    first_free = max(wanted) + 1
+    moved = {number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, first_free) for number, ours in wanted.items()}
+    try:
+        return os.posix_spawnp(
+            command[0],
+            list(command),
+            dict(os.environ if environment is None else environment),
+            file_actions=[(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in moved.items()],
+            setsid=True,
+            setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE],
+            setsigmask=[],
+        )
+    finally:
+        for descriptor in (log, null, *moved.values()):
+            os.close(descriptor)
+
+
+# -- locks ---------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """A lock (flock) that the kernel takes back when its holder dies. `path` keeps lying there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def try_take(self) -> bool:
+        """Take it; False when another process, or another `Lock` of this one, has it. Raises OSError."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except FileNotFoundError:
+            same = False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not same:  # its folder was taken away and made anew meanwhile
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Give it back; twice is fine."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@contextlib.contextmanager
+def machine_lock(folder: str, name: str) -> Iterator[None]:
+    """While the block runs nobody else changes the machine in that folder. Raises InUse when somebody does."""
+    lock = Lock(MachinePaths(folder).lock)
+    try:
+        taken = lock.try_take()
+    except OSError as error:
+        raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
+    if not taken:
+        raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: str) -> bool:
+    """True while somebody holds the lock."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False

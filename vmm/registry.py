@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machines of this host, as files: which there are, their definitions, and who may change them.
+
+Decides how a machine is added, found, changed and taken away so that it is there whole or not at all, that one command
+changes a machine at a time, and that no two machines write to one image. Must not know what runs.
+
+    home/machines/NAME/machine.json      or home/machines/NAME -> FOLDER/NAME where the machine lies elsewhere
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vmm import paths
+from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
+from vmm.paths import MachinePaths, RuntimePaths
+from vmm.proc import machine_lock
+from vmm.spec import DiskSpec, MachineSpec, read_spec
+
+MAX_DEFINITION_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine as it is defined, and where its files are."""
+
+    spec: MachineSpec
+    paths: MachinePaths
+    runtime: RuntimePaths
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.spec.name
+
+
+def names() -> list[str]:
+    """The names of all machines, sorted. Raises AccessDenied."""
+    folder = paths.registry_folder()
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if _is_name(entry.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise of_os_error(error, "list the machines", path=folder) from error
+
+
+def load(name: str) -> Machine:
+    """A machine by its name. Raises NotFound, InvalidSpec, AccessDenied."""
+    machine = load_folder(paths.machine_folder(name))
+    if machine.spec.name != name:  # a rename was cut short: the folder's name is the one it is found by
+        return Machine(machine.spec.changed(name=name), machine.paths, machine.runtime)
+    return machine
+
+
+def load_folder(folder: str) -> Machine:
+    """The machine in a folder. Raises as `load` does."""
+    where = MachinePaths(folder)
+    spec = read_definition(where.definition)
+    return Machine(spec, where, paths.runtime_of(spec.id))
+
+
+def read_definition(path: str) -> MachineSpec:
+    """A definition. Raises NotFound, AccessDenied, InvalidSpec."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_DEFINITION_BYTES + 1)
+    except OSError as error:
+        raise of_os_error(error, "read the machine's definition", path=path) from error
+    return read_spec(content[:MAX_DEFINITION_BYTES], path)
+
+
+def load_all() -> tuple[list[Machine], list[VmmError]]:
+    """All machines, and what is wrong with those that cannot be read."""
+    machines, failures = [], []
+    for name in names():
+        try:
+            machines.append(load(name))
+        except VmmError as error:
+            error.machine = name
+            failures.append(error)
+    return machines, failures
+
+
+# -- changing ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def changing(name: str) -> Iterator[Machine]:
+    """The machine, which nobody else changes while the block runs. Raises InUse when somebody does, and as `load`."""
+    folder = paths.machine_folder(name)
+    with machine_lock(folder, name):
+        yield load(name)
+
+
+def add(spec: MachineSpec, *, folder: str | None = None) -> Machine:
+    """Add a machine; its folder is made in `folder`, by default the host's for machines. It appears whole.
+
+    Raises AlreadyExists for a name that is taken, InUse for an image of another machine's, NoSpace, AccessDenied.
+    """
+    paths.make_home()
+    parent = os.path.abspath(folder or paths.default_folders()["machines"])
+    entry = os.path.join(paths.registry_folder(), spec.name)
+    target = os.path.join(parent, spec.name)
+    part = os.path.join(parent, f".{spec.name}.{os.getpid()}.part")
+    try:
+        os.makedirs(paths.registry_folder(), mode=0o700, exist_ok=True)
+        os.makedirs(parent, mode=0o700, exist_ok=True)
+        with _adding():
+            if os.path.lexists(entry):
+                raise AlreadyExists("there is a machine of that name already", machine=spec.name)
+            if os.path.lexists(target):
+                raise AlreadyExists("is in the way of the new machine's folder", machine=spec.name, path=target)
+            check_disks(spec)
+            os.mkdir(part, 0o700)
+            try:
+                os.mkdir(MachinePaths(part).logs, 0o700)
+                paths.write_whole(MachinePaths(part).definition, spec.to_json())
+                os.rename(part, target)
+                if target != entry:
+                    os.symlink(target, entry)
+                paths.sync_folder(parent)
+                paths.sync_folder(paths.registry_folder())
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise of_os_error(error, "make the machine's folder", machine=spec.name) from error
+    return load(spec.name)
+
+
+def save(machine: Machine, spec: MachineSpec) -> Machine:
+    """Replace a machine's definition, under its lock. Raises InUse for an image of another machine's, NoSpace."""
+    with _adding():
+        check_disks(spec)
+        paths.write_whole(machine.paths.definition, spec.to_json())
+    return Machine(spec, machine.paths, machine.runtime)
+
+
+def rename(machine: Machine, spec: MachineSpec) -> None:
+    """Give a machine the name in `spec`, under its lock. Raises AlreadyExists."""
+    old, new = (os.path.join(paths.registry_folder(), name) for name in (machine.name, spec.name))
+    target = os.path.join(os.path.dirname(machine.paths.folder), spec.name)
+    is_link = os.path.islink(old)
+    try:
+        with _adding():
+            if os.path.lexists(new) or os.path.lexists(target):
+                raise AlreadyExists("there is a machine or folder of that name already", machine=spec.name)
+            # The definition last: until then the folder's name is what a machine is found by.
+            os.rename(machine.paths.folder, target)
+            if is_link:
+                os.symlink(target, new)
+                os.unlink(old)
+            paths.write_whole(MachinePaths(target).definition, spec.to_json())
+            paths.sync_folder(paths.registry_folder())
+    except OSError as error:
+        raise of_os_error(error, "rename the machine", machine=machine.name) from error
+
+
+def remove(machine: Machine) -> None:
+    """Take a machine away, under its lock; its disks stay. Raises AccessDenied."""
+    entry = os.path.join(paths.registry_folder(), machine.name)
+    try:
+        # Out of sight under a name that is none: half a machine is never seen.
+        hidden = os.path.join(os.path.dirname(machine.paths.folder), f".{machine.name}.{os.getpid()}.removed")
+        os.rename(machine.paths.folder, hidden)
+        if os.path.islink(entry):
+            os.unlink(entry)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise of_os_error(error, "remove the machine's folder", machine=machine.name) from error
+
+
+@contextlib.contextmanager
+def _adding() -> Iterator[None]:
+    """While the block runs nobody else looks whether an image is free and takes it."""
+    path = os.path.join(paths.home(), ".lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise of_os_error(error, "lock the list of machines", path=path) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# -- one image, one machine -------------------------------------------------------------------------------------
+
+
+def check_disks(spec: MachineSpec) -> None:
+    """Raise InUse when another machine uses an image or device of this one, and one of the two writes to it."""
+    mine = {_identity(disk): disk for disk in spec.disks if disk.kind != "iso" and disk.path is not None}
+    written = [_identity(disk) for disk in spec.disks if disk.kind != "iso"]
+    if len(set(written)) != len(written):
+        twice = next(disk for disk in spec.disks if written.count(_identity(disk)) > 1)
+        raise InUse("is given twice to this machine", machine=spec.name, path=twice.path)
+    others, _ = load_all()
+    for other in others:
+        if other.spec.id == spec.id:
+            continue
+        for disk in other.spec.disks:
+            own = mine.get(_identity(disk)) if disk.kind != "iso" else None
+            if own is not None and not (own.read_only and disk.read_only):
+                child = f"give this machine a child of its own: vhdkit create NEW.avhd --parent {own.path}"
+                raise InUse(
+                    f"is a disk of the machine {other.name} already",
+                    machine=spec.name,
+                    path=own.path,
+                    hint=child if own.kind == "vhd" else f"vmm disk remove {other.name} {disk.id}",
+                )
+
+
+def _identity(disk: DiskSpec) -> object:
+    """What two names of the same file or device have in common."""
+    path = disk.path or ""
+    if disk.identity is not None:
+        return disk.identity  # a device's name may be another's by now
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return (facts.st_rdev,) if facts.st_rdev else (facts.st_dev, facts.st_ino)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        paths.check_name(name)
+    except ValueError:
+        return False
+    return True

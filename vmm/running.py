@@ -1,0 +1,599 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One QEMU and its machine, from start to end, as the worker sees it.
+
+Decides in which state a machine is, which verbs it obeys in that state, and what an event of QEMU's means for it:
+
+    starting --> running <--> paused          pause, resume; save from either
+                 |  ^  `----> stopping        the guest was asked to shut down, or QEMU was told to quit
+                 v  |
+            paused-critical                   a disk failed: it goes on by itself when the cause is gone
+
+QEMU stays when the guest powers off (-no-shutdown) until it is told to quit, so an end that was not asked for is a
+crash, whether a worker was there to see it or not. Must not know who asks, nor what happens after the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from enum import StrEnum
+from typing import Any
+
+from vmm import saved
+from vmm.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
+from vmm.kvm import accel
+from vmm.kvm.console import ConsoleHub
+from vmm.kvm.drives import DiskServer, problem_of_store
+from vmm.kvm.guest_agent import GuestAgent
+from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
+from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
+from vmm.kvm.qmp import Event, Qmp
+from vmm.launch import prepare
+from vmm.paths import MachinePaths, RuntimePaths, runtime_home
+from vmm.proc import ProcessRef
+from vmm.rpc import Progress
+from vmm.spec import MachineSpec
+from vmm.state import KeeperNote, MachineState, Phase, WorkerNote
+
+START_SECONDS = 60.0  # from QEMU's start until it answers
+STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
+QUIT_SECONDS = 20.0
+REACH_SECONDS = 10.0
+MEND_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between tries to go on
+LOOK_SECONDS = 0.05
+_FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
+_TIME_SYNC_SECONDS = 30.0
+
+Tell = Callable[..., None]  # tell(event, **details)
+
+
+class End(StrEnum):
+    """Why a machine ended."""
+
+    POWERED_OFF = "powered-off"  # by the guest
+    STOPPED = "stopped"  # by a verb, or a signal to QEMU
+    SAVED = "saved"
+    CRASHED = "crashed"
+
+
+class Running:
+    """The running machine. For one event loop."""
+
+    def __init__(
+        self, spec: MachineSpec, machine: MachinePaths, runtime: RuntimePaths, note: WorkerNote, tell: Tell
+    ) -> None:
+        self.spec = spec
+        self.machine = machine
+        self.runtime = runtime
+        self.note = note
+        self.server = DiskServer(runtime)
+        self.identity = identity_of(spec.id)
+        self.hub = ConsoleHub(runtime.serial, runtime.console, machine.console_log, machine=spec.name)
+        self.agent = GuestAgent(runtime.agent, spec.integration, machine=spec.name)
+        store = KeyValueStore(store_path(machine.folder))
+        self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
+        self.critical_reason: str | None = None
+        self.tell = tell
+        self._qmp: Qmp | None = None
+        self._process: QemuProcess | None = None
+        self.exited = asyncio.Event()
+        self._end: End | None = None
+        self._status = "prelaunch"  # QEMU's word for it
+        self._status_changed = asyncio.Condition()
+        self._is_stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_mending = False
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> MachineState:
+        """What the machine is doing."""
+        if self.note.phase is Phase.STARTING:
+            return MachineState.STARTING
+        if self._is_stopping or self._end is not None or self.note.phase is Phase.ENDED:
+            return MachineState.STOPPING
+        if self.note.operation == "save" or self._is_paused_by_user():
+            return MachineState.PAUSED
+        if self._status == "running":
+            return MachineState.RUNNING
+        return MachineState.CRITICAL if self._status == "io-error" else MachineState.PAUSED
+
+    def _is_paused_by_user(self) -> bool:
+        return bool(self.note.details.get("paused"))
+
+    def document(self) -> dict[str, Any]:
+        """All that can be said without asking anybody."""
+        started = self.note.started
+        heartbeat = self.agent.heartbeat()
+        return {
+            "state": self.state.value,
+            "operation": self.note.operation,
+            "reason": self.critical_reason if self.state is MachineState.CRITICAL else None,
+            "accelerator": self.note.accelerator,
+            "qemu_pid": self.note.qemu.pid if self.note.qemu else None,
+            "uptime_seconds": None if started is None else round(time.time() - started, 1),
+            "heartbeat": heartbeat.state,
+        }
+
+    @property
+    def qmp(self) -> Qmp:
+        """The monitor. Raises QemuFailed while there is no conversation with it."""
+        if self._qmp is None or not self._qmp.is_connected:
+            raise QemuFailed("QEMU cannot be reached at the moment", hint="try again")
+        return self._qmp
+
+    async def wait_reachable(self) -> None:
+        """Return when there is a conversation with QEMU, or none is to be expected soon."""
+        deadline = time.monotonic() + REACH_SECONDS
+        while self._qmp is None and self._end is None and self.note.phase is Phase.RUNNING:
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+    @contextlib.contextmanager
+    def busy(self, operation: str) -> Iterator[None]:
+        """One operation at a time. Raises InUse while there is another."""
+        if self.note.operation is not None:
+            raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
+        self.note.operation = operation
+        self._write_note()
+        try:
+            yield
+        finally:
+            self.note.operation = None
+            self._write_note()
+
+    def _write_note(self) -> None:
+        with contextlib.suppress(VmmError):
+            self.note.write(self.runtime)
+
+    def _need(self, verb: str, *states: MachineState) -> None:
+        if self.state not in states:
+            raise WrongState(f"is {self.state.value}: cannot {verb} it now")
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    async def start(self, progress: Progress) -> None:
+        """Start QEMU, with the saved memory where there is some. Raises VmmError; then nothing of it runs."""
+        evidence = await asyncio.to_thread(accel.gather, cache_folder=runtime_home())
+        if not saved.is_saved(self.machine):
+            await self._launch(accel.choose(evidence, self.spec.accelerator).name, incoming=False)
+            return
+        descriptor = -1
+        try:
+            descriptor, description = saved.open_saved_memory(self.machine, self.spec, evidence.qemu_version)
+            accelerator = accel.choose(evidence, description.accelerator).name
+            self.note.details["restoring"] = True
+            await self._launch(accelerator, incoming=True)
+            await self._restore(descriptor, description, progress)
+        except VmmError as error:
+            error.hint = error.hint or (
+                f"the saved state is kept; vmm start {self.spec.name} --discard-saved starts without it"
+            )
+            await self.kill()
+            raise
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+            self.note.details.pop("restoring", None)
+
+    async def _launch(self, accelerator: str, *, incoming: bool) -> None:
+        command, launch = prepare(
+            self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming, identity=self.identity
+        )
+        try:
+            if not incoming:  # else the guest goes on where it was
+                self.hub.mark_start()
+            await self.hub.start()  # connected before the guest can say anything
+            self.exited.clear()
+            self._end = None
+            process = start_qemu(command, log_path=self.machine.log("qemu"), descriptors=launch.descriptors)
+        finally:
+            launch.close()
+        self.note.qemu, self.note.accelerator, self.note.started = process.ref, accelerator, time.time()
+        self.note.details.pop("paused", None)
+        self._write_note()
+        self._adopt(process)
+        try:
+            await self._first_contact()
+        except BaseException:
+            await self.kill()
+            raise
+        self._serve_guest()
+
+    async def _first_contact(self) -> None:
+        """Wait until QEMU answers. Raises what the disks' server said, what QEMU said, TimedOut."""
+        connecting = asyncio.create_task(Qmp.connect(self.runtime.qmp, timeout_seconds=START_SECONDS))
+        exited = asyncio.create_task(self.exited.wait())
+        try:
+            while not connecting.done():
+                await asyncio.wait({connecting, exited}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                keeper = KeeperNote.read(self.runtime)
+                if keeper is not None and keeper.failure is not None:
+                    raise from_document(keeper.failure)
+                if exited.done():
+                    raise self._refusal()
+            self._talk_over(connecting.result())
+        except QemuFailed:
+            # Both die together when the server does: its reason is the better one.
+            await asyncio.sleep(LOOK_SECONDS)
+            keeper = KeeperNote.read(self.runtime)
+            if keeper is not None and keeper.failure is not None:
+                raise from_document(keeper.failure) from None
+            if self.exited.is_set():  # it hung up before it was seen to end
+                raise self._refusal() from None
+            raise
+        finally:
+            exited.cancel()
+            if not connecting.done():
+                connecting.cancel()
+                with contextlib.suppress(asyncio.CancelledError, VmmError):
+                    await connecting
+        await self._refresh()
+
+    def _refusal(self) -> QemuFailed:
+        words = self._process.last_words() if self._process is not None else None
+        return QemuFailed(f"QEMU refused the machine: {words or 'it said nothing'}")
+
+    async def _restore(self, descriptor: int, description: saved.Description, progress: Progress) -> None:
+        await self.qmp.send_descriptor("saved", descriptor)
+        await self.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
+        while True:
+            if self.exited.is_set():
+                assert self._process is not None
+                why = self._process.last_words() or "QEMU ended without a word"
+                raise QemuFailed(f"the saved memory cannot be restored: {why}")
+            try:
+                migration = await self.qmp.execute("query-migrate")
+            except QemuFailed:
+                await asyncio.sleep(LOOK_SECONDS)  # it is about to end: its last words say why
+                continue
+            if migration.get("status") == "completed":
+                break
+            if migration.get("status") == "failed":
+                raise QemuFailed(
+                    f"the saved memory cannot be restored: {migration.get('error-desc', 'no reason told')}"
+                )
+            done = os.lseek(descriptor, 0, os.SEEK_CUR)
+            progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
+            await asyncio.sleep(LOOK_SECONDS)
+        saved.use_up(self.machine)
+        if description.was_running:
+            await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+            self._spawn(self._bring_clock_to_now())
+        else:
+            self.note.details["paused"] = True
+        await self._refresh()
+
+    async def _bring_clock_to_now(self) -> None:
+        """The guest's clock stood still while it was saved."""
+        if not self.spec.integration.time_sync:
+            return
+        deadline = time.monotonic() + _TIME_SYNC_SECONDS
+        while time.monotonic() < deadline and not self.exited.is_set():
+            with contextlib.suppress(VmmError):
+                await self.agent.set_time()
+                return
+            await asyncio.sleep(1)
+
+    async def take_over(self, ref: ProcessRef) -> None:
+        """Go on with a QEMU that another worker started. Raises VmmError."""
+        await self.hub.start(wait_seconds=1)
+        self._adopt(QemuProcess(ref, self.machine.log("qemu")))
+        if self.note.details.pop("restoring", None):
+            await self.kill()  # half its memory is there; the saved state is whole
+            raise QemuFailed(
+                "the worker died while it restored the saved memory", hint=f"try again: vmm start {self.spec.name}"
+            )
+        self._talk_over(None)
+        self._serve_guest()
+        await self._finish_interrupted_save()
+
+    async def _finish_interrupted_save(self) -> None:
+        """A worker died while it saved: go on without, or end QEMU when all was saved already."""
+        if self.note.operation != "save":
+            self.note.operation = None
+            return
+        if saved.is_saved(self.machine):
+            await self.quit(End.SAVED)
+            return
+        deadline = time.monotonic() + START_SECONDS
+        while not self.exited.is_set() and time.monotonic() < deadline:
+            with contextlib.suppress(VmmError):
+                await self.qmp.execute("migrate_cancel")
+                if self.note.details.pop("was_running", False):
+                    await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        saved.discard_part(self.machine)
+        self.note.operation = None
+        self._write_note()
+        self.tell("save-failed", problem="the worker died meanwhile")
+
+    # -- the process ---------------------------------------------------------------------------------------------
+
+    def _adopt(self, process: QemuProcess) -> None:
+        self._process = process
+        pidfd = process.ref.open_pidfd()
+        if pidfd is None:
+            self._has_ended(process)
+            return
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self._has_ended(process)
+
+        loop.add_reader(pidfd, ended)
+
+    def _has_ended(self, process: QemuProcess) -> None:
+        status = reap(process.ref)
+        if self._end is None:
+            self._end = End.CRASHED
+            if self.note.phase is not Phase.STARTING:
+                self.tell("qemu-died", status=status, problem=process.last_words())
+        self.note.qemu = None
+        self.exited.set()
+
+    async def wait_end(self) -> End:
+        """Wait until QEMU has ended; why."""
+        await self.exited.wait()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+        if self._qmp is not None:
+            await self._qmp.close()
+            self._qmp = None
+        await self.agent.close()
+        self._is_stopping = False
+        self.agent.port_changed(False)
+        self.exchange.port_changed(False)
+        return self._end or End.CRASHED
+
+    async def quit(self, end: End) -> None:
+        """End QEMU in order (it flushes the disks), and surely."""
+        if self._end is None:
+            self._end = end
+        with contextlib.suppress(VmmError):
+            await self.qmp.execute("quit", timeout_seconds=STOP_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.exited.wait(), QUIT_SECONDS)
+        if not self.exited.is_set():
+            self.tell("qemu-killed", problem="it did not quit")
+            await self.kill()
+
+    async def kill(self) -> None:
+        """End QEMU at once."""
+        if self._process is not None and not self.exited.is_set():
+            self._end = self._end or End.STOPPED
+            await asyncio.to_thread(self._process.ref.kill)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.exited.wait(), QUIT_SECONDS)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._tasks.discard(ended)
+            if not ended.cancelled() and ended.exception() is not None:
+                self.tell("internal-error", problem=repr(ended.exception()))
+
+        task.add_done_callback(done)
+
+    def _serve_guest(self) -> None:
+        self._spawn(self.agent.run())
+        self._spawn(self.exchange.run())
+
+    # -- what QEMU tells -----------------------------------------------------------------------------------------
+
+    def _talk_over(self, qmp: Qmp | None) -> None:
+        self._qmp = qmp
+        self._spawn(self._talk())
+
+    async def _talk(self) -> None:
+        """Listen to QEMU for as long as it lives, connecting again where a conversation broke off."""
+        while not self.exited.is_set():
+            try:
+                if self._qmp is None:
+                    self._qmp = await Qmp.connect(self.runtime.qmp)
+                    await self._refresh()
+                await self._look_at_ports()
+                async for event in self._qmp.events():
+                    await self._hear(event)
+            except VmmError:
+                pass
+            finally:
+                if self._qmp is not None:
+                    await self._qmp.close()
+                self._qmp = None
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _look_at_ports(self) -> None:
+        """Whether the guest holds its channels open, which is told only when it changes."""
+        for device in await self.qmp.execute("query-chardev"):
+            self._port_changed(device["label"], bool(device["frontend-open"]))
+
+    def _port_changed(self, port: str, is_open: bool) -> None:
+        if port == "agent":
+            self.agent.port_changed(is_open)
+        elif port == "kvp":
+            self.exchange.port_changed(is_open)
+
+    async def _hear(self, event: Event) -> None:
+        name, data = event["event"], event.get("data") or {}
+        if name == "BLOCK_IO_ERROR":
+            reason = "the disk is full" if data.get("nospace") else data.get("reason") or "failed"
+            self.critical_reason = f"{data.get('node-name') or data.get('device')}: {data.get('operation')}: {reason}"
+        elif name in ("STOP", "RESUME", "SUSPEND", "WAKEUP"):
+            await self._refresh()
+        elif name == "RESET":
+            self.tell("reset", by_guest=data.get("guest"))
+        elif name == "VSERPORT_CHANGE":
+            self._port_changed(str(data.get("id")), bool(data.get("open")))
+        elif name == "SHUTDOWN":
+            await self._hear_shutdown(str(data.get("reason")))
+        elif name == "GUEST_PANICKED":
+            self.tell("guest-panicked")
+
+    async def _hear_shutdown(self, reason: str) -> None:
+        if self._end is not None:
+            return
+        self._end = End.STOPPED if reason.startswith("host-") else End.POWERED_OFF
+        self.tell("powered-off" if self._end is End.POWERED_OFF else "stopped", by=reason)
+        self._spawn(self.quit(self._end))
+
+    async def _refresh(self) -> None:
+        """Ask QEMU how the machine is, and act on it."""
+        before = self._status
+        self._status = (await self.qmp.execute("query-status"))["status"]
+        async with self._status_changed:
+            self._status_changed.notify_all()
+        if self._status == "running":
+            self.note.details.pop("paused", None)
+        if self._status == "shutdown":
+            await self._hear_shutdown("guest-shutdown")
+        elif self._status in ("internal-error", "guest-panicked") and self._end is None:
+            self._end = End.CRASHED
+            self.tell("qemu-died", problem=f"the guest cannot go on: {self._status}")
+            self._spawn(self.quit(End.CRASHED))
+        elif self._status == "io-error":
+            if before != "io-error":
+                self.tell("paused-critical", reason=self.critical_reason)
+            if not self._is_mending and not self._is_paused_by_user():
+                self._is_mending = True
+                self._spawn(self._mend())
+        elif before == "io-error" and self._status == "running":
+            self.tell("resumed")
+
+    async def _mend(self) -> None:
+        """Try to go on until it works: the server may come back, the file system may get room again."""
+        tries = 0
+        try:
+            while self._status == "io-error" and not self._is_paused_by_user() and self._end is None:
+                await asyncio.sleep(MEND_SECONDS[min(tries, len(MEND_SECONDS) - 1)])
+                tries += 1
+                problem = await asyncio.to_thread(problem_of_store, self.spec.disks, self.runtime.nbd)
+                if problem is not None:
+                    self.critical_reason = problem
+                elif self.note.operation is None:
+                    with contextlib.suppress(VmmError):
+                        await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                        await asyncio.sleep(LOOK_SECONDS)  # a disk that fails again does so at once
+                        await self._refresh()
+        finally:
+            self._is_mending = False
+
+    # -- verbs ---------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Stand still. Raises WrongState, InUse, QemuFailed, TimedOut."""
+        self._need("pause", MachineState.RUNNING, MachineState.CRITICAL)
+        with self.busy("pause"):
+            self.note.details["paused"] = True
+            try:
+                await self.qmp.execute("stop", timeout_seconds=STOP_SECONDS)
+            except VmmError:
+                self.note.details.pop("paused", None)
+                raise
+        self.tell("paused")
+
+    async def resume(self) -> None:
+        """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
+        self._need("resume", MachineState.PAUSED, MachineState.CRITICAL)
+        with self.busy("resume"):
+            self.note.details.pop("paused", None)
+            await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._refresh()
+        if self._status == "io-error":
+            raise StoreFailed(f"cannot go on: {self.critical_reason}", hint="it will by itself when the cause is gone")
+        self.tell("resumed")
+
+    async def reset(self) -> None:
+        """As the reset button. Raises WrongState, InUse, QemuFailed."""
+        self._need("reset", MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL)
+        with self.busy("reset"):
+            await self.qmp.execute("system_reset")
+
+    async def stop(self) -> None:
+        """Power off, whatever the guest thinks of it; in every state. What the guest had flushed stays."""
+        self._is_stopping = True
+        self._end = self._end or End.STOPPED
+        self.tell("stopped", by="vmm")
+        await self.quit(End.STOPPED)
+
+    async def shutdown(self, timeout_seconds: float) -> None:
+        """Have the guest shut itself down, by its agent, else by the power button. Raises TimedOut, WrongState."""
+        self._need("shut down", MachineState.RUNNING)
+        if self.note.operation is not None:
+            raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
+        self._is_stopping = True
+        try:
+            by_agent = False
+            with contextlib.suppress(VmmError):
+                await self.agent.shutdown()
+                by_agent = True
+            if not by_agent:
+                await self.qmp.execute("system_powerdown")
+            self.tell("shutdown-requested", by="agent" if by_agent else "power button")
+            await asyncio.wait_for(self.exited.wait(), timeout_seconds)
+        except TimeoutError as error:
+            raise TimedOut(
+                f"the guest did not shut down within {timeout_seconds:g} s",
+                hint=f"vmm stop {self.spec.name} powers it off",
+            ) from error
+        finally:
+            self._is_stopping = False
+
+    async def save(self, progress: Progress) -> None:
+        """Memory and devices to disk, then off. On an error the machine goes on as before. Raises NoSpace and more."""
+        self._need("save", MachineState.RUNNING, MachineState.PAUSED)
+        with self.busy("save"):
+            was_running = self._status == "running"
+            version = (await self.qmp.execute("query-version"))["qemu"]
+            descriptor = await asyncio.to_thread(saved.open_memory_file, self.machine, self.spec)
+            self.note.details["was_running"] = was_running
+            self._write_note()
+            try:
+                if was_running:
+                    await self.qmp.execute("stop", timeout_seconds=STOP_SECONDS)
+                await self._write_memory(descriptor, progress)
+                await asyncio.to_thread(
+                    saved.complete, self.machine, descriptor, self.spec,
+                    qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
+                    accelerator=str(self.note.accelerator), was_running=was_running,
+                )  # fmt: skip
+            except BaseException:
+                saved.discard_part(self.machine)
+                if was_running:
+                    with contextlib.suppress(VmmError):
+                        await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                raise
+            finally:
+                os.close(descriptor)
+            self.tell("saved")
+            await self.quit(End.SAVED)
+
+    async def _write_memory(self, descriptor: int, progress: Progress) -> None:
+        qmp = self.qmp
+        await qmp.execute("migrate-set-parameters", max_bandwidth=_FASTEST_BYTES)
+        await qmp.send_descriptor("saved", descriptor)
+        await qmp.execute("migrate", uri="fd:saved", timeout_seconds=STOP_SECONDS)
+        while True:
+            migration = await qmp.execute("query-migrate", timeout_seconds=STOP_SECONDS)
+            status = migration.get("status")
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                reason = migration.get("error-desc") or "QEMU could not write all of it"
+                raise QemuFailed(f"the memory could not be saved: {reason}")
+            if ram := migration.get("ram"):
+                progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
+            await asyncio.sleep(LOOK_SECONDS)
