@@ -123,7 +123,7 @@ def test_stopped_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge that comes in the middle of a snapshot merges below the new leaf, and nothing written to that is lost."""
+    """A merge that comes in the middle of a snapshot merges below the new leaf; nothing written to that is lost."""
     with bench_in(tmp_path) as bench:
         client = bench.running.client("a")
         client.call(Command.WRITE, 0, 3, payload=b"old")
