@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import vhdkit
+import vmm
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists Cancelled CompactResult Comparison ControlClient CorruptImage CorruptReason
@@ -18,16 +19,23 @@ Progress ReadOnly Repair ResizeResult Severity SyncFailed UnsupportedFormat Vhdk
 compact compare convert create_child create_image merge merge_under_way open_disk rebase relocate repair resize restore
 resume_merge snapshot snapshot_many
 """
+MACHINES = """
+AccessDenied AdapterSpec AgentUnavailable AlreadyExists AutomaticSpec Deletion DiskSpec DiskWish InUse IntegrationSpec
+InvalidSpec MachineInfo MachineSpec MachineState Manager NoSpace NotFound PathsSpec QemuFailed Refused StoreFailed
+TimedOut Unsupported VmmError WrongState
+"""
 
 
 def test_public_names_are_pinned() -> None:
     """A name is added or taken away on purpose only: here, and in the changelog."""
     assert sorted(vhdkit.__all__) == sorted(PUBLIC.split())
+    assert sorted(vmm.__all__) == sorted(MACHINES.split())
 
 
 def test_every_public_name_is_documented() -> None:
     """Each public class and function says what it is."""
     undocumented = [name for name in vhdkit.__all__ if name != "Progress" and not getattr(vhdkit, name).__doc__]
+    undocumented += [name for name in vmm.__all__ if not getattr(vmm, name).__doc__]
     assert undocumented == []
 
 
@@ -42,4 +50,6 @@ def test_unknown_names_are_attribute_errors() -> None:
     """A misspelt name fails as in any module, and dir() lists the public ones."""
     with pytest.raises(AttributeError, match="opendisk"):
         vhdkit.opendisk  # type: ignore[attr-defined]  # noqa: B018
-    assert set(vhdkit.__all__) <= set(dir(vhdkit))
+    with pytest.raises(AttributeError, match="Menager"):
+        vmm.Menager  # type: ignore[attr-defined]  # noqa: B018
+    assert set(vhdkit.__all__) <= set(dir(vhdkit)) and set(vmm.__all__) <= set(dir(vmm))

@@ -148,12 +148,13 @@ def spawn_detached(
     wanted = {0: null, 1: log, 2: log, **(descriptors or {})}
     first_free = max(wanted) + 1
     moved = {number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, first_free) for number, ours in wanted.items()}
+    closed = [(os.POSIX_SPAWN_CLOSE, number) for number in _inheritable()]  # such as a lock that a shell holds
     try:
         return os.posix_spawnp(
             command[0],
             list(command),
             dict(os.environ if environment is None else environment),
-            file_actions=[(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in moved.items()],
+            file_actions=[*closed, *((os.POSIX_SPAWN_DUP2, ours, number) for number, ours in moved.items())],
             setsid=True,
             setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE],
             setsigmask=[],
@@ -161,6 +162,16 @@ def spawn_detached(
     finally:
         for descriptor in (log, null, *moved.values()):
             os.close(descriptor)
+
+
+def _inheritable() -> list[int]:
+    """Descriptors that a program started by us would get without being given them."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
 
 
 # -- locks ---------------------------------------------------------------------------------------------------------

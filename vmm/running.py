@@ -22,9 +22,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from enum import StrEnum
 from typing import Any
 
-from vmm import saved
 from vmm.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
-from vmm.kvm import accel
 from vmm.kvm.console import ConsoleHub
 from vmm.kvm.drives import DiskServer, problem_of_store
 from vmm.kvm.guest_agent import GuestAgent
@@ -32,9 +30,8 @@ from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
 from vmm.kvm.qmp import Event, Qmp
 from vmm.launch import prepare
-from vmm.paths import MachinePaths, RuntimePaths, runtime_home
+from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef
-from vmm.rpc import Progress
 from vmm.spec import MachineSpec
 from vmm.state import KeeperNote, MachineState, Phase, WorkerNote
 
@@ -44,8 +41,6 @@ QUIT_SECONDS = 20.0
 REACH_SECONDS = 10.0
 MEND_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between tries to go on
 LOOK_SECONDS = 0.05
-_FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
-_TIME_SYNC_SECONDS = 30.0
 
 Tell = Callable[..., None]  # tell(event, **details)
 
@@ -81,8 +76,7 @@ class Running:
         self._process: QemuProcess | None = None
         self.exited = asyncio.Event()
         self._end: End | None = None
-        self._status = "prelaunch"  # QEMU's word for it
-        self._status_changed = asyncio.Condition()
+        self.status = "prelaunch"  # QEMU's word for it
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_mending = False
@@ -98,9 +92,9 @@ class Running:
             return MachineState.STOPPING
         if self.note.operation == "save" or self._is_paused_by_user():
             return MachineState.PAUSED
-        if self._status == "running":
+        if self.status == "running":
             return MachineState.RUNNING
-        return MachineState.CRITICAL if self._status == "io-error" else MachineState.PAUSED
+        return MachineState.CRITICAL if self.status == "io-error" else MachineState.PAUSED
 
     def _is_paused_by_user(self) -> bool:
         return bool(self.note.details.get("paused"))
@@ -140,48 +134,24 @@ class Running:
         if self.note.operation is not None:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self.note.operation = operation
-        self._write_note()
+        self.write_note()
         try:
             yield
         finally:
             self.note.operation = None
-            self._write_note()
+            self.write_note()
 
-    def _write_note(self) -> None:
+    def write_note(self) -> None:
         with contextlib.suppress(VmmError):
             self.note.write(self.runtime)
 
-    def _need(self, verb: str, *states: MachineState) -> None:
+    def need(self, verb: str, *states: MachineState) -> None:
         if self.state not in states:
             raise WrongState(f"is {self.state.value}: cannot {verb} it now")
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    async def start(self, progress: Progress) -> None:
-        """Start QEMU, with the saved memory where there is some. Raises VmmError; then nothing of it runs."""
-        evidence = await asyncio.to_thread(accel.gather, cache_folder=runtime_home())
-        if not saved.is_saved(self.machine):
-            await self._launch(accel.choose(evidence, self.spec.accelerator).name, incoming=False)
-            return
-        descriptor = -1
-        try:
-            descriptor, description = saved.open_saved_memory(self.machine, self.spec, evidence.qemu_version)
-            accelerator = accel.choose(evidence, description.accelerator).name
-            self.note.details["restoring"] = True
-            await self._launch(accelerator, incoming=True)
-            await self._restore(descriptor, description, progress)
-        except VmmError as error:
-            error.hint = error.hint or (
-                f"the saved state is kept; vmm start {self.spec.name} --discard-saved starts without it"
-            )
-            await self.kill()
-            raise
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-            self.note.details.pop("restoring", None)
-
-    async def _launch(self, accelerator: str, *, incoming: bool) -> None:
+    async def launch(self, accelerator: str, *, incoming: bool) -> None:
         command, launch = prepare(
             self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming, identity=self.identity
         )
@@ -196,7 +166,7 @@ class Running:
             launch.close()
         self.note.qemu, self.note.accelerator, self.note.started = process.ref, accelerator, time.time()
         self.note.details.pop("paused", None)
-        self._write_note()
+        self.write_note()
         self._adopt(process)
         try:
             await self._first_contact()
@@ -233,52 +203,11 @@ class Running:
                 connecting.cancel()
                 with contextlib.suppress(asyncio.CancelledError, VmmError):
                     await connecting
-        await self._refresh()
+        await self.refresh()
 
     def _refusal(self) -> QemuFailed:
         words = self._process.last_words() if self._process is not None else None
         return QemuFailed(f"QEMU refused the machine: {words or 'it said nothing'}")
-
-    async def _restore(self, descriptor: int, description: saved.Description, progress: Progress) -> None:
-        await self.qmp.send_descriptor("saved", descriptor)
-        await self.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
-        while True:
-            if self.exited.is_set():
-                assert self._process is not None
-                why = self._process.last_words() or "QEMU ended without a word"
-                raise QemuFailed(f"the saved memory cannot be restored: {why}")
-            try:
-                migration = await self.qmp.execute("query-migrate")
-            except QemuFailed:
-                await asyncio.sleep(LOOK_SECONDS)  # it is about to end: its last words say why
-                continue
-            if migration.get("status") == "completed":
-                break
-            if migration.get("status") == "failed":
-                raise QemuFailed(
-                    f"the saved memory cannot be restored: {migration.get('error-desc', 'no reason told')}"
-                )
-            done = os.lseek(descriptor, 0, os.SEEK_CUR)
-            progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
-            await asyncio.sleep(LOOK_SECONDS)
-        saved.use_up(self.machine)
-        if description.was_running:
-            await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-            self._spawn(self._bring_clock_to_now())
-        else:
-            self.note.details["paused"] = True
-        await self._refresh()
-
-    async def _bring_clock_to_now(self) -> None:
-        """The guest's clock stood still while it was saved."""
-        if not self.spec.integration.time_sync:
-            return
-        deadline = time.monotonic() + _TIME_SYNC_SECONDS
-        while time.monotonic() < deadline and not self.exited.is_set():
-            with contextlib.suppress(VmmError):
-                await self.agent.set_time()
-                return
-            await asyncio.sleep(1)
 
     async def take_over(self, ref: ProcessRef) -> None:
         """Go on with a QEMU that another worker started. Raises VmmError."""
@@ -291,28 +220,6 @@ class Running:
             )
         self._talk_over(None)
         self._serve_guest()
-        await self._finish_interrupted_save()
-
-    async def _finish_interrupted_save(self) -> None:
-        """A worker died while it saved: go on without, or end QEMU when all was saved already."""
-        if self.note.operation != "save":
-            self.note.operation = None
-            return
-        if saved.is_saved(self.machine):
-            await self.quit(End.SAVED)
-            return
-        deadline = time.monotonic() + START_SECONDS
-        while not self.exited.is_set() and time.monotonic() < deadline:
-            with contextlib.suppress(VmmError):
-                await self.qmp.execute("migrate_cancel")
-                if self.note.details.pop("was_running", False):
-                    await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-                break
-            await asyncio.sleep(LOOK_SECONDS)
-        saved.discard_part(self.machine)
-        self.note.operation = None
-        self._write_note()
-        self.tell("save-failed", problem="the worker died meanwhile")
 
     # -- the process ---------------------------------------------------------------------------------------------
 
@@ -339,6 +246,10 @@ class Running:
                 self.tell("qemu-died", status=status, problem=process.last_words())
         self.note.qemu = None
         self.exited.set()
+
+    def last_words(self) -> str | None:
+        """What QEMU complained about last."""
+        return None if self._process is None else self._process.last_words()
 
     async def wait_end(self) -> End:
         """Wait until QEMU has ended; why."""
@@ -376,7 +287,7 @@ class Running:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.exited.wait(), QUIT_SECONDS)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
 
@@ -388,14 +299,14 @@ class Running:
         task.add_done_callback(done)
 
     def _serve_guest(self) -> None:
-        self._spawn(self.agent.run())
-        self._spawn(self.exchange.run())
+        self.in_background(self.agent.run())
+        self.in_background(self.exchange.run())
 
     # -- what QEMU tells -----------------------------------------------------------------------------------------
 
     def _talk_over(self, qmp: Qmp | None) -> None:
         self._qmp = qmp
-        self._spawn(self._talk())
+        self.in_background(self._talk())
 
     async def _talk(self) -> None:
         """Listen to QEMU for as long as it lives, connecting again where a conversation broke off."""
@@ -403,7 +314,7 @@ class Running:
             try:
                 if self._qmp is None:
                     self._qmp = await Qmp.connect(self.runtime.qmp)
-                    await self._refresh()
+                    await self.refresh()
                 await self._look_at_ports()
                 async for event in self._qmp.events():
                     await self._hear(event)
@@ -432,7 +343,7 @@ class Running:
             reason = "the disk is full" if data.get("nospace") else data.get("reason") or "failed"
             self.critical_reason = f"{data.get('node-name') or data.get('device')}: {data.get('operation')}: {reason}"
         elif name in ("STOP", "RESUME", "SUSPEND", "WAKEUP"):
-            await self._refresh()
+            await self.refresh()
         elif name == "RESET":
             self.tell("reset", by_guest=data.get("guest"))
         elif name == "VSERPORT_CHANGE":
@@ -447,36 +358,34 @@ class Running:
             return
         self._end = End.STOPPED if reason.startswith("host-") else End.POWERED_OFF
         self.tell("powered-off" if self._end is End.POWERED_OFF else "stopped", by=reason)
-        self._spawn(self.quit(self._end))
+        self.in_background(self.quit(self._end))
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
         """Ask QEMU how the machine is, and act on it."""
-        before = self._status
-        self._status = (await self.qmp.execute("query-status"))["status"]
-        async with self._status_changed:
-            self._status_changed.notify_all()
-        if self._status == "running":
+        before = self.status
+        self.status = (await self.qmp.execute("query-status"))["status"]
+        if self.status == "running":
             self.note.details.pop("paused", None)
-        if self._status == "shutdown":
+        if self.status == "shutdown":
             await self._hear_shutdown("guest-shutdown")
-        elif self._status in ("internal-error", "guest-panicked") and self._end is None:
+        elif self.status in ("internal-error", "guest-panicked") and self._end is None:
             self._end = End.CRASHED
-            self.tell("qemu-died", problem=f"the guest cannot go on: {self._status}")
-            self._spawn(self.quit(End.CRASHED))
-        elif self._status == "io-error":
+            self.tell("qemu-died", problem=f"the guest cannot go on: {self.status}")
+            self.in_background(self.quit(End.CRASHED))
+        elif self.status == "io-error":
             if before != "io-error":
                 self.tell("paused-critical", reason=self.critical_reason)
             if not self._is_mending and not self._is_paused_by_user():
                 self._is_mending = True
-                self._spawn(self._mend())
-        elif before == "io-error" and self._status == "running":
+                self.in_background(self._mend())
+        elif before == "io-error" and self.status == "running":
             self.tell("resumed")
 
     async def _mend(self) -> None:
         """Try to go on until it works: the server may come back, the file system may get room again."""
         tries = 0
         try:
-            while self._status == "io-error" and not self._is_paused_by_user() and self._end is None:
+            while self.status == "io-error" and not self._is_paused_by_user() and self._end is None:
                 await asyncio.sleep(MEND_SECONDS[min(tries, len(MEND_SECONDS) - 1)])
                 tries += 1
                 problem = await asyncio.to_thread(problem_of_store, self.spec.disks, self.runtime.nbd)
@@ -486,7 +395,7 @@ class Running:
                     with contextlib.suppress(VmmError):
                         await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
                         await asyncio.sleep(LOOK_SECONDS)  # a disk that fails again does so at once
-                        await self._refresh()
+                        await self.refresh()
         finally:
             self._is_mending = False
 
@@ -494,7 +403,7 @@ class Running:
 
     async def pause(self) -> None:
         """Stand still. Raises WrongState, InUse, QemuFailed, TimedOut."""
-        self._need("pause", MachineState.RUNNING, MachineState.CRITICAL)
+        self.need("pause", MachineState.RUNNING, MachineState.CRITICAL)
         with self.busy("pause"):
             self.note.details["paused"] = True
             try:
@@ -506,19 +415,19 @@ class Running:
 
     async def resume(self) -> None:
         """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
-        self._need("resume", MachineState.PAUSED, MachineState.CRITICAL)
+        self.need("resume", MachineState.PAUSED, MachineState.CRITICAL)
         with self.busy("resume"):
             self.note.details.pop("paused", None)
             await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)
-            await self._refresh()
-        if self._status == "io-error":
+            await self.refresh()
+        if self.status == "io-error":
             raise StoreFailed(f"cannot go on: {self.critical_reason}", hint="it will by itself when the cause is gone")
         self.tell("resumed")
 
     async def reset(self) -> None:
         """As the reset button. Raises WrongState, InUse, QemuFailed."""
-        self._need("reset", MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL)
+        self.need("reset", MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL)
         with self.busy("reset"):
             await self.qmp.execute("system_reset")
 
@@ -531,7 +440,7 @@ class Running:
 
     async def shutdown(self, timeout_seconds: float) -> None:
         """Have the guest shut itself down, by its agent, else by the power button. Raises TimedOut, WrongState."""
-        self._need("shut down", MachineState.RUNNING)
+        self.need("shut down", MachineState.RUNNING)
         if self.note.operation is not None:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self._is_stopping = True
@@ -551,49 +460,3 @@ class Running:
             ) from error
         finally:
             self._is_stopping = False
-
-    async def save(self, progress: Progress) -> None:
-        """Memory and devices to disk, then off. On an error the machine goes on as before. Raises NoSpace and more."""
-        self._need("save", MachineState.RUNNING, MachineState.PAUSED)
-        with self.busy("save"):
-            was_running = self._status == "running"
-            version = (await self.qmp.execute("query-version"))["qemu"]
-            descriptor = await asyncio.to_thread(saved.open_memory_file, self.machine, self.spec)
-            self.note.details["was_running"] = was_running
-            self._write_note()
-            try:
-                if was_running:
-                    await self.qmp.execute("stop", timeout_seconds=STOP_SECONDS)
-                await self._write_memory(descriptor, progress)
-                await asyncio.to_thread(
-                    saved.complete, self.machine, descriptor, self.spec,
-                    qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
-                    accelerator=str(self.note.accelerator), was_running=was_running,
-                )  # fmt: skip
-            except BaseException:
-                saved.discard_part(self.machine)
-                if was_running:
-                    with contextlib.suppress(VmmError):
-                        await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-                raise
-            finally:
-                os.close(descriptor)
-            self.tell("saved")
-            await self.quit(End.SAVED)
-
-    async def _write_memory(self, descriptor: int, progress: Progress) -> None:
-        qmp = self.qmp
-        await qmp.execute("migrate-set-parameters", max_bandwidth=_FASTEST_BYTES)
-        await qmp.send_descriptor("saved", descriptor)
-        await qmp.execute("migrate", uri="fd:saved", timeout_seconds=STOP_SECONDS)
-        while True:
-            migration = await qmp.execute("query-migrate", timeout_seconds=STOP_SECONDS)
-            status = migration.get("status")
-            if status == "completed":
-                return
-            if status in ("failed", "cancelled"):
-                reason = migration.get("error-desc") or "QEMU could not write all of it"
-                raise QemuFailed(f"the memory could not be saved: {reason}")
-            if ram := migration.get("ram"):
-                progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
-            await asyncio.sleep(LOOK_SECONDS)

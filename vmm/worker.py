@@ -33,6 +33,7 @@ from vmm.plugging import Plugging
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlServer, Method, Progress, bind_private, parameter
 from vmm.running import LOOK_SECONDS, End, Running
+from vmm.saving import Saving
 from vmm.state import KeeperNote, Phase, WorkerNote, note_running
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
@@ -56,6 +57,7 @@ class Worker:
         if self._found is None:
             self._note.qemu = None
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
+        self._saving = Saving(self._running)
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
         self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
@@ -111,6 +113,7 @@ class Worker:
             if self._found is not None:
                 self._tell("taken-over")
                 await self._running.take_over(self._found)
+                await self._saving.finish_interrupted()
                 self._running_now()
             elif self._lost:
                 self._tell("qemu-died", problem="while no worker was there")
@@ -130,7 +133,7 @@ class Worker:
         return await self._running.wait_end()
 
     async def _begin(self) -> None:
-        await self._running.start(lambda document: self._report(progress=document))
+        await self._saving.start(lambda document: self._report(progress=document))
         self._running_now()
 
     def _running_now(self) -> None:
@@ -281,7 +284,7 @@ class Worker:
         return await self._when_off(progress)
 
     async def _save(self, params: dict[str, Any], progress: Progress) -> object:
-        await self._running.save(progress)
+        await self._saving.save(progress)
         return await self._when_off(progress)
 
     async def _when_off(self, progress: Progress) -> object:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's program about machines, which only has to type-check (nobody runs it)."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+import vmm
+
+
+def look_after(manager: vmm.Manager, name: str) -> str:
+    """Everything that a program does with a machine, with the types it sees."""
+    info = manager.create(name, memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd", controller="virtio")])
+    assert_type(info, vmm.MachineInfo)
+    assert_type(manager.start(name), vmm.MachineState)
+    assert_type(manager.state(name), vmm.MachineState)
+    assert_type(manager.machines(), list[vmm.MachineInfo])
+    disk = manager.add_disk(name, vmm.DiskWish("/srv/data.vhd", "scsi"))
+    assert_type(disk, vmm.DiskSpec)
+    assert_type(manager.resize_disk(name, disk.id, 2 << 30), int)
+    try:
+        manager.shutdown(name, timeout_seconds=60)
+    except vmm.TimedOut as error:
+        manager.stop(name)
+        return error.hint or error.problem
+    except vmm.VmmError as error:
+        return f"{error.machine}: {error} ({error.exit_code})"
+    plan = manager.plan_delete(name, with_disks=True)
+    assert_type(plan.disks, tuple[str, ...])
+    return manager.delete(name).folder

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes by number and start time, detached starts, and locks that die with their holder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmm.errors import InUse
+from vmm.proc import Lock, ProcessRef, is_locked, machine_lock, spawn_detached
+
+
+def test_a_number_alone_means_nothing() -> None:
+    """A process is alive only with its start time; its notes come back as itself, garbage as nothing."""
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        ref = ProcessRef.of(process.pid)
+        assert ref is not None and ref.is_alive()
+        assert ProcessRef.from_document(ref.to_document()) == ref
+        other = ProcessRef(ref.pid, ref.start_ticks + 1)
+        assert not other.is_alive() and not other.send(signal.SIGKILL) and other.open_pidfd() is None
+        assert not ref.wait(0.01)
+        ref.kill()
+        assert not ref.is_alive()  # a zombie is dead
+    finally:
+        process.kill()
+        process.wait()
+    assert ProcessRef.of(process.pid) is None
+    for document in (None, 5, {}, {"pid": "1", "start_ticks": 1}, {"pid": 1, "start_ticks": 1}, {"pid": -1}):
+        assert ProcessRef.from_document(document) is None
+
+
+def test_end_asks_first() -> None:
+    """A process that obeys is not killed; one that does not is."""
+    for trap, code in (("exit 7", 7), (":", -9)):
+        program = ["/bin/sh", "-c", f"trap '{trap}' TERM; echo ready; while :; do sleep 0.01; done"]
+        process = subprocess.Popen(program, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()
+        ref = ProcessRef.of(process.pid)
+        assert ref is not None
+        ref.end(0.5)
+        assert process.wait() == code
+        process.stdout.close()
+
+
+def test_detached(tmp_path: Path) -> None:
+    """A session of its own, nothing to read, what it says in the log, and just the descriptors that it was given."""
+    log = tmp_path / "log"
+    reading, writing = os.pipe()
+    os.set_inheritable(reading, True)
+    program = (
+        "import os, sys; fds = sorted(map(int, os.listdir('/proc/self/fd'))); "
+        "print(os.getsid(0) == os.getpid(), repr(sys.stdin.read()), fds); os.write(7, b'given')"
+    )
+    pid = spawn_detached([sys.executable, "-c", program], log_path=str(log), descriptors={7: writing})
+    os.close(writing)
+    os.waitpid(pid, 0)
+    assert os.read(reading, 10) == b"given" and os.read(reading, 10) == b""
+    os.close(reading)
+    assert log.read_text() == "True '' [0, 1, 2, 3, 7]\n"  # 3 is the listing itself
+    with pytest.raises(FileNotFoundError):
+        spawn_detached(["/absent/program"], log_path=str(log))
+
+
+def test_locks_die_with_their_holder(tmp_path: Path) -> None:
+    """One holder at a time; kill -9 gives it back; a folder that was made anew has another lock."""
+    path = str(tmp_path / "lock")
+    lock = Lock(path)
+    assert lock.try_take() and is_locked(path) and not Lock(path).try_take()
+    lock.release()
+    lock.release()
+    assert not is_locked(path) and not is_locked(str(tmp_path / "absent"))
+    program = (
+        f"import sys, time; from vmm.proc import Lock; one = Lock({path!r}); "
+        "print(one.try_take(), flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+    assert is_locked(path)
+    holder.kill()
+    holder.communicate()
+    assert Lock(path).try_take()
+
+
+def test_a_link_is_no_lock(tmp_path: Path) -> None:
+    """A link where the lock should be is not followed."""
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"symbolic|loop|Too many"):
+        Lock(str(tmp_path / "lock")).try_take()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_one_command_for_a_machine(tmp_path: Path) -> None:
+    """The second is told so, with the machine's name."""
+    first, second = machine_lock(str(tmp_path), "web"), machine_lock(str(tmp_path), "web")
+    with first, pytest.raises(InUse, match="web: another vmm command"), second:
+        pass

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine starts, with its saved memory where there is some, and is saved: memory and devices to disk and back.
+
+Decides the order of it: what can fail comes before the guest stops, a state is whole before QEMU is told to quit, and
+used up before the guest goes on. What belongs to a saved state and what is compared is decided in `saved`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+
+from vmm import saved
+from vmm.errors import QemuFailed, VmmError
+from vmm.kvm import accel
+from vmm.paths import runtime_home
+from vmm.rpc import Progress
+from vmm.running import LOOK_SECONDS, START_SECONDS, STOP_SECONDS, End, Running
+from vmm.state import MachineState
+
+_FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
+_TIME_SYNC_SECONDS = 30.0
+
+
+class Saving:
+    """Starting and saving one machine."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    async def start(self, progress: Progress) -> None:
+        """Start QEMU, with the saved memory where there is some. Raises VmmError; then nothing of it runs."""
+        evidence = await asyncio.to_thread(accel.gather, cache_folder=runtime_home())
+        if not saved.is_saved(self._running.machine):
+            await self._running.launch(accel.choose(evidence, self._running.spec.accelerator).name, incoming=False)
+            return
+        descriptor = -1
+        try:
+            descriptor, description = saved.open_saved_memory(
+                self._running.machine, self._running.spec, evidence.qemu_version
+            )
+            accelerator = accel.choose(evidence, description.accelerator).name
+            self._running.note.details["restoring"] = True
+            await self._running.launch(accelerator, incoming=True)
+            await self._restore(descriptor, description, progress)
+        except VmmError as error:
+            error.hint = error.hint or (
+                f"the saved state is kept; vmm start {self._running.spec.name} --discard-saved starts without it"
+            )
+            await self._running.kill()
+            raise
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+            self._running.note.details.pop("restoring", None)
+
+    async def _restore(self, descriptor: int, description: saved.Description, progress: Progress) -> None:
+        await self._running.qmp.send_descriptor("saved", descriptor)
+        await self._running.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
+        while True:
+            if self._running.exited.is_set():
+                why = self._running.last_words() or "QEMU ended without a word"
+                raise QemuFailed(f"the saved memory cannot be restored: {why}")
+            try:
+                migration = await self._running.qmp.execute("query-migrate")
+            except QemuFailed:
+                await asyncio.sleep(LOOK_SECONDS)  # it is about to end: its last words say why
+                continue
+            if migration.get("status") == "completed":
+                break
+            if migration.get("status") == "failed":
+                raise QemuFailed(
+                    f"the saved memory cannot be restored: {migration.get('error-desc', 'no reason told')}"
+                )
+            done = os.lseek(descriptor, 0, os.SEEK_CUR)
+            progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
+            await asyncio.sleep(LOOK_SECONDS)
+        saved.use_up(self._running.machine)
+        if description.was_running:
+            await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+            self._running.in_background(self._bring_clock_to_now())
+        else:
+            self._running.note.details["paused"] = True
+        await self._running.refresh()
+
+    async def _bring_clock_to_now(self) -> None:
+        """The guest's clock stood still while it was saved."""
+        if not self._running.spec.integration.time_sync:
+            return
+        deadline = time.monotonic() + _TIME_SYNC_SECONDS
+        while time.monotonic() < deadline and not self._running.exited.is_set():
+            with contextlib.suppress(VmmError):
+                await self._running.agent.set_time()
+                return
+            await asyncio.sleep(1)
+
+    async def finish_interrupted(self) -> None:
+        """A worker died while it saved: go on without, or end QEMU when all was saved already."""
+        if self._running.note.operation != "save":
+            self._running.note.operation = None
+            return
+        if saved.is_saved(self._running.machine):
+            await self._running.quit(End.SAVED)
+            return
+        deadline = time.monotonic() + START_SECONDS
+        while not self._running.exited.is_set() and time.monotonic() < deadline:
+            with contextlib.suppress(VmmError):
+                await self._running.qmp.execute("migrate_cancel")
+                if self._running.note.details.pop("was_running", False):
+                    await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        saved.discard_part(self._running.machine)
+        self._running.note.operation = None
+        self._running.write_note()
+        self._running.tell("save-failed", problem="the worker died meanwhile")
+
+    async def save(self, progress: Progress) -> None:
+        """Memory and devices to disk, then off. On an error the machine goes on as before. Raises NoSpace and more."""
+        self._running.need("save", MachineState.RUNNING, MachineState.PAUSED)
+        with self._running.busy("save"):
+            was_running = self._running.status == "running"
+            version = (await self._running.qmp.execute("query-version"))["qemu"]
+            descriptor = await asyncio.to_thread(saved.open_memory_file, self._running.machine, self._running.spec)
+            self._running.note.details["was_running"] = was_running
+            self._running.write_note()
+            try:
+                if was_running:
+                    await self._running.qmp.execute("stop", timeout_seconds=STOP_SECONDS)
+                await self._write_memory(descriptor, progress)
+                await asyncio.to_thread(
+                    saved.complete, self._running.machine, descriptor, self._running.spec,
+                    qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
+                    accelerator=str(self._running.note.accelerator), was_running=was_running,
+                )  # fmt: skip
+            except BaseException:
+                saved.discard_part(self._running.machine)
+                if was_running:
+                    with contextlib.suppress(VmmError):
+                        await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                raise
+            finally:
+                os.close(descriptor)
+            self._running.tell("saved")
+            await self._running.quit(End.SAVED)
+
+    async def _write_memory(self, descriptor: int, progress: Progress) -> None:
+        qmp = self._running.qmp
+        await qmp.execute("migrate-set-parameters", max_bandwidth=_FASTEST_BYTES)
+        await qmp.send_descriptor("saved", descriptor)
+        await qmp.execute("migrate", uri="fd:saved", timeout_seconds=STOP_SECONDS)
+        while True:
+            migration = await qmp.execute("query-migrate", timeout_seconds=STOP_SECONDS)
+            status = migration.get("status")
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                reason = migration.get("error-desc") or "QEMU could not write all of it"
+                raise QemuFailed(f"the memory could not be saved: {reason}")
+            if ram := migration.get("ram"):
+                progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
+            await asyncio.sleep(LOOK_SECONDS)
