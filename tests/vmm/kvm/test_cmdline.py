@@ -84,7 +84,7 @@ GOLDEN = """
 -device {"id":"disk-1","driver":"scsi-hd","bus":"scsi2.0","channel":0,"scsi-id":63,"lun":0,"drive":"disk-1","serial":"S1","werror":"stop","rerror":"stop"}
 -blockdev {"driver":"nbd","node-name":"disk-2","server":{"type":"unix","path":"/r/nbd.sock"},"export":"disk-2","reconnect-delay":5,"read-only":false,"discard":"unmap"}
 -device {"id":"disk-2","driver":"virtio-blk-pci","bus":"pci.0","addr":"0xd","drive":"disk-2","serial":"S2","werror":"stop","rerror":"stop","bootindex":3}
--add-fd set=1,fd=14
+-add-fd set=1,fd=14,opaque=disk-3
 -blockdev {"driver":"raw","node-name":"disk-3","read-only":true,"file":{"driver":"file","filename":"/dev/fdset/1","read-only":true,"locking":"off"}}
 -device {"id":"disk-3","driver":"ide-cd","bus":"ide.1","unit":1,"drive":"disk-3","serial":"S3","bootindex":1}
 -netdev {"type":"user","id":"nic-0"}
