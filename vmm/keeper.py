@@ -109,6 +109,8 @@ class Keeper:
         shutil.rmtree(self._runtime.folder, ignore_errors=True)
 
     def _is_over(self) -> bool:
+        if not os.path.exists(self._runtime.running):
+            return self._worker.ref is None  # somebody took the runtime folder away: nothing can be started again
         note = WorkerNote.read(self._runtime)
         return self._worker.ref is None and note is not None and note.phase is Phase.ENDED
 

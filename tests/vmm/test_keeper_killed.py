@@ -141,6 +141,22 @@ def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> 
     assert has_written(leaf)
 
 
+def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
+    """A keeper whose runtime folder is gone does not go on starting workers that cannot work."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    living = processes()
+    shutil.rmtree(Place.of("small").runtime.folder)
+    kill_these = [living[part] for part in ("qemu", "worker")]
+    for victim in kill_these:
+        os.kill(victim.pid, 9)
+    wait_until(lambda: not living["keeper"].is_alive() and not living["server"].is_alive(), "keeper and server end")
+    assert manager.state("small") is MachineState.OFF
+    manager.start("small")
+    wait_counting(manager)
+
+
 def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
     """A worker that is killed as soon as it is there is followed by one that starts the machine."""
     make_machine(manager, tmp_path)
