@@ -262,6 +262,6 @@ def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: 
     if writable:
         settle_merge_into(path, options)
     chain = Chain.open(path, writable=writable, options=options)
-    if writable:
-        settle_merge_of(chain.layers, options)
+    if writable and settle_merge_of(chain.layers, options):
+        chain = Chain.open(path, writable=True, options=options)
     return Disk(chain)

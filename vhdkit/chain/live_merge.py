@@ -37,6 +37,7 @@ from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.chain.merge_steps import RealNames, drop_earlier_try, fold, remove_sources
 from vhdkit.chain.resolve import OpenOptions, find_children_of, folders_of_children
 from vhdkit.folder import exists, real_path
+from vhdkit.formats.linear import LinearImage
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.relink import relink
@@ -239,7 +240,7 @@ class LiveMerge:
                 self._names.write(self._intent)
                 return self._chain, error
             problem = error
-            if isinstance(leaf, DynamicImage):  # after a power cut the old leaf may be there again
+            if isinstance(leaf, DynamicImage | LinearImage):  # after a power cut the old leaf may be there again
                 leaf.refuse_writing()
         store.inherit_lock(self._files[self._target])
         self._exchanged = True

@@ -175,11 +175,13 @@ def settle_merge_into(path: str | os.PathLike[str], options: OpenOptions) -> Non
         raise _interrupted(intent, image)
 
 
-def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> None:
-    """After the chain `layers` was opened for writing: finish a merge of its leaf whose data is complete.
+def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
+    """After the chain `layers` was opened for writing: finish merges into its lower layers whose data is complete.
 
-    A merge that was still copying does not matter to the leaf. Raises NotFound where the leaf is gone then; whatever
-    is raised, the layers are closed.
+    True where the layers were closed for that: the chain is to be opened again. A merge that was still copying does
+    not matter to the leaf. One of layers below the leaf (a server's, that died) is finished if it can be: the leaf
+    reads the same without that. Raises NotFound where the leaf was merged and is gone then; whatever is raised, the
+    layers are closed.
     """
     paths = [real_path(_file(layer).name) for layer in layers]
     with contextlib.ExitStack() as closing:
@@ -187,12 +189,17 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> None:
             closing.callback(layer.close)
         for below in paths[1:]:
             intent = intent_of(below, options.parent_dirs)
-            if intent is None or intent.phase is Phase.COPY or paths[0] not in [one.path for one in intent.sources]:
+            if intent is None or intent.phase is Phase.COPY:
                 continue
             closing.close()
-            _finish_complete(intent, paths[0], options)
-            raise errors.NotFound(f"was merged into {errors.printable(below)}: open that", path=paths[0])
+            if paths[0] in [one.path for one in intent.sources]:
+                _finish_complete(intent, paths[0], options)
+                raise errors.NotFound(f"was merged into {errors.printable(below)}: open that", path=paths[0])
+            with contextlib.suppress(errors.VhdkitError):
+                finish(intent, options, only_compare=True)
+            return True
         closing.pop_all()
+    return False
 
 
 def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:

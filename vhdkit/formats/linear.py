@@ -80,6 +80,10 @@ class LinearImage:
         self.store.punch(offset, size)
         return False
 
+    def refuse_writing(self) -> None:
+        """From now on: what is written might not be seen by who opens the image next."""
+        self._guard.interrupted()
+
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`: in place, zeros as holes."""
         self._guard.check()

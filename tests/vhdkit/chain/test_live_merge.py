@@ -22,9 +22,10 @@ from tests.merging import unaligned
 from tests.stores import MemStore
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.chain import Chain
-from vhdkit.chain.intent import KIND
+from vhdkit.chain.intent import KIND, Phase
 from vhdkit.chain.live import Freezing
 from vhdkit.chain.live_merge import LiveMerge
+from vhdkit.chain.merge_steps import RealNames
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk
 from vhdkit.folder import sidecar_path
@@ -260,6 +261,30 @@ def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.Mo
     assert failing.left > 0 and failures > 10
 
 
+@pytest.mark.parametrize("base", ["dynamic", "fixed", "raw"])
+def test_nothing_is_written_that_an_old_leaf_may_hide(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody knows whether the leaf is gone for good, the target reads as it did and takes no write."""
+    paths, model = make_chain(tmp_path, 2, base, random.Random(3))
+    options = OpenOptions(allow_raw_parent=True)
+    chain = Chain.open(paths[0], writable=True, options=options)
+
+    def remove(self: RealNames, path: str) -> None:
+        os.unlink(path)
+        raise errors.IoFailed("the folder was not synced", path=path)
+
+    monkeypatch.setattr(RealNames, "remove", remove)
+    with LiveMerge(chain, 0, 1, options) as merging:
+        merging.copy()
+        chain, problem = merging.exchange()
+    assert isinstance(problem, errors.IoFailed) and content(chain) == model
+    with pytest.raises(errors.SyncFailed):
+        chain.write(0, memoryview(bytes(SECTOR_SIZE)))
+    chain.close()
+    assert on_disk(paths[1]) == model
+
+
 class _Failing:
     """The n-th call fails, all others are made."""
 
@@ -331,6 +356,28 @@ def test_stopping_leaves_the_chain_as_it_was_and_the_next_try_goes_on(tmp_path: 
         merging.done()
     assert content(chain) == model and vhdkit.merge_under_way(paths[2]) is None
     chain.close()
+
+
+def test_the_next_open_finishes_what_a_dead_server_left(tmp_path: Path) -> None:
+    """Where only the merged files are left to be removed, the next writable open of the leaf does it: else no later
+    merge under clients would find the target without other children."""
+    paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(4))
+    for relinked in (True, False):
+        chain = Chain.open(paths[0], writable=True)
+        with LiveMerge(chain, 1, 2) as merging:
+            merging.copy()
+            if relinked:
+                chain, problem = merging.exchange()
+                assert problem is None
+            else:
+                RealNames(str(paths[2])).write(merging._intent.in_phase(Phase.RELINK))
+        chain.close()
+        assert vhdkit.merge_under_way(paths[2]) is not None and paths[1].exists()
+        with vhdkit.open_disk(paths[0], writable=True) as disk:
+            assert disk.read(0, SIZE) == model and disk.chain.layers[1].store.name == str(paths[2])
+        assert vhdkit.merge_under_way(paths[2]) is None and not paths[1].exists()
+        paths = [tmp_path / f"above-{paths[0].name}", paths[0], *paths[2:]]
+        vhdkit.create_child(paths[0], paths[1])
 
 
 def test_what_others_stand_on_is_not_merged(tmp_path: Path) -> None:
