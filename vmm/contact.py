@@ -21,7 +21,7 @@ from vmm import saved
 from vmm.errors import InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState, from_document, of_os_error
 from vmm.events import add_event
 from vmm.kvm.process import Identity, identity_of
-from vmm.paths import MachinePaths, RuntimePaths, machine_folder, make_private, runtime_of, write_whole
+from vmm.paths import MachinePaths, RuntimePaths, is_id, machine_folder, make_private, runtime_of, write_whole
 from vmm.proc import is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
 from vmm.state import MachineState, processes_of
@@ -47,14 +47,21 @@ class Place:
     def of(cls, name: str) -> Place:
         """By the machine's name. Raises NotFound, InvalidSpec."""
         machine = MachinePaths(machine_folder(name))
-        machine_id = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(machine.definition, "rb") as file:
-            machine_id = json.loads(file.read(_MAX_DEFINITION_BYTES))["id"]
-        if not isinstance(machine_id, str):
-            from vmm.registry import load
+        machine_id = _id_in(machine)
+        if machine_id is None:
+            from vmm.registry import load  # says what is wrong with it
 
             machine_id = load(name).spec.id
         return cls(name, machine, runtime_of(machine_id))
+
+
+def _id_in(machine: MachinePaths) -> str | None:
+    """The id in a machine's definition; None where there is none that can be one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with open(machine.definition, "rb") as file:
+            machine_id = json.loads(file.read(_MAX_DEFINITION_BYTES))["id"]
+        return machine_id if is_id(machine_id) else None
+    return None
 
 
 def contact(place: Place) -> ControlClient | None:
@@ -171,8 +178,9 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
 
 
 def _id_of(place: Place) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError), open(place.machine.definition, "rb") as file:
-        return str(json.loads(file.read(_MAX_DEFINITION_BYTES))["id"])
+    machine_id = _id_in(place.machine)
+    if machine_id is not None:
+        return machine_id
     raise NotFound("the machine's definition cannot be read", machine=place.name, path=place.machine.definition)
 
 

@@ -29,6 +29,7 @@ MAX_SOCKET_PATH_BYTES = 107
 RUNTIME_ID_CHARACTERS = 12
 MAX_NAME_CHARACTERS = 64
 _NAME = re.compile(r"[^\W_][\w .-]*")
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LONGEST_SOCKET_NAME = "display/vnc.sock"
 DEFAULT_KEYS = ("machines", "disks", "snapshots")  # folders that `vmm host paths set` changes
 
@@ -182,8 +183,15 @@ class RuntimePaths:
         return self._in(f"{role}.lock")
 
 
+def is_id(machine_id: object) -> bool:
+    """True for what can be the id of a machine."""
+    return isinstance(machine_id, str) and _ID.fullmatch(machine_id) is not None
+
+
 def runtime_of(machine_id: str) -> RuntimePaths:
-    """The runtime paths of a machine by its id. Raises InvalidSpec where sockets would have too long names."""
+    """The runtime paths of a machine by its id. Raises InvalidSpec for no id, and where sockets' names get too long."""
+    if not is_id(machine_id):  # the folder is emptied when nobody lives in it: a wrong id must lead nowhere
+        raise InvalidSpec(f"{machine_id!r} is no id of a machine")
     folder = os.path.join(runtime_home(), machine_id.replace("-", "")[:RUNTIME_ID_CHARACTERS])
     longest = os.path.join(folder, _LONGEST_SOCKET_NAME)
     if len(os.fsencode(longest)) > MAX_SOCKET_PATH_BYTES:

@@ -40,6 +40,13 @@ def test_runtime_folder_is_named_by_the_id() -> None:
     assert paths.runtime_of(ID).nbd == "/tmp/vmm-test-run/0123456789ab/nbd.sock"
 
 
+@pytest.mark.parametrize("machine_id", ["", "../../../../etc", "zzz", ID.upper(), ID + "\n", ID.replace("-", "/")])
+def test_what_is_no_id_leads_nowhere(machine_id: str) -> None:
+    """A runtime folder is removed with all in it, so an id that was edited by hand never leads to another folder."""
+    with pytest.raises(InvalidSpec, match="no id"):
+        paths.runtime_of(machine_id)
+
+
 def test_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime home in which sockets could not be bound is refused with what to set."""
     monkeypatch.setenv("VMM_RUNTIME", "/" + "x" * 90)
