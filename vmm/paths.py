@@ -189,7 +189,7 @@ def is_id(machine_id: object) -> bool:
 
 
 def runtime_of(machine_id: str) -> RuntimePaths:
-    """The runtime paths of a machine by its id. Raises InvalidSpec for no id, and where sockets' names get too long."""
+    """The runtime paths of a machine by its id. Raises InvalidSpec for no id, or too long sockets."""
     if not is_id(machine_id):  # the folder is emptied when nobody lives in it: a wrong id must lead nowhere
         raise InvalidSpec(f"{machine_id!r} is no id of a machine")
     folder = os.path.join(runtime_home(), machine_id.replace("-", "")[:RUNTIME_ID_CHARACTERS])

@@ -24,7 +24,7 @@ import vhdkit
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
-from vhdkit.folder import SocketFile, is_regular, read_whole, remove_file, write_whole
+from vhdkit.folder import NewFile, SocketFile, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
 from vhdkit.serve.control import Control
 from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
@@ -196,7 +196,7 @@ def _wanted(wish: Wish) -> list[Wanted]:
 def _serve_builtin(wish: Wish, common: Common) -> None:
     with contextlib.ExitStack() as unserved, contextlib.ExitStack() as cleanup:
         tls = _tls(wish)
-        use_folder(wish.remember)
+        _note_changes(wish)
         cleanup.callback(use_folder, None)
         manner = Manner(common.options, wish.read_only, wish.overlay, wish.keep_overlay, wish.follow_leaf)
         exports = open_exports(_wanted(wish), manner)
@@ -226,6 +226,13 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
             cleanup.enter_context(stats_shown(server))
         _allow_descriptors()
         server.run()
+
+
+def _note_changes(wish: Wish) -> None:
+    """Have changes of images noted; those that are thrown away at the end need no notes. Raises NotFound."""
+    if wish.remember is not None:
+        NewFile.check(os.path.join(wish.remember, "notes"))  # now, not with the first write
+    use_folder(None if wish.overlay and wish.keep_overlay is None else wish.remember)
 
 
 def _allow_descriptors() -> None:

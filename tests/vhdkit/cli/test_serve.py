@@ -246,6 +246,7 @@ def test_follow_leaf() -> None:
         (["a.vhd", "--keep-overlay", "x.avhd"], 2, "--overlay"),
         (["a.vhd", "b.vhd", "--overlay", "--keep-overlay", "x.avhd"], 2, "one image"),
         (["a.vhd", "--overlay", "--keep-overlay", "b.vhd"], 1, "already exists"),
+        (["a.vhd", "--remember", "no/where"], 1, "does not exist"),
         (["a.vhd", "--tls-required"], 2, "--tls-certs"),
         (["a.vhd", "--tls-certs", "nowhere"], 1, "server-cert.pem"),
         (["a.vhd", "--tls-certs", ".", "--tls-psk", "k"], 2, "either"),

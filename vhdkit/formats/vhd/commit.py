@@ -101,9 +101,8 @@ class Commit:
         with self.lock:
             self.bitmaps[block_index] = bitmap
             self._dirty.add(block_index)
+            self._note(block_index, start_bytes, bitmap)
             self._point_at(block_index, start_bytes)
-            if self._notes is not None:
-                self._notes.note(block_index, start_bytes, bitmap)
         self._limit_dirty()
 
     def publish_whole(self, block_index: int, start_bytes: int, vacated: tuple[int, int] | None) -> None:
@@ -113,9 +112,8 @@ class Commit:
         with self.lock:
             self.bitmaps.pop(block_index, None)
             self._dirty.discard(block_index)
+            self._note(block_index, start_bytes, None)
             self._point_at(block_index, start_bytes)
-            if self._notes is not None:
-                self._notes.note(block_index, start_bytes, None)
             if vacated is not None:
                 self._vacated.append(vacated)
 
@@ -126,12 +124,20 @@ class Commit:
     def touch(self, block_index: int) -> None:
         """The block's bitmap in `bitmaps` has changed (under `lock`)."""
         self._dirty.add(block_index)
+        self._note(block_index, self._bat.block_start(block_index), self.bitmaps[block_index])
+
+    def _note(self, block_index: int, start_bytes: int, bitmap: bytearray | None) -> None:
+        """Before the BAT in memory says so, too."""
         if self._notes is not None:
-            self._notes.note(block_index, self._bat.block_start(block_index), self.bitmaps[block_index])
+            before = self._bat.block_start(block_index)
+            self._notes.note(block_index, start_bytes, bitmap, before_bytes=before, free_bytes=self._free_bytes)
 
     def half_full(self) -> bool:
         """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
-        return 2 * len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES
+        return 2 * len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES or self._has_long_notes()
+
+    def _has_long_notes(self) -> bool:
+        return self._notes is not None and self._notes.is_long()
 
     def limit(self) -> None:
         """Flush when too much is dirty, forget bitmaps when too many are clean. For writers."""
@@ -146,7 +152,7 @@ class Commit:
                 self.bitmaps = {block: self.bitmaps[block] for block in keep}
 
     def _limit_dirty(self) -> None:
-        if len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES:
+        if len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES or self._has_long_notes():
             self.flush()
 
     def flush(self) -> None:
@@ -206,10 +212,15 @@ class Commit:
 
     def close(self) -> None:
         """Flush, and let the trailing footer reach the device too."""
-        if self.guard.failure is None:
+        try:
+            if self.guard.failure is not None:
+                return
             self.flush()
             if self._footer_unsynced:
                 self._sync_data()
             if self._notes is not None:
                 self._notes.close()
                 self._notes = None
+        finally:
+            if self._notes is not None:
+                self._notes.leave()

@@ -397,7 +397,11 @@ def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
     block_size, unique_id = metadata.header.block_size, metadata.footer.unique_id
     bitmaps = remember.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
     if bitmaps:
-        check_blocks(metadata, bat)
+        try:
+            check_blocks(metadata, bat)
+        except CorruptImage as error:  # of the notes or of the image itself, which is for the caller to find
+            remember.give_up(store, unique_id, error.problem)
+            return False
         store.sync()
         for block, raw in bitmaps.items():
             store.pwrite(bat.block_start(block), raw)
