@@ -18,10 +18,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmm import saved
-from vmm.errors import InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState, from_document, of_os_error
+from vmm.errors import (
+    InUse,
+    InvalidSpec,
+    NotFound,
+    QemuFailed,
+    TimedOut,
+    VmmError,
+    WrongState,
+    from_document,
+    of_os_error,
+)
 from vmm.events import add_event
 from vmm.kvm.process import Identity, identity_of
-from vmm.paths import MachinePaths, RuntimePaths, is_id, machine_folder, make_private, runtime_of, write_whole
+from vmm.paths import (
+    MachinePaths,
+    RuntimePaths,
+    is_id,
+    machine_folder,
+    make_private,
+    registry_folder,
+    runtime_of,
+    write_whole,
+)
 from vmm.proc import is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
 from vmm.state import MachineState, processes_of
@@ -155,6 +174,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
     """
     place = Place.of(name)
     with machine_lock(place.machine.folder, name):
+        _refuse_twin(place)
         _refuse_running(place)
         if discard_saved and saved.is_saved(place.machine):
             saved.discard(place.machine)
@@ -182,6 +202,19 @@ def _id_of(place: Place) -> str:
     if machine_id is not None:
         return machine_id
     raise NotFound("the machine's definition cannot be read", machine=place.name, path=place.machine.definition)
+
+
+def _refuse_twin(place: Place) -> None:
+    """Two machines of one id, of which one is a copied folder, would have one runtime folder, and often one disk."""
+    own = _id_in(place.machine)
+    for name in os.listdir(registry_folder()):
+        other = _id_in(MachinePaths(os.path.join(registry_folder(), name)))
+        if name != place.name and own is not None and other == own:
+            raise InvalidSpec(
+                f"has the same id as the machine {name}: one is a copy of the other",
+                machine=place.name, path=place.machine.definition,
+                hint="delete the copy, or give it another id and disks of its own in that file",
+            )  # fmt: skip
 
 
 def _refuse_running(place: Place) -> None:

@@ -206,6 +206,8 @@ class Manager:
                 kept.append((disk.path, "disks stay unless --with-disks is given"))
             elif not os.path.exists(disk.path):
                 kept.append((disk.path, "it is not there"))
+            elif (other := registry.other_user_of(disk, name)) is not None:
+                kept.append((disk.path, f"it is a disk of the machine {other}, too"))
             else:
                 try:
                     look_at(disk, writable=True)

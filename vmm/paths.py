@@ -258,9 +258,12 @@ def machine_folder(name: str) -> str:
     entry = os.path.join(registry_folder(), name)
     try:
         check_name(name)
-        known = os.path.lexists(entry)
-    except ValueError:
+        os.lstat(entry)
+        known = True
+    except (ValueError, FileNotFoundError, NotADirectoryError):
         known = False
+    except OSError as error:  # not to be seen is not the same as not to be there
+        raise of_os_error(error, "look for the machine", machine=name, path=entry) from error
     if not known:
         raise NotFound(f"there is no machine {name!r}", hint="vmm list shows all machines")
     folder = os.path.realpath(entry)

@@ -204,7 +204,7 @@ def check_disks(spec: MachineSpec) -> None:
         raise InUse("is given twice to this machine", machine=spec.name, path=twice.path)
     others, _ = load_all()
     for other in others:
-        if other.spec.id == spec.id:
+        if other.name == spec.name:  # by name: a folder that was copied has the id of another machine
             continue
         for disk in other.spec.disks:
             own = mine.get(_identity(disk)) if disk.kind != "iso" else None
@@ -216,6 +216,15 @@ def check_disks(spec: MachineSpec) -> None:
                     path=own.path,
                     hint=child if own.kind == "vhd" else f"vmm disk remove {other.name} {disk.id}",
                 )
+
+
+def other_user_of(disk: DiskSpec, name: str) -> str | None:
+    """The name of a machine other than `name` that has this image or device, too."""
+    identity = _identity(disk)
+    for other in load_all()[0]:
+        if other.name != name and any(_identity(one) == identity for one in other.spec.disks if one.path is not None):
+            return other.name
+    return None
 
 
 def _identity(disk: DiskSpec) -> object:

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import vhdkit
 from vmm import contact, paths, registry
-from vmm.errors import InvalidSpec
+from vmm.errors import AccessDenied, InUse, InvalidSpec
+from vmm.manager import Manager
 from vmm.spec import make_spec
 
 
@@ -18,6 +24,22 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home of the test's own."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
+
+
+@contextlib.contextmanager
+def as_ordinary_user(folder: Path) -> Iterator[None]:
+    """To whom rights apply: root is one for a while."""
+    is_root = os.geteuid() == 0
+    for one in (folder, *folder.parents) if is_root else ():
+        if not one.stat().st_mode & 0o001 and one.name.startswith(("pytest-", "popen-", "test_")):
+            one.chmod(0o711)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 @pytest.mark.parametrize("machine_id", ["../../victim", "../victim/x", "zzz", "", 5, None])
@@ -43,3 +65,27 @@ def test_no_definition_at_all(text: str) -> None:
     with pytest.raises(InvalidSpec, match="is no machine definition"):
         contact.start("web")
     assert not Path(paths.runtime_home()).exists()
+
+
+def test_folder_that_was_copied(tmp_path: Path) -> None:
+    """Two machines of one id are one to their worker: neither starts, and a disk of both is not deleted with one."""
+    disk = tmp_path / "a.vhd"
+    vhdkit.create_image(disk, 1 << 20)
+    machine = registry.add(make_spec(name="web", disks=[{"id": "disk-0", "path": str(disk)}]))
+    shutil.copytree(machine.paths.folder, f"{machine.paths.folder}-copy")
+    for name in ("web", "web-copy"):
+        with pytest.raises(InvalidSpec, match="same id as the machine web"):
+            contact.start(name)
+    with pytest.raises(InUse, match="is a disk of the machine web already"):
+        Manager().set("web-copy", cpu_count=2)
+    assert Manager().delete("web-copy", with_disks=True).kept == ((str(disk), "it is a disk of the machine web, too"),)
+    assert disk.exists() and registry.names() == ["web"]
+
+
+def test_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's machines are told as that, not as missing."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    with as_ordinary_user(tmp_path), pytest.raises(AccessDenied, match="look for the machine"):
+        contact.Place.of("web")
