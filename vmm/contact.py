@@ -139,15 +139,20 @@ def state_of(place: Place) -> dict[str, Any]:
 def _clean_up(place: Place) -> bool:
     """Nobody lives any more: take away what is left. False when somebody is at work on the machine."""
     with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name):
-        left = processes_of(place.runtime)
-        if "qemu" not in left and not is_looked_after(place.runtime):
-            for ref in left.values():
-                ref.end(END_SECONDS)  # a disks' server flushes first
-            saved.discard_part(place.machine)
-            shutil.rmtree(place.runtime.folder, ignore_errors=True)
-            add_event(place.machine.events, "found-dead")
+        _take_away_dead(place)
         return True
     return False
+
+
+def _take_away_dead(place: Place) -> None:
+    """The same for who has the machine's lock already."""
+    left = processes_of(place.runtime)
+    if "qemu" not in left and not is_looked_after(place.runtime):
+        for ref in left.values():
+            ref.end(END_SECONDS)  # a disks' server flushes first
+        saved.discard_part(place.machine)
+        shutil.rmtree(place.runtime.folder, ignore_errors=True)
+        add_event(place.machine.events, "found-dead")
 
 
 def _spawn_keeper(place: Place, ready: int | None = None) -> None:
@@ -260,6 +265,7 @@ def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict
 
 def _after_all(place: Place) -> dict[str, Any]:
     """The worker was killed before it said anything: the keeper has started another, or nobody lives."""
+    _take_away_dead(place)
     result = state_of(place)
     deadline = time.monotonic() + START_SECONDS
     while result["state"] == MachineState.STARTING and time.monotonic() < deadline:

@@ -29,7 +29,7 @@ import sys
 import time
 from typing import Any
 
-from vmm.errors import StoreFailed, VmmError, to_document
+from vmm.errors import NoSpace, StoreFailed, VmmError, to_document
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
@@ -47,8 +47,8 @@ class _Kept:
     """A process that is kept alive: who it is, and when it may be started next."""
 
     def __init__(self, ref: ProcessRef | None) -> None:
-        self.ref = ref if ref is not None and ref.is_alive() else None
-        self.pidfd = -1 if self.ref is None else (self.ref.open_pidfd() or -1)
+        pidfd = None if ref is None else ref.open_pidfd()
+        self.ref, self.pidfd = (None, -1) if pidfd is None else (ref, pidfd)
         self.started = time.monotonic()
         self.short_lives = 0
         self.not_before = 0.0
@@ -109,10 +109,11 @@ class Keeper:
         shutil.rmtree(self._runtime.folder, ignore_errors=True)
 
     def _is_over(self) -> bool:
-        if not os.path.exists(self._runtime.running):
-            return self._worker.ref is None  # somebody took the runtime folder away: nothing can be started again
+        if self._worker.ref is not None:
+            return False
         note = WorkerNote.read(self._runtime)
-        return self._worker.ref is None and note is not None and note.phase is Phase.ENDED
+        is_gone = not os.path.isdir(self._runtime.folder)  # the worker has put the machine away for that
+        return is_gone or (note is not None and note.phase is Phase.ENDED)
 
     def _wait(self) -> None:
         """Until one of them ends, or one is due to be started."""
@@ -241,6 +242,8 @@ def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:
             error = StoreFailed(str(told.get("problem") or told.get("message")), path=told.get("path"),
                                 hint=told.get("hint"))  # fmt: skip
             return to_document(error) | {"exit_code": told.get("exit_code", error.exit_code)}
+    if status == NoSpace.exit_code:  # it could not even write down why
+        return to_document(NoSpace("the disks' server found no space left", path=log_path))
     if status is None:
         words = "ended"
     elif status < 0:

@@ -39,6 +39,7 @@ from vmm.state import KeeperNote, Phase, WorkerNote, note_running
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
 SERVER_END_SECONDS = 60.0
 KEEPER_AGAIN_SECONDS = 1.0
+FOLDER_LOOK_SECONDS = 2.0
 MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not started for ever
 
 
@@ -58,6 +59,8 @@ class Worker:
             self._note.qemu = None
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._saving = Saving(self._running)
+        self._keeper: KeeperNote | None = None  # as it was last seen
+        self._folder = os.stat(runtime.folder)
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
         self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
@@ -92,7 +95,7 @@ class Worker:
         """From start, or from where another worker was killed, until the machine is off."""
         self._note.write(self._runtime)
         await self._control.start(bind_private(self._runtime.control))
-        watch = asyncio.create_task(self._watch_keeper())
+        watch = asyncio.gather(self._watch_keeper(), self._watch_folder())
         try:
             end = await self._first_end()
             while end is End.CRASHED and self._may_recover():
@@ -155,7 +158,7 @@ class Worker:
             return False
         return True
 
-    async def _put_away(self, watch: asyncio.Task[None]) -> None:
+    async def _put_away(self, watch: asyncio.Future[Any]) -> None:
         """The disks' server flushes and ends, then those who wait are told, then we end. The keeper does the rest."""
         note_running(self._machine, False)
         self._note.phase = Phase.ENDED
@@ -179,7 +182,7 @@ class Worker:
             os.unlink(self._runtime.control)
 
     async def _end_server(self) -> None:
-        keeper = KeeperNote.read(self._runtime)
+        keeper = KeeperNote.read(self._runtime) or self._keeper
         server = keeper.server if keeper is not None else None
         if server is None or not server.is_alive():
             return
@@ -195,7 +198,7 @@ class Worker:
     async def _watch_keeper(self) -> None:
         """Start another when it has died."""
         loop = asyncio.get_running_loop()
-        while True:
+        while self._has_folder():
             note = KeeperNote.read(self._runtime)
             pidfd = note.keeper.open_pidfd() if note is not None and note.keeper is not None else None
             if pidfd is not None:
@@ -207,6 +210,8 @@ class Worker:
                     loop.remove_reader(pidfd)
                     os.close(pidfd)
                 self._tell("keeper-died")
+                if not self._has_folder():
+                    return
             with contextlib.suppress(OSError):
                 pid = spawn_detached(
                     python_command("vmm.keeper", self._machine.folder, self._runtime.folder),
@@ -215,6 +220,26 @@ class Worker:
                 )
                 await self._wait_for_note(pid)
             await asyncio.sleep(KEEPER_AGAIN_SECONDS)
+
+    def _has_folder(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(self._runtime.folder), self._folder)
+        return False
+
+    async def _watch_folder(self) -> None:
+        """When the runtime folder is gone nobody finds the machine any more: it is saved, or else powered off.
+
+        A user's last session takes /run/user/ID with it, and /tmp is tidied up.
+        """
+        while self._has_folder():
+            self._keeper = KeeperNote.read(self._runtime) or self._keeper
+            await asyncio.sleep(FOLDER_LOOK_SECONDS)
+        self._tell("runtime-folder-gone", problem="nobody can reach the machine any more: it is saved")
+        try:
+            await self._running.save(lambda document: None)
+        except VmmError as error:
+            self._tell("save-failed", problem=str(error))
+            await self._running.stop()
 
     async def _wait_for_note(self, pid: int) -> None:
         """Until the new keeper has written that it is there, or has ended."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from tests.vmm.small_guests import (
     wait_whole,
 )
 from vmm.contact import Place
-from vmm.errors import StoreFailed, VmmError
+from vmm.errors import QemuFailed, StoreFailed, VmmError
 from vmm.manager import Manager
 from vmm.proc import ProcessRef
 from vmm.state import MachineState
@@ -157,6 +159,19 @@ def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
     wait_counting(manager)
 
 
+def test_runtime_folder_goes(manager: Manager, tmp_path: Path) -> None:
+    """Nobody could reach the machine any more, nor end it: it is saved, nothing of it is left, and it goes on."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    count, living = wait_counting(manager), processes()
+    shutil.rmtree(Place.of("small").runtime.folder)
+    wait_until(lambda: not any(one.is_alive() for one in living.values()), "all is put away")
+    assert manager.state("small") is MachineState.SAVED
+    manager.start("small")
+    assert wait_counting(manager) > count
+    manager.stop("small")
+
+
 def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
     """A worker that is killed as soon as it is there is followed by one that starts the machine."""
     make_machine(manager, tmp_path)
@@ -173,6 +188,24 @@ def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
     wait_state(manager, MachineState.RUNNING)
     wait_counting(manager)
     assert os.path.exists(place.runtime.control)
+
+
+def test_all_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """Whoever waits for the start is told at once that nobody is there any more, and nothing is left."""
+    make_machine(manager, tmp_path)
+
+    def kill_all() -> None:
+        wait_until(lambda: {"keeper", "worker"} <= set(processes()), "there is a worker")
+        for part in ("keeper", "worker"):  # neither starts anybody meanwhile
+            os.kill(processes()[part].pid, signal.SIGSTOP)
+        kill(tuple(part for part in ("qemu", "worker", "keeper") if part in processes()))
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_all)
+        with pytest.raises(QemuFailed, match="before the machine ran"):
+            manager.start("small")
+        killing.result()
+    assert not os.path.exists(Place.of("small").runtime.folder) and manager.state("small") is MachineState.OFF
 
 
 def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
