@@ -284,7 +284,7 @@ class Manager:
         with registry.changing(name) as machine:
             saved.refuse_when_saved(machine.paths, name, "adding a disk")
             with contact.contact(_place(machine)) or contextlib.nullcontext() as client:
-                if client is not None and wish.controller is None:
+                if client is not None and wish.controller is None and wish.kind != "iso":
                     wish = _on_scsi(wish)
                 disk = self._disk_of(wish, machine.spec)
                 spec = machine.spec.changed(disks=[*machine.spec.disks, disk])

@@ -51,7 +51,10 @@ def _chained(events: list[dict[str, Any]], following: Iterator[dict[str, Any] | 
 
 
 def _words(event: dict[str, Any]) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(event.get("time") or 0)))
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(event.get("time") or 0)))
+    except (ValueError, TypeError, OverflowError, OSError):  # the file was edited by hand
+        when = f"{event['time']}"
     details = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("time", "event"))
     return f"{when}  {event['event']}" + (f"  ({details})" if details else "")
 
