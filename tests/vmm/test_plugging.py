@@ -98,7 +98,8 @@ def test_server_killed_while_the_guest_writes(manager: Manager, tmp_path: Path, 
     manager.stop(NAME)
     with vhdkit.open_disk(leaf) as disk:
         assert hashlib.sha256(disk.read(0, 24 * MIB)).hexdigest() == wanted.split()[0]
-    assert vhdkit.check(leaf) == []
+    # A block whose write was not answered yet when the server was killed was begun again elsewhere.
+    assert [one for one in vhdkit.check(leaf) if one.code != "leaked-space"] == []
 
 
 def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> None:

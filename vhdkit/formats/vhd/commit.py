@@ -78,6 +78,8 @@ class Commit:
         if start >= sectors_to_bytes(BAT_UNALLOCATED):
             raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)
         size_before = self._store.size()
+        if self._notes is not None:  # who is killed before the block is noted leaves its space to nobody
+            self._notes.prepare()
         try:
             self._store.reserve(start, self._bitmap_size)
             self._store.reserve(end, FOOTER_SIZE)

@@ -65,6 +65,12 @@ class Notes:
         self._has_failed = False
         self._flushing: int | None = None  # the file whose notes a flush is writing
 
+    def prepare(self) -> None:
+        """There will be something to note soon: what takes long about it is done now."""
+        if not self._files and not self._has_failed:
+            with self._trying():
+                self._begin()
+
     def note(
         self,
         block_index: int,
@@ -78,13 +84,12 @@ class Notes:
 
         It began at `before_bytes`, negative for nowhere; the next new block goes behind `free_bytes`.
         """
+        raw = b"" if bitmap is None else bytes(bitmap)
+        self.prepare()
         if self._has_failed:
             return
-        raw = b"" if bitmap is None else bytes(bitmap)
         now = self._turn % 2
         with self._trying():  # what was noted before is still right
-            if not self._files:
-                self._begin()
             places = (start_bytes, before_bytes, free_bytes, self._store.size())
             body = _NOTE.pack(0, block_index, *places, len(raw))[4:] + raw
             self._files[now].pwrite(self._ends[now], struct.pack(">I", zlib.crc32(body)) + body)
