@@ -112,7 +112,7 @@ class Keeper:
         if self._worker.ref is not None:
             return False
         note = WorkerNote.read(self._runtime)
-        is_gone = not os.path.isdir(self._runtime.folder)  # the worker has put the machine away for that
+        is_gone = not os.path.exists(self._runtime.running)  # nothing can be started again
         return is_gone or (note is not None and note.phase is Phase.ENDED)
 
     def _wait(self) -> None:

@@ -236,7 +236,7 @@ class Worker:
             await asyncio.sleep(FOLDER_LOOK_SECONDS)
         self._tell("runtime-folder-gone", problem="nobody can reach the machine any more: it is saved")
         try:
-            await self._running.save(lambda document: None)
+            await self._saving.save(lambda document: None)
         except VmmError as error:
             self._tell("save-failed", problem=str(error))
             await self._running.stop()

@@ -154,7 +154,7 @@ def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
     for victim in kill_these:
         os.kill(victim.pid, 9)
     wait_until(lambda: not living["keeper"].is_alive() and not living["server"].is_alive(), "keeper and server end")
-    assert manager.state("small") is MachineState.OFF
+    assert manager.state("small") in (MachineState.OFF, MachineState.SAVED)  # whichever was quicker
     manager.start("small")
     wait_counting(manager)
 
