@@ -144,7 +144,9 @@ class Batch:
         sent: int = _sendmmsg(descriptor, self._gathered_address, len(slots), _MSG_DONTWAIT)
         return sent if sent > 0 else _nothing()
 
-    def send_changed(self, descriptor: int, slots: Sequence[int], skip_bytes: int, tag: ctypes.Array[ctypes.c_char]) -> int:
+    def send_changed(
+        self, descriptor: int, slots: Sequence[int], skip_bytes: int, tag: ctypes.Array[ctypes.c_char]
+    ) -> int:
         """Send these slots as addresses, tag, rest from `skip_bytes`; how many were taken. Raises OSError.
 
         `tag` comes from `tag_buffer` and may be empty.

@@ -57,7 +57,9 @@ class GatewaySetup:
 
 def command(setup: GatewaySetup, peer: str, address: str) -> list[str]:
     """The helper's command line: it binds `peer` and sends to the switch's socket `address`. Pure."""
-    user = f"user,id=out,ipv6=off,net={setup.network},host={setup.host},dns={setup.name_server},dhcpstart={setup.first}"
+    user = (
+        f"user,id=out,ipv6=off,net={setup.network},host={setup.host},dns={setup.name_server},dhcpstart={setup.first}"
+    )
     if setup.domain:
         user += f",domainname={setup.domain}"
     if not setup.outside:

@@ -33,6 +33,7 @@ class Mover:
         self._by_port: dict[Port, PortSocket] = {}
         self._batch = Batch()
         self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
+        self.congested = False  # the last `pump` sent to somebody who takes frames more slowly than they come
 
     def add(self, setup: PortSetup) -> PortSocket:
         """A new port, connected if its peer is there. Raises VmmError."""
@@ -72,6 +73,7 @@ class Mover:
     def pump(self, source: PortSocket, now: float) -> int:
         """Move one batch that came in at `source`; how many frames. Raises OSError when its socket is broken."""
         batch = self._batch
+        self.congested = False
         count = batch.receive(source.descriptor, source.batch_limit)
         if not count:
             return 0
@@ -144,7 +146,7 @@ class Mover:
                 slots = slots[:granted]
         if slots:
             for output in decision.outputs:
-                self._send(output, slots)
+                self._send(output, slots, now)
 
     def _not_refused(self, port: Port, slots: Sequence[int]) -> Sequence[int]:
         passed = []
@@ -156,7 +158,7 @@ class Mover:
                 port.counters.drops[drop] += 1
         return slots if len(passed) == len(slots) else passed
 
-    def _send(self, output: Output, slots: Sequence[int]) -> None:
+    def _send(self, output: Output, slots: Sequence[int], now: float) -> None:
         port, change = output
         target = self._by_port[port]
         had_backlog = bool(target.backlog)
@@ -173,8 +175,11 @@ class Mover:
             counters.transmitted_bytes += sent * (len(change.tag) + frames.ADDRESSES_BYTES - change.skip_bytes)
         if target.captures:
             self._capture(target, slots, Direction.OUT, output)
-        if target.backlog and not had_backlog:
-            self.full.append(target)
+        if target.backlog:
+            if not had_backlog:
+                target.taken_at = now
+                self.full.append(target)
+            self.congested = self.congested or target.is_congested(now)
 
     # -- captures -----------------------------------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vmm.net.engine import Change, Port
     from vmm.net.ports import PortSetup
 
+CONGESTED_FRAMES = 64  # from here on those who send to it are let wait a moment, so that nothing is lost
+STALLED_SECONDS = 0.1  # a receiver that took nothing for so long is paused or broken: nobody waits for it
 MAX_BACKLOG_FRAMES = 512  # for a receiver that takes nothing for a while: QEMU's socket holds 11 frames
 SEND_BUFFER_BYTES = 4 << 20  # the kernel counts what the other side has not taken yet
 RATE_BURST_SECONDS = 0.01
@@ -48,6 +50,8 @@ class PortSocket:
         self.setup = setup
         self.connected = False
         self.backlog: deque[bytes] = deque()
+        self.taken_at = 0.0  # when the peer last took a frame from the backlog, or it was empty
+        self.waits_until = 0.0  # not read from before that time; 0: it is read from
         self.captures: list[Capture] = []
         self.rate: Bucket | None = None
         self.batch_limit = BATCH_FRAMES
@@ -157,7 +161,11 @@ class PortSocket:
             return batch.send_all(self.descriptor, slots.start, slots.stop)
         return batch.send(self.descriptor, slots)
 
-    def flush(self) -> None:
+    def is_congested(self, now: float) -> bool:
+        """True when the peer takes its frames, but more slowly than they come."""
+        return len(self.backlog) >= CONGESTED_FRAMES and now - self.taken_at < STALLED_SECONDS
+
+    def flush(self, now: float) -> None:
         """Send from the backlog what the peer takes now."""
         while self.backlog:
             try:
@@ -170,6 +178,7 @@ class PortSocket:
             except OSError:
                 pass  # this one cannot be sent
             self.backlog.popleft()
+            self.taken_at = now
 
     def _lost(self) -> None:
         self.connected = False

@@ -8,7 +8,7 @@ not pydantic, because the switch process is to start in milliseconds. Must not k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vmm import errors
@@ -27,7 +27,7 @@ class PortSetup:
     name: str
     address: str
     peer: str
-    rules: PortRules = PortRules()
+    rules: PortRules = field(default_factory=PortRules)
     rate_bits_per_second: int = 0  # what may be sent; 0: no limit
     owner: int | None = None  # a user id
     link_up: bool = True

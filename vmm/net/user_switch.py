@@ -33,10 +33,11 @@ from vmm.net.capture import MAX_SNAP_BYTES, Capture
 from vmm.net.gateway import Gateway
 from vmm.net.mover import Mover
 from vmm.net.port_socket import PortSocket
-from vmm.net.switch_control import ControlServer, Loop
+from vmm.net.switch_control import ControlServer, Loop, Method
 
 IDLE_SECONDS = 10.0
 TICK_SECONDS = 1.0
+CONGESTION_SECONDS = 0.001  # how long a sender waits at most, each time, for a receiver that is behind
 AGEING_TICKS = 10  # between two looks at old addresses
 MAX_CAPTURES = 8
 STATE_NAME, CONTROL_NAME = "ports.json", "control.sock"
@@ -57,9 +58,10 @@ class UserSwitch:
         self._idle_since = time.monotonic()
         self._resume: list[tuple[float, int, PortSocket]] = []
         self._order = itertools.count()
+        self._waiting: list[PortSocket] = []  # for a congested receiver
         self._captures: list[Capture] = []
         self._gateway: Gateway | None = None
-        methods = {
+        methods: dict[str, Method] = {
             "status": self._status,
             "addresses": self._addresses,
             "add_port": self._add_port,
@@ -101,14 +103,15 @@ class UserSwitch:
         elif now - self._idle_since > IDLE_SECONDS:
             self._stopping = True
 
-    def _watch(self, sock: PortSocket, reading: bool = True) -> None:
-        events = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if sock.backlog else 0)
+    def _watch(self, sock: PortSocket) -> None:
+        events = (0 if sock.waits_until else select.EPOLLIN) | (select.EPOLLOUT if sock.backlog else 0)
 
         def ready(happened: int) -> None:
             if happened & select.EPOLLOUT:
-                sock.flush()
+                sock.flush(time.monotonic())
                 if not sock.backlog:
-                    self._watch(sock, reading)
+                    self._watch(sock)
+                    self._let_go_on()
             if happened & select.EPOLLIN:
                 self._pump(sock)
 
@@ -126,15 +129,31 @@ class UserSwitch:
             for full in mover.full:
                 self._watch(full)
             mover.full.clear()
-        if sock.rate is not None and (wait := sock.rate.wait_seconds(now)) > 0:
-            self._watch(sock, reading=False)
-            heapq.heappush(self._resume, (now + wait, next(self._order), sock))
+        wait = 0.0 if sock.rate is None else sock.rate.wait_seconds(now)
+        if mover.congested and wait < CONGESTION_SECONDS:
+            wait = CONGESTION_SECONDS
+            self._waiting.append(sock)
+        if wait:
+            sock.waits_until = now + wait
+            self._watch(sock)
+            heapq.heappush(self._resume, (sock.waits_until, next(self._order), sock))
+
+    def _let_go_on(self) -> None:
+        """A receiver has caught up: who waited for one may send again."""
+        for sock in self._waiting:
+            self._end_wait(sock)
+        self._waiting.clear()
 
     def _resume_due(self, now: float) -> None:
         while self._resume and self._resume[0][0] <= now:
             sock = heapq.heappop(self._resume)[2]
-            if self.mover.sockets.get(sock.port.name) is sock:
-                self._watch(sock)
+            if sock.waits_until <= now:  # else it went on meanwhile, and waits again
+                self._end_wait(sock)
+
+    def _end_wait(self, sock: PortSocket) -> None:
+        sock.waits_until = 0.0
+        if self.mover.sockets.get(sock.port.name) is sock:
+            self._watch(sock)
 
     # -- requests -----------------------------------------------------------------------------------------------
 

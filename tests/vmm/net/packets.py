@@ -24,7 +24,18 @@ def ethernet(
 def ipv4(protocol: int, payload: bytes, *, fragment: int = 0, options: bytes = b"") -> bytes:
     """A packet from 10.0.0.1 to 10.0.0.2; `fragment` is the offset in 8 bytes."""
     head = (5 + len(options) // 4) | 0x40
-    fields = (head, 0, 20 + len(options) + len(payload), 1, fragment, 64, protocol, 0, b"\x0a\0\0\x01", b"\x0a\0\0\x02")
+    fields = (
+        head,
+        0,
+        20 + len(options) + len(payload),
+        1,
+        fragment,
+        64,
+        protocol,
+        0,
+        b"\x0a\0\0\x01",
+        b"\x0a\0\0\x02",
+    )
     return struct.pack(">BBHHHBBH4s4s", *fields) + options + payload
 
 

@@ -45,7 +45,9 @@ def any_frame() -> st.SearchStrategy[bytes]:
         st.binary(max_size=4),
         vlan=st.none() | st.sampled_from(VLANS),
     )
-    prioritised = made.map(lambda frame: frame[:14] + bytes([frame[14] | 0xA0]) + frame[15:] if len(frame) > 15 else frame)
+    prioritised = made.map(
+        lambda frame: frame[:14] + bytes([frame[14] | 0xA0]) + frame[15:] if len(frame) > 15 else frame
+    )
     cut = st.builds(lambda frame, size: frame[:size], made, st.integers(0, 18))
     return made | prioritised | cut
 

@@ -142,10 +142,10 @@ def test_a_slow_receiver_gets_a_backlog_and_then_loses(lab: Lab) -> None:
     slow = lab.mover.sockets["slow"]
     assert lab.mover.full == [slow]
     assert len(slow.backlog) == port_socket.MAX_BACKLOG_FRAMES
-    got = []
+    got: list[bytes] = []
     while slow.backlog or not got:
         got += lab.received("slow")
-        slow.flush()
+        slow.flush(0.0)
     got += lab.received("slow")
     assert got == sent[: len(got)]
     lost = slow.port.counters.drops[Drop.FULL]
