@@ -23,13 +23,14 @@ from enum import StrEnum
 from typing import Any
 
 from vmm.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
+from vmm.kvm.cmdline import Adapter
 from vmm.kvm.console import ConsoleHub
 from vmm.kvm.drives import DiskServer, problem_of_store
 from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
 from vmm.kvm.qmp import Event, Qmp
-from vmm.launch import prepare
+from vmm.launch import Launch, prepare
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef
 from vmm.spec import MachineSpec
@@ -70,6 +71,7 @@ class Running:
         self.agent = GuestAgent(runtime.agent, spec.integration, machine=spec.name)
         store = KeyValueStore(store_path(machine.folder))
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
+        self.plug_adapters: Callable[[Launch], tuple[Adapter, ...]] = lambda launch: ()
         self.critical_reason: str | None = None
         self.tell = tell
         self._qmp: Qmp | None = None
@@ -152,8 +154,15 @@ class Running:
     # -- starting ------------------------------------------------------------------------------------------------
 
     async def launch(self, accelerator: str, *, incoming: bool) -> None:
-        command, launch = prepare(
-            self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming, identity=self.identity
+        command, launch = await asyncio.to_thread(
+            prepare,
+            self.spec,
+            self.machine,
+            self.runtime,
+            accelerator=accelerator,
+            incoming=incoming,
+            identity=self.identity,
+            adapters=self.plug_adapters,
         )
         try:
             if not incoming:  # else the guest goes on where it was

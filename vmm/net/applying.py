@@ -66,7 +66,7 @@ class Applying:
         return os.path.isdir(f"/sys/class/net/{self.spec.bridge_name}/bridge")
 
     def apply(self) -> bool:
-        """Have the switch on this host; True when something had to be done. Raises VmmError, and then nothing is left."""
+        """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
         if self.is_applied():
             nft.run(nft.document(self.spec, self.ports))
             if self.spec.type == "internal" and self.spec.dhcp:
@@ -120,9 +120,9 @@ class Applying:
         if facts.uplink is None or not self.spec.host or not facts.uplink.is_up:
             return None
         for route in facts.uplink.routes:
-            if route.gateway and route.destination.endswith("/0"):
-                if kernel.answers(facts.uplink.name, route.gateway, 1.0):
-                    return route.gateway
+            is_default = route.gateway is not None and route.destination.endswith("/0")
+            if is_default and kernel.answers(facts.uplink.name, str(route.gateway), 1.0):
+                return route.gateway
         return None
 
     # -- the steps ----------------------------------------------------------------------------------------------
@@ -142,12 +142,11 @@ class Applying:
                 return {"name": arguments["name"], "was_up": link is not None and link["is_up"]}
             case "enslave":
                 return {"name": arguments["name"]}
-            case "keep-routes":
-                return {"name": arguments["name"], "routes": [asdict(one) for one in kernel.routes(arguments["name"])]}
-            case "drop-address":
-                present = [one for one in kernel.addresses(arguments["name"]) if one.address == arguments["address"]]
-                return {"name": arguments["name"], "at": time.time(), "addresses": [asdict(one) for one in present]}
-        return {}
+            case "keep":
+                addresses, routes = kernel.addresses(arguments["name"]), kernel.routes(arguments["name"])
+                document = {"addresses": [asdict(one) for one in addresses], "routes": [asdict(one) for one in routes]}
+                return {"name": arguments["name"], "at": time.time(), **document}
+        return {}  # what is given to the bridge goes with it; what the card had is kept before
 
     def _do(self, kernel: Kernel, step: Step) -> None:
         arguments = step.arguments
@@ -163,7 +162,7 @@ class Applying:
             case "enslave":
                 kernel.set_master(arguments["name"], arguments["bridge"])
             case "address":
-                kernel.add_address(arguments["name"], arguments["address"], arguments["broadcast"])
+                kernel.add_address(**arguments)
             case "drop-address":
                 kernel.remove_address(arguments["name"], arguments["address"])
             case "route":
@@ -186,23 +185,29 @@ class Applying:
                     kernel.set_up(before["name"], False)
             case "enslave":
                 kernel.set_master(before["name"], None)
-            case "keep-routes":
-                have = kernel.routes(before["name"])
-                for route in (Route(**one) for one in before["routes"]):
-                    if route not in have:
-                        kernel.add_route(before["name"], route)
-            case "drop-address":
-                self._put_back_address(kernel, before)
+            case "keep":
+                _put_back(kernel, before)
             case "dhcp":
                 self._dhcp.stop()
 
-    @staticmethod
-    def _put_back_address(kernel: Kernel, before: dict[str, Any]) -> None:
+
+def _put_back(kernel: Kernel, before: dict[str, Any]) -> None:
+    """Addresses in their old order, which the choice of a source depends on, then the routes."""
+    name = before["name"]
+    wanted = [one["address"] for one in before["addresses"]]
+    present = [one.address for one in kernel.addresses(name)]
+    if present != wanted:
+        for address in wanted:
+            kernel.remove_address(name, address)
         for one in before["addresses"]:
             left = one["valid_seconds"]
             if left is not None:
                 left = max(1, int(left - (time.time() - before["at"])))
-            kernel.add_address(before["name"], one["address"], one["broadcast"], left)
+            kernel.add_address(name, one["address"], one["broadcast"], one["flags"], left)
+    have = kernel.routes(name)
+    for route in (Route(**one) for one in before["routes"]):
+        if route not in have:
+            kernel.add_route(name, route)
 
 
 def _hint(reasons: Sequence[str]) -> str | None:

@@ -27,6 +27,7 @@ ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the
 _KERNEL_PROTOCOLS = (1, 2, 9)  # redirect, kernel, router advertisement: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
+_CHOSEN_FLAGS = 0x02 | 0x100 | 0x200 | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
 _DISCARD_PORT = 9
 _LOOK_SECONDS = 0.05
 _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
@@ -174,14 +175,19 @@ class Kernel:
                 f"{own}/{message['prefixlen']}",
                 message.get_attr("IFA_BROADCAST") if is_four else None,
                 None if valid == FOREVER else valid,
+                int(message.get_attr("IFA_FLAGS") or 0) & _CHOSEN_FLAGS,
             )
 
-    def add_address(self, name: str, address: str, broadcast: str | None, valid_seconds: int | None = None) -> None:
+    def add_address(
+        self, name: str, address: str, broadcast: str | None, flags: int = 0, valid_seconds: int | None = None
+    ) -> None:
         """Give a link an address; fine when it has it."""
         host, _, prefix = address.partition("/")
         settings: dict[str, Any] = {"index": self._need(name), "address": host, "prefixlen": int(prefix)}
         if broadcast is not None:
             settings["broadcast"] = broadcast
+        if flags:
+            settings["flags"] = flags
         if valid_seconds is not None:
             settings |= {"valid_lft": valid_seconds, "preferred_lft": valid_seconds}
         try:

@@ -42,7 +42,9 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
         f"host-record=host.{spec.domain},{spec.interface.ip}",
     ]
     # Without a way out there is nobody to pass questions on to, and no router to tell of.
-    lines += [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
+    lines += (
+        [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
+    )
     for lease in spec.leases:
         name = f",{lease.name}" if lease.name else ""
         lines.append(f"dhcp-host={lease.mac},{lease.address}{name}")

@@ -76,7 +76,10 @@ def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
             is_kind = _match(_field("ether", "type"), kind)
             sending.append([here, is_kind, _match(_field("udp", "sport"), number), *_DROP])
     if rules.router_guard:
-        for protocol, kinds in (("icmp", ["redirect", "router-advertisement"]), ("icmpv6", ["nd-router-advert", "nd-redirect"])):
+        for protocol, kinds in (
+            ("icmp", ["redirect", "router-advertisement"]),
+            ("icmpv6", ["nd-router-advert", "nd-redirect"]),
+        ):
             is_kind = _match(_field("ether", "type"), "ip" if protocol == "icmp" else "ip6")
             sending.append([here, is_kind, _match(_field(protocol, "type"), _set(kinds)), *_DROP])
     if rules.storm_frames_per_second:

@@ -7,7 +7,7 @@ steps. Must not look at the host: what is there is told in `HostFacts`.
 
     private    guests only                          user (default) or bridge
     internal   guests and the host                  bridge (root), or user with a gateway (everybody)
-    external   guests, the host and its network     bridge (root): the host's addresses move from the card to the bridge
+    external   guests, the host and its network     bridge (root): the host's addresses move to the bridge
 """
 
 from __future__ import annotations
@@ -202,11 +202,15 @@ def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interf
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router."""
+    """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router.
+
+    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own.
+    """
 
     address: str  # with prefix
     broadcast: str | None = None
     valid_seconds: int | None = None
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +308,7 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
 
 def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     bridge = spec.bridge_name
-    address = {"name": bridge, "address": str(spec.interface), "broadcast": str(spec.network.broadcast_address)}
+    address = {"name": bridge, "address": str(spec.interface), "broadcast": str(spec.network.broadcast_address), "flags": 0}
     todo = [Step("address", address, f"give the host {spec.interface} on {bridge}")]
     if spec.nat:
         for name in (bridge, *facts.outward):
@@ -318,7 +322,7 @@ def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
 
 def _external_steps(spec: SwitchSpec, uplink: UplinkFacts) -> list[Step]:
     bridge = spec.bridge_name
-    remember = Step("keep-routes", {"name": uplink.name}, f"write down the routes through {uplink.name}")
+    remember = Step("keep", {"name": uplink.name}, f"write down the addresses and routes of {uplink.name}")
     todo = [remember, Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}")]
     if not uplink.is_up:
         todo.append(Step("up", {"name": uplink.name}, f"switch {uplink.name} on"))
@@ -328,14 +332,13 @@ def _external_steps(spec: SwitchSpec, uplink: UplinkFacts) -> list[Step]:
             todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
         return todo
     for one in uplink.addresses:
-        arguments = {"name": bridge, "address": one.address, "broadcast": one.broadcast}
+        arguments = {"name": bridge, "address": one.address, "broadcast": one.broadcast, "flags": one.flags}
         todo.append(Step("address", arguments, f"give {bridge} the address {one.address}"))
         words = f"take {one.address} from {uplink.name}"
         todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
     for route in sorted(uplink.routes, key=lambda one: one.gateway is not None):  # the way to gateways first
         via = f" via {route.gateway}" if route.gateway else ""
-        arguments = {"name": bridge, "route": route}
-        todo.append(Step("route", arguments, f"lead {route.destination}{via} through {bridge}"))
+        todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route.destination}{via} through {bridge}"))
     return todo
 
 

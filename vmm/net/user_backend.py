@@ -115,8 +115,8 @@ class UserBackend:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(address)
-            with proc.umask(0o177):
-                listener.bind(address)
+            listener.bind(address)  # its folder is ours alone
+            os.chmod(address, 0o600)
             listener.listen(16)
         except OSError as error:
             listener.close()
