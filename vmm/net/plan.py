@@ -308,7 +308,12 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
 
 def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     bridge = spec.bridge_name
-    address = {"name": bridge, "address": str(spec.interface), "broadcast": str(spec.network.broadcast_address), "flags": 0}
+    address = {
+        "name": bridge,
+        "address": str(spec.interface),
+        "broadcast": str(spec.network.broadcast_address),
+        "flags": 0,
+    }
     todo = [Step("address", address, f"give the host {spec.interface} on {bridge}")]
     if spec.nat:
         for name in (bridge, *facts.outward):

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from vmm import errors, paths
 from vmm.net import nft, plan, ports
+from vmm.net.gateway import PORT_NAME
 from vmm.net.plan import SwitchSpec
 from vmm.net.user_backend import UserBackend
 
@@ -127,7 +128,7 @@ def delete(name: str, *, force: bool = False) -> None:
     spec = load(name)
     with locked(os.path.join(_folder(), ".lock")):
         host = HostSide(spec)
-        in_use = [one["name"] for one in host.port_status() if one["connected"]]
+        in_use = [one["name"] for one in host.port_status() if one["connected"] and one["name"] != PORT_NAME]
         if in_use and not force:
             raise errors.InUse(
                 f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"

@@ -25,14 +25,16 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from vmm import errors, paths
 from vmm.net import engine, frames, ports
 from vmm.net.capture import MAX_SNAP_BYTES, Capture
-from vmm.net.gateway import Gateway
+from vmm.net.gateway import PORT_NAME, Gateway
 from vmm.net.mover import Mover
 from vmm.net.port_socket import PortSocket
+from vmm.net.ports import PortSetup
 from vmm.net.switch_control import ControlServer, Loop, Method
 
 IDLE_SECONDS = 10.0
@@ -90,6 +92,10 @@ class UserSwitch:
             if self._captures:
                 self._control.pump_captures()
 
+    def _guests(self) -> Iterator[PortSocket]:
+        """Every port but the gateway's."""
+        return (sock for name, sock in self.mover.sockets.items() if name != PORT_NAME)
+
     def _tick(self, now: float) -> None:
         self._ticks += 1
         for sock in self.mover.sockets.values():
@@ -98,7 +104,7 @@ class UserSwitch:
             self.mover.engine.age(now)
         if self._gateway is not None:
             self._gateway.keep_alive()
-        if self.mover.sockets or self._control.clients:
+        if any(True for _ in self._guests()) or self._control.clients:
             self._idle_since = now
         elif now - self._idle_since > IDLE_SECONDS:
             self._stopping = True
@@ -199,9 +205,12 @@ class UserSwitch:
         if self._gateway is not None:
             self._gateway.stop()
             self._gateway = None
+            self._take_out(PORT_NAME)
         if (wanted := params.get("gateway")) is not None:
-            self._gateway = Gateway.from_document(wanted, self.folder)
-            self._gateway.start()
+            gateway = Gateway.from_document(wanted, self.folder)
+            self._add_port(ports.to_document(PortSetup(PORT_NAME, gateway.address, gateway.peer)))
+            gateway.start()
+            self._gateway = gateway
         self._save()
         return {}
 
@@ -250,7 +259,7 @@ class UserSwitch:
 
     def _save(self) -> None:
         document = {
-            "ports": [ports.to_document(sock.setup) for sock in self.mover.sockets.values()],
+            "ports": [ports.to_document(sock.setup) for sock in self._guests()],
             "gateway": None if self._gateway is None else self._gateway.to_document(),
         }
         content = json.dumps(document, indent=1).encode()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -30,6 +31,7 @@ class MachineLab:
         monkeypatch.setenv("VMM_HOME", str(self.folder / "home"))
         monkeypatch.setenv("VMM_RUNTIME", str(self.folder / "run"))
         self.manager = Manager()
+        self.links: list[socket.socket] = []
 
     def start(self, name: str, *nics: dict[str, Any], **settings: Any) -> GuestShell:
         """A Linux guest with these adapters, when it answers."""
@@ -54,12 +56,16 @@ class MachineLab:
 
     def shell(self, name: str) -> GuestShell:
         """Commands in a running guest."""
-        shell = GuestShell(open_console(registry.load(name).runtime.console, typing="shared", scrollback_bytes=0)[0])
+        link = open_console(registry.load(name).runtime.console, typing="shared", scrollback_bytes=0)[0]
+        self.links.append(link)
+        shell = GuestShell(link)
         shell.wait_ready()
         return shell
 
     def close(self) -> None:
         """End everything."""
+        for link in self.links:
+            link.close()
         for name in self.manager.names():
             with contextlib.suppress(VmmError):
                 self.manager.stop(name)
@@ -80,6 +86,13 @@ def address(shell: GuestShell, cidr: str, interface: str = "eth0") -> None:
 def ping(shell: GuestShell, target: str, seconds: int = 10) -> Result:
     """One answer within that time is enough."""
     return shell.run(f"ping -c 1 -w {seconds} {target}", seconds=seconds + 20)
+
+
+def lease(shell: GuestShell, interface: str = "eth0") -> str:
+    """Have a guest ask for an address by DHCP; what it got."""
+    script = "/usr/share/udhcpc/default.script"
+    shell.check(f"ip link set {interface} up; udhcpc -i {interface} -s {script} -n -q -t 10", seconds=60)
+    return shell.check(f"ip -4 -o addr show {interface} | awk '{{print $4}}'").partition("/")[0]
 
 
 class Namespaces:

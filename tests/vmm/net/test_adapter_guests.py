@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import require_linux_guest
 from tests.vmm.guests.shell import GuestShell
-from tests.vmm.net.machines import MachineLab, address, ping
+from tests.vmm.net.machines import MachineLab, address, lease, ping
 from vmm import registry
 from vmm.net import switches
 from vmm.net.adapter import port_name
@@ -72,7 +72,7 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     lab.manager.change_adapter("one", "nic-0", vlan=10)
     lab.manager.change_adapter("two", "nic-0", vlan=20)
     assert ping(one, "10.5.0.2", 2).exit_code != 0
-    three.check("modprobe 8021q; ip addr flush dev eth0")
+    three.check("for one in llc stp garp mrp 8021q; do insmod /lib/modules/$one.ko; done; ip addr flush dev eth0")
     for vlan, number in ((10, 3), (20, 4)):
         three.check(f"ip link add link eth0 name eth0.{vlan} type vlan id {vlan}")
         three.check(f"ip addr add 10.5.0.{number}/32 dev eth0.{vlan}; ip link set eth0.{vlan} up")
@@ -126,10 +126,7 @@ def test_internal_without_root_has_a_way_out(lab: MachineLab) -> None:
     switches.create(spec)
     one = lab.start("one", {"switch": "nat"})
     two = lab.start("two", {"switch": "nat"})
-    found = []
-    for shell in (one, two):
-        shell.check("ip link set eth0 up; udhcpc -i eth0 -n -q -t 10", seconds=60)
-        found.append(shell.check("ip -4 -o addr show eth0 | awk '{print $4}'").partition("/")[0])
+    found = [lease(shell) for shell in (one, two)]
     assert len(set(found)) == 2
     assert all(one.startswith("10.77.200.") for one in found)
     assert ping(one, found[1]).exit_code == 0
