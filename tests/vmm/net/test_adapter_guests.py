@@ -67,7 +67,9 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     os.kill(status["pid"], signal.SIGKILL)
     time.sleep(2)
     assert ping(one, "10.5.0.2").exit_code == 0
-    assert any(event["event"] == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name))
+    assert any(
+        event["event"] == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name)
+    )
     # VLANs: apart, and the trunk is in both.
     lab.manager.change_adapter("one", "nic-0", vlan=10)
     lab.manager.change_adapter("two", "nic-0", vlan=20)

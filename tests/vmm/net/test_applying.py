@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,12 @@ class Host:
         spaces.run(self.here, "ip addr add 2001:db8::2/64 dev up0 nodad && ip link set up0 up")
         spaces.run(self.here, "ip addr add 10.9.2.2/24 valid_lft 3000 preferred_lft 3000 dev up0")
         spaces.run(self.here, "ip route add default via 10.9.0.254 metric 100 src 10.9.0.2")
-        spaces.run(self.here, "ip route add 192.168.50.0/24 via 10.9.0.254 && ip route add 10.60.0.0/16 dev up0 table 77")
+        spaces.run(
+            self.here, "ip route add 192.168.50.0/24 via 10.9.0.254 && ip route add 10.60.0.0/16 dev up0 table 77"
+        )
         spaces.run(self.here, "ping -c 1 -w 10 10.9.0.254")
+        while "NO-CARRIER" in spaces.run(self.here, "ip link show up0"):  # the kernel tells it a second later
+            time.sleep(0.1)
 
     def state(self) -> str:
         """Everything that must be as before."""
@@ -121,7 +126,9 @@ def test_killed_anywhere_it_is_undone(host: Host, verb: str, name: str, stride: 
 def test_a_gateway_that_stops_answering_brings_all_back(host: Host) -> None:
     """A network that refuses the bridge: the error says so, and the host is as it was and on its network."""
     # The network lets nothing but the first few frames of the card pass, as a port with a MAC limit would.
-    host.spaces.run(host.there, "nft 'table netdev t { chain c { type filter hook ingress device lan0 priority 0; }; }'")
+    host.spaces.run(
+        host.there, "nft 'table netdev t { chain c { type filter hook ingress device lan0 priority 0; }; }'"
+    )
     before = host.state()
     program = (
         "import subprocess, sys\n"
