@@ -154,7 +154,9 @@ class Manager:
     ) -> MachineInfo:
         """Define a machine; `settings` are those of `MachineSpec`, `folder` where its own folder is made.
 
-        `adapters` have settings of `AdapterSpec`; one without a MAC address gets one from the host's pool. Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
+        `adapters` have settings of `AdapterSpec`; one without a MAC address gets one from the host's pool.
+
+        Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
         Unsupported (there is no QEMU).
         """
         if "machine_type" not in settings:

@@ -155,15 +155,9 @@ class Running:
 
     async def launch(self, accelerator: str, *, incoming: bool) -> None:
         command, launch = await asyncio.to_thread(
-            prepare,
-            self.spec,
-            self.machine,
-            self.runtime,
-            accelerator=accelerator,
-            incoming=incoming,
-            identity=self.identity,
-            adapters=self.plug_adapters,
-        )
+            prepare, self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming,
+            identity=self.identity, adapters=self.plug_adapters,
+        )  # fmt: skip
         try:
             if not incoming:  # else the guest goes on where it was
                 self.hub.mark_start()

@@ -32,12 +32,13 @@ def parse_vlans(text: str) -> list[int]:
     """ "10+20-22" as [10, 20, 21, 22]. Raises BadParameter."""
     found: set[int] = set()
     for part in text.split("+"):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, sign, last = part.partition("-")
+        last = last if sign else first
+        if not first.isdecimal() or not last.isdecimal():
             raise click.BadParameter(f"{text!r} is no list of VLANs: write 10+20 or 10-19")
-        if not 1 <= int(first) <= int(last or first) <= 4094:
+        if not 1 <= int(first) <= int(last) <= 4094:
             raise click.BadParameter(f"{part!r}: VLANs are from 1 to 4094")
-        found |= set(range(int(first), int(last or first) + 1))
+        found |= set(range(int(first), int(last) + 1))
     return sorted(found)
 
 

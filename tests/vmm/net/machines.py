@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real machines for network tests: made with the Manager in folders of the test, ended and removed whatever happened."""
+"""Real machines for network tests: made with the Manager in folders of the test, ended whatever happened."""
 
 from __future__ import annotations
 

@@ -74,8 +74,12 @@ def test_data_paths_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_cable() -> None:
     """An adapter on no switch is there, with nobody at its other side; two of them do not see each other."""
     given: list[int] = []
-    one = adapter.plug(make_adapter(id="nic-0"), OWNER, lambda ours: given.append(ours) or 0)  # type: ignore[func-returns-value]
-    other = adapter.plug(make_adapter(id="nic-1"), OWNER, lambda ours: 0)
+
+    def give(ours: int) -> int:
+        given.append(ours)
+        return ours
+
+    one, other = (adapter.plug(make_adapter(id=name), OWNER, give) for name in ("nic-0", "nic-1"))
     assert one.netdev["type"] == "hubport"
     assert one.netdev["hubid"] != other.netdev["hubid"]
     assert one.data_path == "not plugged into any switch"

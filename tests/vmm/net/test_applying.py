@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A switch on the bridge back end, in a network namespace: made, made again, taken back, killed anywhere in between."""
+"""A switch on the bridge back end, in a network namespace: made, made again, taken back, killed anywhere."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real guests on bridges, in network namespaces of the test: the command line runs in them, as on a host of its own."""
+"""Real guests on bridges, in network namespaces of the test, each a host of its own."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_routers_cannot_hide_behind_extension_headers() -> None:
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_judged(frame: bytes) -> None:
-    """Random bytes get an answer, never an exception."""
+    """`INV-FRAME-BOUNDED`: random bytes get an answer, never an exception."""
     for head in (b"", bytes(12) + b"\x86\xdd\x60", bytes(12) + b"\x08\x00\x45", bytes(12) + frames.TPID):
         frames.is_dhcp_server(head + frame)
         frames.is_router(head + frame)

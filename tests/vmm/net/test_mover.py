@@ -118,7 +118,7 @@ def test_moves_what_the_engine_says(port_rules: list[PortRules], rounds: list[tu
 
 @pytest.mark.parametrize("size", [frames.MAX_FRAME_BYTES, frames.MAX_FRAME_BYTES + 1, 60000])
 def test_longest_frames(lab: Lab, size: int) -> None:
-    """A frame at the limit passes whole; a longer one is dropped as malformed."""
+    """`INV-BATCH-BOUNDED`: a frame at the limit passes whole; a longer one is dropped as malformed."""
     frame = packets.ethernet(TWO, ONE, bytes(size - 14))
     lab.send("p0", frame)
     fits = size <= frames.MAX_FRAME_BYTES

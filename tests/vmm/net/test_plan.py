@@ -122,7 +122,10 @@ def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> N
         ({"host_vlan": 5}, "only a host's adapter"),
         ({"colour": "red"}, "colour"),
         (
-            {"type": "internal", "address": "10.0.0.1/24", "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.0.9"}]},
+            {
+                "type": "internal", "address": "10.0.0.1/24",
+                "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.0.9"}],
+            },
             "fixed leases need the bridge back end",
         ),
         (
