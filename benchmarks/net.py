@@ -2,8 +2,8 @@
 """The `user` switch between two sockets, beside a naive hub and vde_switch; how long it takes to add a port.
 
 Frames a second that arrive at one port while another, in a process of its own, sends as fast as it can. All
-contestants are measured in turn, in every round. `--bridge` also measures guests over the `bridge` back end with one
-queue and several (needs root; takes minutes).
+contestants are measured in turn, in every round. `--guests` measures real guests instead: over both back ends, with
+one queue and two (needs root; takes minutes).
 """
 
 from __future__ import annotations
@@ -51,11 +51,33 @@ def port_seconds(folder: Path, count: int = 50) -> list[float]:
     return sorted(times)
 
 
+def report_guests(rounds: int, out: Path | None) -> None:
+    """Measure and print the data paths of real guests."""
+    from benchmarks.net_guests import measure
+
+    results = measure(rounds)
+    table = [
+        [
+            name,
+            f"{row['mbit_per_second']:.0f}",
+            f"{row['mbit_per_second_4_streams']:.0f}",
+            f"{row['ping_milliseconds']:.2f}",
+        ]
+        for name, row in results.items()
+    ]
+    columns = ["two emulated guests", "Mbit/s", "4 streams, Mbit/s", "ping, ms"]
+    report("net: data paths of guests", columns, table, {"results": results}, out)
+
+
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__ or "", rounds=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--guests", action="store_true", help="real guests instead of sockets")
     options = parser.parse_args()
+    if options.guests:
+        report_guests(options.rounds, options.json)
+        return
     makers: dict[str, Callable[[Path], AbstractContextManager[net_stations.Plug]]] = {
         "vmm user switch": net_stations.user_switch,
         "vmm user switch, receiver as QEMU's": partial(net_stations.user_switch, as_qemu=True),

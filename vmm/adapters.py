@@ -7,6 +7,7 @@ by the running machine's worker or in its file. How an adapter is plugged in: `w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -67,6 +68,12 @@ def _machine_id() -> str:
     return socket.gethostname()
 
 
+def choosing_macs() -> contextlib.AbstractContextManager[None]:
+    """Nobody else gives out an address until the adapter that got one is written down."""
+    paths.make_home()
+    return switches.locked(os.path.join(paths.home(), ".mac.lock"))
+
+
 def mac_owners() -> dict[bytes, str]:
     """Every MAC address that is in use here, and whose it is."""
     owners: dict[bytes, str] = {}
@@ -104,7 +111,7 @@ def find(machine: Machine, adapter_id: str) -> AdapterSpec:
 
 def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
     """Give a machine an adapter, at once when it runs. Raises VmmError."""
-    with registry.changing(name) as machine:
+    with registry.changing(name) as machine, choosing_macs():
         saved.refuse_when_saved(machine.paths, name, "adding an adapter")
         adapter = fit(settings, machine.spec)
         after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
@@ -136,7 +143,7 @@ def remove(name: str, adapter_id: str) -> AdapterSpec:
 
 def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
     """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
-    with registry.changing(name) as machine:
+    with registry.changing(name) as machine, choosing_macs():
         before = find(machine, adapter_id)
         if settings.get("mac") is not None:
             owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}

@@ -167,14 +167,16 @@ class Manager:
         spec = make_spec(name=name, **settings)
         for wish in disks:
             spec = spec.changed(disks=[*spec.disks, self._disk_of(wish, spec)])
-        if adapters:
-            from vmm.adapters import fit
-
-            for one in adapters:
-                spec = spec.changed(adapters=[*spec.adapters, fit(one, spec)])
         if folder is not None and not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="make it first")
-        machine = registry.add(spec, folder=folder)
+        with contextlib.ExitStack() as held:
+            if adapters:
+                from vmm.adapters import choosing_macs, fit
+
+                held.enter_context(choosing_macs())
+                for one in adapters:
+                    spec = spec.changed(adapters=[*spec.adapters, fit(one, spec)])
+            machine = registry.add(spec, folder=folder)
         add_event(machine.paths.events, "created")
         return self.show(name)
 

@@ -23,7 +23,7 @@ from vmm.cli.common import (
     print_pairs,
     print_table,
 )
-from vmm.errors import InvalidSpec, NotFound, Unsupported, of_os_error
+from vmm.errors import InUse, InvalidSpec, NotFound, Unsupported, of_os_error
 from vmm.net import plan, switches
 from vmm.net.plan import SwitchSpec
 from vmm.net.switches import HostSide
@@ -135,7 +135,7 @@ def list_command(as_json: bool, quiet: bool) -> None:
                 spec.type,
                 spec.backend,
                 spec.address or spec.uplink or "-",
-                str(len(HostSide(spec).port_status())),
+                str(len(HostSide(spec).guests())),
             ]
             for spec in found
         ]
@@ -173,7 +173,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("dhcp", " to ".join(map(str, spec.dhcp_range)) if spec.type == "internal" and spec.dhcp else ""),
         ("way out", _way_out(spec)),
         ("gateway", "" if gateway is None else ("runs" if gateway["running"] else f"does not run: {gateway['said']}")),
-        ("ports", str(len(host.port_status()))),
+        ("ports", str(len(host.guests()))),
     ]
     print_pairs(pairs)
     if leases:
@@ -354,7 +354,14 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 @output_options
 def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
     """Remove the switch NAME, and put this host's network back as it was before."""
-    switches.delete(name, force=force)
+    try:
+        switches.delete(name, force=force)
+    except InUse as error:
+        ports = HostSide(switches.load(name)).port_status()
+        guests = ["/".join(_of(one)) for one in ports if one["connected"] and _of(one)[1]]
+        if guests:  # by the names that people know
+            error.problem = f"switch {name!r} has guests on it: {', '.join(guests)}"
+        raise
     if as_json:
         print_json({"deleted": name})
     elif not quiet:

@@ -128,7 +128,7 @@ def delete(name: str, *, force: bool = False) -> None:
     spec = load(name)
     with locked(os.path.join(_folder(), ".lock")):
         host = HostSide(spec)
-        in_use = [one["name"] for one in host.port_status() if one["connected"] and one["name"] != PORT_NAME]
+        in_use = [one["name"] for one in host.guests() if one["connected"]]
         if in_use and not force:
             raise errors.InUse(
                 f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
@@ -296,6 +296,10 @@ class HostSide:
             if os.path.exists(f"/sys/class/net/{self.spec.bridge_name}"):
                 nft.run(nft.document(self.spec, self.bridge_ports()))
 
+    def guests(self) -> list[dict[str, Any]]:
+        """The ports of machines, as `port_status` tells them."""
+        return [one for one in self.port_status() if one["name"] != PORT_NAME]
+
     def port_status(self) -> list[dict[str, Any]]:
         """What is plugged where, with counters, in one form for both back ends."""
         if self.spec.backend == "user":
@@ -336,5 +340,5 @@ def need_root(spec: SwitchSpec) -> None:
     if os.geteuid() != 0:
         raise errors.AccessDenied(
             f"switch {spec.name!r} is of the bridge back end, which needs root",
-            hint="use sudo, or make it with --backend user",
+            hint="use sudo" + ("" if spec.type == "external" else ", or make it with --backend user"),
         )

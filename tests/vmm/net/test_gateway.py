@@ -85,10 +85,8 @@ def test_command() -> None:
     words = gateway.command(SETUP, "/peer", "/switch")
     assert words[:3] == ["qemu-system-x86_64", "-machine", "none"]
     (user,) = [word for word in words if word.startswith("user,")]
-    assert (
-        user
-        == "user,id=out,ipv6=off,net=10.0.7.0/24,host=10.0.7.1,dns=10.0.7.3,dhcpstart=10.0.7.50,domainname=vmm.internal"
-    )
+    network = "net=10.0.7.0/24,host=10.0.7.1,dns=10.0.7.3,dhcpstart=10.0.7.50"
+    assert user == f"user,id=out,ipv6=off,{network},domainname=vmm.internal"
     closed = replace(SETUP, outside=False, forwards=("tcp:127.0.0.1:2222-10.0.7.50:22",))
     (user,) = [word for word in gateway.command(closed, "/p", "/s") if word.startswith("user,")]
     assert user.endswith(",restrict=on,hostfwd=tcp:127.0.0.1:2222-10.0.7.50:22")
