@@ -23,14 +23,13 @@ from enum import StrEnum
 from typing import Any
 
 from vmm.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
-from vmm.kvm.cmdline import Adapter
 from vmm.kvm.console import ConsoleHub
 from vmm.kvm.drives import DiskServer, problem_of_store
 from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
 from vmm.kvm.qmp import Event, Qmp
-from vmm.launch import Launch, prepare
+from vmm.launch import no_adapters, prepare
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef
 from vmm.spec import MachineSpec
@@ -62,8 +61,7 @@ class Running:
         self, spec: MachineSpec, machine: MachinePaths, runtime: RuntimePaths, note: WorkerNote, tell: Tell
     ) -> None:
         self.spec = spec
-        self.machine = machine
-        self.runtime = runtime
+        self.machine, self.runtime = machine, runtime
         self.note = note
         self.server = DiskServer(runtime)
         self.identity = identity_of(spec.id)
@@ -71,7 +69,7 @@ class Running:
         self.agent = GuestAgent(runtime.agent, spec.integration, machine=spec.name)
         store = KeyValueStore(store_path(machine.folder))
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
-        self.plug_adapters: Callable[[Launch], tuple[Adapter, ...]] = lambda launch: ()
+        self.plug_adapters = no_adapters
         self.critical_reason: str | None = None
         self.tell = tell
         self._qmp: Qmp | None = None

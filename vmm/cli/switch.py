@@ -251,7 +251,7 @@ def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
     spec = switches.load(name)
     if spec.backend != "user":
         raise Unsupported("a bridge's addresses are the kernel's", hint=f"bridge fdb show br {spec.bridge_name}")
-    known = HostSide(spec).user.ask("addresses") if HostSide(spec).user.is_running() else []
+    known = HostSide(spec).user.addresses()
     if as_json:
         print_json(known)
     elif not quiet:
@@ -281,6 +281,7 @@ def capture_command(name: str, port: str | None, snap: int | None, output: str) 
         raise Unsupported(
             "a bridge is captured with the kernel's own means", hint=f"tcpdump -i {spec.bridge_name} -w {output}"
         )
+    HostSide(spec).ensure()
     with HostSide(spec).user.capture(None if port is None else _port_of(port), snap) as stream:
         if output == "-":
             _copy(stream, sys.stdout.buffer)

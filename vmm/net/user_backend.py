@@ -191,6 +191,14 @@ class UserBackend:
             return None
         return answer
 
+    def addresses(self) -> list[dict[str, Any]]:
+        """What the switch has learned: vlan, mac, port, age_seconds; nothing when it does not run."""
+        try:
+            answer: list[dict[str, Any]] = self.ask("addresses")
+        except errors.WrongState:
+            return []
+        return answer
+
     @contextlib.contextmanager
     def capture(self, port: str | None, snap_bytes: int | None = None) -> Iterator[socket.socket]:
         """A socket from which a pcapng stream is read, until it is closed."""
