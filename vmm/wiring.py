@@ -3,7 +3,8 @@
 
 Decides in which order an adapter reaches the switch, QEMU and the definition, and that a switch process that dies is
 started again by the machines that use it. Joins `net`, which knows switches, with `kvm`, which knows QEMU; neither
-knows the other. What an adapter is made of: `net.adapter`.
+knows the other. What an adapter is made of: `net.adapter`, imported when there is one: a machine without adapters
+starts without it.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import asyncio
 import contextlib
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm import registry
 from vmm.errors import AlreadyExists, NotFound, QemuFailed, TimedOut, VmmError, WrongState
 from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
 from vmm.kvm.process import Identity
 from vmm.launch import Launch
-from vmm.net import adapter as net_adapter
-from vmm.net.adapter import Owner, Plugged
 from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
 from vmm.running import Running
 from vmm.spec import AdapterSpec, MachineSpec, make_adapter
 from vmm.state import MachineState
+
+if TYPE_CHECKING:
+    from vmm.net.adapter import Owner, Plugged
 
 WATCH_SECONDS = 0.5
 UNPLUG_SECONDS = 20.0  # for the guest to let go of an adapter
@@ -35,6 +37,8 @@ _LIVE = (MachineState.RUNNING, MachineState.PAUSED)
 
 def owner_of(spec: MachineSpec, runtime_folder: str, identity: Identity | None) -> Owner:
     """The machine as the network's rooms know it."""
+    from vmm.net.adapter import Owner
+
     return Owner(spec.id, runtime_folder, None if identity is None else identity.owner)
 
 
@@ -55,11 +59,15 @@ def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adap
 
 def plug_all(spec: MachineSpec, runtime_folder: str, launch: Launch) -> tuple[Adapter, ...]:
     """Every adapter of a machine that is about to start. Raises VmmError; then none is plugged in."""
+    if not spec.adapters:
+        return ()
+    from vmm.net.adapter import plug
+
     owner = owner_of(spec, runtime_folder, launch.identity)
     done: list[Adapter] = []
     try:
         for adapter in spec.adapters:
-            done.append(described(adapter, spec, net_adapter.plug(adapter, owner, launch.give)))
+            done.append(described(adapter, spec, plug(adapter, owner, launch.give)))
     except BaseException:
         unplug_all(spec, owner)
         raise
@@ -68,9 +76,11 @@ def plug_all(spec: MachineSpec, runtime_folder: str, launch: Launch) -> tuple[Ad
 
 def unplug_all(spec: MachineSpec, owner: Owner) -> None:
     """Every adapter of a machine that is off; what resists is left."""
+    from vmm.net.adapter import unplug
+
     for adapter in spec.adapters:
         with contextlib.suppress(VmmError, OSError):
-            net_adapter.unplug(adapter, owner)
+            unplug(adapter, owner)
 
 
 class Wiring:
@@ -104,6 +114,8 @@ class Wiring:
 
     async def _add(self, params: dict[str, Any], progress: Progress) -> object:
         """Plug in an adapter; {"adapter": an adapter's settings}."""
+        from vmm.net.adapter import plug
+
         adapter = make_adapter(**parameter(params, "adapter", dict, {}))
         self._check("add an adapter")
         before = self._running.spec
@@ -118,7 +130,7 @@ class Wiring:
                 return given[-1][0]
 
             try:
-                plugged = await asyncio.to_thread(net_adapter.plug, adapter, self.owner, give)
+                plugged = await asyncio.to_thread(plug, adapter, self.owner, give)
                 await self._tell_qemu(described(adapter, after, plugged), given)
                 self._write_down(after)
             except BaseException:
@@ -146,6 +158,8 @@ class Wiring:
 
     async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
         """Unplug an adapter; {"adapter": id}."""
+        from vmm.net.adapter import unplug, wire_id
+
         adapter = self._adapter(params)
         self._check("remove an adapter")
         after = self._running.spec.changed(
@@ -161,8 +175,8 @@ class Wiring:
                     hint="try again when the guest has booted, or take the cable out with: vmm nic set --link down",
                 )
             with contextlib.suppress(QemuFailed):
-                await qmp.execute("netdev_del", id=net_adapter.wire_id(adapter.id))
-            await asyncio.to_thread(net_adapter.unplug, adapter, self.owner)
+                await qmp.execute("netdev_del", id=wire_id(adapter.id))
+            await asyncio.to_thread(unplug, adapter, self.owner)
             self._write_down(after)
         self._running.tell("adapter-removed", adapter=adapter.id)
         return {"adapter": adapter.id}
@@ -178,6 +192,8 @@ class Wiring:
 
     async def _set(self, params: dict[str, Any], progress: Progress) -> object:
         """Other rules for an adapter that stays where it is plugged in; {"adapter": its new settings}."""
+        from vmm.net.adapter import replug
+
         adapter = make_adapter(**parameter(params, "adapter", dict, {}))
         before = self._adapter({"adapter": adapter.id})
         fixed = [key for key in ("switch", "kind", "mac", "queues") if getattr(adapter, key) != getattr(before, key)]
@@ -188,7 +204,7 @@ class Wiring:
         spec = self._running.spec
         after = spec.changed(adapters=[adapter if one.id == adapter.id else one for one in spec.adapters])
         with self._running.busy("nic-set"):
-            await asyncio.to_thread(net_adapter.replug, adapter, self.owner)
+            await asyncio.to_thread(replug, adapter, self.owner)
             if adapter.link_up != before.link_up:
                 await self._set_link(adapter.id, adapter.link_up)
             self._write_down(after)
@@ -220,10 +236,13 @@ class Wiring:
             for adapter in self._running.spec.adapters:
                 if adapter.switch is None or self._running.state not in (*_LIVE, MachineState.CRITICAL):
                     continue
+                from vmm.net.adapter import keep_switch
+
                 with contextlib.suppress(VmmError, OSError):  # the next look tries again
-                    if await asyncio.to_thread(net_adapter.keep_switch, adapter, self.owner):
+                    if await asyncio.to_thread(keep_switch, adapter, self.owner):
                         self._running.tell("switch-restarted", switch=adapter.switch)
 
     async def put_away(self) -> None:
         """The machine is off."""
-        await asyncio.to_thread(unplug_all, self._running.spec, self.owner)
+        if self._running.spec.adapters:
+            await asyncio.to_thread(unplug_all, self._running.spec, self.owner)
