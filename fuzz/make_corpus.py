@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fuzz import fuzz_merge
+from fuzz import fuzz_merge, fuzz_switch
 from fuzz.loop import CORPUS
 from fuzz.recipe import (
     ALLOW_EXTRA,
@@ -45,6 +45,7 @@ from tests.vhd_builder import (
     child,
     relative,
 )  # fmt: skip
+from tests.vmm.net import packets
 from vhdkit.chain.intent import Intent, Named, Phase
 
 MAX_SEED_BYTES = 8 * KIB
@@ -239,6 +240,20 @@ def nbd_seeds() -> Iterator[tuple[str, bytes]]:
     )
 
 
+def switch_seeds() -> Iterator[tuple[str, bytes]]:
+    """Frames between three ports: stations that talk, tags, guards' targets, nonsense."""
+    one, two = packets.mac(1), packets.mac(2)
+    talk = [(0, packets.ethernet(two, one)), (1, packets.ethernet(one, two)), (0, packets.ethernet(two, one))]
+    tags = [(port, packets.ethernet(two, one, vlan=vlan)) for port in range(3) for vlan in (0, 10, 20, 4095)]
+    guards = [(0, packets.dhcp_offer(one)), (1, packets.router_advertisement(two))]
+    guards.append((2, packets.router_advertisement(one, bytes([58, 0]) + bytes(6), 60)))
+    for rules in (0, 1, 31, 62, 93, 124):
+        for name, sent in (("talk", talk), ("tags", tags), ("guards", guards)):
+            yield f"{name}-{rules}", bytes([rules]) + b"".join(fuzz_switch.record(port, one) for port, one in sent)
+    short = b"".join(fuzz_switch.record(0, packets.ethernet(two, one, vlan=5)[:size], 100) for size in range(20))
+    yield "short", b"\0" + short
+
+
 def corpus() -> dict[str, dict[str, bytes]]:
     """Every seed, by target and name."""
     return {
@@ -246,6 +261,7 @@ def corpus() -> dict[str, dict[str, bytes]]:
         "fuzz_chain": dict(chain_seeds()),
         "fuzz_merge": dict(merge_seeds()),
         "fuzz_nbd": dict(nbd_seeds()),
+        "fuzz_switch": dict(switch_seeds()),
     }
 
 

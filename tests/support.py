@@ -40,7 +40,11 @@ _DEBIAN_PACKAGE = {
     "losetup": "mount",
     "fsck.fat": "dosfstools",
     "fuse2fs": "fuse2fs",
+    "dnsmasq": "dnsmasq-base",
     "fusermount3": "fuse3",
+    "ip": "iproute2",
+    "nft": "nftables",
+    "tshark": "tshark",
     "ld": "binutils",
     "mcopy": "mtools",
     "mdel": "mtools",
@@ -101,6 +105,16 @@ def require_root() -> None:
     """End the test unless it runs as root."""
     if os.geteuid() != 0:
         not_available("needs root")
+
+
+def require_root_and_namespaces() -> None:
+    """End the test unless it can make network namespaces: root, `ip`, and a kernel that lets us."""
+    if os.geteuid() != 0:
+        not_available("needs root, for network namespaces of its own")
+    name = f"vmmt-probe-{os.getpid()}"
+    if subprocess.run([require_tool("ip"), "netns", "add", name], check=False, capture_output=True).returncode:
+        not_available("needs network namespaces, which this kernel or container does not let us make")
+    subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 def require_module(name: str) -> None:

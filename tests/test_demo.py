@@ -40,6 +40,7 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit snapshot monday.avhd tuesday.avhd",
         "$ vhdkit info tuesday.avhd", "$ vhdkit chain tuesday.avhd", "$ vhdkit map tuesday.avhd",
         "tuesday.avhd: clean", "equal: tuesday.avhd and fixed.vhd hold the same disk", "What happened",
+        "3 packets received, 0% packet loss", "lab is deleted",
         "$ vhdkit ctl nbd.ctl snapshot", "fio read back all that it wrote", "nothing was lost",
         "$ vhdkit mount tuesday.avhd mnt", "mnt/disk.raw and flat.raw are equal", "rain since Tuesday",
         "clouds on Monday", "sunny",

@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from fuzz import fuzz_chain, fuzz_merge, fuzz_nbd, fuzz_open, fuzz_repair, loop
+from fuzz import fuzz_chain, fuzz_merge, fuzz_nbd, fuzz_open, fuzz_repair, fuzz_switch, loop
 from fuzz.loop import MAX_CASE_SECONDS, Mutate, Target
 from fuzz.make_corpus import MAX_SEED_BYTES, corpus
 from fuzz.mutate import mutate_image
@@ -25,6 +25,7 @@ TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_merge": (fuzz_merge.target, fuzz_merge.mutate),
     "fuzz_repair": (fuzz_repair.target, mutate_image),
     "fuzz_nbd": (fuzz_nbd.target, fuzz_nbd.mutate),
+    "fuzz_switch": (fuzz_switch.target, fuzz_switch.mutate),
 }
 CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS}
 SEEDS = [
@@ -39,6 +40,7 @@ BATCHES = [
     *(("fuzz_merge", seed, 8) for seed in range(8)),
     *(("fuzz_repair", seed, 25) for seed in range(8)),
     *(("fuzz_nbd", seed, 150) for seed in range(3)),
+    *(("fuzz_switch", seed, 200) for seed in range(3)),
 ]
 FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB
 MEMORY_PER_STORED_BYTE = 12  # a table of 4 Mi entries is 16 MiB; a few arrays of 64-bit numbers are made from it

@@ -70,6 +70,12 @@ class Launch:
         self._open.close()
 
 
+def no_adapters(launch: Launch) -> tuple[Adapter, ...]:
+    """What a machine without a network has."""
+    del launch
+    return ()
+
+
 def prepare(
     spec: MachineSpec,
     machine: MachinePaths,
@@ -78,7 +84,7 @@ def prepare(
     accelerator: str,
     incoming: bool,
     identity: Identity | None,
-    adapters: Callable[[Launch], tuple[Adapter, ...]] = lambda launch: (),
+    adapters: Callable[[Launch], tuple[Adapter, ...]] = no_adapters,
 ) -> tuple[list[str], Launch]:
     """(the command, what goes with it). Raises VmmError for whatever is missing; then nothing is left open.
 

@@ -33,7 +33,7 @@ from vmm.launch import open_medium
 from vmm.paths import default_folders
 from vmm.registry import Machine
 from vmm.rpc import Progress
-from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk, make_spec
+from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.state import MachineState, processes_of
 
 SHUTDOWN_SECONDS = 120.0
@@ -144,9 +144,17 @@ class Manager:
     # -- making and changing ----------------------------------------------------------------------------------------
 
     def create(
-        self, name: str, *, disks: Sequence[DiskWish] = (), folder: str | None = None, **settings: object
+        self,
+        name: str,
+        *,
+        disks: Sequence[DiskWish] = (),
+        adapters: Sequence[dict[str, Any]] = (),
+        folder: str | None = None,
+        **settings: object,
     ) -> MachineInfo:
         """Define a machine; `settings` are those of `MachineSpec`, `folder` where its own folder is made.
+
+        `adapters` have settings of `AdapterSpec`; one without a MAC address gets one from the host's pool.
 
         Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
         Unsupported (there is no QEMU).
@@ -161,7 +169,14 @@ class Manager:
             spec = spec.changed(disks=[*spec.disks, self._disk_of(wish, spec)])
         if folder is not None and not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="make it first")
-        machine = registry.add(spec, folder=folder)
+        with contextlib.ExitStack() as held:
+            if adapters:
+                from vmm.adapters import choosing_macs, fit
+
+                held.enter_context(choosing_macs())
+                for one in adapters:
+                    spec = spec.changed(adapters=[*spec.adapters, fit(one, spec)])
+            machine = registry.add(spec, folder=folder)
         add_event(machine.paths.events, "created")
         return self.show(name)
 
@@ -276,6 +291,26 @@ class Manager:
                 raise WrongState("is not saved", machine=name)
             saved.discard(machine.paths)
         add_event(machine.paths.events, "saved-state-discarded")
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, **settings: Any) -> AdapterSpec:
+        """Give a machine an adapter, at once when it runs. Raises InvalidSpec, NotFound, AlreadyExists, NoSpace."""
+        from vmm import adapters
+
+        return adapters.add(name, settings)
+
+    def remove_adapter(self, name: str, adapter_id: str) -> AdapterSpec:
+        """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut when the guest keeps it."""
+        from vmm import adapters
+
+        return adapters.remove(name, adapter_id)
+
+    def change_adapter(self, name: str, adapter_id: str, **settings: Any) -> AdapterSpec:
+        """Other settings for an adapter; of a running machine rules, limits and the link. Raises WrongState."""
+        from vmm import adapters
+
+        return adapters.change(name, adapter_id, settings)
 
     # -- disks --------------------------------------------------------------------------------------------------------
 

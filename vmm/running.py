@@ -29,7 +29,7 @@ from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
 from vmm.kvm.qmp import Event, Qmp
-from vmm.launch import prepare
+from vmm.launch import no_adapters, prepare
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef
 from vmm.spec import MachineSpec
@@ -61,8 +61,7 @@ class Running:
         self, spec: MachineSpec, machine: MachinePaths, runtime: RuntimePaths, note: WorkerNote, tell: Tell
     ) -> None:
         self.spec = spec
-        self.machine = machine
-        self.runtime = runtime
+        self.machine, self.runtime = machine, runtime
         self.note = note
         self.server = DiskServer(runtime)
         self.identity = identity_of(spec.id)
@@ -70,6 +69,7 @@ class Running:
         self.agent = GuestAgent(runtime.agent, spec.integration, machine=spec.name)
         store = KeyValueStore(store_path(machine.folder))
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
+        self.plug_adapters = no_adapters
         self.critical_reason: str | None = None
         self.tell = tell
         self._qmp: Qmp | None = None
@@ -152,9 +152,10 @@ class Running:
     # -- starting ------------------------------------------------------------------------------------------------
 
     async def launch(self, accelerator: str, *, incoming: bool) -> None:
-        command, launch = prepare(
-            self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming, identity=self.identity
-        )
+        command, launch = await asyncio.to_thread(
+            prepare, self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming,
+            identity=self.identity, adapters=self.plug_adapters,
+        )  # fmt: skip
         try:
             if not incoming:  # else the guest goes on where it was
                 self.hub.mark_start()

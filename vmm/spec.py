@@ -28,6 +28,7 @@ MAX_CPU_COUNT = 255  # of QEMU's pc machine
 IDE_CONTROLLERS, IDE_UNITS = 2, 2
 SCSI_CONTROLLERS, SCSI_UNITS = 4, 64
 VIRTIO_UNITS = 12  # each takes a PCI slot, of which a machine has 32
+MIN_BANDWIDTH_BITS = 64_000  # below that a single frame is a burst of seconds
 MAX_SYNTHETIC_ADAPTERS, MAX_LEGACY_ADAPTERS = 8, 4
 MAX_SERIAL_CHARACTERS = 20  # of an IDE and a virtio disk
 
@@ -96,15 +97,43 @@ class DiskSpec(_Settings):
         return self.kind == "vhd" and not self.read_only
 
 
+VlanId = Annotated[int, Field(ge=1, le=4094)]
+
+
 class AdapterSpec(_Settings):
-    """A network adapter, plugged into a switch or into none."""
+    """A network adapter, plugged into a switch or into none.
+
+    Either no VLAN, or `vlan` (untagged frames are of that one), or `trunk` (the guest tags frames with these; those
+    that it does not tag are of `native_vlan`, 0 being no VLAN). Limits of 0 are none.
+    """
 
     id: DeviceId
     switch: str | None = None
     kind: Literal["synthetic", "legacy"] = "synthetic"
     mac: str | None = Field(default=None, pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")
-    vlan: int | None = Field(default=None, ge=1, le=4094)
+    vlan: VlanId | None = None
+    trunk: tuple[VlanId, ...] = ()
+    native_vlan: int = Field(default=0, ge=0, le=4094)
     queues: int = Field(default=1, ge=1, le=8)
+    spoofing: bool = False
+    dhcp_guard: bool = False
+    router_guard: bool = False
+    bandwidth_bits_per_second: int = Field(default=0, ge=0, le=10**12)
+    storm_frames_per_second: int = Field(default=0, ge=0, le=10**9)
+    mirror: Literal["none", "source", "destination"] = "none"
+    link_up: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.vlan is not None and self.trunk:
+            raise ValueError("an adapter has one VLAN or is a trunk, not both")
+        if self.native_vlan and not self.trunk:
+            raise ValueError("only a trunk has a native VLAN")
+        if 0 < self.bandwidth_bits_per_second < MIN_BANDWIDTH_BITS:
+            raise ValueError(f"a bandwidth limit is {MIN_BANDWIDTH_BITS} bits/s or more")
+        if self.kind == "legacy" and self.queues > 1:
+            raise ValueError("a legacy adapter has one queue")
+        return self
 
 
 class IntegrationSpec(_Settings):
@@ -198,6 +227,15 @@ class MachineSpec(_Settings):
         taken = {disk.id for disk in self.disks}
         return next(name for number in range(len(taken) + 1) if (name := f"disk-{number}") not in taken)
 
+    def adapter(self, adapter_id: str) -> AdapterSpec | None:
+        """The adapter of that id."""
+        return next((one for one in self.adapters if one.id == adapter_id), None)
+
+    def free_adapter_id(self) -> str:
+        """The first `nic-N` that is not taken."""
+        taken = {one.id for one in self.adapters}
+        return next(name for number in range(len(taken) + 1) if (name := f"nic-{number}") not in taken)
+
     def free_place(self, controller: Controller) -> tuple[int, int]:
         """(controller, unit) of the first free place. Raises InvalidSpec where all are taken."""
         taken = {(disk.controller_index, disk.unit) for disk in self.disks if disk.controller == controller}
@@ -243,6 +281,14 @@ def make_disk(**settings: object) -> DiskSpec:
     """A disk from settings. Raises InvalidSpec."""
     try:
         return DiskSpec.model_validate(settings)
+    except ValidationError as error:
+        raise InvalidSpec(_words_of(error)) from error
+
+
+def make_adapter(**settings: object) -> AdapterSpec:
+    """An adapter from settings. Raises InvalidSpec."""
+    try:
+        return AdapterSpec.model_validate(settings)
     except ValidationError as error:
         raise InvalidSpec(_words_of(error)) from error
 

@@ -35,6 +35,7 @@ from vmm.rpc import ControlServer, Method, Progress, bind_private, parameter
 from vmm.running import LOOK_SECONDS, End, Running
 from vmm.saving import Saving
 from vmm.state import KeeperNote, Phase, WorkerNote, note_running
+from vmm.wiring import Wiring
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
 SERVER_END_SECONDS = 60.0
@@ -64,6 +65,7 @@ class Worker:
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
         self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
+        self._wiring = Wiring(self._running)
         self._off = asyncio.Event()  # everything of the machine is put away
         self._problem: VmmError | None = None  # what went wrong with the disks at the end
         self._recoveries: list[float] = []
@@ -96,6 +98,7 @@ class Worker:
         self._note.write(self._runtime)
         await self._control.start(bind_private(self._runtime.control))
         watch = asyncio.gather(self._watch_keeper(), self._watch_folder())
+        switches = asyncio.create_task(self._wiring.watch())
         try:
             end = await self._first_end()
             while end is End.CRASHED and self._may_recover():
@@ -108,6 +111,9 @@ class Worker:
                     break
                 end = await self._running.wait_end()
         finally:
+            switches.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await switches
             await self._put_away(watch)
 
     async def _first_end(self) -> End:
@@ -137,6 +143,7 @@ class Worker:
 
     async def _begin(self) -> None:
         await self._saving.start(lambda document: self._report(progress=document))
+        await self._wiring.links_down()
         self._running_now()
 
     def _running_now(self) -> None:
@@ -171,6 +178,7 @@ class Worker:
         except VmmError as error:
             self._problem = error
             self._tell("disks-failed", problem=str(error))
+        await self._wiring.put_away()
         self._tell("off")
         self._off.set()
         watch.cancel()
@@ -265,6 +273,7 @@ class Worker:
             "save": self._save,
             "backup": self._backup.take,
             **self._plugging.methods(),
+            **self._wiring.methods(),
             **GuestServices(self._running).methods(),
         }
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}

@@ -13,6 +13,7 @@ import click
 
 from vmm.cli.common import SIZE, confirm, epilog, format_size, output_options, print_json, print_line
 from vmm.cli.disk import parse_disk
+from vmm.cli.nic_words import parse_nic
 from vmm.cli.show import document_of
 from vmm.manager import DiskWish, Manager
 from vmm.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
@@ -129,6 +130,8 @@ def _service(word: str) -> tuple[str, bool]:
 @click.option("--pass-through", "devices", metavar="DEVICE|iscsi://...", multiple=True,
               help="A block device or an iSCSI LUN, whole, as a disk (on SCSI or as ,controller= says).")  # fmt: skip
 @click.option("--cdrom", "images", metavar="FILE", multiple=True, help="An ISO image in a drive on IDE. Repeatable.")
+@click.option("--nic", "nics", metavar="SWITCH[,OPTION=VALUE...]", multiple=True,
+              help="An adapter on a switch ('-' for none); options as of vmm nic add. Repeatable.")  # fmt: skip
 @click.option("--folder", metavar="DIR", help="Make the machine's own folder in DIR instead of the host's default.")
 @_setting_options
 @output_options
@@ -137,6 +140,7 @@ def create_command(
     disks: tuple[str, ...],
     devices: tuple[str, ...],
     images: tuple[str, ...],
+    nics: tuple[str, ...],
     folder: str | None,
     as_json: bool,
     quiet: bool,
@@ -150,14 +154,15 @@ def create_command(
     wishes = [parse_disk(word) for word in disks]
     wishes += [parse_disk(word, kind="pass-through") for word in devices]
     wishes += [DiskWish(path, kind="iso") for path in images]
-    one = Manager().create(name, disks=wishes, folder=folder, **_settings(words, None))
+    adapters = [parse_nic(word) for word in nics]
+    one = Manager().create(name, disks=wishes, adapters=adapters, folder=folder, **_settings(words, None))
     if as_json:
         print_json(document_of(one))
     elif not quiet:
         assert one.spec is not None
         print_line(
             f"{name}: {one.spec.cpu_count} × {one.spec.cpu_model}, {format_size(one.spec.memory_bytes)},"
-            f" {len(one.spec.disks)} disks, {one.spec.machine_type}"
+            f" {len(one.spec.disks)} disks, {len(one.spec.adapters)} adapters, {one.spec.machine_type}"
         )
 
 

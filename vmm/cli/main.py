@@ -55,6 +55,8 @@ _VERBS: dict[str, tuple[str, str]] = {
     "agent": ("vmm.cli.integration:agent_command", "Ask the agent inside a machine; freeze its file systems."),
     "kvp": ("vmm.cli.integration:kvp_command", "Exchange small texts with a machine's guest."),
     "disk": ("vmm.cli.disk:disk_command", "Add, remove, list and resize disks."),
+    "nic": ("vmm.cli.nic:nic_command", "Add, remove, list and change network adapters."),
+    "switch": ("vmm.cli.switch:switch_command", "Make and watch virtual network switches."),
     "host": ("vmm.cli.host:host_group", "This host: what it is and lacks, its disks, folders, and autostart."),
     "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
     "events": ("vmm.cli.log:events_command", "What happened to a machine."),

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmm switch` and `vmm nic` as a user types them, without any machine running."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_qemu
+
+
+class Terminal:
+    """The command line, with a home of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "VMM_HOME": str(folder / "home"), "VMM_RUNTIME": str(folder / "run")}
+
+    def command(self, *words: str) -> list[str]:
+        """The words that start it."""
+        return [sys.executable, "-m", "vmm", *words]
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """(exit code, output, errors)."""
+        done = subprocess.run(
+            self.command(*words), capture_output=True, text=True, env=self.environment, timeout=60, check=False
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    def good(self, *words: str) -> str:
+        """The output of what must succeed."""
+        code, output, said = self.run(*words)
+        assert code == 0, said
+        return output
+
+
+@pytest.fixture
+def vmm() -> Iterator[Terminal]:
+    """A command line without switches and machines."""
+    folder = Path(tempfile.mkdtemp(prefix="vmm-cli-"))
+    terminal = Terminal(folder)
+    yield terminal
+    for one in json.loads(terminal.run("switch", "list", "--json")[1] or "[]"):
+        terminal.run("switch", "delete", one["name"], "--force")
+    shutil.rmtree(folder)
+
+
+def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
+    """Made, listed, shown, looked at, deleted; and twice is an error in one line."""
+    assert vmm.good("switch", "create", "lab") == "lab: private, user back end\n"
+    code, _, said = vmm.run("switch", "create", "lab")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "lab  " in vmm.good("switch", "list")
+    assert "user: runs" in vmm.good("switch", "show", "lab")
+    assert json.loads(vmm.good("switch", "ports", "lab", "--json")) == []
+    assert json.loads(vmm.good("switch", "addresses", "lab", "--json")) == []
+    assert vmm.good("switch", "delete", "lab") == "lab is deleted\n"
+    code, _, said = vmm.run("switch", "delete", "lab")
+    assert code == 1
+    assert "there is no switch 'lab'; there are: none (make one: vmm switch create lab --type private)" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("create", "x", "--type", "external"), 2, "a network card as its uplink"),
+        (("create", "../x"), 2, "no name for a switch"),
+        (("create", "x", "--address", "10.0.0.1/24"), 2, "an internal switch, and no other"),
+        (("create", "x", "--type", "internal", "--address", "rubbish"), 2, "rubbish"),
+        (("create", "x", "--dhcp-range", "10"), 2, "FIRST-LAST"),
+        (("show", "nobody"), 1, "there is no switch 'nobody'"),
+        (("capture", "nobody", "-o", "x"), 1, "there is no switch 'nobody'"),
+        (("lease", "nobody", "a/b"), 2, "give an address, or --remove"),
+    ],
+)
+def test_mistakes_are_one_line(vmm: Terminal, words: tuple[str, ...], code: int, said: str) -> None:
+    """With the exit code of their kind and what is wrong."""
+    got, output, errors = vmm.run("switch", *words)
+    assert (got, output) == (code, "")
+    assert said in errors
+
+
+def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:
+    """The file is whole, and the exit code is that of success."""
+    vmm.good("switch", "create", "lab")
+    path = vmm.folder / "c.pcapng"
+    capture = subprocess.Popen(vmm.command("switch", "capture", "lab", "-o", str(path)), env=vmm.environment)
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    capture.send_signal(signal.SIGINT)
+    assert capture.wait(10) == 0
+    assert path.read_bytes().startswith(b"\x0a\x0d\x0d\x0a")
+    code, _, said = vmm.run("switch", "capture", "lab", "-o", "/no/such/folder/c")
+    assert code == 1
+    assert "/no/such/folder/c" in said
+
+
+def test_adapters_of_a_machine_that_is_off(vmm: Terminal) -> None:
+    """Addresses come from the pool, each once; options are kept; what cannot be is refused in one line."""
+    require_qemu()
+    vmm.good("switch", "create", "lab")
+    vmm.good("create", "one", "--nic", "lab", "--nic", "lab,vlan=10,type=legacy")
+    first, second = json.loads(vmm.good("nic", "list", "one", "--json"))
+    assert first["mac"].startswith("00:15:5d:")
+    assert first["mac"] != second["mac"]
+    assert (second["id"], second["vlan"], second["kind"]) == ("nic-1", 10, "legacy")
+    code, _, said = vmm.run("create", "two", "--nic", f"lab,mac={first['mac']}")
+    assert code == 1
+    assert f"{first['mac']} is already that of adapter nic-0 of machine one" in said
+    assert vmm.run("nic", "add", "one", "nowhere")[0] == 1
+    assert vmm.run("nic", "add", "one", "lab,queues=99")[0] == 2
+    assert vmm.run("nic", "remove", "one", "nic-9")[0] == 1
+    vmm.good("nic", "set", "one", "nic-1", "trunk=5+6", "native=6", "bandwidth=10M", "link=down")
+    assert "trunk 5+6, native 6" in vmm.good("nic", "list", "one")
+    assert "10 Mbit/s" in vmm.good("nic", "show", "one", "nic-1")
+    vmm.good("nic", "set", "one", "nic-1", "--no-vlan")
+    assert json.loads(vmm.good("nic", "show", "one", "nic-1", "--json"))["trunk"] == []
+    vmm.good("nic", "remove", "one", second["mac"])
+    assert [one["id"] for one in json.loads(vmm.good("nic", "list", "one", "--json"))] == ["nic-0"]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Applies or takes back a switch and kills itself with SIGKILL at a chosen point; run in a network namespace.
+
+    python -m tests.vmm.net.applying_victim apply|undo|kill-apply|kill-undo SWITCH.json FOLDER [STRIDE]
+
+Points are counted over everything that changes the host or the journal, before and after each. `kill-apply` applies in
+a child that is killed at the first point, takes back, compares with the state from before, and so on with the next
+point (every STRIDE-th); `kill-undo` is killed while taking back. Prints how many points there were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vmm.net import applying, nft
+from vmm.net.applying import Applying
+from vmm.net.bridge import Kernel
+from vmm.net.dhcp import DhcpServer
+from vmm.net.plan import SwitchSpec
+
+# Everything that must be as before. Lifetimes run on, counters count, and names of groups are no state.
+STATE = r"""
+ip -j addr | sed -E 's/"(valid|preferred)_life_time":[0-9]+//g'
+ip -4 route show table all; ip -6 route show table all | grep -v fe80
+nft -s list ruleset
+head -v /proc/sys/net/ipv4/conf/*/forwarding /proc/sys/net/ipv6/conf/*/disable_ipv6
+ps -o args= -p "$(ip netns pids $(ip netns identify) | tr '\n' ',')0" | grep dnsmasq
+true
+"""
+
+
+class Counter:
+    """Counts points, and kills this process at one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.point = -1
+
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, between two points."""
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            self.passed()
+            result = function(*arguments, **named)
+            self.passed()
+            return result
+
+        return step
+
+    def passed(self) -> None:
+        """A point."""
+        if self.count == self.point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += 1
+
+
+COUNTER = Counter()
+
+
+def in_child(work: Callable[[], object], point: int) -> int:
+    """Do it in a child that is killed at that point; how the child ended."""
+    child = os.fork()
+    if child == 0:
+        COUNTER.count, COUNTER.point = 0, point
+        work()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_everywhere(verb: str, one: Applying, stride: int) -> int:
+    """See the module's words; how many points there were."""
+
+    def state() -> str:
+        return subprocess.run(["sh", "-c", STATE], capture_output=True, text=True, check=True).stdout
+
+    before = state()
+    for point in itertools.count(0, stride):
+        if verb == "kill-undo":
+            one.apply()
+        ended = in_child(one.apply if verb == "kill-apply" else one.undo, point)
+        one.undo()
+        after = state()
+        assert after == before, f"killed at {point}:\n{before}\nis now:\n{after}"
+        if ended == 0:
+            return point
+        assert ended == signal.SIGKILL, ended
+    raise AssertionError
+
+
+def main() -> None:
+    """See above."""
+    verb, path, folder = sys.argv[1:4]
+    for name in (
+        "add_bridge", "remove_bridge", "set_up", "set_master", "add_address", "remove_address", "add_route",
+    ):  # fmt: skip
+        setattr(Kernel, name, COUNTER.wrapped(getattr(Kernel, name)))
+    for owner, name in (
+        (DhcpServer, "ensure"), (DhcpServer, "stop"), (Applying, "_write"), (nft, "run"), (applying, "_write_setting"),
+    ):  # fmt: skip
+        setattr(owner, name, COUNTER.wrapped(getattr(owner, name)))
+    with open(path, "rb") as file:
+        spec = SwitchSpec.model_validate_json(file.read())
+    one = Applying(spec, folder, os.path.join(folder, "leases"))
+    if verb in ("apply", "undo"):
+        getattr(one, verb)()
+    else:
+        print(kill_everywhere(verb, one, int(sys.argv[4])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A naive 802.1Q bridge to compare the switch with: every frame is taken apart, every list searched from its start.
+
+It shares no code with the switch: a frame is (destination, source, priority, VLAN it says, rest), and a port
+(what it sends untagged belongs to, set of VLANs it may tag).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelPort:
+    """A port of the model."""
+
+    native: int
+    tagged: set[int]
+    only_from: set[bytes]
+
+
+@dataclass
+class ModelBridge:
+    """Ports by name, and a log of (time, VLAN, address, port) that is never shortened."""
+
+    ageing: float
+    ports: dict[str, ModelPort] = field(default_factory=dict)
+    log: list[tuple[float, int, bytes, str]] = field(default_factory=list)
+
+    def where(self, vlan: int, address: bytes, now: float) -> str | None:
+        """The port on which the address was last seen, unless that is too long ago."""
+        for time, seen_vlan, seen, port in reversed(self.log):
+            if (seen_vlan, seen) == (vlan, address) and port in self.ports:
+                return port if now - time <= self.ageing else None
+        return None
+
+    def forget(self, name: str) -> None:
+        """Nothing is known of this port any more."""
+        self.log = [entry for entry in self.log if entry[3] != name]
+
+    def forward(self, name: str, frame: bytes, now: float) -> list[tuple[str, bytes]]:
+        """Who gets the frame, in which form."""
+        port = self.ports[name]
+        destination, source = frame[0:6], frame[6:12]
+        priority, said, rest = None, 0, frame[12:]
+        if len(frame) < 14 or source[0] % 2 == 1:
+            return []
+        if frame[12] == 0x81 and frame[13] == 0x00:
+            if len(frame) < 18:
+                return []
+            priority, said, rest = frame[14] >> 4, (frame[14] & 15) * 256 + frame[15], frame[16:]
+        if port.only_from and source not in port.only_from:
+            return []
+        if destination[:5].hex() == "0180c20000" and destination[5] < 16:
+            return []
+        if said == 0:
+            vlan = port.native
+        elif said in port.tagged:
+            vlan = said
+        else:
+            return []
+        self.log.append((now, vlan, source, name))
+        place = None if destination[0] % 2 else self.where(vlan, destination, now)
+        result = []
+        for other, settings in self.ports.items():
+            if other == name or (place is not None and other != place):
+                continue
+            if vlan == settings.native:
+                result.append((other, destination + source + rest))
+            elif vlan in settings.tagged:
+                value = (priority or 0) * 4096 + vlan
+                result.append((other, destination + source + b"\x81\x00" + value.to_bytes(2, "big") + rest))
+        return result

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `user` switch in a process of its own, with guests that are sockets of the test."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmm.net.ports import PortSetup
+from vmm.net.user_backend import UserBackend
+
+
+class SwitchLab:
+    """One switch; `close` ends it whatever happened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vmm-switch-"))
+        monkeypatch.setenv("VMM_RUNTIME", str(self.folder / "rt"))
+        self.backend = UserBackend.of(str(uuid.uuid4()), "lab")
+        self.guests: dict[str, socket.socket] = {}
+
+    def setup(self, name: str) -> PortSetup:
+        """The port's addresses."""
+        return PortSetup(name, str(self.folder / f"{name}.s"), str(self.folder / f"{name}.g"))
+
+    def plug(self, name: str, **changes: object) -> socket.socket:
+        """A guest as QEMU is one: a bound socket that sends by path; its `plugged` port."""
+        setup = replace(self.setup(name), **changes)  # type: ignore[arg-type]
+        if name not in self.guests:
+            guest = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            guest.bind(setup.peer)
+            guest.settimeout(10)
+            self.guests[name] = guest
+        assert self.backend.plug(setup)
+        return self.guests[name]
+
+    def send(self, name: str, frame: bytes) -> None:
+        """As QEMU sends."""
+        self.guests[name].sendto(frame, self.setup(name).address)
+
+    def close(self) -> None:
+        """End the switch and take everything away."""
+        try:
+            self.backend.stop()
+        finally:
+            for guest in self.guests.values():
+                guest.close()
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What QEMU is told of an adapter, and how its port is called."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmm.net import adapter, taps
+from vmm.net.adapter import Owner
+from vmm.net.engine import PortRules, VlanMode
+from vmm.spec import make_adapter
+
+OWNER = Owner("01234567-89ab-cdef-0123-456789abcdef", "/run/vmm/0123456789ab", (70000, 70000))
+MAC = "00:15:5d:00:00:01"
+
+
+def test_synthetic_and_legacy() -> None:
+    """Virtio without a boot ROM, several queues with two vectors each; rtl8139 boots from the network."""
+    one = make_adapter(id="nic-0", mac=MAC, queues=4)
+    assert adapter.device_of(one, 4) == {
+        "driver": "virtio-net-pci",
+        "id": "nic-0",
+        "netdev": "nic-0.wire",
+        "romfile": "",
+        "mq": True,
+        "vectors": 10,
+        "mac": MAC,
+    }
+    old = make_adapter(id="nic-1", kind="legacy", mac=MAC)
+    assert adapter.device_of(old) == {"driver": "rtl8139", "id": "nic-1", "netdev": "nic-1.wire", "mac": MAC}
+
+
+def test_ports() -> None:
+    """Sockets in the machine's runtime folder, owned by QEMU's user; the port's name follows from ids."""
+    setup = adapter.setup_of(make_adapter(id="nic-0", mac=MAC, bandwidth_bits_per_second=10**8, link_up=False), OWNER)
+    assert (setup.name, setup.owner, setup.link_up) == ("0123456789ab.nic-0", 70000, False)
+    assert (setup.address, setup.peer) == (
+        f"{OWNER.runtime_folder}/nic-0/switch.sock",
+        f"{OWNER.runtime_folder}/nic-0/guest.sock",
+    )
+    assert len(adapter.interface_name(OWNER.machine_id, "nic-0")) <= 15
+    assert adapter.interface_name(OWNER.machine_id, "nic-0") != adapter.interface_name(OWNER.machine_id, "nic-1")
+
+
+def test_rules() -> None:
+    """Each setting reaches the switch."""
+    plain = adapter.rules_of(make_adapter(id="nic-0", mac=MAC))
+    assert plain == PortRules(addresses=frozenset({bytes.fromhex("00155d000001")}))
+    access = adapter.rules_of(
+        make_adapter(id="nic-0", mac=MAC, vlan=7, spoofing=True, dhcp_guard=True, mirror="source")
+    )
+    assert (access.mode, access.vlan, access.spoofing, access.dhcp_guard) == (VlanMode.ACCESS, 7, True, True)
+    assert (access.mirror_source, access.mirror_destination, access.router_guard) == (True, False, False)
+    trunk = adapter.rules_of(make_adapter(id="nic-0", mac=MAC, trunk=[5, 6], native_vlan=6, storm_frames_per_second=9))
+    assert (trunk.mode, trunk.vlan, trunk.allowed) == (VlanMode.TRUNK, 6, frozenset({5, 6}))
+    assert trunk.storm_frames_per_second == 9
+
+
+def test_data_paths_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which way frames go, how many queues, and the reason for not having more or faster ones."""
+    one, many = make_adapter(id="nic-0"), make_adapter(id="nic-0", queues=4)
+    assert adapter.data_path(one, "user").endswith("one queue")
+    assert "only a bridge has several" in adapter.data_path(many, "user")
+    monkeypatch.setattr(taps, "VHOST_PATH", "/no/such/vhost-net")
+    assert (
+        adapter.data_path(many, "bridge")
+        == "bridge: tap, 4 queues, moved by QEMU (this kernel has no /no/such/vhost-net)"
+    )
+    monkeypatch.setattr(taps, "VHOST_PATH", "/dev/null")
+    assert adapter.data_path(one, "bridge") == "bridge: tap, one queue, moved by the kernel (vhost)"
+    assert "emulated" in adapter.data_path(make_adapter(id="nic-0", kind="legacy"), "bridge")
+
+
+def test_without_a_cable() -> None:
+    """An adapter on no switch is there, with nobody at its other side; two of them do not see each other."""
+    given: list[int] = []
+
+    def give(ours: int) -> int:
+        given.append(ours)
+        return ours
+
+    one, other = (adapter.plug(make_adapter(id=name), OWNER, give) for name in ("nic-0", "nic-1"))
+    assert one.netdev["type"] == "hubport"
+    assert one.netdev["hubid"] != other.netdev["hubid"]
+    assert one.data_path == "not plugged into any switch"
+    assert not given

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real guests on a `user` switch, as a user would have them: machines, switch and adapters by the Manager."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import require_linux_guest
+from tests.vmm.guests.shell import GuestShell
+from tests.vmm.net.machines import MachineLab, address, lease, ping
+from vmm import registry
+from vmm.net import switches
+from vmm.net.adapter import port_name
+from vmm.net.plan import make_switch
+
+pytestmark = [pytest.mark.kvm, pytest.mark.slow]
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineLab]:
+    """Machines and switches of this test alone."""
+    require_linux_guest()
+    one = MachineLab(monkeypatch)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def drops(lab: MachineLab, switch: str, machine: str, adapter: str = "nic-0") -> dict[str, int]:
+    """What the switch dropped of an adapter's frames."""
+    name = port_name(registry.load(machine).spec.id, adapter)
+    ports = switches.HostSide(switches.load(switch)).port_status()
+    found: dict[str, int] = next(one["drops"] for one in ports if one["name"] == name)
+    return found
+
+
+def fetched(shell: GuestShell, server: GuestShell, address: str) -> bool:
+    """True when 4 MB that `server` serves arrive whole over TCP."""
+    server.check("dd if=/dev/urandom of=/tmp/file bs=64k count=64 2>/dev/null; httpd -p 5000 -h /tmp")
+    wanted = server.check("md5sum </tmp/file")
+    return shell.check(f"wget -q -O - http://{address}:5000/file | md5sum", seconds=120) == wanted
+
+
+def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
+    """Ping and TCP; VLANs apart and joined by a trunk; a spoofed sender; the switch killed; a cable out and in."""
+    switches.create(make_switch(name="lab"))
+    for name, nic in (("one", {}), ("two", {}), ("three", {"trunk": [10, 20]})):
+        lab.define(name, {"switch": "lab", **nic})
+        lab.manager.start(name)
+    one, two, three = (lab.shell(name) for name in ("one", "two", "three"))
+    for number, shell in enumerate((one, two, three), 1):
+        address(shell, f"10.5.0.{number}/24")
+    # All without a VLAN, the trunk's untagged frames too.
+    assert ping(one, "10.5.0.2").exit_code == 0
+    assert ping(three, "10.5.0.1").exit_code == 0
+    assert fetched(one, two, "10.5.0.2")
+    # The switch is killed: the machines start it again, and the guests notice nothing but a pause.
+    status = switches.HostSide(switches.load("lab")).user.status()
+    assert status is not None
+    two.check("(ping 10.5.0.1 >/tmp/pings 2>&1 &)")
+    os.kill(status["pid"], signal.SIGKILL)
+    time.sleep(2)
+    assert ping(one, "10.5.0.2").exit_code == 0
+    assert any(
+        event["event"] == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name)
+    )
+    # VLANs: apart, and the trunk is in both.
+    lab.manager.change_adapter("one", "nic-0", vlan=10)
+    lab.manager.change_adapter("two", "nic-0", vlan=20)
+    assert ping(one, "10.5.0.2", 2).exit_code != 0
+    three.check("for one in llc stp garp mrp 8021q; do insmod /lib/modules/$one.ko; done; ip addr flush dev eth0")
+    for vlan, number in ((10, 3), (20, 4)):
+        three.check(f"ip link add link eth0 name eth0.{vlan} type vlan id {vlan}")
+        three.check(f"ip addr add 10.5.0.{number}/32 dev eth0.{vlan}; ip link set eth0.{vlan} up")
+    three.check("ip route add 10.5.0.1/32 dev eth0.10; ip route add 10.5.0.2/32 dev eth0.20")
+    assert ping(three, "10.5.0.1").exit_code == 0
+    assert ping(three, "10.5.0.2").exit_code == 0
+    lab.manager.change_adapter("two", "nic-0", vlan=10)
+    assert ping(one, "10.5.0.2").exit_code == 0
+    # A guest that takes another address for its card is not heard, until it may.
+    before = drops(lab, "lab", "one").get("spoofed", 0)
+    one.check("ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:77; ip link set eth0 up")
+    assert ping(one, "10.5.0.2", 2).exit_code != 0
+    assert drops(lab, "lab", "one")["spoofed"] > before
+    lab.manager.change_adapter("one", "nic-0", spoofing=True)
+    assert ping(one, "10.5.0.2").exit_code == 0
+    # The cable.
+    lab.manager.change_adapter("one", "nic-0", link_up=False)
+    assert one.check("cat /sys/class/net/eth0/carrier") == "0"
+    assert ping(two, "10.5.0.1", 2).exit_code != 0
+    lab.manager.change_adapter("one", "nic-0", link_up=True)
+    assert ping(two, "10.5.0.1").exit_code == 0
+
+
+def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
+    """An internal switch without root: DHCP, the host at the gateway, each other. A second adapter comes and goes."""
+    switches.create(make_switch(name="nat", type="internal", address="10.77.200.1/24", dhcp_first="10.77.200.50"))
+    switches.create(make_switch(name="b"))
+    lab.define("one", {"switch": "nat"})
+    lab.define("two", {"switch": "nat"}, {"switch": "b"})
+    for name in ("one", "two"):
+        lab.manager.start(name)
+    one, two = lab.shell("one"), lab.shell("two")
+    found = [lease(shell) for shell in (one, two)]
+    assert len(set(found)) == 2
+    assert all(one.startswith("10.77.200.") for one in found)
+    assert ping(one, found[1]).exit_code == 0
+    assert ping(one, "10.77.200.1").exit_code == 0
+    # It is there for the guest, and in the definition, until it is taken away.
+    added = lab.manager.add_adapter("one", switch="b")
+    assert added.id == "nic-1"
+    for _ in range(50):
+        if one.run("test -e /sys/class/net/eth1").exit_code == 0:
+            break
+        time.sleep(0.2)
+    assert one.check("cat /sys/class/net/eth1/address") == added.mac
+    address(one, "10.6.0.1/24", "eth1")
+    address(two, "10.6.0.2/24", "eth1")
+    assert ping(two, "10.6.0.1").exit_code == 0
+    assert [adapter.id for adapter in registry.load("one").spec.adapters] == ["nic-0", "nic-1"]
+    lab.manager.remove_adapter("one", "nic-1")
+    assert one.run("test -e /sys/class/net/eth1").exit_code != 0
+    assert [adapter.id for adapter in registry.load("one").spec.adapters] == ["nic-0"]
+    ports = switches.HostSide(switches.load("b")).port_status()
+    assert [one["name"] for one in ports] == [port_name(registry.load("two").spec.id, "nic-1")]

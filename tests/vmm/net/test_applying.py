@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A switch on the bridge back end, in a network namespace: made, made again, taken back, killed anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, require_root_and_namespaces, require_tool
+from tests.vmm.net.applying_victim import STATE
+from tests.vmm.net.machines import Namespaces
+from vmm.net import plan
+
+pytestmark = [pytest.mark.netns]
+
+
+class Host:
+    """A namespace as a host: a card `up0` with addresses and routes, and the network behind it as another."""
+
+    def __init__(self, spaces: Namespaces, folder: Path) -> None:
+        self.spaces = spaces
+        self.folder = folder
+        self.here, self.there = spaces.add("host"), spaces.add("lan")
+        for name in (self.here, self.there):  # else addresses change by themselves, a while after they were made
+            spaces.run(name, "sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
+        spaces.run(self.here, f"ip link add up0 type veth peer name lan0 netns {self.there}")
+        spaces.run(self.there, "ip addr add 10.9.0.254/24 dev lan0 && ip link set lan0 up")
+        spaces.run(self.here, "ip addr add 10.9.0.2/24 brd + dev up0 && ip addr add 10.9.1.2/24 dev up0")
+        spaces.run(self.here, "ip addr add 2001:db8::2/64 dev up0 nodad && ip link set up0 up")
+        spaces.run(self.here, "ip addr add 10.9.2.2/24 valid_lft 3000 preferred_lft 3000 dev up0")
+        spaces.run(self.here, "ip route add default via 10.9.0.254 metric 100 src 10.9.0.2")
+        spaces.run(
+            self.here, "ip route add 192.168.50.0/24 via 10.9.0.254 && ip route add 10.60.0.0/16 dev up0 table 77"
+        )
+        spaces.run(self.here, "ping -c 1 -w 10 10.9.0.254")
+        while "NO-CARRIER" in spaces.run(self.here, "ip link show up0"):  # the kernel tells it a second later
+            time.sleep(0.1)
+
+    def state(self) -> str:
+        """Everything that must be as before."""
+        return self.spaces.run(self.here, STATE)
+
+    def command(self, verb: str, spec: plan.SwitchSpec, *more: str) -> list[str]:
+        """The program that applies or takes back."""
+        path = self.folder / f"{spec.name}.json"
+        path.write_bytes(spec.to_json())
+        program = [sys.executable, "-m", "tests.vmm.net.applying_victim"]
+        return ["ip", "netns", "exec", self.here, *program, verb, str(path), str(self.folder / "rt"), *more]
+
+    def do(self, verb: str, spec: plan.SwitchSpec, *more: str) -> subprocess.CompletedProcess[str]:
+        """Run it."""
+        return subprocess.run(
+            self.command(verb, spec, *more), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A host with a network behind its card."""
+    require_root_and_namespaces()
+    for tool in ("nft", "dnsmasq"):
+        require_tool(tool)
+    spaces = Namespaces()
+    try:
+        yield Host(spaces, tmp_path)
+    finally:
+        spaces.close()
+
+
+EXTERNAL = plan.make_switch(name="ext", type="external", backend="bridge", uplink="up0")
+ALONE = plan.make_switch(name="alone", type="external", backend="bridge", uplink="up0", host=False)
+INTERNAL = plan.make_switch(name="int", type="internal", backend="bridge", address="10.77.9.1/24", nat=True)
+PRIVATE = plan.make_switch(name="prv", type="private", backend="bridge")
+ALL = {spec.name: spec for spec in (EXTERNAL, ALONE, INTERNAL, PRIVATE)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_there_and_back(host: Host, name: str) -> None:
+    """Applying twice is applying once, and taking back leads to exactly what was; twice is fine."""
+    before = host.state()
+    spec = ALL[name]
+    assert host.do("apply", spec).returncode == 0
+    applied = host.state()
+    assert spec.bridge_name in applied
+    again = host.do("apply", spec)
+    assert again.returncode == 0, again.stderr
+    assert host.state() == applied
+    for _ in range(2):
+        undone = host.do("undo", spec)
+        assert undone.returncode == 0, undone.stderr
+        assert host.state() == before
+
+
+def test_external_keeps_the_host_on_its_network(host: Host) -> None:
+    """Addresses and routes are the bridge's, with metrics, sources and tables, and the network answers through it."""
+    assert host.do("apply", EXTERNAL).returncode == 0
+    bridge = EXTERNAL.bridge_name
+    routes = host.spaces.run(host.here, "ip route show table all")
+    assert f"default via 10.9.0.254 dev {bridge} " in routes
+    assert "src 10.9.0.2 metric 100" in routes
+    assert f"10.60.0.0/16 dev {bridge} table 77" in routes
+    addresses = json.loads(host.spaces.run(host.here, f"ip -j addr show dev {bridge}"))[0]["addr_info"]
+    assert {one["local"] for one in addresses} >= {"10.9.0.2", "10.9.1.2", "10.9.2.2", "2001:db8::2"}
+    host.spaces.run(host.here, "ping -c 1 -w 5 10.9.0.254")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "name", "stride"), [("kill-apply", "ext", 3), ("kill-apply", "int", 3),
+                                                      ("kill-undo", "ext", 5), ("kill-undo", "int", 5)])  # fmt: skip
+def test_killed_anywhere_it_is_undone(host: Host, verb: str, name: str, stride: int) -> None:
+    """`INV-NET-UNDONE`: kill -9 before and after every change, while applying or taking back, then undo: as before."""
+    if os.environ.get("HYPOTHESIS_PROFILE") == "long":
+        stride = 1
+    done = host.do(verb, ALL[name], str(stride))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+
+
+def test_a_gateway_that_stops_answering_brings_all_back(host: Host) -> None:
+    """A network that refuses the bridge: the error says so, and the host is as it was and on its network."""
+    # The network lets nothing but the first few frames of the card pass, as a port with a MAC limit would.
+    host.spaces.run(
+        host.there, "nft 'table netdev t { chain c { type filter hook ingress device lan0 priority 0; }; }'"
+    )
+    before = host.state()
+    program = (
+        "import subprocess, sys\n"
+        "from vmm.net import applying\n"
+        "from vmm.net.bridge import Kernel\n"
+        "from tests.vmm.net import applying_victim as victim\n"
+        "applying.GATEWAY_SECONDS = 0.5\n"
+        "usual = Kernel.add_route\n"
+        "def cut(self, name, route):\n"
+        "    usual(self, name, route)\n"
+        "    subprocess.run(['ip', 'netns', 'exec', sys.argv.pop(), 'nft', 'add', 'rule', 'netdev', 't', 'c', 'drop'])"
+        " if len(sys.argv) > 4 else None\n"
+        "Kernel.add_route = cut\n"
+        "victim.main()\n"
+    )
+    command = host.command("apply", EXTERNAL)
+    at = command.index("-m")
+    done = subprocess.run(
+        [*command[:at], "-c", program, *command[at + 2 :], host.there],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "does not answer through the switch, so all was put back" in done.stderr
+    assert host.state() == before
+    host.spaces.run(host.there, "nft delete table netdev t")
+    host.spaces.run(host.here, "ping -c 1 -w 10 10.9.0.254")
+
+
+def test_a_foreign_interface_in_the_way_is_left_alone(host: Host) -> None:
+    """Somebody else's interface with the bridge's name is refused, and still there afterwards."""
+    host.spaces.run(host.here, f"ip link add {PRIVATE.bridge_name} type bridge")
+    before = host.state()
+    refused = host.do("apply", PRIVATE)
+    assert "there is an interface" in refused.stderr
+    assert host.state() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"type": "external", "uplink": "nosuch0"}, "there is no network card nosuch0"),
+        ({"type": "external", "uplink": "up0", "host_vlan": 5}, "CONFIG_BRIDGE_VLAN_FILTERING"),
+    ],
+)
+def test_refusals_change_nothing(host: Host, settings: dict[str, object], words: str) -> None:
+    """What the host cannot have is said before anything is touched."""
+    spec = plan.make_switch(name="no", backend="bridge", **settings)
+    if "host_vlan" in settings and Path("/proc/config.gz").exists() is False:
+        pytest.skip("the kernel does not tell its configuration")
+    before = host.state()
+    refused = host.do("apply", spec)
+    assert words in refused.stderr
+    assert host.state() == before
+
+
+def test_journals_of_an_earlier_boot_are_worth_nothing(host: Host) -> None:
+    """After a reboot the kernel has forgotten all: nothing is undone, and the switch is made anew."""
+    assert host.do("apply", PRIVATE).returncode == 0
+    journal = host.folder / "rt" / "journal.json"
+    document = json.loads(journal.read_text())
+    host.do("undo", PRIVATE)
+    document["boot_id"] = "another"
+    journal.write_text(json.dumps(document))
+    done = host.do("apply", PRIVATE)
+    assert done.returncode == 0, done.stderr
+    assert PRIVATE.bridge_name in host.state()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dnsmasq's configuration, and its process."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_tool
+from vmm.net import dhcp
+from vmm.net.plan import make_switch
+
+PLAIN = make_switch(
+    id="01234567-89ab-cdef-0123-456789abcdef",
+    name="x",
+    type="internal",
+    backend="bridge",
+    address="10.77.0.1/24",
+    leases=[{"mac": "00:15:5d:00:00:01", "address": "10.77.0.10", "name": "web"}],
+)
+
+
+def test_configuration() -> None:
+    """Bound to the bridge alone; the range, the fixed lease with its name; without NAT no router and no resolver."""
+    lines = dhcp.configuration(PLAIN, "/leases").splitlines()
+    assert {
+        "bind-interfaces",
+        "interface=vmm01234567",
+        "listen-address=10.77.0.1",
+        "dhcp-range=10.77.0.128,10.77.0.254,255.255.255.0,3600",
+        "dhcp-host=00:15:5d:00:00:01,10.77.0.10,web",
+        "dhcp-option=option:router",
+        "no-resolv",
+        "dhcp-leasefile=/leases",
+    } <= set(lines)
+    nat = make_switch(**{**PLAIN.model_dump(), "nat": True})
+    assert "dhcp-option=option:router,10.77.0.1" in dhcp.configuration(nat, "/leases").splitlines()
+    assert "no-resolv" not in dhcp.configuration(nat, "/leases").splitlines()
+
+
+def test_dnsmasq_takes_it(tmp_path: Path) -> None:
+    """dnsmasq finds nothing wrong with it."""
+    path = tmp_path / "dnsmasq.conf"
+    path.write_text(dhcp.configuration(PLAIN, str(tmp_path / "leases")))
+    subprocess.run([require_tool("dnsmasq"), "--test", f"--conf-file={path}"], check=True, capture_output=True)
+
+
+def test_leases_are_read(tmp_path: Path) -> None:
+    """Who has which address; lines that are none are passed over."""
+    path = tmp_path / "leases"
+    path.write_text(
+        "1700000000 00:15:5d:00:00:01 10.77.0.10 web *\nduid x\n1700000001 00:15:5d:00:00:02 10.77.0.200 * *\n"
+    )
+    server = dhcp.DhcpServer(PLAIN, str(tmp_path), str(path))
+    assert [(one["address"], one["name"]) for one in server.leases()] == [("10.77.0.10", "web"), ("10.77.0.200", None)]
+    assert dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "none")).leases() == []
+
+
+def test_no_server_is_stopped_quietly(tmp_path: Path) -> None:
+    """Stopping what does not run is fine, also with a damaged note."""
+    server = dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "leases"))
+    server.stop()
+    (tmp_path / "dnsmasq.json").write_text("rubbish")
+    assert server.process() is None
+    server.stop()
+
+
+@pytest.mark.parametrize("note", ['{"pid": 1, "start_ticks": 1}', '{"pid": 999999999, "start_ticks": 5}', "[]"])
+def test_numbers_of_other_processes_are_not_believed(tmp_path: Path, note: str) -> None:
+    """A note about a process that is not ours never leads to a signal."""
+    (tmp_path / "dnsmasq.json").write_text(note)
+    assert dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "leases")).process() is None

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Addresses, tags, and what the guards recognise."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.vmm.net import packets
+from vmm.net import frames
+
+ADDRESS = bytes.fromhex("00155d01020a")
+
+
+@pytest.mark.parametrize("text", ["00:15:5d:01:02:0a", "00-15-5D-01-02-0A", "00155d01020a"])
+def test_addresses_are_read_in_all_spellings(text: str) -> None:
+    """Colons, dashes or nothing between the digits, either case."""
+    assert frames.parse_mac(text) == ADDRESS
+    assert frames.format_mac(ADDRESS) == "00:15:5d:01:02:0a"
+
+
+@pytest.mark.parametrize("text", ["", "00:15:5d:01:02", "00:15-5d:01:02:0a", "00:15:5d:01:02:0g", "0015:5d01020a"])
+def test_other_texts_are_no_addresses(text: str) -> None:
+    """What is no address is named in the error."""
+    with pytest.raises(ValueError, match="no MAC address"):
+        frames.parse_mac(text)
+
+
+@given(st.integers(0, 4095), st.integers(0, 15))
+def test_tags_round_trip(vlan: int, priority: int) -> None:
+    """A tag says again what it was made from."""
+    header = bytes(12) + frames.tag(vlan, priority)
+    assert frames.has_tag(header)
+    assert frames.tag_of(header) == (priority, vlan)
+
+
+def test_frame_sizes_at_the_limits() -> None:
+    """14 bytes are a frame, 13 are not; a tagged one has 18; the longest is MAX_FRAME_BYTES."""
+    plain = packets.ethernet(packets.mac(1), packets.mac(2), b"")
+    tagged = packets.ethernet(packets.mac(1), packets.mac(2), b"", vlan=5)
+    assert not frames.is_malformed(plain, 14)
+    assert frames.is_malformed(plain[:13], 13)
+    assert not frames.is_malformed(tagged, 18)
+    assert frames.is_malformed(tagged[:17], 17)
+    assert not frames.is_malformed(plain, frames.MAX_FRAME_BYTES)
+    assert frames.is_malformed(plain, frames.MAX_FRAME_BYTES + 1)
+    assert frames.is_malformed(packets.ethernet(packets.mac(1), frames.BROADCAST), 60)
+
+
+def test_reserved_addresses() -> None:
+    """01-80-C2-00-00-00 to -0F stay on one link, -10 does not."""
+    assert frames.is_reserved(bytes.fromhex("0180c2000000"))
+    assert frames.is_reserved(bytes.fromhex("0180c200000f"))
+    assert not frames.is_reserved(bytes.fromhex("0180c2000010"))
+
+
+def test_dhcp_servers_are_recognised() -> None:
+    """By the port they send from: version 4 and 6, tagged or not, behind IP options; clients are not."""
+    me, all_ = packets.mac(1), frames.BROADCAST
+    offer = packets.udp(67, 68)
+    assert frames.is_dhcp_server(packets.dhcp_offer(me))
+    assert frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv4(17, offer), vlan=7, kind=0x0800))
+    assert frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv4(17, offer, options=bytes(8)), kind=0x0800))
+    assert frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv6(17, packets.udp(547, 546)), kind=0x86DD))
+    assert not frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv4(17, packets.udp(68, 67)), kind=0x0800))
+    assert not frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv4(6, offer), kind=0x0800))
+    assert not frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv4(17, offer, fragment=10), kind=0x0800))
+
+
+def test_routers_are_recognised() -> None:
+    """Advertisements and redirects of both versions, and not a neighbour's or an echo."""
+    me, all_ = packets.mac(1), frames.BROADCAST
+    assert frames.is_router(packets.router_advertisement(me))
+    for protocol, kind, expected in ((1, 9, True), (1, 5, True), (1, 8, False)):
+        packet = packets.ipv4(protocol, bytes([kind]) + bytes(7))
+        assert frames.is_router(packets.ethernet(all_, me, packet, kind=0x0800)) is expected
+    for kind, expected in ((137, True), (135, False), (136, False), (128, False)):
+        packet = packets.ipv6(58, bytes([kind]) + bytes(7))
+        assert frames.is_router(packets.ethernet(all_, me, packet, kind=0x86DD)) is expected
+
+
+def test_routers_cannot_hide_behind_extension_headers() -> None:
+    """The known ways round such a guard (RFC 7113): options, a first fragment, too many headers, a cut chain."""
+    me = packets.mac(1)
+    options = bytes([58, 0]) + bytes(6)
+    fragment = bytes([58, 0, 0, 1]) + bytes(4)
+    assert frames.is_router(packets.router_advertisement(me, options, 60))
+    assert frames.is_router(packets.router_advertisement(me, fragment, 44))
+    many = b"".join(bytes([60, 0]) + bytes(6) for _ in range(frames.MAX_EXTENSION_HEADERS)) + options
+    assert frames.is_router(packets.router_advertisement(me, many, 60))
+    cut = packets.ethernet(frames.BROADCAST, me, packets.ipv6(60, options), kind=0x86DD)
+    assert frames.is_router(cut)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_judged(frame: bytes) -> None:
+    """`INV-FRAME-BOUNDED`: random bytes get an answer, never an exception."""
+    for head in (b"", bytes(12) + b"\x86\xdd\x60", bytes(12) + b"\x08\x00\x45", bytes(12) + frames.TPID):
+        frames.is_dhcp_server(head + frame)
+        frames.is_router(head + frame)
+        if len(head + frame) >= 16:
+            frames.is_malformed((head + frame)[:16], len(head + frame))

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames through real sockets: the receivers get what the engine says, and slow or absent ones harm nobody else."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.vmm.net import packets
+from tests.vmm.net.test_engine import any_frame, rules
+from vmm.net import frames, port_socket
+from vmm.net.capture import Capture
+from vmm.net.engine import Drop, Engine, PortRules, VlanMode
+from vmm.net.mover import Mover
+from vmm.net.ports import PortSetup
+
+ONE, TWO, THREE = (packets.mac(number) for number in range(3))
+
+
+class Lab:
+    """A switch whose ports end in sockets of this test."""
+
+    def __init__(self, *port_rules: PortRules) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vmm-lab-"))
+        self.mover = Mover(Engine())
+        self.guests: dict[str, socket.socket] = {}
+        for number, one in enumerate(port_rules):
+            self.plug(f"p{number}", one)
+
+    def plug(self, name: str, one: PortRules, *, connected: bool = True) -> None:
+        """A port with a guest at its other side; like QEMU, one that is not connected is a plain bound socket."""
+        setup = PortSetup(name, str(self.folder / f"{name}.s"), str(self.folder / f"{name}.g"), one)
+        guest = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        guest.bind(setup.peer)
+        guest.setblocking(False)
+        self.guests[name] = guest
+        self.mover.add(setup)
+        if connected:
+            guest.connect(setup.address)
+
+    def send(self, name: str, *sent: bytes, now: float = 0.0) -> None:
+        """Put these frames into a port, and let the switch move all of them."""
+        for frame in sent:
+            self.guests[name].sendto(frame, self.mover.sockets[name].setup.address) if not _peer(
+                self.guests[name]
+            ) else self.guests[name].send(frame)
+        while self.mover.pump(self.mover.sockets[name], now):
+            pass
+
+    def received(self, name: str) -> list[bytes]:
+        """All that waits at a guest."""
+        got = []
+        while True:
+            try:
+                got.append(self.guests[name].recv(20000))
+            except BlockingIOError:
+                return got
+
+    def close(self) -> None:
+        """Take everything away."""
+        for name in list(self.mover.sockets):
+            self.mover.remove(name)
+        for guest in self.guests.values():
+            guest.close()
+        shutil.rmtree(self.folder)
+
+
+def _peer(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.getpeername())
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Three ports without rules."""
+    one = Lab(PortRules(), PortRules(), PortRules())
+    yield one
+    one.close()
+
+
+FRAMES = st.lists(any_frame().filter(len), max_size=100)
+
+
+@given(st.lists(rules(), min_size=2, max_size=3), st.lists(st.tuples(st.integers(0, 2), FRAMES), max_size=4))
+def test_moves_what_the_engine_says(port_rules: list[PortRules], rounds: list[tuple[int, list[bytes]]]) -> None:
+    """`INV-MOVER-IS-ENGINE`: batches of any frames reach the receivers of `Engine.forward`, each flow in order."""
+    lab, model = Lab(*port_rules), Engine()
+    try:
+        for number, one in enumerate(port_rules):
+            model.add_port(f"p{number}", one)
+        for number, sent in rounds:
+            source = f"p{number % len(port_rules)}"
+            expected: dict[str, list[bytes]] = {name: [] for name in lab.guests}
+            for frame in sent:
+                for receiver, out in model.forward(source, frame, 0.0):
+                    expected[receiver].append(out)
+            lab.send(source, *sent)
+            for name, wanted in expected.items():
+                got = lab.received(name)
+                assert sorted(got) == sorted(wanted)
+                for flow in {one[:12] for one in wanted}:
+                    assert [one for one in got if one[:12] == flow] == [one for one in wanted if one[:12] == flow]
+        for name, port in model.ports.items():
+            assert lab.mover.engine.ports[name].counters == port.counters
+    finally:
+        lab.close()
+
+
+@pytest.mark.parametrize("size", [frames.MAX_FRAME_BYTES, frames.MAX_FRAME_BYTES + 1, 60000])
+def test_longest_frames(lab: Lab, size: int) -> None:
+    """`INV-BATCH-BOUNDED`: a frame at the limit passes whole; a longer one is dropped as malformed."""
+    frame = packets.ethernet(TWO, ONE, bytes(size - 14))
+    lab.send("p0", frame)
+    fits = size <= frames.MAX_FRAME_BYTES
+    assert lab.received("p1") == ([frame] if fits else [])
+    assert lab.mover.engine.ports["p0"].counters.drops[Drop.MALFORMED] == (not fits)
+
+
+def test_empty_datagrams_reach_nobody(lab: Lab) -> None:
+    """QEMU takes an empty datagram for the end of the network: none is ever passed on."""
+    lab.send("p0", b"", packets.ethernet(TWO, ONE), b"")
+    assert lab.received("p1") == [packets.ethernet(TWO, ONE)]
+
+
+def test_a_slow_receiver_gets_a_backlog_and_then_loses(lab: Lab) -> None:
+    """What a guest like QEMU does not take at once waits, up to the limit; others get all at once."""
+    lab.plug("slow", PortRules(), connected=False)
+    sent = [packets.ethernet(frames.BROADCAST, ONE, number.to_bytes(2, "big")) for number in range(700)]
+    for first in range(0, 700, 50):
+        lab.send("p0", *sent[first : first + 50])
+        assert lab.received("p1") == sent[first : first + 50]
+    slow = lab.mover.sockets["slow"]
+    assert lab.mover.full == [slow]
+    assert len(slow.backlog) == port_socket.MAX_BACKLOG_FRAMES
+    got: list[bytes] = []
+    while slow.backlog or not got:
+        got += lab.received("slow")
+        slow.flush(0.0)
+    got += lab.received("slow")
+    assert got == sent[: len(got)]
+    lost = slow.port.counters.drops[Drop.FULL]
+    assert len(got) + lost == 700
+    assert lost > 0
+
+
+def test_a_guest_that_is_gone_is_left_alone_until_it_is_back(lab: Lab) -> None:
+    """Frames for it are dropped, its return at the same path is noticed, and the others go on."""
+    path = lab.mover.sockets["p1"].setup.peer
+    lab.guests["p1"].close()
+    lab.send("p0", packets.ethernet(frames.BROADCAST, ONE))
+    assert len(lab.received("p2")) == 1
+    assert not lab.mover.sockets["p1"].connected
+    Path(path).unlink()
+    guest = lab.guests["p1"] = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    guest.bind(path)
+    guest.setblocking(False)
+    lab.mover.sockets["p1"].check_peer()
+    lab.send("p0", packets.ethernet(frames.BROADCAST, ONE))
+    assert len(lab.received("p1")) == 1
+
+
+def test_a_replaced_guest_is_noticed(lab: Lab) -> None:
+    """Another socket at the same path, while the old one still lives, is the guest from the next look on."""
+    path = lab.mover.sockets["p1"].setup.peer
+    old = lab.guests["p1"]
+    Path(path).unlink()
+    guest = lab.guests["p1"] = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    guest.bind(path)
+    guest.setblocking(False)
+    with pytest.raises(PermissionError):
+        guest.sendto(packets.ethernet(TWO, ONE), lab.mover.sockets["p1"].setup.address)
+    lab.mover.sockets["p1"].check_peer()
+    guest.sendto(packets.ethernet(TWO, ONE), lab.mover.sockets["p1"].setup.address)
+    old.close()
+
+
+def test_links_in_the_peers_place_are_not_followed(lab: Lab, tmp_path: Path) -> None:
+    """A guest's process that puts a link where its socket should be does not make us send elsewhere."""
+    elsewhere = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    elsewhere.bind(str(tmp_path / "log"))
+    elsewhere.setblocking(False)
+    path = Path(lab.mover.sockets["p1"].setup.peer)
+    path.unlink()
+    path.symlink_to(tmp_path / "log")
+    lab.mover.sockets["p1"].check_peer()
+    lab.send("p0", packets.ethernet(frames.BROADCAST, ONE))
+    with pytest.raises(BlockingIOError):
+        elsewhere.recv(100)
+    elsewhere.close()
+
+
+def test_strangers_cannot_send_into_a_port(lab: Lab) -> None:
+    """The kernel refuses every sender but the port's guest."""
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with pytest.raises(PermissionError):
+        stranger.sendto(packets.ethernet(TWO, ONE), lab.mover.sockets["p0"].setup.address)
+    stranger.close()
+
+
+def test_guards_look_into_batches(lab: Lab) -> None:
+    """Of one batch of one flow only what the guard is against is dropped."""
+    lab.mover.engine.set_rules("p0", PortRules(dhcp_guard=True))
+    fine = packets.ethernet(frames.BROADCAST, ONE, packets.ipv4(17, packets.udp(68, 67)), kind=0x0800)
+    lab.send("p0", fine, packets.dhcp_offer(ONE), fine)
+    assert lab.received("p1") == [fine, fine]
+    assert lab.mover.engine.ports["p0"].counters.drops == {Drop.DHCP: 1}
+
+
+def test_storm_limit_cuts_batches() -> None:
+    """The first frames of a burst pass, the rest of it is dropped, and time lets more pass."""
+    lab = Lab(PortRules(storm_frames_per_second=100), PortRules())
+    frame = packets.ethernet(frames.BROADCAST, ONE)
+    lab.send("p0", *[frame] * 30)
+    assert len(lab.received("p1")) == 10
+    lab.send("p0", *[frame] * 30, now=0.05)
+    assert len(lab.received("p1")) == 5
+    lab.close()
+
+
+def test_made_up_headers_fill_no_table(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of flows is emptied when it is full, and frames still go where they should."""
+    monkeypatch.setattr("vmm.net.mover.MAX_FLOWS", 10)
+    lab.send("p1", packets.ethernet(frames.BROADCAST, TWO))
+    sent = [packets.ethernet(TWO, ONE, bytes(4), kind=0x9000 + number) for number in range(35)]
+    lab.send("p0", *sent)
+    assert len(lab.mover.engine.ports["p0"].flows) <= 10
+    assert lab.received("p1") == sent
+
+
+def test_captures_see_what_guests_see() -> None:
+    """A port's capture has both directions, frames out in the form in which they leave; the switch's each once."""
+    lab = Lab(
+        PortRules(mode=VlanMode.ACCESS, vlan=10),
+        PortRules(mode=VlanMode.TRUNK, allowed=frozenset({10})),
+    )
+    port, whole = Capture("p1"), Capture(None)
+    lab.mover.add_capture(port)
+    lab.mover.add_capture(whole)
+    plain, tagged = packets.ethernet(TWO, ONE), packets.ethernet(TWO, ONE, vlan=10)
+    lab.send("p0", plain)
+    assert tagged in bytes(port.pending)
+    assert plain in bytes(whole.pending)
+    assert whole.taken_frames == 1
+    lab.mover.remove_capture(port)
+    lab.send("p0", plain)
+    assert (port.taken_frames, whole.taken_frames) == (1, 2)
+    lab.close()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a switch is, and the steps that follow from it."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm import errors
+from vmm.net import plan
+from vmm.net.plan import Address, HostFacts, Route, UplinkFacts, make_switch
+
+ID = "01234567-89ab-cdef-0123-456789abcdef"
+UPLINK = UplinkFacts(
+    "eth0",
+    "02:00:00:00:00:01",
+    9000,
+    True,
+    None,
+    False,
+    (Address("10.0.0.5/24", "10.0.0.255"), Address("10.0.0.6/24", None, 600)),
+    (Route("0.0.0.0/0", "10.0.0.1", 100), Route("10.9.0.0/16")),
+)
+
+
+def words(settings: dict[str, Any], facts: HostFacts) -> list[str]:
+    """The steps, for people."""
+    return [step.words for step in plan.steps(make_switch(id=ID, name="x", backend="bridge", **settings), facts)]
+
+
+def test_private_steps() -> None:
+    """Rules first, then a bridge on which the host has no address."""
+    assert words({}, HostFacts()) == [
+        "load the switch's nftables rules (table vmm_0123456789ab)",
+        "make the bridge vmm01234567",
+        "no IPv6 address for the host on vmm01234567",
+        "switch vmm01234567 on",
+    ]
+
+
+def test_internal_steps() -> None:
+    """The host's address, forwarding only with NAT and only where packets come in, DHCP last."""
+    steps = words({"type": "internal", "address": "10.77.0.1/24", "nat": True}, HostFacts(outward=("eth0",)))
+    assert steps[3:] == [
+        "give the host 10.77.0.1/24 on vmm01234567",
+        "let packets that come in at vmm01234567 be forwarded",
+        "let packets that come in at eth0 be forwarded",
+        "start a DHCP and name server (dnsmasq) on vmm01234567",
+    ]
+    plain = words({"type": "internal", "address": "10.77.0.1/24", "dhcp": False}, HostFacts(outward=("eth0",)))
+    assert plain[3:] == ["give the host 10.77.0.1/24 on vmm01234567"]
+
+
+def test_external_steps() -> None:
+    """The card's state is written down first; each address moves at once; ways to gateways come before gateways."""
+    facts = HostFacts(uplink=UPLINK)
+    spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0")
+    steps = plan.steps(spec, facts)
+    assert steps[1].arguments["mac"] == UPLINK.mac
+    assert steps[1].arguments["mtu_bytes"] == 9000
+    assert [step.words for step in steps][3:] == [
+        "write down the addresses and routes of eth0",
+        "put eth0 into vmm01234567",
+        "give vmm01234567 the address 10.0.0.5/24",
+        "take 10.0.0.5/24 from eth0",
+        "give vmm01234567 the address 10.0.0.6/24",
+        "take 10.0.0.6/24 from eth0",
+        "lead 10.9.0.0/16 through vmm01234567",
+        "lead 0.0.0.0/0 via 10.0.0.1 through vmm01234567",
+    ]
+    (warning,) = plan.warnings(spec, facts)
+    assert warning.startswith("10.0.0.6/24 came from a DHCP client")
+
+
+def test_external_without_the_host() -> None:
+    """The host's addresses are taken away, and that is said beforehand."""
+    spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host=False)
+    kinds = [step.kind for step in plan.steps(spec, HostFacts(uplink=UPLINK))]
+    assert kinds == ["rules", "bridge", "sysctl", "up", "keep", "enslave", "drop-address", "drop-address"]
+    assert plan.warnings(spec, HostFacts(uplink=UPLINK))[0].startswith("the host loses its addresses on eth0")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"master": "br0"}, "eth0 is part of br0 already"),
+        ({"is_wireless": True}, "eth0 is wireless"),
+    ],
+)
+def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> None:
+    """With the reason."""
+    from dataclasses import replace
+
+    spec = make_switch(name="x", type="external", backend="bridge", uplink="eth0")
+    assert words in plan.refusals(spec, HostFacts(uplink=replace(UPLINK, **change)))[0]
+    assert plan.refusals(spec, HostFacts()) == ["there is no network card eth0"]
+    assert plan.refusals(spec, HostFacts(uplink=UPLINK)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "a/b"}, "no name for a switch"),
+        ({"name": "-x"}, "no name for a switch"),
+        ({"name": ""}, "no name for a switch"),
+        ({"type": "external"}, "an external switch, and no other"),
+        ({"uplink": "eth0"}, "an external switch, and no other"),
+        ({"type": "external", "uplink": "eth0"}, "needs the bridge back end"),
+        ({"type": "internal"}, "an internal switch, and no other"),
+        ({"address": "10.0.0.1/24"}, "an internal switch, and no other"),
+        ({"type": "internal", "address": "10.0.0.0/24"}, "not a host's"),
+        ({"type": "internal", "address": "10.0.0.1/30"}, "from /8 to /29"),
+        ({"type": "internal", "address": "nonsense"}, "nonsense"),
+        ({"type": "internal", "address": "10.0.0.1/24", "dhcp_first": "10.0.1.5"}, "DHCP range"),
+        ({"type": "internal", "address": "10.0.0.1/24", "dhcp_first": "10.0.0.9", "dhcp_last": "10.0.0.5"}, "range"),
+        ({"type": "internal", "address": "10.0.0.1/24", "domain": "Bad_"}, "no domain"),
+        ({"nat": True}, "only an internal switch"),
+        ({"host_vlan": 5}, "only a host's adapter"),
+        ({"colour": "red"}, "colour"),
+        (
+            {
+                "type": "internal", "address": "10.0.0.1/24",
+                "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.0.9"}],
+            },
+            "fixed leases need the bridge back end",
+        ),
+        (
+            {
+                "type": "internal", "address": "10.0.0.1/24", "backend": "bridge",
+                "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.9.9"}],
+            },
+            "does not lie in",
+        ),
+        (
+            {
+                "type": "internal", "address": "10.0.0.1/24", "backend": "bridge",
+                "leases": [{"mac": f"02:00:00:00:00:0{n}", "address": "10.0.0.9"} for n in (1, 2)],
+            },
+            "the same address",
+        ),
+    ],
+)  # fmt: skip
+def test_switches_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    """Each is refused with what is wrong with it."""
+    with pytest.raises(errors.InvalidSpec, match=words):
+        make_switch(**{"name": "x", **settings})
+
+
+@given(st.sets(st.integers(0, 255), max_size=255))
+def test_free_networks_are_free(taken: set[int]) -> None:
+    """The network for a new switch overlaps with none that is in use."""
+    networks = [ipaddress.IPv4Network(f"10.77.{one}.0/24") for one in taken]
+    if len(taken) == 256:
+        return
+    interface = plan.free_network(networks)
+    assert not any(interface.network.overlaps(one) for one in networks)
+    assert interface.ip == interface.network.network_address + 1
+
+
+def test_no_free_network() -> None:
+    """A host that has all of it gets an error with a way out."""
+    with pytest.raises(errors.NoSpace, match="--address"):
+        plan.free_network([plan.DEFAULT_NETWORKS])
+
+
+def test_gateways_follow_from_the_switch() -> None:
+    """The user back end's way out: the host's address, a name server that is another, where DHCP begins."""
+    setup = make_switch(name="x", type="internal", address="10.0.0.1/24").gateway()
+    assert (setup.network, setup.host, setup.name_server, setup.first) == (
+        "10.0.0.0/24",
+        "10.0.0.1",
+        "10.0.0.2",
+        "10.0.0.128",
+    )
+    other = make_switch(name="x", type="internal", address="10.0.0.2/24").gateway()
+    assert other.name_server != other.host

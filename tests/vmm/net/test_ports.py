@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a port is written down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.vmm.net.test_engine import rules
+from vmm import errors
+from vmm.net import ports
+from vmm.net.engine import PortRules
+from vmm.net.ports import PortSetup
+
+
+@given(rules(), st.integers(0, 10**9), st.none() | st.integers(0, 65535), st.booleans())
+def test_ports_round_trip(one: PortRules, rate: int, owner: int | None, up: bool) -> None:
+    """What was written is read again, whatever the rules."""
+    setup = PortSetup("p", "/a", "/b", one, rate, owner, up)
+    assert ports.from_document(ports.to_document(setup)) == setup
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "x" * 65}, "name"),
+        ({"address": "/" + "x" * 107}, "address"),
+        ({"peer": None}, "peer"),
+        ({"colour": 1}, "no 'colour'"),
+        ({"macs": ["nonsense"]}, "no MAC address"),
+        ({"macs": ["02:00:00:00:00:01"] * 65}, "at most 64"),
+        ({"macs": "02:00:00:00:00:01"}, "list"),
+        ({"vlan": 4095}, "0 to 4094"),
+        ({"vlan": True}, "vlan"),
+        ({"allowed": [0]}, "from 1 to 4094"),
+        ({"allowed": ["1"]}, "list"),
+        ({"mode": "bridge"}, "bridge"),
+        ({"spoofing": 1}, "true or false"),
+        ({"rate_bits_per_second": -1}, "rate"),
+    ],
+)
+def test_wrong_ports_are_refused(change: dict[str, Any], words: str) -> None:
+    """With the setting that is wrong."""
+    document = {**ports.to_document(PortSetup("p", "/a", "/b")), **change}
+    with pytest.raises(errors.InvalidSpec, match=words):
+        ports.from_document(document)

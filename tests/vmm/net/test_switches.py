@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switches as files: there whole or not at all, never deleted under a guest."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmm import errors
+from vmm.net import switches
+from vmm.net.plan import make_switch
+from vmm.net.ports import PortSetup
+from vmm.net.switches import HostSide
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home and a runtime folder of this test."""
+    folder = Path(tempfile.mkdtemp(prefix="vmm-sw-"))
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
+    yield folder
+    for spec in switches.load_all():
+        switches.delete(spec.name, force=True)
+    shutil.rmtree(folder)
+
+
+def test_made_found_and_taken_away(home: Path) -> None:
+    """A switch runs when it is made, is found by its name, and leaves nothing when it is deleted."""
+    spec = make_switch(name="lab")
+    switches.create(spec)
+    assert switches.load("lab") == spec
+    assert switches.names() == ["lab"]
+    assert HostSide(spec).user.is_running()
+    switches.delete("lab")
+    assert switches.names() == []
+    assert not HostSide(spec).user.is_running()
+    assert not any((home / "run").iterdir())
+
+
+def test_names_and_networks_are_taken_once(home: Path) -> None:
+    """A second switch of a name, and one whose network overlaps, are refused, and leave nothing."""
+    switches.create(make_switch(name="lab"))
+    with pytest.raises(errors.AlreadyExists, match="'lab'"):
+        switches.create(make_switch(name="lab"))
+    first = make_switch(name="one", type="internal", address="10.77.250.1/24")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostSide, "ensure", lambda self: None)
+        switches.create(first)
+        with pytest.raises(errors.InvalidSpec, match="overlaps with switch 'one'"):
+            switches.create(make_switch(name="two", type="internal", address="10.77.250.9/25"))
+    assert switches.names() == ["lab", "one"]
+
+
+def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch that the host cannot have is not there afterwards."""
+
+    def fails(self: HostSide) -> None:
+        raise errors.Unsupported("no")
+
+    monkeypatch.setattr(HostSide, "ensure", fails)
+    with pytest.raises(errors.Unsupported):
+        switches.create(make_switch(name="lab"))
+    assert switches.names() == []
+
+
+def test_guests_keep_their_switch(home: Path) -> None:
+    """With somebody plugged in it is deleted only by force."""
+    spec = make_switch(name="lab")
+    switches.create(spec)
+    guest = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    guest.bind(str(home / "g"))
+    setup = PortSetup("vm.nic-0", str(home / "s"), str(home / "g"))
+    HostSide(spec).user.plug(setup)
+    with pytest.raises(errors.InUse, match=r"vm\.nic-0"):
+        switches.delete("lab")
+    guest.close()
+    (home / "g").unlink()
+    HostSide(spec).user.plug(replace(setup, rate_bits_per_second=1_000_000))
+    switches.delete("lab")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"rubbish", "is no switch"),
+        (b'{"name": "lab"', "is no switch"),
+        (b'{"name": "lab", "x": 1}', "x:"),
+        (b"", "is no"),
+    ],
+)
+def test_damaged_files_are_named(home: Path, content: bytes, words: str) -> None:
+    """With the file and what is wrong; the others are still listed."""
+    switches.create(make_switch(name="good"))
+    path = home / "home" / "switches" / "lab.json"
+    path.write_bytes(content)
+    with pytest.raises(errors.InvalidSpec, match=words) as caught:
+        switches.load("lab")
+    assert caught.value.path == str(path)
+    assert [spec.name for spec in switches.load_all()] == ["good"]
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["nobody", "../x", ".hidden"])
+def test_unknown_switches(home: Path, name: str) -> None:
+    """Named in the error, with those that there are; a name leads to no other folder."""
+    with pytest.raises(errors.NotFound, match="there is no switch"):
+        switches.load(name)
+
+
+def test_bridges_need_root(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bridge back end says so at once, and what to do instead."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(errors.AccessDenied, match="--backend user"):
+        HostSide(make_switch(name="x", backend="bridge")).plan()

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's adapters as its definition has them, whether it runs or not: added, changed, taken away.
+
+Decides which MAC address an adapter gets (the host's pool, or a free one that was typed), and whether a change is made
+by the running machine's worker or in its file. How an adapter is plugged in: `wiring`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from typing import Any
+
+from vmm import contact, paths, registry, saved
+from vmm.contact import Place
+from vmm.errors import InvalidSpec, NotFound, VmmError
+from vmm.events import add_event
+from vmm.net import frames, mac, switches
+from vmm.paths import write_whole
+from vmm.registry import Machine
+from vmm.spec import AdapterSpec, MachineSpec, make_adapter
+
+PATIENCE_SECONDS = 60.0
+_POOL_NAME = "mac-pool.json"
+
+
+def place_of(machine: Machine) -> Place:
+    """Where the machine's files and sockets are."""
+    return Place(machine.name, machine.paths, machine.runtime)
+
+
+def host_pool() -> mac.Pool:
+    """The host's pool, written down when it is first wanted: an address that changes later changes no adapter's."""
+    path = os.path.join(paths.home(), _POOL_NAME)
+    try:
+        with open(path, encoding="ascii") as file:
+            return mac.Pool(bytes.fromhex(json.load(file)["prefix"]))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VmmError("is damaged: it should hold the prefix of the MAC pool", path=path, hint="remove it") from error
+    pool = mac.pool_of_host(_first_address(), _machine_id())
+    paths.make_home()
+    write_whole(path, json.dumps({"prefix": pool.prefix.hex()}).encode() + b"\n")
+    return pool
+
+
+def _first_address() -> str | None:
+    """The IPv4 address that packets to the world would have; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        address = str(sock.getsockname()[0])
+    return None if address == "0.0.0.0" else address
+
+
+def _machine_id() -> str:
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            with open(path, encoding="ascii") as file:
+                return file.read().strip()
+        except OSError:
+            continue
+    return socket.gethostname()
+
+
+def choosing_macs() -> contextlib.AbstractContextManager[None]:
+    """Nobody else gives out an address until the adapter that got one is written down."""
+    paths.make_home()
+    return switches.locked(os.path.join(paths.home(), ".mac.lock"))
+
+
+def mac_owners() -> dict[bytes, str]:
+    """Every MAC address that is in use here, and whose it is."""
+    owners: dict[bytes, str] = {}
+    for machine in registry.load_all()[0]:
+        for adapter in machine.spec.adapters:
+            if adapter.mac is not None:
+                owners[frames.parse_mac(adapter.mac)] = f"adapter {adapter.id} of machine {machine.name}"
+    return owners
+
+
+def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
+    """An adapter for a machine out of what a user said: with an id and a MAC address. Raises VmmError."""
+    owners = mac_owners() | {
+        frames.parse_mac(one.mac): f"adapter {one.id} of this machine" for one in spec.adapters if one.mac is not None
+    }
+    wanted = settings.get("mac")
+    address = mac.pick(host_pool(), owners) if wanted is None else mac.check_static(str(wanted), owners)
+    settings = {**settings, "id": settings.get("id") or spec.free_adapter_id(), "mac": frames.format_mac(address)}
+    adapter = make_adapter(**settings)
+    if adapter.switch is not None:
+        switch = switches.load(adapter.switch)
+        if switch.backend == "bridge" and adapter.mirror != "none":
+            raise InvalidSpec("the bridge back end mirrors no ports", hint="use a switch of the user back end")
+    return adapter
+
+
+def find(machine: Machine, adapter_id: str) -> AdapterSpec:
+    """An adapter by its id or MAC address. Raises NotFound."""
+    for adapter in machine.spec.adapters:
+        if adapter_id in (adapter.id, adapter.mac):
+            return adapter
+    known = ", ".join(one.id for one in machine.spec.adapters) or "none"
+    raise NotFound(f"there is no adapter {adapter_id!r}; there are {known}", machine=machine.name)
+
+
+def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
+    """Give a machine an adapter, at once when it runs. Raises VmmError."""
+    with registry.changing(name) as machine, choosing_macs():
+        saved.refuse_when_saved(machine.paths, name, "adding an adapter")
+        adapter = fit(settings, machine.spec)
+        after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
+        client = contact.contact(place_of(machine))
+        if client is None:
+            registry.save(machine, after)
+            add_event(machine.paths.events, "adapter-added", adapter=adapter.id, switch=adapter.switch)
+            return adapter
+        with client:
+            client.call("nic-add", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
+    return adapter
+
+
+def remove(name: str, adapter_id: str) -> AdapterSpec:
+    """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
+    with registry.changing(name) as machine:
+        adapter = find(machine, adapter_id)
+        saved.refuse_when_saved(machine.paths, name, "removing an adapter")
+        client = contact.contact(place_of(machine))
+        if client is None:
+            rest = [one for one in machine.spec.adapters if one.id != adapter.id]
+            registry.save(machine, machine.spec.changed(adapters=rest))
+            add_event(machine.paths.events, "adapter-removed", adapter=adapter.id)
+            return adapter
+        with client:
+            client.call("nic-remove", adapter=adapter.id, timeout_seconds=PATIENCE_SECONDS)
+    return adapter
+
+
+def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
+    """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
+    with registry.changing(name) as machine, choosing_macs():
+        before = find(machine, adapter_id)
+        if settings.get("mac") is not None:
+            owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}
+            mac.check_static(str(settings["mac"]), owners)
+            settings["mac"] = frames.format_mac(frames.parse_mac(str(settings["mac"])))
+        adapter = make_adapter(**{**before.model_dump(), **settings})
+        if set(settings) & {"kind", "mac"}:
+            saved.refuse_when_saved(machine.paths, name, "changing an adapter")
+        if adapter.switch is not None and adapter.switch != before.switch:
+            switches.load(adapter.switch)
+        client = contact.contact(place_of(machine))
+        if client is None:
+            after = [adapter if one.id == before.id else one for one in machine.spec.adapters]
+            registry.save(machine, machine.spec.changed(adapters=after))
+            add_event(machine.paths.events, "adapter-changed", adapter=adapter.id)
+            return adapter
+        with client:
+            client.call("nic-set", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
+    return adapter
+
+
+def machine_of_port(port: str) -> tuple[str, str]:
+    """(machine, adapter) of a switch's port; the port itself where no machine has it."""
+    prefix, _, adapter_id = port.partition(".")
+    for machine in registry.load_all()[0]:
+        if machine.spec.id.replace("-", "").startswith(prefix) and adapter_id:
+            return machine.name, adapter_id
+    return port, ""

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`switch create`, `list`, `show`, `ports`, `addresses`, `capture`, `lease`, `delete`: virtual network switches.
+
+Decides how switches are spoken of. What can be is `net.plan`'s decision, what happens on the host `net.switches`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, BinaryIO
+
+import click
+
+from vmm.cli.common import (
+    confirm,
+    epilog,
+    format_size,
+    output_options,
+    print_json,
+    print_line,
+    print_pairs,
+    print_table,
+)
+from vmm.errors import InUse, InvalidSpec, NotFound, Unsupported, of_os_error
+from vmm.net import plan, switches
+from vmm.net.plan import SwitchSpec
+from vmm.net.switches import HostSide
+
+WATCH_SECONDS = 1.0
+
+
+@click.group("switch", context_settings={"help_option_names": ["-h", "--help"]})
+def switch_command() -> None:
+    """Make, watch and remove virtual network switches: private, internal and external ones."""
+
+
+@switch_command.command(
+    "create",
+    epilog=epilog(
+        "vmm switch create lab --type private",
+        "vmm switch create nat --type internal --nat",
+        "vmm switch create lan --type external --nic eth0",
+    ),
+)
+@click.argument("name")
+@click.option("--type", "kind", type=click.Choice(["private", "internal", "external"]), default="private",
+              help="Guests only; guests and this host; guests, this host and the network behind --nic.")  # fmt: skip
+@click.option("--nic", "uplink", metavar="INTERFACE", help="The network card of an external switch.")
+@click.option("--backend", type=click.Choice(["user", "bridge"]),
+              help="user: a process, without root. bridge: the kernel's, for root."
+                   " Default: user for private switches and without root.")  # fmt: skip
+@click.option("--host/--no-host", "host", default=True, help="External: whether this host stays on the network, too.")
+@click.option("--host-vlan", type=int, metavar="N", help="The VLAN of this host's adapter on the switch.")
+@click.option("--address", metavar="ADDRESS/PREFIX", help="Internal: this host's address. Default: a free network.")
+@click.option("--dhcp/--no-dhcp", "dhcp", default=True, help="Internal: whether guests get addresses.")
+@click.option("--dhcp-range", metavar="FIRST-LAST", help="Which; by default the upper half of the network.")
+@click.option("--nat", is_flag=True, help="Internal: let guests reach what this host reaches.")
+@click.option("--domain", help="Internal: the guests' domain. Default: vmm.internal.")
+@click.option("--forward", "forwards", metavar="tcp:HOST:PORT-GUEST:PORT", multiple=True,
+              help="Internal, user back end: a port of this host that leads to a guest. Repeatable.")  # fmt: skip
+@click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
+@output_options
+def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
+    """Make a switch called NAME.
+
+    An external switch takes this host's addresses from the card and gives them to a bridge: what will be done is shown
+    first, and taken back at once should the gateway not answer any more. Deleting the switch puts everything back.
+    """
+    spec = _spec_of(name, words)
+    if spec.backend == "bridge":
+        steps, warnings, reasons = HostSide(spec).plan()
+        if reasons:
+            hint = plan.VLAN_HINT if plan.VLAN_REFUSAL in reasons else None
+            raise Unsupported(f"this host cannot have switch {name}: {'; '.join(reasons)}", hint=hint)
+        if not as_json and not quiet and (dry_run or spec.type == "external"):
+            for step in steps:
+                print_line(f"{'would ' if dry_run else 'will '}{step}")
+            for warning in warnings:
+                print_line(f"warning: {warning}")
+        if spec.type == "external" and not dry_run:
+            confirm("Change this host's network?", yes=yes)
+    if not dry_run:
+        switches.create(spec)
+    if as_json:
+        print_json(spec.model_dump(mode="json"))
+    elif not quiet and not dry_run:
+        print_line(f"{name}: {_words(spec)}")
+
+
+def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
+    kind = words["kind"]
+    root = os.geteuid() == 0
+    backend = words["backend"] or ("user" if kind == "private" or (kind == "internal" and not root) else "bridge")
+    settings: dict[str, Any] = {"name": name, "type": kind, "backend": backend, "uplink": words["uplink"]}
+    settings |= {"host": words["host"], "host_vlan": words["host_vlan"], "nat": words["nat"]}
+    settings |= {"dhcp": words["dhcp"], "forwards": words["forwards"]}
+    if words["domain"]:
+        settings["domain"] = words["domain"]
+    if words["dhcp_range"]:
+        first, sign, last = words["dhcp_range"].partition("-")
+        if not sign:
+            raise click.BadParameter("write FIRST-LAST", param_hint="--dhcp-range")
+        settings |= {"dhcp_first": first.strip(), "dhcp_last": last.strip()}
+    if kind == "internal":
+        settings["address"] = words["address"] or switches.free_address()
+    elif words["address"]:
+        settings["address"] = words["address"]
+    return plan.make_switch(**settings)
+
+
+def _words(spec: SwitchSpec) -> str:
+    """The switch in a few words."""
+    words = f"{spec.type}, {spec.backend} back end"
+    if spec.type == "internal":
+        words += f", {spec.address}" + (", NAT" if spec.nat or spec.backend == "user" else "")
+    if spec.uplink:
+        words += f", uplink {spec.uplink}" + ("" if spec.host else ", without this host")
+    return words
+
+
+@switch_command.command("list", epilog=epilog("vmm switch list"))
+@output_options
+def list_command(as_json: bool, quiet: bool) -> None:
+    """All switches."""
+    found = switches.load_all()
+    if as_json:
+        print_json([spec.model_dump(mode="json") for spec in found])
+    elif not quiet:
+        rows = [
+            [
+                spec.name,
+                spec.type,
+                spec.backend,
+                spec.address or spec.uplink or "-",
+                str(len(HostSide(spec).guests())),
+            ]
+            for spec in found
+        ]
+        if rows:
+            print_table(("SWITCH", "TYPE", "BACK END", "NETWORK", "PORTS"), rows)
+        else:
+            click.echo("there are no switches: vmm switch create NAME", err=True)
+
+
+@switch_command.command("show", epilog=epilog("vmm switch show nat"))
+@click.argument("name")
+@output_options
+def show_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Everything about the switch NAME: settings, process or bridge, leases."""
+    spec = switches.load(name)
+    host = HostSide(spec)
+    status = host.user.status() if spec.backend == "user" else None
+    leases = _leases(spec)
+    if as_json:
+        print_json({**spec.model_dump(mode="json"), "status": status, "leases": leases})
+        return
+    if quiet:
+        return
+    running = "runs" if status is not None else "does not run (starts with the first machine on it)"
+    if spec.backend == "bridge":
+        running = spec.bridge_name if os.path.isdir(f"/sys/class/net/{spec.bridge_name}") else "is not there now"
+    gateway = status.get("gateway") if status else None
+    pairs = [
+        ("switch", spec.name),
+        ("id", spec.id),
+        ("type", spec.type),
+        ("back end", f"{spec.backend}: {running}"),
+        ("uplink", spec.uplink or ""),
+        ("address", spec.address or ""),
+        ("dhcp", " to ".join(map(str, spec.dhcp_range)) if spec.type == "internal" and spec.dhcp else ""),
+        ("way out", _way_out(spec)),
+        ("gateway", "" if gateway is None else ("runs" if gateway["running"] else f"does not run: {gateway['said']}")),
+        ("ports", str(len(host.guests()))),
+    ]
+    print_pairs(pairs)
+    if leases:
+        print_table(
+            ("ADDRESS", "MAC", "NAME"), [[str(x["address"]), str(x["mac"]), str(x["name"] or "-")] for x in leases]
+        )
+
+
+def _way_out(spec: SwitchSpec) -> str:
+    if spec.type != "internal":
+        return ""
+    if spec.backend == "user":
+        return "all that this host reaches; this host reaches guests only through forwarded ports"
+    return "NAT" if spec.nat else "none: guests and this host only"
+
+
+def _leases(spec: SwitchSpec) -> list[dict[str, object]]:
+    if spec.type != "internal" or spec.backend != "bridge":
+        return []
+    from vmm.net.dhcp import DhcpServer
+
+    return DhcpServer(spec, HostSide(spec).folder, switches.lease_path(spec)).leases()
+
+
+@switch_command.command("ports", epilog=epilog("vmm switch ports lab", "vmm switch ports lab --watch"))
+@click.argument("name")
+@click.option("--watch", is_flag=True, help="Again every second, with rates, until Ctrl-C.")
+@output_options
+def ports_command(name: str, watch: bool, as_json: bool, quiet: bool) -> None:
+    """What is plugged where on the switch NAME, with counters as the guests see them."""
+    spec = switches.load(name)
+    host = HostSide(spec)
+    before: dict[str, dict[str, Any]] = {}
+    while True:
+        ports = host.port_status()
+        if as_json:
+            print_json([{**one, "machine": _of(one)[0], "adapter": _of(one)[1]} for one in ports])
+        elif not quiet:
+            if watch and sys.stdout.isatty():
+                click.clear()
+            rows = [_port_row(one, before.get(one["name"])) for one in ports]
+            print_table(("MACHINE", "ADAPTER", "VLAN", "LINK", "SENT", "RECEIVED", "DROPPED"), rows)
+        if not watch:
+            return
+        before = {one["name"]: one for one in ports}
+        time.sleep(WATCH_SECONDS)
+
+
+def _of(port: dict[str, Any]) -> tuple[str, str]:
+    from vmm.adapters import machine_of_port
+
+    return machine_of_port(port["name"])
+
+
+def _port_row(port: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    def counted(way: str) -> str:
+        total = f"{port[f'{way}_frames']} ({format_size(port[f'{way}_bytes'])})"
+        if before is None:
+            return total
+        bits = (port[f"{way}_bytes"] - before[f"{way}_bytes"]) * 8 / WATCH_SECONDS
+        return f"{total}, {bits / 1e6:.1f} Mbit/s"
+
+    machine, adapter = _of(port)
+    vlan = "trunk " + "+".join(map(str, port["allowed"])) if port["mode"] == "trunk" else str(port["vlan"] or "-")
+    link = "down" if not port["link_up"] else "up" if port["connected"] else "nobody"
+    drops = ", ".join(f"{reason} {count}" for reason, count in sorted(port["drops"].items())) or "-"
+    return [machine, adapter or "-", vlan, link, counted("received"), counted("transmitted"), drops]
+
+
+@switch_command.command("addresses", epilog=epilog("vmm switch addresses lab"))
+@click.argument("name")
+@output_options
+def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
+    """Which MAC addresses the switch NAME has learned, and at which port."""
+    spec = switches.load(name)
+    if spec.backend != "user":
+        raise Unsupported("a bridge's addresses are the kernel's", hint=f"bridge fdb show br {spec.bridge_name}")
+    known = HostSide(spec).user.addresses()
+    if as_json:
+        print_json(known)
+    elif not quiet:
+        rows = [
+            [one["mac"], str(one["vlan"] or "-"), " ".join(_of({"name": one["port"]})), str(one["age_seconds"])]
+            for one in known
+        ]
+        print_table(("MAC", "VLAN", "PORT", "SECONDS"), rows)
+
+
+@switch_command.command(
+    "capture",
+    epilog=epilog(
+        "vmm switch capture lab -o lab.pcapng", "vmm switch capture lab --port web/nic-0 -o - | tshark -r -"
+    ),
+)
+@click.argument("name")
+@click.option(
+    "--port", metavar="MACHINE/ADAPTER", help="Both directions of this port; default: what every port sends."
+)
+@click.option("--snap", type=int, metavar="BYTES", help="Keep only the first BYTES of each frame.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where to, as pcapng; - is standard output.")
+def capture_command(name: str, port: str | None, snap: int | None, output: str) -> None:
+    """Write the frames on the switch NAME to FILE, until Ctrl-C. Wireshark and tshark read it."""
+    spec = switches.load(name)
+    if spec.backend != "user":
+        raise Unsupported(
+            "a bridge is captured with the kernel's own means", hint=f"tcpdump -i {spec.bridge_name} -w {output}"
+        )
+    HostSide(spec).ensure()
+    with HostSide(spec).user.capture(None if port is None else _port_of(port), snap) as stream:
+        if output == "-":
+            _copy(stream, sys.stdout.buffer)
+            return
+        try:
+            with open(output, "wb") as file:
+                _copy(stream, file)
+        except OSError as error:
+            raise of_os_error(error, "write the capture", path=output) from error
+
+
+def _copy(stream: Any, file: BinaryIO) -> None:
+    try:
+        while received := stream.recv(1 << 16):
+            file.write(received)
+            file.flush()
+    except KeyboardInterrupt:
+        pass  # how a capture ends
+
+
+def _port_of(words: str) -> str:
+    from vmm import adapters, registry
+    from vmm.net.adapter import port_name
+
+    machine, sign, adapter = words.partition("/")
+    if not sign:
+        raise click.BadParameter("write MACHINE/ADAPTER, as in web/nic-0", param_hint="--port")
+    found = registry.load(machine)
+    return port_name(found.spec.id, adapters.find(found, adapter).id)
+
+
+@switch_command.command("lease", epilog=epilog("vmm switch lease nat web/nic-0 10.77.0.10"))
+@click.argument("name")
+@click.argument("adapter", metavar="MACHINE/ADAPTER")
+@click.argument("address", required=False)
+@click.option("--remove", is_flag=True, help="No fixed address any more.")
+@output_options
+def lease_command(name: str, adapter: str, address: str | None, remove: bool, as_json: bool, quiet: bool) -> None:
+    """Always give the ADAPTER the same ADDRESS, and its machine's name, on the internal switch NAME."""
+    from vmm import adapters, registry
+
+    if (address is None) != remove:
+        raise click.UsageError("give an address, or --remove")
+    spec = switches.load(name)
+    machine, _, adapter_id = adapter.partition("/")
+    found = registry.load(machine)
+    mac = adapters.find(found, adapter_id).mac
+    assert mac is not None
+    rest = [one.model_dump() for one in spec.leases if one.mac != mac]
+    if remove and len(rest) == len(spec.leases):
+        raise NotFound(f"{adapter} has no fixed address on switch {name}")
+    if address is not None:
+        host_name = "".join(c if c.isalnum() and c.isascii() else "-" for c in machine.lower()).strip("-") or None
+        rest.append({"mac": mac, "address": address, "name": host_name})
+    try:
+        changed = plan.make_switch(**{**spec.model_dump(), "leases": rest})
+    except InvalidSpec as error:
+        raise InvalidSpec(error.problem.removeprefix("leases: ")) from error
+    switches.replace(changed)
+    if as_json:
+        print_json(changed.model_dump(mode="json")["leases"])
+    elif not quiet:
+        print_line(
+            f"{name}: {adapter} has " + (f"{address} from its next lease on" if address else "no fixed address")
+        )
+
+
+@switch_command.command("delete", epilog=epilog("vmm switch delete lab"))
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Even with guests on it.")
+@output_options
+def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
+    """Remove the switch NAME, and put this host's network back as it was before."""
+    try:
+        switches.delete(name, force=force)
+    except InUse as error:
+        ports = HostSide(switches.load(name)).port_status()
+        guests = ["/".join(_of(one)) for one in ports if one["connected"] and _of(one)[1]]
+        if guests:  # by the names that people know
+            error.problem = f"switch {name!r} has guests on it: {', '.join(guests)}"
+        raise
+    if as_json:
+        print_json({"deleted": name})
+    elif not quiet:
+        print_line(f"{name} is deleted")

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adapter of a machine, plugged into its switch: what QEMU is to be told, and the switch's side of it.
+
+Decides which data path an adapter gets (and says why), how its port is called on either back end, and that the switch
+is there before QEMU looks for it. QEMU is known here only as somebody who takes a description (`netdev`, `device`) and
+descriptors. Synchronous: not for a thread that runs an event loop.
+
+    user      runtime/MACHINE/ADAPTER/  guest.sock (QEMU's)  switch.sock (the switch's)    a folder of QEMU's user
+    bridge    a tap, named by machine and adapter; its descriptors are QEMU's, one per queue, vhost's beside them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vmm import errors, paths
+from vmm.net import frames, switches, taps
+from vmm.net.engine import PortRules, VlanMode
+from vmm.net.ports import PortSetup
+from vmm.net.switches import HostSide
+from vmm.spec import AdapterSpec
+
+SYNTHETIC_DRIVER, LEGACY_DRIVER = "virtio-net-pci", "rtl8139"
+GUEST_SOCKET, SWITCH_SOCKET = "guest.sock", "switch.sock"
+PORT_ID_CHARACTERS = 12
+
+Give = Callable[[int], int | str]  # our descriptor -> how QEMU calls it; it is closed for us
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The machine that an adapter is of: its id, its runtime folder, and QEMU's user and group (None: ours)."""
+
+    machine_id: str
+    runtime_folder: str
+    user: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """What QEMU is told. `data_path` says in words which way frames go, and why."""
+
+    netdev: dict[str, Any]
+    device: dict[str, Any]
+    data_path: str
+
+
+def port_name(machine_id: str, adapter_id: str) -> str:
+    """The adapter's port on a switch: names of machines may change, ids do not."""
+    return f"{machine_id.replace('-', '')[:PORT_ID_CHARACTERS]}.{adapter_id}"
+
+
+def interface_name(machine_id: str, adapter_id: str) -> str:
+    """The adapter's tap on the host."""
+    return "vt" + hashlib.sha256(f"{machine_id}.{adapter_id}".encode()).hexdigest()[:12]
+
+
+def wire_id(adapter_id: str) -> str:
+    """What QEMU calls the other side of the adapter."""
+    return f"{adapter_id}.wire"
+
+
+def rules_of(adapter: AdapterSpec) -> PortRules:
+    """What the switch is to enforce. Pure."""
+    mode, vlan = VlanMode.UNTAGGED, 0
+    if adapter.vlan is not None:
+        mode, vlan = VlanMode.ACCESS, adapter.vlan
+    elif adapter.trunk:
+        mode, vlan = VlanMode.TRUNK, adapter.native_vlan
+    return PortRules(
+        addresses=frozenset() if adapter.mac is None else frozenset({frames.parse_mac(adapter.mac)}),
+        spoofing=adapter.spoofing,
+        mode=mode,
+        vlan=vlan,
+        allowed=frozenset(adapter.trunk),
+        dhcp_guard=adapter.dhcp_guard,
+        router_guard=adapter.router_guard,
+        storm_frames_per_second=adapter.storm_frames_per_second,
+        mirror_source=adapter.mirror == "source",
+        mirror_destination=adapter.mirror == "destination",
+    )
+
+
+def setup_of(adapter: AdapterSpec, owner: Owner) -> PortSetup:
+    """The adapter's port. Pure."""
+    folder = folder_of(adapter, owner)
+    return PortSetup(
+        name=port_name(owner.machine_id, adapter.id),
+        address=os.path.join(folder, SWITCH_SOCKET),
+        peer=os.path.join(folder, GUEST_SOCKET),
+        rules=rules_of(adapter),
+        rate_bits_per_second=adapter.bandwidth_bits_per_second,
+        owner=None if owner.user is None else owner.user[0],
+        link_up=adapter.link_up,
+    )
+
+
+def folder_of(adapter: AdapterSpec, owner: Owner) -> str:
+    """The folder of the adapter's sockets."""
+    return os.path.join(owner.runtime_folder, adapter.id)
+
+
+def device_of(adapter: AdapterSpec, queues: int = 1) -> dict[str, Any]:
+    """The guest's side: only a legacy adapter boots from the network. Pure."""
+    device: dict[str, Any] = {"id": adapter.id, "netdev": wire_id(adapter.id)}
+    if adapter.kind == "legacy":
+        device = {"driver": LEGACY_DRIVER, **device}
+    else:
+        device = {"driver": SYNTHETIC_DRIVER, **device, "romfile": ""}
+        if queues > 1:  # two vectors a queue, one for configuration, one for control
+            device |= {"mq": True, "vectors": 2 * queues + 2}
+    if adapter.mac is not None:
+        device["mac"] = adapter.mac
+    return device
+
+
+def plug(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
+    """Put the adapter's cable into its switch. Raises VmmError, and then nothing is left of it."""
+    if adapter.switch is None:
+        return _unplugged(adapter)
+    spec = switches.load(adapter.switch)
+    switches.ensure(spec)
+    host = HostSide(spec)
+    if spec.backend == "bridge":
+        return _plug_tap(adapter, owner, host, give)
+    return _plug_socket(adapter, owner, host)
+
+
+def _unplugged(adapter: AdapterSpec) -> Plugged:
+    """A card without a cable: QEMU wants something behind it, so it gets a hub with nobody else in it."""
+    number = int(hashlib.sha256(adapter.id.encode()).hexdigest()[:6], 16)
+    netdev = {"type": "hubport", "id": wire_id(adapter.id), "hubid": number}
+    return Plugged(netdev, device_of(adapter), "not plugged into any switch")
+
+
+def _plug_socket(adapter: AdapterSpec, owner: Owner, host: HostSide) -> Plugged:
+    setup = setup_of(adapter, owner)
+    folder = folder_of(adapter, owner)
+    try:
+        paths.make_private(folder)
+        if owner.user is not None:
+            os.chown(folder, *owner.user, follow_symlinks=False)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(setup.peer)
+    except OSError as error:
+        raise errors.of_os_error(error, "make the adapter's folder", path=folder) from error
+    host.user.plug(setup)
+    netdev = {
+        "type": "dgram",
+        "id": wire_id(adapter.id),
+        "local": {"type": "unix", "path": setup.peer},
+        "remote": {"type": "unix", "path": setup.address},
+    }
+    return Plugged(netdev, device_of(adapter), data_path(adapter, host.spec.backend))
+
+
+def _plug_tap(adapter: AdapterSpec, owner: Owner, host: HostSide, give: Give) -> Plugged:
+    name = interface_name(owner.machine_id, adapter.id)
+    descriptors = taps.open_tap(name, adapter.queues)
+    vhost: list[int] = []
+    try:
+        host.plug_tap(name, setup_of(adapter, owner))
+        if adapter.kind == "synthetic":
+            vhost = taps.open_vhost(adapter.queues)
+    except BaseException:
+        taps.close_all(descriptors)
+        with contextlib.suppress(errors.VmmError):
+            host.unplug_tap(name)
+        raise
+    netdev: dict[str, Any] = {"type": "tap", "id": wire_id(adapter.id), "vhost": bool(vhost)}
+    many = adapter.queues > 1
+    netdev["fds" if many else "fd"] = ":".join(str(give(one)) for one in descriptors)
+    if vhost:
+        netdev["vhostfds" if many else "vhostfd"] = ":".join(str(give(one)) for one in vhost)
+    device = device_of(adapter, adapter.queues)
+    return Plugged(netdev, device, data_path(adapter, host.spec.backend))
+
+
+def data_path(adapter: AdapterSpec, backend: str) -> str:
+    """Which way the adapter's frames take, and why, in words."""
+    if backend == "user":
+        words = "user switch: datagrams to the switch's process, one queue"
+        return words + (f" ({adapter.queues} are asked for: only a bridge has several)" if adapter.queues > 1 else "")
+    queues = "one queue" if adapter.queues == 1 else f"{adapter.queues} queues"
+    if adapter.kind == "legacy":
+        return f"bridge: tap, {queues}, moved by QEMU (an emulated card has no vhost)"
+    if os.path.exists(taps.VHOST_PATH):
+        return f"bridge: tap, {queues}, moved by the kernel (vhost)"
+    return f"bridge: tap, {queues}, moved by QEMU (this kernel has no {taps.VHOST_PATH})"
+
+
+def replug(adapter: AdapterSpec, owner: Owner) -> None:
+    """Tell the switch other rules, or the state of the link, of an adapter that is plugged in. Raises VmmError."""
+    if adapter.switch is None:
+        return
+    host = HostSide(switches.load(adapter.switch))
+    if host.spec.backend == "user":
+        host.user.plug(setup_of(adapter, owner))
+    else:
+        host.plug_tap(interface_name(owner.machine_id, adapter.id), setup_of(adapter, owner))
+
+
+def unplug(adapter: AdapterSpec, owner: Owner) -> None:
+    """Pull the cable out, on the switch's side; what is gone already is fine."""
+    if adapter.switch is not None:
+        with contextlib.suppress(errors.NotFound):
+            host = HostSide(switches.load(adapter.switch))
+            if host.spec.backend == "user":
+                host.user.unplug(port_name(owner.machine_id, adapter.id))
+            elif os.path.isdir(host.folder):
+                host.unplug_tap(interface_name(owner.machine_id, adapter.id))
+    shutil.rmtree(folder_of(adapter, owner), ignore_errors=True)
+
+
+def keep_switch(adapter: AdapterSpec, owner: Owner) -> bool:
+    """Have the adapter's switch process run; True when it had died. Nothing to do for a bridge."""
+    if adapter.switch is None:
+        return False
+    host = HostSide(switches.load(adapter.switch))
+    if host.spec.backend != "user" or host.user.is_running():
+        return False
+    host.ensure()
+    host.user.plug(setup_of(adapter, owner))
+    return True

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a switch of the bridge back end, and taking it back: steps with a journal.
+
+Decides that the host is changed one step after the other, each written down with what was there before, before it is
+made; so whoever is killed at any point, `undo` leads back to exactly what was. Applying what is applied changes
+nothing. An external switch whose gateway stops answering is taken back at once. What the steps are: `plan`.
+
+    runtime/sw-ID/journal.json   {"boot_id": ..., "complete": false, "done": [{"kind": ..., "before": {...}}, ...]}
+
+`INV-NET-UNDONE`: after `undo`, links, addresses, routes, settings and rules are those from before, whatever happened
+in between. A journal of an earlier boot is worth nothing: the kernel has forgotten all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vmm import errors, paths
+from vmm.net import nft, plan
+from vmm.net.bridge import Kernel
+from vmm.net.dhcp import DhcpServer
+from vmm.net.plan import HostFacts, Route, Step, SwitchSpec
+
+GATEWAY_SECONDS = 5.0
+JOURNAL_NAME = "journal.json"
+
+
+class Applying:
+    """The host's side of one switch. One at a time: the caller holds the switch's lock."""
+
+    def __init__(self, spec: SwitchSpec, folder: str, lease_path: str, ports: Sequence[nft.GuestPort] = ()) -> None:
+        self.spec = spec
+        self.ports = ports
+        self._journal_path = os.path.join(folder, JOURNAL_NAME)
+        self._folder = folder
+        self._dhcp = DhcpServer(spec, folder, lease_path)
+
+    # -- the journal --------------------------------------------------------------------------------------------
+
+    def _journal(self) -> dict[str, Any]:
+        empty = {"boot_id": _boot_id(), "complete": False, "done": []}
+        try:
+            with open(self._journal_path, encoding="utf-8") as file:
+                journal: dict[str, Any] = json.load(file)
+        except FileNotFoundError:
+            return empty
+        except (OSError, ValueError) as error:
+            raise errors.VmmError(f"the journal cannot be read: {error}", path=self._journal_path) from error
+        return journal if journal.get("boot_id") == empty["boot_id"] else empty
+
+    def _write(self, journal: dict[str, Any]) -> None:
+        paths.write_whole(self._journal_path, json.dumps(journal, indent=1).encode(), durable=False)
+
+    # -- there and back -----------------------------------------------------------------------------------------
+
+    def is_applied(self) -> bool:
+        """True when every step was made, and the bridge is there."""
+        if not self._journal()["complete"]:
+            return False
+        return os.path.isdir(f"/sys/class/net/{self.spec.bridge_name}/bridge")
+
+    def apply(self) -> bool:
+        """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
+        if self.is_applied():
+            nft.run(nft.document(self.spec, self.ports))
+            if self.spec.type == "internal" and self.spec.dhcp:
+                self._dhcp.ensure()
+            return False
+        paths.make_private(self._folder)
+        self.undo()
+        with Kernel() as kernel:
+            facts = kernel.facts(self.spec)
+            if reasons := plan.refusals(self.spec, facts):
+                raise errors.Unsupported("; ".join(reasons), hint=_hint(reasons))
+            gateway = self._gateway(kernel, facts)
+            journal = self._journal()
+            try:
+                for step in plan.steps(self.spec, facts):
+                    journal["done"].append({"kind": step.kind, "before": self._before(kernel, step)})
+                    self._write(journal)
+                    self._do(kernel, step)
+                if gateway is not None and not kernel.answers(self.spec.bridge_name, gateway, GATEWAY_SECONDS):
+                    raise errors.VmmError(
+                        f"the gateway {gateway} does not answer through the switch, so all was put back",
+                        hint=f"does the network behind {self.spec.uplink} allow several MAC addresses at one port?",
+                    )
+            except BaseException:
+                self._take_back(kernel, journal)
+                raise
+        journal["complete"] = True
+        self._write(journal)
+        return True
+
+    def undo(self) -> None:
+        """Put everything back; fine when there is nothing to put back. Raises VmmError for what resists."""
+        journal = self._journal()
+        if journal["done"]:
+            with Kernel() as kernel:
+                self._take_back(kernel, journal)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._journal_path)
+
+    def _take_back(self, kernel: Kernel, journal: dict[str, Any]) -> None:
+        """Backwards; what was taken back is forgotten, so that being killed here is harmless, too."""
+        journal["complete"] = False
+        while journal["done"]:
+            entry = journal["done"][-1]
+            self._undo(kernel, entry["kind"], entry["before"])
+            journal["done"].pop()
+            self._write(journal)
+
+    def _gateway(self, kernel: Kernel, facts: HostFacts) -> str | None:
+        """The neighbour that must answer afterwards: one that answers now."""
+        if facts.uplink is None or not self.spec.host or not facts.uplink.is_up:
+            return None
+        for route in facts.uplink.routes:
+            is_default = route.gateway is not None and route.destination.endswith("/0")
+            if is_default and kernel.answers(facts.uplink.name, str(route.gateway), 1.0):
+                return route.gateway
+        return None
+
+    # -- the steps ----------------------------------------------------------------------------------------------
+
+    def _before(self, kernel: Kernel, step: Step) -> dict[str, Any]:
+        """What is needed to take the step back."""
+        arguments = step.arguments
+        match step.kind:
+            case "sysctl":
+                return {"setting": arguments["setting"], "value": _read_setting(arguments["setting"])}
+            case "bridge":
+                if kernel.link(arguments["name"]) is not None:
+                    raise errors.AlreadyExists(f"there is an interface {arguments['name']} already")
+                return {"name": arguments["name"]}
+            case "up":
+                link = kernel.link(arguments["name"])
+                return {"name": arguments["name"], "was_up": link is not None and link["is_up"]}
+            case "enslave":
+                return {"name": arguments["name"]}
+            case "keep":
+                addresses, routes = kernel.addresses(arguments["name"]), kernel.routes(arguments["name"])
+                document = {"addresses": [asdict(one) for one in addresses], "routes": [asdict(one) for one in routes]}
+                return {"name": arguments["name"], "at": time.time(), **document}
+        return {}  # what is given to the bridge goes with it; what the card had is kept before
+
+    def _do(self, kernel: Kernel, step: Step) -> None:
+        arguments = step.arguments
+        match step.kind:
+            case "rules":
+                nft.run(nft.document(self.spec, self.ports))
+            case "bridge":
+                kernel.add_bridge(**arguments)
+            case "sysctl":
+                _write_setting(arguments["setting"], arguments["value"])
+            case "up":
+                kernel.set_up(arguments["name"])
+            case "enslave":
+                kernel.set_master(arguments["name"], arguments["bridge"])
+            case "address":
+                kernel.add_address(**arguments)
+            case "drop-address":
+                kernel.remove_address(arguments["name"], arguments["address"])
+            case "route":
+                kernel.add_route(arguments["name"], arguments["route"])
+            case "dhcp":
+                self._dhcp.ensure()
+
+    def _undo(self, kernel: Kernel, kind: str, before: dict[str, Any]) -> None:
+        """Each works whether the step was made, half made or not made at all."""
+        match kind:
+            case "rules":
+                nft.run(nft.removal(self.spec))
+            case "bridge":
+                kernel.remove_bridge(before["name"])
+            case "sysctl":
+                if before["value"] is not None:
+                    _write_setting(before["setting"], before["value"])
+            case "up":
+                if not before["was_up"]:
+                    kernel.set_up(before["name"], False)
+            case "enslave":
+                kernel.set_master(before["name"], None)
+            case "keep":
+                _put_back(kernel, before)
+            case "dhcp":
+                self._dhcp.stop()
+
+
+def _put_back(kernel: Kernel, before: dict[str, Any]) -> None:
+    """Addresses in their old order, which the choice of a source depends on, then the routes."""
+    name = before["name"]
+    wanted = [one["address"] for one in before["addresses"]]
+    present = [one.address for one in kernel.addresses(name)]
+    if present != wanted:
+        for address in wanted:
+            kernel.remove_address(name, address)
+        for one in before["addresses"]:
+            left = one["valid_seconds"]
+            if left is not None:
+                left = max(1, int(left - (time.time() - before["at"])))
+            kernel.add_address(name, one["address"], one["broadcast"], one["flags"], left)
+    have = kernel.routes(name)
+    for route in (Route(**one) for one in before["routes"]):
+        if route not in have:
+            kernel.add_route(name, route)
+
+
+def _hint(reasons: Sequence[str]) -> str | None:
+    return plan.VLAN_HINT if plan.VLAN_REFUSAL in reasons else None
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _read_setting(setting: str) -> str | None:
+    """A sysctl's value; None for one that does not exist (yet)."""
+    try:
+        with open(f"/proc/sys/{setting}", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def _write_setting(setting: str, value: str) -> None:
+    """Set a sysctl; one that does not exist, as without IPv6, is fine."""
+    try:
+        with open(f"/proc/sys/{setting}", "w", encoding="ascii") as file:
+            file.write(value)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise errors.of_os_error(error, f"set {setting}") from error

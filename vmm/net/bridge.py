@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's side of the bridge back end, by rtnetlink: links, addresses, routes, neighbours. The home of pyroute2.
+
+Decides how a change is asked of the kernel, that asking twice is no error, and how what was there is read so that it
+can be put back. Must not know which changes a switch needs, nor their order. Works in the network namespace of the
+calling thread. pyroute2 runs an event loop of its own: never call this from a thread that runs another.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from vmm import errors
+from vmm.net import frames
+from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
+
+FOREVER = 0xFFFFFFFF
+ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the same name
+_KERNEL_PROTOCOLS = (1, 2, 9)  # redirect, kernel, router advertisement: made again by themselves
+_MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
+_ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
+_CHOSEN_FLAGS = 0x02 | 0x100 | 0x200 | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
+_DISCARD_PORT = 9
+_LOOK_SECONDS = 0.05
+_GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
+
+
+def refused(error: NetlinkError, doing: str) -> errors.VmmError:
+    """What the kernel's refusal means."""
+    return errors.of_os_error(OSError(error.code, os.strerror(error.code)), doing)
+
+
+class Kernel:
+    """A conversation with the kernel. Close it, or use it in a `with`."""
+
+    def __init__(self) -> None:
+        self._netlink = IPRoute()
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the conversation."""
+        self._netlink.close()
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    def index(self, name: str) -> int | None:
+        """The number of a link; None when there is none of that name."""
+        found = self._netlink.link_lookup(ifname=name)
+        return int(found[0]) if found else None
+
+    def _need(self, name: str) -> int:
+        index = self.index(name)
+        if index is None:
+            raise errors.NotFound(f"there is no network interface {name}")
+        return index
+
+    def link(self, name: str) -> dict[str, Any] | None:
+        """What the kernel says of a link: mac, mtu_bytes, is_up, master (by name), alias, kind."""
+        index = self.index(name)
+        if index is None:
+            return None
+        message = self._netlink.get_links(index)[0]
+        master = message.get_attr("IFLA_MASTER")
+        info = message.get_attr("IFLA_LINKINFO")
+        return {
+            "index": index,
+            "mac": message.get_attr("IFLA_ADDRESS"),
+            "mtu_bytes": message.get_attr("IFLA_MTU"),
+            "is_up": bool(message["flags"] & 1),
+            "master": None if master is None else self._name(master),
+            "alias": message.get_attr("IFLA_IFALIAS"),
+            "kind": None if info is None else info.get_attr("IFLA_INFO_KIND"),
+        }
+
+    def _name(self, index: int) -> str:
+        return str(self._netlink.get_links(index)[0].get_attr("IFLA_IFNAME"))
+
+    def add_bridge(self, name: str, mac: str | None, mtu_bytes: int | None, vlan_filtering: bool) -> None:
+        """A bridge of ours; fine when it is there. Raises AlreadyExists for somebody else's of that name."""
+        present = self.link(name)
+        if present is not None:
+            if present["alias"] != ALIAS:
+                raise errors.AlreadyExists(f"there is an interface {name} already, and it is not vmm's")
+            return
+        settings: dict[str, Any] = {"br_stp_state": 0, "br_forward_delay": 0}
+        if vlan_filtering:
+            settings["br_vlan_filtering"] = 1
+        if mac is not None:
+            settings["address"] = mac
+        try:
+            self._netlink.link("add", ifname=name, kind="bridge", ifalias=ALIAS, **settings)
+            index = self._need(name)
+            self._netlink.link("set", index=index, ifalias=ALIAS)
+            if mtu_bytes is not None:
+                self._netlink.link("set", index=index, mtu=mtu_bytes)
+        except NetlinkError as error:
+            raise refused(error, f"make the bridge {name}") from error
+
+    def remove_bridge(self, name: str) -> None:
+        """Take a bridge of ours away, with its addresses and routes; fine when it is gone."""
+        present = self.link(name)
+        if present is None or present["kind"] != "bridge":
+            return
+        self._change(f"remove the bridge {name}", "del", present["index"])
+
+    def set_up(self, name: str, up: bool = True) -> None:
+        """Switch a link on or off."""
+        index = self.index(name)
+        if index is not None or up:
+            self._change(f"switch {name} on", "set", self._need(name), state="up" if up else "down")
+
+    def set_master(self, name: str, bridge: str | None) -> None:
+        """Put a link into a bridge, or take it out; out of one it is not in is fine."""
+        present = self.link(name)
+        if bridge is None and (present is None or present["master"] is None):
+            return
+        master = 0 if bridge is None else self._need(bridge)
+        self._change(f"put {name} into {bridge}", "set", self._need(name), master=master)
+
+    def set_vlans(self, name: str, untagged: int, allowed: frozenset[int]) -> None:
+        """The VLANs of a bridge's port: one untagged (0: the bridge's own, 1), others tagged. Raises Unsupported."""
+        index = self._need(name)
+        try:
+            own = untagged or 1
+            if own != 1:
+                self._netlink.vlan_filter("del", index=index, vlan_info={"vid": 1})
+            info = {"vid": own, "flags": 0x02 | 0x04}  # the port's own, and untagged on its way out
+            self._netlink.vlan_filter("add", index=index, vlan_info=info)
+            for vlan in sorted(allowed - {own}):
+                self._netlink.vlan_filter("add", index=index, vlan_info={"vid": vlan})
+        except NetlinkError as error:
+            raise refused(error, f"set the VLANs of {name}") from error
+
+    def _change(self, doing: str, verb: str, index: int, **settings: Any) -> None:
+        try:
+            self._netlink.link(verb, index=index, **settings)
+        except NetlinkError as error:
+            if verb == "del" and error.code in _GONE:
+                return
+            raise refused(error, doing) from error
+
+    # -- addresses and routes -----------------------------------------------------------------------------------
+
+    def addresses(self, name: str) -> tuple[Address, ...]:
+        """What people or DHCP clients gave a link; not what the kernel derives itself."""
+        index = self.index(name)
+        if index is None:
+            return ()
+        return tuple(self._addresses(index))
+
+    def _addresses(self, index: int) -> Iterator[Address]:
+        for message in self._netlink.get_addr(index=index):
+            is_four = message["family"] == socket.AF_INET
+            if not is_four and (message["family"] != socket.AF_INET6 or message["scope"] != 0):
+                continue  # a link-local address follows from the card's own
+            cache = message.get_attr("IFA_CACHEINFO") or {}
+            valid = int(cache.get("ifa_valid", FOREVER))
+            if not is_four and valid != FOREVER:
+                continue  # from a router's advertisement, and so it will be on the bridge
+            own = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            yield Address(
+                f"{own}/{message['prefixlen']}",
+                message.get_attr("IFA_BROADCAST") if is_four else None,
+                None if valid == FOREVER else valid,
+                int(message.get_attr("IFA_FLAGS") or 0) & _CHOSEN_FLAGS,
+            )
+
+    def add_address(
+        self, name: str, address: str, broadcast: str | None, flags: int = 0, valid_seconds: int | None = None
+    ) -> None:
+        """Give a link an address; fine when it has it."""
+        host, _, prefix = address.partition("/")
+        settings: dict[str, Any] = {"index": self._need(name), "address": host, "prefixlen": int(prefix)}
+        if broadcast is not None:
+            settings["broadcast"] = broadcast
+        if flags:
+            settings["flags"] = flags
+        if valid_seconds is not None:
+            settings |= {"valid_lft": valid_seconds, "preferred_lft": valid_seconds}
+        try:
+            self._netlink.addr("replace", **settings)
+        except NetlinkError as error:
+            raise refused(error, f"give {name} the address {address}") from error
+
+    def remove_address(self, name: str, address: str) -> None:
+        """Take an address from a link; fine when it is gone."""
+        index = self.index(name)
+        if index is None:
+            return
+        host, _, prefix = address.partition("/")
+        try:
+            self._netlink.addr("delete", index=index, address=host, prefixlen=int(prefix))
+        except NetlinkError as error:
+            if error.code not in _GONE:
+                raise refused(error, f"take the address {address} from {name}") from error
+
+    def routes(self, name: str) -> tuple[Route, ...]:
+        """The routes through a link that the kernel would not make again by itself."""
+        index = self.index(name)
+        return () if index is None else tuple(self._routes(index))
+
+    def _routes(self, index: int) -> Iterator[Route]:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in self._netlink.get_routes(family=family):
+                if message.get_attr("RTA_OIF") != index or message["proto"] in _KERNEL_PROTOCOLS:
+                    continue
+                if message["type"] in _MULTICAST_OR_LOCAL:
+                    continue
+                anything = "0.0.0.0" if family == socket.AF_INET else "::"
+                yield Route(
+                    f"{message.get_attr('RTA_DST') or anything}/{message['dst_len']}",
+                    message.get_attr("RTA_GATEWAY"),
+                    message.get_attr("RTA_PRIORITY") or 0,
+                    message.get_attr("RTA_TABLE") or 254,
+                    message.get_attr("RTA_PREFSRC"),
+                    message["proto"],
+                    message["scope"],
+                )
+
+    def add_route(self, name: str, route: Route) -> None:
+        """Lead packets through a link; fine when they are."""
+        settings: dict[str, Any] = {"dst": route.destination, "oif": self._need(name), "table": route.table}
+        settings |= {"proto": route.protocol, "scope": route.scope}
+        optional = {"gateway": route.gateway, "priority": route.metric or None, "prefsrc": route.source}
+        settings |= {key: value for key, value in optional.items() if value is not None}
+        try:
+            self._netlink.route("replace", **settings)
+        except NetlinkError as error:
+            raise refused(error, f"lead {route.destination} through {name}") from error
+
+    # -- looking around -----------------------------------------------------------------------------------------
+
+    def facts(self, spec: SwitchSpec) -> HostFacts:
+        """What the plan of a switch depends on."""
+        uplink = None
+        if spec.uplink is not None and (link := self.link(spec.uplink)) is not None:
+            uplink = UplinkFacts(
+                name=spec.uplink,
+                mac=link["mac"],
+                mtu_bytes=link["mtu_bytes"],
+                is_up=link["is_up"],
+                master=link["master"],
+                is_wireless=os.path.isdir(f"/sys/class/net/{spec.uplink}/wireless"),
+                addresses=self.addresses(spec.uplink),
+                routes=self.routes(spec.uplink),
+            )
+        return HostFacts(has_vlan_filtering=has_vlan_filtering(), uplink=uplink, outward=self._outward())
+
+    def _outward(self) -> tuple[str, ...]:
+        found = {
+            self._name(message.get_attr("RTA_OIF"))
+            for message in self._netlink.get_routes(family=socket.AF_INET)
+            if message["dst_len"] == 0 and message["table"] == 254 and message.get_attr("RTA_OIF")
+        }
+        return tuple(sorted(found))
+
+    def networks(self) -> list[str]:
+        """Every IPv4 network that the host has an address in, as "10.0.0.1/24"."""
+        return [
+            f"{message.get_attr('IFA_LOCAL') or message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
+            for message in self._netlink.get_addr(family=socket.AF_INET)
+        ]
+
+    def answers(self, name: str, neighbour: str, seconds: float) -> bool:
+        """True when a neighbour on the link answers (ARP or neighbour discovery) within that time."""
+        index = self._need(name)
+        family = socket.AF_INET6 if ":" in neighbour else socket.AF_INET
+        deadline = time.monotonic() + seconds
+        while True:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                try:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
+                    probe.sendto(b"", socket.MSG_DONTWAIT, (neighbour, _DISCARD_PORT))
+                except OSError:
+                    pass  # no route yet, or the last try failed: ask again
+            for message in self._netlink.get_neighbours(ifindex=index, family=family):
+                if message.get_attr("NDA_DST") == neighbour and message["state"] & _ANSWERED:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
+
+    def mac_of(self, name: str) -> bytes | None:
+        """The address of a link."""
+        link = self.link(name)
+        return None if link is None or not link["mac"] else frames.parse_mac(link["mac"])
+
+
+def has_vlan_filtering() -> bool:
+    """True when this kernel's bridges know VLANs, as its configuration or any bridge of the host says."""
+    for name in os.listdir("/sys/class/net"):
+        if os.path.isdir(f"/sys/class/net/{name}/bridge"):
+            return os.path.exists(f"/sys/class/net/{name}/bridge/vlan_filtering")
+    return _configured("CONFIG_BRIDGE_VLAN_FILTERING")
+
+
+def _configured(option: str) -> bool:
+    import gzip
+
+    wanted = f"{option}=y".encode()
+    for path in ("/proc/config.gz", f"/boot/config-{os.uname().release}"):
+        try:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+                return wanted in file.read().splitlines()
+        except OSError:
+            continue
+    return False

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DHCP and name server of an internal switch on the bridge back end: dnsmasq.
+
+Decides its configuration (pure: `configuration`), and that there is one process per switch, known by number and start
+time, which is replaced when the configuration changes. Leases outlive it. Must not know bridges or guests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+
+from vmm import errors, paths
+from vmm.net.plan import LEASE_SECONDS, SwitchSpec
+from vmm.proc import ProcessRef, spawn_detached
+
+DNSMASQ_HINT = "apt-get install dnsmasq-base"
+_CONFIG, _NOTE, _LOG = "dnsmasq.conf", "dnsmasq.json", "dnsmasq.log"
+_GRACE_SECONDS = 3.0
+
+
+def configuration(spec: SwitchSpec, lease_path: str) -> str:
+    """What dnsmasq is told. It hears and answers on the bridge's address alone."""
+    first, last = spec.dhcp_range
+    lines = [
+        "no-hosts",
+        "bind-interfaces",
+        f"interface={spec.bridge_name}",
+        "except-interface=lo",
+        f"listen-address={spec.interface.ip}",
+        f"domain={spec.domain},{spec.network}",
+        f"local=/{spec.domain}/",
+        "expand-hosts",
+        "dhcp-authoritative",
+        f"dhcp-range={first},{last},{spec.network.netmask},{LEASE_SECONDS}",
+        f"dhcp-option=option:dns-server,{spec.interface.ip}",
+        f"dhcp-leasefile={lease_path}",
+        f"dhcp-lease-max={spec.network.num_addresses}",
+        f"host-record=host.{spec.domain},{spec.interface.ip}",
+    ]
+    # Without a way out there is nobody to pass questions on to, and no router to tell of.
+    lines += (
+        [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
+    )
+    for lease in spec.leases:
+        name = f",{lease.name}" if lease.name else ""
+        lines.append(f"dhcp-host={lease.mac},{lease.address}{name}")
+    return "\n".join(lines) + "\n"
+
+
+class DhcpServer:
+    """The server of one switch; its files lie in the switch's runtime folder, its leases where they stay."""
+
+    def __init__(self, spec: SwitchSpec, folder: str, lease_path: str) -> None:
+        self._spec = spec
+        self._folder = folder
+        self._lease_path = lease_path
+
+    def _in(self, name: str) -> str:
+        return os.path.join(self._folder, name)
+
+    def process(self) -> ProcessRef | None:
+        """The running server."""
+        try:
+            with open(self._in(_NOTE), encoding="utf-8") as file:
+                ref = ProcessRef.from_document(json.load(file))
+        except (OSError, ValueError):
+            return None
+        return ref if ref is not None and ref.is_alive() else None
+
+    def ensure(self) -> None:
+        """Have it run with the present configuration. Raises Unsupported, VmmError with what it said."""
+        program = shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin:/bin")
+        if program is None:
+            raise errors.Unsupported("dnsmasq is not installed", hint=DNSMASQ_HINT)
+        wanted = configuration(self._spec, self._lease_path).encode()
+        with contextlib.suppress(OSError), open(self._in(_CONFIG), "rb") as file:
+            if file.read() == wanted and self.process() is not None:
+                return
+        self.stop()
+        paths.write_whole(self._in(_CONFIG), wanted, durable=False)
+        command = [program, "--keep-in-foreground", f"--conf-file={self._in(_CONFIG)}", "--pid-file=", "--user=root"]
+        checked = subprocess.run([program, "--test", *command[2:]], capture_output=True, text=True, check=False)
+        if checked.returncode != 0:
+            raise errors.VmmError(f"dnsmasq does not take its configuration: {checked.stderr.strip()}")
+        pid = spawn_detached(command, log_path=self._in(_LOG))
+        ref = ProcessRef.of(pid)
+        if ref is None or self._ended_at_once(pid, ref):
+            with open(self._in(_LOG), encoding="utf-8", errors="replace") as log:
+                said = log.read().strip().splitlines() or ["nothing"]
+            raise errors.VmmError(f"the DHCP server did not start: {said[-1].removeprefix('dnsmasq: ')}")
+        paths.write_whole(self._in(_NOTE), json.dumps(ref.to_document()).encode(), durable=False)
+
+    @staticmethod
+    def _ended_at_once(pid: int, ref: ProcessRef) -> bool:
+        """It binds its sockets first: what goes wrong does so in its first moment."""
+        ended = ref.wait(0.2)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        return ended
+
+    def leases(self) -> list[dict[str, object]]:
+        """Who has which address now: mac, address, name, expires (seconds since 1970)."""
+        found: list[dict[str, object]] = []
+        with contextlib.suppress(OSError), open(self._lease_path, encoding="utf-8") as file:
+            for line in file:
+                words = line.split()
+                if len(words) >= 4 and words[0].isdigit():
+                    name = None if words[3] == "*" else words[3]
+                    found.append({"mac": words[1], "address": words[2], "name": name, "expires": int(words[0])})
+        return found
+
+    def stop(self) -> None:
+        """End it; fine when it does not run."""
+        ref = self.process()
+        if ref is not None:
+            ref.end(_GRACE_SECONDS)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(ref.pid, os.WNOHANG)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._in(_NOTE))

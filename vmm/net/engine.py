@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning switch itself: a frame's first bytes in, the way of the frame out. Pure.
+
+Decides who receives a frame and in which form (IEEE 802.1Q: learning, ageing, flooding, VLAN classification, tagging
+and untagging), and who may send it (address guard, DHCP guard, router guard, storm limit). Must not know sockets,
+clocks or buffers: time is an argument, and frames are moved by `user_switch`.
+
+A frame's way depends on its port and its first `frames.KEY_BYTES` bytes only, so whoever moves frames keeps what
+`decide` answered in `Port.flows` and asks again only for what is not there: one look-up a frame. Every change here
+empties those tables. What depends on more is marked in the decision: `inspect` (a guard must see into it),
+`flooded` (the storm limit counts it).
+
+`INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
+`INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN.
+`INV-NO-REFLECTION`: a frame never returns to the port it came from.
+`INV-TABLE-BOUNDED`: at most MAX_ADDRESSES addresses are known, MAX_PORT_ADDRESSES of one port.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from vmm.net import frames
+from vmm.net.limits import Bucket
+
+AGEING_SECONDS = 300.0  # 802.1Q's recommended ageing time
+MAX_ADDRESSES = 8192
+MAX_PORT_ADDRESSES = 1024  # a guest that may send from any address cannot push out the others'
+MAX_PORTS = 256
+STORM_BURST_SECONDS = 0.1
+
+
+class Drop(StrEnum):
+    """Why a frame went nowhere; the names of the counters."""
+
+    MALFORMED = "malformed"
+    RESERVED = "reserved"  # a group address that stays on one link
+    VLAN = "vlan"  # its port is no member of the frame's VLAN
+    SPOOFED = "spoofed"
+    DHCP = "dhcp-guard"
+    ROUTER = "router-guard"
+    STORM = "storm"
+    LINK_DOWN = "link-down"
+    NOWHERE = "nowhere"  # nobody else is there, or the destination is on the frame's own port
+    FULL = "full"  # the receiving port does not take its frames
+
+
+class VlanMode(StrEnum):
+    """How a port is a member of VLANs. VLAN 0 stands for "none": the network of all ports without a VLAN."""
+
+    UNTAGGED = "untagged"
+    ACCESS = "access"
+    TRUNK = "trunk"
+
+
+@dataclass(frozen=True, slots=True)
+class PortRules:
+    """What a port may do. `vlan` is the access VLAN, or a trunk's native one (0: untagged frames have no VLAN)."""
+
+    addresses: frozenset[bytes] = frozenset()  # may send from these; empty: nobody said, so any
+    spoofing: bool = False  # may send from any address
+    mode: VlanMode = VlanMode.UNTAGGED
+    vlan: int = 0
+    allowed: frozenset[int] = frozenset()  # a trunk's tagged VLANs
+    dhcp_guard: bool = False
+    router_guard: bool = False
+    storm_frames_per_second: int = 0  # 0: no limit
+    mirror_source: bool = False  # what it sends and receives is copied to every mirror destination
+    mirror_destination: bool = False
+
+
+@dataclass(slots=True)
+class Counters:
+    """Seen from the guest's side of the port: received from it, transmitted to it."""
+
+    received_frames: int = 0
+    received_bytes: int = 0
+    transmitted_frames: int = 0
+    transmitted_bytes: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+
+
+class Change(NamedTuple):
+    """Another form of a frame: both addresses, then `tag`, then what follows `skip_bytes` of the original."""
+
+    skip_bytes: int
+    tag: bytes
+
+
+class Output(NamedTuple):
+    """One receiver. `change` is None when it gets the frame as it came."""
+
+    port: Port
+    change: Change | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Decision:
+    """The way of a frame. Equal decisions of one engine are the same object until the next change."""
+
+    outputs: tuple[Output, ...]
+    drop: Drop | None = None
+    inspect: bool = False
+    flooded: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Port:
+    """A port of the switch. `flows` belongs to whoever moves the frames."""
+
+    name: str
+    rules: PortRules
+    counters: Counters = field(default_factory=Counters)
+    link_up: bool = True
+    flows: dict[object, Decision] = field(default_factory=dict)
+    storm: Bucket | None = None
+    address_count: int = 0
+
+
+@dataclass(slots=True)
+class _Known:
+    port: Port
+    seen: float
+
+
+class Engine:
+    """One switch. Not thread-safe. `now` is any clock in seconds that never goes back."""
+
+    def __init__(self, *, ageing_seconds: float = AGEING_SECONDS) -> None:
+        self.ageing_seconds = ageing_seconds
+        self.ports: dict[str, Port] = {}
+        self._table: dict[tuple[int, bytes], _Known] = {}
+        self._decisions: dict[tuple[object, ...], Decision] = {}
+
+    # -- ports --------------------------------------------------------------------------------------------------
+
+    def add_port(self, name: str, rules: PortRules) -> Port:
+        """A new port; its name is free and there are fewer than MAX_PORTS."""
+        assert name not in self.ports and len(self.ports) < MAX_PORTS
+        port = Port(name, rules)
+        self.ports[name] = port
+        self.set_rules(name, rules)
+        return port
+
+    def set_rules(self, name: str, rules: PortRules) -> None:
+        """Other rules for a port; what was learned on it is forgotten."""
+        port = self.ports[name]
+        port.rules = rules
+        rate = rules.storm_frames_per_second
+        port.storm = Bucket(rate, max(1.0, rate * STORM_BURST_SECONDS)) if rate else None
+        self._forget(port)
+
+    def set_link(self, name: str, up: bool) -> None:
+        """Take the cable out, or put it back."""
+        self.ports[name].link_up = up
+        self._forget(self.ports[name])
+
+    def remove_port(self, name: str) -> None:
+        """The port is gone, with what was learned on it."""
+        self._forget(self.ports.pop(name))
+
+    def _forget(self, port: Port) -> None:
+        self._table = {key: known for key, known in self._table.items() if known.port is not port}
+        port.address_count = 0
+        self._invalidate()
+
+    def _invalidate(self) -> None:
+        self._decisions.clear()
+        for port in self.ports.values():
+            port.flows.clear()
+
+    # -- addresses ----------------------------------------------------------------------------------------------
+
+    def addresses(self, now: float) -> list[tuple[int, bytes, str, float]]:
+        """(VLAN, address, port, seconds since it was last seen at most) of every known address."""
+        return [
+            (vlan, address, known.port.name, now - known.seen)
+            for (vlan, address), known in self._table.items()
+            if now - known.seen <= self.ageing_seconds
+        ]
+
+    def age(self, now: float) -> None:
+        """Forget what was not seen for the ageing time.
+
+        All flows are asked for again afterwards, which is how an address in use stays known: call it a few times in
+        an ageing time.
+        """
+        old = [key for key, known in self._table.items() if now - known.seen > self.ageing_seconds]
+        for key in old:
+            self._table.pop(key).port.address_count -= 1
+        self._invalidate()
+
+    def _learn(self, port: Port, vlan: int, address: bytes, now: float) -> None:
+        known = self._table.get((vlan, address))
+        if known is not None and known.port is port:
+            if now - known.seen > self.ageing_seconds:
+                self._invalidate()  # it was unknown for a while
+            known.seen = now
+            return
+        if known is None and len(self._table) >= MAX_ADDRESSES:
+            return
+        if port.address_count >= MAX_PORT_ADDRESSES:
+            return
+        if known is not None:
+            known.port.address_count -= 1
+        self._table[vlan, address] = _Known(port, now)
+        port.address_count += 1
+        self._invalidate()
+
+    # -- frames -------------------------------------------------------------------------------------------------
+
+    def decide(self, port: Port, header: bytes, now: float) -> Decision:
+        """The way of a well-formed frame that begins with `header`; its sender is learned.
+
+        `header` has frames.KEY_BYTES bytes at least, or is the whole frame.
+        """
+        if not port.link_up:
+            return self._decision((), Drop.LINK_DOWN)
+        rules = port.rules
+        destination, source = header[:6], header[6:12]
+        if rules.addresses and not rules.spoofing and source not in rules.addresses:
+            return self._decision((), Drop.SPOOFED)
+        if frames.is_reserved(destination):
+            return self._decision((), Drop.RESERVED)
+        tagged = frames.has_tag(header)
+        priority, vlan = frames.tag_of(header) if tagged else (0, 0)
+        vlan_of_frame = _classify(rules, vlan)
+        if vlan_of_frame is None:
+            return self._decision((), Drop.VLAN)
+        self._learn(port, vlan_of_frame, source, now)
+        known = None if frames.is_group(destination) else self._table.get((vlan_of_frame, destination))
+        if known is not None and now - known.seen > self.ageing_seconds:
+            known = None
+        receivers = [known.port] if known is not None else list(self.ports.values())
+        outputs = []
+        for other in receivers:
+            form = _form(other.rules, vlan_of_frame)
+            if other is not port and other.link_up and form is not None:
+                outputs.append(Output(other, _change(tagged, vlan, priority, vlan_of_frame, form)))
+        outputs += self._mirrored(port, outputs)
+        inspect = rules.dhcp_guard or rules.router_guard
+        if not outputs:
+            return self._decision((), Drop.NOWHERE)
+        return self._decision(tuple(outputs), None, inspect, known is None and port.storm is not None)
+
+    def _mirrored(self, port: Port, outputs: list[Output]) -> list[Output]:
+        """Copies, as the frame came, for the mirror destinations that do not get it anyhow."""
+        receivers = {output.port for output in outputs}
+        if not (port.rules.mirror_source or any(one.rules.mirror_source for one in receivers)):
+            return []
+        return [
+            Output(one, None)
+            for one in self.ports.values()
+            if one.rules.mirror_destination and one.link_up and one is not port and one not in receivers
+        ]
+
+    def _decision(
+        self, outputs: tuple[Output, ...], drop: Drop | None, inspect: bool = False, flooded: bool = False
+    ) -> Decision:
+        key = (outputs, drop, inspect, flooded)
+        decision = self._decisions.get(key)
+        if decision is None:
+            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded)
+        return decision
+
+    def refuses(self, port: Port, beginning: bytes) -> Drop | None:
+        """What the port's guards say to a frame whose decision has `inspect` set."""
+        if port.rules.dhcp_guard and frames.is_dhcp_server(beginning):
+            return Drop.DHCP
+        if port.rules.router_guard and frames.is_router(beginning):
+            return Drop.ROUTER
+        return None
+
+    def forward(self, name: str, frame: bytes, now: float) -> list[tuple[str, bytes]]:
+        """Everything that happens to one frame: the receivers with what they get. Counts, learns, drops."""
+        port = self.ports[name]
+        port.counters.received_frames += 1
+        port.counters.received_bytes += len(frame)
+        drop = self._judge(port, frame, now)
+        if isinstance(drop, Drop):
+            port.counters.drops[drop] += 1
+            return []
+        result = []
+        for other, change in drop.outputs:
+            out = frame if change is None else changed(frame, change)
+            other.counters.transmitted_frames += 1
+            other.counters.transmitted_bytes += len(out)
+            result.append((other.name, out))
+        return result
+
+    def _judge(self, port: Port, frame: bytes, now: float) -> Drop | Decision:
+        if frames.is_malformed(frame[: frames.KEY_BYTES], len(frame)):
+            return Drop.MALFORMED
+        decision = self.decide(port, frame[: frames.KEY_BYTES], now)
+        if decision.drop is not None:
+            return decision.drop
+        if decision.inspect and (drop := self.refuses(port, frame[: frames.INSPECT_BYTES])) is not None:
+            return drop
+        if decision.flooded and port.storm is not None and not port.storm.take(1, now):
+            return Drop.STORM
+        return decision
+
+
+def changed(frame: bytes, change: Change) -> bytes:
+    """The frame in its other form."""
+    return frame[: frames.ADDRESSES_BYTES] + change.tag + frame[change.skip_bytes :]
+
+
+def _classify(rules: PortRules, vlan: int) -> int | None:
+    """The VLAN of a frame that says `vlan` (0: it says none); None when the port may not send it."""
+    if vlan == 0:
+        return rules.vlan
+    if rules.mode is VlanMode.TRUNK and vlan in rules.allowed:
+        return vlan
+    return None
+
+
+def _form(rules: PortRules, vlan: int) -> bool | None:
+    """How the port gets frames of the VLAN: tagged, untagged, or (None) not at all."""
+    if vlan == rules.vlan:
+        return False
+    return True if rules.mode is VlanMode.TRUNK and vlan in rules.allowed else None
+
+
+def _change(has_tag: bool, said: int, priority: int, vlan: int, tagged: bool) -> Change | None:
+    if not tagged:
+        return Change(frames.ADDRESSES_BYTES + frames.TAG_BYTES, b"") if has_tag else None
+    if not has_tag:
+        return Change(frames.ADDRESSES_BYTES, frames.tag(vlan))
+    if said == vlan:
+        return None
+    return Change(frames.ADDRESSES_BYTES + frames.TAG_BYTES, frames.tag(vlan, priority))

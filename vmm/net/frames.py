@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands where in an Ethernet frame, and which frames the guards look for. Pure.
+
+Decides how addresses and VLAN tags are spelled (IEEE 802.3, 802.1Q), how short and how long a frame may be, which
+group addresses no bridge forwards (802.1Q table 8-1), and what a DHCP server's and a router's messages look like
+(RFC 2131, 8415, 4861, 1256). Must not know ports, VLAN membership or policies.
+
+    0        6        12         14          18
+    | dst    | src    | type     | payload           untagged
+    | dst    | src    | 0x8100   | TCI | type | ...  tagged; TCI = priority 3 bits, DEI 1, VLAN 12
+
+`INV-FRAME-BOUNDED`: every function takes any bytes, reads within them, and walks at most MAX_EXTENSION_HEADERS.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAC_BYTES = 6
+HEADER_BYTES = 14
+TAG_BYTES = 4
+ADDRESSES_BYTES = 12  # both addresses: where a tag goes
+KEY_BYTES = 16  # all that the way of a frame depends on, unless a guard looks deeper: addresses, type, TCI
+MAX_MTU_BYTES = 9216  # jumbo frames as switches have them
+MAX_FRAME_BYTES = MAX_MTU_BYTES + HEADER_BYTES + TAG_BYTES
+INSPECT_BYTES = 256  # how much of a frame a guard is shown
+MAX_EXTENSION_HEADERS = 8  # a chain longer than that is taken for an attempt to hide what follows
+MAX_VLAN = 4094
+TPID = b"\x81\x00"
+BROADCAST = b"\xff" * MAC_BYTES
+_RESERVED_PREFIX = b"\x01\x80\xc2\x00\x00"
+_MAC = re.compile(r"[0-9a-f]{2}([:-]?)(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}", re.IGNORECASE)
+_IPV4, _IPV6 = b"\x08\x00", b"\x86\xdd"
+_ICMP, _UDP, _ICMPV6 = 1, 17, 58
+_DHCP_SERVER_PORT, _DHCPV6_SERVER_PORT = 67, 547
+_ROUTER_ICMP = (5, 9)  # redirect, router advertisement
+_ROUTER_ICMPV6 = (134, 137)  # router advertisement, redirect
+_FRAGMENT = 44
+_EXTENSIONS = (0, 43, 60, 135, 139, 140)  # headers of the form: next, length in 8 bytes minus one
+_AUTHENTICATION = 51  # its length is in 4 bytes minus two
+
+
+def parse_mac(text: str) -> bytes:
+    """The address in "00:15:5d:00:00:0a", "00-15-5D-00-00-0A" or "00155d00000a". Raises ValueError."""
+    if not _MAC.fullmatch(text):
+        raise ValueError(f"{text!r} is no MAC address (six pairs of hexadecimal digits, as in 00:15:5d:01:02:03)")
+    return bytes.fromhex(text.replace(":", "").replace("-", ""))
+
+
+def format_mac(address: bytes) -> str:
+    """The address as "00:15:5d:00:00:0a"."""
+    return address.hex(":")
+
+
+def is_group(address: bytes) -> bool:
+    """True for broadcast and multicast addresses."""
+    return bool(address[0] & 1)
+
+
+def is_reserved(address: bytes) -> bool:
+    """True for the group addresses that stay on one link (spanning tree, pause, LLDP): no bridge forwards them."""
+    return address[:5] == _RESERVED_PREFIX and address[5] <= 0x0F
+
+
+def has_tag(header: bytes) -> bool:
+    """True when the frame carries an 802.1Q tag."""
+    return header[12:14] == TPID
+
+
+def tag_of(header: bytes) -> tuple[int, int]:
+    """(priority and DEI as 4 bits, VLAN) of a tagged frame."""
+    value = int.from_bytes(header[14:16], "big")
+    return value >> 12, value & 0xFFF
+
+
+def tag(vlan: int, priority: int = 0) -> bytes:
+    """The four bytes of a tag; `priority` are the upper 4 bits of the TCI."""
+    return TPID + (priority << 12 | vlan).to_bytes(2, "big")
+
+
+def is_malformed(header: bytes, size_bytes: int) -> bool:
+    """True for what is no whole Ethernet frame: too short, too long, or from a group address."""
+    if size_bytes < HEADER_BYTES or size_bytes > MAX_FRAME_BYTES:
+        return True
+    if is_group(header[6:12]):
+        return True
+    return has_tag(header) and size_bytes < HEADER_BYTES + TAG_BYTES
+
+
+def is_dhcp_server(frame: bytes) -> bool:
+    """True for what a DHCP server sends, version 4 or 6."""
+    protocol, payload = _transport(frame)
+    return protocol == _UDP and int.from_bytes(payload[:2], "big") in (_DHCP_SERVER_PORT, _DHCPV6_SERVER_PORT)
+
+
+def is_router(frame: bytes) -> bool:
+    """True for router advertisements and redirects, and for IPv6 whose headers hide what it is (RFC 7113)."""
+    protocol, payload = _transport(frame)
+    if protocol is None:
+        return True
+    kinds = {_ICMP: _ROUTER_ICMP, _ICMPV6: _ROUTER_ICMPV6}.get(protocol, ())
+    return bool(payload) and payload[0] in kinds
+
+
+def _transport(frame: bytes) -> tuple[int | None, bytes]:
+    """(protocol, what follows the IP headers); -1 for no IP and later fragments, None where IPv6 hides it."""
+    at = HEADER_BYTES + (TAG_BYTES if has_tag(frame) else 0)
+    kind, packet = frame[at - 2 : at], frame[at:]
+    if kind == _IPV4 and len(packet) >= 20:
+        if int.from_bytes(packet[6:8], "big") & 0x1FFF:
+            return -1, b""
+        return packet[9], packet[(packet[0] & 0x0F) * 4 :]
+    if kind == _IPV6 and len(packet) >= 40:
+        return _behind_extensions(packet)
+    return -1, b""
+
+
+def _behind_extensions(packet: bytes) -> tuple[int | None, bytes]:
+    following, at = packet[6], 40
+    for _ in range(MAX_EXTENSION_HEADERS + 1):
+        if following not in (*_EXTENSIONS, _FRAGMENT, _AUTHENTICATION):
+            return (following, packet[at:]) if at < len(packet) or following != _ICMPV6 else (None, b"")
+        if at + 8 > len(packet):
+            return None, b""
+        if following == _FRAGMENT and int.from_bytes(packet[at + 2 : at + 4], "big") & 0xFFF8:
+            return -1, b""  # the first fragment was judged
+        length = 8
+        if following == _AUTHENTICATION:
+            length = (packet[at + 1] + 2) * 4
+        elif following != _FRAGMENT:
+            length = (packet[at + 1] + 1) * 8
+        following, at = packet[at], at + length
+    return None, b""

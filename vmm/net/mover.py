@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The I/O side of a `user` switch: frames from one port's socket to others', as the engine decides.
+
+Decides nothing about a frame; decides how few steps are spent on one. A batch is received into slots; the headers of
+all slots are looked at with two strided copies; a batch of one flow (the common case under load) costs one look-up,
+frames of several flows one each; what goes the same way leaves with one system call.
+
+`INV-MOVER-IS-ENGINE`: for any frames, the receivers get what `Engine.forward` says, in the same order per flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vmm.net import frames
+from vmm.net.batch import Batch
+from vmm.net.capture import Capture, Direction
+from vmm.net.engine import Decision, Drop, Engine, Output, Port, PortRules
+from vmm.net.port_socket import PortSocket
+from vmm.net.ports import PortSetup
+
+MAX_FLOWS = 4096  # of a port; a guest that makes up headers only empties its own table
+_SAFE_BYTES = frames.HEADER_BYTES + frames.TAG_BYTES
+
+
+class Mover:
+    """All ports of one switch, and the one batch that they share. Not thread-safe."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.sockets: dict[str, PortSocket] = {}
+        self._by_port: dict[Port, PortSocket] = {}
+        self._batch = Batch()
+        self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
+        self.congested = False  # the last `pump` sent to somebody who takes frames more slowly than they come
+
+    def add(self, setup: PortSetup) -> PortSocket:
+        """A new port, connected if its peer is there. Raises VmmError."""
+        port = self.engine.add_port(setup.name, setup.rules)
+        try:
+            sock = PortSocket(port, setup)
+        except BaseException:
+            self.engine.remove_port(setup.name)
+            raise
+        self.sockets[setup.name] = sock
+        self._by_port[port] = sock
+        self.engine.set_link(setup.name, setup.link_up)
+        sock.connect()
+        return sock
+
+    def change(self, name: str, setup: PortSetup) -> None:
+        """Other rules and limits for a port."""
+        self.sockets[name].apply(setup)
+        self.engine.set_rules(name, setup.rules)
+        self.engine.set_link(name, setup.link_up)
+
+    def set_link(self, name: str, up: bool) -> None:
+        """Take the cable out, or put it back."""
+        sock = self.sockets[name]
+        sock.setup = replace(sock.setup, link_up=up)
+        self.engine.set_link(name, up)
+
+    def remove(self, name: str) -> None:
+        """The port is gone."""
+        sock = self.sockets.pop(name)
+        self._by_port.pop(sock.port)
+        self.engine.remove_port(name)
+        sock.close()
+
+    # -- the hot path -------------------------------------------------------------------------------------------
+
+    def pump(self, source: PortSocket, now: float) -> int:
+        """Move one batch that came in at `source`; how many frames. Raises OSError when its socket is broken."""
+        batch = self._batch
+        self.congested = False
+        count = batch.receive(source.descriptor, source.batch_limit)
+        if not count:
+            return 0
+        port, lengths = source.port, batch.lengths
+        counters = port.counters
+        counters.received_frames += count
+        total = sum(lengths)
+        counters.received_bytes += total
+        if source.captures:
+            self._capture(source, range(count), Direction.IN)
+        if source.rate is not None:
+            source.rate.overdraw(total, now)
+        if not source.connected:
+            source.connect()
+        if min(lengths) < _SAFE_BYTES or max(lengths) > frames.MAX_FRAME_BYTES:
+            self._pump_odd(port, count, now)
+            return count
+        first, second = batch.keys(count)
+        key = (first[0], second[0])
+        if first.count(key[0]) == count and second.count(key[1]) == count:
+            decision = port.flows.get(key) or self._decide(port, 0, key, now)
+            self._carry(port, decision, range(count), now)
+            return count
+        self._pump_mixed(port, list(zip(first, second, strict=True)), now)
+        return count
+
+    def _pump_mixed(self, port: Port, keys: list[tuple[int, int]], now: float) -> None:
+        ways: dict[Decision, list[int]] = {}
+        flows = port.flows
+        for slot, key in enumerate(keys):
+            decision = flows.get(key) or self._decide(port, slot, key, now)
+            slots = ways.get(decision)
+            if slots is None:
+                ways[decision] = [slot]
+            else:
+                slots.append(slot)
+        for decision, slots in ways.items():
+            self._carry(port, decision, slots, now)
+
+    def _pump_odd(self, port: Port, count: int, now: float) -> None:
+        """A batch with a frame so short that its key would be partly another frame's, or too long."""
+        for slot in range(count):
+            header = self._batch.beginning(slot, frames.KEY_BYTES)
+            if frames.is_malformed(header, self._batch.lengths[slot]):
+                port.counters.drops[Drop.MALFORMED] += 1
+            else:
+                self._carry(port, self.engine.decide(port, header, now), [slot], now)
+
+    def _decide(self, port: Port, slot: int, key: tuple[int, int], now: float) -> Decision:
+        header = self._batch.beginning(slot, frames.KEY_BYTES)
+        if frames.is_malformed(header, self._batch.lengths[slot]):
+            decision = MALFORMED
+        else:
+            decision = self.engine.decide(port, header, now)
+        if len(port.flows) >= MAX_FLOWS:
+            port.flows.clear()
+        port.flows[key] = decision
+        return decision
+
+    def _carry(self, port: Port, decision: Decision, slots: Sequence[int], now: float) -> None:
+        if decision.drop is not None:
+            port.counters.drops[decision.drop] += len(slots)
+            return
+        if decision.inspect:
+            slots = self._not_refused(port, slots)
+        if decision.flooded and port.storm is not None:
+            granted = port.storm.take(len(slots), now)
+            if granted < len(slots):
+                port.counters.drops[Drop.STORM] += len(slots) - granted
+                slots = slots[:granted]
+        if slots:
+            for output in decision.outputs:
+                self._send(output, slots, now)
+
+    def _not_refused(self, port: Port, slots: Sequence[int]) -> Sequence[int]:
+        passed = []
+        for slot in slots:
+            drop = self.engine.refuses(port, self._batch.beginning(slot, frames.INSPECT_BYTES))
+            if drop is None:
+                passed.append(slot)
+            else:
+                port.counters.drops[drop] += 1
+        return slots if len(passed) == len(slots) else passed
+
+    def _send(self, output: Output, slots: Sequence[int], now: float) -> None:
+        port, change = output
+        target = self._by_port[port]
+        had_backlog = bool(target.backlog)
+        sent = target.send(self._batch, slots, change)
+        counters = port.counters
+        count = len(slots)
+        if sent < count:
+            counters.drops[Drop.FULL if target.connected else Drop.LINK_DOWN] += count - sent
+            slots = slots[:sent]
+        counters.transmitted_frames += sent
+        lengths = self._batch.lengths
+        counters.transmitted_bytes += sum(lengths) if len(slots) == len(lengths) else sum(lengths[s] for s in slots)
+        if change is not None:
+            counters.transmitted_bytes += sent * (len(change.tag) + frames.ADDRESSES_BYTES - change.skip_bytes)
+        if target.captures:
+            self._capture(target, slots, Direction.OUT, output)
+        if target.backlog:
+            if not had_backlog:
+                target.taken_at = now
+                self.full.append(target)
+            self.congested = self.congested or target.is_congested(now)
+
+    # -- captures -----------------------------------------------------------------------------------------------
+
+    def add_capture(self, capture: Capture) -> None:
+        """Copy frames to `capture` from now on."""
+        for name, sock in self.sockets.items():
+            if capture.port in (None, name):
+                sock.captures.append(capture)
+
+    def remove_capture(self, capture: Capture) -> None:
+        """Stop."""
+        for sock in self.sockets.values():
+            if capture in sock.captures:
+                sock.captures.remove(capture)
+
+    def _capture(self, sock: PortSocket, slots: Sequence[int], way: Direction, output: Output | None = None) -> None:
+        for slot in slots:
+            frame = self._batch.frame(slot)
+            if output is not None and output.change is not None:
+                change = output.change
+                frame = frame[: frames.ADDRESSES_BYTES] + change.tag + frame[change.skip_bytes :]
+            for capture in sock.captures:
+                capture.take(sock.port.name, way, frame)
+
+
+MALFORMED = Decision((), Drop.MALFORMED)
+__all__ = ["MAX_FLOWS", "Mover", "PortRules"]

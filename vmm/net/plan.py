@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a switch is, and what has to be on the host for it. Pure.
+
+Decides the settings of a switch and which go together, the names of everything it makes on the host, and from both the
+ordered list of steps (`steps`) that `applying` carries out and takes back. The same switch and facts give the same
+steps. Must not look at the host: what is there is told in `HostFacts`.
+
+    private    guests only                          user (default) or bridge
+    internal   guests and the host                  bridge (root), or user with a gateway (everybody)
+    external   guests, the host and its network     bridge (root): the host's addresses move to the bridge
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vmm import errors
+from vmm.net import frames
+from vmm.net.gateway import GatewaySetup
+
+SwitchType = Literal["private", "internal", "external"]
+Backend = Literal["user", "bridge"]
+MAX_INTERFACE_CHARACTERS = 15
+MAX_LEASES = 1024
+LEASE_SECONDS = 3600
+DEFAULT_NETWORKS = ipaddress.IPv4Network("10.77.0.0/16")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
+_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
+_HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})?")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Lease(_Settings):
+    """An address that one adapter always gets."""
+
+    mac: str
+    address: str
+    name: str | None = Field(default=None, pattern=_HOST_NAME.pattern + "$")
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        frames.parse_mac(self.mac)
+        ipaddress.IPv4Address(self.address)
+        return self
+
+
+class SwitchSpec(_Settings):
+    """A switch. `address` is the host's on an internal one, with its prefix; `leases` need the bridge back end."""
+
+    schema_version: Literal[1] = 1
+    id: str = Field(default_factory=lambda: str(uuid.uuid4()), pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+    name: str
+    type: SwitchType = "private"
+    backend: Backend = "user"
+    uplink: str | None = Field(default=None, pattern=r"^[^/\s]{1,15}$")
+    host: bool = True  # external: the host has an adapter on the switch, too
+    host_vlan: int | None = Field(default=None, ge=1, le=frames.MAX_VLAN)
+    address: str | None = None
+    dhcp: bool = True
+    dhcp_first: str | None = None
+    dhcp_last: str | None = None
+    leases: tuple[Lease, ...] = Field(default=(), max_length=MAX_LEASES)
+    nat: bool = False
+    domain: str = "vmm.internal"
+    forwards: tuple[str, ...] = ()  # user back end: PROTOCOL:ADDRESS:PORT-GUEST:PORT
+
+    @field_validator("name")
+    @classmethod
+    def _good_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name for a switch: letters, digits, '.', '_' and '-', at most 32")
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.type == "external") != (self.uplink is not None):
+            raise ValueError("an external switch, and no other, has a network card as its uplink")
+        if self.type == "external" and self.backend == "user":
+            raise ValueError("an external switch needs the bridge back end, and root")
+        if (self.type == "internal") != (self.address is not None):
+            raise ValueError("an internal switch, and no other, has an address of the host's")
+        if self.host_vlan is not None and (self.type == "private" or self.backend == "user"):
+            raise ValueError("only a host's adapter on the bridge back end has a VLAN")
+        if not _DOMAIN.fullmatch(self.domain):
+            raise ValueError(f"{self.domain!r} is no domain")
+        if self.type == "internal":
+            self._check_network()
+        elif self.nat or self.leases or self.forwards:
+            raise ValueError("only an internal switch has leases, NAT or forwarded ports")
+        return self
+
+    def _check_network(self) -> None:
+        network = self.network
+        if network.prefixlen > 29 or network.prefixlen < 8:
+            raise ValueError("an internal network has a prefix from /8 to /29")
+        if self.interface.ip in (network.network_address, network.broadcast_address):
+            raise ValueError(f"{self.interface.ip} is the network's own address, not a host's")
+        first, last = self.dhcp_range
+        if first not in network or last not in network or first > last:
+            raise ValueError(f"the DHCP range {first} to {last} does not lie in {network}")
+        for key in ("mac", "address"):
+            values = [getattr(lease, key) for lease in self.leases]
+            if len(set(values)) != len(values):
+                raise ValueError(f"two leases have the same {key}")
+        if any(ipaddress.IPv4Address(lease.address) not in network for lease in self.leases):
+            raise ValueError(f"a lease's address does not lie in {network}")
+        if self.backend == "user" and self.leases:
+            raise ValueError("fixed leases need the bridge back end: the user back end's DHCP has none")
+        if self.backend == "bridge" and self.forwards:
+            raise ValueError("forwarded ports are the user back end's; the host reaches guests of a bridge directly")
+
+    # -- the network --------------------------------------------------------------------------------------------
+
+    @property
+    def interface(self) -> ipaddress.IPv4Interface:
+        """The host's address and network; of an internal switch."""
+        assert self.address is not None
+        return ipaddress.IPv4Interface(self.address)
+
+    @property
+    def network(self) -> ipaddress.IPv4Network:
+        """The network of an internal switch."""
+        return self.interface.network
+
+    @property
+    def dhcp_range(self) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
+        """First and last address for dynamic leases: what was set, else the upper half."""
+        network = self.network
+        middle = network.network_address + network.num_addresses // 2
+        first = ipaddress.IPv4Address(self.dhcp_first) if self.dhcp_first else middle
+        last = ipaddress.IPv4Address(self.dhcp_last) if self.dhcp_last else network.broadcast_address - 1
+        return first, last
+
+    @property
+    def bridge_name(self) -> str:
+        """The bridge, by the switch's id: names of switches may change."""
+        return "vmm" + self.id.replace("-", "")[:8]
+
+    @property
+    def table_name(self) -> str:
+        """Its nftables tables."""
+        return "vmm_" + self.id.replace("-", "")[:12]
+
+    def to_json(self) -> bytes:
+        """As it is stored."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+    def gateway(self) -> GatewaySetup:
+        """The way out of an internal switch on the user back end."""
+        network = self.network
+        name_server = next(one for one in list(network.hosts())[1:4] if one != self.interface.ip)
+        return GatewaySetup(
+            network=str(network),
+            host=str(self.interface.ip),
+            name_server=str(name_server),
+            first=str(self.dhcp_range[0]),
+            domain=self.domain,
+            outside=True,
+            forwards=self.forwards,
+        )
+
+
+def make_switch(**settings: object) -> SwitchSpec:
+    """A switch from settings. Raises InvalidSpec with all that is wrong with them."""
+    try:
+        return SwitchSpec.model_validate(settings)
+    except ValidationError as error:
+        raise errors.InvalidSpec(words_of(error)) from error
+
+
+def words_of(error: ValidationError) -> str:
+    """All complaints in one line."""
+    complaints = []
+    for one in error.errors(include_url=False):
+        where = ".".join(str(part) for part in one["loc"])
+        what = str(one["msg"]).removeprefix("Value error, ")
+        complaints.append(f"{where}: {what}" if where else what)
+    return "; ".join(complaints)
+
+
+def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interface:
+    """The host's address in the first /24 of DEFAULT_NETWORKS that overlaps with none that is taken."""
+    taken = list(taken)
+    for network in DEFAULT_NETWORKS.subnets(new_prefix=24):
+        if not any(network.overlaps(other) for other in taken):
+            return ipaddress.IPv4Interface(f"{network.network_address + 1}/24")
+    raise errors.NoSpace(f"every network in {DEFAULT_NETWORKS} is in use", hint="choose one with --address")
+
+
+# -- the host ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router.
+
+    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own.
+    """
+
+    address: str  # with prefix
+    broadcast: str | None = None
+    valid_seconds: int | None = None
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A route through an interface, without those that the kernel makes itself from addresses."""
+
+    destination: str  # with prefix; 0.0.0.0/0 and ::/0 are the default
+    gateway: str | None = None
+    metric: int = 0
+    table: int = 254
+    source: str | None = None
+    protocol: int = 4
+    scope: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkFacts:
+    """The card of an external switch as it is now."""
+
+    name: str
+    mac: str
+    mtu_bytes: int
+    is_up: bool
+    master: str | None
+    is_wireless: bool
+    addresses: tuple[Address, ...] = ()
+    routes: tuple[Route, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What the plan depends on."""
+
+    has_vlan_filtering: bool = False
+    uplink: UplinkFacts | None = None
+    outward: tuple[str, ...] = ()  # interfaces with a default route: NAT leads there
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change of the host. What it needs to be taken back is found out when it is made."""
+
+    kind: str
+    arguments: Mapping[str, Any]
+    words: str  # for people
+
+
+VLAN_REFUSAL = "this kernel's bridges know no VLANs (CONFIG_BRIDGE_VLAN_FILTERING is not set)"
+VLAN_HINT = "use the user back end for switches with VLANs, or a kernel with that option and CONFIG_VLAN_8021Q"
+
+
+def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
+    """Why the host cannot have this switch; nothing when it can."""
+    reasons = []
+    if spec.host_vlan is not None and not facts.has_vlan_filtering:
+        reasons.append(VLAN_REFUSAL)
+    if spec.type == "external":
+        uplink = facts.uplink
+        if uplink is None:
+            reasons.append(f"there is no network card {spec.uplink}")
+        elif uplink.master not in (None, spec.bridge_name):
+            reasons.append(f"{uplink.name} is part of {uplink.master} already")
+        elif uplink.is_wireless:
+            reasons.append(f"{uplink.name} is wireless: an access point takes frames from the card's own address only")
+    return reasons
+
+
+def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
+    """Everything to do for a switch on the bridge back end, in order. Facts of the time before the first step."""
+    bridge = spec.bridge_name
+    uplink = facts.uplink if spec.type == "external" else None
+    todo = [
+        Step("rules", {}, f"load the switch's nftables rules (table {spec.table_name})"),
+        Step(
+            "bridge",
+            {
+                "name": bridge,
+                "mac": uplink.mac if uplink is not None else None,
+                "mtu_bytes": uplink.mtu_bytes if uplink is not None else None,
+                "vlan_filtering": facts.has_vlan_filtering,
+            },
+            f"make the bridge {bridge}",
+        ),
+    ]
+    if spec.type == "private" or (spec.type == "external" and not spec.host):
+        setting = f"net/ipv6/conf/{bridge}/disable_ipv6"
+        todo.append(Step("sysctl", {"setting": setting, "value": "1"}, f"no IPv6 address for the host on {bridge}"))
+    todo.append(Step("up", {"name": bridge}, f"switch {bridge} on"))
+    if spec.type == "internal":
+        todo += _internal_steps(spec, facts)
+    if uplink is not None:
+        todo += _external_steps(spec, uplink)
+    return todo
+
+
+def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
+    bridge = spec.bridge_name
+    address = {
+        "name": bridge,
+        "address": str(spec.interface),
+        "broadcast": str(spec.network.broadcast_address),
+        "flags": 0,
+    }
+    todo = [Step("address", address, f"give the host {spec.interface} on {bridge}")]
+    if spec.nat:
+        for name in (bridge, *facts.outward):
+            setting = f"net/ipv4/conf/{name}/forwarding"
+            words = f"let packets that come in at {name} be forwarded"
+            todo.append(Step("sysctl", {"setting": setting, "value": "1"}, words))
+    if spec.dhcp:
+        todo.append(Step("dhcp", {}, f"start a DHCP and name server (dnsmasq) on {bridge}"))
+    return todo
+
+
+def _external_steps(spec: SwitchSpec, uplink: UplinkFacts) -> list[Step]:
+    bridge = spec.bridge_name
+    remember = Step("keep", {"name": uplink.name}, f"write down the addresses and routes of {uplink.name}")
+    todo = [remember, Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}")]
+    if not uplink.is_up:
+        todo.append(Step("up", {"name": uplink.name}, f"switch {uplink.name} on"))
+    if not spec.host:
+        for one in uplink.addresses:
+            words = f"take {one.address} from {uplink.name}: the host has no adapter on this switch"
+            todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
+        return todo
+    for one in uplink.addresses:
+        arguments = {"name": bridge, "address": one.address, "broadcast": one.broadcast, "flags": one.flags}
+        todo.append(Step("address", arguments, f"give {bridge} the address {one.address}"))
+        words = f"take {one.address} from {uplink.name}"
+        todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
+    for route in sorted(uplink.routes, key=lambda one: one.gateway is not None):  # the way to gateways first
+        via = f" via {route.gateway}" if route.gateway else ""
+        todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route.destination}{via} through {bridge}"))
+    return todo
+
+
+def warnings(spec: SwitchSpec, facts: HostFacts) -> list[str]:
+    """What a person should know before the steps are made."""
+    uplink = facts.uplink
+    if spec.type != "external" or uplink is None:
+        return []
+    told = []
+    if uplink.addresses and not spec.host:
+        told.append(f"the host loses its addresses on {uplink.name}: do not do this over a connection through it")
+    lent = [one.address for one in uplink.addresses if one.valid_seconds is not None]
+    if lent:
+        told.append(
+            f"{', '.join(lent)} came from a DHCP client or a router: let that client use {spec.bridge_name} from now "
+            f"on, or the address is lost when its lease ends"
+        )
+    return told

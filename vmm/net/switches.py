@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switches of this host, as files, and what is done with whole switches.
+
+Decides how a switch is added, found and taken away: it is there whole or not at all, one command changes it at a time,
+and one with ports in use is not deleted. What it is on the host follows from its file at any time (`ensure`), so
+nothing is lost by a reboot. Must not know machines.
+
+    home/switches/NAME.json    home/switches/ID.leases    runtime/sw-FIRST-12-OF-ID/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from vmm import errors, paths
+from vmm.net import nft, plan, ports
+from vmm.net.gateway import PORT_NAME
+from vmm.net.plan import SwitchSpec
+from vmm.net.user_backend import UserBackend
+
+MAX_FILE_BYTES = 1 << 20
+
+
+def _folder() -> str:
+    return os.path.join(paths.home(), "switches")
+
+
+def _path(name: str) -> str:
+    if "/" in name or name.startswith("."):
+        raise errors.NotFound(f"there is no switch {name!r}")
+    return os.path.join(_folder(), f"{name}.json")
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Nobody else is in such a block with this path; waits for its turn."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise errors.of_os_error(error, "lock", path=path) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """The names of all switches, sorted."""
+    try:
+        return sorted(one.removesuffix(".json") for one in os.listdir(_folder()) if one.endswith(".json"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise errors.of_os_error(error, "list the switches", path=_folder()) from error
+
+
+def load(name: str) -> SwitchSpec:
+    """A switch by its name. Raises NotFound, InvalidSpec."""
+    path = _path(name)
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(MAX_FILE_BYTES))
+        return SwitchSpec.model_validate(document)
+    except FileNotFoundError as error:
+        known = ", ".join(names()) or "none"
+        hint = f"make one: vmm switch create {name} --type private"
+        raise errors.NotFound(f"there is no switch {name!r}; there are: {known}", hint=hint) from error
+    except OSError as error:
+        raise errors.of_os_error(error, "read the switch", path=path) from error
+    except ValidationError as error:
+        raise errors.InvalidSpec(f"is no switch: {plan.words_of(error)}", path=path) from error
+    except ValueError as error:
+        raise errors.InvalidSpec(f"is no switch: {error}", path=path) from error
+
+
+def load_all() -> list[SwitchSpec]:
+    """All switches that can be read."""
+    found = []
+    for name in names():
+        with contextlib.suppress(errors.VmmError):
+            found.append(load(name))
+    return found
+
+
+def create(spec: SwitchSpec) -> None:
+    """Add a switch, and have it on the host when it is one of the bridge back end. All of it, or nothing.
+
+    Raises AlreadyExists, InvalidSpec for a network that another switch has, and as `ensure` does.
+    """
+    paths.make_home()
+    try:
+        os.makedirs(_folder(), mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise errors.of_os_error(error, "make the folder", path=_folder()) from error
+    with locked(os.path.join(_folder(), ".lock")):
+        path = _path(spec.name)
+        if os.path.exists(path):
+            raise errors.AlreadyExists(f"there is a switch {spec.name!r} already")
+        for other in load_all():
+            if spec.uplink is not None and other.uplink == spec.uplink:
+                raise errors.InUse(f"{spec.uplink} is the uplink of switch {other.name!r} already")
+            if spec.address and other.address and spec.network.overlaps(other.network):
+                raise errors.InvalidSpec(f"the network {spec.network} overlaps with switch {other.name!r}'s")
+        paths.write_whole(path, spec.to_json())
+        try:
+            ensure(spec)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+def delete(name: str, *, force: bool = False) -> None:
+    """Take a switch away, and put the host back. Raises InUse while guests are plugged in, unless forced."""
+    spec = load(name)
+    with locked(os.path.join(_folder(), ".lock")):
+        host = HostSide(spec)
+        in_use = [one["name"] for one in host.guests() if one["connected"]]
+        if in_use and not force:
+            raise errors.InUse(
+                f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
+            )
+        host.remove()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(lease_path(spec))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_path(name))
+
+
+def replace(spec: SwitchSpec) -> None:
+    """Write down other leases or names for a switch that is there."""
+    with locked(os.path.join(_folder(), ".lock")):
+        load(spec.name)
+        paths.write_whole(_path(spec.name), spec.to_json())
+        ensure(spec)
+
+
+def lease_path(spec: SwitchSpec) -> str:
+    """Where the leases of a switch are kept."""
+    return os.path.join(_folder(), f"{spec.id}.leases")
+
+
+def free_address() -> str:
+    """The host's address for a new internal switch, in a network that nobody here uses."""
+    taken = [spec.network for spec in load_all() if spec.address]
+    if os.geteuid() == 0:
+        from vmm.net.bridge import Kernel
+
+        with Kernel() as kernel:
+            taken += [ipaddress.IPv4Interface(one).network for one in kernel.networks()]
+    return str(plan.free_network(taken))
+
+
+def ensure(spec: SwitchSpec) -> None:
+    """Have the switch on this host now: rules, bridge and addresses, or its process. Doing it twice is fine."""
+    HostSide(spec).ensure()
+
+
+# -- the host's side --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HostSide:
+    """What there is of a switch on the running host."""
+
+    spec: SwitchSpec
+
+    @property
+    def user(self) -> UserBackend:
+        """Its process; of the user back end."""
+        return UserBackend.of(self.spec.id, self.spec.name)
+
+    @property
+    def folder(self) -> str:
+        """Its runtime folder."""
+        return self.user.folder
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Nobody else changes its bridge meanwhile."""
+        paths.make_private(self.folder)
+        with locked(os.path.join(self.folder, "change.lock")):
+            yield
+
+    def ensure(self) -> None:
+        """As `switches.ensure`."""
+        if self.spec.backend == "bridge":
+            with self.changing():
+                self._apply()
+            return
+        self.user.ensure_running()
+        if self.spec.type == "internal":
+            status = self.user.status()
+            if status is not None and status["gateway"] is None:
+                from dataclasses import asdict
+
+                self.user.ensure("set_gateway", gateway=asdict(self.spec.gateway()))
+
+    def _apply(self) -> bool:
+        from vmm.net.applying import Applying
+
+        need_root(self.spec)
+        return Applying(self.spec, self.folder, lease_path(self.spec), self.bridge_ports()).apply()
+
+    def plan(self) -> tuple[list[str], list[str], list[str]]:
+        """(steps, warnings, refusals) in words; of the bridge back end. Changes nothing."""
+        from vmm.net.bridge import Kernel
+
+        need_root(self.spec)
+        with Kernel() as kernel:
+            facts = kernel.facts(self.spec)
+        reasons = plan.refusals(self.spec, facts)
+        words = [] if reasons else [step.words for step in plan.steps(self.spec, facts)]
+        return words, plan.warnings(self.spec, facts), reasons
+
+    def remove(self) -> None:
+        """Put the host back, end the process."""
+        if self.spec.backend == "bridge":
+            from vmm.net.applying import Applying
+
+            need_root(self.spec)
+            with self.changing():
+                Applying(self.spec, self.folder, lease_path(self.spec)).undo()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self.user.stop()
+
+    # -- ports of a bridge: a file each, so that the rules can be made anew at any time ---------------------------
+
+    def _ports_folder(self) -> str:
+        return os.path.join(self.folder, "ports")
+
+    def bridge_ports(self) -> list[nft.GuestPort]:
+        """The ports whose taps are there; files of others are removed."""
+        found = []
+        for document in self._port_documents():
+            interface = str(document["interface"])
+            if not os.path.exists(f"/sys/class/net/{interface}"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
+                continue
+            setup = ports.from_document(document["port"])
+            found.append(nft.GuestPort(interface, setup.rules, setup.rate_bits_per_second))
+        return found
+
+    def _port_documents(self) -> list[dict[str, Any]]:
+        documents = []
+        with contextlib.suppress(FileNotFoundError):
+            for name in sorted(os.listdir(self._ports_folder())):
+                if name.endswith(".json"):
+                    with open(os.path.join(self._ports_folder(), name), encoding="utf-8") as file:
+                        documents.append(json.load(file))
+        return documents
+
+    def plug_tap(self, interface: str, setup: ports.PortSetup) -> None:
+        """Put a tap that is there into the bridge, with its rules first. Raises VmmError."""
+        from vmm.net import bridge
+        from vmm.net.engine import VlanMode
+
+        with self.changing():
+            rules = setup.rules
+            wants_vlan = rules.mode is not VlanMode.UNTAGGED
+            if wants_vlan and not os.path.exists(f"/sys/class/net/{self.spec.bridge_name}/bridge/vlan_filtering"):
+                raise errors.Unsupported(plan.VLAN_REFUSAL, hint=plan.VLAN_HINT)
+            if rules.mirror_source or rules.mirror_destination:
+                raise errors.Unsupported("the bridge back end mirrors no ports", hint="use the user back end")
+            paths.make_private(self._ports_folder())
+            document = {"interface": interface, "port": ports.to_document(setup)}
+            path = os.path.join(self._ports_folder(), f"{interface}.json")
+            paths.write_whole(path, json.dumps(document).encode(), durable=False)
+            nft.run(nft.document(self.spec, self.bridge_ports()))
+            with bridge.Kernel() as kernel:
+                kernel.set_master(interface, self.spec.bridge_name)
+                if wants_vlan:
+                    kernel.set_vlans(interface, rules.vlan, rules.allowed)
+                kernel.set_up(interface, setup.link_up)
+
+    def unplug_tap(self, interface: str) -> None:
+        """Forget a port; its tap goes with its descriptors."""
+        with self.changing():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
+            if os.path.exists(f"/sys/class/net/{self.spec.bridge_name}"):
+                nft.run(nft.document(self.spec, self.bridge_ports()))
+
+    def guests(self) -> list[dict[str, Any]]:
+        """The ports of machines, as `port_status` tells them."""
+        return [one for one in self.port_status() if one["name"] != PORT_NAME]
+
+    def port_status(self) -> list[dict[str, Any]]:
+        """What is plugged where, with counters, in one form for both back ends."""
+        if self.spec.backend == "user":
+            status = self.user.status()
+            return [] if status is None else list(status["ports"])
+        return [_tap_status(one["interface"], one["port"]) for one in self._port_documents() if _is_there(one)]
+
+
+def _is_there(document: dict[str, Any]) -> bool:
+    return os.path.exists(f"/sys/class/net/{document['interface']}")
+
+
+def _tap_status(interface: str, port: dict[str, Any]) -> dict[str, Any]:
+    """Counters as the guest sees them: the kernel's are the other way round."""
+
+    def counter(name: str) -> int:
+        try:
+            with open(f"/sys/class/net/{interface}/statistics/{name}", encoding="ascii") as file:
+                return int(file.read())
+        except OSError:
+            return 0
+
+    return {
+        **port,
+        "interface": interface,
+        "connected": True,
+        "received_frames": counter("rx_packets"),
+        "received_bytes": counter("rx_bytes"),
+        "transmitted_frames": counter("tx_packets"),
+        "transmitted_bytes": counter("tx_bytes"),
+        "backlog_frames": 0,
+        "drops": {"full": dropped} if (dropped := counter("tx_dropped")) else {},
+    }
+
+
+def need_root(spec: SwitchSpec) -> None:
+    """Raise AccessDenied where the bridge back end cannot work."""
+    if os.geteuid() != 0:
+        raise errors.AccessDenied(
+            f"switch {spec.name!r} is of the bridge back end, which needs root",
+            hint="use sudo" + ("" if spec.type == "external" else ", or make it with --backend user"),
+        )

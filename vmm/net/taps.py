@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tap interfaces: opened for QEMU, one descriptor per queue, and the kernel's vhost beside them where it has it.
+
+Decides the flags (vnet header always, several queues when asked for) and what a host that lacks something is told.
+A tap made here lives as long as its descriptors: when QEMU ends it is gone, whoever else died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+
+from vmm import errors
+
+_TUNSETIFF = 0x400454CA
+_TAP, _NO_PI, _VNET_HDR, _MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
+_REQUEST = struct.Struct("16sH22x")
+TUN_PATH, VHOST_PATH = "/dev/net/tun", "/dev/vhost-net"
+
+
+def open_tap(name: str, queues: int) -> list[int]:
+    """The descriptors of a new tap, one per queue. Raises Unsupported, AccessDenied, InUse, VmmError."""
+    flags = _TAP | _NO_PI | _VNET_HDR | (_MULTI_QUEUE if queues > 1 else 0)
+    opened: list[int] = []
+    try:
+        for _ in range(queues):
+            opened.append(os.open(TUN_PATH, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            fcntl.ioctl(opened[-1], _TUNSETIFF, _REQUEST.pack(name.encode(), flags))
+    except OSError as error:
+        close_all(opened)
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            raise errors.Unsupported("this host has no tap interfaces", path=TUN_PATH, hint="modprobe tun") from error
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise errors.AccessDenied(
+                "a tap interface needs root", path=TUN_PATH, hint="or use a switch with the user back end"
+            ) from error
+        raise errors.of_os_error(error, f"make the tap interface {name}", path=TUN_PATH) from error
+    return opened
+
+
+def open_vhost(queues: int) -> list[int]:
+    """A descriptor of the kernel's vhost per queue; nothing where the host has no vhost."""
+    opened: list[int] = []
+    try:
+        for _ in range(queues):
+            opened.append(os.open(VHOST_PATH, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        close_all(opened)
+        return []
+    return opened
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Give them back."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting, finding and asking the process of a `user` switch.
+
+Decides that there is at most one process per switch (a lock that it inherits and that the kernel takes back when it
+dies), that asking for a switch starts it when it does not run, and what its answers mean. Synchronous and bounded:
+every request has a time-out. Must not know what the switch does with frames.
+
+    runtime/sw-FIRST-12-OF-ID/   control.sock  ports.json  switch.log  switch.lock  start.lock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vmm import errors, paths, proc
+from vmm.net import ports
+
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 10.0
+_LOCK, _START_LOCK, _CONTROL, _LOG = "switch.lock", "start.lock", "control.sock", "switch.log"
+_PROBE_SECONDS = 0.01
+# All that a switch of root's needs of root's rights: guests' folders and sockets belong to the guests' users.
+_CAPABILITIES = "-all,+dac_override,+chown,+fowner"
+
+
+@dataclass(frozen=True, slots=True)
+class UserBackend:
+    """The switch process of one switch."""
+
+    folder: str
+    name: str
+
+    @classmethod
+    def of(cls, switch_id: str, name: str) -> UserBackend:
+        """By the switch's id. Raises InvalidSpec where sockets would have too long names."""
+        folder = os.path.join(paths.runtime_home(), "sw-" + switch_id.replace("-", "")[: paths.RUNTIME_ID_CHARACTERS])
+        if len(os.fsencode(os.path.join(folder, "gateway-port.sock"))) > paths.MAX_SOCKET_PATH_BYTES:
+            raise errors.InvalidSpec(
+                f"is too long for sockets, whose names have at most {paths.MAX_SOCKET_PATH_BYTES} bytes",
+                path=paths.runtime_home(),
+                hint="set VMM_RUNTIME to a shorter folder",
+            )
+        return cls(folder, name)
+
+    # -- the process --------------------------------------------------------------------------------------------
+
+    def is_running(self) -> bool:
+        """True while its process lives."""
+        return proc.is_locked(os.path.join(self.folder, _LOCK))
+
+    def ensure_running(self) -> bool:
+        """Start the process unless it runs; True when it had to be started. Raises VmmError."""
+        if self.is_running():
+            return False
+        paths.make_private(self.folder)
+        with self._starting():
+            if self.is_running():
+                return False
+            self._spawn()
+        return True
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        with open(os.path.join(self.folder, _START_LOCK), "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _spawn(self) -> None:
+        """The control socket listens before the process is there, so whoever asks first only waits."""
+        lock = self._lock()
+        try:
+            listener = self._listener()
+            command = proc.python_command("vmm.net.user_switch", self.folder, self.name, "3")
+            if os.geteuid() == 0 and (setpriv := shutil.which("setpriv")) is not None:
+                command = [setpriv, "--no-new-privs", f"--bounding-set={_CAPABILITIES}", "--inh-caps=-all", *command]
+            with listener:
+                proc.spawn_detached(
+                    command,
+                    log_path=os.path.join(self.folder, _LOG),
+                    environment=proc.python_environment(),
+                    descriptors={3: listener.fileno(), 4: lock},
+                )
+        except OSError as error:
+            raise errors.of_os_error(error, "start the switch", path=self.folder) from error
+        finally:
+            os.close(lock)  # the process has it too, and keeps it
+
+    def _lock(self) -> int:
+        """The lock that says that it runs. Who only looks has it for a moment, so try for a while."""
+        descriptor = os.open(os.path.join(self.folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    raise errors.InUse(f"switch {self.name} is started by somebody else") from None
+                time.sleep(_PROBE_SECONDS)
+
+    def _listener(self) -> socket.socket:
+        address = os.path.join(self.folder, _CONTROL)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
+            listener.bind(address)  # its folder is ours alone
+            os.chmod(address, 0o600)
+            listener.listen(16)
+        except OSError as error:
+            listener.close()
+            raise errors.of_os_error(error, "listen", path=address) from error
+        return listener
+
+    def stop(self, grace_seconds: float = 5.0) -> None:
+        """End the process, if it runs, and forget its ports."""
+        with contextlib.suppress(errors.VmmError):
+            if self.is_running():
+                self.ask("stop")
+        deadline = time.monotonic() + grace_seconds
+        while self.is_running():
+            if time.monotonic() > deadline:
+                raise errors.TimedOut(f"switch {self.name} does not end", hint=f"see {self.folder}/{_LOG}")
+            time.sleep(_PROBE_SECONDS)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- asking -------------------------------------------------------------------------------------------------
+
+    def ask(self, method: str, **params: object) -> Any:
+        """One request to the running switch. Raises WrongState when it does not run, TimedOut, what it answers."""
+        with self._connected() as (sock, lines):
+            return _exchange(sock, lines, self.name, method, params)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[tuple[socket.socket, io.RawIOBase]]:
+        address = os.path.join(self.folder, _CONTROL)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(CONNECT_SECONDS)
+            try:
+                sock.connect(address)
+            except (FileNotFoundError, ConnectionError) as error:
+                raise errors.WrongState(f"switch {self.name} does not run") from error
+            except OSError as error:
+                raise errors.of_os_error(error, f"reach switch {self.name}", path=address) from error
+            sock.settimeout(ANSWER_SECONDS)
+            with sock.makefile("rb", buffering=0) as lines:
+                yield sock, lines
+
+    def ensure(self, method: str, **params: object) -> Any:
+        """As `ask`, starting the switch first when it does not run, even if it ends just now."""
+        for _ in range(3):
+            self.ensure_running()
+            try:
+                return self.ask(method, **params)
+            except errors.WrongState:
+                self._wait_for_end()
+        raise errors.VmmError(f"switch {self.name} ends again and again", hint=f"see {self.folder}/{_LOG}")
+
+    def _wait_for_end(self) -> None:
+        """It hung up: give its lock the moment it needs to fall."""
+        deadline = time.monotonic() + 1.0
+        while self.is_running() and time.monotonic() < deadline:
+            time.sleep(_PROBE_SECONDS)
+
+    def plug(self, setup: ports.PortSetup) -> bool:
+        """Add a port, or change it; True when its other side is there already. Raises VmmError."""
+        answer = self.ensure("add_port", **ports.to_document(setup))
+        return bool(answer["connected"])
+
+    def unplug(self, port: str) -> None:
+        """Take a port away; one that is not there, or of a switch that does not run, is fine."""
+        with contextlib.suppress(errors.NotFound, errors.WrongState):
+            self.ask("remove_port", name=port)
+
+    def status(self) -> dict[str, Any] | None:
+        """Ports with their counters; None when it does not run."""
+        try:
+            answer: dict[str, Any] = self.ask("status")
+        except errors.WrongState:
+            return None
+        return answer
+
+    def addresses(self) -> list[dict[str, Any]]:
+        """What the switch has learned: vlan, mac, port, age_seconds; nothing when it does not run."""
+        try:
+            answer: list[dict[str, Any]] = self.ask("addresses")
+        except errors.WrongState:
+            return []
+        return answer
+
+    @contextlib.contextmanager
+    def capture(self, port: str | None, snap_bytes: int | None = None) -> Iterator[socket.socket]:
+        """A socket from which a pcapng stream is read, until it is closed."""
+        params: dict[str, object] = {"port": port} if port is not None else {}
+        if snap_bytes is not None:
+            params["snap_bytes"] = snap_bytes
+        with self._connected() as (sock, lines):
+            _exchange(sock, lines, self.name, "capture", params)
+            sock.settimeout(None)
+            yield sock
+
+
+def _exchange(sock: socket.socket, lines: io.RawIOBase, name: str, method: str, params: dict[str, object]) -> Any:
+    """Send a request and take its answer, byte by byte where a stream may follow it."""
+    request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+    try:
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        line = _line(lines) if method == "capture" else _long_line(sock)
+    except TimeoutError as error:
+        raise errors.TimedOut(f"switch {name} does not answer") from error
+    except OSError as error:
+        raise errors.WrongState(f"switch {name} hung up") from error
+    if not line.endswith(b"\n"):
+        raise errors.WrongState(f"switch {name} hung up")
+    answer = json.loads(line)
+    if "error" in answer:
+        data = answer["error"].get("data")
+        if isinstance(data, dict):
+            raise errors.from_document(data)
+        raise errors.VmmError(f"switch {name}: {answer['error'].get('message')}")
+    return answer["result"]
+
+
+def _line(lines: io.RawIOBase) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (byte := lines.read(1) or b""):
+        line += byte
+    return line
+
+
+def _long_line(sock: socket.socket) -> bytes:
+    line = bytearray()
+    while not line.endswith(b"\n") and (received := sock.recv(1 << 16)):
+        line += received
+    return bytes(line)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of one `user` switch: `python -m vmm.net.user_switch FOLDER NAME CONTROL_FD`.
+
+Decides when frames are moved, when a port that sends too fast is let wait, when addresses age, and when the process
+ends: told to, or when for IDLE_SECONDS it has had neither ports nor clients. Needs no privileges. How it is started,
+found and restarted is decided in `user_backend`; what happens to a frame in `engine`.
+
+    port sockets ──> Mover ──> port sockets          FOLDER/control.sock   requests, captures
+                      │  asks                        FOLDER/ports.json     the ports, for a restart
+                    Engine                           FOLDER/switch.log     what went wrong
+
+`INV-SWITCH-RESTART`: a switch that is killed and started again in its folder has the same ports, at the same
+addresses; its guests lose frames, and nothing else.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from vmm import errors, paths
+from vmm.net import engine, frames, ports
+from vmm.net.capture import MAX_SNAP_BYTES, Capture
+from vmm.net.gateway import PORT_NAME, Gateway
+from vmm.net.mover import Mover
+from vmm.net.port_socket import PortSocket
+from vmm.net.ports import PortSetup
+from vmm.net.switch_control import ControlServer, Loop, Method
+
+IDLE_SECONDS = 10.0
+TICK_SECONDS = 1.0
+CONGESTION_SECONDS = 0.001  # how long a sender waits at most, each time, for a receiver that is behind
+AGEING_TICKS = 10  # between two looks at old addresses
+MAX_CAPTURES = 8
+STATE_NAME, CONTROL_NAME = "ports.json", "control.sock"
+_log = logging.getLogger(__name__)
+
+
+class UserSwitch:
+    """The switch of a folder, from its start to its end."""
+
+    def __init__(self, folder: str, name: str, listener: socket.socket) -> None:
+        self.folder = folder
+        self.name = name
+        self.started = time.time()
+        self.loop = Loop()
+        self.mover = Mover(engine.Engine())
+        self._stopping = False
+        self._ticks = 0
+        self._idle_since = time.monotonic()
+        self._resume: list[tuple[float, int, PortSocket]] = []
+        self._order = itertools.count()
+        self._waiting: list[PortSocket] = []  # for a congested receiver
+        self._captures: list[Capture] = []
+        self._gateway: Gateway | None = None
+        methods: dict[str, Method] = {
+            "status": self._status,
+            "addresses": self._addresses,
+            "add_port": self._add_port,
+            "remove_port": self._remove_port,
+            "set_link": self._set_link,
+            "set_gateway": self._set_gateway,
+            "stop": self._stop,
+        }
+        self._control = ControlServer(self.loop, listener, methods, self._start_capture, self._stop_capture)
+        self._load()
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Move frames until told to stop, or idle."""
+        tick_at = time.monotonic() + TICK_SECONDS
+        while not self._stopping:
+            now = time.monotonic()
+            if now >= tick_at:
+                self._tick(now)
+                tick_at = now + TICK_SECONDS
+            due = min(tick_at, self._resume[0][0] if self._resume else tick_at)
+            self.loop.run_once(max(0.0, due - now))
+            if self._resume:
+                self._resume_due(time.monotonic())
+            if self._captures:
+                self._control.pump_captures()
+
+    def _guests(self) -> Iterator[PortSocket]:
+        """Every port but the gateway's."""
+        return (sock for name, sock in self.mover.sockets.items() if name != PORT_NAME)
+
+    def _tick(self, now: float) -> None:
+        self._ticks += 1
+        for sock in self.mover.sockets.values():
+            sock.check_peer()
+        if self._ticks % AGEING_TICKS == 0:
+            self.mover.engine.age(now)
+        if self._gateway is not None:
+            self._gateway.keep_alive()
+        if any(True for _ in self._guests()) or self._control.clients:
+            self._idle_since = now
+        elif now - self._idle_since > IDLE_SECONDS:
+            self._stopping = True
+
+    def _watch(self, sock: PortSocket) -> None:
+        events = (0 if sock.waits_until else select.EPOLLIN) | (select.EPOLLOUT if sock.backlog else 0)
+
+        def ready(happened: int) -> None:
+            if happened & select.EPOLLOUT:
+                sock.flush(time.monotonic())
+                if not sock.backlog:
+                    self._watch(sock)
+                    self._let_go_on()
+            if happened & select.EPOLLIN:
+                self._pump(sock)
+
+        self.loop.watch(sock.descriptor, events, ready)
+
+    def _pump(self, sock: PortSocket) -> None:
+        now = time.monotonic()
+        mover = self.mover
+        try:
+            mover.pump(sock, now)
+        except OSError as error:
+            _log.warning("port %s: %s", sock.port.name, error)
+            sock.connect()
+        if mover.full:
+            for full in mover.full:
+                self._watch(full)
+            mover.full.clear()
+        wait = 0.0 if sock.rate is None else sock.rate.wait_seconds(now)
+        if mover.congested and wait < CONGESTION_SECONDS:
+            wait = CONGESTION_SECONDS
+            self._waiting.append(sock)
+        if wait:
+            sock.waits_until = now + wait
+            self._watch(sock)
+            heapq.heappush(self._resume, (sock.waits_until, next(self._order), sock))
+
+    def _let_go_on(self) -> None:
+        """A receiver has caught up: who waited for one may send again."""
+        for sock in self._waiting:
+            self._end_wait(sock)
+        self._waiting.clear()
+
+    def _resume_due(self, now: float) -> None:
+        while self._resume and self._resume[0][0] <= now:
+            sock = heapq.heappop(self._resume)[2]
+            if sock.waits_until <= now:  # else it went on meanwhile, and waits again
+                self._end_wait(sock)
+
+    def _end_wait(self, sock: PortSocket) -> None:
+        sock.waits_until = 0.0
+        if self.mover.sockets.get(sock.port.name) is sock:
+            self._watch(sock)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _port(self, params: dict[str, Any]) -> str:
+        name = params.get("name")
+        if not isinstance(name, str) or name not in self.mover.sockets:
+            raise errors.NotFound(f"switch {self.name} has no port {name}")
+        return name
+
+    def _add_port(self, params: dict[str, Any]) -> object:
+        """A new port, or other rules for one that is there; its peer is looked for again."""
+        setup = ports.from_document(params)
+        present = self.mover.sockets.get(setup.name)
+        if present is not None and (present.setup.address, present.setup.peer) != (setup.address, setup.peer):
+            self._take_out(setup.name)
+            present = None
+        if present is not None:
+            self.mover.change(setup.name, setup)
+            present.check_peer()
+        else:
+            if len(self.mover.sockets) >= engine.MAX_PORTS:
+                raise errors.NoSpace(f"switch {self.name} has all its {engine.MAX_PORTS} ports")
+            self._watch(self.mover.add(setup))
+        self._save()
+        return {"connected": self.mover.sockets[setup.name].connected}
+
+    def _take_out(self, name: str) -> None:
+        self.loop.unwatch(self.mover.sockets[name].descriptor)
+        self.mover.remove(name)
+
+    def _remove_port(self, params: dict[str, Any]) -> object:
+        self._take_out(self._port(params))
+        self._save()
+        return {}
+
+    def _set_link(self, params: dict[str, Any]) -> object:
+        self.mover.set_link(self._port(params), bool(params.get("up")))
+        self._save()
+        return {}
+
+    def _set_gateway(self, params: dict[str, Any]) -> object:
+        """The way out of an internal switch, or none."""
+        if self._gateway is not None:
+            self._gateway.stop()
+            self._gateway = None
+            self._take_out(PORT_NAME)
+        if (wanted := params.get("gateway")) is not None:
+            gateway = Gateway.from_document(wanted, self.folder)
+            self._add_port(ports.to_document(PortSetup(PORT_NAME, gateway.address, gateway.peer)))
+            gateway.start()
+            self._gateway = gateway
+        self._save()
+        return {}
+
+    def _status(self, params: dict[str, Any]) -> object:
+        del params
+        return {
+            "name": self.name,
+            "pid": os.getpid(),
+            "started": self.started,
+            "address_count": len(self.mover.engine.addresses(time.monotonic())),
+            "capture_count": len(self._captures),
+            "gateway": None if self._gateway is None else self._gateway.status(),
+            "ports": [_port_status(sock) for sock in self.mover.sockets.values()],
+        }
+
+    def _addresses(self, params: dict[str, Any]) -> object:
+        del params
+        known = self.mover.engine.addresses(time.monotonic())
+        return [
+            {"vlan": vlan, "mac": frames.format_mac(address), "port": port, "age_seconds": round(age, 1)}
+            for vlan, address, port, age in known
+        ]
+
+    def _stop(self, params: dict[str, Any]) -> object:
+        del params
+        self._stopping = True
+        return {}
+
+    def _start_capture(self, params: dict[str, Any]) -> Capture:
+        port = self._port({"name": params["port"]}) if params.get("port") is not None else None
+        snap = params.get("snap_bytes", MAX_SNAP_BYTES)
+        if not isinstance(snap, int) or not frames.HEADER_BYTES <= snap <= MAX_SNAP_BYTES:
+            raise errors.InvalidSpec(f"a captured frame has {frames.HEADER_BYTES} to {MAX_SNAP_BYTES} bytes")
+        if len(self._captures) >= MAX_CAPTURES:
+            raise errors.NoSpace(f"switch {self.name} has {MAX_CAPTURES} captures already")
+        capture = Capture(port, snap_bytes=snap)
+        self._captures.append(capture)
+        self.mover.add_capture(capture)
+        return capture
+
+    def _stop_capture(self, capture: Capture) -> None:
+        self._captures.remove(capture)
+        self.mover.remove_capture(capture)
+
+    # -- the state for a restart --------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        document = {
+            "ports": [ports.to_document(sock.setup) for sock in self._guests()],
+            "gateway": None if self._gateway is None else self._gateway.to_document(),
+        }
+        content = json.dumps(document, indent=1).encode()
+        paths.write_whole(os.path.join(self.folder, STATE_NAME), content, durable=False)
+
+    def _load(self) -> None:
+        """Take the ports up again; one that cannot be is left out and told of in the log."""
+        try:
+            with open(os.path.join(self.folder, STATE_NAME), encoding="utf-8") as file:
+                document = json.load(file)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            _log.error("the ports of the last run are lost: %s", error)
+            return
+        for one in document.get("ports", []):
+            try:
+                self._watch(self.mover.add(ports.from_document(one)))
+            except errors.VmmError as error:
+                _log.error("port %s: %s", one.get("name"), error)
+        if document.get("gateway"):
+            self._set_gateway({"gateway": document["gateway"]})
+
+    def close(self) -> None:
+        """Take everything away; the state stays."""
+        if self._gateway is not None:
+            self._gateway.stop()
+        self._control.close()
+        for name in list(self.mover.sockets):
+            self._take_out(name)
+        self.loop.close()
+
+    def ask_to_stop(self) -> None:
+        """End soon; for signal handlers."""
+        self._stopping = True
+
+
+def _port_status(sock: PortSocket) -> dict[str, Any]:
+    counters = sock.port.counters
+    return {
+        **ports.to_document(sock.setup),
+        "connected": sock.connected,
+        "received_frames": counters.received_frames,
+        "received_bytes": counters.received_bytes,
+        "transmitted_frames": counters.transmitted_frames,
+        "transmitted_bytes": counters.transmitted_bytes,
+        "backlog_frames": len(sock.backlog),
+        "drops": {str(reason): count for reason, count in counters.drops.items()},
+    }
+
+
+def main() -> None:
+    """Run the switch whose folder, name and listening control socket are given."""
+    folder, name, descriptor = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    switch = UserSwitch(folder, name, socket.socket(fileno=descriptor))
+    signal.signal(signal.SIGTERM, lambda number, frame: switch.ask_to_stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody's terminal
+    try:
+        switch.run()
+    finally:
+        switch.close()
+
+
+if __name__ == "__main__":
+    main()

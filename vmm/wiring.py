@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters of a running machine: plugged in when it starts, while it runs, and pulled out when it is off.
+
+Decides in which order an adapter reaches the switch, QEMU and the definition, and that a switch process that dies is
+started again by the machines that use it. Joins `net`, which knows switches, with `kvm`, which knows QEMU; neither
+knows the other. What an adapter is made of: `net.adapter`, imported when there is one: a machine without adapters
+starts without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from vmm import registry
+from vmm.errors import AlreadyExists, NotFound, QemuFailed, TimedOut, VmmError, WrongState
+from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
+from vmm.kvm.process import Identity
+from vmm.launch import Launch
+from vmm.paths import write_whole
+from vmm.rpc import Method, Progress, parameter
+from vmm.running import Running
+from vmm.spec import AdapterSpec, MachineSpec, make_adapter
+from vmm.state import MachineState
+
+if TYPE_CHECKING:
+    from vmm.net.adapter import Owner, Plugged
+
+WATCH_SECONDS = 0.5
+UNPLUG_SECONDS = 20.0  # for the guest to let go of an adapter
+_LOOK_SECONDS = 0.05
+_LIVE = (MachineState.RUNNING, MachineState.PAUSED)
+
+
+def owner_of(spec: MachineSpec, runtime_folder: str, identity: Identity | None) -> Owner:
+    """The machine as the network's rooms know it."""
+    from vmm.net.adapter import Owner
+
+    return Owner(spec.id, runtime_folder, None if identity is None else identity.owner)
+
+
+def slot_of(adapter: AdapterSpec, spec: MachineSpec) -> int:
+    """The adapter's place on the bus: it follows from its id, so that others can come and go."""
+    found = re.fullmatch(r"nic-(\d|1[01])", adapter.id)
+    number = int(found[1]) if found else [one.id for one in spec.adapters].index(adapter.id)
+    return adapter_slot(number)
+
+
+def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adapter:
+    """What QEMU is told, with the adapter's place on the bus and in the order of booting."""
+    device = {**plugged.device, "bus": "pci.0", "addr": f"{slot_of(adapter, spec):#x}"}
+    if adapter.kind == "legacy" and (number := boot_indices(spec).get(adapter.id)) is not None:
+        device["bootindex"] = number
+    return Adapter(plugged.netdev, device)
+
+
+def plug_all(spec: MachineSpec, runtime_folder: str, launch: Launch) -> tuple[Adapter, ...]:
+    """Every adapter of a machine that is about to start. Raises VmmError; then none is plugged in."""
+    if not spec.adapters:
+        return ()
+    from vmm.net.adapter import plug
+
+    owner = owner_of(spec, runtime_folder, launch.identity)
+    done: list[Adapter] = []
+    try:
+        for adapter in spec.adapters:
+            done.append(described(adapter, spec, plug(adapter, owner, launch.give)))
+    except BaseException:
+        unplug_all(spec, owner)
+        raise
+    return tuple(done)
+
+
+def unplug_all(spec: MachineSpec, owner: Owner) -> None:
+    """Every adapter of a machine that is off; what resists is left."""
+    from vmm.net.adapter import unplug
+
+    for adapter in spec.adapters:
+        with contextlib.suppress(VmmError, OSError):
+            unplug(adapter, owner)
+
+
+class Wiring:
+    """The adapters of a running machine, as its worker offers them."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        running.plug_adapters = lambda launch: plug_all(running.spec, running.runtime.folder, launch)
+
+    @property
+    def owner(self) -> Owner:
+        """The machine as the network's rooms know it."""
+        running = self._running
+        return owner_of(running.spec, running.runtime.folder, running.identity)
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers about adapters."""
+        return {"nic-add": self._add, "nic-remove": self._remove, "nic-set": self._set}
+
+    def _check(self, verb: str) -> None:
+        if self._running.state not in _LIVE:
+            raise WrongState(f"is {self._running.state.value}: cannot {verb} now")
+
+    def _adapter(self, params: dict[str, Any]) -> AdapterSpec:
+        adapter_id = parameter(params, "adapter", str, "")
+        adapter = self._running.spec.adapter(adapter_id)
+        if adapter is None:
+            known = ", ".join(one.id for one in self._running.spec.adapters) or "none"
+            raise NotFound(f"there is no adapter {adapter_id!r} in the running machine; there are {known}")
+        return adapter
+
+    async def _add(self, params: dict[str, Any], progress: Progress) -> object:
+        """Plug in an adapter; {"adapter": an adapter's settings}."""
+        from vmm.net.adapter import plug
+
+        adapter = make_adapter(**parameter(params, "adapter", dict, {}))
+        self._check("add an adapter")
+        before = self._running.spec
+        if before.adapter(adapter.id) is not None:
+            raise AlreadyExists(f"there is an adapter {adapter.id!r} already")
+        after = before.changed(adapters=[*before.adapters, adapter])
+        with self._running.busy("nic-add"):
+            given: list[tuple[str, int]] = []
+
+            def give(ours: int) -> str:
+                given.append((f"{adapter.id}.{len(given)}", ours))
+                return given[-1][0]
+
+            try:
+                plugged = await asyncio.to_thread(plug, adapter, self.owner, give)
+                await self._tell_qemu(described(adapter, after, plugged), given)
+                self._write_down(after)
+            except BaseException:
+                await asyncio.to_thread(unplug_all, after.changed(adapters=[adapter]), self.owner)
+                raise
+        self._running.tell("adapter-added", adapter=adapter.id, switch=adapter.switch)
+        return {"adapter": adapter.model_dump(mode="json"), "data_path": plugged.data_path}
+
+    async def _tell_qemu(self, one: Adapter, given: list[tuple[str, int]]) -> None:
+        qmp = self._running.qmp
+        try:
+            for name, descriptor in given:
+                await qmp.send_descriptor(name, descriptor)
+        finally:
+            for _, descriptor in given:
+                os.close(descriptor)
+        await qmp.execute("netdev_add", **one.netdev)
+        try:
+            await qmp.execute("device_add", **one.device)
+            await self._set_link(str(one.device["id"]), True)
+        except BaseException:
+            with contextlib.suppress(VmmError):
+                await qmp.execute("netdev_del", id=one.netdev["id"])
+            raise
+
+    async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
+        """Unplug an adapter; {"adapter": id}."""
+        from vmm.net.adapter import unplug, wire_id
+
+        adapter = self._adapter(params)
+        self._check("remove an adapter")
+        after = self._running.spec.changed(
+            adapters=[one for one in self._running.spec.adapters if one.id != adapter.id]
+        )
+        with self._running.busy("nic-remove"):
+            qmp = self._running.qmp
+            with contextlib.suppress(QemuFailed):  # gone already, after a try that took too long
+                await qmp.execute("device_del", id=adapter.id)
+            if not await self._is_gone(adapter.id):
+                raise TimedOut(
+                    f"the guest did not let go of {adapter.id} within {UNPLUG_SECONDS:.0f} s",
+                    hint="try again when the guest has booted, or take the cable out with: vmm nic set --link down",
+                )
+            with contextlib.suppress(QemuFailed):
+                await qmp.execute("netdev_del", id=wire_id(adapter.id))
+            await asyncio.to_thread(unplug, adapter, self.owner)
+            self._write_down(after)
+        self._running.tell("adapter-removed", adapter=adapter.id)
+        return {"adapter": adapter.id}
+
+    async def _is_gone(self, adapter_id: str) -> bool:
+        deadline = asyncio.get_running_loop().time() + UNPLUG_SECONDS
+        while asyncio.get_running_loop().time() < deadline:
+            present = await self._running.qmp.execute("qom-list", path="/machine/peripheral")
+            if all(one["name"] != adapter_id for one in present):
+                return True
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
+    async def _set(self, params: dict[str, Any], progress: Progress) -> object:
+        """Other rules for an adapter that stays where it is plugged in; {"adapter": its new settings}."""
+        from vmm.net.adapter import replug
+
+        adapter = make_adapter(**parameter(params, "adapter", dict, {}))
+        before = self._adapter({"adapter": adapter.id})
+        fixed = [key for key in ("switch", "kind", "mac", "queues") if getattr(adapter, key) != getattr(before, key)]
+        if fixed:
+            raise WrongState(
+                f"is running: the {fixed[0]} of {adapter.id} cannot change now", hint="remove the adapter and add it"
+            )
+        spec = self._running.spec
+        after = spec.changed(adapters=[adapter if one.id == adapter.id else one for one in spec.adapters])
+        with self._running.busy("nic-set"):
+            await asyncio.to_thread(replug, adapter, self.owner)
+            if adapter.link_up != before.link_up:
+                await self._set_link(adapter.id, adapter.link_up)
+            self._write_down(after)
+        self._running.tell("adapter-changed", adapter=adapter.id)
+        return {"adapter": adapter.model_dump(mode="json")}
+
+    async def _set_link(self, adapter_id: str, up: bool) -> None:
+        """What the guest sees of its cable."""
+        await self._running.qmp.execute("set_link", name=adapter_id, up=up)
+
+    def _write_down(self, spec: MachineSpec) -> None:
+        stored = registry.load_folder(self._running.machine.folder)
+        registry.save(stored, stored.spec.changed(adapters=list(spec.adapters)))
+        write_whole(self._running.runtime.running, spec.to_json(), durable=False)
+        self._running.spec = spec
+
+    # -- keeping switches alive -----------------------------------------------------------------------------------
+
+    async def links_down(self) -> None:
+        """After a start: cables that are to be out."""
+        for adapter in self._running.spec.adapters:
+            if not adapter.link_up:
+                await self._set_link(adapter.id, False)
+
+    async def watch(self) -> None:
+        """As long as the machine runs, start its switches again that have died."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for adapter in self._running.spec.adapters:
+                if adapter.switch is None or self._running.state not in (*_LIVE, MachineState.CRITICAL):
+                    continue
+                from vmm.net.adapter import keep_switch
+
+                with contextlib.suppress(VmmError, OSError):  # the next look tries again
+                    if await asyncio.to_thread(keep_switch, adapter, self.owner):
+                        self._running.tell("switch-restarted", switch=adapter.switch)
+
+    async def put_away(self) -> None:
+        """The machine is off."""
+        if self._running.spec.adapters:
+            await asyncio.to_thread(unplug_all, self._running.spec, self.owner)
