@@ -162,7 +162,7 @@ def create_command(
         assert one.spec is not None
         print_line(
             f"{name}: {one.spec.cpu_count} × {one.spec.cpu_model}, {format_size(one.spec.memory_bytes)},"
-            f" {len(one.spec.disks)} disks, {len(one.spec.adapters)} adapters, {one.spec.machine_type}"
+            f" disks: {len(one.spec.disks)}, adapters: {len(one.spec.adapters)}, {one.spec.machine_type}"
         )
 
 

@@ -10,9 +10,10 @@ first writes what was noted, in the order that `commit` names, and the notes go.
 Decides how notes are spelled, which are believed, and when they go. Notes are no images: they are in a private folder
 of the server's, and still everything in them is checked against the image. Another program may have written to it
 meanwhile, which knew nothing of them: then they are left out for good, with a warning, and the image is opened as it
-is. What tells is what such a program cannot help changing (`_contradiction`); one that wrote only over sectors that
-were owned already leaves no trace, and no harm. Two files take turns, so that those of a flush under way are kept
-until it has ended; they are there only as long as there is something in them. Must not know when an image is written.
+is (`INV-ANSWERED-SURVIVES`). What tells is what such a program cannot help changing (`_contradiction`); one that wrote
+only over sectors that were owned already leaves no trace, and no harm. Two files take turns, so that those of a flush
+under way are kept until it has ended; they are there only as long as there is something in them. Must not know when an
+image is written.
 
     UNIQUE-ID-DEVICE-INODE.0, .1:   header, then (block, where its bitmap begins, where it began before, where new
                                     blocks go, bitmap or nothing) ...

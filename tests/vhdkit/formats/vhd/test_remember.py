@@ -63,7 +63,7 @@ def content(image: DynamicImage) -> bytes:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_nothing_is_lost(notes: Path, image: Path, seed: int) -> None:
-    """Random writes and flushes, killed at random moments, again and again: all that was written is there."""
+    """INV-ANSWERED-SURVIVES: random writes and flushes, killed at random moments, again and again: all is there."""
     rng = random.Random(seed)
     model = bytearray(SIZE)
     for _ in range(5):
