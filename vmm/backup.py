@@ -74,6 +74,15 @@ async def copy_disks(
     part = f"{target}.part"
     try:
         os.mkdir(part, 0o700)
+    except FileExistsError as error:  # of somebody else's, or of a backup under way: not ours to remove
+        raise AlreadyExists(
+            "is in the way of the backup",
+            machine=spec.name, path=part,
+            hint="where a backup that was interrupted left it: remove it; or name another folder",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise of_os_error(error, "write the backup", machine=spec.name, path=target) from error
+    try:
         copies = {}
         for disk in disks:
             name = f"{disk.id}.vhd"

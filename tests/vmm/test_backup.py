@@ -80,6 +80,17 @@ def test_refused(manager: Manager, tmp_path: Path) -> None:
         backup.disks_to_copy(device)
 
 
+def test_folder_in_the_way_is_kept(manager: Manager, tmp_path: Path) -> None:
+    """A folder that is called like an unfinished backup may be somebody's: it is named and left alone."""
+    make_machine(manager, tmp_path)
+    precious = tmp_path / "copy.part" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("x")
+    with pytest.raises(AlreadyExists, match=r"copy.part: is in the way .*remove it"):
+        manager.backup("small", str(tmp_path / "copy"))
+    assert precious.read_text() == "x" and not (tmp_path / "copy").exists()
+
+
 def test_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When copying fails the snapshot is merged away all the same, and no half copy stays."""
     make_machine(manager, tmp_path)
