@@ -3,7 +3,8 @@
 
 Decides the order in which drivers are tried and the options that each gets. Root has the kernel's drivers first, on a
 loop device with direct I/O, where that cannot come to a standstill (`mount_host.loop_writes_are_safe`); everybody has
-the FUSE drivers. Images are not trusted: no set-user-id bits, no devices.
+the FUSE drivers. Images are not trusted: no set-user-id bits, no devices. Nor are other users: a FUSE driver lets them
+in only when they were to be, and then to look at what the permissions inside allow.
 
 A read-only mount of a file system that was not unmounted cannot replay its journal. It is tried as it should be first,
 and then as it stands, without the journal: `leaves_journal` says so, since what the journal holds is missing then.
@@ -62,7 +63,9 @@ def attempts(
     driver = _FUSE.get(found.kind)
     if driver is not None:
         options = access + (",allow_other" if allow_other else "")
-        if driver == "fuse2fs" and not is_root:
+        if driver == "ntfs-3g":  # lets everybody in by itself, to everything
+            options += ",umask=022" if allow_other else ",umask=077"
+        elif not is_root and not allow_other:
             options += ",fakeroot"  # the owners inside are other people: whoever mounts the image may read it
         yield Attempt(driver, (driver, "-o", options), needs_loop=False, runs_as_root=driver in _SET_USER_ID)
         if driver == "fuse2fs" and not writable:

@@ -53,9 +53,18 @@ def test_two_layers_of_one_xfs_can_be_mounted() -> None:
 
 
 def test_ordinary_users_may_read_every_file() -> None:
-    """The owners inside an image are not the users of this machine."""
-    (one,) = attempts(FileSystem("ext4"), writable=True, is_root=False, allow_other=True)
-    assert one.words == ("fuse2fs", "-o", "rw,allow_other,fakeroot")
+    """The owners inside an image are not the users of this machine; but not for all others, who would be root in it."""
+    (alone,) = attempts(FileSystem("ext4"), writable=True, is_root=False)
+    (shared,) = attempts(FileSystem("ext4"), writable=True, is_root=False, allow_other=True)
+    assert (alone.words[-1], shared.words[-1]) == ("rw,fakeroot", "rw,allow_other")
+
+
+@pytest.mark.parametrize("is_root", [False, True])
+def test_ntfs_is_not_open_to_all(is_root: bool) -> None:
+    """ntfs-3g lets other users read and write everything, unless it is told otherwise."""
+    for allow_other, mask in ((False, "umask=077"), (True, "umask=022")):
+        found = attempts(FileSystem("ntfs"), writable=True, is_root=is_root, allow_other=allow_other)
+        assert mask in list(found)[-1].words[-1].split(",")
 
 
 def test_set_user_id_programs_are_known() -> None:
