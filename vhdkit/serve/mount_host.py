@@ -19,6 +19,7 @@ import socket
 import stat
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _UNLIMITED_BYTES = 1 << 62  # from here on a memory group's limit is none
 _READ_AHEAD_KIB = MIB // KIB
 _CREDENTIALS = struct.Struct("3i")
 _MAX_TOLD = 64 * KIB  # of what a program says
+_MAX_WAITING = 256  # at once, for one server to end
+_LEAVING_SECONDS = 5.0  # to take somebody in, or to leave: both take no time
 _MAX_LINES = 2  # some programs go on with their manual
 
 
@@ -264,7 +267,7 @@ def find_server(mount: table.Mount) -> Server | None:
     """The server of a mount of ours, or None when it is dead. To be asked while it is still mounted."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(table.server_address(mount.device))
+        _connect(sock, table.server_address(mount.device))
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     except OSError:
         sock.close()
@@ -276,35 +279,104 @@ def find_server(mount: table.Mount) -> Server | None:
     return Server(pid, sock)
 
 
+def _connect(sock: socket.socket, address: str) -> None:
+    """Not for ever: the queue of a server that hangs may be full."""
+    deadline = time.monotonic() + _LEAVING_SECONDS
+    sock.setblocking(False)
+    while True:
+        try:
+            sock.connect(address)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            pause()
+    sock.setblocking(True)
+
+
 class Presence:
     """The server's end: whoever connects sees when the process is gone, and is told what went wrong at the end.
 
-    Nobody is accepted before: no thread is needed, and a killed process ends the connections like any other.
+    A thread takes them in: those who only look would fill the queue one day, and the next would wait for ever. Only the
+    same user and root can unmount, and so only they are kept.
     """
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._waiting: list[socket.socket] = []
+        self._thread: threading.Thread | None = None
 
     def show(self, mountpoint: str) -> None:
         """From now on we are found. Called while the kernel waits for us: the mount itself must not be touched."""
         mount = table.top_at(mounts(), mountpoint)
         with contextlib.suppress(OSError):  # then nobody can wait for us, no more
             if mount is not None:
-                self._sock.bind(table.server_address(mount.device))
+                self._bind(table.server_address(mount.device))
                 self._sock.listen()
+                self._thread = threading.Thread(target=self._take_in, name="presence", daemon=True)
+                self._thread.start()
+
+    def _bind(self, address: str) -> None:
+        """Device numbers are used again at once: the server that had ours may not have left yet."""
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while True:
+            try:
+                self._sock.bind(address)
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                    raise
+                pause()
+
+    def _take_in(self) -> None:
+        while True:
+            try:
+                client, _ = self._sock.accept()
+            except OSError as error:
+                if error.errno in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    pause()
+                    continue
+                return  # we are leaving
+            _, user, _ = _CREDENTIALS.unpack(
+                client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            self._waiting = [one for one in self._waiting if not _is_gone(one)]
+            if user in (0, os.geteuid()) and len(self._waiting) < _MAX_WAITING:
+                self._waiting.append(client)
+            else:
+                client.close()
+
+    def leave(self) -> None:
+        """The mount is gone: its device's number, and so our name, may be another's; who waits for us still does."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which takes in those who came before
+        if self._thread is not None:
+            self._thread.join()
+        self._sock.close()
 
     def tell(self, problem: str) -> None:
-        """Tell all who wait."""
-        self._sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                client, _ = self._sock.accept()
-                with client, contextlib.suppress(OSError):  # some will have gone
-                    client.sendall(problem.encode("utf-8", "replace"))
+        """Tell all who wait, and wait no more. After `leave`."""
+        for client in self._waiting:
+            with client, contextlib.suppress(OSError):  # some will have gone
+                client.sendall(problem.encode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Not found any more."""
-        self._sock.close()
+        """Not found any more, and nobody waits."""
+        self.leave()
+        for client in self._waiting:
+            client.close()
+
+
+def _is_gone(client: socket.socket) -> bool:
+    try:
+        if client.recv(1, socket.MSG_DONTWAIT):
+            return False  # it has nothing to say, but is there
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    client.close()
+    return True
 
 
 @dataclass(slots=True)

@@ -253,6 +253,7 @@ def _serve(export: ImageExport, tree: Tree, base: str, options: str, ready: Call
         ready()
 
     code = fuse_mount.serve(tree, base, options, usable)
+    presence.leave()
     try:
         export.disk.close()
     except errors.VhdkitError as error:

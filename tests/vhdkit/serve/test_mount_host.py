@@ -94,11 +94,37 @@ def test_a_server_is_found_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     told: list[str | None] = []
     waiting = threading.Thread(target=lambda: told.append(server.wait()))
     waiting.start()
+    presence.leave()
+    assert host.find_server(mount) is None
+    following = host.Presence()
+    following.show("/mnt")  # the number of the device is used again, before the old server has ended
+    found = host.find_server(mount)
+    assert found is not None
+    found.close()
     presence.tell("the disk is full")
     waiting.join(30)
     assert told == ["the disk is full"]
     presence.close()
+    following.close()
     assert host.find_server(mount) is None
+
+
+def test_a_server_is_found_however_often_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody stays in the queue, of which the kernel makes an end, and all who really wait are told."""
+    mount = Mount(f"0:{os.getpid()}-often", "/mnt", "fuse.vhdkit", "/x", frozenset())
+    monkeypatch.setattr(host, "mounts", lambda: [mount])
+    monkeypatch.setattr(host, "_LEAVING_SECONDS", 120.0)
+    presence = host.Presence()
+    presence.show("/mnt")
+    stays = [host.find_server(mount) for _ in range(2)]
+    for _ in range(400):
+        server = host.find_server(mount)
+        assert server is not None
+        server.close()
+    presence.leave()
+    presence.tell("no")
+    presence.close()
+    assert [one and one.wait() for one in stays] == ["no", "no"]
 
 
 def test_a_server_that_dies_ends_the_waiting() -> None:
