@@ -48,7 +48,7 @@ _MAX_LINES = 2  # some programs go on with their manual
 def read_text(path: str) -> str:
     """A file of the kernel's; empty where there is none or none for us."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:  # names may hold "\r"
             return file.read()
     except OSError:
         return ""
@@ -73,7 +73,7 @@ def loop_files() -> dict[str, str]:
     found = {}
     with contextlib.suppress(OSError):
         for name in os.listdir("/sys/block"):
-            file = read_text(f"/sys/block/{name}/loop/backing_file").rstrip("\n")
+            file = read_text(f"/sys/block/{name}/loop/backing_file").removesuffix("\n")
             if file:
                 found[f"/dev/{name}"] = file
     return found

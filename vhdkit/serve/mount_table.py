@@ -66,7 +66,7 @@ class Stack:
 def parse(text: str) -> list[Mount]:
     """/proc/self/mountinfo, oldest mount first. Lines that make no sense are left out."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # the one end of a line that does not stand as it is in names
         left, sign, right = line.partition(" - ")
         fields, more = left.split(" "), right.split(" ")
         if sign and len(fields) >= 6 and len(more) >= 3:

@@ -149,3 +149,9 @@ def test_who_keeps_a_folder_busy(tmp_path: Path) -> None:
 def test_documents_that_are_none() -> None:
     """What cannot be read, or says something else, is an empty document."""
     assert host.read_json("/nowhere") == {} and host.read_json("/proc/self/mountinfo") == {}
+
+
+def test_files_of_the_kernel_are_read_as_they_are(tmp_path: Path) -> None:
+    """A carriage return may stand in a name, and so in the kernel's tables."""
+    (tmp_path / "table").write_bytes(b"a\rb\r\n\xff\n")
+    assert host.read_text(str(tmp_path / "table")) == "a\rb\r\n\udcff\n"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vhdkit.serve.mount_table import (
     driver_name,
     option_text,
@@ -36,6 +38,13 @@ def test_lines_are_read() -> None:
     assert mounts[1].owner_id == 1000 and not mounts[1].is_writable and mounts[1].is_ours
     assert mounts[2].file_system == "ext4" and mounts[2].source == "/dev/loop0" and mounts[2].owner_id is None
     assert mounts[3].is_writable and not mounts[6].is_ours
+
+
+@pytest.mark.parametrize("end", ["\r", "\f", "\x1c", "\x85", "\u2028"])
+def test_names_end_no_line(end: str) -> None:
+    """The kernel escapes blanks and newlines alone: a name must not hide its mount, nor make up another."""
+    text = f"50 27 0:50 / /mnt/a{end}60 27 0:39 / /etc rw - fuse.vhdkit x rw - fuse.vhdkit /x{end}y ro\n"
+    assert [one.mountpoint for one in parse(text)] == [f"/mnt/a{end}60"]
 
 
 def test_file_systems_are_found_on_their_base() -> None:
