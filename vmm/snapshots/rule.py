@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delete rule: which image goes, which is merged into which, which stays. A pure function over files.
+
+The rule is Hyper-V's. Dependants of an image are files that stand on it, whoever made them. An image that no snapshot
+froze, that the machine does not write to, and that no other machine uses, is judged by how many it has:
+
+    none           it is removed now, when it was made for this machine; a user's own image is never removed
+    exactly one    that one is merged down INTO it, and takes its place under its name:
+
+                       A <- (B) <- C        B was deleted        A <- B'        B' reads as C did
+                                                                                 C's file is gone
+
+    two or more    it stays, hidden: two merges would need the space twice. It is judged again when one of them goes
+
+So nothing is ever merged into an image that anybody still needs as it is. Merges follow each other in one step: where
+(B) and (C) both are deleted, D goes into B.
+
+`INV-DELETE-RULE`: whatever is done by a plan, every frozen image, the one written to, and everything on top of foreign
+images reads the same bytes, under the paths that `Tree.merged` says; only images that are `ours` are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from vmm.snapshots.tree import Image
+
+FOREIGN = "an image that was not made by vmm for this machine stands on it"
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """`layers`, the newest first, go into `target`, which then is what the newest was."""
+
+    target: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the rule says. `unlink` is in the order in which it may be done, `kept` is path -> why it stays hidden.
+
+    `forget` are user's own images with which nothing is left to do.
+    """
+
+    unlink: tuple[str, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    forget: tuple[str, ...] = ()
+
+
+def plan(
+    images: Mapping[str, Image],
+    *,
+    frozen: Iterable[str],
+    live: Iterable[str],
+    foreign: Mapping[str, Collection[str]] | None = None,
+    held: Collection[str] = (),
+) -> Plan:
+    """Judge all images of a machine.
+
+    `frozen`: what snapshots need; `live`: what the machine writes to; `foreign`: image -> files that stand on it and
+    are none of `images`; `held`: images that other machines use themselves.
+    """
+    foreign = foreign or {}
+    pinned = {*frozen, *held}
+    needed = {*pinned, *live}
+    left = dict(images)
+    unlink = _removable(left, needed, foreign)
+    dependants = _dependants(left)
+    mergeable: dict[str, str] = {}  # an image -> the one that goes into it
+    kept: dict[str, str] = {}
+    for path in left:
+        if path in needed:
+            continue
+        ours, others = dependants[path], foreign.get(path, ())
+        if len(ours) + len(others) >= 2:
+            kept[path] = f"{len(ours) + len(others)} images stand on it"
+        elif others:
+            kept[path] = FOREIGN
+        elif ours:
+            problem = _obstacle(ours[0], left, foreign, held)
+            if problem is None:
+                mergeable[path] = ours[0]
+            else:
+                kept[path] = problem
+    merges = tuple(_run(path, mergeable) for path in mergeable if path not in mergeable.values())
+    forget = tuple(path for path, one in left.items() if not one.ours and not dependants[path] and path not in pinned)
+    return Plan(tuple(unlink), merges, kept, forget)
+
+
+def _removable(left: dict[str, Image], needed: set[str], foreign: Mapping[str, Collection[str]]) -> list[str]:
+    """What has no dependants, then what has none without those, and so on; taken out of `left`."""
+    found: list[str] = []
+    while True:
+        dependants = _dependants(left)
+        leaves = [
+            path
+            for path, one in left.items()
+            if one.ours and path not in needed and not dependants[path] and not foreign.get(path)
+        ]
+        if not leaves:
+            return found
+        found += leaves
+        for path in leaves:
+            del left[path]
+
+
+def _dependants(images: Mapping[str, Image]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {path: [] for path in images}
+    for path, one in images.items():
+        if one.parent in found:
+            found[one.parent].append(path)
+    return found
+
+
+def _obstacle(
+    path: str, images: Mapping[str, Image], foreign: Mapping[str, Collection[str]], held: Collection[str]
+) -> str | None:
+    """Why the image at `path` cannot be merged away, though it is the only one on its parent."""
+    if not images[path].ours:
+        return FOREIGN
+    if path in held:
+        return "another machine uses the image that stands on it"
+    if foreign.get(path):
+        return "an image of somebody else's stands on the one that would be merged away"
+    return None
+
+
+def _run(target: str, mergeable: Mapping[str, str]) -> Merge:
+    """All that goes into the target, one on the other."""
+    layers: list[str] = []
+    step = target
+    while step in mergeable:
+        step = mergeable[step]
+        layers.insert(0, step)
+    return Merge(target, tuple(layers))
