@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vhdkit.chain.compare import Comparison, compare
     from vhdkit.chain.convert import convert
     from vhdkit.chain.create import DiskFormat, create_child, create_image
+    from vhdkit.chain.family import chain_paths, find_children
     from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
     from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
     from vhdkit.chain.rebase import rebase
@@ -103,6 +104,7 @@ __all__ = [
     "SyncFailed",
     "UnsupportedFormat",
     "VhdkitError",
+    "chain_paths",
     "check",
     "clone",
     "collect_garbage",
@@ -111,6 +113,7 @@ __all__ = [
     "convert",
     "create_child",
     "create_image",
+    "find_children",
     "merge",
     "merge_under_way",
     "open_disk",
@@ -132,6 +135,7 @@ _HOMES = {
     "vhdkit.chain.compare": "Comparison compare",
     "vhdkit.chain.convert": "convert",
     "vhdkit.chain.create": "DiskFormat create_child create_image",
+    "vhdkit.chain.family": "chain_paths find_children",
     "vhdkit.chain.garbage": "GarbageItem GarbageKind collect_garbage",
     "vhdkit.chain.merge": "Merge merge merge_under_way resume_merge",
     "vhdkit.chain.rebase": "rebase",

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths of chains, and who stands on an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+
+
+def test_chain_and_children(tmp_path: Path) -> None:
+    """A chain is told leaf first; children are found beside an image and in the folders given; damage is passed over."""
+    base, elsewhere = tmp_path / "base.vhd", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    vhdkit.create_image(base, 1 << 20)
+    vhdkit.create_child(tmp_path / "a.avhd", base)
+    vhdkit.create_child(tmp_path / "b.avhd", tmp_path / "a.avhd")
+    options = vhdkit.OpenOptions(parent_dirs=(str(tmp_path),))
+    vhdkit.create_child(elsewhere / "c.avhd", base, options=options)
+    (tmp_path / "damaged.vhd").write_bytes(b"conectix" * 200)
+    assert vhdkit.chain_paths(tmp_path / "b.avhd") == [str(tmp_path / name) for name in ("b.avhd", "a.avhd", "base.vhd")]
+    with vhdkit.open_disk(tmp_path / "b.avhd", writable=True):  # in use
+        found = vhdkit.find_children([base, tmp_path / "a.avhd", tmp_path / "b.avhd"])
+        assert list(found.values()) == [[str(tmp_path / "a.avhd")], [str(tmp_path / "b.avhd")], []]
+        assert sorted(vhdkit.find_children([base], folders=[elsewhere])[str(base)]) == [
+            str(tmp_path / "a.avhd"), str(elsewhere / "c.avhd"),
+        ]  # fmt: skip
+    with pytest.raises(vhdkit.NotFound):
+        vhdkit.find_children([tmp_path / "nowhere.vhd"])
+
+
+def test_children_of_raw_images(tmp_path: Path) -> None:
+    """A raw parent has no id; its children are known by its path."""
+    raw = tmp_path / "base.raw"
+    raw.write_bytes(bytes(1 << 20))
+    options = vhdkit.OpenOptions(allow_raw_parent=True)
+    vhdkit.create_child(tmp_path / "a.avhd", raw, options=options)
+    assert vhdkit.find_children([raw]) == {str(raw): [str(tmp_path / "a.avhd")]}

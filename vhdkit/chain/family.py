@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who stands on whom: the paths of a chain, and the images that stand on others.
+
+Decides nothing of its own: where a parent is looked for, and when an image is one's child, is `resolve`'s decision.
+Nothing is locked or changed, so images in use can be asked about.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vhdkit.chain import pending
+from vhdkit.chain.resolve import OpenOptions, find_children_of, folders_of_children, open_layers, unique_id
+from vhdkit.folder import real_path
+from vhdkit.store import FileStore
+
+
+def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[str]:
+    """The real paths of an image and all that it stands on, leaf first. Raises what opening the chain raises."""
+    layers = open_layers(path, options=replace(options or OpenOptions(), lock=False))
+    try:
+        files = [pending.file_of(layer.store) for layer in layers]
+        return [real_path(file.name) for file in files if file is not None]
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def find_children(
+    paths: Sequence[str | os.PathLike[str]], *, folders: Sequence[str | os.PathLike[str]] = ()
+) -> dict[str, list[str]]:
+    """For each image, by the path given, the real paths of the images that stand on it.
+
+    They are looked for beside each image and in `folders`; each file is looked at once, and damaged ones are passed
+    over. Raises NotFound and what reading the images raises.
+    """
+    names = [os.fspath(path) for path in paths]
+    parents = []
+    places = [os.fspath(folder) for folder in folders]
+    for name in names:
+        with FileStore.open(name) as store:
+            parents.append((unique_id(store), real_path(name)))
+        places += folders_of_children(name, ())
+    return dict(zip(names, find_children_of(parents, places), strict=True))
