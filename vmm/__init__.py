@@ -34,6 +34,10 @@ if TYPE_CHECKING:
         WrongState,
     )
     from vmm.manager import Deletion, DiskWish, MachineInfo, Manager
+    from vmm.snapshots.apply import Applied
+    from vmm.snapshots.delete import Deleted
+    from vmm.snapshots.door import MachineSnapshots
+    from vmm.snapshots.tree import Snapshot
     from vmm.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
     from vmm.state import MachineState
 
@@ -42,7 +46,9 @@ __all__ = [
     "AdapterSpec",
     "AgentUnavailable",
     "AlreadyExists",
+    "Applied",
     "AutomaticSpec",
+    "Deleted",
     "Deletion",
     "DiskSpec",
     "DiskWish",
@@ -50,6 +56,7 @@ __all__ = [
     "IntegrationSpec",
     "InvalidSpec",
     "MachineInfo",
+    "MachineSnapshots",
     "MachineSpec",
     "MachineState",
     "Manager",
@@ -58,6 +65,7 @@ __all__ = [
     "PathsSpec",
     "QemuFailed",
     "Refused",
+    "Snapshot",
     "StoreFailed",
     "TimedOut",
     "Unsupported",
@@ -72,6 +80,10 @@ _HOMES = {
         "StoreFailed TimedOut Unsupported VmmError WrongState"
     ),
     "vmm.manager": "Deletion DiskWish MachineInfo Manager",
+    "vmm.snapshots.apply": "Applied",
+    "vmm.snapshots.delete": "Deleted",
+    "vmm.snapshots.door": "MachineSnapshots",
+    "vmm.snapshots.tree": "Snapshot",
     "vmm.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
     "vmm.state": "MachineState",
 }

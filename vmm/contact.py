@@ -43,6 +43,7 @@ from vmm.paths import (
 )
 from vmm.proc import is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
+from vmm.snapshots.store import has_tree, holding
 from vmm.state import MachineState, processes_of
 
 COME_BACK_SECONDS = 20.0  # for a worker to be there again
@@ -178,9 +179,15 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
     Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
     """
     place = Place.of(name)
-    with machine_lock(place.machine.folder, name):
+    with machine_lock(place.machine.folder, name), contextlib.ExitStack() as stack:
         _refuse_twin(place)
         _refuse_running(place)
+        if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
+            held = stack.enter_context(holding(place.machine, name))
+            if held.tree.journal is not None:
+                from vmm.snapshots.settle import settle_folder
+
+                settle_folder(held)
         if discard_saved and saved.is_saved(place.machine):
             saved.discard(place.machine)
             add_event(place.machine.events, "saved-state-discarded")

@@ -33,6 +33,9 @@ from vmm.launch import open_medium
 from vmm.paths import default_folders
 from vmm.registry import Machine
 from vmm.rpc import Progress
+from vmm.snapshots.delete import delete_all, images_to_delete
+from vmm.snapshots.door import MachineSnapshots
+from vmm.snapshots.store import has_tree, load_tree
 from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.state import MachineState, processes_of
 
@@ -141,6 +144,11 @@ class Manager:
         machine = Place.of(name).machine
         return machine.console_log if log == "console" else machine.log(log)
 
+    def snapshots(self, name: str) -> MachineSnapshots:
+        """A machine's snapshots: taking them, going back, merging. Raises NotFound."""
+        registry.load(name)
+        return MachineSnapshots(name)
+
     # -- making and changing ----------------------------------------------------------------------------------------
 
     def create(
@@ -207,10 +215,15 @@ class Manager:
                 registry.save(machine, spec)
         return running is not None and bool(hardware)
 
-    def plan_delete(self, name: str, *, with_disks: bool = False) -> Deletion:
-        """What `delete` would remove. Raises WrongState while the machine runs, InUse for a disk in use."""
+    def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
+        """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
         machine = registry.load(name)
         self._refuse_running(machine, "delete it")
+        if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
+            raise WrongState(
+                f"has {count} snapshot{'s' if count > 1 else ''}", machine=name,
+                hint=f"vmm delete {name} --with-snapshots takes them along",
+            )  # fmt: skip
         disks, kept = [], []
         for disk in machine.spec.disks:
             if disk.path is None:
@@ -229,15 +242,20 @@ class Manager:
                     disks.append(disk.path)
                 except VmmError as error:
                     kept.append((disk.path, error.problem))
+        if with_disks:
+            disks += [path for path in images_to_delete(machine) if path not in disks]
         return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
 
-    def delete(self, name: str, *, with_disks: bool = False) -> Deletion:
-        """Remove a machine, its saved state and logs; with its writable images where asked for. Never a parent.
+    def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
+        """Remove a machine, its saved state and logs; with its images, those of its snapshots too, where asked for.
 
-        Raises WrongState while it runs, and nothing is removed then.
+        Never a parent that was not the machine's own. Raises WrongState while it runs or, unless `with_snapshots`, has
+        snapshots, and nothing is removed then.
         """
         with registry.changing(name) as machine:
-            plan = self.plan_delete(name, with_disks=with_disks)
+            plan = self.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
+            if has_tree(machine.paths):
+                delete_all(machine)
             registry.remove(machine)
             for path in plan.disks:
                 os.unlink(path)

@@ -6,10 +6,10 @@
        |            '-- frozen by snapshot B
        '-- frozen by snapshot A                       tree: A <- B <- now
 
-Decides what a snapshot is, how names are chosen and found, and what happens to the tree when a snapshot comes, goes, or
-is gone back to. An image that a snapshot froze is never written again, so a snapshot's disks are the paths of such
-images. `images` are those that a merge may fill: made for this machine (`ours`: it may be removed, too), or a user's own
-that a snapshot froze. Pure: nothing here looks at files.
+Decides what a snapshot is, how names are chosen and found, and what happens to the tree when a snapshot comes, goes,
+or is gone back to. An image that a snapshot froze is never written again, so a snapshot's disks are the paths of such
+images. `images` are those that a merge may fill: made for this machine (`ours`: it may be removed, too), or a user's
+own that a snapshot froze. Pure: nothing here looks at files.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def read_tree(content: bytes, path: str) -> Tree:
 def snapshot_of(document: dict[str, Any]) -> Snapshot:
     """What `snapshot_document` wrote. Raises ValueError, KeyError, TypeError."""
     snapshot = Snapshot(**document)
-    if not (isinstance(snapshot.id, str) and _ID.fullmatch(snapshot.id)):
+    if not _ID.fullmatch(snapshot.id):
         raise ValueError("id")
     if snapshot.taken_in not in get_args(TakenIn):
         raise ValueError("taken_in")
@@ -251,9 +251,9 @@ def snapshot_of(document: dict[str, Any]) -> Snapshot:
 
 def _image(document: dict[str, Any]) -> Image:
     parent = document["parent"]
-    if document["format"] not in ("vhd", "raw") or not isinstance(document["ours"], bool):
+    if document["format"] not in ("vhd", "raw") or document["ours"] not in (True, False):
         raise ValueError("image")
-    return Image(None if parent is None else _path(parent), document["ours"], document["format"])
+    return Image(None if parent is None else _path(parent), bool(document["ours"]), document["format"])
 
 
 def _path(value: object) -> str:

@@ -207,6 +207,8 @@ def test_random_histories_keep_every_state(steps: list[str], seed: int) -> None:
     assert not judged.unlink and not judged.merges, "one time is enough"
     for path in judged.kept:
         family = [one for one, parent in model.parents.items() if parent == path]
-        assert len(family) >= 2 or set(family) & set(model.clones) or set(model.clones) & {
-            one for one, parent in model.parents.items() if parent in family
-        }, "what stays hidden has two dependants or a foreign one"
+        assert (
+            len(family) >= 2
+            or set(family) & set(model.clones)
+            or set(model.clones) & {one for one, parent in model.parents.items() if parent in family}
+        ), "what stays hidden has two dependants or a foreign one"

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking a snapshot: what is refused, and all of it for a machine that does not run.
+
+    off      new leaves for all disks, a copy of the configuration
+    saved    the same; the saved memory becomes the snapshot's, too, and the machine stays saved
+
+A machine that runs is `capture`'s, in its worker; what it has in common with these is here.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import vhdkit
+from vmm import saved
+from vmm.errors import InvalidSpec
+from vmm.events import add_event
+from vmm.registry import Machine
+from vmm.snapshots.memory import SnapshotFolder, folder_of
+from vmm.snapshots.settle import settle, taken_back
+from vmm.snapshots.steps import (
+    Pivot,
+    check_chains,
+    commit,
+    commit_document,
+    options_of_all,
+    pivoted,
+    pivots_for,
+    prepare_document,
+    refuse_pass_through,
+)
+from vmm.snapshots.store import Held, holding
+from vmm.snapshots.survey import images_of
+from vmm.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
+from vmm.spec import MachineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody wants: a name (None: the time), and notes."""
+
+    name: str | None = None
+    notes: str = ""
+
+
+def begin(held: Held, spec: MachineSpec, wish: Wish, taken_in: TakenIn) -> tuple[Snapshot, list[Pivot]]:
+    """The snapshot that is going to be, and the new leaves it needs; nothing is made yet.
+
+    Raises Refused, AlreadyExists, InvalidSpec.
+    """
+    refuse_pass_through(spec)
+    tree, now = held.tree, time.time()
+    name = wish.name if wish.name is not None else tree.free_name(now)
+    tree.check_new(name)
+    if len(wish.notes) > MAX_NOTES_CHARACTERS:
+        raise InvalidSpec(f"notes have at most {MAX_NOTES_CHARACTERS} characters")
+    images = images_of(spec)
+    snapshot_id = str(uuid.uuid4())
+    snapshot = Snapshot(
+        id=snapshot_id, name=name, created=now, parent=tree.now, folder=folder_of(spec, snapshot_id), disks=images,
+        taken_in=taken_in, notes=wish.notes,
+    )  # fmt: skip
+    return snapshot, pivots_for(spec, tree, images)
+
+
+def create(machine: Machine, wish: Wish) -> Snapshot:
+    """A snapshot of a machine that is off or saved, whose lock the caller holds.
+
+    Raises Refused, AlreadyExists, InvalidSpec, NoSpace, InUse, StoreFailed; then there is no snapshot.
+    """
+    with holding(machine.paths, machine.name) as held:
+        machine = settle(held, machine)
+        is_saved = saved.is_saved(machine.paths)
+        snapshot, pivots = begin(held, machine.spec, wish, "saved" if is_saved else "off")
+        check_chains(machine.spec, snapshot.disks)
+        folder = SnapshotFolder(snapshot.folder)
+        held.note(prepare_document("create", snapshot.folder, pivots))
+        with taken_back(held, machine, "take the snapshot"):
+            folder.begin(machine.spec)
+            folder.copy_uefi(machine.paths, machine.spec)
+            if is_saved:
+                snapshot = replace(snapshot, memory_bytes=folder.take_saved(machine.paths))
+            freeze(machine.spec, pivots)
+            folder.finish()
+            add(held, snapshot, pivots)
+            held.note(commit_document(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
+        commit(held, machine)
+    add_event(machine.paths.events, "snapshot-created", snapshot=snapshot.name)
+    return snapshot
+
+
+def add(held: Held, snapshot: Snapshot, pivots: Sequence[Pivot]) -> None:
+    """The tree with the snapshot and its images, not yet written down."""
+    held.tree.add(snapshot)
+    for one in pivots:
+        held.tree.grow(one.frozen, one.child, one.format)
+
+
+def freeze(spec: MachineSpec, pivots: Sequence[Pivot]) -> None:
+    """Make the new leaves, all or none of each format. Raises VhdkitError."""
+    options = options_of_all(spec)
+    for kind in ("vhd", "raw"):
+        pairs = [(one.frozen, one.child) for one in pivots if one.format == kind]
+        if pairs:
+            vhdkit.snapshot_many(pairs, options=replace(options, format_name=vhdkit.FormatName(kind)))

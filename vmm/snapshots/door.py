@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of a machine, as the library and the command line see them: every verb, in every state.
+
+    snapshots = vmm.Manager().snapshots("web")
+    before = snapshots.create("before the update")
+    snapshots.apply(before.id, discard_current=True)
+
+Decides which verb is for files and which for the machine's worker, and what is refused before anything is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vmm import contact, registry, saved
+from vmm.contact import Place
+from vmm.errors import InvalidSpec, Refused, VmmError, WrongState, of_os_error
+from vmm.registry import Machine
+from vmm.rpc import ControlClient, Progress
+from vmm.snapshots import fold
+from vmm.snapshots.apply import Applied, apply
+from vmm.snapshots.create import Wish, create
+from vmm.snapshots.delete import Deleted, delete, forget_memory, hidden_images
+from vmm.snapshots.store import Merging, holding, load_tree, read_merging
+from vmm.snapshots.survey import images_of, judge
+from vmm.snapshots.tree import MAX_LIMIT, Snapshot, Tree
+from vmm.state import MachineState
+
+_PATIENCE_SECONDS = 600.0  # between two signs of life of the worker: a guest's memory goes to a slow disk
+MODES = ("background", "switchover", "stop")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a snapshot takes up, in bytes on the file system."""
+
+    disk_bytes: int
+    memory_bytes: int
+
+
+class MachineSnapshots:
+    """The snapshots of one machine."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def tree(self) -> Tree:
+        """All of them. Raises NotFound for a machine that is not there, VmmError."""
+        return load_tree(registry.load(self.name).paths)
+
+    def find(self, word: str) -> Snapshot:
+        """One by its name, its id, or the beginning of its id. Raises NotFound."""
+        with self._named():
+            return self.tree().find(word)
+
+    def merging(self) -> Merging | None:
+        """The merge in the background that is under way, if any."""
+        return read_merging(registry.load(self.name).paths)
+
+    def merges_due(self) -> int:
+        """How many merges wait for the machine to be off. Raises VmmError."""
+        machine = registry.load(self.name)
+        return len(judge(machine, load_tree(machine.paths)).merges)
+
+    def hidden(self) -> dict[str, str]:
+        """Images that no snapshot is on any more and that stay all the same, with the reason. Raises VmmError."""
+        return hidden_images(registry.load(self.name))
+
+    def sizes(self, snapshot: Snapshot) -> Sizes:
+        """What it takes up: the images that it froze, and its memory."""
+        disk = sum(_allocated(path) for path in snapshot.disks.values())
+        memory = 0
+        with contextlib.suppress(OSError), os.scandir(snapshot.folder) as entries:
+            memory = sum(_allocated(entry.path) for entry in entries if entry.name.endswith(".bin"))
+        return Sizes(disk, memory)
+
+    def size_of_now(self) -> int:
+        """What the present state has written since, in bytes on the file system."""
+        machine = registry.load(self.name)
+        return sum(_allocated(path) for path in images_of(machine.spec).values())
+
+    # -- taking --------------------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        snapshot_name: str | None = None,
+        *,
+        notes: str = "",
+        consistent: bool = False,
+        mode: str | None = None,
+        progress: Progress | None = None,
+    ) -> Snapshot:
+        """Take a snapshot of the machine in whatever state it is.
+
+        `consistent`: the guest's file systems are frozen meanwhile, by its agent. `mode`: how memory is captured, one
+        of `MODES`; None is the best that the host allows. Raises Refused, AlreadyExists, InvalidSpec, NoSpace,
+        AgentUnavailable, WrongState, InUse, StoreFailed, QemuFailed; then there is no snapshot.
+        """
+        if mode is not None and mode not in MODES:
+            raise InvalidSpec(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
+        with self._changing() as (machine, client):
+            if client is None:
+                if consistent:
+                    raise WrongState("does not run: nothing can be frozen in it, and nothing needs to be")
+                return create(machine, Wish(snapshot_name, notes))
+            done = client.call(
+                "snapshot-create", timeout_seconds=_PATIENCE_SECONDS, progress=progress,
+                name=snapshot_name, notes=notes, consistent=consistent, mode=mode,
+            )  # fmt: skip
+            return load_tree(machine.paths).find(str(done["id"]))
+
+    # -- going back ------------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        word: str,
+        *,
+        discard_current: bool = False,
+        snapshot_current: str | bool = False,
+        progress: Progress | None = None,
+    ) -> Applied:
+        """Make the machine what it was. One that runs is switched off for it.
+
+        The present state is dropped, which `discard_current` says that one knows, or kept as a snapshot first
+        (`snapshot_current`: True, or its name). Raises NotFound, Refused, WrongState, InUse, NoSpace, StoreFailed.
+        """
+        snapshot = self.find(word)
+        if discard_current == bool(snapshot_current):
+            raise Refused(
+                "the present state would be lost",
+                machine=self.name,
+                hint="--discard-current drops it, --snapshot-current keeps it as a snapshot; say one of them",
+            )
+        if snapshot_current:
+            self.create(snapshot_current if isinstance(snapshot_current, str) else None, progress=progress)
+        self._stop(progress)
+        with self._changing() as (machine, client):
+            if client is not None:
+                raise WrongState("was started again meanwhile", machine=self.name)
+            applied = apply(machine, snapshot.id)
+        self._merge_in_background()
+        return applied
+
+    def _stop(self, progress: Progress | None) -> None:
+        place = Place.of(self.name)
+        client = contact.contact(place)
+        if client is not None:
+            with client:
+                client.call("stop", timeout_seconds=_PATIENCE_SECONDS, progress=progress)
+            contact.wait_put_away(place)
+
+    # -- taking away -----------------------------------------------------------------------------------------------
+
+    def delete(self, word: str, *, subtree: bool = False) -> Deleted:
+        """Take one away, with `subtree` all that came of it, too, in whatever state the machine is. Raises NotFound.
+
+        What must be merged for it is merged when the machine is off: at once in the background when it is.
+        """
+        with self._changing() as (machine, client):
+            deleted = delete(machine, word, subtree=subtree, is_running=client is not None)
+        if deleted.tidied.merges and client is None:
+            self._merge_in_background()
+        return deleted
+
+    def forget_memory(self, word: str) -> Snapshot:
+        """Keep a snapshot without its memory. Raises NotFound, WrongState."""
+        with self._changing() as (machine, _):
+            return forget_memory(machine, word)
+
+    def _merge_in_background(self) -> None:
+        machine = registry.load(self.name)
+        if saved.is_saved(machine.paths):
+            return
+        try:
+            pid = fold.spawn(machine.paths, machine.runtime)
+        except OSError as error:
+            raise of_os_error(error, "start merging", machine=self.name) from error
+        if pid is not None:
+            _reap_later(pid)
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def merge(self, *, progress: Progress | None = None) -> int:
+        """Do the merges that are due for a machine that is off, and wait for them; how many were done.
+
+        Raises WrongState while it runs or is saved, and what stopped them.
+        """
+        machine = registry.load(self.name)
+        place = Place(machine.name, machine.paths, machine.runtime)
+        state = contact.state_of(place)["state"]
+        if state != MachineState.OFF:
+            raise WrongState(
+                f"is {state}: its images are in use", machine=self.name,
+                hint="merge when it is off, or while it runs with --live" if state == MachineState.RUNNING else None,
+            )  # fmt: skip
+        told = progress or (lambda document: None)
+
+        def tell(merging: Merging) -> None:
+            told({"step": "merging", "done": merging.done_bytes, "total": merging.total_bytes})
+
+        fold.follow(machine.paths, tell)
+        return fold.Fold(machine.paths, machine.runtime, tell=tell).run()
+
+    def merge_live(
+        self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """Do the merges that are due while the machine runs; what each came to.
+
+        `max_rate_bytes`: so many a second at most. Raises WrongState when it does not run, InUse for a disk that grows
+        faster than it is merged; what was merged by then stays merged.
+        """
+        place = Place.of(self.name)
+        client = contact.contact(place)
+        if client is None:
+            raise WrongState("does not run", machine=self.name, hint=f"vmm snapshot merge {self.name}")
+        with client:
+            done: list[dict[str, Any]] = client.call(
+                "snapshot-merge", timeout_seconds=_PATIENCE_SECONDS, progress=progress, max_rate_bytes=max_rate_bytes
+            )
+        return done
+
+    def cancel_merge(self) -> bool:
+        """Stop a merge, live or in the background; nothing is lost, and it goes on from there.
+
+        False: there is none.
+        """
+        place = Place.of(self.name)
+        client = contact.contact(place)
+        if client is not None:
+            with client:
+                return bool(client.call("snapshot-merge-cancel")["cancelled"])
+        if read_merging(place.machine) is None:
+            return False
+        with holding(place.machine, self.name):
+            return True
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def rename(self, word: str, name: str) -> None:
+        """Give one another name. Raises NotFound, AlreadyExists, InvalidSpec."""
+        with self._changing() as (machine, _), holding(machine.paths, self.name, stop_merge=False) as held:
+            held.tree.rename(held.tree.find(word), name)
+            held.save()
+
+    def annotate(self, word: str, notes: str) -> None:
+        """Give one other notes. Raises NotFound, InvalidSpec."""
+        with self._changing() as (machine, _), holding(machine.paths, self.name, stop_merge=False) as held:
+            held.tree.annotate(held.tree.find(word), notes)
+            held.save()
+
+    def set_limit(self, limit: int) -> None:
+        """How many the machine may have. Raises InvalidSpec."""
+        if not 1 <= limit <= MAX_LIMIT:
+            raise InvalidSpec(f"a machine may have 1 to {MAX_LIMIT} snapshots")
+        with self._changing() as (machine, _), holding(machine.paths, self.name, stop_merge=False) as held:
+            held.tree.limit = limit
+            held.save()
+
+    # -- small things ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[tuple[Machine, ControlClient | None]]:
+        """The machine, which nobody else changes meanwhile, and its worker where it runs."""
+        with self._named(), registry.changing(self.name) as machine:
+            client = contact.contact(Place(machine.name, machine.paths, machine.runtime))
+            with client if client is not None else contextlib.nullcontext():
+                yield machine, client
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors say which machine they are about."""
+        try:
+            yield
+        except VmmError as error:
+            error.machine = error.machine or self.name
+            raise
+
+
+def _allocated(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _reap_later(pid: int) -> None:
+    """A child that outlives us is init's; one that does not must not stay a zombie of a long-lived program."""
+    import threading
+
+    def wait() -> None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+    threading.Thread(target=wait, name="vmm-merge", daemon=True).start()

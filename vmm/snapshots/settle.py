@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command was in the middle of when it was killed: finished, or taken back.
+
+    journal                     what is done
+    create, apply: prepare      the new leaves were never used: they go, and so do unfinished folders
+    create: prepare, live       the guest may have written to the new leaves: they are the machine's disks now, and the
+                                images below them, on which no snapshot is, are merged when it is off
+    commit                      put in place again what it says
+    delete                      the folders that are left go
+    merge                       when the newest layer is gone it was finished; else it begins again at the next chance
+    live merge                  the newest image in the line that the merge left is the machine's disk
+
+Decides nothing about images that is not in the journal. The machine does not run, and nobody else is at its tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+
+import vhdkit
+from vmm import registry
+from vmm.errors import VmmError
+from vmm.paths import write_whole
+from vmm.registry import Machine
+from vmm.snapshots.memory import SnapshotFolder, applied_folder
+from vmm.snapshots.steps import (
+    Pivot,
+    commit,
+    finish_merge,
+    options_of_all,
+    pivoted,
+    pivots_in,
+    relocated,
+    remove_image,
+    store_problem,
+)
+from vmm.snapshots.store import Held, load_tree
+from vmm.snapshots.tree import Image
+
+
+def settle_folder(held: Held) -> Machine:
+    """Settle the machine whose tree it is. Raises VmmError."""
+    return settle(held, registry.load_folder(held.machine.folder))
+
+
+@contextlib.contextmanager
+def taken_back(held: Held, machine: Machine, doing: str) -> Iterator[None]:
+    """Whatever fails in the block, Ctrl-C too, is settled at once.
+
+    Raises VmmError for failures of files and images.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(VmmError):  # such as for a full disk: then the next command settles it
+            held.tree = load_tree(machine.paths)
+            settle(held, machine)
+        if isinstance(error, OSError | vhdkit.VhdkitError):
+            raise store_problem(error, doing) from error
+        raise
+
+
+def settle(held: Held, machine: Machine) -> Machine:
+    """Settle what the journal says; the machine as it is then. Raises VmmError, and tries again the next time."""
+    journal = held.tree.journal
+    if journal is None:
+        return machine
+    try:
+        match journal["op"]:
+            case "create" | "apply" if journal.get("live"):
+                machine = adopt(held, machine, pivots_in(journal))
+                _discard(journal.get("folder"))
+            case "create" | "apply":
+                for one in pivots_in(journal):
+                    remove_image(one.child)
+                shutil.rmtree(applied_folder(machine.paths), ignore_errors=True)
+                if journal["op"] == "create":
+                    _discard(journal.get("folder"))
+            case "commit":
+                return commit(held, machine)
+            case "delete":
+                for folder in journal["folders"]:
+                    _discard(str(folder))
+            case "merge":
+                layers = [str(path) for path in journal["layers"]]
+                if not os.path.lexists(layers[0]):
+                    machine = finish_merge(held, machine, str(journal["target"]), layers)
+            case "live-merge":
+                machine = _follow(held, machine, str(journal["disk"]))
+    except OSError as error:
+        raise store_problem(error, "settle the machine's snapshots") from error
+    held.note(None)
+    return machine
+
+
+def adopt(held: Held, machine: Machine, pivots: list[Pivot]) -> Machine:
+    """The new leaves that are there are the machine's disks."""
+    there = [one for one in pivots if os.path.exists(one.child)]
+    for one in there:
+        held.tree.grow(one.frozen, one.child, one.format)
+    held.save()  # before the definition: an image that is not known is never removed
+    spec = pivoted(machine.spec, there)
+    if spec != machine.spec:
+        write_whole(machine.paths.definition, spec.to_json())
+    return Machine(spec, machine.paths, machine.runtime)
+
+
+def _follow(held: Held, machine: Machine, disk_id: str) -> Machine:
+    """After a live merge that nobody saw the end of: the disk's newest image, and what it really stands on."""
+    disk = machine.spec.disk(disk_id)
+    if disk is None or disk.path is None:
+        return machine
+    path = disk.path
+    journal = held.tree.journal
+    assert journal is not None
+    try:
+        if not os.path.exists(path):  # merged away: its target took its place
+            path = str(journal["target"])
+        while children := [one for one in vhdkit.find_children([path])[path] if one not in held.tree.images]:
+            path = children[0]  # a leaf that the merge put on top meanwhile
+        chain = vhdkit.chain_paths(path, options=options_of_all(machine.spec))
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "follow the disk") from error
+    return took_over(held, machine, disk_id, chain)
+
+
+def took_over(held: Held, machine: Machine, disk_id: str, chain: list[str]) -> Machine:
+    """The disk's chain is this one now, leaf first: the tree and the definition say so. The journal says the merge."""
+    tree = held.tree
+    journal = tree.journal
+    assert journal is not None
+    layers = [str(path) for path in journal["layers"]]
+    if not os.path.lexists(layers[0]):
+        tree.merged(str(journal["target"]), layers)
+    disk = machine.spec.disk(disk_id)
+    assert disk is not None and disk.path is not None
+    if disk.path != chain[0]:
+        image = tree.images.get(chain[0])
+        machine = Machine(
+            relocated(machine.spec, {disk_id: (chain[0], image.format if image is not None else "vhd")}),
+            machine.paths, machine.runtime,
+        )  # fmt: skip
+    for child, parent in pairwise(chain):
+        known = tree.images.get(child)
+        if known is None and parent in tree.images:
+            tree.images[child] = Image(parent, ours=True)  # made by the merge
+        elif known is not None and known.ours:
+            tree.images[child] = Image(parent, ours=True, format=known.format)
+    for path in [path for path, one in tree.images.items() if one.ours and not os.path.lexists(path)]:
+        tree.forget(path)
+    held.save()
+    write_whole(machine.paths.definition, machine.spec.to_json())
+    return machine
+
+
+def _discard(folder: str | None) -> None:
+    if folder is not None:
+        SnapshotFolder(folder).discard()

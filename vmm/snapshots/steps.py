@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps that taking and applying a snapshot have in common: new leaves, the one moment at which it counts,
+tidying.
+
+    journal: prepare     new images and folders are made; whatever ends here is taken back
+    journal: commit      it counts: definition, saved memory and UEFI variables are put in place, any number of times
+    no journal           what nobody needs any more goes, as the rule says
+
+Decides what a new leaf is called and how a disk's definition changes with it. A new leaf lies beside the image that it
+stands on, as Hyper-V 2008 R2 puts it: whoever opens that image for writing looks there for children, and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import vhdkit
+from vmm.errors import Refused, VmmError, of_os_error
+from vmm.paths import sync_folder, write_whole
+from vmm.registry import Machine
+from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
+from vmm.snapshots.store import Held
+from vmm.snapshots.survey import judge
+from vmm.snapshots.tree import Image, Tree
+from vmm.spec import DiskSpec, MachineSpec, read_spec
+
+_OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}")
+_MAX_STEM_BYTES = 200  # a name has 255 bytes
+SavedStep = Literal["adapt", "put", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pivot:
+    """A disk's image that is frozen, and the child that takes the writes from then on."""
+
+    disk: str
+    frozen: str
+    child: str
+    format: Literal["vhd", "raw"]  # of the frozen one
+
+
+@dataclass(frozen=True, slots=True)
+class Tidied:
+    """What the rule did, and what is left for a merge. `kept`: image -> why it stays though no snapshot is on it."""
+
+    removed: tuple[str, ...]
+    merges: int
+    kept: Mapping[str, str]
+
+
+def options_of(disk: DiskSpec) -> vhdkit.OpenOptions:
+    """How the disk's chain is opened."""
+    return vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
+
+
+def options_of_all(spec: MachineSpec) -> vhdkit.OpenOptions:
+    """How any chain of the machine's is opened: with all folders that one of its disks allows."""
+    folders = [folder for disk in spec.disks for folder in disk.parent_dirs]
+    raw = any(disk.allow_raw_parent or disk.format == "raw" for disk in spec.disks)
+    return vhdkit.OpenOptions(parent_dirs=tuple(dict.fromkeys(folders)), allow_raw_parent=raw)
+
+
+def refuse_pass_through(spec: MachineSpec) -> None:
+    """Raise Refused where a disk's content is not ours to freeze."""
+    for disk in spec.disks:
+        if disk.kind == "pass-through":
+            raise Refused(
+                f"has a passed-through disk ({disk.id}), whose content no snapshot can hold",
+                machine=spec.name,
+                path=disk.path,
+                hint=f"remove it first: vmm disk remove {spec.name} {disk.id}",
+            )
+
+
+def pivots_for(spec: MachineSpec, tree: Tree, frozen: Mapping[str, str]) -> list[Pivot]:
+    """A new leaf for each of the machine's own disks, on the images given by disk id."""
+    found = []
+    for disk in spec.disks:
+        if disk.is_writable_image and disk.id in frozen:
+            path = frozen[disk.id]
+            known = tree.images.get(path)
+            kind = known.format if known is not None else (disk.format or "vhd")
+            found.append(Pivot(disk.id, path, child_path(path), kind))
+    return found
+
+
+def child_path(frozen: str) -> str:
+    """A name for a new leaf beside an image: its own, and eight digits that nobody has."""
+    folder, name = os.path.split(frozen)
+    stem = os.path.splitext(name)[0]
+    if ours := _OWN_NAME.fullmatch(stem):
+        stem = ours[1]
+    stem = os.fsdecode(os.fsencode(stem)[:_MAX_STEM_BYTES])
+    while True:
+        path = os.path.join(folder, f"{stem}_{secrets.token_hex(4)}.avhd")
+        if not os.path.lexists(path):
+            return path
+
+
+def pivoted(spec: MachineSpec, pivots: Sequence[Pivot]) -> MachineSpec:
+    """The definition with the new leaves."""
+    return relocated(spec, {one.disk: (one.child, "vhd") for one in pivots})
+
+
+def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, str]]) -> MachineSpec:
+    """The definition with other images: disk id -> (path, format)."""
+    disks = []
+    for disk in spec.disks:
+        if disk.id in images:
+            path, kind = images[disk.id]
+            raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind == "vhd")
+            disk = disk.model_copy(update={"path": path, "format": kind, "allow_raw_parent": raw_below})
+        disks.append(disk)
+    return spec.changed(disks=disks)
+
+
+# -- the journal -----------------------------------------------------------------------------------------------------
+
+
+def prepare_document(op: str, folder: str | None, pivots: Sequence[Pivot], *, live: bool = False) -> dict[str, Any]:
+    """What is written down before anything is made."""
+    rows = [[one.disk, one.frozen, one.child, one.format] for one in pivots]
+    return {"op": op, "phase": "prepare", "folder": folder, "children": rows, "live": live}
+
+
+def pivots_in(journal: Mapping[str, Any]) -> list[Pivot]:
+    """The pivots that `prepare_document` wrote down."""
+    rows = [[str(word) for word in row] for row in journal["children"]]
+    return [Pivot(row[0], row[1], row[2], "raw" if row[3] == "raw" else "vhd") for row in rows]
+
+
+def commit_document(spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> dict[str, Any]:
+    """What is to be put in place."""
+    return {"op": "commit", "definition": json.loads(spec.to_json()), "saved": saved, "uefi": uefi}
+
+
+def commit(held: Held, machine: Machine) -> Machine:
+    """Put in place what the journal says. Raises VmmError; the next command tries again."""
+    journal = held.tree.journal
+    assert journal is not None and journal["op"] == "commit"
+    spec = read_spec(json.dumps(journal["definition"]).encode(), machine.paths.definition)
+    write_whole(machine.paths.definition, spec.to_json())
+    match journal["saved"]:
+        case "adapt":
+            adapt_saved(machine.paths, spec)
+        case "put":
+            put_saved(machine.paths)
+            adapt_saved(machine.paths, spec)
+        case "drop":
+            drop_saved(machine.paths)
+    if journal["uefi"] is not None:
+        try:
+            with open(journal["uefi"], "rb") as file:
+                write_whole(machine.paths.uefi_variables, file.read())
+        except OSError as error:
+            raise of_os_error(error, "bring the UEFI variables back", path=journal["uefi"]) from error
+    held.note(None)
+    return Machine(spec, machine.paths, machine.runtime)
+
+
+# -- tidying ---------------------------------------------------------------------------------------------------------
+
+
+def tidy(held: Held, machine: Machine) -> Tidied:
+    """Remove what the rule says goes now; merges are left to `fold`. Raises VmmError."""
+    plan = judge(machine, held.tree)
+    removed = []
+    kept = dict(plan.kept)
+    for path in plan.unlink:
+        try:
+            remove_image(path)
+        except OSError as error:
+            kept[path] = str(of_os_error(error, "remove the image", path=path))
+            break  # what it stands on stays with it
+        removed.append(path)
+        held.tree.forget(path)
+    for path in plan.forget:
+        held.tree.forget(path)
+    if removed or plan.forget:
+        held.save()
+    return Tidied(tuple(removed), len(plan.merges), kept)
+
+
+def remove_image(path: str) -> None:
+    """Remove an image of ours, durably; one that is gone is fine. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_folder(os.path.dirname(path))
+
+
+def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
+    """Raise Refused, naming the file, when an image of a snapshot or one that it stands on cannot be opened."""
+    options = options_of_all(spec)
+    for disk in spec.disks:
+        if disk.id not in disks:
+            continue
+        path = disks[disk.id]
+        raw = disk.format == "raw"
+        kind = replace(options, format_name=vhdkit.FormatName.RAW) if raw else options
+        try:
+            vhdkit.chain_paths(path, options=kind)
+        except vhdkit.VhdkitError as error:
+            raise Refused(
+                f"the disk {disk.id} cannot be read: {error.problem}", machine=spec.name, path=error.path or path,
+                hint=error.hint,
+            ) from error  # fmt: skip
+
+
+def finish_merge(held: Held, machine: Machine, target: str, layers: Sequence[str]) -> Machine:
+    """`layers` were merged into `target`: every name that meant the newest of them means the target from now on."""
+    image = held.tree.images.get(target, Image(None, ours=False))
+    moved = {disk.id: (target, image.format) for disk in machine.spec.disks
+             if disk.path == layers[0] and disk.is_writable_image}  # fmt: skip
+    if moved:
+        machine = Machine(relocated(machine.spec, moved), machine.paths, machine.runtime)
+        write_whole(machine.paths.definition, machine.spec.to_json())
+    held.tree.merged(target, layers)
+    held.note(None)
+    return machine
+
+
+def store_problem(error: Exception, doing: str) -> VmmError:
+    """A failure of files or images in the middle of something, as one of ours."""
+    from vmm.kvm.drives import store_error
+
+    if isinstance(error, VmmError):
+        return error
+    if isinstance(error, vhdkit.VhdkitError):
+        return store_error(error)
+    assert isinstance(error, OSError)
+    return of_os_error(error, doing)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's tree of snapshots on disk: one file, one lock, and the note of the process that merges.
+
+    MACHINE-FOLDER/snapshots.json        the tree and its journal (`tree`), replaced as a whole
+                   .snapshots.lock       held (flock) by whoever changes it, for as long as that takes
+                   merging.json          who merges, and how far it is (`fold`)
+    SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what it belongs to
+
+Decides who may change a tree: one at a time, and whoever wants to gets a merge in the background out of the way, which
+goes on later. Light: starting a machine comes by here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vmm.errors import InUse, VmmError, of_os_error
+from vmm.paths import MachinePaths, write_whole
+from vmm.proc import Lock, ProcessRef
+from vmm.snapshots.tree import MAX_DOCUMENT_BYTES, Tree, read_tree
+
+MERGE_STOP_SECONDS = 60.0  # for a merge to put down what it holds; it looks up after each piece
+BUSY_SECONDS = 1.0  # for another command to end
+_LOOK_SECONDS = 0.02
+_MAX_NOTE_BYTES = 1 << 16
+
+
+def tree_path(machine: MachinePaths) -> str:
+    """Where the tree is stored."""
+    return os.path.join(machine.folder, "snapshots.json")
+
+
+def has_tree(machine: MachinePaths) -> bool:
+    """True when the machine has, or had, snapshots."""
+    return os.path.exists(tree_path(machine))
+
+
+def load_tree(machine: MachinePaths) -> Tree:
+    """The tree as it is now, empty where there is none. Raises VmmError, AccessDenied."""
+    path = tree_path(machine)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
+    except FileNotFoundError:
+        return Tree()
+    except OSError as error:
+        raise of_os_error(error, "read the snapshots", path=path) from error
+    return read_tree(content[:MAX_DOCUMENT_BYTES], path)
+
+
+@dataclass(slots=True)
+class Held:
+    """A tree that nobody else changes now."""
+
+    machine: MachinePaths
+    tree: Tree
+
+    def save(self) -> None:
+        """Write it down; it is on the device when this returns. Raises NoSpace, AccessDenied."""
+        write_whole(tree_path(self.machine), self.tree.to_json())
+
+    def note(self, journal: dict[str, Any] | None) -> None:
+        """Write down what is being done, or that nothing is."""
+        self.tree.journal = journal
+        self.save()
+
+
+@contextlib.contextmanager
+def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Iterator[Held]:
+    """The tree, for changing. A merge in the background is stopped for it. Raises InUse, VmmError."""
+    lock = Lock(os.path.join(machine.folder, ".snapshots.lock"))
+    try:
+        _take(lock, machine, name, stop_merge=stop_merge)
+    except OSError as error:
+        raise of_os_error(error, "lock the snapshots", machine=name, path=lock.path) from error
+    try:
+        yield Held(machine, load_tree(machine))
+    finally:
+        lock.release()
+
+
+def _take(lock: Lock, machine: MachinePaths, name: str, *, stop_merge: bool) -> None:
+    asked: ProcessRef | None = None
+    deadline = time.monotonic() + BUSY_SECONDS
+    while not lock.try_take():
+        merging = read_merging(machine)
+        if merging is not None and stop_merge and merging.ref != asked:
+            asked = merging.ref
+            asked.send(signal.SIGTERM)
+            deadline = time.monotonic() + MERGE_STOP_SECONDS
+        if time.monotonic() > deadline:
+            raise InUse(
+                "its snapshots are being worked on by another command" if merging is None else
+                "its snapshots are being merged",
+                machine=name, hint="wait for it to end; vmm snapshot tree shows what is under way",
+            )  # fmt: skip
+        time.sleep(_LOOK_SECONDS)
+
+
+# -- the process that merges -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """A merge in the background: who does it, and how far it is."""
+
+    ref: ProcessRef
+    target: str | None
+    done_bytes: int
+    total_bytes: int
+
+
+def merging_path(machine: MachinePaths) -> str:
+    """Where the merging process leaves its note."""
+    return os.path.join(machine.folder, "merging.json")
+
+
+def write_merging(machine: MachinePaths, merging: Merging) -> None:
+    """Say how far it is. Raises VmmError."""
+    document = {
+        "process": merging.ref.to_document(),
+        "target": merging.target,
+        "done_bytes": merging.done_bytes,
+        "total_bytes": merging.total_bytes,
+    }
+    write_whole(merging_path(machine), json.dumps(document).encode() + b"\n", durable=False)
+
+
+def read_merging(machine: MachinePaths) -> Merging | None:
+    """The merge that is under way; None where nobody merges."""
+    try:
+        with open(merging_path(machine), "rb") as file:
+            document = json.loads(file.read(_MAX_NOTE_BYTES))
+        ref = ProcessRef.from_document(document["process"])
+        if ref is None or not ref.is_alive():
+            return None
+        return Merging(ref, document["target"], int(document["done_bytes"]), int(document["total_bytes"]))
+    except (OSError, ValueError, KeyError, TypeError, VmmError):
+        return None

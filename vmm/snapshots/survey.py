@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who else needs a machine's images: files that stand on them, and other machines that use them.
+
+Decides where dependants are looked for: beside the images, in every folder in which any registered machine or snapshot
+has images, and in those that it allows parents in. What is done about them is the rule's decision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import vhdkit
+from vmm import registry
+from vmm.kvm.drives import store_error
+from vmm.registry import Machine
+from vmm.snapshots import rule
+from vmm.snapshots.store import has_tree, load_tree
+from vmm.snapshots.tree import Tree
+from vmm.spec import MachineSpec
+
+
+@dataclass(slots=True)
+class Survey:
+    """What was found. `problem` says why nobody can be sure that it is all."""
+
+    foreign: dict[str, list[str]] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    problem: str | None = None
+
+
+def images_of(spec: MachineSpec) -> dict[str, str]:
+    """Disk id -> image of what the machine writes to."""
+    return {disk.id: disk.path for disk in spec.disks if disk.is_writable_image and disk.path is not None}
+
+
+def survey(machine: Machine, tree: Tree) -> Survey:
+    """Look for all that stands on the tree's images or uses them. Raises StoreFailed, AccessDenied."""
+    found = Survey()
+    present = {os.path.realpath(path): path for path in tree.images if os.path.exists(path)}
+    folders = set(_folders(machine.spec))
+    others, failures = registry.load_all()
+    for other in others:
+        if other.spec.id == machine.spec.id:
+            continue
+        folders.update(_folders(other.spec))
+        used = [disk.path for disk in other.spec.disks if disk.kind == "vhd" and disk.path is not None]
+        if has_tree(other.paths):
+            its = load_tree(other.paths)
+            used += [*its.frozen(), *its.images]
+            folders.update(map(os.path.dirname, its.images))
+        found.held.update(present[real] for path in used if (real := os.path.realpath(path)) in present)
+    if failures:
+        found.problem = (
+            f"the machine {failures[0].machine} cannot be read, and may need any image: {failures[0].problem}"
+        )
+    try:
+        families = vhdkit.find_children(list(present.values()), folders=[one for one in folders if os.path.isdir(one)])
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+    for path, family in families.items():
+        strangers = [one for one in family if one not in present]
+        if strangers:
+            found.foreign[path] = strangers
+    return found
+
+
+def judge(machine: Machine, tree: Tree) -> rule.Plan:
+    """What the delete rule says about the machine's images now. Raises as `survey`."""
+    if not tree.images:
+        return rule.Plan()
+    found = survey(machine, tree)
+    plan = rule.plan(
+        tree.images, frozen=tree.frozen(), live=images_of(machine.spec).values(),
+        foreign=found.foreign, held=found.held,
+    )  # fmt: skip
+    if found.problem is None:
+        return plan
+    doubtful = [*plan.unlink, *(one.target for one in plan.merges)]
+    return rule.Plan(kept={**plan.kept, **dict.fromkeys(doubtful, found.problem)})
+
+
+def _folders(spec: MachineSpec) -> Iterable[str]:
+    for disk in spec.disks:
+        if disk.kind == "vhd" and disk.path is not None:
+            yield os.path.dirname(os.path.abspath(disk.path))
+            yield from disk.parent_dirs
