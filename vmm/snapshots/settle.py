@@ -7,7 +7,7 @@
                                 images below them, on which no snapshot is, are merged when it is off
     commit                      put in place again what it says
     delete                      the folders that are left go
-    merge                       when the newest layer is gone it was finished; else it begins again at the next chance
+    merge                       when its data is complete it is finished; else it goes on at the next chance
     live merge                  the newest image in the line that the merge left is the machine's disk
 
 Decides nothing about images that is not in the journal. The machine does not run, and nobody else is at its tree.
@@ -31,6 +31,7 @@ from vmm.snapshots.steps import (
     Pivot,
     commit,
     finish_merge,
+    options_of,
     options_of_all,
     pivoted,
     pivots_in,
@@ -87,6 +88,7 @@ def settle(held: Held, machine: Machine) -> Machine:
                     _discard(str(folder))
             case "merge":
                 layers = [str(path) for path in journal["layers"]]
+                _finish_complete(machine, layers[0])
                 if not os.path.lexists(layers[0]):
                     machine = finish_merge(held, machine, str(journal["target"]), layers)
             case "live-merge":
@@ -95,6 +97,14 @@ def settle(held: Held, machine: Machine) -> Machine:
         raise store_problem(error, "settle the machine's snapshots") from error
     held.note(None)
     return machine
+
+
+def _finish_complete(machine: Machine, leaf: str) -> None:
+    """A merge of the machine's own leaf whose data is complete is finished by opening the leaf, which is gone then."""
+    for disk in machine.spec.disks:
+        if disk.path == leaf and os.path.exists(leaf):
+            with contextlib.suppress(vhdkit.VhdkitError):
+                vhdkit.open_disk(leaf, writable=True, options=options_of(disk)).close()
 
 
 def adopt(held: Held, machine: Machine, pivots: list[Pivot]) -> Machine:
