@@ -90,6 +90,7 @@ def settle(held: Held, machine: Machine) -> Machine:
                 layers = [str(path) for path in journal["layers"]]
                 _finish_complete(machine, layers[0])
                 if not os.path.lexists(layers[0]):
+                    _finish_removing(machine, str(journal["target"]))
                     machine = finish_merge(held, machine, str(journal["target"]), layers)
             case "live-merge":
                 machine = _follow(held, machine, str(journal["disk"]))
@@ -105,6 +106,14 @@ def _finish_complete(machine: Machine, leaf: str) -> None:
         if disk.path == leaf and os.path.exists(leaf):
             with contextlib.suppress(vhdkit.VhdkitError):
                 vhdkit.open_disk(leaf, writable=True, options=options_of(disk)).close()
+
+
+def _finish_removing(machine: Machine, target: str) -> None:
+    """The rest of a merge's layers, and its record, go."""
+    options = options_of_all(machine.spec)
+    with contextlib.suppress(vhdkit.VhdkitError):  # they only take up space
+        if vhdkit.merge_under_way(target, options=options) is not None:
+            vhdkit.resume_merge(target, options=options)
 
 
 def adopt(held: Held, machine: Machine, pivots: list[Pivot]) -> Machine:

@@ -43,7 +43,7 @@ def settled(machines: Machines) -> None:
 
 
 def after_each_kill(machines: Machines, work: Callable[[], object], *, step: int = 1) -> Iterator[bool]:
-    """Kill the work wherever it changes a file; all files are put back after each look. True at last, when it ended."""
+    """Kill the work wherever it changes a file; all files are put back after each look. True at last, when it ends."""
     backup = machines.folder.with_name(machines.folder.name + ".backup")
     shutil.copytree(machines.folder, backup, symlinks=True)
     try:
