@@ -75,11 +75,11 @@ class Plugging:
         before = self._running.spec
         after = before.changed(disks=[*before.disks, disk])
         with self._running.busy("disk-add"):
-            self._write_down(after)
+            self.write_down(after)
             try:
                 await self._plug_in(disk)
             except BaseException:
-                self._write_down(before)
+                self.write_down(before)
                 raise
         add = json.loads(disk.model_dump_json())
         self._running.tell("disk-added", disk=disk.id, path=disk.path)
@@ -116,7 +116,7 @@ class Plugging:
         after = before.changed(disks=[one for one in before.disks if one.id != disk.id])
         with self._running.busy("disk-remove"):
             await drives.remove_disk(self._running.qmp, self._running.server, disk)
-            self._write_down(after)
+            self.write_down(after)
         self._running.tell("disk-removed", disk=disk.id, path=disk.path)
         return {"disk": disk.id}
 
@@ -142,7 +142,7 @@ class Plugging:
         """The disks as the server serves them: sizes and layers."""
         return await self._running.server.call("status", timeout_seconds=5)
 
-    def _write_down(self, spec: MachineSpec) -> None:
+    def write_down(self, spec: MachineSpec) -> None:
         """The running definition, which the keeper reads, and the disks of the stored one. Raises InUse, NoSpace."""
         stored = registry.load_folder(self._running.machine.folder)
         registry.save(stored, stored.spec.changed(disks=list(spec.disks)))

@@ -34,6 +34,9 @@ from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn
 from vmm.rpc import ControlServer, Method, Progress, bind_private, parameter
 from vmm.running import LOOK_SECONDS, End, Running
 from vmm.saving import Saving
+from vmm.snapshots import fold
+from vmm.snapshots.capture import Capture
+from vmm.snapshots.store import has_tree
 from vmm.state import KeeperNote, Phase, WorkerNote, note_running
 from vmm.wiring import Wiring
 
@@ -64,6 +67,7 @@ class Worker:
         self._folder = os.stat(runtime.folder)
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
+        self._capture = Capture(self._running, self._plugging)
         self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
         self._wiring = Wiring(self._running)
         self._off = asyncio.Event()  # everything of the machine is put away
@@ -133,13 +137,18 @@ class Worker:
                 await self._begin()
                 self._tell("started", accelerator=self._note.accelerator)
             self._report(result=self._running.document())
-            self._rest = asyncio.create_task(self._backup.finish_interrupted())
+            self._rest = asyncio.create_task(self._finish_interrupted())
         except VmmError as error:
             error.machine = error.machine or self._spec.name
             self._tell("start-failed", problem=str(error))
             self._report(error=to_document(error))
             return End.STOPPED
         return await self._running.wait_end()
+
+    async def _finish_interrupted(self) -> None:
+        """What a worker before this one was in the middle of."""
+        await self._capture.finish_interrupted()
+        await self._backup.finish_interrupted()
 
     async def _begin(self) -> None:
         await self._saving.start(lambda document: self._report(progress=document))
@@ -175,6 +184,7 @@ class Worker:
             await self._end_server()
             await merge_away_offline(self._machine)
             await asyncio.to_thread(saved.note_disks, self._machine, self._running.spec)
+            await asyncio.to_thread(self._start_merging)
         except VmmError as error:
             self._problem = error
             self._tell("disks-failed", problem=str(error))
@@ -188,6 +198,12 @@ class Worker:
         await self._control.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._runtime.control)
+
+    def _start_merging(self) -> None:
+        """What snapshots that were deleted meanwhile left to merge, in a process of its own. It waits for our end."""
+        if has_tree(self._machine) and not saved.is_saved(self._machine):
+            with contextlib.suppress(OSError):
+                fold.spawn(self._machine, self._runtime)
 
     async def _end_server(self) -> None:
         keeper = KeeperNote.read(self._runtime) or self._keeper
@@ -274,6 +290,7 @@ class Worker:
             "backup": self._backup.take,
             **self._plugging.methods(),
             **self._wiring.methods(),
+            **self._capture.methods(),
             **GuestServices(self._running).methods(),
         }
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import vhdkit
 from vmm import saved
+from vmm.devices import refuse_passed_through
 from vmm.errors import InvalidSpec
 from vmm.events import add_event
 from vmm.registry import Machine
@@ -30,7 +31,6 @@ from vmm.snapshots.steps import (
     pivoted,
     pivots_for,
     prepare_document,
-    refuse_pass_through,
 )
 from vmm.snapshots.store import Held, holding
 from vmm.snapshots.survey import images_of
@@ -51,7 +51,7 @@ def begin(held: Held, spec: MachineSpec, wish: Wish, taken_in: TakenIn) -> tuple
 
     Raises Refused, AlreadyExists, InvalidSpec.
     """
-    refuse_pass_through(spec)
+    refuse_passed_through(spec, "snapshot")
     tree, now = held.tree, time.time()
     name = wish.name if wish.name is not None else tree.free_name(now)
     tree.check_new(name)

@@ -67,18 +67,6 @@ def options_of_all(spec: MachineSpec) -> vhdkit.OpenOptions:
     return vhdkit.OpenOptions(parent_dirs=tuple(dict.fromkeys(folders)), allow_raw_parent=raw)
 
 
-def refuse_pass_through(spec: MachineSpec) -> None:
-    """Raise Refused where a disk's content is not ours to freeze."""
-    for disk in spec.disks:
-        if disk.kind == "pass-through":
-            raise Refused(
-                f"has a passed-through disk ({disk.id}), whose content no snapshot can hold",
-                machine=spec.name,
-                path=disk.path,
-                hint=f"remove it first: vmm disk remove {spec.name} {disk.id}",
-            )
-
-
 def pivots_for(spec: MachineSpec, tree: Tree, frozen: Mapping[str, str]) -> list[Pivot]:
     """A new leaf for each of the machine's own disks, on the images given by disk id."""
     found = []

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running guest's memory into a file, with one moment in it at which the disks are exchanged.
+
+Decides how QEMU is told, which of three ways is used, and what is true when one fails:
+
+    background   stop -> disks -> migrate with background-snapshot: the guest goes on at once, and a page that it is
+                 about to change is written first (userfaultfd). The memory is that of the stop. The shortest pause
+    switchover   migrate while the guest runs -> it stands still at the end -> disks -> the rest -> it goes on.
+                 The memory is that of the end
+    stop         stop -> disks -> migrate -> it goes on. It stands still for all of it
+
+Background capture is never cancelled and writes into a regular file in which room for everything was taken: in QEMU
+7.2 a failed one leaves the guest's memory write-protected, and the guest hangs for good. It needs userfaultfd: a host
+with vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE for this QEMU.
+
+A failure before the disks are exchanged leaves everything as it was; one afterwards leaves the guest running on the
+new disks (`Capturing.pivoted` says so). Must not know what is done with file and disks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Any
+
+from vmm.errors import QemuFailed, TimedOut, Unsupported, VmmError
+from vmm.kvm.qmp import Qmp
+
+STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
+RESUME_SECONDS = 20.0
+SWITCHOVER_SECONDS = 60.0  # a guest that changes memory faster than it is written is stopped after that
+FASTEST_BYTES = 1 << 36  # a second: no limit
+_NAME = "snapshot-memory"  # QEMU's name for our descriptor
+_LOOK_SECONDS = 0.02
+_SHORT_LOOK_SECONDS = 0.002  # while the guest stands still
+
+Progress = Callable[[dict[str, Any]], None]
+Pivot = Callable[[], Awaitable[None]]
+
+
+class Mode(StrEnum):
+    """How memory is captured."""
+
+    BACKGROUND = "background"
+    SWITCHOVER = "switchover"
+    STOP = "stop"
+
+
+BACKGROUND_HINT = "vmm set NAME --background-capture, when it is off; or sysctl vm.unprivileged_userfaultfd=1"
+
+
+async def best_mode(qmp: Qmp, wanted: Mode | None = None, *, room_taken: bool = True, runs: bool = True) -> Mode:
+    """The way that this QEMU can go; `wanted` or none other. Raises Unsupported, QemuFailed.
+
+    `room_taken`: all the room in the file; `runs`: the guest runs, one that stands still is captured as it stands.
+    """
+    if wanted is Mode.STOP or not runs:
+        return Mode.STOP
+    if wanted is Mode.SWITCHOVER:
+        return Mode.SWITCHOVER
+    problem = "the file system cannot take room beforehand" if not room_taken else await background_problem(qmp)
+    if problem is None:
+        return Mode.BACKGROUND
+    if wanted is Mode.BACKGROUND:
+        raise Unsupported(f"memory cannot be captured in the background: {problem}", hint=BACKGROUND_HINT)
+    return Mode.SWITCHOVER
+
+
+async def background_problem(qmp: Qmp) -> str | None:
+    """Why this QEMU cannot capture in the background; None when it can. Raises TimedOut."""
+    try:
+        await _set_capability(qmp, Mode.BACKGROUND)
+    except QemuFailed as error:
+        return error.problem.partition(": ")[2] or error.problem
+    await _set_capability(qmp, None)
+    return None
+
+
+_CAPABILITY_OF = {Mode.BACKGROUND: "background-snapshot", Mode.SWITCHOVER: "pause-before-switchover"}
+
+
+async def _set_capability(qmp: Qmp, mode: Mode | None) -> None:
+    chosen = None if mode is None else _CAPABILITY_OF.get(mode)
+    names = sorted(_CAPABILITY_OF.values(), key=lambda name: name == chosen)  # off first: they exclude each other
+    states = [{"capability": name, "state": name == chosen} for name in names]
+    await qmp.execute("migrate-set-capabilities", capabilities=states)
+
+
+class Capturing:
+    """One capture. `prepare`, then `take`; then `finish`, which waits until all is written.
+
+    `descriptor` is the file, which QEMU writes through a descriptor of its own with the same position.
+    """
+
+    def __init__(self, qmp: Callable[[], Qmp], descriptor: int, mode: Mode, *, was_running: bool) -> None:
+        self._qmp = qmp
+        self._descriptor = descriptor
+        self.mode = mode
+        self._was_running = was_running
+        self.pivoted = False
+        self.pause_seconds: float | None = None
+
+    async def prepare(self) -> None:
+        """All that may be refused before the guest is touched. Raises QemuFailed, TimedOut."""
+        qmp = self._qmp()
+        await _set_capability(qmp, self.mode)
+        await qmp.execute("migrate-set-parameters", max_bandwidth=FASTEST_BYTES)
+        await qmp.send_descriptor(_NAME, self._descriptor)
+
+    async def take(self, pivot: Pivot, progress: Progress) -> None:
+        """The one moment: `pivot` exchanges the disks, or raises and has changed nothing.
+
+        When this returns the guest is doing what it did before. Raises what `pivot` raises, QemuFailed, TimedOut.
+        """
+        if self.mode is Mode.SWITCHOVER:
+            await self._switchover(pivot, progress)
+            return
+        began = time.monotonic()
+        if self._was_running:
+            await self._qmp().execute("stop", timeout_seconds=STOP_SECONDS)
+        try:
+            await pivot()
+            self.pivoted = True
+            await self._qmp().execute("migrate", uri=f"fd:{_NAME}", timeout_seconds=STOP_SECONDS)
+            if self.mode is Mode.BACKGROUND:
+                await self._wait_resumed()
+            else:
+                await wait_written(self._qmp, progress)
+        except BaseException:
+            await self._go_on()
+            raise
+        if self.mode is Mode.STOP:
+            await self._go_on()
+        self.pause_seconds = time.monotonic() - began if self._was_running else 0.0
+
+    async def _wait_resumed(self) -> None:
+        """QEMU goes on by itself when the devices are written and the memory is protected."""
+        deadline = time.monotonic() + RESUME_SECONDS
+        while (await self._qmp().execute("query-status"))["status"] != "running":
+            migration = await self._qmp().execute("query-migrate")
+            if migration.get("status") in ("failed", "cancelled"):
+                raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
+            if time.monotonic() > deadline:
+                raise TimedOut(f"the guest did not go on within {RESUME_SECONDS:g} s")
+            await asyncio.sleep(_SHORT_LOOK_SECONDS)
+
+    async def _switchover(self, pivot: Pivot, progress: Progress) -> None:
+        qmp = self._qmp()
+        await qmp.execute("migrate", uri=f"fd:{_NAME}", timeout_seconds=STOP_SECONDS)
+        try:
+            await self._wait_standing(progress)
+            began = time.monotonic()
+            await pivot()
+            self.pivoted = True
+            await qmp.execute("migrate-continue", state="pre-switchover", timeout_seconds=STOP_SECONDS)
+            await wait_written(self._qmp, progress)
+        except BaseException:
+            with contextlib.suppress(VmmError):
+                await self._qmp().execute("migrate_cancel")
+            await self._go_on()
+            raise
+        await self._go_on()
+        self.pause_seconds = time.monotonic() - began
+
+    async def _wait_standing(self, progress: Progress) -> None:
+        deadline = time.monotonic() + SWITCHOVER_SECONDS
+        stopped = False
+        while True:
+            migration = await self._qmp().execute("query-migrate")
+            if migration.get("status") == "pre-switchover":
+                return
+            if migration.get("status") in ("failed", "cancelled", "completed"):
+                raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
+            _tell(migration, progress)
+            if not stopped and time.monotonic() > deadline:
+                stopped = True
+                await self._qmp().execute("stop", timeout_seconds=STOP_SECONDS)
+            await asyncio.sleep(_SHORT_LOOK_SECONDS)
+
+    async def _go_on(self) -> None:
+        """The guest does what it did before, as soon as it can.
+
+        One that stood still is let go for a moment: QEMU refuses to write the memory of a guest that stands still
+        because its memory was written.
+        """
+        deadline = time.monotonic() + RESUME_SECONDS
+        while True:
+            try:
+                qmp = self._qmp()
+                status = (await qmp.execute("query-status"))["status"]
+                if status == "running" or (not self._was_running and status != "postmigrate"):
+                    return
+                await qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                if not self._was_running:
+                    await qmp.execute("stop", timeout_seconds=STOP_SECONDS)
+                return
+            except VmmError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_LOOK_SECONDS)
+
+    async def finish(self, progress: Progress) -> int:
+        """Wait until all is written; the file's size. Raises QemuFailed."""
+        await wait_written(self._qmp, progress)
+        return os.lseek(self._descriptor, 0, os.SEEK_CUR)
+
+    async def reset(self) -> None:
+        """QEMU saves and migrates again as it usually does. Not while a capture is under way."""
+        with contextlib.suppress(VmmError):
+            await _set_capability(self._qmp(), None)
+
+
+async def wait_written(qmp: Callable[[], Qmp], progress: Progress) -> None:
+    """Wait until a capture under way is complete. Raises QemuFailed for one that failed, or when QEMU is gone."""
+    while True:
+        migration = await qmp().execute("query-migrate", timeout_seconds=STOP_SECONDS)
+        status = migration.get("status")
+        if status == "completed":
+            return
+        if status in (None, "none", "failed", "cancelled"):
+            raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
+        _tell(migration, progress)
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def status_of(qmp: Qmp) -> str:
+    """What became of the last capture: none, active, pre-switchover, completed, failed, ..."""
+    return str((await qmp.execute("query-migrate")).get("status") or "none")
+
+
+async def give_up(qmp: Qmp) -> None:
+    """End a capture that is no background capture. Raises QemuFailed."""
+    await qmp.execute("migrate_cancel")
+
+
+def _reason(migration: dict[str, Any]) -> str:
+    return str(migration.get("error-desc") or "QEMU could not write all of it")
+
+
+def _tell(migration: dict[str, Any], progress: Progress) -> None:
+    if ram := migration.get("ram"):
+        progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
