@@ -36,6 +36,7 @@ from vmm.running import LOOK_SECONDS, End, Running
 from vmm.saving import Saving
 from vmm.snapshots import fold
 from vmm.snapshots.capture import Capture
+from vmm.snapshots.live import LiveMerges
 from vmm.snapshots.store import has_tree
 from vmm.state import KeeperNote, Phase, WorkerNote, note_running
 from vmm.wiring import Wiring
@@ -68,6 +69,7 @@ class Worker:
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
         self._capture = Capture(self._running, self._plugging)
+        self._merges = LiveMerges(self._running)
         self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
         self._wiring = Wiring(self._running)
         self._off = asyncio.Event()  # everything of the machine is put away
@@ -148,6 +150,7 @@ class Worker:
     async def _finish_interrupted(self) -> None:
         """What a worker before this one was in the middle of."""
         await self._capture.finish_interrupted()
+        await self._merges.finish_interrupted()
         await self._backup.finish_interrupted()
 
     async def _begin(self) -> None:
@@ -291,6 +294,7 @@ class Worker:
             **self._plugging.methods(),
             **self._wiring.methods(),
             **self._capture.methods(),
+            **self._merges.methods(),
             **GuestServices(self._running).methods(),
         }
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}

@@ -190,17 +190,20 @@ def set_command(name: str, new_name: str | None, as_json: bool, quiet: bool, **w
 
 @click.command("delete", epilog=epilog("vmm delete web", "vmm delete web --with-disks --yes"))
 @click.argument("name")
-@click.option("--with-disks", is_flag=True, help="Remove its writable images, too; never a parent of one.")
+@click.option("--with-disks", is_flag=True, help="Remove its own images, too; never a parent that is not its own.")
+@click.option("--with-snapshots", is_flag=True, help="Remove its snapshots, without which it is not deleted.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @output_options
-def delete_command(name: str, with_disks: bool, yes: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def delete_command(
+    name: str, with_disks: bool, with_snapshots: bool, yes: bool, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     """Remove the machine NAME, with its saved memory and logs. Its disks stay, unless --with-disks is given.
 
     What will be removed is listed first.
     """
     manager = Manager()
-    plan = manager.plan_delete(name, with_disks=with_disks)
+    plan = manager.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
     document = {"folder": plan.folder, "disks": list(plan.disks),
                 "kept": [{"path": path, "reason": reason} for path, reason in plan.kept]}  # fmt: skip
     if not as_json and not quiet:
@@ -210,7 +213,7 @@ def delete_command(name: str, with_disks: bool, yes: bool, dry_run: bool, as_jso
             print_line(f"keeps    {path}  ({reason})")
     if not dry_run:
         confirm(f"Delete {name}?", yes=yes)
-        manager.delete(name, with_disks=with_disks)
+        manager.delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
     if as_json:
         print_json({**document, "deleted": not dry_run})
     elif not quiet and not dry_run:

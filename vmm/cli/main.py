@@ -58,6 +58,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "nic": ("vmm.cli.nic:nic_command", "Add, remove, list and change network adapters."),
     "switch": ("vmm.cli.switch:switch_command", "Make and watch virtual network switches."),
     "host": ("vmm.cli.host:host_group", "This host: what it is and lacks, its disks, folders, and autostart."),
+    "snapshot": ("vmm.cli.snapshot:snapshot_command", "Keep states of a machine, go back to them."),
     "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
     "events": ("vmm.cli.log:events_command", "What happened to a machine."),
     "logs": ("vmm.cli.log:logs_command", "What a machine's programs said."),

@@ -33,7 +33,7 @@ from vmm.snapshots.create import Wish, begin
 from vmm.snapshots.memory import SnapshotFolder, description_document
 from vmm.snapshots.settle import adopt, settle_folder
 from vmm.snapshots.steps import Pivot, pivoted, pivots_in, prepare_document
-from vmm.snapshots.store import Held, holding, load_tree
+from vmm.snapshots.store import Held, has_tree, holding, load_tree
 from vmm.snapshots.tree import Snapshot, snapshot_document, snapshot_of
 from vmm.state import MachineState
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vmm.running import Running
 
 OPERATION = "snapshot"
+SERVER_SECONDS = 30.0  # for the disks' server to be back, when it was killed
 FREEZE_SECONDS = 10.0  # the guest's file systems thaw by themselves then
 _LOCK_SECONDS = 30.0
 _LOOK_SECONDS = 0.1
@@ -71,8 +72,7 @@ class Capture:
         if consistent and running.state is not MachineState.RUNNING:
             raise WrongState("is paused: its guest cannot freeze its file systems", hint="without --consistent")
         with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
-            if held.tree.journal is not None:
-                raise InUse("an earlier snapshot is still being put in order", hint="try again in a moment")
+            await self._settle(held)
             taking = _Taking(running, self._plugging, held, wish, Mode(mode) if mode else None, consistent=consistent)
             try:
                 snapshot = await taking.run(progress)
@@ -84,39 +84,35 @@ class Capture:
         )
         return {"id": snapshot.id, "pause_seconds": snapshot.pause_seconds, "mode": snapshot.mode}
 
+    async def _settle(self, held: Held) -> None:
+        """Put in order what an earlier one left that failed badly. Raises InUse for a merge, VmmError."""
+        journal = held.tree.journal
+        if journal is None:
+            return
+        if journal["op"] == "create" and journal.get("live"):
+            await self._finish_create(held, journal)
+        elif journal["op"] == "live-merge":
+            raise InUse("a merge is still being put in order", hint="try again in a moment")
+        else:
+            settle_folder(held)
+
     # -- after another worker ----------------------------------------------------------------------------------------
 
     async def finish_interrupted(self) -> None:
         """What a worker that was killed had begun: finished, or taken back. A failure is told, no more."""
         running = self._running
-        if not os.path.exists(os.path.join(running.machine.folder, "snapshots.json")):
+        if not has_tree(running.machine):
             return
         try:
             journal = load_tree(running.machine).journal
-            if journal is None:
+            if journal is None or journal["op"] == "live-merge":
                 return
             with running.busy(OPERATION), contextlib.ExitStack() as stack:
-                held = await self._hold(stack)
-                journal = held.tree.journal
-                if journal is None:
-                    return
-                if journal["op"] == "create" and journal.get("live"):
-                    await self._finish_create(held, journal)
-                elif journal["op"] != "live-merge":
-                    settle_folder(held)
+                held = await hold(running, stack)
+                if held.tree.journal is not None:
+                    await self._settle(held)
         except (VmmError, OSError, KeyError) as error:
             running.tell("snapshot-left", problem=str(error))
-
-    async def _hold(self, stack: contextlib.ExitStack) -> Held:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _LOCK_SECONDS
-        while True:
-            try:
-                return stack.enter_context(holding(self._running.machine, self._running.spec.name))
-            except InUse:
-                if loop.time() > deadline:
-                    raise
-                await asyncio.sleep(_LOOK_SECONDS)
 
     async def _finish_create(self, held: Held, journal: dict[str, Any]) -> None:
         running = self._running
@@ -261,11 +257,25 @@ def _complete_found(folder: SnapshotFolder, journal: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+async def hold(running: Running, stack: contextlib.ExitStack) -> Held:
+    """The tree, when whoever has it is done with it. Raises InUse."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _LOCK_SECONDS
+    while True:
+        try:
+            return stack.enter_context(holding(running.machine, running.spec.name))
+        except InUse:
+            if loop.time() > deadline:
+                raise
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
 async def served_leaves(running: Running) -> dict[str, str]:
     """Disk id -> the image that takes its writes now. Raises StoreFailed.
 
     A snapshot that the server is in the middle of is waited for: it does one thing after the other.
     """
+    await running.server.wait_serving(SERVER_SECONDS)
     with contextlib.suppress(VmmError):
         await running.server.call("remove", export="no such export: a question that is answered in its turn")
     return {disk: layers[0] for disk, layers in (await served_layers(running)).items()}

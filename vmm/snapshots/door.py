@@ -25,11 +25,14 @@ from vmm.snapshots import fold
 from vmm.snapshots.apply import Applied, apply
 from vmm.snapshots.create import Wish, create
 from vmm.snapshots.delete import Deleted, delete, forget_memory, hidden_images
+from vmm.snapshots.rule import Merge
+from vmm.snapshots.steps import chain_of, tidy
 from vmm.snapshots.store import Merging, holding, load_tree, read_merging
 from vmm.snapshots.survey import images_of, judge
 from vmm.snapshots.tree import MAX_LIMIT, Snapshot, Tree
 from vmm.state import MachineState
 
+EXIT_CANCELLED = 130  # of vhdkit, when somebody cancels
 _PATIENCE_SECONDS = 600.0  # between two signs of life of the worker: a guest's memory goes to a slow disk
 MODES = ("background", "switchover", "stop")
 
@@ -215,15 +218,42 @@ class MachineSnapshots:
         `max_rate_bytes`: so many a second at most. Raises WrongState when it does not run, InUse for a disk that grows
         faster than it is merged; what was merged by then stays merged.
         """
-        place = Place.of(self.name)
-        client = contact.contact(place)
-        if client is None:
-            raise WrongState("does not run", machine=self.name, hint=f"vmm snapshot merge {self.name}")
-        with client:
-            done: list[dict[str, Any]] = client.call(
-                "snapshot-merge", timeout_seconds=_PATIENCE_SECONDS, progress=progress, max_rate_bytes=max_rate_bytes
-            )
+        done = []
+        with self._changing() as (machine, client):
+            if client is None:
+                raise WrongState("does not run", hint=f"vmm snapshot merge {self.name}")
+            passed_over: set[str] = set()
+            while (merge := self._next_live(machine, passed_over)) is not None:
+                try:
+                    done.append(self._merge_one(machine, client, merge, max_rate_bytes, progress))
+                except VmmError as error:
+                    if error.exit_code == EXIT_CANCELLED:
+                        raise
+                    done.append({"target": merge.target, "problem": str(error)})
+                passed_over.add(merge.target)
+                machine = registry.load(self.name)
+            with holding(machine.paths, self.name) as held:
+                tidy(held, machine)
         return done
+
+    def _next_live(self, machine: Machine, passed_over: set[str]) -> Merge | None:
+        merges = judge(machine, load_tree(machine.paths)).merges
+        return next((one for one in merges if one.target not in passed_over), None)
+
+    def _merge_one(
+        self, machine: Machine, client: ControlClient, merge: Merge, rate: int | None, progress: Progress | None
+    ) -> dict[str, Any]:
+        """One merge: by the worker where it is part of a disk that is served, else by ourselves."""
+        served = {path for disk in machine.spec.disks if disk.is_writable_image for path in chain_of(disk)}
+        if os.path.realpath(merge.layers[0]) in served:
+            result: dict[str, Any] = client.call(
+                "snapshot-merge", timeout_seconds=_PATIENCE_SECONDS, progress=progress,
+                target=merge.target, layers=list(merge.layers), max_rate_bytes=rate,
+            )  # fmt: skip
+            return result
+        with holding(machine.paths, self.name) as held:
+            fold.merge_files(held, machine, merge, lambda done, total: None)
+        return {"target": merge.target, "passes": 1, "held_seconds": 0.0}
 
     def cancel_merge(self) -> bool:
         """Stop a merge, live or in the background; nothing is lost, and it goes on from there.

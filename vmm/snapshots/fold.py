@@ -24,6 +24,7 @@ from vmm.errors import InUse, VmmError
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef, is_locked, machine_lock, python_command, python_environment, spawn_detached
+from vmm.registry import Machine
 from vmm.snapshots.rule import Merge
 from vmm.snapshots.settle import settle_folder
 from vmm.snapshots.steps import finish_merge, options_of_all, store_problem, tidy
@@ -117,21 +118,15 @@ class Fold:
 
     def _merge(self, held: Held, merge: Merge) -> None:
         self._target = merge.target
-        held.note({"op": "merge", "target": merge.target, "layers": list(merge.layers)})
-        options = options_of_all(registry.load_folder(self._machine.folder).spec)
         try:
             self._progress(0, 0)
-            vhdkit.merge(
-                merge.layers[0], into=merge.target, relink_children=True, options=options, progress=self._progress
-            )
+            merge_files(held, registry.load_folder(self._machine.folder), merge, self._progress, locked=self._locked)
         except vhdkit.Cancelled as error:
             raise _Stopped from error
-        except vhdkit.VhdkitError as error:
+        except VmmError as error:
             add_event(self._machine.events, "merge-failed", problem=str(error))
-            raise store_problem(error, "merge") from error
+            raise
         add_event(self._machine.events, "snapshots-merged", into=merge.target, layers=list(merge.layers))
-        with self._locked():
-            finish_merge(held, registry.load_folder(self._machine.folder), merge.target, merge.layers)
 
     def _progress(self, done_bytes: int, total_bytes: int) -> None:
         if self.stop:
@@ -143,6 +138,30 @@ class Fold:
             self._tell(merging)
             with contextlib.suppress(VmmError):
                 write_merging(self._machine, merging)
+
+
+def merge_files(
+    held: Held,
+    machine: Machine,
+    merge: Merge,
+    progress: Callable[[int, int], None],
+    *,
+    locked: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
+    """One merge, of images that nobody uses. Raises StoreFailed, and vhdkit.Cancelled that `progress` raises.
+
+    The machine's definition is changed, where it must, while `locked` is held.
+    """
+    held.note({"op": "merge", "target": merge.target, "layers": list(merge.layers)})
+    options = options_of_all(machine.spec)
+    try:
+        vhdkit.merge(merge.layers[0], into=merge.target, relink_children=True, options=options, progress=progress)
+    except vhdkit.Cancelled:
+        raise
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "merge") from error
+    with locked():
+        finish_merge(held, registry.load_folder(machine.paths.folder), merge.target, merge.layers)
 
 
 def spawn(machine: MachinePaths, runtime: RuntimePaths) -> int | None:

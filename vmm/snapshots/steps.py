@@ -183,6 +183,18 @@ def remove_image(path: str) -> None:
     sync_folder(os.path.dirname(path))
 
 
+def chain_of(disk: DiskSpec) -> list[str]:
+    """The real paths of a disk's images, leaf first. Raises StoreFailed."""
+    assert disk.path is not None
+    options = options_of(disk)
+    if disk.format is not None:
+        options = replace(options, format_name=vhdkit.FormatName(disk.format))
+    try:
+        return vhdkit.chain_paths(disk.path, options=options)
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "read the chain") from error
+
+
 def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
     """Raise Refused, naming the file, when an image of a snapshot or one that it stands on cannot be opened."""
     options = options_of_all(spec)

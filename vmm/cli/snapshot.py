@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`snapshot ...`: taking snapshots, going back, the tree, deleting, merging.
+
+Decides how the tree is drawn and what is told of a merge. Everything else is `vmm.snapshots`'.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from vmm.cli.common import (
+    SIZE,
+    confirm,
+    epilog,
+    format_size,
+    output_options,
+    print_json,
+    print_line,
+    print_pairs,
+    print_table,
+    progress_line,
+)
+from vmm.manager import Manager
+from vmm.snapshots.door import MODES, MachineSnapshots
+from vmm.snapshots.steps import Tidied
+from vmm.snapshots.tree import Snapshot, Tree, snapshot_document
+
+_BRANCH, _LAST, _DOWN, _SPACE = "├─ ", "└─ ", "│  ", "   "
+_PLAIN = str.maketrans("├└│─●○", "||| *o")
+
+
+@click.group("snapshot", context_settings={"help_option_names": ["-h", "--help"]})
+def snapshot_command() -> None:
+    """Take snapshots of a machine, running or not, and go back to them.
+
+    A snapshot is named by its name, its id, or the beginning of its id.
+    """
+
+
+def _of(machine: str) -> MachineSnapshots:
+    return Manager().snapshots(machine)
+
+
+@snapshot_command.command(
+    "create",
+    epilog=epilog("vmm snapshot create web", 'vmm snapshot create web --name "before the update" --consistent'),
+)
+@click.argument("machine")
+@click.option("--name", help="What to call it; by default the time.")
+@click.option("--notes", default="", help="A text to keep with it.")
+@click.option("--consistent", is_flag=True, help="Freeze the guest's file systems meanwhile, by its agent.")
+@click.option("--mode", type=click.Choice(MODES), help="How memory is captured; by default the best that can be done.")
+@output_options
+def create_command(
+    machine: str, name: str | None, notes: str, consistent: bool, mode: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Keep the present state of MACHINE: configuration, all disks and, where it runs, its memory.
+
+    A running guest stands still for a moment, and goes on while its memory is written. --mode background needs a host
+    that allows it: see `vmm host doctor`. Of a machine with passed-through disks there is no snapshot.
+    """
+    with progress_line(shown=not quiet and not as_json) as progress:
+        snapshot = _of(machine).create(name, notes=notes, consistent=consistent, mode=mode, progress=progress)
+    if as_json:
+        print_json(snapshot_document(snapshot))
+    elif not quiet:
+        print_line(f"{machine}: {snapshot.name} ({snapshot.id[:8]}), {_memory_words(snapshot)}")
+
+
+def _memory_words(snapshot: Snapshot) -> str:
+    if snapshot.memory_bytes is None:
+        return "disks and configuration"
+    size = format_size(snapshot.memory_bytes)
+    if not snapshot.pause_seconds:
+        return f"with {size} of memory"
+    return f"with {size} of memory; the guest stood still for {snapshot.pause_seconds * 1000:.0f} ms ({snapshot.mode})"
+
+
+@snapshot_command.command("tree", epilog=epilog("vmm snapshot tree web"))
+@click.argument("machine")
+@output_options
+def tree_command(machine: str, as_json: bool, quiet: bool) -> None:
+    """Draw the snapshots of MACHINE, and where it is now. Sizes are what images and memory take up on disk.
+
+    The size of disks is that of the images that the snapshot froze: what was written between the one before and it.
+    """
+    snapshots = _of(machine)
+    tree = snapshots.tree()
+    if as_json:
+        print_json({"now": tree.now, "limit": tree.limit, "snapshots": _documents(snapshots, tree)})
+        return
+    if quiet:
+        return
+    rows: list[tuple[str, ...]] = []
+    _draw(snapshots, tree, None, "", rows)
+    plain = _is_plain()
+    print_table(
+        ("SNAPSHOT", "ID", "TAKEN", "DISKS", "MEMORY", "NOTES"),
+        [(row[0].translate(_PLAIN) if plain else row[0], *row[1:]) for row in rows],
+    )
+    _tell_what_is_left(snapshots)
+
+
+def _draw(
+    snapshots: MachineSnapshots, tree: Tree, parent: str | None, indent: str, rows: list[tuple[str, ...]]
+) -> None:
+    children: list[Snapshot | None] = [*tree.children(parent)]
+    if tree.now == parent:
+        children.append(None)
+    for number, one in enumerate(children):
+        last = number == len(children) - 1
+        mark = indent + (_LAST if last else _BRANCH)
+        if one is None:
+            rows.append((f"{mark}● now", "", "", format_size(snapshots.size_of_now()), "", ""))
+            continue
+        sizes = snapshots.sizes(one)
+        taken = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.created))
+        memory = format_size(sizes.memory_bytes) if one.memory_bytes is not None else "-"
+        notes = one.notes.splitlines()[0] if one.notes else ""
+        rows.append((f"{mark}○ {one.name}", one.id[:8], taken, format_size(sizes.disk_bytes), memory, notes))
+        _draw(snapshots, tree, one.id, indent + (_SPACE if last else _DOWN), rows)
+
+
+def _is_plain() -> bool:
+    """True where the terminal's characters cannot draw lines."""
+    import sys
+
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    try:
+        "├●".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False
+
+
+def _tell_what_is_left(snapshots: MachineSnapshots) -> None:
+    if (merging := snapshots.merging()) is not None:
+        share = f" ({merging.done_bytes * 100 // merging.total_bytes} %)" if merging.total_bytes else ""
+        print_line(f"images are being merged{share}")
+        return
+    if due := snapshots.merges_due():
+        print_line(f"{due} merge{'s' if due > 1 else ''} waiting for the machine to be off")
+    for path, reason in snapshots.hidden().items():
+        print_line(f"kept without a snapshot: {path} ({reason})")
+
+
+def _documents(snapshots: MachineSnapshots, tree: Tree) -> list[dict[str, Any]]:
+    found = []
+    for one in tree.snapshots.values():
+        sizes = snapshots.sizes(one)
+        found.append({**snapshot_document(one), "allocated_disk_bytes": sizes.disk_bytes,
+                      "allocated_memory_bytes": sizes.memory_bytes})  # fmt: skip
+    return found
+
+
+@snapshot_command.command("list", epilog=epilog("vmm snapshot list web --json"))
+@click.argument("machine")
+@output_options
+def list_command(machine: str, as_json: bool, quiet: bool) -> None:
+    """The snapshots of MACHINE, the oldest first."""
+    snapshots = _of(machine)
+    tree = snapshots.tree()
+    if as_json:
+        print_json(_documents(snapshots, tree))
+    elif not quiet:
+        rows = []
+        for one in sorted(tree.snapshots.values(), key=lambda one: one.created):
+            taken = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.created))
+            parent = tree.snapshots[one.parent].name if one.parent else "-"
+            rows.append((one.id[:8], one.name, taken, one.taken_in, parent, "now" if tree.now == one.id else ""))
+        if rows:
+            print_table(("ID", "NAME", "TAKEN", "WHEN IT WAS", "CAME AFTER", ""), rows)
+        else:
+            click.echo(f"no snapshots: vmm snapshot create {machine}", err=True)
+
+
+@snapshot_command.command("show", epilog=epilog('vmm snapshot show web "before the update"'))
+@click.argument("machine")
+@click.argument("snapshot")
+@output_options
+def show_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> None:
+    """Everything about a SNAPSHOT of MACHINE."""
+    snapshots = _of(machine)
+    one = snapshots.find(snapshot)
+    if as_json:
+        [document] = [it for it in _documents(snapshots, snapshots.tree()) if it["id"] == one.id]
+        print_json(document)
+    elif not quiet:
+        tree = snapshots.tree()
+        print_pairs([
+            ("name", one.name),
+            ("id", one.id),
+            ("taken", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.created))),
+            ("the machine was", one.taken_in + (", file systems frozen" if one.consistent else "")),
+            ("came after", tree.snapshots[one.parent].name if one.parent else ""),
+            ("memory", "" if one.memory_bytes is None else format_size(one.memory_bytes)),
+            ("stood still", f"{one.pause_seconds * 1000:.0f} ms ({one.mode})" if one.pause_seconds else ""),
+            *((disk, path) for disk, path in one.disks.items()),
+            ("folder", one.folder),
+            ("notes", one.notes),
+        ])  # fmt: skip
+
+
+@snapshot_command.command(
+    "apply",
+    epilog=epilog(
+        "vmm snapshot apply web clean --discard-current", "vmm snapshot apply web clean --snapshot-current --start"
+    ),
+)
+@click.argument("machine")
+@click.argument("snapshot")
+@click.option("--discard-current", is_flag=True, help="Drop the present state.")
+@click.option("--snapshot-current", is_flag=True, help="Keep the present state as a snapshot first.")
+@click.option("--name", help="With --snapshot-current: what to call it.")
+@click.option("--start", is_flag=True, help="Start the machine afterwards.")
+@output_options
+def apply_command(
+    machine: str,
+    snapshot: str,
+    discard_current: bool,
+    snapshot_current: bool,
+    name: str | None,
+    start: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make MACHINE what it was at SNAPSHOT: configuration, disks and memory. One that runs is powered off for it.
+
+    With memory it is saved then, and `vmm start` lets it go on from there; without it is off.
+    """
+    if name is not None and not snapshot_current:
+        raise click.UsageError("--name goes with --snapshot-current")
+    with progress_line(shown=not quiet and not as_json) as progress:
+        applied = _of(machine).apply(
+            snapshot, discard_current=discard_current, snapshot_current=name or snapshot_current, progress=progress
+        )
+        state = Manager().start(machine, progress=progress).value if start else applied.state
+    if as_json:
+        print_json({"name": machine, "snapshot": applied.snapshot.id, "state": state})
+    elif not quiet:
+        print_line(f"{machine} is at {applied.snapshot.name}, and {state}")
+
+
+@snapshot_command.command(
+    "delete", epilog=epilog("vmm snapshot delete web old", "vmm snapshot delete web old --subtree")
+)
+@click.argument("machine")
+@click.argument("snapshot")
+@click.option("--subtree", is_flag=True, help="Also all snapshots that came of it.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for a subtree.")
+@output_options
+def delete_command(machine: str, snapshot: str, subtree: bool, yes: bool, as_json: bool, quiet: bool) -> None:
+    """Take SNAPSHOT of MACHINE away, whatever the machine is doing. No other state changes.
+
+    Its memory goes at once. Its images go at once where nothing stands on them; what stands on one alone is merged into
+    it when the machine is off, or by `vmm snapshot merge --live`; where two stand on it, it stays until one goes.
+    """
+    snapshots = _of(machine)
+    one = snapshots.find(snapshot)
+    if subtree:
+        names = [it.name for it in snapshots.tree().subtree(one.id)]
+        if len(names) > 1:
+            confirm(f"Delete {len(names)} snapshots ({', '.join(names)})?", yes=yes)
+    deleted = snapshots.delete(one.id, subtree=subtree)
+    if as_json:
+        print_json({
+            "deleted": [it.id for it in deleted.snapshots], "removed": list(deleted.tidied.removed),
+            "merges": deleted.tidied.merges, "kept": dict(deleted.tidied.kept),
+        })  # fmt: skip
+    elif not quiet:
+        for it in deleted.snapshots:
+            print_line(f"{machine}: {it.name} is deleted")
+        _tell_tidied(deleted.tidied, Manager().state(machine).value)
+
+
+def _tell_tidied(tidied: Tidied, state: str) -> None:
+    for path in tidied.removed:
+        print_line(f"removed  {path}")
+    for path, reason in tidied.kept.items():
+        print_line(f"keeps    {path} ({reason})")
+    if tidied.merges:
+        merges = f"{tidied.merges} merge{'s' if tidied.merges > 1 else ''}"
+        print_line(f"{merges} in the background" if state == "off" else f"{merges} waiting until the machine is off")
+
+
+@snapshot_command.command("rename", epilog=epilog("vmm snapshot rename web old new"))
+@click.argument("machine")
+@click.argument("snapshot")
+@click.argument("name", required=False)
+@click.option("--notes", help="Other notes.")
+@output_options
+def rename_command(
+    machine: str, snapshot: str, name: str | None, notes: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Give SNAPSHOT of MACHINE another NAME, or other notes."""
+    if name is None and notes is None:
+        raise click.UsageError("a new name or --notes")
+    snapshots = _of(machine)
+    one = snapshots.find(snapshot)
+    if name is not None:
+        snapshots.rename(one.id, name)
+    if notes is not None:
+        snapshots.annotate(one.id, notes)
+    if as_json:
+        print_json(snapshot_document(snapshots.find(one.id)))
+    elif not quiet:
+        print_line(f"{machine}: {snapshots.find(one.id).name}")
+
+
+@snapshot_command.command("limit", epilog=epilog("vmm snapshot limit web 100"))
+@click.argument("machine")
+@click.argument("number", type=int)
+@output_options
+def limit_command(machine: str, number: int, as_json: bool, quiet: bool) -> None:
+    """Let MACHINE have at most NUMBER snapshots; 50 unless somebody says otherwise."""
+    _of(machine).set_limit(number)
+    if as_json:
+        print_json({"name": machine, "limit": number})
+    elif not quiet:
+        print_line(f"{machine} may have {number} snapshots")
+
+
+@snapshot_command.command("forget-memory", epilog=epilog("vmm snapshot forget-memory web old"))
+@click.argument("machine")
+@click.argument("snapshot")
+@output_options
+def forget_memory_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> None:
+    """Keep SNAPSHOT of MACHINE without its memory: going back to it is then as after a power cut."""
+    one = _of(machine).forget_memory(snapshot)
+    if as_json:
+        print_json(snapshot_document(one))
+    elif not quiet:
+        print_line(f"{machine}: {one.name} has no memory any more")
+
+
+@snapshot_command.command(
+    "merge", epilog=epilog("vmm snapshot merge web", "vmm snapshot merge web --live --max-rate 50M")
+)
+@click.argument("machine")
+@click.option("--live", is_flag=True, help="While the machine runs.")
+@click.option("--max-rate", type=SIZE, help="With --live: at most so much a second.")
+@click.option("--cancel", is_flag=True, help="Stop a merge that is under way. Nothing is lost.")
+@output_options
+def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, as_json: bool, quiet: bool) -> None:
+    """Merge the images of MACHINE that deleted snapshots have left, and wait for it.
+
+    When the machine is off this happens by itself in the background. --live does it while the guest runs: it is held
+    only at the end, for some milliseconds.
+    """
+    snapshots = _of(machine)
+    if cancel:
+        stopped = snapshots.cancel_merge()
+        if as_json:
+            print_json({"cancelled": stopped})
+        elif not quiet:
+            print_line(f"{machine}: the merge is stopped" if stopped else f"{machine}: nothing is being merged")
+        return
+    if max_rate is not None and not live:
+        raise click.UsageError("--max-rate goes with --live")
+    if max_rate is not None and max_rate <= 0:
+        raise click.UsageError("--max-rate is a positive size")
+    with progress_line(shown=not quiet and not as_json) as progress:
+        if live:
+            done = snapshots.merge_live(max_rate_bytes=max_rate, progress=progress)
+        else:
+            done = [{}] * snapshots.merge(progress=progress)
+    failed = [one for one in done if "problem" in one]
+    if as_json:
+        print_json({"merged": len(done) - len(failed), "merges": [one for one in done if one]})
+    elif not quiet:
+        print_line(f"{machine}: {len(done) - len(failed)} merged" if done else f"{machine}: nothing is to be merged")
+        for one in done:
+            if one.get("held_seconds"):
+                print_line(
+                    f"into {one['target']}: the guest's writes were held for {one['held_seconds'] * 1000:.0f} ms"
+                )
+        for one in failed:
+            print_line(f"not now: {one['problem']}")

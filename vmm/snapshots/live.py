@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges of a machine's images while it runs, in its worker; the disks' server does them.
+
+    layers below the one written to     in the background, the guest notices nothing
+    the one written to, too             in passes, then the guest's writes are held for the rest
+
+Decides what is written down before and after, so that whoever comes next knows which image is the machine's disk: the
+journal names the disk, and the server, or the files themselves, say where its line ended. Which merges: the command
+that asks has judged (`survey`, which needs numpy); here it is checked that nobody needs what changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm import registry
+from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
+from vmm.paths import write_whole
+from vmm.rpc import Method, Progress, parameter
+from vmm.snapshots.capture import hold, served_layers
+from vmm.snapshots.settle import took_over
+from vmm.snapshots.store import Held, has_tree, holding, load_tree
+from vmm.state import MachineState
+
+if TYPE_CHECKING:
+    from vmm.running import Running
+
+OPERATION = "snapshot-merge"
+MERGE_SECONDS = 7 * 24 * 3600.0
+_LOOK_SECONDS = 0.2
+
+
+class LiveMerges:
+    """The merges of one running machine."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers."""
+        return {"snapshot-merge": self._merge, "snapshot-merge-cancel": self._cancel}
+
+    async def _merge(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"target", "layers": newest first, "max_rate_bytes"}: {"target", "passes", "held_seconds"}."""
+        running = self._running
+        if running.state not in (MachineState.RUNNING, MachineState.PAUSED):
+            raise WrongState(f"is {running.state.value}: cannot merge its images now")
+        target = parameter(params, "target", str, "")
+        layers = [str(path) for path in parameter(params, "layers", list, [])]
+        rate = parameter(params, "max_rate_bytes", int)
+        with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
+            if held.tree.journal is not None:
+                raise InUse("an earlier snapshot or merge is still being put in order", hint="try again in a moment")
+            self._check(held, target, layers)
+            disk = await self._disk_of(target, layers)
+            held.note({"op": "live-merge", "disk": disk, "target": target, "layers": layers})
+            try:
+                result = await self._served_merge(disk, target, layers, rate, progress)
+            finally:
+                if not running.exited.is_set():
+                    await self._follow(held, disk)
+        running.tell("snapshots-merged", into=target, layers=layers, held_seconds=result["held_seconds"])
+        return {name: result[name] for name in ("passes", "held_seconds", "copied_bytes")} | {"target": target}
+
+    def _check(self, held: Held, target: str, layers: list[str]) -> None:
+        """Raise where the tree has changed since somebody judged it."""
+        tree = held.tree
+        step = target
+        for path in reversed(layers):
+            image = tree.images.get(path)
+            if image is None or not image.ours or image.parent != step:
+                raise InvalidSpec(f"the snapshots have changed meanwhile: {path} does not stand on {step}")
+            step = path
+        if not layers or target not in tree.images:
+            raise InvalidSpec("the snapshots have changed meanwhile", hint="try again")
+        if set(tree.frozen()) & {target, *layers[1:]}:
+            raise Refused("a snapshot needs one of the images as it is")
+
+    async def _disk_of(self, target: str, layers: list[str]) -> str:
+        wanted = [os.path.realpath(path) for path in (*layers, target)]
+        for disk, chain in (await served_layers(self._running)).items():
+            real = [os.path.realpath(path) for path in chain]
+            if any(real[start : start + len(wanted)] == wanted for start in range(len(real))):
+                return disk
+        raise InvalidSpec("is no part of a disk of the running machine", path=layers[0])
+
+    async def _served_merge(
+        self, disk: str, target: str, layers: list[str], rate: int | None, progress: Progress
+    ) -> dict[str, Any]:
+        server = self._running.server
+        chain = (await served_layers(self._running))[disk]
+        wish: dict[str, Any] = {"export": disk, "into": target, "max_rate_bytes": rate}
+        if os.path.realpath(chain[0]) != os.path.realpath(layers[0]):
+            wish["layer"] = layers[0]
+        merging = asyncio.create_task(server.call("merge", timeout_seconds=MERGE_SECONDS, **wish))
+        while not merging.done():
+            await asyncio.wait({merging}, timeout=_LOOK_SECONDS)
+            with contextlib.suppress(VmmError, KeyError, TypeError, StopIteration):
+                status = await server.call("status", timeout_seconds=5)
+                told = next(one["merge"] for one in status["exports"] if one["name"] == disk)
+                if told:
+                    progress({"step": f"merging {disk}", "done": told["done_bytes"], "total": told["total_bytes"]})
+        result: dict[str, Any] = merging.result()
+        return result
+
+    async def _cancel(self, params: dict[str, Any], progress: Progress) -> object:
+        """Stop the merge that is under way; {"cancelled"}. What was copied is found again by the next."""
+        done = await self._running.server.call("cancel")
+        return {"cancelled": bool(done["exports"])}
+
+    # -- where the disk is then --------------------------------------------------------------------------------------
+
+    async def _follow(self, held: Held, disk: str) -> None:
+        """The tree and the definitions say what the server serves. Raises StoreFailed; the journal stays then."""
+        running = self._running
+        chain = (await served_layers(running))[disk]
+        machine = took_over(held, registry.load_folder(running.machine.folder), disk, chain)
+        held.note(None)
+        disks = {one.id: one for one in machine.spec.disks}
+        spec = running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks])
+        if spec != running.spec:
+            write_whole(running.runtime.running, spec.to_json(), durable=False)
+            running.spec = spec
+
+    async def finish_interrupted(self) -> None:
+        """A merge whose worker was killed goes on in the server; wait for it, and follow. A failure is told."""
+        running = self._running
+        try:
+            journal = load_tree(running.machine).journal if has_tree(running.machine) else None
+            if journal is None or journal["op"] != "live-merge":
+                return
+            with running.busy(OPERATION), contextlib.ExitStack() as stack:
+                held = await hold(running, stack)
+                if held.tree.journal is None:
+                    return
+                disk = str(journal["disk"])
+                while await self._is_merging(disk):
+                    await asyncio.sleep(_LOOK_SECONDS)
+                await self._follow(held, disk)
+        except (VmmError, OSError, KeyError) as error:
+            running.tell("snapshot-left", problem=str(error))
+
+    async def _is_merging(self, disk: str) -> bool:
+        status = await self._running.server.call("status", timeout_seconds=30)
+        return any(one["name"] == disk and one["merge"] for one in status["exports"])
