@@ -258,7 +258,8 @@ class Manager:
                 delete_all(machine)
             registry.remove(machine)
             for path in plan.disks:
-                os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):  # it went with the snapshots
+                    os.unlink(path)
         return plan
 
     def _refuse_running(self, machine: Machine, what: str) -> None:

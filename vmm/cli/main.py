@@ -59,6 +59,8 @@ _VERBS: dict[str, tuple[str, str]] = {
     "switch": ("vmm.cli.switch:switch_command", "Make and watch virtual network switches."),
     "host": ("vmm.cli.host:host_group", "This host: what it is and lacks, its disks, folders, and autostart."),
     "snapshot": ("vmm.cli.snapshot:snapshot_command", "Keep states of a machine, go back to them."),
+    "export": ("vmm.cli.transfer:export_command", "Put a machine into a folder, for another host."),
+    "import": ("vmm.cli.transfer:import_command", "Make a machine out of an exported folder."),
     "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
     "events": ("vmm.cli.log:events_command", "What happened to a machine."),
     "logs": ("vmm.cli.log:logs_command", "What a machine's programs said."),

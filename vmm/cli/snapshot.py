@@ -255,8 +255,8 @@ def apply_command(
 def delete_command(machine: str, snapshot: str, subtree: bool, yes: bool, as_json: bool, quiet: bool) -> None:
     """Take SNAPSHOT of MACHINE away, whatever the machine is doing. No other state changes.
 
-    Its memory goes at once. Its images go at once where nothing stands on them; what stands on one alone is merged into
-    it when the machine is off, or by `vmm snapshot merge --live`; where two stand on it, it stays until one goes.
+    Its memory goes at once. Its images go at once where nothing stands on them; what stands on one alone is merged
+    into it when the machine is off, or by `vmm snapshot merge --live`; where two stand on it, it stays until one goes.
     """
     snapshots = _of(machine)
     one = snapshots.find(snapshot)
@@ -379,3 +379,20 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
                 )
         for one in failed:
             print_line(f"not now: {one['problem']}")
+
+
+@snapshot_command.command("export", epilog=epilog("vmm snapshot export web clean /mnt/usb/web"))
+@click.argument("machine")
+@click.argument("snapshot")
+@click.argument("folder", type=click.Path())
+@click.option("--flat", is_flag=True, help="One image for each disk, without parents.")
+@output_options
+def export_command(machine: str, snapshot: str, folder: str, flat: bool, as_json: bool, quiet: bool) -> None:
+    """Put MACHINE as it was at SNAPSHOT into the new FOLDER, whatever it is doing now. See `vmm export`."""
+    from vmm.cli.transfer import told
+    from vmm.transfer import export
+
+    one = _of(machine).find(snapshot)
+    with progress_line(shown=not quiet and not as_json) as progress:
+        done = export(machine, folder, snapshot=one.id, flat=flat, progress=progress)
+    told(done, f"{machine} at {one.name} is in {done.folder}", as_json=as_json, quiet=quiet)

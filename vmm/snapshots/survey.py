@@ -60,10 +60,20 @@ def survey(machine: Machine, tree: Tree) -> Survey:
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
     for path, family in families.items():
-        strangers = [one for one in family if one not in present]
+        real = os.path.realpath(path)
+        strangers = [one for one in family if one not in present and _stands_on(one, real, tuple(folders))]
         if strangers:
             found.foreign[path] = strangers
     return found
+
+
+def _stands_on(child: str, parent: str, folders: tuple[str, ...]) -> bool:
+    """False only for an image that surely stands on another file of the same id: a copy of the parent."""
+    options = vhdkit.OpenOptions(parent_dirs=folders, allow_raw_parent=True)
+    try:
+        return vhdkit.chain_paths(child, options=options)[1:2] == [parent]
+    except vhdkit.VhdkitError:
+        return True
 
 
 def judge(machine: Machine, tree: Tree) -> rule.Plan:

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines exported to folders and imported from them, and folders that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+import vmm
+from tests.vmm.snapshots.conftest import machines as machines_fixture
+from tests.vmm.snapshots.machines import Machines
+from vmm import registry
+from vmm.errors import AlreadyExists, InvalidSpec, NotFound
+from vmm.snapshots.survey import images_of
+from vmm.transfer import MANIFEST, export, import_machine
+
+machines = machines_fixture
+
+
+@pytest.fixture
+def out(machines: Machines) -> Iterator[Path]:
+    """Where exports go: a place that can be moved."""
+    yield machines.folder / "out"
+
+
+def built(machines: Machines) -> dict[str | None, dict[str, str]]:
+    """A machine on a shared base, with a branch; what its states read as."""
+    base = machines.disk("base.vhd")
+    (machines.folder / "own").mkdir()
+    vhdkit.clone(base, [machines.folder / "one.avhd"])
+    web = machines.create("web", [machines.folder / "one.avhd", machines.disk("data.vhd")])
+    for name in ("a", "b"):
+        web.create(name, notes=f"notes of {name}")
+        machines.write("web", 4096, name.encode() * 512)
+    web.apply("a", discard_current=True)
+    machines.write("web", 8192, b"now" * 512)
+    return machines.states("web")
+
+
+def test_whole_machine_as_a_copy(machines: Machines, out: Path) -> None:
+    """The copy has every state of the original, files and an id of its own, and needs nothing of the export."""
+    states = built(machines)
+    done = export("web", str(out))
+    assert (done.images, done.snapshots) == (7, 2)
+    elsewhere = machines.folder / "moved"
+    out.rename(elsewhere)
+    import_machine(str(elsewhere), name="copy")
+    shutil.rmtree(elsewhere)
+    assert machines.states("copy") == states
+    copy, web = registry.load("copy").spec, registry.load("web").spec
+    assert copy.id != web.id and not set(images_of(copy).values()) & set(images_of(web).values())
+    snapshots = vmm.Manager().snapshots("copy")
+    assert snapshots.find("b").notes == "notes of b" and snapshots.tree().now == snapshots.find("a").id
+    for name in ("a", "b"):
+        states.pop(snapshots.delete(name).snapshots[0].id)
+    machines.merge("copy")
+    assert machines.states("copy") == states
+    assert {Path(path).name for path in images_of(copy).values()} and not snapshots.tree().images
+    # and the original does not mind that a copy of its images is on this host
+    original = vmm.Manager().snapshots("web")
+    for name in ("b", "a"):
+        original.delete(name)
+    machines.merge("web")
+    assert original.merges_due() == 0 and not original.tree().images
+
+
+def test_in_place_with_the_old_id(machines: Machines, out: Path) -> None:
+    """Registered where it lies the machine is the same one, with its id; not beside the original."""
+    states = built(machines)
+    export("web", str(out))
+    elsewhere = machines.folder / "moved"
+    out.rename(elsewhere)
+    with pytest.raises(AlreadyExists, match="of that name"):
+        import_machine(str(elsewhere), register=True)
+    with pytest.raises(AlreadyExists, match="machine web already"):
+        import_machine(str(elsewhere), name="other", register=True)
+    old = registry.load("web").spec.id
+    vmm.Manager().delete("web", with_snapshots=True, with_disks=True)
+    import_machine(str(elsewhere), register=True)
+    web = registry.load("web").spec
+    assert web.id == old and machines.states("web") == states
+    assert all(Path(path).parent == elsewhere / "disks" for path in images_of(web).values())
+    vmm.Manager().snapshots("web").apply("b", discard_current=True)
+
+
+def test_flat_and_one_snapshot(machines: Machines, out: Path) -> None:
+    """Flat is one image a disk; a snapshot alone becomes a machine that is what it was then."""
+    states = built(machines)
+    b = vmm.Manager().snapshots("web").find("b").id
+    for number, (snapshot, flat) in enumerate(((None, True), ("b", True), ("b", False))):
+        target = machines.folder / f"out{number}"
+        done = export("web", str(target), snapshot=snapshot, flat=flat)
+        assert done.images == (2 if flat else 5) and done.snapshots == 0
+        import_machine(str(target), name=f"copy{number}")
+        assert machines.now(f"copy{number}") == states[None if snapshot is None else b]
+        machines.write(f"copy{number}", 0, b"written" * 20)
+    assert machines.states("web") == states
+
+
+def test_folders_that_are_none(machines: Machines, out: Path) -> None:
+    """Whatever is wrong with a folder is said, by file, and no machine and no file comes of it."""
+    with pytest.raises(NotFound, match=r"no vmm-export\.json"):
+        import_machine(str(out))
+    built(machines)
+    export("web", str(out))
+    with pytest.raises(AlreadyExists):
+        export("web", str(out))
+    with pytest.raises(NotFound):
+        export("web", str(machines.folder / "nowhere" / "x"))
+    manifest = out / MANIFEST
+    good = manifest.read_text()
+    image = next((out / "disks").glob("*.avhd"))
+    content = image.read_bytes()
+
+    def expect(problem: str, error: type[vmm.VmmError] = InvalidSpec) -> None:
+        with pytest.raises(error, match=problem):
+            import_machine(str(out), name="copy")
+        assert vmm.Manager().names() == ["web"] and not (machines.folder / "home" / "disks" / "copy").exists()
+
+    for text in ("", "[]", "{}", good[:-100], good.replace('"format": 1', '"format": 2')):
+        manifest.write_text(text)
+        expect("export|version")
+    for wrong in ("/etc/passwd", "../x", "disks/../../x"):
+        document = json.loads(good)
+        document["files"][wrong] = 1
+        manifest.write_text(json.dumps(document))
+        expect("outside")
+    document = json.loads(good)
+    document["images"]["disk-0"] = "../../home/x"
+    manifest.write_text(json.dumps(document))
+    expect("outside")
+    manifest.write_text(good.replace("/disks/", "/../disks/"))
+    expect("outside|damaged")
+    manifest.write_text(good)
+    image.write_bytes(content[:-1])
+    expect("bytes instead of")
+    image.unlink()
+    expect("missing", NotFound)
+    image.symlink_to("/etc/passwd")
+    expect("missing", NotFound)
+    image.unlink()
+    image.write_bytes(bytes(len(content)))
+    expect("VHD|footer|read", vmm.VmmError)
+    image.write_bytes(content)
+    import_machine(str(out), name="copy")
+
+
+def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
+    """A saved machine is saved where it arrives, for the machine that it is there."""
+    web = machines.create()
+    saved = machines.folder / "home" / "machines" / "web" / "saved"
+    saved.mkdir()
+    (saved / "memory.bin").write_bytes(b"memory" * 1000)
+    definition = json.loads(registry.load("web").spec.to_json())
+    (saved / "state.json").write_text(json.dumps({
+        "format": 1, "saved_at": 1.0, "qemu_version": "7.2.0", "accelerator": "tcg", "was_running": True,
+        "memory_file_bytes": 6000, "definition": definition,
+    }))  # fmt: skip
+    web.create("a")
+    export("web", str(out))
+    import_machine(str(out), name="copy")
+    manager = vmm.Manager()
+    assert manager.state("copy") is vmm.MachineState.SAVED
+    copy = registry.load("copy")
+    state = json.loads((Path(copy.paths.saved) / "state.json").read_text())
+    assert state["definition"]["id"] == copy.spec.id and state["definition"]["name"] == "copy"
+    manager.discard_saved("copy")
+    assert manager.snapshots("copy").apply("a", discard_current=True).state == "saved"
