@@ -46,6 +46,8 @@ def test_demo(tmp_path: Path) -> None:
         "clouds on Monday", "sunny",
         "VMM-GUEST READY", "diary.txt is now on the disk", "shutdown-requested  (by: agent)",
         "all that the machine wrote is in guest.avhd",
+        "$ vmm snapshot create demo --name before", "demo: middle is deleted", "demo: 1 merged",
+        "demo is at before, and running", "diary says", "just after the snapshot, and is",
         "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output

@@ -185,7 +185,7 @@ _STEPS = st.sampled_from(["write", "create", "apply", "delete", "subtree", "clon
 
 @given(st.lists(_STEPS, max_size=40), st.integers(0, 1 << 30))
 def test_random_histories_keep_every_state(steps: list[str], seed: int) -> None:
-    """Whatever comes and goes, every snapshot, the present state and every clone read as they did."""
+    """INV-DELETE-RULE: whatever comes and goes, every snapshot, the present state and every clone read as they did."""
     model = Model(seed)
     for step in steps:
         if step in ("apply", "delete", "subtree") and not model.tree.snapshots:
