@@ -5,13 +5,11 @@
     script/bench snapshot -- --only pause        some of it: pause, live, offline
     script/bench snapshot -- --rounds 3
 
-- pause: how long a boot-sector guest under TCG stands still for a snapshot with memory, captured in the background
-(the
-  worker's own measure, from before the stop until QEMU runs again): with 256 MiB and four disks of 1 GiB, of 64 GiB,
-  and with 1 GiB of memory.
+- pause: how long a boot-sector guest under TCG stands still for a snapshot with memory, captured in the background:
+  with 256 MiB and four disks of 1 GiB, of 64 GiB, and with 1 GiB of memory. The worker's own measure, from before the
+  stop until QEMU runs again.
 - live: 4 KiB random reads and writes of a Linux guest on its disk, alone and while layers below are merged; then how
-long
-  its writes are held when the layer it writes to is merged.
+  long its writes are held when the layer it writes to is merged.
 - offline: the merge of a machine that is off, through `vmm snapshot merge`, beside `vhdkit merge` of the same files.
 """
 

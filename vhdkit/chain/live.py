@@ -114,6 +114,13 @@ class Freezing:
             self._take_back()
             raise
 
+    def is_for(self, pairs: Sequence[tuple[Chain, str | None]]) -> bool:
+        """True when these are the very chains, and the paths are those that are asked for."""
+        return len(pairs) == len(self._chains) and all(
+            chain is own and path in (None, made)
+            for (chain, path), own, made in zip(pairs, self._chains, self.paths, strict=True)
+        )
+
     def _make(self) -> None:
         with contextlib.ExitStack() as stack_:
             files = []

@@ -253,7 +253,9 @@ def _take_commands(wish: Wish, server: NbdServer, exports: list[ImageExport], cl
     assert wish.control is not None
     socket_file = SocketFile(wish.control, owner=parse_owner(wish.socket_owner) if wish.socket_owner else None)
     cleanup.callback(socket_file.close)
-    control = Control(server.loop, Operations(server, exports).methods())
+    operations = Operations(server, exports)
+    control = Control(server.loop, operations.methods())
+    cleanup.callback(operations.close)
     cleanup.callback(control.close)
     control.listen(socket_file.socket)
 

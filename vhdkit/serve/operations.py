@@ -7,6 +7,7 @@ becomes a parent that of `chain.live`. A method that holds exports, or reads fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -34,11 +35,13 @@ class Operations:
         self._started = time.time()
         self._merges: dict[str, Merging] = {}  # under way, by export
         self._changing = threading.Lock()  # who changes a chain that no merge has in hand, or takes one in hand
+        self._prepared: Freezing | None = None  # new leaves that are made, for the next snapshot
 
     def methods(self) -> dict[str, Method]:
         """By the names they are called by."""
         return {
             "status": Method(self._status),
+            "prepare": Method(self._prepare, takes_long=True),
             "snapshot": Method(self._snapshot, takes_long=True),
             "merge": Method(self._merge, takes_minutes=True),
             "cancel": Method(self._cancel),
@@ -101,6 +104,7 @@ class Operations:
         wish = MergeWish(_text(params, "layer"), _text(params, "into"), rate)
         with self._changing:  # a snapshot under way ends first: the chain it leaves is merged
             export = self._find(name)
+            self._forget_prepared()
             self._refuse_merging([export])
             merging = Merging(self._server, export, wish)
             self._merges[export.name] = merging
@@ -131,8 +135,44 @@ class Operations:
 
     # -- changing -----------------------------------------------------------------------------------------------
 
-    def _snapshot(self, params: Params) -> object:
-        """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}, without it all exports."""
+    def _prepare(self, params: Params) -> object:
+        """Make the new leaves of a snapshot, so that taking it is short; parameters as `snapshot`'s.
+
+        They go when another is prepared or taken, and with {"exports": {}} or the server's end.
+        """
+        pairs = [] if params == {"exports": {}} else self._pairs(params)
+        with self._changing:
+            self._forget_prepared()
+            if not pairs:
+                return {"exports": {}}
+            self._refuse_merging([export for export, _ in pairs])
+            self._prepared = Freezing([(export.disk.chain, path) for export, path in pairs])
+            paths = self._prepared.paths
+        return {"exports": {export.name: path for (export, _), path in zip(pairs, paths, strict=True)}}
+
+    def _forget_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            with contextlib.suppress(errors.VhdkitError):  # somebody removed them already
+                prepared.__exit__()
+
+    def close(self) -> None:
+        """The server has ended: what was only prepared goes."""
+        with self._changing:
+            self._forget_prepared()
+
+    def _freezing(self, pairs: list[tuple[ImageExport, str | None]]) -> Freezing:
+        """New leaves: those that were prepared for just this, or others."""
+        chains = [(export.disk.chain, path) for export, path in pairs]
+        prepared = self._prepared
+        if prepared is not None and prepared.is_for(chains):
+            self._prepared = None
+            return prepared
+        self._forget_prepared()
+        return Freezing(chains)
+
+    def _pairs(self, params: Params) -> list[tuple[ImageExport, str | None]]:
+        """What is to be frozen, and where its new leaf goes. Raises BadParams and what stands against it."""
         _only(params, "exports")
         wanted = params.get("exports")
         if wanted is None:
@@ -148,12 +188,16 @@ class Operations:
                 )
         for export, path in pairs:
             _check_place(export, path)
+        return pairs
+
+    def _snapshot(self, params: Params) -> object:
+        """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}, without it all exports."""
+        pairs = self._pairs(params)
         exports = [export for export, _ in pairs]
         with self._changing:
             self._refuse_merging(exports)
             frozen = [export.disk.path for export in exports]
-            chains = [(export.disk.chain, path) for export, path in pairs]
-            with Freezing(chains) as freezing, self._server.hold(exports):
+            with self._freezing(pairs) as freezing, self._server.hold(exports):
                 began = time.monotonic()
                 disks = [Disk(chain) for chain in freezing.freeze()]
                 for export, disk in zip(exports, disks, strict=True):
@@ -181,6 +225,7 @@ class Operations:
             raise errors.ReadOnly("is served for reading only", path=export.image_path)
         with self._changing:
             self._refuse_merging([export])
+            self._forget_prepared()
             with self._server.hold([export]):
                 chain, outcome = resize_open(export.disk.chain, size)
                 export.exchange(Disk(chain))

@@ -195,6 +195,8 @@ class _Taking:
                               "snapshot": snapshot_document(self._snapshot)}  # fmt: skip
             self._held.note(self._journal)
             await capturing.prepare()
+            if self._pivots:
+                await running.server.call("prepare", exports=self._leaves())
             async with contextlib.AsyncExitStack() as frozen:
                 if self._consistent:
                     await frozen.enter_async_context(running.agent.frozen(max_seconds=FREEZE_SECONDS))
@@ -211,11 +213,13 @@ class _Taking:
         await capturing.reset()
         return snapshot
 
+    def _leaves(self) -> dict[str, str]:
+        return {one.disk: one.child for one in self._pivots}
+
     async def _pivot(self) -> None:
         """All disks at once, and what else QEMU writes to while the guest runs."""
         if self._pivots:
-            exports = {one.disk: one.child for one in self._pivots}
-            await self._running.server.call("snapshot", exports=exports)
+            await self._running.server.call("snapshot", exports=self._leaves())
         self._folder.copy_uefi(self._running.machine, self._running.spec)
 
     async def _follow(self) -> None:
@@ -273,11 +277,12 @@ async def hold(running: Running, stack: contextlib.ExitStack) -> Held:
 async def served_leaves(running: Running) -> dict[str, str]:
     """Disk id -> the image that takes its writes now. Raises StoreFailed.
 
-    A snapshot that the server is in the middle of is waited for: it does one thing after the other.
+    A snapshot that the server is in the middle of is waited for: it does one thing after the other. New leaves that it
+    has only prepared go.
     """
     await running.server.wait_serving(SERVER_SECONDS)
     with contextlib.suppress(VmmError):
-        await running.server.call("remove", export="no such export: a question that is answered in its turn")
+        await running.server.call("prepare", exports={})
     return {disk: layers[0] for disk, layers in (await served_layers(running)).items()}
 
 

@@ -11,22 +11,21 @@ import vhdkit
 
 
 def test_chain_and_children(tmp_path: Path) -> None:
-    """A chain is told leaf first; children are found beside an image and in the folders given; damage is passed over."""
+    """A chain is told leaf first; children are found beside an image and in folders given; damage is passed over."""
     base, elsewhere = tmp_path / "base.vhd", tmp_path / "elsewhere"
+    first, second = tmp_path / "a.avhd", tmp_path / "b.avhd"
     elsewhere.mkdir()
     vhdkit.create_image(base, 1 << 20)
-    vhdkit.create_child(tmp_path / "a.avhd", base)
-    vhdkit.create_child(tmp_path / "b.avhd", tmp_path / "a.avhd")
+    vhdkit.create_child(first, base)
+    vhdkit.create_child(second, first)
     options = vhdkit.OpenOptions(parent_dirs=(str(tmp_path),))
     vhdkit.create_child(elsewhere / "c.avhd", base, options=options)
     (tmp_path / "damaged.vhd").write_bytes(b"conectix" * 200)
-    assert vhdkit.chain_paths(tmp_path / "b.avhd") == [str(tmp_path / name) for name in ("b.avhd", "a.avhd", "base.vhd")]
-    with vhdkit.open_disk(tmp_path / "b.avhd", writable=True):  # in use
-        found = vhdkit.find_children([base, tmp_path / "a.avhd", tmp_path / "b.avhd"])
-        assert list(found.values()) == [[str(tmp_path / "a.avhd")], [str(tmp_path / "b.avhd")], []]
-        assert sorted(vhdkit.find_children([base], folders=[elsewhere])[str(base)]) == [
-            str(tmp_path / "a.avhd"), str(elsewhere / "c.avhd"),
-        ]  # fmt: skip
+    assert vhdkit.chain_paths(second) == [str(second), str(first), str(base)]
+    with vhdkit.open_disk(second, writable=True):  # in use
+        assert list(vhdkit.find_children([base, first, second]).values()) == [[str(first)], [str(second)], []]
+        found = vhdkit.find_children([base], folders=[elsewhere])
+        assert sorted(found[str(base)]) == [str(first), str(elsewhere / "c.avhd")]
     with pytest.raises(vhdkit.NotFound):
         vhdkit.find_children([tmp_path / "nowhere.vhd"])
 

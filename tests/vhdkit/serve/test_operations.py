@@ -39,7 +39,8 @@ class Bench:
         wanted = [Wanted(str(folder / f"{name}.vhd"), name) for name in ("a", "b")]
         self.exports: list[ImageExport] = open_exports(wanted, manner)
         self.server = NbdServer(self.exports)
-        self.methods = Operations(self.server, self.exports).methods()
+        self.operations = Operations(self.server, self.exports)
+        self.methods = self.operations.methods()
         self.running = Running(self.server)
 
     def do(self, name: str, **params: object) -> dict[str, object]:
@@ -376,3 +377,51 @@ def test_an_export_in_use_stays(bench: Bench) -> None:
     with open_disk(bench.folder / "b.vhd", writable=True) as disk:
         assert disk.read(0, PAGE_SIZE) == b"x" * PAGE_SIZE
     assert [one.name for one in bench.server.catalog()] == ["a"]
+
+
+def test_prepared_leaves_are_taken(bench: Bench) -> None:
+    """What was prepared is used by the same snapshot, which makes nothing, and by no other."""
+    paths = {"a": str(bench.folder / "a1.avhd"), "b": str(bench.folder / "b1.avhd")}
+    assert bench.do("prepare", exports=paths) == {"exports": paths}
+    assert bench.files() == ["a.vhd", "a1.avhd", "b.vhd", "b1.avhd"]
+    made = (bench.folder / "a1.avhd").stat().st_ino
+    bench.do("snapshot", exports=paths)
+    assert (bench.folder / "a1.avhd").stat().st_ino == made
+    assert [export.disk.path for export in bench.exports] == [paths["a"], paths["b"]]
+    bench.do("prepare", exports={"a": str(bench.folder / "a2.avhd")})
+    other = str(bench.folder / "other.avhd")
+    bench.do("snapshot", exports={"a": other})  # another one: what was prepared goes
+    assert bench.exports[0].disk.path == other and not (bench.folder / "a2.avhd").exists()
+    with pytest.raises(errors.AlreadyExists):
+        bench.do("prepare", exports={"a": paths["a"]})
+    with pytest.raises(BadParams):
+        bench.do("prepare", exports=7)
+
+
+def test_prepared_leaves_go(bench: Bench) -> None:
+    """When nothing comes of them: asked for, at a resize, which they would be too small for, and at the end."""
+    path = str(bench.folder / "a1.avhd")
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: bench.do("prepare", exports={}),
+        lambda: bench.do("resize", export="a", size_bytes=2 * SIZE),
+        bench.operations.close,
+    )
+    for forget in ways:
+        bench.do("prepare", exports={"a": path})
+        assert "a1.avhd" in bench.files()
+        forget()
+        assert "a1.avhd" not in bench.files()
+    bench.do("prepare", exports={"a": path})
+    Path(path).unlink()  # somebody cleaned up
+    bench.do("prepare", exports={})
+    bench.do("snapshot", exports={"a": path})
+    assert bench.exports[0].disk.path == path and bench.exports[0].disk.size_bytes == 2 * SIZE
+
+
+def test_what_is_prepared_may_be_resumed_from(bench: Bench) -> None:
+    """A leaf goes on being written to while its child is only prepared; then the child reads all of it."""
+    path = str(bench.folder / "a1.avhd")
+    bench.do("prepare", exports={"a": path})
+    bench.exports[0].disk.write(4096, b"after" * 100)
+    bench.do("snapshot", exports={"a": path})
+    assert bench.exports[0].disk.read(4096, 500) == b"after" * 100
