@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vhdkit
-from tests import soak_live
+from tests import soak_live, soak_snapshots
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
 
@@ -277,6 +277,13 @@ SCENES = {
             soak_live.merge_while_writing,
             soak_live.look,
             lambda: soak_live.merge_while_writing,
+        ),
+        Scene(
+            "snapshots",
+            soak_snapshots.prepare,
+            soak_snapshots.work,
+            soak_snapshots.look,
+            lambda: soak_snapshots.work,
         ),
         Scene(
             "compact",

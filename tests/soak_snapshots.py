@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 
 import vhdkit
@@ -36,21 +35,22 @@ def _here() -> None:
 
 
 def prepare() -> None:
-    """A machine with two disks. Paths are absolute, so it is made anew in each working directory."""
-    Path("fresh").touch()
-
-
-def _made() -> MachineSnapshots:
-    _here()
-    if Path("fresh").exists():
-        shutil.rmtree("home", ignore_errors=True)  # of one that was killed here
-        for name in _IMAGES:
-            Path(name).unlink(missing_ok=True)
-            vhdkit.create_image(name, _DISK, block_size_bytes=512 << 10)
-        manager = vmm.Manager()
-        manager.create(NAME, disks=[vmm.DiskWish(os.path.abspath(name)) for name in _IMAGES])
-        Path("fresh").unlink()
+    """A machine with two disks. Its paths are absolute: those of the folder `work` beside this, a copy of it."""
+    place = os.path.join(os.path.dirname(os.getcwd()), "work")
+    os.symlink(os.getcwd(), place)
+    try:
+        os.environ.update(VMM_HOME=os.path.join(place, "home"), VMM_RUNTIME=os.path.join(place, "run"))
+        images = [os.path.join(place, name) for name in _IMAGES]
+        for image in images:
+            vhdkit.create_image(image, _DISK, block_size_bytes=512 << 10)
+        vmm.Manager().create(NAME, disks=[vmm.DiskWish(image) for image in images])
         _note()
+    finally:
+        os.unlink(place)
+
+
+def _snapshots() -> MachineSnapshots:
+    _here()
     snapshots = vmm.Manager().snapshots(NAME)
     snapshots._merge_in_background = lambda: None  # type: ignore[method-assign]
     return snapshots
@@ -78,7 +78,7 @@ def _note() -> None:
 
 def work() -> None:
     """Random verbs, one after the other, in a process that is killed."""
-    snapshots = _made()
+    snapshots = _snapshots()
     rng = random.Random(os.urandom(8))
     settle()
     _note()
@@ -110,8 +110,6 @@ def settle() -> None:
 def look(done: bool) -> None:
     """Each state that was noted and is there reads as it did; the present one too, unless it was being changed."""
     _here()
-    if not Path(_NOTE).exists():
-        return  # killed before there was a machine
     before: dict[str, str] = json.loads(Path(_NOTE).read_text())
     settle()
     states = _states()

@@ -72,7 +72,7 @@ def test_delete_in_every_position(machines: Machines) -> None:
     del states[ids["b"]]
     assert machines.states("web") == states
     before = machines.images()
-    deleted = web.delete("c")  # a leaf: its own image goes, and then b's has one dependant
+    deleted = web.delete("c")  # a leaf: its own image goes, and then b's has one on it
     web.merge()
     del states[ids["c"]]
     assert machines.states("web") == states and len(machines.images()) < len(before)
