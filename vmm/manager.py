@@ -37,6 +37,8 @@ from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree
 from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
+from vmm.snapshots.store import has_tree, load_tree, read_merging
+from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.state import MachineState, processes_of
 
 SHUTDOWN_SECONDS = 120.0
@@ -122,7 +124,7 @@ class Manager:
             uptime_seconds=found.get("uptime_seconds"),
             reason=found.get("reason"),
             heartbeat=found.get("heartbeat"),
-            operation=found.get("operation"),
+            operation=found.get("operation") or ("merge" if read_merging(machine.paths) is not None else None),
             guest=found.get("guest"),
             pids={part: ref.pid for part, ref in processes.items()},
         )

@@ -50,7 +50,7 @@ class Mode(StrEnum):
     STOP = "stop"
 
 
-BACKGROUND_HINT = "vmm set NAME --background-capture, when it is off; or sysctl vm.unprivileged_userfaultfd=1"
+BACKGROUND_HINT = "root: vmm set NAME --background-capture, when it is off; or sysctl vm.unprivileged_userfaultfd=1"
 
 
 async def best_mode(qmp: Qmp, wanted: Mode | None = None, *, room_taken: bool = True, runs: bool = True) -> Mode:

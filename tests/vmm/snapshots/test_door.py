@@ -14,6 +14,7 @@ from tests.vmm.snapshots.machines import Machines
 from vmm import registry
 from vmm.errors import AlreadyExists, InUse, InvalidSpec, NotFound, Refused, WrongState
 from vmm.snapshots.tree import read_tree
+from vmm.spec import DiskSpec
 
 
 def test_create_apply_and_branch(machines: Machines) -> None:
@@ -282,3 +283,14 @@ def test_tree_outlives_its_machine_name(machines: Machines) -> None:
     web.create("a")
     tree = web.tree()
     assert read_tree(tree.to_json(), "x") == tree
+
+
+def test_passed_through_disks_have_no_snapshots(machines: Machines) -> None:
+    """A machine with a device of the host has content that no layer of ours could keep, and is refused."""
+    web = machines.create()
+    machine = registry.load("web")
+    device = DiskSpec(id="disk-9", kind="pass-through", path="/dev/null", controller="scsi")
+    registry.save(machine, machine.spec.changed(disks=[*machine.spec.disks, device]))
+    with pytest.raises(Refused, match="passed through"):
+        web.create()
+    assert not web.tree().snapshots and machines.images() == {"web-0.vhd"}
