@@ -35,10 +35,8 @@ from vmm.registry import Machine
 from vmm.rpc import Progress
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
-from vmm.snapshots.store import has_tree, load_tree
-from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.snapshots.store import has_tree, load_tree, read_merging
-from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk, make_spec
+from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.state import MachineState, processes_of
 
 SHUTDOWN_SECONDS = 120.0
