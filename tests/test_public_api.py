@@ -20,9 +20,9 @@ check clone collect_garbage compact compare convert create_child create_image fi
 open_disk rebase relocate repair resize restore resume_merge snapshot snapshot_many
 """
 MACHINES = """
-AccessDenied AdapterSpec AgentUnavailable AlreadyExists AutomaticSpec Deletion DiskSpec DiskWish InUse IntegrationSpec
-InvalidSpec MachineInfo MachineSpec MachineState Manager NoSpace NotFound PathsSpec QemuFailed Refused StoreFailed
-TimedOut Unsupported VmmError WrongState
+AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec Deleted Deletion DiskSpec DiskWish InUse
+IntegrationSpec InvalidSpec MachineInfo MachineSnapshots MachineSpec MachineState Manager NoSpace NotFound PathsSpec
+QemuFailed Refused Snapshot StoreFailed TimedOut Unsupported VmmError WrongState
 """
 
 
