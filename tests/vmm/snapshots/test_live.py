@@ -125,8 +125,12 @@ def test_a_writing_guest_notices_nothing(manager: Manager, shell_of: Callable[[]
     wait_whole(but={"worker": before["worker"]})
     guest = shell_of()
     goes_on(guest)
-    wait_until(small.cancel_merge, "the server was still merging", 60)
-    wait_until(lambda: load_tree(registry.load("small").paths).journal is None, "the new worker followed it", 60)
+
+    def followed() -> bool:
+        small.cancel_merge()  # where the server is still at it
+        return load_tree(registry.load("small").paths).journal is None
+
+    wait_until(followed, "the new worker followed it", 60)
     small.merge_live()
     assert small.merges_due() == 0 and machines.of_snapshot("small", "first") == kept
     goes_on(guest)
