@@ -40,6 +40,10 @@ _SPLICE_BITS = sum(1 << bit for bit in (7, 8, 9))  # through a pipe: slower than
 _TRUNCATE_BIT = 1 << 3  # O_TRUNC as a part of open, which the kernel takes for done: we refuse it, so it has to ask
 _WRITING = os.O_WRONLY | os.O_RDWR
 _Address, _Size, _Offset, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
+_PYBUF_WRITE = 0x200
+_MEMORY = ctypes.PYFUNCTYPE(ctypes.py_object, _Address, ctypes.c_ssize_t, _Int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
 _FILLER = ctypes.CFUNCTYPE(_Int, _Address, ctypes.c_char_p, _Address, _Offset, _Int)
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "getattr": (_Int, _Address, _Address, _Address),
@@ -111,6 +115,7 @@ class Callbacks:
         self._last_handle = 0
         self._lock = threading.Lock()
         self._handle_place = fuse.fuse_file_info.fh.offset
+        self._flags_place = fuse.fuse_file_info.flags.offset
         self._arrays: dict[int, Any] = {}
         self._owner = os.geteuid(), os.getegid()
         self._known_threads: set[int] = set()
@@ -164,6 +169,9 @@ class Callbacks:
         """C's buffer, which is ours during the call only."""
         kind = self._arrays.get(size)
         if kind is None:
+            if size % PAGE_SIZE:  # any size may come, and each type would stay: 3 KiB for each
+                found: memoryview = _MEMORY(address, size, _PYBUF_WRITE)
+                return found
             kind = self._arrays[size] = ctypes.c_ubyte * size
         return memoryview(kind.from_address(address)).cast("B")
 
@@ -241,9 +249,12 @@ class Callbacks:
         return done
 
     def write(self, path: int, buffer: int, size: int, offset: int, info: int) -> int:
-        """Straight out of the request."""
+        """Straight out of the request; on the device, too, when the file was opened so: the kernel leaves that to us."""
         self._keep_thread()
-        done: int = self._handle(info).write(offset, self._memory(buffer, size))
+        handle = self._handle(info)
+        done: int = handle.write(offset, self._memory(buffer, size))
+        if _Int.from_address(info + self._flags_place).value & os.O_DSYNC:  # which is a part of O_SYNC
+            handle.flush()
         return done
 
     def fallocate(self, path: int, mode: int, offset: int, size: int, info: int) -> None:

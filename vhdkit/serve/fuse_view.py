@@ -181,7 +181,6 @@ class Handle:
             if size <= 0:
                 raise OSError(errno.ENOSPC, "the disk ends before")
             data = data[:size]
-        self._unflushed = True
         try:
             self._disk.write(self._base + offset, data)
         finally:
@@ -200,7 +199,6 @@ class Handle:
         end = offset + size
         if end > self._size and not mode & FALLOC_KEEP_SIZE:
             raise OSError(errno.ENOSPC, "the disk ends before")
-        self._unflushed = True
         try:
             for start in range(offset, min(end, self._size), _MAX_ZERO_BYTES):
                 piece = min(_MAX_ZERO_BYTES, min(end, self._size) - start)
@@ -226,7 +224,11 @@ class Handle:
         """Return when what was written is on the device. Raises SyncFailed, NoSpace, IoFailed."""
         if self._disk.writable:
             self._unflushed = False
-            self._disk.flush()
+            try:
+                self._disk.flush()
+            except BaseException:
+                self._unflushed = True  # whoever closes it next is told, too
+                raise
 
     def closing(self) -> None:
         """Somebody closes the file: as `flush`, when something was written through it."""
@@ -245,3 +247,4 @@ class Handle:
         source = self.node.source
         assert isinstance(source, LiveSource)
         source.touch()
+        self._unflushed = True  # only now: a flush that began during the write does not cover it

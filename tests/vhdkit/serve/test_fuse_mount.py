@@ -20,6 +20,8 @@ import vhdkit
 from tests.mounting import mounted, require_fuse
 from vhdkit.errors import NotFound
 from vhdkit.serve import fuse_mount
+from vhdkit.serve.fuse_tree import Tree
+from vhdkit.serve.fuse_view import LiveSource, View
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -164,6 +166,46 @@ def test_names_of_one_disk_agree(tmp_path: Path) -> None:
         os.close(fd)
         with part.open("rb") as file:
             assert os.pread(file.fileno(), 11, 4096) == b"by the disk"
+
+
+class Opened:
+    """A file of a writable disk as libfuse sees it, without a mount."""
+
+    def __init__(self, disk: vhdkit.Disk, flags: int) -> None:
+        fuse = fuse_mount.load()
+        self.calls = fuse_mount.Callbacks(fuse, Tree(View(LiveSource(disk, 1), SIZE, writable=True), 1, disk), list)
+        self.info = fuse.fuse_file_info()
+        self.info.flags = flags
+        self.at = ctypes.addressof(self.info)
+        path = ctypes.create_string_buffer(b"/")
+        self.calls.open(ctypes.addressof(path), self.at)
+
+
+def test_writes_of_a_file_opened_for_it_are_on_the_device(
+    chain: tuple[Path, bytearray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With O_SYNC and O_DSYNC the kernel says so with each write, and calls no fsync of its own."""
+    flushes: list[int] = []
+    data = ctypes.create_string_buffer(b"x" * 512)
+    with vhdkit.open_disk(chain[0], writable=True) as disk:
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "flush", lambda: flushes.append(1))
+            for flags, expected in ((0, 0), (os.O_DSYNC, 1), (os.O_SYNC, 2)):
+                file = Opened(disk, os.O_RDWR | flags)
+                assert file.calls.write(0, ctypes.addressof(data), 512, 0, file.at) == 512
+                assert len(flushes) == expected
+
+
+def test_any_size_of_request_costs_no_memory(chain: tuple[Path, bytearray]) -> None:
+    """A file opened for writing is read in whatever pieces a program likes: what is kept for each must have an end."""
+    place = ctypes.create_string_buffer(64 * 1024)
+    with vhdkit.open_disk(chain[0], writable=True) as disk:
+        file = Opened(disk, os.O_RDWR)
+        before = len(ctypes.Array.__subclasses__())
+        for size in range(1, 3000):
+            assert file.calls.read(0, ctypes.addressof(place), size, 4096, file.at) == size
+            assert place.raw[:size] == chain[1][4096 : 4096 + size]
+        assert len(ctypes.Array.__subclasses__()) - before < 10  # types of ctypes
 
 
 def test_libfuse_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

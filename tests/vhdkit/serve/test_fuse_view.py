@@ -158,6 +158,26 @@ def test_closing_flushes_what_was_written(disk: vhdkit.Disk, monkeypatch: pytest
     assert flushes == [1]
 
 
+def test_a_flush_beside_a_write_does_not_cover_it(disk: vhdkit.Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing flushes again; and after a flush that failed, so that its closer learns of it."""
+    flushes: list[int] = []
+    writer = view_of(disk).open(write=True)
+    monkeypatch.setattr(disk, "flush", lambda: flushes.append(1))
+    monkeypatch.setattr(disk, "write", lambda offset, data: writer.flush())
+    writer.write(0, memoryview(b"x"))
+    writer.closing()
+    assert flushes == [1, 1]
+
+    def fails() -> None:
+        raise vhdkit.IoFailed("the device is gone")
+
+    writer.write(0, memoryview(b"x"))
+    monkeypatch.setattr(disk, "flush", fails)
+    for _ in range(2):
+        with pytest.raises(vhdkit.IoFailed):
+            writer.closing()
+
+
 def test_layers_show_the_disk_as_it_was(disk: vhdkit.Disk) -> None:
     """The base does not have what the leaf wrote, whatever the leaf writes meanwhile."""
     disks = LayerDisks(disk.chain)
