@@ -10,7 +10,9 @@ cache and with its read-ahead, and with O_DIRECT, where each request reaches the
     script/bench fuse -- --rounds 1 --seconds 0.5 --size 128     a look
 
 nbdfuse serves what nbdkit's plugin for plain files, in C, has of the same disk as a raw file, and what qemu-nbd makes
-of the VHD. vhdimount only reads.
+of the VHD. vhdimount only reads. Each server has a session of its own, as ours and vhdimount's have anyway: the kernel
+shares out processor time by sessions (autogroup), so that on a busy machine nbdfuse in fio's session was twice as fast
+as outside of it.
 """
 
 from __future__ import annotations
@@ -137,10 +139,12 @@ def nbdfuse(folder: Path, server: list[str]) -> Iterator[Path]:
     mountpoint, socket_path = folder / "mnt", folder / "nbd.sock"
     socket_path.unlink(missing_ok=True)
     with ExitStack() as stack:
-        process = stack.enter_context(ended(subprocess.Popen([word.format(socket=socket_path) for word in server])))
+        command = [word.format(socket=socket_path) for word in server]
+        process = stack.enter_context(ended(subprocess.Popen(command, start_new_session=True)))
         wait_for(socket_path, process)
         stack.enter_context(unmounted(mountpoint))
-        client = subprocess.Popen(["nbdfuse", str(mountpoint), f"nbd+unix:///?socket={socket_path}"])
+        command = ["nbdfuse", str(mountpoint), f"nbd+unix:///?socket={socket_path}"]
+        client = subprocess.Popen(command, start_new_session=True)
         stack.callback(client.wait, WAIT_SECONDS)
         stack.enter_context(unmounted(mountpoint))
         wait_for(mountpoint / "nbd", client)
