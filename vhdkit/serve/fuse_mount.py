@@ -64,7 +64,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "init": (_Address, _Address, _Address),
 }
 # Names do not change: what would change one is refused as not permitted, not as unknown.
-_REFUSED = ("mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown", "create")
+_REFUSED = ("mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown", "utimens", "create")
 
 
 def load() -> Any:

@@ -135,7 +135,7 @@ def test_a_writable_mount(chain: tuple[Path, bytearray], tmp_path: Path) -> None
         for call, arguments in (
             (os.unlink, (disk,)), (os.mkdir, (mnt / "new",)), (os.rename, (disk, mnt / "other.raw")),
             (os.symlink, ("x", mnt / "link")), (os.link, (disk, mnt / "link")), (os.chmod, (disk, 0o777)),
-            (os.rmdir, (mnt / "layers",)), (os.open, (mnt / "new", os.O_CREAT | os.O_WRONLY)),
+            (os.rmdir, (mnt / "layers",)), (os.open, (mnt / "new", os.O_CREAT | os.O_WRONLY)), (os.utime, (disk,)),
         ):  # fmt: skip
             assert callable(call)
             refused(errno.EPERM, call, *arguments)
