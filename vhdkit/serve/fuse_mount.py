@@ -249,7 +249,7 @@ class Callbacks:
         return done
 
     def write(self, path: int, buffer: int, size: int, offset: int, info: int) -> int:
-        """Straight out of the request; on the device, too, when the file was opened so: the kernel leaves that to us."""
+        """Straight out of the request; on the device, too, when the file was opened so: the kernel leaves it to us."""
         self._keep_thread()
         handle = self._handle(info)
         done: int = handle.write(offset, self._memory(buffer, size))

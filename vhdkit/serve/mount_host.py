@@ -297,8 +297,8 @@ def _connect(sock: socket.socket, address: str) -> None:
 class Presence:
     """The server's end: whoever connects sees when the process is gone, and is told what went wrong at the end.
 
-    A thread takes them in: those who only look would fill the queue one day, and the next would wait for ever. Only the
-    same user and root can unmount, and so only they are kept.
+    A thread takes them in: those who only look would fill the queue one day, and the next would wait for ever. Only
+    the same user and root can unmount, and so only they are kept.
     """
 
     def __init__(self) -> None:

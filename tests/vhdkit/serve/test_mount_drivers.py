@@ -53,7 +53,7 @@ def test_two_layers_of_one_xfs_can_be_mounted() -> None:
 
 
 def test_ordinary_users_may_read_every_file() -> None:
-    """The owners inside an image are not the users of this machine; but not for all others, who would be root in it."""
+    """The owners inside an image are no users of this machine; but not for all others, who would be root in it."""
     (alone,) = attempts(FileSystem("ext4"), writable=True, is_root=False)
     (shared,) = attempts(FileSystem("ext4"), writable=True, is_root=False, allow_other=True)
     assert (alone.words[-1], shared.words[-1]) == ("rw,fakeroot", "rw,allow_other")
