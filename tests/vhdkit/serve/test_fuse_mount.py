@@ -173,7 +173,8 @@ class Opened:
 
     def __init__(self, disk: vhdkit.Disk, flags: int) -> None:
         fuse = fuse_mount.load()
-        self.calls = fuse_mount.Callbacks(fuse, Tree(View(LiveSource(disk, 1), SIZE, writable=True), 1, disk), list)
+        tree = Tree(View(LiveSource(disk, 1), SIZE, writable=True), 1, disk)
+        self.calls = fuse_mount.Callbacks(fuse, tree, lambda: None)
         self.info = fuse.fuse_file_info()
         self.info.flags = flags
         self.at = ctypes.addressof(self.info)
@@ -187,13 +188,12 @@ def test_writes_of_a_file_opened_for_it_are_on_the_device(
     """With O_SYNC and O_DSYNC the kernel says so with each write, and calls no fsync of its own."""
     flushes: list[int] = []
     data = ctypes.create_string_buffer(b"x" * 512)
-    with vhdkit.open_disk(chain[0], writable=True) as disk:
-        with monkeypatch.context() as patch:
-            patch.setattr(disk, "flush", lambda: flushes.append(1))
-            for flags, expected in ((0, 0), (os.O_DSYNC, 1), (os.O_SYNC, 2)):
-                file = Opened(disk, os.O_RDWR | flags)
-                assert file.calls.write(0, ctypes.addressof(data), 512, 0, file.at) == 512
-                assert len(flushes) == expected
+    with vhdkit.open_disk(chain[0], writable=True) as disk, monkeypatch.context() as patch:
+        patch.setattr(disk, "flush", lambda: flushes.append(1))
+        for flags, expected in ((0, 0), (os.O_DSYNC, 1), (os.O_SYNC, 2)):
+            file = Opened(disk, os.O_RDWR | flags)
+            assert file.calls.write(0, ctypes.addressof(data), 512, 0, file.at) == 512
+            assert len(flushes) == expected
 
 
 def test_any_size_of_request_costs_no_memory(chain: tuple[Path, bytearray]) -> None:
