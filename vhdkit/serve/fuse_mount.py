@@ -28,7 +28,7 @@ from typing import Any
 from vhdkit.errors import NotFound, VhdkitError
 from vhdkit.serve.fuse_tree import Tree
 from vhdkit.serve.fuse_view import Handle
-from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors
+from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,6 @@ _SPLICE_BITS = sum(1 << bit for bit in (7, 8, 9))  # through a pipe: slower than
 _TRUNCATE_BIT = 1 << 3  # O_TRUNC as a part of open, which the kernel takes for done: we refuse it, so it has to ask
 _WRITING = os.O_WRONLY | os.O_RDWR
 _Address, _Size, _Offset, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
-_PYBUF_WRITE = 0x200
-_MEMORY = ctypes.PYFUNCTYPE(ctypes.py_object, _Address, ctypes.c_ssize_t, _Int)(
-    ("PyMemoryView_FromMemory", ctypes.pythonapi)
-)
 _FILLER = ctypes.CFUNCTYPE(_Int, _Address, ctypes.c_char_p, _Address, _Offset, _Int)
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "getattr": (_Int, _Address, _Address, _Address),
@@ -170,8 +166,7 @@ class Callbacks:
         kind = self._arrays.get(size)
         if kind is None:
             if size % PAGE_SIZE:  # any size may come, and each type would stay: 3 KiB for each
-                found: memoryview = _MEMORY(address, size, _PYBUF_WRITE)
-                return found
+                return self._memory(address, round_up(size, PAGE_SIZE))[:size]
             kind = self._arrays[size] = ctypes.c_ubyte * size
         return memoryview(kind.from_address(address)).cast("B")
 
