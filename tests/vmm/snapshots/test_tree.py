@@ -44,7 +44,7 @@ def test_found_by_name_and_id() -> None:
 def test_walked_and_cut() -> None:
     """A subtree is parents first; what came of a snapshot that goes stands on its parent, and so does now."""
     tree = grown()
-    a, b, d = (tree.find(name) for name in "abd")
+    a, b, d = (tree.find(name) for name in ("a", "b", "d"))
     assert names(tree.subtree(a.id)) == ["a", "b", "d", "c"] and names(tree.children(None)) == ["a"]
     tree.remove([b])
     assert names(tree.children(a.id)) == ["c", "d"]
