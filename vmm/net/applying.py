@@ -18,14 +18,14 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from vmm import errors, paths
 from vmm.net import nft, plan
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
-from vmm.net.plan import HostFacts, Route, Step, SwitchSpec
+from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
 
 GATEWAY_SECONDS = 5.0
 JOURNAL_NAME = "journal.json"
@@ -164,7 +164,7 @@ class Applying:
             case "address":
                 kernel.add_address(**arguments)
             case "drop-address":
-                kernel.remove_address(arguments["name"], arguments["address"])
+                kernel.remove_address(**arguments)
             case "route":
                 kernel.add_route(arguments["name"], arguments["route"])
             case "dhcp":
@@ -192,22 +192,41 @@ class Applying:
 
 
 def _put_back(kernel: Kernel, before: dict[str, Any]) -> None:
-    """Addresses in their old order, which the choice of a source depends on, then the routes."""
+    """Addresses in their old order, which the choice of a source depends on, then the routes.
+
+    Routes come in the kernel's order, in which the one through a gateway may stand before the way to the gateway: what
+    is refused is tried again after the others. One that stays refused keeps no other from coming back.
+    """
     name = before["name"]
-    wanted = [one["address"] for one in before["addresses"]]
-    present = [one.address for one in kernel.addresses(name)]
-    if present != wanted:
-        for address in wanted:
-            kernel.remove_address(name, address)
-        for one in before["addresses"]:
-            left = one["valid_seconds"]
+    wanted = [Address(**one) for one in before["addresses"]]
+    present = [replace(one, valid_seconds=None) for one in kernel.addresses(name)]
+    if present != [replace(one, valid_seconds=None) for one in wanted]:
+        for one in wanted:
+            kernel.remove_address(name, one)
+        for one in wanted:
+            left = one.valid_seconds
             if left is not None:
                 left = max(1, int(left - (time.time() - before["at"])))
-            kernel.add_address(name, one["address"], one["broadcast"], one["flags"], left)
+            kernel.add_address(name, replace(one, valid_seconds=left))
     have = kernel.routes(name)
-    for route in (Route(**one) for one in before["routes"]):
-        if route not in have:
-            kernel.add_route(name, route)
+    missing = [one for one in map(_route, before["routes"]) if one not in have]
+    while missing:
+        refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
+        if len(refused) == len(missing):
+            raise refused[missing[0]]
+        missing = list(refused)
+
+
+def _route(document: dict[str, Any]) -> Route:
+    return Route(**{**document, "metrics": tuple((key, value) for key, value in document.get("metrics", ()))})
+
+
+def _refusal(kernel: Kernel, name: str, route: Route) -> errors.VmmError | None:
+    try:
+        kernel.add_route(name, route)
+    except errors.VmmError as error:
+        return error
+    return None
 
 
 def _hint(reasons: Sequence[str]) -> str | None:

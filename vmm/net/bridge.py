@@ -9,6 +9,7 @@ calling thread. pyroute2 runs an event loop of its own: never call this from a t
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import time
@@ -27,7 +28,9 @@ ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the
 _KERNEL_PROTOCOLS = (1, 2, 9)  # redirect, kernel, router advertisement: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
-_CHOSEN_FLAGS = 0x02 | 0x100 | 0x200 | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
+_NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
+_ON_LINK = 4  # of a route
+_CHOSEN_FLAGS = 0x02 | 0x100 | _NO_ROUTE | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
 _DISCARD_PORT = 9
 _LOOK_SECONDS = 0.05
 _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
@@ -170,42 +173,42 @@ class Kernel:
             valid = int(cache.get("ifa_valid", FOREVER))
             if not is_four and valid != FOREVER:
                 continue  # from a router's advertisement, and so it will be on the bridge
-            own = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            other = message.get_attr("IFA_ADDRESS")
+            own = message.get_attr("IFA_LOCAL") or other
+            label = message.get_attr("IFA_LABEL")
             yield Address(
                 f"{own}/{message['prefixlen']}",
                 message.get_attr("IFA_BROADCAST") if is_four else None,
                 None if valid == FOREVER else valid,
                 int(message.get_attr("IFA_FLAGS") or 0) & _CHOSEN_FLAGS,
+                other if other != own else None,
+                label if label != self._name(index) else None,
+                int(message["scope"]),
+                int(message.get_attr("IFA_RT_PRIORITY") or 0),
             )
 
-    def add_address(
-        self, name: str, address: str, broadcast: str | None, flags: int = 0, valid_seconds: int | None = None
-    ) -> None:
+    def add_address(self, name: str, one: Address) -> None:
         """Give a link an address; fine when it has it."""
-        host, _, prefix = address.partition("/")
-        settings: dict[str, Any] = {"index": self._need(name), "address": host, "prefixlen": int(prefix)}
-        if broadcast is not None:
-            settings["broadcast"] = broadcast
-        if flags:
-            settings["flags"] = flags
-        if valid_seconds is not None:
-            settings |= {"valid_lft": valid_seconds, "preferred_lft": valid_seconds}
+        settings = {"index": self._need(name), **_place(one)}
+        optional: dict[str, Any] = {"broadcast": one.broadcast, "label": one.label}
+        optional |= {"flags": one.flags or None, "scope": one.scope or None, "rt_priority": one.metric or None}
+        optional |= {"valid_lft": one.valid_seconds, "preferred_lft": one.valid_seconds}
+        settings |= {key: value for key, value in optional.items() if value is not None}
         try:
             self._netlink.addr("replace", **settings)
         except NetlinkError as error:
-            raise refused(error, f"give {name} the address {address}") from error
+            raise refused(error, f"give {name} the address {one}") from error
 
-    def remove_address(self, name: str, address: str) -> None:
+    def remove_address(self, name: str, one: Address) -> None:
         """Take an address from a link; fine when it is gone."""
         index = self.index(name)
         if index is None:
             return
-        host, _, prefix = address.partition("/")
         try:
-            self._netlink.addr("delete", index=index, address=host, prefixlen=int(prefix))
+            self._netlink.addr("delete", index=index, **_place(one))
         except NetlinkError as error:
             if error.code not in _GONE:
-                raise refused(error, f"take the address {address} from {name}") from error
+                raise refused(error, f"take the address {one} from {name}") from error
 
     def routes(self, name: str) -> tuple[Route, ...]:
         """The routes through a link that the kernel would not make again by itself."""
@@ -213,28 +216,44 @@ class Kernel:
         return () if index is None else tuple(self._routes(index))
 
     def _routes(self, index: int) -> Iterator[Route]:
+        chosen = {
+            str(ipaddress.ip_interface(one.address).network)
+            for one in self._addresses(index)
+            if one.flags & _NO_ROUTE  # NetworkManager gives such, and their routes itself, as if the kernel had
+        }
         for family in (socket.AF_INET, socket.AF_INET6):
+            anything = "0.0.0.0" if family == socket.AF_INET else "::"
             for message in self._netlink.get_routes(family=family):
-                if message.get_attr("RTA_OIF") != index or message["proto"] in _KERNEL_PROTOCOLS:
+                if message.get_attr("RTA_OIF") != index or message["type"] in _MULTICAST_OR_LOCAL:
                     continue
-                if message["type"] in _MULTICAST_OR_LOCAL:
+                destination = f"{message.get_attr('RTA_DST') or anything}/{message['dst_len']}"
+                if message["proto"] in _KERNEL_PROTOCOLS and destination not in chosen:
                     continue
-                anything = "0.0.0.0" if family == socket.AF_INET else "::"
+                metrics = (message.get_attr("RTA_METRICS") or {}).get("attrs", ())
                 yield Route(
-                    f"{message.get_attr('RTA_DST') or anything}/{message['dst_len']}",
+                    destination,
                     message.get_attr("RTA_GATEWAY"),
                     message.get_attr("RTA_PRIORITY") or 0,
                     message.get_attr("RTA_TABLE") or 254,
                     message.get_attr("RTA_PREFSRC"),
                     message["proto"],
                     message["scope"],
+                    bool(message["flags"] & _ON_LINK),
+                    tuple((key.removeprefix("RTAX_").lower(), value) for key, value in metrics),
                 )
+
+    def _shared_routes(self, index: int) -> Iterator[str]:
+        for message in self._netlink.get_routes():
+            if any(hop["oif"] == index for hop in message.get_attr("RTA_MULTIPATH") or ()):
+                yield f"{message.get_attr('RTA_DST') or 'anywhere'}"
 
     def add_route(self, name: str, route: Route) -> None:
         """Lead packets through a link; fine when they are."""
         settings: dict[str, Any] = {"dst": route.destination, "oif": self._need(name), "table": route.table}
         settings |= {"proto": route.protocol, "scope": route.scope}
-        optional = {"gateway": route.gateway, "priority": route.metric or None, "prefsrc": route.source}
+        optional: dict[str, Any] = {"gateway": route.gateway, "prefsrc": route.source}
+        optional |= {"priority": route.metric or None, "metrics": dict(route.metrics) or None}
+        optional["flags"] = _ON_LINK if route.on_link else None
         settings |= {key: value for key, value in optional.items() if value is not None}
         try:
             self._netlink.route("replace", **settings)
@@ -256,6 +275,7 @@ class Kernel:
                 is_wireless=os.path.isdir(f"/sys/class/net/{spec.uplink}/wireless"),
                 addresses=self.addresses(spec.uplink),
                 routes=self.routes(spec.uplink),
+                shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
             )
         return HostFacts(has_vlan_filtering=has_vlan_filtering(), uplink=uplink, outward=self._outward())
 
@@ -297,6 +317,14 @@ class Kernel:
         """The address of a link."""
         link = self.link(name)
         return None if link is None or not link["mac"] else frames.parse_mac(link["mac"])
+
+
+def _place(one: Address) -> dict[str, Any]:
+    """What an address is known by."""
+    host, _, prefix = one.address.partition("/")
+    if one.peer is None:
+        return {"address": host, "prefixlen": int(prefix)}
+    return {"local": host, "address": one.peer, "prefixlen": int(prefix)}
 
 
 def has_vlan_filtering() -> bool:

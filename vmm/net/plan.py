@@ -16,7 +16,7 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -204,13 +204,21 @@ def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interf
 class Address:
     """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router.
 
-    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own.
+    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own. `peer` is the
+    other end of a point-to-point address, `metric` that of the route that the kernel makes from it (0: its choice).
     """
 
     address: str  # with prefix
     broadcast: str | None = None
     valid_seconds: int | None = None
     flags: int = 0
+    peer: str | None = None
+    label: str | None = None  # None: the interface's name
+    scope: int = 0
+    metric: int = 0
+
+    def __str__(self) -> str:
+        return self.address if self.peer is None else f"{self.address} (peer {self.peer})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +232,8 @@ class Route:
     source: str | None = None
     protocol: int = 4
     scope: int = 0
+    on_link: bool = False  # the gateway is reached directly, whatever the addresses say
+    metrics: tuple[tuple[str, int], ...] = ()  # such as ("mtu", 1400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +248,7 @@ class UplinkFacts:
     is_wireless: bool
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
+    shared_routes: tuple[str, ...] = ()  # destinations that are led through several interfaces at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +286,9 @@ def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
             reasons.append(f"{uplink.name} is part of {uplink.master} already")
         elif uplink.is_wireless:
             reasons.append(f"{uplink.name} is wireless: an access point takes frames from the card's own address only")
+        elif uplink.shared_routes:
+            ways = ", ".join(uplink.shared_routes)
+            reasons.append(f"the way to {ways} leads through {uplink.name} and other cards: it cannot be moved")
     return reasons
 
 
@@ -308,13 +322,8 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
 
 def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     bridge = spec.bridge_name
-    address = {
-        "name": bridge,
-        "address": str(spec.interface),
-        "broadcast": str(spec.network.broadcast_address),
-        "flags": 0,
-    }
-    todo = [Step("address", address, f"give the host {spec.interface} on {bridge}")]
+    address = Address(str(spec.interface), str(spec.network.broadcast_address))
+    todo = [Step("address", {"name": bridge, "one": address}, f"give the host {address} on {bridge}")]
     if spec.nat:
         for name in (bridge, *facts.outward):
             setting = f"net/ipv4/conf/{name}/forwarding"
@@ -333,14 +342,13 @@ def _external_steps(spec: SwitchSpec, uplink: UplinkFacts) -> list[Step]:
         todo.append(Step("up", {"name": uplink.name}, f"switch {uplink.name} on"))
     if not spec.host:
         for one in uplink.addresses:
-            words = f"take {one.address} from {uplink.name}: the host has no adapter on this switch"
-            todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
+            words = f"take {one} from {uplink.name}: the host has no adapter on this switch"
+            todo.append(Step("drop-address", {"name": uplink.name, "one": one}, words))
         return todo
     for one in uplink.addresses:
-        arguments = {"name": bridge, "address": one.address, "broadcast": one.broadcast, "flags": one.flags}
-        todo.append(Step("address", arguments, f"give {bridge} the address {one.address}"))
-        words = f"take {one.address} from {uplink.name}"
-        todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
+        arguments = {"name": bridge, "one": replace(one, label=None, valid_seconds=None)}
+        todo.append(Step("address", arguments, f"give {bridge} the address {one}"))
+        todo.append(Step("drop-address", {"name": uplink.name, "one": one}, f"take {one} from {uplink.name}"))
     for route in sorted(uplink.routes, key=lambda one: one.gateway is not None):  # the way to gateways first
         via = f" via {route.gateway}" if route.gateway else ""
         todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route.destination}{via} through {bridge}"))

@@ -119,7 +119,8 @@ def create(spec: SwitchSpec) -> None:
         try:
             ensure(spec)
         except BaseException:
-            os.unlink(path)
+            if not HostSide(spec).is_half_made():  # else `delete` must find it, to put the rest back
+                os.unlink(path)
             raise
 
 
@@ -214,6 +215,16 @@ class HostSide:
 
         need_root(self.spec)
         return Applying(self.spec, self.folder, lease_path(self.spec), self.bridge_ports()).apply()
+
+    def is_half_made(self) -> bool:
+        """True when something on the host could not be put back."""
+        from vmm.net.applying import JOURNAL_NAME
+
+        try:
+            with open(os.path.join(self.folder, JOURNAL_NAME), encoding="utf-8") as file:
+                return bool(json.load(file)["done"])
+        except (OSError, ValueError, KeyError):
+            return False
 
     def plan(self) -> tuple[list[str], list[str], list[str]]:
         """(steps, warnings, refusals) in words; of the bridge back end. Changes nothing."""
