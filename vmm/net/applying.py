@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import nft, plan
+from vmm.net import nft, plan, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
 from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
@@ -39,12 +39,13 @@ class Applying:
         self.ports = ports
         self._journal_path = os.path.join(folder, JOURNAL_NAME)
         self._folder = folder
+        self._shared = os.path.dirname(os.path.abspath(folder))
         self._dhcp = DhcpServer(spec, folder, lease_path)
 
     # -- the journal --------------------------------------------------------------------------------------------
 
     def _journal(self) -> dict[str, Any]:
-        empty = {"boot_id": _boot_id(), "complete": False, "done": []}
+        empty = {"boot_id": settings.boot_id(), "complete": False, "done": []}
         try:
             with open(self._journal_path, encoding="utf-8") as file:
                 journal: dict[str, Any] = json.load(file)
@@ -132,7 +133,7 @@ class Applying:
         arguments = step.arguments
         match step.kind:
             case "sysctl":
-                return {"setting": arguments["setting"], "value": _read_setting(arguments["setting"])}
+                return {"setting": arguments["setting"]}  # what it was is kept by `settings`, for all switches
             case "bridge":
                 if kernel.link(arguments["name"]) is not None:
                     raise errors.AlreadyExists(f"there is an interface {arguments['name']} already")
@@ -156,7 +157,7 @@ class Applying:
             case "bridge":
                 kernel.add_bridge(**arguments)
             case "sysctl":
-                _write_setting(arguments["setting"], arguments["value"])
+                settings.hold(self._shared, arguments["setting"], arguments["value"], self.spec.id)
             case "up":
                 kernel.set_up(arguments["name"])
             case "enslave":
@@ -178,8 +179,7 @@ class Applying:
             case "bridge":
                 kernel.remove_bridge(before["name"])
             case "sysctl":
-                if before["value"] is not None:
-                    _write_setting(before["setting"], before["value"])
+                settings.release(self._shared, before["setting"], self.spec.id)
             case "up":
                 if not before["was_up"]:
                     kernel.set_up(before["name"], False)
@@ -231,28 +231,3 @@ def _refusal(kernel: Kernel, name: str, route: Route) -> errors.VmmError | None:
 
 def _hint(reasons: Sequence[str]) -> str | None:
     return plan.VLAN_HINT if plan.VLAN_REFUSAL in reasons else None
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-
-
-def _read_setting(setting: str) -> str | None:
-    """A sysctl's value; None for one that does not exist (yet)."""
-    try:
-        with open(f"/proc/sys/{setting}", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return None
-
-
-def _write_setting(setting: str, value: str) -> None:
-    """Set a sysctl; one that does not exist, as without IPv6, is fine."""
-    try:
-        with open(f"/proc/sys/{setting}", "w", encoding="ascii") as file:
-            file.write(value)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise errors.of_os_error(error, f"set {setting}") from error

@@ -135,6 +135,30 @@ def test_cards_as_hosts_have_them(host: Host, card: str) -> None:
     assert host.state() == before
 
 
+@pytest.mark.parametrize("first_away", [0, 1])
+def test_switches_that_share_a_setting(host: Host, first_away: int) -> None:
+    """Two with NAT need the card's forwarding: it stays while one is there, and is as before when both are gone."""
+    before = host.state()
+    two = [
+        plan.make_switch(name=f"nat{one}", type="internal", backend="bridge", address=f"10.77.{one}.1/24", nat=True)
+        for one in range(2)
+    ]
+
+    def do(verb: str, spec: plan.SwitchSpec) -> None:
+        command = host.command(verb, spec)
+        command[-1] = str(host.folder / "rt" / spec.name)
+        Path(command[-1]).mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+
+    for spec in two:
+        do("apply", spec)
+    do("undo", two[first_away])
+    assert host.spaces.run(host.here, "cat /proc/sys/net/ipv4/conf/up0/forwarding").strip() == "1"
+    do("undo", two[1 - first_away])
+    assert host.state() == before
+
+
 def test_a_route_through_several_cards_is_refused(host: Host) -> None:
     """Such a route cannot be moved, and would be lost with its card's addresses: nothing is touched."""
     host.spaces.run(host.here, "ip link add other type veth peer name other2")
