@@ -138,7 +138,7 @@ class Mover:
             port.counters.drops[decision.drop] += len(slots)
             return
         if decision.inspect:
-            slots = self._not_refused(port, slots)
+            slots = self._not_refused(port, decision, slots)
         if decision.flooded and port.storm is not None:
             granted = port.storm.take(len(slots), now)
             if granted < len(slots):
@@ -148,10 +148,10 @@ class Mover:
             for output in decision.outputs:
                 self._send(output, slots, now)
 
-    def _not_refused(self, port: Port, slots: Sequence[int]) -> Sequence[int]:
+    def _not_refused(self, port: Port, decision: Decision, slots: Sequence[int]) -> Sequence[int]:
         passed = []
         for slot in slots:
-            drop = self.engine.refuses(port, self._batch.beginning(slot, frames.INSPECT_BYTES))
+            drop = self.engine.refuses(port, decision, self._batch.beginning(slot, frames.INSPECT_BYTES))
             if drop is None:
                 passed.append(slot)
             else:
