@@ -170,6 +170,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("back end", f"{spec.backend}: {running}"),
         ("uplink", spec.uplink or ""),
         ("address", spec.address or ""),
+        ("host's vlan", str(spec.host_vlan or "")),
         ("dhcp", " to ".join(map(str, spec.dhcp_range)) if spec.type == "internal" and spec.dhcp else ""),
         ("way out", _way_out(spec)),
         ("gateway", "" if gateway is None else ("runs" if gateway["running"] else f"does not run: {gateway['said']}")),

@@ -162,6 +162,8 @@ class Applying:
                 kernel.set_up(arguments["name"])
             case "enslave":
                 kernel.set_master(arguments["name"], arguments["bridge"])
+            case "vlans":
+                kernel.set_vlans(**arguments)
             case "address":
                 kernel.add_address(**arguments)
             case "drop-address":

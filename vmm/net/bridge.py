@@ -13,14 +13,14 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm import errors
-from vmm.net import frames
+from vmm.net import frames, plan
 from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
 
 FOREVER = 0xFFFFFFFF
@@ -28,6 +28,8 @@ ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the
 _KERNEL_PROTOCOLS = (1, 2, 9)  # redirect, kernel, router advertisement: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
+_PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: what comes untagged is of it; it leaves untagged
+_SELF = 2  # the bridge itself is meant, not the bridge it is a port of
 _NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
 _ON_LINK = 4  # of a route
 _CHOSEN_FLAGS = 0x02 | 0x100 | _NO_ROUTE | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
@@ -133,19 +135,35 @@ class Kernel:
         master = 0 if bridge is None else self._need(bridge)
         self._change(f"put {name} into {bridge}", "set", self._need(name), master=master)
 
-    def set_vlans(self, name: str, untagged: int, allowed: frozenset[int]) -> None:
-        """The VLANs of a bridge's port: one untagged (0: the bridge's own, 1), others tagged. Raises Unsupported."""
+    def set_vlans(self, name: str, untagged: int, tagged: Iterable[int], own: bool = False) -> None:
+        """The VLANs of a bridge's port, or (`own`) of the bridge as the host's adapter: one untagged, others tagged.
+
+        It leaves all others first: a port is never in the old and the new ones at once. Raises VmmError.
+        """
         index = self._need(name)
+        wanted = set(tagged) - {untagged}
+        unwanted = self._vlans(index) - wanted - {untagged}
+        settings: dict[str, Any] = {"index": index}
+        if own:
+            settings["vlan_flags"] = _SELF
         try:
-            own = untagged or 1
-            if own != 1:
-                self._netlink.vlan_filter("del", index=index, vlan_info={"vid": 1})
-            info = {"vid": own, "flags": 0x02 | 0x04}  # the port's own, and untagged on its way out
-            self._netlink.vlan_filter("add", index=index, vlan_info=info)
-            for vlan in sorted(allowed - {own}):
-                self._netlink.vlan_filter("add", index=index, vlan_info={"vid": vlan})
+            for one in plan.ranges(unwanted):
+                self._netlink.vlan_filter("del", vlan_info={"vid": one}, **settings)
+            info = {"vid": untagged, "flags": _PVID | _UNTAGGED}
+            self._netlink.vlan_filter("add", vlan_info=info, **settings)
+            for one in plan.ranges(wanted):
+                self._netlink.vlan_filter("add", vlan_info={"vid": one}, **settings)
         except NetlinkError as error:
             raise refused(error, f"set the VLANs of {name}") from error
+
+    def _vlans(self, index: int) -> set[int]:
+        found: set[int] = set()
+        for message in self._netlink.get_vlans(index=index):
+            spec = message.get_attr("IFLA_AF_SPEC")
+            for kind, value in () if spec is None else spec["attrs"]:
+                if kind == "IFLA_BRIDGE_VLAN_INFO":
+                    found.add(int(value["vid"]))
+        return found
 
     def _change(self, doing: str, verb: str, index: int, **settings: Any) -> None:
         try:

@@ -273,6 +273,26 @@ VLAN_REFUSAL = "this kernel's bridges know no VLANs (CONFIG_BRIDGE_VLAN_FILTERIN
 VLAN_HINT = "use the user back end for switches with VLANs, or a kernel with that option and CONFIG_VLAN_8021Q"
 
 
+BRIDGE_VLAN = 1  # of every port of a filtering bridge that was given none: a new bridge's own
+
+
+def port_vlans(vlan: int, allowed: Iterable[int]) -> tuple[int, frozenset[int]]:
+    """(untagged VLAN, tagged ones) of a bridge's port whose untagged frames are of `vlan`, 0 being none."""
+    untagged = vlan or BRIDGE_VLAN
+    return untagged, frozenset(allowed) - {untagged}
+
+
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Numbers as few words: 1, 2, 3, 7 as "1-3", "7"."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in found]
+
+
 def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
     """Why the host cannot have this switch; nothing when it can."""
     reasons = []
@@ -312,11 +332,14 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     if spec.type == "private" or (spec.type == "external" and not spec.host):
         setting = f"net/ipv6/conf/{bridge}/disable_ipv6"
         todo.append(Step("sysctl", {"setting": setting, "value": "1"}, f"no IPv6 address for the host on {bridge}"))
+    if spec.host_vlan is not None:
+        arguments = {"name": bridge, "untagged": spec.host_vlan, "tagged": frozenset[int](), "own": True}
+        todo.append(Step("vlans", arguments, f"put the host's adapter into VLAN {spec.host_vlan}"))
     todo.append(Step("up", {"name": bridge}, f"switch {bridge} on"))
     if spec.type == "internal":
         todo += _internal_steps(spec, facts)
     if uplink is not None:
-        todo += _external_steps(spec, uplink)
+        todo += _external_steps(spec, facts, uplink)
     return todo
 
 
@@ -334,10 +357,14 @@ def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     return todo
 
 
-def _external_steps(spec: SwitchSpec, uplink: UplinkFacts) -> list[Step]:
+def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> list[Step]:
     bridge = spec.bridge_name
     remember = Step("keep", {"name": uplink.name}, f"write down the addresses and routes of {uplink.name}")
     todo = [remember, Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}")]
+    if facts.has_vlan_filtering:  # or frames of VLANs would end at the card
+        tagged = frozenset(range(1, frames.MAX_VLAN + 1)) - {BRIDGE_VLAN}
+        arguments = {"name": uplink.name, "untagged": BRIDGE_VLAN, "tagged": tagged}
+        todo.append(Step("vlans", arguments, f"let {uplink.name} carry every VLAN, tagged"))
     if not uplink.is_up:
         todo.append(Step("up", {"name": uplink.name}, f"switch {uplink.name} on"))
     if not spec.host:

@@ -283,8 +283,8 @@ class HostSide:
 
         with self.changing():
             rules = setup.rules
-            wants_vlan = rules.mode is not VlanMode.UNTAGGED
-            if wants_vlan and not os.path.exists(f"/sys/class/net/{self.spec.bridge_name}/bridge/vlan_filtering"):
+            filters = os.path.exists(f"/sys/class/net/{self.spec.bridge_name}/bridge/vlan_filtering")
+            if rules.mode is not VlanMode.UNTAGGED and not filters:
                 raise errors.Unsupported(plan.VLAN_REFUSAL, hint=plan.VLAN_HINT)
             if rules.mirror_source or rules.mirror_destination:
                 raise errors.Unsupported("the bridge back end mirrors no ports", hint="use the user back end")
@@ -295,8 +295,8 @@ class HostSide:
             nft.run(nft.document(self.spec, self.bridge_ports()))
             with bridge.Kernel() as kernel:
                 kernel.set_master(interface, self.spec.bridge_name)
-                if wants_vlan:
-                    kernel.set_vlans(interface, rules.vlan, rules.allowed)
+                if filters:  # also without a VLAN: it may have had one
+                    kernel.set_vlans(interface, *plan.port_vlans(rules.vlan, rules.allowed))
                 kernel.set_up(interface, setup.link_up)
 
     def unplug_tap(self, interface: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from typing import Any
 
 import pytest
@@ -74,6 +75,40 @@ def test_external_steps() -> None:
     ]
     (warning,) = plan.warnings(spec, facts)
     assert warning.startswith("10.0.0.6/24 came from a DHCP client")
+
+
+def test_the_hosts_vlan() -> None:
+    """Where bridges know VLANs the host's adapter is in its own before it is up, and the card carries all of them."""
+    facts = HostFacts(uplink=UPLINK, has_vlan_filtering=True)
+    spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host_vlan=30)
+    assert plan.refusals(spec, facts) == []
+    steps = plan.steps(spec, facts)
+    assert [step.words for step in steps][1:7] == [
+        "make the bridge vmm01234567",
+        "put the host's adapter into VLAN 30",
+        "switch vmm01234567 on",
+        "write down the addresses and routes of eth0",
+        "put eth0 into vmm01234567",
+        "let eth0 carry every VLAN, tagged",
+    ]
+    host, card = (step.arguments for step in steps if step.kind == "vlans")
+    assert host == {"name": "vmm01234567", "untagged": 30, "tagged": frozenset(), "own": True}
+    assert (card["name"], card["untagged"]) == ("eth0", 1)
+    assert sorted(card["tagged"]) == list(range(2, 4095))
+    without = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0")
+    assert [step.kind for step in plan.steps(without, facts)].count("vlans") == 1
+    inside = words(
+        {"type": "internal", "address": "10.77.0.1/24", "host_vlan": 30}, HostFacts(has_vlan_filtering=True)
+    )
+    assert inside[2:4] == ["put the host's adapter into VLAN 30", "switch vmm01234567 on"]
+
+
+@given(st.sets(st.integers(1, 4094)))
+def test_ranges(numbers: set[int]) -> None:
+    """The words name each number once, and neighbours share a word."""
+    found = [[int(one) for one in word.split("-")] for word in plan.ranges(numbers)]
+    assert [number for one in found for number in range(one[0], one[-1] + 1)] == sorted(numbers)
+    assert all(later[0] > earlier[-1] + 1 for earlier, later in itertools.pairwise(found))
 
 
 def test_external_without_the_host() -> None:
