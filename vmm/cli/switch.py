@@ -288,10 +288,15 @@ def capture_command(name: str, port: str | None, snap: int | None, output: str) 
             _copy(stream, sys.stdout.buffer)
             return
         try:
-            with open(output, "wb") as file:
+            with open(output, "wb", opener=_private) as file:
                 _copy(stream, file)
         except OSError as error:
             raise of_os_error(error, "write the capture", path=output) from error
+
+
+def _private(path: str, flags: int) -> int:
+    """What guests say to each other is nobody else's."""
+    return os.open(path, flags, 0o600)
 
 
 def _copy(stream: Any, file: BinaryIO) -> None:

@@ -32,6 +32,7 @@ class Mover:
         self.sockets: dict[str, PortSocket] = {}
         self._by_port: dict[Port, PortSocket] = {}
         self._batch = Batch()
+        self._captures: list[Capture] = []
         self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
         self.congested = False  # the last `pump` sent to somebody who takes frames more slowly than they come
 
@@ -45,6 +46,7 @@ class Mover:
             raise
         self.sockets[setup.name] = sock
         self._by_port[port] = sock
+        sock.captures += [one for one in self._captures if one.port in (None, setup.name)]
         self.engine.set_link(setup.name, setup.link_up)
         sock.connect()
         return sock
@@ -184,13 +186,15 @@ class Mover:
     # -- captures -----------------------------------------------------------------------------------------------
 
     def add_capture(self, capture: Capture) -> None:
-        """Copy frames to `capture` from now on."""
+        """Copy frames to `capture` from now on, those of ports that come later too."""
+        self._captures.append(capture)
         for name, sock in self.sockets.items():
             if capture.port in (None, name):
                 sock.captures.append(capture)
 
     def remove_capture(self, capture: Capture) -> None:
         """Stop."""
+        self._captures.remove(capture)
         for sock in self.sockets.values():
             if capture in sock.captures:
                 sock.captures.remove(capture)
