@@ -295,7 +295,7 @@ class Kernel:
                 routes=self.routes(spec.uplink),
                 shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
             )
-        return HostFacts(has_vlan_filtering=has_vlan_filtering(), uplink=uplink, outward=self._outward())
+        return HostFacts(has_vlan_filtering(), uplink, self._outward(), tuple(self.networks(spec.bridge_name)))
 
     def _outward(self) -> tuple[str, ...]:
         found = {
@@ -305,11 +305,13 @@ class Kernel:
         }
         return tuple(sorted(found))
 
-    def networks(self) -> list[str]:
-        """Every IPv4 network that the host has an address in, as "10.0.0.1/24"."""
+    def networks(self, besides: str | None = None) -> list[str]:
+        """Every IPv4 network that the host has an address in, as "10.0.0.1/24"; but those on the link `besides`."""
+        index = None if besides is None else self.index(besides)
         return [
             f"{message.get_attr('IFA_LOCAL') or message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
             for message in self._netlink.get_addr(family=socket.AF_INET)
+            if index is None or message["index"] != index
         ]
 
     def answers(self, name: str, neighbour: str, seconds: float) -> bool:

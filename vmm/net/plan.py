@@ -34,6 +34,7 @@ DEFAULT_NETWORKS = ipaddress.IPv4Network("10.77.0.0/16")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})?")
+_FORWARD = re.compile(r"(?:tcp|udp):([0-9.]*):([0-9]{1,5})-([0-9.]*):([0-9]{1,5})")
 
 
 class _Settings(BaseModel):
@@ -45,7 +46,7 @@ class Lease(_Settings):
 
     mac: str
     address: str
-    name: str | None = Field(default=None, pattern=_HOST_NAME.pattern + "$")
+    name: str | None = Field(default=None, pattern=f"^{_HOST_NAME.pattern}$")
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
@@ -80,6 +81,18 @@ class SwitchSpec(_Settings):
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name for a switch: letters, digits, '.', '_' and '-', at most 32")
         return name
+
+    @field_validator("forwards")
+    @classmethod
+    def _good_forwards(cls, forwards: tuple[str, ...]) -> tuple[str, ...]:
+        for one in forwards:
+            found = _FORWARD.fullmatch(one)
+            if found is None or not all(0 < int(found[port]) < 1 << 16 for port in (2, 4)):
+                raise ValueError(f"{one!r} is no forwarded port: write tcp:127.0.0.1:2222-10.77.0.130:22")
+            for address in (found[1], found[3]):
+                if address:
+                    ipaddress.IPv4Address(address)
+        return forwards
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -258,6 +271,7 @@ class HostFacts:
     has_vlan_filtering: bool = False
     uplink: UplinkFacts | None = None
     outward: tuple[str, ...] = ()  # interfaces with a default route: NAT leads there
+    networks: tuple[str, ...] = ()  # in which the host has an address, as "10.0.0.1/24"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +312,10 @@ def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
     reasons = []
     if spec.host_vlan is not None and not facts.has_vlan_filtering:
         reasons.append(VLAN_REFUSAL)
+    if spec.type == "internal":
+        for one in facts.networks:
+            if ipaddress.IPv4Interface(one).network.overlaps(spec.network):
+                reasons.append(f"its network {spec.network} overlaps with this host's {one}: choose another --address")
     if spec.type == "external":
         uplink = facts.uplink
         if uplink is None:

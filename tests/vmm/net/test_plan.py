@@ -77,6 +77,41 @@ def test_external_steps() -> None:
     assert warning.startswith("10.0.0.6/24 came from a DHCP client")
 
 
+@pytest.mark.parametrize("address", ["10.0.0.129/25", "10.0.0.1/24", "10.1.0.1/8"])
+def test_a_network_of_the_hosts_is_refused(address: str) -> None:
+    """A network within this host's own would lead its own traffic to the guests; its neighbour is fine."""
+    spec = make_switch(name="x", type="internal", backend="bridge", address=address)
+    (reason,) = plan.refusals(spec, HostFacts(networks=("127.0.0.1/8", "10.0.0.5/24")))
+    assert "10.0.0.5/24" in reason
+    assert plan.refusals(spec, HostFacts(networks=("192.168.0.1/24",))) == []
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "nonsense",
+        "tcp:127.0.0.1:0-10.77.0.9:22",
+        "tcp:1.2.3:80-10.77.0.9:22",
+        "tcp:127.0.0.1:80-10.77.0.9:99999",
+        "tcp::80-:22,restrict=on",
+        "sctp::80-:22",
+    ],
+)
+def test_forwarded_ports_are_judged(word: str) -> None:
+    """What QEMU would not take is refused when the switch is made, not found out by its helper again and again."""
+    with pytest.raises(errors.InvalidSpec):
+        make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=(word,))
+    good = make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=("udp::53-:53",))
+    assert good.forwards == ("udp::53-:53",)
+
+
+def test_a_lease_names_a_host() -> None:
+    """A name that is more than a name would be more than one line of dnsmasq's configuration."""
+    lease = {"mac": "00:15:5d:00:00:01", "address": "10.77.0.9", "name": "x\naddn-hosts=/a"}
+    with pytest.raises(errors.InvalidSpec, match="name"):
+        make_switch(name="x", type="internal", backend="bridge", address="10.77.0.1/24", leases=(lease,))
+
+
 def test_the_hosts_vlan() -> None:
     """Where bridges know VLANs the host's adapter is in its own before it is up, and the card carries all of them."""
     facts = HostFacts(uplink=UPLINK, has_vlan_filtering=True)
