@@ -119,8 +119,11 @@ def create(spec: SwitchSpec) -> None:
         try:
             ensure(spec)
         except BaseException:
-            if not HostSide(spec).is_half_made():  # else `delete` must find it, to put the rest back
-                os.unlink(path)
+            host = HostSide(spec)
+            with contextlib.suppress(errors.VmmError):
+                host.remove()
+            if not host.is_half_made():  # else `delete` must find it, to put the rest back
+                _forget(spec)
             raise
 
 
@@ -135,10 +138,14 @@ def delete(name: str, *, force: bool = False) -> None:
                 f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
             )
         host.remove()
+        _forget(spec)
+
+
+def _forget(spec: SwitchSpec) -> None:
+    """Its files; last the one by which it is found."""
+    for path in (lease_path(spec), _path(spec.name)):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(lease_path(spec))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(_path(name))
+            os.unlink(path)
 
 
 def replace(spec: SwitchSpec) -> None:

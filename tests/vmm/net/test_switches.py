@@ -62,12 +62,17 @@ def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.Monk
     """A switch that the host cannot have is not there afterwards."""
 
     def fails(self: HostSide) -> None:
+        self.user.ensure_running()
+        Path(switches.lease_path(spec)).touch()
         raise errors.Unsupported("no")
 
+    spec = make_switch(name="lab")
     monkeypatch.setattr(HostSide, "ensure", fails)
     with pytest.raises(errors.Unsupported):
-        switches.create(make_switch(name="lab"))
+        switches.create(spec)
     assert switches.names() == []
+    assert not any((home / "run").iterdir())
+    assert [one.name for one in (home / "home" / "switches").iterdir()] == [".lock"]
 
 
 def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +85,10 @@ def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch
         raise errors.VmmError("no")
 
     monkeypatch.setattr(HostSide, "ensure", fails)
-    with pytest.raises(errors.VmmError):
-        switches.create(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSide, "remove", fails)
+        with pytest.raises(errors.VmmError):
+            switches.create(spec)
     assert switches.names() == ["lab"]
     Path(HostSide(spec).folder, "journal.json").unlink()
     monkeypatch.setattr(HostSide, "remove", lambda self: None)
