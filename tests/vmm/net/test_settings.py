@@ -25,7 +25,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_the_last_one_puts_back(kernel: dict[str, str], tmp_path: Path, order: str) -> None:
-    """In whatever order they let go, and however often each says so."""
+    """`INV-SETTING-HELD`: in whatever order they let go, and however often each says so."""
     folder = str(tmp_path)
     for holder in "aab":
         settings.hold(folder, SETTING, "1", holder)
