@@ -102,6 +102,8 @@ def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
 
 def find(machine: Machine, adapter_id: str) -> AdapterSpec:
     """An adapter by its id or MAC address. Raises NotFound."""
+    with contextlib.suppress(ValueError):  # an address in any spelling
+        adapter_id = frames.format_mac(frames.parse_mac(adapter_id))
     for adapter in machine.spec.adapters:
         if adapter_id in (adapter.id, adapter.mac):
             return adapter

@@ -33,6 +33,14 @@ def test_the_pool_stays_when_the_hosts_address_changes(home: Path, monkeypatch: 
         adapters.host_pool()
 
 
+@pytest.mark.parametrize("word", ["nic-0", "00:15:5d:00:00:0a", "00-15-5D-00-00-0A", "00155d00000a"])
+def test_an_adapter_is_found_by_its_address(home: Path, word: str) -> None:
+    """In any spelling, as addresses are taken in."""
+    registry.add(make_spec(name="web"))
+    adapters.add("web", {"switch": None, "mac": "00:15:5d:00:00:0a"})
+    assert adapters.find(registry.load("web"), word).id == "nic-0"
+
+
 def test_many_at_once_get_different_addresses(home: Path) -> None:
     """Machines that get adapters at the same time never share an address."""
     names = [f"m{number}" for number in range(4)]

@@ -170,6 +170,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("back end", f"{spec.backend}: {running}"),
         ("uplink", spec.uplink or ""),
         ("address", spec.address or ""),
+        ("host's vlan", str(spec.host_vlan or "")),
         ("dhcp", " to ".join(map(str, spec.dhcp_range)) if spec.type == "internal" and spec.dhcp else ""),
         ("way out", _way_out(spec)),
         ("gateway", "" if gateway is None else ("runs" if gateway["running"] else f"does not run: {gateway['said']}")),
@@ -287,10 +288,15 @@ def capture_command(name: str, port: str | None, snap: int | None, output: str) 
             _copy(stream, sys.stdout.buffer)
             return
         try:
-            with open(output, "wb") as file:
+            with open(output, "wb", opener=_private) as file:
                 _copy(stream, file)
         except OSError as error:
             raise of_os_error(error, "write the capture", path=output) from error
+
+
+def _private(path: str, flags: int) -> int:
+    """What guests say to each other is nobody else's."""
+    return os.open(path, flags, 0o600)
 
 
 def _copy(stream: Any, file: BinaryIO) -> None:

@@ -18,14 +18,14 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import nft, plan
+from vmm.net import nft, plan, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
-from vmm.net.plan import HostFacts, Route, Step, SwitchSpec
+from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
 
 GATEWAY_SECONDS = 5.0
 JOURNAL_NAME = "journal.json"
@@ -39,12 +39,13 @@ class Applying:
         self.ports = ports
         self._journal_path = os.path.join(folder, JOURNAL_NAME)
         self._folder = folder
+        self._shared = os.path.dirname(os.path.abspath(folder))
         self._dhcp = DhcpServer(spec, folder, lease_path)
 
     # -- the journal --------------------------------------------------------------------------------------------
 
     def _journal(self) -> dict[str, Any]:
-        empty = {"boot_id": _boot_id(), "complete": False, "done": []}
+        empty = {"boot_id": settings.boot_id(), "complete": False, "done": []}
         try:
             with open(self._journal_path, encoding="utf-8") as file:
                 journal: dict[str, Any] = json.load(file)
@@ -132,7 +133,7 @@ class Applying:
         arguments = step.arguments
         match step.kind:
             case "sysctl":
-                return {"setting": arguments["setting"], "value": _read_setting(arguments["setting"])}
+                return {"setting": arguments["setting"]}  # what it was is kept by `settings`, for all switches
             case "bridge":
                 if kernel.link(arguments["name"]) is not None:
                     raise errors.AlreadyExists(f"there is an interface {arguments['name']} already")
@@ -156,15 +157,17 @@ class Applying:
             case "bridge":
                 kernel.add_bridge(**arguments)
             case "sysctl":
-                _write_setting(arguments["setting"], arguments["value"])
+                settings.hold(self._shared, arguments["setting"], arguments["value"], self.spec.id)
             case "up":
                 kernel.set_up(arguments["name"])
             case "enslave":
                 kernel.set_master(arguments["name"], arguments["bridge"])
+            case "vlans":
+                kernel.set_vlans(**arguments)
             case "address":
                 kernel.add_address(**arguments)
             case "drop-address":
-                kernel.remove_address(arguments["name"], arguments["address"])
+                kernel.remove_address(**arguments)
             case "route":
                 kernel.add_route(arguments["name"], arguments["route"])
             case "dhcp":
@@ -178,8 +181,7 @@ class Applying:
             case "bridge":
                 kernel.remove_bridge(before["name"])
             case "sysctl":
-                if before["value"] is not None:
-                    _write_setting(before["setting"], before["value"])
+                settings.release(self._shared, before["setting"], self.spec.id)
             case "up":
                 if not before["was_up"]:
                     kernel.set_up(before["name"], False)
@@ -192,48 +194,42 @@ class Applying:
 
 
 def _put_back(kernel: Kernel, before: dict[str, Any]) -> None:
-    """Addresses in their old order, which the choice of a source depends on, then the routes."""
+    """Addresses in their old order, which the choice of a source depends on, then the routes.
+
+    Routes come in the kernel's order, in which the one through a gateway may stand before the way to the gateway: what
+    is refused is tried again after the others. One that stays refused keeps no other from coming back.
+    """
     name = before["name"]
-    wanted = [one["address"] for one in before["addresses"]]
-    present = [one.address for one in kernel.addresses(name)]
-    if present != wanted:
-        for address in wanted:
-            kernel.remove_address(name, address)
-        for one in before["addresses"]:
-            left = one["valid_seconds"]
+    wanted = [Address(**one) for one in before["addresses"]]
+    present = [replace(one, valid_seconds=None) for one in kernel.addresses(name)]
+    if present != [replace(one, valid_seconds=None) for one in wanted]:
+        for one in wanted:
+            kernel.remove_address(name, one)
+        for one in wanted:
+            left = one.valid_seconds
             if left is not None:
                 left = max(1, int(left - (time.time() - before["at"])))
-            kernel.add_address(name, one["address"], one["broadcast"], one["flags"], left)
+            kernel.add_address(name, replace(one, valid_seconds=left))
     have = kernel.routes(name)
-    for route in (Route(**one) for one in before["routes"]):
-        if route not in have:
-            kernel.add_route(name, route)
+    missing = [one for one in map(_route, before["routes"]) if one not in have]
+    while missing:
+        refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
+        if len(refused) == len(missing):
+            raise refused[missing[0]]
+        missing = list(refused)
+
+
+def _route(document: dict[str, Any]) -> Route:
+    return Route(**{**document, "metrics": tuple((key, value) for key, value in document.get("metrics", ()))})
+
+
+def _refusal(kernel: Kernel, name: str, route: Route) -> errors.VmmError | None:
+    try:
+        kernel.add_route(name, route)
+    except errors.VmmError as error:
+        return error
+    return None
 
 
 def _hint(reasons: Sequence[str]) -> str | None:
     return plan.VLAN_HINT if plan.VLAN_REFUSAL in reasons else None
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-
-
-def _read_setting(setting: str) -> str | None:
-    """A sysctl's value; None for one that does not exist (yet)."""
-    try:
-        with open(f"/proc/sys/{setting}", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return None
-
-
-def _write_setting(setting: str, value: str) -> None:
-    """Set a sysctl; one that does not exist, as without IPv6, is fine."""
-    try:
-        with open(f"/proc/sys/{setting}", "w", encoding="ascii") as file:
-            file.write(value)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise errors.of_os_error(error, f"set {setting}") from error

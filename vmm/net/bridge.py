@@ -9,17 +9,18 @@ calling thread. pyroute2 runs an event loop of its own: never call this from a t
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm import errors
-from vmm.net import frames
+from vmm.net import frames, plan
 from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
 
 FOREVER = 0xFFFFFFFF
@@ -27,7 +28,11 @@ ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the
 _KERNEL_PROTOCOLS = (1, 2, 9)  # redirect, kernel, router advertisement: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
-_CHOSEN_FLAGS = 0x02 | 0x100 | 0x200 | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
+_PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: what comes untagged is of it; it leaves untagged
+_SELF = 2  # the bridge itself is meant, not the bridge it is a port of
+_NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
+_ON_LINK = 4  # of a route
+_CHOSEN_FLAGS = 0x02 | 0x100 | _NO_ROUTE | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
 _DISCARD_PORT = 9
 _LOOK_SECONDS = 0.05
 _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
@@ -130,19 +135,35 @@ class Kernel:
         master = 0 if bridge is None else self._need(bridge)
         self._change(f"put {name} into {bridge}", "set", self._need(name), master=master)
 
-    def set_vlans(self, name: str, untagged: int, allowed: frozenset[int]) -> None:
-        """The VLANs of a bridge's port: one untagged (0: the bridge's own, 1), others tagged. Raises Unsupported."""
+    def set_vlans(self, name: str, untagged: int, tagged: Iterable[int], own: bool = False) -> None:
+        """The VLANs of a bridge's port, or (`own`) of the bridge as the host's adapter: one untagged, others tagged.
+
+        It leaves all others first: a port is never in the old and the new ones at once. Raises VmmError.
+        """
         index = self._need(name)
+        wanted = set(tagged) - {untagged}
+        unwanted = self._vlans(index) - wanted - {untagged}
+        settings: dict[str, Any] = {"index": index}
+        if own:
+            settings["vlan_flags"] = _SELF
         try:
-            own = untagged or 1
-            if own != 1:
-                self._netlink.vlan_filter("del", index=index, vlan_info={"vid": 1})
-            info = {"vid": own, "flags": 0x02 | 0x04}  # the port's own, and untagged on its way out
-            self._netlink.vlan_filter("add", index=index, vlan_info=info)
-            for vlan in sorted(allowed - {own}):
-                self._netlink.vlan_filter("add", index=index, vlan_info={"vid": vlan})
+            for one in plan.ranges(unwanted):
+                self._netlink.vlan_filter("del", vlan_info={"vid": one}, **settings)
+            info = {"vid": untagged, "flags": _PVID | _UNTAGGED}
+            self._netlink.vlan_filter("add", vlan_info=info, **settings)
+            for one in plan.ranges(wanted):
+                self._netlink.vlan_filter("add", vlan_info={"vid": one}, **settings)
         except NetlinkError as error:
             raise refused(error, f"set the VLANs of {name}") from error
+
+    def _vlans(self, index: int) -> set[int]:
+        found: set[int] = set()
+        for message in self._netlink.get_vlans(index=index):
+            spec = message.get_attr("IFLA_AF_SPEC")
+            for kind, value in () if spec is None else spec["attrs"]:
+                if kind == "IFLA_BRIDGE_VLAN_INFO":
+                    found.add(int(value["vid"]))
+        return found
 
     def _change(self, doing: str, verb: str, index: int, **settings: Any) -> None:
         try:
@@ -170,42 +191,42 @@ class Kernel:
             valid = int(cache.get("ifa_valid", FOREVER))
             if not is_four and valid != FOREVER:
                 continue  # from a router's advertisement, and so it will be on the bridge
-            own = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            other = message.get_attr("IFA_ADDRESS")
+            own = message.get_attr("IFA_LOCAL") or other
+            label = message.get_attr("IFA_LABEL")
             yield Address(
                 f"{own}/{message['prefixlen']}",
                 message.get_attr("IFA_BROADCAST") if is_four else None,
                 None if valid == FOREVER else valid,
                 int(message.get_attr("IFA_FLAGS") or 0) & _CHOSEN_FLAGS,
+                other if other != own else None,
+                label if label != self._name(index) else None,
+                int(message["scope"]),
+                int(message.get_attr("IFA_RT_PRIORITY") or 0),
             )
 
-    def add_address(
-        self, name: str, address: str, broadcast: str | None, flags: int = 0, valid_seconds: int | None = None
-    ) -> None:
+    def add_address(self, name: str, one: Address) -> None:
         """Give a link an address; fine when it has it."""
-        host, _, prefix = address.partition("/")
-        settings: dict[str, Any] = {"index": self._need(name), "address": host, "prefixlen": int(prefix)}
-        if broadcast is not None:
-            settings["broadcast"] = broadcast
-        if flags:
-            settings["flags"] = flags
-        if valid_seconds is not None:
-            settings |= {"valid_lft": valid_seconds, "preferred_lft": valid_seconds}
+        settings = {"index": self._need(name), **_place(one)}
+        optional: dict[str, Any] = {"broadcast": one.broadcast, "label": one.label}
+        optional |= {"flags": one.flags or None, "scope": one.scope or None, "rt_priority": one.metric or None}
+        optional |= {"valid_lft": one.valid_seconds, "preferred_lft": one.valid_seconds}
+        settings |= {key: value for key, value in optional.items() if value is not None}
         try:
             self._netlink.addr("replace", **settings)
         except NetlinkError as error:
-            raise refused(error, f"give {name} the address {address}") from error
+            raise refused(error, f"give {name} the address {one}") from error
 
-    def remove_address(self, name: str, address: str) -> None:
+    def remove_address(self, name: str, one: Address) -> None:
         """Take an address from a link; fine when it is gone."""
         index = self.index(name)
         if index is None:
             return
-        host, _, prefix = address.partition("/")
         try:
-            self._netlink.addr("delete", index=index, address=host, prefixlen=int(prefix))
+            self._netlink.addr("delete", index=index, **_place(one))
         except NetlinkError as error:
             if error.code not in _GONE:
-                raise refused(error, f"take the address {address} from {name}") from error
+                raise refused(error, f"take the address {one} from {name}") from error
 
     def routes(self, name: str) -> tuple[Route, ...]:
         """The routes through a link that the kernel would not make again by itself."""
@@ -213,28 +234,44 @@ class Kernel:
         return () if index is None else tuple(self._routes(index))
 
     def _routes(self, index: int) -> Iterator[Route]:
+        chosen = {
+            str(ipaddress.ip_interface(one.address).network)
+            for one in self._addresses(index)
+            if one.flags & _NO_ROUTE  # NetworkManager gives such, and their routes itself, as if the kernel had
+        }
         for family in (socket.AF_INET, socket.AF_INET6):
+            anything = "0.0.0.0" if family == socket.AF_INET else "::"
             for message in self._netlink.get_routes(family=family):
-                if message.get_attr("RTA_OIF") != index or message["proto"] in _KERNEL_PROTOCOLS:
+                if message.get_attr("RTA_OIF") != index or message["type"] in _MULTICAST_OR_LOCAL:
                     continue
-                if message["type"] in _MULTICAST_OR_LOCAL:
+                destination = f"{message.get_attr('RTA_DST') or anything}/{message['dst_len']}"
+                if message["proto"] in _KERNEL_PROTOCOLS and destination not in chosen:
                     continue
-                anything = "0.0.0.0" if family == socket.AF_INET else "::"
+                metrics = (message.get_attr("RTA_METRICS") or {}).get("attrs", ())
                 yield Route(
-                    f"{message.get_attr('RTA_DST') or anything}/{message['dst_len']}",
+                    destination,
                     message.get_attr("RTA_GATEWAY"),
                     message.get_attr("RTA_PRIORITY") or 0,
                     message.get_attr("RTA_TABLE") or 254,
                     message.get_attr("RTA_PREFSRC"),
                     message["proto"],
                     message["scope"],
+                    bool(message["flags"] & _ON_LINK),
+                    tuple((key.removeprefix("RTAX_").lower(), value) for key, value in metrics),
                 )
+
+    def _shared_routes(self, index: int) -> Iterator[str]:
+        for message in self._netlink.get_routes():
+            if any(hop["oif"] == index for hop in message.get_attr("RTA_MULTIPATH") or ()):
+                yield f"{message.get_attr('RTA_DST') or 'anywhere'}"
 
     def add_route(self, name: str, route: Route) -> None:
         """Lead packets through a link; fine when they are."""
         settings: dict[str, Any] = {"dst": route.destination, "oif": self._need(name), "table": route.table}
         settings |= {"proto": route.protocol, "scope": route.scope}
-        optional = {"gateway": route.gateway, "priority": route.metric or None, "prefsrc": route.source}
+        optional: dict[str, Any] = {"gateway": route.gateway, "prefsrc": route.source}
+        optional |= {"priority": route.metric or None, "metrics": dict(route.metrics) or None}
+        optional["flags"] = _ON_LINK if route.on_link else None
         settings |= {key: value for key, value in optional.items() if value is not None}
         try:
             self._netlink.route("replace", **settings)
@@ -256,8 +293,9 @@ class Kernel:
                 is_wireless=os.path.isdir(f"/sys/class/net/{spec.uplink}/wireless"),
                 addresses=self.addresses(spec.uplink),
                 routes=self.routes(spec.uplink),
+                shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
             )
-        return HostFacts(has_vlan_filtering=has_vlan_filtering(), uplink=uplink, outward=self._outward())
+        return HostFacts(has_vlan_filtering(), uplink, self._outward(), tuple(self.networks(spec.bridge_name)))
 
     def _outward(self) -> tuple[str, ...]:
         found = {
@@ -267,11 +305,13 @@ class Kernel:
         }
         return tuple(sorted(found))
 
-    def networks(self) -> list[str]:
-        """Every IPv4 network that the host has an address in, as "10.0.0.1/24"."""
+    def networks(self, besides: str | None = None) -> list[str]:
+        """Every IPv4 network that the host has an address in, as "10.0.0.1/24"; but those on the link `besides`."""
+        index = None if besides is None else self.index(besides)
         return [
             f"{message.get_attr('IFA_LOCAL') or message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
             for message in self._netlink.get_addr(family=socket.AF_INET)
+            if index is None or message["index"] != index
         ]
 
     def answers(self, name: str, neighbour: str, seconds: float) -> bool:
@@ -297,6 +337,14 @@ class Kernel:
         """The address of a link."""
         link = self.link(name)
         return None if link is None or not link["mac"] else frames.parse_mac(link["mac"])
+
+
+def _place(one: Address) -> dict[str, Any]:
+    """What an address is known by."""
+    host, _, prefix = one.address.partition("/")
+    if one.peer is None:
+        return {"address": host, "prefixlen": int(prefix)}
+    return {"local": host, "address": one.peer, "prefixlen": int(prefix)}
 
 
 def has_vlan_filtering() -> bool:

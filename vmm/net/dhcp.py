@@ -71,6 +71,16 @@ class DhcpServer:
             return None
         return ref if ref is not None and ref.is_alive() else None
 
+    def _all(self) -> list[ProcessRef]:
+        """Every server with our configuration: also one whose starter was killed before it could write it down."""
+        sign = os.fsencode(f"--conf-file={self._in(_CONFIG)}")
+        found = []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if sign in file.read().split(b"\0") and (ref := ProcessRef.of(int(name))) is not None:
+                    found.append(ref)
+        return found
+
     def ensure(self) -> None:
         """Have it run with the present configuration. Raises Unsupported, VmmError with what it said."""
         program = shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin:/bin")
@@ -115,8 +125,7 @@ class DhcpServer:
 
     def stop(self) -> None:
         """End it; fine when it does not run."""
-        ref = self.process()
-        if ref is not None:
+        for ref in self._all():
             ref.end(_GRACE_SECONDS)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(ref.pid, os.WNOHANG)

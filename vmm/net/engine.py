@@ -11,7 +11,8 @@ empties those tables. What depends on more is marked in the decision: `inspect` 
 `flooded` (the storm limit counts it).
 
 `INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
-`INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN.
+`INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN, and no tag within a tag becomes the
+frame's own on its way (a guest could send into a VLAN it is no member of).
 `INV-NO-REFLECTION`: a frame never returns to the port it came from.
 `INV-TABLE-BOUNDED`: at most MAX_ADDRESSES addresses are known, MAX_PORT_ADDRESSES of one port.
 """
@@ -105,6 +106,7 @@ class Decision:
     drop: Drop | None = None
     inspect: bool = False
     flooded: bool = False
+    untags: bool = False  # somebody gets the frame without its tag
 
 
 @dataclass(eq=False, slots=True)
@@ -241,10 +243,11 @@ class Engine:
             if other is not port and other.link_up and form is not None:
                 outputs.append(Output(other, _change(tagged, vlan, priority, vlan_of_frame, form)))
         outputs += self._mirrored(port, outputs)
-        inspect = rules.dhcp_guard or rules.router_guard
         if not outputs:
             return self._decision((), Drop.NOWHERE)
-        return self._decision(tuple(outputs), None, inspect, known is None and port.storm is not None)
+        untags = any(change is not None and not change.tag for _, change in outputs)
+        inspect = rules.dhcp_guard or rules.router_guard or untags
+        return self._decision(tuple(outputs), None, inspect, known is None and port.storm is not None, untags)
 
     def _mirrored(self, port: Port, outputs: list[Output]) -> list[Output]:
         """Copies, as the frame came, for the mirror destinations that do not get it anyhow."""
@@ -258,16 +261,23 @@ class Engine:
         ]
 
     def _decision(
-        self, outputs: tuple[Output, ...], drop: Drop | None, inspect: bool = False, flooded: bool = False
+        self,
+        outputs: tuple[Output, ...],
+        drop: Drop | None,
+        inspect: bool = False,
+        flooded: bool = False,
+        untags: bool = False,
     ) -> Decision:
-        key = (outputs, drop, inspect, flooded)
+        key = (outputs, drop, inspect, flooded, untags)
         decision = self._decisions.get(key)
         if decision is None:
-            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded)
+            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded, untags)
         return decision
 
-    def refuses(self, port: Port, beginning: bytes) -> Drop | None:
-        """What the port's guards say to a frame whose decision has `inspect` set."""
+    def refuses(self, port: Port, decision: Decision, beginning: bytes) -> Drop | None:
+        """What is said to a frame whose decision has `inspect` set, by the port's guards among others."""
+        if decision.untags and frames.has_two_tags(beginning):
+            return Drop.VLAN
         if port.rules.dhcp_guard and frames.is_dhcp_server(beginning):
             return Drop.DHCP
         if port.rules.router_guard and frames.is_router(beginning):
@@ -297,7 +307,7 @@ class Engine:
         decision = self.decide(port, frame[: frames.KEY_BYTES], now)
         if decision.drop is not None:
             return decision.drop
-        if decision.inspect and (drop := self.refuses(port, frame[: frames.INSPECT_BYTES])) is not None:
+        if decision.inspect and (drop := self.refuses(port, decision, frame[: frames.INSPECT_BYTES])) is not None:
             return drop
         if decision.flooded and port.storm is not None and not port.storm.take(1, now):
             return Drop.STORM

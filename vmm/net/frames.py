@@ -25,8 +25,12 @@ MAX_MTU_BYTES = 9216  # jumbo frames as switches have them
 MAX_FRAME_BYTES = MAX_MTU_BYTES + HEADER_BYTES + TAG_BYTES
 INSPECT_BYTES = 256  # how much of a frame a guard is shown
 MAX_EXTENSION_HEADERS = 8  # a chain longer than that is taken for an attempt to hide what follows
+MAX_WRAPPERS = 8  # tags and SNAP headers; the same goes for them
 MAX_VLAN = 4094
 TPID = b"\x81\x00"
+_TPIDS = (TPID, b"\x88\xa8", b"\x91\x00")
+_SNAP = (b"\xaa\xaa\x03\x00\x00\x00", b"\xaa\xaa\x03\x00\x00\xf8")  # RFC 1042, 802.1H
+_MIN_TYPE = 0x0600  # what is less is a length
 BROADCAST = b"\xff" * MAC_BYTES
 _RESERVED_PREFIX = b"\x01\x80\xc2\x00\x00"
 _MAC = re.compile(r"[0-9a-f]{2}([:-]?)(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}", re.IGNORECASE)
@@ -67,6 +71,11 @@ def has_tag(header: bytes) -> bool:
     return header[12:14] == TPID
 
 
+def has_two_tags(beginning: bytes) -> bool:
+    """True when another tag would be first once the frame's own is taken off."""
+    return has_tag(beginning) and beginning[16:18] in _TPIDS
+
+
 def tag_of(header: bytes) -> tuple[int, int]:
     """(priority and DEI as 4 bits, VLAN) of a tagged frame."""
     value = int.from_bytes(header[14:16], "big")
@@ -88,13 +97,15 @@ def is_malformed(header: bytes, size_bytes: int) -> bool:
 
 
 def is_dhcp_server(frame: bytes) -> bool:
-    """True for what a DHCP server sends, version 4 or 6."""
+    """True for what a DHCP server sends, version 4 or 6, and for what hides whether it is that (RFC 7610)."""
     protocol, payload = _transport(frame)
+    if protocol is None:
+        return True
     return protocol == _UDP and int.from_bytes(payload[:2], "big") in (_DHCP_SERVER_PORT, _DHCPV6_SERVER_PORT)
 
 
 def is_router(frame: bytes) -> bool:
-    """True for router advertisements and redirects, and for IPv6 whose headers hide what it is (RFC 7113)."""
+    """True for router advertisements and redirects, and for what hides whether it is one (RFC 7113)."""
     protocol, payload = _transport(frame)
     if protocol is None:
         return True
@@ -103,9 +114,11 @@ def is_router(frame: bytes) -> bool:
 
 
 def _transport(frame: bytes) -> tuple[int | None, bytes]:
-    """(protocol, what follows the IP headers); -1 for no IP and later fragments, None where IPv6 hides it."""
-    at = HEADER_BYTES + (TAG_BYTES if has_tag(frame) else 0)
-    kind, packet = frame[at - 2 : at], frame[at:]
+    """(protocol, what follows the IP headers); -1 for no IP and later fragments, None where headers hide it."""
+    found = _unwrapped(frame)
+    if found is None:
+        return None, b""
+    kind, packet = found
     if kind == _IPV4 and len(packet) >= 20:
         if int.from_bytes(packet[6:8], "big") & 0x1FFF:
             return -1, b""
@@ -115,11 +128,29 @@ def _transport(frame: bytes) -> tuple[int | None, bytes]:
     return -1, b""
 
 
+def _unwrapped(frame: bytes) -> tuple[bytes, bytes] | None:
+    """(type, packet) behind all tags and SNAP headers, which receivers take off too (CVE-2021-27853, -27854, -27862).
+
+    None for too many of them.
+    """
+    at = ADDRESSES_BYTES
+    for _ in range(MAX_WRAPPERS + 1):
+        kind = frame[at : at + 2]
+        if kind in _TPIDS:
+            at += TAG_BYTES
+        elif int.from_bytes(kind, "big") < _MIN_TYPE and frame[at + 2 : at + 8] in _SNAP:
+            at += 8
+        else:
+            return kind, frame[at + 2 :]
+    return None
+
+
 def _behind_extensions(packet: bytes) -> tuple[int | None, bytes]:
     following, at = packet[6], 40
     for _ in range(MAX_EXTENSION_HEADERS + 1):
         if following not in (*_EXTENSIONS, _FRAGMENT, _AUTHENTICATION):
-            return (following, packet[at:]) if at < len(packet) or following != _ICMPV6 else (None, b"")
+            is_told = at + 2 <= len(packet) or following not in (_UDP, _ICMPV6)  # what it is stands in two bytes
+            return (following, packet[at:]) if is_told else (None, b"")
         if at + 8 > len(packet):
             return None, b""
         if following == _FRAGMENT and int.from_bytes(packet[at + 2 : at + 4], "big") & 0xFFF8:

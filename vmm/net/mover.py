@@ -32,6 +32,7 @@ class Mover:
         self.sockets: dict[str, PortSocket] = {}
         self._by_port: dict[Port, PortSocket] = {}
         self._batch = Batch()
+        self._captures: list[Capture] = []
         self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
         self.congested = False  # the last `pump` sent to somebody who takes frames more slowly than they come
 
@@ -45,6 +46,7 @@ class Mover:
             raise
         self.sockets[setup.name] = sock
         self._by_port[port] = sock
+        sock.captures += [one for one in self._captures if one.port in (None, setup.name)]
         self.engine.set_link(setup.name, setup.link_up)
         sock.connect()
         return sock
@@ -138,7 +140,7 @@ class Mover:
             port.counters.drops[decision.drop] += len(slots)
             return
         if decision.inspect:
-            slots = self._not_refused(port, slots)
+            slots = self._not_refused(port, decision, slots)
         if decision.flooded and port.storm is not None:
             granted = port.storm.take(len(slots), now)
             if granted < len(slots):
@@ -148,10 +150,10 @@ class Mover:
             for output in decision.outputs:
                 self._send(output, slots, now)
 
-    def _not_refused(self, port: Port, slots: Sequence[int]) -> Sequence[int]:
+    def _not_refused(self, port: Port, decision: Decision, slots: Sequence[int]) -> Sequence[int]:
         passed = []
         for slot in slots:
-            drop = self.engine.refuses(port, self._batch.beginning(slot, frames.INSPECT_BYTES))
+            drop = self.engine.refuses(port, decision, self._batch.beginning(slot, frames.INSPECT_BYTES))
             if drop is None:
                 passed.append(slot)
             else:
@@ -184,13 +186,15 @@ class Mover:
     # -- captures -----------------------------------------------------------------------------------------------
 
     def add_capture(self, capture: Capture) -> None:
-        """Copy frames to `capture` from now on."""
+        """Copy frames to `capture` from now on, those of ports that come later too."""
+        self._captures.append(capture)
         for name, sock in self.sockets.items():
             if capture.port in (None, name):
                 sock.captures.append(capture)
 
     def remove_capture(self, capture: Capture) -> None:
         """Stop."""
+        self._captures.remove(capture)
         for sock in self.sockets.values():
             if capture in sock.captures:
                 sock.captures.remove(capture)

@@ -27,6 +27,9 @@ NFT_HINT = "apt-get install nftables"
 _BURST_SECONDS = 0.02
 _MIN_BURST_BYTES = 16 << 10
 
+_LLC, _SNAP = 0x0004, 0xAAAA  # the kernel's ETH_P_802_2; the service access points of SNAP
+_HIDDEN = "hidden"
+
 Rule = list[dict[str, Any]]
 
 
@@ -67,20 +70,24 @@ def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
         known = _set(sorted(frames.format_mac(one) for one in rules.addresses))
         sending.append([here, _match(_field("ether", "saddr"), known, "!="), *_DROP])
     receiving: list[Rule] = []
-    if rules.mode is VlanMode.UNTAGGED:
+    if rules.mode is VlanMode.TRUNK:  # its outer tag is off here: what is left must be none, or it would be the next
+        sending.append([here, _match(_meta("protocol"), _set(["8021q", "8021ad"])), *_DROP])
+    else:
         tagged = _match(_field("ether", "type"), "8021q")
         sending.append([here, tagged, *_DROP])
         receiving.append([_match(_meta("oifname"), port.interface), tagged, *_DROP])
+    if rules.dhcp_guard or rules.router_guard:
+        sending += _hiding(here)
     if rules.dhcp_guard:
         for kind, number in (("ip", 67), ("ip6", 547)):
-            is_kind = _match(_field("ether", "type"), kind)
+            is_kind = _match(_meta("protocol"), kind)  # unlike the frame's type the same for a tagged one
             sending.append([here, is_kind, _match(_field("udp", "sport"), number), *_DROP])
     if rules.router_guard:
         for protocol, kinds in (
             ("icmp", ["redirect", "router-advertisement"]),
             ("icmpv6", ["nd-router-advert", "nd-redirect"]),
         ):
-            is_kind = _match(_field("ether", "type"), "ip" if protocol == "icmp" else "ip6")
+            is_kind = _match(_meta("protocol"), "ip" if protocol == "icmp" else "ip6")
             sending.append([here, is_kind, _match(_field(protocol, "type"), _set(kinds)), *_DROP])
     if rules.storm_frames_per_second:
         many = _match(_meta("pkttype"), _set(["broadcast", "multicast"]))
@@ -93,6 +100,25 @@ def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
         limit = {"rate": bytes_per_second, "rate_unit": "bytes", "per": "second", "inv": True}
         sending.append([here, {"limit": {**limit, "burst": burst, "burst_unit": "bytes"}}, *_DROP])
     return sending, receiving
+
+
+def _hiding(here: dict[str, Any]) -> list[Rule]:
+    """What a guard cannot look into: IP in SNAP, stacked tags, IPv6 whose headers do not lead to a protocol."""
+    llc = _match(_meta("protocol"), _LLC)
+    snap = _match({"payload": {"base": "nh", "offset": 0, "len": 16}}, _SNAP)
+    stacked = _match(_meta("protocol"), _set(["8021q", "8021ad"]))
+    ipv6 = _match(_meta("protocol"), "ip6")
+    return [[here, llc, snap, *_DROP], [here, stacked, *_DROP], [here, ipv6, {"jump": {"target": _HIDDEN}}]]
+
+
+# What is cut off cannot be read, and no match on it is true: neither on the protocol, nor on what follows the headers
+# of one that guards look into. Later fragments are fine: the first one was judged.
+_HIDDEN_RULES: list[Rule] = [
+    [_match({"exthdr": {"name": "frag", "field": "frag-off"}}, 0, "!="), {"return": None}],
+    [_match(_meta("l4proto"), _set(["udp", "ipv6-icmp"]), "!="), {"return": None}],
+    [_match({"payload": {"base": "th", "offset": 0, "len": 16}}, 0, "!="), {"return": None}],
+    [*_DROP],
+]
 
 
 def _replaced(family: str, table: str) -> list[dict[str, Any]]:
@@ -117,6 +143,9 @@ def document(spec: SwitchSpec, ports: Sequence[GuestPort]) -> dict[str, Any]:
     commands = _replaced("bridge", table)
     commands.append(_chain("bridge", table, "sending", "filter", "prerouting", -300))
     commands.append(_chain("bridge", table, "receiving", "filter", "postrouting", 0))
+    if any(port.rules.dhcp_guard or port.rules.router_guard for port in ports):
+        commands.append({"add": {"chain": {"family": "bridge", "table": table, "name": _HIDDEN}}})
+        commands += _rules("bridge", table, _HIDDEN, _HIDDEN_RULES)
     commands += _rules("bridge", table, "sending", [rule for sending, _ in both for rule in sending])
     commands += _rules("bridge", table, "receiving", [rule for _, receiving in both for rule in receiving])
     if spec.type == "private" or (spec.type == "external" and not spec.host):

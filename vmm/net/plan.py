@@ -16,7 +16,7 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,6 +34,7 @@ DEFAULT_NETWORKS = ipaddress.IPv4Network("10.77.0.0/16")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})?")
+_FORWARD = re.compile(r"(?:tcp|udp):([0-9.]*):([0-9]{1,5})-([0-9.]*):([0-9]{1,5})")
 
 
 class _Settings(BaseModel):
@@ -45,7 +46,7 @@ class Lease(_Settings):
 
     mac: str
     address: str
-    name: str | None = Field(default=None, pattern=_HOST_NAME.pattern + "$")
+    name: str | None = Field(default=None, pattern=f"^{_HOST_NAME.pattern}$")
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
@@ -80,6 +81,18 @@ class SwitchSpec(_Settings):
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name for a switch: letters, digits, '.', '_' and '-', at most 32")
         return name
+
+    @field_validator("forwards")
+    @classmethod
+    def _good_forwards(cls, forwards: tuple[str, ...]) -> tuple[str, ...]:
+        for one in forwards:
+            found = _FORWARD.fullmatch(one)
+            if found is None or not all(0 < int(found[port]) < 1 << 16 for port in (2, 4)):
+                raise ValueError(f"{one!r} is no forwarded port: write tcp:127.0.0.1:2222-10.77.0.130:22")
+            for address in (found[1], found[3]):
+                if address:
+                    ipaddress.IPv4Address(address)
+        return forwards
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -204,13 +217,21 @@ def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interf
 class Address:
     """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router.
 
-    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own.
+    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own. `peer` is the
+    other end of a point-to-point address, `metric` that of the route that the kernel makes from it (0: its choice).
     """
 
     address: str  # with prefix
     broadcast: str | None = None
     valid_seconds: int | None = None
     flags: int = 0
+    peer: str | None = None
+    label: str | None = None  # None: the interface's name
+    scope: int = 0
+    metric: int = 0
+
+    def __str__(self) -> str:
+        return self.address if self.peer is None else f"{self.address} (peer {self.peer})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +245,8 @@ class Route:
     source: str | None = None
     protocol: int = 4
     scope: int = 0
+    on_link: bool = False  # the gateway is reached directly, whatever the addresses say
+    metrics: tuple[tuple[str, int], ...] = ()  # such as ("mtu", 1400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +261,7 @@ class UplinkFacts:
     is_wireless: bool
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
+    shared_routes: tuple[str, ...] = ()  # destinations that are led through several interfaces at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +271,7 @@ class HostFacts:
     has_vlan_filtering: bool = False
     uplink: UplinkFacts | None = None
     outward: tuple[str, ...] = ()  # interfaces with a default route: NAT leads there
+    networks: tuple[str, ...] = ()  # in which the host has an address, as "10.0.0.1/24"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,11 +287,35 @@ VLAN_REFUSAL = "this kernel's bridges know no VLANs (CONFIG_BRIDGE_VLAN_FILTERIN
 VLAN_HINT = "use the user back end for switches with VLANs, or a kernel with that option and CONFIG_VLAN_8021Q"
 
 
+BRIDGE_VLAN = 1  # of every port of a filtering bridge that was given none: a new bridge's own
+
+
+def port_vlans(vlan: int, allowed: Iterable[int]) -> tuple[int, frozenset[int]]:
+    """(untagged VLAN, tagged ones) of a bridge's port whose untagged frames are of `vlan`, 0 being none."""
+    untagged = vlan or BRIDGE_VLAN
+    return untagged, frozenset(allowed) - {untagged}
+
+
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Numbers as few words: 1, 2, 3, 7 as "1-3", "7"."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in found]
+
+
 def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
     """Why the host cannot have this switch; nothing when it can."""
     reasons = []
     if spec.host_vlan is not None and not facts.has_vlan_filtering:
         reasons.append(VLAN_REFUSAL)
+    if spec.type == "internal":
+        for one in facts.networks:
+            if ipaddress.IPv4Interface(one).network.overlaps(spec.network):
+                reasons.append(f"its network {spec.network} overlaps with this host's {one}: choose another --address")
     if spec.type == "external":
         uplink = facts.uplink
         if uplink is None:
@@ -275,6 +324,9 @@ def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
             reasons.append(f"{uplink.name} is part of {uplink.master} already")
         elif uplink.is_wireless:
             reasons.append(f"{uplink.name} is wireless: an access point takes frames from the card's own address only")
+        elif uplink.shared_routes:
+            ways = ", ".join(uplink.shared_routes)
+            reasons.append(f"the way to {ways} leads through {uplink.name} and other cards: it cannot be moved")
     return reasons
 
 
@@ -298,23 +350,21 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     if spec.type == "private" or (spec.type == "external" and not spec.host):
         setting = f"net/ipv6/conf/{bridge}/disable_ipv6"
         todo.append(Step("sysctl", {"setting": setting, "value": "1"}, f"no IPv6 address for the host on {bridge}"))
+    if spec.host_vlan is not None:
+        arguments = {"name": bridge, "untagged": spec.host_vlan, "tagged": frozenset[int](), "own": True}
+        todo.append(Step("vlans", arguments, f"put the host's adapter into VLAN {spec.host_vlan}"))
     todo.append(Step("up", {"name": bridge}, f"switch {bridge} on"))
     if spec.type == "internal":
         todo += _internal_steps(spec, facts)
     if uplink is not None:
-        todo += _external_steps(spec, uplink)
+        todo += _external_steps(spec, facts, uplink)
     return todo
 
 
 def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     bridge = spec.bridge_name
-    address = {
-        "name": bridge,
-        "address": str(spec.interface),
-        "broadcast": str(spec.network.broadcast_address),
-        "flags": 0,
-    }
-    todo = [Step("address", address, f"give the host {spec.interface} on {bridge}")]
+    address = Address(str(spec.interface), str(spec.network.broadcast_address))
+    todo = [Step("address", {"name": bridge, "one": address}, f"give the host {address} on {bridge}")]
     if spec.nat:
         for name in (bridge, *facts.outward):
             setting = f"net/ipv4/conf/{name}/forwarding"
@@ -325,22 +375,25 @@ def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
     return todo
 
 
-def _external_steps(spec: SwitchSpec, uplink: UplinkFacts) -> list[Step]:
+def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> list[Step]:
     bridge = spec.bridge_name
     remember = Step("keep", {"name": uplink.name}, f"write down the addresses and routes of {uplink.name}")
     todo = [remember, Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}")]
+    if facts.has_vlan_filtering:  # or frames of VLANs would end at the card
+        tagged = frozenset(range(1, frames.MAX_VLAN + 1)) - {BRIDGE_VLAN}
+        arguments = {"name": uplink.name, "untagged": BRIDGE_VLAN, "tagged": tagged}
+        todo.append(Step("vlans", arguments, f"let {uplink.name} carry every VLAN, tagged"))
     if not uplink.is_up:
         todo.append(Step("up", {"name": uplink.name}, f"switch {uplink.name} on"))
     if not spec.host:
         for one in uplink.addresses:
-            words = f"take {one.address} from {uplink.name}: the host has no adapter on this switch"
-            todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
+            words = f"take {one} from {uplink.name}: the host has no adapter on this switch"
+            todo.append(Step("drop-address", {"name": uplink.name, "one": one}, words))
         return todo
     for one in uplink.addresses:
-        arguments = {"name": bridge, "address": one.address, "broadcast": one.broadcast, "flags": one.flags}
-        todo.append(Step("address", arguments, f"give {bridge} the address {one.address}"))
-        words = f"take {one.address} from {uplink.name}"
-        todo.append(Step("drop-address", {"name": uplink.name, "address": one.address}, words))
+        arguments = {"name": bridge, "one": replace(one, label=None, valid_seconds=None)}
+        todo.append(Step("address", arguments, f"give {bridge} the address {one}"))
+        todo.append(Step("drop-address", {"name": uplink.name, "one": one}, f"take {one} from {uplink.name}"))
     for route in sorted(uplink.routes, key=lambda one: one.gateway is not None):  # the way to gateways first
         via = f" via {route.gateway}" if route.gateway else ""
         todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route.destination}{via} through {bridge}"))

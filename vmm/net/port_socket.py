@@ -16,6 +16,7 @@ and must be a socket; what is connected to is that very inode.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -40,6 +41,21 @@ MAX_BACKLOG_FRAMES = 512  # for a receiver that takes nothing for a while: QEMU'
 SEND_BUFFER_BYTES = 4 << 20  # the kernel counts what the other side has not taken yet
 RATE_BURST_SECONDS = 0.01
 _MIN_BURST_BYTES = 4096.0
+
+
+def _give_away(address: str, owner: int) -> None:
+    """Make a socket its new owner's. Its folder is the owner's already: by now anything may have that name.
+
+    Raises OSError for anything but a socket of ours with one name.
+    """
+    place = os.open(address, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(place)
+        if not stat.S_ISSOCK(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_nlink != 1:
+            raise FileExistsError(errno.EEXIST, "somebody else took the socket's name")
+        os.chown(f"/proc/self/fd/{place}", owner, -1)
+    finally:
+        os.close(place)
 
 
 class PortSocket:
@@ -68,10 +84,10 @@ class PortSocket:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(address)  # of a switch that was killed: there is one switch, its caller holds the lock
+            os.fchmod(sock.fileno(), 0o600)  # of its name too, once it has one
             sock.bind(address)
-            os.chmod(address, 0o600)
             if self.setup.owner is not None and self.setup.owner != os.geteuid():
-                os.chown(address, self.setup.owner, -1, follow_symlinks=False)
+                _give_away(address, self.setup.owner)
         except OSError as error:
             sock.close()
             raise errors.of_os_error(error, "make the port's socket", path=address) from error

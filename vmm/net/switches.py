@@ -119,7 +119,11 @@ def create(spec: SwitchSpec) -> None:
         try:
             ensure(spec)
         except BaseException:
-            os.unlink(path)
+            host = HostSide(spec)
+            with contextlib.suppress(errors.VmmError):
+                host.remove()
+            if not host.is_half_made():  # else `delete` must find it, to put the rest back
+                _forget(spec)
             raise
 
 
@@ -134,10 +138,14 @@ def delete(name: str, *, force: bool = False) -> None:
                 f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
             )
         host.remove()
+        _forget(spec)
+
+
+def _forget(spec: SwitchSpec) -> None:
+    """Its files; last the one by which it is found."""
+    for path in (lease_path(spec), _path(spec.name)):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(lease_path(spec))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(_path(name))
+            os.unlink(path)
 
 
 def replace(spec: SwitchSpec) -> None:
@@ -215,6 +223,16 @@ class HostSide:
         need_root(self.spec)
         return Applying(self.spec, self.folder, lease_path(self.spec), self.bridge_ports()).apply()
 
+    def is_half_made(self) -> bool:
+        """True when something on the host could not be put back."""
+        from vmm.net.applying import JOURNAL_NAME
+
+        try:
+            with open(os.path.join(self.folder, JOURNAL_NAME), encoding="utf-8") as file:
+                return bool(json.load(file)["done"])
+        except (OSError, ValueError, KeyError):
+            return False
+
     def plan(self) -> tuple[list[str], list[str], list[str]]:
         """(steps, warnings, refusals) in words; of the bridge back end. Changes nothing."""
         from vmm.net.bridge import Kernel
@@ -272,8 +290,8 @@ class HostSide:
 
         with self.changing():
             rules = setup.rules
-            wants_vlan = rules.mode is not VlanMode.UNTAGGED
-            if wants_vlan and not os.path.exists(f"/sys/class/net/{self.spec.bridge_name}/bridge/vlan_filtering"):
+            filters = os.path.exists(f"/sys/class/net/{self.spec.bridge_name}/bridge/vlan_filtering")
+            if rules.mode is not VlanMode.UNTAGGED and not filters:
                 raise errors.Unsupported(plan.VLAN_REFUSAL, hint=plan.VLAN_HINT)
             if rules.mirror_source or rules.mirror_destination:
                 raise errors.Unsupported("the bridge back end mirrors no ports", hint="use the user back end")
@@ -284,8 +302,8 @@ class HostSide:
             nft.run(nft.document(self.spec, self.bridge_ports()))
             with bridge.Kernel() as kernel:
                 kernel.set_master(interface, self.spec.bridge_name)
-                if wants_vlan:
-                    kernel.set_vlans(interface, rules.vlan, rules.allowed)
+                if filters:  # also without a VLAN: it may have had one
+                    kernel.set_vlans(interface, *plan.port_vlans(rules.vlan, rules.allowed))
                 kernel.set_up(interface, setup.link_up)
 
     def unplug_tap(self, interface: str) -> None:

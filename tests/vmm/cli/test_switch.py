@@ -100,6 +100,7 @@ def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:
     while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert path.stat().st_mode & 0o077 == 0  # what guests say to each other
     capture.send_signal(signal.SIGINT)
     assert capture.wait(10) == 0
     assert path.read_bytes().startswith(b"\x0a\x0d\x0d\x0a")

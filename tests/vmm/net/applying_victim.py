@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vmm.net import applying, nft
+from vmm.net import dhcp, nft, settings
 from vmm.net.applying import Applying
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
@@ -101,7 +101,9 @@ def main() -> None:
     ):  # fmt: skip
         setattr(Kernel, name, COUNTER.wrapped(getattr(Kernel, name)))
     for owner, name in (
-        (DhcpServer, "ensure"), (DhcpServer, "stop"), (Applying, "_write"), (nft, "run"), (applying, "_write_setting"),
+        (DhcpServer, "ensure"), (DhcpServer, "stop"), (dhcp, "spawn_detached"),
+        (Applying, "_write"), (nft, "run"), (settings, "write"),
+        (settings, "_save"),
     ):  # fmt: skip
         setattr(owner, name, COUNTER.wrapped(getattr(owner, name)))
     with open(path, "rb") as file:

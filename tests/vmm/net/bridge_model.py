@@ -62,10 +62,13 @@ class ModelBridge:
         self.log.append((now, vlan, source, name))
         place = None if destination[0] % 2 else self.where(vlan, destination, now)
         result = []
+        nested = frame[12:14] == b"\x81\x00" and frame[16:18] in (b"\x81\x00", b"\x88\xa8", b"\x91\x00")
         for other, settings in self.ports.items():
             if other == name or (place is not None and other != place):
                 continue
             if vlan == settings.native:
+                if nested:
+                    return []  # the inner tag would be the frame's own
                 result.append((other, destination + source + rest))
             elif vlan in settings.tagged:
                 value = (priority or 0) * 4096 + vlan

@@ -36,7 +36,11 @@ def ipv4(protocol: int, payload: bytes, *, fragment: int = 0, options: bytes = b
         b"\x0a\0\0\x01",
         b"\x0a\0\0\x02",
     )
-    return struct.pack(">BBHHHBBH4s4s", *fields) + options + payload
+    header: bytes = struct.pack(">BBHHHBBH4s4s", *fields) + options
+    total: int = sum(struct.unpack(f">{len(header) // 2}H", header))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return header[:10] + (0xFFFF - total).to_bytes(2, "big") + header[12:] + payload
 
 
 def ipv6(following: int, payload: bytes) -> bytes:

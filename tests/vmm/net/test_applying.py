@@ -98,6 +98,81 @@ def test_there_and_back(host: Host, name: str) -> None:
         assert host.state() == before
 
 
+CARDS = {
+    "given by NetworkManager, which makes the network's route itself": """
+        ip addr add 10.9.0.2/24 dev up0 noprefixroute
+        ip route add 10.9.0.0/24 dev up0 proto kernel scope link src 10.9.0.2 metric 100
+        ip route add default via 10.9.0.254 dev up0 proto dhcp src 10.9.0.2 metric 100""",
+    "rented: one address without a network, the gateway on the link": """
+        ip addr add 10.55.0.9/32 dev up0
+        ip route add default via 10.9.0.254 dev up0 onlink mtu 1400 advmss 1300""",
+    "rented: the gateway has a route of its own": """
+        ip addr add 10.55.0.9/32 dev up0
+        ip route add 10.9.0.254 dev up0
+        ip route add default via 10.9.0.254""",
+    "point to point, labelled, with a metric": """
+        ip addr add 10.9.0.2 peer 10.9.0.254/32 dev up0 label up0:p metric 50
+        ip addr add 10.9.3.2/24 dev up0 scope link
+        ip route add default via 10.9.0.254""",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_cards_as_hosts_have_them(host: Host, card: str) -> None:
+    """Addresses and routes move to the bridge and back with all that belongs to them; the host keeps its network."""
+    host.spaces.run(host.here, "ip addr flush dev up0; ip route flush dev up0 table 77")
+    host.spaces.run(host.there, "ip route add 10.55.0.9 dev lan0")
+    host.spaces.run(host.here, f"set -e{CARDS[card]}")
+    host.spaces.run(host.here, "ping -c 1 -w 5 10.9.0.254")
+    before = host.state()
+    done = host.do("apply", EXTERNAL)
+    assert done.returncode == 0, done.stderr
+    host.spaces.run(host.here, "ping -c 1 -w 5 10.9.0.254")
+    there = host.spaces.run(host.here, "ip route get 192.0.2.1")
+    assert f"via 10.9.0.254 dev {EXTERNAL.bridge_name} " in there
+    done = host.do("undo", EXTERNAL)
+    assert done.returncode == 0, done.stderr
+    assert host.state() == before
+
+
+@pytest.mark.parametrize("first_away", [0, 1])
+def test_switches_that_share_a_setting(host: Host, first_away: int) -> None:
+    """Two with NAT need the card's forwarding: it stays while one is there, and is as before when both are gone."""
+    before = host.state()
+    two = [
+        plan.make_switch(name=f"nat{one}", type="internal", backend="bridge", address=f"10.77.{one}.1/24", nat=True)
+        for one in range(2)
+    ]
+
+    def do(verb: str, spec: plan.SwitchSpec) -> None:
+        command = host.command(verb, spec)
+        command[-1] = str(host.folder / "rt" / spec.name)
+        Path(command[-1]).mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+
+    for spec in two:
+        do("apply", spec)
+    do("undo", two[first_away])
+    assert host.spaces.run(host.here, "cat /proc/sys/net/ipv4/conf/up0/forwarding").strip() == "1"
+    do("undo", two[1 - first_away])
+    assert host.state() == before
+
+
+def test_a_route_through_several_cards_is_refused(host: Host) -> None:
+    """Such a route cannot be moved, and would be lost with its card's addresses: nothing is touched."""
+    host.spaces.run(host.here, "ip link add other type veth peer name other2")
+    host.spaces.run(host.here, "ip link set other up && ip addr add 10.8.0.1/24 dev other")
+    host.spaces.run(
+        host.here, "ip route add 10.61.0.0/16 nexthop via 10.9.0.254 dev up0 nexthop via 10.8.0.9 dev other"
+    )
+    before = host.state()
+    done = host.do("apply", EXTERNAL)
+    assert done.returncode != 0
+    assert "10.61.0.0" in done.stderr
+    assert host.state() == before
+
+
 def test_external_keeps_the_host_on_its_network(host: Host) -> None:
     """Addresses and routes are the bridge's, with metrics, sources and tables, and the network answers through it."""
     assert host.do("apply", EXTERNAL).returncode == 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,24 @@ def test_no_server_is_stopped_quietly(tmp_path: Path) -> None:
     (tmp_path / "dnsmasq.json").write_text("rubbish")
     assert server.process() is None
     server.stop()
+
+
+def test_a_server_that_was_never_written_down_is_stopped(tmp_path: Path) -> None:
+    """Whoever started it was killed a moment later: it is known by its configuration, and no other server is."""
+
+    def program(folder: str) -> subprocess.Popen[bytes]:
+        words = ["-c", "import time; time.sleep(60)", f"--conf-file={folder}/dnsmasq.conf"]
+        return subprocess.Popen([sys.executable, *words])
+
+    ours, other = program(str(tmp_path)), program(f"{tmp_path}2")
+    try:
+        dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "leases")).stop()
+        ours.wait(10)
+        assert other.poll() is None
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("note", ['{"pid": 1, "start_ticks": 1}', '{"pid": 999999999, "start_ticks": 5}', "[]"])

@@ -165,6 +165,26 @@ def test_access_and_trunk() -> None:
     assert switch.ports["access"].counters.drops == {Drop.VLAN: 1}
 
 
+@pytest.mark.parametrize("outer", [0, 10])
+def test_a_tag_within_a_tag_leads_into_no_other_vlan(outer: int) -> None:
+    """The outer tag is taken off on the way to VLAN 10's own ports: the inner one must not become the frame's."""
+    switch = switch_with(
+        sender=PortRules(mode=VlanMode.TRUNK, vlan=10, allowed=frozenset({10})),
+        access=PortRules(mode=VlanMode.ACCESS, vlan=10),
+        victim=PortRules(mode=VlanMode.TRUNK, vlan=10, allowed=frozenset({20})),
+    )
+    for name in ("sender",) if outer else ("sender", "access"):
+        inner = packets.ethernet(TWO, ONE, vlan=20)
+        assert receivers(switch, name, inner[:12] + frames.tag(outer) + inner[12:]) == ""
+        assert switch.ports[name].counters.drops == {"vlan": 1}
+    carries = switch_with(
+        a=PortRules(mode=VlanMode.TRUNK, allowed=frozenset({10})),
+        b=PortRules(mode=VlanMode.TRUNK, allowed=frozenset({10})),
+    )
+    inner = packets.ethernet(TWO, ONE, vlan=20)
+    assert receivers(carries, "a", inner[:12] + frames.tag(10) + inner[12:]) == "b"
+
+
 def test_spoofed_senders_are_dropped_unless_allowed() -> None:
     """The guard is on by default where the port's addresses are known."""
     switch = switch_with(a=PortRules(addresses=frozenset({ONE})), b=PortRules())

@@ -93,10 +93,54 @@ def test_routers_cannot_hide_behind_extension_headers() -> None:
     assert frames.is_router(cut)
 
 
+SNAP = frames._SNAP[0]
+
+
+def wrapped(frame: bytes, *wrappers: bytes) -> bytes:
+    """The frame with these between its addresses and its type."""
+    return frame[:12] + b"".join(wrappers) + frame[12:]
+
+
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        (frames.tag(0), frames.tag(0)),
+        (frames.tag(5), b"\x88\xa8\x00\x07"),
+        (b"\x00\x40" + SNAP,),
+        (frames.tag(0), b"\x00\x40" + SNAP, frames.tag(0)),
+        (frames.tag(0),) * 30,
+    ],
+)
+def test_nobody_hides_behind_tags_and_snap(wrappers: tuple[bytes, ...]) -> None:
+    """Receivers take off any number of priority tags and SNAP headers, so the guards do; too many are an attempt."""
+    me = packets.mac(1)
+    assert frames.is_dhcp_server(wrapped(packets.dhcp_offer(me), *wrappers))
+    assert frames.is_router(wrapped(packets.router_advertisement(me), *wrappers))
+    if len(wrappers) <= frames.MAX_WRAPPERS:
+        asking = packets.ethernet(frames.BROADCAST, me, packets.ipv4(17, packets.udp(68, 67)), kind=0x0800)
+        assert not frames.is_dhcp_server(wrapped(asking, *wrappers))
+        assert not frames.is_router(wrapped(asking, *wrappers))
+
+
+@pytest.mark.parametrize("options_bytes", [8, 192, 200, 208, 256])
+def test_dhcp_servers_cannot_hide_behind_extension_headers(options_bytes: int) -> None:
+    """Wherever the datagram begins: also behind what a guard is shown of the frame, and behind too many headers."""
+    me = packets.mac(1)
+    options = bytes([17, options_bytes // 8 - 1]) + bytes(options_bytes - 2)
+    offer = packets.ethernet(
+        frames.BROADCAST, me, packets.ipv6(60, options + packets.udp(547, 546, bytes(20))), kind=0x86DD
+    )
+    assert frames.is_dhcp_server(offer[: frames.INSPECT_BYTES])
+    many = b"".join(bytes([60, 0]) + bytes(6) for _ in range(frames.MAX_EXTENSION_HEADERS)) + bytes([17, 0]) + bytes(6)
+    packet = packets.ipv6(60, many + packets.udp(547, 546))
+    assert frames.is_dhcp_server(packets.ethernet(frames.BROADCAST, me, packet, kind=0x86DD))
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_are_judged(frame: bytes) -> None:
     """`INV-FRAME-BOUNDED`: random bytes get an answer, never an exception."""
-    for head in (b"", bytes(12) + b"\x86\xdd\x60", bytes(12) + b"\x08\x00\x45", bytes(12) + frames.TPID):
+    heads = (b"\x86\xdd\x60", b"\x08\x00\x45", frames.TPID, b"\x00\x40" + SNAP)
+    for head in (b"", *(bytes(12) + one for one in heads)):
         frames.is_dhcp_server(head + frame)
         frames.is_router(head + frame)
         if len(head + frame) >= 16:

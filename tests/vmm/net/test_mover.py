@@ -251,6 +251,8 @@ def test_captures_see_what_guests_see() -> None:
     assert tagged in bytes(port.pending)
     assert plain in bytes(whole.pending)
     assert whole.taken_frames == 1
+    lab.plug("late", PortRules())
+    assert lab.mover.sockets["late"].captures == [whole]
     lab.mover.remove_capture(port)
     lab.send("p0", plain)
     assert (port.taken_frames, whole.taken_frames) == (1, 2)

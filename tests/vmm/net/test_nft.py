@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import require_root_and_namespaces, require_tool
+from tests.vmm.net import packets
 from tests.vmm.net.machines import Namespaces
-from vmm.net import nft
+from vmm.net import frames, nft
 from vmm.net.engine import PortRules, VlanMode
 from vmm.net.nft import GuestPort
 from vmm.net.plan import make_switch
@@ -72,8 +74,105 @@ def test_a_port_without_rules_has_only_its_vlan_rule() -> None:
     sending, receiving = nft.port_rules(GuestPort("vt0", PortRules()))
     assert len(sending) == len(receiving) == 1
     assert "8021q" in json.dumps(sending)
+    access = PortRules(mode=VlanMode.ACCESS, vlan=5)
+    assert nft.port_rules(GuestPort("vt0", access)) == (sending, receiving)
     trunk = PortRules(mode=VlanMode.TRUNK, allowed=frozenset({5}))
-    assert nft.port_rules(GuestPort("vt0", trunk)) == ([], [])
+    (stacked,), nothing = nft.port_rules(GuestPort("vt0", trunk))
+    assert nothing == []
+    assert "protocol" in json.dumps(stacked)
+
+
+_EXCHANGE = """
+import json, socket, sys, time
+name, frames = sys.argv[1], json.load(sys.stdin)
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); sock.bind((name, 0))
+if frames:
+    for one in frames: sock.send(bytes.fromhex(one)); time.sleep(0.01)
+    sys.exit()
+sock.settimeout(20); print("ready", flush=True)
+seen = []
+while not seen or seen[-1] != 255:
+    frame = sock.recv(2000)
+    if frame[6:10] == bytes.fromhex("02000000"): seen.append(frame[11])
+print(json.dumps(seen))
+"""
+
+
+def _guarded_frames() -> list[tuple[str, int, bytes]]:
+    """(what it is, its number, the frame); the number is the last byte of the sender's address."""
+    dhcp, router = packets.dhcp_offer(packets.mac(0)), packets.router_advertisement(packets.mac(0))
+    asking = packets.ethernet(
+        frames.BROADCAST, packets.mac(0), packets.ipv4(17, packets.udp(68, 67, bytes(20))), kind=0x0800
+    )
+    snap = b"\x00\x80\xaa\xaa\x03\x00\x00\x00"
+    offer6 = packets.udp(547, 546, bytes(20))
+
+    def six(following: int, payload: bytes) -> bytes:
+        return packets.ethernet(frames.BROADCAST, packets.mac(0), packets.ipv6(following, payload), kind=0x86DD)
+
+    fragment = bytes([60, 0, 0, 1, 0, 0, 0, 9])  # the first one, whose options end behind it
+    found = {
+        "dhcp": dhcp,
+        "router": router,
+        "asking": asking,
+        "dhcp, one tag": dhcp[:12] + frames.tag(5) + dhcp[12:],
+        "dhcp, two tags": dhcp[:12] + frames.tag(5) + frames.tag(0) + dhcp[12:],
+        "asking, one tag": asking[:12] + frames.tag(5) + asking[12:],
+        "asking, two tags": asking[:12] + frames.tag(5) + frames.tag(7) + asking[12:],
+        "dhcp, snap": dhcp[:12] + snap + dhcp[12:],
+        "router, snap": router[:12] + snap + router[12:],
+        "dhcp6, options": six(60, bytes([17, 31]) + bytes(254) + offer6),
+        "dhcp6, cut": six(44, fragment + bytes([17, 40]) + bytes(6)),
+        "a later fragment": six(44, bytes([60, 0, 0, 16, 0, 0, 0, 9]) + bytes(64)),
+        "udp6": six(17, packets.udp(5000, 6000, bytes(20))),
+    }
+    return [
+        (name, number, one[:11] + bytes([number]) + one[12:]) for number, (name, one) in enumerate(found.items(), 1)
+    ]
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("mode", [VlanMode.UNTAGGED, VlanMode.TRUNK])
+def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMode) -> None:
+    """Tags, SNAP, long and cut chains of IPv6 headers hide no server and no router from the kernel's guards either."""
+    spaces, here = space
+    one, other = spaces.add("one"), spaces.add("two")
+    spaces.run(here, "ip link add br0 type bridge && ip link set br0 up")
+    for number, name in enumerate((one, other)):
+        spaces.run(name, "sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1")
+        spaces.run(here, f"ip link add vt{number} type veth peer name eth0 netns {name}")
+        spaces.run(here, f"ip link set vt{number} master br0 up")
+        spaces.run(name, "ip link set eth0 up")
+    deadline = time.monotonic() + 20
+    while spaces.run(here, "bridge link").count("state forwarding") < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    allowed = frozenset({5}) if mode is VlanMode.TRUNK else frozenset[int]()
+    guards = PortRules(mode=mode, allowed=allowed, spoofing=True, dhcp_guard=True, router_guard=True)
+    rules = json.dumps(nft.document(SWITCHES["external"], [GuestPort("vt0", guards)]))
+    spaces.run(here, f"nft -j -f - <<'END'\n{rules}\nEND")
+    listed = _guarded_frames()
+    last = packets.ethernet(frames.BROADCAST, packets.mac(255), bytes(50))
+
+    def program(name: str) -> subprocess.Popen[str]:
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", _EXCHANGE, "eth0"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    receiving, sending = program(other), program(one)
+    try:
+        assert receiving.stdin is not None
+        assert receiving.stdout is not None
+        receiving.stdin.write("[]")
+        receiving.stdin.close()
+        receiving.stdin = None
+        assert receiving.stdout.readline() == "ready\n"
+        sending.communicate(json.dumps([frame.hex() for _, _, frame in listed] + [last.hex()]), timeout=30)
+        seen = set(json.loads(receiving.communicate(timeout=30)[0]))
+    finally:
+        for process in (receiving, sending):
+            process.kill()
+            process.wait()
+    passed = {name for name, number, _ in listed if number in seen}
+    assert passed == {"asking", "a later fragment", "udp6"} | ({"asking, one tag"} if allowed else set())
 
 
 _SEND = """

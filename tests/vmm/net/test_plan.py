@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from typing import Any
 
 import pytest
@@ -74,6 +75,75 @@ def test_external_steps() -> None:
     ]
     (warning,) = plan.warnings(spec, facts)
     assert warning.startswith("10.0.0.6/24 came from a DHCP client")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.129/25", "10.0.0.1/24", "10.1.0.1/8"])
+def test_a_network_of_the_hosts_is_refused(address: str) -> None:
+    """A network within this host's own would lead its own traffic to the guests; its neighbour is fine."""
+    spec = make_switch(name="x", type="internal", backend="bridge", address=address)
+    (reason,) = plan.refusals(spec, HostFacts(networks=("127.0.0.1/8", "10.0.0.5/24")))
+    assert "10.0.0.5/24" in reason
+    assert plan.refusals(spec, HostFacts(networks=("192.168.0.1/24",))) == []
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "nonsense",
+        "tcp:127.0.0.1:0-10.77.0.9:22",
+        "tcp:1.2.3:80-10.77.0.9:22",
+        "tcp:127.0.0.1:80-10.77.0.9:99999",
+        "tcp::80-:22,restrict=on",
+        "sctp::80-:22",
+    ],
+)
+def test_forwarded_ports_are_judged(word: str) -> None:
+    """What QEMU would not take is refused when the switch is made, not found out by its helper again and again."""
+    with pytest.raises(errors.InvalidSpec):
+        make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=(word,))
+    good = make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=("udp::53-:53",))
+    assert good.forwards == ("udp::53-:53",)
+
+
+def test_a_lease_names_a_host() -> None:
+    """A name that is more than a name would be more than one line of dnsmasq's configuration."""
+    lease = {"mac": "00:15:5d:00:00:01", "address": "10.77.0.9", "name": "x\naddn-hosts=/a"}
+    with pytest.raises(errors.InvalidSpec, match="name"):
+        make_switch(name="x", type="internal", backend="bridge", address="10.77.0.1/24", leases=(lease,))
+
+
+def test_the_hosts_vlan() -> None:
+    """Where bridges know VLANs the host's adapter is in its own before it is up, and the card carries all of them."""
+    facts = HostFacts(uplink=UPLINK, has_vlan_filtering=True)
+    spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host_vlan=30)
+    assert plan.refusals(spec, facts) == []
+    steps = plan.steps(spec, facts)
+    assert [step.words for step in steps][1:7] == [
+        "make the bridge vmm01234567",
+        "put the host's adapter into VLAN 30",
+        "switch vmm01234567 on",
+        "write down the addresses and routes of eth0",
+        "put eth0 into vmm01234567",
+        "let eth0 carry every VLAN, tagged",
+    ]
+    host, card = (step.arguments for step in steps if step.kind == "vlans")
+    assert host == {"name": "vmm01234567", "untagged": 30, "tagged": frozenset(), "own": True}
+    assert (card["name"], card["untagged"]) == ("eth0", 1)
+    assert sorted(card["tagged"]) == list(range(2, 4095))
+    without = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0")
+    assert [step.kind for step in plan.steps(without, facts)].count("vlans") == 1
+    inside = words(
+        {"type": "internal", "address": "10.77.0.1/24", "host_vlan": 30}, HostFacts(has_vlan_filtering=True)
+    )
+    assert inside[2:4] == ["put the host's adapter into VLAN 30", "switch vmm01234567 on"]
+
+
+@given(st.sets(st.integers(1, 4094)))
+def test_ranges(numbers: set[int]) -> None:
+    """The words name each number once, and neighbours share a word."""
+    found = [[int(one) for one in word.split("-")] for word in plan.ranges(numbers)]
+    assert [number for one in found for number in range(one[0], one[-1] + 1)] == sorted(numbers)
+    assert all(later[0] > earlier[-1] + 1 for earlier, later in itertools.pairwise(found))
 
 
 def test_external_without_the_host() -> None:

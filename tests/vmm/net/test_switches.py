@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm import errors
+from vmm import errors, paths
 from vmm.net import switches
 from vmm.net.plan import make_switch
 from vmm.net.ports import PortSetup
@@ -62,12 +62,37 @@ def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.Monk
     """A switch that the host cannot have is not there afterwards."""
 
     def fails(self: HostSide) -> None:
+        self.user.ensure_running()
+        Path(switches.lease_path(spec)).touch()
         raise errors.Unsupported("no")
 
+    spec = make_switch(name="lab")
     monkeypatch.setattr(HostSide, "ensure", fails)
     with pytest.raises(errors.Unsupported):
-        switches.create(make_switch(name="lab"))
+        switches.create(spec)
     assert switches.names() == []
+    assert not any((home / "run").iterdir())
+    assert [one.name for one in (home / "home" / "switches").iterdir()] == [".lock"]
+
+
+def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch that was made in part, and taken back in part, keeps its file: or nobody could take the rest back."""
+    spec = make_switch(name="lab", backend="bridge")
+
+    def fails(self: HostSide) -> None:
+        paths.make_private(self.folder)
+        Path(self.folder, "journal.json").write_text('{"boot_id": "x", "complete": false, "done": [{"kind": "up"}]}')
+        raise errors.VmmError("no")
+
+    monkeypatch.setattr(HostSide, "ensure", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSide, "remove", fails)
+        with pytest.raises(errors.VmmError):
+            switches.create(spec)
+    assert switches.names() == ["lab"]
+    Path(HostSide(spec).folder, "journal.json").unlink()
+    monkeypatch.setattr(HostSide, "remove", lambda self: None)
+    switches.delete("lab")
 
 
 def test_guests_keep_their_switch(home: Path) -> None:
