@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import not_available
+from tests.support import not_available, require_kvm
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import (
     MIB,
@@ -116,6 +116,29 @@ def test_memory_and_disks_of_one_moment_come_back(
     applied = small.apply("moment", discard_current=True)
     assert applied.state == "saved" and manager.state("small") is MachineState.SAVED
     assert len(applied.tidied.removed) == 2
+    manager.start("small")
+    again = count(manager)
+    assert before <= again < late, "it goes on from the snapshot, not from the end"
+    wait_until(lambda: count(manager) > again, "it counts on")
+    assert machines.of_snapshot("small", "moment") == states
+
+
+def test_memory_of_a_kvm_guest_comes_back(manager: Manager, folder: Path, machines: Machines) -> None:
+    """Under KVM, too, counter and disk are those of the snapshot's moment."""
+    require_kvm()
+    small = guest(manager, folder, accelerator="kvm")
+    assert Manager().show("small").accelerator == "kvm"
+    before = count(manager)
+    snapshot = small.create("moment")
+    after = count(manager)
+    assert snapshot.mode == "background" and snapshot.memory_bytes and snapshot.pause_seconds is not None
+    states = machines.of_snapshot("small", "moment")
+    on_disk = disk_count(machines, snapshot.disks["disk-0"])
+    assert before - 3 <= on_disk <= after
+    wait_until(lambda: count(manager) > after + 12, "it counts on")
+    late = count(manager)
+    small.apply("moment", discard_current=True)
+    assert disk_count(machines, str(registry.load("small").spec.disks[0].path)) == on_disk
     manager.start("small")
     again = count(manager)
     assert before <= again < late, "it goes on from the snapshot, not from the end"
