@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vhdkit
-from tests import soak_live, soak_snapshots
+from tests import soak_live, soak_running, soak_snapshots
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
 
@@ -309,16 +309,24 @@ SCENES = {
     )
 }
 
+RUNNING = "running"  # no row of the table: its machine lives on from kill to kill (`soak_running`)
+
 
 def main() -> None:
     """Share the time among the scenes, and tell what was done."""
     parser = argparse.ArgumentParser(prog="script/soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("seconds", type=float, help="for all scenes together")
-    parser.add_argument("scenes", nargs="*", choices=[[], *SCENES], default=[], help="only these")
+    parser.add_argument("scenes", nargs="*", choices=[[], *SCENES, RUNNING], default=[], help="only these")
     parser.add_argument("--seed", type=int, default=1, help="another number, other moments")
     options = parser.parse_args()
-    names = options.scenes or list(SCENES)
+    names = options.scenes or [*SCENES, RUNNING]
     for name in names:
+        if name == RUNNING:
+            killed = soak_running.run(options.seconds / len(names), options.seed)
+            print(f"{name}: {killed.total()} kills")
+            for what, count in killed.most_common():
+                print(f"    {count:5} x  {what}")
+            continue
         tally = soak(SCENES[name], options.seconds / len(names), options.seed)
         print(f"{name}: {tally.kills} kills, {tally.finished} in time, {tally.recoveries} recoveries")
         for state, count in sorted(tally.states.items(), key=lambda one: -one[1]):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import soak
+from tests import soak, soak_running
 from tests.soak import SCENES, Scene, Work
+from tests.support import require_boot_sector_guest
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -18,6 +19,13 @@ def test_kills_at_random_moments(name: str) -> None:
     killed as well now and then, finishes the work."""
     tally = soak.soak(SCENES[name], 2, kills=8)
     assert tally.recoveries > 0, tally
+
+
+@pytest.mark.kvm
+def test_kills_under_a_running_machine() -> None:
+    """Worker, disks' server, QEMU or the command killed in snapshots of a machine that runs: all states stay."""
+    require_boot_sector_guest()
+    assert soak_running.run(0, kills=2).total() >= 2
 
 
 def test_what_is_wrong_is_found() -> None:

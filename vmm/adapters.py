@@ -113,7 +113,7 @@ def find(machine: Machine, adapter_id: str) -> AdapterSpec:
 
 def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
     """Give a machine an adapter, at once when it runs. Raises VmmError."""
-    with registry.changing(name) as machine, choosing_macs():
+    with contact.changing(name) as machine, choosing_macs():
         saved.refuse_when_saved(machine.paths, name, "adding an adapter")
         adapter = fit(settings, machine.spec)
         after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
@@ -129,7 +129,7 @@ def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
 
 def remove(name: str, adapter_id: str) -> AdapterSpec:
     """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
-    with registry.changing(name) as machine:
+    with contact.changing(name) as machine:
         adapter = find(machine, adapter_id)
         saved.refuse_when_saved(machine.paths, name, "removing an adapter")
         client = contact.contact(place_of(machine))
@@ -145,7 +145,7 @@ def remove(name: str, adapter_id: str) -> AdapterSpec:
 
 def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
     """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
-    with registry.changing(name) as machine, choosing_macs():
+    with contact.changing(name) as machine, choosing_macs():
         before = find(machine, adapter_id)
         if settings.get("mac") is not None:
             owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}

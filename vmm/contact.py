@@ -14,8 +14,9 @@ import os
 import select
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm import saved
 from vmm.errors import (
@@ -45,6 +46,9 @@ from vmm.proc import is_locked, machine_lock, python_command, python_environment
 from vmm.rpc import ControlClient, Progress
 from vmm.snapshots.store import has_tree, holding
 from vmm.state import MachineState, processes_of
+
+if TYPE_CHECKING:
+    from vmm.registry import Machine
 
 COME_BACK_SECONDS = 20.0  # for a worker to be there again
 START_SECONDS = 120.0  # without a word of it
@@ -143,6 +147,20 @@ def _clean_up(place: Place) -> bool:
         _take_away_dead(place)
         return True
     return False
+
+
+@contextlib.contextmanager
+def changing(name: str) -> Iterator[Machine]:
+    """As `registry.changing`; what is left of a machine of which nobody lives any more is taken away first, because
+    `contact` cannot while the lock is held.
+    """
+    from vmm import registry
+
+    with registry.changing(name) as machine:
+        place = Place(machine.name, machine.paths, machine.runtime)
+        if os.path.isdir(place.runtime.folder):
+            _take_away_dead(place)
+        yield machine
 
 
 def _take_away_dead(place: Place) -> None:

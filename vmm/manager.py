@@ -193,7 +193,7 @@ class Manager:
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
         """
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
             if fixed:
                 raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
@@ -252,7 +252,7 @@ class Manager:
         Never a parent that was not the machine's own. Raises WrongState while it runs or, unless `with_snapshots`, has
         snapshots, and nothing is removed then.
         """
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             plan = self.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
             if has_tree(machine.paths):
                 delete_all(machine)
@@ -305,7 +305,7 @@ class Manager:
 
     def discard_saved(self, name: str) -> None:
         """Throw a saved machine's memory away. Raises WrongState where there is none."""
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             if not saved.is_saved(machine.paths):
                 raise WrongState("is not saved", machine=name)
             saved.discard(machine.paths)
@@ -335,7 +335,7 @@ class Manager:
 
     def add_disk(self, name: str, wish: DiskWish) -> DiskSpec:
         """Give a machine a disk; a running one on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             saved.refuse_when_saved(machine.paths, name, "adding a disk")
             with contact.contact(_place(machine)) or contextlib.nullcontext() as client:
                 if client is not None and wish.controller is None and wish.kind != "iso":
@@ -352,7 +352,7 @@ class Manager:
 
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
         """Take a disk away from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             disk = _find_disk(machine, disk_id)
             saved.refuse_when_saved(machine.paths, name, "removing a disk")
             client = contact.contact(_place(machine))
@@ -367,7 +367,7 @@ class Manager:
 
     def resize_disk(self, name: str, disk_id: str, size_bytes: int) -> int:
         """Give a disk another size; the size it has then. Raises StoreFailed, WrongState, InvalidSpec."""
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             disk = _find_disk(machine, disk_id)
             if disk.kind != "vhd" or disk.read_only or disk.path is None:
                 raise WrongState("only a writable image can be resized", machine=name, path=disk.path)
@@ -406,7 +406,7 @@ class Manager:
                     "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
                 )
                 return result
-        with registry.changing(name) as machine:
+        with contact.changing(name) as machine:
             disks = backup.disks_to_copy(machine.spec)
             told = progress or (lambda document: None)
             copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))

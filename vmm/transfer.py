@@ -69,7 +69,7 @@ def export(
     disks, AlreadyExists, NotFound, NoSpace, StoreFailed; then there is no folder.
     """
     target = check_target(folder)
-    with registry.changing(name) as machine:
+    with contact.changing(name) as machine:
         refuse_passed_through(machine.spec, "export")
         state = contact.state_of(Place(machine.name, machine.paths, machine.runtime))["state"]
         is_still = state in (MachineState.OFF, MachineState.SAVED)

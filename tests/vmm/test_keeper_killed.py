@@ -143,6 +143,19 @@ def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> 
     assert has_written(leaf)
 
 
+def test_a_change_after_the_host_went_down(manager: Manager, tmp_path: Path) -> None:
+    """The first command after everything was killed may be one that changes the machine: it does not wait in vain."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    runtime = Place.of("small").runtime.folder
+    kill(("keeper", "worker", "server", "qemu"))
+    wait_until(lambda: not processes(), "all is dead")
+    assert os.path.exists(runtime)
+    manager.set("small", name="other", notes="renamed after a power cut")
+    assert not os.path.exists(runtime)
+    assert [(one.name, one.state) for one in manager.machines()] == [("other", MachineState.OFF)]
+
+
 def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
     """A keeper whose runtime folder is gone does not go on starting workers that cannot work."""
     make_machine(manager, tmp_path)

@@ -14,7 +14,7 @@ from typing import Protocol
 from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
-from vhdkit.chain.intent import KIND, Intent, Phase
+from vhdkit.chain.intent import KIND, Intent, Phase, intent_of
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
 from vhdkit.formats.vhd.dynamic import DynamicImage, end_of_structures
@@ -60,10 +60,15 @@ class RealNames:
         remove_file(self._record)
 
     def remove(self, path: str) -> None:
-        """See `Names.remove`; a record of another unfinished change to it goes too. Raises AccessDenied, IoFailed."""
+        """See `Names.remove`; a record of another unfinished change to it goes too, also of a merge into it that was
+        stopped while it copied. Raises AccessDenied, IoFailed.
+        """
         remove_file(path)
         if exists(pending.undo_path(path)):
             remove_file(pending.undo_path(path))
+        earlier = intent_of(path)
+        if earlier is not None and earlier.phase is Phase.COPY:
+            remove_file(sidecar_path(path, KIND))
 
 
 def drop_earlier_try(target: Layer) -> None:

@@ -297,7 +297,7 @@ class MachineSnapshots:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[tuple[Machine, ControlClient | None]]:
         """The machine, which nobody else changes meanwhile, and its worker where it runs."""
-        with self._named(), registry.changing(self.name) as machine:
+        with self._named(), contact.changing(self.name) as machine:
             client = contact.contact(Place(machine.name, machine.paths, machine.runtime))
             with client if client is not None else contextlib.nullcontext():
                 yield machine, client

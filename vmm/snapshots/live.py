@@ -20,7 +20,7 @@ from vmm import registry
 from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
 from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
-from vmm.snapshots.capture import hold, served_layers
+from vmm.snapshots.capture import SERVER_SECONDS, hold, served_layers
 from vmm.snapshots.settle import took_over
 from vmm.snapshots.store import Held, has_tree, holding, load_tree
 from vmm.state import MachineState
@@ -114,8 +114,13 @@ class LiveMerges:
     # -- where the disk is then --------------------------------------------------------------------------------------
 
     async def _follow(self, held: Held, disk: str) -> None:
-        """The tree and the definitions say what the server serves. Raises StoreFailed; the journal stays then."""
+        """The tree and the definitions say what the server serves. One that was killed is waited for: the merge died
+        with it, and it is back with the newest image.
+
+        Raises StoreFailed, TimedOut; the journal stays then.
+        """
         running = self._running
+        await running.server.wait_serving(SERVER_SECONDS)
         chain = (await served_layers(running))[disk]
         machine = took_over(held, registry.load_folder(running.machine.folder), disk, chain)
         held.note(None)

@@ -51,3 +51,19 @@ def test_resuming_leaves_the_names_of_the_targets_parent(empty: bool, monkeypatc
     vhdkit.resume_merge(names[1])
     assert [one for one in vhdkit.check(names[1]) if one.severity >= vhdkit.Severity.WARNING] == []
     assert content(names[1]) == before
+
+
+def test_a_stopped_merge_is_forgotten_with_its_target() -> None:
+    """Where the target of a merge that was stopped is merged further down, its record goes with it."""
+    names = make_chain(3)
+    before = content(names[0])
+
+    def stop(done: int, total: int) -> None:
+        raise errors.Cancelled("enough")
+
+    with pytest.raises(errors.Cancelled):
+        vhdkit.merge(names[0], into=names[1], progress=stop)
+    assert vhdkit.merge_under_way(names[1]) is not None
+    vhdkit.merge(names[0], into=names[2])
+    assert content(names[2]) == before
+    assert os.listdir() == [names[2]]

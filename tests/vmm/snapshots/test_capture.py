@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import not_available
+import vhdkit
+from tests.support import not_available, require_kvm
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import (
     MIB,
@@ -29,6 +30,8 @@ from tests.vmm.small_guests import (
     wait_whole,
 )
 from tests.vmm.snapshots.machines import Machines
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.store import FileStore
 from vmm import registry
 from vmm.contact import Place
 from vmm.errors import InUse, NoSpace, Unsupported, VmmError, WrongState
@@ -85,8 +88,6 @@ def count(manager: Manager) -> int:
 
 def disk_count(machines: Machines, path: str) -> int:
     """The counter on an image."""
-    import vhdkit
-
     with vhdkit.open_disk(path, options=vhdkit.OpenOptions(lock=False)) as disk:
         return int.from_bytes(disk.read(COUNT_LBA * SECTOR, 4), "little")
 
@@ -116,6 +117,29 @@ def test_memory_and_disks_of_one_moment_come_back(
     applied = small.apply("moment", discard_current=True)
     assert applied.state == "saved" and manager.state("small") is MachineState.SAVED
     assert len(applied.tidied.removed) == 2
+    manager.start("small")
+    again = count(manager)
+    assert before <= again < late, "it goes on from the snapshot, not from the end"
+    wait_until(lambda: count(manager) > again, "it counts on")
+    assert machines.of_snapshot("small", "moment") == states
+
+
+def test_memory_of_a_kvm_guest_comes_back(manager: Manager, folder: Path, machines: Machines) -> None:
+    """Under KVM, too, counter and disk are those of the snapshot's moment."""
+    require_kvm()
+    small = guest(manager, folder, accelerator="kvm")
+    assert Manager().show("small").accelerator == "kvm"
+    before = count(manager)
+    snapshot = small.create("moment")
+    after = count(manager)
+    assert snapshot.mode == "background" and snapshot.memory_bytes and snapshot.pause_seconds is not None
+    states = machines.of_snapshot("small", "moment")
+    on_disk = disk_count(machines, snapshot.disks["disk-0"])
+    assert before - 3 <= on_disk <= after
+    wait_until(lambda: count(manager) > after + 12, "it counts on")
+    late = count(manager)
+    small.apply("moment", discard_current=True)
+    assert disk_count(machines, str(registry.load("small").spec.disks[0].path)) == on_disk
     manager.start("small")
     again = count(manager)
     assert before <= again < late, "it goes on from the snapshot, not from the end"
@@ -178,6 +202,69 @@ def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, 
     small.merge()
     manager.start("small")
     assert count(manager) >= 0
+
+
+def test_a_chain_of_64(manager: Manager, folder: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest on 64 images reads and writes right, is captured and comes back; a page costs one read of one file."""
+    small, pages = guest(manager, folder, start=False), 62
+    small.set_limit(pages + 2)
+    for number in range(pages):
+        with vhdkit.open_disk(leaf_of_small(), writable=True) as disk:
+            disk.write(MIB + number * 4096, f"page {number:4}".encode() * 10)
+        small.create(str(number))
+    assert len(vhdkit.chain_paths(leaf_of_small())) == 64
+    manager.start("small")
+    wait_until(lambda: count(manager) > 4, "it boots from all of them")
+    small.create("running", mode="stop")
+    states = {one: machines.of_snapshot("small", one) for one in ("0", "30", "61", "running")}
+    late = count(manager)
+    wait_until(lambda: count(manager) > late + 4, "it writes")
+    manager.stop("small")
+    assert disk_count(machines, leaf_of_small()) >= late
+    check_cost_of_depth(leaf_of_small(), monkeypatch)
+    with vhdkit.open_disk(leaf_of_small()) as disk:
+        assert [disk.read(MIB + number * 4096, 9) for number in range(pages)] == [
+            f"page {number:4}".encode() for number in range(pages)
+        ]
+    small.apply("running", discard_current=True)
+    manager.start("small")
+    assert count(manager) <= late
+    manager.stop("small")
+    for number in range(10, 30):  # one merge of many layers
+        small.delete(str(number))
+    small.merge()
+    assert len(vhdkit.chain_paths(leaf_of_small())) == 65 - 20
+    assert {one: machines.of_snapshot("small", one) for one in states} == states
+
+
+def leaf_of_small() -> str:
+    """The image that takes the machine's writes."""
+    return str(registry.load("small").spec.disks[0].path)
+
+
+def check_cost_of_depth(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the map knows a disk, a page is at most one read of one file, whatever stands below; no bitmap is read."""
+    calls: list[str] = []
+
+    def counted(kind: type, name: str) -> None:
+        plain = getattr(kind, name)
+
+        def call(*words: object) -> object:
+            calls.append(name)
+            return plain(*words)
+
+        monkeypatch.setattr(kind, name, call)
+
+    counted(FileStore, "pread")
+    counted(FileStore, "pread_into")
+    counted(DynamicImage, "owned_sectors")
+    with vhdkit.open_disk(path) as disk:
+        offsets = range(0, disk.size_bytes, 4096)
+        first = [disk.read(offset, 4096) for offset in offsets]
+        assert "owned_sectors" in calls
+        calls.clear()
+        assert [disk.read(offset, 4096) for offset in offsets] == first
+        assert set(calls) == {"pread_into"} and len(calls) <= len(offsets)
 
 
 def test_start_during_a_merge(manager: Manager, folder: Path, machines: Machines) -> None:
