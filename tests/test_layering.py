@@ -112,7 +112,7 @@ OS_OF_ROOM = {
         "waitpid",
         "waitstatus_to_exitcode",
     },
-    "vhdkit/serve/fuse_mount.py": {"O_RDWR", "O_WRONLY"},
+    "vhdkit/serve/fuse_mount.py": {"O_DSYNC", "O_RDWR", "O_WRONLY"},
     "vhdkit/serve/nbdkit_command.py": {"defpath", "pathsep"},
     "vhdkit/serve/": {"environ", "getegid", "geteuid", "getgid", "getpid", "getuid", "kill", "pidfd_open"},
 }
