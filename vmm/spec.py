@@ -152,7 +152,7 @@ class AutomaticSpec(_Settings):
     start: Literal["nothing", "if-was-running", "always"] = "if-was-running"
     start_delay_seconds: int = Field(default=0, ge=0, le=86400)
     stop: Literal["save", "turn-off", "shut-down"] = "save"
-    recovery: Literal["none", "restart"] = "none"
+    recovery: Literal["none", "restart", "revert"] = "none"
 
 
 class PathsSpec(_Settings):

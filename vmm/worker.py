@@ -75,6 +75,7 @@ class Worker:
         self._off = asyncio.Event()  # everything of the machine is put away
         self._problem: VmmError | None = None  # what went wrong with the disks at the end
         self._recoveries: list[float] = []
+        self._reverts = False  # it goes back to its snapshot when all is put away
         self._control = ControlServer(self._methods(), on_crash=self._log)
 
     # -- telling -------------------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class Worker:
                     self._tell("start-failed", problem=str(error))
                     break
                 end = await self._running.wait_end()
+            self._reverts = end is End.CRASHED and self._spec.automatic.recovery == "revert"
         finally:
             switches.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -201,6 +203,13 @@ class Worker:
         await self._control.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._runtime.control)
+        if self._reverts:
+            with contextlib.suppress(OSError):
+                spawn_detached(
+                    python_command("vmm.snapshots.revert", self._machine.folder),
+                    log_path=self._machine.log("worker"),
+                    environment=python_environment(),
+                )
 
     def _start_merging(self) -> None:
         """What snapshots that were deleted meanwhile left to merge, in a process of its own. It waits for our end."""
