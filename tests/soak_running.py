@@ -128,6 +128,7 @@ class _Soak:
             os.kill(child, signal.SIGKILL)
         elif (ref := processes(NAME).get(victim)) is not None:
             ref.send(signal.SIGKILL)
+            ref.wait(_PATIENCE_SECONDS)
         else:
             killed = False
         _, status = os.waitpid(child, 0)
@@ -144,9 +145,13 @@ class _Soak:
             return state is MachineState.RUNNING and set(processes(NAME)) == set(PARTS) and settled(self._small)
 
         wait_until(is_back, "it runs, and all is settled", _PATIENCE_SECONDS)
-        before = len(console(self._manager))
+        before = console(self._manager).count("tick")
         try:
-            wait_until(lambda: len(console(self._manager)) > before, "the guest goes on", _GUEST_SECONDS)
+            wait_until(
+                lambda: is_back() and console(self._manager).count("tick") > before,
+                "the guest goes on",
+                _GUEST_SECONDS,
+            )
         except AssertionError as error:
             told = [one["event"] for one in self._manager.events(NAME)[-20:]]
             error.add_note(f"it said {console(self._manager)[-200:]!r}, and its machine {told}")
