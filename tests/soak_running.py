@@ -41,6 +41,7 @@ _VICTIMS = ("worker", "server", "qemu", "command")
 _MANY = 6  # snapshots, from which on one goes
 _STATIC = (MIB, 6 * MIB)  # the part of the disk that the guest leaves alone
 _PATIENCE_SECONDS = 90.0
+_GUEST_SECONDS = 40.0  # its BIOS waits for a disk for 32 s
 
 
 def run(seconds: float, seed: int = 1, *, kills: int = 0) -> Counter[str]:
@@ -89,7 +90,9 @@ class _Soak:
                 self._come_back()
                 self._look()
             except (AssertionError, VmmError) as error:
-                raise AssertionError(f"after {victim} was killed in {verb} ({dict(tally)}): {error}") from error
+                raise AssertionError(
+                    f"after {victim} was killed in {verb} ({dict(tally)}): {error} {getattr(error, '__notes__', '')}"
+                ) from error
         self._manager.stop(NAME)
         self._small.merge()
         self._look()
@@ -125,6 +128,7 @@ class _Soak:
             os.kill(child, signal.SIGKILL)
         elif (ref := processes(NAME).get(victim)) is not None:
             ref.send(signal.SIGKILL)
+            ref.wait(_PATIENCE_SECONDS)
         else:
             killed = False
         _, status = os.waitpid(child, 0)
@@ -141,8 +145,17 @@ class _Soak:
             return state is MachineState.RUNNING and set(processes(NAME)) == set(PARTS) and settled(self._small)
 
         wait_until(is_back, "it runs, and all is settled", _PATIENCE_SECONDS)
-        before = len(console(self._manager))
-        wait_until(lambda: len(console(self._manager)) > before, "the guest goes on", _PATIENCE_SECONDS)
+        before = console(self._manager).count("tick")
+        try:
+            wait_until(
+                lambda: is_back() and console(self._manager).count("tick") > before,
+                "the guest goes on",
+                _GUEST_SECONDS,
+            )
+        except AssertionError as error:
+            told = [one["event"] for one in self._manager.events(NAME)[-20:]]
+            error.add_note(f"it said {console(self._manager)[-200:]!r}, and its machine {told}")
+            raise
 
     def _look(self) -> None:
         tree = self._small.tree()

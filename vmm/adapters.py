@@ -100,6 +100,16 @@ def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
     return adapter
 
 
+def with_new_macs(spec: MachineSpec) -> MachineSpec:
+    """The same adapters with addresses of the host's pool, for a copy of a machine. See `choosing_macs`."""
+    owners, fresh = mac_owners(), []
+    for one in spec.adapters:
+        address = mac.pick(host_pool(), owners)
+        owners[address] = f"adapter {one.id} of machine {spec.name}"
+        fresh.append(one.model_copy(update={"mac": frames.format_mac(address)}))
+    return spec.changed(adapters=fresh)
+
+
 def find(machine: Machine, adapter_id: str) -> AdapterSpec:
     """An adapter by its id or MAC address. Raises NotFound."""
     with contextlib.suppress(ValueError):  # an address in any spelling

@@ -13,6 +13,7 @@ every chain must open, before anything is changed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -447,11 +448,14 @@ def _take_away(*folders: str) -> None:
 
 def _added(arrival: Arrival, spec: MachineSpec, tree: Tree, *, share: bool) -> Transfer:
     """The machine in the registry: with its tree and memory first, so that nobody sees it without them."""
-    adapters = [one.model_copy(update={"mac": None}) for one in spec.adapters] if not share else list(spec.adapters)
     has_memory = arrival.has_memory
-    if not has_memory:  # what is in memory knows the old address
-        spec = spec.changed(adapters=adapters)
-    machine = registry.add(spec)
+    with contextlib.ExitStack() as held:
+        if spec.adapters and not share and not has_memory:  # what is in memory knows the old address
+            from vmm.adapters import choosing_macs, with_new_macs
+
+            held.enter_context(choosing_macs())
+            spec = with_new_macs(spec)
+        machine = registry.add(spec)
     try:
         if tree.snapshots or tree.images:
             write_whole(tree_path(machine.paths), tree.to_json())

@@ -171,3 +171,20 @@ def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
     assert state["definition"]["id"] == copy.spec.id and state["definition"]["name"] == "copy"
     manager.discard_saved("copy")
     assert manager.snapshots("copy").apply("a", discard_current=True).state == "saved"
+
+
+def test_a_copy_has_mac_addresses_of_its_own(machines: Machines, out: Path) -> None:
+    """Out of the host's pool, none twice; files that are registered in place, and saved memory, keep the old ones."""
+    machines.create()
+    manager = vmm.Manager()
+    for _ in range(2):
+        manager.add_adapter("web", switch=None)
+    old = [one.mac for one in registry.load("web").spec.adapters]
+    export("web", str(out))
+    import_machine(str(out), name="copy")
+    import_machine(str(out), name="another")
+    new = [one.mac for name in ("copy", "another") for one in registry.load(name).spec.adapters]
+    assert None not in new and len({*old, *new}) == 6
+    manager.delete("web")
+    import_machine(str(out), register=True)
+    assert [one.mac for one in registry.load("web").spec.adapters] == old
