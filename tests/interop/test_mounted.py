@@ -181,7 +181,8 @@ def test_what_was_synced_survives_a_killed_server(pause: float, tmp_path: Path) 
             for line in writer.stdout:
                 acknowledged = int(line)
         command("umount", mnt)
-    command("check", image)
+    # Killed between two steps of a flush it may lack its trailing footer: a warning, and the next writer restores it.
+    assert [one for one in vhdkit.check(image) if one.severity is vhdkit.Severity.ERROR] == []
     with vhdkit.open_disk(image) as disk:
         for number in range(max(0, acknowledged - 4095), acknowledged + 1):
             page = disk.read(number % 4096 * 4096, 4096)

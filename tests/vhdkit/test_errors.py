@@ -26,6 +26,7 @@ TABLE: dict[type[VhdkitError], tuple[int, int]] = {
     errors.UnsupportedFormat: (errno.ENOTSUP, 1),
     errors.IoFailed: (errno.EIO, 1),
     errors.SyncFailed: (errno.EIO, 1),
+    errors.Cancelled: (errno.ECANCELED, 130),
     errors.NoSpace: (errno.ENOSPC, 7),
     errors.CorruptImage: (errno.EIO, 3),
     errors.AddressInUse: (errno.EADDRINUSE, 5),
