@@ -216,3 +216,19 @@ def test_every_disk_has_a_place_of_its_own(data: st.DataObject) -> None:
 def test_empty_drive() -> None:
     """A drive without a medium has no node."""
     assert "drive" not in disk_device(make_disk(id="disk-0", kind="iso", path=None))
+
+
+def test_what_is_passed_through_is_a_disk_like_others() -> None:
+    """Its descriptors and the secret it refers to come before its node, and the guest's errors stop the machine."""
+    lun = make_disk(id="disk-1", kind="pass-through", path="iscsi://h/t/1", controller="scsi")
+    node = {"driver": "iscsi", "node-name": "disk-1"}
+    medium = Medium(node, ((3, 17),), ({"qom-type": "secret", "id": "disk-1-password"},))
+    spec = spec_of(disks=[lun], kernel="/k")
+    words = qemu_arguments(spec, facts_of(media={"disk-1": medium}))
+    at = [words.index(one) for one in (
+        "set=3,fd=17,opaque=disk-1",
+        '{"qom-type":"secret","id":"disk-1-password"}',
+        '{"driver":"iscsi","node-name":"disk-1"}',
+    )]  # fmt: skip
+    assert at == sorted(at)
+    assert disk_device(lun)["werror"] == "stop" and disk_device(lun)["serial"] == lun.serial
