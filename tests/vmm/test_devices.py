@@ -17,6 +17,7 @@ from tests.vmm.guests import boot_sector
 from tests.vmm.kvm.loops import MIB, loop_device
 from tests.vmm.kvm.targets import iscsi_target
 from tests.vmm.kvm.test_passthrough import assert_untouchable
+from tests.vmm.kvm.test_trial import require_kvm
 from tests.vmm.small_guests import (
     console,
     last_tick,
@@ -52,12 +53,15 @@ def given(path: str, **more: Any) -> DiskWish:
     return DiskWish(path, kind="pass-through", **more)
 
 
-@pytest.mark.parametrize("controller", ["ide", "virtio"])
-def test_guest_boots_from_a_device(controller: str, manager: Manager, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("controller", "accelerator"), [("ide", "tcg"), ("virtio", "tcg"), ("virtio", "kvm")])
+def test_guest_boots_from_a_device(controller: str, accelerator: str, manager: Manager, tmp_path: Path) -> None:
     """The guest boots from the device and its writes are on it; meanwhile the host can do nothing to it."""
+    if accelerator == "kvm":
+        require_kvm()
     file = bootable(tmp_path / "device.raw")
     with loop_device(file) as device:
-        manager.create("small", disks=[given(device, controller=controller)], **TINY)
+        wish = given(device, controller=controller)
+        manager.create("small", disks=[wish], **{**TINY, "accelerator": accelerator})
         manager.start("small")
         wait_counting(manager)
         assert "WRITE-OK" in console(manager)

@@ -76,12 +76,12 @@ def unit_text(scope: Scope, command: Sequence[str], environment: Mapping[str, st
         "Description=Virtual machines of vmm\n"
         f"{network}"
         "\n[Service]\n"
-        "Type=oneshot\n"
+        "Type=exec\n"  # the boot does not wait for machines that start with a delay
         "RemainAfterExit=yes\n"
+        "SuccessExitStatus=1\n"  # a unit that failed is killed with all its processes, the machines that did start
         f"{variables}"
         f"ExecStart=:{call} host autostart --start-machines\n"
         f"ExecStop=:{call} host autostart --stop-machines\n"
-        "TimeoutStartSec=infinity\n"
         f"TimeoutStopSec={STOP_SECONDS}\n"
         "\n[Install]\n"
         f"WantedBy={target}\n"

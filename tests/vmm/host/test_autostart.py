@@ -88,6 +88,12 @@ def test_words_are_quoted() -> None:
             autostart.unit_text("system", bad, {})
 
 
+def test_one_machine_that_fails_does_not_end_the_others() -> None:
+    """systemd kills what is left of a unit that failed, so a machine that does not start must not make it fail."""
+    lines = autostart.unit_text("system", ["/bin/vmm"], {}).splitlines()
+    assert {"Type=exec", "RemainAfterExit=yes", "SuccessExitStatus=1"} <= set(lines)
+
+
 def test_scopes_differ() -> None:
     """The system's unit waits for the network and many users, the user's own for its session."""
     system, user = (autostart.unit_text(scope, ["/bin/vmm"], {}) for scope in ("system", "user"))

@@ -252,6 +252,19 @@ def test_find_says_what_a_path_is(tmp_path: Path) -> None:
         block.find(str(tmp_path / "none"))
 
 
+def test_mark_of_what_was_written(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark is the boot, the disk's sequence number, and the sectors written, which is the seventh number."""
+    host.disk("sda", stat="1 2 3 4 5 6 77 8 9 10 11", diskseq="9")
+    boot = host.root / "proc/sys/kernel/random/boot_id"
+    boot.parent.mkdir(parents=True)
+    boot.write_text("abc\n")
+    view = host.view
+    monkeypatch.setattr(block, "find", lambda path, root: view.device("sda"))
+    assert block.write_mark("/dev/sda", root=str(host.root)) == ["abc", "9", 77]
+    (host.place("sda") / "stat").write_text("short")
+    assert block.write_mark("/dev/sda", root=str(host.root)) == ["abc", "9", None]
+
+
 def test_the_host_it_runs_on() -> None:
     """The real host can be listed by anybody, and each device is found again by its number."""
     view = block.Host()
