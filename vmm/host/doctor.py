@@ -294,7 +294,7 @@ def _check_network() -> Iterator[Check]:
         "taps",
         tap,
         found="/dev/net/tun",
-        without="internal and external switches, and the back end bridge, cannot connect machines",
+        without="switches with the back end bridge, and so external ones, cannot connect machines",
         remedy=_helps_with(tap, f"{sudo()}modprobe tun", "run vmm as root for those switches"),
     )
     bridge = kernel.bridge()
@@ -303,7 +303,7 @@ def _check_network() -> Iterator[Check]:
         "bridges",
         bridge,
         found="yes",
-        without="there are no internal and external switches; private ones work",
+        without="there are no switches with the back end bridge, and so no external ones",
         remedy=_helps_with(bridge, f"{sudo()}modprobe bridge"),
     )
     yield _judge(
@@ -338,7 +338,7 @@ def _check_network() -> Iterator[Check]:
         "dnsmasq",
         "dnsmasq-base",
         title="DHCP",
-        without="guests on internal switches get no address by themselves",
+        without="guests on internal switches with the back end bridge get no address by themselves",
     )
 
 
