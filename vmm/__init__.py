@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VmmError,
         WrongState,
     )
+    from vmm.guest_access import GuestAccess
     from vmm.manager import Deletion, DiskWish, MachineInfo, Manager
     from vmm.snapshots.apply import Applied
     from vmm.snapshots.delete import Deleted
@@ -52,6 +53,7 @@ __all__ = [
     "Deletion",
     "DiskSpec",
     "DiskWish",
+    "GuestAccess",
     "InUse",
     "IntegrationSpec",
     "InvalidSpec",
@@ -79,6 +81,7 @@ _HOMES = {
         "AccessDenied AgentUnavailable AlreadyExists InUse InvalidSpec NoSpace NotFound QemuFailed Refused "
         "StoreFailed TimedOut Unsupported VmmError WrongState"
     ),
+    "vmm.guest_access": "GuestAccess",
     "vmm.manager": "Deletion DiskWish MachineInfo Manager",
     "vmm.snapshots.apply": "Applied",
     "vmm.snapshots.delete": "Deleted",
