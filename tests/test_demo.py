@@ -34,7 +34,7 @@ def test_demo(tmp_path: Path) -> None:
     require_tool("fio")
     require_fuse()
     require_linux_guest()
-    output, errors = (process := start_demo(tmp_path)).communicate(timeout=240)
+    output, errors = (process := start_demo(tmp_path)).communicate(timeout=280)
     assert process.returncode == 0, output + errors
     for words in (
         "$ vhdkit snapshot monday.avhd tuesday.avhd",
