@@ -18,6 +18,7 @@ import pytest
 
 from vmm.manager import Manager
 from vmm.paths import RuntimePaths
+from vmm.proc import ProcessRef
 from vmm.state import processes_of
 
 SECONDS = 60.0
@@ -38,15 +39,36 @@ def machine_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Man
 
 
 def kill_all(runtime: Path) -> None:
-    """End every process that is noted in a runtime folder, those first that would start others."""
+    """End every process of a runtime folder, those first that would start others.
+
+    Who was killed in the middle of starting another has not noted it yet: that one has the folder on its command line.
+    """
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         living = [processes_of(RuntimePaths(str(one))) for one in runtime.glob("*")]
-        if not any(living):
+        named = [ProcessRef.of(pid) for pid in pids_naming(runtime)]
+        if not any(living) and not named:
             return
-        for processes in living:
-            for part in ("keeper", "worker", "qemu", "server"):
+        for part in ("keeper", "worker", "qemu", "server"):
+            for processes in living:
                 if part in processes:
                     processes[part].kill()
+        for ref in named:
+            if ref is not None:
+                ref.kill()
         time.sleep(0.05)
     raise AssertionError(f"something of {runtime} still lives: {os.listdir(runtime)}")
+
+
+def pids_naming(runtime: Path) -> list[int]:
+    """The processes that have a path in this folder, whose name is used once, on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue  # it has ended
+            if os.fsencode(f"{runtime}/") in words:
+                found.append(int(entry.name))
+    return found
