@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmm agent` with a real agent, and how a guest is shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support import require_linux_guest
+from tests.vmm.guests import linux
+from tests.vmm.stage import SECONDS
+from vmm.cli.integration import guest_pairs
+from vmm.manager import Manager
+
+
+def test_guest_without_an_agent() -> None:
+    """Of a guest that never answered only the heartbeat is shown."""
+    beat: dict[str, object] = {"heartbeat": "no contact", "seen_seconds_ago": None, "os": None, "interfaces": []}
+    assert guest_pairs(beat) == [("heartbeat", "no contact")]
+
+
+def test_guest_that_says_little() -> None:
+    """What a guest leaves empty leaves no brackets and no commas behind."""
+    system = {"name": "Debian", "version": "", "kernel": "", "machine": "", "host_name": ""}
+    interface = {"name": "eth0", "mac": "00:15:5d:00:00:01", "addresses": []}
+    info = {"heartbeat": "ok", "seen_seconds_ago": 0.4, "os": system, "interfaces": [interface]}
+    assert guest_pairs(info) == [
+        ("heartbeat", "ok (0.4 s ago)"),
+        ("guest system", "Debian"),
+        ("guest name", ""),
+        ("guest address", "no address on eth0 (00:15:5d:00:00:01)"),
+    ]
+
+
+@pytest.mark.kvm
+def test_agent(manager: Manager) -> None:
+    """ping, show, set-time, freeze and thaw on the command line; `vmm show` has the guest's own words."""
+    guest = require_linux_guest()
+
+    def vmm(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vmm", *words], capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+
+    manager.create(
+        "web", memory_bytes=int(linux.MEMORY) << 20, accelerator="tcg",
+        kernel=str(guest.kernel), initrd=str(guest.initrd), append=guest.append,
+    )  # fmt: skip
+    manager.start("web")
+    done = vmm("agent", "show", "web")  # it still boots
+    assert done.returncode == 1 and "qemu-guest-agent" in done.stderr
+    deadline = time.monotonic() + SECONDS
+    while vmm("agent", "ping", "web").returncode != 0:
+        assert time.monotonic() < deadline, "no agent"
+    assert "vmm test guest" in vmm("agent", "show", "web").stdout
+    assert json.loads(vmm("agent", "show", "web", "--json").stdout)["heartbeat"] == "ok"
+    assert vmm("agent", "set-time", "web").returncode == 0
+    assert "frozen for at most 30 s" in vmm("agent", "freeze", "web", "--seconds", "30").stdout
+    assert vmm("agent", "freeze", "web").returncode == 1
+    assert "thawed" in vmm("agent", "thaw", "web").stdout
+    assert vmm("agent", "freeze", "web", "--seconds", "0").returncode == 2
+    shown = vmm("show", "web").stdout
+    assert "vmm test guest" in shown and "vmm-guest" in shown and "heartbeat" in shown
+    assert vmm("shutdown", "web").returncode == 0
