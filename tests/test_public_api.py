@@ -20,7 +20,8 @@ check clone collect_garbage compact compare convert create_child create_image fi
 open_disk rebase relocate repair resize restore resume_merge snapshot snapshot_many
 """
 MACHINES = """
-AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec Deleted Deletion DiskSpec DiskWish InUse
+AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec Deleted Deletion DiskSpec DiskWish
+GuestAccess InUse
 IntegrationSpec InvalidSpec MachineInfo MachineSnapshots MachineSpec MachineState Manager NoSpace NotFound PathsSpec
 QemuFailed Refused Snapshot StoreFailed TimedOut Unsupported VmmError WrongState
 """
