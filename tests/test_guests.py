@@ -31,7 +31,12 @@ def test_boots_reads_writes_and_powers_off(tmp_path: Path, controller: str) -> N
         with launch.connect(guest.serial) as serial:
             said = launch.read_until(serial, b"power off")
         assert guest.wait() == 0
-    assert said.split(b"\r\n")[:4] == [b"BOOT-OK", boot_sector.READ_TEXT, b"WRITE-OK", b"power off"]
+    assert [line.strip() for line in said.split(b"\n")][:4] == [
+        b"BOOT-OK",
+        boot_sector.READ_TEXT,
+        b"WRITE-OK",
+        b"power off",
+    ]
     assert sector(disk, WRITE_LBA).rstrip(b"\0") == boot_sector.WRITTEN_TEXT
 
 

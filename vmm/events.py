@@ -41,12 +41,21 @@ def read_events(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def follow_events(path: str, *, wait_seconds: float = LOOK_SECONDS) -> Iterator[dict[str, Any] | None]:
-    """Events as they happen from now on, for ever; None now and then while nothing happens."""
+def follow_events(
+    path: str, *, past: bool = False, wait_seconds: float = LOOK_SECONDS
+) -> Iterator[dict[str, Any] | None]:
+    """Events as they happen from now on, for ever; None now and then while nothing happens.
+
+    With `past` those that happened before come first, and none in between is missed.
+    """
     position, inode = 0, -1
     with contextlib.suppress(OSError):
-        facts = os.stat(path)
-        position, inode = facts.st_size, facts.st_ino
+        if past:
+            with open(f"{path}.1", "rb") as file:
+                yield from filter(None, map(_parsed, file))
+        else:
+            facts = os.stat(path)
+            position, inode = facts.st_size, facts.st_ino
     while True:
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if os.fstat(file.fileno()).st_ino != inode:

@@ -135,9 +135,9 @@ class Manager:
         """What happened to a machine, the oldest first."""
         return read_events(Place.of(name).machine.events)
 
-    def follow_events(self, name: str) -> Iterator[dict[str, Any] | None]:
-        """What happens to a machine from now on, for ever; None now and then."""
-        return follow_events(Place.of(name).machine.events)
+    def follow_events(self, name: str, *, past: bool = False) -> Iterator[dict[str, Any] | None]:
+        """What happens to a machine from now on (with `past`: what happened, too), for ever; None now and then."""
+        return follow_events(Place.of(name).machine.events, past=past)
 
     def log_path(self, name: str, log: LogName) -> str:
         """Where a program's log lies; it may not be there yet."""

@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from vmm import events
 from vmm.events import add_event, follow_events, read_events
+
+
+def test_following_with_what_was_misses_nothing(tmp_path: Path) -> None:
+    """What happened before, also in the file before, comes first; what happens before one looks is there, too."""
+    path = str(tmp_path / "events.jsonl")
+    add_event(path, "first")
+    os.rename(path, f"{path}.1")
+    add_event(path, "second")
+    following = follow_events(path, past=True, wait_seconds=0)
+    add_event(path, "third")
+    told = [next(following) for _ in range(3)]
+    assert [one["event"] for one in told if one is not None] == ["first", "second", "third"]
 
 
 def test_written_and_read(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def check_mountpoint(wish: Wish) -> str:
         raise errors.NotFound("the mount point is not there", path=path, hint=f"run: {made} {errors.quoted(path)}")
     if table.top_at(host.mounts(), real) is not None:
         raise errors.AlreadyExists(
-            "something is mounted there already", path=path, hint="`vhdkit mounts` lists what vhdkit mounted"
+            "something is mounted there already",
+            path=path,
+            hint="`vhdkit mounts` lists what vhdkit mounted, `vhdkit umount` takes it away",
         )
     if wish.as_file and kind != "file":
         raise errors.InvalidArgument("is no file: --file mounts the disk over a regular file", path=path)

@@ -29,21 +29,19 @@ def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
     With --json one document; with --json --follow an object a line.
     """
     manager = Manager()
-    events = manager.events(name)
     if as_json and not follow:
-        print_json(events)
+        print_json(manager.events(name))
         return
-    for event in _chained(events, manager.follow_events(name) if follow else iter(())):
+    for event in _flushed(manager.follow_events(name, past=True) if follow else iter(manager.events(name))):
         if as_json:
             click.echo(json.dumps(event))
         elif not quiet:
             print_line(_words(event))
 
 
-def _chained(events: list[dict[str, Any]], following: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
-    """What was, then what happens."""
-    yield from events
-    for event in following:
+def _flushed(events: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+    """The events; what was printed goes out while nothing happens."""
+    for event in events:
         if event is not None:
             yield event
         else:
