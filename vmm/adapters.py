@@ -19,6 +19,7 @@ from vmm.errors import InvalidSpec, NotFound, VmmError
 from vmm.events import add_event
 from vmm.net import frames, mac, switches
 from vmm.paths import write_whole
+from vmm.proc import locked
 from vmm.registry import Machine
 from vmm.spec import AdapterSpec, MachineSpec, make_adapter
 
@@ -71,7 +72,7 @@ def _machine_id() -> str:
 def choosing_macs() -> contextlib.AbstractContextManager[None]:
     """Nobody else gives out an address until the adapter that got one is written down."""
     paths.make_home()
-    return switches.locked(os.path.join(paths.home(), ".mac.lock"))
+    return locked(os.path.join(paths.home(), ".mac.lock"))
 
 
 def mac_owners() -> dict[bytes, str]:

@@ -212,6 +212,20 @@ class Lock:
 
 
 @contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Nobody else is in such a block with this path; waits for its turn. Raises VmmError."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise of_os_error(error, "lock", path=path) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def machine_lock(folder: str, name: str) -> Iterator[None]:
     """While the block runs nobody else changes the machine in that folder. Raises InUse when somebody does."""
     lock = Lock(MachinePaths(folder).lock)

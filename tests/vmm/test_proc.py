@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from vmm.errors import InUse
-from vmm.proc import Lock, ProcessRef, is_locked, machine_lock, spawn_detached
+from vmm.errors import InUse, VmmError
+from vmm.proc import Lock, ProcessRef, is_locked, locked, machine_lock, spawn_detached
 
 
 def test_a_number_alone_means_nothing() -> None:
@@ -99,4 +101,24 @@ def test_one_command_for_a_machine(tmp_path: Path) -> None:
     """The second is told so, with the machine's name."""
     first, second = machine_lock(str(tmp_path), "web"), machine_lock(str(tmp_path), "web")
     with first, pytest.raises(InUse, match="web: another vmm command"), second:
+        pass
+
+
+def test_a_block_waits_for_its_turn(tmp_path: Path) -> None:
+    """Of two blocks with one path the second begins when the first has ended, whatever it ended by."""
+    path, order = str(tmp_path / "lock"), []
+
+    def second() -> None:
+        with locked(path):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with contextlib.suppress(ValueError), locked(path):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+        raise ValueError
+    thread.join(60)
+    assert order == ["first", "second"]
+    with pytest.raises(VmmError, match="lock"), locked(str(tmp_path / "absent" / "lock")):
         pass

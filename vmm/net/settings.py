@@ -13,21 +13,19 @@ nothing of it. A file of an earlier boot is worth nothing.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from vmm import errors, paths
+from vmm.proc import locked
 
 FILE_NAME, _LOCK_NAME = "settings.json", "settings.lock"
 
 
 def hold(folder: str, setting: str, value: str, holder: str) -> None:
     """Give a setting this value until `holder` lets go of it; one that does not exist, as without IPv6, is fine."""
-    with _locked(folder):
+    with locked(os.path.join(folder, _LOCK_NAME)):
         held = _load(folder)
         one = held.setdefault(setting, {"before": _read(setting), "by": []})
         if holder not in one["by"]:
@@ -38,7 +36,7 @@ def hold(folder: str, setting: str, value: str, holder: str) -> None:
 
 def release(folder: str, setting: str, holder: str) -> None:
     """`holder` needs a setting no more; fine when it does not hold it."""
-    with _locked(folder):
+    with locked(os.path.join(folder, _LOCK_NAME)):
         held = _load(folder)
         one = held.get(setting)
         if one is None or holder not in one["by"]:
@@ -50,20 +48,6 @@ def release(folder: str, setting: str, holder: str) -> None:
         else:
             one["by"].remove(holder)
         _save(folder, held)
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    path = os.path.join(folder, _LOCK_NAME)
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise errors.of_os_error(error, "lock", path=path) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _load(folder: str) -> dict[str, dict[str, Any]]:

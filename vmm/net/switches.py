@@ -11,7 +11,6 @@ nothing is lost by a reboot. Must not know machines.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import json
 import os
@@ -27,6 +26,7 @@ from vmm.net import nft, plan, ports
 from vmm.net.gateway import PORT_NAME
 from vmm.net.plan import SwitchSpec
 from vmm.net.user_backend import UserBackend
+from vmm.proc import locked
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -39,20 +39,6 @@ def _path(name: str) -> str:
     if "/" in name or name.startswith("."):
         raise errors.NotFound(f"there is no switch {name!r}")
     return os.path.join(_folder(), f"{name}.json")
-
-
-@contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Nobody else is in such a block with this path; waits for its turn."""
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise errors.of_os_error(error, "lock", path=path) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 # -- files ------------------------------------------------------------------------------------------------------
