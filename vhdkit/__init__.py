@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from vhdkit.chain.family import chain_paths, find_children
     from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
     from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
+    from vhdkit.chain.options import OpenOptions
     from vhdkit.chain.rebase import rebase
     from vhdkit.chain.relocate import Move, relocate
     from vhdkit.chain.repair import Repair, repair, restore
     from vhdkit.chain.resize import ResizeResult, resize
-    from vhdkit.chain.resolve import OpenOptions
     from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
     from vhdkit.disk import Disk, open_disk
     from vhdkit.errors import (
@@ -142,7 +142,7 @@ _HOMES = {
     "vhdkit.chain.relocate": "Move relocate",
     "vhdkit.chain.repair": "Repair repair restore",
     "vhdkit.chain.resize": "ResizeResult resize",
-    "vhdkit.chain.resolve": "OpenOptions",
+    "vhdkit.chain.options": "OpenOptions",
     "vhdkit.chain.snapshot": "clone snapshot snapshot_many",
     "vhdkit.disk": "Disk open_disk",
     "vhdkit.errors": (

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller may say about opening a chain.
+
+Decides which options there are and what they mean when they are left out; acting on them is left to `parents`,
+`dependents` and `resolve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vhdkit.formats.probe import FormatName
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """What a user may say about opening a chain.
+
+    `parent_dirs` are further folders parents may lie in. `allow_raw_parent` accepts a raw base under a child that
+    records no id. `ignore_bitmaps` reads a dynamic disk's sectors under clear bits as data. `format_name` says
+    what the leaf is instead of looking. `lock` False reads without holding the files (for `info`, `chain`).
+    `known_images` are paths of images, wherever they lie, that may stand on the one that is opened: if one of
+    them does, that one is not opened for writing, merged, resized, moved or replaced.
+    """
+
+    parent_dirs: tuple[str, ...] = ()
+    allow_raw_parent: bool = False
+    ignore_bitmaps: bool = False
+    format_name: FormatName | None = None
+    lock: bool = True
+    known_images: tuple[str, ...] = ()
