@@ -27,6 +27,21 @@ settings.register_profile("long", parent=settings.get_profile("default"), max_ex
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--nightly` runs the whole matrices too."""
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly as well: hours on two cores")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the whole matrices out of an everyday run."""
+    if config.getoption("--nightly"):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly") is not None]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
+
+
 @pytest.fixture
 def samples() -> Path:
     """The folder of real images; the test is skipped where it is absent."""

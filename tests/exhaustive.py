@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every sequence of up to three verbs on a tiny chain, the power cut everywhere in the last, then every verb at once.
+
+    a chain --verb--> a folder --verb--> a folder --verb, cut at each boundary--> a folder --any verb--> judged
+
+A disk is known by what it must read as (`World.disks`), not by how many layers it has. After a cut each disk reads as
+before the verb or as after it; whatever verb comes next either does what it says or refuses and changes nothing, and
+where it refused because of what the cut left, it does what it says once the tool's own way out was taken (`_recover`).
+
+`python -m tests.exhaustive --depth 3` is the whole of it; `--sample N` takes each N-th cut; a failure prints the line
+that repeats it. Folders that hold the same are judged once: identifiers and times come from the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import vhdkit
+from tests.folder_power import Cut, Files, FolderPower, files_of, fill, key_of, repeatable
+from vhdkit.units import KIB, PAGE_SIZE, SECTOR_SIZE
+
+BLOCK_SIZE = 512 * KIB
+DISK_SIZE = 2 * BLOCK_SIZE + 37 * SECTOR_SIZE
+FOLDERS = ("a", "b")
+MAIN, TWIN, COPY = "main", "twin", "copy"
+
+
+class Wrong(AssertionError):
+    """A disk does not read as it must, or there is no way on."""
+
+
+class Unfit(Exception):
+    """The verb means nothing in this folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A disk: the path of its leaf inside the folder, and what it reads as."""
+
+    path: str
+    content: bytes
+
+
+@dataclass
+class World:
+    """A folder with disks in it; the verbs change both."""
+
+    folder: Path
+    disks: dict[str, Head]
+    seed: str
+
+    def place(self, disk: str) -> str:
+        """The leaf of a disk. Raises Unfit where there is none."""
+        if disk not in self.disks:
+            raise Unfit
+        return str(self.folder / self.disks[disk].path)
+
+    def moved(self, disk: str, path: str) -> None:
+        """The disk's leaf is another file now."""
+        self.disks[disk] = replace(self.disks[disk], path=str(Path(path).relative_to(self.folder)))
+
+
+def options() -> vhdkit.OpenOptions:
+    """Parents may lie in either folder."""
+    return vhdkit.OpenOptions()
+
+
+# -- the verbs --------------------------------------------------------------------------------------------------
+
+
+def write(world: World) -> None:
+    """A sector, some pages and some zeros."""
+    path, rng = world.place(MAIN), random.Random(f"write {world.seed}")
+    content = bytearray(world.disks[MAIN].content)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for size in (SECTOR_SIZE, 3 * PAGE_SIZE, 700):
+            offset = rng.randrange(disk.size_bytes - size)
+            data = rng.randbytes(size)
+            disk.write(offset, data)
+            content[offset : offset + size] = data
+        offset = rng.randrange(disk.size_bytes - BLOCK_SIZE)
+        disk.write_zeroes(offset, PAGE_SIZE)
+        content[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
+    world.disks[MAIN] = replace(world.disks[MAIN], content=bytes(content))
+
+
+def snapshot(world: World) -> None:
+    """A new leaf under a default name."""
+    world.moved(MAIN, vhdkit.snapshot(world.place(MAIN)))
+
+
+def clone(world: World) -> None:
+    """The disk's leaf becomes the base of two."""
+    base = Path(world.place(MAIN))
+    if TWIN in world.disks:
+        raise Unfit
+    main, twin = vhdkit.clone(base, [base.with_name("c1.avhd"), base.with_name("c2.avhd")])
+    world.disks[TWIN] = world.disks[MAIN]
+    world.moved(MAIN, main)
+    world.moved(TWIN, twin)
+
+
+def merge(world: World) -> None:
+    """The leaf into its parent."""
+    world.moved(MAIN, vhdkit.merge(world.place(MAIN)).target)
+
+
+def merge_all(world: World) -> None:
+    """Every layer into the base."""
+    leaf = world.place(MAIN)
+    world.moved(MAIN, vhdkit.merge(leaf, into=vhdkit.chain_paths(leaf)[-1]).target)
+
+
+def merge_middle(world: World) -> None:
+    """The layer under the leaf into its parent; the leaf is repointed."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 3:
+        raise Unfit
+    vhdkit.merge(chain[1], relink_children=True)
+
+
+def compact(world: World) -> None:
+    """The leaf's file becomes smaller."""
+    vhdkit.compact(world.place(MAIN))
+
+
+def compact_base(world: World) -> None:
+    """The base's file becomes smaller."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 2:
+        raise Unfit
+    vhdkit.compact(chain[-1])
+
+
+def resize(world: World) -> None:
+    """The disk gets a block more."""
+    path, head = world.place(MAIN), world.disks[MAIN]
+    size = vhdkit.resize(path, len(head.content) + BLOCK_SIZE).virtual_size_after_bytes
+    world.disks[MAIN] = replace(head, content=head.content.ljust(size, b"\0"))
+
+
+def rebase(world: World) -> None:
+    """The names of the parent are written anew."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 2:
+        raise Unfit
+    vhdkit.rebase(chain[0], chain[1])
+
+
+def relocate(world: World) -> None:
+    """The chain goes into the other folder."""
+    leaf = Path(world.place(MAIN))
+    other = world.folder / FOLDERS[1 - FOLDERS.index(leaf.parent.name)]
+    vhdkit.relocate(leaf, other)
+    world.moved(MAIN, str(other / leaf.name))
+
+
+def repair(world: World) -> None:
+    """What is wrong with the leaf is put right."""
+    vhdkit.repair(world.place(MAIN))
+
+
+def collect_garbage(world: World) -> None:
+    """Layers that no disk needs go."""
+    folder = Path(world.place(MAIN)).parent
+    keep = [str(world.folder / head.path) for head in world.disks.values()]
+    vhdkit.collect_garbage(folder, [path for path in keep if Path(path).parent == folder], delete=True)
+
+
+def convert(world: World) -> None:
+    """A copy in one file, which replaces an earlier one."""
+    source = Path(world.place(MAIN))
+    target = source.with_name("flat.vhd")
+    vhdkit.convert(source, target, vhdkit.DiskFormat.DYNAMIC, block_size_bytes=BLOCK_SIZE, replace=True)
+    world.disks[COPY] = Head(str(target.relative_to(world.folder)), world.disks[MAIN].content)
+
+
+VERBS: dict[str, Callable[[World], None]] = {
+    verb.__name__.replace("_", "-"): verb
+    for verb in (
+        write, snapshot, clone, merge, merge_all, merge_middle, compact, compact_base, resize, rebase, relocate,
+        repair, collect_garbage, convert,
+    )
+}  # fmt: skip
+_CHANGES_CONTENT = {"write", "resize"}
+_MERGED_INTO = re.compile(r"was merged into (\S+): open that")
+_NEW_LEAF = {"snapshot", "clone"}  # the newest leaf is the disk once it is there
+
+
+# -- folders and judging ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A folder, and the disks in it."""
+
+    files: Files
+    disks: dict[str, Head]
+    verbs: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """The same for states that hold the same."""
+        return key_of(self.files), tuple(sorted((name, head.path) for name, head in self.disks.items()))
+
+
+def read(path: Path) -> bytes:
+    """The content of a disk. Raises VhdkitError."""
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
+def _is_one_of(found: bytes, before: bytes, after: bytes, mixed: bool) -> bool:
+    if found in (before, after):
+        return True
+    if not mixed or len(found) not in (len(before), len(after)):
+        return False
+    size = len(found)
+    before, after = before[:size].ljust(size, b"\0"), after[:size].ljust(size, b"\0")
+    return all(
+        found[at : at + SECTOR_SIZE] in (before[at : at + SECTOR_SIZE], after[at : at + SECTOR_SIZE])
+        for at in range(0, size, SECTOR_SIZE)
+    )
+
+
+def _is_about_the_cut(error: vhdkit.VhdkitError) -> bool:
+    """True for a refusal because of what a cut left; a base without a parent cannot be merged at any time."""
+    return any(word in f"{error} {error.hint}" for word in ("interrupted", "--resume", "merge record", "undo"))
+
+
+@dataclass
+class Explorer:
+    """The search. `sample` takes each n-th cut, `verbs` are those that are used."""
+
+    base: Path
+    seed: str = "1"
+    sample: int = 1
+    after_sample: int = 1
+    verbs: Sequence[str] = tuple(VERBS)
+    deadline: float | None = None
+    keep_going: bool = False
+    wrong: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    _judged: set[object] = field(default_factory=set)
+    _turn: int = 0
+
+    def start(self) -> State:
+        """A base with content and an empty disk's worth of changes over it."""
+        folder = self.base / "here"
+        fill(folder, {}, FOLDERS)
+        with repeatable(f"{self.seed} start"):
+            base, leaf = folder / "a" / "disk.vhd", folder / "a" / "disk.avhd"
+            vhdkit.create_image(base, DISK_SIZE, block_size_bytes=BLOCK_SIZE)
+            with vhdkit.open_disk(base, writable=True) as disk:
+                disk.write(0, random.Random(self.seed).randbytes(40 * PAGE_SIZE))
+                disk.write(DISK_SIZE - 5 * SECTOR_SIZE, b"\x5a" * 4 * SECTOR_SIZE)
+            vhdkit.create_child(leaf, base)
+        world = World(folder, {MAIN: Head("a/disk.avhd", read(leaf))}, self.seed)
+        write(world)
+        return State(files_of(folder), world.disks)
+
+    def explore(self, depth: int, *, first: Sequence[str] = ()) -> None:
+        """Breadth first: all sequences of up to so many verbs, those that begin with one of `first`. Raises Wrong."""
+        level, known = [self.start()], set()
+        for number in range(depth):
+            following = []
+            for state in level:
+                for verb in self.verbs if number or not first else first:
+                    after = self.step(state, verb, f"{self.seed} {number}")
+                    if after is not None and after.key not in known:
+                        known.add(after.key)
+                        following.append(after)
+                    if self.deadline is not None and time.monotonic() > self.deadline:
+                        self.counts["stopped by the clock"] += 1
+                        return
+            level = following
+
+    def step(self, state: State, verb: str, seed: str) -> State | None:
+        """Run a verb, judge every cut in it; the state after it, None where it means nothing or was refused."""
+        folder = self.base / "here"
+        fill(folder, state.files, FOLDERS)
+        world = World(folder, dict(state.disks), seed)
+        power = FolderPower(folder, f"{seed} {verb}")
+        try:
+            with repeatable(seed):
+                power.run(lambda: VERBS[verb](world))
+        except Unfit:
+            return None
+        except vhdkit.VhdkitError as error:
+            self.counts["refused"] += 1
+            self._expect(folder, state.disks, (*state.verbs, verb), f"refused: {error}")
+            return None
+        self.counts["verbs"] += 1
+        verbs = (*state.verbs, verb)
+        self._expect(folder, world.disks, verbs, "done")
+        done = State(files_of(folder), world.disks, verbs)
+        for cut in power.cuts:
+            self._turn += 1
+            if self._turn % self.sample == 0:
+                self.judge(state, verb, world.disks, cut)
+        return done
+
+    def judge(self, before: State, verb: str, after: dict[str, Head], cut: Cut) -> None:
+        """A folder after a cut: what the disks read as, then each verb at once. Raises Wrong."""
+        key = (cut.key, verb, before.key)
+        if key in self._judged:
+            return
+        self._judged.add(key)
+        self.counts["cuts"] += 1
+        where = f"{' '.join((*before.verbs, verb))} @ {cut.boundary}:{cut.kind}"
+        folder = self.base / "here"
+        fill(folder, cut.files, FOLDERS)
+        disks = self._found(folder, before.disks, verb, after, where)
+        if files_of(folder).keys() != cut.files.keys():
+            raise Wrong(f"{where}: reading changed the folder")
+        found = State(cut.files, disks, (*before.verbs, verb))
+        for number, following in enumerate(self.verbs):
+            if (self._turn + number) % self.after_sample == 0:
+                try:
+                    self._at_once(found, following, where)
+                except Wrong as error:
+                    if not self.keep_going:
+                        raise
+                    self.wrong.append(str(error))
+
+    def _found(
+        self, folder: Path, before: dict[str, Head], verb: str, after: dict[str, Head], where: str
+    ) -> dict[str, Head]:
+        """The disks in a folder after a cut, as the user would find them."""
+        disks = {}
+        for name, new in after.items():
+            old = before.get(name)
+            order = [new, old] if verb in _NEW_LEAF or old is None else [old, new]
+            heads = [head for head in order if head is not None and (folder / head.path).exists()]
+            if not heads and old is None:
+                continue  # a new disk that is not there yet
+            problems = []
+            for head in heads:
+                try:
+                    content = read(folder / head.path)
+                except vhdkit.VhdkitError as error:
+                    problems.append(f"{head.path}: {error}")
+                else:
+                    mixed = verb in _CHANGES_CONTENT or (old is not None and old.content != new.content)
+                    if _is_one_of(content, (old or new).content, new.content, mixed):
+                        disks[name] = Head(head.path, content)
+                        break
+                    problems.append(f"{head.path} reads otherwise")
+                if verb != "relocate" and not (verb in _NEW_LEAF or old is None):
+                    break  # the old leaf, while it is there, is the disk
+            else:
+                if old is None:
+                    continue
+            if name not in disks:
+                raise Wrong(f"{where}: the disk {name} is gone: {'; '.join(problems) or 'no file of it is there'}")
+        return disks
+
+    def _at_once(self, found: State, verb: str, where: str) -> None:
+        """The next verb after the power came back, and again once the way out was taken."""
+        folder = self.base / "here"  # one place for all: images hold absolute paths
+        fill(folder, found.files, FOLDERS)
+        self.counts["verbs after a cut"] += 1
+        where = f"{where}, then {verb}"
+        disks = dict(found.disks)
+        refusal = self._try(folder, disks, verb, where)
+        if refusal is not None:
+            self.counts["refused after a cut"] += 1
+            disks = self._recover(folder, disks, where)
+            self._expect(folder, disks, (), f"{where}, recovered")
+            again = self._try(folder, disks, verb, f"{where}, recovered")
+            if again is not None and _is_about_the_cut(again):
+                raise Wrong(f"{where}: the way out leads in a circle: {refusal}; then {again}")
+        for name, head in disks.items():
+            self._write(folder, disks, name, head, where)
+
+    def _write(self, folder: Path, disks: dict[str, Head], name: str, head: Head, where: str) -> None:
+        """The disk can be written, at once or where its leaf has become another file."""
+        for attempt in (0, 1):
+            try:
+                with vhdkit.open_disk(folder / head.path, writable=True) as disk:
+                    disk.write(0, head.content[:SECTOR_SIZE])
+                return
+            except vhdkit.VhdkitError as error:
+                self._follow(folder, disks, error)
+                if attempt or disks[name] is head:
+                    raise Wrong(f"{where}: in the end {name} cannot be written: {error}") from error
+                head = disks[name]
+
+    def _try(self, folder: Path, disks: dict[str, Head], verb: str, where: str) -> vhdkit.VhdkitError | None:
+        world = World(folder, dict(disks), f"{self.seed} after")
+        try:
+            with repeatable(f"{self.seed} after"):
+                VERBS[verb](world)
+        except Unfit:
+            return None
+        except vhdkit.VhdkitError as error:
+            self._follow(folder, disks, error)
+            self._expect(folder, disks, (), f"{where}: refused ({error})")
+            return error
+        self._expect(folder, world.disks, (), where)
+        disks.clear()
+        disks.update(world.disks)
+        return None
+
+    def _follow(self, folder: Path, disks: dict[str, Head], error: vhdkit.VhdkitError) -> None:
+        """A refusal may have finished a merge; it says then which image is the disk now."""
+        merged = _MERGED_INTO.search(str(error))
+        for name, head in disks.items():
+            if merged and not (folder / head.path).exists():
+                disks[name] = replace(head, path=str(Path(merged[1]).relative_to(folder)))
+
+    def _recover(self, folder: Path, disks: dict[str, Head], where: str) -> dict[str, Head]:
+        """Finish what is unfinished, as the messages say: `merge --resume`."""
+        found = dict(disks)
+        for path in sorted(folder.glob("*/*.*vhd")):
+            with contextlib.suppress(vhdkit.NotFound):
+                if path.exists() and vhdkit.merge_under_way(path) is not None:
+                    try:
+                        done = vhdkit.resume_merge(path)
+                    except vhdkit.VhdkitError as error:
+                        raise Wrong(f"{where}: the way out is closed: {error}") from error
+                    for name, head in found.items():
+                        if not (folder / head.path).exists():
+                            target = str(Path(done.target).relative_to(folder))
+                            found[name] = replace(head, path=target)
+        return found
+
+    def _expect(self, folder: Path, disks: dict[str, Head], verbs: tuple[str, ...], what: str) -> None:
+        """Each disk reads as it must."""
+        for name, head in disks.items():
+            path = folder / head.path
+            try:
+                content = read(path)
+            except vhdkit.VhdkitError as error:
+                raise Wrong(f"{' '.join(verbs)} {what}: {name} does not open: {error}") from error
+            if content != head.content:
+                raise Wrong(f"{' '.join(verbs)} {what}: {name} ({head.path}) reads otherwise")
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one."""
+    memory = Path("/dev/shm")
+    base = Path(tempfile.mkdtemp(prefix="vhdkit-exhaustive-", dir=memory if memory.is_dir() else None))
+    try:
+        yield base
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Explore, and say what was seen."""
+    parser = argparse.ArgumentParser(prog="python -m tests.exhaustive", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=1, help="judge each n-th cut")
+    parser.add_argument("--after-sample", type=int, default=1, help="after a cut try each n-th verb")
+    parser.add_argument("--seed", default="1", help="another seed, other content, identifiers and torn pages")
+    parser.add_argument("--seconds", type=float, help="stop after so long")
+    parser.add_argument("--keep-going", action="store_true", help="list all that is wrong after a cut, not the first")
+    parser.add_argument("--first", nargs="*", choices=VERBS, default=[], help="only sequences that begin so")
+    parser.add_argument("--verbs", nargs="*", choices=VERBS, default=list(VERBS))
+    given = parser.parse_args(words)
+    deadline = None if given.seconds is None else time.monotonic() + given.seconds
+    with scratch() as base:
+        explorer = Explorer(
+            base, given.seed, given.sample, given.after_sample, given.verbs, deadline, given.keep_going
+        )
+        try:
+            explorer.explore(given.depth, first=given.first)
+        except Wrong as error:
+            print(f"{error}\nseed {given.seed}, counted so far {dict(explorer.counts)}", file=sys.stderr)
+            return 1
+    for line in explorer.wrong:
+        print(line, file=sys.stderr)
+    print(f"seed {given.seed}: " + ", ".join(f"{count} {what}" for what, count in sorted(explorer.counts.items())))
+    return 1 if explorer.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

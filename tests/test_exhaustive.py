@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences of verbs, cut everywhere, with any verb at once after it (`tests/exhaustive.py`).
+
+Every run takes a sample of what one and two verbs give; `script/test --nightly` takes all sequences of three.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.exhaustive import VERBS, Explorer, Wrong, main, scratch
+from tests.folder_power import FolderPower
+from vhdkit import folder
+from vhdkit.store import FileStore
+
+
+def _explore(depth: int, *, sample: int = 1, after_sample: int = 1, verbs: tuple[str, ...] = tuple(VERBS)) -> Explorer:
+    with scratch() as base:
+        explorer = Explorer(base, sample=sample, after_sample=after_sample, verbs=verbs)
+        explorer.explore(depth)
+    return explorer
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", VERBS)
+def test_no_cut_in_three_verbs_leaves_a_dead_end(first: str) -> None:
+    """All sequences of up to three verbs, each cut of the last, each verb after it."""
+    with scratch() as base:
+        explorer = Explorer(base)
+        explorer.explore(3, first=(first,))
+        assert explorer.counts["cuts"]
+
+
+def test_a_flush_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that keeps no promise loses a disk: what is judged here can fail."""
+    monkeypatch.setattr(FileStore, "sync", lambda self: None)
+    with pytest.raises(Wrong, match=r"main"):
+        _explore(1, verbs=("write", "merge"))
+
+
+def test_a_name_that_is_not_flushed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is never flushed loses the merged image, or keeps the removed one."""
+    monkeypatch.setattr(folder, "sync_directory", lambda directory: None)
+    monkeypatch.setattr(vhdkit.chain.relocate, "sync_directory", lambda directory: None, raising=False)
+    with pytest.raises(Wrong):
+        _explore(2, verbs=("relocate", "write"))
+
+
+def test_the_same_seed_gives_the_same_cuts(tmp_path: Path) -> None:
+    """A failure is repeated by its seed: identifiers, times and torn pages come from it."""
+    runs = []
+    for _ in range(2):
+        explorer = Explorer(tmp_path, sample=10_000)
+        state = explorer.start()
+        explorer.step(state, "snapshot", "7")
+        runs.append(state.key)
+    assert runs[0] == runs[1]
+
+
+def test_cuts_lose_what_was_not_flushed(tmp_path: Path) -> None:
+    """The recorder gives the file as it was last flushed, as it is, and the names of both times."""
+    place = tmp_path / "here"
+    place.mkdir()
+    (place / "one").write_bytes(b"old")
+
+    def work() -> None:
+        (place / "one").write_bytes(b"new")
+        (place / "two").write_bytes(b"two")
+        (place / "one").unlink()
+
+    power = FolderPower(place, "1")
+    power.run(work)
+    found = [dict(cut.files) for cut in power.cuts]
+    assert {"one": b"new", "two": b"two"} in found
+    assert {"two": b"two"} in found and {"two": b""} in found
+    assert {"one": b"new"} in found
+
+
+def test_the_command_line_counts_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m tests.exhaustive` says how much it judged."""
+    assert main(["--depth", "1", "--verbs", "snapshot", "write"]) == 0
+    assert "verbs after a cut" in capsys.readouterr().out
