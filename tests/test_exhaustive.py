@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import vhdkit
 from tests.exhaustive import VERBS, Explorer, Wrong, main, scratch
 from tests.folder_power import FolderPower
 from vhdkit import folder
+from vhdkit.chain import relocate
 from vhdkit.store import FileStore
 
 
@@ -44,8 +44,8 @@ def test_a_flush_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_name_that_is_not_flushed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that is never flushed loses the merged image, or keeps the removed one."""
-    monkeypatch.setattr(folder, "sync_directory", lambda directory: None)
-    monkeypatch.setattr(vhdkit.chain.relocate, "sync_directory", lambda directory: None, raising=False)
+    for module in (folder, relocate):
+        monkeypatch.setattr(module, "sync_directory", lambda directory: None)
     with pytest.raises(Wrong):
         _explore(2, verbs=("relocate", "write"))
 
