@@ -94,7 +94,8 @@ class MemStore:
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.reserve`."""
         self._refuse_when_frozen()
-        self._resize(max(self._size, offset_bytes + size_bytes))
+        if size_bytes > 0:
+            self._resize(max(self._size, offset_bytes + size_bytes))
 
     def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`: a read there and one write here, which may be cut or fail."""

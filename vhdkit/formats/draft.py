@@ -63,6 +63,8 @@ class DraftStore:
 
     def _touched(self, start: int, stop: int) -> list[int]:
         """The changed sectors that share bytes with a range."""
+        if stop <= start:
+            return []
         wanted = range(start // SECTOR_SIZE, covering_sectors(stop))
         if len(wanted) < len(self._sectors):
             return [index for index in wanted if index in self._sectors]
@@ -74,16 +76,20 @@ class DraftStore:
             return
         start = round_down(offset_bytes, SECTOR_SIZE)
         end = offset_bytes + len(data)
-        if end > _MAX_SIZE:
-            raise errors.NoSpace("the file would become too long", path=self.name)
+        self._refuse_size(end)
+        fresh = len(range(start // SECTOR_SIZE, covering_sectors(end))) - len(self._touched(start, end))
+        if (len(self._sectors) + fresh) * SECTOR_SIZE > MAX_DRAFT_BYTES:
+            raise errors.InvalidArgument("too much would have to change at once", path=self.name)
         raw = bytearray(round_up(end, SECTOR_SIZE) - start)
         self.pread_into(start, memoryview(raw))
         raw[offset_bytes - start : end - start] = bytes(data)
         for position in range(0, len(raw), SECTOR_SIZE):
             self._sectors[(start + position) // SECTOR_SIZE] = bytes(raw[position : position + SECTOR_SIZE])
         self._size = max(self._size, end)
-        if len(self._sectors) * SECTOR_SIZE > MAX_DRAFT_BYTES:
-            raise errors.InvalidArgument("too much would have to change at once", path=self.name)
+
+    def _refuse_size(self, size_bytes: int) -> None:
+        if size_bytes > _MAX_SIZE:
+            raise errors.NoSpace("the file would become too long", path=self.name)
 
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.punch`: zeros, where there are none yet."""
@@ -96,7 +102,9 @@ class DraftStore:
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.reserve`: nothing is set aside yet."""
-        self._size = max(self._size, offset_bytes + size_bytes)
+        if size_bytes > 0:
+            self._refuse_size(offset_bytes + size_bytes)
+            self._size = max(self._size, offset_bytes + size_bytes)
 
     def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`."""
@@ -104,6 +112,7 @@ class DraftStore:
 
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""
+        self._refuse_size(size_bytes)
         if size_bytes < self._size:
             if size_bytes % SECTOR_SIZE and size_bytes // SECTOR_SIZE in self._sectors:
                 last = self._sectors[size_bytes // SECTOR_SIZE]
@@ -139,27 +148,39 @@ class DraftStore:
         """See `Store.close`: the file stays open, it is not the draft's."""
 
     def writes(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of everything to write, apart from each other, in order.
+        """(offset, bytes) of everything to write, apart from each other, in order: base + writes = view.
 
-        What a smaller size cuts off is among them, as zeros: so an undo log holds it.
+        What a truncation cut off reads as zeros wherever the file below still holds it, also where the draft has
+        grown over it again. Behind a smaller size it is among the writes too, so that an undo log holds it.
         """
+        pieces = [(offset, raw) for offset, raw in self._changed() if raw]
+        pieces += self._cut_off()
         runs: list[tuple[int, bytearray]] = []
-        for index in sorted(self._sectors):
-            offset = index * SECTOR_SIZE
-            raw = self._sectors[index][: max(self._size - offset, 0)]
-            if not raw or raw == self._store.pread(offset, len(raw)).ljust(len(raw), b"\0"):
-                continue
-            _append(runs, offset, raw)
-        for offset, raw in self._cut_off():
+        for offset, raw in sorted(pieces, key=lambda piece: piece[0]):
             _append(runs, offset, raw)
         return [(offset, bytes(raw)) for offset, raw in runs]
 
+    def _changed(self) -> Iterator[tuple[int, bytes]]:
+        """The changed sectors, up to the end, that differ from the file below (which reads as zeros behind its end)."""
+        for index, sector in self._sectors.items():
+            offset = index * SECTOR_SIZE
+            raw = sector[: max(self._size - offset, 0)]
+            if raw != self._store.pread(offset, len(raw)).ljust(len(raw), b"\0"):
+                yield offset, raw
+
     def _cut_off(self) -> Iterator[tuple[int, bytes]]:
-        """Zeros over whatever the file below holds behind the new end."""
-        below = self._store.size()
-        if self._size >= below:
-            return
-        for offset, size, is_data in self._store.data_runs(self._size, below - self._size):
+        """Zeros over whatever the file below holds behind the place where it was cut, changed sectors left out."""
+        position, end = self._below, self._store.size()
+        for index in sorted(self._touched(position, end)):
+            start = index * SECTOR_SIZE
+            if start > position:
+                yield from self._zeros_over(position, start)
+            position = min(start + SECTOR_SIZE, max(self._size, start))
+        if position < end:
+            yield from self._zeros_over(position, end)
+
+    def _zeros_over(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        for offset, size, is_data in self._store.data_runs(start, stop - start):
             for position in range(offset, offset + size, MIB) if is_data else ():
                 piece = self._store.pread(position, min(MIB, offset + size - position))
                 if piece.count(0) != len(piece):

@@ -285,6 +285,8 @@ class UndoneStore:
 
     def _touching(self, start: int, stop: int) -> Iterator[Change]:
         """The changes that share bytes with a range."""
+        if stop <= start:
+            return
         for change in self._changes[max(bisect_right(self._starts, start) - 1, 0) :]:
             if change.offset_bytes >= stop:
                 return
@@ -294,16 +296,16 @@ class UndoneStore:
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
         """See `Store.data_runs`: what the log gives back may hold data."""
         position, end = offset_bytes, offset_bytes + size_bytes
-        for change in self._touching(position, end):
+        for change in self._touching(position, min(end, self._size)):
             if change.offset_bytes > position:
                 yield from self._runs_below(position, change.offset_bytes)
-            start, position = max(change.offset_bytes, position), min(change.end_bytes, end)
+            start, position = max(change.offset_bytes, position), min(change.end_bytes, end, self._size)
             yield start, position - start, True
         if position < end:
             yield from self._runs_below(position, end)
 
     def _runs_below(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        inside = max(start, min(stop, self.store.size()))
+        inside = max(start, min(stop, self._size, self.store.size()))
         if inside > start:
             yield from self.store.data_runs(start, inside - start)
         if stop > inside:
