@@ -47,7 +47,7 @@ def made(folder: Path, kind: str) -> tuple[Path, bytes]:
 def test_qemu_and_libvhdi_read_what_was_resized(tmp_path: Path, kind: str, size: int) -> None:
     """The right size and every byte, from both; and QEMU can write to it."""
     path, content = made(tmp_path, kind)
-    vhdkit.resize(path, size)
+    vhdkit.resize(path, size, shrink=True)
     expected = content[:size].ljust(size, b"\0")
     assert qemu_virtual_size(path) == size and qemu_content(path, tmp_path) == expected
     told = json.loads(run([require_pyvhdi(), "-c", PROGRAM, str(path)]).stdout)
@@ -66,7 +66,7 @@ def test_images_of_qemu_are_resized(tmp_path: Path, kind: str) -> None:
     with vhdkit.open_disk(path) as disk:
         before = disk.read(0, disk.size_bytes)
     for size in (5 * GIB, 21 * MIB):
-        vhdkit.resize(path, size)
+        vhdkit.resize(path, size, shrink=True)
         assert qemu_virtual_size(path) == size
     assert qemu_content(path, tmp_path) == before[: 21 * MIB]
     assert vhdkit.check(path) == []
@@ -119,7 +119,7 @@ def test_real_images_are_compacted_and_resized(tmp_path: Path, name: str) -> Non
     vhdkit.resize(path, len(content) + 2 * GIB)
     with vhdkit.open_disk(path) as disk:
         assert disk.read(0, len(content)) == content and disk.read(len(content), 64 * KIB) == bytes(64 * KIB)
-    vhdkit.resize(path, len(content))
+    vhdkit.resize(path, len(content), shrink=True)
     assert content_of(path) == content
     assert [one for one in vhdkit.check(path) if one.severity is vhdkit.Severity.ERROR] == []
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Another virtual size for an image.
 
-Decides what may be resized and what stands in the way. Nothing of value is ever cut off: a disk does not become
-smaller than a partition on it, nor than its last byte that is not zero, as seen through the whole chain; there is no
-way to insist. And nothing appears: what becomes visible when a disk grows is zeros. How a format changes its size is
-the format's decision (`formats.vhd.resize`).
+Decides what may be resized and what stands in the way. A disk becomes smaller only when the caller says so (`shrink`),
+and even then nothing of value is cut off (`INV-SHRINK-KEEPS`): a disk does not become smaller than a partition or a
+file system on it, nor than its last byte that is not zero, as seen through the whole chain; nothing overrides that.
+And nothing appears: what becomes visible when a disk grows is zeros. How a format changes its size is the format's
+decision (`formats.vhd.resize`), how far a file system reaches that of `formats.filesystems`.
 
 An image that others stand on keeps its size: they would show other bytes behind its end. A child does not become
 smaller than its parent; XenServer's tools refuse such a chain.
@@ -23,6 +24,7 @@ from vhdkit.chain.report import Report
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.chain.zeros import data_of_disk, first_data_in_store
 from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
+from vhdkit.formats.filesystems import end_of, identify, shrink_hint
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
 from vhdkit.formats.vhd.create import check_size
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -58,21 +60,23 @@ def resize(
     path: str | os.PathLike[str],
     size_bytes: int,
     *,
+    shrink: bool = False,
     options: OpenOptions | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ResizeResult:
     """Give an image another virtual size; new space reads as zeros. `dry_run` checks all and changes nothing.
 
-    At any cut or Ctrl-C the disk has its old size or the new one. Raises InvalidArgument for a size that cannot be,
-    data or a partition behind the new end, and a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed,
+    A size smaller than the present one is refused unless `shrink`. At any cut or Ctrl-C the disk has its old size or
+    the new one. Raises InvalidArgument for that, for a size that cannot be, for data, a partition or a file system
+    behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed,
     and what opening the chain raises.
     """
     layers = open_layers(
         path, writable=not dry_run, options=options, danger="resizing it would change what that image shows"
     )
     try:
-        job = _Job(layers, size_bytes, Report(progress))
+        job = _Job(layers, size_bytes, Report(progress), shrink=shrink)
         result = job.run(dry_run)
         job.report.finish()
         return result
@@ -81,8 +85,10 @@ def resize(
             layer.close()
 
 
-def resize_open(chain: Chain, size_bytes: int) -> tuple[Chain, ResizeResult | VhdkitError]:
+def resize_open(chain: Chain, size_bytes: int, *, shrink: bool = False) -> tuple[Chain, ResizeResult | VhdkitError]:
     """Resize the leaf of an open chain that nobody uses meanwhile; its files stay open and locked.
+
+    Refuses what `resize` refuses.
 
     The files belong to the new chain from now on, also where the second value is the error that left the disk as it
     was. Raises ReadOnly, and what flushing the leaf and opening it anew raises.
@@ -92,7 +98,8 @@ def resize_open(chain: Chain, size_bytes: int) -> tuple[Chain, ResizeResult | Vh
     seal(chain.leaf)
     outcome: ResizeResult | VhdkitError
     try:
-        outcome = _Job([reopened(chain.leaf, writable=True), *chain.layers[1:]], size_bytes, Report(None)).run(False)
+        layers = [reopened(chain.leaf, writable=True), *chain.layers[1:]]
+        outcome = _Job(layers, size_bytes, Report(None), shrink=shrink).run(False)
     except VhdkitError as error:
         outcome = error
     return Chain([reopened(chain.leaf, writable=True), *chain.layers[1:]]), outcome
@@ -101,11 +108,12 @@ def resize_open(chain: Chain, size_bytes: int) -> tuple[Chain, ResizeResult | Vh
 class _Job:
     """One resize of the first of the open layers."""
 
-    def __init__(self, layers: list[Layer], size_bytes: int, report: Report) -> None:
+    def __init__(self, layers: list[Layer], size_bytes: int, report: Report, *, shrink: bool) -> None:
         self.image = layers[0]
         self.chain = Chain(layers)
         self.parents = Chain(layers[1:]) if len(layers) > 1 else None
         self.size_bytes = size_bytes
+        self.shrink = shrink
         self.report = report
         self.path = self.image.store.name
 
@@ -116,6 +124,7 @@ class _Job:
         table = read_partitions(self._read, before)
         moved = dropped = 0
         if self.size_bytes < before:
+            self._check_meant()
             self._check_cut(table)
         elif self.size_bytes > before:
             self._check_appearing()
@@ -143,6 +152,15 @@ class _Job:
                 hint="convert the chain to one image and resize that",
             )
 
+    def _check_meant(self) -> None:
+        """Refuse a smaller size that was not asked for in so many words."""
+        if not self.shrink:
+            raise InvalidArgument(
+                f"{self.size_bytes} bytes are less than the {self.image.size_bytes} bytes that the disk has now",
+                path=self.path,
+                hint="a larger size grows it; to make it smaller, say so: --shrink (shrink=True in the library)",
+            )
+
     def _check_cut(self, table: PartitionTable | None) -> None:
         """Refuse to cut off a partition, or anything that is not zero but the second copy of a whole GPT."""
         lost = [one for one in table.partitions if one.end_bytes > self.size_bytes] if table is not None else []
@@ -155,6 +173,7 @@ class _Job:
                 path=self.path,
                 hint=f"shrink it in the guest first, or ask for at least {end} bytes",
             )
+        self._check_file_system(table)
         end = self.image.size_bytes
         self.report.expect(end - self.size_bytes)
         for offset, size in data_of_disk(self.chain, self.size_bytes, end - self.size_bytes, self.report.did):
@@ -167,6 +186,26 @@ class _Job:
                         hint="move or delete it in the guest and let it write zeros there, or ask for a larger size",
                     )
         self._check_gap()
+
+    def _check_file_system(self, table: PartitionTable | None) -> None:
+        """Refuse to cut a file system, or a container of one, that lies on the disk without a partition table."""
+        found = identify(self._read)
+        if found is None or (table is not None and table.partitions and not found.in_first_sector):
+            return
+        name = f"{found.kind} {printable(found.label)!r}" if found.label else found.kind
+        end = end_of(self._read, found.kind)
+        if end is None:
+            raise InvalidArgument(
+                f"the disk holds {name}, which may reach up to its end",
+                path=self.path,
+                hint=shrink_hint(found.kind),
+            )
+        if end > self.size_bytes:
+            raise InvalidArgument(
+                f"a disk of {self.size_bytes} bytes would cut off the end of {name}, which reaches up to byte {end}",
+                path=self.path,
+                hint=f"{shrink_hint(found.kind)}; or ask for at least {round_up(end, SECTOR_SIZE)} bytes",
+            )
 
     def _first_data(self, start: int, stop: int) -> int | None:
         raw = self._read(start, stop - start)

@@ -210,13 +210,20 @@ def cancel_verb(server: _Server, export: str | None, json: bool, quiet: bool) ->
 @_verb("resize")
 @click.argument("export")
 @click.argument("size", type=parsed_size)
-def resize_verb(server: _Server, export: str, size: int, json: bool, quiet: bool) -> None:
+@click.option("--shrink", is_flag=True, help="SIZE may be smaller than the disk is now.")
+@click.option("--under-clients", is_flag=True, help="Shrink also while clients are connected to it.")
+def resize_verb(
+    server: _Server, export: str, size: int, shrink: bool, under_clients: bool, json: bool, quiet: bool
+) -> None:
     """Give the disk of EXPORT another SIZE while it is served; what `vhdkit resize` refuses is refused here too.
+
+    A smaller size wants --shrink, and is refused while clients are connected, who would go on using what is cut off.
 
     Clients that are connected keep the size that they were told, and see the new one when they connect anew:
     `disconnect --export EXPORT` makes them.
     """
-    result = _ask(server, "resize", as_json=json, export=export, size_bytes=size)
+    flags = {name: True for name, given in (("shrink", shrink), ("under_clients", under_clients)) if given}
+    result = _ask(server, "resize", as_json=json, export=export, size_bytes=size, **flags)
     if not json and not quiet:
         before, after = format_size(result["size_before_bytes"]), format_size(result["size_bytes"])
         print_text(f"{printable(export)}: {before} -> {after}, for those who connect from now on")

@@ -18,20 +18,22 @@ from vhdkit.errors import printable
 @click.command(
     "resize",
     short_help="Another virtual size, larger or smaller.",
-    epilog=epilog("vhdkit resize disk.vhd 20G", "vhdkit resize --dry-run disk.vhd 8G"),
+    epilog=epilog("vhdkit resize disk.vhd 20G", "vhdkit resize --shrink --dry-run disk.vhd 8G"),
 )
 @click.argument("image", type=PATH)
 @click.argument("size", type=parsed_size)
+@click.option("--shrink", is_flag=True, help="SIZE may be smaller than the disk is now.")
 @click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
 @image_options()
 @progress_option
-def resize_command(image: str, size: int, dry_run: bool, common: Common, progress: bool | None) -> None:
+def resize_command(image: str, size: int, shrink: bool, dry_run: bool, common: Common, progress: bool | None) -> None:
     """Give IMAGE, a fixed, dynamic or differencing VHD or a raw file, the virtual size SIZE.
 
-    What is added reads as zeros; partitions and file systems grow in the guest. Nothing is ever cut off: a disk does
-    not become smaller than a partition on it or than its last byte that is not zero. An image that others stand on
-    keeps its size, and a child does not become smaller than its parent. At any moment the disk has its old size or
-    its new one: after Ctrl-C, kill or a power cut, do it again.
+    What is added reads as zeros; partitions and file systems grow in the guest. A disk becomes smaller only with
+    --shrink, and even then nothing is cut off: not a partition, not a file system (or LVM, LUKS, swap) that lies on
+    the disk without a partition table, not its last byte that is not zero. Shrink those first, with their own tools.
+    An image that others stand on keeps its size, and a child does not become smaller than its parent. At any moment
+    the disk has its old size or its new one: after Ctrl-C, kill or a power cut, do it again.
 
     \b
     With --json: {"path", "virtual_size_before_bytes", "virtual_size_after_bytes",
@@ -40,7 +42,7 @@ def resize_command(image: str, size: int, dry_run: bool, common: Common, progres
     file_size_after_bytes is null with --dry-run.
     """
     with progress_shown(common, progress, "resizing") as show:
-        done = vhdkit.resize(image, size, options=common.options, dry_run=dry_run, progress=show)
+        done = vhdkit.resize(image, size, shrink=shrink, options=common.options, dry_run=dry_run, progress=show)
     if common.json:
         print_json(asdict(done))
         return

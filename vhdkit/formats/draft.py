@@ -161,7 +161,7 @@ class DraftStore:
         return [(offset, bytes(raw)) for offset, raw in runs]
 
     def _changed(self) -> Iterator[tuple[int, bytes]]:
-        """The changed sectors, up to the end, that differ from the file below (which reads as zeros behind its end)."""
+        """The changed sectors, up to the end, that differ from the file below; behind its own end that is zeros."""
         for index, sector in self._sectors.items():
             offset = index * SECTOR_SIZE
             raw = sector[: max(self._size - offset, 0)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies on a disk or in a partition: which file system, and what it is called. Read, never written.
+"""What lies on a disk or in a partition: which file system, its label, how far it reaches. Read, never written.
 
 Decides by the marks that each format puts at fixed places, nothing else: whether the file system is whole is its own
 tools' business. Pure: gets a function that reads bytes. A guest wrote these bytes, so whatever they are the answer is
@@ -15,17 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from vhdkit.units import SECTOR_SIZE
+from vhdkit.units import KIB, SECTOR_SIZE, round_up
 
 ReadBytes: TypeAlias = Callable[[int, int], bytes]  # (offset, size): fewer bytes only at the end
 
 _EXT_OFFSET, _EXT_MAGIC = 1024, b"\x53\xef"
 _EXT_HAS_JOURNAL = 0x4  # of the compatible features
 _EXT_NEEDS_RECOVERY = 0x4  # of the incompatible ones
+_EXT_64_BIT = 0x80  # of the incompatible ones
+_EXT_MAX_SHIFT, _EXFAT_MAX_SHIFT = 6, 12  # 64 KiB blocks, 4 KiB sectors: the formats have no larger ones
 _EXT4_ONLY = sum(1 << bit for bit in (6, 7, 9))  # extents, 64 bit, flexible groups
 _BTRFS_OFFSET, _BTRFS_MAGIC, _BTRFS_LABEL = 64 << 10, b"_BHRfS_M", 0x12B
 _ISO_OFFSET = 32 << 10
 _SWAP_OFFSET = 4086
+_SQUASHFS_PADDING = 4 * KIB
 _LABEL_BYTES = 256  # no format has more
 # (offset, mark, kind): what one look settles.
 _MARKS = (
@@ -48,6 +51,18 @@ CONTAINERS = {
     "lvm": "it is a physical volume of LVM: `vgchange` finds the volumes on it",
     "swap": "it is swap space",
 }
+_IN_FIRST_SECTOR = {kind for offset, _, kind in _MARKS if offset < SECTOR_SIZE}
+# What makes a file system end earlier, by kind; for the others only a new, smaller disk helps.
+_SHRINKERS = {
+    "ext2": "resize2fs",
+    "ext3": "resize2fs",
+    "ext4": "resize2fs",
+    "btrfs": "btrfs filesystem resize",
+    "ntfs": "ntfsresize (or Windows' Disk Management)",
+    "vfat": "fatresize",
+    "swap": "mkswap, with swap turned off,",
+    "lvm": "pvresize --setphysicalvolumesize",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +75,11 @@ class FileSystem:
     kind: str
     label: str = ""
     needs_recovery: bool = False
+
+    @property
+    def in_first_sector(self) -> bool:
+        """Its mark stands where a partition table would: where both seem to be there, either may be a leftover."""
+        return self.kind in _IN_FIRST_SECTOR
 
 
 def identify(read: ReadBytes) -> FileSystem | None:
@@ -98,3 +118,83 @@ def _label(kind: str, head: bytes) -> str:
 
 def _text(raw: bytes) -> str:
     return raw.split(b"\0", 1)[0].decode("utf-8", "replace").strip()
+
+
+def end_of(read: ReadBytes, kind: str) -> int | None:
+    """The first byte behind a file system of `kind` that begins at offset 0, by its own superblock.
+
+    None where it does not say, or says what cannot be: it may reach up to the end then. Raises what `read` raises.
+    """
+    finder = _ENDS.get(kind)
+    raw = read(0, _BTRFS_OFFSET + _BTRFS_LABEL)
+    end = 0 if finder is None else finder(raw.ljust(_BTRFS_OFFSET + _BTRFS_LABEL, b"\0"))
+    return end if end > 0 else None
+
+
+def shrink_hint(kind: str) -> str:
+    """What makes room behind a file system of `kind`, in words."""
+    tool = _SHRINKERS.get(kind)
+    if tool is None:
+        return f"{kind} cannot be made smaller where it is: make a smaller disk and copy the files there"
+    return f"make it smaller first, where its own tools can see the disk: {tool} does that"
+
+
+def _little(raw: bytes, place: int, size: int) -> int:
+    return int.from_bytes(raw[place : place + size], "little")
+
+
+def _big(raw: bytes, place: int, size: int) -> int:
+    return int.from_bytes(raw[place : place + size], "big")
+
+
+def _end_of_ext(raw: bytes) -> int:
+    block = _EXT_OFFSET
+    count = _little(raw, block + 4, 4)
+    if _little(raw, block + 96, 4) & _EXT_64_BIT:
+        count |= _little(raw, block + 0x150, 4) << 32
+    shift = _little(raw, block + 24, 4)
+    return count << (10 + shift) if shift <= _EXT_MAX_SHIFT else 0
+
+
+def _end_of_fat(raw: bytes) -> int:
+    return (_little(raw, 0x13, 2) or _little(raw, 0x20, 4)) * _little(raw, 0x0B, 2)
+
+
+def _end_of_ntfs(raw: bytes) -> int:
+    sectors = _little(raw, 0x28, 8)  # without the last one, which holds a second boot sector
+    return (sectors + 1) * _little(raw, 0x0B, 2) if sectors else 0
+
+
+def _end_of_exfat(raw: bytes) -> int:
+    shift = raw[108]
+    return _little(raw, 72, 8) << shift if shift <= _EXFAT_MAX_SHIFT else 0
+
+
+def _end_of_swap(raw: bytes) -> int:
+    pages = [int.from_bytes(raw[1028:1032], order) for order in ("little", "big")]
+    return (min(pages) + 1) * 4 * KIB if min(pages) else 0
+
+
+def _end_of_lvm(raw: bytes) -> int:
+    header = SECTOR_SIZE + _little(raw, SECTOR_SIZE + 20, 4)
+    return _little(raw, header + 32, 8) if header < _BTRFS_OFFSET else 0
+
+
+def _end_of_iso(raw: bytes) -> int:
+    return _little(raw, _ISO_OFFSET + 80, 4) * _little(raw, _ISO_OFFSET + 128, 2)
+
+
+_ENDS: dict[str, Callable[[bytes], int]] = {
+    "ext2": _end_of_ext,
+    "ext3": _end_of_ext,
+    "ext4": _end_of_ext,
+    "xfs": lambda raw: _big(raw, 4, 4) * _big(raw, 8, 8),
+    "btrfs": lambda raw: _little(raw, _BTRFS_OFFSET + 0xC9 + 8, 8),  # of this device, not of all of them
+    "vfat": _end_of_fat,
+    "ntfs": _end_of_ntfs,
+    "exfat": _end_of_exfat,
+    "swap": _end_of_swap,
+    "lvm": _end_of_lvm,
+    "iso9660": _end_of_iso,
+    "squashfs": lambda raw: round_up(_little(raw, 40, 8), _SQUASHFS_PADDING),
+}

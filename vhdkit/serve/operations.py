@@ -211,11 +211,13 @@ class Operations:
         return {"snapshots": rows, "held_seconds": round(held, 6)}
 
     def _resize(self, params: Params) -> object:
-        """Give the disk of one export another size; {"export", "size_bytes"}.
+        """Give the disk of one export another size; {"export", "size_bytes", "shrink", "under_clients"}.
 
-        Clients that are connected keep the size they were told; those that come anew see the new one.
+        Clients that are connected keep the size they were told; those that come anew see the new one. So a smaller
+        size, which wants `shrink`, is refused while clients are connected, unless `under_clients` is true.
         """
-        _only(params, "export", "size_bytes")
+        _only(params, "export", "size_bytes", "shrink", "under_clients")
+        shrink, under_clients = _flag(params, "shrink"), _flag(params, "under_clients")
         export, size = self._find(_text(params, "export")), params.get("size_bytes")
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise BadParams('"size_bytes" is a positive number')
@@ -227,7 +229,9 @@ class Operations:
             self._refuse_merging([export])
             self._forget_prepared()
             with self._server.hold([export]):
-                chain, outcome = resize_open(export.disk.chain, size)
+                if size < export.disk.size_bytes and not under_clients:
+                    self._refuse_clients(export)
+                chain, outcome = resize_open(export.disk.chain, size, shrink=shrink)
                 export.exchange(Disk(chain))
         if isinstance(outcome, errors.VhdkitError):
             raise outcome
@@ -237,6 +241,16 @@ class Operations:
             "size_bytes": outcome.virtual_size_after_bytes,
             "notes": list(outcome.notes),
         }
+
+    def _refuse_clients(self, export: ImageExport) -> None:
+        """Raise ImageInUse while clients are connected, who would go on using what is cut off."""
+        clients = [one for one in self._server.connections if one.export is export]
+        if clients:
+            raise errors.ImageInUse(
+                f"{len(clients)} clients are connected to {export.name!r} and would keep the larger size",
+                path=export.image_path,
+                hint="disconnect them first (`disconnect --export`), or say --under-clients",
+            )
 
     def _set_read_only(self, params: Params) -> object:
         """What was written is on the device, and no more is written; {"export", "read_only": true}."""
@@ -321,6 +335,13 @@ def _text(params: Params, name: str) -> str | None:
     value = params.get(name)
     if value is not None and not isinstance(value, str):
         raise BadParams(f'"{name}" is a text')
+    return value
+
+
+def _flag(params: Params, name: str) -> bool:
+    value = params.get(name, False)
+    if not isinstance(value, bool):
+        raise BadParams(f'"{name}" is true or false')
     return value
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import vhdkit
 from tests.killing import killings
 from tests.stores import MemStore
+from tests.support import require_tool, run
 from tests.vhd_builder import Block, Vhd, child, pattern
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
 from vhdkit.chain.pending import undo_path
@@ -22,6 +24,15 @@ from vhdkit.store import FileStore
 from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
 
 SIZE = 4 * MIB
+# What makes it, in MiB how large, and what the refusal to cut it says.
+FILE_SYSTEMS = {
+    "ext2": (["mke2fs", "-q", "-F", "-t", "ext2"], 8, "resize2fs"),
+    "ext4": (["mke2fs", "-q", "-F", "-t", "ext4"], 16, "resize2fs"),
+    "xfs": (["mkfs.xfs", "-q"], 320, "copy the files"),
+    "vfat": (["mkfs.fat"], 8, "fatresize"),
+    "ntfs": (["mkntfs", "-Q", "-F"], 8, "ntfsresize"),
+    "swap": (["mkswap"], 8, "mkswap"),
+}
 FORMATS = {"fixed": vhdkit.DiskFormat.FIXED, "dynamic": vhdkit.DiskFormat.DYNAMIC, "raw": vhdkit.DiskFormat.RAW}
 
 
@@ -64,7 +75,7 @@ def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, size: int) -> No
     path = make(tmp_path, kind, content)
     plan = vhdkit.resize(path, size, dry_run=True)
     assert read(path) == content and plan.file_size_after_bytes is None
-    done = vhdkit.resize(path, size)
+    done = vhdkit.resize(path, size, shrink=True)
     assert read(path) == content.ljust(size, b"\0")
     assert (done.virtual_size_before_bytes, done.virtual_size_after_bytes) == (SIZE, size)
     assert done.moved_block_count == plan.moved_block_count
@@ -81,9 +92,9 @@ def test_every_kind_shrinks_to_its_data(tmp_path: Path, kind: str) -> None:
     path = make(tmp_path, kind, content)
     before = path.read_bytes()
     with pytest.raises(vhdkit.InvalidArgument, match=f"cut off data: there is some at byte {least - SECTOR_SIZE}"):
-        vhdkit.resize(path, least - SECTOR_SIZE)
+        vhdkit.resize(path, least - SECTOR_SIZE, shrink=True)
     assert path.read_bytes() == before
-    vhdkit.resize(path, least)
+    vhdkit.resize(path, least, shrink=True)
     assert read(path) == content[:least] and vhdkit.check(path) == []
     assert path.stat().st_size < least + MIB
 
@@ -94,10 +105,10 @@ def test_data_in_a_parent_is_seen_too(tmp_path: Path) -> None:
     path = make(tmp_path, "differencing", content)
     vhdkit.resize(path, 2 * SIZE)
     with pytest.raises(vhdkit.InvalidArgument, match="smaller than its parent"):
-        vhdkit.resize(path, SIZE - SECTOR_SIZE)
-    vhdkit.resize(path, SIZE + MIB)
+        vhdkit.resize(path, SIZE - SECTOR_SIZE, shrink=True)
+    vhdkit.resize(path, SIZE + MIB, shrink=True)
     assert read(path) == content.ljust(SIZE + MIB, b"\0")
-    vhdkit.resize(path, SIZE)
+    vhdkit.resize(path, SIZE, shrink=True)
     assert read(path) == content
 
 
@@ -124,7 +135,7 @@ def test_a_larger_parents_data_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(vhdkit.InvalidArgument, match="would appear"):
         vhdkit.resize(path, 4 * MIB)
     with pytest.raises(vhdkit.InvalidArgument, match="smaller than its parent"):
-        vhdkit.resize(path, 2 * MIB)
+        vhdkit.resize(path, 2 * MIB, shrink=True)
     assert read(path) == before
 
 
@@ -143,12 +154,12 @@ def test_a_partition_is_not_cut_off(tmp_path: Path) -> None:
     """Empty as it may be: the error names number, name and bytes of the partition, and the least size."""
     path = make(tmp_path, "dynamic", with_gpt(SIZE, (40, 99, "boot"), (100, 5000, "données")))
     with pytest.raises(vhdkit.InvalidArgument) as caught:
-        vhdkit.resize(path, 2 * MIB)
+        vhdkit.resize(path, 2 * MIB, shrink=True)
     assert "partition 2 'données'" in str(caught.value) and f"at least {5001 * SECTOR_SIZE} bytes" in str(caught.value)
     marked = make(tmp_path, "fixed", mbr((0x83, 64, 100), (0x07, 4000, 4000)).ljust(SIZE, b"\0"), "mbr")
     with pytest.raises(vhdkit.InvalidArgument, match=r"partition 2 \(type 0x07"):
-        vhdkit.resize(marked, 7999 * SECTOR_SIZE)
-    vhdkit.resize(marked, 8000 * SECTOR_SIZE)
+        vhdkit.resize(marked, 7999 * SECTOR_SIZE, shrink=True)
+    vhdkit.resize(marked, 8000 * SECTOR_SIZE, shrink=True)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw"])
@@ -157,7 +168,7 @@ def test_the_second_gpt_may_go_when_the_first_is_whole(tmp_path: Path, kind: str
     """The copy at the old end is in nobody's way, and it is said how to put it at the new one."""
     content = with_gpt(SIZE, (40, 99, "boot"))
     path = make(tmp_path, kind, content)
-    done = vhdkit.resize(path, size)
+    done = vhdkit.resize(path, size, shrink=True)
     assert any("sgdisk -e" in note for note in done.notes)
     assert read(path) == content[:size].ljust(size, b"\0")
 
@@ -166,7 +177,58 @@ def test_the_only_gpt_is_data(tmp_path: Path) -> None:
     """Where the first copy is damaged, the second one is what the disk lives by: it is not cut off."""
     path = make(tmp_path, "dynamic", with_gpt(SIZE, (40, 99, "boot"), primary=False))
     with pytest.raises(vhdkit.InvalidArgument, match="cut off data"):
-        vhdkit.resize(path, 2 * MIB)
+        vhdkit.resize(path, 2 * MIB, shrink=True)
+
+
+# -- file systems without a table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image", ["fixed", "dynamic", "raw"])
+@pytest.mark.parametrize("kind", FILE_SYSTEMS)
+def test_a_file_system_is_not_cut_off(tmp_path: Path, kind: str, image: str) -> None:
+    """INV-SHRINK-KEEPS: empty at its end as it may be: the error names it, its last byte and the tool that helps."""
+    words, size, hint = FILE_SYSTEMS[kind]
+    flat = tmp_path / "flat.raw"
+    with flat.open("wb") as file:
+        file.truncate(size * MIB)
+    run([require_tool(words[0]), *words[1:], str(flat)])
+    with flat.open("rb") as file:
+        content = file.read(8 * MIB)
+    path = flat
+    if image != "raw":
+        path = tmp_path / "disk.vhd"
+        vhdkit.convert(flat, path, disk_format=FORMATS[image])
+    vhdkit.resize(path, (size + 8) * MIB)
+    with path.open("rb") as file:
+        before = hashlib.file_digest(file, "sha256").digest()
+    with pytest.raises(vhdkit.InvalidArgument) as caught:
+        vhdkit.resize(path, size * MIB - SECTOR_SIZE, shrink=True)
+    assert caught.value.hint is not None and hint in caught.value.hint
+    assert f"{kind}, which reaches up to byte {size * MIB}" in str(caught.value)
+    with path.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").digest() == before
+    vhdkit.resize(path, size * MIB, shrink=True)
+    with vhdkit.open_disk(path) as disk:
+        assert disk.size_bytes == size * MIB and disk.read(0, 8 * MIB) == content
+
+
+def test_what_does_not_say_how_far_it_reaches_is_not_cut(tmp_path: Path) -> None:
+    """INV-SHRINK-KEEPS: LUKS and BitLocker keep no size: a disk with one of them does not become smaller at all."""
+    path = make(tmp_path, "dynamic", b"LUKS\xba\xbe".ljust(SIZE, b"\0"))
+    with pytest.raises(vhdkit.InvalidArgument, match="holds luks, which may reach up to its end"):
+        vhdkit.resize(path, SIZE // 2, shrink=True)
+
+
+def test_shrinking_is_asked_for(tmp_path: Path) -> None:
+    """INV-SHRINK-KEEPS: a smaller size without the word for it is refused, also in a trial, and no byte changes."""
+    path = make(tmp_path, "dynamic", some(data=KIB))
+    before = path.read_bytes()
+    for dry_run in (True, False):
+        with pytest.raises(vhdkit.InvalidArgument, match="less than") as caught:
+            vhdkit.resize(path, SIZE // 2, dry_run=dry_run)
+        assert caught.value.hint is not None and "--shrink" in caught.value.hint
+    assert path.read_bytes() == before
+    assert vhdkit.resize(path, SIZE // 2, shrink=True).virtual_size_after_bytes == SIZE // 2
 
 
 # -- sizes, limits, other files -----------------------------------------------------------------------------------
@@ -179,9 +241,9 @@ def test_sizes_that_cannot_be(tmp_path: Path, kind: str) -> None:
     before = path.read_bytes()
     for size in (0, -512, SIZE + 1, *(() if kind == "raw" else (2041 * GIB,))):
         with pytest.raises(vhdkit.InvalidArgument):
-            vhdkit.resize(path, size)
+            vhdkit.resize(path, size, shrink=True)
     assert path.read_bytes() == before
-    assert vhdkit.resize(path, SIZE).notes == () and path.read_bytes() == before
+    assert vhdkit.resize(path, SIZE, shrink=True).notes == () and path.read_bytes() == before
 
 
 def test_grown_to_the_limit(tmp_path: Path) -> None:
@@ -201,11 +263,11 @@ def test_bytes_before_a_fixed_footer_do_not_appear(tmp_path: Path) -> None:
     before = path.read_bytes()
     for size in (SIZE + MIB, SIZE - SECTOR_SIZE):
         with pytest.raises(vhdkit.InvalidArgument):
-            vhdkit.resize(path, size)
+            vhdkit.resize(path, size, shrink=True)
     assert path.read_bytes() == before
     blank = Vhd(size=SIZE, disk_type=2, data=pattern(SIZE), data_size=SIZE + 4 * SECTOR_SIZE)
     path = blank.build().write(tmp_path / "blank.vhd")
-    vhdkit.resize(path, SIZE + MIB)
+    vhdkit.resize(path, SIZE + MIB, shrink=True)
     assert read(path) == pattern(SIZE).ljust(SIZE + MIB, b"\0")
 
 
@@ -240,7 +302,7 @@ def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, s
     shutil.copy(path, saved / path.name)
     states = {SIZE: content, size: content[:size].ljust(size, b"\0")} if size < 10 * SIZE else {}
     seen = set()
-    for number in killings(lambda: vhdkit.resize(path, size)):
+    for number in killings(lambda: vhdkit.resize(path, size, shrink=True)):
         with vhdkit.open_disk(path) as disk:
             seen.add(disk.size_bytes)
             if states:
@@ -248,7 +310,7 @@ def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, s
             else:
                 assert disk.size_bytes in (SIZE, size) and disk.read(0, SIZE) == content
         if number > 0:
-            vhdkit.resize(path, size)
+            vhdkit.resize(path, size, shrink=True)
             with vhdkit.open_disk(path) as disk:
                 assert disk.size_bytes == size and disk.read(0, min(SIZE, size)) == content[:size]
             assert not os.path.lexists(undo_path(str(path)))

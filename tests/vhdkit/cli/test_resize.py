@@ -14,7 +14,7 @@ def test_resize_says_what_it_did() -> None:
     assert "would be resized 8.0 MiB (8388608 bytes) -> 4.0 GiB" in good("resize", "--dry-run", "leaf.avhd", "4G")
     assert "resized 8.0 MiB (8388608 bytes) -> 4.0 GiB" in good("resize", "leaf.avhd", "4G")
     assert "is 4.0 GiB (4294967296 bytes) already" in good("resize", "leaf.avhd", "4G")
-    assert "-> 8.0 MiB" in good("resize", "leaf.avhd", "8M")
+    assert "-> 8.0 MiB" in good("resize", "--shrink", "leaf.avhd", "8M")
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
     assert run("check", "leaf.avhd").exit_code == 0
@@ -34,5 +34,8 @@ def test_what_resize_refuses() -> None:
     assert "is the parent of" in failure("resize", "base.vhd", "16M", code=5)
     assert run("resize", "leaf.avhd", "much").exit_code == 2
     failure("resize", "leaf.avhd", "3T", code=2)
-    assert "smaller than its parent" in failure("resize", "leaf.avhd", "4M", code=2)
+    assert "smaller than its parent" in failure("resize", "--shrink", "leaf.avhd", "4M", code=2)
     failure("resize", "gone.vhd", "4M", code=1)
+    good("create", "disk.vhd", "--size", "8M")
+    assert "say so: --shrink" in failure("resize", "disk.vhd", "4M", code=2)
+    assert "say so: --shrink" in failure("resize", "--dry-run", "disk.vhd", "4M", code=2)

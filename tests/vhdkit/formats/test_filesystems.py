@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import require_tool, run
-from vhdkit.formats.filesystems import FileSystem, identify
-from vhdkit.units import KIB, MIB
+from vhdkit.formats.filesystems import FileSystem, end_of, identify, shrink_hint
+from vhdkit.units import GIB, KIB, MIB
 
 MAKERS = {
     "ext2": (["mke2fs", "-q", "-F", "-t", "ext2", "-L", "A label"], 8),
@@ -28,6 +28,11 @@ def identified(raw: bytes) -> FileSystem | None:
     return identify(lambda offset, size: raw[offset : offset + size])
 
 
+def end(raw: bytes, kind: str) -> int | None:
+    """Where a file system at the beginning of a short disk ends."""
+    return end_of(lambda offset, size: raw[offset : offset + size], kind)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_what_real_tools_make(kind: str, tmp_path: Path) -> None:
     """Each maker's file system is known, with its label where its place is a fixed one."""
@@ -37,7 +42,9 @@ def test_what_real_tools_make(kind: str, tmp_path: Path) -> None:
         file.truncate(size * MIB)
     run([require_tool(tool), *words, str(image)])
     with image.open("rb") as file:
-        found = identified(file.read(2 * MIB))
+        head = file.read(2 * MIB)
+    found = identified(head)
+    assert end(head, kind) == size * MIB
     assert found is not None and found.kind == kind and not found.needs_recovery
     assert found.label.upper().replace("_", " ") == ("" if kind == "ntfs" else "A LABEL")
 
@@ -68,6 +75,43 @@ def test_marks(place: int, mark: bytes, kind: str) -> None:
     assert found is not None and found.kind == kind
 
 
+def little(value: int, size: int) -> bytes:
+    """A number as these formats write it."""
+    return value.to_bytes(size, "little")
+
+
+def raw_with(*pieces: tuple[int, bytes]) -> bytes:
+    """A short disk with these bytes on it."""
+    raw = bytearray(128 * KIB)
+    for place, piece in pieces:
+        raw[place : place + len(piece)] = piece
+    return bytes(raw)
+
+
+def test_where_what_has_no_small_maker_ends(tmp_path: Path) -> None:
+    """By the documents of each format; a container that does not say may reach up to the end."""
+    size = 5 * GIB
+    known = {
+        "btrfs": raw_with((64 * KIB + 0x70, little(2 * size, 8)), (64 * KIB + 0xD1, little(size, 8))),
+        "exfat": raw_with((72, little(size // 512, 8)), (108, b"\x09")),
+        "iso9660": raw_with((32 * KIB + 80, little(size // 2048, 4)), (32 * KIB + 128, little(2048, 2))),
+        "lvm": raw_with((512, b"LABELONE"), (512 + 20, little(32, 4)), (512 + 32 + 32, little(size, 8))),
+        "squashfs": raw_with((40, little(size - 100, 8))),
+        "ext4": raw_with((1024 + 4, little(0x140000, 4)), (1024 + 24, little(2, 4))),
+    }
+    for kind, raw in known.items():
+        assert end(raw, kind) == size, kind
+    large = raw_with((1024 + 24, little(2, 4)), (1024 + 96, b"\x80"), (1024 + 0x150, little(1, 4)))
+    assert end(large, "ext4") == 1 << 44
+    for kind in ("luks", "bitlocker", "refs", "ext4", "xfs", "vfat", "ntfs", "swap", "btrfs"):
+        assert end(bytes(128 * KIB), kind) is None
+    assert "resize2fs" in shrink_hint("ext4") and "cannot be made smaller" in shrink_hint("xfs")
+    image = tmp_path / "swap"
+    image.write_bytes(bytes(MIB))
+    run([require_tool("mkswap"), str(image)])
+    assert end(image.read_bytes(), "swap") == MIB
+
+
 def test_a_journal_to_replay_is_told() -> None:
     """An ext4 that was not unmounted says so in its superblock."""
     raw = bytearray(4 * KIB)
@@ -87,3 +131,6 @@ def test_any_bytes_are_an_answer(raw: bytes) -> None:
     """INV-BOUNDED: whatever a guest wrote, the answer is a kind or None, the label short."""
     found = identified(raw)
     assert found is None or len(found.label) <= 256
+    for kind in (*MAKERS, "btrfs", "exfat", "swap", "lvm", "iso9660", "squashfs", "nothing"):
+        ends = end(raw, kind)
+        assert ends is None or ends > 0

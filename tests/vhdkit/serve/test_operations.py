@@ -240,7 +240,8 @@ def test_a_disk_grows_and_shrinks_under_a_writing_client(bench: Bench) -> None:
     wait_for(lambda: writer.rounds > 10)
     for size in (4 * SIZE, 2 * SIZE, 3 * SIZE):
         rounds = writer.rounds
-        assert bench.do("resize", export="a", size_bytes=size)["size_bytes"] == size
+        words: dict[str, object] = {} if size == 4 * SIZE else {"shrink": True, "under_clients": True}
+        assert bench.do("resize", export="a", size_bytes=size, **words)["size_bytes"] == size
         assert bench.running.client("a").size == size
         wait_for(lambda rounds=rounds: writer.rounds > rounds + 10)  # type: ignore[misc]
     model = writer.finish()
@@ -256,7 +257,7 @@ def test_what_cannot_be_resized_goes_on_as_it_was(bench: Bench, tmp_path_factory
     client = bench.running.client("a")
     assert not client.call(Command.WRITE, SIZE - PAGE_SIZE, PAGE_SIZE, payload=b"x" * PAGE_SIZE).error
     with pytest.raises(errors.InvalidArgument, match="would cut off data"):
-        bench.do("resize", export="a", size_bytes=SIZE // 2)
+        bench.do("resize", export="a", size_bytes=SIZE // 2, shrink=True, under_clients=True)
     assert not client.call(Command.WRITE, 0, PAGE_SIZE, payload=b"y" * PAGE_SIZE).error
     assert client.read(0, SIZE) == b"y" * PAGE_SIZE + bytes(SIZE - 2 * PAGE_SIZE) + b"x" * PAGE_SIZE
     for wrong in (None, "1G", True, -1):
@@ -268,6 +269,21 @@ def test_what_cannot_be_resized_goes_on_as_it_was(bench: Bench, tmp_path_factory
     folder = tmp_path_factory.mktemp("overlay")
     with bench_in(folder, overlay=True) as other, pytest.raises(errors.InvalidArgument, match="overlay"):
         other.do("resize", export="a", size_bytes=2 * SIZE)
+
+
+def test_shrinking_is_said_and_not_done_under_clients(bench: Bench) -> None:
+    """INV-SHRINK-KEEPS: a smaller size wants a word, and another one while a client is connected."""
+    bench.do("resize", export="a", size_bytes=2 * SIZE)
+    with pytest.raises(errors.InvalidArgument, match="less than"):
+        bench.do("resize", export="a", size_bytes=SIZE)
+    client = bench.running.client("a")
+    with pytest.raises(errors.ImageInUse, match="1 clients are connected"):
+        bench.do("resize", export="a", size_bytes=SIZE, shrink=True)
+    assert not client.call(Command.WRITE, 2 * SIZE - PAGE_SIZE, PAGE_SIZE, payload=b"z" * PAGE_SIZE).error
+    assert not client.call(Command.WRITE, 2 * SIZE - PAGE_SIZE, PAGE_SIZE, payload=bytes(PAGE_SIZE)).error
+    with pytest.raises(BadParams):
+        bench.do("resize", export="a", size_bytes=SIZE, shrink=1)
+    assert bench.do("resize", export="a", size_bytes=SIZE, shrink=True, under_clients=True)["size_bytes"] == SIZE
 
 
 def test_read_only_and_back(bench: Bench) -> None:
