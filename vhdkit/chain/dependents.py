@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.options import OpenOptions
-from vhdkit.chain.parents import NULL_ID, allowed_folders, candidates, recorded_parent_id, unique_id
-from vhdkit.folder import is_file_name, real_path, regular_files
+from vhdkit.chain.parents import NULL_ID, allowed_folders, names_lead_to, recorded_parent_id, unique_id
+from vhdkit.folder import real_path, regular_files
 from vhdkit.formats.vhd.metadata import Metadata, read_footers, read_metadata
 from vhdkit.store import FileStore
 
@@ -72,8 +72,7 @@ def _stands_on(child: Metadata, parent_id: bytes, raw_parent: str | None) -> boo
         return False
     if parent_id != NULL_ID:
         return True
-    names = candidates(child, (os.path.dirname(real_path(child.path)),))
-    return raw_parent is not None and any(is_file_name(one) and real_path(one) == raw_parent for one in names)
+    return raw_parent is not None and names_lead_to(child, raw_parent)
 
 
 def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.beneath import find_beneath
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.resolve import (
@@ -219,7 +220,10 @@ def _describe_parents(images: list[ImageInfo], options: OpenOptions) -> None:
         if len(images) >= MAX_CHAIN_DEPTH:
             problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers"
             raise errors.CorruptImage(CorruptReason.CHAIN_DEPTH, problem, path=child)
-        with FileStore.open(parent.path) as store:
+        found = find_beneath(parent.path, folders).store
+        if found is None:
+            raise errors.NotFound("went away while it was looked at", path=parent.path)
+        with found as store:
             if store.identity in seen:
                 problem = "the chain of parents leads back to itself"
                 raise errors.CorruptImage(CorruptReason.CHAIN_LOOP, problem, path=child)

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vhdkit import errors
+from vhdkit.beneath import Outcome, find_beneath
 from vhdkit.chain import pending
 from vhdkit.chain.options import OpenOptions
-from vhdkit.folder import find_ignoring_case, is_file_name, is_regular, is_within, real_path, regular_files
+from vhdkit.folder import is_file_name, real_path, regular_files
 from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.locator import ABSOLUTE, MAC, OLD_ABSOLUTE, OLD_RELATIVE, RELATIVE, Locator
@@ -38,8 +39,14 @@ class _Search:
 
     places: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, bytes]] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # where links in the folders lead
+    outside: list[str] = field(default_factory=list)  # where names in the child lead
     unreadable: list[errors.VhdkitError] = field(default_factory=list)
+
+    def note(self, place: str) -> None:
+        """A place inside the folders was looked at."""
+        if place not in self.places:
+            self.places.append(place)
 
 
 def parent_format(child: Metadata) -> FormatName:
@@ -48,9 +55,13 @@ def parent_format(child: Metadata) -> FormatName:
 
 
 def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
-    """The real folders parents may lie in: the leaf's own first."""
-    folders = [os.path.dirname(real_path(leaf_path)), *(real_path(folder) for folder in parent_dirs)]
-    return tuple(dict.fromkeys(folders))
+    """The folders parents may lie in: the leaf's own first, without links; then those that are called otherwise."""
+    here = os.path.dirname(real_path(leaf_path))
+    real = [here, *(real_path(folder) for folder in parent_dirs)]
+    called = [os.path.abspath(folder or os.curdir) for folder in (os.path.dirname(leaf_path), *parent_dirs)]
+    if real_path(called[0]) != here:  # the leaf was named by a link that lies elsewhere
+        called.pop(0)
+    return tuple(dict.fromkeys([*real, *called]))
 
 
 def recorded_parent_id(child: Metadata) -> bytes:
@@ -79,36 +90,32 @@ def find_parent(child: Metadata, folders: tuple[str, ...], options: OpenOptions)
 
 
 def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Search) -> FileStore | None:
-    """Open the candidate when it is the parent; else note why not."""
-    # Links are followed before anything else is looked at: outside the allowed folders nothing is listed or opened.
-    if not is_file_name(candidate) or not is_within(real_path(candidate), folders):
-        (search.refused if is_regular(candidate) else search.places).append(candidate)
-        return None
-    found = find_ignoring_case(candidate, folders)
-    if found is None:
-        search.places.append(candidate)
-        return None
-    real = real_path(found)
-    if not is_within(real, folders):
-        search.refused.append(real)
-        return None
-    search.places.append(found)
-    if not is_regular(real):
+    """Open the candidate when it is the parent; else note why not. Outside the folders nothing is looked at."""
+    if not is_file_name(candidate):
+        search.note(candidate)
         return None
     try:
-        store = FileStore.open(real, follow_links=False)
+        place = find_beneath(candidate, folders)
     except errors.VhdkitError as error:
+        search.note(candidate)
         search.unreadable.append(error)
         return None
+    if place.outcome is Outcome.OUTSIDE:
+        (search.outside if place.path == candidate else search.refused).append(place.path)
+        return None
+    if place.store is None:
+        search.note(candidate)
+        return None
+    search.note(place.path)
     try:
-        parent_id = unique_id(store)
+        parent_id = unique_id(place.store)
     except BaseException:
-        store.close()
+        place.store.close()
         raise
     if parent_id == recorded_parent_id(child):
-        return store
-    search.mismatched.append((found, parent_id))
-    store.close()
+        return place.store
+    search.mismatched.append((place.path, parent_id))
+    place.store.close()
     return None
 
 
@@ -138,13 +145,30 @@ def bare_names(child: Metadata) -> list[str]:
 def leads_to(child: Metadata, parent_path: str, folders: tuple[str, ...]) -> bool:
     """True when a locator of the child leads to this file by itself: others do not look for its bare name."""
     here, parent = os.path.dirname(real_path(child.path)), real_path(parent_path)
-    for text in (locator.text for locator in child.locators):
-        for path in _paths_of(text or "", here):
-            if is_file_name(path) and is_within(real_path(path), folders):
-                found = find_ignoring_case(path, folders)
-                if found is not None and real_path(found) == parent:
-                    return True
-    return False
+    paths = [path for locator in child.locators for path in _paths_of(locator.text or "", here)]
+    return any(_place_of(path, folders) == parent for path in paths)
+
+
+def names_lead_to(child: Metadata, parent_path: str) -> bool:
+    """True when any name that the child has for its parent leads to this file: all that one on a raw disk has."""
+    parent = real_path(parent_path)
+    folder = os.path.dirname(parent)
+    here = os.path.dirname(real_path(child.path))
+    return any(_place_of(one, (folder, here)) == parent for one in candidates(child, (here,)))
+
+
+def _place_of(path: str, folders: Sequence[str]) -> str | None:
+    """The regular file that a path leads to, all of the way beneath the folders."""
+    if not is_file_name(path):
+        return None
+    try:
+        place = find_beneath(path, folders)
+    except errors.VhdkitError:
+        return None
+    if place.store is None:
+        return None
+    place.store.close()
+    return place.path
 
 
 def _ordered_texts(child: Metadata) -> list[tuple[str, str]]:
@@ -177,8 +201,10 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
     names = [text for _, text in _ordered_texts(child)]
     name = names[0] if names else "(unnamed)"
     quoted = _shortened(name)
+    if not search.refused and not search.unreadable and not search.mismatched and _leads_out(child, search):
+        search.refused = search.outside
     if search.refused:
-        place = real_path(search.refused[0])
+        place = search.refused[0]
         return errors.ParentRefused(
             f"its parent {quoted} leads to {errors.printable(place)}, outside the image's folder",
             path=child.path,
@@ -195,6 +221,8 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
             found=f"id {format_id(found)}" if found != NULL_ID else "no id",
             hint=_repoint(child),
         )
+    if search.outside:
+        search.places.append(f"not {_shortened(search.outside[0])}, which lies outside these folders")
     places = ", ".join(_shortened(place) for place in search.places[:_MAX_PLACES_TOLD])
     if len(search.places) > _MAX_PLACES_TOLD:
         places += f" and {len(search.places) - _MAX_PLACES_TOLD} more"
@@ -204,6 +232,13 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
         path=child.path,
         hint=_repoint(child),
     )
+
+
+def _leads_out(child: Metadata, search: _Search) -> bool:
+    """True when the most telling of the child's names leads out of the allowed folders."""
+    here = os.path.dirname(real_path(child.path))
+    first = next((path for _, text in _ordered_texts(child) for path in _paths_of(text, here)), None)
+    return first is not None and first in search.outside
 
 
 def _shortened(text: str) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -342,38 +343,122 @@ def test_nothing_is_changed_or_held_on_error(tmp_path: Path) -> None:
         store.lock(writer=True)
 
 
-def _opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of all files opened and folders listed from now on."""
+def _looked_at(monkeypatch: pytest.MonkeyPatch, *, opened: bool = False) -> list[str]:
+    """The real names of all that is opened, listed or looked at from now on; with `opened` only what is opened."""
     seen: list[str] = []
-    real_open, real_listdir = os.open, os.listdir
+    real_open, real_readlink = os.open, os.readlink
 
-    def record_open(path: str, *rest: int, **options: int) -> int:
-        seen.append(os.fspath(path))
-        return real_open(path, *rest, **options)
+    def note(path: object, dir_fd: int | None) -> None:
+        if isinstance(path, int):
+            seen.append(real_readlink(f"/proc/self/fd/{path}"))
+        elif not os.fspath(path).startswith("/proc/self/"):  # type: ignore[call-overload]
+            folder = os.getcwd() if dir_fd is None else real_readlink(f"/proc/self/fd/{dir_fd}")
+            seen.append(os.path.join(folder, os.fspath(path)))  # type: ignore[call-overload]
 
-    def record_listdir(path: str = ".") -> list[str]:
-        seen.append(os.fspath(path))
-        return real_listdir(path)
+    def record_open(path: str, flags: int, *rest: int, dir_fd: int | None = None) -> int:
+        if not (opened and flags & os.O_PATH):
+            note(path, dir_fd)
+        return real_open(path, flags, *rest, dir_fd=dir_fd)
+
+    def recording(real: Callable[..., object]) -> Callable[..., object]:
+        def record(path: object = ".", *rest: object, dir_fd: int | None = None, **options: object) -> object:
+            note(path, dir_fd)
+            return real(path, *rest, **({} if dir_fd is None else {"dir_fd": dir_fd}), **options)
+
+        return record
 
     monkeypatch.setattr(os, "open", record_open)
-    monkeypatch.setattr(os, "listdir", record_listdir)
+    for name in () if opened else ("listdir", "scandir", "stat", "lstat", "readlink", "access"):
+        monkeypatch.setattr(os, name, recording(getattr(os, name)))
     return seen
 
 
 @pytest.mark.parametrize("text", ["..\\OUTSIDE\\Parent.vhd", "..\\outside\\parent.vhd", "..\\none\\parent.vhd"])
-def test_outside_the_folder_nothing_is_opened_or_listed(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["locator", "link", "absolute link", "folder link"])
+def test_outside_the_folder_nothing_is_looked_at(
+    tmp_path: Path, text: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-PARENT-ID: an image cannot make us look into folders it does not lie in, not even for another spelling."""
+    """INV-PARENT-ID: an image cannot make us look into folders it does not lie in: that may hang, or mount things."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
     parent().build().write(outside / "parent.vhd")
+    path = Path(text.replace("\\", "/"))
+    if way == "folder link":
+        (inside / "way").symlink_to(path.parent)
+        text = f".\\way\\{path.name}"
+    elif way != "locator":
+        (inside / "way.vhd").symlink_to(path if way == "link" else tmp_path / path.relative_to(".."))
+        text = ".\\way.vhd"
     leaf = no_names(locators={0: relative(text)}).build().write(inside / "child.avhd")
-    seen = _opened(monkeypatch)
-    with pytest.raises(errors.ParentError):
+    seen = _looked_at(monkeypatch)
+    with pytest.raises(errors.ParentRefused, match="--allow-parent-dir"):
         open_layers(leaf)
-    assert str(leaf) in seen and all(Path(one).is_relative_to(inside) for one in seen)
+    assert str(leaf) in seen
+    elsewhere = {str(tmp_path / name) for name in ("outside", "OUTSIDE", "none")}
+    assert [one for one in seen if any(os.path.normpath(one).startswith(there) for there in elsewhere)] == []
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute", "up and down", "as it was called"])
+def test_links_that_stay_inside_are_followed(tmp_path: Path, kind: str) -> None:
+    """A link to a parent in an allowed folder works, also where that folder is reached through a link itself."""
+    inside, bases = tmp_path / "inside", tmp_path / "bases"
+    (inside / "sub").mkdir(parents=True)
+    bases.mkdir()
+    (tmp_path / "called").symlink_to(bases)
+    parent().build().write(bases / "real.vhd")
+    target = {
+        "relative": "../bases/real.vhd",
+        "absolute": str(bases / "real.vhd"),
+        "up and down": "sub/../../bases/real.vhd",
+        "as it was called": str(tmp_path / "called/real.vhd"),
+    }[kind]
+    (inside / "parent.vhd").symlink_to(target)
+    leaf = child().build().write(inside / "child.avhd")
+    assert first_sector(leaf, parent_dirs=(str(tmp_path / "called"),)) == TEXT
+    layers = open_layers(leaf, options=OpenOptions(parent_dirs=(str(tmp_path / "called"),)))
+    assert layers[1].store.name == str(bases / "real.vhd")
+    for layer in layers:
+        layer.close()
+
+
+def test_a_folder_that_becomes_a_link_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swapping a folder for a link at any moment of the search never makes a file outside the parent."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    (inside / "sub").mkdir(parents=True)
+    outside.mkdir()
+    parent().build().write(inside / "sub/parent.vhd")
+    parent().build().write(outside / "parent.vhd")
+    leaf = no_names(locators={0: relative(".\\sub\\parent.vhd")}).build().write(inside / "child.avhd")
+    wanted, real_open = (outside / "parent.vhd").stat().st_ino, os.open
+    outcomes: set[type] = set()
+    for moment in range(100):
+        calls = 0
+
+        def swapping(path: str, flags: int, *rest: int, moment: int = moment, dir_fd: int | None = None) -> int:
+            nonlocal calls
+            if calls == moment:
+                (inside / "sub").rename(inside / "away")
+                (inside / "sub").symlink_to(outside)
+            calls += 1
+            return real_open(path, flags, *rest, dir_fd=dir_fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", swapping)
+            try:
+                layers = open_layers(leaf, options=OpenOptions(lock=False))
+            except errors.ParentError as error:
+                outcomes.add(type(error))
+            else:
+                outcomes.add(FileStore)
+                assert os.fstat(layers[1].store.fileno()).st_ino != wanted  # type: ignore[attr-defined]
+                for layer in layers:
+                    layer.close()
+        if calls <= moment:
+            break
+        (inside / "sub").unlink()
+        (inside / "away").rename(inside / "sub")
+    assert outcomes == {errors.ParentRefused, FileStore}, "the folder was swapped before and after it was looked at"
 
 
 def test_a_link_found_by_ignoring_case_may_not_leave_either(tmp_path: Path) -> None:
@@ -394,7 +479,7 @@ def test_a_pipe_with_the_parents_name_is_not_even_opened(tmp_path: Path, monkeyp
     """Opening a pipe or a device can have effects of its own, so its kind is looked at first."""
     leaf = child().build().write(tmp_path / "child.avhd")
     os.mkfifo(tmp_path / "parent.vhd")
-    seen = _opened(monkeypatch)
+    seen = _looked_at(monkeypatch, opened=True)
     with pytest.raises(errors.ParentMissing):
         open_layers(leaf)
     assert str(tmp_path / "parent.vhd") not in seen

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening regular files by names that nobody vouches for.
+
+Decides how a name out of an image or a record is followed: component by component through descriptors of folders, so
+that nothing outside the allowed folders is looked at, listed or opened, whatever is renamed or turned into a link
+meanwhile; and nothing but a regular file is ever opened (a device or a pipe may act on that alone). Must not know
+where names come from.
+
+A link is followed when what it says lies beneath an allowed folder, which may itself be reached through links.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vhdkit import errors
+from vhdkit.store import FileStore, translate
+
+_MAX_LINKS = 40  # as the kernel has it
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+class Outcome(StrEnum):
+    """What came of following a name."""
+
+    FOUND = "found"
+    MISSING = "missing"
+    OUTSIDE = "outside"  # it leads out of the allowed folders; nothing was looked at there
+    SPECIAL = "special"  # a folder, device, pipe or socket
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a name led: `path` is the place without any link, as far as it was followed."""
+
+    outcome: Outcome
+    path: str
+    store: FileStore | None = None
+
+
+def open_regular(path: str) -> FileStore:
+    """Open a regular file for reading, links followed.
+
+    Raises NotFound, AccessDenied, IoFailed, and InvalidArgument for anything else, which is not opened at all.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return _opened(fd, path, None)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise translate(error, path, "open") from error
+    except ValueError as error:
+        raise errors.InvalidArgument("is no file name: it holds a zero byte", path=path) from error
+
+
+def find_beneath(path: str, folders: Sequence[str]) -> Place:
+    """Follow the absolute `path`, ignoring upper and lower case where it is not there as it is spelled.
+
+    `folders` are the allowed ones, absolute. A store that is returned is the caller's to close.
+    Raises AccessDenied, IoFailed and the like for what lies inside and cannot be opened.
+    """
+    links = 0
+    path = os.path.normpath(path)
+    while True:
+        root = _root_of(path, folders)
+        if root is None:
+            return Place(Outcome.OUTSIDE, path)
+        walk = _Walk(root)
+        try:
+            walk.start()
+            further = walk.follow(os.path.relpath(path, root).split(os.sep), _MAX_LINKS - links)
+            if isinstance(further, Place):
+                return further
+            path, links = further, links + walk.links
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return Place(Outcome.MISSING, walk.place)
+            raise translate(error, walk.place, "open") from error
+        finally:
+            walk.close()
+
+
+def _root_of(path: str, folders: Sequence[str]) -> str | None:
+    """The innermost of the folders that `path`, which is not followed, lies beneath."""
+    over = [folder for folder in folders if path.startswith(folder.rstrip(os.sep) + os.sep)]
+    return max(over, key=len, default=None)
+
+
+class _Walk:
+    """Descriptors of the folders from an allowed one down to where a name has led so far."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._real_root = root
+        self._folders: list[int] = []
+        self._names: list[str] = []
+        self.links = 0
+
+    @property
+    def place(self) -> str:
+        """Where it has led."""
+        return os.path.join(self._real_root, *self._names)
+
+    def start(self) -> None:
+        """Open the allowed folder, through links."""
+        self._folders.append(os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        self._real_root = os.path.realpath(self._root)
+
+    def follow(self, names: Sequence[str], links_left: int) -> Place | str:
+        """Where the names lead, or the absolute path that a link among them stands for. Raises OSError."""
+        todo = [name for name in reversed(names) if name not in ("", os.curdir)]
+        while todo:
+            name = todo.pop()
+            if name == os.pardir:
+                if not self._names:
+                    return os.path.normpath(os.path.join(self._real_root, os.pardir, *reversed(todo)))
+                os.close(self._folders.pop())
+                self._names.pop()
+                continue
+            fd = self._look(name)
+            try:
+                mode = os.fstat(fd).st_mode
+                if stat.S_ISLNK(mode):
+                    self.links += 1
+                    if self.links > links_left:
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                    text = os.readlink("", dir_fd=fd)
+                    self._names.pop()
+                    if os.path.isabs(text):
+                        return os.path.normpath(os.path.join(text, *reversed(todo)))
+                    todo += [one for one in reversed(text.split(os.sep)) if one not in ("", os.curdir)]
+                elif stat.S_ISDIR(mode):
+                    self._folders.append(fd)
+                    fd = -1
+                elif todo:
+                    raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                elif not stat.S_ISREG(mode):
+                    return Place(Outcome.SPECIAL, self.place)
+                else:
+                    return Place(Outcome.FOUND, self.place, _opened(fd, self.place, self._folders[-1]))
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        return Place(Outcome.SPECIAL, self.place)
+
+    def _look(self, name: str) -> int:
+        """A descriptor of the name, which is noted as the next one; another spelling serves where it is not there."""
+        folder = self._folders[-1]
+        self._names.append(name)
+        try:
+            return os.open(name, _LOOK, dir_fd=folder)
+        except FileNotFoundError:
+            spellings = sorted(one for one in _listed(folder) if one.casefold() == name.casefold())
+            if not spellings:
+                raise
+            self._names[-1] = spellings[0]
+            return os.open(spellings[0], _LOOK, dir_fd=folder)
+
+    def close(self) -> None:
+        """Let go of every folder."""
+        for fd in self._folders:
+            os.close(fd)
+        self._folders.clear()
+
+
+def _listed(folder: int) -> list[str]:
+    """The names in a folder; none where they cannot be read."""
+    try:
+        fd = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    except PermissionError:
+        return []
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
+def _opened(looked: int, path: str, folder: int | None) -> FileStore:
+    """The very file that `looked` leads to, which must be a regular one, open for reading."""
+    status = os.fstat(looked)
+    if not stat.S_ISREG(status.st_mode):
+        raise errors.InvalidArgument("is no regular file", path=path)
+    try:
+        fd = os.open(f"/proc/self/fd/{looked}", _READ)
+    except FileNotFoundError:  # no /proc here: by its name, which may have become another file's
+        fd = os.open(path if folder is None else os.path.basename(path), _READ | os.O_NOFOLLOW, dir_fd=folder)
+        opened = os.fstat(fd)
+        if (opened.st_dev, opened.st_ino) != (status.st_dev, status.st_ino):
+            os.close(fd)
+            raise
+    return FileStore(fd, path, writable=False)
