@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmm import paths
@@ -99,8 +99,12 @@ def changing(name: str) -> Iterator[Machine]:
         yield load(name)
 
 
-def add(spec: MachineSpec, *, folder: str | None = None) -> Machine:
+def add(
+    spec: MachineSpec, *, folder: str | None = None, fill: Callable[[MachinePaths], None] = lambda machine: None
+) -> Machine:
     """Add a machine; its folder is made in `folder`, by default the host's for machines. It appears whole.
+
+    `fill` puts further files into the folder before anybody sees it.
 
     Raises AlreadyExists for a name that is taken, InUse for an image of another machine's, NoSpace, AccessDenied.
     """
@@ -122,6 +126,7 @@ def add(spec: MachineSpec, *, folder: str | None = None) -> Machine:
             try:
                 os.mkdir(MachinePaths(part).logs, 0o700)
                 paths.write_whole(MachinePaths(part).definition, spec.to_json())
+                fill(MachinePaths(part))
                 os.rename(part, target)
                 if target != entry:
                     os.symlink(target, entry)

@@ -8,7 +8,9 @@ from dataclasses import asdict
 import click
 
 from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
-from vmm.transfer import Transfer, export, import_machine
+from vmm.foreign import ALLOWANCES, Consent
+from vmm.importing import import_machine
+from vmm.transfer import Transfer, export
 
 
 def told(done: Transfer, words: str, *, as_json: bool, quiet: bool) -> None:
@@ -37,16 +39,54 @@ def export_command(machine: str, folder: str, snapshot: str | None, flat: bool, 
     told(done, f"{machine} is in {done.folder}", as_json=as_json, quiet=quiet)
 
 
-@click.command("import", epilog=epilog("vmm import /mnt/usb/web", "vmm import /srv/web --register"))
+@click.command(
+    "import",
+    epilog=epilog(
+        "vmm import /mnt/usb/web",
+        "vmm import /srv/web --register",
+        "vmm import /mnt/usb/web --switch lan=office --map /isos/tools.iso=/srv/tools.iso",
+    ),
+)
 @click.argument("folder", type=click.Path())
 @click.option("--name", help="What to call the machine; by default as it was called.")
 @click.option("--register", is_flag=True, help="Use the files where they lie, and the old id, instead of a copy.")
+@click.option("--map", "paths", metavar="OLD=NEW", multiple=True,
+              help="Where the machine has OLD, a file, device or folder outside of FOLDER, use NEW; an empty NEW"
+                   " leaves it out. Repeatable.")  # fmt: skip
+@click.option("--switch", "switches", metavar="OLD=NEW", multiple=True,
+              help="Plug what was in the switch OLD into NEW, '-' for none. Repeatable.")  # fmt: skip
+@click.option("--allow", type=click.Choice(list(ALLOWANCES)), multiple=True,
+              help="Let the machine have this setting. Repeatable.")  # fmt: skip
 @output_options
-def import_command(folder: str, name: str | None, register: bool, as_json: bool, quiet: bool) -> None:
+def import_command(
+    folder: str,
+    name: str | None,
+    register: bool,
+    paths: tuple[str, ...],
+    switches: tuple[str, ...],
+    allow: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Make a machine out of FOLDER, which `vmm export` wrote. Every file is checked before anything is changed.
 
-    A copy has an id of its own, so it can be there more than once, and beside the original.
+    A copy has an id of its own, so it can be there more than once, and beside the original. FOLDER may come from a
+    stranger: a machine that would reach outside of it is refused, and each thing is listed with the option that allows
+    it. What was allowed is printed before the machine is made.
     """
+    consent = Consent(dict(_pair(word, "--map") for word in paths),
+                      dict(_pair(word, "--switch") for word in switches), frozenset(allow))  # fmt: skip
     with progress_line(shown=not quiet and not as_json) as progress:
-        done = import_machine(folder, name=name, register=register, progress=progress)
+        done = import_machine(
+            folder, name=name, register=register, consent=consent, progress=progress,
+            announce=lambda words: None if quiet or as_json else print_line(f"allowed: {words}"),
+        )  # fmt: skip
     told(done, f"{done.name} is there", as_json=as_json, quiet=quiet)
+
+
+def _pair(word: str, option: str) -> tuple[str, str]:
+    """OLD=NEW; a stranger's OLD may hold any number of "="."""
+    old, sign, new = word.rpartition("=")
+    if not sign or not old:
+        raise click.BadParameter(f"{word!r} is not OLD=NEW", param_hint=option)
+    return old, new

@@ -234,21 +234,30 @@ def share_file(source: str, target: str) -> None:
 
 def copy_file(source: str, target: str) -> None:
     """A copy on the device; space is shared where the file system can, holes stay holes. Raises OSError."""
-    with open(source, "rb") as reading, open(target, "xb") as writing:
-        os.fchmod(writing.fileno(), 0o600)
-        size = os.fstat(reading.fileno()).st_size
-        os.truncate(writing.fileno(), size)
+    with open(source, "rb") as reading:
+        copy_open(reading.fileno(), target)
+
+
+def copy_open(reading: int, target: str) -> None:
+    """The same of a file that is open. The copy is ours alone, whatever the umask is. Raises OSError."""
+    writing = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(reading).st_size
+        os.truncate(writing, size)
         position = 0
         while position < size:
             try:
-                start = os.lseek(reading.fileno(), position, os.SEEK_DATA)
+                start = os.lseek(reading, position, os.SEEK_DATA)
             except OSError as error:
                 if error.errno == errno.ENXIO:
                     break  # a hole up to the end
                 raise
-            position = os.lseek(reading.fileno(), start, os.SEEK_HOLE)
-            _copy_range(reading.fileno(), writing.fileno(), start, position)
-        os.fsync(writing.fileno())
+            end = min(size, os.lseek(reading, start, os.SEEK_HOLE))
+            _copy_range(reading, writing, start, end)
+            position = end
+        os.fsync(writing)
+    finally:
+        os.close(writing)
 
 
 def _copy_range(reading: int, writing: int, start: int, end: int) -> None:

@@ -123,6 +123,24 @@ def test_wrong_words(web: Machines, words: tuple[str, ...], code: int, said: str
     assert said in output and web.images() == before
 
 
+def test_import_of_a_strangers_machine(web: Machines) -> None:
+    """What would reach outside of the folder is listed with its option; what was allowed is printed before the end."""
+    out = web.folder / "out"
+    vmm("export", "web", str(out))
+    manifest = json.loads((out / "vmm-export.json").read_text())
+    manifest["definition"] |= {"kernel": "/boot/a=b", "automatic": {"start": "always"}}
+    (out / "vmm-export.json").write_text(json.dumps(manifest))
+    said = vmm("import", str(out), "--name", "copy", code=6)
+    assert "the kernel /boot/a=b [--map /boot/a=b=NEW]" in said and "[--allow autostart]" in said
+    vmm("import", str(out), "--map", "x", code=2)
+    vmm("import", str(out), "--allow", "everything", code=2)
+    words = ("import", str(out), "--name", "copy", "--map", "/boot/a=b=", "--allow", "autostart")
+    lines = vmm(*words).splitlines()
+    assert lines[0] == "allowed: goes without the kernel /boot/a=b"
+    assert lines[1].startswith("allowed: the machine starts") and lines[2].startswith("copy is there")
+    assert len(vmm_json(*words[:3], "again", *words[4:])["granted"]) == 2
+
+
 def test_export_and_import(web: Machines) -> None:
     """There and back, and what came of it is said."""
     out = web.folder / "out"
