@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         ParentMissing,
         ParentRefused,
         ReadOnly,
+        Replaced,
         SyncFailed,
         UnsupportedFormat,
         VhdkitError,
@@ -99,6 +100,7 @@ __all__ = [
     "Progress",
     "ReadOnly",
     "Repair",
+    "Replaced",
     "ResizeResult",
     "Severity",
     "SyncFailed",
@@ -148,7 +150,7 @@ _HOMES = {
     "vhdkit.errors": (
         "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason HasChildren ImageInUse "
         "InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
-        "ParentRefused ReadOnly SyncFailed UnsupportedFormat VhdkitError"
+        "ParentRefused ReadOnly Replaced SyncFailed UnsupportedFormat VhdkitError"
     ),
     "vhdkit.finding": "Finding Severity",
     "vhdkit.formats.probe": "FormatName",

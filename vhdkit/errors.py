@@ -204,6 +204,10 @@ class ImageInUse(VhdkitError):
     exit_code = 5
 
 
+class Replaced(ImageInUse):
+    """The name of an open image leads to another file, or to none, by now."""
+
+
 class AddressInUse(VhdkitError):
     """Another program listens on the socket's path or port."""
 

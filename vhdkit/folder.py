@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 from vhdkit import errors
-from vhdkit.store import FileStore, translated
+from vhdkit.store import FileStore, opened_again, translated
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
@@ -41,7 +41,14 @@ def _part_name() -> str:
 
 
 class _UnnamedStore(FileStore):
-    """A file nobody can find (yet): its parts need no order among themselves, so only a commit syncs."""
+    """A file nobody can find (yet): its parts need no order among themselves, so only a commit syncs.
+
+    It is spoken of by the name that it will have, and lies under another meanwhile.
+    """
+
+    def __init__(self, fd: int, path: str, place: str) -> None:
+        super().__init__(fd, path, writable=True)
+        self._place = place
 
     def sync(self) -> None:
         """Nothing: see `NewFile.commit`."""
@@ -54,26 +61,45 @@ class NewFile:
     commit (an error, Ctrl-C) removes them, so a half-written file is never seen under `path`.
     With `like` it gets the mode and, where allowed, the owner of that file.
     Raises AlreadyExists when `path` is there and `replace` is false, NotFound when its folder is not.
+    With `replace` it takes the place of `old`, which the caller holds, and of no other file: a commit raises
+    `Replaced` or AlreadyExists when another has come there meanwhile. With `whatever` it replaces any.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False, like: FileStore | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        old: FileStore | None = None,
+        whatever: bool = False,
+        like: FileStore | None = None,
+    ) -> None:
         self.path = os.fspath(path)
-        self._replace = replace
+        self._replace, self._old, self._whatever = replace or whatever, old, whatever
         self._directory = os.path.dirname(self.path) or os.curdir
         replaced = self._checked()
-        # The name stays within the 255 bytes a file name may have.
+        self.store = opened_again(self._begun)
+        self._live = True
+        if like is not None:
+            _take_over(self.store.fileno(), os.fstat(like.fileno()))
+        elif replaced is not None:
+            _take_over(self.store.fileno(), replaced)
+
+    def _begun(self) -> FileStore:
+        """A file under a temporary name, which stays within the 255 bytes that a name may have."""
         self._temporary = os.path.join(self._directory, _part_name())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path, "create"):
             fd = os.open(self._temporary, flags, 0o666)
-        self.store = _UnnamedStore(fd, self.path, writable=True)
-        with contextlib.suppress(errors.VhdkitError):  # a file system without locks: nobody can tell then
-            self.store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
-        self._live = True
-        if like is not None:
-            _take_over(fd, os.fstat(like.fileno()))
-        elif replaced is not None:
-            _take_over(fd, replaced)
+        store = _UnnamedStore(fd, self.path, self._temporary)
+        try:
+            store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
+        except errors.Replaced:  # whoever clears such files away was quicker than the lock
+            store.close()
+            raise
+        except errors.VhdkitError:  # a file system without locks: nobody can tell then
+            pass
+        return store
 
     @classmethod
     def check(cls, path: str | os.PathLike[str]) -> None:
@@ -125,13 +151,16 @@ class NewFile:
             sync_directory(self._directory)
 
     def _give_name(self) -> None:
-        self.store.unlock()
-        if self._replace:
+        """Locked until it has its name: nobody clears it away before."""
+        if self._old is not None:
+            self._old.require_name()
+        if self._whatever or self._old is not None:
             with translated(self.path, "rename the finished file"):
                 os.rename(self._temporary, self.path)
         else:
             self._link_exclusively()
         self._live = False
+        self.store.unlock()
 
     def _link_exclusively(self) -> None:
         """Rename without ever overwriting a file that came meanwhile."""
@@ -209,7 +238,7 @@ def scratch_store(directory: str | None) -> FileStore:
             name = os.path.join(directory, _part_name())
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.unlink(name)
-    return _UnnamedStore(fd, os.path.join(directory, "(temporary file)"), writable=True)
+    return _UnnamedStore(fd, os.path.join(directory, "(temporary file)"), f"/proc/self/fd/{fd}")
 
 
 def sync_directory(directory: str) -> None:
@@ -387,7 +416,7 @@ def write_whole(path: str, raw: bytes) -> None:
 
     Raises AccessDenied, NoSpace, IoFailed.
     """
-    with NewFile(path, replace=True) as new:
+    with NewFile(path, whatever=True) as new:
         new.store.pwrite(0, raw)
         new.commit()
 

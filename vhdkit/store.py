@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes at offsets: with `transfer` (from file to file) and `folder` (names) the only file I/O in vhdkit.
 
-Decides how bytes reach the operating system (`pread`, `pwrite`, `fdatasync`, hole punching, sparse runs), and which
-locks keep other programs away. Must not know what the bytes mean. There is no shared position: every call names its
-offset.
+Decides how bytes reach the operating system (`pread`, `pwrite`, `fdatasync`, hole punching, sparse runs), and that a
+file is held only while its name leads to it. Must not know what the bytes mean. There is no shared position: every
+call names its offset. Which locks keep other programs away is the decision of `locks`.
 
-Locks are those of QEMU's file driver: open-file-description locks, shared, on single bytes. A byte 100+i
-locked says "I use permission i", a byte 200+i says "I do not let others use permission i"; permission 0 is
-consistent read, 1 write, 3 resize. So `qemu-img` and vhdkit keep each other out with their own messages.
+`INV-NAME-HELD`: a lock is given only on the file that its name leads to *after* it was locked, and nothing is stacked
+on a name, moved or removed by it, unless it still leads to the file that is open.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import stat
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self, TypeAlias, TypeVar
 
-from vhdkit import errors
+from vhdkit import errors, locks
 from vhdkit.transfer import Transfer
 from vhdkit.units import MIB, SECTOR_SIZE, round_up
 
@@ -31,12 +28,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
-_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
-_HELD_BY_READER = (100, 201, 203)
-_HELD_BY_WRITER = (100, 101, 103, 201, 203)
-_REFUSED_TO_READER = (101, 103)
-_REFUSED_TO_WRITER = (101, 103, 201, 203)
+_OPENINGS = 20  # of a name that leads to another file each time
 _ZEROS = bytes(MIB)
 _CLOSERS = 8  # files closed at once
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -182,6 +174,7 @@ class FileStore:
         """Take over `fd`. Use `FileStore.open` or `NewFile` instead."""
         self._fd = fd
         self._path = path
+        self._place = path  # where it lies, for now
         self._no_wait = os.RWF_NOWAIT
         self._transfer: Transfer | None = None
         self.writable = writable
@@ -211,6 +204,26 @@ class FileStore:
             what = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
             raise errors.InvalidArgument(f"is {what}, not a disk image", path=name)
         return cls(fd, name, writable=writable)
+
+    @classmethod
+    def open_held(
+        cls, path: str | os.PathLike[str], *, writable: bool = False, writer: bool = True, follow_links: bool = True
+    ) -> FileStore:
+        """Open the file and hold it, as a writer unless told otherwise; another file's if it is replaced meanwhile.
+
+        What is read from it afterwards is what the lock protects. Raises what `open` and `lock` raise.
+        """
+
+        def once() -> FileStore:
+            store = cls.open(path, writable=writable, follow_links=follow_links)
+            try:
+                store.lock(writer=writer)
+            except BaseException:
+                store.close()
+                raise
+            return store
+
+        return opened_again(once)
 
     @property
     def name(self) -> str:
@@ -388,84 +401,74 @@ class FileStore:
                 return offset_bytes if whence == os.SEEK_DATA else end
             raise self._failed(error, "look for holes", offset_bytes) from error
 
-    def lock(self, *, writer: bool) -> None:
-        """Hold the file as a reader or a writer until it is closed. Raises ImageInUse when another does.
+    # -- the name and the locks ---------------------------------------------------------------------------------
 
-        Calling again changes the role. Source: the permission bytes of QEMU's file driver.
+    def still_named(self) -> bool:
+        """True while the name that the file was opened by leads to it. Raises AccessDenied, IoFailed."""
+        with translated(self._path, "look whether the name still leads to this file"):
+            try:
+                found = os.stat(self._place)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return (found.st_dev, found.st_ino) == identity_of(self._fd)
+
+    def require_name(self) -> None:
+        """Raise `Replaced` unless the name still leads to this file.
+
+        Called with the lock held, before anything is stacked on the name or is done to it.
         """
-        # Lock first, look afterwards: of two that start together at least one sees the other.
-        held = _HELD_BY_WRITER if writer else _HELD_BY_READER
-        for byte in held:
-            self._set_lock(fcntl.F_RDLCK, byte)
-        refused = self._refused(_REFUSED_TO_WRITER if writer else _REFUSED_TO_READER)
-        if refused is not None:
+        if not self.still_named():
+            raise errors.Replaced(
+                "was moved, removed or replaced by another file while it was open",
+                path=self._path,
+                hint="put the file back under this name, or close it everywhere and look which of the two is right",
+            )
+
+    def lock(self, *, writer: bool) -> None:
+        """Hold the file as a reader or a writer until it is closed; calling again changes the role.
+
+        Raises ImageInUse when another holds it, and `Replaced`, unlocked, when it had no name, or another's, by then:
+        what would be written to it would be lost. `open_held` tries again then.
+        """
+        with translated(self._path, "lock"):
+            locks.hold(self._fd, self._path, writer=writer)
+        try:
+            self.require_name()
+        except BaseException:
             self.unlock()
-            raise self._in_use(refused)
-        for byte in set(_HELD_BY_WRITER) - set(held):
-            self._set_lock(fcntl.F_UNLCK, byte)
-
-    def _refused(self, bytes_: Sequence[int]) -> int | None:
-        """The first of these bytes that another has locked."""
-        for byte in bytes_:
-            request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            with translated(self._path, "look at the locks"):
-                answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, request)
-            if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-                return byte
-        return None
-
-    def _in_use(self, byte: int) -> errors.ImageInUse:
-        doing = "writing to" if byte in _REFUSED_TO_READER else "using"
-        return errors.ImageInUse(
-            f"another program is {doing} this image",
-            path=self._path,
-            hint="close it there first (`info`, `chain` and `dump` work meanwhile)",
-        )
+            raise
 
     def become_writer(self) -> None:
-        """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, who stays a reader."""
-        more = set(_HELD_BY_WRITER) - set(_HELD_BY_READER)
-        for byte in more:
-            self._set_lock(fcntl.F_RDLCK, byte)
-        refused = self._refused(_REFUSED_TO_WRITER)
-        if refused is not None:
-            for byte in more:
-                self._set_lock(fcntl.F_UNLCK, byte)
-            raise self._in_use(refused)
+        """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, and `Replaced`; who
+        called stays a reader then.
+        """
+        with translated(self._path, "lock"):
+            locks.become_writer(self._fd, self._path)
+        try:
+            self.require_name()
+        except BaseException:
+            self.become_reader()
+            raise
 
     def inherit_lock(self, holder: FileStore) -> None:
         """Have the writer's locks that `holder`, another opening of the file, has; it may be closed then."""
         assert self.identity == holder.identity
-        for byte in _HELD_BY_WRITER:
-            self._set_lock(fcntl.F_RDLCK, byte)
+        with translated(self._path, "lock"):
+            locks.inherit(self._fd, self._path)
 
     def become_reader(self) -> None:
         """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""
-        for byte in set(_HELD_BY_WRITER) - set(_HELD_BY_READER):
-            self._set_lock(fcntl.F_UNLCK, byte)
+        with translated(self._path, "lock"):
+            locks.become_reader(self._fd, self._path)
 
     def unlock(self) -> None:
         """Give up every lock of this store."""
-        for byte in _HELD_BY_WRITER:
-            self._set_lock(fcntl.F_UNLCK, byte)
+        with translated(self._path, "unlock"):
+            locks.release(self._fd, self._path)
 
     def in_use(self) -> bool:
         """True when another program, or another open disk of this one, holds the file for writing."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _REFUSED_TO_READER[0], 1, 0)
-        try:
-            answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, request)
-        except OSError:
-            return False
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
-
-    def _set_lock(self, kind: int, byte: int) -> None:
-        request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
-        try:
-            fcntl.fcntl(self._fd, _F_OFD_SETLK, request)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise errors.ImageInUse("another program holds this image exclusively", path=self._path) from error
-            raise self._failed(error, "lock", byte) from error
+        return locks.is_written(self._fd)
 
     def close(self) -> None:
         """See `Store.close`."""
@@ -486,6 +489,22 @@ class FileStore:
         failure.offset_bytes = offset_bytes
         failure.structure = "file"
         return failure
+
+
+_T = TypeVar("_T")
+
+
+def opened_again(once: Callable[[], _T]) -> _T:
+    """What `once` opens; from the beginning when files were replaced under it, but not for ever.
+
+    Raises what it raises: `Replaced` only where the name led to another file each time.
+    """
+    for _ in range(_OPENINGS - 1):
+        try:
+            return once()
+        except errors.Replaced:
+            continue
+    return once()
 
 
 def close_all(stores: Iterable[Store]) -> None:

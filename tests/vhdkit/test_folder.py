@@ -96,11 +96,11 @@ def test_replacing_keeps_the_old_file_until_the_commit(tmp_path: Path) -> None:
     """With `replace` the old content stays readable until the new one is whole; an error keeps it."""
     path = tmp_path / "there.vhd"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), NewFile(path, replace=True) as new:
+    with pytest.raises(RuntimeError), NewFile(path, whatever=True) as new:
         new.store.pwrite(0, b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old"
-    with NewFile(path, replace=True) as new:
+    with NewFile(path, whatever=True) as new:
         new.store.pwrite(0, b"new")
         assert path.read_bytes() == b"old"
         new.commit()
@@ -124,7 +124,7 @@ def test_a_link_is_never_written_through(replace: bool, tmp_path: Path) -> None:
 def test_a_device_is_not_replaced() -> None:
     """`--force` onto a device would put a file in its place."""
     with pytest.raises(errors.InvalidArgument, match="no regular file"):
-        NewFile("/dev/null", replace=True)
+        NewFile("/dev/null", whatever=True)
     with pytest.raises(errors.AlreadyExists):
         NewFile("/dev/null")
 
@@ -149,7 +149,7 @@ def test_impossible_names_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(kind), NewFile(name, replace=True) as new:
+    with pytest.raises(kind), NewFile(name, whatever=True) as new:
         new.commit()
     assert {one.name for one in tmp_path.iterdir()} == {"folder", "file"}
 

@@ -18,7 +18,7 @@ from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.raw import examine_raw
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, opened_again
 
 
 def check(
@@ -30,8 +30,10 @@ def check(
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
     with the images is a finding. Nothing is changed.
     """
-    options = options or OpenOptions()
-    leaf_path = os.fspath(path)
+    return opened_again(lambda: _checked(os.fspath(path), options or OpenOptions(), progress))
+
+
+def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) -> list[Finding]:
     folders = allowed_folders(leaf_path, options.parent_dirs)
     findings: list[Finding] = []
     examined_bytes = 0

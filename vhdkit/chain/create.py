@@ -23,7 +23,7 @@ from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.geometry import azure_size
 from vhdkit.image import Layer
-from vhdkit.store import FileStore, Store
+from vhdkit.store import FileStore, Store, opened_again
 from vhdkit.units import SECTOR_SIZE
 
 _MAX_RAW_BYTES = 1 << 62
@@ -60,29 +60,49 @@ def create_image(
         raise errors.InvalidArgument("only fixed and raw images can be preallocated")
     check_new_size(size_bytes, disk_format)
     create.check_block_size(block_size_bytes)
-    with replacing(os.fspath(path), replace=replace), NewFile(path, replace=replace) as new:
+    held = replacing(os.fspath(path), replace=replace)
+    with held as old, NewFile(path, replace=replace, old=old) as new:
         write_empty(new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate)
         new.commit()
     return size_bytes
 
 
 @contextlib.contextmanager
-def replacing(path: str, layers: Sequence[Layer] = (), *, replace: bool) -> Iterator[None]:
+def replacing(path: str, layers: Sequence[Layer] = (), *, replace: bool) -> Iterator[FileStore | None]:
     """Hold the file that is to be replaced until it is, so that nobody opens it meanwhile and loses what he writes.
+
+    Yields it for `NewFile`, which replaces this file and no other; None where there is none.
 
     A file of the chain `layers`, an image in use, or one that other images stand on is not replaced: raises
     InvalidArgument, ImageInUse, HasChildren. Without `replace`, or where there is no file yet, this does nothing.
     """
     if not (replace and is_regular(path)):
-        yield
+        yield None
         return
-    with FileStore.open(path) as store:
-        files = [pending.file_of(layer.store) for layer in layers]
-        if any(file is not None and file.identity == store.identity for file in files):
-            raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
-        store.lock(writer=True)
-        refuse_with_children(store, OpenOptions(), "replacing it would destroy that image")
-        yield
+
+    def held() -> FileStore:
+        store = FileStore.open(path)
+        try:
+            files = [pending.file_of(layer.store) for layer in layers]
+            if any(file is not None and file.identity == store.identity for file in files):
+                raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
+            store.lock(writer=True)
+            refuse_with_children(store, OpenOptions(), "replacing it would destroy that image")
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    with opened_again(held) as store:
+        yield store
+
+
+def require_names(layers: Sequence[Layer]) -> None:
+    """Raise `Replaced` unless the names of these layers still lead to the files that are open (`INV-NAME-HELD`)."""
+    for layer in layers:
+        file = pending.file_of(layer.store)
+        if file is not None:
+            file.require_name()
 
 
 def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
@@ -133,8 +153,10 @@ def create_child(
     layers = open_layers(parent_path, options=options)
     try:
         size = child_size(child, layers[0], size_bytes)
-        with replacing(child, layers, replace=replace), NewFile(child, replace=replace) as new:
+        held = replacing(child, layers, replace=replace)
+        with held as old, NewFile(child, replace=replace, old=old) as new:
             write_child(new.store, child, layers[0], size, block_size_bytes=block_size_bytes)
+            require_names(layers[:1])
             new.commit()
     finally:
         for layer in layers:

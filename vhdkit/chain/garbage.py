@@ -223,8 +223,7 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
 def _is_held(path: str) -> bool:
     """True when any program has the file open; also where nobody can tell."""
     try:
-        with FileStore.open(path, follow_links=False) as store:
-            store.lock(writer=True)
+        FileStore.open_held(path, follow_links=False).close()
     except errors.VhdkitError:
         return True
     return False
@@ -258,10 +257,8 @@ def _remove(scan: _Scan, doomed: list[_Node]) -> None:
     """Remove generation after generation; what turns out to be used by now stays, with everything below it."""
     for generation in _generations(doomed):
         for node in generation:
-            node.problem = _reason_by_now(scan, node, doomed)
-            if node.problem is None:
-                node.problem = _removed(node)
-                node.removed = node.problem is None
+            node.problem = _removed(scan, node, doomed)
+            node.removed = node.problem is None
         if any(node.removed for node in generation):
             sync_directory(scan.directory)
 
@@ -274,17 +271,20 @@ def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | N
     return f"the parent of {printable(staying[0])}, which stays" if staying else None
 
 
-def _removed(node: _Node) -> str | None:
-    """Remove the file while nobody can open it; or why not."""
+def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
+    """Remove the file while no program can open it; or why not. Whoever makes a child of it holds it, so children are
+    looked for when the lock is held."""
     try:
-        with FileStore.open(node.path, follow_links=False) as store:
-            store.lock(writer=True)
+        with FileStore.open_held(node.path, follow_links=False) as store:
             if store.identity != node.identity:
                 return "another file by now"
-            unlink(node.path)
+            reason = _reason_by_now(scan, node, doomed)
+            if reason is None:
+                store.require_name()
+                unlink(node.path)
+            return reason
     except errors.VhdkitError as error:
         return error.problem
-    return None
 
 
 def _item(node: _Node) -> GarbageItem:

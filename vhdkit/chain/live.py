@@ -23,7 +23,7 @@ from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.blockmap import MAX_LAYERS
 from vhdkit.chain.chain import Chain
-from vhdkit.chain.create import child_size, write_child
+from vhdkit.chain.create import child_size, require_names, write_child
 from vhdkit.chain.resolve import (
     MAX_CHAIN_DEPTH,
     NULL_ID,
@@ -105,6 +105,7 @@ class Freezing:
         for path in self.paths:
             NewFile.check(path)
         check_names([chain.leaf.store.name for chain in self._chains], self.paths)
+        self._require_names()
         self._children: list[Layer] = []
         self._made = False
         self._kept = False
@@ -128,19 +129,28 @@ class Freezing:
                 new = stack_.enter_context(NewFile(path))
                 write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
                 files.append(new)
+            self._require_names()
             commit_all(files)
             self._made = True
         for path in self.paths:
-            store = FileStore.open(path, writable=True, follow_links=False)
+            store = FileStore.open_held(path, writable=True, follow_links=False)
             try:
-                store.lock(writer=True)
                 self._children.append(open_layer(store, format_name=FormatName.VHD, writable=True))
             except BaseException:
                 store.close()
                 raise
 
+    def _require_names(self) -> None:
+        """A child names its parent: that name leads to the very file that is open (`INV-NAME-HELD`)."""
+        for chain in self._chains:
+            require_names(chain.layers[:1])
+
     def freeze(self) -> list[Chain]:
-        """The new chains. Nobody writes to the old ones meanwhile. Raises what `stack` raises."""
+        """The new chains. Nobody writes to the old ones meanwhile. Raises what `stack` raises, and `Replaced` when the
+        file of a leaf or of its child is no longer under its name.
+        """
+        self._require_names()
+        require_names(self._children)
         return [stack(chain, child) for chain, child in zip(self._chains, self._children, strict=True)]
 
     def done(self) -> None:

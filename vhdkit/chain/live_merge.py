@@ -29,7 +29,7 @@ from typing import Self
 from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
-from vhdkit.chain.create import link_to
+from vhdkit.chain.create import link_to, require_names
 from vhdkit.chain.intent import Intent, Named, Phase
 from vhdkit.chain.live import reopened, seal
 from vhdkit.chain.merge import has_children, named
@@ -68,7 +68,8 @@ class LiveMerge:
         self._files = [_file(layer) for layer in chain.layers[: target + 1]]
         self._refuse_sizes()
         self._intent = self._intended()
-        self._names = RealNames(self._intent.target.path)
+        going = zip(self._intent.sources, self._files[first:], strict=False)
+        self._names = RealNames(self._intent.target.path, {one.path: file for one, file in going})
         self._exchanged = False
         self._store: FileStore | None = None  # the target, open for writing
         self._upgraded: list[FileStore] = []
@@ -126,6 +127,7 @@ class LiveMerge:
             if index > 0:  # the leaf's is a writer's already
                 file.become_writer()
                 self._upgraded.append(file)
+        require_names(self._chain.layers[: self._target + 1])
 
     def _open_target(self) -> FileStore:
         """The target's file for writing; the lock stays with the chain's own opening."""
@@ -180,6 +182,10 @@ class LiveMerge:
         Without the sources, or, with an error, as it was; then the merge may be tried again. Raises where the leaf
         cannot be opened again: the old chain reads as before, and refuses to write.
         """
+        try:
+            require_names(self._chain.layers[: self._target + 1])
+        except errors.VhdkitError as error:
+            return self._chain, error
         return self._with_leaf_gone() if self._first == 0 else self._with_layer_relinked()
 
     def _with_layer_relinked(self) -> tuple[Chain, errors.VhdkitError | None]:
@@ -271,7 +277,7 @@ class LiveMerge:
 
 def _check_same(store: FileStore, file: FileStore) -> None:
     if store.identity != file.identity:
-        raise errors.ImageInUse("was replaced while it was opened", path=store.name)
+        raise errors.Replaced("was replaced while it was opened", path=store.name)
 
 
 def _file(layer: Layer) -> FileStore:

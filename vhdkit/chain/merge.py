@@ -25,7 +25,7 @@ from functools import partial
 from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
-from vhdkit.chain.create import DiskFormat, link_to, write_empty
+from vhdkit.chain.create import DiskFormat, link_to, require_names, write_empty
 from vhdkit.chain.intent import KIND, Intent, Named, Phase, intent_of, intents_about
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.chain.merge_steps import (
@@ -219,29 +219,26 @@ def _interrupted(intent: Intent, image: str) -> errors.ImageInUse:
 def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
     """The target is complete and the leaf is gone: remove the layers in between."""
     with contextlib.ExitStack() as held:
-        rest = []
-        target = held.enter_context(FileStore.open(intent.target.path))
-        target.lock(writer=True)
+        rest: dict[str, FileStore] = {}
+        target = held.enter_context(FileStore.open_held(intent.target.path))
         for one in intent.sources:
             if not is_regular(one.path):
                 continue
-            store = held.enter_context(FileStore.open(one.path, follow_links=False))
-            store.lock(writer=True)
-            rest.append(one)
+            store = held.enter_context(FileStore.open_held(one.path, follow_links=False))
+            rest[one.path] = store
             if unique_id(store) != one.unique_id:
                 raise errors.InvalidArgument("is not the image that was merged", path=one.path)
         if unique_id(target) != intent.target.unique_id:
             raise errors.InvalidArgument("is not the image that was merged into", path=intent.target.path)
-        paths = {one.path for one in rest}
-        folders = (*allowed_folders(intent.target.path, options.parent_dirs), *map(os.path.dirname, paths))
-        for one in rest:
+        folders = (*allowed_folders(intent.target.path, options.parent_dirs), *map(os.path.dirname, rest))
+        for one in (one for one in intent.sources if one.path in rest):
             (family,) = find_children_of([(one.unique_id, one.path)], folders)
-            children = [path for path in family if real_path(path) not in paths]
+            children = [path for path in family if real_path(path) not in rest]
             if children:
                 raise has_children(one.path, children, False)
         size = open_layer(target).size_bytes
-        remove_sources(intent, RealNames(intent.target.path))
-    removed = tuple(one.path for one in rest)
+        remove_sources(intent, RealNames(intent.target.path, rest))
+    removed = tuple(rest)
     merged = tuple(one.path for one in intent.sources)
     return Merge(intent.target.path, merged, removed, (), size, 0, 0, 0)
 
@@ -310,7 +307,9 @@ class _InPlace:
         if dry_run:
             return self._result(_count(self._plan))
         intent = Intent(self.phase, self._names[-1], tuple(self._names[:-1]), self._relink)
-        names = RealNames(intent.target.path)
+        require_names([*self._sources, self._target])
+        files = {one.path: _file(layer) for one, layer in zip(self._names, self._sources, strict=False)}
+        names = RealNames(intent.target.path, files)
         with contextlib.ExitStack() as held:
             children = [held.enter_context(_held_child(path)) for path in self._children]
             store = self._open_target(held)
@@ -325,7 +324,7 @@ class _InPlace:
         """The target's file, open for writing; the lock stays with the descriptor that has it."""
         store = held.enter_context(FileStore.open(self._names[-1].path, writable=True, follow_links=False))
         if store.identity != _file(self._target).identity:
-            raise errors.ImageInUse("was replaced while it was opened", path=store.name)
+            raise errors.Replaced("was replaced while it was opened", path=store.name)
         pending.settle(store)
         if self.phase is Phase.COPY:
             image = self._opened(store)  # what cannot be written to is found out before anything changes
@@ -404,8 +403,7 @@ def _closing(layers: Sequence[Layer]) -> Iterator[None]:
 @contextlib.contextmanager
 def _held_child(path: str) -> Iterator[FileStore]:
     """A child that will be repointed, held as a writer."""
-    with FileStore.open(path, writable=True, follow_links=False) as store:
-        store.lock(writer=True)
+    with FileStore.open_held(path, writable=True, follow_links=False) as store:
         pending.settle(store)
         yield store
 

@@ -8,7 +8,7 @@ folder, so that the power-cut tests can bring a folder of their own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from vhdkit import errors
@@ -48,8 +48,10 @@ class Names(Protocol):
 class RealNames:
     """`Names` in the file system."""
 
-    def __init__(self, target_path: str) -> None:
+    def __init__(self, target_path: str, held: Mapping[str, FileStore] | None = None) -> None:
+        """`held` are the files that go, open and locked, by their paths: no other file is removed by their names."""
         self._record = sidecar_path(target_path, KIND)
+        self._held = held or {}
 
     def write(self, intent: Intent) -> None:
         """See `Names.write`. Raises AccessDenied, NoSpace, IoFailed."""
@@ -61,8 +63,10 @@ class RealNames:
 
     def remove(self, path: str) -> None:
         """See `Names.remove`; a record of another unfinished change to it goes too, also of a merge into it that was
-        stopped while it copied. Raises AccessDenied, IoFailed.
+        stopped while it copied. Raises AccessDenied, IoFailed, `Replaced` when another file has that name by now.
         """
+        if path in self._held and exists(path):
+            self._held[path].require_name()
         remove_file(path)
         if exists(pending.undo_path(path)):
             remove_file(pending.undo_path(path))

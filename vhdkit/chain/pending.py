@@ -92,8 +92,9 @@ def change(
     `unique_id` is the id the image will have where its footer says none now.
 
     The writer's lock is held and `settle` was called. Raises InvalidArgument (too large a change, or a record of
-    another one lies there), NoSpace, IoFailed, SyncFailed; the file then holds what it held.
+    another one lies there), `Replaced`, NoSpace, IoFailed, SyncFailed; the file then holds what it held.
     """
+    store.require_name()  # the log lies beside what has that name
     log = plan_change(store, image_id(store) if unique_id is None else unique_id, writes, size_after_bytes)
     with _logged(store, log):
         apply_change(store, log)
@@ -142,7 +143,7 @@ def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
             path=like.name,
             hint="see what `vhdkit check` says of it; move it away if this image is well without it",
         )
-    with NewFile(path, replace=True, like=like) as new:
+    with NewFile(path, whatever=True, like=like) as new:
         new.store.pwrite(0, encode(log))
         new.commit()
 

@@ -17,7 +17,7 @@ from vhdkit import errors
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.compare import compare_chains
-from vhdkit.chain.create import link_to
+from vhdkit.chain.create import link_to, require_names
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
@@ -58,8 +58,7 @@ def rebase(
     """
     options = options or OpenOptions()
     image_path, new_path = real_path(path), os.fspath(parent_path)
-    with FileStore.open(image_path, writable=not dry_run) as store:
-        store.lock(writer=True)
+    with FileStore.open_held(image_path, writable=not dry_run) as store:
         if not dry_run:
             pending.settle(store)
         metadata = read_metadata(pending.view(store))
@@ -90,6 +89,8 @@ def rebase(
                 timestamp = _timestamp(layers[0])
             link = link_to(image_path, new_path, found, timestamp)
             if not dry_run:
+                require_names(layers[:1])
+                store.require_name()
                 relink(open_dynamic(store, writable=True), link)
 
 

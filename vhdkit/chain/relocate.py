@@ -76,10 +76,9 @@ def relocate(
     with contextlib.ExitStack() as stack:
         paths = _paths_of(os.fspath(leaf), options)
         stores = [
-            stack.enter_context(FileStore.open(path, writable=not dry_run, follow_links=False)) for path in paths
+            stack.enter_context(FileStore.open_held(path, writable=not dry_run, follow_links=False)) for path in paths
         ]
         for store in stores:
-            store.lock(writer=True)
             if not dry_run:
                 pending.settle(store)
         if _paths_of(paths[0], replace(options, lock=False)) != paths:
@@ -97,11 +96,11 @@ def relocate(
                 hint="first write its names anew: vhdkit check FILE --repair",
             )
         if by_name and _second_names(moves, stores, options):
-            _take_away(moves)
+            _take_away(moves, stores)
             _rewrite_names(moves, stores, range(len(moves) - 1))
         else:
             _copy(moves, stores, options, progress)
-            _take_away(moves)
+            _take_away(moves, stores)
             _rewrite_names(moves, stores, [index for index in staying if index + 1 < len(moves)])
     return moves
 
@@ -196,10 +195,11 @@ def _check_new(moves: Sequence[Move], stores: Sequence[FileStore], options: Open
             layer.close()
 
 
-def _take_away(moves: Sequence[Move]) -> None:
-    """Remove the old names, leaf first, and sync their folders."""
-    for move in moves:
+def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
+    """Remove the old names, leaf first, and sync their folders. A name that leads to another file by now stays."""
+    for move, store in zip(moves, stores, strict=True):
         if move.old_path != move.new_path:
+            store.require_name()
             unlink(move.old_path)
     for folder in dict.fromkeys(os.path.dirname(move.old_path) for move in moves):
         sync_directory(folder)

@@ -84,8 +84,7 @@ def repair(
     """
     options = options or OpenOptions()
     image_path = os.fspath(path)
-    with FileStore.open(image_path, writable=not dry_run) as store:
-        store.lock(writer=True)
+    with FileStore.open_held(image_path, writable=not dry_run) as store:
         if not dry_run:
             pending.settle(store)
         view = pending.view(store)
@@ -120,8 +119,7 @@ def restore(path: str | os.PathLike[str], undo: str | os.PathLike[str]) -> int:
         log = read_log(record)
     if log is None:
         raise errors.InvalidArgument("is no whole backup of a repair", path=undo_path)
-    with FileStore.open(image_path, writable=True) as store:
-        store.lock(writer=True)
+    with FileStore.open_held(image_path, writable=True) as store:
         pending.settle(store)
         if not _is_repaired(store, log):
             raise errors.InvalidArgument(

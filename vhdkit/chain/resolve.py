@@ -30,7 +30,7 @@ from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.image import Layer
-from vhdkit.store import FileStore, Store
+from vhdkit.store import FileStore, Store, opened_again
 
 __all__ = [
     "MAX_CHAIN_DEPTH",
@@ -68,8 +68,11 @@ def open_layers(
     Raises NotFound, AccessDenied, CorruptImage (also for loops and too deep chains), UnsupportedFormat,
     ImageInUse, HasChildren, ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open.
     """
-    options = options or OpenOptions()
-    leaf_path = os.fspath(path)
+    return opened_again(lambda: _opened_once(os.fspath(path), writable, options or OpenOptions(), danger))
+
+
+def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: str | None) -> list[Layer]:
+    """`open_layers`; raises `Replaced` when a file of the chain was replaced before it was locked."""
     layers: list[Layer] = []
     store = FileStore.open(leaf_path, writable=writable)
     try:

@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 from vhdkit import errors
 from vhdkit.chain import pending
-from vhdkit.chain.create import child_size, write_child
+from vhdkit.chain.create import child_size, require_names, write_child
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, commit_all, exists, real_path
 from vhdkit.formats.vhd.bat import Bat
@@ -156,8 +156,7 @@ def _settle(leaf: str) -> None:
     with FileStore.open(leaf) as store:
         if pending.view(store) is store:
             return
-    with FileStore.open(leaf, writable=True) as store:
-        store.lock(writer=True)
+    with FileStore.open_held(leaf, writable=True) as store:
         pending.settle(store)
 
 
@@ -218,4 +217,6 @@ def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
             new = stack.enter_context(NewFile(one.path))
             write_child(new.store, one.path, one.layers[0], size)
             files.append(new)
+        for one in wanted:
+            require_names(one.layers[:1])
         commit_all(files)

@@ -96,7 +96,7 @@ def import_stream(
                 replace=replace,
                 sync=sync,
             )
-    with replacing(path, replace=replace), NewFile(path, replace=replace) as new:
+    with replacing(path, replace=replace) as old, NewFile(path, replace=replace, old=old) as new:
         size = converted_size(receive(read, new.store, source_format, progress), disk_format, azure=azure)
         new.store.truncate(size)
         if disk_format is DiskFormat.FIXED:

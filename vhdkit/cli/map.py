@@ -104,7 +104,8 @@ def _write_picture(
     disk: Disk, path: str, write: Callable[[Drawing], bytes], replace: bool, progress: Progress | None
 ) -> None:
     names = [printable(_short(layer.store.name)) for layer in disk.chain.layers]
-    with replacing(path, disk.chain.layers, replace=replace), NewFile(path, replace=replace) as new:
+    held = replacing(path, disk.chain.layers, replace=replace)
+    with held as old, NewFile(path, replace=replace, old=old) as new:
         new.store.pwrite(0, write(draw(_tally(disk, MAX_CELLS, progress), names)))
         new.commit()
 

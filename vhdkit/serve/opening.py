@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from vhdkit import errors
 from vhdkit.chain.create import create_child
 from vhdkit.chain.live import newest_leaf, scratch_child
+from vhdkit.chain.pending import file_of
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
@@ -24,6 +25,7 @@ from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
 from vhdkit.serve import nbd_wire as wire
 from vhdkit.serve.export import Export
+from vhdkit.store import FileStore, opened_again
 from vhdkit.units import MIB, format_size
 
 MAX_EXPORTS_FILE_BYTES = 4 * MIB  # a thousand exports with long paths
@@ -196,7 +198,22 @@ def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
 
 def _open(path: str, manner: Manner) -> Disk:
     if manner.follow_leaf:
-        path = newest_leaf(path, manner.options)
+        return opened_again(lambda: _followed(path, manner))
+    return _open_this(path, manner)
+
+
+def _followed(path: str, manner: Manner) -> Disk:
+    """The newest image that stands on the named one. Raises `Replaced` when it does not any more once it is open."""
+    with FileStore.open(path) as named:
+        disk = _open_this(newest_leaf(path, manner.options), manner)
+        files = [file_of(layer.store) for layer in disk.chain.layers]
+        if named.still_named() and not any(file is not None and file.identity == named.identity for file in files):
+            disk.close()
+            raise errors.Replaced("changed its line of images while the newest was looked for", path=path)
+        return disk
+
+
+def _open_this(path: str, manner: Manner) -> Disk:
     if manner.keep_overlay is not None:
         return _open_kept(path, manner.keep_overlay, manner.options)
     writable = not manner.read_only and not manner.overlay

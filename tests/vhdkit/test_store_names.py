@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INV-NAME-HELD: files that are replaced, moved or removed while they are opened, held, or stacked on.
+
+Another process is played by a hook in the lock's system calls: what it does happens at the worst moment, each time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import vhdkit
+from vhdkit import errors, locks
+from vhdkit.chain import garbage, merge_steps, pending, rebase, relocate, snapshot
+from vhdkit.chain.chain import Chain
+from vhdkit.chain.live import Freezing
+from vhdkit.chain.live_merge import LiveMerge
+from vhdkit.chain.resolve import OpenOptions
+from vhdkit.folder import NewFile, parts
+from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.store import FileStore
+from vhdkit.units import KIB, MIB
+
+SIZE = 4 * MIB
+OLD, NEW = b"old!" * 128, b"new!" * 128
+
+
+def _image(path: str, content: bytes = OLD) -> None:
+    vhdkit.create_image(path, SIZE, block_size_bytes=512 * KIB)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        disk.write(0, content)
+
+
+def _first(path: str) -> bytes:
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, 512)
+
+
+def _replace(path: str) -> None:
+    """Another image, of another id, takes the name, as `convert --force` or a restore does it."""
+    _image("other.vhd", NEW)
+    os.replace("other.vhd", path)
+
+
+def _before_the_lock(monkeypatch: pytest.MonkeyPatch, path: str, act: Callable[[], None], times: int = 1) -> None:
+    """`act` happens between the opening of `path` and its lock."""
+    hold, left = locks.hold, [times]
+
+    def racing(fd: int, held_path: str, *, writer: bool) -> None:
+        if os.path.basename(held_path) == os.path.basename(path) and left[0]:
+            left[0] -= 1
+            act()
+        hold(fd, held_path, writer=writer)
+
+    monkeypatch.setattr(locks, "hold", racing)
+
+
+def _after(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, act: Callable[[], object]) -> None:
+    """`act` happens when this function of ours has returned."""
+    function = getattr(module, name)
+
+    def racing(*arguments: Any, **keywords: Any) -> Any:
+        result = function(*arguments, **keywords)
+        act()
+        return result
+
+    monkeypatch.setattr(module, name, racing)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_was_replaced_before_its_lock_is_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a flushed write is in the file that has the name, though it came between the opening and the
+    lock."""
+    _image("a.vhd")
+    _before_the_lock(monkeypatch, "a.vhd", lambda: _replace("a.vhd"))
+    with vhdkit.open_disk("a.vhd", writable=True) as disk:
+        assert disk.read(0, 512) == NEW
+        disk.write(0, b"mine" * 128)
+    assert _first("a.vhd") == b"mine" * 128
+
+
+def test_what_was_removed_before_its_lock_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody writes into a file without a name."""
+    _image("a.vhd")
+    _before_the_lock(monkeypatch, "a.vhd", lambda: os.unlink("a.vhd"))
+    with pytest.raises(vhdkit.NotFound):
+        vhdkit.open_disk("a.vhd", writable=True)
+
+
+def test_a_name_that_never_rests_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening again is tried a bounded number of times, and then says what happens."""
+    _image("a.vhd")
+    _before_the_lock(monkeypatch, "a.vhd", lambda: _replace("a.vhd"), 1000)
+    with pytest.raises(vhdkit.Replaced, match=r"a\.vhd: was moved, removed or replaced"):
+        vhdkit.open_disk("a.vhd", writable=True)
+
+
+def test_a_replaced_parent_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain is opened anew when a file below its leaf was replaced: here by a copy of itself."""
+    _image("base.vhd")
+    vhdkit.create_child("leaf.avhd", "base.vhd")
+
+    def copied() -> None:
+        shutil.copy("base.vhd", "copy")
+        os.replace("copy", "base.vhd")
+
+    _before_the_lock(monkeypatch, "base.vhd", copied)
+    with vhdkit.open_disk("leaf.avhd", writable=True) as disk:
+        parent = disk.chain.layers[1].store
+        assert isinstance(parent, FileStore) and parent.still_named()
+
+
+VERBS: dict[str, Callable[[], object]] = {
+    "resize": lambda: vhdkit.resize("a.vhd", 2 * SIZE),
+    "compact": lambda: vhdkit.compact("a.vhd"),
+    "repair": lambda: vhdkit.repair("a.vhd"),
+    "check": lambda: vhdkit.check("a.vhd"),
+    "snapshot": lambda: vhdkit.snapshot("a.vhd"),
+    "clone": lambda: vhdkit.clone("a.vhd", ["c.avhd"]),
+    "create_child": lambda: vhdkit.create_child("c.avhd", "a.vhd"),
+    "relocate": lambda: vhdkit.relocate("a.vhd", "to"),
+    "convert": lambda: vhdkit.convert("a.vhd", "c.vhd", vhdkit.DiskFormat.DYNAMIC),
+    "replace": lambda: vhdkit.create_image("a.vhd", SIZE, replace=True),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_holds_the_file_that_has_the_name(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is done to an image, or made of it, is done to the one under the name, or to none."""
+    _image("a.vhd")
+    os.mkdir("to")
+    _before_the_lock(monkeypatch, "a.vhd", lambda: _replace("a.vhd"))
+    VERBS[verb]()
+    children = [name for name in ("a.avhd", "c.avhd", "c.vhd") if os.path.exists(name)]
+    place = "to/a.vhd" if verb == "relocate" else "a.vhd"
+    assert _first(place) == (bytes(512) if verb == "replace" else NEW)
+    for child in children:
+        assert _first(child) == NEW
+    if verb == "resize":
+        with vhdkit.open_disk("a.vhd") as disk:
+            assert disk.size_bytes == 2 * SIZE
+
+
+def test_a_file_is_replaced_only_if_it_is_the_one_that_was_held() -> None:
+    """`--force` replaces what it looked at; what came meanwhile stays, and nothing half-made is left."""
+    _image("a.vhd")
+    with FileStore.open_held("a.vhd") as old, NewFile("a.vhd", replace=True, old=old) as new:
+        _replace("a.vhd")
+        with pytest.raises(vhdkit.Replaced):
+            new.commit()
+    assert _first("a.vhd") == NEW
+    with NewFile("b.vhd", replace=True) as new:
+        _image("b.vhd", NEW)
+        with pytest.raises(vhdkit.AlreadyExists):
+            new.commit()
+    assert _first("b.vhd") == NEW and list(parts(".")) == []
+
+
+def test_a_new_file_cleared_away_before_its_lock_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gc` may take a file under construction for a dead one until it is locked."""
+
+    def clear() -> None:
+        for path in parts("."):
+            os.unlink(path)
+
+    _before_the_lock(monkeypatch, "a.vhd", clear)
+    vhdkit.create_image("a.vhd", SIZE)
+    assert _first("a.vhd") == bytes(512)
+
+
+def test_garbage_looks_for_children_when_it_holds_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a child that is made after the first look and before the lock keeps its parent."""
+    _image("keep.vhd")
+    _image("base.vhd")
+    _after(monkeypatch, garbage, "_doomed", lambda: vhdkit.create_child("child.avhd", "base.vhd"))
+    [item] = vhdkit.collect_garbage(".", ["keep.vhd"], delete=True)
+    assert not item.removed and item.kept is not None and "child.avhd" in item.kept
+    assert _first("child.avhd") == OLD
+
+
+def _moved_away() -> None:
+    os.rename("a.vhd", "moved.vhd")
+
+
+@pytest.mark.parametrize("act", [lambda: _replace("a.vhd"), _moved_away, lambda: os.unlink("a.vhd")])
+@pytest.mark.parametrize("moment", ["before", "prepared"])
+def test_nothing_is_stacked_on_a_name_that_leads_elsewhere(act: Callable[[], None], moment: str) -> None:
+    """INV-NAME-HELD: a live snapshot of an image that was replaced or moved is refused, makes no child, and the disk
+    goes on."""
+    _image("a.vhd")
+    with Chain.open("a.vhd", writable=True) as chain:
+        if moment == "before":
+            act()
+            with pytest.raises(vhdkit.Replaced):
+                Freezing([(chain, "new.avhd")])
+        else:
+            with Freezing([(chain, "new.avhd")]) as freezing:
+                act()
+                with pytest.raises(vhdkit.Replaced):
+                    freezing.freeze()
+        assert not os.path.exists("new.avhd")
+        chain.write(0, memoryview(b"more" * 128))
+        chain.flush()
+
+
+def test_a_moved_folder_is_noticed() -> None:
+    """The same when it is the folder that was moved, and another lies in its place."""
+    os.mkdir("vm")
+    _image("vm/a.vhd")
+    with Chain.open("vm/a.vhd", writable=True) as chain:
+        os.rename("vm", "saved")
+        os.mkdir("vm")
+        _image("vm/a.vhd", NEW)
+        with pytest.raises(vhdkit.Replaced):
+            Freezing([(chain, None)])
+    assert os.listdir("vm") == ["a.vhd"]
+
+
+def test_an_offline_snapshot_looks_again_before_it_names_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf that is moved while its child is written gets no child under its old name."""
+    _image("a.vhd")
+    _after(monkeypatch, snapshot, "write_child", lambda: _replace("a.vhd"))
+    with pytest.raises(vhdkit.Replaced):
+        vhdkit.snapshot("a.vhd")
+    assert not os.path.exists("a.avhd") and list(parts(".")) == []
+
+
+def _chain_of_three() -> None:
+    _image("base.vhd")
+    vhdkit.create_child("middle.avhd", "base.vhd")
+    vhdkit.create_child("leaf.avhd", "middle.avhd")
+    with vhdkit.open_disk("leaf.avhd", writable=True) as disk:
+        disk.write(0, b"leaf" * 128)
+
+
+def test_a_merge_removes_no_other_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a source that is replaced while a merge copies is left, and `--resume` says so too."""
+    _chain_of_three()
+    _after(monkeypatch, merge_steps, "fold", lambda: _replace("leaf.avhd"))
+    with pytest.raises(vhdkit.Replaced):
+        vhdkit.merge("leaf.avhd", into="base.vhd")
+    assert _first("leaf.avhd") == NEW and os.path.exists("middle.avhd")
+
+
+@pytest.mark.parametrize("name", ["leaf.avhd", "middle.avhd", "base.vhd"])
+def test_a_live_merge_of_a_replaced_layer_is_refused(name: str) -> None:
+    """INV-NAME-HELD: before it begins, and before files change; the disk goes on as it was."""
+    _chain_of_three()
+    with Chain.open("leaf.avhd", writable=True) as chain:
+        with LiveMerge(chain, 1, 2) as merging:
+            merging.copy()
+            _replace(name)
+            again, problem = merging.exchange()
+            assert again is chain and isinstance(problem, vhdkit.Replaced)
+        with pytest.raises(vhdkit.Replaced):
+            LiveMerge(chain, 1, 2)
+        buffer = bytearray(512)
+        chain.read_into(0, memoryview(buffer))
+        assert buffer == b"leaf" * 128
+    assert _first(name) == NEW
+
+
+def test_relocation_removes_no_other_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is replaced while its chain moves keeps its old name."""
+    _image("a.vhd")
+    os.mkdir("to")
+    _after(monkeypatch, relocate, "_check_new", lambda: _replace("a.vhd"))
+    with pytest.raises(vhdkit.Replaced):
+        vhdkit.relocate("a.vhd", "to")
+    assert _first("a.vhd") == NEW
+
+
+def test_rebase_records_the_parent_that_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a parent that is replaced before its names are written is refused."""
+    _image("base.vhd")
+    vhdkit.create_child("leaf.avhd", "base.vhd")
+    _after(monkeypatch, rebase, "link_to", lambda: _replace("base.vhd"))
+    with pytest.raises(vhdkit.Replaced):
+        vhdkit.rebase("leaf.avhd", "base.vhd")
+
+
+def test_following_leads_to_a_chain_of_the_named_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: the newest image that was found is replaced before it is opened: the line is followed anew."""
+    _image("base.vhd")
+    vhdkit.create_child("leaf.avhd", "base.vhd")
+    _before_the_lock(monkeypatch, "leaf.avhd", lambda: _replace("leaf.avhd"))
+    manner = Manner(OpenOptions(), follow_leaf=True)
+    [export] = open_exports([Wanted("base.vhd")], manner)
+    assert export.disk.path == "base.vhd"
+    export.disk.close()
+
+
+def test_an_undo_log_is_not_laid_beside_another_file() -> None:
+    """A change that needs a log is refused when the image has lost its name: the log would be another's."""
+    vhdkit.create_image("a.vhd", SIZE, disk_format=vhdkit.DiskFormat.FIXED)
+    with FileStore.open_held("a.vhd", writable=True) as store:
+        _replace("a.vhd")
+        with pytest.raises(errors.Replaced):
+            pending.change(store, [(0, b"x" * 512)])
+    assert os.listdir(".") == ["a.vhd"]
