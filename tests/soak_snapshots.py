@@ -18,7 +18,7 @@ import vmm
 from vmm import registry
 from vmm.snapshots import fold
 from vmm.snapshots.door import MachineSnapshots
-from vmm.snapshots.settle import settle_folder
+from vmm.snapshots.settle import settle as settle_held
 from vmm.snapshots.store import holding, load_tree
 
 NAME = "soak"
@@ -104,7 +104,7 @@ def settle() -> None:
     """What any next command does first."""
     machine = registry.load(NAME)
     with holding(machine.paths, NAME) as held:
-        settle_folder(held)
+        settle_held(held)
 
 
 def look(done: bool) -> None:

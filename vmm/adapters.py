@@ -124,39 +124,35 @@ def find(machine: Machine, adapter_id: str) -> AdapterSpec:
 
 def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
     """Give a machine an adapter, at once when it runs. Raises VmmError."""
-    with contact.changing(name) as machine, choosing_macs():
+    with contact.changing(name) as (machine, client), choosing_macs():
         saved.refuse_when_saved(machine.paths, name, "adding an adapter")
         adapter = fit(settings, machine.spec)
         after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
-        client = contact.contact(place_of(machine))
         if client is None:
             registry.save(machine, after)
             add_event(machine.paths.events, "adapter-added", adapter=adapter.id, switch=adapter.switch)
             return adapter
-        with client:
-            client.call("nic-add", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
+        client.call("nic-add", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
     return adapter
 
 
 def remove(name: str, adapter_id: str) -> AdapterSpec:
     """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
-    with contact.changing(name) as machine:
+    with contact.changing(name) as (machine, client):
         adapter = find(machine, adapter_id)
         saved.refuse_when_saved(machine.paths, name, "removing an adapter")
-        client = contact.contact(place_of(machine))
         if client is None:
             rest = [one for one in machine.spec.adapters if one.id != adapter.id]
             registry.save(machine, machine.spec.changed(adapters=rest))
             add_event(machine.paths.events, "adapter-removed", adapter=adapter.id)
             return adapter
-        with client:
-            client.call("nic-remove", adapter=adapter.id, timeout_seconds=PATIENCE_SECONDS)
+        client.call("nic-remove", adapter=adapter.id, timeout_seconds=PATIENCE_SECONDS)
     return adapter
 
 
 def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
     """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
-    with contact.changing(name) as machine, choosing_macs():
+    with contact.changing(name) as (machine, client), choosing_macs():
         before = find(machine, adapter_id)
         if settings.get("mac") is not None:
             owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}
@@ -167,14 +163,12 @@ def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
             saved.refuse_when_saved(machine.paths, name, "changing an adapter")
         if adapter.switch is not None and adapter.switch != before.switch:
             switches.load(adapter.switch)
-        client = contact.contact(place_of(machine))
         if client is None:
             after = [adapter if one.id == before.id else one for one in machine.spec.adapters]
             registry.save(machine, machine.spec.changed(adapters=after))
             add_event(machine.paths.events, "adapter-changed", adapter=adapter.id)
             return adapter
-        with client:
-            client.call("nic-set", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
+        client.call("nic-set", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
     return adapter
 
 

@@ -48,7 +48,7 @@ from vmm.snapshots.store import has_tree, holding
 from vmm.state import MachineState, processes_of
 
 if TYPE_CHECKING:
-    from vmm.registry import Machine
+    from vmm.registry import Changing
 
 COME_BACK_SECONDS = 20.0  # for a worker to be there again
 START_SECONDS = 120.0  # without a word of it
@@ -150,9 +150,12 @@ def _clean_up(place: Place) -> bool:
 
 
 @contextlib.contextmanager
-def changing(name: str) -> Iterator[Machine]:
-    """As `registry.changing`; what is left of a machine of which nobody lives any more is taken away first, because
-    `contact` cannot while the lock is held.
+def changing(name: str) -> Iterator[tuple[Changing, ControlClient | None]]:
+    """The machine, which no other command changes while the block runs, and its worker where it runs.
+
+    The machine is read last: after the lock was taken, and after it was seen whether it runs, since a worker changes
+    the definition too. What is left of one of which nobody lives any more is taken away first, because `contact`
+    cannot while the lock is held. Raises as `registry.changing` and `contact`.
     """
     from vmm import registry
 
@@ -160,7 +163,9 @@ def changing(name: str) -> Iterator[Machine]:
         place = Place(machine.name, machine.paths, machine.runtime)
         if os.path.isdir(place.runtime.folder):
             _take_away_dead(place)
-        yield machine
+        client = contact(place)
+        with client if client is not None else contextlib.nullcontext():
+            yield registry.load_for_change(machine.lock), client
 
 
 def _take_away_dead(place: Place) -> None:
@@ -196,16 +201,16 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
 
     Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
     """
-    place = Place.of(name)
-    with machine_lock(place.machine.folder, name), contextlib.ExitStack() as stack:
+    with machine_lock(machine_folder(name), name), contextlib.ExitStack() as stack:
+        place = Place.of(name)
         _refuse_twin(place)
         _refuse_running(place)
         if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
             held = stack.enter_context(holding(place.machine, name))
             if held.tree.journal is not None:
-                from vmm.snapshots.settle import settle_folder
+                from vmm.snapshots.settle import settle
 
-                settle_folder(held)
+                settle(held)
         if discard_saved and saved.is_saved(place.machine):
             saved.discard(place.machine)
             add_event(place.machine.events, "saved-state-discarded")

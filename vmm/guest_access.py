@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from vmm import contact
 from vmm.contact import Place
 from vmm.errors import NotFound, VmmError, WrongState
-from vmm.proc import machine_lock
 from vmm.rpc import ANSWER_SECONDS, ControlClient
 
 if TYPE_CHECKING:
@@ -161,7 +160,9 @@ class GuestAccess:
 
     def _change(self, change: Callable[[KeyValueStore, Pool], None]) -> bool:
         """Change the file of a machine that is off, while nobody starts it."""
-        with machine_lock(self._place.machine.folder, self._place.name):
+        with contact.changing(self._place.name) as (machine, client):
+            if client is not None:
+                raise WrongState("was started just now", machine=machine.name, hint="try again")
             store = self._store()
             change(store, "host")
             store.save()

@@ -193,7 +193,7 @@ class Manager:
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
         """
-        with contact.changing(name) as machine:
+        with contact.changing(name) as (machine, client):
             fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
             if fixed:
                 raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
@@ -203,21 +203,20 @@ class Manager:
             for key in ("kernel", "initrd"):
                 if isinstance(path := settings.get(key), str):
                     settings[key] = _readable(path)
-            spec = machine.spec.changed(**settings)
-            running = contact.contact(_place(machine))
-            if running is not None:
-                running.close()
-            if spec.name != machine.name:
-                if running is not None:
+            if settings.get("name", machine.name) != machine.name:
+                if client is not None:
                     raise WrongState("is running, and cannot have another name now", machine=name)
-                registry.rename(machine, spec)
-            else:
-                registry.save(machine, spec)
-        return running is not None and bool(hardware)
+                registry.rename(machine, machine.spec.changed(**settings))
+            else:  # the disks are what the worker says: a snapshot may move them at this moment
+                registry.update(machine.lock, lambda spec: spec.changed(**settings))
+        return client is not None and bool(hardware)
 
     def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
-        machine = registry.load(name)
+        return self._plan_delete(registry.load(name), with_disks=with_disks, with_snapshots=with_snapshots)
+
+    def _plan_delete(self, machine: Machine, *, with_disks: bool, with_snapshots: bool) -> Deletion:
+        name = machine.name
         self._refuse_running(machine, "delete it")
         if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
             raise WrongState(
@@ -252,8 +251,8 @@ class Manager:
         Never a parent that was not the machine's own. Raises WrongState while it runs or, unless `with_snapshots`, has
         snapshots, and nothing is removed then.
         """
-        with contact.changing(name) as machine:
-            plan = self.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
+        with contact.changing(name) as (machine, _):
+            plan = self._plan_delete(machine, with_disks=with_disks, with_snapshots=with_snapshots)
             if has_tree(machine.paths):
                 delete_all(machine)
             registry.remove(machine)
@@ -305,7 +304,7 @@ class Manager:
 
     def discard_saved(self, name: str) -> None:
         """Throw a saved machine's memory away. Raises WrongState where there is none."""
-        with contact.changing(name) as machine:
+        with contact.changing(name) as (machine, _):
             if not saved.is_saved(machine.paths):
                 raise WrongState("is not saved", machine=name)
             saved.discard(machine.paths)
@@ -335,49 +334,44 @@ class Manager:
 
     def add_disk(self, name: str, wish: DiskWish) -> DiskSpec:
         """Give a machine a disk; a running one on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
-        with contact.changing(name) as machine:
+        with contact.changing(name) as (machine, client):
             saved.refuse_when_saved(machine.paths, name, "adding a disk")
-            with contact.contact(_place(machine)) or contextlib.nullcontext() as client:
-                if client is not None and wish.controller is None and wish.kind != "iso":
-                    wish = _on_scsi(wish)
-                disk = self._disk_of(wish, machine.spec)
-                spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
-                if client is None:
-                    registry.save(machine, spec)
-                    add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
-                else:
-                    registry.check_disks(spec)
-                    client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
+            if client is not None and wish.controller is None and wish.kind != "iso":
+                wish = _on_scsi(wish)
+            disk = self._disk_of(wish, machine.spec)
+            spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
+            if client is None:
+                registry.save(machine, spec)
+                add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
+            else:
+                registry.check_disks(spec)
+                client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
         return disk
 
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
         """Take a disk away from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
-        with contact.changing(name) as machine:
+        with contact.changing(name) as (machine, client):
             disk = _find_disk(machine, disk_id)
             saved.refuse_when_saved(machine.paths, name, "removing a disk")
-            client = contact.contact(_place(machine))
             if client is None:
                 rest = [one for one in machine.spec.disks if one.id != disk.id]
                 registry.save(machine, machine.spec.changed(disks=rest))
                 add_event(machine.paths.events, "disk-removed", disk=disk.id, path=disk.path)
             else:
-                with client:
-                    client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
+                client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
         return disk
 
     def resize_disk(self, name: str, disk_id: str, size_bytes: int) -> int:
         """Give a disk another size; the size it has then. Raises StoreFailed, WrongState, InvalidSpec."""
-        with contact.changing(name) as machine:
+        with contact.changing(name) as (machine, client):
             disk = _find_disk(machine, disk_id)
             if disk.kind != "vhd" or disk.read_only or disk.path is None:
                 raise WrongState("only a writable image can be resized", machine=name, path=disk.path)
             saved.refuse_when_saved(machine.paths, name, "resizing a disk")
-            client = contact.contact(_place(machine))
             if client is not None:
-                with client:
-                    done = client.call(
-                        "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
-                    )
+                done = client.call(
+                    "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
+                )
                 return int(done["size_bytes"])
             return _resize_image(disk, size_bytes)
 
@@ -406,11 +400,13 @@ class Manager:
                     "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
                 )
                 return result
-        with contact.changing(name) as machine:
+        with contact.changing(name) as (machine, client):
+            if client is not None:
+                raise WrongState("was started just now", machine=name, hint="try again")
             disks = backup.disks_to_copy(machine.spec)
             told = progress or (lambda document: None)
             copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))
-        is_off = not saved.is_saved(place.machine)  # a saved machine's file systems are in use
+            is_off = not saved.is_saved(machine.paths)  # a saved machine's file systems are in use
         return {**copied, "consistent": is_off}
 
     def _disk_of(self, wish: DiskWish, spec: MachineSpec) -> DiskSpec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 from typing import Any
@@ -20,8 +21,10 @@ from vmm.keeper import export_of
 from vmm.kvm import drives
 from vmm.kvm.cmdline import Device
 from vmm.paths import write_whole
+from vmm.proc import HeldLock
 from vmm.rpc import Method, Progress, parameter
 from vmm.running import Running
+from vmm.snapshots.store import Held, holding
 from vmm.spec import DiskSpec, MachineSpec, make_disk
 from vmm.state import MachineState
 
@@ -74,12 +77,12 @@ class Plugging:
             )
         before = self._running.spec
         after = before.changed(disks=[*before.disks, disk])
-        with self._running.busy("disk-add"):
-            self.write_down(after)
+        with self._running.busy("disk-add"), self._held() as held:
+            self.write_down(held, after)
             try:
                 await self._plug_in(disk)
             except BaseException:
-                self.write_down(before)
+                self.write_down(held, before)
                 raise
         add = json.loads(disk.model_dump_json())
         self._running.tell("disk-added", disk=disk.id, path=disk.path)
@@ -114,9 +117,9 @@ class Plugging:
             )
         before = self._running.spec
         after = before.changed(disks=[one for one in before.disks if one.id != disk.id])
-        with self._running.busy("disk-remove"):
+        with self._running.busy("disk-remove"), self._held() as held:
             await drives.remove_disk(self._running.qmp, self._running.server, disk)
-            self.write_down(after)
+            self.write_down(held, after)
         self._running.tell("disk-removed", disk=disk.id, path=disk.path)
         return {"disk": disk.id}
 
@@ -142,10 +145,13 @@ class Plugging:
         """The disks as the server serves them: sizes and layers."""
         return await self._running.server.call("status", timeout_seconds=5)
 
-    def write_down(self, spec: MachineSpec) -> None:
+    def _held(self) -> contextlib.AbstractContextManager[Held]:
+        """A disk that comes or goes is one that no snapshot is being taken of. Raises InUse."""
+        return holding(self._running.machine, self._running.spec.name)
+
+    def write_down(self, lock: HeldLock, spec: MachineSpec) -> None:
         """The running definition, which the keeper reads, and the disks of the stored one. Raises InUse, NoSpace."""
-        stored = registry.load_folder(self._running.machine.folder)
-        registry.save(stored, stored.spec.changed(disks=list(spec.disks)))
+        registry.update(lock, lambda stored: stored.changed(disks=list(spec.disks)))
         write_whole(self._running.runtime.running, spec.to_json(), durable=False)
         self._running.spec = spec
 

@@ -225,8 +225,19 @@ def locked(path: str) -> Iterator[None]:
         os.close(lock)
 
 
+class HeldLock:
+    """Proof that the lock of a machine, or of its snapshots, is held. What is to be changed is read with it, so that
+    nothing is decided by what was read before.
+    """
+
+    def __init__(self, folder: str, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.is_held = True
+
+
 @contextlib.contextmanager
-def machine_lock(folder: str, name: str) -> Iterator[None]:
+def machine_lock(folder: str, name: str) -> Iterator[HeldLock]:
     """While the block runs nobody else changes the machine in that folder. Raises InUse when somebody does."""
     lock = Lock(MachinePaths(folder).lock)
     try:
@@ -235,9 +246,11 @@ def machine_lock(folder: str, name: str) -> Iterator[None]:
         raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
     if not taken:
         raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
+    held = HeldLock(folder, name)
     try:
-        yield
+        yield held
     finally:
+        held.is_held = False
         lock.release()
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from vmm import paths
 from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
 from vmm.paths import MachinePaths, RuntimePaths
-from vmm.proc import machine_lock
+from vmm.proc import HeldLock, machine_lock
 from vmm.spec import DiskSpec, MachineSpec, read_spec
 
 MAX_DEFINITION_BYTES = 4 << 20
@@ -37,6 +37,13 @@ class Machine:
     def name(self) -> str:
         """Its name."""
         return self.spec.name
+
+
+@dataclass(frozen=True, slots=True)
+class Changing(Machine):
+    """A machine whose definition was read while `lock` was held: what a change is decided by."""
+
+    lock: HeldLock
 
 
 def names() -> list[str]:
@@ -92,11 +99,19 @@ def load_all() -> tuple[list[Machine], list[VmmError]]:
 
 
 @contextlib.contextmanager
-def changing(name: str) -> Iterator[Machine]:
+def changing(name: str) -> Iterator[Changing]:
     """The machine, which nobody else changes while the block runs. Raises InUse when somebody does, and as `load`."""
     folder = paths.machine_folder(name)
-    with machine_lock(folder, name):
-        yield load(name)
+    with machine_lock(folder, name) as lock:
+        yield load_for_change(lock)
+
+
+def load_for_change(lock: HeldLock) -> Changing:
+    """The machine as it is now that its lock is held. Raises as `load`."""
+    assert lock.is_held, "a machine is read for a change while its lock is held"
+    found = load_folder(lock.folder)
+    spec = found.spec if found.spec.name == lock.name else found.spec.changed(name=lock.name)  # as in `load`
+    return Changing(spec, found.paths, found.runtime, lock)
 
 
 def add(
@@ -140,15 +155,35 @@ def add(
     return load(spec.name)
 
 
-def save(machine: Machine, spec: MachineSpec) -> Machine:
-    """Replace a machine's definition, under its lock. Raises InUse for an image of another machine's, NoSpace."""
+def save(machine: Changing, spec: MachineSpec) -> Changing:
+    """Replace the definition that was read.
+
+    Raises InUse when it is another one by now, and for an image of another machine's; NoSpace.
+    """
+
+    def change(present: MachineSpec) -> MachineSpec:
+        if present != machine.spec:
+            raise InUse("was changed by somebody else meanwhile", machine=machine.name, hint="try again")
+        return spec
+
+    return update(machine.lock, change)
+
+
+def update(lock: HeldLock, change: Callable[[MachineSpec], MachineSpec], *, check_images: bool = True) -> Changing:
+    """Change the definition as it is at this moment: reading and writing are one step for everybody who writes one.
+
+    Raises what `change` does, InUse for an image of another machine's unless `check_images` is off, NoSpace.
+    """
     with _adding():
-        check_disks(spec)
+        machine = load_for_change(lock)
+        spec = change(machine.spec)
+        if check_images:
+            check_disks(spec)
         paths.write_whole(machine.paths.definition, spec.to_json())
-    return Machine(spec, machine.paths, machine.runtime)
+    return Changing(spec, machine.paths, machine.runtime, lock)
 
 
-def rename(machine: Machine, spec: MachineSpec) -> None:
+def rename(machine: Changing, spec: MachineSpec) -> None:
     """Give a machine the name in `spec`, under its lock. Raises AlreadyExists."""
     old, new = (os.path.join(paths.registry_folder(), name) for name in (machine.name, spec.name))
     target = os.path.join(os.path.dirname(machine.paths.folder), spec.name)
@@ -168,7 +203,7 @@ def rename(machine: Machine, spec: MachineSpec) -> None:
         raise of_os_error(error, "rename the machine", machine=machine.name) from error
 
 
-def remove(machine: Machine) -> None:
+def remove(machine: Changing) -> None:
     """Take a machine away, under its lock; its disks stay. Raises AccessDenied."""
     entry = os.path.join(paths.registry_folder(), machine.name)
     try:

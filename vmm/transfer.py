@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import vhdkit
-from vmm import contact, saved
+from vmm import contact, registry, saved
 from vmm.backup import check_target
 from vmm.contact import Place
 from vmm.devices import refuse_passed_through
@@ -70,7 +70,7 @@ def export(
     disks, AlreadyExists, NotFound, NoSpace, StoreFailed; then there is no folder.
     """
     target = check_target(folder)
-    with contact.changing(name) as machine:
+    with contact.changing(name) as (machine, _):
         refuse_passed_through(machine.spec, "export")
         state = contact.state_of(Place(machine.name, machine.paths, machine.runtime))["state"]
         is_still = state in (MachineState.OFF, MachineState.SAVED)
@@ -80,8 +80,7 @@ def export(
                 hint=f"shut it down, or export a snapshot: vmm snapshot export {name} SNAPSHOT {folder}",
             )  # fmt: skip
         with holding(machine.paths, name) as held:
-            if is_still:
-                machine = settle(held, machine)
+            machine = settle(held) if is_still else registry.load_for_change(held)
             part = f"{target}.part"
             try:
                 os.mkdir(part, 0o700)

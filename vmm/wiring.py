@@ -23,6 +23,7 @@ from vmm.launch import Launch
 from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
 from vmm.running import Running
+from vmm.snapshots.store import holding
 from vmm.spec import AdapterSpec, MachineSpec, make_adapter
 from vmm.state import MachineState
 
@@ -216,8 +217,8 @@ class Wiring:
         await self._running.qmp.execute("set_link", name=adapter_id, up=up)
 
     def _write_down(self, spec: MachineSpec) -> None:
-        stored = registry.load_folder(self._running.machine.folder)
-        registry.save(stored, stored.spec.changed(adapters=list(spec.adapters)))
+        with holding(self._running.machine, self._running.spec.name) as held:
+            registry.update(held, lambda stored: stored.changed(adapters=list(spec.adapters)))
         write_whole(self._running.runtime.running, spec.to_json(), durable=False)
         self._running.spec = spec
 

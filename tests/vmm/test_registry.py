@@ -32,9 +32,11 @@ def test_added_found_saved_and_removed(own_home: Path) -> None:
     assert registry.names() == []
     machine = registry.add(spec("web"))
     assert registry.names() == ["web"] and registry.load("web").spec == machine.spec
-    registry.save(machine, machine.spec.changed(cpu_count=3))
+    with registry.changing("web") as machine:
+        registry.save(machine, machine.spec.changed(cpu_count=3))
     assert registry.load("web").spec.cpu_count == 3
-    registry.remove(registry.load("web"))
+    with registry.changing("web") as machine:
+        registry.remove(machine)
     assert registry.names() == [] and os.listdir(own_home / "machines") == []
 
 
@@ -60,17 +62,19 @@ def test_a_folder_elsewhere(tmp_path: Path, own_home: Path) -> None:
     with pytest.raises(NotFound, match="is its disk mounted"):
         registry.load("web")
     (tmp_path / "unmounted").rename(elsewhere)
-    registry.remove(registry.load("web"))
+    with registry.changing("web") as found:
+        registry.remove(found)
     assert os.listdir(elsewhere) == [] and registry.names() == []
 
 
 def test_renamed(own_home: Path) -> None:
     """The folder and the definition have the new name; a taken name is refused; a rename cut short is completed."""
-    machine = registry.add(spec("web"))
+    registry.add(spec("web"))
     registry.add(spec("db"))
-    with pytest.raises(AlreadyExists):
-        registry.rename(machine, machine.spec.changed(name="db"))
-    registry.rename(machine, machine.spec.changed(name="www"))
+    with registry.changing("web") as machine:
+        with pytest.raises(AlreadyExists):
+            registry.rename(machine, machine.spec.changed(name="db"))
+        registry.rename(machine, machine.spec.changed(name="www"))
     assert registry.names() == ["db", "www"] and registry.load("www").spec.id == machine.spec.id
     (own_home / "machines" / "www").rename(own_home / "machines" / "cut")
     assert registry.load("cut").spec.name == "cut"
@@ -120,8 +124,8 @@ def test_one_writer_for_each_image(tmp_path: Path) -> None:
         registry.add(spec("db", image, read_only=True))
     db = registry.add(spec("db", other, read_only=True))
     registry.add(spec("ro", other, read_only=True))
-    with pytest.raises(InUse):
-        registry.save(db, spec("db", image).changed(id=db.spec.id))
+    with registry.changing("db") as held, pytest.raises(InUse):
+        registry.save(held, spec("db", image).changed(id=db.spec.id))
     assert registry.load("db").spec == db.spec
     assert registry.names() == ["db", "ro", "web"]
     assert paths.registry_folder().endswith("machines")

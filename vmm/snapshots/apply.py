@@ -16,7 +16,7 @@ import vhdkit
 from vmm import registry
 from vmm.errors import Refused
 from vmm.events import add_event
-from vmm.registry import Machine
+from vmm.registry import Changing
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.settle import settle, taken_back
 from vmm.snapshots.steps import (
@@ -57,14 +57,14 @@ def definition_of(snapshot: Snapshot, present: MachineSpec | None = None) -> Mac
     return spec.changed(disks=disks, **kept)
 
 
-def apply(machine: Machine, word: str) -> Applied:
+def apply(machine: Changing, word: str) -> Applied:
     """Make the machine, which is off or saved and whose lock the caller holds, what it was. The present state goes.
 
     Raises NotFound, Refused when something of the snapshot is missing, InUse, NoSpace, StoreFailed; then the machine
     is as it was.
     """
     with holding(machine.paths, machine.name) as held:
-        machine = settle(held, machine)
+        machine = settle(held)
         snapshot = held.tree.find(word)
         folder = SnapshotFolder(snapshot.folder)
         frozen = definition_of(snapshot, machine.spec)
@@ -78,7 +78,7 @@ def apply(machine: Machine, word: str) -> Applied:
         spec = pivoted(frozen, pivots)
         registry.check_disks(spec)
         held.note(prepare_document("apply", None, pivots))
-        with taken_back(held, machine, "apply the snapshot"):
+        with taken_back(held, "apply the snapshot"):
             options = options_of_all(frozen)
             for one in pivots:
                 vhdkit.create_child(one.child, one.frozen, options=options)
@@ -89,8 +89,8 @@ def apply(machine: Machine, word: str) -> Applied:
             held.tree.now = snapshot.id
             uefi = folder.uefi_variables if os.path.exists(folder.uefi_variables) else None
             held.note(commit_document(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
-        machine = commit(held, machine)
-        tidied = tidy(held, machine)
+        commit(held)
+        tidied = tidy(held)
     add_event(machine.paths.events, "snapshot-applied", snapshot=snapshot.name)
     return Applied(snapshot, "saved" if snapshot.memory_bytes is not None else "off", tidied)
 

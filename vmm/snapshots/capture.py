@@ -23,7 +23,6 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vmm import registry
 from vmm.errors import InUse, QemuFailed, StoreFailed, VmmError, WrongState
 from vmm.kvm import background
 from vmm.kvm.background import Capturing, Mode
@@ -31,7 +30,7 @@ from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
 from vmm.snapshots.create import Wish, begin
 from vmm.snapshots.memory import SnapshotFolder, description_document
-from vmm.snapshots.settle import adopt, settle_folder
+from vmm.snapshots.settle import adopt, settle
 from vmm.snapshots.steps import Pivot, pivoted, pivots_in, prepare_document
 from vmm.snapshots.store import Held, has_tree, holding, load_tree
 from vmm.snapshots.tree import Snapshot, snapshot_document, snapshot_of
@@ -94,7 +93,7 @@ class Capture:
         elif journal["op"] == "live-merge":
             raise InUse("a merge is still being put in order", hint="try again in a moment")
         else:
-            settle_folder(held)
+            settle(held)
 
     # -- after another worker ----------------------------------------------------------------------------------------
 
@@ -229,7 +228,7 @@ class _Taking:
             self._held.tree.grow(one.frozen, one.child, one.format)
         self._held.note(self._journal)
         if self._pivots:
-            await asyncio.to_thread(self._plugging.write_down, pivoted(self._running.spec, self._pivots))
+            await asyncio.to_thread(self._plugging.write_down, self._held, pivoted(self._running.spec, self._pivots))
 
     async def take_back(self) -> None:
         """After a failure: what was pivoted stays so, the rest goes."""
@@ -301,7 +300,7 @@ async def follow_pivots(
         if one not in done:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(one.child)
-    adopt(held, registry.load_folder(running.machine.folder), done)
+    adopt(held, done)
     spec = pivoted(running.spec, done)
     if spec != running.spec:
         write_whole(running.runtime.running, spec.to_json(), durable=False)

@@ -19,7 +19,7 @@ from vmm import saved
 from vmm.devices import refuse_passed_through
 from vmm.errors import InvalidSpec
 from vmm.events import add_event
-from vmm.registry import Machine
+from vmm.registry import Changing
 from vmm.snapshots.memory import SnapshotFolder, folder_of
 from vmm.snapshots.settle import settle, taken_back
 from vmm.snapshots.steps import (
@@ -66,19 +66,19 @@ def begin(held: Held, spec: MachineSpec, wish: Wish, taken_in: TakenIn) -> tuple
     return snapshot, pivots_for(spec, tree, images)
 
 
-def create(machine: Machine, wish: Wish) -> Snapshot:
+def create(machine: Changing, wish: Wish) -> Snapshot:
     """A snapshot of a machine that is off or saved, whose lock the caller holds.
 
     Raises Refused, AlreadyExists, InvalidSpec, NoSpace, InUse, StoreFailed; then there is no snapshot.
     """
     with holding(machine.paths, machine.name) as held:
-        machine = settle(held, machine)
+        machine = settle(held)
         is_saved = saved.is_saved(machine.paths)
         snapshot, pivots = begin(held, machine.spec, wish, "saved" if is_saved else "off")
         check_chains(machine.spec, snapshot.disks)
         folder = SnapshotFolder(snapshot.folder)
         held.note(prepare_document("create", snapshot.folder, pivots))
-        with taken_back(held, machine, "take the snapshot"):
+        with taken_back(held, "take the snapshot"):
             folder.begin(machine.spec)
             folder.copy_uefi(machine.paths, machine.spec)
             if is_saved:
@@ -87,7 +87,7 @@ def create(machine: Machine, wish: Wish) -> Snapshot:
             folder.finish()
             add(held, snapshot, pivots)
             held.note(commit_document(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
-        commit(held, machine)
+        commit(held)
     add_event(machine.paths.events, "snapshot-created", snapshot=snapshot.name)
     return snapshot
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from vmm.errors import WrongState
 from vmm.events import add_event
-from vmm.registry import Machine
+from vmm.registry import Changing, Machine
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.settle import settle
 from vmm.snapshots.steps import Tidied, remove_image, store_problem, tidy
@@ -28,14 +28,14 @@ class Deleted:
     tidied: Tidied
 
 
-def delete(machine: Machine, word: str, *, subtree: bool = False, is_running: bool = False) -> Deleted:
+def delete(machine: Changing, word: str, *, subtree: bool = False, is_running: bool = False) -> Deleted:
     """Take a snapshot away, with `subtree` also all that came of it. The caller holds the machine's lock.
 
     Raises NotFound, InUse, VmmError. A running machine's journal is its worker's, and nothing is settled for it.
     """
     with holding(machine.paths, machine.name) as held:
         if not is_running:
-            machine = settle(held, machine)
+            settle(held)
         snapshot = held.tree.find(word)
         gone = tuple(held.tree.subtree(snapshot.id) if subtree else [snapshot])
         held.tree.remove(gone)
@@ -43,13 +43,13 @@ def delete(machine: Machine, word: str, *, subtree: bool = False, is_running: bo
         for one in gone:
             SnapshotFolder(one.folder).discard()
         held.note(None)
-        tidied = tidy(held, machine)
+        tidied = tidy(held)
     for one in gone:
         add_event(machine.paths.events, "snapshot-deleted", snapshot=one.name)
     return Deleted(gone, tidied)
 
 
-def forget_memory(machine: Machine, word: str) -> Snapshot:
+def forget_memory(machine: Changing, word: str) -> Snapshot:
     """Keep a snapshot's disks and configuration without its memory. Raises NotFound, WrongState, InUse."""
     with holding(machine.paths, machine.name, stop_merge=False) as held:
         snapshot = held.tree.find(word)
@@ -76,17 +76,17 @@ def images_to_delete(machine: Machine) -> list[str]:
     return list(judge(bare, Tree(images=images)).unlink)
 
 
-def delete_all(machine: Machine) -> None:
+def delete_all(machine: Changing) -> None:
     """All snapshots of a machine that is to be deleted, and the images that only they needed. Raises VmmError."""
     with holding(machine.paths, machine.name) as held:
-        machine = settle(held, machine)
+        settle(held)
         gone = list(held.tree.snapshots.values())
         held.tree.remove(gone)
         held.note({"op": "delete", "folders": [one.folder for one in gone]})
         for one in gone:
             SnapshotFolder(one.folder).discard()
         held.note(None)
-        tidy(held, machine)
+        tidy(held)
 
 
 def hidden_images(machine: Machine) -> dict[str, str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 from vmm import contact, registry, saved
 from vmm.contact import Place
-from vmm.errors import InvalidSpec, Refused, VmmError, WrongState, of_os_error
-from vmm.registry import Machine
+from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState, of_os_error
+from vmm.registry import Changing, Machine
 from vmm.rpc import ControlClient, Progress
 from vmm.snapshots import fold
 from vmm.snapshots.apply import Applied, apply
@@ -231,9 +231,9 @@ class MachineSnapshots:
                         raise
                     done.append({"target": merge.target, "problem": str(error)})
                 passed_over.add(merge.target)
-                machine = registry.load(self.name)
+                machine = registry.load_for_change(machine.lock)
             with holding(machine.paths, self.name) as held:
-                tidy(held, machine)
+                tidy(held)
         return done
 
     def _next_live(self, machine: Machine, passed_over: set[str]) -> Merge | None:
@@ -252,7 +252,9 @@ class MachineSnapshots:
             )  # fmt: skip
             return result
         with holding(machine.paths, self.name) as held:
-            fold.merge_files(held, machine, merge, lambda done, total: None)
+            if merge not in judge(registry.load_for_change(held), held.tree).merges:
+                raise InUse("the snapshots have changed meanwhile", path=merge.target, hint="try again")
+            fold.merge_files(held, merge, lambda done, total: None)
         return {"target": merge.target, "passes": 1, "held_seconds": 0.0}
 
     def cancel_merge(self) -> bool:
@@ -295,12 +297,10 @@ class MachineSnapshots:
     # -- small things ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[tuple[Machine, ControlClient | None]]:
+    def _changing(self) -> Iterator[tuple[Changing, ControlClient | None]]:
         """The machine, which nobody else changes meanwhile, and its worker where it runs."""
-        with self._named(), contact.changing(self.name) as machine:
-            client = contact.contact(Place(machine.name, machine.paths, machine.runtime))
-            with client if client is not None else contextlib.nullcontext():
-                yield machine, client
+        with self._named(), contact.changing(self.name) as (machine, client):
+            yield machine, client
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

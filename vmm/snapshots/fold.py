@@ -24,9 +24,8 @@ from vmm.errors import InUse, VmmError
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef, is_locked, machine_lock, python_command, python_environment, spawn_detached
-from vmm.registry import Machine
 from vmm.snapshots.rule import Merge
-from vmm.snapshots.settle import settle_folder
+from vmm.snapshots.settle import settle
 from vmm.snapshots.steps import finish_merge, options_of_all, store_problem, tidy
 from vmm.snapshots.store import Held, Merging, holding, load_tree, merging_path, read_merging, write_merging
 from vmm.snapshots.survey import judge
@@ -69,7 +68,7 @@ class Fold:
             stack.callback(self._forget_note)
             if held.tree.journal is not None:
                 with self._locked():
-                    settle_folder(held)
+                    settle(held)
             while (merge := self._next(held)) is not None:
                 self._merge(held, merge)
                 done += 1
@@ -110,17 +109,15 @@ class Fold:
             lock.__exit__(None, None, None)
 
     def _next(self, held: Held) -> Merge | None:
-        machine = registry.load_folder(self._machine.folder)
-        self._name = machine.name
-        tidy(held, machine)
-        merges = judge(machine, held.tree).merges
+        tidy(held)
+        merges = judge(registry.load_for_change(held), held.tree).merges
         return merges[0] if merges else None
 
     def _merge(self, held: Held, merge: Merge) -> None:
         self._target = merge.target
         try:
             self._progress(0, 0)
-            merge_files(held, registry.load_folder(self._machine.folder), merge, self._progress, locked=self._locked)
+            merge_files(held, merge, self._progress, locked=self._locked)
         except vhdkit.Cancelled as error:
             raise _Stopped from error
         except VmmError as error:
@@ -142,7 +139,6 @@ class Fold:
 
 def merge_files(
     held: Held,
-    machine: Machine,
     merge: Merge,
     progress: Callable[[int, int], None],
     *,
@@ -153,7 +149,7 @@ def merge_files(
     The machine's definition is changed, where it must, while `locked` is held.
     """
     held.note({"op": "merge", "target": merge.target, "layers": list(merge.layers)})
-    options = options_of_all(machine.spec)
+    options = options_of_all(registry.load_for_change(held).spec)
     try:
         vhdkit.merge(merge.layers[0], into=merge.target, relink_children=True, options=options, progress=progress)
     except vhdkit.Cancelled:
@@ -161,7 +157,7 @@ def merge_files(
     except vhdkit.VhdkitError as error:
         raise store_problem(error, "merge") from error
     with locked():
-        finish_merge(held, registry.load_folder(machine.paths.folder), merge.target, merge.layers)
+        finish_merge(held, merge.target, merge.layers)
 
 
 def spawn(machine: MachinePaths, runtime: RuntimePaths) -> int | None:

@@ -16,7 +16,6 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmm import registry
 from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
 from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
@@ -122,7 +121,7 @@ class LiveMerges:
         running = self._running
         await running.server.wait_serving(SERVER_SECONDS)
         chain = (await served_layers(running))[disk]
-        machine = took_over(held, registry.load_folder(running.machine.folder), disk, chain)
+        machine = took_over(held, disk, chain)
         held.note(None)
         disks = {one.id: one for one in machine.spec.disks}
         spec = running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks])

@@ -24,8 +24,7 @@ from itertools import pairwise
 import vhdkit
 from vmm import registry
 from vmm.errors import VmmError
-from vmm.paths import write_whole
-from vmm.registry import Machine
+from vmm.registry import Changing, Machine
 from vmm.snapshots.memory import SnapshotFolder, applied_folder
 from vmm.snapshots.steps import (
     Pivot,
@@ -41,15 +40,11 @@ from vmm.snapshots.steps import (
 )
 from vmm.snapshots.store import Held, load_tree
 from vmm.snapshots.tree import Image
-
-
-def settle_folder(held: Held) -> Machine:
-    """Settle the machine whose tree it is. Raises VmmError."""
-    return settle(held, registry.load_folder(held.machine.folder))
+from vmm.spec import MachineSpec
 
 
 @contextlib.contextmanager
-def taken_back(held: Held, machine: Machine, doing: str) -> Iterator[None]:
+def taken_back(held: Held, doing: str) -> Iterator[None]:
     """Whatever fails in the block, Ctrl-C too, is settled at once.
 
     Raises VmmError for failures of files and images.
@@ -58,22 +53,23 @@ def taken_back(held: Held, machine: Machine, doing: str) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(VmmError):  # such as for a full disk: then the next command settles it
-            held.tree = load_tree(machine.paths)
-            settle(held, machine)
+            held.tree = load_tree(held.machine)
+            settle(held)
         if isinstance(error, OSError | vhdkit.VhdkitError):
             raise store_problem(error, doing) from error
         raise
 
 
-def settle(held: Held, machine: Machine) -> Machine:
+def settle(held: Held) -> Changing:
     """Settle what the journal says; the machine as it is then. Raises VmmError, and tries again the next time."""
     journal = held.tree.journal
+    machine = registry.load_for_change(held)
     if journal is None:
         return machine
     try:
         match journal["op"]:
             case "create" | "apply" if journal.get("live"):
-                machine = adopt(held, machine, pivots_in(journal))
+                machine = adopt(held, pivots_in(journal))
                 _discard(journal.get("folder"))
             case "create" | "apply":
                 for one in pivots_in(journal):
@@ -82,7 +78,7 @@ def settle(held: Held, machine: Machine) -> Machine:
                 if journal["op"] == "create":
                     _discard(journal.get("folder"))
             case "commit":
-                return commit(held, machine)
+                return commit(held)
             case "delete":
                 for folder in journal["folders"]:
                     _discard(str(folder))
@@ -91,7 +87,7 @@ def settle(held: Held, machine: Machine) -> Machine:
                 _finish_complete(machine, layers[0])
                 if not os.path.lexists(layers[0]):
                     _finish_removing(machine, str(journal["target"]))
-                    machine = finish_merge(held, machine, str(journal["target"]), layers)
+                    machine = finish_merge(held, str(journal["target"]), layers)
             case "live-merge":
                 machine = _follow(held, machine, str(journal["disk"]))
     except OSError as error:
@@ -116,19 +112,16 @@ def _finish_removing(machine: Machine, target: str) -> None:
             vhdkit.resume_merge(target, options=options)
 
 
-def adopt(held: Held, machine: Machine, pivots: list[Pivot]) -> Machine:
+def adopt(held: Held, pivots: list[Pivot]) -> Changing:
     """The new leaves that are there are the machine's disks."""
     there = [one for one in pivots if os.path.exists(one.child)]
     for one in there:
         held.tree.grow(one.frozen, one.child, one.format)
     held.save()  # before the definition: an image that is not known is never removed
-    spec = pivoted(machine.spec, there)
-    if spec != machine.spec:
-        write_whole(machine.paths.definition, spec.to_json())
-    return Machine(spec, machine.paths, machine.runtime)
+    return registry.update(held, lambda spec: pivoted(spec, there), check_images=False)
 
 
-def _follow(held: Held, machine: Machine, disk_id: str) -> Machine:
+def _follow(held: Held, machine: Changing, disk_id: str) -> Changing:
     """After a live merge that nobody saw the end of: the disk's newest image, and what it really stands on."""
     disk = machine.spec.disk(disk_id)
     if disk is None or disk.path is None:
@@ -144,10 +137,10 @@ def _follow(held: Held, machine: Machine, disk_id: str) -> Machine:
         chain = vhdkit.chain_paths(path, options=options_of_all(machine.spec))
     except vhdkit.VhdkitError as error:
         raise store_problem(error, "follow the disk") from error
-    return took_over(held, machine, disk_id, chain)
+    return took_over(held, disk_id, chain)
 
 
-def took_over(held: Held, machine: Machine, disk_id: str, chain: list[str]) -> Machine:
+def took_over(held: Held, disk_id: str, chain: list[str]) -> Changing:
     """The disk's chain is this one now, leaf first: the tree and the definition say so. The journal says the merge."""
     tree = held.tree
     journal = tree.journal
@@ -155,14 +148,8 @@ def took_over(held: Held, machine: Machine, disk_id: str, chain: list[str]) -> M
     layers = [str(path) for path in journal["layers"]]
     if not os.path.lexists(layers[0]):
         tree.merged(str(journal["target"]), layers)
-    disk = machine.spec.disk(disk_id)
-    assert disk is not None and disk.path is not None
-    if disk.path != chain[0]:
-        image = tree.images.get(chain[0])
-        machine = Machine(
-            relocated(machine.spec, {disk_id: (chain[0], image.format if image is not None else "vhd")}),
-            machine.paths, machine.runtime,
-        )  # fmt: skip
+    image = tree.images.get(chain[0])
+    leaf = (chain[0], image.format if image is not None else "vhd")
     for child, parent in pairwise(chain):
         known = tree.images.get(child)
         if known is None and parent in tree.images:
@@ -172,8 +159,13 @@ def took_over(held: Held, machine: Machine, disk_id: str, chain: list[str]) -> M
     for path in [path for path, one in tree.images.items() if one.ours and not os.path.lexists(path)]:
         tree.forget(path)
     held.save()
-    write_whole(machine.paths.definition, machine.spec.to_json())
-    return machine
+
+    def follow(spec: MachineSpec) -> MachineSpec:
+        disk = spec.disk(disk_id)
+        assert disk is not None and disk.path is not None
+        return spec if disk.path == leaf[0] else relocated(spec, {disk_id: leaf})
+
+    return registry.update(held, follow, check_images=False)
 
 
 def _discard(folder: str | None) -> None:

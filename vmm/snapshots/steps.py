@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import vhdkit
+from vmm import registry
 from vmm.errors import Refused, VmmError, of_os_error
 from vmm.paths import sync_folder, write_whole
-from vmm.registry import Machine
+from vmm.registry import Changing
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.snapshots.store import Held
 from vmm.snapshots.survey import judge
@@ -129,12 +130,12 @@ def commit_document(spec: MachineSpec, *, saved: SavedStep | None, uefi: str | N
     return {"op": "commit", "definition": json.loads(spec.to_json()), "saved": saved, "uefi": uefi}
 
 
-def commit(held: Held, machine: Machine) -> Machine:
+def commit(held: Held) -> Changing:
     """Put in place what the journal says. Raises VmmError; the next command tries again."""
     journal = held.tree.journal
     assert journal is not None and journal["op"] == "commit"
-    spec = read_spec(json.dumps(journal["definition"]).encode(), machine.paths.definition)
-    write_whole(machine.paths.definition, spec.to_json())
+    spec = read_spec(json.dumps(journal["definition"]).encode(), held.machine.definition)
+    machine = registry.update(held, lambda _: spec, check_images=False)
     match journal["saved"]:
         case "adapt":
             adapt_saved(machine.paths, spec)
@@ -150,15 +151,15 @@ def commit(held: Held, machine: Machine) -> Machine:
         except OSError as error:
             raise of_os_error(error, "bring the UEFI variables back", path=journal["uefi"]) from error
     held.note(None)
-    return Machine(spec, machine.paths, machine.runtime)
+    return machine
 
 
 # -- tidying ---------------------------------------------------------------------------------------------------------
 
 
-def tidy(held: Held, machine: Machine) -> Tidied:
+def tidy(held: Held) -> Tidied:
     """Remove what the rule says goes now; merges are left to `fold`. Raises VmmError."""
-    plan = judge(machine, held.tree)
+    plan = judge(registry.load_for_change(held), held.tree)
     removed = []
     kept = dict(plan.kept)
     for path in plan.unlink:
@@ -213,14 +214,16 @@ def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
             ) from error  # fmt: skip
 
 
-def finish_merge(held: Held, machine: Machine, target: str, layers: Sequence[str]) -> Machine:
+def finish_merge(held: Held, target: str, layers: Sequence[str]) -> Changing:
     """`layers` were merged into `target`: every name that meant the newest of them means the target from now on."""
     image = held.tree.images.get(target, Image(None, ours=False))
-    moved = {disk.id: (target, image.format) for disk in machine.spec.disks
-             if disk.path == layers[0] and disk.is_writable_image}  # fmt: skip
-    if moved:
-        machine = Machine(relocated(machine.spec, moved), machine.paths, machine.runtime)
-        write_whole(machine.paths.definition, machine.spec.to_json())
+
+    def follow(spec: MachineSpec) -> MachineSpec:
+        moved = {disk.id: (target, image.format) for disk in spec.disks
+                 if disk.path == layers[0] and disk.is_writable_image}  # fmt: skip
+        return relocated(spec, moved)
+
+    machine = registry.update(held, follow, check_images=False)
     held.tree.merged(target, layers)
     held.note(None)
     return machine

@@ -23,7 +23,7 @@ from typing import Any
 
 from vmm.errors import InUse, VmmError, of_os_error
 from vmm.paths import MachinePaths, write_whole
-from vmm.proc import Lock, ProcessRef
+from vmm.proc import HeldLock, Lock, ProcessRef
 from vmm.snapshots.tree import MAX_DOCUMENT_BYTES, Tree, read_tree
 
 MERGE_STOP_SECONDS = 60.0  # for a merge to put down what it holds; it looks up after each piece
@@ -55,12 +55,13 @@ def load_tree(machine: MachinePaths) -> Tree:
     return read_tree(content[:MAX_DOCUMENT_BYTES], path)
 
 
-@dataclass(slots=True)
-class Held:
-    """A tree that nobody else changes now."""
+class Held(HeldLock):
+    """A tree that nobody else changes now, read after its lock was taken."""
 
-    machine: MachinePaths
-    tree: Tree
+    def __init__(self, machine: MachinePaths, name: str, tree: Tree) -> None:
+        super().__init__(machine.folder, name)
+        self.machine = machine
+        self.tree = tree
 
     def save(self) -> None:
         """Write it down; it is on the device when this returns. Raises NoSpace, AccessDenied."""
@@ -80,9 +81,12 @@ def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Ite
         _take(lock, machine, name, stop_merge=stop_merge)
     except OSError as error:
         raise of_os_error(error, "lock the snapshots", machine=name, path=lock.path) from error
+    held: Held | None = None
     try:
-        yield Held(machine, load_tree(machine))
+        yield (held := Held(machine, name, load_tree(machine)))
     finally:
+        if held is not None:
+            held.is_held = False
         lock.release()
 
 

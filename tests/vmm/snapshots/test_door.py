@@ -45,7 +45,8 @@ def test_configuration_comes_back(machines: Machines) -> None:
     manager = vmm.Manager()
     manager.set("web", cpu_count=4, notes="more")
     added = manager.add_disk("web", vmm.DiskWish(str(machines.disk("more.vhd"))))
-    registry.rename(registry.load("web"), registry.load("web").spec.changed(name="site"))
+    with registry.changing("web") as machine:
+        registry.rename(machine, machine.spec.changed(name="site"))
     site = manager.snapshots("site")
     site.create("large")
     site.apply("small", discard_current=True)
@@ -288,9 +289,9 @@ def test_tree_outlives_its_machine_name(machines: Machines) -> None:
 def test_passed_through_disks_have_no_snapshots(machines: Machines) -> None:
     """A machine with a device of the host has content that no layer of ours could keep, and is refused."""
     web = machines.create()
-    machine = registry.load("web")
     device = DiskSpec(id="disk-9", kind="pass-through", path="/dev/null", controller="scsi")
-    registry.save(machine, machine.spec.changed(disks=[*machine.spec.disks, device]))
+    with registry.changing("web") as machine:
+        registry.save(machine, machine.spec.changed(disks=[*machine.spec.disks, device]))
     with pytest.raises(Refused, match="passed through"):
         web.create()
     assert not web.tree().snapshots and machines.images() == {"web-0.vhd"}

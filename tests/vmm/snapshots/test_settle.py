@@ -15,7 +15,7 @@ from tests.vmm.snapshots.machines import Machines
 from vmm import registry
 from vmm.snapshots import fold
 from vmm.snapshots.door import MachineSnapshots
-from vmm.snapshots.settle import settle_folder
+from vmm.snapshots.settle import settle
 from vmm.snapshots.store import holding, load_tree
 
 States = dict[str | None, dict[str, str]]
@@ -38,7 +38,7 @@ def settled(machines: Machines) -> None:
     """What the next command does first."""
     machine = registry.load("web")
     with holding(machine.paths, "web") as held:
-        settle_folder(held)
+        settle(held)
     assert load_tree(machine.paths).journal is None
 
 
