@@ -22,7 +22,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmm.errors import AlreadyExists, StoreFailed, VmmError, WrongState, of_os_error
+from vmm.errors import AlreadyExists, StoreFailed, VmmError, WrongState, hint_of_vhdkit, of_os_error
 from vmm.paths import MachinePaths, sync_folder, write_whole
 from vmm.proc import python_command, python_environment
 from vmm.rpc import Progress
@@ -132,7 +132,8 @@ def _error_in(said: bytes, disk: DiskSpec) -> VmmError:
     """What vhdkit said."""
     with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
         told = json.loads(said.strip().splitlines()[-1])["error"]
-        error = StoreFailed(str(told.get("problem") or told["message"]), path=told.get("path"), hint=told.get("hint"))
+        problem, hint = str(told.get("problem") or told["message"]), hint_of_vhdkit(told.get("hint"))
+        error = StoreFailed(problem, path=told.get("path"), hint=hint)
         error.exit_code = int(told["exit_code"])
         return error
     return StoreFailed("could not be copied", path=disk.path)

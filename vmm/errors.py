@@ -12,6 +12,7 @@ Exit codes: 1 failed, 2 the request cannot be, 5 in use or in the wrong state, 6
 from __future__ import annotations
 
 import errno
+import re
 from typing import Any
 
 EXIT_FAILED = 1
@@ -114,6 +115,26 @@ class NoSpace(VmmError):
 
 class StoreFailed(VmmError):
     """A disk image or its server failed; what vhdkit said is the problem."""
+
+
+_DISK_OPTION = "give the disk that option: take it away (vmm disk remove) and add it again, as IMAGE"
+_OWN_WORDS = {  # options of vhdkit's command line, as they are said to vmm
+    "--allow-parent-dir": f"if you trust it, {_DISK_OPTION},parent-dir=FOLDER",
+    "--allow-raw-parent": f"if you trust it, {_DISK_OPTION},allow-raw-parent",
+}
+_SHARED_OPTIONS = ("--shrink",)  # which vmm has, too
+
+
+def hint_of_vhdkit(hint: str | None) -> str | None:
+    """What vhdkit says to do next, in vmm's words; None where it only helps on vhdkit's own command line."""
+    if hint is None or "vhdkit " in hint:  # a whole command
+        return hint
+    options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)
+    for option, words in _OWN_WORDS.items():
+        if option in options:
+            folder = hint.partition(f"{option} ")[2]
+            return words.replace("FOLDER", folder) if folder else words
+    return hint if all(option in _SHARED_OPTIONS for option in options) else None
 
 
 def to_document(error: VmmError) -> dict[str, Any]:

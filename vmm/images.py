@@ -28,11 +28,14 @@ class ImageFacts:
 
 
 def find_image(path: str, folder: str) -> str:
-    """The absolute path of an image: as it is given, or else in the folder for disks where a bare name is not here."""
+    """The real path of an image: as it is given, or else in the folder for disks where a bare name is not here.
+
+    Links are followed once, now: snapshots lie beside the image, and where a link leads later changes nothing.
+    """
     if os.path.exists(path) or os.sep in path:
-        return os.path.abspath(path)
+        return os.path.realpath(path)
     elsewhere = os.path.join(folder, path)
-    return elsewhere if os.path.exists(elsewhere) else os.path.abspath(path)
+    return os.path.realpath(elsewhere if os.path.exists(elsewhere) else path)
 
 
 def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:

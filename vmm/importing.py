@@ -145,8 +145,8 @@ def _registered(inside: Inside, arrival: Arrival) -> Transfer:
 
 def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
     spec = arrival.judged[None]
-    disks = os.path.join(spec.paths.disks or default_folders()["disks"], spec.name)
-    snapshots = os.path.join(spec.paths.snapshots or default_folders()["snapshots"], spec.id)
+    disks = os.path.join(os.path.realpath(spec.paths.disks or default_folders()["disks"]), spec.name)
+    snapshots = os.path.join(os.path.realpath(spec.paths.snapshots or default_folders()["snapshots"]), spec.id)
     if os.path.lexists(disks):
         raise _in_the_way(disks)
     landing = _Landing(arrival, disks, os.path.join(disks, "media"), snapshots)

@@ -29,7 +29,7 @@ import sys
 import time
 from typing import Any
 
-from vmm.errors import NoSpace, StoreFailed, VmmError, to_document
+from vmm.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_document
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
@@ -222,7 +222,7 @@ def export_of(disk: dict[str, Any], *, follow_leaf: bool) -> dict[str, Any]:
     """A disk of a definition as an entry of the server's list of exports."""
     return {
         "name": disk["id"],
-        "path": disk["path"],
+        "path": os.path.realpath(disk["path"]),
         "read_only": disk["read_only"],
         "follow_leaf": follow_leaf,
         "format": disk["format"],
@@ -240,7 +240,7 @@ def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:
         if status is not None and status > 0 and isinstance(last.get("error"), dict):
             told = last["error"]
             error = StoreFailed(str(told.get("problem") or told.get("message")), path=told.get("path"),
-                                hint=told.get("hint"))  # fmt: skip
+                                hint=hint_of_vhdkit(told.get("hint")))  # fmt: skip
             return to_document(error) | {"exit_code": told.get("exit_code", error.exit_code)}
     if status == NoSpace.exit_code:  # it could not even write down why
         return to_document(NoSpace("the disks' server found no space left", path=log_path))

@@ -36,7 +36,7 @@ from vmm.rpc import Progress
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
-from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
+from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, PathsSpec, make_disk, make_spec
 from vmm.state import MachineState, processes_of
 
 SHUTDOWN_SECONDS = 120.0
@@ -169,9 +169,7 @@ class Manager:
         """
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")
-        for key in ("kernel", "initrd"):
-            if isinstance(path := settings.get(key), str):
-                settings[key] = _readable(path)
+        settings = _with_real_paths(settings)
         spec = make_spec(name=name, **settings)
         for wish in disks:
             spec = spec.changed(disks=[*spec.disks, self._disk_of(wish, spec)])
@@ -200,9 +198,7 @@ class Manager:
             hardware = set(settings) - {"notes", "automatic", "name", "paths"}
             if hardware:
                 saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(hardware))}")
-            for key in ("kernel", "initrd"):
-                if isinstance(path := settings.get(key), str):
-                    settings[key] = _readable(path)
+            settings = _with_real_paths(settings)
             if settings.get("name", machine.name) != machine.name:
                 if client is not None:
                     raise WrongState("is running, and cannot have another name now", machine=name)
@@ -242,7 +238,8 @@ class Manager:
                 except VmmError as error:
                     kept.append((disk.path, error.problem))
         if with_disks:
-            disks += [path for path in images_to_delete(machine) if path not in disks]
+            named = {os.path.realpath(path) for path in (*disks, *(path for path, _ in kept))}
+            disks += [path for path in images_to_delete(machine) if os.path.realpath(path) not in named]
         return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
 
     def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
@@ -428,7 +425,7 @@ class Manager:
         disk = make_disk(
             id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
             unit=unit, read_only=wish.read_only or wish.kind == "iso",
-            parent_dirs=tuple(os.path.abspath(one) for one in wish.parent_dirs),
+            parent_dirs=tuple(os.path.realpath(one) for one in wish.parent_dirs),
             allow_raw_parent=wish.allow_raw_parent, **settings,
         )  # fmt: skip
         if disk.kind == "iso" and path is not None:
@@ -464,9 +461,10 @@ def _place(machine: Machine) -> Place:
 
 
 def _find_disk(machine: Machine, disk_id: str) -> DiskSpec:
-    """A disk by its id, or by its path."""
+    """A disk by its id, its serial, or its path by whatever name."""
     for disk in machine.spec.disks:
-        if disk_id in (disk.id, disk.serial) or (disk.path is not None and os.path.abspath(disk_id) == disk.path):
+        is_path = disk.path is not None and os.path.realpath(disk_id) == os.path.realpath(disk.path)
+        if is_path or disk_id in (disk.id, disk.serial):
             return disk
     known = ", ".join(disk.id for disk in machine.spec.disks) or "none"
     raise NotFound(f"has no disk {disk_id!r}; there are {known}", machine=machine.name)
@@ -490,9 +488,28 @@ def _on_scsi(wish: DiskWish) -> DiskWish:
 
 
 def _readable(path: str) -> str:
-    """The absolute path of a file that can be opened. Raises NotFound, AccessDenied."""
+    """The real path of a file that can be opened. Raises NotFound, AccessDenied."""
     os.close(open_medium(path))
-    return os.path.abspath(path)
+    return os.path.realpath(path)
+
+
+def _with_real_paths(settings: dict[str, object]) -> dict[str, object]:
+    """Settings with files and folders as they really are called. Raises NotFound, AccessDenied, InvalidSpec."""
+    found = dict(settings)
+    for key in ("kernel", "initrd"):
+        if isinstance(path := settings.get(key), str):
+            found[key] = _readable(path)
+    folders = settings.get("paths")
+    if isinstance(folders, PathsSpec):
+        folders = folders.model_dump()
+    if isinstance(folders, dict):
+        for folder in folders.values():
+            if isinstance(folder, str) and not os.path.isdir(folder):
+                raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+        found["paths"] = {
+            key: os.path.realpath(folder) if isinstance(folder, str) else folder for key, folder in folders.items()
+        }
+    return found
 
 
 def _size_of(disk: DiskSpec) -> int | None:

@@ -301,7 +301,7 @@ def set_default_folder(key: str, folder: str | None) -> None:
     else:
         if not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="make it first")
-        chosen[key] = os.path.abspath(folder)
+        chosen[key] = os.path.realpath(folder)
     make_home()
     write_whole(_settings_path(), json.dumps({"paths": chosen}, indent=2).encode() + b"\n")
 

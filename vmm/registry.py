@@ -80,7 +80,23 @@ def read_definition(path: str) -> MachineSpec:
             content = file.read(MAX_DEFINITION_BYTES + 1)
     except OSError as error:
         raise of_os_error(error, "read the machine's definition", path=path) from error
-    return read_spec(content[:MAX_DEFINITION_BYTES], path)
+    return with_real_paths(read_spec(content[:MAX_DEFINITION_BYTES], path))
+
+
+def with_real_paths(spec: MachineSpec) -> MachineSpec:
+    """The definition with the files that links lead to.
+
+    What is given now is resolved when it is given; definitions of 0.1.0 may still hold links, whose folder is another
+    one than their image's.
+    """
+    disks = [
+        disk.model_copy(update={"path": os.path.realpath(disk.path)})
+        if disk.path is not None and disk.kind != "pass-through" else disk
+        for disk in spec.disks
+    ]  # fmt: skip
+    boot = {key: os.path.realpath(path) for key in ("kernel", "initrd") if (path := getattr(spec, key)) is not None}
+    found = spec.model_copy(update={"disks": tuple(disks), **boot})
+    return spec if found == spec else found
 
 
 def load_all() -> tuple[list[Machine], list[VmmError]]:
@@ -124,9 +140,10 @@ def add(
     Raises AlreadyExists for a name that is taken, InUse for an image of another machine's, NoSpace, AccessDenied.
     """
     paths.make_home()
-    parent = os.path.abspath(folder or paths.default_folders()["machines"])
+    parent = os.path.realpath(folder or paths.default_folders()["machines"])
     entry = os.path.join(paths.registry_folder(), spec.name)
     target = os.path.join(parent, spec.name)
+    is_linked = parent != os.path.realpath(paths.registry_folder())
     part = os.path.join(parent, f".{spec.name}.{os.getpid()}.part")
     try:
         os.makedirs(paths.registry_folder(), mode=0o700, exist_ok=True)
@@ -143,7 +160,7 @@ def add(
                 paths.write_whole(MachinePaths(part).definition, spec.to_json())
                 fill(MachinePaths(part))
                 os.rename(part, target)
-                if target != entry:
+                if is_linked:
                     os.symlink(target, entry)
                 paths.sync_folder(parent)
                 paths.sync_folder(paths.registry_folder())

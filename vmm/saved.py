@@ -169,9 +169,14 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
         if description.definition.get(name) != now[name]:
             return f"{name} was {description.definition.get(name)} and is {now[name]}"
 
-    def places(definition: dict[str, Any]) -> list[object]:
-        return [[disk.get(key) for key in ("id", "kind", "path", "controller", "controller_index", "unit", "serial")]
-                for disk in definition.get("disks", [])]  # fmt: skip
+    def places(definition: dict[str, Any]) -> list[list[object]]:
+        rows = []
+        for disk in definition.get("disks", []):
+            path = disk.get("path")
+            is_file = isinstance(path, str) and disk.get("kind") != "pass-through"
+            keys = ("id", "kind", "controller", "controller_index", "unit", "serial")
+            rows.append([os.path.realpath(path) if is_file else path, *(disk.get(key) for key in keys)])
+        return rows
 
     if places(description.definition) != places(now):
         return "its disks were changed"

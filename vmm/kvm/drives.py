@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import vhdkit
-from vmm.errors import InUse, NoSpace, QemuFailed, StoreFailed, TimedOut, VmmError, of_os_error
+from vmm.errors import InUse, NoSpace, QemuFailed, StoreFailed, TimedOut, VmmError, hint_of_vhdkit, of_os_error
 from vmm.kvm.cmdline import RECONNECT_SECONDS, Medium, chain_node, disk_device
 from vmm.kvm.qmp import Qmp
 from vmm.paths import RuntimePaths
@@ -75,7 +75,7 @@ def store_error(error: vhdkit.VhdkitError) -> VmmError:
         (vhdkit.ImageInUse, InUse),
     )
     kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), StoreFailed)
-    ours = kind(error.problem, path=error.path, hint=error.hint)
+    ours = kind(error.problem, path=error.path, hint=hint_of_vhdkit(error.hint))
     ours.exit_code = error.exit_code
     return ours
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import vhdkit
 from vmm import registry
-from vmm.errors import Refused, VmmError, of_os_error
+from vmm.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
 from vmm.paths import sync_folder, write_whole
 from vmm.registry import Changing
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
@@ -210,7 +210,7 @@ def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
         except vhdkit.VhdkitError as error:
             raise Refused(
                 f"the disk {disk.id} cannot be read: {error.problem}", machine=spec.name, path=error.path or path,
-                hint=error.hint,
+                hint=hint_of_vhdkit(error.hint),
             ) from error  # fmt: skip
 
 

@@ -52,7 +52,9 @@ def load_tree(machine: MachinePaths) -> Tree:
         return Tree()
     except OSError as error:
         raise of_os_error(error, "read the snapshots", path=path) from error
-    return read_tree(content[:MAX_DOCUMENT_BYTES], path)
+    tree = read_tree(content[:MAX_DOCUMENT_BYTES], path)
+    tree.rename_users_images(os.path.realpath)  # 0.1.0 wrote down links as they were given
+    return tree
 
 
 class Held(HeldLock):

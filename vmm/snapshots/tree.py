@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, get_args
 
@@ -173,6 +173,19 @@ class Tree:
     def forget(self, path: str) -> None:
         """An image is gone, or is the user's own again."""
         self.images.pop(path, None)
+
+    def rename_users_images(self, rename: Callable[[str], str]) -> None:
+        """Give the images that were not made for the machine the names that `rename` has for them."""
+        names = {path: new for path, one in self.images.items() if not one.ours and (new := rename(path)) != path}
+        if not names:
+            return
+        self.images = {
+            names.get(path, path): replace(one, parent=names.get(one.parent or "", one.parent))
+            for path, one in self.images.items()
+        }
+        for one in list(self.snapshots.values()):
+            disks = {disk: names.get(path, path) for disk, path in one.disks.items()}
+            self.snapshots[one.id] = replace(one, disks=disks)
 
     def merged(self, target: str, layers: Iterable[str]) -> None:
         """`layers`, the newest first, were merged into `target`, which is now what the newest of them was."""
