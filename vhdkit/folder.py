@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import re
 import secrets
@@ -419,6 +420,35 @@ def write_whole(path: str, raw: bytes) -> None:
     with NewFile(path, whatever=True) as new:
         new.store.pwrite(0, raw)
         new.commit()
+
+
+def rename_aside(paths: Sequence[str]) -> list[str]:
+    """Give files names beside their own that nobody looks for, and return those; one that is not there is fine.
+
+    Raises AccessDenied, IoFailed.
+    """
+    ending, renamed = f".kept-{secrets.token_hex(_PART_BYTES)}", []
+    for path in paths:
+        with translated(path, "rename"), contextlib.suppress(FileNotFoundError):
+            os.rename(path, path + ending)
+            renamed.append(path + ending)
+    return renamed
+
+
+class SharedWords:
+    """A few numbers in a file, changed without a system call: what was put there outlives this process at once.
+
+    On a file system in memory, that is: nothing is ever synced.
+    """
+
+    def __init__(self, path: str, count: int) -> None:
+        """Make the file, all numbers 0. Raises AccessDenied, NoSpace, IoFailed."""
+        with NewFile(path, replace=True) as new:
+            new.store.pwrite(0, bytes(8 * count))
+            new.commit()
+            with translated(path, "share the memory of"):
+                self._mapping = mmap.mmap(new.store.fileno(), 8 * count)
+        self.words = memoryview(self._mapping).cast("Q")
 
 
 def is_within(path: str, directories: tuple[str, ...]) -> bool:

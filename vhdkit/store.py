@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeAlias, TypeVar
 
 from vhdkit import errors, locks
-from vhdkit.transfer import Transfer
+from vhdkit.transfer import Transfer, kept_elsewhere
 from vhdkit.units import MIB, SECTOR_SIZE, round_up
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -253,9 +253,34 @@ class FileStore:
         """Bytes the file takes on its file system (holes do not count)."""
         return os.fstat(self._fd).st_blocks * SECTOR_SIZE
 
+    def is_remote(self) -> bool:
+        """True for a file that is kept on a server, or by a program: when it was written to is for them to say."""
+        return kept_elsewhere(self._fd)
+
     def modified_ns(self) -> int:
         """When it was last written to, in nanoseconds since 1970."""
         return os.fstat(self._fd).st_mtime_ns
+
+    def label(self, name: str) -> bytes | None:
+        """The value of a label of this file (a user's extended attribute); None without one, or where there are none.
+
+        Copies of the file, and what takes its place under its name, do not have it.
+        """
+        try:
+            return os.getxattr(self._fd, f"user.vhdkit.{name}")
+        except OSError:
+            return None
+
+    def set_label(self, name: str, value: bytes | None) -> bool:
+        """Give the file a label, or with None take it away; False where that cannot be."""
+        try:
+            if value is None:
+                os.removexattr(self._fd, f"user.vhdkit.{name}")
+            else:
+                os.setxattr(self._fd, f"user.vhdkit.{name}", value)
+        except OSError as error:
+            return value is None and error.errno == errno.ENODATA
+        return True
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
         """See `Store.pread`."""

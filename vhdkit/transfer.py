@@ -46,7 +46,7 @@ class Transfer:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._kept_elsewhere = _kept_elsewhere(fd)
+        self._kept_elsewhere = kept_elsewhere(fd)
         self._not_shared: set[int] = set()  # devices of sources with which nothing can be shared
         self._buffer: memoryview | None = None
         self._behind_bytes = 0
@@ -149,7 +149,7 @@ class Transfer:
             self._writing.join()
 
 
-def _kept_elsewhere(fd: int) -> bool:
+def kept_elsewhere(fd: int) -> bool:
     """True for a file on a server, or of a program, that may be able to copy by itself."""
     raw = ctypes.create_string_buffer(256)  # struct statfs begins with the kind of the file system
     return _libc.fstatfs(fd, raw) == 0 and struct.unpack_from("l", raw)[0] & 0xFFFFFFFF in _KEPT_ELSEWHERE

@@ -89,7 +89,7 @@ def test_every_way_copies_exactly_the_range(
         _copied(folder, source_offset, offset, size)
         patch.setattr(fcntl, "ioctl", _FakeClone())
         _copied(folder, source_offset, offset, size)
-        patch.setattr(transfer, "_kept_elsewhere", lambda fd: True)
+        patch.setattr(transfer, "kept_elsewhere", lambda fd: True)
         patch.setattr(fcntl, "ioctl", _FakeClone(errno.EOPNOTSUPP))
         _copied(folder, source_offset, offset, size)
 
@@ -130,7 +130,7 @@ def test_real_failures_are_raised(way: str, tmp_path: Path, monkeypatch: pytest.
     if way == "clone":
         monkeypatch.setattr(fcntl, "ioctl", full)
     elif way == "kernel":
-        monkeypatch.setattr(transfer, "_kept_elsewhere", lambda fd: True)
+        monkeypatch.setattr(transfer, "kept_elsewhere", lambda fd: True)
         monkeypatch.setattr(os, "copy_file_range", full)
     else:
         monkeypatch.setattr(os, "preadv" if way == "read" else "pwrite", full)

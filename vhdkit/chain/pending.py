@@ -24,7 +24,9 @@ from vhdkit.chain.intent import merge_findings
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity
 from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
+from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.undo import UndoLog, UndoneStore, apply_change, belongs, encode, plan_change, read_log, roll_back
+from vhdkit.formats.vhd import recall, remember
 from vhdkit.formats.vhd.metadata import image_id
 from vhdkit.store import Buffer, FileStore, Store
 
@@ -51,7 +53,7 @@ def look(store: FileStore) -> Look:
     """
     log, findings = _find(store)
     if not store.is_device:
-        findings += merge_findings(store.name, store.in_use())
+        findings += merge_findings(store.name, store.in_use()) + recall.findings(store)
     return Look(store if log is None else UndoneStore(store, log), findings)
 
 
@@ -61,16 +63,34 @@ def view(store: FileStore) -> Store:
 
 
 def settle(store: FileStore) -> None:
-    """Take back a change to the image that did not finish; its writer's lock is held.
+    """Take back a change to the image that did not finish. The writer's lock is held, and writing is what comes next.
 
     Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log is still there then, and the next open tries again.
     """
+    remember.disown(store)
     log, _ = _find(store)
     if log is not None:
         roll_back(store, log)
         _remove(undo_path(store.name))
     elif not store.is_device and _was_being_removed(undo_path(store.name)):
         remove_file(undo_path(store.name))
+
+
+def write_noted(store: FileStore) -> None:
+    """Write into the image, which is not locked yet, what a killed server had noted of it: before anybody reads it.
+
+    Such a server may have died between giving its leaf a child and flushing that leaf, which is a parent from then on
+    and never opened for writing again. Does nothing in a process that has no notes. Raises ImageInUse while another
+    program holds the image, and what opening it for writing raises.
+    """
+    if not recall.has_notes(store, image_id(view(store))):
+        return
+    with FileStore.open(store.name, writable=True) as own:
+        if own.identity != store.identity:
+            raise errors.ImageInUse("was replaced while it was opened", path=store.name)
+        own.lock(writer=True)
+        settle(own)
+        open_layer(own, format_name=FormatName.VHD, writable=True).close()
 
 
 def file_of(store: Store) -> FileStore | None:

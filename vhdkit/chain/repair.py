@@ -36,6 +36,7 @@ from vhdkit.folder import NewFile, exists, real_path
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.undo import Change, UndoLog, encode, plan_change, read_log
+from vhdkit.formats.vhd import recall
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.metadata import image_id, read_metadata
@@ -87,6 +88,7 @@ def repair(
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         if not dry_run:
             pending.settle(store)
+            recall.acknowledge(store)
         view = pending.view(store)
         _refuse_other_formats(view, options)
         draft = DraftStore(view)

@@ -97,8 +97,11 @@ def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
 
 
 def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
-    if options.lock:
-        store.lock(writer=writer)
+    if not options.lock:
+        return
+    if not writer:
+        pending.write_noted(store)  # a writer does that itself, when it opens the image
+    store.lock(writer=writer)
 
 
 def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) -> None:

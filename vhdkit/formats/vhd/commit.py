@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
-from vhdkit.formats.vhd.remember import Notes
+from vhdkit.formats.vhd.remember import FLUSH, WRITER, Notes
 from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
 
@@ -134,6 +134,16 @@ class Commit:
             before = self._bat.block_start(block_index)
             self._notes.note(block_index, start_bytes, bitmap, before_bytes=before, free_bytes=self._free_bytes)
 
+    def change_begins(self) -> None:
+        """A writer is about to change the file, be it in place."""
+        if self._notes is not None:
+            self._notes.change_begins(WRITER)
+
+    def change_ended(self) -> None:
+        """A writer has changed the file, or could not."""
+        if self._notes is not None:
+            self._notes.change_ended(WRITER)
+
     def half_full(self) -> bool:
         """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
         return 2 * len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES or self._has_long_notes()
@@ -162,7 +172,7 @@ class Commit:
 
         After NoSpace or IoFailed nothing is lost: the metadata stays dirty and the next flush tries again.
         """
-        with self._flush_lock:
+        with self._flush_lock, self._changing():
             with self.lock:
                 bitmaps = {block: bytes(self.bitmaps[block]) for block in sorted(self._dirty)}
                 table = self._bat.take_dirty()
@@ -193,12 +203,26 @@ class Commit:
                 for offset, size in vacated:
                     self._store.punch(offset, size)
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The file is changed by a flush, as far as notes are concerned."""
+        if self._notes is None:
+            yield
+            return
+        self._notes.change_begins(FLUSH)
+        try:
+            yield
+        finally:
+            self._notes.change_ended(FLUSH)
+
     def _sync_data(self) -> None:
         self.guard.sync()
         self._footer_unsynced = False
 
     def _write_metadata(self, bitmaps: dict[int, bytes], table: dict[int, bytes]) -> None:
         """Bitmaps and BAT may land in any order: see `INV-FLUSHED-OR-NEWER` above."""
+        if self._notes is not None:
+            self._notes.change_begins(FLUSH)  # anew: the sync before took its time
         for block, raw in bitmaps.items():
             self._store.pwrite(self._bat.block_start(block), raw)
         for number, raw in table.items():
@@ -206,6 +230,8 @@ class Commit:
         self.guard.sync()
 
     def _write_footer(self, footer_offset: int) -> None:
+        if self._notes is not None:
+            self._notes.change_begins(FLUSH)
         self._store.pwrite(footer_offset, self._footer_raw)
         self._footer_unsynced = True
         with self.lock:

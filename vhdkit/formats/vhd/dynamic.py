@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding
-from vhdkit.formats.vhd import bitmap, remember
+from vhdkit.formats.vhd import bitmap, recall, remember
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
@@ -63,6 +63,10 @@ class DynamicImage:
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
         self._full = bytearray(len(bat))  # 1: the block is known to be wholly owned
+        if writable:
+            remember.disown(store)
+        notes = remember.begin(store, self.unique_id) if writable else None
+        self._noting = notes is not None
         self._commit = Commit(
             store,
             bat,
@@ -70,7 +74,7 @@ class DynamicImage:
             bitmap_size_bytes=self._bitmap_size,
             block_size_bytes=self.block_size_bytes,
             free_bytes=max(nominal_end(metadata, bat), metadata.file_size_bytes),
-            notes=remember.begin(store, self.unique_id) if writable else None,
+            notes=notes,
         )
 
     # -- what lies where ----------------------------------------------------------------------------------------
@@ -172,6 +176,8 @@ class DynamicImage:
         except BaseException:
             self._commit.guard.interrupted()
             raise
+        finally:
+            self._commit.change_ended()
         return grew
 
     def write_in_place(self, store_offset_bytes: int, data: memoryview) -> None:
@@ -179,11 +185,19 @@ class DynamicImage:
         if self._commit.guard.failure is not None:
             self._commit.guard.check()
         assert self.writable
-        self.store.pwrite(store_offset_bytes, data)
+        if not self._noting:
+            self.store.pwrite(store_offset_bytes, data)
+            return
+        self._commit.change_begins()
+        try:
+            self.store.pwrite(store_offset_bytes, data)
+        finally:
+            self._commit.change_ended()
 
     def _write_block(self, block: int, first: int, count: int, data: memoryview | None) -> bool:
         """Own a run of one block, holding `data`, or zeros when that is None."""
         self._commit.guard.check()
+        self._commit.change_begins()
         start = self.bat.block_start(block)
         if start < 0:
             self._new_block(block, first, count, data)
@@ -241,6 +255,8 @@ class DynamicImage:
         except BaseException:
             self._commit.guard.interrupted()
             raise
+        finally:
+            self._commit.change_ended()
         return grew
 
     def refuse_writing(self) -> None:
@@ -257,6 +273,7 @@ class DynamicImage:
             pieces = [piece for piece in pieces if piece.source is not None]
             if not pieces:
                 return
+        self._commit.change_begins()
         try:
             owned, grew = self._owned_with(block, pieces)
             moves = owned.all() and (start + self._bitmap_size) % PAGE_SIZE and not self.keeps_places
@@ -269,6 +286,8 @@ class DynamicImage:
         except BaseException:
             self._commit.guard.interrupted()
             raise
+        finally:
+            self._commit.change_ended()
 
     def _owned_with(self, block: int, pieces: Sequence[Piece]) -> tuple[NDArray[np.bool_], bool]:
         """Which sectors the block owns once it has the pieces, and whether those are more than now."""
@@ -334,9 +353,13 @@ class DynamicImage:
         """See `Layer.trim`. Bits and BAT stay as they are (`INV-NO-REUSE`)."""
         assert self.writable
         self._commit.guard.check()
-        for extent in self.extents(sector_index, sector_count):
-            if extent.store_offset_bytes is not None:
-                self.store.punch(extent.store_offset_bytes, sectors_to_bytes(extent.sector_count))
+        try:
+            for extent in self.extents(sector_index, sector_count):
+                if extent.store_offset_bytes is not None:
+                    self._commit.change_begins()
+                    self.store.punch(extent.store_offset_bytes, sectors_to_bytes(extent.sector_count))
+        finally:
+            self._commit.change_ended()
 
     def flush_is_due(self) -> bool:
         """See `Layer.flush_is_due`."""
@@ -395,20 +418,21 @@ def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
     block_size, unique_id = metadata.header.block_size, metadata.footer.unique_id
-    bitmaps = remember.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
+    bitmaps = recall.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
     if bitmaps:
         try:
             check_blocks(metadata, bat)
         except CorruptImage as error:  # of the notes or of the image itself, which is for the caller to find
-            remember.give_up(store, unique_id, error.problem)
+            recall.give_up(store, unique_id, error.problem)
             return False
         store.sync()
+        recall.writing_begins(store, unique_id)
         for block, raw in bitmaps.items():
             store.pwrite(bat.block_start(block), raw)
         for number, raw in bat.take_dirty().items():
             store.pwrite(bat.sector_offset(number), raw)
         store.sync()
-        remember.forget(store, unique_id)
+        recall.written(store, unique_id)
     return bool(bitmaps)
 
 

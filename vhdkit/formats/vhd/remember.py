@@ -4,19 +4,30 @@
 A dynamic image keeps bits and BAT entries in memory until the next flush (`commit`): a power cut loses what no flush
 confirmed, as with every disk. A *process* that is killed must lose less when its clients live on: they were told that
 their writes are done, and have no reason to write again. So a server may name a folder in memory (tmpfs) in which each
-change of a bitmap or a BAT entry is noted before the write is answered. Who opens the image next, in the same boot,
-first writes what was noted, in the order that `commit` names, and the notes go.
+change of a bitmap or a BAT entry is noted before the write is answered. Its successor, in the same boot, first writes
+what was noted (`recall`), and the notes go.
 
-Decides how notes are spelled, which are believed, and when they go. Notes are no images: they are in a private folder
-of the server's, and still everything in them is checked against the image. Another program may have written to it
-meanwhile, which knew nothing of them: then they are left out for good, with a warning, and the image is opened as it
-is (`INV-ANSWERED-SURVIVES`). What tells is what such a program cannot help changing (`_contradiction`); one that wrote
-only over sectors that were owned already leaves no trace, and no harm. Two files take turns, so that those of a flush
-under way are kept until it has ended; they are there only as long as there is something in them. Must not know when an
-image is written.
+Notes are true of one state of one file: the one in which the dead process left it. Two things tell that state apart
+from every other one.
+
+    the label    a random token, an extended attribute of the image from the first note on until there are none. Every
+                 writer of ours takes it away (`disown`), so its writes are never mistaken for the dead process's.
+    the witness  when the file was last written to, by its file system's word, kept beside the notes in shared memory
+                 after every change as long as there are notes. Programs that do not know labels, and whoever restores
+                 a backup in place, change that time; so does a copy that keeps times, for it brings an older one.
+
+A process that dies inside a system call leaves its last change without such a time. Then a time counts that is at
+most `SLACK_NS` later than the beginning of that change: a program without labels that wrote so soon after it goes
+unnoticed, unless it moved or added blocks, bits, or the file's end (`recall`). File systems without labels have the
+witness alone; files on servers, whose clocks are not ours, and devices have the label alone.
+
+Decides how notes are spelled and when they go. Two files take turns, so that those of a flush under way are kept until
+it has ended; they are there only as long as there is something in them. Must not know when an image is written, nor
+which notes are believed.
 
     UNIQUE-ID-DEVICE-INODE.0, .1:   header, then (block, where its bitmap begins, where it began before, where new
                                     blocks go, bitmap or nothing) ...
+    UNIQUE-ID-DEVICE-INODE.time:    `Witness`
 """
 
 from __future__ import annotations
@@ -24,25 +35,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import struct
+import time
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from vhdkit import errors
-from vhdkit.folder import read_whole, remove_file, write_whole
-from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.layout import FOOTER_SIZE
+from vhdkit.folder import SharedWords, read_whole, remove_file, write_whole
 from vhdkit.store import FileStore, Store
-from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes
+from vhdkit.units import MIB
 
 FLUSH_NOTES_BYTES = 32 * MIB  # of one file: a flush is due then, or small writes would fill the folder
-_MAX_NOTES_BYTES = 8 * FLUSH_NOTES_BYTES
-_MAGIC = b"vhdkeep2"
-_HEADER = struct.Struct(">8sQ36s16sQQ")  # magic, turn, boot id, unique id, device, inode
+MAX_NOTES_BYTES = 8 * FLUSH_NOTES_BYTES
+SLACK_NS = 2_000_000_000  # from the beginning of a change until the file's time says so, on a very busy machine
+LABEL, KEPT_LABEL = "notes", "notes-kept"
+MAGIC = b"vhdkeep3"
+TOKEN_SIZE = 16
+WITNESSED, LABELLED = 1, 2
+HEADER = struct.Struct(">8sQ36s16sQQI16s")  # magic, turn, boot id, unique id, device, inode, flags, token
 # CRC of all that follows, block, bitmap's offset, bitmap's offset before or -1, where new blocks go, size of the file,
 # bitmap's length
-_NOTE = struct.Struct(">IIQqQQI")
+NOTE = struct.Struct(">IIQqQQI")
+WRITER, FLUSH = 0, 1  # who changes the file: one of each at a time
+WITNESS_WORDS = 6
+_MAX_LABEL_BYTES = 1024
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _log = logging.getLogger(__name__)
 _folder: list[str] = []  # of this process, once it was named
@@ -53,24 +70,78 @@ def use_folder(path: str | None) -> None:
     _folder[:] = [] if path is None else [path]
 
 
+def folder_in_use() -> str | None:
+    """Where this process notes changes, if it does."""
+    return _folder[0] if _folder else None
+
+
+class Witness:
+    """When an image was last changed by its process, and whether it is being changed: see the module.
+
+    For the writer and for the flush beside it: when a change began that has not ended, or 0; the file's time after the
+    last one; when that was read. The first and the last by a clock of this boot.
+    """
+
+    def __init__(self, path: str, store: FileStore) -> None:
+        """Raises AccessDenied, NoSpace, IoFailed."""
+        self._store = store
+        self._words = SharedWords(path, WITNESS_WORDS).words
+        self.ended(WRITER, 0)
+
+    def began(self, who: int, begun_ns: int) -> None:
+        """A change is being made since `begun_ns`."""
+        self._words[3 * who] = begun_ns
+
+    def ended(self, who: int, begun_ns: int) -> None:
+        """The file is as it is; `begun_ns` is 0, or when a change began that is still being made."""
+        words = self._words
+        words[3 * who + 2] = time.monotonic_ns()
+        words[3 * who + 1] = self._store.modified_ns()
+        words[3 * who] = begun_ns
+
+
 class Notes:
-    """The notes of one open image. One writer at a time. Nothing here raises: no write or flush fails for it."""
+    """The notes of one open image. One writer at a time. Nothing here raises: no write or flush fails for it.
+
+    Every change of the file is announced by `change_begins` and `change_ended`, noted or not.
+    """
 
     def __init__(self, store: FileStore, unique_id: bytes, folder: str) -> None:
         self._store = store
-        self._header = (_boot_id(), unique_id, *store.identity)
-        self._paths = _paths(store, unique_id, folder)
+        self._about = (boot_id(), unique_id, *store.identity)
+        self._folder = folder
+        self._paths = note_paths(store, unique_id, folder)
+        self._token = secrets.token_bytes(TOKEN_SIZE)
+        self._flags = 0
         self._turn = 0
         self._files: list[FileStore] = []  # none while there is nothing to note
-        self._ends = [_HEADER.size, _HEADER.size]
+        self._ends = [HEADER.size, HEADER.size]
         self._has_failed = False
         self._flushing: int | None = None  # the file whose notes a flush is writing
+        self._begun = [0, 0]  # when changes began that have not ended, by who makes them
+        self.witness: Witness | None = None  # as long as there are notes
+
+    def change_begins(self, who: int) -> None:
+        """The file is about to be changed."""
+        self._begun[who] = begun = time.monotonic_ns()
+        witness = self.witness
+        if witness is not None:
+            witness.began(who, begun)
+
+    def change_ended(self, who: int) -> None:
+        """The file has been changed, or could not be."""
+        self._begun[who] = 0
+        witness = self.witness
+        if witness is not None:
+            witness.ended(who, 0)
 
     def prepare(self) -> None:
         """There will be something to note soon: what takes long about it is done now."""
         if not self._files and not self._has_failed:
             with self._trying():
                 self._begin()
+            if not self._files:
+                self._store.set_label(LABEL, None)
 
     def note(
         self,
@@ -92,7 +163,7 @@ class Notes:
         now = self._turn % 2
         with self._trying():  # what was noted before is still right
             places = (start_bytes, before_bytes, free_bytes, self._store.size())
-            body = _NOTE.pack(0, block_index, *places, len(raw))[4:] + raw
+            body = NOTE.pack(0, block_index, *places, len(raw))[4:] + raw
             self._files[now].pwrite(self._ends[now], struct.pack(">I", zlib.crc32(body)) + body)
             self._ends[now] += 4 + len(body)
 
@@ -110,37 +181,48 @@ class Notes:
 
     def flush_ended(self) -> None:
         """What was being written is on the device."""
-        if self._has_failed or self._ends[self._turn % 2] == _HEADER.size:
+        if self._has_failed or self._ends[self._turn % 2] == HEADER.size:
             self.close()
         elif self._flushing is not None:
             with self._trying():
-                self._files[self._flushing].truncate(_HEADER.size)
-                self._ends[self._flushing] = _HEADER.size
+                self._files[self._flushing].truncate(HEADER.size)
+                self._ends[self._flushing] = HEADER.size
                 self._flushing = None
 
     def close(self) -> None:
         """Everything is on the device: the notes go. What is noted later begins anew."""
-        files, self._files = self._files, []
-        self._ends, self._flushing, self._has_failed = [_HEADER.size, _HEADER.size], None, False
+        files, self._files, self.witness = self._files, [], None
+        self._ends, self._flushing, self._has_failed = [HEADER.size, HEADER.size], None, False
         for file in files:
             file.close()
         if files:
             with self._trying():
-                _remove(self._paths)
+                forget(self._store, self._about[1], self._folder)
 
     def leave(self) -> None:
         """Not everything is on the device: the notes stay for who opens the image next."""
-        files, self._files, self._has_failed = self._files, [], True
+        files, self._files, self._has_failed, self.witness = self._files, [], True, None
         for file in files:
             file.close()
 
     def _begin(self) -> None:
-        for number, path in enumerate(self._paths):
+        self._flags = 0
+        witness = None
+        if not self._store.is_device and not self._store.is_remote():
+            witness = Witness(self._paths[2], self._store)
+            self._flags |= WITNESSED
+        if self._store.set_label(LABEL, label_of(self._token, self._folder)):
+            self._flags |= LABELLED
+        for number, path in enumerate(self._paths[:2]):
             write_whole(path, self._header_of(self._turn + number - self._turn % 2))
-        self._files = [FileStore.open(path, writable=True) for path in self._paths]
+        self._files = [FileStore.open(path, writable=True) for path in self._paths[:2]]
+        self.witness = witness
+        for who in (WRITER, FLUSH) if witness is not None else ():  # a flush may be under way beside us
+            assert witness is not None
+            witness.began(who, self._begun[who])
 
     def _header_of(self, turn: int) -> bytes:
-        return _HEADER.pack(_MAGIC, turn, *self._header)
+        return HEADER.pack(MAGIC, turn, *self._about, self._flags, self._token)
 
     @contextlib.contextmanager
     def _trying(self) -> Iterator[None]:
@@ -153,128 +235,61 @@ class Notes:
 
 def begin(store: Store, unique_id: bytes | None) -> Notes | None:
     """Notes for an image that is being opened for writing; None where nobody wants them or none can be written."""
-    if not _folder or unique_id is None or not isinstance(store, FileStore):
+    folder = folder_in_use()
+    if folder is None or unique_id is None or not isinstance(store, FileStore):
         return None
-    return Notes(store, unique_id, _folder[0])
+    return Notes(store, unique_id, folder)
 
 
-def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, block_size: int) -> dict[int, bytes]:
-    """What was noted for this image and is believed: blocks and bitmaps, whose BAT entries are set in `bat`.
+def disown(store: Store) -> None:
+    """Before a process without the notes changes the image: they are of a state that will be gone.
 
-    Nothing is written to the image. Empty where there is nothing, or where anything in the notes contradicts the
-    image: then they are thrown away, since what they say becomes no truer.
+    Says so in the log: answered writes are lost then, as in a power cut. The image's writer's lock is held.
     """
-    if not _folder or unique_id is None or not isinstance(store, FileStore):
-        return {}
-    notes = _read(store, unique_id, _folder[0])
-    problem = _contradiction(notes, store, bat, bitmap_size, block_size)
-    if problem is not None:
-        give_up(store, unique_id, problem)
-        return {}
-    noted: dict[int, tuple[int, bytes]] = {}
-    for one in notes:
-        before = noted.get(one.block, (one.start, b""))[1] or store.pread(one.start, bitmap_size)
-        noted[one.block] = one.start, _union(before, one.bitmap)
-    for block, (start, _) in noted.items():
-        bat.set(block, start)
-    return {block: raw for block, (_, raw) in noted.items()}
+    if isinstance(store, FileStore) and folder_in_use() is None:
+        value = store.label(LABEL)
+        if value is not None:
+            _log.warning(
+                "%s: %s: it is written to without them now, and they will not be used",
+                errors.printable(store.name),
+                told(value),
+            )
+            store.set_label(LABEL, None)
 
 
-def give_up(store: Store, unique_id: bytes | None, problem: str) -> None:
-    """Throw the notes away, and say so: writes that were not flushed are lost, as in a power cut."""
-    _log.warning("%s: what was noted of it is left out: %s", store.name, problem)
-    forget(store, unique_id)
-
-
-def forget(store: Store, unique_id: bytes | None) -> None:
-    """What was noted is in the image, or never will be. Raises AccessDenied, IoFailed."""
-    if _folder and unique_id is not None and isinstance(store, FileStore):
-        _remove(_paths(store, unique_id, _folder[0]))
-
-
-def _contradiction(notes: list[_Note], store: FileStore, bat: Bat, bitmap_size: int, block_size: int) -> str | None:
-    """Why the image is not the one that the notes are of, or has been changed since; None where nothing shows it.
-
-    Whoever noted these changes was the only one to write to the image. Its entry of a noted block is one of those that
-    the block had; it has no bit that was not noted; and nobody else put a block behind all of them, cut the file, or
-    made it longer than by the one block that may have been under construction. That blocks do not overlap is for the
-    caller to see.
-    """
-    if not notes:
-        return None
-    free, then, size = notes[-1].free_bytes, notes[-1].file_bytes, store.size()
-    room = bitmap_size + block_size + PAGE_SIZE + FOOTER_SIZE
-    if not then <= size <= then + room:
-        return f"the file has another size, {size} bytes instead of {then}"
-    used = bat.entries[bat.allocated()]
-    if len(used) and sectors_to_bytes(int(used.max())) >= free:
-        return "another program has added blocks"
-    places: dict[int, set[int]] = {}
-    for one in notes:
-        end = one.start + bitmap_size + block_size
-        if one.block >= len(bat) or one.start % SECTOR_SIZE or end > size or len(one.bitmap) not in (0, bitmap_size):
-            return f"there is no room for block {one.block}"
-        places.setdefault(one.block, set()).update((one.start, one.before))
-    for block, known in places.items():
-        if bat.block_start(block) not in known:
-            return f"another program has moved or added block {block}"
-    last = {one.block: one for one in notes if one.bitmap}
-    used_bytes = -(-block_size // SECTOR_SIZE // 8)
-    for one in last.values():
-        stored = int.from_bytes(store.pread(one.start, bitmap_size)[:used_bytes], "big")
-        if stored & ~int.from_bytes(one.bitmap[:used_bytes], "big"):
-            return f"another program has written to block {one.block}"
-    return None
-
-
-class _Note(NamedTuple):
-    block: int
-    start: int
-    before: int
-    free_bytes: int
-    file_bytes: int
-    bitmap: bytes
-
-
-def _read(store: FileStore, unique_id: bytes, folder: str) -> list[_Note]:
-    """All notes in both files, the older first, up to the first that was not written whole."""
-    found: list[tuple[int, list[_Note]]] = []
-    for path in _paths(store, unique_id, folder):
-        raw = read_whole(path, _MAX_NOTES_BYTES)
-        if raw is None or len(raw) < _HEADER.size:
-            continue
-        magic, turn, *about = _HEADER.unpack_from(raw)
-        if magic != _MAGIC or tuple(about) != (_boot_id(), unique_id, *store.identity):
-            continue
-        notes, position = [], _HEADER.size
-        while position + _NOTE.size <= len(raw):
-            crc, *places, length = _NOTE.unpack_from(raw, position)
-            end = position + _NOTE.size + length
-            if end > len(raw) or zlib.crc32(raw[position + 4 : end]) != crc:
-                break
-            notes.append(_Note._make((*places, raw[position + _NOTE.size : end])))
-            position = end
-        found.append((turn, notes))
-    return [note for _, notes in sorted(found, key=lambda one: one[0]) for note in notes]
-
-
-def _remove(paths: list[str]) -> None:
-    for path in paths:
+def forget(store: FileStore, unique_id: bytes, folder: str) -> None:
+    """What was noted is in the image, or is kept elsewhere. Raises AccessDenied, IoFailed."""
+    for path in note_paths(store, unique_id, folder):
         remove_file(path)
+    store.set_label(LABEL, None)
 
 
-def _union(one: bytes, other: bytes) -> bytes:
-    """The bits of both: a sector that is owned stays owned."""
-    if not other:
-        return one
-    size = len(other)
-    return (int.from_bytes(one.ljust(size, b"\0"), "big") | int.from_bytes(other, "big")).to_bytes(size, "big")
+def label_of(token: bytes, place: str) -> bytes:
+    """The value of a label that says where notes are."""
+    return (token.hex().encode() + b" " + os.fsencode(place))[:_MAX_LABEL_BYTES]
 
 
-def _paths(store: FileStore, unique_id: bytes, folder: str) -> list[str]:
+def token_in(value: bytes) -> bytes | None:
+    """The token in the value of a label, which anybody may have written."""
+    try:
+        return bytes.fromhex(value.partition(b" ")[0].decode())
+    except ValueError:
+        return None
+
+
+def told(value: bytes) -> str:
+    """What a label means, in words."""
+    place = errors.printable(os.fsdecode(value.partition(b" ")[2])[:_MAX_LABEL_BYTES])
+    return f"a server that was killed noted changes which are not in it yet, in {place or 'an unnamed folder'}"
+
+
+def note_paths(store: FileStore, unique_id: bytes, folder: str) -> list[str]:
+    """Where the notes of an image lie: two files that take turns, and their witness."""
     device, inode = store.identity
-    return [os.path.join(folder, f"{unique_id.hex()}-{device:x}-{inode:x}.{number}") for number in (0, 1)]
+    stem = os.path.join(folder, f"{unique_id.hex()}-{device:x}-{inode:x}")
+    return [f"{stem}.0", f"{stem}.1", f"{stem}.time"]
 
 
-def _boot_id() -> bytes:
+def boot_id() -> bytes:
+    """Which boot of this machine it is, 36 bytes."""
     return (read_whole(_BOOT_ID, MIB) or b"").strip()[:36].ljust(36, b"-")

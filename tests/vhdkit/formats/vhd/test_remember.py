@@ -200,7 +200,7 @@ def test_sealed_images_hold_nothing(notes: Path, image: Path) -> None:
     before = os.listdir("/proc/self/fd")
     for block in range(3):
         one.write(block * 1024, memoryview(b"x" * SECTOR_SIZE))
-        assert len(list(notes.iterdir())) == 2
+        assert len(list(notes.iterdir())) == 3  # two that take turns, and their witness
         seal(one)
         assert list(notes.iterdir()) == [] and os.listdir("/proc/self/fd") == before
     one.close()
@@ -219,6 +219,11 @@ def writes(offset_bytes: int) -> Callable[[Path], object]:
     return change
 
 
+def left_aside(notes: Path) -> bool:
+    """True when the notes were not destroyed, and nobody will read them again."""
+    return [path.suffix[:6] for path in notes.iterdir()] == [".kept-"] * 3
+
+
 @pytest.mark.parametrize(
     "change",
     [writes(MIB + 6 * SECTOR_SIZE), writes(3 * MIB), writes(2 * MIB + 9 * SECTOR_SIZE), compact],
@@ -227,7 +232,8 @@ def writes(offset_bytes: int) -> Callable[[Path], object]:
 def test_another_program_was_at_the_image(
     notes: Path, image: Path, change: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was noted before is left out for good, with a warning; the image is as that program left it."""
+    """INV-ANSWERED-SURVIVES: what was noted before is left out for good and kept aside, with a warning; the image is
+    as that program left it."""
     one = opened(image)
     one.write(0, memoryview(bytes(SECTOR_SIZE)))
     one.write(whole_sectors(2 * MIB), memoryview(b"a" * SECTOR_SIZE))
@@ -243,15 +249,11 @@ def test_another_program_was_at_the_image(
     changed.store.close()
     remember.use_folder(str(notes))
     again = opened(image)
-    if change.__qualname__.startswith("writes") and image.suffix == ".vhd" and not caplog.records:
-        # Over a sector that was owned already: no trace of it, and both writes are there.
-        assert content(again)[2 * MIB + 9 * SECTOR_SIZE] == ord("z")
-        return
     assert content(again) == left
     assert len([record for record in caplog.records if "left out" in record.message]) == 1
-    assert list(notes.iterdir()) == []
+    assert left_aside(notes)
     again.close()
-    assert [one.code for one in check(image) if one.code != "leaked-space"] == []
+    assert [one.code for one in check(image) if one.code != "leaked-space"] == ["notes-left-out"]
 
 
 def test_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,5 +265,5 @@ def test_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pyt
     one.store.close()
     again = opened(image)
     assert again.bat.block_start(0) < 0 and again.bat.block_start(1) == start
-    assert any("left out" in record.message for record in caplog.records) and list(notes.iterdir()) == []
+    assert any("left out" in record.message for record in caplog.records) and left_aside(notes)
     again.close()

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes are applied to the very state they were taken in, and to no other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vhdkit.formats.vhd.test_remember import content, image, notes, opened
+from vhdkit.chain.check import check
+from vhdkit.chain.create import create_child
+from vhdkit.chain.live import Freezing
+from vhdkit.chain.repair import repair
+from vhdkit.disk import open_disk
+from vhdkit.errors import ImageInUse
+from vhdkit.formats.vhd import remember
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.store import FileStore
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
+
+__all__ = ["image", "notes"]
+SIZE = 4 * MIB
+SECTORS = whole_sectors(SIZE)
+Meanwhile = Callable[[Path, bytes, os.stat_result], object]
+
+
+@contextlib.contextmanager
+def without_notes() -> Iterator[None]:
+    """What another process sees, which knows no folder of notes."""
+    folder = remember.folder_in_use()
+    remember.use_folder(None)
+    yield
+    remember.use_folder(folder)
+
+
+def write(one: DynamicImage, model: bytearray, first: int, data: bytes) -> None:
+    """Write sectors, to the model too."""
+    one.write(first, memoryview(data))
+    model[first * SECTOR_SIZE : first * SECTOR_SIZE + len(data)] = data
+
+
+def write_randomly(one: DynamicImage, model: bytearray, rng: random.Random, count: int) -> None:
+    """Writes and a few flushes in the first half of the disk."""
+    for _ in range(count):
+        first, size = rng.randrange(SECTORS // 2 - 300), rng.randrange(1, 300)
+        write(one, model, first, rng.randbytes(SECTOR_SIZE) * size)
+        if rng.random() < 0.2:
+            one.flush()
+
+
+def after_a_tick(path: Path) -> None:
+    """Wait until the file system gives a later time than the image has: the clock of old kernels ticks slowly."""
+    probe, end = path.with_suffix(".probe"), time.monotonic() + 10
+    while time.monotonic() < end:
+        probe.write_bytes(b"x")
+        if probe.stat().st_mtime_ns > path.stat().st_mtime_ns:
+            break
+    probe.unlink()
+
+
+def copied_over(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """`cp backup image`: the file stays, its content goes."""
+    after_a_tick(path)
+    path.write_bytes(backup)
+
+
+def copied_over_with_times(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """`cp -p`, `rsync -t --inplace`: the time is that of the backup."""
+    path.write_bytes(backup)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def updated_in_place(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """`rsync --inplace`: what differs is written, the rest is cut."""
+    after_a_tick(path)
+    old = path.read_bytes()
+    with path.open("r+b") as file:
+        for offset in range(0, len(backup), 4 * KIB):
+            if backup[offset : offset + 4 * KIB] != old[offset : offset + 4 * KIB]:
+                file.seek(offset)
+                file.write(backup[offset : offset + 4 * KIB])
+        file.truncate(len(backup))
+
+
+def cut_and_back(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """Its last sector is cut off and written again."""
+    after_a_tick(path)
+    raw = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(len(raw) - SECTOR_SIZE)
+        file.seek(0, os.SEEK_END)
+        file.write(raw[-SECTOR_SIZE:])
+
+
+def opened_for_writing(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """A session of ours without the notes, which happens to write nothing."""
+    open_disk(path, writable=True).close()
+
+
+def written_by_us(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """A session of ours without the notes writes, at once, over what is owned and what is not."""
+    with open_disk(path, writable=True) as disk:
+        disk.write(0, b"z" * SECTOR_SIZE)
+        disk.write(3 * MIB, b"z" * MIB)
+
+
+def repaired(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """A repair, also of what needs none."""
+    repair(path)
+
+
+CHANGES = (
+    copied_over, copied_over_with_times, updated_in_place, cut_and_back, opened_for_writing, written_by_us, repaired,
+)  # fmt: skip
+
+
+def left_alone(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """Nothing."""
+
+
+def touched(path: Path, backup: bytes, status: os.stat_result) -> None:
+    """Other rights, another name, other readers: its content is what it was."""
+    path.chmod(0o640)
+    os.link(path, path.with_suffix(".second"))
+    check(path)
+    open_disk(path).close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("meanwhile", [*CHANGES, left_alone, touched], ids=lambda one: one.__name__)
+def test_exact_or_not_at_all(
+    notes: Path, image: Path, meanwhile: Meanwhile, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INV-ANSWERED-SURVIVES: random writes, a backup somewhere among them, a kill, then something happens to the file:
+    all that was answered is there, or, where the file was changed, it reads as that left it, and that is told."""
+    rng = random.Random(seed)
+    model = bytearray(SIZE)
+    one = opened(image)
+    write_randomly(one, model, rng, rng.randrange(8))
+    one.flush()
+    backup, status = image.read_bytes(), image.stat()
+    write_randomly(one, model, rng, rng.randrange(8))
+    write(one, model, SECTORS // 2, b"n" * SECTOR_SIZE)  # a new block
+    if seed % 2:
+        write(one, model, SECTORS // 2, b"m" * SECTOR_SIZE)  # over what is noted already
+    one.store.close()  # killed
+    with without_notes():
+        meanwhile(image, backup, status)
+        left = open_dynamic(FileStore.open(image))
+        expected = content(left) if meanwhile in CHANGES else bytes(model)
+        left.store.close()
+    again = opened(image)
+    assert content(again) == expected
+    again.close()
+    told = [one for one in check(image) if one.code == "notes-left-out"]
+    if meanwhile not in CHANGES:
+        assert list(notes.iterdir()) == [] and not told
+        return
+    assert [path.suffix[:6] for path in notes.iterdir()] == [".kept-"] * 3
+    assert len(told) == 1 and ".kept-" in told[0].message
+    assert any("left out" in record.message for record in caplog.records)
+    with without_notes():
+        repair(image)
+    assert not [one for one in check(image) if one.code == "notes-left-out"]
+
+
+def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While notes wait for their server `check` says where they are; who writes without them hears it, too."""
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    with without_notes():
+        [told] = [one for one in check(image) if one.code == "notes-unwritten"]
+        assert str(notes) in told.message and "--remember" in told.message
+        assert not caplog.records
+        open_disk(image, writable=True).close()
+        assert [one for one in check(image) if one.code == "notes-unwritten"] == []
+    assert ["will not be used" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("moment", ["prepared", "frozen"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str, writable: bool) -> None:
+    """INV-ANSWERED-SURVIVES: a leaf is a parent when its server dies before it was flushed: what was noted of it is
+    written into it before anybody reads the chain, and the notes go."""
+    disk, model = open_disk(image, writable=True), bytearray(SIZE)
+    with pytest.raises(KeyboardInterrupt), Freezing([(disk.chain, str(image.parent / "new.avhd"))]) as freezing:
+        for first in (5, 2000, 6000):
+            disk.write(first * SECTOR_SIZE, b"x" * SECTOR_SIZE)
+            model[first * SECTOR_SIZE : (first + 1) * SECTOR_SIZE] = b"x" * SECTOR_SIZE
+        if moment == "frozen":
+            [chain] = freezing.freeze()
+            chain.write(7000, memoryview(b"y" * SECTOR_SIZE))
+            model[7000 * SECTOR_SIZE : 7001 * SECTOR_SIZE] = b"y" * SECTOR_SIZE
+        freezing._kept = True  # killed: nothing is taken back
+        raise KeyboardInterrupt
+    for layer in (*disk.chain.layers, *freezing._children):
+        layer.store.close()
+    with open_disk(image.parent / "new.avhd", writable=writable) as again:
+        assert again.read(0, SIZE) == model
+    assert list(notes.iterdir()) == []
+    with without_notes(), open_disk(image.parent / "new.avhd") as other:
+        assert other.read(0, SIZE) == model
+    assert [one.code for one in check(image) if one.code != "leaked-space"] == []
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_killed_while_notes_are_written(notes: Path, image: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-ANSWERED-SURVIVES: whoever writes the notes into the image may die in the middle of that, too."""
+    one, model = opened(image), bytearray(SIZE)
+    for first in (5, 2000, 6000):
+        write(one, model, first, b"x" * SECTOR_SIZE)
+    one.store.close()
+    left = [after]
+
+    def dies(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(store: FileStore, *arguments: object) -> None:
+            left[0] -= store.name == str(image)
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            call(store, *arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FileStore, "sync", dies(FileStore.sync))
+        patch.setattr(FileStore, "pwrite", dies(FileStore.pwrite))
+        opened(image)
+    assert content(opened(image)) == model
+
+
+def test_image_with_notes_is_in_use(notes: Path, image: Path) -> None:
+    """A layer with notes that another program reads cannot be completed: nobody is given the chain without them."""
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    child = image.parent / "new.avhd"
+    with without_notes():
+        create_child(child, image)
+        with open_disk(image), pytest.raises(ImageInUse):
+            remember.use_folder(str(notes))
+            open_disk(child, writable=True)
+    remember.use_folder(str(notes))
+    with open_disk(child, writable=True) as disk:
+        assert disk.read(5 * SECTOR_SIZE, SECTOR_SIZE) == b"x" * SECTOR_SIZE
+
+
+@pytest.mark.parametrize(
+    ("begun", "later", "believed"),
+    [(True, 1_000_000, True), (True, -1, False), (True, 1 << 40, False), (False, 1, False), (False, 0, True)],
+    ids=["in the middle", "an older file", "long after", "a little after", "at rest"],
+)
+def test_died_in_the_middle_of_a_change(notes: Path, image: Path, begun: bool, later: int, believed: bool) -> None:
+    """Of the last change of a process that died in it nobody noted the file's time: one shortly after its beginning
+    will do; without such a change the time is the one that was noted."""
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    [witness] = notes.glob("*.time")
+    words = list(struct.unpack("=6Q", witness.read_bytes()))
+    words[0] = words[2] + 1000 if begun else 0
+    witness.write_bytes(struct.pack("=6Q", *words))
+    os.utime(image, ns=(words[1], words[1] + later))
+    assert (content(opened(image))[5 * SECTOR_SIZE] == ord("x")) == believed
+
+
+@pytest.mark.parametrize("spoil", ["gone", "cut", "empty"])
+def test_witness_that_is_no_witness(notes: Path, image: Path, spoil: str) -> None:
+    """Notes whose witness is gone or damaged are of no state that anybody knows."""
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    [witness] = notes.glob("*.time")
+    if spoil == "gone":
+        witness.unlink()
+    else:
+        witness.write_bytes(witness.read_bytes()[:-1] if spoil == "cut" else b"")
+    assert content(opened(image)) == bytes(SIZE)
+
+
+@pytest.mark.parametrize("value", [b"", b"\xff\xfe", b"zz top", b"\0" * 2000, os.urandom(16).hex().encode()])
+def test_label_that_somebody_wrote(notes: Path, image: Path, value: bytes) -> None:
+    """Labels are anybody's: what is none of the notes' makes them those of another state, and is told in bounds."""
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    os.setxattr(image, "user.vhdkit.notes", value)
+    with without_notes():
+        [told] = [one for one in check(image) if one.code == "notes-unwritten"]
+        assert len(told.message) < 4000 and told.message.isprintable()
+    assert content(opened(image)) == bytes(SIZE)
+
+
+def test_without_labels_the_witness_decides(notes: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no labels all that was answered is there, and a later write is noticed."""
+    monkeypatch.setattr(FileStore, "set_label", lambda store, name, value: False)
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    again = opened(image)
+    assert content(again)[5 * SECTOR_SIZE] == ord("x")
+    write(again, bytearray(SIZE), 6000, b"y" * SECTOR_SIZE)
+    again.store.close()
+    after_a_tick(image)
+    with without_notes(), open_disk(image, writable=True) as disk:
+        disk.write(5 * SECTOR_SIZE, b"z" * SECTOR_SIZE)
+    assert content(opened(image))[6000 * SECTOR_SIZE] == 0
+
+
+def test_notes_of_the_first_release(notes: Path, image: Path) -> None:
+    """Notes that vhdkit 0.1.0 left, without label and witness, are read as it wrote them."""
+    one = opened(image)
+    write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
+    one.store.close()
+    header = struct.Struct(">8sQ36s16sQQ")
+    for path in list(notes.iterdir()):
+        raw = path.read_bytes()
+        if path.suffix == ".time":
+            path.unlink()
+        else:
+            path.write_bytes(b"vhdkeep2" + raw[8 : header.size] + raw[remember.HEADER.size :])
+    os.removexattr(image, "user.vhdkit.notes")
+    assert content(opened(image))[5 * SECTOR_SIZE] == ord("x")

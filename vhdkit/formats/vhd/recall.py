@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which notes of a process that was killed are believed, and what they say: the other end of `remember`.
+
+Decides whether an image is in the very state in which the process left it that noted changes of it
+(`INV-ANSWERED-SURVIVES`). Notes are no images: they lie in a private folder of the server's, and still everything in
+them is checked against the image.
+
+    another boot, no whole header        no notes: their pages went with the machine, or they were never begun
+    another label                        a writer of ours was at the image since
+    another time than the witness's      some other program was, or a backup was restored in place
+    blocks, bits, the file's end         are not those that the notes presume, whatever time says
+
+What is not believed is refused for good, with a warning: the files are renamed, so that nothing is destroyed, and the
+image has a label that `check` tells of. Notes of 0.1.0 have neither label nor witness: of those the last row decides.
+Must not know in which order what is believed is written; `dynamic` and `commit` do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import time
+import zlib
+from typing import NamedTuple
+
+from vhdkit import errors
+from vhdkit.finding import Finding, Severity
+from vhdkit.folder import is_regular, read_whole, remove_file, rename_aside
+from vhdkit.formats.vhd import remember
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.layout import FOOTER_SIZE
+from vhdkit.formats.vhd.remember import HEADER, LABELLED, MAGIC, NOTE, SLACK_NS, WITNESS_WORDS, WITNESSED
+from vhdkit.store import FileStore, Store
+from vhdkit.units import KIB, PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes
+
+_OLD_MAGIC = b"vhdkeep2"
+_OLD_HEADER = struct.Struct(">8sQ36s16sQQ")  # of 0.1.0
+_WORDS = struct.Struct(f"={WITNESS_WORDS}Q")
+_log = logging.getLogger(__name__)
+
+
+class _Note(NamedTuple):
+    block: int
+    start: int
+    before: int
+    free_bytes: int
+    file_bytes: int
+    bitmap: bytes
+
+
+class _File(NamedTuple):
+    """One of the two files of notes."""
+
+    turn: int
+    flags: int
+    token: bytes
+    notes: list[_Note]
+
+
+def has_notes(store: Store, unique_id: bytes) -> bool:
+    """True when there may be notes of this image in this process's folder."""
+    folder = remember.folder_in_use()
+    if folder is None or not isinstance(store, FileStore):
+        return False
+    return any(is_regular(path) for path in remember.note_paths(store, unique_id, folder))
+
+
+def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, block_size: int) -> dict[int, bytes]:
+    """What was noted for this image and is believed: blocks and bitmaps, whose BAT entries are set in `bat`.
+
+    Nothing is written to the image. Empty where there is nothing, or where anything shows that the image is in another
+    state: then the notes are set aside for good. The image's writer's lock is held, by whoever looks for locks.
+    Raises AccessDenied, IoFailed.
+    """
+    folder = remember.folder_in_use()
+    if folder is None or unique_id is None or not isinstance(store, FileStore):
+        return {}
+    files = _read(store, unique_id, folder)
+    notes = [note for one in files for note in one.notes]
+    label = store.label(remember.LABEL)
+    if not notes:
+        _forget_empty(store, unique_id, folder, label, files)
+        return {}
+    problem = _another_state(store, unique_id, folder, files[-1], label)
+    problem = problem or _contradiction(notes, store, bat, bitmap_size, block_size)
+    if problem is not None:
+        give_up(store, unique_id, problem)
+        return {}
+    noted: dict[int, tuple[int, bytes]] = {}
+    for one in notes:
+        before = noted.get(one.block, (one.start, b""))[1] or store.pread(one.start, bitmap_size)
+        noted[one.block] = one.start, _union(before, one.bitmap)
+    for block, (start, _) in noted.items():
+        bat.set(block, start)
+    return {block: raw for block, (_, raw) in noted.items()}
+
+
+def _forget_empty(store: FileStore, unique_id: bytes, folder: str, label: bytes | None, files: list[_File]) -> None:
+    """There is nothing to write: what is left of notes goes, and a label of notes that are elsewhere is told."""
+    if label is not None and remember.token_in(label) not in [one.token for one in files]:
+        _log.warning("%s: %s: they will not be used", errors.printable(store.name), remember.told(label))
+    for path in remember.note_paths(store, unique_id, folder):
+        if is_regular(path):
+            remove_file(path)
+    store.set_label(remember.LABEL, None)
+
+
+def give_up(store: Store, unique_id: bytes | None, problem: str) -> None:
+    """Set the notes aside, and say so: answered writes that were not flushed are lost, as in a power cut."""
+    folder = remember.folder_in_use()
+    if folder is None or unique_id is None or not isinstance(store, FileStore):
+        return
+    kept = rename_aside(remember.note_paths(store, unique_id, folder))
+    place = kept[0] if kept else folder
+    store.set_label(remember.LABEL, None)
+    store.set_label(remember.KEPT_LABEL, remember.label_of(b"", place))
+    _log.warning(
+        "%s: what a killed server had noted of it is left out: %s; the notes are kept as %s",
+        errors.printable(store.name),
+        problem,
+        errors.printable(place),
+    )
+
+
+def writing_begins(store: Store, unique_id: bytes | None) -> None:
+    """What was noted is about to be written: should that be cut short, the image is still in the state of its notes.
+
+    Raises AccessDenied, IoFailed.
+    """
+    folder = remember.folder_in_use()
+    assert folder is not None and unique_id is not None and isinstance(store, FileStore)
+    path = remember.note_paths(store, unique_id, folder)[2]
+    if is_regular(path):
+        with FileStore.open(path, writable=True, follow_links=False) as words:
+            words.pwrite(0, struct.pack("=Q", time.monotonic_ns()))
+
+
+def written(store: Store, unique_id: bytes | None) -> None:
+    """What was noted is on the device: the notes go. Raises AccessDenied, IoFailed."""
+    folder = remember.folder_in_use()
+    assert folder is not None and unique_id is not None and isinstance(store, FileStore)
+    remember.forget(store, unique_id, folder)
+
+
+def acknowledge(store: FileStore) -> None:
+    """Somebody has seen to it that notes of this image were set aside."""
+    store.set_label(remember.KEPT_LABEL, None)
+
+
+def findings(store: FileStore) -> tuple[Finding, ...]:
+    """What there is to say about notes of this image, by its labels alone: nobody knows in whose folder they are."""
+    found = []
+    label, kept = store.label(remember.LABEL), store.label(remember.KEPT_LABEL)
+    if label is not None and not store.in_use():
+        message = (
+            f"{remember.told(label)}: serve it again with --remember and that folder, the same way as before, and they"
+            " are written into it; once anything else writes to it they are lost"
+        )
+        found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
+    if kept is not None:
+        place = errors.printable(os.fsdecode(kept.partition(b" ")[2])[:KIB])
+        message = (
+            "changes that a killed server had noted were left out, since the image was no longer in the state they"
+            f" were noted for; the notes were kept as {place} (`vhdkit check --repair` forgets this)"
+        )
+        found.append(Finding(Severity.WARNING, "notes-left-out", message, store.name))
+    return tuple(found)
+
+
+def _another_state(store: FileStore, unique_id: bytes, folder: str, last: _File, label: bytes | None) -> str | None:
+    """Why the image is not as the process left it that took the notes; None where nothing shows it."""
+    if last.flags & LABELLED and (label is None or remember.token_in(label) != last.token):
+        return "another program of ours has opened it for writing since"
+    if not last.flags & WITNESSED:
+        return None
+    raw = read_whole(remember.note_paths(store, unique_id, folder)[2], KIB)
+    if raw is None or len(raw) != _WORDS.size:
+        return "nothing says in which state it was left"
+    words = _WORDS.unpack(raw)
+    begun, (left_ns, read_ns) = [words[0], words[3]], max(zip(words[1::3], words[2::3], strict=True))
+    now = store.modified_ns()
+    if now == left_ns:
+        return None
+    last_ns = left_ns + max(max(begun) - read_ns, 0) + SLACK_NS
+    if any(begun) and left_ns < now <= last_ns:
+        return None  # it died in the middle of a change
+    return "it was written to, or replaced by another state of it, since"
+
+
+def _contradiction(notes: list[_Note], store: FileStore, bat: Bat, bitmap_size: int, block_size: int) -> str | None:
+    """Why the image is not the one that the notes are of, or has been changed since; None where nothing shows it.
+
+    Whoever noted these changes was the only one to write to the image. Its entry of a noted block is one of those that
+    the block had; it has no bit that was not noted; and nobody else put a block behind all of them, cut the file, or
+    made it longer than by the one block that may have been under construction. That blocks do not overlap is for the
+    caller to see.
+    """
+    free, then, size = notes[-1].free_bytes, notes[-1].file_bytes, store.size()
+    room = bitmap_size + block_size + PAGE_SIZE + FOOTER_SIZE
+    if not then <= size <= then + room:
+        return f"the file has another size, {size} bytes instead of {then}"
+    used = bat.entries[bat.allocated()]
+    if len(used) and sectors_to_bytes(int(used.max())) >= free:
+        return "another program has added blocks"
+    places: dict[int, set[int]] = {}
+    for one in notes:
+        end = one.start + bitmap_size + block_size
+        if one.block >= len(bat) or one.start % SECTOR_SIZE or end > size or len(one.bitmap) not in (0, bitmap_size):
+            return f"there is no room for block {one.block}"
+        places.setdefault(one.block, set()).update((one.start, one.before))
+    for block, known in places.items():
+        if bat.block_start(block) not in known:
+            return f"another program has moved or added block {block}"
+    last = {one.block: one for one in notes if one.bitmap}
+    used_bytes = -(-block_size // SECTOR_SIZE // 8)
+    for one in last.values():
+        stored = int.from_bytes(store.pread(one.start, bitmap_size)[:used_bytes], "big")
+        if stored & ~int.from_bytes(one.bitmap[:used_bytes], "big"):
+            return f"another program has written to block {one.block}"
+    return None
+
+
+def _read(store: FileStore, unique_id: bytes, folder: str) -> list[_File]:
+    """Both files of notes, the older first, each up to the first note that was not written whole."""
+    found = []
+    for path in remember.note_paths(store, unique_id, folder)[:2]:
+        raw = read_whole(path, remember.MAX_NOTES_BYTES)
+        if raw is None or len(raw) < _OLD_HEADER.size:
+            continue
+        magic, turn, *about = _OLD_HEADER.unpack_from(raw)
+        flags, token, position = 0, b"", _OLD_HEADER.size
+        if magic == MAGIC and len(raw) >= HEADER.size:
+            *_, flags, token = HEADER.unpack_from(raw)
+            position = HEADER.size
+        elif magic != _OLD_MAGIC:
+            continue
+        if tuple(about) == (remember.boot_id(), unique_id, *store.identity):
+            found.append(_File(turn, flags, token, _notes_in(raw, position)))
+    return sorted(found, key=lambda one: one.turn)
+
+
+def _notes_in(raw: bytes, position: int) -> list[_Note]:
+    notes = []
+    while position + NOTE.size <= len(raw):
+        crc, *places, length = NOTE.unpack_from(raw, position)
+        end = position + NOTE.size + length
+        if end > len(raw) or zlib.crc32(raw[position + 4 : end]) != crc:
+            break
+        notes.append(_Note._make((*places, raw[position + NOTE.size : end])))
+        position = end
+    return notes
+
+
+def _union(one: bytes, other: bytes) -> bytes:
+    """The bits of both: a sector that is owned stays owned."""
+    if not other:
+        return one
+    size = len(other)
+    return (int.from_bytes(one.ljust(size, b"\0"), "big") | int.from_bytes(other, "big")).to_bytes(size, "big")
