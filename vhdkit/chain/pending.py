@@ -87,7 +87,7 @@ def write_noted(store: FileStore) -> None:
         return
     with FileStore.open(store.name, writable=True) as own:
         if own.identity != store.identity:
-            raise errors.ImageInUse("was replaced while it was opened", path=store.name)
+            raise errors.Replaced("was replaced while it was opened", path=store.name)
         own.lock(writer=True)
         settle(own)
         open_layer(own, format_name=FormatName.VHD, writable=True).close()
