@@ -7,6 +7,7 @@ Decides the names, parameters and results of these methods of the control socket
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,7 @@ class GuestServices:
 
     def __init__(self, running: Running) -> None:
         self._running = running
+        self._one_picture = asyncio.Lock()
 
     def methods(self) -> dict[str, Method]:
         """By name, for the control socket."""
@@ -47,7 +49,8 @@ class GuestServices:
         """{"png": base64}. Raises WrongState for a machine without a screen."""
         if not self._running.spec.screen:
             raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screen, when it is off")
-        picture = await screen.screendump(self._running.qmp)
+        async with self._one_picture:
+            picture = await screen.screendump(self._running.qmp)
         return {"png": base64.b64encode(picture).decode()}
 
     # -- the agent --------------------------------------------------------------------------------------------------

@@ -66,7 +66,10 @@ class Running:
         self.server = DiskServer(runtime)
         self.identity = identity_of(spec.id)
         self.hub = ConsoleHub(runtime.serial, runtime.console, machine.console_log, machine=spec.name)
-        self.agent = GuestAgent(runtime.agent, spec.integration, machine=spec.name)
+        self.agent = GuestAgent(
+            runtime.agent, spec.integration, machine=spec.name,
+            owes=self._note_thaw_owed, is_owed=bool(note.details.get("thaw_owed")), tell=tell,
+        )  # fmt: skip
         store = KeyValueStore(store_path(machine.folder))
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
         self.plug_adapters = no_adapters
@@ -144,6 +147,11 @@ class Running:
     def write_note(self) -> None:
         with contextlib.suppress(VmmError):
             self.note.write(self.runtime)
+
+    def _note_thaw_owed(self, is_owed: bool) -> None:
+        """Whoever follows us must know that the guest was asked to freeze."""
+        self.note.details["thaw_owed"] = is_owed
+        self.write_note()
 
     def need(self, verb: str, *states: MachineState) -> None:
         if self.state not in states:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import NotFound, Refused, VmmError, WrongState, of_os_error
+from vmm.kvm import memory_file
 from vmm.paths import MachinePaths, sync_folder, write_whole
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def complete(
     folder = folder_while_saving(machine)
     try:
         size = os.lseek(descriptor, 0, os.SEEK_CUR)  # QEMU's position: it is the same open file
+        if (problem := memory_file.problem_of(descriptor, size)) is not None:
+            raise VmmError(f"the memory was not saved: {problem}", path=folder)
         os.ftruncate(descriptor, size)
         os.fsync(descriptor)
         document = {
@@ -153,12 +156,12 @@ def open_saved_memory(machine: MachinePaths, spec: MachineSpec, qemu_version: st
     except OSError as error:
         raise of_os_error(error, "open the saved memory", path=path) from error
     found = os.fstat(descriptor).st_size
+    damage = memory_file.problem_of(descriptor, found)
     if found != description.memory_file_bytes:
+        damage = f"{found} bytes of memory instead of {description.memory_file_bytes}"
+    if damage is not None:
         os.close(descriptor)
-        raise Refused(
-            f"the saved state is damaged: {found} bytes of memory instead of {description.memory_file_bytes}",
-            machine=spec.name, path=path, hint=hint,
-        )  # fmt: skip
+        raise Refused(f"the saved state is damaged: {damage}", machine=spec.name, path=path, hint=hint)
     return descriptor, description
 
 

@@ -14,7 +14,7 @@ import time
 
 from vmm import saved
 from vmm.errors import QemuFailed, VmmError
-from vmm.kvm import accel
+from vmm.kvm import accel, background
 from vmm.paths import runtime_home
 from vmm.rpc import Progress
 from vmm.running import LOOK_SECONDS, START_SECONDS, STOP_SECONDS, End, Running
@@ -155,6 +155,7 @@ class Saving:
             migration = await qmp.execute("query-migrate", timeout_seconds=STOP_SECONDS)
             status = migration.get("status")
             if status == "completed":
+                await background.check_written(qmp, descriptor, os.lseek(descriptor, 0, os.SEEK_CUR))
                 return
             if status in ("failed", "cancelled"):
                 reason = migration.get("error-desc") or "QEMU could not write all of it"

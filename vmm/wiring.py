@@ -145,10 +145,14 @@ class Wiring:
         try:
             for name, descriptor in given:
                 await qmp.send_descriptor(name, descriptor)
+            await qmp.execute("netdev_add", **one.netdev)
+        except BaseException:
+            for name, _ in given:  # a tap that QEMU holds open cannot go
+                await qmp.forget_descriptor(name)
+            raise
         finally:
             for _, descriptor in given:
                 os.close(descriptor)
-        await qmp.execute("netdev_add", **one.netdev)
         try:
             await qmp.execute("device_add", **one.device)
             await self._set_link(str(one.device["id"]), True)

@@ -17,6 +17,7 @@ from tests.vmm.snapshots.machines import Machines
 from vmm import registry
 from vmm.errors import AlreadyExists, InvalidSpec, NotFound
 from vmm.importing import import_machine
+from vmm.kvm import memory_file
 from vmm.snapshots.survey import images_of
 from vmm.transfer import MANIFEST, export
 
@@ -158,7 +159,7 @@ def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
     web = machines.create()
     saved = machines.folder / "home" / "machines" / "web" / "saved"
     saved.mkdir()
-    (saved / "memory.bin").write_bytes(b"memory" * 1000)
+    (saved / "memory.bin").write_bytes(memory_file.HEADER + bytes(5992))
     definition = json.loads(registry.load("web").spec.to_json())
     (saved / "state.json").write_text(json.dumps({
         "format": 1, "saved_at": 1.0, "qemu_version": "7.2.0", "accelerator": "tcg", "was_running": True,

@@ -28,6 +28,7 @@ from enum import StrEnum
 from typing import Any
 
 from vmm.errors import QemuFailed, TimedOut, Unsupported, VmmError
+from vmm.kvm import memory_file
 from vmm.kvm.qmp import Qmp
 
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
@@ -204,13 +205,16 @@ class Capturing:
                 await asyncio.sleep(_LOOK_SECONDS)
 
     async def finish(self, progress: Progress) -> int:
-        """Wait until all is written; the file's size. Raises QemuFailed."""
+        """Wait until all is written; the file's size. Raises QemuFailed, also when it is not what QEMU says it is."""
         await wait_written(self._qmp, progress)
-        return os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        size = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        await check_written(self._qmp(), self._descriptor, size)
+        return size
 
     async def reset(self) -> None:
         """QEMU saves and migrates again as it usually does. Not while a capture is under way."""
         with contextlib.suppress(VmmError):
+            await self._qmp().forget_descriptor(_NAME)
             await _set_capability(self._qmp(), None)
 
 
@@ -225,6 +229,14 @@ async def wait_written(qmp: Callable[[], Qmp], progress: Progress) -> None:
             raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
         _tell(migration, progress)
         await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def check_written(qmp: Qmp, descriptor: int, size_bytes: int) -> None:
+    """Raise QemuFailed when QEMU's memory, which it says is written, is not in this file."""
+    ram = (await qmp.execute("query-migrate")).get("ram") or {}
+    problem = memory_file.problem_of(descriptor, size_bytes, memory_bytes=int(ram.get("transferred") or 0))
+    if problem is not None:
+        raise QemuFailed(f"the memory was not written where it should be: {problem}")
 
 
 async def status_of(qmp: Qmp) -> str:

@@ -29,6 +29,7 @@ from vmm.spec import DiskSpec
 SERVER_SECONDS = 60.0  # an answer of the server's: it may flush a slow disk
 UNPLUG_SECONDS = 20.0  # for the guest to let go of a disk
 NODE_SECONDS = RECONNECT_SECONDS * 3.0
+FIRST_OTHER_SET = 9000  # sets of descriptors below are disks', those from here on pictures'
 MIN_FREE_BYTES = 1 << 20  # on a file system where writing is worth another try
 _LOOK_SECONDS = 0.05
 
@@ -130,7 +131,8 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
 
 async def free_set(qmp: Qmp) -> int:
     """The number of a set of descriptors that QEMU does not have yet."""
-    return max((one["fdset-id"] for one in await qmp.execute("query-fdsets")), default=0) + 1
+    used = [one["fdset-id"] for one in await qmp.execute("query-fdsets") if one["fdset-id"] < FIRST_OTHER_SET]
+    return max(used, default=0) + 1
 
 
 async def _take_back(qmp: Qmp, disk_id: str) -> None:

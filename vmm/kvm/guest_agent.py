@@ -2,9 +2,14 @@
 """The integration services that qemu's guest agent offers: heartbeat, what the guest is, shutdown, freezing, time.
 
 Decides which service a question belongs to and refuses it where that is switched off, how long each may take, what a
-guest's answer may look like, and that **file systems never stay frozen**: they thaw when the caller is done, when he
-fails, when the time is over, and when a worker finds them frozen that nobody holds. Must not know who asks, or what
-else QEMU does: the worker says when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
+guest's answer may look like, and that file systems never stay frozen. Must not know who asks, or what else QEMU does:
+the worker says when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
+
+INV-THAWED: whoever has a guest freeze sees to the thaw. Only an agent that has just answered is asked to freeze; that a
+thaw is owed is noted before (`owes`), and the note goes when the guest has answered a thaw that was asked for after it.
+Until then it is asked again and again, however long the agent is silent, by the next worker too. An agent answers in
+the order in which it was asked, so a freeze that it finds late comes before that thaw. The caller waits for none of
+this longer than FREEZE_ANSWER_SECONDS and a few seconds before and after.
 
 The guest is not trusted: its answers are looked at field by field, cut to a length, and bounded in number. It is asked
 one thing at a time; what is not answered ends the connection, and the next begins by synchronising (`guest-sync`).
@@ -36,9 +41,10 @@ SUMMARY_SECONDS: Final = 1.5  # `vmm show` waits no longer for a guest that is b
 FREEZE_SECONDS: Final = (
     10.0  # how long file systems stay frozen unless the caller says otherwise, as Windows' VSS does
 )
-FREEZE_ANSWER_SECONDS: Final = 30.0  # it writes out all that is dirty first
+FREEZE_ANSWER_SECONDS: Final = 25.0  # it writes out all that is dirty first; with ping and thaw it makes 30
 THAW_TRY_SECONDS: Final = 2.0
-THAW_GIVE_UP_SECONDS: Final = 60.0
+THAW_GIVE_UP_SECONDS: Final = 10.0  # for whoever waits for it; it goes on without him
+THAW_AGAIN_SECONDS: Final = 1.0
 SHUTDOWN_ANSWER_SECONDS: Final = 1.0  # an error comes at once; a guest that obeys does not answer
 
 # What a guest may tell us.
@@ -94,9 +100,21 @@ class GuestAgent:
     """The agent of one running machine. For one event loop."""
 
     def __init__(
-        self, path: str, switches: Switches, *, machine: str | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        path: str,
+        switches: Switches,
+        *,
+        machine: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        owes: Callable[[bool], None] = lambda is_owed: None,
+        is_owed: bool = False,
+        tell: Callable[..., None] = lambda event, **details: None,
     ) -> None:
-        """`path`: QEMU's end of the agent's port. Nothing is connected yet."""
+        """`path`: QEMU's end of the agent's port. Nothing is connected yet.
+
+        `owes` is called with True before the guest may freeze and with False when it surely thawed, to be written down;
+        `is_owed`: what was written down last.
+        """
         self._path = path
         self._switches = switches
         self._machine = machine
@@ -110,6 +128,9 @@ class GuestAgent:
         self._known_interfaces: tuple[Interface, ...] = ()
         self._freeze_ends: asyncio.Task[None] | None = None  # thaws when the time is over
         self._holds_frozen = False
+        self._note_owed, self._is_owed, self._tell = owes, is_owed, tell
+        self._is_unsure = True  # nobody has asked this guest yet whether it is frozen
+        self._look_now = asyncio.Event()
 
     # -- whether there is an agent ----------------------------------------------------------------------------------
 
@@ -117,6 +138,7 @@ class GuestAgent:
         """The guest opened the agent's port, or closed it."""
         self._is_open = is_open
         if is_open:
+            self._is_unsure = True  # memory that was brought back, or a guest that came from elsewhere
             self._opened.set()
         else:
             self._opened.clear()
@@ -139,22 +161,47 @@ class GuestAgent:
         return Heartbeat("ok" if alive else "lost", round(ago, 1))
 
     async def run(self) -> None:
-        """Keep the heartbeat, until cancelled. First it thaws what a worker before us may have left frozen."""
+        """Keep the heartbeat, and thaw what is frozen and held by nobody, until cancelled."""
         while True:
             await self._opened.wait()
             with contextlib.suppress(VmmError):
                 await self._first_contact()
             while self._is_open:
-                if self._switches.heartbeat:
-                    with contextlib.suppress(VmmError):
+                with contextlib.suppress(VmmError):
+                    if self._must_look():
+                        await self._thaw_what_nobody_holds()
+                    elif self._switches.heartbeat:
                         await self.ping()
-                await asyncio.sleep(HEARTBEAT_SECONDS)
+                self._look_now.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(THAW_AGAIN_SECONDS if self._must_look() else HEARTBEAT_SECONDS):
+                        await self._look_now.wait()
+
+    def _must_look(self) -> bool:
+        """True while the guest may be frozen and nobody holds it so."""
+        return not self._holds_frozen and (self._is_owed or (self._is_unsure and self._switches.backup))
+
+    async def _thaw_what_nobody_holds(self) -> None:
+        if not self._is_owed:
+            status = await self._ask("guest-fsfreeze-status")
+            if status != "frozen" or self._holds_frozen:
+                self._is_unsure = False
+                return
+        answer = await self._ask("guest-fsfreeze-thaw", seconds=THAW_TRY_SECONDS)
+        if not self._holds_frozen:
+            self._has_thawed()
+            self._tell("guest-thawed", by="vmm", file_systems=answer if isinstance(answer, int) else None)
+
+    def _has_thawed(self) -> None:
+        """The guest has answered a thaw that came after every freeze."""
+        self._is_unsure = False
+        if self._is_owed:
+            self._is_owed = False
+            self._note_owed(False)
 
     async def _first_contact(self) -> None:
-        if self._switches.backup and not self._holds_frozen:
-            status = await self._ask("guest-fsfreeze-status")
-            if status == "frozen" and not self._holds_frozen:
-                await self._thaw()
+        if self._must_look():
+            await self._thaw_what_nobody_holds()
         if self._switches.key_value:
             self._known_os = await self.os_info()
             self._known_interfaces = await self.addresses()
@@ -261,20 +308,25 @@ class GuestAgent:
     async def freeze(self, *, max_seconds: float = FREEZE_SECONDS) -> int:
         """Write out and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`.
 
-        Raises AgentUnavailable, TimedOut; then nothing stays frozen.
+        Raises AgentUnavailable, TimedOut; then nothing stays frozen: what cannot thaw now will as soon as the guest
+        answers.
         """
         self._need("backup")
         if self._holds_frozen:
             raise AgentUnavailable("the file systems are frozen already", machine=self._machine)
         self._holds_frozen = True
         try:
+            await self._ask("guest-ping")  # one that is silent would find the request later, and freeze for nobody
+            self._is_owed = True
+            self._note_owed(True)
             answer = await self._ask("guest-fsfreeze-freeze", seconds=FREEZE_ANSWER_SECONDS)
         except BaseException:
             # It may have frozen some before it failed, or freeze after we stopped waiting.
-            thawing = asyncio.ensure_future(self._thaw())
-            with contextlib.suppress(VmmError):
-                await asyncio.shield(thawing)
             self._holds_frozen = False
+            if self._is_owed:
+                thawing = asyncio.ensure_future(self._thaw(give_up_seconds=0.0))
+                with contextlib.suppress(VmmError):
+                    await asyncio.shield(thawing)
             raise
         self._freeze_ends = asyncio.create_task(self._thaw_after(max_seconds))
         return answer if isinstance(answer, int) else 0
@@ -307,15 +359,17 @@ class GuestAgent:
         with contextlib.suppress(VmmError):
             await self._thaw()
 
-    async def _thaw(self) -> int:
-        """Thaw, again and again until the guest says that it did, or is gone."""
-        deadline = self._clock() + THAW_GIVE_UP_SECONDS
+    async def _thaw(self, *, give_up_seconds: float = THAW_GIVE_UP_SECONDS) -> int:
+        """Thaw, again and again until the guest says that it did, is gone, or `run` has to go on with it."""
+        deadline = self._clock() + give_up_seconds
         while True:
             try:
                 answer = await self._ask("guest-fsfreeze-thaw", seconds=THAW_TRY_SECONDS)
+                self._has_thawed()
                 return answer if isinstance(answer, int) else 0
             except VmmError:
-                if not self._is_open or self._clock() > deadline:
+                if not self._is_open or self._clock() >= deadline:
+                    self._look_now.set()
                     raise
                 await asyncio.sleep(0.2)
 
@@ -336,24 +390,35 @@ class GuestAgent:
                 machine=self._machine,
                 hint="is qemu-guest-agent installed and running in the guest?",
             )
-        async with self._one_at_a_time:
+        deadline = self._clock() + seconds  # for all of it
+        try:
+            async with asyncio.timeout(seconds):
+                await self._one_at_a_time.acquire()
+        except TimeoutError as error:
+            raise TimedOut("the guest agent still has another question to answer", machine=self._machine) from error
+        try:
             try:
                 if self._qmp is None or not self._qmp.is_connected:
                     await self._hang_up()
-                    self._qmp = await Qmp.connect_agent(self._path, timeout_seconds=seconds)
-                answer = await self._qmp.execute(command, timeout_seconds=seconds, **arguments)
+                    left = max(0.0, deadline - self._clock())
+                    self._qmp = await Qmp.connect_agent(self._path, timeout_seconds=left)
+                left = max(0.0, deadline - self._clock())
+                answer = await self._qmp.execute(command, timeout_seconds=left, **arguments)
             except QemuFailed as error:
                 raise AgentUnavailable(error.problem, machine=self._machine) from error
             except AgentUnavailable as error:
                 raise AgentUnavailable(error.problem, machine=self._machine, hint=error.hint) from error
             except TimedOut as error:
-                raise TimedOut(error.problem, machine=self._machine) from error
+                problem = f"the guest agent did not answer {command} within {seconds:g} s"
+                raise TimedOut(problem, machine=self._machine) from error
             except asyncio.CancelledError:
                 # The answer that is still to come must not be taken for another's.
                 await asyncio.shield(self._hang_up())
                 raise
             self._seen = self._clock()
             return answer
+        finally:
+            self._one_at_a_time.release()
 
     async def _hang_up(self) -> None:
         qmp, self._qmp = self._qmp, None

@@ -5,6 +5,9 @@ Decides that every command has a time-out, that failures are errors of ours, and
 an answer is still missing: it is closed, because a late answer must not be taken for another's. The only file that
 knows qemu.qmp. Must not know what the commands mean.
 
+INV-DESCRIPTOR-NAMED: a descriptor gets the name that it was sent for. QEMU keeps only the newest descriptor that came
+without a name, so one is sent only after the one before has its name (source: chardev/char-socket.c, `read_msgfds`).
+
     qmp = await Qmp.connect("/run/vmm/0123456789ab/qmp.sock")
     status = await qmp.execute("query-status")
     async for event in qmp.events():       # {"event": "STOP", "data": {...}}, until the connection ends
@@ -17,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -48,6 +52,7 @@ class Qmp:
         self._watch: asyncio.Task[None] | None = None
         self._hanging_up: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
+        self._handing_over = asyncio.Lock()
 
     @classmethod
     async def connect(cls, path: str, *, timeout_seconds: float = CONNECT_SECONDS) -> Qmp:
@@ -69,9 +74,11 @@ class Qmp:
         client.negotiate = False
         qmp = cls(client, "the guest agent")
         try:
+            deadline = time.monotonic() + timeout_seconds  # for both
             await qmp._connect(path, timeout_seconds)
             token = random.getrandbits(31)
-            answer = await qmp.execute("guest-sync", timeout_seconds=timeout_seconds, id=token)
+            left = max(0.0, deadline - time.monotonic())
+            answer = await qmp.execute("guest-sync", timeout_seconds=left, id=token)
         except VmmError as error:
             await qmp.close()
             raise AgentUnavailable(
@@ -131,19 +138,45 @@ class Qmp:
 
         Raises QemuFailed, TimedOut.
         """
-        try:
-            self._client.send_fd_scm(descriptor)
-        except (QMPError, OSError) as error:
-            raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
-        await self.execute("getfd", fdname=name)
+        await self._hand_over(descriptor, "getfd", {"fdname": name})
+
+    async def forget_descriptor(self, name: str) -> None:
+        """Have QEMU close what was sent under this name, unless it has been used. Never fails."""
+        with contextlib.suppress(VmmError):
+            await self.execute("closefd", fdname=name)
 
     async def add_descriptor_to_set(self, set_number: int, descriptor: int, word: str = "") -> None:
         """Give QEMU a descriptor as `/dev/fdset/SET_NUMBER`, to be found by `word`. Raises QemuFailed, TimedOut."""
+        await self._hand_over(descriptor, "add-fd", {"fdset-id": set_number, "opaque": word})
+
+    async def _hand_over(self, descriptor: int, command: str, arguments: dict[str, Any]) -> None:
+        """Send a descriptor and name it by `command`, before anybody else's is sent. Raises QemuFailed, TimedOut."""
+        await self._handing_over.acquire()
         try:
+            await self._wait_all_written()
             self._client.send_fd_scm(descriptor)
-        except (QMPError, OSError) as error:
-            raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
-        await self.execute("add-fd", fdset_id=set_number, opaque=word)
+        except BaseException as error:
+            self._handing_over.release()
+            if isinstance(error, QMPError | OSError):
+                raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
+            raise
+        # It is on its way: the next one waits until it has its name, even if our caller does not wait.
+        naming = asyncio.create_task(self.execute_raw(command, arguments))
+
+        def named(task: asyncio.Task[Any]) -> None:
+            self._handing_over.release()
+            if not task.cancelled():
+                task.exception()  # whoever waited was told
+
+        naming.add_done_callback(named)
+        await asyncio.shield(naming)
+
+    async def _wait_all_written(self) -> None:
+        """A descriptor goes around asyncio's buffer, and must not come in the middle of a command."""
+        writer = self._client._writer
+        async with asyncio.timeout(COMMAND_SECONDS):
+            while writer is not None and writer.transport.get_write_buffer_size():
+                await asyncio.sleep(0)
 
     # -- events -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ Must not know where a picture goes or how a viewer is started.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Final
 
@@ -16,7 +17,7 @@ from vmm.kvm.qmp import Qmp
 
 MAX_PICTURE_BYTES: Final = 8 * 1024 * 1024  # a screen of text has about ten KiB
 PICTURE_SECONDS: Final = 20.0
-_SET_NUMBER: Final = 9000  # of QEMU's descriptor sets; disks have the low ones
+_SET_NUMBER: Final = 9000  # of QEMU's descriptor sets; disks have the ones below
 _PNG_BEGIN: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_END: Final = b"IEND\xaeB`\x82"
 # Viewers that take a unix socket, best first, and how each is told.
@@ -24,11 +25,16 @@ _VIEWERS: Final = (("remote-viewer", "vnc+unix://{path}"), ("vncviewer", "{path}
 
 
 async def screendump(qmp: Qmp) -> bytes:
-    """A picture of the screen, as PNG. Raises QemuFailed (no screen, or no PNG in this QEMU), TimedOut."""
+    """A picture of the screen, as PNG. Raises QemuFailed (no screen, or no PNG in this QEMU), TimedOut.
+
+    One at a time: all have the same set of descriptors.
+    """
     descriptor = os.memfd_create("screen", os.MFD_CLOEXEC)
     # QEMU wants a descriptor for writing only, and gets one that has no other use.
     writable = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
     try:
+        with contextlib.suppress(QemuFailed):  # what a picture left that was given up
+            await qmp.execute("remove-fd", fdset_id=_SET_NUMBER)
         await qmp.add_descriptor_to_set(_SET_NUMBER, writable)
         try:
             await qmp.execute(
@@ -36,7 +42,8 @@ async def screendump(qmp: Qmp) -> bytes:
             )
         finally:
             if qmp.is_connected:
-                await qmp.execute("remove-fd", fdset_id=_SET_NUMBER)
+                with contextlib.suppress(QemuFailed):
+                    await qmp.execute("remove-fd", fdset_id=_SET_NUMBER)
         picture = os.pread(descriptor, MAX_PICTURE_BYTES, 0)
     finally:
         os.close(writable)

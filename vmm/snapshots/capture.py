@@ -128,7 +128,7 @@ class Capture:
                     await background.give_up(running.qmp)
                 raise QemuFailed("the worker died before the memory was captured")
             await background.wait_written(lambda: running.qmp, lambda document: None)
-            await asyncio.to_thread(_complete_found, folder, journal)
+            await self._complete_found(folder, journal)
             folder.finish()
             snapshot = snapshot_of(journal["snapshot"])
             size = os.stat(folder.memory).st_size
@@ -141,6 +141,20 @@ class Capture:
             await self._let_go_on(journal)
         await follow_pivots(running, self._plugging, held, pivots, moved)
         held.note(None)
+
+    async def _complete_found(self, folder: SnapshotFolder, journal: dict[str, Any]) -> None:
+        """The memory file that another worker had begun: its length is what QEMU wrote. Raises VmmError."""
+        path = folder.in_part(folder.memory)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise StoreFailed(f"the memory's file cannot be opened: {error.strerror}", path=path) from error
+        try:
+            size = os.fstat(descriptor).st_size
+            await background.check_written(self._running.qmp, descriptor, size)
+            await asyncio.to_thread(folder.complete_memory, descriptor, size, dict(journal["description"]))
+        finally:
+            os.close(descriptor)
 
     async def _let_go_on(self, journal: dict[str, Any]) -> None:
         running = self._running
@@ -245,19 +259,6 @@ class _Taking:
             self._held.note(None)
         except (VmmError, OSError) as error:
             running.tell("snapshot-left", problem=str(error))
-
-
-def _complete_found(folder: SnapshotFolder, journal: dict[str, Any]) -> None:
-    """The memory file that another worker had begun: its length is what QEMU wrote."""
-    path = folder.in_part(folder.memory)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise StoreFailed(f"the memory's file cannot be opened: {error.strerror}", path=path) from error
-    try:
-        folder.complete_memory(descriptor, os.fstat(descriptor).st_size, dict(journal["description"]))
-    finally:
-        os.close(descriptor)
 
 
 async def hold(running: Running, stack: contextlib.ExitStack) -> Held:

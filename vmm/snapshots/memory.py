@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm import saved
 from vmm.errors import NoSpace, VmmError, of_os_error
+from vmm.kvm import memory_file
 from vmm.paths import MachinePaths, default_folders, sync_folder, write_whole
 
 if TYPE_CHECKING:
@@ -108,9 +109,15 @@ class SnapshotFolder:
             raise of_os_error(error, "make room for the machine's memory", path=path) from error
 
     def complete_memory(self, descriptor: int, size_bytes: int, document: dict[str, Any]) -> None:
-        """All was written: give back the rest of the room, sync, and describe it. Raises VmmError."""
+        """All was written: give back the rest of the room, sync, and describe it.
+
+        Raises VmmError, also when it is no memory.
+        """
         path = self.in_part(self.memory)
         try:
+            problem = memory_file.problem_of(descriptor, size_bytes)
+            if problem is not None:
+                raise VmmError(f"the memory was not captured: {problem}", path=path)
             os.ftruncate(descriptor, size_bytes)
             os.fsync(descriptor)
         except OSError as error:

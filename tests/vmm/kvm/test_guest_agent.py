@@ -182,6 +182,7 @@ class FreezingGuest(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.is_frozen = False
+        self["guest-ping"] = {}
         self["guest-fsfreeze-freeze"] = lambda _: self._set(True)
         self["guest-fsfreeze-thaw"] = lambda _: self._set(False)
         self["guest-fsfreeze-status"] = lambda _: "frozen" if self.is_frozen else "thawed"
@@ -266,6 +267,136 @@ def test_freeze_that_comes_late_thaws(tmp_path: Path, monkeypatch: pytest.Monkey
             with pytest.raises(TimedOut):
                 await agent.freeze()
             assert not guest.is_frozen
+
+    asyncio.run(scene())
+
+
+class QueueingGuest:
+    """An agent that can be stopped for a while: what it is asked meanwhile it does later, in its order."""
+
+    def __init__(self) -> None:
+        self.is_frozen = False
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+        self.done: list[str] = []
+        self._queue: asyncio.Queue[tuple[dict[str, Any], asyncio.StreamWriter]] = asyncio.Queue()
+        self._working: asyncio.Task[None] | None = None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._working is None:
+            self._working = asyncio.create_task(self._work())
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(4096):
+                self._queue.put_nowait((json.loads(piece), writer))
+        writer.close()
+
+    async def _work(self) -> None:
+        while True:
+            request, writer = await self._queue.get()
+            await self.goes_on.wait()
+            command = request["execute"]
+            self.done.append(command)
+            answer: Any = request.get("arguments", {}).get("id", {})
+            if command in ("guest-fsfreeze-freeze", "guest-fsfreeze-thaw"):
+                self.is_frozen, answer = command.endswith("freeze"), 1
+            elif command == "guest-fsfreeze-status":
+                answer = "frozen" if self.is_frozen else "thawed"
+            with contextlib.suppress(ConnectionError):
+                writer.write(json.dumps({"return": answer, "id": request["id"]}).encode() + b"\n")
+                await writer.drain()
+            if command == "guest-ping" and self.stops_after_ping:
+                self.goes_on.clear()
+
+    stops_after_ping = False
+
+
+@pytest.mark.parametrize("same_worker", [True, False], ids=["the worker", "the next worker"])
+def test_an_agent_that_freezes_long_after_is_thawed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_worker: bool
+) -> None:
+    """INV-THAWED: an agent that was stopped when it should freeze, and does so after everybody gave up, is thawed."""
+    monkeypatch.setattr(guest_agent, "FREEZE_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(guest_agent, "THAW_TRY_SECONDS", 0.1)
+    monkeypatch.setattr(guest_agent, "THAW_AGAIN_SECONDS", 0.02)
+    notes: list[bool] = []
+    events: list[str] = []
+
+    async def scene() -> None:
+        guest = QueueingGuest()
+        server = await asyncio.start_unix_server(guest.serve, tmp_path / "agent.sock")
+
+        def agent_now(*, is_owed: bool) -> GuestAgent:
+            agent = GuestAgent(
+                str(tmp_path / "agent.sock"), IntegrationSpec(heartbeat=False, key_value=False), owes=notes.append,
+                is_owed=is_owed, tell=lambda event, **details: events.append(event),
+            )  # fmt: skip
+            agent.port_changed(True)
+            return agent
+
+        agent = agent_now(is_owed=False)
+        running = asyncio.create_task(agent.run())
+        guest.stops_after_ping = True
+        with pytest.raises(TimedOut, match=r"guest-fsfreeze-freeze within 0\.1 s"):
+            await agent.freeze()
+        assert notes == [True] and "guest-fsfreeze-freeze" not in guest.done
+        guest.stops_after_ping = False
+        if not same_worker:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            await agent.close()
+            agent = agent_now(is_owed=notes[-1])
+            running = asyncio.create_task(agent.run())
+            await asyncio.sleep(0.3)  # it finds a silent guest first
+        assert events == []
+        guest.goes_on.set()
+        async with asyncio.timeout(30):
+            while notes[-1] or guest.is_frozen:
+                await asyncio.sleep(0.01)
+        assert "guest-fsfreeze-freeze" in guest.done
+        assert (events, notes) == (["guest-thawed"], [True, False]), guest.done
+        running.cancel()
+        await agent.close()
+        server.close()
+
+    asyncio.run(scene())
+
+
+def test_a_silent_agent_is_not_asked_to_freeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-THAWED: an agent that does not answer a ping hears of no freeze that it could carry out later."""
+    ask_kwdefaults = GuestAgent._ask.__kwdefaults__
+    assert ask_kwdefaults is not None
+    monkeypatch.setitem(ask_kwdefaults, "seconds", 0.1)
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, {}) as (agent, fake):
+            began = time.monotonic()
+            with pytest.raises(TimedOut, match="guest-ping"):
+                await agent.freeze()
+            assert time.monotonic() - began < guest_agent.FREEZE_ANSWER_SECONDS
+            assert "guest-fsfreeze-freeze" not in fake.asked
+
+    asyncio.run(scene())
+
+
+def test_a_question_takes_no_longer_than_it_says(tmp_path: Path) -> None:
+    """Connecting, synchronising and the answer share one deadline, so a freeze is not given up after three times."""
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, {}) as (agent, fake):
+            slow = fake.serve
+
+            async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await asyncio.sleep(0.6)
+                await slow(reader, writer)
+
+            server = await asyncio.start_unix_server(late, tmp_path / "late.sock")
+            agent._path = str(tmp_path / "late.sock")
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(TimedOut, match="within 1 s"):
+                await agent._ask("guest-ping", seconds=1.0)
+            assert asyncio.get_running_loop().time() - began < 1.5
+            server.close()
 
     asyncio.run(scene())
 

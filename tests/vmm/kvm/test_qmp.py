@@ -6,8 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
+import struct
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +244,77 @@ def test_silent_and_lying_agents_are_unavailable(folder: Path) -> None:
                 await Qmp.connect_agent(str(folder / "b"), timeout_seconds=1)
 
     run(scene)
+
+
+def keep_descriptors(listener: socket.socket, names: dict[str, int]) -> None:
+    """A monitor that treats descriptors as QEMU does: the newest one that came is the one that is named.
+
+    It reads slowly, so that whoever does not wait is read together with the next. `names`: name -> inode.
+    """
+    link, _ = listener.accept()
+    newest: int | None = None
+    text = ""
+    with link:
+        link.sendall(json.dumps(GREETING).encode() + b"\n")
+        while True:
+            time.sleep(0.005)
+            piece, ancillary, _, _ = link.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            if not piece:
+                break
+            for _, _, data in ancillary:
+                if newest is not None:
+                    os.close(newest)
+                (newest,) = struct.unpack("@i", data[:4])
+            text += piece.decode()
+            while text := text.lstrip():
+                request, end = json.JSONDecoder().raw_decode(text)
+                text = text[end:]
+                arguments = request.get("arguments", {})
+                reply: dict[str, Any] = {"return": {}}
+                if request["execute"] in ("getfd", "add-fd"):
+                    if newest is None:
+                        reply = {"error": {"class": "GenericError", "desc": "No file descriptor supplied"}}
+                    else:
+                        names[str(arguments.get("fdname", arguments.get("fdset-id")))] = os.fstat(newest).st_ino
+                        os.close(newest)
+                        newest = None
+                named = {**reply, "id": request["id"]} if "id" in request else reply
+                link.sendall(json.dumps(named).encode() + b"\n")
+
+
+def test_descriptors_of_several_tasks_get_their_own_names(folder: Path) -> None:
+    """INV-DESCRIPTOR-NAMED: memory, a picture and an adapter at once: each descriptor has the name it was sent for."""
+    names: dict[str, int] = {}
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "q"))
+    listener.listen()
+    monitor = threading.Thread(target=keep_descriptors, args=(listener, names), daemon=True)
+    monitor.start()
+
+    async def scene() -> None:
+        with contextlib.ExitStack() as files:
+            wanted = {name: files.enter_context((folder / name).open("wb")) for name in "abcdef"}
+            sets = {str(number): files.enter_context((folder / str(number)).open("wb")) for number in range(6)}
+            qmp = await Qmp.connect(str(folder / "q"))
+            abandoned = asyncio.create_task(qmp.send_descriptor("abandoned", files.enter_context(
+                (folder / "abandoned").open("wb")).fileno()))  # fmt: skip
+            await asyncio.sleep(0)
+            abandoned.cancel()  # whoever asked is gone, and the next one waits all the same
+            await asyncio.gather(
+                *(qmp.send_descriptor(name, file.fileno()) for name, file in wanted.items()),
+                *(qmp.add_descriptor_to_set(int(number), file.fileno()) for number, file in sets.items()),
+                qmp.execute("query-status"),
+            )
+            await qmp.close()
+            expected = {name: os.fstat(file.fileno()).st_ino for name, file in (wanted | sets).items()}
+        names.pop("abandoned", None)
+        assert names == expected
+
+    try:
+        run(scene)
+    finally:
+        listener.close()
+        monitor.join(10)
 
 
 @pytest.mark.kvm

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file with the memory and devices of a machine, as QEMU wrote it (its migration stream).
+
+Decides what such a file must look like at least: that it begins as a migration stream does, and is not shorter than
+what QEMU says that it wrote of the memory. Must not know who writes or reads it, nor where it lies.
+
+INV-MEMORY-WHOLE: no memory is said to be saved or captured, and none is restored, before its file was looked at here.
+
+Source: QEMU's migration/savevm.c (QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION, which is 3 since 2006).
+"""
+
+from __future__ import annotations
+
+import os
+
+MAGIC = b"QEVM"
+VERSION = 3
+HEADER = MAGIC + VERSION.to_bytes(4, "big")
+
+
+def problem_of(descriptor: int, size_bytes: int, *, memory_bytes: int = 0) -> str | None:
+    """Why the first `size_bytes` of this file cannot be a machine's memory; None when they can.
+
+    `memory_bytes`: what QEMU says that it wrote of the memory alone. Raises OSError.
+    """
+    found = os.fstat(descriptor).st_size
+    if found < size_bytes:
+        return f"the file has {found} bytes instead of {size_bytes}"
+    if size_bytes <= len(HEADER):
+        return f"the file has only {size_bytes} bytes"
+    if os.pread(descriptor, len(HEADER), 0) != HEADER:
+        return "the file does not begin as QEMU's memory does"
+    if size_bytes < memory_bytes:
+        return f"the file has {size_bytes} bytes, and QEMU says that it wrote {memory_bytes} of the memory alone"
+    return None
