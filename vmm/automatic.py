@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to machines when their host starts and stops, each as its automatic actions say.
 
-Decides which machines start with the host, in which order, and what is tried when a machine's stop action fails: a
-machine that cannot be saved is asked to shut down, and one that does neither is powered off, as it would be a moment
-later anyhow. One machine's failure is no other's. Must not know how it is called (the unit that `host.autostart`
-installs does).
+Decides which machines start and stop with the host, and in which order. How one stops is decided by its worker
+(`leaving`), which hears of the host's end by signals, too. One machine's failure is no other's. Must not know how it
+is called (the unit that `host.autostart` installs does).
 
 That a machine was running when the host stopped is a file in its folder, which its worker makes and removes: a host
 that lost its power had no time to write anything.
@@ -14,18 +13,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vmm import registry
 from vmm.errors import VmmError
-from vmm.events import add_event
 from vmm.manager import Manager
 from vmm.registry import Machine
-from vmm.state import MachineState, note_running
+from vmm.state import MachineState
 
-SHUTDOWN_SECONDS = 180.0
 AT_ONCE = 4  # machines that are stopped side by side: more would only share the disk
 _OFF = (MachineState.OFF, MachineState.SAVED)
 
@@ -90,37 +87,14 @@ def stop_machines(manager: Manager, *, tell: Callable[[Outcome], None] | None = 
 def _stopped(manager: Manager, machine: Machine) -> Outcome | None:
     """None for a machine that does not run."""
     name = machine.name
-    ways: dict[str, tuple[str, Callable[[], object]]] = {
-        "save": ("saved", lambda: manager.save(name)),
-        "shut-down": ("shut down", lambda: manager.shutdown(name, timeout_seconds=SHUTDOWN_SECONDS)),
-        "turn-off": ("turned off", lambda: manager.stop(name)),
-    }
     try:
         if manager.state(name) in _OFF:
             return None
-        add_event(machine.paths.events, "host-stopping", action=machine.spec.automatic.stop)
-        word = _first_that_works(_from(machine.spec.automatic.stop, ways))
-        note_running(machine.paths, True)  # it did until now
-        return Outcome(name, word)
+        try:
+            return Outcome(name, manager.stop_with_host(name))
+        except VmmError:  # its worker was killed meanwhile: the next one goes on with it
+            if (state := manager.state(name)) in _OFF:
+                return Outcome(name, "saved" if state is MachineState.SAVED else "shut down")
+            return Outcome(name, manager.stop_with_host(name))
     except VmmError as error:
         return Outcome(name, "failed", error)
-
-
-def _from(
-    action: str, ways: dict[str, tuple[str, Callable[[], object]]]
-) -> Sequence[tuple[str, Callable[[], object]]]:
-    """The wished way and those after it."""
-    return list(ways.values())[list(ways).index(action) :]
-
-
-def _first_that_works(ways: Sequence[tuple[str, Callable[[], object]]]) -> str:
-    """The word of the first way that does not fail. Raises what the last one raised."""
-    for word, way in ways[:-1]:
-        try:
-            way()
-        except VmmError:
-            continue
-        return word
-    word, way = ways[-1]
-    way()
-    return word

@@ -45,7 +45,7 @@ from vmm.paths import (
 from vmm.proc import is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
 from vmm.snapshots.store import has_tree, holding
-from vmm.state import MachineState, processes_of
+from vmm.state import MachineState, end_left, processes_of
 
 if TYPE_CHECKING:
     from vmm.registry import Changing
@@ -172,8 +172,7 @@ def _take_away_dead(place: Place) -> None:
     """The same for who has the machine's lock already."""
     left = processes_of(place.runtime)
     if "qemu" not in left and not is_looked_after(place.runtime):
-        for ref in left.values():
-            ref.end(END_SECONDS)  # a disks' server flushes first
+        end_left(place.runtime, END_SECONDS)
         saved.discard_part(place.machine)
         shutil.rmtree(place.runtime.folder, ignore_errors=True)
         add_event(place.machine.events, "found-dead")
@@ -262,8 +261,7 @@ def _refuse_running(place: Place) -> None:
         with client:
             state = client.call("status", timeout_seconds=5)["state"]
         raise WrongState(f"is {state} already", machine=place.name)
-    for ref in processes_of(place.runtime).values():
-        ref.end(END_SECONDS)
+    end_left(place.runtime, END_SECONDS)
 
 
 def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict[str, Any]:

@@ -10,6 +10,9 @@ started anew.
                        ^  `---> worker --> QEMU                 new server finds QEMU waiting in the same queue
                        '--------- watches
 
+A signal that asks for the end (the host stops, a login ends) has the machine do what its automatic stop action says:
+the keeper passes it on to the worker and keeps both alive until that is done (`leaving`).
+
 It ends last: when the worker has noted that the machine is to be off, the server is ended (which flushes), the runtime
 folder is removed, and its lock is given back. Must not know what the worker does. Imports little: it stays small.
 
@@ -33,14 +36,15 @@ from vmm.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_docume
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
-from vmm.state import KeeperNote, Phase, WorkerNote
+from vmm.state import ENDING_SIGNALS, SERVER_END_SIGNAL, KeeperNote, Phase, WorkerNote, mark_leaving
 
 SHORT_LIFE_SECONDS = 5.0  # who lived less than that is started again a little later each time
 PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SERVER_END_SECONDS = 60.0  # a last flush to a slow disk
 _TAIL_BYTES = 16 << 10
-# The server wants to see its own number in LISTEN_PID, which only it knows.
-_ACTIVATE = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+# The server wants to see its own number in LISTEN_PID, which only it knows. It does not hear what a host that stops
+# sends to all processes: the guest is saved or shut down first. SIGINT ends it.
+_ACTIVATE = 'trap "" TERM HUP; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 
 
 class _Kept:
@@ -93,6 +97,10 @@ class Keeper:
         self._worker = _Kept(worker.worker if worker is not None else note.worker)
         self._failure: dict[str, Any] | None = None
         self._is_given_up = False
+        self._asked, asks = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # readable when a signal came
+        signal.set_wakeup_fd(asks)
+        for number in ENDING_SIGNALS:
+            signal.signal(number, lambda number, frame: None)
 
     def run(self) -> None:
         """Keep both alive until the machine is to be off, then put everything away."""
@@ -126,13 +134,23 @@ class Keeper:
             one.not_before for one in kept if one.ref is None and not (one is self._server and self._is_given_up)
         ]
         timeout = None if not waiting else max(1, int((min(waiting) - time.monotonic()) * 1000) + 1)
+        poll.register(self._asked, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(timeout)}
+        if self._asked in ready:
+            self._pass_on_signal()
         if self._server.pidfd in ready:
             self._server_ended()
         if self._worker.pidfd in ready:
             self._worker.ended()
             if not self._is_over():
                 add_event(self._machine.events, "worker-died")
+
+    def _pass_on_signal(self) -> None:
+        """The worker carries the stop action out; the next one, when this one is dead, by the mark."""
+        os.read(self._asked, 1 << 10)
+        mark_leaving(self._runtime)
+        if self._worker.ref is not None:
+            self._worker.ref.send(signal.SIGTERM)
 
     # -- the server ----------------------------------------------------------------------------------------------
 
@@ -181,7 +199,7 @@ class Keeper:
 
     def _end_server(self) -> None:
         if self._server.ref is not None:
-            self._server.ref.end(SERVER_END_SECONDS)
+            self._server.ref.end(SERVER_END_SECONDS, SERVER_END_SIGNAL)
 
     # -- the worker ----------------------------------------------------------------------------------------------
 

@@ -287,6 +287,15 @@ class Manager:
         """Memory and devices to disk, then off. Raises WrongState, NoSpace; then the machine goes on."""
         self._call_until_off(name, "save", progress)
 
+    def stop_with_host(self, name: str, *, progress: Progress | None = None) -> str:
+        """What its automatic stop action says, and what follows where that fails; what was done, in words.
+
+        Joins what a signal to its processes has begun already. Raises WrongState when it is off.
+        """
+        done: str = self._call(name, "leave", progress)["done"]
+        contact.wait_put_away(Place.of(name))
+        return done
+
     def reset(self, name: str) -> None:
         """As the reset button."""
         self._call(name, "reset")

@@ -125,6 +125,11 @@ class RuntimePaths:
         return self._in("running.json")
 
     @property
+    def leaving(self) -> str:
+        """A mark: the host stops, and the machine is to do what its stop action says."""
+        return self._in("leaving")
+
+    @property
     def control(self) -> str:
         """The worker's control socket (JSON-RPC, a message a line)."""
         return self._in("control.sock")

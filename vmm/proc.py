@@ -94,9 +94,9 @@ class ProcessRef:
         finally:
             os.close(descriptor)
 
-    def end(self, grace_seconds: float) -> None:
+    def end(self, grace_seconds: float, number: int = signal.SIGTERM) -> None:
         """Ask it to end, wait, and kill it when it does not."""
-        if self.send(signal.SIGTERM) and not self.wait(grace_seconds):
+        if self.send(number) and not self.wait(grace_seconds):
             self.kill()
 
     def kill(self) -> None:
@@ -137,10 +137,12 @@ def spawn_detached(
     log_path: str,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
+    blocked_signals: Sequence[int] = (),
 ) -> int:
     """Start a program in a session of its own, with nothing to read and its output appended to a log; its number.
 
-    `descriptors`: number there -> ours. All others stay here. Raises OSError.
+    `descriptors`: number there -> ours. All others stay here. `blocked_signals` it does not hear unless it unblocks
+    them itself. Raises OSError.
     """
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -157,7 +159,7 @@ def spawn_detached(
             file_actions=[*closed, *((os.POSIX_SPAWN_DUP2, ours, number) for number, ours in moved.items())],
             setsid=True,
             setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE],
-            setsigmask=[],
+            setsigmask=blocked_signals,
         )
     finally:
         for descriptor in (log, null, *moved.values()):

@@ -83,6 +83,7 @@ class Running:
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_mending = False
+        self.is_leaving = False  # the host stops: nothing new is begun
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -123,6 +124,11 @@ class Running:
             raise QemuFailed("QEMU cannot be reached at the moment", hint="try again")
         return self._qmp
 
+    @property
+    def is_reachable(self) -> bool:
+        """True while there is a conversation with QEMU."""
+        return self._qmp is not None and self._qmp.is_connected
+
     async def wait_reachable(self) -> None:
         """Return when there is a conversation with QEMU, or none is to be expected soon."""
         deadline = time.monotonic() + REACH_SECONDS
@@ -133,7 +139,9 @@ class Running:
 
     @contextlib.contextmanager
     def busy(self, operation: str) -> Iterator[None]:
-        """One operation at a time. Raises InUse while there is another."""
+        """One operation at a time. Raises InUse while there is another, WrongState when the host stops."""
+        if self.is_leaving and operation != "save":
+            raise WrongState("is stopping with its host: nothing new is begun")
         if self.note.operation is not None:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self.note.operation = operation
@@ -447,10 +455,13 @@ class Running:
         self.tell("stopped", by="vmm")
         await self.quit(End.STOPPED)
 
-    async def shutdown(self, timeout_seconds: float) -> None:
-        """Have the guest shut itself down, by its agent, else by the power button. Raises TimedOut, WrongState."""
+    async def shutdown(self, timeout_seconds: float, *, beside_others: bool = False) -> None:
+        """Have the guest shut itself down, by its agent, else by the power button. Raises TimedOut, WrongState.
+
+        Raises InUse beside another operation, unless `beside_others`: a guest may do so at any time, too.
+        """
         self.need("shut down", MachineState.RUNNING)
-        if self.note.operation is not None:
+        if self.note.operation is not None and not beside_others:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self._is_stopping = True
         try:

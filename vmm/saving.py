@@ -13,7 +13,7 @@ import os
 import time
 
 from vmm import saved
-from vmm.errors import QemuFailed, VmmError
+from vmm.errors import QemuFailed, TimedOut, VmmError
 from vmm.kvm import accel, background
 from vmm.paths import runtime_home
 from vmm.rpc import Progress
@@ -117,8 +117,11 @@ class Saving:
         self._running.write_note()
         self._running.tell("save-failed", problem="the worker died meanwhile")
 
-    async def save(self, progress: Progress) -> None:
-        """Memory and devices to disk, then off. On an error the machine goes on as before. Raises NoSpace and more."""
+    async def save(self, progress: Progress, *, give_up_at: float | None = None) -> None:
+        """Memory and devices to disk, then off. On an error the machine goes on as before. Raises NoSpace and more.
+
+        `give_up_at` (of the monotonic clock): memory that is not written by then is not saved. Raises TimedOut.
+        """
         self._running.need("save", MachineState.RUNNING, MachineState.PAUSED)
         with self._running.busy("save"):
             was_running = self._running.status == "running"
@@ -129,7 +132,7 @@ class Saving:
             try:
                 if was_running:
                     await self._running.qmp.execute("stop", timeout_seconds=STOP_SECONDS)
-                await self._write_memory(descriptor, progress)
+                await self._write_memory(descriptor, progress, give_up_at)
                 await asyncio.to_thread(
                     saved.complete, self._running.machine, descriptor, self._running.spec,
                     qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
@@ -137,16 +140,26 @@ class Saving:
                 )  # fmt: skip
             except BaseException:
                 saved.discard_part(self._running.machine)
+                with contextlib.suppress(VmmError):
+                    await self._running.qmp.execute("migrate_cancel")
                 if was_running:
-                    with contextlib.suppress(VmmError):
-                        await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                    await self._let_go_on()
                 raise
             finally:
                 os.close(descriptor)
             self._running.tell("saved")
             await self._running.quit(End.SAVED)
 
-    async def _write_memory(self, descriptor: int, progress: Progress) -> None:
+    async def _let_go_on(self) -> None:
+        """A migration that is being cancelled may refuse for a moment."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and not self._running.exited.is_set():
+            with contextlib.suppress(VmmError):
+                await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _write_memory(self, descriptor: int, progress: Progress, give_up_at: float | None) -> None:
         qmp = self._running.qmp
         await qmp.execute("migrate-set-parameters", max_bandwidth=_FASTEST_BYTES)
         await qmp.send_descriptor("saved", descriptor)
@@ -160,6 +173,8 @@ class Saving:
             if status in ("failed", "cancelled"):
                 reason = migration.get("error-desc") or "QEMU could not write all of it"
                 raise QemuFailed(f"the memory could not be saved: {reason}")
+            if give_up_at is not None and time.monotonic() > give_up_at:
+                raise TimedOut("there is no time left to write all the memory")
             if ram := migration.get("ram"):
                 progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
             await asyncio.sleep(LOOK_SECONDS)

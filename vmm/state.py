@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -125,6 +126,28 @@ class KeeperNote:
 def keeper_note_path(runtime: RuntimePaths) -> str:
     """Where the keeper's note lies."""
     return os.path.join(runtime.folder, "keeper.json")
+
+
+# The disks' server and QEMU do not hear what ends a login's or a host's processes (see `leaving`).
+SERVER_END_SIGNAL = signal.SIGINT
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+def mark_leaving(runtime: RuntimePaths) -> None:
+    """Have the machine's worker, and the one after it, carry out the stop action. Never fails."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(runtime.leaving, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+
+def is_leaving(runtime: RuntimePaths) -> bool:
+    """True when the machine was marked so."""
+    return os.path.lexists(runtime.leaving)
+
+
+def end_left(runtime: RuntimePaths, grace_seconds: float) -> None:
+    """End what is left of a machine that nobody looks after; the disks' server flushes first."""
+    for part, ref in processes_of(runtime).items():
+        ref.end(grace_seconds, SERVER_END_SIGNAL if part == "server" else signal.SIGTERM)
 
 
 def processes_of(runtime: RuntimePaths) -> dict[str, ProcessRef]:

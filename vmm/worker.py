@@ -28,6 +28,7 @@ from vmm.backup import Backup, merge_away_offline
 from vmm.errors import VmmError, of_os_error, to_document
 from vmm.events import add_event
 from vmm.guest_services import GuestServices
+from vmm.leaving import HOST_SECONDS, SIGNAL_SECONDS, Leaving
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.plugging import Plugging
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
@@ -38,7 +39,15 @@ from vmm.snapshots import fold
 from vmm.snapshots.capture import Capture
 from vmm.snapshots.live import LiveMerges
 from vmm.snapshots.store import has_tree
-from vmm.state import KeeperNote, Phase, WorkerNote, note_running
+from vmm.state import (
+    ENDING_SIGNALS,
+    SERVER_END_SIGNAL,
+    KeeperNote,
+    Phase,
+    WorkerNote,
+    is_leaving,
+    note_running,
+)
 from vmm.wiring import Wiring
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
@@ -64,6 +73,7 @@ class Worker:
             self._note.qemu = None
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._saving = Saving(self._running)
+        self._leaving = Leaving(self._running, self._saving)
         self._keeper: KeeperNote | None = None  # as it was last seen
         self._folder = os.stat(runtime.folder)
         self._plugging = Plugging(self._running)
@@ -102,7 +112,11 @@ class Worker:
 
     async def run(self) -> None:
         """From start, or from where another worker was killed, until the machine is off."""
+        for number in ENDING_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._leave_for_signal, signal.Signals(number).name)
         self._note.write(self._runtime)
+        if is_leaving(self._runtime):
+            self._leave_for_signal("a signal to the worker before")
         await self._control.start(bind_private(self._runtime.control))
         watch = asyncio.gather(self._watch_keeper(), self._watch_folder())
         switches = asyncio.create_task(self._wiring.watch())
@@ -117,7 +131,8 @@ class Worker:
                     self._tell("start-failed", problem=str(error))
                     break
                 end = await self._running.wait_end()
-            self._reverts = end is End.CRASHED and self._spec.automatic.recovery == "revert"
+            is_lost = end is End.CRASHED and not self._leaving.has_begun
+            self._reverts = is_lost and self._spec.automatic.recovery == "revert"
         finally:
             switches.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -167,7 +182,9 @@ class Worker:
             self._note.write(self._runtime)
 
     def _may_recover(self) -> bool:
-        """What the definition says now, and not more often than makes sense."""
+        """What the definition says now, and not more often than makes sense; never while the host stops."""
+        if self._leaving.has_begun:
+            return False
         with contextlib.suppress(VmmError):
             self._spec = registry.read_definition(self._machine.definition)
         if self._spec.automatic.recovery != "restart":
@@ -181,7 +198,7 @@ class Worker:
 
     async def _put_away(self, watch: asyncio.Future[Any]) -> None:
         """The disks' server flushes and ends, then those who wait are told, then we end. The keeper does the rest."""
-        note_running(self._machine, False)
+        note_running(self._machine, self._leaving.has_begun)  # what the host stopped runs again when it starts
         self._note.phase = Phase.ENDED
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)
@@ -225,9 +242,13 @@ class Worker:
         try:
             await self._running.server.call("shutdown")
         except VmmError:  # it is not that far yet, or ended just now
-            server.send(signal.SIGTERM)
+            server.send(SERVER_END_SIGNAL)
         if not await asyncio.to_thread(server.wait, SERVER_END_SECONDS):
-            await asyncio.to_thread(server.end, 1.0)
+            await asyncio.to_thread(server.end, 1.0, SERVER_END_SIGNAL)
+
+    def _leave_for_signal(self, name: str) -> None:
+        """The host stops, or whoever started us goes: what the definition says for that."""
+        self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
 
     # -- the keeper ----------------------------------------------------------------------------------------------
 
@@ -299,6 +320,7 @@ class Worker:
             "stop": self._stop,
             "shutdown": self._shutdown,
             "save": self._save,
+            "leave": self._leave,
             "backup": self._backup.take,
             **self._plugging.methods(),
             **self._wiring.methods(),
@@ -350,6 +372,16 @@ class Worker:
     async def _save(self, params: dict[str, Any], progress: Progress) -> object:
         await self._saving.save(progress)
         return await self._when_off(progress)
+
+    async def _leave(self, params: dict[str, Any], progress: Progress) -> object:
+        """What the automatic stop action says, because the host stops; {"done": "saved" and the like}."""
+        alive = asyncio.create_task(_signs_of_life(progress, "stopping with the host"))
+        try:
+            done = await asyncio.shield(self._leaving.begin("vmm", HOST_SECONDS, lambda: self._rest))
+        finally:
+            alive.cancel()
+        await self._when_off(progress)
+        return {"done": done}
 
     async def _when_off(self, progress: Progress) -> object:
         """Answer when the disks are free. Raises what went wrong with them."""

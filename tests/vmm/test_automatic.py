@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from vmm import automatic, registry
-from vmm.errors import NoSpace, QemuFailed, TimedOut, VmmError
+from vmm.errors import QemuFailed, VmmError
 from vmm.manager import Manager
 from vmm.spec import make_spec
 from vmm.state import MachineState, note_running
@@ -40,13 +40,11 @@ class Played(Manager):
         self._do("start", name, MachineState.RUNNING)
         return MachineState.RUNNING
 
-    def save(self, name: str, **more: Any) -> None:
-        """Only noted."""
-        self._do("save", name, MachineState.SAVED)
-
-    def shutdown(self, name: str, **more: Any) -> None:
-        """Only noted."""
-        self._do("shutdown", name, MachineState.OFF)
+    def stop_with_host(self, name: str, **more: Any) -> str:
+        """Only noted; the machine runs again with the host."""
+        self._do("leave", name, MachineState.SAVED)
+        note_running(registry.load(name).paths, True)
+        return "saved"
 
     def stop(self, name: str, **more: Any) -> None:
         """Only noted."""
@@ -103,33 +101,17 @@ def test_one_failure_is_no_others(manager: Played, tmp_path: Path) -> None:
     assert outcomes["bad"].done == outcomes["broken"].done == "failed"
 
 
-def test_how_machines_stop(manager: Played) -> None:
-    """Each as its action says; those that do not run are not touched."""
-    for name, action in (("a", "save"), ("b", "shut-down"), ("c", "turn-off")):
-        add(name, stop=action)
+def test_machines_that_run_stop(manager: Played) -> None:
+    """Each by its worker; those that do not run are not touched, and one that fails is told."""
+    for name in ("a", "b", "stuck"):
+        add(name)
         manager.states[name] = MachineState.RUNNING
     add("off")
-    done = {one.machine: one.done for one in automatic.stop_machines(manager)}
-    assert done == {"a": "saved", "b": "shut down", "c": "turned off"}
-    assert sorted(manager.did) == ["save a", "shutdown b", "stop c"]
-
-
-def test_ways_that_fail(manager: Played) -> None:
-    """What cannot be saved is shut down, what does not shut down is turned off, and what does neither is told."""
-    add("full")
-    add("deaf")
-    add("stuck", stop="turn-off")
-    for name in ("full", "deaf", "stuck"):
-        manager.states[name] = MachineState.RUNNING
-    manager.failing = {
-        "save full": NoSpace("full"),
-        "save deaf": NoSpace("full"),
-        "shutdown deaf": TimedOut("no answer"),
-        "stop stuck": QemuFailed("no"),
-    }
+    manager.failing = {"leave stuck": QemuFailed("no")}
     outcomes = {one.machine: one for one in automatic.stop_machines(manager)}
-    assert outcomes["full"].done == "shut down" and outcomes["deaf"].done == "turned off"
-    assert outcomes["stuck"].done == "failed" and isinstance(outcomes["stuck"].problem, QemuFailed)
+    assert {name: one.done for name, one in outcomes.items()} == {"a": "saved", "b": "saved", "stuck": "failed"}
+    assert isinstance(outcomes["stuck"].problem, QemuFailed)
+    assert sorted(manager.did) == ["leave a", "leave b", "leave stuck", "leave stuck"]
 
 
 def test_stopped_by_the_host_starts_again(manager: Played) -> None:

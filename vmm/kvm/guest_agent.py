@@ -5,10 +5,10 @@ Decides which service a question belongs to and refuses it where that is switche
 guest's answer may look like, and that file systems never stay frozen. Must not know who asks, or what else QEMU does:
 the worker says when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
 
-INV-THAWED: whoever has a guest freeze sees to the thaw. Only an agent that has just answered is asked to freeze; that a
-thaw is owed is noted before (`owes`), and the note goes when the guest has answered a thaw that was asked for after it.
-Until then it is asked again and again, however long the agent is silent, by the next worker too. An agent answers in
-the order in which it was asked, so a freeze that it finds late comes before that thaw. The caller waits for none of
+INV-THAWED: whoever has a guest freeze sees to the thaw. Only an agent that has just answered is asked to freeze; that
+a thaw is owed is noted before (`owes`), and the note goes when the guest has answered a thaw that was asked for after
+it. Until then it is asked again and again, however long the agent is silent, by the next worker too. An agent answers
+in the order in which it was asked, so a freeze that it finds late comes before that thaw. The caller waits for none of
 this longer than FREEZE_ANSWER_SECONDS and a few seconds before and after.
 
 The guest is not trusted: its answers are looked at field by field, cut to a length, and bounded in number. It is asked
@@ -112,8 +112,8 @@ class GuestAgent:
     ) -> None:
         """`path`: QEMU's end of the agent's port. Nothing is connected yet.
 
-        `owes` is called with True before the guest may freeze and with False when it surely thawed, to be written down;
-        `is_owed`: what was written down last.
+        `owes` is called with True before the guest may freeze and with False when it surely thawed, to be written
+        down; `is_owed`: what was written down last.
         """
         self._path = path
         self._switches = switches

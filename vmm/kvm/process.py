@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """QEMU as a process: whose rights it has, how it is started, and what it said when it ended.
 
-Decides the privileges. QEMU is untrusted: as root it gets a user of the machine's own, no capabilities, no way to
-gain any (no-new-privs), and its system call filter; where the host's /dev/kvm is for root alone it sees one of its
-own, in a mount namespace of its own, and the host's node stays as it is. Must not know what the command line means.
+Decides which signals QEMU does not hear, and its privileges. It is untrusted: as root it gets a user of the machine's
+own, no capabilities, no way to gain any (no-new-privs), and its system call filter; where the host's /dev/kvm is for
+root alone it sees one of its own, in a mount namespace of its own, and the host's node stays as it is. Must not know
+what the command line means.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _ID_DIGITS = 7  # of the machine's id, 4 bits each
 # Where the kernel maps fewer ids (in a container): systemd's for users that exist as long as a service runs.
 _SMALL_USER_IDS = range(61184, 65520)
 _TAIL_BYTES = 16 << 10
+UNHEARD_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # A /dev/kvm of the machine's own: arguments are a folder, user, major and minor number, then the command.
 _OWN_KVM_SCRIPT = (
     'set -e; mount -t tmpfs -o mode=0755,size=4k,nr_inodes=8 vmm "$1"; mknod -m 600 "$1/kvm" c "$3" "$4"; '
@@ -168,7 +171,8 @@ def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[in
     with contextlib.suppress(FileNotFoundError):
         offset = os.stat(log_path).st_size
     try:
-        pid = spawn_detached(command, log_path=log_path, descriptors=descriptors)
+        # QEMU powers the guest off when it hears one of these; whoever stops the host sends them to all processes.
+        pid = spawn_detached(command, log_path=log_path, descriptors=descriptors, blocked_signals=UNHEARD_SIGNALS)
     except OSError as error:
         raise of_os_error(error, f"start {command[0]}") from error
     ref = ProcessRef.of(pid)
