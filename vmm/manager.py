@@ -367,8 +367,11 @@ class Manager:
                 client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
         return disk
 
-    def resize_disk(self, name: str, disk_id: str, size_bytes: int) -> int:
-        """Give a disk another size; the size it has then. Raises StoreFailed, WrongState, InvalidSpec."""
+    def resize_disk(self, name: str, disk_id: str, size_bytes: int, *, shrink: bool = False) -> int:
+        """Give a disk another size; the size it has then. Smaller only with `shrink`, and when the machine is off.
+
+        Raises StoreFailed, WrongState, InvalidSpec.
+        """
         with contact.changing(name) as (machine, client):
             disk = _find_disk(machine, disk_id)
             if disk.kind != "vhd" or disk.read_only or disk.path is None:
@@ -379,7 +382,7 @@ class Manager:
                     "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
                 )
                 return int(done["size_bytes"])
-            return _resize_image(disk, size_bytes)
+            return _resize_image(disk, size_bytes, shrink=shrink)
 
     def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
         """The disks of a machine: (disk, size in bytes, what is wrong with it)."""
@@ -535,11 +538,11 @@ def _size_of(disk: DiskSpec) -> int | None:
         os.close(descriptor)
 
 
-def _resize_image(disk: DiskSpec, size_bytes: int) -> int:
+def _resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
 
     assert disk.path is not None
     options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
     try:
-        return vhdkit.resize(disk.path, size_bytes, options=options).virtual_size_after_bytes
+        return vhdkit.resize(disk.path, size_bytes, options=options, shrink=shrink).virtual_size_after_bytes
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error

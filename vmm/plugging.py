@@ -16,7 +16,7 @@ import os
 from typing import Any
 
 from vmm import registry
-from vmm.errors import InvalidSpec, NotFound, WrongState
+from vmm.errors import InvalidSpec, NotFound, StoreFailed, WrongState
 from vmm.keeper import export_of
 from vmm.kvm import drives
 from vmm.kvm.cmdline import Device
@@ -124,7 +124,7 @@ class Plugging:
         return {"disk": disk.id}
 
     async def _resize(self, params: dict[str, Any], progress: Progress) -> object:
-        """Give a disk another size; {"disk": id, "size_bytes"}."""
+        """Make a disk larger; {"disk": id, "size_bytes"}. It never gets smaller while a guest uses it."""
         disk = self._disk(params)
         size_bytes = parameter(params, "size_bytes", int, 0)
         if size_bytes <= 0:
@@ -137,9 +137,22 @@ class Plugging:
                 "is running, and a guest does not see a disk on ide grow", hint="shut the machine down first"
             )
         with self._running.busy("disk-resize"):
+            await self._refuse_shrinking(disk, size_bytes)
             result = await drives.resize_disk(self._running.qmp, self._running.server, disk, size_bytes)
         self._running.tell("disk-resized", disk=disk.id, size_bytes=result["size_bytes"])
         return result
+
+    async def _refuse_shrinking(self, disk: DiskSpec, size_bytes: int) -> None:
+        """Raise WrongState when that is less than the disk has. Raises StoreFailed when it cannot be told."""
+        status = await self._running.server.call("status", timeout_seconds=5)
+        sizes = [int(one["size_bytes"]) for one in status["exports"] if one["name"] == disk.id]
+        if not sizes:
+            raise StoreFailed(f"{disk.id} is not served", hint="vmm disk list shows what is wrong with it")
+        if size_bytes < sizes[0]:
+            raise WrongState(
+                f"is {self._running.state.value}, and {disk.id} has {sizes[0]} bytes: a disk is not made smaller then",
+                hint=f"shut the machine down, then: vmm disk resize {self._running.spec.name} {disk.id} SIZE --shrink",
+            )
 
     async def _status(self, params: dict[str, Any], progress: Progress) -> object:
         """The disks as the server serves them: sizes and layers."""

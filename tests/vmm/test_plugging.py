@@ -78,6 +78,26 @@ def test_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -
     assert [one.code for one in vhdkit.check(leaf)] == ["chain-size"]  # it is larger than its parent, as was wished
 
 
+def test_a_virtio_disk_grows_under_linux(manager: Manager, tmp_path: Path) -> None:
+    """A virtio disk of a running guest grows, the guest sees it at once, and what it writes behind is in the chain."""
+    leaf = child_of_new_base(tmp_path, "data", 32 * MIB)
+    with start_linux(manager, DiskWish(str(leaf), controller="virtio", serial="GROWS")) as shell:
+        device = shell.check(FIND.format("GROWS"))
+        for size in (48 * MIB, 64 * MIB):  # the second time with a connection that was made for the first
+            assert manager.resize_disk(NAME, "disk-0", size) == size
+            look = f"cat /sys/block/{device}/size"
+            shell.check(
+                f"for n in $(seq 100); do test $({look}) = {size // 512} && exit 0; usleep 50000; done; exit 1"
+            )
+            shell.check(f"echo behind | dd of=/dev/{device} bs=1M seek={size // MIB - 1} conv=fsync 2>/dev/null")
+        with pytest.raises(WrongState, match="not made smaller"):
+            manager.resize_disk(NAME, "disk-0", 32 * MIB, shrink=True)
+    manager.stop(NAME)
+    with vhdkit.open_disk(leaf) as disk:
+        assert disk.size_bytes == 64 * MIB
+        assert disk.read(47 * MIB, 7) == disk.read(63 * MIB, 7) == b"behind\n"
+
+
 @pytest.mark.parametrize("controller", ["scsi", "virtio"])
 def test_server_killed_while_the_guest_writes(manager: Manager, tmp_path: Path, controller: str) -> None:
     """kill -9 of the disks' server, three times under O_DIRECT writes: the guest reads back what it wrote."""
@@ -130,8 +150,9 @@ def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> Non
         manager.add_disk("small", DiskWish(str(other)))
     assert manager.disks("small") == before
     manager.add_disk("small", DiskWish(str(other)))
-    with pytest.raises(StoreFailed, match="smaller"):
-        manager.resize_disk("small", "disk-1", 1 * MIB)
+    for shrink in (False, True):
+        with pytest.raises(WrongState, match="is not made smaller"):
+            manager.resize_disk("small", "disk-1", 1 * MIB, shrink=shrink)
     wait_counting(manager)
 
 
@@ -140,6 +161,10 @@ def test_disks_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> Non
     leaf = make_machine(manager, tmp_path)
     other = child_of_new_base(tmp_path, "other", 8 * MIB)
     assert manager.add_disk("small", DiskWish(str(other), controller="virtio")).place == "virtio0:0"
+    assert manager.resize_disk("small", "disk-1", 16 * MIB) == 16 * MIB
+    with pytest.raises(StoreFailed, match="--shrink"):
+        manager.resize_disk("small", "disk-1", 12 * MIB)
+    assert manager.resize_disk("small", "disk-1", 12 * MIB, shrink=True) == 12 * MIB
     assert manager.resize_disk("small", "disk-1", 16 * MIB) == 16 * MIB
     other.with_suffix(".vhd").rename(tmp_path / "gone.vhd")
     rows = manager.disks("small")

@@ -112,17 +112,20 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
         print_table(("DISK", "PLACE", "KIND", "SIZE", "SERIAL", "IMAGE", "NOTE"), rows)
 
 
-@disk_command.command("resize", epilog=epilog("vmm disk resize web disk-1 40G"))
+@disk_command.command(
+    "resize", epilog=epilog("vmm disk resize web disk-1 40G", "vmm disk resize web disk-1 10G --shrink")
+)
 @click.argument("name")
 @click.argument("disk", metavar="DISK")
 @click.argument("size", type=SIZE)
+@click.option("--shrink", is_flag=True, help="A smaller size is meant. Only when the machine is off.")
 @output_options
-def resize_command(name: str, disk: str, size: int, as_json: bool, quiet: bool) -> None:
-    """Give DISK of the machine NAME another SIZE; while it runs, on SCSI and virtio, the guest is told.
+def resize_command(name: str, disk: str, size: int, shrink: bool, as_json: bool, quiet: bool) -> None:
+    """Give DISK of the machine NAME another SIZE; while it runs it grows, on SCSI and virtio, and the guest is told.
 
-    A chain is refused what `vhdkit resize` refuses: what is in the way of a smaller size is named.
+    A chain is refused what `vhdkit resize` refuses: a file system or partition in the way of a smaller size is named.
     """
-    size_bytes = Manager().resize_disk(name, disk, size)
+    size_bytes = Manager().resize_disk(name, disk, size, shrink=shrink)
     if as_json:
         print_json({"disk": disk, "size_bytes": size_bytes})
     elif not quiet:

@@ -6,7 +6,7 @@ when it is worth while to let a machine go on whose disks had failed. Must not k
 
 Adding:   the server takes the image -> QEMU connects (a node) -> a device on a SCSI controller
 Removing: the device (the guest is asked, and agrees) -> the node -> the server gives the image back
-Resizing: the chain grows -> QEMU is sent away and comes again, with the new size -> the guest is told
+Growing:  QEMU can be reached -> the chain grows -> QEMU is sent away and comes again, with the new size -> the guest is told
 """
 
 from __future__ import annotations
@@ -182,20 +182,37 @@ async def _quietly_remove_node(qmp: Qmp, name: str) -> None:
 
 
 async def resize_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec, size_bytes: int) -> dict[str, Any]:
-    """Give a disk another size while the guest uses it; what the server said. Raises StoreFailed, QemuFailed."""
+    """Make a disk larger while the guest uses it; what the server said. Raises StoreFailed, QemuFailed.
+
+    QEMU learns a size when it connects, and only then lets a disk be resized to it. What can fail beforehand is tried
+    beforehand.
+    """
+    await _read_from(qmp, disk.id)
     result: dict[str, Any] = await server.call("resize", export=disk.id, size_bytes=size_bytes)
     size_bytes = int(result["size_bytes"])  # rounded as the format wants it
-    # QEMU learns a size when it connects, and only then lets a disk be resized to it.
-    await server.call("disconnect", export=disk.id)
 
     async def resize() -> None:
-        # It connects when there is something to ask for, and nobody knows when the guest will.
-        read = f'qemu-io -d {disk.id} "read 0 512"'
-        await qmp.execute("human-monitor-command", command_line=read, timeout_seconds=NODE_SECONDS)
+        await _read_from(qmp, disk.id)
         await qmp.execute("block_resize", node_name=disk.id, size=size_bytes, timeout_seconds=NODE_SECONDS)
 
-    await _insist(resize)
+    try:
+        await server.call("disconnect", export=disk.id)
+        await _insist(resize)
+    except VmmError as error:
+        error.hint = error.hint or f"the image has {size_bytes} bytes now; a guest that is started again sees them"
+        raise
     return result
+
+
+async def _read_from(qmp: Qmp, node_name: str) -> None:
+    """Have QEMU connect, which it does when there is something to read; the guest may not for long. Raises QemuFailed.
+
+    By the node and not by the device: a virtio disk's is the device's child, and has no name.
+    """
+    read = f'qemu-io {node_name} "read 0 512"'
+    said = await qmp.execute("human-monitor-command", command_line=read, timeout_seconds=NODE_SECONDS)
+    if str(said).startswith("Error"):
+        raise QemuFailed(f"QEMU cannot read from {node_name}: {str(said).strip()}")
 
 
 async def _insist(work: Callable[[], Awaitable[object]]) -> None:
