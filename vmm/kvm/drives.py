@@ -6,7 +6,7 @@ when it is worth while to let a machine go on whose disks had failed. Must not k
 
 Adding:   the server takes the image -> QEMU connects (a node) -> a device on a SCSI controller
 Removing: the device (the guest is asked, and agrees) -> the node -> the server gives the image back
-Growing:  QEMU can be reached -> the chain grows -> QEMU is sent away and comes again, with the new size -> the guest is told
+Growing:  QEMU can read -> the chain grows -> QEMU is sent away and comes again, with the new size -> the guest is told
 """
 
 from __future__ import annotations
