@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import soak, soak_running
+from tests import soak, soak_running, soak_snapshots
 from tests.soak import SCENES, Scene, Work
 from tests.support import require_boot_sector_guest
+from vmm.snapshots import door
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -26,6 +27,19 @@ def test_kills_under_a_running_machine() -> None:
     """Worker, disks' server, QEMU or the command killed in snapshots of a machine that runs: all states stay."""
     require_boot_sector_guest()
     assert soak_running.run(0, kills=2).total() >= 2
+
+
+def test_commands_cut_short_on_a_machine() -> None:
+    """INV-DELETE-RULE: what is killed or interrupted, and whatever comes next, each state reads as it did."""
+    tally = soak_snapshots.run(25, seed=3)
+    assert sum(count for what, count in tally.items() if what.endswith((": killed", ": interrupted"))) > 3, tally
+
+
+def test_the_driver_finds_an_apply_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a command that says it went back and did not is found by the look after it."""
+    monkeypatch.setattr(door, "apply", lambda machine, snapshot_id: None)
+    with pytest.raises(AssertionError, match="not what they were"):
+        soak_snapshots.run(60, seed=1)
 
 
 def test_what_is_wrong_is_found() -> None:
