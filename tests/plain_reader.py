@@ -2,8 +2,8 @@
 """A chain of VHDs read by the specification's offsets alone: the independent path by which disks are judged.
 
 Slow and plain: footer, header, BAT and bitmaps as `ParsedVhd` cuts them, each parent by the relative locator in the
-child's header. Nothing here opens a file through vhdkit, holds a lock or follows a record: what is read is what lies on
-the disk at this moment.
+child's header. Nothing here opens a file through vhdkit, holds a lock or follows a record: what is read is what
+lies on the disk at this moment.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -42,6 +41,7 @@ from tests.vmm.guests import boot_sector
 from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import console, processes, wait_until
 from tests.vmm.stage import kill_all, machine_stage
+from vmm import paths
 from vmm.errors import VmmError
 from vmm.snapshots import store
 from vmm.snapshots.door import MachineSnapshots
@@ -453,7 +453,7 @@ def _injected(injection: Injection) -> Iterator[list[int]]:
 
         return wrapped
 
-    write = store.write_whole
+    write = paths.write_whole
 
     def write_whole(path: str, content: bytes, **options: Any) -> None:
         journals[0] += os.path.basename(path) == "snapshots.json"
@@ -500,4 +500,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
