@@ -364,9 +364,9 @@ class Driver:
         tree = self._tree()
         settled = tree.get("journal") is None
         there = {one["id"]: tuple(one["disks"][disk] for disk in sorted(one["disks"])) for one in tree["snapshots"]}
-        for one, paths in there.items():
+        for one, images in there.items():
             try:
-                found = tuple(digest_of(Path(path)) for path in paths)
+                found = tuple(digest_of(Path(path)) for path in images)
             except Unreadable as error:
                 assert not settled, f"the snapshot {one} cannot be read: {error}"
                 continue
