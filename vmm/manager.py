@@ -32,6 +32,7 @@ from vmm.kvm.drives import store_error
 from vmm.launch import open_medium
 from vmm.paths import default_folders
 from vmm.registry import Machine
+from vmm.removal import remove_image
 from vmm.rpc import Progress
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
@@ -250,13 +251,20 @@ class Manager:
         """
         with contact.changing(name) as (machine, _):
             plan = self._plan_delete(machine, with_disks=with_disks, with_snapshots=with_snapshots)
+            disks, kept = plan.disks, dict(plan.kept)
             if has_tree(machine.paths):
                 delete_all(machine)
+                machine = registry.load_for_change(machine.lock)  # an unfinished merge may have moved its disks
+                again = self._plan_delete(machine, with_disks=with_disks, with_snapshots=True)
+                disks, kept = again.disks, kept | dict(again.kept)
             registry.remove(machine)
-            for path in plan.disks:
-                with contextlib.suppress(FileNotFoundError):  # it went with the snapshots
-                    os.unlink(path)
-        return plan
+            for path in disks:
+                try:
+                    remove_image(path, machine.lock)
+                except VmmError as error:
+                    kept[path] = error.problem
+        gone = tuple(path for path in dict.fromkeys((*plan.disks, *disks)) if not os.path.lexists(path))
+        return replace(plan, disks=gone, kept=tuple(kept.items()))
 
     def _refuse_running(self, machine: Machine, what: str) -> None:
         state = contact.state_of(_place(machine))["state"]

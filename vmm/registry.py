@@ -148,7 +148,7 @@ def add(
     try:
         os.makedirs(paths.registry_folder(), mode=0o700, exist_ok=True)
         os.makedirs(parent, mode=0o700, exist_ok=True)
-        with _adding():
+        with standing_still():
             if os.path.lexists(entry):
                 raise AlreadyExists("there is a machine of that name already", machine=spec.name)
             if os.path.lexists(target):
@@ -191,7 +191,7 @@ def update(lock: HeldLock, change: Callable[[MachineSpec], MachineSpec], *, chec
 
     Raises what `change` does, InUse for an image of another machine's unless `check_images` is off, NoSpace.
     """
-    with _adding():
+    with standing_still():
         machine = load_for_change(lock)
         spec = change(machine.spec)
         if check_images:
@@ -206,7 +206,7 @@ def rename(machine: Changing, spec: MachineSpec) -> None:
     target = os.path.join(os.path.dirname(machine.paths.folder), spec.name)
     is_link = os.path.islink(old)
     try:
-        with _adding():
+        with standing_still():
             if os.path.lexists(new) or os.path.lexists(target):
                 raise AlreadyExists("there is a machine or folder of that name already", machine=spec.name)
             # The definition last: until then the folder's name is what a machine is found by.
@@ -235,8 +235,11 @@ def remove(machine: Changing) -> None:
 
 
 @contextlib.contextmanager
-def _adding() -> Iterator[None]:
-    """While the block runs nobody else looks whether an image is free and takes it."""
+def standing_still() -> Iterator[None]:
+    """While the block runs nobody else writes a definition, or looks whether an image is free and takes or removes it.
+
+    Not for a block in which another such block is entered. Raises VmmError.
+    """
     path = os.path.join(paths.home(), ".lock")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

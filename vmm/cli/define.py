@@ -204,7 +204,7 @@ def delete_command(
     """
     manager = Manager()
     plan = manager.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
-    document = {"folder": plan.folder, "disks": list(plan.disks),
+    document: dict[str, Any] = {"folder": plan.folder, "disks": list(plan.disks),
                 "kept": [{"path": path, "reason": reason} for path, reason in plan.kept]}  # fmt: skip
     if not as_json and not quiet:
         for path in (plan.folder, *plan.disks):
@@ -213,7 +213,12 @@ def delete_command(
             print_line(f"keeps    {path}  ({reason})")
     if not dry_run:
         confirm(f"Delete {name}?", yes=yes)
-        manager.delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
+        done = manager.delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
+        document["kept"] = [{"path": path, "reason": reason} for path, reason in done.kept]
+        document["disks"] = list(done.disks)
+        if not as_json and not quiet:
+            for path, reason in sorted(set(done.kept) - set(plan.kept)):
+                print_line(f"keeps    {path}  ({reason})")
     if as_json:
         print_json({**document, "deleted": not dry_run})
     elif not quiet and not dry_run:

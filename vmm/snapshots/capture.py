@@ -27,6 +27,7 @@ from vmm.errors import InUse, QemuFailed, StoreFailed, VmmError, WrongState
 from vmm.kvm import background
 from vmm.kvm.background import Capturing, Mode
 from vmm.paths import write_whole
+from vmm.removal import remove_image
 from vmm.rpc import Method, Progress, parameter
 from vmm.snapshots.create import Wish, begin
 from vmm.snapshots.memory import SnapshotFolder, description_document
@@ -299,8 +300,8 @@ async def follow_pivots(
     done = [one for one in pivots if moved.get(one.disk) == one.child]
     for one in pivots:
         if one not in done:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(one.child)
+            with contextlib.suppress(InUse):  # the journal was wrong about it
+                remove_image(one.child, held)
     adopt(held, done)
     spec = pivoted(running.spec, done)
     if spec != running.spec:

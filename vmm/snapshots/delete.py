@@ -7,14 +7,18 @@ them.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass, replace
 
 from vmm.errors import WrongState
 from vmm.events import add_event
+from vmm.paths import sync_folder
 from vmm.registry import Changing, Machine
+from vmm.removal import refuse_needed_folder
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.settle import settle
-from vmm.snapshots.steps import Tidied, remove_image, store_problem, tidy
+from vmm.snapshots.steps import Tidied, store_problem, tidy
 from vmm.snapshots.store import holding, load_tree
 from vmm.snapshots.survey import images_of, judge
 from vmm.snapshots.tree import Snapshot, Tree
@@ -38,6 +42,8 @@ def delete(machine: Changing, word: str, *, subtree: bool = False, is_running: b
             settle(held)
         snapshot = held.tree.find(word)
         gone = tuple(held.tree.subtree(snapshot.id) if subtree else [snapshot])
+        for one in gone:
+            refuse_needed_folder(one.folder, held)
         held.tree.remove(gone)
         held.note({"op": "delete", "folders": [one.folder for one in gone]})
         for one in gone:
@@ -60,7 +66,9 @@ def forget_memory(machine: Changing, word: str) -> Snapshot:
         folder = SnapshotFolder(snapshot.folder)
         for path in (folder.memory, folder.description):
             try:
-                remove_image(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                sync_folder(folder.folder)
             except OSError as error:
                 raise store_problem(error, "remove the snapshot's memory") from error
     return held.tree.snapshots[snapshot.id]
@@ -81,6 +89,8 @@ def delete_all(machine: Changing) -> None:
     with holding(machine.paths, machine.name) as held:
         settle(held)
         gone = list(held.tree.snapshots.values())
+        for one in gone:
+            refuse_needed_folder(one.folder, held)
         held.tree.remove(gone)
         held.note({"op": "delete", "folders": [one.folder for one in gone]})
         for one in gone:

@@ -23,8 +23,9 @@ from itertools import pairwise
 
 import vhdkit
 from vmm import registry
-from vmm.errors import VmmError
+from vmm.errors import InUse, VmmError
 from vmm.registry import Changing, Machine
+from vmm.removal import refuse_needed_folder, remove_image
 from vmm.snapshots.memory import SnapshotFolder, applied_folder
 from vmm.snapshots.steps import (
     Pivot,
@@ -35,7 +36,6 @@ from vmm.snapshots.steps import (
     pivoted,
     pivots_in,
     relocated,
-    remove_image,
     store_problem,
 )
 from vmm.snapshots.store import Held, load_tree
@@ -70,18 +70,18 @@ def settle(held: Held) -> Changing:
         match journal["op"]:
             case "create" | "apply" if journal.get("live"):
                 machine = adopt(held, pivots_in(journal))
-                _discard(journal.get("folder"))
+                _discard(held, journal.get("folder"))
             case "create" | "apply":
                 for one in pivots_in(journal):
-                    remove_image(one.child)
+                    remove_image(one.child, held)
                 shutil.rmtree(applied_folder(machine.paths), ignore_errors=True)
                 if journal["op"] == "create":
-                    _discard(journal.get("folder"))
+                    _discard(held, journal.get("folder"))
             case "commit":
                 return commit(held)
             case "delete":
                 for folder in journal["folders"]:
-                    _discard(str(folder))
+                    _discard(held, str(folder))
             case "merge":
                 layers = [str(path) for path in journal["layers"]]
                 _finish_complete(machine, layers[0])
@@ -168,6 +168,8 @@ def took_over(held: Held, disk_id: str, chain: list[str]) -> Changing:
     return registry.update(held, follow, check_images=False)
 
 
-def _discard(folder: str | None) -> None:
+def _discard(held: Held, folder: str | None) -> None:
     if folder is not None:
-        SnapshotFolder(folder).discard()
+        with contextlib.suppress(InUse):  # another machine's by now
+            refuse_needed_folder(folder, held)
+            SnapshotFolder(folder).discard()

@@ -12,7 +12,6 @@ stands on, as Hyper-V 2008 R2 puts it: whoever opens that image for writing look
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -24,8 +23,9 @@ from typing import Any, Literal
 import vhdkit
 from vmm import registry
 from vmm.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
-from vmm.paths import sync_folder, write_whole
+from vmm.paths import write_whole
 from vmm.registry import Changing
+from vmm.removal import remove_image
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.snapshots.store import Held
 from vmm.snapshots.survey import judge
@@ -164,9 +164,9 @@ def tidy(held: Held) -> Tidied:
     kept = dict(plan.kept)
     for path in plan.unlink:
         try:
-            remove_image(path)
-        except OSError as error:
-            kept[path] = str(of_os_error(error, "remove the image", path=path))
+            remove_image(path, held)
+        except VmmError as error:
+            kept[path] = error.problem
             break  # what it stands on stays with it
         removed.append(path)
         held.tree.forget(path)
@@ -175,13 +175,6 @@ def tidy(held: Held) -> Tidied:
     if removed or plan.forget:
         held.save()
     return Tidied(tuple(removed), len(plan.merges), kept)
-
-
-def remove_image(path: str) -> None:
-    """Remove an image of ours, durably; one that is gone is fine. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    sync_folder(os.path.dirname(path))
 
 
 def chain_of(disk: DiskSpec) -> list[str]:

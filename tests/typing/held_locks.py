@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the type checker must refuse: a change decided by what was read before the lock was held. INV-READ-UNDER-LOCK.
+
+Nobody runs this. Where mypy stopped refusing a line, it would complain about the comment that expects it to.
+"""
+
+from __future__ import annotations
+
+from vmm import registry
+from vmm.snapshots.apply import apply
+from vmm.snapshots.create import Wish, create
+from vmm.snapshots.delete import delete
+from vmm.snapshots.settle import settle
+from vmm.snapshots.steps import tidy
+
+
+def decide_too_early() -> None:
+    """A machine that was only looked at is none that may be changed."""
+    machine = registry.load("web")
+    registry.save(machine, machine.spec)  # type: ignore[arg-type]
+    registry.rename(machine, machine.spec)  # type: ignore[arg-type]
+    registry.remove(machine)  # type: ignore[arg-type]
+    create(machine, Wish())  # type: ignore[arg-type]
+    apply(machine, "one")  # type: ignore[arg-type]
+    delete(machine, "one")  # type: ignore[arg-type]
+    registry.load_for_change(machine)  # type: ignore[arg-type]
+    settle(machine)  # type: ignore[arg-type]
+    with registry.changing("web") as held:
+        registry.save(held, held.spec)
+        tidy(held.lock)  # type: ignore[arg-type]
