@@ -84,7 +84,7 @@ LOOKING = (
     "GuestAccess.open_console has_console console_log screen vnc_socket ping info items get_item",
 )
 ASKING = (
-    "Manager.shutdown stop save reset pause resume",
+    "Manager.shutdown stop stop_with_host save reset pause resume",
     "MachineSnapshots.merge_live cancel_merge",
     "GuestAccess.freeze thaw set_time",
 )
