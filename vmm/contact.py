@@ -211,6 +211,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
 
                 settle(held)
         if discard_saved and saved.is_saved(place.machine):
+            _look_before_discarding(place)
             saved.discard(place.machine)
             add_event(place.machine.events, "saved-state-discarded")
         saved.discard_part(place.machine)
@@ -229,6 +230,14 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
             return _wait_started(place, reading, progress)
         finally:
             os.close(reading)
+
+
+def _look_before_discarding(place: Place) -> None:
+    """Raise what would keep the machine from starting, while its memory is still there."""
+    from vmm.registry import load_folder
+    from vmm.snapshots.beforehand import look_before_discarding
+
+    look_before_discarding(load_folder(place.machine.folder))
 
 
 def _id_of(place: Place) -> str:

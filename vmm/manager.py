@@ -23,7 +23,7 @@ from typing import Any, Literal
 import vhdkit
 from vmm import backup, contact, devices, registry, saved
 from vmm.contact import Place
-from vmm.errors import InvalidSpec, NotFound, VmmError, WrongState
+from vmm.errors import AccessDenied, InvalidSpec, NotFound, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
 from vmm.images import find_image, look_at
@@ -34,6 +34,7 @@ from vmm.paths import default_folders
 from vmm.registry import Machine
 from vmm.removal import remove_image
 from vmm.rpc import Progress
+from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
@@ -235,9 +236,15 @@ class Manager:
             else:
                 try:
                     look_at(disk, writable=True)
-                    disks.append(disk.path)
                 except VmmError as error:
                     kept.append((disk.path, error.problem))
+                    continue
+                if (problem := removal_problem(disk.path)) is not None:
+                    kept.append((disk.path, f"it cannot be removed: {problem}"))
+                else:
+                    disks.append(disk.path)
+        if (problem := removal_problem(machine.paths.folder)) is not None:
+            raise AccessDenied(f"cannot be removed: {problem}", machine=name, path=machine.paths.folder)
         if with_disks:
             named = {os.path.realpath(path) for path in (*disks, *(path for path, _ in kept))}
             disks += [path for path in images_to_delete(machine) if os.path.realpath(path) not in named]

@@ -145,7 +145,7 @@ def open_saved_memory(machine: MachinePaths, spec: MachineSpec, qemu_version: st
     hint = f"vmm start {spec.name} --discard-saved starts without the saved memory, as after a power cut"
     problem = (
         _definition_problem(description, spec)
-        or _version_problem(description.qemu_version, qemu_version)
+        or version_problem(description.qemu_version, qemu_version)
         or _disks_problem(machine, spec)
     )
     if problem is not None:
@@ -189,8 +189,8 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
     return None
 
 
-def _version_problem(saved: str, present: str) -> str | None:
-    """A newer QEMU reads what an older one wrote for the same machine type; the other way round is not promised."""
+def version_problem(saved: str, present: str) -> str | None:
+    """Why this QEMU should not restore it: an older one is not promised to read what a newer one wrote."""
 
     def numbers(version: str) -> list[int]:
         return [int(part) for part in version.split(".") if part.isdecimal()][:2]

@@ -29,7 +29,7 @@ from vmm.errors import NoSpace, WrongState
 from vmm.events import add_event
 from vmm.paths import sync_folder, write_whole
 from vmm.registry import Machine
-from vmm.snapshots.apply import definition_of
+from vmm.snapshots.beforehand import definition_of
 from vmm.snapshots.memory import SnapshotFolder, copy_file
 from vmm.snapshots.settle import settle
 from vmm.snapshots.steps import chain_of, options_of_all, store_problem

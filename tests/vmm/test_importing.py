@@ -21,7 +21,7 @@ from vmm.arrival import check_chains, judge_all
 from vmm.errors import AlreadyExists, InvalidSpec, Refused
 from vmm.foreign import Consent
 from vmm.importing import import_machine
-from vmm.snapshots.apply import definition_of
+from vmm.snapshots.beforehand import definition_of
 from vmm.snapshots.store import load_tree
 from vmm.snapshots.survey import images_of
 from vmm.transfer import MANIFEST, export

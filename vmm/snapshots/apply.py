@@ -13,28 +13,22 @@ import os
 from dataclasses import dataclass
 
 import vhdkit
-from vmm import registry
-from vmm.errors import Refused
 from vmm.events import add_event
 from vmm.registry import Changing
+from vmm.snapshots.beforehand import look_before_apply
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.settle import settle, taken_back
 from vmm.snapshots.steps import (
     Tidied,
-    check_chains,
     commit,
     commit_document,
     options_of_all,
     pivoted,
-    pivots_for,
     prepare_document,
     tidy,
 )
 from vmm.snapshots.store import holding
 from vmm.snapshots.tree import Snapshot
-from vmm.spec import MachineSpec
-
-_KEPT = ("id", "name", "paths")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +38,6 @@ class Applied:
     snapshot: Snapshot
     state: str
     tidied: Tidied
-
-
-def definition_of(snapshot: Snapshot, present: MachineSpec | None = None) -> MachineSpec:
-    """The configuration of a snapshot, with its images as they are called now. Raises NotFound, InvalidSpec."""
-    spec = registry.read_definition(SnapshotFolder(snapshot.folder).definition)
-    disks = [
-        disk.model_copy(update={"path": snapshot.disks[disk.id]}) if disk.id in snapshot.disks else disk
-        for disk in spec.disks
-    ]
-    kept = {} if present is None else {name: getattr(present, name) for name in _KEPT}
-    return spec.changed(disks=disks, **kept)
 
 
 def apply(machine: Changing, word: str) -> Applied:
@@ -67,16 +50,8 @@ def apply(machine: Changing, word: str) -> Applied:
         machine = settle(held)
         snapshot = held.tree.find(word)
         folder = SnapshotFolder(snapshot.folder)
-        frozen = definition_of(snapshot, machine.spec)
-        check_chains(frozen, snapshot.disks)
-        if snapshot.memory_bytes is not None and _size_of(folder.memory) != snapshot.memory_bytes:
-            raise Refused(
-                "the snapshot's memory is missing or damaged", machine=machine.name, path=folder.memory,
-                hint=f"vmm snapshot forget-memory {machine.name} {snapshot.id[:8]} keeps its disks",
-            )  # fmt: skip
-        pivots = pivots_for(frozen, held.tree, snapshot.disks)
+        frozen, pivots = look_before_apply(machine, held.tree, snapshot)
         spec = pivoted(frozen, pivots)
-        registry.check_disks(spec)
         held.note(prepare_document("apply", None, pivots))
         with taken_back(held, "apply the snapshot"):
             options = options_of_all(frozen)
@@ -93,10 +68,3 @@ def apply(machine: Changing, word: str) -> Applied:
         tidied = tidy(held)
     add_event(machine.paths.events, "snapshot-applied", snapshot=snapshot.name)
     return Applied(snapshot, "saved" if snapshot.memory_bytes is not None else "off", tidied)
-
-
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1

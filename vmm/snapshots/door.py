@@ -23,6 +23,7 @@ from vmm.registry import Changing, Machine
 from vmm.rpc import ControlClient, Progress
 from vmm.snapshots import fold
 from vmm.snapshots.apply import Applied, apply
+from vmm.snapshots.beforehand import look_before_apply
 from vmm.snapshots.create import Wish, create
 from vmm.snapshots.delete import Deleted, delete, forget_memory, hidden_images
 from vmm.snapshots.rule import Merge
@@ -140,6 +141,8 @@ class MachineSnapshots:
                 machine=self.name,
                 hint="--discard-current drops it, --snapshot-current keeps it as a snapshot; say one of them",
             )
+        machine = registry.load(self.name)
+        look_before_apply(machine, load_tree(machine.paths), snapshot)  # before the guest is powered off
         if snapshot_current:
             self.create(snapshot_current if isinstance(snapshot_current, str) else None, progress=progress)
         self._stop(progress)

@@ -17,7 +17,7 @@ import vmm
 from vmm import registry
 from vmm.proc import ProcessRef
 from vmm.snapshots import fold
-from vmm.snapshots.apply import definition_of
+from vmm.snapshots.beforehand import definition_of
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.steps import options_of
 from vmm.snapshots.store import load_tree, read_merging
