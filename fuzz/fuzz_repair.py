@@ -5,8 +5,8 @@ Fed: one file, as `fuzz_open`, with the same seeds. Tried: planning a repair wit
 with its undo log; opening, reading and checking what came of it; repairing again.
 
 - planning writes nothing, and what it says can be printed;
-- an image that opened before opens afterwards, and every sector reads the same; where data loss was accepted,
-  everywhere but in the ranges that were told;
+- an image that opened before opens afterwards, and every sector reads the same, everywhere but in the ranges that
+  were told to be lost or doubtful;
 - the log takes back every byte, and belongs to the file at the beginning and at the end;
 - repairing again and again comes to an end.
 """
@@ -45,7 +45,7 @@ def target(data: bytes) -> None:
         lost: list[tuple[int, int]] = []
         for _ in range(_MAX_ROUNDS):
             fixes = _round(store, consent)
-            lost += [one for fix in fixes or () if fix.needs is None for one in fix.lost]
+            lost += [one for fix in fixes or () if fix.needs is None for one in (*fix.lost, *fix.doubtful)]
             if not fixes or all(fix.needs for fix in fixes):
                 break
         else:

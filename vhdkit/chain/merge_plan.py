@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.image import ExtentKind, Layer, Piece
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
@@ -29,9 +30,14 @@ class MergePlan:
 
     `sources` are the layers to be merged, leaf first. `below_bytes` is how much of the disk the target's own parents
     answer for. A `fresh` target is an empty image that reads as zeros wherever it is not written.
+    Raises CorruptImage for a source that can be read but not written to, since its blocks lie over each other: a merge
+    would remove it. Into a `fresh` target, which leaves the sources alone, it is copied as it reads.
     """
 
     def __init__(self, sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0, fresh: bool = False) -> None:
+        for layer in sources if not fresh else ():
+            if isinstance(layer, DynamicImage) and layer.overlap is not None:
+                raise layer.overlap
         self._sources = tuple(sources)
         self._size = sources[0].size_bytes
         blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,69 @@ def test_data_is_dropped_by_consent_and_reported(tmp_path: Path) -> None:
     assert told["lost"] == [{"offset_bytes": block * BLOCK, "size_bytes": BLOCK} for block in (5, 9)]
     with vhdkit.open_disk(image) as disk:
         assert disk.read(0, BLOCK) == pattern(BLOCK) and disk.read(5 * BLOCK, BLOCK) == bytes(BLOCK)
+
+
+def test_overlapping_blocks_are_read_and_moved_apart(tmp_path: Path) -> None:
+    """INV-BLOCKS-DISJOINT, INV-UNTANGLED: such an image is read and converted, and not written to, merged into or
+    resized until a repair has moved its blocks apart; then it reads the same, and what is doubtful is reported."""
+    image = Vhd(size=4 * BLOCK, block_size=BLOCK, chs=(60, 4, 17), blocks={0: Block(pattern(BLOCK))})
+    start = image.build().starts[0]
+    image.blocks[1] = Block(pattern(BLOCK, 2), start=start + BLOCK)
+    image.build().write(tmp_path / "base.vhd")
+    vhdkit.create_child(tmp_path / "leaf.avhd", tmp_path / "base.vhd")
+    path = tmp_path / "base.vhd"
+
+    def content(one: Path) -> bytes:
+        with vhdkit.open_disk(one) as disk:
+            return disk.read(0, disk.size_bytes)
+
+    shown = content(path)
+    meant = put(pattern(BLOCK), BLOCK - 512, b"\xff" * 512) + pattern(BLOCK, 2)
+    assert shown == content(tmp_path / "leaf.avhd") == meant + bytes(2 * BLOCK)
+    vhdkit.convert(path, tmp_path / "copy.vhd", disk_format=vhdkit.DiskFormat.DYNAMIC)
+    assert content(tmp_path / "copy.vhd") == shown and problems(tmp_path / "copy.vhd") == []
+    before = path.read_bytes()
+    assert "blocks-overlap" in problems(path)
+    with pytest.raises(errors.CorruptImage, match="points into another block"):
+        vhdkit.merge(tmp_path / "leaf.avhd")
+    (tmp_path / "leaf.avhd").unlink()
+    refusals: list[Callable[[], object]] = [
+        lambda: vhdkit.open_disk(path, writable=True),
+        lambda: vhdkit.resize(path, 8 * BLOCK),
+        lambda: vhdkit.compact(path),
+    ]
+    for refused in refusals:
+        with pytest.raises(errors.CorruptImage, match="points into another block"):
+            refused()
+    assert path.read_bytes() == before
+    done = vhdkit.repair(path)
+    assert [(fix.code, fix.needs) for fix in done.fixes] == [("blocks-overlap", None)]
+    assert done.report_path is not None
+    told = json.loads(Path(done.report_path).read_text())
+    assert told == {
+        "image": str(path), "lost": [], "doubtful": [{"offset_bytes": BLOCK - 512, "size_bytes": 512}],
+    }  # fmt: skip
+    assert content(path) == shown and "blocks-overlap" not in problems(path)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        disk.write(BLOCK - 512, b"\1" * 512)
+    assert content(path)[BLOCK:] == shown[BLOCK:]
+
+
+def test_overlapping_layers_are_not_merged_away(tmp_path: Path) -> None:
+    """INV-BLOCKS-DISJOINT: a merge would remove what a repair has to look at: refused, unless into a new file."""
+    vhdkit.create_image(tmp_path / "base.vhd", 4 * BLOCK, block_size_bytes=BLOCK)
+    vhdkit.create_child(tmp_path / "leaf.avhd", tmp_path / "base.vhd")
+    with vhdkit.open_disk(tmp_path / "leaf.avhd", writable=True) as disk:
+        disk.write(0, pattern(2 * BLOCK))
+    with FileStore.open(tmp_path / "leaf.avhd", writable=True) as store:
+        bat = open_dynamic(store).bat
+        entry = bat.block_start(0) // 512 + 100
+        store.pwrite(bat.table_offset_bytes + 4, entry.to_bytes(4, "big"))
+    with pytest.raises(errors.CorruptImage, match="points into another block"):
+        vhdkit.merge(tmp_path / "leaf.avhd")
+    assert sorted(os.listdir(tmp_path)) == ["base.vhd", "leaf.avhd"]
+    vhdkit.merge(tmp_path / "leaf.avhd", to=tmp_path / "new.vhd")
+    assert vhdkit.compare(tmp_path / "leaf.avhd", tmp_path / "new.vhd").same_content
 
 
 def test_backups_are_kept_apart(tmp_path: Path) -> None:

@@ -73,11 +73,13 @@ class Commit:
         `fill` gets the offset of the data. Nothing points at the block until `publish`. On failure the file is cut
         back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
         """
-        data_offset = round_up(self._free_bytes + self._bitmap_size, PAGE_SIZE)
+        size_before = self._store.size()
+        # The file may have grown behind our back: what lies there is somebody's, whatever it is (`INV-NO-REUSE`).
+        free_bytes = max(self._free_bytes, size_before)
+        data_offset = round_up(free_bytes + self._bitmap_size, PAGE_SIZE)
         start, end = data_offset - self._bitmap_size, data_offset + self._block_size
         if start >= sectors_to_bytes(BAT_UNALLOCATED):
             raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)
-        size_before = self._store.size()
         if self._notes is not None:  # who is killed before the block is noted leaves its space to nobody
             self._notes.prepare()
         try:

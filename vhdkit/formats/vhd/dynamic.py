@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
-from vhdkit.finding import Finding
+from vhdkit.finding import Finding, finding_of
 from vhdkit.formats.vhd import bitmap, recall, remember
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.commit import Commit
@@ -59,6 +59,7 @@ class DynamicImage:
         self.data_end_bytes = NO_END if writable else block_data_end(metadata)
         self.findings: list[Finding] = list(metadata.findings)
         self.ignore_bitmaps = ignore_bitmaps and not self.is_differencing
+        self.overlap: CorruptImage | None = None  # why it cannot be written to: its blocks lie over each other
         self.keeps_places = False  # True: somebody reads the file by where its blocks are now, so none of them moves
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
@@ -399,7 +400,8 @@ def _gaps(pieces: Sequence[Piece], first: int, end: int) -> Iterator[tuple[int, 
 def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> DynamicImage:
     """Open a dynamic or differencing image.
 
-    Raises CorruptImage, also for BAT entries that cannot be. A writable open mends a lost footer first.
+    Raises CorruptImage, also for BAT entries that cannot be. A writable open mends a lost footer first. An image whose
+    blocks lie over each other opens for reading only, and says so in `findings` (`INV-BLOCKS-DISJOINT`).
     """
     metadata = read_metadata(store)
     assert metadata.header is not None
@@ -407,10 +409,16 @@ def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool =
         metadata = read_metadata(store)
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-    check_blocks(metadata, bat)
+    overlap = check_blocks(metadata, bat)
+    if overlap is not None and writable:
+        raise overlap
     if writable and mend(store, metadata, nominal_end(metadata, bat), cut_end=_cut_end(metadata, bat)):
         metadata = read_metadata(store)
-    return DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
+    image = DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
+    if overlap is not None:
+        image.overlap = overlap
+        image.findings.append(finding_of(overlap, store.name))
+    return image
 
 
 def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
@@ -421,7 +429,9 @@ def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
     bitmaps = recall.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
     if bitmaps:
         try:
-            check_blocks(metadata, bat)
+            overlap = check_blocks(metadata, bat)
+            if overlap is not None:
+                raise overlap
         except CorruptImage as error:  # of the notes or of the image itself, which is for the caller to find
             recall.give_up(store, unique_id, error.problem)
             return False
@@ -482,11 +492,19 @@ def _cut_end(metadata: Metadata, bat: Bat) -> int | None:
     return end if end > block_data_end(metadata) else None
 
 
-def check_blocks(metadata: Metadata, bat: Bat) -> None:
-    """Refuse BAT entries outside the file, over metadata, or over each other (`INV-BLOCKS-DISJOINT`)."""
+def check_blocks(metadata: Metadata, bat: Bat) -> CorruptImage | None:
+    """Refuse BAT entries outside the file or over metadata (`INV-BLOCKS-DISJOINT`).
+
+    Blocks over each other can be read, one as well as the other, but a write to one would change the other: the error
+    for those is returned, for whoever wants to write.
+    """
     for reason, blocks in bad_entries(metadata, bat):
         if len(blocks):
-            raise entry_error(metadata, bat, reason, int(blocks[0]))
+            error = entry_error(metadata, bat, reason, int(blocks[0]))
+            if reason is CorruptReason.BLOCKS_OVERLAP:
+                return error
+            raise error
+    return None
 
 
 def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[tuple[CorruptReason, NDArray[np.intp]]]:
@@ -538,6 +556,9 @@ _PROBLEMS = {
 }
 
 
+_OVERLAP_HINT = "it can be read meanwhile; `vhdkit check --repair` moves the blocks apart, then it can be written to"
+
+
 def entry_error(metadata: Metadata, bat: Bat, reason: CorruptReason, block_index: int) -> CorruptImage:
     """The error for one bad entry, naming its place in the table."""
     return CorruptImage(
@@ -547,5 +568,7 @@ def entry_error(metadata: Metadata, bat: Bat, reason: CorruptReason, block_index
         structure=f"BAT entry {block_index}",
         offset_bytes=bat.table_offset_bytes + block_index * BAT_ENTRY_SIZE,
         found=f"block at byte {bat.block_start(block_index):#x} of a file of {metadata.file_size_bytes} bytes",
-        hint="`vhdkit check` lists everything that is wrong",
+        hint=_OVERLAP_HINT
+        if reason is CorruptReason.BLOCKS_OVERLAP
+        else "`vhdkit check` lists everything that is wrong",
     )

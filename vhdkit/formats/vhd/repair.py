@@ -9,6 +9,7 @@ draft gets there, whole or not at all, is `chain.repair`'s decision, and so are 
 - What is known twice is restored from the other place: a footer from its copy, the copy from the footer.
 - What is known once and wrong is restored only where the rest of the file says the same (a header's checksum).
 - A BAT entry that cannot be true is cleared, with consent: its block then reads as zeros, or as the parent's.
+- Blocks that lie over each other are moved apart: only what they share is in doubt (`untangle`).
 - A mark that another program is at work (0xC7, `v_poison`) is taken off only when the user says that it is dead.
 """
 
@@ -23,12 +24,13 @@ from numpy.typing import NDArray
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.vhd import bitmap, geometry, layout
-from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR, Bat
 from vhdkit.formats.vhd.check import LEAK_BYTES, gaps, held_bytes
-from vhdkit.formats.vhd.dynamic import bad_entries, end_of_structures, nominal_end, used_sizes
+from vhdkit.formats.vhd.dynamic import bad_entries, end_of_structures, nominal_end
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
 from vhdkit.formats.vhd.locator import NO_PLATFORM
 from vhdkit.formats.vhd.metadata import FooterPlace, FooterState, Metadata, footer_state, read_footers, read_metadata
+from vhdkit.formats.vhd.untangle import Tangle, joined
 from vhdkit.store import Store
 from vhdkit.units import MIB, SECTOR_SIZE, format_size, round_down, round_up
 
@@ -36,6 +38,7 @@ MAX_FREED_BYTES = 16 * MIB  # of data in space that belongs to nothing: a larger
 _SEARCH_BYTES = MIB  # behind a lost footer: how much garbage may stand there
 LOSS = "--accept-data-loss"
 DEAD = "--writer-is-dead"
+CONVERT = "vhdkit convert"  # it reads the image as it is, and writes one where nothing overlaps
 COMPACT = "vhdkit compact"  # it moves blocks into such space
 BY_HAND = "a copy by hand"
 
@@ -81,10 +84,10 @@ def repair_vhd(draft: DraftStore, consent: Consent) -> list[Fix]:
     else:
         fixes += _clear_stray_locators(draft, metadata)
         metadata = read_metadata(draft)
-        dropped = list(_clear_entries(draft, metadata, consent))
-        fixes += dropped
-        if not any(one.needs for one in dropped):
-            fixes += _settle_end(draft, metadata, keep_space=bool(dropped))
+        mended = list(_mend_table(draft, metadata, consent))
+        fixes += mended
+        if not any(one.needs for one in mended):
+            fixes += _settle_end(draft, read_metadata(draft), keep_space=bool(mended))
     fixes += _mend_geometry(draft)
     return fixes
 
@@ -273,49 +276,59 @@ def _clear_stray_locators(draft: DraftStore, metadata: Metadata) -> Iterator[Fix
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def _clear_entries(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iterator[Fix]:
-    """Entries that cannot be true. Of blocks that lie over each other the first one in the file stays."""
+def _mend_table(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iterator[Fix]:
+    """Clear entries that point outside the file; move apart what lies over headers or other blocks."""
     assert metadata.header is not None
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
-    worst = dict(bad_entries(metadata, bat))
+    outside = dict(bad_entries(metadata, bat)).get(CorruptReason.BLOCK_OUTSIDE_FILE, np.zeros(0, dtype=np.intp))
     cleared = np.zeros(len(bat), dtype=np.bool_)
-    for reason in (CorruptReason.BLOCK_OUTSIDE_FILE, CorruptReason.BLOCK_OVER_METADATA):
-        cleared[worst.get(reason, np.zeros(0, dtype=np.intp))] = True
-    bat.entries[cleared] = BAT_UNALLOCATED
-    doubtful = np.zeros(len(bat), dtype=np.bool_)
-    if any(len(blocks) for _, blocks in bad_entries(metadata, bat)):
-        later, doubtful = _overlapping(metadata, bat)
-        bat.entries[later] = BAT_UNALLOCATED
-        cleared |= later
-    if not cleared.any():
-        return
-    lost, unsure = tuple(_ranges(metadata, cleared)), tuple(_ranges(metadata, doubtful))
+    cleared[outside] = True
+    bat.entries[outside] = BAT_UNALLOCATED
+    tangle = Tangle(draft, metadata, bat)
+    plan = tangle.plan()
+    cleared[plan.dropped] = True
+    lost = tuple(joined([*_ranges(metadata, cleared), *plan.lost]))
     shows = "their parent's content" if metadata.is_differencing else "zeros"
-    message = f"{int(cleared.sum())} blocks have impossible places: {format_size(sum(s for _, s in lost))} of the disk"
-    if not consent.data_loss:
-        yield Fix("bat", f"{message} would show {shows}", LOSS, lost, unsure)
+    blocks = int(cleared.sum()) + plan.cut_count
+    message = f"{blocks} blocks have impossible places: {format_size(sum(s for _, s in lost))} of the disk"
+    if lost and not consent.data_loss:
+        yield Fix("bat", f"{message} would show {shows}", LOSS, lost, tuple(plan.doubtful))
         return
-    for number in sorted({int(block) // (SECTOR_SIZE // BAT_ENTRY_SIZE) for block in np.flatnonzero(cleared)}):
-        first = number * (SECTOR_SIZE // BAT_ENTRY_SIZE)
-        raw = bat.entries[first : first + SECTOR_SIZE // BAT_ENTRY_SIZE].astype(">u4").tobytes()
+    if plan.too_much:
+        yield Fix("blocks-overlap", "too many blocks lie over each other to be moved apart in place", CONVERT)
+    if not lost and not plan.moved:
+        return
+    if plan.moved:
+        _clear_the_end(draft, metadata, bat)
+        plan = tangle.plan()  # of what is there now
+        end = tangle.apply(draft, plan, max(nominal_end(metadata, bat), round_up(draft.size(), SECTOR_SIZE)))
+        if metadata.tail.state.usable:
+            draft.pwrite(end, metadata.footer_raw)
+    bat.entries[cleared] = BAT_UNALLOCATED
+    _write_entries(draft, bat, [*np.flatnonzero(cleared).tolist(), *plan.moved])
+    if lost:
+        yield Fix("bat", f"{message} shows {shows} now", None, lost, () if plan.moved else tuple(plan.doubtful))
+    if plan.moved:
+        shared = format_size(sum(size for _, size in plan.doubtful))
+        said = f"{len(plan.moved)} blocks lay over others or over headers, and are moved apart"
+        yield Fix("blocks-overlap", f"{said}; {shared} that they shared may be wrong", None, (), tuple(plan.doubtful))
+
+
+def _write_entries(draft: DraftStore, bat: Bat, blocks: list[int]) -> None:
+    """The sectors of the table with these entries."""
+    for number in sorted({block // ENTRIES_PER_SECTOR for block in blocks}):
+        first = number * ENTRIES_PER_SECTOR
+        raw = bat.entries[first : first + ENTRIES_PER_SECTOR].astype(">u4").tobytes()
         draft.pwrite(bat.sector_offset(number), raw)
-    yield Fix("bat", f"{message} shows {shows} now", None, lost, unsure)
 
 
-def _overlapping(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(the blocks that begin inside an earlier one, the blocks they lie over), one truth value per block."""
-    whole, last = (size // SECTOR_SIZE for size in used_sizes(metadata))
-    blocks = np.flatnonzero(bat.allocated())
-    starts = bat.entries[blocks].astype(np.int64)
-    order = np.lexsort((blocks, starts))
-    later, over = np.zeros(len(bat), dtype=np.bool_), np.zeros(len(bat), dtype=np.bool_)
-    end, holder, final = -1, -1, len(bat) - 1
-    for block, start in zip(blocks[order].tolist(), starts[order].tolist(), strict=True):
-        if start < end:
-            later[block] = over[holder] = True
-        else:
-            end, holder = start + (last if block == final else whole), block
-    return later, over
+def _clear_the_end(draft: DraftStore, metadata: Metadata, bat: Bat) -> None:
+    """Before the file grows: what a block that is stored short lacks reads as zeros, not as a footer."""
+    size, end = draft.size(), nominal_end(metadata, bat)
+    if metadata.tail.state.usable and metadata.tail.offset_bytes < end:
+        draft.punch(metadata.tail.offset_bytes, size - metadata.tail.offset_bytes)
+    elif not metadata.tail.state.usable and size < end and size % SECTOR_SIZE:
+        draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)
 
 
 def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vhdkit.errors import InvalidArgument
 from vhdkit.formats.vhd import batmap, geometry, layout
 from vhdkit.formats.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREATOR_VERSION
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
@@ -88,9 +89,13 @@ def fixed_writes(metadata: Metadata, size_bytes: int) -> tuple[list[tuple[int, b
 
 
 def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
-    """Where the BAT for a larger disk goes, and which blocks move out of its way. Raises NoSpace."""
+    """Where the BAT for a larger disk goes, and which blocks move out of its way.
+
+    Raises NoSpace, and InvalidArgument where the last block, which the disk's end cuts, has no room to become whole.
+    """
     metadata, header = image.metadata, image.metadata.header
     assert header is not None
+    _check_last_block(image)
     count = -(-size_bytes // image.block_size_bytes)
     table_bytes = round_up(count * BAT_ENTRY_SIZE, SECTOR_SIZE)
     others = [place for place in occupied_ranges(image) if place[0] != header.table_offset]
@@ -110,6 +115,26 @@ def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
         count_stated = max(count, header.max_table_entries)
     wanted = replace(header, table_offset=start, max_table_entries=count_stated)
     return GrowPlan(wanted, start, end, plan_clearing(image, start, end), table_bytes)
+
+
+def _check_last_block(image: DynamicImage) -> None:
+    """Refuse to make the last block whole where another structure begins in what the disk does not use of it."""
+    start = image.bat.block_start(len(image.bat) - 1)
+    used = image.size_bytes - (len(image.bat) - 1) * image.block_size_bytes
+    end = start + block_space(image)
+    unused = end - (image.block_size_bytes - used)
+    if start < 0 or unused == end:
+        return
+    others = image.bat.entries[:-1][image.allocated_blocks()[:-1]].astype(np.int64) * SECTOR_SIZE
+    block = bool(((others < end) & (others >= unused)).any())
+    if block or any(low < end and high > unused for low, high in occupied_ranges(image)):
+        raise InvalidArgument(
+            "the last block cannot become whole: another structure begins in the part that the disk does not use",
+            path=image.store.name,
+            structure=f"block {len(image.bat) - 1}",
+            offset_bytes=unused,
+            hint="convert it to a new image and resize that",
+        )
 
 
 def _first_in_way(start: int, end: int, others: list[tuple[int, int]]) -> int | None:

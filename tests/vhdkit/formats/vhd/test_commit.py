@@ -167,6 +167,17 @@ def test_too_much_dirt_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert open_dynamic(store).allocated_blocks().tolist() == [True] * 3 + [False] * 5
 
 
+def test_a_file_that_grew_meanwhile_keeps_what_lies_there() -> None:
+    """INV-BLOCKS-DISJOINT: no block is placed over what another program has put behind the end of the file."""
+    store, image = _open()
+    image.write(0, memoryview(b"a" * 512))
+    foreign = store.size()
+    store.pwrite(foreign, b"not ours" * 1000)
+    image.write(2048, memoryview(b"b" * 512))
+    assert store.pread(foreign, 8000) == b"not ours" * 1000
+    image.close()
+
+
 @pytest.mark.parametrize(("pages_before", "good"), [(1, True), (0, False)])
 def test_a_file_does_not_grow_past_what_the_table_can_say(pages_before: int, good: bool) -> None:
     """A block that would begin at sector 0xFFFFFFFF, which means "not allocated", is refused; a page before, not."""

@@ -8,6 +8,8 @@ import pytest
 from tests.stores import MemStore
 from tests.vhd_builder import KIB, MIB, TIB, Block, Vhd, bits_of, child, pattern
 from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Severity
+from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.image import Extent, ExtentKind, read_extents
@@ -178,14 +180,19 @@ def test_bad_entries_are_refused_by_name(entries: dict[int, int], reason: Corrup
 
 
 @pytest.mark.parametrize("distance", [0, 1, 512, 1024])
-def test_overlapping_blocks_are_refused(distance: int) -> None:
-    """INV-BLOCKS-DISJOINT: two blocks may not share a sector of the file."""
+def test_overlapping_blocks_are_not_written_to(distance: int) -> None:
+    """INV-BLOCKS-DISJOINT: where two blocks share a sector of the file both are read, and neither is written to."""
     image = Vhd(size=4 * SMALL, block_size=SMALL, blocks={0: Block(b"x"), 2: Block(b"y")})
     start = image.build().starts[0] // 512
     image.entries = {1: start + distance}
+    store = image.build().store()
     with pytest.raises(CorruptImage) as caught:
-        _open(image)
-    assert caught.value.reason is CorruptReason.BLOCKS_OVERLAP
+        open_dynamic(store.copy(frozen=True), writable=True)
+    assert caught.value.reason is CorruptReason.BLOCKS_OVERLAP and "--repair" in (caught.value.hint or "")
+    layer = open_dynamic(store)
+    assert [(one.severity, one.code) for one in layer.findings] == [(Severity.ERROR, "blocks-overlap")]
+    assert _read(layer, 0, 1) == b"x".ljust(512, b"\0")
+    assert not layer.writable and [one.code for one in check_vhd(store)].count("blocks-overlap")
 
 
 def test_neighbouring_blocks_are_disjoint() -> None:
@@ -204,12 +211,10 @@ def test_the_last_block_may_lie_close_when_the_disk_cuts_it() -> None:
     start = image.build().starts[1]
     for sectors, good in ((6, True), (5, False)):
         image.blocks[0].start = start + sectors * 512
-        if not good:
-            with pytest.raises(CorruptImage) as caught:
-                _open(image)
-            assert caught.value.reason is CorruptReason.BLOCKS_OVERLAP
-            continue
         layer = _open(image)
+        assert (layer.overlap is None) == good
+        if not good:
+            continue
         assert _read(layer, 0, 1029) == pattern(SMALL, 3) + pattern(5 * 512)
 
 

@@ -281,3 +281,13 @@ def test_a_footer_for_another_size_keeps_its_other_fields() -> None:
     other = resized_footer(footer, 7 * BLOCK)
     for name in ("unique_id", "timestamp", "hidden", "saved_state", "disk_type", "data_offset", "features"):
         assert getattr(other, name) == getattr(footer, name)
+
+
+def test_a_last_block_without_room_does_not_grow() -> None:
+    """INV-BLOCKS-DISJOINT: what the disk does not use of its last block may be another one's: it is not made zeros."""
+    size = BLOCK + 5 * SECTOR_SIZE
+    image = Vhd(size=size, block_size=BLOCK, blocks={1: Block(pattern(5 * SECTOR_SIZE)), 0: Block(pattern(BLOCK, 3))})
+    image.blocks[0].start = image.build().starts[1] + 6 * SECTOR_SIZE
+    store = image.build().store(frozen=True)
+    with pytest.raises(errors.InvalidArgument, match="cannot become whole"):
+        plan_grow(open_dynamic(store, writable=True), 3 * BLOCK)

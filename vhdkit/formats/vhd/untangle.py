@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks that lie over each other, or over headers, are moved apart in a draft of the image.
+
+Decides which of them move, and which sectors of the disk are in doubt afterwards. Must not know footers, consent or
+how a draft reaches the file (`repair`).
+
+- `INV-UNTANGLED`: afterwards each block reads as it did when the damage was ignored. Only what two structures shared
+  may be wrong, and it is said to be doubtful. What lay over headers is not the guest's: it is dropped.
+- Of blocks that overlap as many as possible stay where they are; the others are copied behind everything.
+- A bitmap that lies in a shared sector may be a neighbour's data. In a dynamic disk all sectors of that block become
+  owned: its bits only ever hide zeros. In a differencing image its bits stand, and sectors that hold data are owned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.vhd import bitmap
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.dynamic import used_sizes
+from vhdkit.formats.vhd.metadata import Metadata
+from vhdkit.store import Store
+from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up, sectors_to_bytes, whole_sectors
+
+MAX_MOVED_BYTES = 20 * MIB  # of data, which an undo log holds beside the largest BAT
+MAX_MOVED_BLOCKS = 4096
+
+Runs = NDArray[np.int64]  # (first sector, end) of the file, apart from each other, in order
+
+
+@dataclass(slots=True)
+class Untangling:
+    """Which blocks move and which are dropped, since nothing of them lies outside headers and other blocks.
+
+    `lost`, of the blocks that move, and `doubtful` are ranges of the disk, (offset, size) in bytes.
+    """
+
+    moved: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    lost: list[tuple[int, int]] = field(default_factory=list)
+    doubtful: list[tuple[int, int]] = field(default_factory=list)
+    cut_count: int = 0  # moved blocks that lose a part
+    too_much: bool = False  # more would move than one change of the file can hold: nothing is planned
+
+
+class Tangle:
+    """The allocated blocks of one image and what they share. All entries lie inside the file."""
+
+    def __init__(self, store: Store, metadata: Metadata, bat: Bat) -> None:
+        assert metadata.header is not None
+        self._store = store
+        self._bat = bat
+        self._is_differencing = metadata.is_differencing
+        self._size = metadata.size_bytes
+        self._block_size = metadata.header.block_size
+        self._bitmap_size = bitmap.bitmap_size(self._block_size)
+        whole, last = used_sizes(metadata)
+        self._blocks = np.flatnonzero(bat.allocated())
+        starts = bat.entries[self._blocks].astype(np.int64)
+        lengths = np.full(len(starts), whole // SECTOR_SIZE)
+        lengths[self._blocks == len(bat) - 1] = covering_sectors(last)
+        order = np.lexsort((self._blocks, starts))
+        self._blocks, self._starts = self._blocks[order], starts[order]
+        self._ends = self._starts + lengths[order]
+        places = [(offset, offset + size) for _, offset, size in metadata.forbidden_to_blocks()]
+        sectors = [(start // SECTOR_SIZE, covering_sectors(end)) for start, end in places]
+        edges = np.array(sectors, dtype=np.int64)
+        self._headers = _covered(edges[:, 0], edges[:, 1], 1)
+        self._shared = _covered(
+            np.concatenate([self._starts, self._headers[:, 0]]), np.concatenate([self._ends, self._headers[:, 1]]), 2
+        )
+
+    def plan(self) -> Untangling:
+        """What has to be done, before anything is."""
+        if not len(self._shared):
+            return Untangling()
+        firsts = self._starts + self._bitmap_size // SECTOR_SIZE
+        over = _touches(self._headers, self._starts, self._ends)
+        gone = over & (_lengths(self._shared, firsts, self._ends) >= self._ends - firsts)
+        leaving = self._leaving(over) & ~gone
+        if np.count_nonzero(leaving) > MAX_MOVED_BLOCKS:
+            return Untangling(too_much=True)
+        made = Untangling(moved=self._blocks[leaving].tolist(), dropped=self._blocks[gone].tolist())
+        if sum(self._held(block) for block in made.moved) > MAX_MOVED_BYTES:
+            return Untangling(too_much=True)
+        for position in np.flatnonzero(_touches(self._shared, self._starts, self._ends) & ~gone).tolist():
+            self._judge(position, made)
+        made.lost, made.doubtful = joined(made.lost), joined(made.doubtful)
+        return made
+
+    def _leaving(self, over: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The blocks that cannot stay: over headers, or over a block before them that stays."""
+        leaving, end = over.copy(), -1
+        crowded = np.append(self._starts[1:] < np.maximum.accumulate(self._ends)[:-1], False)
+        crowded[1:] |= crowded[:-1].copy()  # the others share nothing with a block
+        for position in np.flatnonzero(crowded & ~over).tolist():
+            if self._starts[position] < end:
+                leaving[position] = True
+            else:
+                end = int(self._ends[position])
+        return leaving
+
+    def _size_of(self, block: int) -> int:
+        """Bytes of the disk in a block."""
+        return min(self._block_size, self._size - block * self._block_size)
+
+    def _data(self, position: int) -> tuple[int, int]:
+        """(first sector, end) of a block's data in the file."""
+        return int(self._starts[position]) + self._bitmap_size // SECTOR_SIZE, int(self._ends[position])
+
+    def _held(self, block: int) -> int:
+        start, size = self._bat.block_start(block), self._bitmap_size + self._size_of(block)
+        return sum(count for _, count, may_hold_data in self._store.data_runs(start, size) if may_hold_data)
+
+    def _judge(self, position: int, made: Untangling) -> None:
+        """Note what of a block is lost, and what is doubtful."""
+        block = int(self._blocks[position])
+        first, end = self._data(position)
+        base = block * self._block_size
+        made.cut_count += bool(len(_within(self._headers, first, end)))
+        for low, high in _within(self._headers, first, end).tolist():
+            made.lost.append((base + sectors_to_bytes(low - first), self._inside(block, low - first, high - low)))
+        for low, high in _within(self._shared, first, end).tolist():
+            made.doubtful.append((base + sectors_to_bytes(low - first), self._inside(block, low - first, high - low)))
+        if not len(_within(self._shared, int(self._starts[position]), first)):
+            return
+        found = self._found_bits(block)
+        if self._is_differencing and not found.all():
+            made.doubtful.append((base, self._size_of(block)))
+        elif not found.all():
+            for number, count, is_odd in bitmap.runs(self._has_data(block) & ~found):
+                if is_odd:
+                    made.doubtful.append((base + sectors_to_bytes(number), self._inside(block, number, count)))
+
+    def _inside(self, block: int, first: int, count: int) -> int:
+        """Bytes of `count` sectors of a block that are of the disk."""
+        return max(min(sectors_to_bytes(count), self._size_of(block) - sectors_to_bytes(first)), 0)
+
+    def _found_bits(self, block: int) -> NDArray[np.bool_]:
+        """The block's bits as they stand in the file."""
+        raw = self._store.pread(self._bat.block_start(block), self._bitmap_size).ljust(self._bitmap_size, b"\0")
+        return bitmap.owned(raw, whole_sectors(self._block_size))
+
+    def _has_data(self, block: int) -> NDArray[np.bool_]:
+        """Which sectors of the block are not zeros."""
+        found = np.zeros(whole_sectors(self._block_size), dtype=np.bool_)
+        start = self._bat.block_start(block) + self._bitmap_size
+        for offset, size, may_hold_data in self._store.data_runs(start, round_up(self._size_of(block), SECTOR_SIZE)):
+            for place in range(offset, offset + size, MIB) if may_hold_data else ():
+                raw = self._store.pread(place, min(MIB, offset + size - place))
+                sectors = np.frombuffer(raw.ljust(round_up(len(raw), SECTOR_SIZE), b"\0"), dtype=np.uint8)
+                first = (place - start) // SECTOR_SIZE
+                found[first : first + len(sectors) // SECTOR_SIZE] |= sectors.reshape(-1, SECTOR_SIZE).any(axis=1)
+        return found
+
+    def _wanted_bits(self, block: int, position: int) -> bytearray | None:
+        """The bitmap that the block gets; None for the one that stands there."""
+        first, end = self._data(position)
+        over = _within(self._headers, first, end)
+        bits = self._found_bits(block)
+        if len(_within(self._shared, int(self._starts[position]), first)):
+            bits = bits | self._has_data(block) if self._is_differencing else np.ones_like(bits)
+        elif not len(over):
+            return None
+        for low, high in over.tolist() if self._is_differencing else ():
+            bits[low - first : high - first] = False  # the parent shows there
+        return bitmap.packed(bits, self._bitmap_size)
+
+    def apply(self, draft: DraftStore, plan: Untangling, end_bytes: int) -> int:
+        """Move the blocks of the plan behind `end_bytes`, entries in the BAT included; returns where they end.
+
+        `draft` holds what this was made from, with nothing at or behind `end_bytes`; the BAT in it is not written.
+        """
+        positions = {int(block): position for position, block in enumerate(self._blocks)} if plan.moved else {}
+        bitmaps = {block: self._wanted_bits(block, positions[block]) for block in plan.moved}
+        moving = set(plan.moved) | set(plan.dropped)
+        for position in np.flatnonzero(_touches(self._shared, self._starts, self._ends)).tolist():
+            block = int(self._blocks[position])
+            if block not in moving:
+                bitmaps[block] = self._wanted_bits(block, position)
+        places = {}
+        for block in plan.moved:
+            data = round_up(end_bytes + self._bitmap_size, PAGE_SIZE)
+            places[block] = data - self._bitmap_size
+            self._copy(draft, block, positions[block], places[block])
+            end_bytes = data + self._block_size
+        draft.reserve(end_bytes - 1, 1)
+        for block, raw in bitmaps.items():
+            if raw is not None:
+                draft.pwrite(places.get(block, self._bat.block_start(block)), raw)
+        for block in plan.dropped:
+            self._bat.clear(block)
+        for block, place in places.items():
+            self._bat.set(block, place)
+        return end_bytes
+
+    def _copy(self, draft: DraftStore, block: int, position: int, place: int) -> None:
+        """Bitmap and data as they stand, without what is a header."""
+        start, size = self._bat.block_start(block), self._bitmap_size + self._size_of(block)
+        for offset, count, may_hold_data in self._store.data_runs(start, size):
+            for piece in range(offset, offset + count, MIB) if may_hold_data else ():
+                raw = self._store.pread(piece, min(MIB, offset + count - piece))
+                if raw.strip(b"\0"):
+                    draft.pwrite(place + piece - start, raw)
+        first, end = self._data(position)
+        for low, high in _within(self._headers, first, end).tolist():
+            draft.punch(place + sectors_to_bytes(low) - start, sectors_to_bytes(high - low))
+
+
+def _covered(starts: Runs, ends: Runs, times: int) -> Runs:
+    """The runs of sectors that at least so many of the ranges cover."""
+    edges = np.concatenate([starts, ends])
+    steps = np.concatenate([np.ones(len(starts), dtype=np.int64), -np.ones(len(ends), dtype=np.int64)])
+    order = np.argsort(edges, kind="stable")
+    edges, depth = edges[order], np.cumsum(steps[order])
+    last = np.append(edges[1:] != edges[:-1], True)  # of several edges at one place, the last one counts
+    edges, enough = edges[last], depth[last] >= times
+    turns = np.flatnonzero(np.diff(np.concatenate([[False], enough, [False]]).astype(np.int8)))
+    runs: Runs = edges[turns.reshape(-1, 2)] if len(turns) else np.zeros((0, 2), dtype=np.int64)
+    return runs
+
+
+def _touches(runs: Runs, starts: Runs, ends: Runs) -> NDArray[np.bool_]:
+    """For each range, whether it shares a sector with one of the runs."""
+    if not len(runs):
+        return np.zeros(len(starts), dtype=np.bool_)
+    after = np.searchsorted(runs[:, 1], starts, side="right")  # the first run that ends behind the start
+    inside = after < len(runs)
+    touched: NDArray[np.bool_] = inside & (runs[np.minimum(after, len(runs) - 1), 0] < ends)
+    return touched
+
+
+def _within(runs: Runs, start: int, end: int) -> Runs:
+    """The parts of the runs in [start, end)."""
+    low = int(np.searchsorted(runs[:, 1], start, side="right"))
+    high = int(np.searchsorted(runs[:, 0], end, side="left"))
+    return np.clip(runs[low:high], start, end) if low < high else runs[:0]
+
+
+def _lengths(runs: Runs, starts: Runs, ends: Runs) -> Runs:
+    """For each range, how many of its sectors are in the runs."""
+    total = np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
+
+    def before(places: Runs) -> Runs:
+        whole = np.searchsorted(runs[:, 1], places, side="right")  # runs that end at or before the place
+        inside = np.minimum(whole, len(runs) - 1)
+        part = np.where(whole < len(runs), np.maximum(places - runs[inside, 0], 0), 0)
+        counted: Runs = total[whole] + part
+        return counted
+
+    return before(ends) - before(starts)
+
+
+def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, size) in order, with those that touch or overlap made one."""
+    return list(_join(sorted(one for one in ranges if one[1])))
+
+
+def _join(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    start = end = -1
+    for offset, size in ranges:
+        if offset > end:
+            if end > start >= 0:
+                yield start, end - start
+            start, end = offset, offset
+        end = max(end, offset + size)
+    if end > start >= 0:
+        yield start, end - start
