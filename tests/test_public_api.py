@@ -16,7 +16,7 @@ AccessDenied AddressInUse AlreadyExists Cancelled CompactResult Comparison Contr
 Disk DiskFormat Extent ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren ImageInUse
 InvalidArgument IoFailed Merge Move NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch ParentMissing
 ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity SyncFailed UnsupportedFormat VhdkitError
-chain_paths check clone collect_garbage compact compare convert create_child create_image find_children merge
+chain_paths check clone collect_garbage compact compare convert create_child create_image find_children image_id merge
 merge_under_way open_disk rebase relocate repair resize restore resume_merge snapshot snapshot_many
 """
 MACHINES = """

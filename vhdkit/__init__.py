@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vhdkit.chain.compare import Comparison, compare
     from vhdkit.chain.convert import convert
     from vhdkit.chain.create import DiskFormat, create_child, create_image
-    from vhdkit.chain.family import chain_paths, find_children
+    from vhdkit.chain.family import chain_paths, find_children, image_id
     from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
     from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
     from vhdkit.chain.options import OpenOptions
@@ -116,6 +116,7 @@ __all__ = [
     "create_child",
     "create_image",
     "find_children",
+    "image_id",
     "merge",
     "merge_under_way",
     "open_disk",
@@ -137,7 +138,7 @@ _HOMES = {
     "vhdkit.chain.compare": "Comparison compare",
     "vhdkit.chain.convert": "convert",
     "vhdkit.chain.create": "DiskFormat create_child create_image",
-    "vhdkit.chain.family": "chain_paths find_children",
+    "vhdkit.chain.family": "chain_paths find_children image_id",
     "vhdkit.chain.garbage": "GarbageItem GarbageKind collect_garbage",
     "vhdkit.chain.merge": "Merge merge merge_under_way resume_merge",
     "vhdkit.chain.rebase": "rebase",

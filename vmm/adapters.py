@@ -124,7 +124,7 @@ def find(machine: Machine, adapter_id: str) -> AdapterSpec:
 
 def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
     """Give a machine an adapter, at once when it runs. Raises VmmError."""
-    with contact.changing(name) as (machine, client), choosing_macs():
+    with contact.changing(name, stop_merge=False) as (machine, client), choosing_macs():
         saved.refuse_when_saved(machine.paths, name, "adding an adapter")
         adapter = fit(settings, machine.spec)
         after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
@@ -138,7 +138,7 @@ def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
 
 def remove(name: str, adapter_id: str) -> AdapterSpec:
     """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
-    with contact.changing(name) as (machine, client):
+    with contact.changing(name, stop_merge=False) as (machine, client):
         adapter = find(machine, adapter_id)
         saved.refuse_when_saved(machine.paths, name, "removing an adapter")
         if client is None:
@@ -152,7 +152,7 @@ def remove(name: str, adapter_id: str) -> AdapterSpec:
 
 def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
     """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
-    with contact.changing(name) as (machine, client), choosing_macs():
+    with contact.changing(name, stop_merge=False) as (machine, client), choosing_macs():
         before = find(machine, adapter_id)
         if settings.get("mac") is not None:
             owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}

@@ -19,13 +19,14 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from typing import TYPE_CHECKING, Any
 
+from vmm.backup_note import Stacked, child_name, has_note, read_note, remove_note, write_note
 from vmm.errors import AlreadyExists, StoreFailed, VmmError, WrongState, hint_of_vhdkit, of_os_error
 from vmm.paths import MachinePaths, sync_folder, write_whole
 from vmm.proc import python_command, python_environment
 from vmm.rpc import Progress
+from vmm.snapshots.store import holding
 from vmm.spec import DiskSpec, MachineSpec
 
 if TYPE_CHECKING:
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
 MERGE_SECONDS = 24 * 3600.0
 FREEZE_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
-
-
-def note_path(machine: MachinePaths) -> str:
-    """Where the note of a backup under way lies."""
-    return os.path.join(machine.folder, "backup.json")
 
 
 def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
@@ -155,11 +151,12 @@ class Backup:
         disks = disks_to_copy(running.spec)
         written = [disk for disk in disks if not disk.read_only]
         with running.busy("backup"):
-            if os.path.exists(note_path(running.machine)):
+            if has_note(running.machine):
                 await self.merge_away(progress)
-            children = {disk.id: _child_name(str(disk.path)) for disk in written}
-            document = {disk.id: {"frozen": disk.path, "child": children[disk.id]} for disk in written}
-            write_whole(note_path(running.machine), json.dumps(document).encode())
+            children = {disk.id: child_name(str(disk.path)) for disk in written}
+            with holding(running.machine, running.spec.name) as held:
+                held.need_settled()
+                write_note(running.machine, {disk.id: Stacked(str(disk.path), children[disk.id]) for disk in written})
             try:
                 consistent = await self._freeze(children) if children else True
                 result = await copy_disks(running.spec, disks, target, progress, running.exited)
@@ -184,53 +181,21 @@ class Backup:
     async def merge_away(self, progress: Progress) -> None:
         """Merge the children of a backup into the images they stand on, while the guest runs. Raises StoreFailed."""
         running = self._running
-        for disk_id, one in _read_note(running.machine).items():
-            if not os.path.exists(one["child"]):
+        for disk_id, one in read_note(running.machine).items():
+            if not os.path.exists(one.child):
                 continue
             progress({"step": f"merging {disk_id}"})
-            await running.server.call("merge", export=disk_id, into=one["frozen"], timeout_seconds=MERGE_SECONDS)
-        _remove_note(running.machine)
-
-    async def finish_interrupted(self) -> None:
-        """What a backup left behind when its worker, or the whole host, went down. A failure is told, no more."""
-        if os.path.exists(note_path(self._running.machine)):
-            try:
-                with self._running.busy("backup"):
-                    await self.merge_away(lambda document: None)
-                self._running.tell("backup-cleaned-up")
-            except VmmError as error:
-                self._running.tell("backup-left", problem=str(error))
-
-
-def _child_name(path: str) -> str:
-    """A new image beside this one."""
-    stem = os.path.splitext(path)[0]
-    return f"{stem}.backup-{int(time.time())}.avhd"
-
-
-def _read_note(machine: MachinePaths) -> dict[str, dict[str, str]]:
-    try:
-        with open(note_path(machine), "rb") as file:
-            document = json.load(file)
-        return {str(disk_id): {key: str(one[key]) for key in ("frozen", "child")} for disk_id, one in document.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreFailed("the note of an interrupted backup is damaged", path=note_path(machine)) from error
-
-
-def _remove_note(machine: MachinePaths) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(note_path(machine))
+            await running.server.call("merge", export=disk_id, into=one.frozen, timeout_seconds=MERGE_SECONDS)
+        remove_note(running.machine)
 
 
 async def merge_away_offline(machine: MachinePaths) -> None:
     """The same when nothing serves the disks any more. Raises StoreFailed; the next start tries again."""
-    for one in _read_note(machine).values():
-        if not os.path.exists(one["child"]):
+    for one in read_note(machine).values():
+        if not os.path.exists(one.child):
             continue
         process = await asyncio.create_subprocess_exec(
-            *python_command("vhdkit", "merge", one["child"], "--into", one["frozen"], "--json"),
+            *python_command("vhdkit", "merge", one.child, "--into", one.frozen, "--json"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -238,5 +203,5 @@ async def merge_away_offline(machine: MachinePaths) -> None:
         )
         _, said = await process.communicate()
         if process.returncode != 0:
-            raise _error_in(said, DiskSpec(id="disk-0", path=one["child"]))
-    _remove_note(machine)
+            raise _error_in(said, DiskSpec(id="disk-0", path=one.child))
+    remove_note(machine)

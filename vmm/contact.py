@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmm import saved
+from vmm.backup_note import has_note
 from vmm.errors import (
     InUse,
     InvalidSpec,
@@ -42,13 +43,13 @@ from vmm.paths import (
     runtime_of,
     write_whole,
 )
-from vmm.proc import is_locked, machine_lock, python_command, python_environment, spawn_detached
+from vmm.proc import HeldLock, is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
-from vmm.snapshots.store import has_tree, holding
+from vmm.snapshots.store import has_tree, holding, load_tree, read_merging
 from vmm.state import MachineState, end_left, processes_of
 
 if TYPE_CHECKING:
-    from vmm.registry import Changing
+    from vmm.registry import Changing, Machine
 
 COME_BACK_SECONDS = 20.0  # for a worker to be there again
 START_SECONDS = 120.0  # without a word of it
@@ -150,8 +151,10 @@ def _clean_up(place: Place) -> bool:
 
 
 @contextlib.contextmanager
-def changing(name: str) -> Iterator[tuple[Changing, ControlClient | None]]:
+def changing(name: str, *, stop_merge: bool = True) -> Iterator[tuple[Changing, ControlClient | None]]:
     """The machine, which no other command changes while the block runs, and its worker where it runs.
+
+    What was cut short on one that does not run is settled first; see `settle_left`.
 
     The machine is read last: after the lock was taken, and after it was seen whether it runs, since a worker changes
     the definition too. What is left of one of which nobody lives any more is taken away first, because `contact`
@@ -165,7 +168,68 @@ def changing(name: str) -> Iterator[tuple[Changing, ControlClient | None]]:
             _take_away_dead(place)
         client = contact(place)
         with client if client is not None else contextlib.nullcontext():
+            if client is None:
+                settle_left(machine.lock, place.machine, stop_merge=stop_merge)
             yield registry.load_for_change(machine.lock), client
+
+
+def has_settled(machine: Changing) -> bool:
+    """Have the worker of a machine whose lock is held settle what was cut short; False when there is none any more.
+
+    Raises as `contact`, and what stands in the way.
+    """
+    place = Place(machine.name, machine.paths, machine.runtime)
+    if os.path.isdir(place.runtime.folder):
+        _take_away_dead(place)
+    client = contact(place)
+    if client is None:
+        return False
+    with client:
+        client.call("snapshot-settle", timeout_seconds=None)
+    return True
+
+
+def settle_left(lock: HeldLock, machine: MachinePaths, *, stop_merge: bool = True) -> None:
+    """Settle what was cut short on a machine that does not run and whose lock is held.
+
+    A merge in the background is stopped for it, unless `stop_merge` is off: then it is let alone. Raises VmmError.
+    """
+    if not is_left(machine):
+        return
+    from vmm.snapshots.settle import settle
+
+    try:
+        with holding(machine, lock.name, stop_merge=stop_merge) as held:
+            settle(held)
+    except InUse:
+        if stop_merge or read_merging(machine) is None:
+            raise
+
+
+def is_left(machine: MachinePaths) -> bool:
+    """True when something that was cut short is to be settled. Raises VmmError."""
+    return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
+
+
+def look(name: str) -> Machine:
+    """A machine, for looking at it and its disks: where it died in the middle of something that is settled first.
+
+    Not while another command is at work on it. Raises as `registry.load`, and what stands in the way of settling.
+    """
+    from vmm import registry
+
+    place = Place.of(name)
+    if is_left(place.machine) and not _runs(place):
+        with contextlib.suppress(InUse), machine_lock(place.machine.folder, name) as lock:
+            if not _runs(place):
+                settle_left(lock, place.machine, stop_merge=False)
+    return registry.load(name)
+
+
+def _runs(place: Place) -> bool:
+    client = contact(place)
+    with client if client is not None else contextlib.nullcontext():
+        return client is not None
 
 
 def _take_away_dead(place: Place) -> None:
@@ -206,10 +270,11 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
         _refuse_running(place)
         if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
             held = stack.enter_context(holding(place.machine, name))
-            if held.tree.journal is not None:
-                from vmm.snapshots.settle import settle
+            journal = held.take_over()
+            if journal is not None:
+                from vmm.snapshots.settle import settle_journal
 
-                settle(held)
+                settle_journal(held, journal)
         if discard_saved and saved.is_saved(place.machine):
             _look_before_discarding(place)
             saved.discard(place.machine)

@@ -160,7 +160,7 @@ class GuestAccess:
 
     def _change(self, change: Callable[[KeyValueStore, Pool], None]) -> bool:
         """Change the file of a machine that is off, while nobody starts it."""
-        with contact.changing(self._place.name) as (machine, client):
+        with contact.changing(self._place.name, stop_merge=False) as (machine, client):
             if client is not None:
                 raise WrongState("was started just now", machine=machine.name, hint="try again")
             store = self._store()

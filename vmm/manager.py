@@ -109,7 +109,7 @@ class Manager:
 
     def show(self, name: str, *, guest: bool = False) -> MachineInfo:
         """One machine; `guest` asks its agent, too. Raises NotFound, InvalidSpec, TimedOut."""
-        machine = registry.load(name)
+        machine = contact.look(name)
         place = _place(machine)
         found = contact.state_of(place)
         if guest and found.get("heartbeat") is not None:
@@ -193,7 +193,7 @@ class Manager:
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
         """
-        with contact.changing(name) as (machine, client):
+        with contact.changing(name, stop_merge=False) as (machine, client):
             fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
             if fixed:
                 raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
@@ -211,7 +211,7 @@ class Manager:
 
     def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
-        return self._plan_delete(registry.load(name), with_disks=with_disks, with_snapshots=with_snapshots)
+        return self._plan_delete(contact.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
 
     def _plan_delete(self, machine: Machine, *, with_disks: bool, with_snapshots: bool) -> Deletion:
         name = machine.name
@@ -325,7 +325,7 @@ class Manager:
 
     def discard_saved(self, name: str) -> None:
         """Throw a saved machine's memory away. Raises WrongState where there is none."""
-        with contact.changing(name) as (machine, _):
+        with contact.changing(name, stop_merge=False) as (machine, _):
             if not saved.is_saved(machine.paths):
                 raise WrongState("is not saved", machine=name)
             saved.discard(machine.paths)
@@ -402,7 +402,7 @@ class Manager:
     def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
         """The disks of a machine: (disk, size in bytes, what is wrong with it)."""
         rows: list[tuple[DiskSpec, int | None, str | None]] = []
-        for disk in registry.load(name).spec.disks:
+        for disk in contact.look(name).spec.disks:
             try:
                 rows.append((disk, _size_of(disk), None))
             except VmmError as error:

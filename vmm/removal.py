@@ -24,6 +24,7 @@ from vmm.errors import InUse, VmmError, of_os_error
 from vmm.paths import registry_folder, sync_folder
 from vmm.proc import HeldLock
 from vmm.registry import Machine
+from vmm.snapshots.journal import journal_document
 from vmm.snapshots.store import has_tree, load_tree
 
 _MAX_DOCUMENT_BYTES = 4 << 20
@@ -132,7 +133,7 @@ def _uses_of(machine: Machine, *, is_own: bool) -> Iterator[Use]:
     if not is_own:
         for path in tree.images:
             yield Use(path, who)
-        for path in _strings_in(tree.journal):
+        for path in _strings_in(None if tree.journal is None else journal_document(tree.journal)):
             yield Use(path, f"{who}, in the middle of a change,")
 
 

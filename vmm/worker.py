@@ -38,6 +38,7 @@ from vmm.saving import Saving
 from vmm.snapshots import fold
 from vmm.snapshots.capture import Capture
 from vmm.snapshots.live import LiveMerges
+from vmm.snapshots.recover import Recovery
 from vmm.snapshots.store import has_tree
 from vmm.state import (
     ENDING_SIGNALS,
@@ -78,9 +79,10 @@ class Worker:
         self._folder = os.stat(runtime.folder)
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
+        self._recovery = Recovery(self._running, self._backup)
         self._capture = Capture(self._running, self._plugging)
         self._merges = LiveMerges(self._running)
-        self._rest: asyncio.Task[None] | None = None  # of a backup that was interrupted
+        self._rest: asyncio.Task[None] | None = None  # of what a worker before this one had begun
         self._wiring = Wiring(self._running)
         self._off = asyncio.Event()  # everything of the machine is put away
         self._problem: VmmError | None = None  # what went wrong with the disks at the end
@@ -124,6 +126,7 @@ class Worker:
             end = await self._first_end()
             while end is End.CRASHED and self._may_recover():
                 self._tell("recovery", action="restart")
+                await self._recovery.finish_interrupted()  # the disks' server still knows which images are the newest
                 try:
                     self._note.phase = Phase.STARTING
                     await self._begin()
@@ -156,19 +159,13 @@ class Worker:
                 await self._begin()
                 self._tell("started", accelerator=self._note.accelerator)
             self._report(result=self._running.document())
-            self._rest = asyncio.create_task(self._finish_interrupted())
+            self._rest = asyncio.create_task(self._recovery.finish_interrupted())
         except VmmError as error:
             error.machine = error.machine or self._spec.name
             self._tell("start-failed", problem=str(error))
             self._report(error=to_document(error))
             return End.STOPPED
         return await self._running.wait_end()
-
-    async def _finish_interrupted(self) -> None:
-        """What a worker before this one was in the middle of."""
-        await self._capture.finish_interrupted()
-        await self._merges.finish_interrupted()
-        await self._backup.finish_interrupted()
 
     async def _begin(self) -> None:
         await self._saving.start(lambda document: self._report(progress=document))
@@ -319,15 +316,21 @@ class Worker:
             "reset": self._reset,
             "stop": self._stop,
             "shutdown": self._shutdown,
+            **self._wiring.methods(),
+            **self._recovery.methods(),
+            **GuestServices(self._running).methods(),
+        }
+        if_settled: dict[str, Method] = {
             "save": self._save,
             "leave": self._leave,
             "backup": self._backup.take,
             **self._plugging.methods(),
-            **self._wiring.methods(),
             **self._capture.methods(),
             **self._merges.methods(),
-            **GuestServices(self._running).methods(),
         }
+        for name in ("disk-status", "snapshot-merge-cancel"):  # they look, and end what settling waits for
+            methods[name] = if_settled.pop(name)
+        methods |= {name: self._recovery.before(method) for name, method in if_settled.items()}
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
 
     def _when_reachable(self, method: Method) -> Method:

@@ -23,6 +23,7 @@ from tests.vmm.small_guests import (
     wait_whole,
 )
 from vmm import backup
+from vmm.backup_note import note_path, read_note
 from vmm.contact import Place
 from vmm.errors import AlreadyExists, NotFound, Refused, StoreFailed
 from vmm.manager import DiskWish, Manager
@@ -47,7 +48,7 @@ def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     result = manager.backup("small", str(tmp_path / "copy"))
     assert sorted(result["disks"]) == ["disk-0", "disk-1"] and result["consistent"] is False
     assert files_of(tmp_path) == before
-    assert not os.path.exists(backup.note_path(Place.of("small").machine))
+    assert not os.path.exists(note_path(Place.of("small").machine))
     press(manager, "w")
     wait_until(lambda: "written " in console(manager), "the guest writes on")
     copy = tmp_path / "copy" / "disk-0.vhd"
@@ -113,7 +114,7 @@ def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple
     manager.start("small")
     wait_counting(manager)
     before = files_of(tmp_path)
-    note = backup.note_path(Place.of("small").machine)
+    note = note_path(Place.of("small").machine)
     child = os.fork()
     if child == 0:
         try:
@@ -140,6 +141,6 @@ def test_damaged_note(manager: Manager, tmp_path: Path) -> None:
     """A note that says nothing is an error that names it."""
     make_machine(manager, tmp_path)
     place = Place.of("small").machine
-    Path(backup.note_path(place)).write_text("[")
+    Path(note_path(place)).write_text("[")
     with pytest.raises(StoreFailed, match=r"damaged"):
-        backup._read_note(place)
+        read_note(place)

@@ -21,6 +21,7 @@ from vmm.errors import InUse
 from vmm.proc import HeldLock
 from vmm.registry import Machine
 from vmm.removal import refuse_needed_folder, remove_image
+from vmm.snapshots.journal import MergeOff
 from vmm.snapshots.store import tree_path
 from vmm.snapshots.tree import Image, Snapshot, Tree
 from vmm.spec import MachineSpec, make_spec
@@ -106,8 +107,7 @@ def by_snapshot(path: Path) -> None:
 
 def by_journal(path: Path) -> None:
     """What another machine is in the middle of."""
-    journal = {"op": "create", "children": [["disk-0", "/x.vhd", str(path), "vhd"]]}
-    write_tree(registry.add(make_spec(name="db")), Tree(journal=journal))
+    write_tree(registry.add(make_spec(name="db")), Tree(journal=MergeOff("/x.vhd", (str(path),))))
 
 
 def by_backup(path: Path) -> None:

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vhdkit.chain import pending
-from vhdkit.chain.resolve import OpenOptions, find_children_of, folders_of_children, open_layers, unique_id
+from vhdkit.chain.resolve import (
+    NULL_ID,
+    OpenOptions,
+    find_children_of,
+    folders_of_children,
+    format_id,
+    open_layers,
+    unique_id,
+)
 from vhdkit.folder import real_path
 from vhdkit.store import FileStore
 
@@ -26,6 +34,16 @@ def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = N
     finally:
         for layer in layers:
             layer.close()
+
+
+def image_id(path: str | os.PathLike[str]) -> str | None:
+    """The unique id of an image, 8-4-4-4-12, by which its children and records know it; None where it has none.
+
+    Raises NotFound and what reading the image raises.
+    """
+    with FileStore.open(path) as store:
+        found = unique_id(store)
+    return None if found == NULL_ID else format_id(found)
 
 
 def find_children(

@@ -16,15 +16,15 @@ import vhdkit
 from vmm.events import add_event
 from vmm.registry import Changing
 from vmm.snapshots.beforehand import look_before_apply
+from vmm.snapshots.journal import Apply
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.settle import settle, taken_back
 from vmm.snapshots.steps import (
     Tidied,
     commit,
-    commit_document,
+    commit_to,
     options_of_all,
     pivoted,
-    prepare_document,
     tidy,
 )
 from vmm.snapshots.store import holding
@@ -52,7 +52,7 @@ def apply(machine: Changing, word: str) -> Applied:
         folder = SnapshotFolder(snapshot.folder)
         frozen, pivots = look_before_apply(machine, held.tree, snapshot)
         spec = pivoted(frozen, pivots)
-        held.note(prepare_document("apply", None, pivots))
+        held.begin(Apply(tuple(pivots)))
         with taken_back(held, "apply the snapshot"):
             options = options_of_all(frozen)
             for one in pivots:
@@ -60,10 +60,10 @@ def apply(machine: Changing, word: str) -> Applied:
             if snapshot.memory_bytes is not None:
                 folder.prepare_saved(machine.paths, spec)
             for one in pivots:
-                held.tree.grow(one.frozen, one.child, one.format)
+                held.tree.grow(one.frozen, one.child, one.format, child_id=vhdkit.image_id(one.child))
             held.tree.now = snapshot.id
             uefi = folder.uefi_variables if os.path.exists(folder.uefi_variables) else None
-            held.note(commit_document(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
+            held.go_on(commit_to(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
         commit(held)
         tidied = tidy(held)
     add_event(machine.paths.events, "snapshot-applied", snapshot=snapshot.name)

@@ -29,8 +29,9 @@ from vmm.images import look_at
 from vmm.kvm import memory_file, program
 from vmm.launch import open_medium
 from vmm.registry import Machine
+from vmm.snapshots.journal import Pivot
 from vmm.snapshots.memory import SnapshotFolder
-from vmm.snapshots.steps import Pivot, check_chains, options_of_all, pivoted, pivots_for, store_problem
+from vmm.snapshots.steps import check_chains, options_of_all, pivoted, pivots_for, store_problem
 from vmm.snapshots.tree import Snapshot, Tree
 from vmm.spec import MachineSpec
 

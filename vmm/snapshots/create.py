@@ -20,18 +20,10 @@ from vmm.devices import refuse_passed_through
 from vmm.errors import InvalidSpec
 from vmm.events import add_event
 from vmm.registry import Changing
+from vmm.snapshots.journal import CreateOff, Pivot
 from vmm.snapshots.memory import SnapshotFolder, folder_of
 from vmm.snapshots.settle import settle, taken_back
-from vmm.snapshots.steps import (
-    Pivot,
-    check_chains,
-    commit,
-    commit_document,
-    options_of_all,
-    pivoted,
-    pivots_for,
-    prepare_document,
-)
+from vmm.snapshots.steps import check_chains, commit, commit_to, options_of_all, pivoted, pivots_for
 from vmm.snapshots.store import Held, holding
 from vmm.snapshots.survey import images_of
 from vmm.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
@@ -77,7 +69,7 @@ def create(machine: Changing, wish: Wish) -> Snapshot:
         snapshot, pivots = begin(held, machine.spec, wish, "saved" if is_saved else "off")
         check_chains(machine.spec, snapshot.disks)
         folder = SnapshotFolder(snapshot.folder)
-        held.note(prepare_document("create", snapshot.folder, pivots))
+        held.begin(CreateOff(snapshot.folder, tuple(pivots)))
         with taken_back(held, "take the snapshot"):
             folder.begin(machine.spec)
             folder.copy_uefi(machine.paths, machine.spec)
@@ -86,7 +78,7 @@ def create(machine: Changing, wish: Wish) -> Snapshot:
             freeze(machine.spec, pivots)
             folder.finish()
             add(held, snapshot, pivots)
-            held.note(commit_document(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
+            held.go_on(commit_to(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
         commit(held)
     add_event(machine.paths.events, "snapshot-created", snapshot=snapshot.name)
     return snapshot
@@ -96,7 +88,7 @@ def add(held: Held, snapshot: Snapshot, pivots: Sequence[Pivot]) -> None:
     """The tree with the snapshot and its images, not yet written down."""
     held.tree.add(snapshot)
     for one in pivots:
-        held.tree.grow(one.frozen, one.child, one.format)
+        held.tree.grow(one.frozen, one.child, one.format, child_id=vhdkit.image_id(one.child))
 
 
 def freeze(spec: MachineSpec, pivots: Sequence[Pivot]) -> None:

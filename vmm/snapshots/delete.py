@@ -7,21 +7,22 @@ them.
 
 from __future__ import annotations
 
-import contextlib
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vmm.errors import WrongState
+from vmm.errors import Refused, WrongState
 from vmm.events import add_event
-from vmm.paths import sync_folder
 from vmm.registry import Changing, Machine
 from vmm.removal import refuse_needed_folder
+from vmm.snapshots.journal import Delete
 from vmm.snapshots.memory import SnapshotFolder
-from vmm.snapshots.settle import settle
-from vmm.snapshots.steps import Tidied, store_problem, tidy
-from vmm.snapshots.store import holding, load_tree
+from vmm.snapshots.proof import is_stood_on
+from vmm.snapshots.settle import discard, settle
+from vmm.snapshots.snapshot import Snapshot
+from vmm.snapshots.steps import Tidied, tidy
+from vmm.snapshots.store import Held, holding, load_tree
 from vmm.snapshots.survey import images_of, judge
-from vmm.snapshots.tree import Snapshot, Tree
+from vmm.snapshots.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,45 +33,43 @@ class Deleted:
     tidied: Tidied
 
 
-def delete(machine: Changing, word: str, *, subtree: bool = False, is_running: bool = False) -> Deleted:
-    """Take a snapshot away, with `subtree` also all that came of it. The caller holds the machine's lock.
+def delete(held: Held, word: str, *, subtree: bool = False) -> Deleted:
+    """Take a snapshot away, with `subtree` also all that came of it, whatever the machine does.
 
-    Raises NotFound, InUse, VmmError. A running machine's journal is its worker's, and nothing is settled for it.
+    Nothing that was cut short is left to settle. Raises NotFound, InUse, VmmError.
     """
-    with holding(machine.paths, machine.name) as held:
-        if not is_running:
-            settle(held)
-        snapshot = held.tree.find(word)
-        gone = tuple(held.tree.subtree(snapshot.id) if subtree else [snapshot])
-        for one in gone:
-            refuse_needed_folder(one.folder, held)
-        held.tree.remove(gone)
-        held.note({"op": "delete", "folders": [one.folder for one in gone]})
-        for one in gone:
-            SnapshotFolder(one.folder).discard()
-        held.note(None)
-        tidied = tidy(held)
+    snapshot = held.tree.find(word)
+    gone = tuple(held.tree.subtree(snapshot.id) if subtree else [snapshot])
+    _take_away(held, gone)
+    tidied = tidy(held)
     for one in gone:
-        add_event(machine.paths.events, "snapshot-deleted", snapshot=one.name)
+        add_event(held.machine.events, "snapshot-deleted", snapshot=one.name)
     return Deleted(gone, tidied)
 
 
-def forget_memory(machine: Changing, word: str) -> Snapshot:
-    """Keep a snapshot's disks and configuration without its memory. Raises NotFound, WrongState, InUse."""
-    with holding(machine.paths, machine.name, stop_merge=False) as held:
-        snapshot = held.tree.find(word)
-        if snapshot.memory_bytes is None:
-            raise WrongState(f"{snapshot.name} has no memory", machine=machine.name)
-        held.tree.snapshots[snapshot.id] = replace(snapshot, memory_bytes=None)
-        held.save()
-        folder = SnapshotFolder(snapshot.folder)
-        for path in (folder.memory, folder.description):
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                sync_folder(folder.folder)
-            except OSError as error:
-                raise store_problem(error, "remove the snapshot's memory") from error
+def _take_away(held: Held, gone: Sequence[Snapshot]) -> None:
+    """Snapshots leave the tree, then their folders go. Raises InUse where another machine has files in one."""
+    for one in gone:
+        refuse_needed_folder(one.folder, held)
+    held.tree.remove(gone)
+    held.begin(Delete(tuple(one.folder for one in gone)))
+    for one in gone:
+        discard(held, one.folder)
+    held.done()
+
+
+def forget_memory(held: Held, word: str) -> Snapshot:
+    """Keep a snapshot's disks and configuration without its memory. Raises NotFound, WrongState, Refused, InUse."""
+    held.need_settled()
+    snapshot = held.tree.find(word)
+    if snapshot.memory_bytes is None:
+        raise WrongState(f"{snapshot.name} has no memory", machine=held.name)
+    refuse_needed_folder(snapshot.folder, held)
+    held.tree.snapshots[snapshot.id] = replace(snapshot, memory_bytes=None)
+    held.save()
+    left = SnapshotFolder(snapshot.folder).discard_memory()
+    if left:
+        raise Refused("the memory is forgotten, and stays: it is no regular file", machine=held.name, path=left[0])
     return held.tree.snapshots[snapshot.id]
 
 
@@ -79,23 +78,19 @@ def images_to_delete(machine: Machine) -> list[str]:
 
     They are those made for its snapshots, and its own that were frozen; what somebody else stands on or uses stays.
     """
-    images = {path: replace(one, ours=True) for path, one in load_tree(machine.paths).images.items()}
+    tree = load_tree(machine.paths)
+    leaves = [*(path for path, one in tree.images.items() if one.ours), *images_of(machine.spec).values()]
+    own = {path for path, one in tree.images.items() if not one.ours and is_stood_on(path, leaves)}
+    images = {path: replace(one, ours=one.ours or path in own) for path, one in tree.images.items()}
     bare = Machine(machine.spec.changed(disks=[]), machine.paths, machine.runtime)
-    return list(judge(bare, Tree(images=images)).unlink)
+    return list(judge(bare, Tree(images=images), proved=own).unlink)
 
 
 def delete_all(machine: Changing) -> None:
     """All snapshots of a machine that is to be deleted, and the images that only they needed. Raises VmmError."""
     with holding(machine.paths, machine.name) as held:
         settle(held)
-        gone = list(held.tree.snapshots.values())
-        for one in gone:
-            refuse_needed_folder(one.folder, held)
-        held.tree.remove(gone)
-        held.note({"op": "delete", "folders": [one.folder for one in gone]})
-        for one in gone:
-            SnapshotFolder(one.folder).discard()
-        held.note(None)
+        _take_away(held, tuple(held.tree.snapshots.values()))
         tidy(held)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,18 @@ from vmm.snapshots.apply import Applied, apply
 from vmm.snapshots.beforehand import look_before_apply
 from vmm.snapshots.create import Wish, create
 from vmm.snapshots.delete import Deleted, delete, forget_memory, hidden_images
+from vmm.snapshots.journal import Delete, MergeOff
 from vmm.snapshots.rule import Merge
+from vmm.snapshots.settle import settle, settle_journal
 from vmm.snapshots.steps import chain_of, tidy
-from vmm.snapshots.store import Merging, holding, load_tree, read_merging
+from vmm.snapshots.store import Held, Merging, holding, load_tree, read_merging
 from vmm.snapshots.survey import images_of, judge
 from vmm.snapshots.tree import MAX_LIMIT, Snapshot, Tree
 from vmm.state import MachineState
 
 EXIT_CANCELLED = 130  # of vhdkit, when somebody cancels
+_LOOK_SECONDS = 0.05
+_SETTLE_SECONDS = 60.0  # for another operation on the running machine to end
 _PATIENCE_SECONDS = 600.0  # between two signs of life of the worker: a guest's memory goes to a slow disk
 MODES = ("background", "switchover", "stop")
 
@@ -168,16 +173,16 @@ class MachineSnapshots:
 
         What must be merged for it is merged when the machine is off: at once in the background when it is.
         """
-        with self._changing() as (machine, client):
-            deleted = delete(machine, word, subtree=subtree, is_running=client is not None)
+        with self._changing() as (machine, client), self._holding(machine, client) as held:
+            deleted = delete(held, word, subtree=subtree)
         if deleted.tidied.merges and client is None:
             self._merge_in_background()
         return deleted
 
     def forget_memory(self, word: str) -> Snapshot:
         """Keep a snapshot without its memory. Raises NotFound, WrongState."""
-        with self._changing() as (machine, _):
-            return forget_memory(machine, word)
+        with self._changing_tree(stop_merge=False) as held:
+            return forget_memory(held, word)
 
     def _merge_in_background(self) -> None:
         machine = registry.load(self.name)
@@ -235,8 +240,9 @@ class MachineSnapshots:
                     done.append({"target": merge.target, "problem": str(error)})
                 passed_over.add(merge.target)
                 machine = registry.load_for_change(machine.lock)
-            with holding(machine.paths, self.name) as held:
-                tidy(held)
+            if not any("problem" in one for one in done):  # else it may wait for what failed to be settled
+                with self._holding(machine, client) as held:
+                    tidy(held)
         return done
 
     def _next_live(self, machine: Machine, passed_over: set[str]) -> Merge | None:
@@ -244,7 +250,7 @@ class MachineSnapshots:
         return next((one for one in merges if one.target not in passed_over), None)
 
     def _merge_one(
-        self, machine: Machine, client: ControlClient, merge: Merge, rate: int | None, progress: Progress | None
+        self, machine: Changing, client: ControlClient, merge: Merge, rate: int | None, progress: Progress | None
     ) -> dict[str, Any]:
         """One merge: by the worker where it is part of a disk that is served, else by ourselves."""
         served = {path for disk in machine.spec.disks if disk.is_writable_image for path in chain_of(disk)}
@@ -254,7 +260,7 @@ class MachineSnapshots:
                 target=merge.target, layers=list(merge.layers), max_rate_bytes=rate,
             )  # fmt: skip
             return result
-        with holding(machine.paths, self.name) as held:
+        with self._holding(machine, client) as held:
             if merge not in judge(registry.load_for_change(held), held.tree).merges:
                 raise InUse("the snapshots have changed meanwhile", path=merge.target, hint="try again")
             fold.merge_files(held, merge, lambda done, total: None)
@@ -279,13 +285,13 @@ class MachineSnapshots:
 
     def rename(self, word: str, name: str) -> None:
         """Give one another name. Raises NotFound, AlreadyExists, InvalidSpec."""
-        with self._changing() as (machine, _), holding(machine.paths, self.name, stop_merge=False) as held:
+        with self._changing_tree(stop_merge=False) as held:
             held.tree.rename(held.tree.find(word), name)
             held.save()
 
     def annotate(self, word: str, notes: str) -> None:
         """Give one other notes. Raises NotFound, InvalidSpec."""
-        with self._changing() as (machine, _), holding(machine.paths, self.name, stop_merge=False) as held:
+        with self._changing_tree(stop_merge=False) as held:
             held.tree.annotate(held.tree.find(word), notes)
             held.save()
 
@@ -293,17 +299,51 @@ class MachineSnapshots:
         """How many the machine may have. Raises InvalidSpec."""
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidSpec(f"a machine may have 1 to {MAX_LIMIT} snapshots")
-        with self._changing() as (machine, _), holding(machine.paths, self.name, stop_merge=False) as held:
+        with self._changing_tree(stop_merge=False) as held:
             held.tree.limit = limit
             held.save()
 
     # -- small things ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[tuple[Changing, ControlClient | None]]:
+    def _changing(self, *, stop_merge: bool = True) -> Iterator[tuple[Changing, ControlClient | None]]:
         """The machine, which nobody else changes meanwhile, and its worker where it runs."""
-        with self._named(), contact.changing(self.name) as (machine, client):
+        with self._named(), contact.changing(self.name, stop_merge=stop_merge) as (machine, client):
             yield machine, client
+
+    @contextlib.contextmanager
+    def _changing_tree(self, *, stop_merge: bool) -> Iterator[Held]:
+        """The tree, whatever the machine does."""
+        with (
+            self._changing(stop_merge=stop_merge) as (machine, client),
+            self._holding(machine, client, stop_merge=stop_merge) as held,
+        ):
+            yield held
+
+    @contextlib.contextmanager
+    def _holding(self, machine: Changing, client: ControlClient | None, *, stop_merge: bool = True) -> Iterator[Held]:
+        """The tree, for changing, with nothing left to settle: that is done first, by the machine's worker where it
+        runs. Raises InUse, what stands in the way of settling, VmmError.
+        """
+        runs = client is not None
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            with holding(machine.paths, self.name, stop_merge=stop_merge) as held:
+                if not runs:
+                    settle(held)
+                elif isinstance(held.tree.journal, Delete | MergeOff):  # of what no guest uses
+                    journal = held.take_over()
+                    assert journal is not None
+                    settle_journal(held, journal)
+                if held.tree.journal is None:
+                    yield held
+                    return
+            try:
+                runs = contact.has_settled(machine)
+            except VmmError:  # it may be about to end: what is left then is ours to settle
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_SECONDS)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

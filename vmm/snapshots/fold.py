@@ -24,6 +24,7 @@ from vmm.errors import InUse, VmmError
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef, is_locked, machine_lock, python_command, python_environment, spawn_detached
+from vmm.snapshots.journal import MergeOff
 from vmm.snapshots.rule import Merge
 from vmm.snapshots.settle import settle
 from vmm.snapshots.steps import finish_merge, options_of_all, store_problem, tidy
@@ -148,7 +149,7 @@ def merge_files(
 
     The machine's definition is changed, where it must, while `locked` is held.
     """
-    held.note({"op": "merge", "target": merge.target, "layers": list(merge.layers)})
+    held.begin(MergeOff(merge.target, merge.layers))
     options = options_of_all(registry.load_for_change(held).spec)
     try:
         vhdkit.merge(merge.layers[0], into=merge.target, relink_children=True, options=options, progress=progress)

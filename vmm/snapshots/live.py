@@ -16,12 +16,12 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from vmm.backup_note import has_note
 from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
-from vmm.paths import write_whole
 from vmm.rpc import Method, Progress, parameter
-from vmm.snapshots.capture import SERVER_SECONDS, hold, served_layers
-from vmm.snapshots.settle import took_over
-from vmm.snapshots.store import Held, has_tree, holding, load_tree
+from vmm.snapshots.journal import MergeLive
+from vmm.snapshots.recover import follow_merge, served_layers
+from vmm.snapshots.store import Held, holding
 from vmm.state import MachineState
 
 if TYPE_CHECKING:
@@ -51,16 +51,18 @@ class LiveMerges:
         layers = [str(path) for path in parameter(params, "layers", list, [])]
         rate = parameter(params, "max_rate_bytes", int)
         with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
-            if held.tree.journal is not None:
-                raise InUse("an earlier snapshot or merge is still being put in order", hint="try again in a moment")
+            held.need_settled()
+            if has_note(running.machine):
+                raise InUse("a backup is still being merged away", hint="try again in a moment")
             self._check(held, target, layers)
             disk = await self._disk_of(target, layers)
-            held.note({"op": "live-merge", "disk": disk, "target": target, "layers": layers})
+            journal = MergeLive(disk, target, tuple(layers))
+            held.begin(journal)
             try:
                 result = await self._served_merge(disk, target, layers, rate, progress)
             finally:
                 if not running.exited.is_set():
-                    await self._follow(held, disk)
+                    await follow_merge(running, held, journal)
         running.tell("snapshots-merged", into=target, layers=layers, held_seconds=result["held_seconds"])
         return {name: result[name] for name in ("passes", "held_seconds", "copied_bytes")} | {"target": target}
 
@@ -109,44 +111,3 @@ class LiveMerges:
         """Stop the merge that is under way; {"cancelled"}. What was copied is found again by the next."""
         done = await self._running.server.call("cancel")
         return {"cancelled": bool(done["exports"])}
-
-    # -- where the disk is then --------------------------------------------------------------------------------------
-
-    async def _follow(self, held: Held, disk: str) -> None:
-        """The tree and the definitions say what the server serves. One that was killed is waited for: the merge died
-        with it, and it is back with the newest image.
-
-        Raises StoreFailed, TimedOut; the journal stays then.
-        """
-        running = self._running
-        await running.server.wait_serving(SERVER_SECONDS)
-        chain = (await served_layers(running))[disk]
-        machine = took_over(held, disk, chain)
-        held.note(None)
-        disks = {one.id: one for one in machine.spec.disks}
-        spec = running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks])
-        if spec != running.spec:
-            write_whole(running.runtime.running, spec.to_json(), durable=False)
-            running.spec = spec
-
-    async def finish_interrupted(self) -> None:
-        """A merge whose worker was killed goes on in the server; wait for it, and follow. A failure is told."""
-        running = self._running
-        try:
-            journal = load_tree(running.machine).journal if has_tree(running.machine) else None
-            if journal is None or journal["op"] != "live-merge":
-                return
-            with running.busy(OPERATION), contextlib.ExitStack() as stack:
-                held = await hold(running, stack)
-                if held.tree.journal is None:
-                    return
-                disk = str(journal["disk"])
-                while await self._is_merging(disk):
-                    await asyncio.sleep(_LOOK_SECONDS)
-                await self._follow(held, disk)
-        except (VmmError, OSError, KeyError) as error:
-            running.tell("snapshot-left", problem=str(error))
-
-    async def _is_merging(self, disk: str) -> bool:
-        status = await self._running.server.call("status", timeout_seconds=30)
-        return any(one["name"] == disk and one["merge"] for one in status["exports"])

@@ -19,7 +19,9 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
+import stat
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,7 @@ class SnapshotFolder:
         """The folder with the configuration, under a name that says that it is not complete. Raises NoSpace."""
         try:
             os.makedirs(os.path.dirname(self.folder), mode=0o700, exist_ok=True)
-            shutil.rmtree(self.part, ignore_errors=True)
+            self._empty(self.part, "json|bin|vsv|nvram")
             os.mkdir(self.part, 0o700)
             write_whole(self.in_part(self.definition), spec.to_json())
         except OSError as error:
@@ -147,12 +149,42 @@ class SnapshotFolder:
         except OSError as error:
             raise of_os_error(error, "name the snapshot's folder", path=self.folder) from error
 
-    def discard(self) -> None:
-        """Take all of it away, complete or not."""
-        for folder in (self.part, self.folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    def discard(self) -> list[str]:
+        """Take its files away, complete or not. What lies there and is none of them stays, and is returned."""
+        left = [path for folder in (self.part, self.folder) for path in self._empty(folder, "json|bin|vsv|nvram")]
         with contextlib.suppress(OSError):  # the last one of the machine's
             os.rmdir(os.path.dirname(self.folder))
+        return left
+
+    def discard_memory(self) -> list[str]:
+        """Take its memory away, and leave the rest. What is called so and is no file stays, and is returned."""
+        self._empty(self.folder, "bin|vsv")
+        return [path for path in (self.memory, self.description) if os.path.lexists(path)]
+
+    def _empty(self, folder: str, kinds: str) -> list[str]:
+        """Remove the regular files of a snapshot from a folder that is one, and the folder when nothing is left."""
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return []
+        except OSError:  # a link, or a file: nothing of ours
+            return [folder]
+        own = re.compile(rf"{re.escape(self._name)}\.({kinds})(\.[0-9]+\.part)?")
+        left = []
+        try:
+            for name in os.listdir(descriptor):
+                facts = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                if own.fullmatch(name) and stat.S_ISREG(facts.st_mode):
+                    os.unlink(name, dir_fd=descriptor)
+                else:
+                    left.append(os.path.join(folder, name))
+            if not left:
+                os.rmdir(folder)
+        except OSError:
+            return left or [folder]
+        finally:
+            os.close(descriptor)
+        return left
 
     # -- going back --------------------------------------------------------------------------------------------------
 

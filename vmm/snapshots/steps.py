@@ -18,7 +18,6 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import vhdkit
 from vmm import registry
@@ -26,25 +25,17 @@ from vmm.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
 from vmm.paths import write_whole
 from vmm.registry import Changing
 from vmm.removal import remove_image
+from vmm.snapshots.journal import Commit, Pivot, SavedStep
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
-from vmm.snapshots.store import Held
+from vmm.snapshots.snapshot import Image
+from vmm.snapshots.store import Held, tree_path
 from vmm.snapshots.survey import judge
-from vmm.snapshots.tree import Image, Tree
+from vmm.snapshots.tree import Tree
 from vmm.spec import DiskSpec, MachineSpec, read_spec
 
-_OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}")
+_OWN_STEM = re.compile(r"(.+)_[0-9a-f]{8}")
 _MAX_STEM_BYTES = 200  # a name has 255 bytes
-SavedStep = Literal["adapt", "put", "drop"]
-
-
-@dataclass(frozen=True, slots=True)
-class Pivot:
-    """A disk's image that is frozen, and the child that takes the writes from then on."""
-
-    disk: str
-    frozen: str
-    child: str
-    format: Literal["vhd", "raw"]  # of the frozen one
+_MAX_VARIABLES_BYTES = 64 << 20  # of UEFI firmware: some MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +75,7 @@ def child_path(frozen: str) -> str:
     """A name for a new leaf beside an image: its own, and eight digits that nobody has."""
     folder, name = os.path.split(frozen)
     stem = os.path.splitext(name)[0]
-    if ours := _OWN_NAME.fullmatch(stem):
+    if ours := _OWN_STEM.fullmatch(stem):
         stem = ours[1]
     stem = os.fsdecode(os.fsencode(stem)[:_MAX_STEM_BYTES])
     while True:
@@ -110,33 +101,26 @@ def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, str]]) -> Machi
     return spec.changed(disks=disks)
 
 
-# -- the journal -----------------------------------------------------------------------------------------------------
+# -- what counts ------------------------------------------------------------------------------------------------------
 
 
-def prepare_document(op: str, folder: str | None, pivots: Sequence[Pivot], *, live: bool = False) -> dict[str, Any]:
-    """What is written down before anything is made."""
-    rows = [[one.disk, one.frozen, one.child, one.format] for one in pivots]
-    return {"op": op, "phase": "prepare", "folder": folder, "children": rows, "live": live}
-
-
-def pivots_in(journal: Mapping[str, Any]) -> list[Pivot]:
-    """The pivots that `prepare_document` wrote down."""
-    rows = [[str(word) for word in row] for row in journal["children"]]
-    return [Pivot(row[0], row[1], row[2], "raw" if row[3] == "raw" else "vhd") for row in rows]
-
-
-def commit_document(spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> dict[str, Any]:
-    """What is to be put in place."""
-    return {"op": "commit", "definition": json.loads(spec.to_json()), "saved": saved, "uefi": uefi}
+def commit_to(spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> Commit:
+    """What is to be put in place, for the journal."""
+    return Commit(json.loads(spec.to_json()), saved, uefi)
 
 
 def commit(held: Held) -> Changing:
     """Put in place what the journal says. Raises VmmError; the next command tries again."""
     journal = held.tree.journal
-    assert journal is not None and journal["op"] == "commit"
-    spec = read_spec(json.dumps(journal["definition"]).encode(), held.machine.definition)
+    assert isinstance(journal, Commit)
+    spec = read_spec(json.dumps(journal.definition).encode(), tree_path(held.machine))
+    if spec.id != registry.load_for_change(held).spec.id:
+        raise VmmError(
+            "is damaged: what is to be put in place is the definition of another machine",
+            machine=held.name, path=tree_path(held.machine),
+        )  # fmt: skip
     machine = registry.update(held, lambda _: spec, check_images=False)
-    match journal["saved"]:
+    match journal.saved:
         case "adapt":
             adapt_saved(machine.paths, spec)
         case "put":
@@ -144,13 +128,14 @@ def commit(held: Held) -> Changing:
             adapt_saved(machine.paths, spec)
         case "drop":
             drop_saved(machine.paths)
-    if journal["uefi"] is not None:
+    if journal.uefi is not None:
         try:
-            with open(journal["uefi"], "rb") as file:
-                write_whole(machine.paths.uefi_variables, file.read())
+            descriptor = os.open(journal.uefi, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                write_whole(machine.paths.uefi_variables, file.read(_MAX_VARIABLES_BYTES))
         except OSError as error:
-            raise of_os_error(error, "bring the UEFI variables back", path=journal["uefi"]) from error
-    held.note(None)
+            raise of_os_error(error, "bring the UEFI variables back", path=journal.uefi) from error
+    held.done()
     return machine
 
 
@@ -158,7 +143,8 @@ def commit(held: Held) -> Changing:
 
 
 def tidy(held: Held) -> Tidied:
-    """Remove what the rule says goes now; merges are left to `fold`. Raises VmmError."""
+    """Remove what the rule says goes now; merges are left to `fold`. Raises VmmError, InUse while a journal stands."""
+    held.need_settled()
     plan = judge(registry.load_for_change(held), held.tree)
     removed = []
     kept = dict(plan.kept)
@@ -218,7 +204,7 @@ def finish_merge(held: Held, target: str, layers: Sequence[str]) -> Changing:
 
     machine = registry.update(held, follow, check_images=False)
     held.tree.merged(target, layers)
-    held.note(None)
+    held.done()
     return machine
 
 

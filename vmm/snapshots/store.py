@@ -19,11 +19,11 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from vmm.errors import InUse, VmmError, of_os_error
 from vmm.paths import MachinePaths, write_whole
 from vmm.proc import HeldLock, Lock, ProcessRef
+from vmm.snapshots.journal import Journal, words_of
 from vmm.snapshots.tree import MAX_DOCUMENT_BYTES, Tree, read_tree
 
 MERGE_STOP_SECONDS = 60.0  # for a merge to put down what it holds; it looks up after each piece
@@ -35,6 +35,11 @@ _MAX_NOTE_BYTES = 1 << 16
 def tree_path(machine: MachinePaths) -> str:
     """Where the tree is stored."""
     return os.path.join(machine.folder, "snapshots.json")
+
+
+def lock_path(machine: MachinePaths) -> str:
+    """Where the lock of who changes the tree lies."""
+    return os.path.join(machine.folder, ".snapshots.lock")
 
 
 def has_tree(machine: MachinePaths) -> bool:
@@ -58,19 +63,61 @@ def load_tree(machine: MachinePaths) -> Tree:
 
 
 class Held(HeldLock):
-    """A tree that nobody else changes now, read after its lock was taken."""
+    """A tree that nobody else changes now, read after its lock was taken, and its journal, which has one owner.
+
+    An operation is begun, goes on, and is done; none begins while what another one wrote down stands. Whoever settles
+    what was cut short takes it over first. Each of these writes it down; it is on the device when they return.
+    """
 
     def __init__(self, machine: MachinePaths, name: str, tree: Tree) -> None:
         super().__init__(machine.folder, name)
         self.machine = machine
         self.tree = tree
+        self._is_owner = False
 
     def save(self) -> None:
-        """Write it down; it is on the device when this returns. Raises NoSpace, AccessDenied."""
+        """Write the tree down, with the journal that stands. Raises NoSpace, AccessDenied."""
         write_whole(tree_path(self.machine), self.tree.to_json())
 
-    def note(self, journal: dict[str, Any] | None) -> None:
-        """Write down what is being done, or that nothing is."""
+    def begin(self, journal: Journal) -> None:
+        """An operation begins. Raises InUse while another one's journal stands, NoSpace, AccessDenied."""
+        self.need_settled()
+        self._is_owner = True
+        self._write(journal)
+
+    def go_on(self, journal: Journal) -> None:
+        """The operation that was begun, or taken over, is at its next step. Raises NoSpace, AccessDenied."""
+        self._need_owner()
+        self._write(journal)
+
+    def done(self) -> None:
+        """The operation that was begun, or taken over, is over. Raises NoSpace, AccessDenied."""
+        self._need_owner()
+        self._write(None)
+        self._is_owner = False
+
+    def take_over(self) -> Journal | None:
+        """What is to be settled now, by the caller; None for nothing."""
+        self._is_owner = self.tree.journal is not None
+        return self.tree.journal
+
+    def reload(self) -> None:
+        """The tree as it is stored, when what is in memory got ahead of it. Raises VmmError."""
+        self.tree = load_tree(self.machine)
+
+    def need_settled(self) -> None:
+        """Raise InUse while a journal stands that is nobody's yet: what it says must be settled first."""
+        if self.tree.journal is not None:
+            raise InUse(
+                f"{words_of(self.tree.journal)} was cut short, and is not settled yet",
+                machine=self.name, hint=f"vmm repair {self.name} shows what is left, and settles it",
+            )  # fmt: skip
+
+    def _need_owner(self) -> None:
+        if not self._is_owner:
+            raise AssertionError("the journal is another operation's: begin one, or take it over")
+
+    def _write(self, journal: Journal | None) -> None:
         self.tree.journal = journal
         self.save()
 
@@ -78,7 +125,7 @@ class Held(HeldLock):
 @contextlib.contextmanager
 def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Iterator[Held]:
     """The tree, for changing. A merge in the background is stopped for it. Raises InUse, VmmError."""
-    lock = Lock(os.path.join(machine.folder, ".snapshots.lock"))
+    lock = Lock(lock_path(machine))
     try:
         _take(lock, machine, name, stop_merge=stop_merge)
     except OSError as error:
@@ -140,13 +187,27 @@ def write_merging(machine: MachinePaths, merging: Merging) -> None:
 
 
 def read_merging(machine: MachinePaths) -> Merging | None:
-    """The merge that is under way; None where nobody merges."""
+    """The merge that is under way; None where nobody merges.
+
+    The note alone is not believed, because its process is sent a signal: it must have the tree's lock open.
+    """
     try:
         with open(merging_path(machine), "rb") as file:
             document = json.loads(file.read(_MAX_NOTE_BYTES))
-        ref = ProcessRef.from_document(document["process"])
-        if ref is None or not ref.is_alive():
+        ref, target = ProcessRef.from_document(document["process"]), document["target"]
+        if ref is None or not (target is None or isinstance(target, str)) or not _has_open(ref, lock_path(machine)):
             return None
-        return Merging(ref, document["target"], int(document["done_bytes"]), int(document["total_bytes"]))
+        return Merging(ref, target, int(document["done_bytes"]), int(document["total_bytes"]))
     except (OSError, ValueError, KeyError, TypeError, VmmError):
         return None
+
+
+def _has_open(ref: ProcessRef, path: str) -> bool:
+    """True for a living process that has this very file open."""
+    wanted = os.stat(path)
+    folder = f"/proc/{ref.pid}/fd"
+    for number in os.listdir(folder):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.path.samestat(os.stat(os.path.join(folder, number)), wanted):
+                return ref.is_alive()
+    return False

@@ -8,14 +8,15 @@ has images, and in those that it allows parents in. What is done about them is t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 
 import vhdkit
 from vmm import registry
 from vmm.kvm.drives import store_error
 from vmm.registry import Machine
 from vmm.snapshots import rule
+from vmm.snapshots.proof import doubt
 from vmm.snapshots.store import has_tree, load_tree
 from vmm.snapshots.tree import Tree
 from vmm.spec import MachineSpec
@@ -76,15 +77,22 @@ def _stands_on(child: str, parent: str, folders: tuple[str, ...]) -> bool:
         return True
 
 
-def judge(machine: Machine, tree: Tree) -> rule.Plan:
-    """What the delete rule says about the machine's images now. Raises as `survey`."""
+def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule.Plan:
+    """What the delete rule says about the machine's images now. Raises as `survey`.
+
+    An image that is recorded as made for the machine, and may be another one, stays, and so does what it stands on.
+    `proved`: of these somebody has made sure already.
+    """
     if not tree.images:
         return rule.Plan()
     found = survey(machine, tree)
+    ours = {path: one for path, one in tree.images.items() if one.ours and path not in proved}
+    doubts = {path: why for path, one in ours.items() if (why := doubt(path, one)) is not None}
     plan = rule.plan(
         tree.images, frozen=tree.frozen(), live=images_of(machine.spec).values(),
-        foreign=found.foreign, held=found.held,
+        foreign=found.foreign, held=found.held | set(doubts),
     )  # fmt: skip
+    plan = replace(plan, kept={**plan.kept, **doubts})
     if found.problem is None:
         return plan
     doubtful = [*plan.unlink, *(one.target for one in plan.merges)]

@@ -15,54 +15,32 @@ own that a snapshot froze. Pure: nothing here looks at files.
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal
 
 from vmm.errors import AlreadyExists, InvalidSpec, NotFound, Refused, VmmError
+from vmm.snapshots.journal import Journal, journal_document, read_journal
+from vmm.snapshots.snapshot import (
+    Image,
+    Snapshot,
+    TakenIn,
+    absolute_path,
+    image_document,
+    image_of,
+    snapshot_document,
+    snapshot_of,
+)
+
+__all__ = ["Image", "Snapshot", "TakenIn", "Tree", "read_tree", "snapshot_document", "snapshot_of"]
 
 SCHEMA_VERSION: Final = 1
 DEFAULT_LIMIT, MAX_LIMIT = 50, 1000  # Hyper-V's 50; an image has at most some hundred layers below it
 MAX_NAME_CHARACTERS = 120
 MAX_NOTES_CHARACTERS = 64 * 1024
 MAX_DOCUMENT_BYTES = 16 << 20
-_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHORTEST_ID = 4  # characters of an id that stand for it
-
-TakenIn = Literal["running", "paused", "saved", "off"]
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image of the tree. `parent` is the path it stands on, None where that is not ours to change."""
-
-    parent: str | None
-    ours: bool
-    format: Literal["vhd", "raw"] = "vhd"
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One state. `disks`: disk id -> the image that it froze; `folder` holds configuration and memory.
-
-    `memory_bytes` is None where there is no memory, `pause_seconds` how long the guest stood still for it.
-    """
-
-    id: str
-    name: str
-    created: float
-    parent: str | None
-    folder: str
-    disks: Mapping[str, str]
-    taken_in: TakenIn
-    memory_bytes: int | None = None
-    notes: str = ""
-    mode: str | None = None
-    pause_seconds: float | None = None
-    consistent: bool = False
 
 
 @dataclass(slots=True)
@@ -76,7 +54,7 @@ class Tree:
     now: str | None = None
     images: dict[str, Image] = field(default_factory=dict)
     limit: int = DEFAULT_LIMIT
-    journal: dict[str, Any] | None = None
+    journal: Journal | None = None
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -144,10 +122,12 @@ class Tree:
         self.snapshots[snapshot.id] = snapshot
         self.now = snapshot.id
 
-    def grow(self, frozen: str, child: str, format_name: Literal["vhd", "raw"]) -> None:
-        """An image was frozen, and a child made for it."""
+    def grow(
+        self, frozen: str, child: str, format_name: Literal["vhd", "raw"], *, child_id: str | None = None
+    ) -> None:
+        """An image was frozen, and a child made for it, which has that unique id."""
         self.images.setdefault(frozen, Image(None, ours=False, format=format_name))
-        self.images[child] = Image(frozen, ours=True)
+        self.images[child] = Image(frozen, ours=True, id=child_id)
 
     def remove(self, snapshots: Iterable[Snapshot]) -> None:
         """Snapshots go; what came of them stands on their parents from now on. Their images stay for the rule."""
@@ -209,24 +189,13 @@ class Tree:
             "limit": self.limit,
             "snapshots": [snapshot_document(one) for one in self.snapshots.values()],
             "images": {path: image_document(one) for path, one in self.images.items()},
-            "journal": self.journal,
+            "journal": None if self.journal is None else journal_document(self.journal),
         }
         return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name} ({number})"
-
-
-def snapshot_document(snapshot: Snapshot) -> dict[str, Any]:
-    """A snapshot as JSON."""
-    names = Snapshot.__dataclass_fields__
-    return {name: getattr(snapshot, name) for name in names} | {"disks": dict(snapshot.disks)}
-
-
-def image_document(image: Image) -> dict[str, Any]:
-    """An image as JSON."""
-    return {"parent": image.parent, "ours": image.ours, "format": image.format}
 
 
 def read_tree(content: bytes, path: str) -> Tree:
@@ -236,43 +205,13 @@ def read_tree(content: bytes, path: str) -> Tree:
         if document["schema_version"] != SCHEMA_VERSION:
             raise VmmError("was written by another version of vmm", path=path, hint="use that version")
         snapshots = [snapshot_of(one) for one in document["snapshots"]]
-        images = {_path(name): _image(one) for name, one in document["images"].items()}
-        journal = document["journal"]
-        if journal is not None and not isinstance(journal, dict):
-            raise TypeError("journal")
+        images = {absolute_path(name): image_of(one) for name, one in document["images"].items()}
+        journal = None if document["journal"] is None else read_journal(document["journal"])
         tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
         _check(tree)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VmmError("is damaged: it holds no tree of snapshots", path=path) from error
     return tree
-
-
-def snapshot_of(document: dict[str, Any]) -> Snapshot:
-    """What `snapshot_document` wrote. Raises ValueError, KeyError, TypeError."""
-    snapshot = Snapshot(**document)
-    if not _ID.fullmatch(snapshot.id):
-        raise ValueError("id")
-    if snapshot.taken_in not in get_args(TakenIn):
-        raise ValueError("taken_in")
-    kinds = ((snapshot.name, str), (snapshot.created, int | float), (snapshot.notes, str),
-             (snapshot.memory_bytes, int | None))  # fmt: skip
-    if not all(isinstance(value, kind) for value, kind in kinds):
-        raise TypeError("a field of a snapshot")
-    disks = {str(disk): _path(path) for disk, path in snapshot.disks.items()}
-    return replace(snapshot, disks=disks, folder=_path(snapshot.folder))
-
-
-def _image(document: dict[str, Any]) -> Image:
-    parent = document["parent"]
-    if document["format"] not in ("vhd", "raw") or document["ours"] not in (True, False):
-        raise ValueError("image")
-    return Image(None if parent is None else _path(parent), bool(document["ours"]), document["format"])
-
-
-def _path(value: object) -> str:
-    if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
-        raise ValueError("path")
-    return value
 
 
 def _check(tree: Tree) -> None:

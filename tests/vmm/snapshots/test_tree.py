@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vmm.errors import NotFound, VmmError
+from vmm.snapshots.journal import Delete
 from vmm.snapshots.tree import Image, Snapshot, Tree, read_tree
 
 
@@ -18,9 +19,8 @@ def grown() -> Tree:
     tree = Tree()
     for number, (name, parent) in enumerate((("a", None), ("b", "a"), ("c", "b"), ("d", "a"))):
         tree.now = None if parent is None else tree.find(parent).id
-        snapshot = Snapshot(
-            str(uuid.UUID(int=(number + 1) << 100)), name, float(number), tree.now, "/s", {"disk-0": f"/{name}"}, "off"
-        )
+        one = str(uuid.UUID(int=(number + 1) << 100))
+        snapshot = Snapshot(one, name, float(number), tree.now, f"/s/{one}", {"disk-0": f"/{name}"}, "off")
         tree.add(snapshot)
         tree.grow(f"/{name}", f"/{name}-child", "vhd")
     return tree
@@ -57,7 +57,7 @@ def test_walked_and_cut() -> None:
 def test_written_and_read() -> None:
     """What was written reads back as it was."""
     tree = grown()
-    tree.journal = {"op": "delete", "folders": []}
+    tree.journal = Delete((f"/somewhere/{uuid.uuid4()}",))
     assert read_tree(tree.to_json(), "x") == tree
 
 
@@ -102,6 +102,11 @@ def _spoil(path: tuple[Any, ...], value: object) -> bytes:
         _spoil(("snapshots", 0, "disks"), {"disk-0": "relative"}),
         _spoil(("snapshots", 0, "taken_in"), "dreaming"),
         _spoil(("snapshots", 0, "folder"), "x\0"),
+        _spoil(("snapshots", 0, "folder"), "/home/somebody"),
+        _spoil(("snapshots", 0, "folder"), f"/s/../etc/{uuid.UUID(int=1 << 100)}"),
+        _spoil(("snapshots", 0, "mode"), 7),
+        _spoil(("snapshots", 0, "disks"), 7),
+        _spoil(("images", "/a-child"), {"parent": "/a", "ours": True, "format": "vhd", "id": 7}),
         _spoil(("snapshots", 0, "created"), "yesterday"),
         _spoil(("snapshots", 0, "colour"), "red"),
         _spoil(("snapshots", 1, "parent"), str(uuid.uuid4())),

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot and an image of a machine's tree, as values and as JSON.
+
+Decides what is written down of each, and what is believed of what was: paths are absolute, ids are ids, a snapshot's
+folder bears its id. Pure: nothing here looks at files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+_SNAPSHOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+TakenIn = Literal["running", "paused", "saved", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image of the tree. `parent` is the path it stands on, None where that is not ours to change.
+
+    `id` is the unique id in its file, by which it is known again before it is removed; None where vmm 0.1.0 wrote the
+    record, or the image has none.
+    """
+
+    parent: str | None
+    ours: bool
+    format: Literal["vhd", "raw"] = "vhd"
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One state. `disks`: disk id -> the image that it froze; `folder` holds configuration and memory.
+
+    `memory_bytes` is None where there is no memory, `pause_seconds` how long the guest stood still for it.
+    """
+
+    id: str
+    name: str
+    created: float
+    parent: str | None
+    folder: str
+    disks: Mapping[str, str]
+    taken_in: TakenIn
+    memory_bytes: int | None = None
+    notes: str = ""
+    mode: str | None = None
+    pause_seconds: float | None = None
+    consistent: bool = False
+
+
+# -- as JSON ---------------------------------------------------------------------------------------------------
+
+
+def snapshot_document(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot as JSON."""
+    names = Snapshot.__dataclass_fields__
+    return {name: getattr(snapshot, name) for name in names} | {"disks": dict(snapshot.disks)}
+
+
+def image_document(image: Image) -> dict[str, Any]:
+    """An image as JSON."""
+    return {"parent": image.parent, "ours": image.ours, "format": image.format, "id": image.id}
+
+
+def is_snapshot_id(value: object) -> bool:
+    """True for what can be the id of a snapshot, which is the name of its folder, too."""
+    return isinstance(value, str) and _SNAPSHOT_ID.fullmatch(value) is not None
+
+
+def snapshot_of(document: dict[str, Any]) -> Snapshot:
+    """What `snapshot_document` wrote. Raises ValueError, KeyError, TypeError."""
+    snapshot = Snapshot(**document)
+    if not is_snapshot_id(snapshot.id):
+        raise ValueError("id")
+    if snapshot.taken_in not in get_args(TakenIn):
+        raise ValueError("taken_in")
+    kinds = ((snapshot.name, str), (snapshot.created, int | float), (snapshot.notes, str),
+             (snapshot.memory_bytes, int | None), (snapshot.parent, str | None), (snapshot.mode, str | None),
+             (snapshot.pause_seconds, int | float | None), (snapshot.consistent, bool))  # fmt: skip
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise TypeError("a field of a snapshot")
+    disks = {str(disk): absolute_path(path) for disk, path in dict(snapshot.disks).items()}
+    folder = folder_path(snapshot.folder)
+    if os.path.basename(folder) != snapshot.id:
+        raise ValueError("folder")
+    return replace(snapshot, disks=disks, folder=folder)
+
+
+def image_of(document: dict[str, Any]) -> Image:
+    """What `image_document` wrote. Raises ValueError, KeyError, TypeError."""
+    parent, image_id = document["parent"], document.get("id")
+    if document["format"] not in ("vhd", "raw") or not isinstance(document["ours"], bool):
+        raise ValueError("image")
+    if image_id is not None and not isinstance(image_id, str):
+        raise TypeError("id")
+    return Image(None if parent is None else absolute_path(parent), document["ours"], document["format"], image_id)
+
+
+def absolute_path(value: object) -> str:
+    """A path in a record. Raises ValueError for one that depends on where the reader is."""
+    if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
+        raise ValueError("path")
+    return value
+
+
+def folder_path(value: object) -> str:
+    """The path of a snapshot's folder, which bears a snapshot's id and is said plainly. Raises ValueError."""
+    path = absolute_path(value)
+    if os.path.normpath(path) != path or not is_snapshot_id(os.path.basename(path)):
+        raise ValueError("folder")
+    return path
