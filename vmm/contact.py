@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from vmm import saved
 from vmm.backup_note import has_note
+from vmm.copies import original_of, refuse_copy
 from vmm.errors import (
     InUse,
-    InvalidSpec,
     NotFound,
     QemuFailed,
     TimedOut,
@@ -39,7 +39,6 @@ from vmm.paths import (
     is_id,
     machine_folder,
     make_private,
-    registry_folder,
     runtime_of,
     write_whole,
 )
@@ -92,8 +91,9 @@ def _id_in(machine: MachinePaths) -> str | None:
 def contact(place: Place) -> ControlClient | None:
     """A connection to the machine's worker; None where the machine does not run.
 
-    Raises TimedOut when somebody should be there and is not, AccessDenied.
+    Raises TimedOut when somebody should be there and is not, AccessDenied, Refused for a copy of another machine.
     """
+    refuse_copy(place.name)
     deadline = time.monotonic() + COME_BACK_SECONDS
     called = False
     while True:
@@ -125,6 +125,8 @@ def is_looked_after(runtime: RuntimePaths) -> bool:
 def state_of(place: Place) -> dict[str, Any]:
     """What the worker says about the machine; of a machine that does not run its state alone. Raises as `contact`."""
     for _ in range(_TRIES):
+        if original_of(place.name) is not None:  # the processes of its id are the original's
+            break
         client = contact(place)
         if client is None:
             break
@@ -163,6 +165,7 @@ def changing(name: str, *, stop_merge: bool = True) -> Iterator[tuple[Changing, 
     from vmm import registry
 
     with registry.changing(name) as machine:
+        refuse_copy(name)
         place = Place(machine.name, machine.paths, machine.runtime)
         if os.path.isdir(place.runtime.folder):
             _take_away_dead(place)
@@ -219,7 +222,7 @@ def look(name: str) -> Machine:
     from vmm import registry
 
     place = Place.of(name)
-    if is_left(place.machine) and not _runs(place):
+    if is_left(place.machine) and original_of(name) is None and not _runs(place):
         with contextlib.suppress(InUse), machine_lock(place.machine.folder, name) as lock:
             if not _runs(place):
                 settle_left(lock, place.machine, stop_merge=False)
@@ -266,7 +269,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
     """
     with machine_lock(machine_folder(name), name), contextlib.ExitStack() as stack:
         place = Place.of(name)
-        _refuse_twin(place)
+        refuse_copy(name)
         _refuse_running(place)
         if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
             held = stack.enter_context(holding(place.machine, name))
@@ -310,19 +313,6 @@ def _id_of(place: Place) -> str:
     if machine_id is not None:
         return machine_id
     raise NotFound("the machine's definition cannot be read", machine=place.name, path=place.machine.definition)
-
-
-def _refuse_twin(place: Place) -> None:
-    """Two machines of one id, of which one is a copied folder, would have one runtime folder, and often one disk."""
-    own = _id_in(place.machine)
-    for name in os.listdir(registry_folder()):
-        other = _id_in(MachinePaths(os.path.join(registry_folder(), name)))
-        if name != place.name and own is not None and other == own:
-            raise InvalidSpec(
-                f"has the same id as the machine {name}: one is a copy of the other",
-                machine=place.name, path=place.machine.definition,
-                hint="delete the copy, or give it another id and disks of its own in that file",
-            )  # fmt: skip
 
 
 def _refuse_running(place: Place) -> None:

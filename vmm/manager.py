@@ -18,12 +18,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import vhdkit
 from vmm import backup, contact, devices, registry, saved
 from vmm.contact import Place
-from vmm.errors import AccessDenied, InvalidSpec, NotFound, VmmError, WrongState
+from vmm.copies import original_of
+from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
 from vmm.images import find_image, look_at
@@ -32,7 +33,7 @@ from vmm.kvm.drives import store_error
 from vmm.launch import open_medium
 from vmm.paths import default_folders
 from vmm.registry import Machine
-from vmm.removal import remove_image
+from vmm.removal import images_inside, remove_image
 from vmm.rpc import Progress
 from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.delete import delete_all, images_to_delete
@@ -40,6 +41,9 @@ from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
 from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, PathsSpec, make_disk, make_spec
 from vmm.state import MachineState, processes_of
+
+if TYPE_CHECKING:
+    from vmm.new_id import NewId
 
 SHUTDOWN_SECONDS = 120.0
 _PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
@@ -63,7 +67,11 @@ class DiskWish:
 
 @dataclass(frozen=True, slots=True)
 class MachineInfo:
-    """A machine as `list` and `show` tell it. `problem` says why nothing more is known of it."""
+    """A machine as `list` and `show` tell it. `problem` says why nothing more is known of it.
+
+    `copy_of` is the machine that has the same id, of which this one is a copied folder: nothing can be done with it
+    before `new_id`.
+    """
 
     name: str
     state: MachineState | None
@@ -77,6 +85,7 @@ class MachineInfo:
     guest: dict[str, Any] | None = None
     pids: dict[str, int] | None = None
     problem: VmmError | None = None
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,10 @@ class Manager:
         machine = contact.look(name)
         place = _place(machine)
         found = contact.state_of(place)
+        if (original := original_of(name)) is not None:
+            return MachineInfo(
+                name, MachineState(found["state"]), machine.spec, folder=machine.paths.folder, copy_of=original
+            )
         if guest and found.get("heartbeat") is not None:
             found |= self._call(name, "status", guest=True)
         processes = processes_of(place.runtime)
@@ -209,6 +222,15 @@ class Manager:
                 registry.update(machine.lock, lambda spec: spec.changed(**settings))
         return client is not None and bool(hardware)
 
+    def new_id(self, name: str) -> NewId:
+        """Make a machine of its own out of a copied folder, which is off. See `NewId` for what becomes of its disks.
+
+        Raises WrongState for a machine that is no copy.
+        """
+        from vmm.new_id import give_new_id
+
+        return give_new_id(name)
+
     def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
         return self._plan_delete(contact.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
@@ -248,6 +270,13 @@ class Manager:
         if with_disks:
             named = {os.path.realpath(path) for path in (*disks, *(path for path, _ in kept))}
             disks += [path for path in images_to_delete(machine) if os.path.realpath(path) not in named]
+        going = {os.path.realpath(path) for path in disks}
+        for one in images_inside(machine.paths.folder):
+            if os.path.realpath(one.path) not in going:
+                raise Refused(
+                    f"its folder holds an image that would be lost with it: {one.who} needs it", machine=name,
+                    path=one.path, hint="move the image out of the machine's folder first",
+                )  # fmt: skip
         return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
 
     def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:

@@ -153,6 +153,7 @@ def add(
                 raise AlreadyExists("there is a machine of that name already", machine=spec.name)
             if os.path.lexists(target):
                 raise AlreadyExists("is in the way of the new machine's folder", machine=spec.name, path=target)
+            _refuse_known_id(spec)
             check_disks(spec)
             os.mkdir(part, 0o700)
             try:
@@ -170,6 +171,14 @@ def add(
     except OSError as error:
         raise of_os_error(error, "make the machine's folder", machine=spec.name) from error
     return load(spec.name)
+
+
+def _refuse_known_id(spec: MachineSpec) -> None:
+    for other in load_all()[0]:
+        if other.spec.id == spec.id:
+            raise AlreadyExists(
+                f"has the same id as the machine {other.name}", machine=spec.name, hint="a copy needs an id of its own"
+            )
 
 
 def save(machine: Changing, spec: MachineSpec) -> Changing:
@@ -264,7 +273,7 @@ def check_disks(spec: MachineSpec) -> None:
         raise InUse("is given twice to this machine", machine=spec.name, path=twice.path)
     others, _ = load_all()
     for other in others:
-        if other.name == spec.name:  # by name: a folder that was copied has the id of another machine
+        if other.name == spec.name or other.spec.id == spec.id:  # of one id: a copy, which does not get to use them
             continue
         for disk in other.spec.disks:
             own = mine.get(_identity(disk)) if disk.kind != "iso" else None

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from vmm import registry
 from vmm.errors import InUse, VmmError, of_os_error
-from vmm.paths import registry_folder, sync_folder
+from vmm.paths import MachinePaths, registry_folder, sync_folder
 from vmm.proc import HeldLock
 from vmm.registry import Machine
 from vmm.snapshots.journal import journal_document
@@ -52,7 +52,7 @@ def remove_image(path: str, lock: HeldLock) -> None:
     except OSError as error:
         raise of_os_error(error, "remove the image", path=path) from error
     with registry.standing_still():
-        for use in uses(lock, os.path.basename(path)):
+        for use in uses(lock.folder, os.path.basename(path)):
             if _is_same(use.path, path, facts):
                 raise InUse(f"is not removed: {use.who} needs it", path=path)
         holder = holder_of(path)
@@ -69,7 +69,7 @@ def remove_image(path: str, lock: HeldLock) -> None:
 def refuse_needed_folder(folder: str, lock: HeldLock) -> None:
     """Raise InUse when a machine other than the one whose lock is held has files in a folder that is to go."""
     root = os.path.realpath(folder)
-    for use in uses(lock, os.path.basename(folder), only_others=True):
+    for use in uses(lock.folder, os.path.basename(folder), only_others=True):
         real = os.path.realpath(use.path)
         if real == root or real.startswith(root + os.sep):
             raise InUse(f"is not removed: {use.who} needs {use.path}", path=folder)
@@ -78,8 +78,17 @@ def refuse_needed_folder(folder: str, lock: HeldLock) -> None:
 # -- who names it ----------------------------------------------------------------------------------------------------
 
 
-def uses(lock: HeldLock, word: str, *, only_others: bool = False) -> Iterator[Use]:
-    """Every path that something names. What the machine's own tree only remembers is not among them.
+def images_inside(folder: str) -> list[Use]:
+    """The images in a machine's folder that anything names, its own definition and tree too. Raises InUse."""
+    root = os.path.realpath(folder)
+    found = [*uses(folder, os.path.basename(folder))]
+    found += [Use(path, "its tree of snapshots") for path in load_tree(MachinePaths(folder)).images]
+    inside = [one for one in found if os.path.realpath(one.path).startswith(root + os.sep)]
+    return [one for one in inside if os.path.lexists(one.path)]
+
+
+def uses(own_folder: str, word: str, *, only_others: bool = False) -> Iterator[Use]:
+    """Every path that something names. What the tree of the machine in `own_folder` only remembers is not among them.
 
     Raises InUse for a machine that cannot be read and has `word`, the last part of the path that is to go, anywhere
     in its files.
@@ -87,7 +96,7 @@ def uses(lock: HeldLock, word: str, *, only_others: bool = False) -> Iterator[Us
     for name in registry.names():
         try:
             machine = registry.load(name)
-            is_own = _is_same_folder(machine.paths.folder, lock.folder)
+            is_own = _is_same_folder(machine.paths.folder, own_folder)
             if not (is_own and only_others):
                 yield from list(_uses_of(machine, is_own=is_own))
         except VmmError as error:

@@ -6,16 +6,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import vhdkit
 from vmm import contact, paths, registry
-from vmm.errors import AccessDenied, InUse, InvalidSpec
-from vmm.manager import Manager
+from vmm.errors import AccessDenied, InvalidSpec
 from vmm.spec import make_spec
 
 
@@ -65,21 +62,6 @@ def test_no_definition_at_all(text: str) -> None:
     with pytest.raises(InvalidSpec, match="is no machine definition"):
         contact.start("web")
     assert not Path(paths.runtime_home()).exists()
-
-
-def test_folder_that_was_copied(tmp_path: Path) -> None:
-    """Two machines of one id are one to their worker: neither starts, and a disk of both is not deleted with one."""
-    disk = tmp_path / "a.vhd"
-    vhdkit.create_image(disk, 1 << 20)
-    machine = registry.add(make_spec(name="web", disks=[{"id": "disk-0", "path": str(disk)}]))
-    shutil.copytree(machine.paths.folder, f"{machine.paths.folder}-copy")
-    for name in ("web", "web-copy"):
-        with pytest.raises(InvalidSpec, match="same id as the machine web"):
-            contact.start(name)
-    with pytest.raises(InUse, match="is a disk of the machine web already"):
-        Manager().set("web-copy", cpu_count=2)
-    assert Manager().delete("web-copy", with_disks=True).kept == ((str(disk), "it is a disk of the machine web, too"),)
-    assert disk.exists() and registry.names() == ["web"]
 
 
 def test_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

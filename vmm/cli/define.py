@@ -169,23 +169,41 @@ def create_command(
 @click.command("set", epilog=epilog("vmm set web --memory 2G", "vmm set web --automatic-stop shut-down --rename www"))
 @click.argument("name")
 @click.option("--rename", "new_name", metavar="NAME", help="Give it another name.")
+@click.option("--new-id", is_flag=True, help="Make a machine of its own out of a copied machine folder: it gets an id"
+              " and MAC addresses of its own, keeps the images that were copied with it, and leaves those that its"
+              " original needs, its snapshots and its saved memory.")  # fmt: skip
 @_setting_options
 @output_options
-def set_command(name: str, new_name: str | None, as_json: bool, quiet: bool, **words: Any) -> None:
+def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, quiet: bool, **words: Any) -> None:
     """Change settings of the machine NAME. A running machine gets new hardware with its next start."""
     manager = Manager()
+    if new_id:
+        _new_id(manager, name, quiet=quiet or as_json)
     before = manager.show(name).spec
     settings = _settings(words, before)
     if new_name is not None:
         settings["name"] = new_name
-    if not settings:
+    if not settings and not new_id:
         raise click.UsageError("say what is to change")
-    later = manager.set(name, **settings)
+    later = bool(settings) and manager.set(name, **settings)
     name = new_name or name
     if as_json:
         print_json({**document_of(manager.show(name)), "takes_effect": "next start" if later else "now"})
     elif not quiet:
         print_line(f"{name} is changed" + (", and will be with its next start" if later else ""))
+
+
+def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
+    done = manager.new_id(name)
+    if quiet:
+        return
+    print_line(f"{name} is no copy of {done.original} any more: its id is {done.id}")
+    for disk, path in done.disks:
+        print_line(f"keeps    {disk}: {path}")
+    for disk, path, reason in done.taken_out:
+        print_line(f"leaves   {disk}: {path}  ({reason}; vmm disk add {name} a copy of it)")
+    if done.aside is not None:
+        print_line(f"its snapshots and saved memory are put aside, they are {done.original}'s: {done.aside}")
 
 
 @click.command("delete", epilog=epilog("vmm delete web", "vmm delete web --with-disks --yes"))

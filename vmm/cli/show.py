@@ -38,6 +38,8 @@ def _row(one: MachineInfo) -> list[str]:
         return [one.name, "unknown", "-", "-", "-", "-", one.problem.problem if one.problem else ""]
     spec = one.spec
     note = one.reason or (f"{one.operation} under way" if one.operation else "")
+    if one.copy_of is not None:
+        note = f"a copy of {one.copy_of}: vmm set {one.name} --new-id"
     return [
         one.name,
         one.state.value if one.state else "unknown",
@@ -72,6 +74,7 @@ def document_of(one: MachineInfo) -> dict[str, Any]:
         "pids": one.pids,
         "folder": one.folder,
         "definition": None if one.spec is None else json.loads(one.spec.to_json()),
+        "copy_of": one.copy_of,
         "problem": None if one.problem is None else to_document(one.problem),
     }
 
@@ -94,6 +97,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         [
             ("name", spec.name),
             ("state", one.state.value + (f": {one.reason}" if one.reason else "")),
+            ("copy of", "" if one.copy_of is None else f"{one.copy_of}; vmm set {one.name} --new-id"),
             ("busy with", one.operation or ""),
             ("up", "" if one.uptime_seconds is None else _duration(one.uptime_seconds)),
             ("accelerator", one.accelerator or f"{spec.accelerator} (when started)"),

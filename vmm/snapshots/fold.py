@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 import vhdkit
 from vmm import registry, saved
+from vmm.copies import refuse_copy
 from vmm.errors import InUse, VmmError
 from vmm.events import add_event
 from vmm.paths import MachinePaths, RuntimePaths
@@ -59,6 +60,7 @@ class Fold:
     def run(self) -> int:
         """Merge until nothing is left to merge; how many were done. Raises VmmError."""
         done = 0
+        refuse_copy(self._name)
         with contextlib.suppress(_Stopped), contextlib.ExitStack() as stack:
             self._wait_off()
             # Whoever starts the machine holds this lock until it runs.

@@ -43,7 +43,7 @@ def survey(machine: Machine, tree: Tree) -> Survey:
     folders = set(_folders(machine.spec))
     others, failures = registry.load_all()
     for other in others:
-        if other.spec.id == machine.spec.id:
+        if other.paths.folder == machine.paths.folder:  # not by id: a copied folder has that of another machine
             continue
         folders.update(_folders(other.spec))
         used = [disk.path for disk in other.spec.disks if disk.kind == "vhd" and disk.path is not None]

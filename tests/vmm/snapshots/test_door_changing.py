@@ -88,6 +88,7 @@ ASKING = (
     "MachineSnapshots.merge_live cancel_merge",
     "GuestAccess.freeze thaw set_time",
 )
+ELSEWHERE = ("Manager.new_id",)  # of a copy: `test_new_id`
 TREE_LOCK, MACHINE_LOCK = ".snapshots.lock", ".lock"
 TAKES_NO_MACHINE_LOCK = {"MachineSnapshots.merge", "Fold.run"}
 TAKES_NO_TREE_LOCK = {
@@ -115,7 +116,7 @@ def test_every_verb_is_listed() -> None:
         if not name.startswith("_") and callable(member)
     }
     known = {name for name in CHANGING if "." in name and not name.startswith("Fold")}
-    assert verbs == known | listed(LOOKING) | listed(ASKING)
+    assert verbs == known | listed(LOOKING) | listed(ASKING) | set(ELSEWHERE)
 
 
 def test_definitions_are_written_in_one_room() -> None:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two machines of one id, of which one is a copied folder: which one is the copy.
+
+An id leads to a machine's processes, images and snapshots, so a copy with the id of another machine would stop that
+machine's guest and remove its snapshots. Decides which machine is a copy, and what is said to whoever uses it; a copy
+becomes a machine of its own by `new_id`. Light: every command comes by here.
+
+The original is the one whose processes run, else the one whose definition has the name that it is found by. Where
+that is said of several or of none, each is a copy of another: nothing is done with any of them.
+
+`INV-COPY-APART`: a machine that is a copy reaches no process, image or memory of its original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+
+from vmm.errors import InvalidSpec, Refused
+from vmm.paths import MachinePaths, check_name, is_id, registry_folder, runtime_of
+from vmm.state import processes_of
+
+_MAX_DEFINITION_BYTES = 4 << 20
+_MAX_COMMAND_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A definition as far as it matters here. `name` is the one that the machine is found by."""
+
+    name: str
+    folder: str
+    id: str
+    written_name: object
+
+
+def original_of(name: str) -> str | None:
+    """The machine of which this one is a copy; None where no other has its id, or it is the original itself."""
+    own = _entry(name)
+    if own is None:
+        return None
+    twins = [one for other in _other_names(name) if (one := _entry(other, own.id)) is not None]
+    if not twins:
+        return None
+    original = _running_among([own, *twins]) or _named_among([own, *twins])
+    if original is None:
+        return twins[0].name
+    return None if original is own else original.name
+
+
+def refuse_copy(name: str) -> None:
+    """Raise Refused for a machine that is a copy of another."""
+    original = original_of(name)
+    if original is not None:
+        raise Refused(
+            f"has the same id as the machine {original}: one is a copy of the other", machine=name,
+            hint=f"vmm set {name} --new-id makes a machine of its own out of the copy",
+        )  # fmt: skip
+
+
+def _other_names(name: str) -> list[str]:
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for other in sorted(os.listdir(registry_folder())):
+            with contextlib.suppress(ValueError):
+                check_name(other)
+                if other != name:
+                    found.append(other)
+    return found
+
+
+def _entry(name: str, wanted_id: str | None = None) -> _Entry | None:
+    """A machine with an id, and with `wanted_id` where that is given; None for any other."""
+    folder = os.path.realpath(os.path.join(registry_folder(), name))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with open(MachinePaths(folder).definition, "rb") as file:
+            content = file.read(_MAX_DEFINITION_BYTES)
+        if wanted_id is not None and wanted_id.encode() not in content:
+            return None  # most are of this kind, and none of them is parsed
+        document = json.loads(content)
+        machine_id = document["id"]
+        if is_id(machine_id) and wanted_id in (None, machine_id):
+            return _Entry(name, folder, machine_id, document.get("name"))
+    return None
+
+
+def _running_among(entries: list[_Entry]) -> _Entry | None:
+    """The one in whose folder the processes of this id work; a link to the same folder is the same machine."""
+    try:
+        processes = processes_of(runtime_of(entries[0].id))
+    except InvalidSpec:
+        return None
+    folders = {word for part in ("worker", "keeper") if (ref := processes.get(part)) for word in _words_of(ref.pid)}
+    found = [one for one in entries if one.folder in folders]
+    return found[0] if len(found) == 1 else None
+
+
+def _words_of(pid: int) -> list[str]:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return [os.fsdecode(word) for word in file.read(_MAX_COMMAND_BYTES).split(b"\0")]
+    return []
+
+
+def _named_among(entries: list[_Entry]) -> _Entry | None:
+    found = [one for one in entries if one.written_name == one.name]
+    return found[0] if len(found) == 1 else None
