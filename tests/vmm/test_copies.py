@@ -28,6 +28,8 @@ from vmm.spec import make_spec
 from vmm.state import KeeperNote, MachineState
 from vmm.transfer import export
 
+_ID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -152,12 +154,12 @@ def test_every_verb_refuses_a_copy(home: Path) -> None:
     web = add("web", home / "a.vhd")
     vhdkit.create_image(home / "more.vhd", 1 << 20)
     snapshot = Snapshot(
-        id="0" * 8 + "-0000" * 3 + "-" + "0" * 12, name="one", created=0.0, parent=None, folder=str(home / "s" / "x"),
+        id=_ID, name="one", created=0.0, parent=None, folder=str(home / "s" / _ID),
         disks={"disk-0": str(home / "a.vhd")}, taken_in="off", memory_bytes=1,
     )  # fmt: skip
     Path(tree_path(web.paths)).write_bytes(Tree({snapshot.id: snapshot}, snapshot.id).to_json())
-    (home / "s" / "x").mkdir(parents=True)
-    (home / "s" / "x" / "x.bin").write_bytes(b"m")
+    (home / "s" / _ID).mkdir(parents=True)
+    (home / "s" / _ID / "x.bin").write_bytes(b"m")
     copied()
     before = files_of(home)
     for name, verb in VERBS.items():

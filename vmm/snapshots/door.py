@@ -19,6 +19,7 @@ from typing import Any
 
 from vmm import contact, registry, saved
 from vmm.contact import Place
+from vmm.copies import refuse_copy
 from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState, of_os_error
 from vmm.registry import Changing, Machine
 from vmm.rpc import ControlClient, Progress
@@ -139,6 +140,7 @@ class MachineSnapshots:
         The present state is dropped, which `discard_current` says that one knows, or kept as a snapshot first
         (`snapshot_current`: True, or its name). Raises NotFound, Refused, WrongState, InUse, NoSpace, StoreFailed.
         """
+        refuse_copy(self.name)
         snapshot = self.find(word)
         if discard_current == bool(snapshot_current):
             raise Refused(
