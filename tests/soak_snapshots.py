@@ -362,7 +362,7 @@ class Driver:
         The present one is judged once nothing is unfinished.
         """
         tree = self._tree()
-        settled = tree.get("journal") is None
+        settled = self._journal() is None
         there = {one["id"]: tuple(one["disks"][disk] for disk in sorted(one["disks"])) for one in tree["snapshots"]}
         for one, images in there.items():
             try:
@@ -413,7 +413,9 @@ class Driver:
     def _journal(self) -> str | None:
         """The operation and phase that is unfinished."""
         journal = self._tree().get("journal")
-        return None if journal is None else " ".join(str(journal[key]) for key in ("op", "phase") if key in journal)
+        if journal is not None:
+            return " ".join(str(journal[key]) for key in ("op", "phase") if key in journal)
+        return "backup" if (self._home() / "backup.json").exists() else None
 
 
 def _snapshots() -> MachineSnapshots:
