@@ -122,6 +122,7 @@ _OWN_WORDS = {  # options of vhdkit's command line, as they are said to vmm
     "--allow-parent-dir": f"if you trust it, {_DISK_OPTION},parent-dir=FOLDER",
     "--allow-raw-parent": f"if you trust it, {_DISK_OPTION},allow-raw-parent",
 }
+_ON_THE_CHILD = "work on the child instead"  # of an image that is the parent of another
 _SHARED_OPTIONS = ("--shrink",)  # which vmm has, too
 
 
@@ -129,6 +130,8 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
     """What vhdkit says to do next, in vmm's words; None where it only helps on vhdkit's own command line."""
     if hint is None or "vhdkit " in hint:  # a whole command
         return hint
+    if hint.startswith(_ON_THE_CHILD):
+        return "vmm repair MACHINE shows whether that one is the newest image of the disk, and takes it on"
     options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)
     for option, words in _OWN_WORDS.items():
         if option in options:

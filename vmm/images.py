@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 
 import vhdkit
-from vmm.errors import InvalidSpec, NotFound
+from vmm.errors import InvalidSpec, NotFound, Refused
 from vmm.kvm.drives import store_error
 from vmm.spec import DiskSpec
 
@@ -70,6 +70,23 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
     raise AssertionError("one of two kinds was opened or raised")
+
+
+def refuse_frozen(disk: DiskSpec) -> None:
+    """Raise Refused for an image that another one stands on, where a guest would write to it. Raises StoreFailed."""
+    if disk.read_only or disk.path is None:
+        return
+    try:
+        children = vhdkit.find_children([disk.path], folders=disk.parent_dirs)[disk.path]
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+    if children:
+        more = f" and {len(children) - 1} more images stand" if len(children) > 1 else " stands"
+        raise Refused(
+            f"{children[0]}{more} on it: it is not the newest image, and must not change", path=disk.path,
+            hint="add the newest one, which holds what was written last, or a child of its own: "
+            f"vhdkit create NEW.avhd --parent {disk.path}",
+        )  # fmt: skip
 
 
 def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writable: bool = False) -> vhdkit.Disk:

@@ -34,6 +34,7 @@ from vmm.snapshots.store import tree_path
 from vmm.snapshots.survey import images_of
 from vmm.snapshots.tree import Image, Tree
 from vmm.spec import MachineSpec
+from vmm.state import note_unclean
 from vmm.transfer import MANIFEST, UEFI_VARIABLES, Progress, Transfer, adopt_parents, need_room
 
 _SNAPSHOT_PARTS = (".bin", ".vsv", ".nvram")  # beside the definition
@@ -235,6 +236,7 @@ def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, share: bool) 
     def fill(machine: MachinePaths) -> None:
         if tree.snapshots or tree.images:
             write_whole(tree_path(machine), tree.to_json())
+        note_unclean(machine)  # how its guest ended is not known
         _bring_files(inside, arrival, machine, share=share)
         if arrival.has_memory:
             adapt_saved(machine, spec)

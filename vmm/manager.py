@@ -27,7 +27,7 @@ from vmm.copies import original_of
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
-from vmm.images import find_image, look_at
+from vmm.images import find_image, look_at, refuse_frozen
 from vmm.kvm import machine_types
 from vmm.kvm.drives import store_error
 from vmm.launch import open_medium
@@ -40,7 +40,7 @@ from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
 from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, PathsSpec, make_disk, make_spec
-from vmm.state import MachineState, processes_of
+from vmm.state import MachineState, is_clean, processes_of
 
 if TYPE_CHECKING:
     from vmm.new_id import NewId
@@ -459,8 +459,9 @@ class Manager:
             disks = backup.disks_to_copy(machine.spec)
             told = progress or (lambda document: None)
             copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))
-            is_off = not saved.is_saved(machine.paths)  # a saved machine's file systems are in use
-        return {**copied, "consistent": is_off}
+            # A saved machine's file systems are in use, and those of one that died were.
+            consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
+        return {**copied, "consistent": consistent}
 
     def _disk_of(self, wish: DiskWish, spec: MachineSpec) -> DiskSpec:
         """A disk for a machine as it is wished for, with what was not said chosen and its image looked at."""
@@ -488,6 +489,7 @@ class Manager:
             os.close(open_medium(path))
         if disk.kind == "vhd":
             disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
+            refuse_frozen(disk)
         return disk
 
     def guest(self, name: str) -> GuestAccess:

@@ -187,3 +187,20 @@ def note_running(machine: MachinePaths, is_running: bool) -> None:
             os.close(os.open(machine.was_running, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         else:
             os.unlink(machine.was_running)
+
+
+def note_unclean(machine: MachinePaths) -> None:
+    """The guest's file systems are in use from now on, or nothing is known of them. Raises VmmError."""
+    if not os.path.exists(machine.unclean):
+        write_whole(machine.unclean, b"")
+
+
+def note_clean(machine: MachinePaths) -> None:
+    """The guest has written its file systems out, and does not run any more. Failing to say so is no error."""
+    with contextlib.suppress(OSError):
+        os.unlink(machine.unclean)
+
+
+def is_clean(machine: MachinePaths) -> bool:
+    """True for a machine that has never run, or whose guest shut itself down; not for one that died or was cut off."""
+    return not os.path.lexists(machine.unclean) and not os.path.lexists(machine.was_running)

@@ -47,7 +47,9 @@ from vmm.state import (
     Phase,
     WorkerNote,
     is_leaving,
+    note_clean,
     note_running,
+    note_unclean,
 )
 from vmm.wiring import Wiring
 
@@ -87,6 +89,7 @@ class Worker:
         self._off = asyncio.Event()  # everything of the machine is put away
         self._problem: VmmError | None = None  # what went wrong with the disks at the end
         self._recoveries: list[float] = []
+        self._is_clean = False  # the guest shut itself down
         self._reverts = False  # it goes back to its snapshot when all is put away
         self._control = ControlServer(self._methods(), on_crash=self._log)
 
@@ -134,6 +137,7 @@ class Worker:
                     self._tell("start-failed", problem=str(error))
                     break
                 end = await self._running.wait_end()
+            self._is_clean = end is End.POWERED_OFF
             is_lost = end is End.CRASHED and not self._leaving.has_begun
             self._reverts = is_lost and self._spec.automatic.recovery == "revert"
         finally:
@@ -168,6 +172,7 @@ class Worker:
         return await self._running.wait_end()
 
     async def _begin(self) -> None:
+        note_unclean(self._machine)
         await self._saving.start(lambda document: self._report(progress=document))
         await self._wiring.links_down()
         self._running_now()
@@ -202,6 +207,8 @@ class Worker:
         try:
             await self._end_server()
             await merge_away_offline(self._machine)
+            if self._is_clean:
+                note_clean(self._machine)
             await asyncio.to_thread(saved.note_disks, self._machine, self._running.spec)
             await asyncio.to_thread(self._start_merging)
         except VmmError as error:

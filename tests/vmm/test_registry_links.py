@@ -102,7 +102,7 @@ def test_no_image_is_removed_and_kept(machines: Machines, linked: Path) -> None:
     real = machines.folder / "store" / "a.vhd"
     write_links(machines, "web", {real: linked})
     (leaf,) = [disk.path for disk in registry.load("web").spec.disks]
-    machines.create("other", [linked])
+    vmm.Manager().create("other", disks=[vmm.DiskWish(str(linked), read_only=True)])
     manager = vmm.Manager()
     for with_disks in (False, True):
         plan = manager.plan_delete("web", with_disks=with_disks, with_snapshots=True)

@@ -93,7 +93,7 @@ def refuse_with_children(
     danger: str,
     *,
     apart_from: str | None = None,
-    hint: str = "work on the child instead, or move it away",
+    hint: str = "work on the child instead: it may hold what was written last",
 ) -> None:
     """Raise HasChildren when an image in the file's folder, or in those the user named, stands on this one.
 

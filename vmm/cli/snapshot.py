@@ -194,7 +194,7 @@ def show_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> Non
             ("name", one.name),
             ("id", one.id),
             ("taken", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.created))),
-            ("the machine was", one.taken_in + (", file systems frozen" if one.consistent else "")),
+            ("the machine was", one.taken_in + (", file systems written out" if one.consistent else "")),
             ("came after", tree.snapshots[one.parent].name if one.parent else ""),
             ("memory", "" if one.memory_bytes is None else format_size(one.memory_bytes)),
             ("stood still", f"{one.pause_seconds * 1000:.0f} ms ({one.mode})" if one.pause_seconds else ""),

@@ -29,6 +29,7 @@ from vmm.snapshots.steps import (
 )
 from vmm.snapshots.store import holding
 from vmm.snapshots.tree import Snapshot
+from vmm.state import note_clean, note_unclean
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,11 @@ def apply(machine: Changing, word: str) -> Applied:
                 held.tree.grow(one.frozen, one.child, one.format, child_id=vhdkit.image_id(one.child))
             held.tree.now = snapshot.id
             uefi = folder.uefi_variables if os.path.exists(folder.uefi_variables) else None
+            note_unclean(machine.paths)
             held.go_on(commit_to(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
         commit(held)
+        if snapshot.consistent and snapshot.memory_bytes is None:
+            note_clean(machine.paths)
         tidied = tidy(held)
     add_event(machine.paths.events, "snapshot-applied", snapshot=snapshot.name)
     return Applied(snapshot, "saved" if snapshot.memory_bytes is not None else "off", tidied)

@@ -28,6 +28,7 @@ from vmm.snapshots.store import Held, holding
 from vmm.snapshots.survey import images_of
 from vmm.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
 from vmm.spec import MachineSpec
+from vmm.state import is_clean
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def create(machine: Changing, wish: Wish) -> Snapshot:
         machine = settle(held)
         is_saved = saved.is_saved(machine.paths)
         snapshot, pivots = begin(held, machine.spec, wish, "saved" if is_saved else "off")
+        snapshot = replace(snapshot, consistent=is_clean(machine.paths) and not is_saved)
         check_chains(machine.spec, snapshot.disks)
         folder = SnapshotFolder(snapshot.folder)
         held.begin(CreateOff(snapshot.folder, tuple(pivots)))

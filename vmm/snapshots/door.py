@@ -62,7 +62,7 @@ class MachineSnapshots:
 
     def tree(self) -> Tree:
         """All of them. Raises NotFound for a machine that is not there, VmmError."""
-        return load_tree(registry.load(self.name).paths)
+        return load_tree(contact.look(self.name).paths)
 
     def find(self, word: str) -> Snapshot:
         """One by its name, its id, or the beginning of its id. Raises NotFound."""
@@ -75,12 +75,12 @@ class MachineSnapshots:
 
     def merges_due(self) -> int:
         """How many merges wait for the machine to be off. Raises VmmError."""
-        machine = registry.load(self.name)
+        machine = contact.look(self.name)
         return len(judge(machine, load_tree(machine.paths)).merges)
 
     def hidden(self) -> dict[str, str]:
         """Images that no snapshot is on any more and that stay all the same, with the reason. Raises VmmError."""
-        return hidden_images(registry.load(self.name))
+        return hidden_images(contact.look(self.name))
 
     def sizes(self, snapshot: Snapshot) -> Sizes:
         """What it takes up: the images that it froze, and its memory."""
@@ -92,7 +92,7 @@ class MachineSnapshots:
 
     def size_of_now(self) -> int:
         """What the present state has written since, in bytes on the file system."""
-        machine = registry.load(self.name)
+        machine = contact.look(self.name)
         return sum(_allocated(path) for path in images_of(machine.spec).values())
 
     # -- taking --------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class MachineSnapshots:
                 machine=self.name,
                 hint="--discard-current drops it, --snapshot-current keeps it as a snapshot; say one of them",
             )
-        machine = registry.load(self.name)
+        machine = contact.look(self.name)
         look_before_apply(machine, load_tree(machine.paths), snapshot)  # before the guest is powered off
         if snapshot_current:
             self.create(snapshot_current if isinstance(snapshot_current, str) else None, progress=progress)

@@ -27,7 +27,7 @@ from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef, is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.snapshots.journal import MergeOff
 from vmm.snapshots.rule import Merge
-from vmm.snapshots.settle import settle
+from vmm.snapshots.settle import is_pending, settle
 from vmm.snapshots.steps import finish_merge, options_of_all, store_problem, tidy
 from vmm.snapshots.store import Held, Merging, holding, load_tree, merging_path, read_merging, write_merging
 from vmm.snapshots.survey import judge
@@ -69,7 +69,7 @@ class Fold:
                 return 0
             write_merging(self._machine, Merging(ProcessRef.of_self(), None, 0, 0))
             stack.callback(self._forget_note)
-            if held.tree.journal is not None:
+            if is_pending(held):
                 with self._locked():
                     settle(held)
             while (merge := self._next(held)) is not None:
