@@ -4,7 +4,8 @@
 Decides the order in which drivers are tried and the options that each gets. Root has the kernel's drivers first, on a
 loop device with direct I/O, where that cannot come to a standstill (`mount_host.loop_writes_are_safe`); everybody has
 the FUSE drivers. Images are not trusted: no set-user-id bits, no devices. Nor are other users: a FUSE driver lets them
-in only when they were to be, and then to look at what the permissions inside allow.
+in only when they were to be, and then to look at what the permissions inside allow. What the kernel's driver refused
+is not written to by another one (`is_verdict`).
 
 A read-only mount of a file system that was not unmounted cannot replay its journal. It is tried as it should be first,
 and then as it stands, without the journal: `leaves_journal` says so, since what the journal holds is missing then.
@@ -75,6 +76,12 @@ def attempts(
 def _by_kernel(kind: str, options: str, *, leaves_journal: bool = False) -> Attempt:
     words = ("mount", "-i", "-t", kind, "-o", options)
     return Attempt(f"the kernel's {kind}", words, needs_loop=True, leaves_journal=leaves_journal)
+
+
+def is_verdict(said: str) -> bool:
+    """True when `mount` says that the kernel refused this very file system, not that it has no driver or may not."""
+    said = said.lower()
+    return not any(words in said for words in ("unknown filesystem type", "permission denied", "not permitted"))
 
 
 def advice(found: FileSystem | None, *, is_root: bool, file: str) -> str:

@@ -287,21 +287,46 @@ def _refused(said: str, mountpoint: str, *, others_wanted: bool) -> errors.Vhdki
 def _mount_inside(
     plan: list[drivers.Attempt], found: FileSystem, file: str, mountpoint: str, export: ImageExport
 ) -> tuple[str, tuple[str, ...]]:
-    """Mount the file system in `file`; (the driver's name, what the user should know). Raises UnsupportedFormat."""
-    said, unknown = [], True
+    """Mount the file system in `file`; (the driver's name, what the user should know). Raises UnsupportedFormat.
+
+    A file system that the kernel has looked at and refused is not written to by another driver, which may be less
+    careful. Read-only, or over an overlay, the next one is tried, and what the kernel said is a note.
+    """
+    said: list[str] = []
+    refusals: list[str] = []
+    unknown = True
+    may_destroy = export.disk.writable and not export.is_temporary
     for attempt in plan:
         told = _try(attempt, file, mountpoint, export.disk.writable)
         if told is None:
-            return attempt.name, (_WITHOUT_JOURNAL,) if attempt.leaves_journal else ()
-        said.append(f"{attempt.name}: {told}")
-        unknown = unknown and "unknown filesystem type" in told
+            notes = [f"another driver refused it, {one}" for one in dict.fromkeys(refusals)]
+            return attempt.name, (*([_WITHOUT_JOURNAL] if attempt.leaves_journal else []), *notes)
+        said.append(f"{attempt.name}: {told.text}")
+        unknown = unknown and "unknown filesystem type" in told.text
+        if told.is_verdict and not attempt.leaves_journal:
+            refusals.append(said[-1])
+            if may_destroy:
+                raise errors.UnsupportedFormat(
+                    f"its {found.kind} was refused by {said[-1]}",
+                    path=export.image_path,
+                    hint="`dmesg` says why. Check it with its own tools, on a copy or a child; without --rw it may be"
+                    " read as it stands",
+                )
     hint = drivers.advice(found, is_root=host.is_root(), file=file) if unknown else None
     raise errors.UnsupportedFormat(
         f"its {found.kind} cannot be mounted: {'; '.join(dict.fromkeys(said))}", path=export.image_path, hint=hint
     )
 
 
-def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -> str | None:
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why an attempt came to nothing. `is_verdict`: a driver has looked at the file system and refused it."""
+
+    text: str
+    is_verdict: bool = False
+
+
+def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -> _Failure | None:
     """One attempt: None when it is mounted, else why it is not; nothing is left then."""
     source = file
     if attempt.needs_loop:
@@ -309,11 +334,13 @@ def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -
             ["losetup", "--find", "--show", "--direct-io=on", *([] if writable else ["--read-only"]), file]
         )
         if told.code != 0:
-            return told.text or "no loop device"
+            return _Failure(told.text or "no loop device")
         source = told.text
         if writable and not host.loop_is_direct(source):
             host.run(["losetup", "--detach", source])
-            return "the loop device has no direct I/O here, without which a writable mount could run into itself"
+            return _Failure(
+                "the loop device has no direct I/O here, without which a writable mount could run into itself"
+            )
     try:
         told = host.run(attempt.command(source, mountpoint))
     finally:
@@ -322,7 +349,8 @@ def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -
     if told.code == 0 and table.top_at(host.mounts(), mountpoint) is not None:
         return None
     text = told.text.removeprefix(f"mount: {mountpoint}: ").partition("; dmesg(1)")[0]
-    return text.rstrip(".") or f"exit code {told.code}"
+    text = text.rstrip(".") or f"exit code {told.code}"
+    return _Failure(text, is_verdict=attempt.needs_loop and drivers.is_verdict(text))
 
 
 # -- unmounting ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from vhdkit.formats.filesystems import CONTAINERS, FileSystem
-from vhdkit.serve.mount_drivers import advice, attempts
+from vhdkit.serve.mount_drivers import advice, attempts, is_verdict
 
 
 def names(kind: str, *, writable: bool = False, is_root: bool = True, safe_loop: bool = True) -> list[str]:
@@ -70,6 +70,14 @@ def test_ntfs_is_not_open_to_all(is_root: bool) -> None:
 def test_set_user_id_programs_are_known() -> None:
     """ntfs-3g is root whoever starts it, and a FUSE mount keeps even root out."""
     assert [one.runs_as_root for one in attempts(FileSystem("ntfs"), writable=False, is_root=False)] == [True]
+
+
+def test_a_verdict_is_told_from_a_driver_that_is_not_there() -> None:
+    """What the kernel says of a file system is one, that it has no such driver or that we may not is none."""
+    assert is_verdict("wrong fs type, bad option, bad superblock on /dev/loop0, missing codepage or helper program")
+    assert is_verdict("mount(2) system call failed: Structure needs cleaning")
+    assert not is_verdict("unknown filesystem type 'ntfs3'") and not is_verdict("permission denied")
+    assert not is_verdict("mount failed: Operation not permitted")
 
 
 def test_advice_says_what_helps() -> None:

@@ -25,6 +25,11 @@ from tests.mounting import (
 )
 from tests.mounting import vhdkit as command
 from tests.support import require_tool, run
+from vhdkit import OpenOptions
+from vhdkit.formats.filesystems import FileSystem
+from vhdkit.serve import mount_drivers as drivers
+from vhdkit.serve import mounting
+from vhdkit.serve.opening import Manner, Wanted, open_exports
 
 MIB = 1 << 20
 
@@ -275,6 +280,57 @@ def test_a_file_system_by_a_fuse_driver(image: Path, tmp_path: Path, runtime: Pa
         command("mount", image, mnt, "--fs", env=environment)
         assert (mnt / "new.bin").read_bytes() == bytes(range(256)) * 4096
         command("umount", mnt)
+
+
+def test_what_the_kernel_refuses_is_not_written_by_another_driver(
+    image: Path, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's words are shown; read-only, or over an overlay, the next driver is tried, with a note."""
+    tried: list[str] = []
+    said = ""
+
+    def attempt(one: drivers.Attempt, file: str, mountpoint: str, writable: bool) -> mounting._Failure | None:
+        tried.append(one.name)
+        if one.needs_loop:
+            return mounting._Failure(said, is_verdict=drivers.is_verdict(said))
+        return None
+
+    monkeypatch.setattr(mounting, "_try", attempt)
+    found = FileSystem("ext4")
+    for words, verdict in (("Structure needs cleaning", True), ("unknown filesystem type 'ext4'", False)):
+        said = words
+        for manner, writable in (
+            (Manner(OpenOptions()), True),
+            (Manner(OpenOptions(), read_only=True), False),
+            (Manner(OpenOptions(), overlay=True), True),
+        ):
+            tried.clear()
+            plan = list(drivers.attempts(found, writable=writable, is_root=True))
+            (export,) = open_exports([Wanted(str(image))], manner)
+            with export.disk:
+                if verdict and writable and not manner.overlay:
+                    with pytest.raises(
+                        vhdkit.UnsupportedFormat, match=r"refused by the kernel's ext4: Structure needs"
+                    ):
+                        mounting._mount_inside(plan, found, "disk.raw", "mnt", export)
+                    assert tried == ["the kernel's ext4"]
+                    continue
+                name, notes = mounting._mount_inside(plan, found, "disk.raw", "mnt", export)
+            assert name == "fuse2fs" and tried[-1] == "fuse2fs"
+            assert (notes == ()) != verdict and all("Structure needs cleaning" in one for one in notes)
+
+
+def test_a_cut_file_system_is_refused_by_the_kernel(image: Path, tmp_path: Path, runtime: Path) -> None:
+    """The same with a real one: an ext4 that is cut off is not mounted to write, and nothing is left."""
+    require_loop()
+    if not can_mount_kernel("ext4"):
+        pytest.skip("needs a kernel with ext4")
+    raw, mnt = tmp_path / "short.raw", tmp_path / "mnt"
+    vhdkit.convert(image, raw, disk_format=vhdkit.DiskFormat.RAW)
+    os.truncate(raw, 12 * MIB)
+    mnt.mkdir()
+    assert "its ext4 was refused by the kernel's ext4" in failure(1, "mount", raw, mnt, "--fs", "--rw")
+    assert os.listdir(runtime) == [] and not is_mounted(mnt)
 
 
 def test_a_file_system_nobody_mounts(tmp_path: Path, runtime: Path) -> None:
