@@ -19,7 +19,15 @@ from tests.support import ROOT, python_files
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("vhdkit.units", "vhdkit.errors", "vhdkit.finding"),
-    ("vhdkit.locks", "vhdkit.transfer", "vhdkit.store", "vhdkit.folder", "vhdkit.beneath", "vhdkit.image"),
+    (
+        "vhdkit.locks",
+        "vhdkit.transfer",
+        "vhdkit.store",
+        "vhdkit.folder",
+        "vhdkit.beneath",
+        "vhdkit.guarded",
+        "vhdkit.image",
+    ),
     ("vhdkit.formats",),
     ("vhdkit.chain",),
     ("vhdkit.disk",),
@@ -53,7 +61,14 @@ FOREIGN_HOMES = {
     "rich": ("vhdkit/cli/*", "vmm/cli/*"),
 }
 # The only file I/O in vhdkit: bytes and names. Elsewhere `os` gives what is listed here and nothing else.
-FILE_ROOMS = ("vhdkit/store.py", "vhdkit/folder.py", "vhdkit/beneath.py", "vhdkit/transfer.py", "vhdkit/locks.py")
+FILE_ROOMS = (
+    "vhdkit/store.py",
+    "vhdkit/folder.py",
+    "vhdkit/beneath.py",
+    "vhdkit/guarded.py",
+    "vhdkit/transfer.py",
+    "vhdkit/locks.py",
+)
 # Beside them, files that are the kernel's and no bytes of a disk: its tables of mounts, its switches.
 KERNEL_ROOMS = ("vhdkit/serve/mount_host.py",)
 FILE_MODULES = {"ctypes", "fcntl", "fileinput", "glob", "mmap", "shutil", "tempfile"}

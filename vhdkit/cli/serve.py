@@ -26,6 +26,7 @@ from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
 from vhdkit.folder import NewFile, SocketFile, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
+from vhdkit.serve.confinement import Confinement
 from vhdkit.serve.control import Control
 from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
 from vhdkit.serve.nbd_options import TlsMode
@@ -63,6 +64,8 @@ class Wish:
     tls_psk: str | None
     tls_required: bool
     control: str | None
+    control_owner: str | None
+    control_dir: tuple[str, ...]
     remember: str | None
     follow_leaf: bool
     insecure: bool
@@ -119,6 +122,13 @@ class Wish:
 @click.option("--tls-required", is_flag=True, help="Refuse clients that do not encrypt.")
 @click.option("--control", metavar="PATH", type=PATH,
               help="Take commands of `vhdkit ctl` on this unix socket.")  # fmt: skip
+@click.option("--control-owner", metavar="USER[:GROUP]",
+              help="Who may use the control socket instead of you (as root). That is much power: over every export"
+                   " (snapshot, merge, resize, remove), the clients and the server's end, and over files in the"
+                   " folders of --control-dir.")  # fmt: skip
+@click.option("--control-dir", metavar="DIR", type=PATH, multiple=True,
+              help="Where the control owner may have images opened (add) and new leaves made (snapshot EXPORT=NEW):"
+                   " in DIR and below. Nobody but root or you may be able to write to DIR. Repeatable.")  # fmt: skip
 @click.option("--remember", metavar="DIR", type=PATH,
               help="Note in DIR, a private folder in memory, what is not yet in the images: when this server is"
                    " killed and started again, its clients have lost nothing.")  # fmt: skip
@@ -126,7 +136,8 @@ class Wish:
     "--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE, as a live snapshot left it."
 )
 @click.option("--insecure", is_flag=True, help="Listen for other machines although nothing is encrypted.")
-@click.option("--socket-owner", metavar="USER[:GROUP]", help="Who may use the unix socket instead of you (as root).")
+@click.option("--socket-owner", metavar="USER[:GROUP]",
+              help="Who may use the unix socket instead of you (as root): the clients, not --control.")  # fmt: skip
 @click.option("--exit-last", is_flag=True, help="End when the last client has gone.")
 @click.option("--pid-file", metavar="FILE", type=PATH, help="Write the process's number there when it is ready.")
 @click.option("--stats", is_flag=True, help="Show on the terminal what is going on.")
@@ -167,6 +178,10 @@ def _check(wish: Wish) -> None:
         raise click.UsageError("either --tls-certs or --tls-psk")
     if wish.tls_required and not (wish.tls_certs or wish.tls_psk):
         raise click.UsageError("--tls-required needs --tls-certs DIR")
+    if (wish.control_owner or wish.control_dir) and wish.control is None:
+        raise click.UsageError("--control-owner and --control-dir are about the socket of --control")
+    if wish.control_dir and not wish.control_owner:
+        raise click.UsageError("--control-dir is for a --control-owner: you yourself may name any file")
     if wish.socket_owner and wish.listen and not wish.socket:
         raise click.UsageError("--socket-owner is about a unix socket, not about --listen")
 
@@ -249,12 +264,17 @@ def _tls(wish: Wish) -> ssl.SSLContext | None:
 
 
 def _take_commands(wish: Wish, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack) -> None:
-    """Have the control socket, of the same owner as the other."""
+    """Have the control socket: ours, unless it was given to somebody, whose paths are confined then."""
     assert wish.control is not None
-    socket_file = SocketFile(wish.control, owner=parse_owner(wish.socket_owner) if wish.socket_owner else None)
+    confined = Confinement(wish.control_dir)
+    try:
+        owner = parse_owner(wish.control_owner) if wish.control_owner else None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    socket_file = SocketFile(wish.control, owner=owner)
     cleanup.callback(socket_file.close)
     operations = Operations(server, exports)
-    control = Control(server.loop, operations.methods())
+    control = Control(server.loop, operations.methods(), operations.methods(confined) if owner else None)
     cleanup.callback(operations.close)
     cleanup.callback(control.close)
     control.listen(socket_file.socket)

@@ -4,15 +4,18 @@
 Decides how requests and answers are spelled, and that a client is bounded: a line has at most `MAX_LINE_BYTES`, one
 request of a client is worked on at a time, and nothing more is read from it meanwhile. What a method does is decided
 in `operations`. Methods that may take long run one after the other on a thread of their own, never on the loop's
-workers, which an export that is held waits for; those that take minutes on one each.
+workers, which an export that is held waits for; those that take minutes on one each. Who asks is told by the kernel
+(SO_PEERCRED): peers of other users have methods of their own, or none.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ MAX_LINE_BYTES = 64 * KIB
 MAX_CLIENTS = 32
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
 _ACCEPT_AGAIN_SECONDS = 0.2
+_PEER = struct.Struct("3i")  # struct ucred: process, user, group
 FAILED = -32000  # the operation failed: `data` says how
 _log = logging.getLogger(__name__)
 
@@ -56,9 +60,13 @@ class _Refused(Exception):
 class Control:
     """The control socket of one server. All methods run on the loop's thread, `close` after the loop has ended."""
 
-    def __init__(self, loop: Loop, methods: dict[str, Method]) -> None:
+    def __init__(
+        self, loop: Loop, methods: dict[str, Method], strangers_methods: dict[str, Method] | None = None
+    ) -> None:
+        """`strangers_methods` are for peers who are neither our user nor root; without them they are sent away."""
         self.loop = loop
         self._methods = methods
+        self._strangers_methods = strangers_methods
         self._clients: set[_Client] = set()
         self._long: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -79,11 +87,12 @@ class Control:
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self.listen(listener))
             return
-        if len(self._clients) >= MAX_CLIENTS:
+        methods = self._methods if _is_ours(sock) else self._strangers_methods
+        if len(self._clients) >= MAX_CLIENTS or methods is None:
             sock.close()
             return
         sock.setblocking(False)
-        self._clients.add(_Client(self, sock, self._clients.discard))
+        self._clients.add(_Client(self, sock, methods, self._clients.discard))
 
     def close(self) -> None:
         """Wait for what is being done, and hang up. Work of minutes sees by itself that the server has ended."""
@@ -97,8 +106,8 @@ class Control:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def call(self, raw: bytes, reply: Reply) -> None:
-        """Do what the line asks for; `reply` gets the line to answer with, now or later, or nothing."""
+    def call(self, raw: bytes, methods: dict[str, Method], reply: Reply) -> None:
+        """Do what the line asks for, by one of `methods`; `reply` gets the answer's line, now or later, or nothing."""
         number: object = None
         try:
             try:
@@ -111,7 +120,7 @@ class Control:
             if number is not None and (isinstance(number, bool) or not isinstance(number, int | str)):
                 number = None
                 raise _Refused(INVALID_REQUEST, "an id is a number or a text")
-            method, params = self._parsed(request)
+            method, params = _parsed(request, methods)
         except _Refused as problem:
             reply(_failure(number, problem.code, str(problem)))
             return
@@ -136,17 +145,6 @@ class Control:
         answer = run()
         self.loop.post(lambda: reply(answer))
 
-    def _parsed(self, request: dict[str, Any]) -> tuple[Method, Params]:
-        name, params = request.get("method"), request.get("params", {})
-        if request.get("jsonrpc") != "2.0" or not isinstance(name, str):
-            raise _Refused(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
-        if not isinstance(params, dict):
-            raise _Refused(INVALID_PARAMS, "parameters are given by name")
-        method = self._methods.get(name)
-        if method is None:
-            raise _Refused(NO_METHOD, f"there is no such method; there are {', '.join(self._methods)}")
-        return method, params
-
     def _start_worker(self) -> None:
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="control", daemon=True)
@@ -155,6 +153,25 @@ class Control:
     def _work(self) -> None:
         while (job := self._long.get()) is not None:
             job()
+
+
+def _parsed(request: dict[str, Any], methods: dict[str, Method]) -> tuple[Method, Params]:
+    name, params = request.get("method"), request.get("params", {})
+    if request.get("jsonrpc") != "2.0" or not isinstance(name, str):
+        raise _Refused(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
+    if not isinstance(params, dict):
+        raise _Refused(INVALID_PARAMS, "parameters are given by name")
+    method = methods.get(name)
+    if method is None:
+        raise _Refused(NO_METHOD, f"there is no such method; there are {', '.join(methods)}")
+    return method, params
+
+
+def _is_ours(sock: socket.socket) -> bool:
+    """True for a peer with our user's power over files, as the kernel noted when it connected."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    _, user_id, _ = _PEER.unpack(raw)
+    return user_id in (0, os.geteuid())
 
 
 def _answer(number: object, method: Method, params: Params) -> bytes:
@@ -191,8 +208,11 @@ def _line(document: object) -> bytes:
 class _Client:
     """Somebody at the control socket."""
 
-    def __init__(self, control: Control, sock: socket.socket, left: Callable[[_Client], None]) -> None:
+    def __init__(
+        self, control: Control, sock: socket.socket, methods: dict[str, Method], left: Callable[[_Client], None]
+    ) -> None:
         self._control = control
+        self._methods = methods
         self._left = left
         self._channel = Channel(control.loop, sock, self._proceed)
         self._room = memoryview(bytearray(MAX_LINE_BYTES + 1))
@@ -241,7 +261,7 @@ class _Client:
         del self._input[: end + 1]
         if raw.strip():
             self._busy = True
-            self._control.call(raw, self._reply)
+            self._control.call(raw, self._methods, self._reply)
         return True
 
     def _reply(self, answer: bytes) -> None:

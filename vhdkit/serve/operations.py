@@ -11,6 +11,8 @@ import contextlib
 import os
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vhdkit import errors
@@ -19,11 +21,12 @@ from vhdkit.chain.resize import resize_open
 from vhdkit.chain.resolve import allowed_folders
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
+from vhdkit.serve.confinement import Confinement
 from vhdkit.serve.connection import Connection
 from vhdkit.serve.control import BadParams, Method, Params
 from vhdkit.serve.merging import MergeWish, Merging
 from vhdkit.serve.nbd_server import NbdServer
-from vhdkit.serve.opening import ImageExport, kind_of, open_exports, wanted_of_document
+from vhdkit.serve.opening import ImageExport, Wanted, kind_of, open_exports, wanted_of_document
 
 
 class Operations:
@@ -37,17 +40,17 @@ class Operations:
         self._changing = threading.Lock()  # who changes a chain that no merge has in hand, or takes one in hand
         self._prepared: Freezing | None = None  # new leaves that are made, for the next snapshot
 
-    def methods(self) -> dict[str, Method]:
-        """By the names they are called by."""
+    def methods(self, confined: Confinement | None = None) -> dict[str, Method]:
+        """By the names they are called by. `confined`: for askers who may not have files opened and made anywhere."""
         return {
             "status": Method(self._status),
-            "prepare": Method(self._prepare, takes_long=True),
-            "snapshot": Method(self._snapshot, takes_long=True),
+            "prepare": Method(partial(self._prepare, confined), takes_long=True),
+            "snapshot": Method(partial(self._snapshot, confined), takes_long=True),
             "merge": Method(self._merge, takes_minutes=True),
             "cancel": Method(self._cancel),
             "resize": Method(self._resize, takes_long=True),
             "set-read-only": Method(self._set_read_only, takes_long=True),
-            "add": Method(self._add, takes_long=True),
+            "add": Method(partial(self._add, confined), takes_long=True),
             "remove": Method(self._remove, takes_long=True),
             "disconnect": Method(self._disconnect),
             "shutdown": Method(self._shutdown),
@@ -135,12 +138,12 @@ class Operations:
 
     # -- changing -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, params: Params) -> object:
+    def _prepare(self, confined: Confinement | None, params: Params) -> object:
         """Make the new leaves of a snapshot, so that taking it is short; parameters as `snapshot`'s.
 
         They go when another is prepared or taken, and with {"exports": {}} or the server's end.
         """
-        pairs = [] if params == {"exports": {}} else self._pairs(params)
+        pairs = [] if params == {"exports": {}} else self._pairs(confined, params)
         with self._changing:
             self._forget_prepared()
             if not pairs:
@@ -171,7 +174,7 @@ class Operations:
         self._forget_prepared()
         return Freezing(chains)
 
-    def _pairs(self, params: Params) -> list[tuple[ImageExport, str | None]]:
+    def _pairs(self, confined: Confinement | None, params: Params) -> list[tuple[ImageExport, str | None]]:
         """What is to be frozen, and where its new leaf goes. Raises BadParams and what stands against it."""
         _only(params, "exports")
         wanted = params.get("exports")
@@ -186,13 +189,15 @@ class Operations:
                     f"export {export.name!r} is a temporary overlay: there is no image to freeze",
                     path=export.image_path,
                 )
+        if confined is not None:
+            pairs = [(export, _confined_place(confined, export, path)) for export, path in pairs]
         for export, path in pairs:
             _check_place(export, path)
         return pairs
 
-    def _snapshot(self, params: Params) -> object:
+    def _snapshot(self, confined: Confinement | None, params: Params) -> object:
         """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}, without it all exports."""
-        pairs = self._pairs(params)
+        pairs = self._pairs(confined, params)
         exports = [export for export, _ in pairs]
         with self._changing:
             self._refuse_merging(exports)
@@ -269,12 +274,14 @@ class Operations:
                 export.set_read_only(read_only)
         return {"exports": [export.name for export in exports], "read_only": read_only}
 
-    def _add(self, params: Params) -> object:
+    def _add(self, confined: Confinement | None, params: Params) -> object:
         """Serve one more image; the parameters are those of an entry of an exports file (`opening`)."""
         try:
             wanted = wanted_of_document(params)
         except errors.InvalidArgument as error:
             raise BadParams(error.problem) from error
+        if confined is not None:
+            wanted = _confined_image(confined, wanted)
         held = next((one for one in self._exports if real_path(one.image_path) == real_path(wanted.path)), None)
         if held is not None:
             raise errors.ImageInUse(f"is served already, as {held.name!r}", path=wanted.path)
@@ -352,6 +359,27 @@ def _new_path(path: object) -> str | None:
     if not isinstance(path, str) or not path.startswith(os.sep) or "\0" in path:
         raise BadParams("the path of a new leaf is absolute, or null for the usual name")
     return path
+
+
+def _confined_place(confined: Confinement, export: ImageExport, path: str | None) -> str | None:
+    """Where a stranger has a new leaf made."""
+    if path is None:
+        confined.beside(export.image_path)
+        return None
+    return confined.new_file(path)
+
+
+def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
+    """What a stranger wants served, with real paths. Which image is the newest, and where, is not for him to ask."""
+    assert wanted.manner is not None
+    if wanted.manner.follow_leaf:
+        raise errors.AccessDenied(
+            "a control owner names the image itself, not one that is to be followed", path=wanted.path
+        )
+    options = wanted.manner.options
+    folders = tuple(confined.folder(folder) for folder in options.parent_dirs)
+    manner = replace(wanted.manner, options=replace(options, parent_dirs=folders))
+    return replace(wanted, path=confined.image(wanted.path), manner=manner)
 
 
 def _check_place(export: ImageExport, path: str | None) -> None:

@@ -8,8 +8,11 @@ import os
 import signal
 import stat
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -197,3 +200,61 @@ def test_a_merge_is_stopped_by_a_signal(folder: Path) -> None:
             assert merging.wait(60) == 130
         assert document("ctl", "c", "status")["exports"][0]["merge"] is None
     assert content("leaf-1.avhd") == before
+
+
+ASK = """
+import json, os, socket, sys
+os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
+client = socket.socket(socket.AF_UNIX)
+try:
+    client.connect(sys.argv[1])
+except PermissionError:
+    sys.exit(print("no way in"))
+for line in sys.argv[2:]:
+    method, params = json.loads(line)
+    client.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\\n")
+    print(client.makefile().readline().strip())
+"""
+
+
+def asked(socket: Path, *requests: tuple[str, dict[str, Any]]) -> list[str]:
+    """What the server answers to the user nobody, a line each."""
+    lines = [json.dumps(one) for one in requests]
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(socket), *lines], capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stdout.splitlines()
+
+
+def test_the_control_socket_stays_ours(tmp_path: Path) -> None:
+    """INV-CONTROL-CONFINED: --socket-owner gives the clients' socket alone; --control-owner gives what is named."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    with tempfile.TemporaryDirectory() as name:
+        room = Path(name)
+        room.chmod(0o755)  # whoever owns a socket has to get there
+        images = room / "images"
+        images.mkdir(0o700)
+        for path in (room / "a.vhd", images / "b.vhd", tmp_path / "secret.vhd"):
+            vhdkit.create_image(path, MIB)
+        (images / "way.vhd").symlink_to(tmp_path / "secret.vhd")
+        with serving(room / "a.vhd", "--socket", room / "s", "--control", room / "c", "--socket-owner", "nobody"):
+            assert [os.stat(room / one).st_uid for one in "sc"] == [65534, 0]
+            assert asked(room / "c", ("status", {})) == ["no way in"]
+            assert "a.vhd" in good("ctl", str(room / "c"), "status")
+            good("ctl", str(room / "c"), "add", f"mine={tmp_path / 'secret.vhd'}")
+        words = ("--control", room / "c", "--control-owner", "nobody", "--control-dir", images)
+        with serving(room / "a.vhd", "--socket", room / "s", *words):
+            assert [os.stat(room / one).st_uid for one in "sc"] == [0, 65534]
+            answers = asked(
+                room / "c",
+                ("status", {}),
+                ("add", {"name": "x", "path": str(tmp_path / "secret.vhd")}),
+                ("add", {"name": "x", "path": str(images / "way.vhd")}),
+                ("snapshot", {"exports": {"a.vhd": str(room / "a.avhd")}}),
+                ("add", {"name": "b", "path": str(images / "b.vhd")}),
+                ("snapshot", {"exports": {"b": str(images / "b-1.avhd")}}),
+            )
+            assert ["AccessDenied" in one for one in answers] == [False, True, True, True, False, False], answers
+            assert ['"error"' in one for one in answers] == [False, True, True, True, False, False], answers
+            good("ctl", str(room / "c"), "add", f"mine={tmp_path / 'secret.vhd'}")

@@ -18,6 +18,7 @@ from vhdkit.chain.check import check
 from vhdkit.chain.create import create_image
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import open_disk
+from vhdkit.serve.confinement import Confinement
 from vhdkit.serve.control import BadParams
 from vhdkit.serve.nbd_server import NbdServer
 from vhdkit.serve.nbd_wire import Command, CommandFlag
@@ -303,6 +304,44 @@ def test_read_only_and_back(bench: Bench) -> None:
     for params in ({"read_only": 1}, {"export": 1}, {"exports": "a"}):
         with pytest.raises(BadParams):
             bench.do("set-read-only", **params)
+
+
+def test_strangers_are_confined(tmp_path: Path) -> None:
+    """INV-CONTROL-CONFINED: what a control owner adds, and where his leaves go, lies in the named folders alone."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir(mode=0o755)
+    for path in (inside / "more.vhd", outside / "secret.vhd"):
+        create_image(path, SIZE, block_size_bytes=512 * KIB)
+    (inside / "way").symlink_to(outside)
+    (inside / "alias.vhd").symlink_to("more.vhd")
+    before = {path: path.stat() for path in outside.iterdir()}
+    with bench_in(inside) as bench:
+        bench.methods = bench.operations.methods(Confinement([str(inside)]))
+        refused: list[dict[str, object]] = [
+            {"name": "x", "path": str(outside / "secret.vhd")},
+            {"name": "x", "path": str(inside / "way" / "secret.vhd")},
+            {"name": "x", "path": str(inside / ".." / "outside" / "secret.vhd")},
+            {"name": "x", "path": str(inside / "more.vhd"), "parent_dirs": [str(outside)]},
+            {"name": "x", "path": str(inside / "more.vhd"), "parent_dirs": [str(inside / "way")]},
+            {"name": "x", "path": str(inside / "more.vhd"), "follow_leaf": True},
+        ]
+        for params in refused:
+            with pytest.raises(errors.AccessDenied):
+                bench.methods["add"].work(params)
+        for method in ("snapshot", "prepare"):
+            for path in (outside / "new.avhd", inside / "way" / "new.avhd", inside / ".." / "outside" / "new.avhd"):
+                with pytest.raises(errors.AccessDenied):
+                    bench.do(method, exports={"a": str(path)})
+        assert {path: path.stat() for path in outside.iterdir()} == before
+        wanted = {"name": "x", "path": str(inside / "alias.vhd"), "parent_dirs": [str(inside)]}
+        added = bench.methods["add"].work(wanted)
+        assert added["export"]["path"] == str(inside / "more.vhd")  # type: ignore[index]
+        bench.do("snapshot", exports={"a": str(inside / "named.avhd"), "b": None})
+        inside.chmod(0o777)  # from now on anybody could put a link in the place of a file
+        for exports in ({"a": str(inside / "again.avhd")}, {"a": None}):
+            with pytest.raises(errors.AccessDenied, match="can be written to by others"):
+                bench.do("snapshot", exports=exports)
 
 
 def test_disconnect(bench: Bench) -> None:

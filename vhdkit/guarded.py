@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders in which nobody but the server's user can change what a name means.
+
+Decides which folder counts as such: it and every folder above it belong to root or to us, and nobody else may rename
+or replace anything on the way. What was checked there stays true, so a name may be used after it was looked at, again
+and again, also by code that knows names only. Must not know who asks.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vhdkit.store import translated
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # an access list is in the group's part: its mask
+
+
+def unguarded(folder: str) -> str | None:
+    """Why somebody else could change what names in `folder`, a real path, mean; None when nobody can.
+
+    Raises NotFound, AccessDenied, and InvalidArgument where a part of it is a link.
+    """
+    trusted = {0, os.geteuid()}
+    parts = [part for part in folder.split(os.sep) if part]
+    with translated(folder, "look at the folder"):
+        fd = os.open(os.sep, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for depth in range(len(parts) + 1):
+                path = os.sep + os.sep.join(parts[:depth])
+                status = os.fstat(fd)
+                if status.st_uid not in trusted:
+                    return f"{path} belongs to user {status.st_uid}"
+                # In a sticky folder others cannot rename what is ours, but put files of their own beside it.
+                is_sticky = bool(status.st_mode & stat.S_ISVTX) and depth < len(parts)
+                if status.st_mode & _OTHERS_WRITE and not is_sticky:
+                    return f"{path} can be written to by others than its owner"
+                if depth < len(parts):
+                    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                    below = os.open(parts[depth], flags, dir_fd=fd)
+                    os.close(fd)
+                    fd = below
+            return None
+        finally:
+            os.close(fd)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a stranger at the control socket may have files opened and made.
+
+Decides which paths of a control owner who is not the server's user are taken: those that lie, once every link is
+followed, in one of the folders that were named at the start (`INV-CONTROL-CONFINED`). The server may be root, and the
+control owner anybody; so only folders count in which nobody else can exchange anything after it was looked at
+(`guarded`). Must not know what is done with the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vhdkit import errors
+from vhdkit.beneath import Outcome, find_beneath
+from vhdkit.folder import real_path
+from vhdkit.guarded import unguarded
+
+_HINT = "the server's own user can do this, or start the server with another --control-dir"
+
+
+class Confinement:
+    """The folders of one server. Paths that it gives back are real: no part of them is a link."""
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        """Raises NotFound, and AccessDenied for a folder that the control owner, or anybody else, could change."""
+        self._named = {os.path.abspath(folder): real_path(folder) for folder in folders}
+        self._folders = list(self._named.values())
+        for folder, real in self._named.items():
+            self._require_guarded(real, folder)
+
+    def image(self, path: str) -> str:
+        """The real path of an image that is to be served. Raises AccessDenied, NotFound, InvalidArgument."""
+        place = find_beneath(self._absolute(path), self._folders)
+        if place.store is not None:
+            place.store.close()
+        if place.outcome is Outcome.OUTSIDE:
+            raise self._outside(path)
+        if place.outcome is Outcome.MISSING:
+            raise errors.NotFound("is not there", path=path)
+        if place.outcome is Outcome.SPECIAL:
+            raise errors.InvalidArgument("is no regular file", path=path)
+        self._require_guarded(os.path.dirname(place.path), path)
+        return place.path
+
+    def folder(self, path: str) -> str:
+        """The real path of a folder, one of those named or below one. Raises as `image` does."""
+        wanted = self._absolute(path)
+        if wanted in self._folders:
+            real = wanted
+        else:
+            place = find_beneath(wanted, self._folders)
+            if place.store is not None:
+                place.store.close()
+                raise errors.InvalidArgument("is no folder", path=path)
+            if place.outcome is Outcome.OUTSIDE:
+                raise self._outside(path)
+            real = place.path
+        self._require_guarded(real, path)
+        return real
+
+    def new_file(self, path: str) -> str:
+        """Where a new file is made that is to lie at `path`. Raises as `image` does."""
+        folder, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir):
+            raise errors.InvalidArgument("is a folder; name a file", path=path)
+        return os.path.join(self.folder(folder), name)
+
+    def beside(self, image: str) -> None:
+        """Allow a new file with a name of our own beside an image that is served: nobody can lead it elsewhere."""
+        self._require_guarded(os.path.dirname(real_path(image)), image)
+
+    def _absolute(self, path: str) -> str:
+        if not os.path.isabs(path) or "\0" in path:
+            raise errors.InvalidArgument("is no absolute path, as a control owner has to give it", path=path)
+        path = os.path.normpath(path)
+        for named, real in self._named.items():  # as it was spelled at the start, whatever that leads to by now
+            if path == named or path.startswith(named.rstrip(os.sep) + os.sep):
+                return os.path.normpath(real + path[len(named.rstrip(os.sep)) :])
+        return path
+
+    def _outside(self, path: str) -> errors.AccessDenied:
+        named = ", ".join(errors.printable(one) for one in self._folders) or "none was named"
+        return errors.AccessDenied(
+            f"lies in no folder that the control owner may use ({named})", path=path, hint=_HINT
+        )
+
+    def _require_guarded(self, real: str, path: str) -> None:
+        why = unguarded(real)
+        if why is not None:
+            raise errors.AccessDenied(
+                f"could be exchanged by somebody else while it is used: {why}",
+                path=path,
+                hint="let the folder and those above it belong to root or the server's user, writable to nobody else",
+            )
