@@ -32,7 +32,7 @@ LEAVE_OUT = ""  # as the new name of a file: the machine goes without it
 UNPLUGGED = "-"  # as the name of a switch
 
 ALLOWANCES: dict[Allowance, str] = {
-    "background-capture": "QEMU keeps the right to look into processes (CAP_SYS_PTRACE)",
+    "background-capture": "QEMU gets a right to protect memory, which may be CAP_SYS_PTRACE",
     "autostart": "the machine starts with this host",
     "spoofing": "an adapter may send from any MAC address",
     "mirror": "an adapter takes part in mirroring a switch's frames",

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vmm.errors import InvalidSpec, Unsupported, of_os_error
-from vmm.kvm import program
+from vmm.kvm import program, userfault
 from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
 from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
 from vmm.paths import MachinePaths, RuntimePaths
@@ -120,7 +120,7 @@ def prepare(
             [program.find(), *qemu_arguments(spec, facts)],
             identity=identity,
             uses_kvm=accelerator == "kvm",
-            keeps_ptrace=spec.background_capture,
+            capture=userfault.best_way() if spec.background_capture and identity is not None else None,
             scratch_folder=scratch,
         )
     except OSError as error:

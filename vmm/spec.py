@@ -185,7 +185,7 @@ class MachineSpec(_Settings):
     integration: IntegrationSpec = IntegrationSpec()
     automatic: AutomaticSpec = AutomaticSpec()
     paths: PathsSpec = PathsSpec()
-    background_capture: bool = False  # QEMU keeps CAP_SYS_PTRACE, to save memory while the guest runs
+    background_capture: bool = False  # QEMU gets a right to save memory while the guest runs (`kvm.userfault`)
     notes: str = Field(default="", max_length=64 * 1024)
 
     @field_validator("name")

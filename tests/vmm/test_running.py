@@ -279,6 +279,8 @@ def test_privileges(manager: Manager, tmp_path: Path) -> None:
     for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
         assert int(facts[kind][0], 16) == 0, kind
     assert facts["NoNewPrivs"] == ["1"] and facts["Seccomp"] == ["2"]
+    assert int(facts["Seccomp_filters"][0]) >= 2  # its own and ours (INV-CONFINED)
+    assert int(facts["SigBlk"][0], 16) >> (signal.SIGTERM - 1) & 1  # INV-STOP-ACTION
     if os.geteuid() == 0:
         assert int(facts["CapBnd"][0], 16) == 0
         assert len(set(facts["Uid"] + facts["Gid"])) == 1 and int(facts["Uid"][0]) >= 61184

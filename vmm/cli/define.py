@@ -58,7 +58,9 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--disk-folder", metavar="DIR", help="Where this machine's disks are looked for; '' for none."),
         click.option("--snapshot-folder", metavar="DIR", help="Where this machine's snapshots go; '' for none."),
         click.option("--background-capture/--no-background-capture", default=None,
-                     help="Let QEMU keep CAP_SYS_PTRACE, to save memory while the guest runs."),
+                     help="Give QEMU what it needs to save memory while the guest runs: nothing with "
+                          "vm.unprivileged_userfaultfd=1, /dev/userfaultfd for QEMU 8 and newer, else CAP_SYS_PTRACE, "
+                          "a right over the host's processes that a guest which escapes from QEMU would have."),
         click.option("--notes", metavar="TEXT", help="What you want to remember about it."),
     ]  # fmt: skip
     for option in reversed(options):

@@ -22,7 +22,8 @@ from enum import StrEnum
 from vmm import paths
 from vmm.errors import Unsupported, VmmError
 from vmm.host import kernel
-from vmm.kvm import accel, program
+from vmm.kvm import accel, program, userfault
+from vmm.kvm.userfault import Way
 
 OLDEST_QEMU = (7, 2)  # the first with -netdev stream and dgram, which switches are made of
 UEFI_FIRMWARE = (
@@ -279,11 +280,21 @@ def _check_capture() -> Iterator[Check]:
     problem = kernel.write_protecting_userfaultfd()
     if problem is not None:
         yield Check("capture", title, State.MISSING, problem, without, remedy if not root else None)
-    elif kernel.unprivileged_userfaultfd():
+    elif (way := userfault.best_way()) is Way.EVERYBODY:
         yield Check("capture", title, State.OK, "vm.unprivileged_userfaultfd is 1, so for every machine")
+    elif way is Way.DEVICE:
+        found = f"{userfault.DEVICE}, for machines with --background-capture; their QEMU needs no other right"
+        remedy = "for one machine: vmm set NAME --background-capture"
+        yield Check("capture", title, State.LIMITED, found, f"for all others {without}", remedy)
     else:
-        found = "vm.unprivileged_userfaultfd is 0, so only for machines whose QEMU keeps CAP_SYS_PTRACE"
-        remedy += "; or for one machine: vmm set NAME --background-capture"
+        found = (
+            "only for machines whose QEMU keeps CAP_SYS_PTRACE (--background-capture): a guest that escapes from it "
+            "has a right over the host's processes; vmm takes away the system calls for that, not what /proc shows"
+        )
+        remedy = (
+            f"QEMU 8 or newer on Linux 6.1 or newer needs only {userfault.DEVICE}; or, for every program of the host: "
+            f"{remedy}"
+        )
         yield Check("capture", title, State.LIMITED, found, f"for all others {without}", remedy)
 
 

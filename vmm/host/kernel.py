@@ -22,7 +22,6 @@ import subprocess
 _SECONDS = 10.0
 _USERFAULTFD_NUMBERS = {"x86_64": 323, "aarch64": 282}  # of the system call
 _UFFDIO_API, _UFFD_API, _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 0xC018AA3F, 0xAA, 1
-UNPRIVILEGED_USERFAULTFD = "/proc/sys/vm/unprivileged_userfaultfd"
 
 
 def device(path: str) -> str | None:
@@ -51,15 +50,6 @@ def write_protecting_userfaultfd() -> str | None:
     finally:
         os.close(fd)
     return None
-
-
-def unprivileged_userfaultfd() -> bool:
-    """True when programs without rights may have such a userfaultfd, too."""
-    try:
-        with open(UNPRIVILEGED_USERFAULTFD, encoding="ascii") as file:
-            return file.read().strip() == "1"
-    except (OSError, ValueError):
-        return False
 
 
 def bridge() -> str | None:

@@ -10,8 +10,8 @@ Decides how QEMU is told, which of three ways is used, and what is true when one
     stop         stop -> disks -> migrate -> it goes on. It stands still for all of it
 
 Background capture is never cancelled and writes into a regular file in which room for everything was taken: in QEMU
-7.2 a failed one leaves the guest's memory write-protected, and the guest hangs for good. It needs userfaultfd: a host
-with vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE for this QEMU.
+7.2 a failed one leaves the guest's memory write-protected, and the guest hangs for good. It needs userfaultfd, by one
+of the rights in `userfault`.
 
 A failure before the disks are exchanged leaves everything as it was; one afterwards leaves the guest running on the
 new disks (`Capturing.pivoted` says so). Must not know what is done with file and disks.
@@ -51,7 +51,10 @@ class Mode(StrEnum):
     STOP = "stop"
 
 
-BACKGROUND_HINT = "root: vmm set NAME --background-capture, when it is off; or sysctl vm.unprivileged_userfaultfd=1"
+BACKGROUND_HINT = (
+    "it has the risks that vmm host doctor and docs/snapshots.md name: sysctl vm.unprivileged_userfaultfd=1, or as "
+    "root, when the machine is off, vmm set NAME --background-capture"
+)
 
 
 async def best_mode(qmp: Qmp, wanted: Mode | None = None, *, room_taken: bool = True, runs: bool = True) -> Mode:

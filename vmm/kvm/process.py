@@ -2,9 +2,9 @@
 """QEMU as a process: whose rights it has, how it is started, and what it said when it ended.
 
 Decides which signals QEMU does not hear, and its privileges. It is untrusted: as root it gets a user of the machine's
-own, no capabilities, no way to gain any (no-new-privs), and its system call filter; where the host's /dev/kvm is for
-root alone it sees one of its own, in a mount namespace of its own, and the host's node stays as it is. Must not know
-what the command line means.
+own, no capabilities, no way to gain any (no-new-privs), its own system call filter and one of ours (`confined`); where
+the host's /dev/kvm is for root alone it sees one of its own, in a mount namespace of its own, and the host's node
+stays as it is. Must not know what the command line means.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ import re
 import shutil
 import signal
 import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vmm.errors import AccessDenied, QemuFailed, Unsupported, of_os_error
 from vmm.proc import ProcessRef, spawn_detached
 
+if TYPE_CHECKING:
+    from vmm.kvm.userfault import Way
+
 KVM_DEVICE = "/dev/kvm"
+_CONFINED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "confined.py")
 # systemd's table of user ids (UIDS-GIDS) names 0x70000000 to 0x7FFFFFFF as used by nobody: 28 bits.
 FIRST_USER_ID = 0x70000000
 _ID_DIGITS = 7  # of the machine's id, 4 bits each
@@ -30,10 +36,11 @@ _ID_DIGITS = 7  # of the machine's id, 4 bits each
 _SMALL_USER_IDS = range(61184, 65520)
 _TAIL_BYTES = 16 << 10
 UNHEARD_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# A /dev/kvm of the machine's own: arguments are a folder, user, major and minor number, then the command.
-_OWN_KVM_SCRIPT = (
-    'set -e; mount -t tmpfs -o mode=0755,size=4k,nr_inodes=8 vmm "$1"; mknod -m 600 "$1/kvm" c "$3" "$4"; '
-    'chown "$2:$2" "$1/kvm"; mount --bind "$1/kvm" /dev/kvm; shift 4; exec "$@"'
+# Device nodes of the machine's own: arguments are a folder, the user, path, major and minor of each, --, the command.
+_OWN_NODES_SCRIPT = (
+    'set -e; folder="$1"; user="$2"; shift 2; mount -t tmpfs -o mode=0755,size=4k,nr_inodes=8 vmm "$folder"; '
+    'while [ "$1" != -- ]; do node="$folder/${1##*/}"; mknod -m 600 "$node" c "$2" "$3"; chown "$user:$user" "$node"; '
+    'mount --bind "$node" "$1"; shift 3; done; shift; exec "$@"'
 )
 
 
@@ -91,16 +98,16 @@ def check_reachable(folder: str, identity: Identity | None) -> None:
         parent = os.path.dirname(parent)
 
 
-def kvm_access(identity: Identity | None) -> tuple[list[str], int | None]:
-    """(how the command begins so that QEMU may use KVM, the group that allows it), neither being the usual case."""
+def kvm_access(identity: Identity | None) -> tuple[bool, int | None]:
+    """(whether QEMU needs a node of its own to use KVM, the group that allows it), neither being the usual case."""
     if identity is None:
-        return [], None
+        return False, None
     facts = os.stat(KVM_DEVICE)
     if facts.st_mode & 0o006 == 0o006:
-        return [], None
+        return False, None
     if facts.st_mode & 0o060 == 0o060 and facts.st_gid != 0:
-        return [], facts.st_gid
-    return ["unshare", "--mount", "--propagation", "slave", "--", "/bin/sh", "-c", _OWN_KVM_SCRIPT, "vmm"], None
+        return False, facts.st_gid
+    return True, None
 
 
 def privileged_command(
@@ -108,28 +115,47 @@ def privileged_command(
     *,
     identity: Identity | None,
     uses_kvm: bool,
-    keeps_ptrace: bool,
     scratch_folder: str,
+    capture: Way | None = None,
 ) -> list[str]:
     """The command that starts `command` with as few rights as it needs. Raises Unsupported.
 
-    `keeps_ptrace`: CAP_SYS_PTRACE and nothing else, as root. `scratch_folder` is where a file system with a device
-    node may be mounted, visible to nobody else.
+    `capture`: by what right QEMU protects memory from writes, as root: DEVICE gives it a node of its own, CAPABILITY
+    leaves it CAP_SYS_PTRACE and nothing else. `scratch_folder` is where a file system with device nodes may be
+    mounted, visible to nobody else.
     """
     if shutil.which("setpriv") is None:
         raise Unsupported("there is no setpriv to take QEMU's rights away", hint="sudo apt install util-linux")
     drop = ["setpriv", "--no-new-privs"]
     if identity is None:
-        return [*drop, "--", *command]
-    prefix, group = kvm_access(identity) if uses_kvm else ([], None)
-    if prefix:
-        device = os.stat(KVM_DEVICE).st_rdev
-        prefix += [scratch_folder, str(identity.user_id), str(os.major(device)), str(os.minor(device))]
+        return _confined([*drop, "--", *command])
+    from vmm.kvm.userfault import DEVICE, Way  # the command line, which starts nothing, does not wait for it
+
+    own_kvm, group = kvm_access(identity) if uses_kvm else (False, None)
+    nodes = [*([KVM_DEVICE] if own_kvm else []), *([DEVICE] if capture is Way.DEVICE else [])]
+    keeps_ptrace = capture is Way.CAPABILITY
     kept = ",+sys_ptrace" if keeps_ptrace else ""
     drop += [f"--reuid={identity.user_id}", f"--regid={identity.user_id}"]
     drop += ["--clear-groups"] if group is None else [f"--groups={group}"]
     drop += [f"--inh-caps=-all{kept}", f"--ambient-caps=-all{kept}", f"--bounding-set=-all{kept}"]
-    return [*prefix, *drop, "--", *command]
+    return _confined([*_own_nodes(nodes, identity, scratch_folder), *drop, "--", *command], required=keeps_ptrace)
+
+
+def _confined(command: Sequence[str], *, required: bool = False) -> list[str]:
+    """The command that starts `command` behind our system call filter."""
+    return [sys.executable, "-I", "-S", _CONFINED, *(["--required"] if required else []), "--", *command]
+
+
+def _own_nodes(nodes: Sequence[str], identity: Identity, scratch_folder: str) -> list[str]:
+    """How the command begins so that these devices are there for QEMU's user, and for nobody else."""
+    if not nodes:
+        return []
+    words = ["unshare", "--mount", "--propagation", "slave", "--", "/bin/sh", "-c", _OWN_NODES_SCRIPT, "vmm"]
+    words += [scratch_folder, str(identity.user_id)]
+    for node in nodes:
+        number = os.stat(node).st_rdev
+        words += [node, str(os.major(number)), str(os.minor(number))]
+    return [*words, "--"]
 
 
 @dataclass(slots=True)

@@ -13,8 +13,9 @@ from vmm import paths
 from vmm.errors import Unsupported
 from vmm.host import doctor, kernel
 from vmm.host.doctor import Check, State
-from vmm.kvm import accel, program
+from vmm.kvm import accel, program, userfault
 from vmm.kvm.accel import Accelerator
+from vmm.kvm.userfault import Way
 
 
 @pytest.fixture(autouse=True)
@@ -104,16 +105,20 @@ def test_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("problem", "unprivileged", "state"),
-    [(None, True, State.OK), (None, False, State.LIMITED), ("userfaultfd: no", False, State.MISSING)],
+    ("problem", "way", "state", "words"),
+    [
+        (None, Way.EVERYBODY, State.OK, "every machine"),
+        (None, Way.DEVICE, State.LIMITED, "needs no other right"),
+        (None, Way.CAPABILITY, State.LIMITED, "a guest that escapes"),
+        ("userfaultfd: no", Way.CAPABILITY, State.MISSING, "userfaultfd: no"),
+    ],
 )
-def test_capture(problem: str | None, unprivileged: bool, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving memory while the guest runs: for all machines, for those with a capability, or not at all."""
+def test_capture(problem: str | None, way: Way, state: State, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving memory while the guest runs: by which right, and what that right would be worth to others."""
     monkeypatch.setattr(kernel, "write_protecting_userfaultfd", lambda: problem)
-    monkeypatch.setattr(kernel, "unprivileged_userfaultfd", lambda: unprivileged)
+    monkeypatch.setattr(userfault, "best_way", lambda: way)
     check = only("capture", "capture")
-    assert check.state is state
-    assert (state is State.LIMITED) == ("--background-capture" in (check.remedy or ""))
+    assert check.state is state and words in check.found
 
 
 def test_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,13 +79,3 @@ def test_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.listdir("/proc/self/fd") == before
     monkeypatch.setattr("platform.machine", lambda: "vax")
     assert kernel.write_protecting_userfaultfd() == "not known on vax"
-
-
-@pytest.mark.parametrize(("text", "answer"), [("1\n", True), ("0\n", False), ("", False)])
-def test_unprivileged_userfaultfd(text: str, answer: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernel's switch is read; without it the answer is no."""
-    switch = tmp_path / "switch"
-    monkeypatch.setattr(kernel, "UNPRIVILEGED_USERFAULTFD", str(switch))
-    assert not kernel.unprivileged_userfaultfd()
-    switch.write_text(text)
-    assert kernel.unprivileged_userfaultfd() is answer

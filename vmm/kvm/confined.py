@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start a program that cannot look into other processes: a small system call filter of ours, then exec.
+
+Decides which system calls QEMU never needs and an escaped guest would: those that read or write another process's
+memory, take its descriptors or watch it (they are what CAP_SYS_PTRACE, and rootless the same user, would allow).
+QEMU's own filter does not name them. It is set before exec, so it holds from QEMU's first instruction, and for all
+that comes between (`unshare`, `setpriv`). Imports nothing of ours: it runs as a script, isolated.
+
+    python -I -S confined.py [--required] -- COMMAND...
+
+Without `--required` a kernel that knows no filters gets a warning in QEMU's log, with it an error. What stays open is
+what goes by files: /proc/PID/mem is root's for root's processes, and QEMU's user has no right to pass that by.
+
+Sources: seccomp(2), Linux's Documentation/userspace-api/seccomp_filter.rst, audit.h, filter.h and seccomp.h of
+include/uapi/linux, and the tables of system calls in arch/*/.
+
+INV-CONFINED: no QEMU of a machine runs with these system calls, whatever other rights it has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import sys
+from typing import NoReturn
+
+# Architecture -> (AUDIT_ARCH_*, first number of a second table to refuse as a whole, the numbers).
+_ARCHITECTURES: dict[str, tuple[int, int | None, dict[str, int]]] = {
+    "x86_64": (0xC000003E, 0x40000000, {
+        "ptrace": 101, "migrate_pages": 256, "get_robust_list": 274, "move_pages": 279, "perf_event_open": 298,
+        "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "bpf": 321, "pidfd_getfd": 438,
+        "process_madvise": 440, "process_mrelease": 448,
+    }),
+    "aarch64": (0xC00000B7, None, {
+        "get_robust_list": 100, "ptrace": 117, "migrate_pages": 238, "move_pages": 239, "perf_event_open": 241,
+        "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "bpf": 280, "pidfd_getfd": 438,
+        "process_madvise": 440, "process_mrelease": 448,
+    }),
+}  # fmt: skip
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, JGE, BPF_RET|K
+_AT_NUMBER, _AT_ARCHITECTURE = 0, 4  # in struct seccomp_data
+_EXIT_NOT_STARTED = 127  # as a shell's
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
+
+
+class _Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def filter_for(machine: str) -> bytes | None:
+    """The filter as the kernel takes it: refuses with EPERM. None for an architecture that we have no numbers for."""
+    if machine not in _ARCHITECTURES:
+        return None
+    architecture, foreign_from, numbers = _ARCHITECTURES[machine]
+    refused = [(_JUMP_EQUAL, number) for number in sorted(numbers.values())]
+    if foreign_from is not None:
+        refused.insert(0, (_JUMP_AT_LEAST, foreign_from))
+    words = [(_LOAD, 0, 0, _AT_ARCHITECTURE), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _REFUSE),
+             (_LOAD, 0, 0, _AT_NUMBER)]  # fmt: skip
+    # A hit jumps over the other tests and over the permission.
+    words += [(code, len(refused) - index, 0, value) for index, (code, value) in enumerate(refused)]
+    words += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)]
+    return b"".join(struct.pack("=HBBI", *word) for word in words)
+
+
+def confine(machine: str) -> str | None:
+    """Set the filter for this process and all that it becomes; None when it holds, else why it does not."""
+    instructions = filter_for(machine)
+    if instructions is None:
+        return f"there is no system call filter for {machine}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+    program = _Program(len(instructions) // 8, instructions)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, None, 0, 0) != 0:
+        return f"no-new-privs cannot be set: {os.strerror(ctypes.get_errno())}"
+    if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) != 0:
+        return f"the kernel takes no system call filter: {os.strerror(ctypes.get_errno())}"
+    return None
+
+
+def main() -> None:
+    """The process: becomes the command."""
+    words = sys.argv[1:]
+    end = words.index("--")
+    problem = confine(os.uname().machine)
+    if problem is not None:
+        if "--required" in words[:end]:
+            _end(f"vmm: QEMU may not keep CAP_SYS_PTRACE: {problem}")
+        os.write(2, f"vmm: warning: {problem}\n".encode())
+    command = words[end + 1 :]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        _end(f"vmm: cannot start {command[0]}: {error.strerror}")
+
+
+def _end(words: str) -> NoReturn:
+    """Nothing is started. Our standard error is QEMU's log, of which the last line is told."""
+    os.write(2, f"{words}\n".encode())
+    raise SystemExit(_EXIT_NOT_STARTED)
+
+
+if __name__ == "__main__":
+    main()
