@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vhdkit.units", "vhdkit.errors", "vhdkit.finding"),
     (
         "vhdkit.locks",
+        "vhdkit.descriptor",
         "vhdkit.transfer",
         "vhdkit.store",
         "vhdkit.folder",
@@ -68,6 +69,7 @@ FILE_ROOMS = (
     "vhdkit/guarded.py",
     "vhdkit/transfer.py",
     "vhdkit/locks.py",
+    "vhdkit/descriptor.py",
 )
 # Beside them, files that are the kernel's and no bytes of a disk: its tables of mounts, its switches.
 KERNEL_ROOMS = ("vhdkit/serve/mount_host.py",)

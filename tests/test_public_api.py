@@ -13,7 +13,7 @@ import vmm
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists Cancelled CompactResult Comparison ControlClient CorruptImage CorruptReason
-Disk DiskFormat Extent ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren ImageInUse
+Disk DiskClosed DiskFormat Extent ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren ImageInUse
 InvalidArgument IoFailed Merge Move NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch ParentMissing
 ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity SyncFailed UnsupportedFormat VhdkitError
 chain_paths check clone collect_garbage compact compare convert create_child create_image find_children image_id merge

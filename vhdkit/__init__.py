@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Cancelled,
         CorruptImage,
         CorruptReason,
+        DiskClosed,
         HasChildren,
         ImageInUse,
         InvalidArgument,
@@ -75,6 +76,7 @@ __all__ = [
     "CorruptImage",
     "CorruptReason",
     "Disk",
+    "DiskClosed",
     "DiskFormat",
     "Extent",
     "ExtentKind",
@@ -149,8 +151,8 @@ _HOMES = {
     "vhdkit.chain.snapshot": "clone snapshot snapshot_many",
     "vhdkit.disk": "Disk open_disk",
     "vhdkit.errors": (
-        "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason HasChildren ImageInUse "
-        "InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
+        "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason DiskClosed HasChildren "
+        "ImageInUse InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
         "ParentRefused ReadOnly Replaced SyncFailed UnsupportedFormat VhdkitError"
     ),
     "vhdkit.finding": "Finding Severity",

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vhdkit import errors
-from vhdkit.store import FileStore, translate
+from vhdkit.descriptor import close_owned, opened
+from vhdkit.store import FileStore, identity_of, translate
 
 _MAX_LINKS = 40  # as the kernel has it
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -190,11 +191,10 @@ def _opened(looked: int, path: str, folder: int | None) -> FileStore:
     if not stat.S_ISREG(status.st_mode):
         raise errors.InvalidArgument("is no regular file", path=path)
     try:
-        fd = os.open(f"/proc/self/fd/{looked}", _READ)
+        owned = opened(f"/proc/self/fd/{looked}", _READ)
     except FileNotFoundError:  # no /proc here: by its name, which may have become another file's
-        fd = os.open(path if folder is None else os.path.basename(path), _READ | os.O_NOFOLLOW, dir_fd=folder)
-        opened = os.fstat(fd)
-        if (opened.st_dev, opened.st_ino) != (status.st_dev, status.st_ino):
-            os.close(fd)
+        owned = opened(path if folder is None else os.path.basename(path), _READ | os.O_NOFOLLOW, dir_fd=folder)
+        if identity_of(owned[0]) != (status.st_dev, status.st_ino):
+            close_owned(owned)
             raise
-    return FileStore(fd, path, writable=False)
+    return FileStore(owned, path, writable=False)

@@ -8,27 +8,57 @@ how many layers there are or of which format.
     any thread:  read_into, read, extents     no lock
     any thread:  write, write_zeroes, trim    one at a time
     any thread:  flush                        beside the others: covers every write that returned before it began
+    any thread:  close                        waits for who is inside; whoever comes later gets DiskClosed
+
+`INV-FLAT-BUFFERS`: a buffer of any shape, format and strides is taken for its bytes, as `bytes(buffer)` gives them, or
+refused. Below the door every buffer is one row of bytes.
+
+After a fork the disk belongs to the parent: the child's object refuses every call (`descriptor`). A signal handler
+leaves the disk alone: it raises an exception, and whoever catches it closes the disk.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import uuid
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Self
 
+import numpy as np
+
 from vhdkit import errors
+from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.merge import settle_merge_into, settle_merge_of
 from vhdkit.chain.resolve import OpenOptions
+from vhdkit.descriptor import when_forked
 from vhdkit.image import Extent
 from vhdkit.store import Buffer
 from vhdkit.units import SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
 
+_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
+
+
+class _WriteLock:
+    """A lock that knows whether this thread has it: an exception may come between taking it and knowing so."""
+
+    def __init__(self) -> None:
+        lock = threading.RLock()
+        self.acquire = lock.acquire
+        self.release = lock.release
+        self.is_mine: Callable[[], bool] = lock._is_owned  # type: ignore[attr-defined]  # as threading.Condition does
+        self.lock = lock
+
 
 class Disk:
-    """An open disk. Close it, or use it in a `with` block: closing flushes."""
+    """An open disk. Close it, or use it in a `with` block: closing flushes.
+
+    One that is dropped without being closed gives its files and locks back when it is collected, with a
+    ResourceWarning; what was written since the last flush is lost then, as in a power cut.
+    """
 
     def __init__(self, chain: Chain) -> None:
         """Take over an open chain; `open_disk` is the usual way."""
@@ -39,8 +69,11 @@ class Disk:
         self._try_read_sectors = chain.try_read_into
         self._write_in_place = chain.write_in_place
         self._flush_is_due = chain.leaf.flush_is_due
-        self._write_lock = threading.Lock()
+        self._write_lock = _WriteLock()
         self._closed = False
+        self._left_by_fork = False
+        self._lost: errors.VhdkitError | None = None  # what an interrupted `close` could not make durable
+        _disks.add(self)
 
     @property
     def path(self) -> str:
@@ -55,8 +88,17 @@ class Disk:
         return bytes(buffer)
 
     def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
-        """Fill the writable, contiguous `buffer` from `offset_bytes`. Raises OutOfRange, IoFailed."""
-        view = buffer if type(buffer) is memoryview and buffer.format == "B" else memoryview(buffer).cast("B")
+        """Fill the writable, contiguous `buffer` from `offset_bytes`. Raises OutOfRange, IoFailed, InvalidArgument."""
+        if (
+            type(buffer) is memoryview
+            and buffer.format == "B"
+            and buffer.ndim == 1
+            and buffer.c_contiguous
+            and not buffer.readonly
+        ):
+            view = buffer
+        else:
+            view = _flat(buffer, writable=True)
         size = len(view)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -70,6 +112,8 @@ class Disk:
 
         Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed.
         """
+        if not (buffer.format == "B" and buffer.ndim == 1 and buffer.c_contiguous):
+            buffer = _flat(buffer, writable=True)
         size = len(buffer)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -108,9 +152,12 @@ class Disk:
 
         Raises OutOfRange, ReadOnly, NoSpace, IoFailed, SyncFailed. After NoSpace the range may be partly written.
         """
-        view = data if type(data) is memoryview and data.format == "B" else memoryview(data).cast("B")
+        if type(data) is memoryview and data.format == "B" and data.ndim == 1 and data.c_contiguous:
+            view = data
+        else:
+            view = _flat(data)
         self._check_write(offset_bytes, len(view))
-        with self._write_lock:
+        with self._write_lock.lock:
             if (offset_bytes | len(view)) & SECTOR_MASK:
                 self._write_unaligned(offset_bytes, view)
             elif view:
@@ -123,18 +170,24 @@ class Disk:
 
         Raises as `write` does.
         """
+        if not (data.format == "B" and data.ndim == 1 and data.c_contiguous):
+            data = _flat(data)
         size = len(data)
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
-        if (offset_bytes | size) & SECTOR_MASK or not self._write_lock.acquire(blocking=False):
+        if (offset_bytes | size) & SECTOR_MASK:
             return False
+        lock = self._write_lock
         try:
+            if not lock.acquire(False):
+                return False
             if not self._write_in_place(offset_bytes // SECTOR_SIZE, data):
                 if self._flush_is_due():
                     return False
                 self.chain.write(offset_bytes // SECTOR_SIZE, data)
         finally:
-            self._write_lock.release()
+            if lock.is_mine():
+                lock.release()
         return True
 
     def _write_unaligned(self, offset: int, view: memoryview) -> None:
@@ -152,7 +205,7 @@ class Disk:
         """Make a range read as zeros, cheaply where that is possible. Raises as `write` does."""
         self._check_write(offset_bytes, size_bytes)
         end = offset_bytes + size_bytes
-        with self._write_lock:
+        with self._write_lock.lock:
             for first, last in self._edges(offset_bytes, end):
                 self._write_unaligned(first, memoryview(bytes(last - first)))
             inner_start, inner_end = round_up(offset_bytes, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
@@ -168,7 +221,7 @@ class Disk:
         """
         self._check_write(offset_bytes, size_bytes)
         start, end = round_up(offset_bytes, SECTOR_SIZE), round_down(offset_bytes + size_bytes, SECTOR_SIZE)
-        with self._write_lock:
+        with self._write_lock.lock:
             if end > start:
                 self.chain.trim(whole_sectors(start), whole_sectors(end - start))
         if fua:
@@ -177,7 +230,8 @@ class Disk:
     def flush(self) -> None:
         """Return when every write that returned before is on the device. Raises SyncFailed, NoSpace, IoFailed."""
         if self._closed:
-            raise errors.InvalidArgument("the disk is closed", path=self.path)
+            raise self._closed_error()
+        self._refuse_reentry()
         self.chain.flush()
 
     def known_holes(self, offset_bytes: int, size_bytes: int) -> list[tuple[int, int, bool]]:
@@ -221,24 +275,77 @@ class Disk:
         size = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
         self._check_range(offset_bytes, size)
         first = offset_bytes // SECTOR_SIZE
-        return self.chain.extents(first, covering_sectors(offset_bytes + size) - first, find_holes=find_holes)
+        runs = self.chain.extents(first, covering_sectors(offset_bytes + size) - first, find_holes=find_holes)
+        return self._while_open(runs)
+
+    def _while_open(self, runs: Iterator[Extent]) -> Iterator[Extent]:
+        for extent in runs:
+            if self._closed:
+                raise self._closed_error()
+            yield extent
 
     def close(self) -> None:
-        """Flush and close every file. Closing twice is fine. Raises as `flush` does; the files are closed anyway."""
-        with self._write_lock:
-            if not self._closed:
-                self._closed = True
+        """Flush and close every file. Raises as `flush` does; the files are closed anyway.
+
+        Closing again is fine, and finishes what an exception out of a signal handler struck. A flush that such an
+        exception struck is made again, and SyncFailed says when even that did not succeed.
+        """
+        if self._left_by_fork:
+            return
+        self._refuse_reentry()
+        with self._write_lock.lock:
+            self._closed = True
+            failure, self._lost = self._lost, None
+            if failure is not None:
+                raise failure
+            try:
                 self.chain.close()
+            except errors.VhdkitError:
+                raise
+            except BaseException:  # out of a signal handler: the rest is closed all the same
+                try:
+                    self.chain.close()
+                except errors.VhdkitError as error:
+                    self._lost = error
+                raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except errors.VhdkitError as failure:
+            if error is None:
+                raise
+            error.add_note(f"closing the disk failed, too: {failure}")  # and does not hide what came first
+
+    # -- what is refused ----------------------------------------------------------------------------------------
+
+    def _closed_error(self) -> errors.DiskClosed:
+        file = pending.file_of(self.chain.leaf.store)
+        return errors.DiskClosed("the disk is closed", path=self.path) if file is None else file.closed_error()
+
+    def _refuse_reentry(self) -> None:
+        """Raise InvalidArgument in a signal handler that struck a call of this disk: it would wait for itself."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code in _CHANGING and frame.f_locals.get("self") is self:
+                raise errors.InvalidArgument(
+                    "is used by a signal handler in the middle of a call of the same thread",
+                    path=self.path,
+                    hint="let the handler raise an exception, and close the disk where that is caught",
+                )
+
+    def _leave_to_parent(self) -> None:
+        """In a forked process: refuse every call. Locks may be held by threads that are not there."""
+        self._left_by_fork = self._closed = True
+        self._write_lock = _WriteLock()
 
     def _check_range(self, offset_bytes: int, size_bytes: int) -> None:
         if self._closed:
-            raise errors.InvalidArgument("the disk is closed", path=self.path)
+            raise self._closed_error()
         if offset_bytes < 0 or size_bytes < 0 or offset_bytes + size_bytes > self.size_bytes:
             raise errors.OutOfRange(
                 f"{size_bytes} bytes at byte {offset_bytes} lie outside a disk of {self.size_bytes} bytes",
@@ -249,6 +356,38 @@ class Disk:
         self._check_range(offset_bytes, size_bytes)
         if not self.writable:
             raise errors.ReadOnly("the disk was opened for reading only", path=self.path)
+        if self._write_lock.is_mine():
+            self._refuse_reentry()
+
+
+_CHANGING = {
+    method.__code__ for method in (Disk.write, Disk.write_zeroes, Disk.trim, Disk.try_write, Disk.flush, Disk.close)
+}
+
+
+def _forked() -> None:
+    for disk in list(_disks):
+        disk._leave_to_parent()
+
+
+when_forked(_forked)
+
+
+def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
+    """The bytes of a buffer of any shape and format, as one row: its own, or a copy where it has gaps.
+
+    A writable one must be without gaps. Raises InvalidArgument, and TypeError for what is no buffer.
+    """
+    view = memoryview(buffer)
+    if writable and view.readonly:
+        raise errors.InvalidArgument("the buffer to read into is read-only")
+    if view.nbytes == 0:
+        return memoryview(b"")
+    if view.c_contiguous:
+        return np.frombuffer(view, dtype=np.uint8).data
+    if writable:
+        raise errors.InvalidArgument("the buffer to read into has gaps", hint="read into one in a single piece")
+    return memoryview(view.tobytes())
 
 
 def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None) -> Disk:

@@ -9,8 +9,10 @@ it can handle. Adapters (CLI, NBD, FUSE) translate by the class attributes, neve
 from __future__ import annotations
 
 import errno as errnos
+import os
 import shlex
 from enum import StrEnum
+from typing import Any
 
 
 class CorruptReason(StrEnum):
@@ -63,13 +65,16 @@ class VhdkitError(Exception):
         hint: str | None = None,
     ) -> None:
         self.problem = problem
-        self.path = path
+        self.path = None if path is None else os.fsdecode(path)  # a caller may have given bytes, or a Path
         self.structure = structure
         self.offset_bytes = offset_bytes
         self.expected = expected
         self.found = found
         self.hint = hint
         super().__init__(problem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args), self.__dict__
 
     def __str__(self) -> str:
         place = []
@@ -81,6 +86,13 @@ class VhdkitError(Exception):
         text = ": ".join([*place, self.problem])
         text += difference(self.expected, self.found)
         return f"{text}; {self.hint}" if self.hint else text
+
+
+def _unpickled(kind: type[VhdkitError], args: tuple[object, ...]) -> VhdkitError:
+    """An error without its fields, which come next: each class takes its own arguments."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, *args)
+    return error
 
 
 def difference(expected: object, found: object) -> str:
@@ -105,6 +117,12 @@ class InvalidArgument(VhdkitError):
 
     errno = errnos.EINVAL
     exit_code = 2
+
+
+class DiskClosed(InvalidArgument):
+    """The disk was closed, by this thread or another one, or belongs to the process that this one is a fork of."""
+
+    errno = errnos.EBADF
 
 
 class OutOfRange(VhdkitError):

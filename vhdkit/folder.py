@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 from vhdkit import errors
+from vhdkit.descriptor import opened
 from vhdkit.store import FileStore, opened_again, translated
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -47,8 +48,8 @@ class _UnnamedStore(FileStore):
     It is spoken of by the name that it will have, and lies under another meanwhile.
     """
 
-    def __init__(self, fd: int, path: str, place: str) -> None:
-        super().__init__(fd, path, writable=True)
+    def __init__(self, owned: list[int], path: str, place: str) -> None:
+        super().__init__(owned, path, writable=True)
         self._place = place
 
     def sync(self) -> None:
@@ -75,7 +76,7 @@ class NewFile:
         whatever: bool = False,
         like: FileStore | None = None,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         self._replace, self._old, self._whatever = replace or whatever, old, whatever
         self._directory = os.path.dirname(self.path) or os.curdir
         replaced = self._checked()
@@ -91,8 +92,8 @@ class NewFile:
         self._temporary = os.path.join(self._directory, _part_name())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path, "create"):
-            fd = os.open(self._temporary, flags, 0o666)
-        store = _UnnamedStore(fd, self.path, self._temporary)
+            owned = opened(self._temporary, flags, 0o666)
+        store = _UnnamedStore(owned, self.path, self._temporary)
         try:
             store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
         except errors.Replaced:  # whoever clears such files away was quicker than the lock
@@ -106,7 +107,7 @@ class NewFile:
     def check(cls, path: str | os.PathLike[str]) -> None:
         """Raise what making a new file under this name would raise before anything is written."""
         plan = cls.__new__(cls)
-        plan.path, plan._replace = os.fspath(path), False
+        plan.path, plan._replace = os.fsdecode(path), False
         plan._directory = os.path.dirname(plan.path) or os.curdir
         plan._checked()
 
@@ -232,14 +233,14 @@ def scratch_store(directory: str | None) -> FileStore:
     directory = directory or os.curdir
     with translated(directory, "create a temporary file in"):
         try:
-            fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            owned = opened(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
                 raise
             name = os.path.join(directory, _part_name())
-            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            owned = opened(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.unlink(name)
-    return _UnnamedStore(fd, os.path.join(directory, "(temporary file)"), f"/proc/self/fd/{fd}")
+    return _UnnamedStore(owned, os.path.join(directory, "(temporary file)"), f"/proc/self/fd/{owned[0]}")
 
 
 def sync_directory(directory: str) -> None:
@@ -386,7 +387,7 @@ class PrivateFolder:
 
 def real_path(path: str | os.PathLike[str]) -> str:
     """The absolute path with every link followed."""
-    with translated(os.fspath(path), "find the place of"):  # the working folder may be gone
+    with translated(os.fsdecode(path), "find the place of"):  # the working folder may be gone
         return os.path.realpath(path)
 
 

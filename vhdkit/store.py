@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeAlias, TypeVar
 
 from vhdkit import errors, locks
+from vhdkit.descriptor import Descriptor, close_owned, held, opened
 from vhdkit.transfer import Transfer, kept_elsewhere
 from vhdkit.units import MIB, SECTOR_SIZE, round_up
 
@@ -167,17 +168,16 @@ def identity_of(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-class FileStore:
-    """A `Store` over a regular file or a block device."""
+class FileStore(Descriptor):
+    """A `Store` over a regular file or a block device. After `close` every method raises DiskClosed."""
 
-    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
-        """Take over `fd`. Use `FileStore.open` or `NewFile` instead."""
-        self._fd = fd
-        self._path = path
+    def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:
+        """Take over the descriptor in the list. Use `FileStore.open` or `NewFile` instead."""
+        super().__init__(owned, path, writable=writable)
         self._place = path  # where it lies, for now
         self._no_wait = os.RWF_NOWAIT
         self._transfer: Transfer | None = None
-        self.writable = writable
+        self._has_lost_pages = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool = False, follow_links: bool = True) -> FileStore:
@@ -185,25 +185,29 @@ class FileStore:
 
         Raises NotFound, AccessDenied, InvalidArgument (a directory, a pipe, a character device).
         """
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         # O_NONBLOCK: opening a named pipe must fail by its type below, not wait for a writer.
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
         if not follow_links:
             flags |= os.O_NOFOLLOW
+        owned: list[int] = []
         try:
-            fd = os.open(name, flags)
+            owned = opened(name, flags)
+            mode = os.fstat(owned[0]).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                what = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
+                raise errors.InvalidArgument(f"is {what}, not a disk image", path=name)
+            return cls(owned, name, writable=writable)
         except OSError as error:
+            close_owned(owned)
             if error.errno == errno.EISDIR:
                 raise errors.InvalidArgument("is a directory, not a disk image", path=name) from error
             raise translate(error, name, "open for writing" if writable else "open") from error
         except ValueError as error:
             raise errors.InvalidArgument("is no file name: it holds a zero byte", path=name) from error
-        mode = os.fstat(fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            os.close(fd)
-            what = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
-            raise errors.InvalidArgument(f"is {what}, not a disk image", path=name)
-        return cls(fd, name, writable=writable)
+        except BaseException:
+            close_owned(owned)
+            raise
 
     @classmethod
     def open_held(
@@ -231,11 +235,13 @@ class FileStore:
         return self._path
 
     @property
+    @held
     def identity(self) -> tuple[int, int]:
         """Device and inode: the same for every name of one file."""
         return identity_of(self._fd)
 
     @property
+    @held
     def is_device(self) -> bool:
         """True for a block device."""
         return stat.S_ISBLK(os.fstat(self._fd).st_mode)
@@ -244,23 +250,28 @@ class FileStore:
         """The descriptor, for code that hands it to the kernel."""
         return self._fd
 
+    @held
     def size(self) -> int:
         """Length in bytes (of a device, its capacity)."""
         with translated(self._path, "find the size"):
             return os.lseek(self._fd, 0, os.SEEK_END)
 
+    @held
     def allocated_bytes(self) -> int:
         """Bytes the file takes on its file system (holes do not count)."""
         return os.fstat(self._fd).st_blocks * SECTOR_SIZE
 
+    @held
     def is_remote(self) -> bool:
         """True for a file that is kept on a server, or by a program: when it was written to is for them to say."""
         return kept_elsewhere(self._fd)
 
+    @held
     def modified_ns(self) -> int:
         """When it was last written to, in nanoseconds since 1970."""
         return os.fstat(self._fd).st_mtime_ns
 
+    @held
     def label(self, name: str) -> bytes | None:
         """The value of a label of this file (a user's extended attribute); None without one, or where there are none.
 
@@ -271,6 +282,7 @@ class FileStore:
         except OSError:
             return None
 
+    @held
     def set_label(self, name: str, value: bytes | None) -> bool:
         """Give the file a label, or with None take it away; False where that cannot be."""
         try:
@@ -284,26 +296,33 @@ class FileStore:
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
         """See `Store.pread`."""
-        pieces = []
-        while size_bytes > 0:
-            try:
+        pieces, inside = [], self.inside
+        try:
+            inside.append(None)
+            while size_bytes > 0:
                 piece = os.pread(self._fd, size_bytes, offset_bytes)
-            except OSError as error:
-                raise self._failed(error, "read", offset_bytes) from error
-            if not piece:
-                break
-            pieces.append(piece)
-            offset_bytes += len(piece)
-            size_bytes -= len(piece)
+                if not piece:
+                    break
+                pieces.append(piece)
+                offset_bytes += len(piece)
+                size_bytes -= len(piece)
+        except OSError as error:
+            raise self._failed(error, "read", offset_bytes) from error
+        finally:
+            inside.pop()
+            if self._fd < 0:
+                self.let_go()
         return b"".join(pieces)
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
         """See `Store.pread_into`."""
+        inside = self.inside
         try:
+            inside.append(None)
             done = os.preadv(self._fd, (buffer,), offset_bytes)
-            wanted = len(buffer)
+            wanted = buffer.nbytes
             while done < wanted:
-                rest = buffer[done:]
+                rest = buffer.cast("B")[done:]
                 got = os.preadv(self._fd, (rest,), offset_bytes + done)
                 if got == 0:
                     rest[:] = bytes(len(rest))
@@ -311,11 +330,17 @@ class FileStore:
                 done += got
         except OSError as error:
             raise self._failed(error, "read", offset_bytes) from error
+        finally:
+            inside.pop()
+            if self._fd < 0:
+                self.let_go()
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """See `Store.try_pread_into`: the page cache has it, or the file system has no device to wait for."""
+        inside = self.inside
         try:
-            return _preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == len(buffer)
+            inside.append(None)
+            return _preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == buffer.nbytes
         except BlockingIOError:
             return False
         except OSError as error:
@@ -323,10 +348,17 @@ class FileStore:
                 self._no_wait = 0  # tmpfs, for one, has no such flag and never waits
                 return self.try_pread_into(offset_bytes, buffer)
             raise self._failed(error, "read", offset_bytes) from error
+        finally:
+            inside.pop()
+            if self._fd < 0:
+                self.let_go()
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
+        assert type(data) is not memoryview or data.nbytes == len(data)
+        inside = self.inside
         try:
+            inside.append(None)
             done = os.pwrite(self._fd, data, offset_bytes)
             if done < len(data):
                 rest = memoryview(data)
@@ -334,7 +366,12 @@ class FileStore:
                     done += os.pwrite(self._fd, rest[done:], offset_bytes + done)
         except OSError as error:
             raise self._failed(error, "write", offset_bytes) from error
+        finally:
+            inside.pop()
+            if self._fd < 0:
+                self.let_go()
 
+    @held
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.punch`. Where the file system cannot punch, zeros are written."""
         if size_bytes <= 0:
@@ -346,6 +383,7 @@ class FileStore:
                 raise self._failed(error, "punch a hole", offset_bytes) from error
             self._write_zeros(offset_bytes, min(size_bytes, max(self.size() - offset_bytes, 0)))
 
+    @held
     def punches(self) -> bool:
         """See `Store.punches`."""
         try:  # behind the end there is nothing to lose
@@ -354,6 +392,7 @@ class FileStore:
             return False
         return True
 
+    @held
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.reserve`. Where the file system cannot reserve, zeros are written."""
         if size_bytes <= 0:
@@ -373,30 +412,39 @@ class FileStore:
             offset_bytes += len(piece)
             size_bytes -= len(piece)
 
+    @held
     def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`: `transfer` says how."""
-        if isinstance(source, FileStore):
-            if self._transfer is None:
-                self._transfer = Transfer(self._fd)
-            try:
-                done = self._transfer.copy(source._fd, source_offset_bytes, offset_bytes, size_bytes)
-            except OSError as error:
-                raise self._failed(error, f"copy from {errors.printable(source.name)}", offset_bytes) from error
-            if done < size_bytes:
-                raise _ended(source)
-            return
-        copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
+        if not isinstance(source, FileStore):
+            copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
+        elif source._copied_to(self, source_offset_bytes, offset_bytes, size_bytes) < size_bytes:
+            raise _ended(source)
 
+    @held
+    def _copied_to(self, target: FileStore, own_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
+        """Copy to the target, which is held; how much of the range there was."""
+        if target._transfer is None:
+            target._transfer = Transfer(target._fd)
+        try:
+            return target._transfer.copy(self._fd, own_offset_bytes, offset_bytes, size_bytes)
+        except OSError as error:
+            raise target._failed(error, f"copy from {errors.printable(self.name)}", offset_bytes) from error
+
+    @held
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""
         with translated(self._path, f"set the size to {size_bytes} bytes"):
             os.ftruncate(self._fd, size_bytes)
 
+    @held
     def sync(self) -> None:
-        """See `Store.sync`."""
+        """See `Store.sync`. Once it has failed it fails for ever: the kernel forgets the pages it could not write."""
         try:
+            if self._has_lost_pages:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             os.fdatasync(self._fd)
         except OSError as error:
+            self._has_lost_pages = True  # first of all: an exception out of a signal handler may come next
             raise errors.SyncFailed(
                 f"flush to the device failed: {os.strerror(error.errno or errno.EIO)}",
                 path=self._path,
@@ -416,6 +464,7 @@ class FileStore:
             yield data, hole - data, True
             offset_bytes = hole
 
+    @held
     def _seek(self, offset_bytes: int, whence: int, end: int) -> int:
         try:
             return min(os.lseek(self._fd, offset_bytes, whence), end)
@@ -428,6 +477,7 @@ class FileStore:
 
     # -- the name and the locks ---------------------------------------------------------------------------------
 
+    @held
     def still_named(self) -> bool:
         """True while the name that the file was opened by leads to it. Raises AccessDenied, IoFailed."""
         with translated(self._path, "look whether the name still leads to this file"):
@@ -449,6 +499,7 @@ class FileStore:
                 hint="put the file back under this name, or close it everywhere and look which of the two is right",
             )
 
+    @held
     def lock(self, *, writer: bool) -> None:
         """Hold the file as a reader or a writer until it is closed; calling again changes the role.
 
@@ -463,6 +514,7 @@ class FileStore:
             self.unlock()
             raise
 
+    @held
     def become_writer(self) -> None:
         """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, and `Replaced`; who
         called stays a reader then.
@@ -475,22 +527,26 @@ class FileStore:
             self.become_reader()
             raise
 
+    @held
     def inherit_lock(self, holder: FileStore) -> None:
         """Have the writer's locks that `holder`, another opening of the file, has; it may be closed then."""
         assert self.identity == holder.identity
         with translated(self._path, "lock"):
             locks.inherit(self._fd, self._path)
 
+    @held
     def become_reader(self) -> None:
         """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""
         with translated(self._path, "lock"):
             locks.become_reader(self._fd, self._path)
 
+    @held
     def unlock(self) -> None:
         """Give up every lock of this store."""
         with translated(self._path, "unlock"):
             locks.release(self._fd, self._path)
 
+    @held
     def in_use(self) -> bool:
         """True when another program, or another open disk of this one, holds the file for writing."""
         return locks.is_written(self._fd)
@@ -499,9 +555,8 @@ class FileStore:
         """See `Store.close`."""
         if self._transfer is not None:
             self._transfer.close()
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with translated(self._path, "close"):
+            self.close_descriptor()
 
     def __enter__(self) -> Self:
         return self
@@ -510,6 +565,8 @@ class FileStore:
         self.close()
 
     def _failed(self, error: OSError, doing: str, offset_bytes: int) -> errors.VhdkitError:
+        if self._fd < 0:
+            return self.closed_error()
         failure = translate(error, self._path, doing)
         failure.offset_bytes = offset_bytes
         failure.structure = "file"

@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -346,8 +347,10 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         assert disk.try_read_into(4096, buffer) and bytes(buffer) == data
         assert not disk.try_write(1, memoryview(data)) and not disk.try_read_into(1, buffer)
         assert disk.known_holes(100, 4 * MIB) == [(100, 2 * MIB - 100, False), (2 * MIB, 2 * MIB + 100, True)]
-        with disk._write_lock:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(disk._write_lock.acquire).result()
             assert not disk.try_write(0, memoryview(data))
+            other.submit(disk._write_lock.release).result()
         with pytest.raises(errors.OutOfRange):
             disk.try_write(8 * MIB - SECTOR_SIZE, memoryview(data))
         with pytest.raises(errors.OutOfRange):

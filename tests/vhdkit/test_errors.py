@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import inspect
+import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,6 +21,7 @@ from vhdkit.finding import Finding, Severity, finding_of
 TABLE: dict[type[VhdkitError], tuple[int, int]] = {
     errors.VhdkitError: (errno.EIO, 1),
     errors.InvalidArgument: (errno.EINVAL, 2),
+    errors.DiskClosed: (errno.EBADF, 2),
     errors.OutOfRange: (errno.EINVAL, 1),
     errors.ReadOnly: (errno.EROFS, 1),
     errors.NotFound: (errno.ENOENT, 1),
@@ -31,6 +35,7 @@ TABLE: dict[type[VhdkitError], tuple[int, int]] = {
     errors.CorruptImage: (errno.EIO, 3),
     errors.AddressInUse: (errno.EADDRINUSE, 5),
     errors.ImageInUse: (errno.EBUSY, 5),
+    errors.Replaced: (errno.EBUSY, 5),
     errors.HasChildren: (errno.EBUSY, 5),
     errors.ParentError: (errno.ENOENT, 6),
     errors.ParentMissing: (errno.ENOENT, 6),
@@ -78,6 +83,27 @@ def test_the_message_has_place_values_and_hint(kind: type[VhdkitError]) -> None:
     assert str(error) == "/d/x.vhd: BAT entry 7 at byte 0x61c: is wrong (expected 1, found 0); look again"
     assert (error.path, error.structure, error.offset_bytes) == ("/d/x.vhd", "BAT entry 7", 0x61C)
     assert (error.expected, error.found, error.hint) == (1, 0, "look again")
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_every_error_survives_pickling(kind: type[VhdkitError]) -> None:
+    """A process pool hands errors on as they were: class, words, fields, notes and an exit code of their own."""
+    places = {"path": "/d/x.vhd", "structure": "footer", "offset_bytes": 7, "expected": 1, "found": b"x", "hint": "h"}
+    error = _make(kind, **places)
+    error.exit_code = 42
+    error.add_note("and more")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(error, protocol))
+        assert type(again) is kind and str(again) == str(error) and again.args == error.args
+        assert vars(again) == vars(error) and again.errno == error.errno
+    assert vars(copy.copy(error)) == vars(error)
+
+
+@pytest.mark.parametrize("path", [b"/d/\xff.vhd", Path("/d/x.vhd"), "/d/x.vhd"])
+def test_any_kind_of_path_can_be_told(path: object) -> None:
+    """Bytes, a Path or a text: the error has the path as a text, and can be shown."""
+    error = VhdkitError("is wrong", path=path)  # type: ignore[arg-type]
+    assert isinstance(error.path, str) and str(error).startswith("/d/")
 
 
 @pytest.mark.parametrize(

@@ -429,8 +429,8 @@ def test_closing_several_at_once_closes_all_and_tells_failures(tmp_path: Path) -
 
     stores = [_new(tmp_path / str(number), b"x") for number in range(12)]
     descriptors = [store.fileno() for store in stores]
-    broken = Broken(os.dup(descriptors[0]), "broken", writable=False)
+    broken = Broken([os.dup(descriptors[0])], "broken", writable=False)
     with pytest.raises(errors.IoFailed, match="broken"):
         close_all([broken, *stores])
-    os.close(broken.fileno())
+    FileStore.close(broken)
     assert all(store.fileno() == -1 for store in stores)

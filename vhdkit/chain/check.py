@@ -30,7 +30,7 @@ def check(
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
     with the images is a finding. Nothing is changed.
     """
-    return opened_again(lambda: _checked(os.fspath(path), options or OpenOptions(), progress))
+    return opened_again(lambda: _checked(os.fsdecode(path), options or OpenOptions(), progress))
 
 
 def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) -> list[Finding]:

@@ -87,7 +87,7 @@ def convert_chain(
 ) -> int:
     """`convert` for a chain that is already open."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
-    held = replacing(os.fspath(destination), chain.layers, replace=replace)
+    held = replacing(os.fsdecode(destination), chain.layers, replace=replace)
     with held as old, NewFile(destination, replace=replace, old=old) as new:
         write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)
         name = FormatName.RAW if disk_format is DiskFormat.RAW else FormatName.VHD

@@ -60,7 +60,7 @@ def create_image(
         raise errors.InvalidArgument("only fixed and raw images can be preallocated")
     check_new_size(size_bytes, disk_format)
     create.check_block_size(block_size_bytes)
-    held = replacing(os.fspath(path), replace=replace)
+    held = replacing(os.fsdecode(path), replace=replace)
     with held as old, NewFile(path, replace=replace, old=old) as new:
         write_empty(new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate)
         new.commit()
@@ -149,7 +149,7 @@ def create_child(
     child has the parent's size unless a larger one is given, and the parent's block size.
     Raises what opening the parent raises, and what `create_image` raises.
     """
-    child = os.fspath(path)
+    child = os.fsdecode(path)
     layers = open_layers(parent_path, options=options)
     try:
         size = child_size(child, layers[0], size_bytes)

@@ -186,7 +186,7 @@ def describe_chain(path: str | os.PathLike[str], *, options: OpenOptions | None 
     Raises what `describe_image` raises for the leaf; what is wrong behind it is told in `problem`.
     """
     options = options or OpenOptions()
-    leaf_path = os.fspath(path)
+    leaf_path = os.fsdecode(path)
     images = [describe_image(leaf_path, options=options)]
     try:
         _describe_parents(images, options)

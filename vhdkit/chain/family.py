@@ -54,9 +54,9 @@ def find_children(
     They are looked for beside each image and in `folders`; each file is looked at once, and damaged ones are passed
     over. Raises NotFound and what reading the images raises.
     """
-    names = [os.fspath(path) for path in paths]
+    names = [os.fsdecode(path) for path in paths]
     parents = []
-    places = [os.fspath(folder) for folder in folders]
+    places = [os.fsdecode(folder) for folder in folders]
     for name in names:
         with FileStore.open(name) as store:
             parents.append((unique_id(store), real_path(name)))

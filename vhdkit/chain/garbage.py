@@ -113,10 +113,10 @@ def collect_garbage(
     options = options or OpenOptions()
     place = real_path(directory)
     if not is_folder(place):
-        raise errors.NotFound("is no folder", path=os.fspath(directory))
+        raise errors.NotFound("is no folder", path=os.fsdecode(directory))
     if not keep:
         raise errors.InvalidArgument("name the leaves to keep: without any, every image would go")
-    reached = _reached([os.fspath(leaf) for leaf in keep], place, options)
+    reached = _reached([os.fsdecode(leaf) for leaf in keep], place, options)
     scan = _scanned(place, options)
     doomed = _doomed(scan, reached)
     if delete:

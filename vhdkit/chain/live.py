@@ -198,7 +198,7 @@ def newest_leaf(path: str | os.PathLike[str], options: OpenOptions) -> str:
 
     Looks where a writable open looks for children. Raises HasChildren where two stand on one image, naming both.
     """
-    newest = os.fspath(path)
+    newest = os.fsdecode(path)
     for _ in range(MAX_CHAIN_DEPTH):
         with FileStore.open(newest) as store:
             folders = folders_of_children(newest, options.parent_dirs)
@@ -216,4 +216,6 @@ def newest_leaf(path: str | os.PathLike[str], options: OpenOptions) -> str:
                 hint="name the one to serve",
             )
         newest = children[0]
-    raise errors.HasChildren(f"more than {MAX_CHAIN_DEPTH} images stand on it, one on the other", path=os.fspath(path))
+    raise errors.HasChildren(
+        f"more than {MAX_CHAIN_DEPTH} images stand on it, one on the other", path=os.fsdecode(path)
+    )

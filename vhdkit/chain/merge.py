@@ -101,7 +101,7 @@ def merge(
         if to is not None:
             if relink_children:
                 raise errors.InvalidArgument("with a new file as the result nothing is repointed to it")
-            return _merge_to(layers, index, os.fspath(to), dry_run, progress)
+            return _merge_to(layers, index, os.fsdecode(to), dry_run, progress)
         return _InPlace(layers, index, relink_children, options).run(dry_run, progress)
 
 
@@ -113,17 +113,17 @@ def resume_merge(
     Raises InvalidArgument when there is none, and what `merge` raises.
     """
     options = options or OpenOptions()
-    folders = allowed_folders(os.fspath(path), options.parent_dirs)
-    found = intents_about(os.fspath(path), folders)
+    folders = allowed_folders(os.fsdecode(path), options.parent_dirs)
+    found = intents_about(os.fsdecode(path), folders)
     if not found:
-        raise errors.InvalidArgument("no interrupted merge of this image is known", path=os.fspath(path))
+        raise errors.InvalidArgument("no interrupted merge of this image is known", path=os.fsdecode(path))
     return finish(found[0], options, progress)
 
 
 def merge_under_way(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> str | None:
     """The target of an interrupted merge that has the image at `path` as its leaf, its target or in between."""
-    folders = allowed_folders(os.fspath(path), (options or OpenOptions()).parent_dirs)
-    found = intents_about(os.fspath(path), folders)
+    folders = allowed_folders(os.fsdecode(path), (options or OpenOptions()).parent_dirs)
+    found = intents_about(os.fsdecode(path), folders)
     return found[0].target.path if found else None
 
 
@@ -438,7 +438,7 @@ def _index_of(layers: Sequence[Layer], into: str | os.PathLike[str] | None) -> i
                 if index == 0:
                     raise errors.InvalidArgument("cannot be merged into itself", path=leaf)
                 return index
-    raise errors.InvalidArgument(f"is no ancestor of {errors.printable(leaf)}", path=os.fspath(into))
+    raise errors.InvalidArgument(f"is no ancestor of {errors.printable(leaf)}", path=os.fsdecode(into))
 
 
 def _count(plan: MergePlan) -> tuple[int, int]:

@@ -57,13 +57,13 @@ def rebase(
     ImageInUse when the image is open anywhere, and what opening the two raises. On error the image has its old names.
     """
     options = options or OpenOptions()
-    image_path, new_path = real_path(path), os.fspath(parent_path)
+    image_path, new_path = real_path(path), os.fsdecode(parent_path)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         if not dry_run:
             pending.settle(store)
         metadata = read_metadata(pending.view(store))
         if metadata.header is None or not metadata.is_differencing:
-            raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fspath(path))
+            raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fsdecode(path))
         recorded, timestamp = metadata.header.parent_unique_id, metadata.header.parent_timestamp
         found = _id_of(store, new_path)
         if NULL_ID in (recorded, found) and not options.allow_raw_parent:

@@ -72,9 +72,9 @@ def relocate(
     options = options or OpenOptions()
     place = real_path(directory)
     if not is_folder(place):
-        raise errors.NotFound("is no folder", path=os.fspath(directory))
+        raise errors.NotFound("is no folder", path=os.fsdecode(directory))
     with contextlib.ExitStack() as stack:
-        paths = _paths_of(os.fspath(leaf), options)
+        paths = _paths_of(os.fsdecode(leaf), options)
         stores = [
             stack.enter_context(FileStore.open_held(path, writable=not dry_run, follow_links=False)) for path in paths
         ]

@@ -84,7 +84,7 @@ def repair(
     too large, AlreadyExists for a backup or report that is there, NoSpace, IoFailed, and what `check` raises.
     """
     options = options or OpenOptions()
-    image_path = os.fspath(path)
+    image_path = os.fsdecode(path)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         if not dry_run:
             pending.settle(store)
@@ -116,7 +116,7 @@ def restore(path: str | os.PathLike[str], undo: str | os.PathLike[str]) -> int:
     Raises InvalidArgument for a file that is no backup, or one of another image or of one that was changed since;
     ImageInUse, NoSpace, IoFailed.
     """
-    image_path, undo_path = os.fspath(path), os.fspath(undo)
+    image_path, undo_path = os.fsdecode(path), os.fsdecode(undo)
     with FileStore.open(undo_path) as record:
         log = read_log(record)
     if log is None:
@@ -187,7 +187,7 @@ def _write_backup(undo: str | os.PathLike[str] | None, log: UndoLog, store: File
     with NewFile(undo, like=store) as new:
         new.store.pwrite(0, encode(log))
         new.commit()
-    return os.fspath(undo)
+    return os.fsdecode(undo)
 
 
 def _write_report(
@@ -199,7 +199,7 @@ def _write_report(
     doubtful = [one for fix in done for one in fix.doubtful]
     if not lost and not doubtful:
         return None
-    path = os.fspath(report) if report is not None else _free_name(image_path)
+    path = os.fsdecode(report) if report is not None else _free_name(image_path)
     document = {
         "image": image_path,
         "lost": [{"offset_bytes": offset, "size_bytes": size} for offset, size in lost],

@@ -68,7 +68,7 @@ def open_layers(
     Raises NotFound, AccessDenied, CorruptImage (also for loops and too deep chains), UnsupportedFormat,
     ImageInUse, HasChildren, ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open.
     """
-    return opened_again(lambda: _opened_once(os.fspath(path), writable, options or OpenOptions(), danger))
+    return opened_again(lambda: _opened_once(os.fsdecode(path), writable, options or OpenOptions(), danger))
 
 
 def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: str | None) -> list[Layer]:

@@ -72,7 +72,8 @@ def snapshot_many(
     """
     options = options or OpenOptions()
     named = [
-        (os.fspath(leaf), os.fspath(new) if new is not None else default_name(os.fspath(leaf))) for leaf, new in pairs
+        (os.fsdecode(leaf), os.fsdecode(new) if new is not None else default_name(os.fsdecode(leaf)))
+        for leaf, new in pairs
     ]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options, dry_run=dry_run) as wanted:
@@ -97,7 +98,7 @@ def clone(
     InvalidArgument, and what opening the chain raises.
     """
     options = options or OpenOptions()
-    parent, names = os.fspath(base), [os.fspath(path) for path in paths]
+    parent, names = os.fsdecode(base), [os.fsdecode(path) for path in paths]
     check_names([parent], names)
     layers = open_layers(parent, options=options)
     try:

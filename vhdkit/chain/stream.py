@@ -81,7 +81,7 @@ def import_stream(
     RAW. For a raw or fixed result the bytes go straight into it; a dynamic one needs the length first, so they
     wait in a nameless file beside the destination. Raises InvalidArgument, AlreadyExists, NoSpace, IoFailed.
     """
-    path = os.fspath(destination)
+    path = os.fsdecode(destination)
     create.check_block_size(block_size_bytes)
     if disk_format is DiskFormat.DYNAMIC:
         NewFile(path, replace=replace).discard()  # a destination that cannot be is refused before the stream is read

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
+from vhdkit.descriptor import passing_on
 from vhdkit.serve.mount_host import Child, become_flusher
 from vhdkit.units import KIB
 
@@ -35,7 +36,8 @@ def start(body: Body, *, talks: bool) -> Child:
     sys.stderr.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # numpy has threads that wait for work and hold nothing
-        pid = os.fork()
+        with passing_on():
+            pid = os.fork()
     if pid == 0:
         os.close(ready_end)
         os.close(said_end)

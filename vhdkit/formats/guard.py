@@ -1,42 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a failed flush or an interrupted write, shared by every format.
 
-Decides one thing: after a flush to the device failed, nothing may be written or flushed through this open image
-any more, because the kernel forgets the failed pages and a second fsync would claim success for lost data. The same
-holds after Ctrl-C struck in the middle of a write: memory may know half of it, while the file on disk is whole.
+Decides two things. After a flush to the device failed, nothing may be written or flushed through this open image any
+more, because the kernel forgets the failed pages and a second fsync would claim success for lost data. And after
+Ctrl-C, or an exception out of a signal handler, struck in the middle of a write, no more is written, since memory may
+know half of that write; but what was written before it is whole, so a flush and the closing make it durable.
+
+`INV-CLOSE-TELLS`: `close` returns without an error only when every write that returned is on the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.store import Store
 
 
 class SyncGuard:
-    """Syncs a store and refuses all further writing once a sync has failed."""
+    """Syncs a store and refuses all further writing once a sync has failed, or a write was interrupted."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.failure: errors.SyncFailed | None = None
+        self.is_interrupted = False  # the failure is an interrupted write: what was written before it can be flushed
+        self._is_refused = False  # the failure is none of a flush: there is nothing that was not flushed
+        self._has_ended = False
+        self._has_lost = False
 
     def check(self) -> None:
-        """Raise SyncFailed when an earlier flush failed."""
+        """Raise SyncFailed when an earlier flush failed, or a write was interrupted."""
         if self.failure is not None:
             raise errors.SyncFailed(self.failure.problem, path=self.failure.path, hint=self.failure.hint)
 
     def interrupted(self) -> None:
-        """A write or flush was left in the middle by something that is no error of ours, such as Ctrl-C."""
-        self.failure = self.failure or errors.SyncFailed(
-            "a write to this disk was interrupted",
-            path=self._store.name,
-            hint="close the disk and open it again: everything that was flushed is there",
-        )
+        """A write was left in the middle by something that is no error of ours, such as Ctrl-C."""
+        if self.failure is None:
+            self.is_interrupted = True
+            self.failure = errors.SyncFailed(
+                "a write to this disk was interrupted, and it takes no more",
+                path=self._store.name,
+                hint="close the disk and open it again: what was written before is kept",
+            )
+
+    def refuse(self) -> None:
+        """The file was changed through another opening: nothing of this one may reach it. All of it was flushed."""
+        if self.failure is None or self.is_interrupted:
+            self.is_interrupted, self._is_refused = False, True
+            self.failure = errors.SyncFailed(
+                "the image was changed through another opening of it",
+                path=self._store.name,
+                hint="close the disk and open it again: everything that was flushed is there",
+            )
 
     def sync(self) -> None:
         """Sync the store. Raises SyncFailed, now and from now on, when that fails."""
-        self.check()
+        if not self.is_interrupted:
+            self.check()
         try:
             self._store.sync()
         except errors.SyncFailed as failure:
-            self.failure = failure
+            self.failure, self.is_interrupted = failure, False
             raise
+
+    def finish(self, work: Callable[[], None]) -> None:
+        """At the image's end: `work` makes all of it durable. It is done again when an exception that is none of ours
+        strikes it. Calling this again says what was lost where even that did not succeed, and is fine otherwise.
+
+        Raises what `work` raises, and SyncFailed for an image whose flush had failed.
+        """
+        if self._has_ended:
+            if self._has_lost:
+                self._has_lost = False
+                raise errors.SyncFailed(
+                    "closing this disk was interrupted: what was written since the last flush is lost",
+                    path=self._store.name,
+                )
+            return
+        self._has_ended = self._has_lost = True
+        if self._is_refused:
+            self._has_lost = False
+            return
+        try:
+            if not self.is_interrupted:
+                self.check()
+            try:
+                work()
+            except errors.VhdkitError:
+                raise
+            except BaseException:
+                work()
+                self._has_lost = False
+                raise
+        except errors.VhdkitError:  # whoever closes is told
+            self._has_lost = False
+            raise
+        self._has_lost = False

@@ -82,7 +82,7 @@ class LinearImage:
 
     def refuse_writing(self) -> None:
         """From now on: what is written might not be seen by who opens the image next."""
-        self._guard.interrupted()
+        self._guard.refuse()
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`: in place, zeros as holes."""
@@ -111,8 +111,8 @@ class LinearImage:
     def close(self) -> None:
         """See `Layer.close`."""
         try:
-            if self.writable and self._guard.failure is None:
-                self._guard.sync()
+            if self.writable:
+                self._guard.finish(self._guard.sync)
         finally:
             self.store.close()
 

@@ -62,11 +62,12 @@ class Bat:
 
     def take_dirty(self) -> dict[int, bytes]:
         """Copies of the changed sectors of the table, by their number, which count as clean from now on."""
-        taken = {}
+        taken: dict[int, bytes] = {}
+        clean: set[int] = set()
         for number in sorted(self._dirty):
             first = number * ENTRIES_PER_SECTOR
             taken[number] = self.entries[first : first + ENTRIES_PER_SECTOR].astype(">u4").tobytes()
-        self._dirty.clear()
+        self._dirty = clean  # last, and no call: an exception of a signal handler comes before it or after the return
         return taken
 
     def mark_dirty(self, numbers: dict[int, bytes]) -> None:

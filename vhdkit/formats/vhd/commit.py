@@ -64,8 +64,13 @@ class Commit:
         self._flush_lock = threading.Lock()  # one flush at a time
         self.bitmaps: dict[int, bytearray] = {}  # by block; those dirty or in flight never leave
         self._dirty: set[int] = set()
-        self._in_flight: frozenset[int] = frozenset()
         self._vacated: list[tuple[int, int]] = []  # places of moved blocks, to be punched after the next flush
+        # What a flush took of the three above, until it is durable: a flush that fails or is interrupted leaves it
+        # here, and the next one takes it back.
+        self._in_flight: set[int] = set()
+        self._table_in_flight: dict[int, bytes] = {}
+        self._vacating: list[tuple[int, int]] = []
+        self._has_placed = False
 
     def place_block(self, fill: Callable[[int], object] | None) -> int:
         """Reserve room for a block and have `fill` write what belongs there; returns the offset of its bitmap.
@@ -80,6 +85,7 @@ class Commit:
         start, end = data_offset - self._bitmap_size, data_offset + self._block_size
         if start >= sectors_to_bytes(BAT_UNALLOCATED):
             raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)
+        self._has_placed = True
         if self._notes is not None:  # who is killed before the block is noted leaves its space to nobody
             self._notes.prepare()
         try:
@@ -172,30 +178,31 @@ class Commit:
     def flush(self) -> None:
         """Make everything written so far durable, in the named order. Raises SyncFailed, NoSpace, IoFailed.
 
-        After NoSpace or IoFailed nothing is lost: the metadata stays dirty and the next flush tries again.
+        After NoSpace, IoFailed or Ctrl-C nothing is lost: the metadata stays dirty and the next flush tries again.
         """
         with self._flush_lock, self._changing():
             with self.lock:
-                bitmaps = {block: bytes(self.bitmaps[block]) for block in sorted(self._dirty)}
-                table = self._bat.take_dirty()
-                footer_offset = self._footer_due
-                vacated, self._vacated = self._vacated, []
-                self._in_flight = frozenset(bitmaps)
-                self._dirty.clear()
+                self._take_back()
+                # A block that has no place is one whose writing was interrupted before it got one.
+                blocks = [block for block in sorted(self._dirty) if self._bat.block_start(block) >= 0]
+                bitmaps = {block: bytes(self.bitmaps[block]) for block in blocks}
+                footer_offset = self._place_of_footer()
+                fresh: set[int] = set()
+                self._in_flight, self._dirty = self._dirty, fresh
+                self._table_in_flight = table = self._bat.take_dirty()
+                self._vacating, self._vacated = self._vacated, []
                 if self._notes is not None:
                     self._notes.flush_begins()
             try:
                 self._sync_data()
                 if bitmaps or table:
                     self._write_metadata(bitmaps, table)
-            except BaseException:  # Ctrl-C too: what is not durable must stay dirty
+            except BaseException:
                 with self.lock:
-                    self._dirty.update(bitmaps)
-                    self._bat.mark_dirty(table)
-                    self._vacated += vacated
+                    self._take_back()
                 raise
-            finally:
-                self._in_flight = frozenset()
+            vacated = self._vacating
+            self._in_flight, self._table_in_flight, self._vacating = set(), {}, []
             if self._notes is not None:
                 with self.lock:
                     self._notes.flush_ended()
@@ -216,6 +223,19 @@ class Commit:
             yield
         finally:
             self._notes.change_ended(FLUSH)
+
+    def _take_back(self) -> None:
+        """What an earlier flush did not make durable is dirty (under `lock`). Done again it does no harm."""
+        self._dirty |= self._in_flight
+        self._bat.mark_dirty(self._table_in_flight)
+        self._vacating, self._vacated = [], self._vacating + self._vacated
+
+    def _place_of_footer(self) -> int | None:
+        """Where the trailing footer is due. A block whose writing was interrupted may have covered its place."""
+        if self.guard.is_interrupted and self._has_placed:
+            self._free_bytes = max(self._free_bytes, round_up(self._store.size(), FOOTER_SIZE))
+            self._footer_due = self._free_bytes - FOOTER_SIZE
+        return self._footer_due
 
     def _sync_data(self) -> None:
         self.guard.sync()
@@ -241,16 +261,17 @@ class Commit:
                 self._footer_due = None
 
     def close(self) -> None:
-        """Flush, and let the trailing footer reach the device too."""
+        """Flush, and let the trailing footer reach the device too. Raises as `flush` does; see `SyncGuard.finish`."""
         try:
-            if self.guard.failure is not None:
-                return
-            self.flush()
-            if self._footer_unsynced:
-                self._sync_data()
-            if self._notes is not None:
-                self._notes.close()
-                self._notes = None
+            self.guard.finish(self._finish)
         finally:
             if self._notes is not None:
                 self._notes.leave()
+
+    def _finish(self) -> None:
+        self.flush()
+        if self._footer_unsynced:
+            self._sync_data()
+        if self._notes is not None:
+            self._notes.close()
+            self._notes = None

@@ -262,7 +262,7 @@ class DynamicImage:
 
     def refuse_writing(self) -> None:
         """From now on: the file has changed behind the back of this open image. What was flushed is in it."""
-        self._commit.guard.interrupted()
+        self._commit.guard.refuse()
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`. A block that ends wholly owned moves to a 4 KiB boundary. Raises as `write` does."""
@@ -368,15 +368,8 @@ class DynamicImage:
 
     def flush(self) -> None:
         """See `Layer.flush`."""
-        if not self.writable:
-            return
-        try:
+        if self.writable:
             self._commit.flush()
-        except errors.VhdkitError:
-            raise
-        except BaseException:
-            self._commit.guard.interrupted()
-            raise
 
     def close(self) -> None:
         """See `Layer.close`."""

@@ -151,7 +151,8 @@ def test_a_failed_sync_is_for_ever() -> None:
     for attempt in (layer.flush, lambda: layer.trim(0, 1), lambda: layer.write(0, memoryview(bytes(512)))):
         with pytest.raises(SyncFailed):
             attempt()
-    layer.close()
+    with pytest.raises(SyncFailed):
+        layer.close()
     assert store.calls == []
 
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a file's descriptor: no number is used without a hold on it, and none outlives its owner.
+
+Decides when a descriptor is closed. Must not know what is read or written through it.
+
+`INV-DESCRIPTOR-HELD`: the system gives the number of a closed descriptor to the next file that is opened, in any
+thread. So every use of one is noted in `inside` first, and the descriptor is closed when nobody is inside. Whoever
+comes after `close` finds the number -1.
+
+`INV-FORK-APART`: a forked process shares the locks and the position in the file with its parent, but not what the
+parent knows about the image. Its copies of the descriptors are closed at once; nothing of the parent's is released.
+
+An exception out of a signal handler comes when a call of ours returns, never inside a call of C. Hence the odd forms
+below: what must not come apart is one call of C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+from vhdkit import errors
+
+_LOOK_SECONDS = 0.001  # between two looks whether those inside have left
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_D = TypeVar("_D", bound="Descriptor")
+
+_open: weakref.WeakSet[Descriptor] = weakref.WeakSet()
+_passing_on: list[None] = []  # not empty: a forked process takes over
+
+
+def opened(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> list[int]:
+    """`os.open`, for `Descriptor`: the number is in the list before an exception can come. Raises OSError."""
+    owned: list[int] = []
+    try:
+        call = os.open if dir_fd is None else functools.partial(os.open, dir_fd=dir_fd)
+        owned.extend(map(call, (path,), (flags,), (mode,)))
+    except BaseException:
+        close_owned(owned)
+        raise
+    return owned
+
+
+def close_owned(owned: list[int]) -> None:
+    """Close the descriptor in the list, which is empty then; by whoever comes first. Raises OSError."""
+    with contextlib.suppress(IndexError):  # how `pop` says that there is nothing left
+        for _ in map(os.close, iter(owned.pop, None)):
+            pass
+
+
+def held(method: Callable[Concatenate[_D, _P], _R]) -> Callable[Concatenate[_D, _P], _R]:
+    """A method that uses the descriptor: it is open until the method returns. Raises DiskClosed."""
+
+    @functools.wraps(method)
+    def holding(self: _D, *arguments: _P.args, **keywords: _P.kwargs) -> _R:
+        inside = self.inside
+        try:
+            inside.append(None)
+            if self._fd < 0:
+                raise self.closed_error()
+            return method(self, *arguments, **keywords)
+        finally:
+            inside.pop()
+            if self._fd < 0:
+                self.let_go()
+
+    return cast("Callable[Concatenate[_D, _P], _R]", holding)
+
+
+class Descriptor:
+    """A descriptor and those who use it. `_fd` is its number until it is being closed, then -1."""
+
+    def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:
+        """Take over the descriptor in the list, which `opened` made."""
+        self._owned = owned
+        self._fd = owned[0]
+        self._path = path
+        self.writable = writable
+        self.inside: list[None] = []  # one entry for each call under way
+        self._left_by_fork = False
+        _open.add(self)
+
+    def closed_error(self) -> errors.DiskClosed:
+        """Why it cannot be used any more."""
+        if self._left_by_fork:
+            return errors.DiskClosed(
+                "was opened by the process that this one is a fork of",
+                path=self._path,
+                hint="open it here, once it is closed there",
+            )
+        return errors.DiskClosed("the disk is closed", path=self._path)
+
+    def let_go(self) -> None:
+        """Close the descriptor unless somebody is inside: then the last one out does. Raises OSError."""
+        if not self.inside:
+            close_owned(self._owned)
+
+    def close_descriptor(self) -> None:
+        """Refuse whoever comes, wait for those inside, close. Calling again goes on where an exception struck.
+
+        From inside one of its own calls (a signal handler) it does not wait: the call closes when it leaves.
+        """
+        self._fd = -1
+        self.let_go()
+        while self._owned and not self._is_entered_here():
+            time.sleep(_LOOK_SECONDS)
+            self.let_go()
+
+    def _is_entered_here(self) -> bool:
+        """True when a function that this thread has not left is inside."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_locals.get("inside") is self.inside:
+                return True
+        return False
+
+    def __del__(self) -> None:
+        if getattr(self, "_owned", None):
+            lost = "; what was written since its last flush may be lost" if self.writable else ""
+            with contextlib.suppress(OSError):
+                close_owned(self._owned)
+            warnings.warn(f"{self._path!r} was never closed{lost}", ResourceWarning, stacklevel=2, source=self)
+
+
+@contextlib.contextmanager
+def passing_on() -> Iterator[None]:
+    """A process forked in the block takes over what is open, as the parent will not use it any more."""
+    _passing_on.append(None)
+    try:
+        yield
+    finally:
+        _passing_on.pop()
+
+
+def when_forked(act: Callable[[], object]) -> None:
+    """From now on `act` is called in every forked process that does not take over what is open. It waits for nothing:
+    locks may be held by threads that are not there.
+    """
+    os.register_at_fork(after_in_child=lambda: None if _passing_on else act())
+
+
+def _forked() -> None:
+    """Let go of copies. Only this thread is there; whoever else was inside never leaves."""
+    for one in list(_open):
+        one._left_by_fork = True
+        one._fd = -1
+        with contextlib.suppress(OSError):
+            close_owned(one._owned)
+
+
+when_forked(_forked)
