@@ -18,8 +18,9 @@ from tests.support import ROOT, python_files
 
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("vhdkit.units", "vhdkit.errors", "vhdkit.finding"),
+    ("vhdkit.units", "vhdkit.errors", "vhdkit.arguments", "vhdkit.finding"),
     (
+        "vhdkit.wording",
         "vhdkit.locks",
         "vhdkit.descriptor",
         "vhdkit.transfer",

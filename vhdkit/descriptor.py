@@ -37,7 +37,7 @@ _open: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 _passing_on: list[None] = []  # not empty: a forked process takes over
 
 
-def opened(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> list[int]:
+def opened(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> list[int]:
     """`os.open`, for `Descriptor`: the number is in the list before an exception can come. Raises OSError."""
     owned: list[int] = []
     try:

@@ -30,6 +30,7 @@ from typing import Self
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.merge import settle_merge_into, settle_merge_of
@@ -390,6 +391,7 @@ def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
     return memoryview(view.tobytes())
 
 
+@checked
 def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None) -> Disk:
     """Open an image and, when it is differencing, all its parents, as one disk.
 

@@ -387,8 +387,9 @@ class PrivateFolder:
 
 def real_path(path: str | os.PathLike[str]) -> str:
     """The absolute path with every link followed."""
-    with translated(os.fsdecode(path), "find the place of"):  # the working folder may be gone
-        return os.path.realpath(path)
+    name = os.fsdecode(path)
+    with translated(name, "find the place of"):  # the working folder may be gone
+        return os.path.realpath(name)
 
 
 def sidecar_path(path: str | os.PathLike[str], kind: str) -> str:

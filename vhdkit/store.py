@@ -11,7 +11,6 @@ on a name, moved or removed by it, unless it still leads to the file that is ope
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -24,6 +23,8 @@ from vhdkit import errors, locks
 from vhdkit.descriptor import Descriptor, close_owned, held, opened
 from vhdkit.transfer import Transfer, kept_elsewhere
 from vhdkit.units import MIB, SECTOR_SIZE, round_up
+from vhdkit.wording import translate as translate
+from vhdkit.wording import translated as translated
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -32,7 +33,6 @@ _FALLOC_PUNCH_HOLE = 0x02
 _OPENINGS = 20  # of a name that leads to another file each time
 _ZEROS = bytes(MIB)
 _CLOSERS = 8  # files closed at once
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 _preadv = os.preadv
@@ -124,36 +124,6 @@ def copy_bytes(
 
 def _ended(source: Store) -> errors.IoFailed:
     return errors.IoFailed("the file ended while it was copied", path=source.name)
-
-
-def translate(error: OSError, path: str, doing: str) -> errors.VhdkitError:
-    """The typed error for what the system said while we were `doing` something to `path`."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    kind: type[errors.VhdkitError] = errors.IoFailed
-    hint = None
-    if error.errno in _NO_SPACE:
-        kind = errors.NoSpace
-        hint = "free some space or choose another file system"
-    elif error.errno in (errno.ENOENT, errno.ENOTDIR):
-        kind = errors.NotFound
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        kind = errors.AccessDenied
-    elif error.errno == errno.EROFS:
-        kind = errors.ReadOnly
-    elif error.errno == errno.EEXIST:
-        kind = errors.AlreadyExists
-    elif error.errno in (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
-        kind = errors.InvalidArgument
-    return kind(f"cannot {doing}: {reason}", path=path, hint=hint)
-
-
-@contextlib.contextmanager
-def translated(path: str, doing: str) -> Iterator[None]:
-    """Turn any OSError of the body into the typed error."""
-    try:
-        yield
-    except OSError as error:
-        raise translate(error, path, doing) from error
 
 
 def _fallocate(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> None:

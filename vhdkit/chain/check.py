@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, leads_to, parent_format
@@ -21,6 +22,7 @@ from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.store import FileStore, opened_again
 
 
+@checked
 def check(
     path: str | os.PathLike[str], *, options: OpenOptions | None = None, progress: Progress | None = None
 ) -> list[Finding]:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.convert import data_ranges
@@ -58,6 +59,7 @@ class CompactResult:
     punched_bytes: int
 
 
+@checked
 def compact(
     path: str | os.PathLike[str],
     *,

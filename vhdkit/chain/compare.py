@@ -15,6 +15,7 @@ from itertools import chain as joined
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.arguments import checked
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.image import Extent, ExtentKind
@@ -40,6 +41,7 @@ class Comparison:
         return self.different_sector_count == 0
 
 
+@checked
 def compare(
     first: str | os.PathLike[str],
     second: str | os.PathLike[str],

@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, check_new_size, replacing, write_empty
 from vhdkit.chain.resolve import OpenOptions
@@ -42,6 +43,7 @@ class _Target(Protocol):
     def write(self, sector_index: int, data: memoryview) -> object: ...
 
 
+@checked
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

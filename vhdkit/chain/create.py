@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, is_regular, real_path
@@ -37,6 +38,7 @@ class DiskFormat(StrEnum):
     DYNAMIC = "dynamic"
 
 
+@checked
 def create_image(
     path: str | os.PathLike[str],
     size_bytes: int,
@@ -134,6 +136,7 @@ def write_empty(
             store.reserve(0, size_bytes)
 
 
+@checked
 def create_child(
     path: str | os.PathLike[str],
     parent_path: str | os.PathLike[str],

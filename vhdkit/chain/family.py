@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.resolve import (
     NULL_ID,
@@ -25,6 +26,7 @@ from vhdkit.folder import real_path
 from vhdkit.store import FileStore
 
 
+@checked
 def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[str]:
     """The real paths of an image and all that it stands on, leaf first. Raises what opening the chain raises."""
     layers = open_layers(path, options=replace(options or OpenOptions(), lock=False))
@@ -36,6 +38,7 @@ def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = N
             layer.close()
 
 
+@checked
 def image_id(path: str | os.PathLike[str]) -> str | None:
     """The unique id of an image, 8-4-4-4-12, by which its children and records know it; None where it has none.
 
@@ -46,6 +49,7 @@ def image_id(path: str | os.PathLike[str]) -> str | None:
     return None if found == NULL_ID else format_id(found)
 
 
+@checked
 def find_children(
     paths: Sequence[str | os.PathLike[str]], *, folders: Sequence[str | os.PathLike[str]] = ()
 ) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.intent import KIND, intents_about, read_intent
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, find_children, open_layers
@@ -96,6 +97,7 @@ class _Scan:
     nodes: list[_Node] = field(default_factory=list)
 
 
+@checked
 def collect_garbage(
     directory: str | os.PathLike[str],
     keep: Sequence[str | os.PathLike[str]],

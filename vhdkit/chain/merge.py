@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, require_names, write_empty
@@ -75,6 +76,7 @@ class Merge:
     block_count: int
 
 
+@checked
 def merge(
     leaf: str | os.PathLike[str],
     *,
@@ -105,6 +107,7 @@ def merge(
         return _InPlace(layers, index, relink_children, options).run(dry_run, progress)
 
 
+@checked
 def resume_merge(
     path: str | os.PathLike[str], *, options: OpenOptions | None = None, progress: Progress | None = None
 ) -> Merge:
@@ -120,6 +123,7 @@ def resume_merge(
     return finish(found[0], options, progress)
 
 
+@checked
 def merge_under_way(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> str | None:
     """The target of an interrupted merge that has the image at `path` as its leaf, its target or in between."""
     folders = allowed_folders(os.fsdecode(path), (options or OpenOptions()).parent_dirs)

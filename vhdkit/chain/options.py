@@ -3,12 +3,15 @@
 
 Decides which options there are and what they mean when they are left out; acting on them is left to `parents`,
 `dependents` and `resolve`.
+
+`INV-OPTIONS-CHECKED`: an option that cannot be is refused when it is said.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vhdkit import arguments
 from vhdkit.formats.probe import FormatName
 
 
@@ -21,6 +24,9 @@ class OpenOptions:
     what the leaf is instead of looking. `lock` False reads without holding the files (for `info`, `chain`).
     `known_images` are paths of images, wherever they lie, that may stand on the one that is opened: if one of
     them does, that one is not opened for writing, merged, resized, moved or replaced.
+
+    Raises InvalidArgument for values of another type, a single path where several are meant, and an empty one.
+    `format_name` may be a plain "raw" or "vhd".
     """
 
     parent_dirs: tuple[str, ...] = ()
@@ -29,3 +35,11 @@ class OpenOptions:
     format_name: FormatName | None = None
     lock: bool = True
     known_images: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("parent_dirs", "known_images"):
+            object.__setattr__(self, name, arguments.paths(name, getattr(self, name)))
+        for name in ("allow_raw_parent", "ignore_bitmaps", "lock"):
+            arguments.flag(name, getattr(self, name))
+        if self.format_name is not None:
+            object.__setattr__(self, "format_name", arguments.choice(FormatName, "format_name", self.format_name))

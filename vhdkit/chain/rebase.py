@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.compare import compare_chains
@@ -39,6 +40,7 @@ from vhdkit.store import FileStore
 from vhdkit.units import format_size, whole_sectors
 
 
+@checked
 def rebase(
     path: str | os.PathLike[str],
     parent_path: str | os.PathLike[str],

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.create import link_to
@@ -54,6 +55,7 @@ class Move:
     new_path: str
 
 
+@checked
 def relocate(
     leaf: str | os.PathLike[str],
     directory: str | os.PathLike[str],

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.check import check
@@ -63,6 +64,7 @@ class Repair:
     report_path: str | None = None
 
 
+@checked
 def repair(
     path: str | os.PathLike[str],
     *,
@@ -110,6 +112,7 @@ def repair(
     return Repair(image_path, tuple(fixes), _size_of(writes), tuple(findings), undo_path, report_path)
 
 
+@checked
 def restore(path: str | os.PathLike[str], undo: str | os.PathLike[str]) -> int:
     """Take a repair back with the backup it wrote; returns how many bytes were put back.
 

@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.live import reopened, seal
@@ -56,6 +57,7 @@ class ResizeResult:
     notes: tuple[str, ...]
 
 
+@checked
 def resize(
     path: str | os.PathLike[str],
     size_bytes: int,

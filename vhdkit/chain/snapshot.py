@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from vhdkit import errors
+from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.create import child_size, require_names, write_child
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
@@ -51,6 +52,7 @@ class _Wanted:
     layers: list[Layer]
 
 
+@checked
 def snapshot(leaf: Path, new: Path | None = None, *, options: OpenOptions | None = None, dry_run: bool = False) -> str:
     """Freeze `leaf`: create an empty child, which everything written from now on goes to; returns the child's path.
 
@@ -62,6 +64,7 @@ def snapshot(leaf: Path, new: Path | None = None, *, options: OpenOptions | None
     return snapshot_many([(leaf, new)], options=options, dry_run=dry_run)[0]
 
 
+@checked
 def snapshot_many(
     pairs: Sequence[tuple[Path, Path | None]], *, options: OpenOptions | None = None, dry_run: bool = False
 ) -> list[str]:
@@ -71,6 +74,8 @@ def snapshot_many(
     InvalidArgument for a set that names something twice.
     """
     options = options or OpenOptions()
+    if not all(map(_is_pair, pairs)):
+        raise errors.InvalidArgument("pairs are (leaf, new) each, where new may be None")
     named = [
         (os.fsdecode(leaf), os.fsdecode(new) if new is not None else default_name(os.fsdecode(leaf)))
         for leaf, new in pairs
@@ -89,6 +94,7 @@ def snapshot_many(
     return [new for _, new in named]
 
 
+@checked
 def clone(
     base: Path, paths: Sequence[Path], *, options: OpenOptions | None = None, dry_run: bool = False
 ) -> list[str]:
@@ -108,6 +114,10 @@ def clone(
         for layer in layers:
             layer.close()
     return names
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def default_name(leaf: str) -> str:
