@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.folder",
         "vhdkit.beneath",
         "vhdkit.guarded",
+        "vhdkit.attributes",
         "vhdkit.image",
     ),
     ("vhdkit.formats",),
@@ -71,6 +72,7 @@ FILE_ROOMS = (
     "vhdkit/transfer.py",
     "vhdkit/locks.py",
     "vhdkit/descriptor.py",
+    "vhdkit/attributes.py",
 )
 # Beside them, files that are the kernel's and no bytes of a disk: its tables of mounts, its switches.
 KERNEL_ROOMS = ("vhdkit/serve/mount_host.py",)

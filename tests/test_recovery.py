@@ -21,6 +21,9 @@ from tests.support import ROOT
 from tests.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
 from tests.vhdkit.cli.running import run
 from vhdkit import DiskFormat
+from vhdkit.formats.vhd import remember
+from vhdkit.formats.vhd.dynamic import open_dynamic
+from vhdkit.store import FileStore
 
 PAGE = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
 BLOCK = MIB
@@ -109,6 +112,23 @@ def changing() -> None:
         Path("disk.vhd").write_bytes(whole)
 
 
+def noted() -> None:
+    """A killed server's notes, and another program that wrote to the image before the server came back."""
+    image()
+    Path("notes").mkdir()
+    try:
+        remember.use_folder("notes")
+        with FileStore.open("disk.vhd", writable=True) as store:
+            open_dynamic(store, writable=True).write(3 * BLOCK // 512, memoryview(bytes(512)))
+        remember.use_folder(None)
+        vhdkit.open_disk("disk.vhd", writable=True).close()
+        remember.use_folder("notes")
+        vhdkit.open_disk("disk.vhd", writable=True).close()
+    finally:
+        remember.use_folder(None)
+    vhdkit.compact("disk.vhd")
+
+
 def freezing() -> None:
     for name in ("one.vhd", "two.vhd"):
         vhdkit.create_image(name, MIB)
@@ -145,6 +165,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "A damaged header": header,
     "A corrupt block table (BAT)": lambda: image(entries={3: 0x7FFFFFFF}),
     "An interrupted merge": merging,
+    "Notes of a killed server": noted,
     "An interrupted resize, compact or repair": changing,
     "An interrupted snapshot of several disks": freezing,
     "The disk is full": leftover,

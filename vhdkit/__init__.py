@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from vhdkit.chain.create import DiskFormat, create_child, create_image
     from vhdkit.chain.family import chain_paths, find_children, image_id
     from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
-    from vhdkit.chain.merge import Merge, merge, merge_under_way, resume_merge
+    from vhdkit.chain.merge import Merge, merge
+    from vhdkit.chain.merge_settle import merge_under_way, resume_merge
     from vhdkit.chain.options import OpenOptions
     from vhdkit.chain.rebase import rebase
     from vhdkit.chain.relocate import Move, relocate
@@ -142,7 +143,8 @@ _HOMES = {
     "vhdkit.chain.create": "DiskFormat create_child create_image",
     "vhdkit.chain.family": "chain_paths find_children image_id",
     "vhdkit.chain.garbage": "GarbageItem GarbageKind collect_garbage",
-    "vhdkit.chain.merge": "Merge merge merge_under_way resume_merge",
+    "vhdkit.chain.merge": "Merge merge",
+    "vhdkit.chain.merge_settle": "merge_under_way resume_merge",
     "vhdkit.chain.rebase": "rebase",
     "vhdkit.chain.relocate": "Move relocate",
     "vhdkit.chain.repair": "Repair repair restore",

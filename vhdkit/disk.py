@@ -33,7 +33,7 @@ from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
-from vhdkit.chain.merge import settle_merge_into, settle_merge_of
+from vhdkit.chain.merge_settle import settle_merge_into, settle_merge_of
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.descriptor import when_forked
 from vhdkit.image import Extent

@@ -19,7 +19,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 from vhdkit import errors
@@ -32,7 +32,7 @@ _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _MAX_SOCKET_BYTES = 107  # sun_path of Linux, without the zero byte at its end
 _SOCKET_MODE, _SHARED_SOCKET_MODE = 0o600, 0o660
 _BACKLOG = 128  # clients that wait to be taken
-_TRIES, _TRY_SECONDS = 50, 0.1  # for the lock of a folder
+_TRIES, _LONG_TRIES, _TRY_SECONDS = 250, 3000, 0.02  # for the lock of a folder: 5 s, a minute
 _PART_BYTES = 8  # of chance in the name of a file under construction
 _PART = re.compile(rf"\.vhdkit-[0-9a-f]{{{2 * _PART_BYTES}}}\.part")
 
@@ -344,15 +344,33 @@ class SocketFile:
 
 
 @contextlib.contextmanager
-def _folder_held(directory: str) -> Iterator[None]:
-    """Nobody else of us is here in this folder at the same time. One that cannot be locked stops nobody."""
+def folders_held(directories: Iterable[str]) -> Iterator[None]:
+    """No other program of ours makes names in these folders meanwhile that depend on what lies there.
+
+    A folder that cannot be locked stops no one. Raises ImageInUse when another program takes too long.
+    """
+    with contextlib.ExitStack() as stack:
+        for directory in sorted({real_path(directory or os.curdir) for directory in directories}):
+            if not stack.enter_context(_folder_held(directory, _LONG_TRIES)):
+                raise errors.ImageInUse(
+                    "another program is making images in this folder", path=directory, hint="wait until it has ended"
+                )
+        yield
+
+
+@contextlib.contextmanager
+def _folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
+    """No other program of ours is here in this folder at the same time; False after so many tries.
+
+    A folder that cannot be locked stops no one.
+    """
     try:
         fd = os.open(directory or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # one may write to it but not read it
-        yield
+    except OSError:  # one may write to it but not read it, or it is not there: that is for others to say
+        yield True
         return
     try:
-        for _ in range(_TRIES):
+        for _ in range(tries):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -360,7 +378,10 @@ def _folder_held(directory: str) -> Iterator[None]:
                 if error.errno != errno.EWOULDBLOCK:
                     break
                 time.sleep(_TRY_SECONDS)
-        yield
+        else:
+            yield False
+            return
+        yield True
     finally:
         os.close(fd)
 

@@ -16,7 +16,7 @@ from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
-from vhdkit.folder import NewFile, is_regular, real_path
+from vhdkit.folder import NewFile, folders_held, is_regular, real_path
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd import create
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink
@@ -153,17 +153,16 @@ def create_child(
     Raises what opening the parent raises, and what `create_image` raises.
     """
     child = os.fsdecode(path)
-    layers = open_layers(parent_path, options=options)
-    try:
-        size = child_size(child, layers[0], size_bytes)
-        held = replacing(child, layers, replace=replace)
-        with held as old, NewFile(child, replace=replace, old=old) as new:
-            write_child(new.store, child, layers[0], size, block_size_bytes=block_size_bytes)
-            require_names(layers[:1])
-            new.commit()
-    finally:
+    with folders_held([os.path.dirname(real_path(parent_path))]), contextlib.ExitStack() as stack:
+        layers = open_layers(parent_path, options=options)
         for layer in layers:
-            layer.close()
+            stack.callback(layer.close)
+        size = child_size(child, layers[0], size_bytes)
+        old = stack.enter_context(replacing(child, layers, replace=replace))
+        new = stack.enter_context(NewFile(child, replace=replace, old=old))
+        write_child(new.store, child, layers[0], size, block_size_bytes=block_size_bytes)
+        require_names(layers[:1])
+        new.commit()
     return size
 
 

@@ -8,8 +8,10 @@ at each step, and says what must happen next when the machine stops. Moves no da
     relink   the target is complete; children of the leaf are being repointed to it
     remove   nothing but the target is needed any more: the sources are being removed
 
-A record is untrusted input like an image: names are confined to the target's folder and those the user allowed, and
-whoever acts on it compares the unique ids first.
+A record is untrusted input like an image. What is no record that we could have written is damaged (`DamagedRecord`);
+names are confined to the target's folder, what lies below it, and the folders that the user allowed (`RecordRefused`);
+a source always has an id, and what has not that id is not the source. Whoever acts on a record compares the ids first,
+and removes nothing else (`chain.merge_settle`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from vhdkit import errors
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity
 from vhdkit.folder import exists, is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
@@ -31,6 +34,14 @@ from vhdkit.units import MIB
 KIND = "merge"
 MAX_RECORD_BYTES = MIB  # 254 layers with the longest paths there are
 _FORMAT = "vhdkit merge record 1"
+
+
+class DamagedRecord(errors.InvalidArgument):
+    """The file is no record that we could have written."""
+
+
+class RecordRefused(errors.InvalidArgument):
+    """The record names files where the user did not allow any."""
 
 
 class Phase(StrEnum):
@@ -85,34 +96,57 @@ def _named_document(one: Named, folder: str) -> dict[str, str]:
     return {"path": os.path.relpath(one.path, folder), "unique_id": one.unique_id.hex()}
 
 
-def decode(raw: bytes, folder: str, allowed: tuple[str, ...]) -> Intent | None:
-    """The intent in the record `raw` that lies in `folder`; None when it is torn, foreign, or names what it may not.
+def decode(raw: bytes, folder: str, allowed: tuple[str, ...], *, path: str | None = None) -> Intent:
+    """The intent in the record `raw` that lies in `folder`, at `path`.
 
-    Every file it names lies in `folder` or below it, or in one of the `allowed` folders.
+    Every file it names lies in `folder` or below it, or in one of the `allowed` folders or below. Raises DamagedRecord
+    for what is none, RecordRefused for one that names others.
     """
     line, _, digest = raw.partition(b"\n")
     if digest.strip() != hashlib.sha256(line + b"\n").hexdigest().encode():
-        return None
+        raise _damaged("it is not whole", path)
     try:
         document = json.loads(line)
         if document["format"] != _FORMAT:
-            return None
+            raise _damaged("it is of another kind", path)
+        phase, relink = Phase(document["phase"]), document["relink"]
         target = _named(document["target"], folder)
         sources = tuple(_named(one, folder) for one in document["sources"])
-        intent = Intent(Phase(document["phase"]), target, sources, document["relink"] is True)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    paths = [target.path, *(one.path for one in sources)]
-    confined = all(is_within(path, (folder, *allowed)) for path in paths)
-    return intent if sources and confined and len(set(paths)) == len(paths) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged("something in it is missing, or of a wrong kind", path) from error
+    names = [target, *sources]
+    ids = [one.unique_id for one in names if any(one.unique_id)]
+    if not sources or not isinstance(relink, bool) or len({one.path for one in names}) != len(names):
+        raise _damaged("it names no layers, or one of them twice", path)
+    if not all(any(one.unique_id) for one in sources) or len(set(ids)) != len(ids):
+        raise _damaged("a layer to be removed has no id in it, or the same as another one", path)
+    for one in names:
+        if not is_within(one.path, (folder, *allowed)):
+            raise RecordRefused(
+                f"the record of a merge names {printable(one.path)}, which lies outside its folder",
+                path=path,
+                hint=f"if you trust it, say --allow-parent-dir {shlex.quote(printable(os.path.dirname(one.path)))};"
+                " else move the record away",
+            )
+    return Intent(phase, target, sources, relink)
+
+
+def _damaged(problem: str, path: str | None) -> DamagedRecord:
+    return DamagedRecord(
+        f"damaged: {problem}; as the record of a merge it is ignored",
+        path=path,
+        hint="move it away; `vhdkit check` says whether the images beside it are whole",
+    )
 
 
 def _named(document: Any, folder: str) -> Named:
-    unique_id = bytes.fromhex(document["unique_id"])
-    path = os.path.join(folder, document["path"])
-    if len(unique_id) != UUID_SIZE or not is_file_name(path):
+    unique_id, path = bytes.fromhex(document["unique_id"]), document["path"]
+    if len(unique_id) != UUID_SIZE or os.path.basename(path) in ("", os.curdir, os.pardir):
         raise ValueError("no such name")
-    return Named(real_path(path), unique_id)
+    path = os.path.join(folder, path)
+    if not is_file_name(path):
+        raise ValueError("no such name")
+    return Named(os.path.join(real_path(os.path.dirname(path)), os.path.basename(path)), unique_id)  # no link itself
 
 
 def intent_of(target_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
@@ -121,12 +155,43 @@ def intent_of(target_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
 
 
 def read_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
-    """What a record says, or None where there is none to be believed: it must lie beside its own target."""
+    """What a record says, or None where there is none to be believed. Raises IoFailed, AccessDenied."""
+    try:
+        return demand_intent(record_path, allowed)
+    except (DamagedRecord, RecordRefused):
+        return None
+
+
+def demand_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
+    """What a record says, or None where there is no file of that name: it must lie beside its own target.
+
+    Raises DamagedRecord, RecordRefused, IoFailed, AccessDenied.
+    """
+    if not exists(record_path):
+        return None
     raw = read_whole(record_path, MAX_RECORD_BYTES)
     if raw is None:
-        return None
-    intent = decode(raw, os.path.dirname(record_path), allowed)
-    return intent if intent is not None and sidecar_path(intent.target.path, KIND) == record_path else None
+        raise _damaged("it is no regular file, or too long", record_path)
+    intent = decode(raw, os.path.dirname(record_path), allowed, path=record_path)
+    if sidecar_path(intent.target.path, KIND) != record_path:
+        raise _damaged("it lies beside another image than it is about", record_path)
+    return intent
+
+
+def record_of(target_path: str) -> str:
+    """Where the record of a merge into this image lies."""
+    return sidecar_path(target_path, KIND)
+
+
+def resume_command(intent: Intent, image_path: str) -> str:
+    """The command that goes on with the merge, given this image of it."""
+    here = os.path.dirname(real_path(image_path))
+    places = [os.path.dirname(one.path) for one in (intent.target, *intent.sources)]
+    more = dict.fromkeys(place for place in places if place != here)
+    words = ["vhdkit", "merge", "--resume", printable(image_path)]
+    for place in more:
+        words += ["--allow-parent-dir", printable(place)]
+    return shlex.join(words)
 
 
 def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
@@ -134,15 +199,18 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
     record = sidecar_path(image_path, KIND)
     if not exists(record):
         return ()
-    intent = read_intent(record, (os.sep,))  # only to be told
-    if intent is None:
-        message = f"{printable(record)} is no whole record of a merge, or one of another image; it is ignored"
+    try:
+        intent = demand_intent(record, (os.sep,))  # only to be told
+    except DamagedRecord as error:
+        message = f"{printable(record)} is {error.problem}"
         return (Finding(Severity.WARNING, "merge-record-ignored", message, image_path),)
+    if intent is None:  # gone by now
+        return ()
     leaf = printable(intent.leaf.path)
     if in_use:
         message = f"is taking in {leaf} in another program; until that is over it is whole through {leaf} alone"
         return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
-    rest = f"`vhdkit merge --resume {shlex.quote(image_path)}` finishes it"
+    rest = f"`{resume_command(intent, image_path)}` finishes it"
     if intent.phase is Phase.COPY:
         message = (
             f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, this image alone is a"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open chains that grow: a new child is stacked on the leaf while somebody reads and writes the disk.
 
-Decides in which order an open leaf becomes a parent, and which image is the newest of its line. The caller sees to it
-that no request is in flight while `Freezing` is at work. What stands in a child is `chain.create`'s decision.
+Decides in which order an open leaf becomes a parent. The caller sees to it that no request is in flight while
+`Freezing` is at work. What stands in a child is `chain.create`'s decision.
 
     every child written, named and synced       (a cut leaves empty children: INV-SET-HARMLESS)
     requests held -> every old leaf flushed -> every new chain built -> the caller takes them -> locks of old leaves
@@ -15,7 +15,6 @@ No lock is ever given up: the new chain reads the old leaf through the very stor
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Self
 
@@ -25,15 +24,10 @@ from vhdkit.chain.blockmap import MAX_LAYERS
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.create import child_size, require_names, write_child
 from vhdkit.chain.resolve import (
-    MAX_CHAIN_DEPTH,
     NULL_ID,
-    OpenOptions,
-    find_children,
-    folders_of_children,
-    unique_id,
 )
 from vhdkit.chain.snapshot import check_names, default_name
-from vhdkit.folder import NewFile, commit_all, real_path, remove_file, scratch_store
+from vhdkit.folder import NewFile, commit_all, remove_file, scratch_store
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink, create_differencing
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -191,31 +185,3 @@ def scratch_child(chain: Chain, directory: str | None) -> Chain:
     except BaseException:
         store.close()
         raise
-
-
-def newest_leaf(path: str | os.PathLike[str], options: OpenOptions) -> str:
-    """The image that stands on this one, or on the one that does, and so on: the path itself when none does.
-
-    Looks where a writable open looks for children. Raises HasChildren where two stand on one image, naming both.
-    """
-    newest = os.fsdecode(path)
-    for _ in range(MAX_CHAIN_DEPTH):
-        with FileStore.open(newest) as store:
-            folders = folders_of_children(newest, options.parent_dirs)
-            children = find_children(
-                unique_id(store), folders, apart_from=store.identity, raw_parent=real_path(newest)
-            )
-        if not children:
-            return newest
-        if len(children) > 1:
-            names = " and ".join(errors.printable(child) for child in children[:2])
-            more = f" and {len(children) - 2} more" if len(children) > 2 else ""
-            raise errors.HasChildren(
-                f"{names}{more} stand on it, and which of them is the newest leaf cannot be told",
-                path=newest,
-                hint="name the one to serve",
-            )
-        newest = children[0]
-    raise errors.HasChildren(
-        f"more than {MAX_CHAIN_DEPTH} images stand on it, one on the other", path=os.fsdecode(path)
-    )

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from vhdkit import errors
+from vhdkit.attributes import check_removable
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import link_to, require_names
@@ -76,6 +77,8 @@ class LiveMerge:
         try:
             self._take_locks()
             self._refuse_children()
+            for one in self._intent.sources:
+                check_removable(one.path)
             self._store = self._open_target()
             self._names.write(self._intent)
         except BaseException:
@@ -162,6 +165,9 @@ class LiveMerge:
         `progress` may raise a VhdkitError to stop: see the class. Raises NoSpace, IoFailed, SyncFailed.
         """
         assert self._store is not None
+        if self._first == 0:  # what is copied is in the file then, for whoever compares the two
+            seal(self._chain.leaf)
+            self._chain.leaf.store.sync()
         target = self._opened(self._store)
         sources = self._chain.layers[self._first : self._target]
         below = self._chain.layers[self._target + 1 :]

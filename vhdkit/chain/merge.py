@@ -9,7 +9,7 @@ moved is `merge_plan`'s decision, how a block takes it in is its format's.
     3  record: remove      the leaf is removed, then the others
     4  no record
 
-Each step is on the device before the next one begins. Whatever stops it, `resume_merge` goes on: copying may be done
+Each step is on the device before the next one begins. Whatever stops it, `merge_settle` goes on: copying may be done
 again any number of times.
 """
 
@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from vhdkit import errors
 from vhdkit.arguments import checked
+from vhdkit.attributes import check_removable
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, require_names, write_empty
-from vhdkit.chain.intent import KIND, Intent, Named, Phase, intent_of, intents_about
+from vhdkit.chain.intent import Intent, Named, Phase, intent_of
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.chain.merge_steps import (
     RealNames,
@@ -36,19 +36,17 @@ from vhdkit.chain.merge_steps import (
     fill_target,
     fold,
     is_complete,
-    remove_sources,
 )
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
-    allowed_folders,
     find_children_of,
     folders_of_children,
     open_layers,
     parent_format,
     unique_id,
 )
-from vhdkit.folder import NewFile, is_regular, real_path, remove_file, sidecar_path
+from vhdkit.folder import NewFile, real_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.vhd.create import check_size, create_differencing
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
@@ -63,7 +61,8 @@ class Merge:
     """What a merge does, or has done. Paths are absolute; sizes are bytes.
 
     `removed` are the layers that went (or, with `to`, none), leaf first; `relinked` the images that stand on `target`
-    now. `data_bytes` are copied, `zero_bytes` become holes.
+    now. `data_bytes` are copied, `zero_bytes` become holes. `left` are files with the names of layers that were to go,
+    which stay: they are not provably those layers.
     """
 
     target: str
@@ -74,6 +73,7 @@ class Merge:
     data_bytes: int
     zero_bytes: int
     block_count: int
+    left: tuple[str, ...] = ()
 
 
 @checked
@@ -98,157 +98,17 @@ def merge(
     """
     options = options or OpenOptions()
     layers = open_layers(leaf, options=options)
-    with _closing(layers):
+    with closing(layers):
         index = _index_of(layers, into)
         if to is not None:
             if relink_children:
                 raise errors.InvalidArgument("with a new file as the result nothing is repointed to it")
             return _merge_to(layers, index, os.fsdecode(to), dry_run, progress)
-        return _InPlace(layers, index, relink_children, options).run(dry_run, progress)
+        return InPlace(layers, index, relink_children, options).run(dry_run, progress)
 
 
-@checked
-def resume_merge(
-    path: str | os.PathLike[str], *, options: OpenOptions | None = None, progress: Progress | None = None
-) -> Merge:
-    """Finish the merge that was interrupted and has the image at `path` as its leaf, its target or in between.
-
-    Raises InvalidArgument when there is none, and what `merge` raises.
-    """
-    options = options or OpenOptions()
-    folders = allowed_folders(os.fsdecode(path), options.parent_dirs)
-    found = intents_about(os.fsdecode(path), folders)
-    if not found:
-        raise errors.InvalidArgument("no interrupted merge of this image is known", path=os.fsdecode(path))
-    return finish(found[0], options, progress)
-
-
-@checked
-def merge_under_way(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> str | None:
-    """The target of an interrupted merge that has the image at `path` as its leaf, its target or in between."""
-    folders = allowed_folders(os.fsdecode(path), (options or OpenOptions()).parent_dirs)
-    found = intents_about(os.fsdecode(path), folders)
-    return found[0].target.path if found else None
-
-
-def finish(
-    intent: Intent, options: OpenOptions, progress: Progress | None = None, *, only_compare: bool = False
-) -> Merge:
-    """Do what is left of a merge. What was copied is compared, and copied again where it is not there.
-
-    With `only_compare` that raises InvalidArgument instead.
-    """
-    if not is_regular(intent.leaf.path):
-        if intent.phase is Phase.REMOVE:
-            return _remove_rest(intent, options)
-        raise errors.NotFound(
-            "is the leaf of an interrupted merge and is not there",
-            path=intent.leaf.path,
-            hint=f"put it back: {errors.printable(intent.target.path)} alone holds a part of it only",
-        )
-    layers = open_layers(intent.leaf.path, options=options)
-    with _closing(layers):
-        index = len(intent.sources)
-        if [named(layer) for layer in layers[: index + 1]] != [*intent.sources, intent.target]:
-            raise errors.InvalidArgument(
-                "the chain is not the one whose merge was interrupted", path=intent.leaf.path, hint="merge it anew"
-            )
-        merging = _InPlace(layers, index, intent.relink, options, intent.phase)
-        if only_compare and merging.phase is Phase.COPY:
-            raise errors.InvalidArgument(
-                "does not hold what its merge record says", path=intent.target.path, hint="`vhdkit check` says more"
-            )
-        return merging.run(False, progress)
-
-
-def settle_merge_into(path: str | os.PathLike[str], options: OpenOptions) -> None:
-    """Before the image at `path` is opened for writing: finish a merge into it whose data is complete.
-
-    That is compared first: a record alone removes nothing. Raises ImageInUse for a target that is not whole or whose
-    rest cannot be compared, and what `merge` raises.
-    """
-    image = real_path(path)
-    intent = intent_of(image, options.parent_dirs)
-    if intent is None:
-        return
-    if any(is_regular(one.path) for one in intent.sources):
-        _finish_complete(intent, image, options)
-    elif intent.phase is Phase.REMOVE:
-        remove_file(sidecar_path(image, KIND))
-    else:
-        raise _interrupted(intent, image)
-
-
-def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
-    """After the chain `layers` was opened for writing: finish merges into its lower layers whose data is complete.
-
-    True where the layers were closed for that: the chain is to be opened again. A merge that was still copying does
-    not matter to the leaf. One of layers below the leaf (a server's, that died) is finished if it can be: the leaf
-    reads the same without that. Raises NotFound where the leaf was merged and is gone then; whatever is raised, the
-    layers are closed.
-    """
-    paths = [real_path(_file(layer).name) for layer in layers]
-    with contextlib.ExitStack() as closing:
-        for layer in layers:
-            closing.callback(layer.close)
-        for below in paths[1:]:
-            intent = intent_of(below, options.parent_dirs)
-            if intent is None or intent.phase is Phase.COPY:
-                continue
-            closing.close()
-            if paths[0] in [one.path for one in intent.sources]:
-                _finish_complete(intent, paths[0], options)
-                raise errors.NotFound(f"was merged into {errors.printable(below)}: open that", path=paths[0])
-            with contextlib.suppress(errors.VhdkitError):
-                finish(intent, options, only_compare=True)
-            return True
-        closing.pop_all()
-    return False
-
-
-def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:
-    if intent.phase is Phase.COPY or not is_regular(intent.leaf.path):
-        raise _interrupted(intent, image)
-    finish(intent, options, only_compare=True)
-
-
-def _interrupted(intent: Intent, image: str) -> errors.ImageInUse:
-    return errors.ImageInUse(
-        f"a merge of {errors.printable(intent.leaf.path)} into it was interrupted",
-        path=image,
-        hint=f"finish it first: vhdkit merge --resume {shlex.quote(errors.printable(image))}",
-    )
-
-
-def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
-    """The target is complete and the leaf is gone: remove the layers in between."""
-    with contextlib.ExitStack() as held:
-        rest: dict[str, FileStore] = {}
-        target = held.enter_context(FileStore.open_held(intent.target.path))
-        for one in intent.sources:
-            if not is_regular(one.path):
-                continue
-            store = held.enter_context(FileStore.open_held(one.path, follow_links=False))
-            rest[one.path] = store
-            if unique_id(store) != one.unique_id:
-                raise errors.InvalidArgument("is not the image that was merged", path=one.path)
-        if unique_id(target) != intent.target.unique_id:
-            raise errors.InvalidArgument("is not the image that was merged into", path=intent.target.path)
-        folders = (*allowed_folders(intent.target.path, options.parent_dirs), *map(os.path.dirname, rest))
-        for one in (one for one in intent.sources if one.path in rest):
-            (family,) = find_children_of([(one.unique_id, one.path)], folders)
-            children = [path for path in family if real_path(path) not in rest]
-            if children:
-                raise has_children(one.path, children, False)
-        size = open_layer(target).size_bytes
-        remove_sources(intent, RealNames(intent.target.path, rest))
-    removed = tuple(rest)
-    merged = tuple(one.path for one in intent.sources)
-    return Merge(intent.target.path, merged, removed, (), size, 0, 0, 0)
-
-
-class _InPlace:
-    """A merge into a layer of the chain itself."""
+class InPlace:
+    """A merge into a layer of the chain itself; `phase` is how far it is already, by a record."""
 
     def __init__(
         self,
@@ -264,9 +124,11 @@ class _InPlace:
         self._names = [named(layer) for layer in layers[: index + 1]]
         self._relink = relink_children
         for layer in layers[: index + 1]:
-            _file(layer).lock(writer=True)
-            if _file(layer).is_device:
-                raise errors.InvalidArgument("is a device: it cannot be merged", path=_file(layer).name)
+            file_of_layer(layer).lock(writer=True)
+            if file_of_layer(layer).is_device:
+                raise errors.InvalidArgument("is a device: it cannot be merged", path=file_of_layer(layer).name)
+        for one in self._names[:-1]:
+            check_removable(one.path)
         self._plan = MergePlan(self._sources, self._target, below_bytes=_seen(self._below))
         self._size = self._sources[0].size_bytes
         self.phase = phase
@@ -312,7 +174,7 @@ class _InPlace:
             return self._result(_count(self._plan))
         intent = Intent(self.phase, self._names[-1], tuple(self._names[:-1]), self._relink)
         require_names([*self._sources, self._target])
-        files = {one.path: _file(layer) for one, layer in zip(self._names, self._sources, strict=False)}
+        files = {one.path: file_of_layer(layer) for one, layer in zip(self._names, self._sources, strict=False)}
         names = RealNames(intent.target.path, files)
         with contextlib.ExitStack() as held:
             children = [held.enter_context(_held_child(path)) for path in self._children]
@@ -327,7 +189,7 @@ class _InPlace:
     def _open_target(self, held: contextlib.ExitStack) -> FileStore:
         """The target's file, open for writing; the lock stays with the descriptor that has it."""
         store = held.enter_context(FileStore.open(self._names[-1].path, writable=True, follow_links=False))
-        if store.identity != _file(self._target).identity:
+        if store.identity != file_of_layer(self._target).identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
         pending.settle(store)
         if self.phase is Phase.COPY:
@@ -365,7 +227,7 @@ class _InPlace:
 def _merge_to(layers: list[Layer], index: int, path: str, dry_run: bool, progress: Progress | None) -> Merge:
     """The layers down to `index` as a new file of that one's kind, standing on its parent if it has one."""
     sources, below = layers[: index + 1], layers[index + 1 :]
-    merged = tuple(real_path(_file(layer).name) for layer in sources)
+    merged = tuple(real_path(file_of_layer(layer).name) for layer in sources)
     with NewFile(path) as new:
         _write_empty_like(sources[-1], below, sources[0].size_bytes, new)
         name = FormatName.VHD if isinstance(sources[-1], DynamicImage | FixedImage) else FormatName.RAW
@@ -384,7 +246,7 @@ def _write_empty_like(ancestor: Layer, below: Sequence[Layer], size_bytes: int, 
     if below:
         assert isinstance(ancestor, DynamicImage) and ancestor.metadata.header is not None
         header = ancestor.metadata.header
-        link = link_to(new.path, _file(below[0]).name, header.parent_unique_id, header.parent_timestamp)
+        link = link_to(new.path, file_of_layer(below[0]).name, header.parent_unique_id, header.parent_timestamp)
         create_differencing(new.store, size_bytes, link, block_size_bytes=ancestor.block_size_bytes)
     elif isinstance(ancestor, DynamicImage):
         write_empty(new.store, size_bytes, DiskFormat.DYNAMIC, block_size_bytes=ancestor.block_size_bytes)
@@ -397,7 +259,8 @@ def _write_empty_like(ancestor: Layer, below: Sequence[Layer], size_bytes: int, 
 
 
 @contextlib.contextmanager
-def _closing(layers: Sequence[Layer]) -> Iterator[None]:
+def closing(layers: Sequence[Layer]) -> Iterator[None]:
+    """The files of the layers are closed when the block ends."""
     try:
         yield
     finally:
@@ -412,7 +275,8 @@ def _held_child(path: str) -> Iterator[FileStore]:
         yield store
 
 
-def _file(layer: Layer) -> FileStore:
+def file_of_layer(layer: Layer) -> FileStore:
+    """The file of a layer that was opened from one."""
     file = pending.file_of(layer.store)
     assert file is not None
     return file
@@ -420,7 +284,7 @@ def _file(layer: Layer) -> FileStore:
 
 def named(layer: Layer) -> Named:
     """A layer as a merge's record names it."""
-    store = _file(layer)
+    store = file_of_layer(layer)
     return Named(real_path(store.name), unique_id(store) if isinstance(layer, DynamicImage | FixedImage) else NULL_ID)
 
 
@@ -438,7 +302,7 @@ def _index_of(layers: Sequence[Layer], into: str | os.PathLike[str] | None) -> i
         return 1
     with FileStore.open(into) as store:
         for index, layer in enumerate(layers):
-            if _file(layer).identity == store.identity:
+            if file_of_layer(layer).identity == store.identity:
                 if index == 0:
                     raise errors.InvalidArgument("cannot be merged into itself", path=leaf)
                 return index

@@ -26,8 +26,10 @@ from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.create import child_size, require_names, write_child
-from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
-from vhdkit.folder import NewFile, commit_all, exists, real_path
+from vhdkit.chain.intent import Phase, intent_of
+from vhdkit.chain.merge_settle import settle_merge_into
+from vhdkit.chain.resolve import NULL_ID, OpenOptions, allowed_folders, open_layers, refuse_with_children
+from vhdkit.folder import NewFile, commit_all, exists, folders_held, real_path
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
@@ -76,10 +78,16 @@ def snapshot_many(
     options = options or OpenOptions()
     if not all(map(_is_pair, pairs)):
         raise errors.InvalidArgument("pairs are (leaf, new) each, where new may be None")
-    named = [
-        (os.fsdecode(leaf), os.fsdecode(new) if new is not None else default_name(os.fsdecode(leaf)))
-        for leaf, new in pairs
-    ]
+    leaves = [os.fsdecode(leaf) for leaf, _ in pairs]
+    # Of two snapshots of one leaf the second looks when the first has made its child.
+    with folders_held(os.path.dirname(real_path(leaf)) for leaf in leaves):
+        return _snapshot_set(leaves, [new for _, new in pairs], options, dry_run)
+
+
+def _snapshot_set(leaves: list[str], wished: list[Path | None], options: OpenOptions, dry_run: bool) -> list[str]:
+    """`snapshot_many`, with nobody else at it."""
+    pairs = zip(leaves, wished, strict=True)
+    named = [(leaf, os.fsdecode(new) if new is not None else default_name(leaf)) for leaf, new in pairs]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options, dry_run=dry_run) as wanted:
         left_over = [one for one in wanted if _is_left_over(one)]
@@ -106,13 +114,14 @@ def clone(
     options = options or OpenOptions()
     parent, names = os.fsdecode(base), [os.fsdecode(path) for path in paths]
     check_names([parent], names)
-    layers = open_layers(parent, options=options)
-    try:
-        _refuse_foreign_writer(layers[0])
-        _make([_Wanted(parent, name, layers) for name in names], dry_run=dry_run)
-    finally:
-        for layer in layers:
-            layer.close()
+    with folders_held([os.path.dirname(real_path(parent))]):
+        layers = open_layers(parent, options=options)
+        try:
+            _refuse_foreign_writer(layers[0])
+            _make([_Wanted(parent, name, layers) for name in names], dry_run=dry_run)
+        finally:
+            for layer in layers:
+                layer.close()
     return names
 
 
@@ -154,7 +163,7 @@ def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bo
         wanted = []
         for leaf, new in named:
             if not dry_run:
-                _settle(leaf)
+                _settle(leaf, options)
             layers = open_layers(leaf, options=options)
             for layer in layers:
                 stack.callback(layer.close)
@@ -162,8 +171,15 @@ def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bo
         yield wanted
 
 
-def _settle(leaf: str) -> None:
-    """Take back a change that did not finish: once frozen, the leaf is not opened for writing any more."""
+def _settle(leaf: str, options: OpenOptions) -> None:
+    """Finish or take back a change that did not finish: once frozen, the leaf is not opened for writing any more.
+
+    Of a merge into it whose data is complete only names are left to go: while others read it, it can be frozen so.
+    """
+    intent = intent_of(leaf, allowed_folders(leaf, options.parent_dirs))
+    is_complete = intent is not None and intent.phase is not Phase.COPY
+    with contextlib.suppress(*(errors.ImageInUse, errors.HasChildren) if is_complete else ()):
+        settle_merge_into(leaf, options)
     with FileStore.open(leaf) as store:
         if pending.view(store) is store:
             return

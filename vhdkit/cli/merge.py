@@ -51,7 +51,7 @@ def merge_command(
 
     \b
     With --json: {"target", "merged", "removed", "relinked", "virtual_size_bytes", "data_bytes",
-                  "zero_bytes", "block_count", "dry_run", "seconds", "bytes_per_second"}
+                  "zero_bytes", "block_count", "dry_run", "seconds", "bytes_per_second", "left"}
     """
     if resume and (into or to or relink or dry_run):
         raise click.UsageError("--resume goes on as the merge began: no other option")
@@ -91,6 +91,7 @@ def _document(done: vhdkit.Merge, dry_run: bool, seconds: float) -> dict[str, An
         "merged": list(done.merged),
         "removed": list(done.removed),
         "relinked": list(done.relinked),
+        "left": list(done.left),
         "virtual_size_bytes": done.size_bytes,
         "data_bytes": done.data_bytes,
         "zero_bytes": done.zero_bytes,
@@ -117,3 +118,5 @@ def _tell(done: vhdkit.Merge, dry_run: bool, seconds: float) -> None:
     )
     for path in done.relinked:
         print_text(f"{printable(path)} stands on it now")
+    for path in done.left:
+        print_text(f"left {printable(path)}: it has the name of a merged layer, and is not provably that layer")

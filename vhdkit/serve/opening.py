@@ -6,6 +6,7 @@ Decides names and descriptions of exports, and what is refused before anything i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from vhdkit import errors
 from vhdkit.chain.create import create_child
-from vhdkit.chain.live import newest_leaf, scratch_child
-from vhdkit.chain.pending import file_of
+from vhdkit.chain.live import scratch_child
+from vhdkit.chain.newest import newest_leaf
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
@@ -25,7 +26,7 @@ from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
 from vhdkit.serve import nbd_wire as wire
 from vhdkit.serve.export import Export
-from vhdkit.store import FileStore, opened_again
+from vhdkit.store import opened_again
 from vhdkit.units import MIB, format_size
 
 MAX_EXPORTS_FILE_BYTES = 4 * MIB  # a thousand exports with long paths
@@ -204,13 +205,16 @@ def _open(path: str, manner: Manner) -> Disk:
 
 def _followed(path: str, manner: Manner) -> Disk:
     """The newest image that stands on the named one. Raises `Replaced` when it does not any more once it is open."""
-    with FileStore.open(path) as named:
-        disk = _open_this(newest_leaf(path, manner.options), manner)
-        files = [file_of(layer.store) for layer in disk.chain.layers]
-        if named.still_named() and not any(file is not None and file.identity == named.identity for file in files):
-            disk.close()
-            raise errors.Replaced("changed its line of images while the newest was looked for", path=path)
-        return disk
+    newest = newest_leaf(path, manner.options)
+    disk = _open_this(newest, manner)
+    try:
+        with contextlib.suppress(errors.NotFound):  # it was merged, and opening the newest has removed it
+            if manner.keep_overlay is None and real_path(newest_leaf(path, manner.options)) != real_path(newest):
+                raise errors.Replaced("changed its line of images while the newest was looked for", path=path)
+    except BaseException:
+        disk.close()
+        raise
+    return disk
 
 
 def _open_this(path: str, manner: Manner) -> Disk:

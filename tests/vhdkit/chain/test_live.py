@@ -18,7 +18,8 @@ from tests.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.create import create_child, create_image
-from vhdkit.chain.live import Freezing, newest_leaf, scratch_child, stack
+from vhdkit.chain.live import Freezing, scratch_child, stack
+from vhdkit.chain.newest import newest_leaf
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import FormatName, open_layer

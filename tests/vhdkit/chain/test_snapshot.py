@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -307,3 +308,34 @@ def test_files_under_construction_are_held(tmp_path: Path) -> None:
         write_empty(new.store, MIB, vhdkit.DiskFormat.DYNAMIC)
         new.commit()
         vhdkit.open_disk(tmp_path / "new.vhd", writable=True).close()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_two_snapshots_at_once(tmp_path: Path, named: bool) -> None:
+    """Of several snapshots of one leaf that start together exactly one is made; the others are told why not."""
+    leaf = tmp_path / "leaf.vhd"
+    vhdkit.create_image(leaf, 1 << 20)
+    for _ in range(5):
+        start = threading.Barrier(4)
+        made: list[str] = []
+        refused: list[str] = []
+
+        def take(
+            number: int,
+            start: threading.Barrier = start,
+            made: list[str] = made,
+            refused: list[str] = refused,
+        ) -> None:
+            start.wait()
+            try:
+                made.append(vhdkit.snapshot(leaf, tmp_path / f"new-{number}.avhd" if named else None))
+            except errors.HasChildren as error:
+                refused.append(str(error))
+
+        threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(made) == 1 and len(refused) == 3, (made, refused)
+        os.unlink(made[0])

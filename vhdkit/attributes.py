@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a file may be removed, as far as that can be known without trying.
+
+Decides what stands in the way of a removal: rights, sticky folders, attributes, file systems that are only read. Must
+not know why a file is to go.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import stat
+
+from vhdkit import errors
+from vhdkit.store import translated
+
+_FS_IOC_GETFLAGS = 0x80086601
+_IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
+
+
+def check_removable(path: str) -> None:
+    """Raise AccessDenied where removing the file at `path` is going to fail. One that is not there is fine."""
+    folder = os.path.dirname(path) or os.curdir
+    with translated(path, "look at"):
+        try:
+            status, around = os.lstat(path), os.stat(folder)
+        except FileNotFoundError:
+            return
+    problem = None
+    if _flags_of(path) & (_IMMUTABLE | _APPEND_ONLY):
+        problem = "is marked as one that must not change (see `lsattr`)"
+    elif _flags_of(folder) & (_IMMUTABLE | _APPEND_ONLY):
+        problem = "lies in a folder that is marked as one that must not change (see `lsattr -d`)"
+    elif not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        problem = "lies in a folder that may not be written to"
+    elif around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, around.st_uid):
+        problem = "belongs to somebody else, in a folder where only owners remove files"
+    if problem is not None:
+        raise errors.AccessDenied(
+            f"{problem}: it cannot be removed, so nothing is begun that ends with that",
+            path=path,
+            hint="give yourself that right first",
+        )
+
+
+def _flags_of(path: str) -> int:
+    """The attributes that `lsattr` shows; 0 where there are none, or nobody can tell."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            raw = array.array("L", [0])
+            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, raw)
+            return raw[0] & 0xFFFFFFFF
+        finally:
+            os.close(fd)
+    return 0
