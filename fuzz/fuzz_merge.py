@@ -4,14 +4,19 @@
 Fed: a chain in memory as a few bytes (see `parse`): kinds, sizes, block sizes, written runs, zeros; then false bits in
 bitmaps, false BAT entries, files cut short. Tried: folding the upper layers into one of the others, or into a new
 image. The leaf must read the same after each block, the target in the end, and every refusal is a `VhdkitError`
-(INV-BOUNDED). The bytes are also read as the record of a merge, which is believed only within its folder.
+(INV-BOUNDED). The bytes are also read as the record of a merge, which is believed only within its folder; and with the
+highest bit of the first byte they say what a whole record in a real folder claims (`_claim`): no file goes because of
+it but the layers of the merge that was stopped there (INV-RECORD-PROVEN).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from fuzz.loop import main
@@ -23,13 +28,21 @@ from tests.power import LINK
 from tests.stores import MemStore
 from vhdkit import VhdkitError
 from vhdkit.chain.chain import Chain
-from vhdkit.chain.intent import decode
+from vhdkit.chain.create import create_child, create_image
+from vhdkit.chain.intent import KIND, decode
 from vhdkit.chain.merge_plan import MergePlan
+from vhdkit.chain.merge_settle import resume_merge
 from vhdkit.chain.merge_steps import is_complete
+from vhdkit.chain.resolve import OpenOptions
+from vhdkit.disk import open_disk
+from vhdkit.errors import InvalidArgument
+from vhdkit.folder import sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed
+from vhdkit.formats.vhd.metadata import image_id
 from vhdkit.image import Layer
+from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE, whole_sectors
 
 MAX_LAYERS = 5
@@ -106,6 +119,9 @@ def _new_image(like: LayerPlan, size: int) -> MemStore:
 def target(data: bytes) -> None:
     """Build the chain, spoil it, merge it, and look at every disk."""
     _read_record(data)
+    if data[:1] >= b"\x80":
+        _act_on_record(data)
+        return
     plan, index, fresh, damages = parse(data)
     stores = [make_store(one, number) for number, one in enumerate(plan.layers)]
     for number, kind, place, value in sorted(damages, key=lambda damage: damage[1]):  # structures first, then bytes
@@ -150,10 +166,125 @@ def _merge(plan: ChainPlan, stores: list[MemStore], index: int, fresh: bool) -> 
 
 def _read_record(data: bytes) -> None:
     """Any bytes as a merge's record: nothing, or files inside the folder."""
-    intent = decode(data, _FOLDER, ())
-    if intent is not None:
-        for one in (intent.target, *intent.sources):
-            assert os.path.commonpath((one.path, _FOLDER)) == _FOLDER, one
+    try:
+        intent = decode(data, _FOLDER, ())
+    except InvalidArgument as error:
+        assert str(error).isprintable()
+        return
+    assert all(any(one.unique_id) for one in intent.sources)
+    for one in (intent.target, *intent.sources):
+        assert os.path.commonpath((one.path, _FOLDER)) == _FOLDER, one
+
+
+_PATHS = (
+    "base.vhd", "leaf.avhd", "middle.avhd", "gone.avhd", "other.vhd", "others.avhd", "notes.txt", "link",
+    "sub/deep.avhd", "../outside.avhd", "/etc/passwd", "", ".", "..", "./base.vhd", "sub/../leaf.avhd",
+    "nothing/../../x", "a\0b", "\udc80", "x" * 300,
+)  # fmt: skip
+_ODD: tuple[object, ...] = (None, 7, -1, [], {}, True, "", "11" * 16, "00" * 16, "zz", ["leaf.avhd"], 1e300)
+_KEYS = ("format", "phase", "target", "sources", "relink")
+_MERGED = {"leaf.avhd", "middle.avhd"}  # what a true record would name: the chain is leaf, middle, base
+
+
+def _claim(data: bytes, ids: dict[str, str]) -> object:
+    """A record's document: odd shapes now and then, else names and ids that are there, or may be.
+
+    flags u8 | phase u8 | relink u8 | target: path u8, id u8 | sources u8, each: path u8, id u8
+    | odd u8: key u8, value u8
+    """
+    reader = Reader(data)
+    reader.u8()
+    phase, relink = ("copy", "relink", "remove")[reader.u8() % 3], reader.u8() % 2 == 1
+
+    def one() -> dict[str, str]:
+        path, which = _PATHS[reader.u8() % len(_PATHS)], reader.u8() % (len(ids) + 2)
+        own = ids.get(path, "22" * 16)
+        return {"path": path, "unique_id": [own, own, *ids.values()][which]}
+
+    target_ = one() if reader.u8() % 4 == 0 else {"path": "base.vhd", "unique_id": ids["base.vhd"]}
+    document: dict[str, object] = {
+        "format": "vhdkit merge record 1",
+        "phase": phase,
+        "target": target_,
+        "sources": [one() for _ in range(reader.u8() % 5)],
+        "relink": relink,
+    }
+    for _ in range(max(reader.u8() % 6 - 3, 0)):
+        document[_KEYS[reader.u8() % len(_KEYS)]] = _ODD[reader.u8() % len(_ODD)]
+    return document
+
+
+def _act_on_record(data: bytes) -> None:
+    """A record in a folder with files of all kinds; then resume, or open for writing, or take a snapshot."""
+    with tempfile.TemporaryDirectory(prefix="vhdkit-fuzz-") as top:
+        folder = os.path.join(top, "images")
+        ids = _make_folder(folder)
+        line = json.dumps(_claim(data, ids)).encode() + b"\n"
+        with open(sidecar_path(os.path.join(folder, "base.vhd"), KIND), "wb") as record:
+            record.write(line + hashlib.sha256(line).hexdigest().encode() + b"\n")
+        before, leaf = _files(top), _disk(os.path.join(folder, "leaf.avhd"))
+        try:
+            kind = data[0] % 3
+            if kind == 0:
+                resume_merge(os.path.join(folder, "base.vhd"))
+            elif kind == 1:
+                open_disk(os.path.join(folder, "base.vhd"), writable=True).close()
+            else:
+                open_disk(os.path.join(folder, "leaf.avhd"), writable=True).close()
+        except VhdkitError as error:
+            assert str(error).isprintable()
+        after = _files(top)
+        missing = {name for name in before if name not in after and not name.endswith(KIND)}
+        assert {os.path.basename(name) for name in missing} <= _MERGED, f"{missing} went"
+        names = [name for name in ("leaf.avhd", "middle.avhd", "base.vhd") if os.path.join("images", name) in after]
+        if "leaf.avhd" in names:
+            assert _disk(os.path.join(folder, "leaf.avhd")) == leaf, "the leaf reads otherwise"
+        for name, content in before.items():
+            if os.path.basename(name) not in {*_MERGED, "base.vhd"} and not name.endswith(KIND):
+                assert after[name] == content, f"{name} has changed"
+
+
+def _make_folder(folder: str) -> dict[str, str]:
+    """A chain of three, another of two, and other files; the ids by path."""
+    os.makedirs(os.path.join(folder, "sub"))
+    pairs = (
+        ("middle.avhd", "base.vhd"), ("leaf.avhd", "middle.avhd"), ("others.avhd", "other.vhd"),
+        ("sub/deep.avhd", "other.vhd"), ("../outside.avhd", "other.vhd"),
+    )  # fmt: skip
+    for name in ("base.vhd", "other.vhd"):
+        create_image(os.path.join(folder, name), 64 * SECTOR_SIZE, block_size_bytes=MIB // 2)
+    options = OpenOptions(parent_dirs=(folder,))
+    for child, parent in pairs:
+        create_child(os.path.join(folder, child), os.path.join(folder, parent))
+        with open_disk(os.path.join(folder, child), writable=True, options=options) as disk:
+            disk.write(0, child.encode())
+    with open(os.path.join(folder, "notes.txt"), "wb") as file:
+        file.write(b"important")
+    os.symlink("others.avhd", os.path.join(folder, "link"))
+    ids = {}
+    for path in ("base.vhd", "other.vhd", *(child for child, _ in pairs)):
+        with FileStore.open(os.path.join(folder, path)) as store:
+            ids[path] = image_id(store).hex()
+    return ids | {"link": ids["others.avhd"], "notes.txt": "00" * 16}
+
+
+def _files(top: str) -> dict[str, bytes]:
+    """Every file below, links as what they are, with its content."""
+    found = {}
+    for place, _, names in os.walk(top):
+        for name in names:
+            path = os.path.join(place, name)
+            if os.path.islink(path):
+                found[os.path.relpath(path, top)] = os.readlink(path).encode()
+            else:
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, top)] = file.read()
+    return found
+
+
+def _disk(path: str) -> bytes:
+    with open_disk(path, options=OpenOptions(lock=False)) as disk:
+        return disk.read(0, disk.size_bytes)
 
 
 def mutate(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:

@@ -206,6 +206,10 @@ def merge_seeds() -> Iterator[tuple[str, bytes]]:
     yield "record", Intent(Phase.REMOVE, base_name, (one,), False).encode()
     outside = Named("/etc/passwd", bytes(16))
     yield "record-outside", Intent(Phase.REMOVE, base_name, (outside,), True).encode()
+    # A folder with a record (`fuzz_merge._claim`): a true one, one of which the leaf is gone, links and foreign files.
+    for name, sources in (("true", (1, 2)), ("gone", (3, 2)), ("foreign", (3, 5, 6, 7)), ("elsewhere", (3, 8, 9))):
+        claim = bytes([129, 2, 0, 1, len(sources)]) + bytes(byte for one in sources for byte in (one, 0))
+        yield f"acting-{name}", claim
 
 
 def nbd_seeds() -> Iterator[tuple[str, bytes]]:
