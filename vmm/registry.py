@@ -13,15 +13,18 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmm import paths
 from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
+from vmm.host.loops import inode_of
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import HeldLock, machine_lock
 from vmm.spec import DiskSpec, MachineSpec, read_spec
 
+_FILE_IDENTITY = "file="  # how `host.block` begins the identity of a loop device
 MAX_DEFINITION_BYTES = 4 << 20
 
 
@@ -299,13 +302,17 @@ def other_user_of(disk: DiskSpec, name: str) -> str | None:
 def _identity(disk: DiskSpec) -> object:
     """What two names of the same file or device have in common."""
     path = disk.path or ""
-    if disk.identity is not None:
+    if disk.identity is not None and not disk.identity.startswith(_FILE_IDENTITY):
         return disk.identity  # a device's name may be another's by now
+    if disk.identity is not None:  # a loop device is the file behind it
+        path = disk.identity.removeprefix(_FILE_IDENTITY)
     try:
         facts = os.stat(path)
     except OSError:
-        return os.path.realpath(path)
-    return (facts.st_rdev,) if facts.st_rdev else (facts.st_dev, facts.st_ino)
+        return disk.identity or os.path.realpath(path)
+    if stat.S_ISBLK(facts.st_mode):
+        return inode_of(path) or (facts.st_rdev,)
+    return facts.st_dev, facts.st_ino
 
 
 def _is_name(name: str) -> bool:

@@ -116,6 +116,32 @@ def test_file_behind_a_device_is_a_disk(manager: Manager, tmp_path: Path) -> Non
         manager.create("two", disks=[given(device)], **TINY)
 
 
+def test_hard_link_behind_a_device_is_the_same_disk(manager: Manager, tmp_path: Path) -> None:
+    """A loop device on another name of a machine's image is that image: given as a device, and as an image, too."""
+    leaf = make_disk(tmp_path, "one")
+    manager.create("one", disks=[DiskWish(str(leaf))], **TINY)
+    other_name = tmp_path / "elsewhere" / "data.raw"
+    other_name.parent.mkdir()
+    os.link(leaf, other_name)
+    with loop_device(other_name) as device:
+        with pytest.raises(InUse, match="a disk of the machine one"):
+            manager.create("two", disks=[given(device)], **TINY)
+        other_name.unlink()  # the device holds it all the same
+        with pytest.raises(InUse, match="a disk of the machine one"):
+            manager.create("two", disks=[given(device)], **TINY)
+    assert manager.names() == ["one"]
+
+
+def test_image_of_a_file_that_is_given_as_a_device(manager: Manager, tmp_path: Path) -> None:
+    """A file behind a device that a machine has is no other machine's image, by whichever of its names."""
+    file = tmp_path / "data.raw"
+    with loop_device(file) as device:
+        manager.create("one", disks=[given(device)], **TINY)
+        os.link(file, tmp_path / "other.raw")
+        with pytest.raises(InUse, match="one"):
+            manager.create("two", disks=[DiskWish(str(tmp_path / "other.raw"))], **TINY)
+
+
 def test_what_cannot_be_given(manager: Manager, tmp_path: Path) -> None:
     """A file, a folder, /dev/null, nothing, and URLs that are none: refused when the machine is defined."""
     (tmp_path / "file").write_bytes(bytes(4096))

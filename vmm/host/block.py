@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vmm.errors import InvalidSpec, NotFound
+from vmm.host import loops
+from vmm.host.loops import Inode
 
 Kind = Literal["disk", "partition", "cd-rom", "loop", "raid", "mapper", "multipath", "memory", "network"]
 Attachment = Literal["DAS", "SAN"]
@@ -78,6 +80,7 @@ class BlockDevice:
     mounts: tuple[str, ...]
     is_swap: bool
     file: str | None  # behind a loop device
+    file_inode: Inode | None = None  # of that file, which may have other names
 
     @property
     def is_present(self) -> bool:
@@ -125,8 +128,13 @@ class Host:
         return self.device(os.path.basename(os.readlink(place)))
 
     def by_identity(self, identity: str) -> list[BlockDevice]:
-        """Every device that has this identity: none when it is gone, several when identities are not unique."""
-        return [one for one in self.devices() if one.identity == identity]
+        """Every device that has this identity: none when it is gone, several when identities are not unique.
+
+        Loop devices on one file are of one identity, by whichever of its names.
+        """
+        found = [one for one in self.devices() if one.identity == identity]
+        inodes = {one.file_inode for one in found if one.file_inode is not None}
+        return [one for one in self.devices() if one in found or one.file_inode in inodes]
 
     # -- one device ---------------------------------------------------------------------------------------------
 
@@ -168,6 +176,7 @@ class Host:
             mounts=tuple(self._mounts.get(number, ())) or tuple(self._mounts.get(path, ())),
             is_swap=any(self._resolved(swap) == self._resolved(path) for swap in self._swaps),
             file=file,
+            file_inode=None if file is None else loops.inode_behind(self._path(f"dev/{name}"), file),
         )
 
     def _kind(self, name: str, parent: str | None) -> Kind:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Self
 from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused, VmmError, of_os_error
 from vmm.host import block
 from vmm.host.block import BlockDevice, Host
+from vmm.host.loops import Inode, inode_of
 from vmm.kvm import iscsi
 from vmm.kvm.iscsi import Reason
 
@@ -60,11 +61,12 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What machines have: identities of devices and LUNs, and image files by their paths without links, each with
-    its machine."""
+    """What machines have: identities of devices and LUNs, image files by their paths without links and by their
+    inodes, since a file may have several names; each with its machine."""
 
     identities: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
+    inodes: Mapping[Inode, str] = field(default_factory=dict)
 
 
 def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, follow_links: bool = True) -> Given:
@@ -75,6 +77,7 @@ def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, foll
     """
     identities: dict[str, str] = {}
     images: dict[str, str] = {}
+    inodes: dict[Inode, str] = {}
     for spec in specs:
         if spec.id == except_id:
             continue
@@ -89,7 +92,9 @@ def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, foll
                         identities[identity] = spec.name
             else:
                 images[os.path.realpath(disk.path) if follow_links else disk.path] = spec.name
-    return Given(identities, images)
+                if follow_links and (inode := inode_of(disk.path)) is not None:
+                    inodes[inode] = spec.name
+    return Given(identities, images, inodes)
 
 
 # -- devices: may it be given away? -------------------------------------------------------------------------------
@@ -167,10 +172,13 @@ def _given_already(facts: DeviceFacts, given: Given) -> Iterator[Reason]:
     for one, who in related:
         if one.identity is not None and one.identity in given.identities:
             yield Reason(f"{who}belongs to the machine {given.identities[one.identity]}", in_use=True)
-    if device.file is not None:
-        machine = given.images.get(device.file)  # the kernel says the name without links
-        if machine is not None:
-            yield Reason(f"is the file {device.file}, a disk of the machine {machine}", in_use=True)
+    for one, who in related:
+        if one.file is not None:
+            machine = given.images.get(one.file)  # the kernel says the name without links
+            if machine is None and one.file_inode is not None:
+                machine = given.inodes.get(one.file_inode)
+            if machine is not None:
+                yield Reason(f"{who}is the file {one.file}, a disk of the machine {machine}", in_use=True)
 
 
 def _not_known_again(facts: DeviceFacts) -> Iterator[Reason]:
