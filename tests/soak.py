@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vhdkit
-from tests import soak_live, soak_running, soak_snapshots
+from tests import soak_interrupted, soak_live, soak_running, soak_snapshots
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
 
@@ -308,6 +308,7 @@ OTHERS: dict[str, Callable[[float, int], Counter[str]]] = {
     "snapshots": lambda seconds, seed: soak_snapshots.run(1, seed, seconds=seconds),
     "snapshots-running": lambda seconds, seed: soak_snapshots.run(1, seed, seconds=seconds, running=True),
     "running": soak_running.run,
+    "interrupted": soak_interrupted.run,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import soak, soak_running, soak_snapshots
+from tests import soak, soak_interrupted, soak_running, soak_snapshots
 from tests.soak import SCENES, Scene, Work
 from tests.support import require_boot_sector_guest
 from vmm.snapshots import door
@@ -27,6 +27,13 @@ def test_kills_under_a_running_machine() -> None:
     """Worker, disks' server, QEMU or the command killed in snapshots of a machine that runs: all states stay."""
     require_boot_sector_guest()
     assert soak_running.run(0, kills=2).total() >= 2
+
+
+@pytest.mark.kvm
+def test_any_command_after_an_interrupted_snapshot() -> None:
+    """INV-READ-UNDER-LOCK: a snapshot's command is interrupted, its worker goes on, and another command follows."""
+    require_boot_sector_guest()
+    assert soak_interrupted.run(0, rounds=2).total() >= 2
 
 
 def test_commands_cut_short_on_a_machine() -> None:
