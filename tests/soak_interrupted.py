@@ -106,13 +106,16 @@ class _Soak:
         """Begin a snapshot and interrupt the command; what became of it."""
         self._number += 1
         name = f"number {self._number}"
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not before the child is where it ends by it
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 self._small.create(name)
                 os._exit(0)
             os._exit(1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         time.sleep(self._rng.uniform(0, _LONGEST_SECONDS) ** 2)
         os.kill(child, number)
         _, status = os.waitpid(child, 0)
