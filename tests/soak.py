@@ -12,6 +12,7 @@ The command runs in a fork of this process, which saves the start of an interpre
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import shutil
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vhdkit
-from tests import soak_interrupted, soak_live, soak_running, soak_snapshots
+from tests import soak_cut, soak_interrupted, soak_live, soak_running, soak_snapshots
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
 
@@ -309,6 +310,7 @@ OTHERS: dict[str, Callable[[float, int], Counter[str]]] = {
     "snapshots-running": lambda seconds, seed: soak_snapshots.run(1, seed, seconds=seconds, running=True),
     "running": soak_running.run,
     "interrupted": soak_interrupted.run,
+    **{scene: functools.partial(soak_cut.run, scene) for scene in soak_cut.SCENES},
 }
 
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 
-from tests import soak, soak_interrupted, soak_running, soak_snapshots
+import vhdkit
+from tests import chain_reader, soak, soak_cut, soak_interrupted, soak_running, soak_snapshots
 from tests.soak import SCENES, Scene, Work
 from tests.support import require_boot_sector_guest
 from vmm.snapshots import door
@@ -34,6 +36,30 @@ def test_any_command_after_an_interrupted_snapshot() -> None:
     """INV-READ-UNDER-LOCK: a snapshot's command is interrupted, its worker goes on, and another command follows."""
     require_boot_sector_guest()
     assert soak_interrupted.run(0, rounds=2).total() >= 2
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("scene", soak_cut.SCENES)
+def test_cut_with_any_verb_next(scene: str) -> None:
+    """INV-ONE-JOURNAL: processes killed in a live operation, then any verb: a second reader finds every disk."""
+    require_boot_sector_guest()
+    assert soak_cut.run(scene, 0, kills=1).total() == 1
+
+
+def test_the_second_reader_reads_what_the_first_does(tmp_path: Path) -> None:
+    """A chain with blocks here and there, and an image in between that grew, read alike by both."""
+    rng = random.Random("second")
+    paths = [tmp_path / "base.vhd", tmp_path / "middle.avhd", tmp_path / "leaf.avhd"]
+    vhdkit.create_image(paths[0], 4 << 20, block_size_bytes=512 << 10)
+    for number, path in enumerate(paths):
+        if number:
+            vhdkit.create_child(path, paths[number - 1])
+        with vhdkit.open_disk(path, writable=True) as disk:
+            for _ in range(9):
+                disk.write(rng.randrange(0, 4 << 20, 512), rng.randbytes(512))
+    for path in paths:
+        with vhdkit.open_disk(path) as disk:
+            assert chain_reader.content(path) == disk.read(0, disk.size_bytes)
 
 
 def test_commands_cut_short_on_a_machine() -> None:

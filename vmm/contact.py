@@ -153,10 +153,12 @@ def _clean_up(place: Place) -> bool:
 
 
 @contextlib.contextmanager
-def changing(name: str, *, stop_merge: bool = True) -> Iterator[tuple[Changing, ControlClient | None]]:
+def changing(
+    name: str, *, stop_merge: bool = True, settles: bool = True
+) -> Iterator[tuple[Changing, ControlClient | None]]:
     """The machine, which no other command changes while the block runs, and its worker where it runs.
 
-    What was cut short on one that does not run is settled first; see `settle_left`.
+    What was cut short on one that does not run is settled first (`settle_left`), unless `settles` is off.
 
     The machine is read last: after the lock was taken, and after it was seen whether it runs, since a worker changes
     the definition too. What is left of one of which nobody lives any more is taken away first, because `contact`
@@ -171,7 +173,7 @@ def changing(name: str, *, stop_merge: bool = True) -> Iterator[tuple[Changing, 
             _take_away_dead(place)
         client = contact(place)
         with client if client is not None else contextlib.nullcontext():
-            if client is None:
+            if client is None and settles:
                 settle_left(machine.lock, place.machine, stop_merge=stop_merge)
             yield registry.load_for_change(machine.lock), client
 

@@ -95,3 +95,13 @@ def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writabl
     )
     assert disk.path is not None
     return vhdkit.open_disk(disk.path, writable=writable, options=options)
+
+
+def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
+    """Give the image of a disk that nobody uses another size; the size it has then. Raises StoreFailed."""
+    assert disk.path is not None
+    options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
+    try:
+        return vhdkit.resize(disk.path, size_bytes, options=options, shrink=shrink).virtual_size_after_bytes
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error

@@ -20,16 +20,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import vhdkit
 from vmm import backup, contact, devices, registry, saved
 from vmm.contact import Place
 from vmm.copies import original_of
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
-from vmm.images import find_image, look_at, refuse_frozen
+from vmm.images import find_image, look_at, refuse_frozen, resize_image
 from vmm.kvm import machine_types
-from vmm.kvm.drives import store_error
 from vmm.launch import open_medium
 from vmm.paths import default_folders
 from vmm.registry import Machine
@@ -44,6 +42,7 @@ from vmm.state import MachineState, is_clean, processes_of
 
 if TYPE_CHECKING:
     from vmm.new_id import NewId
+    from vmm.snapshots.repair import RepairStep
 
 SHUTDOWN_SECONDS = 120.0
 _PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
@@ -426,7 +425,7 @@ class Manager:
                     "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
                 )
                 return int(done["size_bytes"])
-            return _resize_image(disk, size_bytes, shrink=shrink)
+            return resize_image(disk, size_bytes, shrink=shrink)
 
     def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
         """The disks of a machine: (disk, size in bytes, what is wrong with it)."""
@@ -462,6 +461,18 @@ class Manager:
             # A saved machine's file systems are in use, and those of one that died were.
             consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
         return {**copied, "consistent": consistent}
+
+    def repair(
+        self, name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
+    ) -> list[RepairStep]:
+        """Take on the newest images of a machine that does not run; what was found, and done unless `dry_run`.
+
+        `leaf` says which one is the newest where that cannot be told; `give_up_missing` goes on without one that is
+        lost. Raises WrongState while it runs, NotFound, InUse, StoreFailed.
+        """
+        from vmm.snapshots.repair import repair
+
+        return repair(name, dry_run=dry_run, leaf=leaf, give_up_missing=give_up_missing)
 
     def _disk_of(self, wish: DiskWish, spec: MachineSpec) -> DiskSpec:
         """A disk for a machine as it is wished for, with what was not said chosen and its image looked at."""
@@ -582,13 +593,3 @@ def _size_of(disk: DiskSpec) -> int | None:
         return os.lseek(descriptor, 0, os.SEEK_END)
     finally:
         os.close(descriptor)
-
-
-def _resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
-
-    assert disk.path is not None
-    options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
-    try:
-        return vhdkit.resize(disk.path, size_bytes, options=options, shrink=shrink).virtual_size_after_bytes
-    except vhdkit.VhdkitError as error:
-        raise store_error(error) from error

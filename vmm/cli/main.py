@@ -61,6 +61,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "snapshot": ("vmm.cli.snapshot:snapshot_command", "Keep states of a machine, go back to them."),
     "export": ("vmm.cli.transfer:export_command", "Put a machine into a folder, for another host."),
     "import": ("vmm.cli.transfer:import_command", "Make a machine out of an exported folder."),
+    "repair": ("vmm.cli.repair:repair_command", "Find a machine's newest images, and take them on."),
     "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
     "events": ("vmm.cli.log:events_command", "What happened to a machine."),
     "logs": ("vmm.cli.log:logs_command", "What a machine's programs said."),

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`repair`: a machine that lost sight of its newest image finds it again.
+
+Decides how what was found is told, and that it is agreed to. What is wrong and what helps is `vmm.snapshots.repair`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from vmm.cli.common import confirm, epilog, output_options, print_json, print_line
+from vmm.manager import Manager
+from vmm.snapshots.repair import RepairStep
+
+
+@click.command("repair", epilog=epilog("vmm repair web --dry-run", "vmm repair web --yes"))
+@click.argument("name")
+@click.option("--dry-run", is_flag=True, help="Only show what was found and what would be done.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--leaf", metavar="IMAGE", help="Which image is the newest, where that cannot be told.")
+@click.option("--give-up-missing", is_flag=True,
+              help="Go on without a newest image that is lost, from the one below it.")  # fmt: skip
+@output_options
+def repair_command(
+    name: str, dry_run: bool, yes: bool, leaf: str | None, give_up_missing: bool, as_json: bool, quiet: bool
+) -> None:
+    """Look for the newest images of the machine NAME, which does not run, and take them on.
+
+    This is for a machine whose definition names an image that another one stands on, or that is missing, such as vmm
+    0.1.0 could leave one after a kill. Nothing is removed or moved, and nothing is guessed.
+    """
+    manager = Manager()
+    found = manager.repair(name, dry_run=True, leaf=leaf, give_up_missing=give_up_missing)
+    if not as_json and not quiet:
+        _tell(name, found)
+    if not dry_run and any(step.remedy is not None for step in found):
+        confirm("Do this?", yes=yes)
+        found = manager.repair(name, leaf=leaf, give_up_missing=give_up_missing)
+        if not as_json and not quiet:
+            print_line("done")
+    if as_json:
+        print_json([dataclasses.asdict(step) for step in found])
+
+
+def _tell(name: str, found: list[RepairStep]) -> None:
+    if not found:
+        print_line(f"{name}: nothing is wrong with its disks")
+    for step in found:
+        place = "" if step.disk is None else f"{step.disk}: {step.path}: "
+        print_line(f"{place}{step.problem}")
+        print_line(f"    -> {step.remedy}" if step.remedy is not None else f"    {step.hint}")
