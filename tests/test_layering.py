@@ -20,6 +20,7 @@ from tests.support import ROOT, python_files
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("vhdkit.units", "vhdkit.errors", "vhdkit.arguments", "vhdkit.finding"),
     (
+        "vhdkit.likeness",
         "vhdkit.wording",
         "vhdkit.locks",
         "vhdkit.descriptor",
@@ -67,6 +68,7 @@ FOREIGN_HOMES = {
 FILE_ROOMS = (
     "vhdkit/store.py",
     "vhdkit/folder.py",
+    "vhdkit/likeness.py",
     "vhdkit/beneath.py",
     "vhdkit/guarded.py",
     "vhdkit/transfer.py",

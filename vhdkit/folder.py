@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
-from vhdkit import errors
+from vhdkit import errors, likeness
 from vhdkit.descriptor import opened
 from vhdkit.store import FileStore, opened_again, translated
 
@@ -61,7 +61,8 @@ class NewFile:
 
     Until the commit the bytes live under a temporary name in the same folder; leaving the block without a
     commit (an error, Ctrl-C) removes them, so a half-written file is never seen under `path`.
-    With `like` it gets the mode and, where allowed, the owner of that file.
+    Whatever the umask is, only its owner may read it (`INV-NEW-PRIVATE`); with `like` also who may read all of those
+    files, the first of which gives the owner where that is allowed. A file that is replaced leaves its mode and owner.
     Raises AlreadyExists when `path` is there and `replace` is false, NotFound when its folder is not.
     With `replace` it takes the place of `old`, which the caller holds, and of no other file: a commit raises
     `Replaced` or AlreadyExists when another has come there meanwhile. With `whatever` it replaces any.
@@ -74,7 +75,8 @@ class NewFile:
         replace: bool = False,
         old: FileStore | None = None,
         whatever: bool = False,
-        like: FileStore | None = None,
+        like: FileStore | Sequence[FileStore] = (),
+        mode: int = likeness.PRIVATE,
     ) -> None:
         self.path = os.fsdecode(path)
         self._replace, self._old, self._whatever = replace or whatever, old, whatever
@@ -82,17 +84,20 @@ class NewFile:
         replaced = self._checked()
         self.store = opened_again(self._begun)
         self._live = True
-        if like is not None:
-            _take_over(self.store.fileno(), os.fstat(like.fileno()))
-        elif replaced is not None:
-            _take_over(self.store.fileno(), replaced)
+        likes = [like] if isinstance(like, FileStore) else like
+        if replaced is not None and not (likes and self._whatever):
+            likeness.take_over(self.store.fileno(), replaced)
+        elif likes:
+            likeness.resemble(self.store.fileno(), [os.fstat(one.fileno()) for one in likes])
+        else:
+            likeness.set_mode(self.store.fileno(), mode)
 
     def _begun(self) -> FileStore:
         """A file under a temporary name, which stays within the 255 bytes that a name may have."""
         self._temporary = os.path.join(self._directory, _part_name())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path, "create"):
-            owned = opened(self._temporary, flags, 0o666)
+            owned = opened(self._temporary, flags, likeness.PRIVATE)
         store = _UnnamedStore(owned, self.path, self._temporary)
         try:
             store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
@@ -215,14 +220,6 @@ def commit_all(files: Sequence[NewFile]) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(one.path)
         raise
-
-
-def _take_over(fd: int, old: os.stat_result) -> None:
-    """Give a new file the mode and, where allowed, the owner of the one it replaces: a secret stays one."""
-    with contextlib.suppress(OSError):
-        os.fchown(fd, old.st_uid, old.st_gid)
-    with contextlib.suppress(OSError):
-        os.fchmod(fd, stat.S_IMODE(old.st_mode))
 
 
 def scratch_store(directory: str | None) -> FileStore:
@@ -435,12 +432,14 @@ def read_whole(path: str, limit_bytes: int) -> bytes | None:
         return store.pread(0, limit_bytes) if store.size() <= limit_bytes and not store.is_device else None
 
 
-def write_whole(path: str, raw: bytes) -> None:
+def write_whole(
+    path: str, raw: bytes, *, like: FileStore | Sequence[FileStore] = (), mode: int = likeness.PRIVATE
+) -> None:
     """Make `raw` the content of the file at `path`, at once and for good: after a power cut it has the old or the new.
 
-    Raises AccessDenied, NoSpace, IoFailed.
+    Readable as `NewFile` says. Raises AccessDenied, NoSpace, IoFailed.
     """
-    with NewFile(path, whatever=True) as new:
+    with NewFile(path, whatever=True, like=like, mode=mode) as new:
         new.store.pwrite(0, raw)
         new.commit()
 

@@ -163,15 +163,15 @@ def test_a_relative_name_lands_in_the_current_folder(tmp_path: Path, monkeypatch
         assert (tmp_path / name).exists()
 
 
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    """A new image is as private as any other file the user makes."""
+def test_new_files_are_private(tmp_path: Path) -> None:
+    """INV-NEW-PRIVATE: whatever the umask is, others do not read a new file (`test_likeness`)."""
     before = os.umask(0o027)
     try:
         with NewFile(tmp_path / "new.vhd") as new:
             new.commit()
     finally:
         os.umask(before)
-    assert (tmp_path / "new.vhd").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new.vhd").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("supported", [True, False])

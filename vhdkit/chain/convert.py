@@ -22,6 +22,7 @@ import numpy as np
 
 from vhdkit import errors
 from vhdkit.arguments import checked
+from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, check_new_size, replacing, write_empty
 from vhdkit.chain.resolve import OpenOptions
@@ -90,7 +91,8 @@ def convert_chain(
     """`convert` for a chain that is already open."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     held = replacing(os.fsdecode(destination), chain.layers, replace=replace)
-    with held as old, NewFile(destination, replace=replace, old=old) as new:
+    like = pending.files_of(chain.layers)
+    with held as old, NewFile(destination, replace=replace, old=old, like=like) as new:
         write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)
         name = FormatName.RAW if disk_format is DiskFormat.RAW else FormatName.VHD
         target = open_layer(new.store, format_name=name, writable=True)

@@ -120,7 +120,7 @@ class Freezing:
         with contextlib.ExitStack() as stack_:
             files = []
             for chain, path in zip(self._chains, self.paths, strict=True):
-                new = stack_.enter_context(NewFile(path))
+                new = stack_.enter_context(NewFile(path, like=pending.files_of(chain.layers[:1])))
                 write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
                 files.append(new)
             self._require_names()

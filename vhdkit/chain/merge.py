@@ -228,7 +228,7 @@ def _merge_to(layers: list[Layer], index: int, path: str, dry_run: bool, progres
     """The layers down to `index` as a new file of that one's kind, standing on its parent if it has one."""
     sources, below = layers[: index + 1], layers[index + 1 :]
     merged = tuple(real_path(file_of_layer(layer).name) for layer in sources)
-    with NewFile(path) as new:
+    with NewFile(path, like=pending.files_of(sources)) as new:
         _write_empty_like(sources[-1], below, sources[0].size_bytes, new)
         name = FormatName.VHD if isinstance(sources[-1], DynamicImage | FixedImage) else FormatName.RAW
         target = open_layer(new.store, format_name=name, writable=True)

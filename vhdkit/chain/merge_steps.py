@@ -50,12 +50,14 @@ class RealNames:
 
     def __init__(self, target_path: str, held: Mapping[str, FileStore] | None = None) -> None:
         """`held` are the files that go, open and locked, by their paths: no other file is removed by their names."""
+        self._target = target_path
         self._record = sidecar_path(target_path, KIND)
         self._held = held or {}
 
     def write(self, intent: Intent) -> None:
         """See `Names.write`. Raises AccessDenied, NoSpace, IoFailed."""
-        write_whole(self._record, intent.encode())
+        with FileStore.open(self._target) as target:  # whoever may read the image may read what becomes of it
+            write_whole(self._record, intent.encode(), like=target)
 
     def remove_record(self) -> None:
         """See `Names.remove_record`. Raises AccessDenied, IoFailed."""

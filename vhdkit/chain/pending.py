@@ -28,6 +28,7 @@ from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.undo import UndoLog, UndoneStore, apply_change, belongs, encode, plan_change, read_log, roll_back
 from vhdkit.formats.vhd import recall, remember
 from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.image import Layer
 from vhdkit.store import Buffer, FileStore, Store
 
 _UNDO = "undo"
@@ -98,6 +99,11 @@ def file_of(store: Store) -> FileStore | None:
     if isinstance(store, UndoneStore):
         store = store.store
     return store if isinstance(store, FileStore) else None
+
+
+def files_of(layers: Sequence[Layer]) -> list[FileStore]:
+    """The files of these layers, as far as they have any."""
+    return [file for layer in layers if (file := file_of(layer.store)) is not None]
 
 
 def change(

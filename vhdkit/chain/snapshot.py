@@ -241,7 +241,7 @@ def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
             if dry_run:
                 NewFile.check(one.path)
                 continue
-            new = stack.enter_context(NewFile(one.path))
+            new = stack.enter_context(NewFile(one.path, like=pending.files_of(one.layers[:1])))
             write_child(new.store, one.path, one.layers[0], size)
             files.append(new)
         for one in wanted:

@@ -20,6 +20,7 @@ from rich.text import Text
 import vhdkit
 from vhdkit import Disk, Extent, ExtentKind, Progress
 from vhdkit.chain.create import replacing
+from vhdkit.chain.pending import files_of
 from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
 from vhdkit.cli.output import console, is_unicode, print_text
 from vhdkit.cli.picture import MAX_CELLS, Drawing, as_png, as_svg, colour_of, draw, glyph_of
@@ -105,7 +106,8 @@ def _write_picture(
 ) -> None:
     names = [printable(_short(layer.store.name)) for layer in disk.chain.layers]
     held = replacing(path, disk.chain.layers, replace=replace)
-    with held as old, NewFile(path, replace=replace, old=old) as new:
+    like = files_of(disk.chain.layers)
+    with held as old, NewFile(path, replace=replace, old=old, like=like) as new:
         new.store.pwrite(0, write(draw(_tally(disk, MAX_CELLS, progress), names)))
         new.commit()
 

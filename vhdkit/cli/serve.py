@@ -369,7 +369,7 @@ def _pid_file(path: str) -> Iterator[None]:
     text = f"{os.getpid()}\n".encode()
     if is_regular(path) and not _is_pid_file(path):
         raise vhdkit.AlreadyExists("exists and is no pid file: it is not replaced", path=path)
-    write_whole(path, text)
+    write_whole(path, text, mode=0o644)
     try:
         yield
     finally:
