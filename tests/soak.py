@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vhdkit
-from tests import soak_cut, soak_interrupted, soak_live, soak_running, soak_snapshots
+from tests import soak_cut, soak_interrupted, soak_live, soak_names, soak_running, soak_snapshots
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
 
@@ -279,6 +279,13 @@ SCENES = {
             soak_live.merge_while_writing,
             soak_live.look,
             lambda: soak_live.merge_while_writing,
+        ),
+        Scene(
+            "names",
+            soak_names.prepare,
+            soak_names.work,
+            soak_names.look,
+            lambda: soak_names.finish,
         ),
         Scene(
             "compact",

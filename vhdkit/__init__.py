@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         ReadOnly,
         Replaced,
         SyncFailed,
+        Unprotected,
         UnsupportedFormat,
         VhdkitError,
     )
@@ -107,6 +108,7 @@ __all__ = [
     "ResizeResult",
     "Severity",
     "SyncFailed",
+    "Unprotected",
     "UnsupportedFormat",
     "VhdkitError",
     "chain_paths",
@@ -155,7 +157,8 @@ _HOMES = {
     "vhdkit.errors": (
         "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason DiskClosed HasChildren "
         "ImageInUse InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
-        "ParentRefused ReadOnly Replaced SyncFailed UnsupportedFormat VhdkitError"
+        "ParentRefused ReadOnly Replaced SyncFailed Unprotected UnsupportedFormat "
+        "VhdkitError"
     ),
     "vhdkit.finding": "Finding Severity",
     "vhdkit.formats.probe": "FormatName",

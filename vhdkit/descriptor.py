@@ -85,12 +85,12 @@ class Descriptor:
         self._path = path
         self.writable = writable
         self.inside: list[None] = []  # one entry for each call under way
-        self._left_by_fork = False
+        self.is_left_by_fork = False  # it is the parent's, and was closed here
         _open.add(self)
 
     def closed_error(self) -> errors.DiskClosed:
         """Why it cannot be used any more."""
-        if self._left_by_fork:
+        if self.is_left_by_fork:
             return errors.DiskClosed(
                 "was opened by the process that this one is a fork of",
                 path=self._path,
@@ -151,7 +151,7 @@ def when_forked(act: Callable[[], object]) -> None:
 def _forked() -> None:
     """Let go of copies. Only this thread is there; whoever else was inside never leaves."""
     for one in list(_open):
-        one._left_by_fork = True
+        one.is_left_by_fork = True
         one._fd = -1
         with contextlib.suppress(OSError):
             close_owned(one._owned)

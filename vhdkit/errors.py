@@ -226,6 +226,12 @@ class Replaced(ImageInUse):
     """The name of an open image leads to another file, or to none, by now."""
 
 
+class Unprotected(VhdkitError):
+    """A file system without locks: nothing would keep others from an image that is written to."""
+
+    errno = errnos.ENOLCK
+
+
 class AddressInUse(VhdkitError):
     """Another program listens on the socket's path or port."""
 

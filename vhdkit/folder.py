@@ -184,9 +184,9 @@ class NewFile:
                 os.unlink(self._temporary)
 
     def discard(self) -> None:
-        """Close and, without a commit, remove what was written."""
+        """Close and, without a commit, remove what was written. In a forked process it is the parent's."""
         self.store.close()
-        if self._live:
+        if self._live and not self.store.is_left_by_fork:
             self._live = False
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)

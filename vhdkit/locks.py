@@ -29,6 +29,9 @@ _REFUSED_TO_WRITER = (101, 103, 201, 203)
 _FIRST, _COUNT = 100, 104  # the range in which all of these bytes lie
 
 
+MISSING = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what a file system without locks says
+
+
 def hold(fd: int, path: str, *, writer: bool) -> None:
     """Hold the file as a reader or a writer; calling again changes the role. Raises ImageInUse, OSError.
 
@@ -72,6 +75,15 @@ def release(fd: int, path: str) -> None:
     _set(fd, path, fcntl.F_UNLCK, _FIRST, _COUNT)
 
 
+def are_missing(fd: int) -> bool:
+    """True where the file system has no locks."""
+    try:
+        _refused(fd, _REFUSED_TO_READER[:1])
+    except OSError as error:
+        return error.errno in MISSING
+    return False
+
+
 def is_written(fd: int) -> bool:
     """True when another open file of this inode is held for writing."""
     try:
@@ -104,4 +116,6 @@ def _set(fd: int, path: str, kind: int, byte: int, count: int = 1) -> None:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise errors.ImageInUse("another program holds this image exclusively", path=path) from error
+        if kind == fcntl.F_UNLCK and error.errno in MISSING:
+            return  # there is none to give up
         raise

@@ -138,6 +138,15 @@ def identity_of(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def leads_to(path: str, identity: tuple[int, int]) -> bool:
+    """True when the path leads to the file of this device and inode now."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == identity
+
+
 class FileStore(Descriptor):
     """A `Store` over a regular file or a block device. After `close` every method raises DiskClosed."""
 
@@ -474,10 +483,16 @@ class FileStore(Descriptor):
         """Hold the file as a reader or a writer until it is closed; calling again changes the role.
 
         Raises ImageInUse when another holds it, and `Replaced`, unlocked, when it had no name, or another's, by then:
-        what would be written to it would be lost. `open_held` tries again then.
+        what would be written to it would be lost. `open_held` tries again then. On a file system without locks a
+        reader holds nothing (`lacks_locks`), and a writer is refused: Unprotected.
         """
-        with translated(self._path, "lock"):
+        try:
             locks.hold(self._fd, self._path, writer=writer)
+        except OSError as error:
+            if error.errno not in locks.MISSING:
+                raise translate(error, self._path, "lock") from error
+            if writer:
+                raise self._unprotected() from error
         try:
             self.require_name()
         except BaseException:
@@ -489,8 +504,12 @@ class FileStore(Descriptor):
         """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, and `Replaced`; who
         called stays a reader then.
         """
-        with translated(self._path, "lock"):
+        try:
             locks.become_writer(self._fd, self._path)
+        except OSError as error:
+            raise (
+                self._unprotected() if error.errno in locks.MISSING else translate(error, self._path, "lock")
+            ) from error
         try:
             self.require_name()
         except BaseException:
@@ -515,6 +534,18 @@ class FileStore(Descriptor):
         """Give up every lock of this store."""
         with translated(self._path, "unlock"):
             locks.release(self._fd, self._path)
+
+    @held
+    def lacks_locks(self) -> bool:
+        """True on a file system that has none: nothing keeps another program from writing to the file."""
+        return locks.are_missing(self._fd)
+
+    def _unprotected(self) -> errors.Unprotected:
+        return errors.Unprotected(
+            "its file system has no locks: nothing would keep another program from writing to it at the same time",
+            path=self._path,
+            hint="copy it to another file system; a program that sees to it itself says OpenOptions(lock=False)",
+        )
 
     @held
     def in_use(self) -> bool:

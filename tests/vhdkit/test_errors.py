@@ -31,6 +31,7 @@ TABLE: dict[type[VhdkitError], tuple[int, int]] = {
     errors.IoFailed: (errno.EIO, 1),
     errors.SyncFailed: (errno.EIO, 1),
     errors.Cancelled: (errno.ECANCELED, 130),
+    errors.Unprotected: (errno.ENOLCK, 1),
     errors.NoSpace: (errno.ENOSPC, 7),
     errors.CorruptImage: (errno.EIO, 3),
     errors.AddressInUse: (errno.EADDRINUSE, 5),

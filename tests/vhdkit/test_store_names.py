@@ -188,6 +188,14 @@ def test_garbage_looks_for_children_when_it_holds_the_image(monkeypatch: pytest.
     assert _first("child.avhd") == OLD
 
 
+def test_garbage_keeps_a_leaf_that_was_replaced_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a leaf to keep is what has its name when something is removed, not what had."""
+    _image("keep.vhd")
+    _after(monkeypatch, garbage, "_reached", lambda: _replace("keep.vhd"))
+    [item] = vhdkit.collect_garbage(".", ["keep.vhd"], delete=True)
+    assert not item.removed and _first("keep.vhd") == NEW
+
+
 def _moved_away() -> None:
     os.rename("a.vhd", "moved.vhd")
 

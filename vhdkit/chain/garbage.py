@@ -41,7 +41,7 @@ from vhdkit.folder import (
 from vhdkit.formats.probe import VHD_SUFFIXES, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_metadata
-from vhdkit.store import FileStore, Store
+from vhdkit.store import FileStore, Store, leads_to
 
 
 class GarbageKind(StrEnum):
@@ -94,6 +94,7 @@ class _Scan:
 
     directory: str
     neighbours: tuple[str, ...]
+    kept: tuple[str, ...]  # the leaves, by their names: other files may have them by now
     nodes: list[_Node] = field(default_factory=list)
 
 
@@ -119,7 +120,7 @@ def collect_garbage(
     if not keep:
         raise errors.InvalidArgument("name the leaves to keep: without any, every image would go")
     reached = _reached([os.fsdecode(leaf) for leaf in keep], place, options)
-    scan = _scanned(place, options)
+    scan = _scanned(place, tuple(map(os.fsdecode, keep)), options)
     doomed = _doomed(scan, reached)
     if delete:
         _refuse_unknown(scan, reached)
@@ -143,9 +144,9 @@ def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tup
     return reached
 
 
-def _scanned(place: str, options: OpenOptions) -> _Scan:
+def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
     near = [os.path.dirname(place), *subfolders(place), *(real_path(folder) for folder in options.parent_dirs)]
-    scan = _Scan(place, tuple(one for one in dict.fromkeys(near) if one != place))
+    scan = _Scan(place, tuple(one for one in dict.fromkeys(near) if one != place), kept)
     for path in regular_files(place):
         try:
             with FileStore.open(path, follow_links=False) as store:
@@ -280,6 +281,8 @@ def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
         with FileStore.open_held(node.path, follow_links=False) as store:
             if store.identity != node.identity:
                 return "another file by now"
+            if any(leads_to(path, node.identity) for path in scan.kept):
+                return "one of the leaves to keep by now"
             reason = _reason_by_now(scan, node, doomed)
             if reason is None:
                 store.require_name()

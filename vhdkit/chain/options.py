@@ -21,7 +21,8 @@ class OpenOptions:
 
     `parent_dirs` are further folders parents may lie in. `allow_raw_parent` accepts a raw base under a child that
     records no id. `ignore_bitmaps` reads a dynamic disk's sectors under clear bits as data. `format_name` says
-    what the leaf is instead of looking. `lock` False reads without holding the files (for `info`, `chain`).
+    what the leaf is instead of looking. `lock` False opens without holding the files: for `info` and `chain`, and
+    for writing on a file system that has no locks, by a program that keeps others away by itself.
     `known_images` are paths of images, wherever they lie, that may stand on the one that is opened: if one of
     them does, that one is not opened for writing, merged, resized, moved or replaced.
 

@@ -55,6 +55,9 @@ def look(store: FileStore) -> Look:
     log, findings = _find(store)
     if not store.is_device:
         findings += merge_findings(store.name, store.in_use()) + recall.findings(store)
+    if store.lacks_locks():
+        message = "its file system has no locks: nothing keeps other programs from writing to it while it is read"
+        findings += (Finding(Severity.WARNING, "no-locks", message, store.name),)
     return Look(store if log is None else UndoneStore(store, log), findings)
 
 
