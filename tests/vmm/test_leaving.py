@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,9 @@ from tests.vmm.small_guests import (
 )
 from vmm.automatic import starts_with_host, stop_machines
 from vmm.contact import Place
+from vmm.host import autostart
 from vmm.manager import Manager
+from vmm.proc import python_environment
 from vmm.registry import load
 from vmm.state import MachineState
 
@@ -125,6 +130,25 @@ def test_the_hosts_command_and_the_signal_at_once(manager: Manager, tmp_path: Pa
     wait_gone()
     assert manager.state("small") is MachineState.SAVED
     assert happened(manager).count("host-stopping") == 1 and happened(manager).count("saved") == 1
+
+
+def test_the_units_own_lines(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: what the systemd unit calls starts and saves machines, beside systemd's signals."""
+    make_machine(manager, tmp_path, automatic={"start": "always"})
+    text = autostart.unit_text("system", [sys.executable, "-P", "-m", "vmm"], autostart.kept_environment())
+    lines = dict(line.split("=", 1) for line in text.splitlines() if line.startswith(("ExecStart", "ExecStop")))
+    start, stop = (shlex.split(lines[word].removeprefix(":")) for word in ("ExecStart", "ExecStop"))
+    environment = python_environment()
+    subprocess.run(start, env=environment, check=True, capture_output=True)
+    wait_counting(manager)
+    with subprocess.Popen(stop, env=environment, stdout=subprocess.DEVNULL) as stopping:
+        tell(("keeper", "worker", "server", "qemu"), signal.SIGTERM)
+        assert stopping.wait(90) == 0
+    wait_gone()
+    assert manager.state("small") is MachineState.SAVED and happened(manager).count("saved") == 1
+    before = last_tick(manager)
+    subprocess.run(start, env=environment, check=True, capture_output=True)
+    assert wait_counting(manager) > before and console(manager).count("BOOT-OK") == 1
 
 
 def test_a_paused_machine_is_saved_paused(manager: Manager, tmp_path: Path) -> None:

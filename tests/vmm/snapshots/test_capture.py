@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,11 @@ from vhdkit.store import FileStore
 from vmm import registry
 from vmm.contact import Place
 from vmm.errors import InUse, NoSpace, Unsupported, VmmError, WrongState
+from vmm.kvm import memory_file
 from vmm.manager import DiskWish, Manager
 from vmm.paths import set_default_folder
 from vmm.snapshots.door import MachineSnapshots
+from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.store import load_tree, read_merging
 from vmm.state import MachineState
 
@@ -122,6 +125,36 @@ def test_memory_and_disks_of_one_moment_come_back(
     assert before <= again < late, "it goes on from the snapshot, not from the end"
     wait_until(lambda: count(manager) > again, "it counts on")
     assert machines.of_snapshot("small", "moment") == states
+
+
+def test_pictures_beside_snapshots(manager: Manager, folder: Path) -> None:
+    """INV-DESCRIPTOR-NAMED: with pictures of the screen all the while each snapshot has its memory, a whole one."""
+    small = guest(manager, folder, screen=True)
+    ended = threading.Event()
+    pictures: list[bytes] = []
+
+    def watch() -> None:
+        while not ended.is_set():
+            pictures.append(manager.guest("small").screen())
+
+    with ThreadPoolExecutor(3) as pool:
+        watching = [pool.submit(watch) for _ in range(3)]
+        try:
+            snapshots = [small.create(f"number {number}") for number in range(4)]
+        finally:
+            ended.set()
+        for one in watching:
+            one.result()
+    assert len(pictures) > 3
+    for snapshot in snapshots:
+        with open(SnapshotFolder(snapshot.folder).memory, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            assert size == snapshot.memory_bytes and size > MIB // 2
+            assert memory_file.problem_of(file.fileno(), size) is None
+    late = count(manager)
+    small.apply("number 0", discard_current=True)
+    manager.start("small")
+    assert count(manager) < late
 
 
 def test_memory_of_a_kvm_guest_comes_back(manager: Manager, folder: Path, machines: Machines) -> None:
