@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vmm.errors import Refused, WrongState
+from vmm import registry
+from vmm.errors import AccessDenied, Refused, WrongState
 from vmm.events import add_event
 from vmm.registry import Changing, Machine
 from vmm.removal import refuse_needed_folder
+from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.journal import Delete
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.proof import is_stood_on
@@ -49,8 +51,11 @@ def delete(held: Held, word: str, *, subtree: bool = False) -> Deleted:
 
 def _take_away(held: Held, gone: Sequence[Snapshot]) -> None:
     """Snapshots leave the tree, then their folders go. Raises InUse where another machine has files in one."""
+    judge(registry.load_for_change(held), held.tree)  # nothing goes while nobody can tell who needs what
     for one in gone:
         refuse_needed_folder(one.folder, held)
+        if (problem := removal_problem(one.folder)) is not None:
+            raise AccessDenied(f"{one.name} cannot be removed: {problem}", machine=held.name, path=one.folder)
     held.tree.remove(gone)
     held.begin(Delete(tuple(one.folder for one in gone)))
     for one in gone:

@@ -335,7 +335,15 @@ def test_real_qemu(folder: Path) -> None:
         with (folder / "f").open("wb") as file:
             await qmp.send_descriptor("state", file.fileno())
             await qmp.add_descriptor_to_set(5, file.fileno())
-        assert [one["fdset-id"] for one in await qmp.execute("query-fdsets")] == [5]
+            names = [f"state-{number}" for number in range(50)]  # INV-DESCRIPTOR-NAMED
+            await asyncio.gather(
+                *(qmp.send_descriptor(name, file.fileno()) for name in names),
+                *(qmp.add_descriptor_to_set(6, file.fileno()) for _ in names),
+            )
+            for name in names:
+                await qmp.execute("closefd", fdname=name)  # it is there
+        sets = {one["fdset-id"]: len(one["fds"]) for one in await qmp.execute("query-fdsets")}
+        assert sets == {5: 1, 6: len(names)}
         with pytest.raises(QemuFailed, match="refused fly"):
             await qmp.execute("fly")
         await qmp.execute("quit")

@@ -14,7 +14,7 @@ import pytest
 from tests.support import not_available, require_tool
 from tests.vmm.small_guests import last_tick, make_machine, processes, wait_counting
 from vmm import saved
-from vmm.errors import VmmError
+from vmm.errors import AccessDenied, VmmError
 from vmm.manager import Manager
 from vmm.registry import load
 from vmm.snapshots.beforehand import removal_problem
@@ -135,3 +135,20 @@ def test_a_machine_with_a_disk_that_cannot_go(manager: Manager, tmp_path: Path) 
     finally:
         subprocess.run(["chattr", "-i", str(leaf)], check=True)
     assert leaf.exists() and manager.names() == []
+
+
+def test_a_snapshot_whose_folder_cannot_go(manager: Manager, tmp_path: Path) -> None:
+    """INV-LOOK-FIRST: a snapshot in an immutable folder is not half deleted: it stays in the tree, with all it has."""
+    require_tool("chattr")
+    make_machine(manager, tmp_path)
+    snapshots = manager.snapshots("small")
+    snapshot = snapshots.create("before")
+    if subprocess.run(["chattr", "+i", snapshot.folder], capture_output=True, check=False).returncode != 0:
+        not_available("needs a file system with immutable files, and root")
+    try:
+        with pytest.raises(AccessDenied, match="cannot be removed"):
+            snapshots.delete("before")
+    finally:
+        subprocess.run(["chattr", "-i", snapshot.folder], check=True)
+    assert list(snapshots.tree().snapshots) == [snapshot.id]
+    assert snapshots.delete("before").snapshots[0].id == snapshot.id
