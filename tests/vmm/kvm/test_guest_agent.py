@@ -417,6 +417,33 @@ def test_a_new_worker_thaws_what_it_finds_frozen(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+async def thawed_when_it_goes_on(path: str, shell: GuestShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-THAWED: an agent that is stopped between its ping and the freeze, and goes on when all have given up."""
+    agent = GuestAgent(path, IntegrationSpec(heartbeat=False, key_value=False))
+    agent.port_changed(True)
+    ask = agent._ask
+
+    async def and_stop(command: str, *, seconds: float = 3.0, **arguments: object) -> Any:
+        answer = await ask(command, seconds=seconds, **arguments)
+        if command == "guest-ping":
+            await asyncio.to_thread(shell.check, "kill -STOP $(pidof qemu-ga)")
+        return answer
+
+    monkeypatch.setattr(guest_agent, "FREEZE_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(agent, "_ask", and_stop)
+    running = asyncio.create_task(agent.run())
+    with pytest.raises(TimedOut, match="guest-fsfreeze-freeze"):
+        await agent.freeze()
+    assert agent._is_owed
+    await asyncio.to_thread(shell.check, "kill -CONT $(pidof qemu-ga)")
+    async with asyncio.timeout(60):
+        while agent._is_owed:
+            await asyncio.sleep(0.05)
+    assert not await agent.is_frozen()
+    running.cancel()
+    await agent.close()
+
+
 @pytest.mark.kvm
 def test_real_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """qemu's own agent in a Linux guest: system, addresses, time, freezing that stops writes, shutdown."""
@@ -453,34 +480,8 @@ def test_real_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert shell.run("sleep 0.5; cat /run/done").exit_code != 0
             await agent.close()
 
-        async def stopped_agent() -> None:
-            """INV-THAWED: it is stopped between its ping and the freeze, and goes on when everybody has given up."""
-            agent = GuestAgent(str(tmp_path / "ga.sock"), IntegrationSpec(heartbeat=False, key_value=False))
-            agent.port_changed(True)
-            ask = agent._ask
-
-            async def and_stop(command: str, *, seconds: float = 3.0, **arguments: object) -> Any:
-                answer = await ask(command, seconds=seconds, **arguments)
-                if command == "guest-ping":
-                    await asyncio.to_thread(shell.check, "kill -STOP $(pidof qemu-ga)")
-                return answer
-
-            monkeypatch.setattr(guest_agent, "FREEZE_ANSWER_SECONDS", 1.0)
-            monkeypatch.setattr(agent, "_ask", and_stop)
-            running = asyncio.create_task(agent.run())
-            with pytest.raises(TimedOut, match="guest-fsfreeze-freeze"):
-                await agent.freeze()
-            assert agent._is_owed
-            await asyncio.to_thread(shell.check, "kill -CONT $(pidof qemu-ga)")
-            async with asyncio.timeout(60):
-                while agent._is_owed:
-                    await asyncio.sleep(0.05)
-            assert not await agent.is_frozen()
-            running.cancel()
-            await agent.close()
-
         asyncio.run(scene())
-        asyncio.run(stopped_agent())
+        asyncio.run(thawed_when_it_goes_on(str(tmp_path / "ga.sock"), shell, monkeypatch))
         shell.check("echo later >/mnt/file && sync")
         assert abs(int(shell.check("date +%s")) - time.time()) < 30
         shell.check("for i in $(seq 100); do [ -e /run/done ] && exit 0; usleep 100000; done; exit 1")
