@@ -17,7 +17,8 @@ Disk DiskClosed DiskFormat Extent ExtentKind Finding Fix FormatName GarbageItem 
 InvalidArgument IoFailed Merge Move NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch ParentMissing
 ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity SyncFailed Unprotected UnsupportedFormat
 VhdkitError chain_paths check clone collect_garbage compact compare convert create_child create_image find_children
-image_id merge merge_under_way open_disk rebase relocate repair resize restore resume_merge snapshot snapshot_many
+image_id mark_parents merge merge_under_way open_disk rebase relocate repair resize restore resume_merge snapshot
+snapshot_many
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec Deleted Deletion DiskSpec DiskWish

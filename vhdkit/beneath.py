@@ -7,6 +7,7 @@ meanwhile; and nothing but a regular file is ever opened (a device or a pipe may
 where names come from.
 
 A link is followed when what it says lies beneath an allowed folder, which may itself be reached through links.
+Of a name that leads nowhere (any more), `was_removed` says whether that means anything.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.descriptor import close_owned, opened
-from vhdkit.store import FileStore, identity_of, translate
+from vhdkit.store import FileStore, identity_of, translate, translated
 
 _MAX_LINKS = 40  # as the kernel has it
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -198,3 +199,47 @@ def _opened(looked: int, path: str, folder: int | None) -> FileStore:
             close_owned(owned)
             raise
     return FileStore(owned, path, writable=False)
+
+
+def trail_of(directory: str) -> tuple[tuple[int, bool], ...]:
+    """By what the folders from the root down to `directory` are known: inode, and whether a file system begins there.
+
+    Raises NotFound, AccessDenied, IoFailed.
+    """
+    trail: list[tuple[int, bool]] = []
+    device = None
+    with translated(directory, "look at"):
+        for folder in _from_the_root(directory):
+            status = os.stat(folder)
+            trail.append((status.st_ino, device is not None and status.st_dev != device))
+            device = status.st_dev
+    return tuple(trail)
+
+
+def was_removed(directory: str, trail: Sequence[tuple[int, bool]]) -> bool:
+    """True when what was in `directory` and is not there was removed; False when it may be out of sight.
+
+    Out of sight is what lies on a file system that is not mounted (here), or where one may not look.
+    """
+    device, known = None, False
+    for folder, (inode, begins) in zip(_from_the_root(directory), trail, strict=False):
+        try:
+            status = os.stat(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return known
+        except OSError:
+            return False
+        if (device is not None and status.st_dev != device) != begins:
+            return False
+        if status.st_ino != inode:  # made anew
+            return known and not begins
+        device, known = status.st_dev, True
+    return known
+
+
+def _from_the_root(directory: str) -> list[str]:
+    """The folders that lead to an absolute path, with itself."""
+    folders = [directory]
+    while folders[-1] != os.sep:
+        folders.append(os.path.dirname(folders[-1]))
+    return folders[::-1]

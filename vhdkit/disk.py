@@ -36,6 +36,7 @@ from vhdkit.chain.chain import Chain
 from vhdkit.chain.merge_settle import settle_merge_into, settle_merge_of
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.descriptor import when_forked
+from vhdkit.finding import Finding
 from vhdkit.image import Extent
 from vhdkit.store import Buffer
 from vhdkit.units import SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
@@ -260,6 +261,11 @@ class Disk:
         """The unique id of each layer, leaf first, as people write it; None for a raw one."""
         ids = (layer.unique_id for layer in self.chain.layers)
         return tuple(None if one is None else str(uuid.UUID(bytes=one)) for one in ids)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What opening the images noticed, leaf first, as that a parent was written after its child was made."""
+        return tuple(one for layer in self.chain.layers for one in getattr(layer, "findings", ()))
 
     def zeroes_are_fast(self) -> bool:
         """True when `write_zeroes` gives space back instead of writing zeros."""

@@ -20,6 +20,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Self
 
 from vhdkit import errors, likeness
@@ -410,9 +411,12 @@ def real_path(path: str | os.PathLike[str]) -> str:
         return os.path.realpath(name)
 
 
-def sidecar_path(path: str | os.PathLike[str], kind: str) -> str:
-    """Where the `kind` of record about the image at `path` lies: a hidden file in its real folder."""
-    folder, name = os.path.split(real_path(path))
+def sidecar_path(path: str | os.PathLike[str], kind: str, *, is_real: bool = False) -> str:
+    """Where the `kind` of record about the image at `path` lies: a hidden file in its real folder.
+
+    A path that `is_real` has no links, and is not looked at.
+    """
+    folder, name = os.path.split(os.fspath(path) if is_real else real_path(path))
     hidden = f".{name}.vhdkit-{kind}"
     if len(os.fsencode(hidden)) > _MAX_NAME_BYTES:
         hidden = f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.vhdkit-{kind}"
@@ -541,12 +545,12 @@ def is_regular(path: str) -> bool:
         return False
 
 
-def regular_files(directory: str) -> Iterator[str]:
-    """The paths of the regular files directly in `directory`, sorted; links and other kinds are left out.
+def regular_files(directory: str, limit: int | None = None) -> Iterator[str]:
+    """The paths of the regular files directly in `directory`, sorted, without those under construction (`parts`).
 
-    So are files under construction: see `parts`. A folder that cannot be read has none.
+    A folder that cannot be read has none. With a `limit` only so many names are looked at, whichever come first.
     """
-    for path in _files(directory):
+    for path in _files(directory, limit):
         if not _PART.fullmatch(os.path.basename(path)):
             yield path
 
@@ -558,10 +562,10 @@ def parts(directory: str) -> Iterator[str]:
             yield path
 
 
-def _files(directory: str) -> Iterator[str]:
+def _files(directory: str, limit: int | None = None) -> Iterator[str]:
     try:
         with os.scandir(directory or os.curdir) as entries:
-            names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+            names = [entry.name for entry in islice(entries, limit) if entry.is_file(follow_symlinks=False)]
     except OSError:
         return
     for name in sorted(names):

@@ -27,7 +27,7 @@ from vhdkit.chain.blockmap import (
     BlockMap,
     owner_runs,
 )
-from vhdkit.chain.resolve import OpenOptions, open_layers
+from vhdkit.chain.resolve import OpenOptions, limit_tables, open_layers
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
@@ -42,6 +42,7 @@ class Chain:
     def __init__(self, layers: Sequence[Layer]) -> None:
         assert 0 < len(layers) <= MAX_LAYERS and all(not layer.writable for layer in layers[1:])
         self.layers = tuple(layers)
+        limit_tables(layers)
         self.leaf = layers[0]
         self.size_bytes = self.leaf.size_bytes
         self.writable = self.leaf.writable

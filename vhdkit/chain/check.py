@@ -10,8 +10,9 @@ import os
 
 from vhdkit import errors
 from vhdkit.arguments import checked
-from vhdkit.chain import pending
+from vhdkit.chain import lineage, pending
 from vhdkit.chain.chain import Progress
+from vhdkit.chain.dependents import mark_findings
 from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, leads_to, parent_format
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity
@@ -42,6 +43,7 @@ def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) ->
     stores = [FileStore.open(leaf_path)]
     format_name = options.format_name
     try:
+        findings += mark_findings(stores[0], options)
         while True:
             store = stores[-1]
             if options.lock:
@@ -58,6 +60,7 @@ def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) ->
             if _closes_loop(stores, metadata, findings):
                 return findings
             _check_link(metadata, parent, folders, findings)
+            findings += lineage.findings_about(store, metadata, parent)
     finally:
         for store in stores:
             store.close()
@@ -142,13 +145,6 @@ def _check_link(child: Metadata, store: FileStore, folders: tuple[str, ...], fin
         parent = read_metadata(pending.view(store))
     except errors.CorruptImage:
         return
-    recorded = child.header.parent_timestamp
-    if recorded and recorded != parent.footer.timestamp:
-        message = (
-            f"records that {errors.printable(parent.path)} was made at {recorded}, which says"
-            f" {parent.footer.timestamp}; tools that touch parents change this"
-        )
-        findings.append(Finding(Severity.WARNING, "parent-timestamp", message, child.path, "dynamic header"))
     if child.size_bytes != parent.size_bytes:
         severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
         message = f"holds {child.size_bytes} bytes, its parent {parent.size_bytes}"

@@ -26,6 +26,7 @@ from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.convert import data_ranges
+from vhdkit.chain.lineage import same_content
 from vhdkit.chain.report import Report
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.chain.zeros import first_data_in_store, is_zero_in_disk
@@ -72,6 +73,15 @@ def compact(
     At any cut or Ctrl-C the disk reads as before, and compacting again goes on. Raises what opening the chain
     raises, ImageInUse when anybody has the image open, InvalidArgument for a device, NoSpace, IoFailed, SyncFailed.
     """
+    if dry_run:
+        return _compacted(path, options, True, progress)
+    with same_content(os.fsdecode(path)):
+        return _compacted(path, options, False, progress)
+
+
+def _compacted(
+    path: str | os.PathLike[str], options: OpenOptions | None, dry_run: bool, progress: Progress | None
+) -> CompactResult:
     layers = open_layers(path, writable=not dry_run, options=options, danger=None)
     try:
         image, store = layers[0], layers[0].store

@@ -73,6 +73,7 @@ def convert(
             azure=azure,
             replace=replace,
             sync=sync,
+            options=options,
             progress=progress,
         )
 
@@ -86,11 +87,12 @@ def convert_chain(
     azure: bool = False,
     replace: bool = False,
     sync: bool = True,
+    options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> int:
     """`convert` for a chain that is already open."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
-    held = replacing(os.fsdecode(destination), chain.layers, replace=replace)
+    held = replacing(os.fsdecode(destination), chain.layers, replace=replace, options=options)
     like = pending.files_of(chain.layers)
     with held as old, NewFile(destination, replace=replace, old=old, like=like) as new:
         write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)

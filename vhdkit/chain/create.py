@@ -15,6 +15,8 @@ from enum import StrEnum
 from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
+from vhdkit.chain.lineage import record_parent
+from vhdkit.chain.marks import marked
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, folders_held, is_regular, real_path
 from vhdkit.formats.raw import create_raw
@@ -70,7 +72,9 @@ def create_image(
 
 
 @contextlib.contextmanager
-def replacing(path: str, layers: Sequence[Layer] = (), *, replace: bool) -> Iterator[FileStore | None]:
+def replacing(
+    path: str, layers: Sequence[Layer] = (), *, replace: bool, options: OpenOptions | None = None
+) -> Iterator[FileStore | None]:
     """Hold the file that is to be replaced until it is, so that nobody opens it meanwhile and loses what he writes.
 
     Yields it for `NewFile`, which replaces this file and no other; None where there is none.
@@ -89,7 +93,7 @@ def replacing(path: str, layers: Sequence[Layer] = (), *, replace: bool) -> Iter
             if any(file is not None and file.identity == store.identity for file in files):
                 raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
             store.lock(writer=True)
-            refuse_with_children(store, OpenOptions(), "replacing it would destroy that image")
+            refuse_with_children(store, options or OpenOptions(), "replacing it would destroy that image", tidy=True)
         except BaseException:
             store.close()
             raise
@@ -158,12 +162,13 @@ def create_child(
         for layer in layers:
             stack.callback(layer.close)
         size = child_size(child, layers[0], size_bytes)
-        old = stack.enter_context(replacing(child, layers, replace=replace))
+        old = stack.enter_context(replacing(child, layers, replace=replace, options=options))
         like = pending.files_of(layers[:1])
         new = stack.enter_context(NewFile(child, replace=replace, old=old, like=like))
         write_child(new.store, child, layers[0], size, block_size_bytes=block_size_bytes)
-        require_names(layers[:1])
-        new.commit()
+        with marked([(child, new.store, layers[0].store.name)]):
+            require_names(layers[:1])
+            new.commit()
     return size
 
 
@@ -199,6 +204,7 @@ def write_child(
         unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
     link = link_to(child, parent.store.name, unique_id, timestamp)
     create.create_differencing(store, size_bytes, link, block_size_bytes=block_size_bytes)
+    record_parent(store, parent.store, unique_id)
 
 
 def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> ParentLink:

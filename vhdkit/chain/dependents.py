@@ -2,89 +2,88 @@
 """Who stands on an image: the one place that answers that.
 
 Decides where children of an image are looked for, and what counts as one. Whoever opens an image for writing, changes,
-moves, replaces or removes it asks here first (`INV-PARENT-READ-ONLY`). Changes nothing.
+moves, replaces or removes it asks here first (`INV-PARENT-READ-ONLY`).
+
+    its own folder, folders the user named    whatever records its id
+    the folders above it                      what finds it from there: a parent may lie below its child
+    images that the caller knows              likewise
+    the marks beside it (`marks`)             likewise, wherever the child lies; one that cannot be looked at counts,
+                                              and where it is gone, its folder is searched for its new name
+
+Each file is looked at once, with three reads; only those that name the wanted id are read as images.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from vhdkit import errors
-from vhdkit.chain import pending
+from vhdkit.beneath import open_regular, was_removed
+from vhdkit.chain import marks, pending
+from vhdkit.chain.marks import Mark
 from vhdkit.chain.options import OpenOptions
-from vhdkit.chain.parents import NULL_ID, allowed_folders, names_lead_to, recorded_parent_id, unique_id
-from vhdkit.folder import real_path, regular_files
-from vhdkit.formats.vhd.metadata import Metadata, read_footers, read_metadata
+from vhdkit.chain.parents import (
+    NULL_ID,
+    allowed_folders,
+    find_parent,
+    names_lead_to,
+    recorded_parent_id,
+    unique_id,
+)
+from vhdkit.errors import printable, quoted
+from vhdkit.finding import Finding, Severity
+from vhdkit.folder import exists, is_file_name, real_path, regular_files
+from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_footers, read_metadata
+from vhdkit.formats.vhd.peek import parent_ids
 from vhdkit.store import FileStore
+
+MAX_LEVELS_ABOVE = 16
+_MAX_TOLD = 8
+MAX_FILES_ELSEWHERE = 4096  # looked at in a folder above, or in one that a mark names
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent:
+    """An image that stands on another; with a `problem`, one that is said to and cannot be looked at."""
+
+    path: str
+    problem: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return printable(self.path) + (f" (which cannot be looked at: {self.problem})" if self.problem else "")
+
+
+@dataclass(slots=True)
+class _Parent:
+    """An image whose children are looked for, and those found so far, by their real paths."""
+
+    path: str
+    unique_id: bytes
+    identity: tuple[int, int] | None
+    children: dict[str, Dependent] = field(default_factory=dict)
+    kept: list[Mark] = field(default_factory=list)  # marks that hold, or may
+    dropped: int = 0
 
 
 def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
-    """The real folders in which children of an image are looked for: those parents may lie in, and the one of the
-    name it was given by, which may be a link: who made a child through that name put it there.
+    """The real folders in which children of an image are looked for first: those parents may lie in, and the one of
+    the name it was given by, which may be a link: who made a child through that name put it there.
     """
     here = real_path(os.path.dirname(path) or os.curdir)
-    return tuple(dict.fromkeys((*allowed_folders(path, parent_dirs), here)))
+    return tuple(dict.fromkeys(real_path(one) for one in (*allowed_folders(path, parent_dirs), here)))
 
 
-def find_children(
-    parent_id: bytes,
-    folders: Sequence[str],
-    *,
-    apart_from: tuple[int, int] | None = None,
-    raw_parent: str | None = None,
-) -> list[str]:
-    """Paths of the differencing images in `folders` whose parent has this id. Damaged files are passed over.
+def standing_on(
+    images: Sequence[tuple[bytes, str]], options: OpenOptions, *, folders: Sequence[str] = ()
+) -> list[list[Dependent]]:
+    """For each image, (unique id, path), all that stands on it, as far as that can be known. Nothing is changed.
 
-    Children of raw disks record no id; with `raw_parent` those count whose names lead to that path.
+    `folders` are further ones to look in. Raises AccessDenied and IoFailed for the images themselves.
     """
-    children = []
-    for folder in dict.fromkeys(real_path(folder) for folder in folders):
-        for path in regular_files(folder):
-            if _child_of(path, parent_id, apart_from, raw_parent):
-                children.append(path)
-    return children
-
-
-def _child_of(path: str, parent_id: bytes, apart_from: tuple[int, int] | None, raw_parent: str | None) -> bool:
-    child = _differencing(path, apart_from)
-    return child is not None and _stands_on(child, parent_id, raw_parent)
-
-
-def _differencing(path: str, apart_from: tuple[int, int] | None = None) -> Metadata | None:
-    """What the file at `path` says of itself when it is a sound differencing image, else None."""
-    try:
-        with FileStore.open(path) as store:
-            if store.identity == apart_from:
-                return None
-            image = pending.view(store)
-            # The cookie is looked at first: a folder may hold many files that are no images at all.
-            if not any(place.state.usable for place in read_footers(image)):
-                return None
-            metadata = read_metadata(image)
-    except errors.VhdkitError:
-        return None
-    return metadata if metadata.is_differencing else None
-
-
-def _stands_on(child: Metadata, parent_id: bytes, raw_parent: str | None) -> bool:
-    if recorded_parent_id(child) != parent_id:
-        return False
-    if parent_id != NULL_ID:
-        return True
-    return raw_parent is not None and names_lead_to(child, raw_parent)
-
-
-def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:
-    """For each parent, (unique id, real path), what `find_children` finds; every file is looked at once."""
-    families: list[list[str]] = [[] for _ in parents]
-    for folder in dict.fromkeys(real_path(folder) for folder in folders):
-        for path in regular_files(folder):
-            child = _differencing(path)
-            for (parent_id, parent_path), family in zip(parents, families, strict=True):
-                if child is not None and path != parent_path and _stands_on(child, parent_id, parent_path):
-                    family.append(path)
-    return families
+    return [list(parent.children.values()) for parent in _searched(images, options, folders)]
 
 
 def refuse_with_children(
@@ -94,22 +93,252 @@ def refuse_with_children(
     *,
     apart_from: str | None = None,
     hint: str = "work on the child instead: it may hold what was written last",
+    tidy: bool = False,
 ) -> None:
-    """Raise HasChildren when an image in the file's folder, or in those the user named, stands on this one.
+    """Raise HasChildren when an image stands on this one: see `standing_on`.
 
-    `danger` says what would happen to it, `hint` what to do; the child at `apart_from` does not count.
+    `danger` says what would happen to it, `hint` what to do; the child at `apart_from` does not count. With `tidy`,
+    for who holds the writer's lock, marks that do not hold any more are dropped.
     """
-    folders = folders_of_children(store.name, options.parent_dirs)
-    own_id, own_path = unique_id(store), real_path(store.name)
-    children = find_children(own_id, folders, apart_from=store.identity, raw_parent=own_path)
-    known = [one for one in options.known_images if _child_of(one, own_id, store.identity, own_path)]
-    children += [one for one in known if real_path(one) not in children]
-    if apart_from is not None:
-        children = [one for one in children if real_path(one) != real_path(apart_from)]
+    (parent,) = _searched([(unique_id(store), store.name)], options, ())
+    own = None if apart_from is None else real_path(apart_from)
+    children = [one for one in parent.children.values() if one.path != own]
     if children:
-        others = f" and {len(children) - 1} more" if len(children) > 1 else ""
-        raise errors.HasChildren(
-            f"is the parent of {errors.printable(children[0])}{others}; {danger}",
-            path=store.name,
-            hint=hint,
-        )
+        raise has_children(store.name, children, danger, hint)
+    if tidy and parent.dropped:
+        tidy_marks(parent.path, parent.kept)
+
+
+def has_children(path: str, children: Sequence[Dependent], danger: str, hint: str | None) -> errors.HasChildren:
+    """The error for an image that others stand on: `danger` is what would happen to them."""
+    others = f" and {len(children) - 1} more" if len(children) > 1 else ""
+    return errors.HasChildren(
+        f"is the parent of {children[0]}{others}{danger if danger.startswith(',') else f'; {danger}'}",
+        path=path,
+        hint=children[0].hint or hint,
+    )
+
+
+def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]:
+    """What the marks beside an image say, as far as it is worth telling."""
+    if store.is_device or not exists(marks.record_path(store.name)):
+        return ()
+    parent = _Parent(real_path(store.name), unique_id(store), store.identity)
+    _Search([parent], options).look_at_marks(parent)
+    found, seen = [], [one for one in parent.children.values() if one.problem is None]
+    if seen:
+        more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
+        message = f"{seen[0]}{more} stand{'' if more else 's'} on it, in other folders: it must not be changed"
+        found.append(Finding(Severity.NOTE, "children-elsewhere", message, store.name))
+    for one in [one for one in parent.children.values() if one.problem is not None][:_MAX_TOLD]:
+        message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {one.problem}; {one.hint}"
+        if one.path == marks.record_path(store.name):
+            message = f"its record of children {printable(one.path)} cannot be believed: {one.problem}; {one.hint}"
+        found.append(Finding(Severity.WARNING, "children-unseen", message, store.name))
+    if parent.dropped and not parent.children:
+        message = "no image stands on it any more of those that were marked; the next writable open drops the marks"
+        found.append(Finding(Severity.NOTE, "children-gone", message, store.name))
+    return tuple(found)
+
+
+def tidy_marks(path: str, kept: Sequence[Mark]) -> None:
+    """Drop all marks beside an image but these. What cannot be written stays as it is: it harms nothing."""
+    try:
+        marks.keep_only(path, kept)
+    except errors.VhdkitError:
+        return
+
+
+def drop_stale_marks(path: str, options: OpenOptions | None = None) -> None:
+    """Drop the marks beside an image, which is held as a writer holds it, that do not hold any more."""
+    if exists(marks.record_path(path)):
+        with FileStore.open(path) as store:
+            (parent,) = _searched([(unique_id(store), path)], options or OpenOptions(), ())
+        if parent.dropped or not (parent.kept or parent.children):
+            tidy_marks(path, parent.kept)
+
+
+def find_children(
+    parent_id: bytes,
+    folders: Sequence[str],
+    *,
+    apart_from: tuple[int, int] | None = None,
+    raw_parent: str | None = None,
+) -> list[str]:
+    """Paths of the differencing images directly in `folders` whose parent has this id. Damaged ones are passed over.
+
+    Children of raw disks record no id; with `raw_parent` those count whose names lead to that path.
+    """
+    parent = _Parent(raw_parent or "", parent_id, apart_from)
+    _Search([parent], OpenOptions()).look_in(folders)
+    return list(parent.children)
+
+
+def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:
+    """For each parent, (unique id, real path), what `find_children` finds; every file is looked at once."""
+    wanted = [_Parent(path, parent_id, _identity(path)) for parent_id, path in parents]
+    _Search(wanted, OpenOptions()).look_in(folders)
+    return [list(one.children) for one in wanted]
+
+
+def _searched(images: Sequence[tuple[bytes, str]], options: OpenOptions, folders: Sequence[str]) -> Sequence[_Parent]:
+    parents = [_Parent(real_path(path), parent_id, _identity(path)) for parent_id, path in images]
+    search = _Search(parents, options)
+    near = [*(one for _, path in images for one in folders_of_children(path, options.parent_dirs)), *folders]
+    search.look_in(near)
+    search.look_in([above for parent in parents for above in _above(parent.path)], nearby=False)
+    for path in options.known_images:
+        search.look_at(path)
+    for parent in parents:
+        search.look_at_marks(parent)
+    return parents
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        with open_regular(path) as store:
+            return store.identity
+    except errors.VhdkitError:
+        return None
+
+
+def _above(path: str) -> list[str]:
+    """The folders above that of the image, nearest first."""
+    folder = os.path.dirname(path)
+    found: list[str] = []
+    while folder != os.path.dirname(folder) and len(found) < MAX_LEVELS_ABOVE:
+        folder = os.path.dirname(folder)
+        found.append(folder)
+    return found
+
+
+class _Search:
+    """One look for the children of some images. Files that were looked at are passed over when they come again."""
+
+    def __init__(self, parents: Sequence[_Parent], options: OpenOptions) -> None:
+        self._parents = parents
+        self._ids = frozenset(parent.unique_id for parent in parents)
+        self._options = replace(options, allow_raw_parent=True)
+        self._folders: set[str] = set()
+        self._seen: set[str] = set()
+
+    def look_in(self, folders: Iterable[str], *, nearby: bool = True) -> None:
+        """Look at the files directly in `folders`; those elsewhere than `nearby` count when they find the image."""
+        for folder in dict.fromkeys(real_path(folder) for folder in folders):
+            if folder in self._folders:
+                continue
+            self._folders.add(folder)
+            paths = list(regular_files(folder, None if nearby else MAX_FILES_ELSEWHERE))
+            there = set(paths)
+            for path in paths:
+                if path not in self._seen:
+                    self._seen.add(path)
+                    self._look(path, nearby, pending.undo_path_beside(path) in there)
+
+    def look_at(self, path: str) -> None:
+        """Look at one image that the caller knows; one that is not there, or cannot be read, says nothing."""
+        if is_file_name(path) and (real := real_path(path)) not in self._seen:
+            self._seen.add(real)
+            self._look(real, False, True)
+
+    def _look(self, path: str, nearby: bool, may_have_log: bool) -> None:
+        try:
+            with open_regular(path) as store:
+                child = self._child(store, may_have_log)
+                identity = store.identity
+        except errors.VhdkitError:
+            return
+        if child is not None:
+            self._add(child, identity, nearby)
+
+    def _child(self, store: FileStore, may_have_log: bool) -> Metadata | None:
+        """What a differencing image that may stand on one of the parents says of itself. Raises CorruptImage."""
+        found = parent_ids(store)
+        if not self._ids & found and not (may_have_log and pending.log_mentions(store.name, self._ids)):
+            return None
+        image = pending.view(store)
+        if not any(place.state.usable for place in read_footers(image)):
+            return None
+        metadata = read_metadata(image)
+        return metadata if metadata.is_differencing else None
+
+    def _add(self, child: Metadata, identity: tuple[int, int], nearby: bool) -> bool:
+        """Count the image as a child of those parents that it stands on; True if there is one."""
+        added = False
+        for parent in self._parents:
+            if recorded_parent_id(child) != parent.unique_id or identity == parent.identity:
+                continue
+            if parent.unique_id == NULL_ID and nearby:
+                stands = names_lead_to(child, parent.path)
+            else:
+                stands = nearby or self._finds(child, parent)
+            if stands:
+                parent.children.setdefault(child.path, Dependent(child.path))
+                added = True
+        return added
+
+    def _finds(self, child: Metadata, parent: _Parent) -> bool:
+        """False for an image that stands on another file of this id: a copy of the parent."""
+        folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(parent.path)))
+        more = (real_path(one) for one in self._options.parent_dirs)
+        try:
+            with find_parent(child, tuple(dict.fromkeys((*folders, *more))), self._options) as found:
+                return found.identity == parent.identity
+        except errors.VhdkitError:
+            return parent.unique_id != NULL_ID
+
+    # -- marks --------------------------------------------------------------------------------------------------
+
+    def look_at_marks(self, parent: _Parent) -> None:
+        """Look at the children that left a mark beside the image. A record that cannot be read counts as one."""
+        try:
+            record = marks.read_record(parent.path)
+        except errors.VhdkitError as error:
+            path = error.path or marks.record_path(parent.path)
+            parent.children[path] = Dependent(path, error.problem, error.hint)
+            return
+        if record.parent_path != parent.path and self._is_copy(record.parent_path, parent):
+            parent.dropped = len(record.marks)
+            return
+        for mark in record.marks:
+            if mark.parent_id == parent.unique_id and self._holds(mark, parent):
+                parent.kept.append(mark)
+            else:
+                parent.dropped += 1
+
+    def _is_copy(self, original: str, parent: _Parent) -> bool:
+        """True when the image that the marks were left at is there still, and this one is a copy of it."""
+        try:
+            with open_regular(original) as store:
+                return store.identity != parent.identity and unique_id(store) == parent.unique_id
+        except errors.VhdkitError:
+            return False
+
+    def _holds(self, mark: Mark, parent: _Parent) -> bool:
+        """Look at the child that a mark names; False when it does not stand on the image any more."""
+        before = len(parent.children)
+        try:
+            with open_regular(mark.path) as store:
+                child = self._child(store, True)
+                if child is None and looks_like_vhd(store):
+                    read_metadata(pending.view(store))  # one that is damaged may be repaired
+                identity = store.identity
+            if child is not None and self._add(child, identity, False):
+                return any(one.path == mark.path for one in parent.children.values())
+        except errors.NotFound:
+            if was_removed(os.path.dirname(mark.path), mark.trail):
+                self.look_in([os.path.dirname(mark.path)], nearby=False)
+                return len(parent.children) > before
+            self._unseen(mark, parent, "it is not there, and may be on a file system that is not mounted")
+            return True
+        except errors.InvalidArgument:  # something that is no image by now
+            return False
+        except errors.VhdkitError as error:
+            self._unseen(mark, parent, error.problem)
+            return True
+        return False
+
+    def _unseen(self, mark: Mark, parent: _Parent, problem: str) -> None:
+        record = quoted(marks.record_path(parent.path))
+        hint = f"make it readable, so that it can be looked at; if it is gone for good, remove the record: rm {record}"
+        parent.children.setdefault(mark.path, Dependent(mark.path, problem, hint))

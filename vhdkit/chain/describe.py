@@ -14,8 +14,9 @@ import numpy as np
 
 from vhdkit import errors
 from vhdkit.beneath import find_beneath
-from vhdkit.chain import pending
+from vhdkit.chain import lineage, pending
 from vhdkit.chain.chain import Chain
+from vhdkit.chain.dependents import mark_findings
 from vhdkit.chain.resolve import (
     MAX_CHAIN_DEPTH,
     NULL_ID,
@@ -32,7 +33,7 @@ from vhdkit.formats.vhd import geometry, layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.image import ExtentKind
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, Store
 from vhdkit.units import SECTOR_SIZE, round_up, whole_sectors
 
 
@@ -85,7 +86,9 @@ def describe_image(path: str | os.PathLike[str], *, options: OpenOptions | None 
     """
     options = options or OpenOptions()
     with FileStore.open(path) as store:
-        return _describe(store, allowed_folders(store.name, options.parent_dirs), options, options.format_name)
+        folders = allowed_folders(store.name, options.parent_dirs)
+        told = _describe(store, folders, options, options.format_name)
+        return replace(told, findings=(*told.findings, *mark_findings(store, options)))
 
 
 def _describe(
@@ -105,7 +108,10 @@ def _describe(
         )
     metadata = read_metadata(seen.store)
     footer, header = metadata.footer, metadata.header
-    allocated = None
+    allocated, parent = None, None
+    noticed: list[Finding] = []
+    if metadata.is_differencing:
+        parent, noticed = _describe_parent(seen.store, metadata, folders, options)
     if header is not None:
         bat = Bat.load(seen.store, header.table_offset, metadata.block_count)
         allocated = int(np.count_nonzero(bat.allocated()))
@@ -131,22 +137,27 @@ def _describe(
         block_count=metadata.block_count if header else None,
         allocated_block_count=allocated,
         batmap=metadata.batmap is not None,
-        parent=_describe_parent(metadata, folders, options) if metadata.is_differencing else None,
-        findings=(*seen.findings, *metadata.findings),
+        parent=parent,
+        findings=(*seen.findings, *metadata.findings, *noticed),
     )
 
 
-def _describe_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> ParentInfo:
+def _describe_parent(
+    image: Store, metadata: Metadata, folders: tuple[str, ...], options: OpenOptions
+) -> tuple[ParentInfo, list[Finding]]:
+    """What is known of the parent, and what there is to say about it."""
     assert metadata.header is not None
     path, problem = None, None
+    noticed: list[Finding] = []
     try:
         with find_parent(metadata, folders, options) as store:
             path = store.name
+            noticed += lineage.findings_about(image, metadata, store)
     except errors.VhdkitError as error:
         problem = error.problem + errors.difference(error.expected, error.found)
         problem += f"; {error.hint}" if error.hint else ""
     parent_id = metadata.header.parent_unique_id
-    return ParentInfo(
+    told = ParentInfo(
         name=metadata.parent_name,
         unique_id="none (a raw disk)" if parent_id == NULL_ID else format_id(parent_id),
         timestamp=metadata.header.parent_timestamp,
@@ -154,6 +165,7 @@ def _describe_parent(metadata: Metadata, folders: tuple[str, ...], options: Open
         path=path,
         problem=problem,
     )
+    return told, noticed
 
 
 @dataclass(frozen=True, slots=True)

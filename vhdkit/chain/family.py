@@ -7,12 +7,15 @@ Nothing is locked or changed, so images in use can be asked about.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
+from vhdkit.chain.dependents import standing_on
+from vhdkit.chain.marks import mark_child
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
@@ -22,6 +25,7 @@ from vhdkit.chain.resolve import (
     open_layers,
     unique_id,
 )
+from vhdkit.finding import Finding, Severity
 from vhdkit.folder import real_path
 from vhdkit.store import FileStore
 
@@ -50,13 +54,39 @@ def image_id(path: str | os.PathLike[str]) -> str | None:
 
 
 @checked
+def mark_parents(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[Finding]:
+    """Leave the mark of each image of a chain at its parent in another folder, as whoever makes a child does.
+
+    For programs that take over images which others made: from then on no parent is changed by accident. Returns what
+    could not be marked. Raises what opening the chain raises.
+    """
+    layers = open_layers(path, options=options)
+    found = []
+    try:
+        for child, parent in itertools.pairwise(layers):
+            problem = mark_child(child.store.name, child.store, parent.store.name)
+            if problem is not None:
+                found.append(Finding(Severity.WARNING, "child-not-marked", problem, child.store.name))
+    finally:
+        for layer in layers:
+            layer.close()
+    return found
+
+
+@checked
 def find_children(
-    paths: Sequence[str | os.PathLike[str]], *, folders: Sequence[str | os.PathLike[str]] = ()
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    folders: Sequence[str | os.PathLike[str]] = (),
+    everywhere: bool = False,
+    options: OpenOptions | None = None,
 ) -> dict[str, list[str]]:
     """For each image, by the path given, the real paths of the images that stand on it.
 
     They are looked for beside each image and in `folders`; each file is looked at once, and damaged ones are passed
-    over. Raises NotFound and what reading the images raises.
+    over. With `everywhere` they are looked for as before an image is opened for writing: also above it, among those
+    that `options` names, and wherever children left their marks; what is marked and cannot be looked at counts then.
+    Raises NotFound and what reading the images raises.
     """
     names = [os.fsdecode(path) for path in paths]
     parents = []
@@ -65,4 +95,8 @@ def find_children(
         with FileStore.open(name) as store:
             parents.append((unique_id(store), real_path(name)))
         places += folders_of_children(name, ())
+    if everywhere:
+        images = [(unique_id, name) for (unique_id, _), name in zip(parents, names, strict=True)]
+        families = standing_on(images, options or OpenOptions(), folders=places)
+        return {name: [one.path for one in family] for name, family in zip(names, families, strict=True)}
     return dict(zip(names, find_children_of(parents, places), strict=True))

@@ -15,6 +15,7 @@ record of a merge when neither its target nor any of its sources is there: while
 
 from __future__ import annotations
 
+import contextlib
 import ntpath
 import os
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,10 @@ from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.arguments import checked
-from vhdkit.chain import pending
+from vhdkit.chain import marks, pending
+from vhdkit.chain.dependents import Dependent, drop_stale_marks, standing_on
 from vhdkit.chain.intent import KIND, intents_about, read_intent
-from vhdkit.chain.resolve import NULL_ID, OpenOptions, find_children, open_layers
+from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.folder import (
     exists,
@@ -33,7 +35,6 @@ from vhdkit.folder import (
     parts,
     real_path,
     regular_files,
-    sidecars_of,
     subfolders,
     sync_directory,
     unlink,
@@ -49,7 +50,7 @@ class GarbageKind(StrEnum):
 
     IMAGE = "image"
     PART = "part"  # a file under construction whose maker died
-    RECORD = "record"  # of a merge of which no file is there any more
+    RECORD = "record"  # of a merge, or of children, of which no file is there any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class _Scan:
     directory: str
     neighbours: tuple[str, ...]
     kept: tuple[str, ...]  # the leaves, by their names: other files may have them by now
+    options: OpenOptions
     nodes: list[_Node] = field(default_factory=list)
 
 
@@ -125,6 +127,7 @@ def collect_garbage(
     if delete:
         _refuse_unknown(scan, reached)
         _remove(scan, doomed)
+        _tidy(scan)
     items = [_item(node) for node in _children_first([one for one in scan.nodes if one.identity not in reached])]
     items += [_part(path, delete=delete) for path in parts(place)]
     return items + [_record(path, delete=delete) for path in _orphaned_records(place)]
@@ -146,7 +149,7 @@ def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tup
 
 def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
     near = [os.path.dirname(place), *subfolders(place), *(real_path(folder) for folder in options.parent_dirs)]
-    scan = _Scan(place, tuple(one for one in dict.fromkeys(near) if one != place), kept)
+    scan = _Scan(place, tuple(one for one in dict.fromkeys(near) if one != place), kept, options)
     for path in regular_files(place):
         try:
             with FileStore.open(path, follow_links=False) as store:
@@ -181,7 +184,7 @@ def _node(store: FileStore) -> _Node | None:
         open_layer(view)
     except CorruptImage as error:
         node.problem = f"damaged: {error.problem}"
-    records = sidecars_of(store.name)
+    records = marks.other_records(store.name)
     if records:
         node.problem = f"has a record of unfinished work: {printable(records[0])}"
     elif intents_about(store.name, (os.path.dirname(store.name),)):
@@ -209,10 +212,9 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
     for node in doubtful:
         if node.problem is None and _is_held(node.path):
             node.problem = "in use"
-    for node in doubtful:
-        if node.problem is None:
-            others = find_children(node.unique_id, scan.neighbours) if node.unique_id != NULL_ID else []
-            node.problem = f"the parent of {printable(others[0])}" if others else None
+    for node, others in _standing_on(scan, [one for one in doubtful if one.problem is None]):
+        elsewhere = [one for one in others if os.path.dirname(one.path) != scan.directory or one.problem]
+        node.problem = f"the parent of {elsewhere[0]}" if elsewhere else None
     staying = [node for node in scan.nodes if node.identity in reached or node.problem is not None]
     while staying:
         child = staying.pop()
@@ -221,6 +223,13 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
                 node.problem = f"the parent of {printable(child.path)}, which stays"
                 staying.append(node)
     return [node for node in doubtful if node.problem is None]
+
+
+def _standing_on(scan: _Scan, nodes: Sequence[_Node]) -> Iterator[tuple[_Node, list[Dependent]]]:
+    """All that stands on these images, wherever it can be found."""
+    known = [node for node in nodes if node.unique_id != NULL_ID]
+    images = [(node.unique_id, node.path) for node in known]
+    yield from zip(known, standing_on(images, scan.options, folders=scan.neighbours), strict=True)
 
 
 def _is_held(path: str) -> bool:
@@ -268,10 +277,10 @@ def _remove(scan: _Scan, doomed: list[_Node]) -> None:
 
 def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
     """Why a node stays after all: a child of it that was not removed, or has come since."""
-    staying = [one.path for one in doomed if not one.removed and one.stands_on(node)]
-    if not staying and node.unique_id != NULL_ID:
-        staying = find_children(node.unique_id, (scan.directory, *scan.neighbours), apart_from=node.identity)
-    return f"the parent of {printable(staying[0])}, which stays" if staying else None
+    staying = [printable(one.path) for one in doomed if not one.removed and one.stands_on(node)]
+    if not staying:
+        staying = [str(child) for _, others in _standing_on(scan, [node]) for child in others]
+    return f"the parent of {staying[0]}, which stays" if staying else None
 
 
 def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
@@ -287,9 +296,18 @@ def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
             if reason is None:
                 store.require_name()
                 unlink(node.path)
+                marks.forget(node.path)
             return reason
     except errors.VhdkitError as error:
         return error.problem
+
+
+def _tidy(scan: _Scan) -> None:
+    """Drop the marks of children that are gone, here and nearby. An image in use keeps its own."""
+    for folder in (scan.directory, *scan.neighbours):
+        for path in marks.marked_images(folder):
+            with contextlib.suppress(errors.VhdkitError), FileStore.open_held(path, follow_links=False):
+                drop_stale_marks(path, scan.options)
 
 
 def _item(node: _Node) -> GarbageItem:
@@ -316,12 +334,13 @@ def _part(path: str, *, delete: bool) -> GarbageItem:
 
 
 def _orphaned_records(directory: str) -> Iterator[str]:
-    """The records of merges whose target and sources are all gone."""
+    """The records of merges whose target and sources are all gone, and of children of images that are."""
     for path in regular_files(directory):
         if path.endswith(f".vhdkit-{KIND}"):
             intent = read_intent(path, (os.sep,))  # only to see whether its files are there
             if intent is not None and not any(exists(one.path) for one in (intent.target, *intent.sources)):
                 yield path
+    yield from marks.orphans(directory)
 
 
 def _record(path: str, *, delete: bool) -> GarbageItem:

@@ -23,6 +23,9 @@ from vhdkit.chain import pending
 from vhdkit.chain.blockmap import MAX_LAYERS
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.create import child_size, require_names, write_child
+from vhdkit.chain.dependents import drop_stale_marks
+from vhdkit.chain.lineage import forget_parent, record_parent
+from vhdkit.chain.marks import marked
 from vhdkit.chain.resolve import (
     NULL_ID,
 )
@@ -122,10 +125,13 @@ class Freezing:
             for chain, path in zip(self._chains, self.paths, strict=True):
                 new = stack_.enter_context(NewFile(path, like=pending.files_of(chain.layers[:1])))
                 write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
+                forget_parent(new.store)  # it is written to until it is frozen
                 files.append(new)
             self._require_names()
-            commit_all(files)
-            self._made = True
+            parents = [chain.leaf.store.name for chain in self._chains]
+            with marked([(one.path, one.store, parent) for one, parent in zip(files, parents, strict=True)]):
+                commit_all(files)
+                self._made = True
         for path in self.paths:
             store = FileStore.open_held(path, writable=True, follow_links=False)
             try:
@@ -150,7 +156,8 @@ class Freezing:
     def done(self) -> None:
         """The new chains are in use: the children stay, and the old leaves are held as readers hold them."""
         self._kept = True
-        for chain in self._chains:
+        for chain, child in zip(self._chains, self._children, strict=True):
+            record_parent(child.store, chain.leaf.store, chain.leaf.unique_id or NULL_ID)
             file = pending.file_of(chain.leaf.store)
             if file is not None:
                 file.become_reader()
@@ -160,8 +167,9 @@ class Freezing:
         for child in self._children:
             child.store.close()
         if self._made:
-            for path in self.paths:
+            for chain, path in zip(self._chains, self.paths, strict=True):
                 remove_file(path)
+                drop_stale_marks(chain.leaf.store.name)
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,7 @@ wants to merge a leaf freezes it first (`live.Freezing`), merges what was frozen
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Self
 
@@ -31,14 +32,18 @@ from vhdkit.attributes import check_removable
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import link_to, require_names
+from vhdkit.chain.dependents import drop_stale_marks, standing_on
 from vhdkit.chain.intent import Intent, Named, Phase
+from vhdkit.chain.lineage import record_parents, same_content
 from vhdkit.chain.live import reopened, seal
-from vhdkit.chain.merge import has_children, named
+from vhdkit.chain.marks import mark_child
+from vhdkit.chain.merge import merge_would_break, named
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.chain.merge_steps import RealNames, drop_earlier_try, fold, remove_sources
-from vhdkit.chain.resolve import OpenOptions, find_children_of, folders_of_children
+from vhdkit.chain.resolve import OpenOptions
 from vhdkit.folder import exists, real_path
 from vhdkit.formats.linear import LinearImage
+from vhdkit.formats.vhd.create import ParentLink
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.relink import relink
@@ -104,18 +109,13 @@ class LiveMerge:
     def _refuse_children(self) -> None:
         """Raise HasChildren when an image outside the chain stands on a layer that changes or goes."""
         inside = {real_path(file.name) for file in self._files}
-        folders = [
-            folder
-            for file in self._files[self._first :]
-            for folder in folders_of_children(file.name, self._options.parent_dirs)
-        ]
+        folders = [real_path(os.path.dirname(file.name)) for file in self._files[self._first :]]
         names: Sequence[Named] = (*self._intent.sources, self._intent.target)
-        for one, family in zip(
-            names, find_children_of([(it.unique_id, it.path) for it in names], folders), strict=True
-        ):
-            outside = [path for path in family if real_path(path) not in inside]
+        families = standing_on([(it.unique_id, it.path) for it in names], self._options, folders=folders)
+        for one, family in zip(names, families, strict=True):
+            outside = [child for child in family if child.path not in inside]
             if outside:
-                raise has_children(one.path, outside)
+                raise merge_would_break(one.path, outside)
 
     # -- the files ----------------------------------------------------------------------------------------------
 
@@ -226,6 +226,12 @@ class LiveMerge:
         timestamp = target.metadata.footer.timestamp if isinstance(target, DynamicImage | FixedImage) else 0
         file, named_ = _file(child), self._intent.target
         link = link_to(file.name, named_.path, named_.unique_id, timestamp)
+        mark_child(file.name, child.store, named_.path, named_.unique_id)
+        with same_content(file.name):
+            self._relink(child, link)
+
+    def _relink(self, child: Layer, link: ParentLink) -> None:
+        file = _file(child)
         if child.writable:
             relink(open_dynamic(file, writable=True), link)
             return
@@ -247,6 +253,7 @@ class LiveMerge:
         try:
             self._names.write(self._intent.in_phase(Phase.REMOVE))
             remove_sources(self._intent, self._names)
+            drop_stale_marks(self._intent.target.path)
         except errors.VhdkitError as error:
             if exists(self._intent.leaf.path):  # it will be written to: the target is not complete for long
                 self._names.write(self._intent)
@@ -264,6 +271,9 @@ class LiveMerge:
         if self._first > 0:
             self._names.write(self._intent.in_phase(Phase.REMOVE))
             remove_sources(self._intent, self._names)
+            drop_stale_marks(self._intent.target.path)
+            child = self._chain.layers[self._first - 1]
+            record_parents(_file(child).name, self._intent.target.path, self._intent.target.unique_id)
 
     def __enter__(self) -> Self:
         return self

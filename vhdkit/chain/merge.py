@@ -27,7 +27,10 @@ from vhdkit.attributes import check_removable
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, require_names, write_empty
+from vhdkit.chain.dependents import Dependent, drop_stale_marks, has_children, standing_on
 from vhdkit.chain.intent import Intent, Named, Phase, intent_of
+from vhdkit.chain.lineage import record_parent, record_parents, same_content
+from vhdkit.chain.marks import mark_child, marked
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.chain.merge_steps import (
     RealNames,
@@ -40,8 +43,6 @@ from vhdkit.chain.merge_steps import (
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
-    find_children_of,
-    folders_of_children,
     open_layers,
     parent_format,
     unique_id,
@@ -155,19 +156,16 @@ class InPlace:
     def _find_children(self) -> list[str]:
         """The leaf's children, to be relinked. Raises HasChildren for any image that the merge would break."""
         inside = {one.path for one in self._names[:-1]}
-        folders = [
-            folder
-            for layer in (*self._sources, self._target)
-            for folder in folders_of_children(layer.store.name, self._options.parent_dirs)
-        ]
-        families = find_children_of([(one.unique_id, one.path) for one in self._names], folders)
+        # also by the names that the layers were found under, which may be links
+        folders = [real_path(os.path.dirname(layer.store.name)) for layer in (*self._sources, self._target)]
+        families = standing_on([(one.unique_id, one.path) for one in self._names], self._options, folders=folders)
         for number, (one, family) in enumerate(zip(self._names, families, strict=True)):
-            outside = [path for path in family if real_path(path) not in inside]
+            outside = [child for child in family if child.path not in inside]
             if number == len(self._names) - 1 and self.phase is not Phase.COPY:
                 continue  # they were repointed to it, and it will not change any more
-            if outside and not (number == 0 and self._relink):
-                raise has_children(one.path, outside, number == 0)
-        return [path for path in families[0] if real_path(path) not in inside]
+            if outside and not (number == 0 and self._relink and not any(child.problem for child in outside)):
+                raise merge_would_break(one.path, outside, of_leaf=number == 0)
+        return [child.path for child in families[0] if child.path not in inside]
 
     def run(self, dry_run: bool, progress: Progress | None) -> Merge:
         if dry_run:
@@ -184,6 +182,9 @@ class InPlace:
                 return fill_target(self._sources, partial(self._opened, store), _seen(self._below), progress)
 
             done = carry_out(intent, names, fill, [partial(self._repoint, child) for child in children])
+            drop_stale_marks(intent.target.path)
+            for child in children:
+                record_parents(child.name, intent.target.path, intent.target.unique_id)
         return self._result(done)
 
     def _open_target(self, held: contextlib.ExitStack) -> FileStore:
@@ -208,7 +209,9 @@ class InPlace:
         target, timestamp = self._names[-1], 0
         if isinstance(self._target, DynamicImage | FixedImage):
             timestamp = self._target.metadata.footer.timestamp
-        relink(open_dynamic(store, writable=True), link_to(store.name, target.path, target.unique_id, timestamp))
+        mark_child(store.name, store, target.path, target.unique_id)
+        with same_content(store.name):
+            relink(open_dynamic(store, writable=True), link_to(store.name, target.path, target.unique_id, timestamp))
 
     def _result(self, counted: tuple[int, int]) -> Merge:
         merged = tuple(one.path for one in self._names[:-1])
@@ -238,7 +241,10 @@ def _merge_to(layers: list[Layer], index: int, path: str, dry_run: bool, progres
         else:
             counted = fold(plan, target, progress)
             target.flush()
-            new.commit()
+            if below:
+                record_parent(new.store, below[0].store, below[0].unique_id or NULL_ID)
+            with marked([(path, new.store, file_of_layer(below[0]).name)] if below else []):
+                new.commit()
     return Merge(real_path(path), merged, (), (), sources[0].size_bytes, *counted, len(plan.units))
 
 
@@ -321,11 +327,7 @@ def _count(plan: MergePlan) -> tuple[int, int]:
     return data, zeros
 
 
-def has_children(path: str, children: Sequence[str], of_leaf: bool = False) -> errors.HasChildren:
+def merge_would_break(path: str, children: Sequence[Dependent], *, of_leaf: bool = False) -> errors.HasChildren:
     """The error for a file that a merge would change or remove while others stand on it."""
-    others = f" and {len(children) - 1} more" if len(children) > 1 else ""
-    return errors.HasChildren(
-        f"is the parent of {errors.printable(children[0])}{others}, which the merge would break",
-        path=path,
-        hint="to repoint it to the result say --relink" if of_leaf else "merge or move that image first",
-    )
+    hint = "to repoint it to the result say --relink" if of_leaf else "merge or move that image first"
+    return has_children(path, children, ", which the merge would break", hint)

@@ -24,6 +24,7 @@ from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
+from vhdkit.chain.dependents import drop_stale_marks, standing_on
 from vhdkit.chain.intent import (
     DamagedRecord,
     Intent,
@@ -35,9 +36,9 @@ from vhdkit.chain.intent import (
     record_of,
     resume_command,
 )
-from vhdkit.chain.merge import InPlace, Merge, closing, file_of_layer, has_children, named
+from vhdkit.chain.merge import InPlace, Merge, closing, file_of_layer, merge_would_break, named
 from vhdkit.chain.merge_steps import RealNames, remove_sources
-from vhdkit.chain.resolve import OpenOptions, allowed_folders, find_children_of, open_layers, unique_id
+from vhdkit.chain.resolve import OpenOptions, allowed_folders, open_layers, unique_id
 from vhdkit.errors import printable
 from vhdkit.folder import exists, real_path
 from vhdkit.formats.probe import open_layer
@@ -220,15 +221,16 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
                 left.append(one.path)
         folders = (*places, *map(os.path.dirname, rest))
         going = [one for one in intent.sources if one.path in rest]
-        families = find_children_of([(one.unique_id, one.path) for one in going], folders)
+        families = standing_on([(one.unique_id, one.path) for one in going], options, folders=folders)
         for one, family in zip(going, families, strict=True):
             if unique_id(rest[one.path]) != one.unique_id:
                 raise errors.Replaced("was replaced while it was looked at", path=one.path)
-            children = [path for path in family if real_path(path) not in rest]
+            children = [child for child in family if child.path not in rest]
             if children:
-                raise has_children(one.path, children, False)
+                raise merge_would_break(one.path, children)
         names = RealNames(intent.target.path, rest)
         remove_sources(replace(intent, sources=tuple(going)), names)
+        drop_stale_marks(intent.target.path)
     merged = tuple(one.path for one in intent.sources)
     return Merge(intent.target.path, merged, tuple(rest), (), size, 0, 0, 0, left=tuple(left))
 

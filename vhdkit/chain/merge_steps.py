@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from vhdkit import errors
-from vhdkit.chain import pending
+from vhdkit.chain import marks, pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.intent import KIND, Intent, Phase, intent_of
 from vhdkit.chain.merge_plan import MergePlan
@@ -70,6 +70,7 @@ class RealNames:
         if path in self._held and exists(path):
             self._held[path].require_name()
         remove_file(path)
+        marks.forget(path)
         if exists(pending.undo_path(path)):
             remove_file(pending.undo_path(path))
         earlier = intent_of(path)

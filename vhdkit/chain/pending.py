@@ -16,7 +16,7 @@ what it would do. It is never followed as a link, and only ever a regular file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors
@@ -25,7 +25,17 @@ from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity
 from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
-from vhdkit.formats.undo import UndoLog, UndoneStore, apply_change, belongs, encode, plan_change, read_log, roll_back
+from vhdkit.formats.undo import (
+    UndoLog,
+    UndoneStore,
+    apply_change,
+    belongs,
+    encode,
+    mentions,
+    plan_change,
+    read_log,
+    roll_back,
+)
 from vhdkit.formats.vhd import recall, remember
 from vhdkit.formats.vhd.metadata import image_id
 from vhdkit.image import Layer
@@ -45,6 +55,23 @@ class Look:
 def undo_path(image_path: str) -> str:
     """Where the undo log of an image lies."""
     return sidecar_path(image_path, _UNDO)
+
+
+def undo_path_beside(image_path: str) -> str:
+    """The same for a path without links, which is not looked at."""
+    return sidecar_path(image_path, _UNDO, is_real=True)
+
+
+def log_mentions(image_path: str, ids: Collection[bytes]) -> bool:
+    """True when what looks like an undo log lies beside the image and holds one of these ids anywhere.
+
+    Then the image may stand on another parent once the change is taken back. One read through memory, no parsing.
+    """
+    try:
+        with FileStore.open(undo_path(image_path), follow_links=False) as record:
+            return not record.is_device and mentions(record, ids)
+    except errors.VhdkitError:
+        return False
 
 
 def look(store: FileStore) -> Look:
@@ -185,7 +212,7 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
     if not exists(path):
         return None, ()
     try:
-        log = _load(path)
+        log = _load(path, store)
     except errors.NotFound:  # removed since: the change is made
         return None, ()
     except errors.InvalidArgument as error:
@@ -193,18 +220,22 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
     if log is None and _was_being_removed(path):
         return None, ()
     if log is None:
-        return None, (_ignored(store, path, "is no whole undo log: the change it belongs to was not begun"),)
+        why = "is no whole undo log of this image as it is: the change was not begun, or is of another image"
+        return None, (_ignored(store, path, why),)
     if not belongs(store, log):
         return None, (_ignored(store, path, "is an undo log of another image, or this one was changed since"),)
     return log, (_unfinished(store, path),)
 
 
-def _load(path: str) -> UndoLog | None:
-    """The log under this name, or None. Raises InvalidArgument for what is no regular file, a link too."""
+def _load(path: str, image: FileStore | None = None) -> UndoLog | None:
+    """The log under this name, or None; see `read_log`.
+
+    Raises InvalidArgument for what is no regular file, a link too.
+    """
     with FileStore.open(path, follow_links=False) as record:
         if record.is_device:
             raise errors.InvalidArgument("is a device", path=path)
-        return read_log(record)
+        return read_log(record, image)
 
 
 def _ignored(store: FileStore, path: str, problem: str) -> Finding:

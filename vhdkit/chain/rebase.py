@@ -19,6 +19,8 @@ from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.compare import compare_chains
 from vhdkit.chain.create import link_to, require_names
+from vhdkit.chain.lineage import record_parents, same_content
+from vhdkit.chain.marks import mark_child
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
@@ -93,7 +95,10 @@ def rebase(
             if not dry_run:
                 require_names(layers[:1])
                 store.require_name()
-                relink(open_dynamic(store, writable=True), link)
+                mark_child(image_path, store, new_path, found)
+                with same_content(image_path):
+                    relink(open_dynamic(store, writable=True), link)
+                record_parents(image_path, new_path, found)
 
 
 def _id_of(store: FileStore, parent_path: str) -> bytes:

@@ -15,6 +15,7 @@ All layers are held against readers and writers meanwhile, and no image outside 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +25,11 @@ from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.create import link_to
+from vhdkit.chain.dependents import drop_stale_marks, has_children, standing_on
 from vhdkit.chain.intent import intents_about
-from vhdkit.chain.resolve import OpenOptions, bare_names, find_children, open_layers
+from vhdkit.chain.lineage import record_parents, was_written_since
+from vhdkit.chain.marks import forget, other_records
+from vhdkit.chain.resolve import OpenOptions, bare_names, open_layers
 from vhdkit.errors import printable
 from vhdkit.folder import (
     NewFile,
@@ -34,7 +38,6 @@ from vhdkit.folder import (
     hard_link,
     is_folder,
     real_path,
-    sidecars_of,
     sync_directory,
     unlink,
 )
@@ -89,6 +92,7 @@ def relocate(
         _check(moves, stores, options)
         if dry_run or all(move.old_path == move.new_path for move in moves):
             return moves
+        fine = _unwritten(stores)
         by_name = _is_found_by_name(moves, stores)
         staying = [index for index, move in enumerate(moves) if move.old_path == move.new_path]
         if staying and not by_name:
@@ -104,6 +108,10 @@ def relocate(
             _copy(moves, stores, options, progress)
             _take_away(moves, stores)
             _rewrite_names(moves, stores, [index for index in staying if index + 1 < len(moves)])
+        for index in staying:
+            drop_stale_marks(moves[index].new_path)
+        for index, parent_id in fine:
+            record_parents(moves[index].new_path, moves[index + 1].new_path, parent_id)
     return moves
 
 
@@ -136,18 +144,32 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
     folders += [real_path(folder) for folder in options.parent_dirs]
     own = {store.identity for store in stores}
     for store in stores:
-        if sidecars_of(store.name) or intents_about(store.name, tuple(dict.fromkeys(folders))):
+        if other_records(store.name) or intents_about(store.name, tuple(dict.fromkeys(folders))):
             raise errors.InvalidArgument(
                 "has a record of unfinished work beside it", path=store.name, hint="`vhdkit check` says what it is"
             )
-        for child in find_children(image_id(store), folders, raw_parent=store.name):
-            with FileStore.open(child, follow_links=False) as other:
-                if other.identity not in own:
-                    raise errors.HasChildren(
-                        f"is the parent of {printable(child)}, which does not move with it",
-                        path=store.name,
-                        hint="move that chain too, by hand, or merge it first",
-                    )
+    images = [(image_id(store), store.name) for store in stores]
+    for store, family in zip(stores, standing_on(images, options, folders=folders), strict=True):
+        outside = [child for child in family if child.problem is not None or _identity(child.path) not in own]
+        if outside:
+            hint = "move that chain too, by hand, or merge it first"
+            raise has_children(store.name, outside, ", which does not move with it", hint)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    with FileStore.open(path, follow_links=False) as store:
+        return store.identity
+
+
+def _unwritten(stores: Sequence[FileStore]) -> list[tuple[int, bytes]]:
+    """(index, id of its parent) of the children whose parent was not written after they were made."""
+    found = []
+    for index, (child, parent) in enumerate(itertools.pairwise(stores)):
+        header = read_metadata(child).header
+        assert header is not None
+        if not was_written_since(child, parent, header.parent_unique_id):
+            found.append((index, header.parent_unique_id))
+    return found
 
 
 def _is_found_by_name(moves: Sequence[Move], stores: Sequence[FileStore]) -> bool:
@@ -203,6 +225,7 @@ def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
         if move.old_path != move.new_path:
             store.require_name()
             unlink(move.old_path)
+            forget(move.old_path)
     for folder in dict.fromkeys(os.path.dirname(move.old_path) for move in moves):
         sync_directory(folder)
 

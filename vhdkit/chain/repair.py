@@ -23,6 +23,8 @@ from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.check import check
 from vhdkit.chain.create import link_to
+from vhdkit.chain.lineage import same_content
+from vhdkit.chain.marks import mark_child
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
@@ -104,8 +106,9 @@ def repair(
             if not dry_run:
                 undo_path = _write_backup(undo, log, store)
                 report_path = _write_report(report, image_path, fixes, store)
-                pending.change(store, writes, draft.size(), unique_id=log.unique_id)
-                _give_back(store, log)
+                with same_content(store.name):
+                    pending.change(store, writes, draft.size(), unique_id=log.unique_id)
+                    _give_back(store, log)
         if dry_run:
             return Repair(image_path, tuple(fixes), _size_of(writes), tuple(left))
     findings = check(image_path, options=options, progress=progress)
@@ -177,6 +180,8 @@ def _repoint(draft: DraftStore, store: FileStore, options: OpenOptions) -> list[
             return []
         recorded = metadata.header.parent_unique_id
         link = link_to(real_path(store.name), parent, recorded, metadata.header.parent_timestamp)
+        if store.writable:
+            mark_child(store.name, draft, parent, recorded)
         relink(open_dynamic(draft, writable=True), link)
     except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
         return []

@@ -10,8 +10,9 @@ decision, who stands on an image `dependents`'. Must not know blocks or bitmaps.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
-from vhdkit.chain import pending
+from vhdkit.chain import lineage, pending
 from vhdkit.chain.dependents import find_children, find_children_of, folders_of_children, refuse_with_children
 from vhdkit.chain.options import OpenOptions
 from vhdkit.chain.parents import (
@@ -26,11 +27,13 @@ from vhdkit.chain.parents import (
     unique_id,
 )
 from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Finding
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.image import Layer
 from vhdkit.store import FileStore, Store, opened_again
+from vhdkit.units import MIB
 
 __all__ = [
     "MAX_CHAIN_DEPTH",
@@ -45,12 +48,14 @@ __all__ = [
     "folders_of_children",
     "format_id",
     "leads_to",
+    "limit_tables",
     "open_layers",
     "parent_format",
     "refuse_with_children",
     "unique_id",
 ]
 
+MAX_TABLE_BYTES = 64 * MIB  # of BATs in memory, of all layers that are only read: three of the largest
 MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
 
 
@@ -78,12 +83,14 @@ def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: s
     try:
         _hold(store, writable, options)
         if writable and danger is not None:
-            refuse_with_children(store, options, danger)
+            refuse_with_children(store, options, danger, tidy=options.lock)
         layers.append(_open_leaf(pending.view(store), False, options))
         _open_parents(layers, store, options)
         if writable:  # last: only now is it sure that the chain is whole, and this may mend the file
             pending.settle(store)
+            said = _findings(layers[0])
             layers[0] = _open_leaf(store, True, options)
+            _findings(layers[0]).extend(one for one in said if one.code == lineage.WRITTEN)
     except BaseException:
         store.close()
         for layer in layers:
@@ -94,6 +101,24 @@ def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: s
 
 def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
     return open_layer(store, format_name=options.format_name, writable=writable, ignore_bitmaps=options.ignore_bitmaps)
+
+
+def limit_tables(layers: Sequence[Layer]) -> None:
+    """Keep the tables of the first layers in memory, as many as fit, and leave the others in their files.
+
+    A table has up to 4 Mi entries, a chain up to 254 layers.
+    """
+    left = MAX_TABLE_BYTES
+    for layer in layers:
+        if isinstance(layer, DynamicImage) and layer.table_bytes:
+            left -= layer.table_bytes
+            if left < 0:
+                layer.leave_table()
+                left = 0
+
+
+def _findings(layer: Layer) -> list[Finding]:
+    return layer.findings if isinstance(layer, DynamicImage) else []
 
 
 def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
@@ -125,6 +150,9 @@ def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) ->
             seen.add(store.identity)
             _hold(store, False, options)
             layers.append(_open_parent(store, child.metadata, options))
+            limit_tables(layers)
+            written = lineage.finding_of(child.store, child.metadata, store)
+            child.findings += [] if written is None else [written]
         except BaseException:
             store.close()
             raise

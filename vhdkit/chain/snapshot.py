@@ -27,6 +27,7 @@ from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.create import child_size, require_names, write_child
 from vhdkit.chain.intent import Phase, intent_of
+from vhdkit.chain.marks import marked
 from vhdkit.chain.merge_settle import settle_merge_into
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, allowed_folders, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, commit_all, exists, folders_held, real_path
@@ -246,4 +247,6 @@ def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
             files.append(new)
         for one in wanted:
             require_names(one.layers[:1])
-        commit_all(files)
+        parents = [one.layers[0].store.name for one in wanted[: len(files)]]
+        with marked([(new.path, new.store, parent) for new, parent in zip(files, parents, strict=True)]):
+            commit_all(files)

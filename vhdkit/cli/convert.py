@@ -106,7 +106,7 @@ def _run(job: _Job, common: Common, wanted: bool | None) -> int:
             else:
                 made = convert_chain(
                     disk.chain, job.destination, job.kind, block_size_bytes=job.block_size_bytes,
-                    azure=job.azure, replace=job.replace, sync=job.sync, progress=show,
+                    azure=job.azure, replace=job.replace, sync=job.sync, options=common.options, progress=show,
                 )  # fmt: skip
         if made != disk.size_bytes:
             note(

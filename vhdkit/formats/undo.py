@@ -23,18 +23,21 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from vhdkit import errors
 from vhdkit.formats.vhd.geometry import MAX_FIXED_BYTES
 from vhdkit.formats.vhd.layout import FOOTER_COOKIE, FOOTER_SIZE
 from vhdkit.formats.vhd.metadata import footer_state, read_footers
 from vhdkit.store import Buffer, Store
-from vhdkit.units import MIB, SECTOR_SIZE, round_down
+from vhdkit.units import MIB, SECTOR_SIZE
 
 MAX_LOG_BYTES = 64 * MIB  # the largest BAT, before and after, is 32 MiB; a log is held in memory
 MAX_CHANGES = 1 << 16  # a table of the largest BAT changed in every page takes 4096
+_MAX_TORN = 8  # footers that a change writes: at the beginning, at the old end and at the new one
 MAX_FILE_BYTES = MAX_FIXED_BYTES + MIB
 _MAGIC = b"vhdkUNDO"
 _VERSION = 1
@@ -121,32 +124,79 @@ def encode(log: UndoLog) -> bytes:
     return raw + hashlib.sha256(raw).digest()
 
 
-def read_log(store: Store) -> UndoLog | None:
+def read_log(store: Store, image: Store | None = None) -> UndoLog | None:
     """The log in `store`, or None for anything that is no whole log: torn, of an unknown version, or no log at all.
 
-    Takes memory in proportion to the file, and never more than MAX_LOG_BYTES. Raises IoFailed.
+    With `image` also None for one that cannot be of this image as it is now. What is cheap to see is looked at first,
+    the digest last. Takes memory in proportion to the file, and never more than twice MAX_LOG_BYTES. Raises IoFailed.
     """
     size = store.size()
     if not _HEAD.size + _DIGEST_SIZE <= size <= MAX_LOG_BYTES:
         return None
+    head = _read_head(store)
+    if head is None or (image is not None and not _may_belong(image, *head[1:])):
+        return None
+    places = _read_places(store, head[0], size)
+    if places is None:
+        return None
     raw = store.pread(0, size)
-    body = raw[:-_DIGEST_SIZE]
+    body = memoryview(raw)[:-_DIGEST_SIZE]
     if len(raw) != size or hashlib.sha256(body).digest() != raw[-_DIGEST_SIZE:]:
         return None
-    magic, version, count, unique_id, size_before, size_after = _HEAD.unpack_from(body)
-    if magic != _MAGIC or version != _VERSION or count > min(MAX_CHANGES, len(body) // _PLACE.size):
-        return None
-    position = _HEAD.size + count * _PLACE.size
+    position = _HEAD.size + head[0] * _PLACE.size
     changes = []
-    for number in range(count):
-        offset, length = _PLACE.unpack_from(body, _HEAD.size + number * _PLACE.size)
+    for offset, length in places:
         end = position + 2 * length
-        if end > len(body):
-            return None
-        changes.append(Change(offset, body[position : position + length], body[position + length : end]))
+        changes.append(Change(offset, bytes(body[position : position + length]), bytes(body[position + length : end])))
         position = end
-    log = UndoLog(unique_id, size_before, size_after, tuple(changes))
-    return log if position == len(body) and _is_possible(log) else None
+    log = UndoLog(*head[1:], tuple(changes))
+    # The file may have changed while it was read: what the digest covers counts.
+    return log if encode(log) == raw and _is_possible(log) else None
+
+
+def _read_head(store: Store) -> tuple[int, bytes, int, int] | None:
+    """(number of changes, image's id, its size before, its size after), None for what is no log."""
+    raw = store.pread(0, _HEAD.size)
+    if len(raw) < _HEAD.size:
+        return None
+    magic, version, count, unique_id, size_before, size_after = _HEAD.unpack(raw)
+    if magic != _MAGIC or version != _VERSION or count > MAX_CHANGES:
+        return None
+    return count, unique_id, size_before, size_after
+
+
+def _read_places(store: Store, count: int, size_bytes: int) -> list[tuple[int, int]] | None:
+    """(offset, length) of each change, None where they are not such as we write, or do not fill the file."""
+    raw = store.pread(_HEAD.size, count * _PLACE.size)
+    if len(raw) != count * _PLACE.size:
+        return None
+    places = [(int(offset), int(length)) for offset, length in _PLACE.iter_unpack(raw)]
+    if _HEAD.size + len(raw) + 2 * sum(length for _, length in places) + _DIGEST_SIZE != size_bytes:
+        return None
+    return places
+
+
+def _may_belong(image: Store, unique_id: bytes, size_before: int, size_after: int) -> bool:
+    """False when the image is one that a change between these sizes of the image with this id cannot have left."""
+    size, sizes = image.size(), (size_before, size_after)
+    if not min(sizes) <= size <= max(sizes):
+        return False
+    tail, _ = read_footers(image)  # what stands at offset 0 may be a guest's
+    # whole, of another size or another image
+    return not tail.state.usable or (tail.footer.unique_id == unique_id and size in sizes)
+
+
+def mentions(store: Store, ids: Collection[bytes]) -> bool:
+    """True when the store begins like a log and holds one of these ids anywhere; it need not be a whole log."""
+    size = store.size()
+    if not _HEAD.size + _DIGEST_SIZE <= size <= MAX_LOG_BYTES or store.pread(0, len(_MAGIC)) != _MAGIC:
+        return False
+    longest = max(map(len, ids), default=0)
+    for position in range(0, size, MIB):
+        piece = store.pread(position, MIB + longest)
+        if any(one in piece for one in ids):
+            return True
+    return False
 
 
 def belongs(store: Store, log: UndoLog) -> bool:
@@ -154,13 +204,10 @@ def belongs(store: Store, log: UndoLog) -> bool:
 
     Raises IoFailed.
     """
-    size, sizes = store.size(), (log.size_before_bytes, log.size_after_bytes)
-    if not min(sizes) <= size <= max(sizes):
+    if not _may_belong(store, log.unique_id, log.size_before_bytes, log.size_after_bytes):
         return False
-    tail, _ = read_footers(store)  # what stands at offset 0 may be a guest's
-    if tail.state.usable and (tail.footer.unique_id != log.unique_id or size not in sizes):
-        return False  # whole, of another size or another image
-    return all(_is_either(store, change) for change in log.changes) and not _has_new_data(store, log)
+    size = store.size()
+    return all(_is_either(store, size, change) for change in log.changes) and not _has_new_data(store, log)
 
 
 def _has_new_data(store: Store, log: UndoLog) -> bool:
@@ -186,29 +233,30 @@ def _has_data(store: Store, start: int, stop: int) -> bool:
     return False
 
 
-def _is_either(store: Store, change: Change) -> bool:
+def _is_either(store: Store, size_bytes: int, change: Change) -> bool:
     """True when what stands there came from before the change or from the change."""
-    found = store.pread(change.offset_bytes, len(change.before)) if change.offset_bytes < store.size() else b""
+    found = store.pread(change.offset_bytes, len(change.before)) if change.offset_bytes < size_bytes else b""
     if found in (change.before, change.after):
         return True
     found = found + change.before[len(found) :]  # cut off by the file's end: nothing to compare
-    for start, stop in _pieces(change):
+    for torn, (start, stop) in enumerate(_sectors_of_neither(found, change)):
         piece, before, after = found[start:stop], change.before[start:stop], change.after[start:stop]
-        if piece in (before, after) or _is_torn(piece, before, after):
-            continue
-        if any(byte not in pair for byte, *pair in zip(piece, before, after, strict=True)):
+        if torn >= _MAX_TORN or not _is_torn(piece, before, after):
             return False
     return True
 
 
-def _pieces(change: Change) -> Iterator[tuple[int, int]]:
-    """The change cut at the sectors of the file, as ranges of its bytes."""
-    start = 0
-    while start < len(change.before):
-        edge = round_down(change.offset_bytes + start, SECTOR_SIZE) + SECTOR_SIZE
-        stop = min(edge - change.offset_bytes, len(change.before))
-        yield start, stop
-        start = stop
+def _sectors_of_neither(found: bytes, change: Change) -> Iterator[tuple[int, int]]:
+    """The sectors of the file, as ranges of the change's bytes, with a byte that is of neither side of it."""
+    first = -change.offset_bytes % SECTOR_SIZE  # where the first whole sector begins
+    ours = [np.frombuffer(raw, dtype=np.uint8) for raw in (found, change.before, change.after)]
+    for start in range(0, len(found), MIB):
+        piece, before, after = (one[start : start + MIB] for one in ours)
+        wrong = (piece != before) & (piece != after)
+        if wrong.any():
+            for sector in np.unique((np.flatnonzero(wrong) + start - first) // SECTOR_SIZE).tolist():
+                begin = first + sector * SECTOR_SIZE
+                yield max(begin, 0), min(begin + SECTOR_SIZE, len(found))
 
 
 def _is_torn(piece: bytes, before: bytes, after: bytes) -> bool:

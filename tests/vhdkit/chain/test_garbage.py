@@ -14,6 +14,7 @@ from tests.killing import killings, recorded
 from tests.vhd_builder import MIB, Vhd, child, put
 from vhdkit import GarbageKind, OpenOptions, errors, folder
 from vhdkit.chain.intent import KIND, Intent, Named, Phase
+from vhdkit.chain.marks import record_path
 
 
 def make_tree(home: Path) -> dict[str, Path]:
@@ -147,6 +148,8 @@ def test_parents_of_images_nearby_stay(tmp_path: Path) -> None:
     vhdkit.create_child(home / "below" / "x.avhd", tree["a"])
     vhdkit.create_child(tmp_path / "y.avhd", tree["b"])
     vhdkit.create_child(far / "z.avhd", tree["alone"])
+    assert "alone.vhd" not in going(home, [tree["base"]]), "it is marked"
+    Path(record_path(str(tree["alone"]))).unlink()  # as if another program had made the child
     assert going(home, [tree["base"]]) == ["a2.avhd", "alone.vhd", "b1.avhd", "a1.avhd"]
     assert "alone.vhd" not in going(home, [tree["base"]], options=OpenOptions(parent_dirs=(str(far),)))
     assert sorted(os.listdir(home / "below")) == ["x.avhd"]

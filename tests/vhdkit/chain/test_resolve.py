@@ -266,12 +266,12 @@ def test_child_larger_than_parent_reads_zeros_beyond(tmp_path: Path) -> None:
         assert disk.read(0, 4 << 20) == pattern(2 << 20).ljust(4 << 20, b"\0")
 
 
-def test_parent_timestamp_mismatch_warns_and_never_refuses(tmp_path: Path) -> None:
+def test_parent_timestamp_mismatch_is_noted_and_never_refuses(tmp_path: Path) -> None:
     """Tools that touch a parent change its time: the chain opens, `check` warns."""
     leaf = write_pair(tmp_path, child(parent_timestamp=12345))
     assert first_sector(leaf) == TEXT
     codes = {finding.code: finding.severity for finding in vhdkit.check(leaf)}
-    assert codes["parent-timestamp"] is vhdkit.Severity.WARNING
+    assert codes["parent-timestamp"] is vhdkit.Severity.NOTE
 
 
 def test_two_writers_are_refused_and_readers_share(tmp_path: Path) -> None:

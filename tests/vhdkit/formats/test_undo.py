@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import random
 import struct
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,17 +18,20 @@ from tests.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_
 from vhdkit import errors
 from vhdkit.formats import undo
 from vhdkit.formats.undo import (
+    Change,
     UndoLog,
     UndoneStore,
     apply_change,
     belongs,
     encode,
+    mentions,
     plan_change,
     read_log,
     roll_back,
 )
 from vhdkit.formats.vhd import layout
-from vhdkit.formats.vhd.create import create_fixed, new_footer
+from vhdkit.formats.vhd.create import create_dynamic, create_fixed, new_footer
+from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.units import KIB, SECTOR_SIZE
 
 IMAGE_ID = bytes(range(16))
@@ -329,3 +333,74 @@ def test_a_change_that_fails_is_taken_back(operation: str, make_error: Callable[
         assert belongs(store, log)
         roll_back(store, log)
         assert store.contents() == before
+
+
+def holding(content: bytes, store: MemStore | None = None) -> MemStore:
+    """A file with these bytes."""
+    store = store or MemStore("file")
+    store.pwrite(0, content)
+    return store
+
+
+class _CountingStore(MemStore):
+    """Counts the bytes that are read."""
+
+    read_bytes = 0
+
+    def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """See `Store.pread`."""
+        piece = super().pread(offset_bytes, size_bytes)
+        self.read_bytes += len(piece)
+        return piece
+
+
+@pytest.mark.parametrize("which", ["size", "id"])
+def test_the_log_of_another_image_is_not_read_whole(which: str) -> None:
+    """INV-BOUNDED: whose log it is stands in its first bytes: one of another image costs no more than those."""
+    image = MemStore("image")
+    create_dynamic(image, 4 << 20)
+    size = image.size() + (which == "size")
+    unique_id = read_metadata(image).footer.unique_id if which == "size" else bytes(range(16))
+    log = UndoLog(unique_id, size, size, (Change(4096, bytes(1 << 20), b"x" * (1 << 20)),))
+    record = _CountingStore("log")
+    holding(encode(log), record)
+    assert read_log(record, image) is None and record.read_bytes < 100
+    assert read_log(record) == log
+
+
+@pytest.mark.parametrize("length", [480, 1 << 20])
+def test_a_hostile_mixture_is_looked_at_in_bulk(length: int) -> None:
+    """INV-BOUNDED: whether each byte is from before or after is one step for many bytes, not one for each."""
+    count = (2 << 20) // length
+    rng = random.Random(7)
+    content = bytearray(4096)
+    changes = []
+    for _ in range(count):
+        changes.append(Change(len(content), bytes(length), b"\1" * length))
+        content += bytes(rng.choices((0, 1), k=length)) + bytes(480)
+    store = holding(bytes(content))
+    log = UndoLog(bytes(16), store.size(), store.size(), tuple(changes))
+    calls = 0
+
+    def count_calls(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count_calls)
+    try:
+        assert belongs(store, log)
+    finally:
+        sys.setprofile(None)
+    assert calls < 20 * count + 1000, "two million bytes"
+
+
+def test_mentions_needs_a_log_and_finds_an_id_anywhere() -> None:
+    """Only what begins like a log is searched, across the pieces that it is read in."""
+    wanted = bytes(range(16))
+    piece = bytes((1 << 20) - 100)
+    change = Change(0, piece + wanted + piece, bytes(2 * len(piece) + 16))
+    log = encode(UndoLog(bytes(16), 1 << 22, 1 << 22, (change,)))
+    assert mentions(holding(log), {b"y" * 16, wanted})
+    assert not mentions(holding(log), {b"y" * 16})
+    assert not mentions(holding(b"X" + log[1:]), {wanted})
+    assert not mentions(MemStore("log"), {wanted})

@@ -4,6 +4,9 @@
 Decides what an entry means and which part of the table must be written after a change. Entries are a numpy
 array in the machine's byte order; 0xFFFFFFFF means unallocated. Only the entries the virtual size needs are
 kept: producers leave spare entries, or junk, behind them.
+
+The largest table takes 16 MiB, and a chain has up to 254: an image that is only read may leave its table in the file
+(`BatInFile`).
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 ENTRIES_PER_SECTOR = SECTOR_SIZE // BAT_ENTRY_SIZE
+ENTRIES_PER_PART = 4096 // BAT_ENTRY_SIZE  # of a table that stays in its file: a page is read at once
+MAX_FLAGS = 1024  # of one image whose table stays in its file
+MAX_PARTS = 8  # of one image: 32 KiB
 
 
 class Bat:
     """The table of one image, in memory. Changed entries are remembered by the sector of the table they are in."""
 
     def __init__(self, entries: NDArray[np.uint32], table_offset_bytes: int) -> None:
-        self.entries = entries
+        self._entries = entries
         self.table_offset_bytes = table_offset_bytes
         self._view = memoryview(entries)  # type: ignore[arg-type]  # a scalar from here is a plain int, and quick
         self._dirty: set[int] = set()
@@ -33,8 +39,13 @@ class Bat:
         raw = store.pread(table_offset_bytes, block_count * BAT_ENTRY_SIZE)
         return cls(np.frombuffer(raw, dtype=">u4").astype(np.uint32), table_offset_bytes)
 
+    @property
+    def entries(self) -> NDArray[np.uint32]:
+        """The whole table, to be looked at and changed."""
+        return self._entries
+
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._entries)
 
     def block_start(self, block_index: int) -> int:
         """Byte offset of the block's bitmap, or -1."""
@@ -77,3 +88,62 @@ class Bat:
     def sector_offset(self, number: int) -> int:
         """Byte offset in the file of sector `number` of the table."""
         return self.table_offset_bytes + sectors_to_bytes(number)
+
+
+class BatInFile(Bat):
+    """The table of an image that is only read, left in its file; the parts that are asked for are kept for a while.
+
+    `entries` and `allocated` read it whole, for who folds it into something else.
+    """
+
+    def __init__(self, store: Store, table_offset_bytes: int, block_count: int) -> None:
+        super().__init__(np.zeros(0, dtype=np.uint32), table_offset_bytes)
+        self._store = store
+        self._count = block_count
+        self._parts: dict[int, memoryview] = {}
+
+    @property
+    def entries(self) -> NDArray[np.uint32]:
+        """A copy of the whole table."""
+        return Bat.load(self._store, self.table_offset_bytes, self._count).entries
+
+    def __len__(self) -> int:
+        return self._count
+
+    def block_start(self, block_index: int) -> int:
+        """See `Bat.block_start`."""
+        number, within = divmod(block_index, ENTRIES_PER_PART)
+        part = self._parts.get(number)
+        if part is None:
+            part = self._read(number)
+        entry = part[within]
+        return -1 if entry == BAT_UNALLOCATED else sectors_to_bytes(entry)
+
+    def _read(self, number: int) -> memoryview:
+        first = number * ENTRIES_PER_PART
+        count = min(ENTRIES_PER_PART, self._count - first)
+        loaded = Bat.load(self._store, self.table_offset_bytes + first * BAT_ENTRY_SIZE, count)
+        part = np.full(count, BAT_UNALLOCATED, dtype=np.uint32)  # a file that was cut since has fewer
+        part[: len(loaded)] = loaded.entries
+        if len(self._parts) >= MAX_PARTS:
+            self._parts.clear()
+        view: memoryview = memoryview(part)  # type: ignore[arg-type]
+        self._parts[number] = view
+        return view
+
+
+class FewFlags:
+    """Truth values by number, of which only some are remembered."""
+
+    def __init__(self) -> None:
+        self._set: set[int] = set()
+
+    def __getitem__(self, number: int) -> bool:
+        """True when it is remembered so."""
+        return number in self._set
+
+    def __setitem__(self, number: int, value: int) -> None:
+        """Remember it, for a while."""
+        if len(self._set) >= MAX_FLAGS:
+            self._set.clear()
+        (self._set.add if value else self._set.discard)(number)

@@ -72,6 +72,11 @@ class Commit:
         self._vacating: list[tuple[int, int]] = []
         self._has_placed = False
 
+    def use_table(self, bat: Bat) -> None:
+        """Go by another `Bat` of the same table; nothing is dirty."""
+        assert not self._bat.is_dirty and not self._dirty
+        self._bat = bat
+
     def place_block(self, fill: Callable[[int], object] | None) -> int:
         """Reserve room for a block and have `fill` write what belongs there; returns the offset of its bitmap.
 

@@ -20,7 +20,7 @@ from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding, finding_of
 from vhdkit.formats.vhd import bitmap, recall, remember
-from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.bat import Bat, BatInFile, FewFlags
 from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.mend import mend
@@ -63,7 +63,7 @@ class DynamicImage:
         self.keeps_places = False  # True: somebody reads the file by where its blocks are now, so none of them moves
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
-        self._full = bytearray(len(bat))  # 1: the block is known to be wholly owned
+        self._full: bytearray | FewFlags = bytearray(len(bat))  # 1: the block is known to be wholly owned
         if writable:
             remember.disown(store)
         notes = remember.begin(store, self.unique_id) if writable else None
@@ -77,6 +77,18 @@ class DynamicImage:
             free_bytes=max(nominal_end(metadata, bat), metadata.file_size_bytes),
             notes=notes,
         )
+
+    @property
+    def table_bytes(self) -> int:
+        """What the tables of an image that is only read take in memory; 0 where they were left in the file."""
+        return 0 if self.writable or isinstance(self.bat, BatInFile) else len(self.bat) * (BAT_ENTRY_SIZE + 1)
+
+    def leave_table(self) -> None:
+        """Read the BAT from the file, entry by entry, from now on."""
+        assert not self.writable and self.metadata.header is not None
+        self.bat = BatInFile(self.store, self.metadata.header.table_offset, len(self.bat))
+        self._commit.use_table(self.bat)
+        self._full = FewFlags()
 
     # -- what lies where ----------------------------------------------------------------------------------------
 

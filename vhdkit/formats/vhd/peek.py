@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a file may stand on, from three reads: the quick look at many files of which few matter.
+
+Decides nothing: it gives every id that a sound reading could find, and some that none would. Who finds the wanted one
+among them reads the metadata.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from vhdkit.formats.vhd import layout
+from vhdkit.store import Store
+
+_DATA_OFFSET = struct.Struct(">16xQ")
+_DISK_TYPE = struct.Struct(">60xI")
+_PARENT_ID_OFFSET = 40  # in the dynamic header
+
+
+def parent_ids(store: Store) -> frozenset[bytes]:
+    """The ids of parents that the headers of a differencing image name, whichever footer is believed.
+
+    Empty for anything else. Raises IoFailed.
+    """
+    size = store.size()
+    if size < layout.FOOTER_SIZE + layout.HEADER_SIZE:
+        return frozenset()
+    end = store.pread(size - layout.FOOTER_SIZE, layout.FOOTER_SIZE)
+    footers = (end, end[layout.FOOTER_SIZE - layout.SHORT_FOOTER_SIZE :], store.pread(0, layout.FOOTER_SIZE))
+    places = {_DATA_OFFSET.unpack_from(raw)[0] for raw in footers if _is_differencing(raw)}
+    found = set()
+    for place in places:
+        raw = store.pread(place, _PARENT_ID_OFFSET + layout.UUID_SIZE) if place < size else b""
+        if len(raw) == _PARENT_ID_OFFSET + layout.UUID_SIZE:
+            found.add(raw[_PARENT_ID_OFFSET:])
+    return frozenset(found)
+
+
+def _is_differencing(raw: bytes) -> bool:
+    return (
+        len(raw) >= layout.SHORT_FOOTER_SIZE
+        and raw.startswith(layout.FOOTER_COOKIE)
+        and _DISK_TYPE.unpack_from(raw)[0] == layout.DISK_TYPE_DIFFERENCING
+    )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is noted about a file outside its content: extended attributes, and records that several programs write.
+
+Decides how attributes are read and written, and that a file system, or a user, without them is no failure: writing one
+changes neither content nor the time of the last write, and copying a file may lose them. Decides how a record that is
+replaced as a whole is held meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+from vhdkit import errors
+from vhdkit.store import FileStore, translated
+
+_PREFIX = "user.vhdkit."
+_TRIES, _TRY_SECONDS = 500, 0.02
+_PRIVATE = 0o600
+
+
+def read_attribute(store: FileStore, name: str, limit_bytes: int) -> bytes | None:
+    """The note of this name, None where there is none, a longer one, or none that may be read."""
+    try:
+        raw = os.getxattr(store.fileno(), _PREFIX + name)
+    except OSError:
+        return None
+    return raw if len(raw) <= limit_bytes else None
+
+
+def write_attribute(store: FileStore, name: str, raw: bytes) -> bool:
+    """Leave the note in place of an earlier one; False where that cannot be."""
+    try:
+        os.setxattr(store.fileno(), _PREFIX + name, raw)
+    except OSError:
+        return False
+    return True
+
+
+def drop_attribute(store: FileStore, name: str) -> None:
+    """Take the note away."""
+    try:
+        os.removexattr(store.fileno(), _PREFIX + name)
+    except OSError:
+        return
+
+
+@contextlib.contextmanager
+def record_held(path: str) -> Iterator[None]:
+    """No other process of ours changes the record at `path` meanwhile. It is there, empty where there was none.
+
+    An empty one is removed in the end. Raises ImageInUse when another takes too long, AccessDenied, NoSpace, IoFailed,
+    InvalidArgument for what is no regular file.
+    """
+    with translated(path, "hold"):
+        fd = _held(path)
+    try:
+        yield
+    finally:
+        try:
+            with contextlib.suppress(OSError):
+                if _is_named(fd, path) and os.fstat(fd).st_size == 0:
+                    os.unlink(path)
+        finally:
+            os.close(fd)
+
+
+def _held(path: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    for _ in range(_TRIES):
+        fd = os.open(path, flags, _PRIVATE)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise errors.InvalidArgument("is no regular file", path=path)
+            if _locked(fd) and _is_named(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        time.sleep(_TRY_SECONDS)
+    raise errors.ImageInUse("another program is at this record", path=path)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno != errno.EWOULDBLOCK  # where there are no locks, nobody can be kept away
+    return True
+
+
+def _is_named(fd: int, path: str) -> bool:
+    """True while the name leads to the open file: others replace it by another."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(status, os.fstat(fd))
