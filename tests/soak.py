@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vhdkit
-from tests import soak_cut, soak_interrupted, soak_live, soak_names, soak_running, soak_snapshots
+from tests import soak_cut, soak_interrupted, soak_live, soak_names, soak_remember, soak_running, soak_snapshots
 from vhdkit.cli.main import main as vhdkit_main
 from vhdkit.units import KIB, MIB
 
@@ -286,6 +286,13 @@ SCENES = {
             soak_names.work,
             soak_names.look,
             lambda: soak_names.finish,
+        ),
+        Scene(
+            "remember",
+            soak_remember.prepare,
+            soak_remember.serve_and_change,
+            soak_remember.look,
+            lambda: soak_remember.serve_and_change,
         ),
         Scene(
             "compact",

@@ -13,6 +13,7 @@ import pytest
 import vhdkit
 from tests.vhdkit.chain.test_live_merge import SIZE, make_chain, on_disk, write_some
 from tests.vhdkit.chain.test_merge_settle import GONE, crafted, id_of
+from tests.vhdkit.formats.vhd.test_remember import killed
 from vhdkit import errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.intent import KIND
@@ -23,6 +24,7 @@ from vhdkit.chain.newest import newest_leaf
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.folder import sidecar_path
 from vhdkit.formats.vhd import remember
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 
 
@@ -51,7 +53,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def let_go(chain: Chain) -> None:
     """What the kernel does to the files of a killed process."""
     for layer in chain.layers:
-        layer.store.close()
+        if isinstance(layer, DynamicImage):
+            killed(layer)
+        else:
+            layer.store.close()
 
 
 def merged_live(chain: Chain, first: int, target: int) -> Chain:

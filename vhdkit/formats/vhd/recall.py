@@ -18,7 +18,6 @@ Must not know in which order what is believed is written; `dynamic` and `commit`
 from __future__ import annotations
 
 import logging
-import os
 import struct
 import time
 import zlib
@@ -97,8 +96,12 @@ def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, b
 
 
 def _forget_empty(store: FileStore, unique_id: bytes, folder: str, label: bytes | None, files: list[_File]) -> None:
-    """There is nothing to write: what is left of notes goes, and a label of notes that are elsewhere is told."""
-    if label is not None and remember.token_in(label) not in [one.token for one in files]:
+    """There is nothing to write: what is left of notes goes, and a label of notes that are elsewhere is told.
+
+    Of notes that were in this very folder nothing was lost: their process died when it began them, or ended them.
+    """
+    is_elsewhere = label is not None and remember.place_in(label) != folder and remember.is_of_this_boot(label)
+    if label is not None and is_elsewhere and remember.token_in(label) not in [one.token for one in files]:
         _log.warning("%s: %s: they will not be used", errors.printable(store.name), remember.told(label))
     for path in remember.note_paths(store, unique_id, folder):
         if is_regular(path):
@@ -152,14 +155,14 @@ def findings(store: FileStore) -> tuple[Finding, ...]:
     """What there is to say about notes of this image, by its labels alone: nobody knows in whose folder they are."""
     found = []
     label, kept = store.label(remember.LABEL), store.label(remember.KEPT_LABEL)
-    if label is not None and not store.in_use():
+    if label is not None and remember.is_of_this_boot(label) and not store.in_use():
         message = (
             f"{remember.told(label)}: serve it again with --remember and that folder, the same way as before, and they"
             " are written into it; once anything else writes to it they are lost"
         )
         found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
     if kept is not None:
-        place = errors.printable(os.fsdecode(kept.partition(b" ")[2])[:KIB])
+        place = errors.printable(remember.place_in(kept))
         message = (
             "changes that a killed server had noted were left out, since the image was no longer in the state they"
             f" were noted for; the notes were kept as {place} (`vhdkit check --repair` forgets this)"

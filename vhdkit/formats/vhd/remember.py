@@ -67,7 +67,7 @@ _folder: list[str] = []  # of this process, once it was named
 
 def use_folder(path: str | None) -> None:
     """Note changes there from now on, for images that are opened for writing; None: no more."""
-    _folder[:] = [] if path is None else [path]
+    _folder[:] = [] if path is None else [os.path.abspath(path)]
 
 
 def folder_in_use() -> str | None:
@@ -248,12 +248,13 @@ def disown(store: Store) -> None:
     """
     if isinstance(store, FileStore) and folder_in_use() is None:
         value = store.label(LABEL)
-        if value is not None:
+        if value is not None and is_of_this_boot(value):
             _log.warning(
                 "%s: %s: it is written to without them now, and they will not be used",
                 errors.printable(store.name),
                 told(value),
             )
+        if value is not None:
             store.set_label(LABEL, None)
 
 
@@ -265,8 +266,8 @@ def forget(store: FileStore, unique_id: bytes, folder: str) -> None:
 
 
 def label_of(token: bytes, place: str) -> bytes:
-    """The value of a label that says where notes are."""
-    return (token.hex().encode() + b" " + os.fsencode(place))[:_MAX_LABEL_BYTES]
+    """The value of a label that says where notes are, and in which boot they were taken."""
+    return b" ".join((token.hex().encode(), boot_id(), os.fsencode(place)))[:_MAX_LABEL_BYTES]
 
 
 def token_in(value: bytes) -> bytes | None:
@@ -277,10 +278,20 @@ def token_in(value: bytes) -> bytes | None:
         return None
 
 
+def is_of_this_boot(value: bytes) -> bool:
+    """False for the label of notes that went with the machine's memory: then nothing is left to be lost."""
+    return value.split(b" ", 2)[1:2] == [boot_id()]
+
+
+def place_in(value: bytes) -> str:
+    """Where the notes are, by a label, which anybody may have written."""
+    return os.fsdecode(b"".join(value.split(b" ", 2)[2:])[:_MAX_LABEL_BYTES])
+
+
 def told(value: bytes) -> str:
     """What a label means, in words."""
-    place = errors.printable(os.fsdecode(value.partition(b" ")[2])[:_MAX_LABEL_BYTES])
-    return f"a server that was killed noted changes which are not in it yet, in {place or 'an unnamed folder'}"
+    place = errors.printable(place_in(value)) or "an unnamed folder"
+    return f"a server that was killed noted changes which are not in it yet, in {place}"
 
 
 def note_paths(store: FileStore, unique_id: bytes, folder: str) -> list[str]:

@@ -53,6 +53,22 @@ def opened(path: Path) -> DynamicImage:
     return open_dynamic(FileStore.open(path, writable=True), writable=True)
 
 
+def killed(image: DynamicImage) -> None:
+    """What the kernel does to the files of a killed process: nothing is flushed."""
+    if image._commit._notes is not None:
+        image._commit._notes.leave()
+    image.store.close()
+
+
+def found_in(path: Path) -> bytes:
+    """What who opens the image for writing finds."""
+    image = opened(path)
+    try:
+        return content(image)
+    finally:
+        killed(image)
+
+
 def content(image: DynamicImage) -> bytes:
     """What the image owns; zeros elsewhere."""
     found = bytearray(SIZE)
@@ -79,7 +95,7 @@ def test_nothing_is_lost(notes: Path, image: Path, seed: int) -> None:
             model[first * SECTOR_SIZE : first * SECTOR_SIZE + len(data)] = data
             if rng.random() < 0.1:
                 one.flush()
-        one.store.close()  # killed: nothing is flushed
+        killed(one)
     one = opened(image)
     assert content(one) == model
     one.close()
@@ -91,8 +107,8 @@ def test_without_notes_it_would_be_lost(image: Path) -> None:
     """Self-test: the scene of the other test loses data where nobody takes notes."""
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
-    one.store.close()
-    assert content(opened(image)) == bytes(SIZE)
+    killed(one)
+    assert found_in(image) == bytes(SIZE)
 
 
 def test_killed_during_a_flush(notes: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,17 +116,17 @@ def test_killed_during_a_flush(notes: Path, image: Path, monkeypatch: pytest.Mon
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
 
-    def killed() -> None:
+    def struck() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(one._commit.guard, "sync", killed)
+        patch.setattr(one._commit.guard, "sync", struck)
         with pytest.raises(KeyboardInterrupt):
             one._commit.flush()
     one._commit.guard.failure = None
     one.write(5000, memoryview(b"y" * SECTOR_SIZE))
-    one.store.close()
-    found = content(opened(image))
+    killed(one)
+    found = found_in(image)
     assert found[5 * SECTOR_SIZE] == ord("x") and found[5000 * SECTOR_SIZE] == ord("y")
 
 
@@ -119,7 +135,7 @@ def test_what_is_not_believed(notes: Path, image: Path, tmp_path: Path, spoil: s
     """Notes of another boot, of another file, damaged or cut ones: left out, and the image is as its file says."""
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
-    one.store.close()
+    killed(one)
     target = image
     for path in notes.iterdir():
         raw = bytearray(path.read_bytes())
@@ -153,7 +169,7 @@ def test_notes_that_contradict_the_image(notes: Path, image: Path) -> None:
     taken.note(0, 1 << 30, None, before_bytes=-1, free_bytes=store.size())
     taken.note(10_000, 4096, None, before_bytes=-1, free_bytes=store.size())
     store.close()
-    assert content(opened(image)) == bytes(SIZE)
+    assert found_in(image) == bytes(SIZE)
 
 
 def test_full_folder_does_not_stop_writing(
@@ -182,8 +198,8 @@ def test_full_folder_does_not_stop_a_flush(notes: Path, image: Path, caplog: pyt
     one.flush()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     one.write(1500, memoryview(b"y" * SECTOR_SIZE))
-    one.store.close()
-    found = content(opened(image))
+    killed(one)
+    found = found_in(image)
     assert found[5 * SECTOR_SIZE] == ord("x") and found[1500 * SECTOR_SIZE] == ord("y")
 
 
@@ -244,12 +260,12 @@ def test_another_program_was_at_the_image(
     one = opened(image)
     one.write(whole_sectors(2 * MIB) + 5, memoryview(b"x" * SECTOR_SIZE))
     one.write(whole_sectors(MIB) + 5, memoryview(b"x" * SECTOR_SIZE))
-    one.store.close()
+    killed(one)
     remember.use_folder(None)
     change(image)
     changed = opened(image)
     left = content(changed)
-    changed.store.close()
+    killed(changed)
     remember.use_folder(str(notes))
     again = opened(image)
     assert content(again) == left
@@ -265,7 +281,7 @@ def test_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pyt
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
     start, entry = one.bat.block_start(0), one.bat.table_offset_bytes + 4
     one.store.pwrite(entry, (start // SECTOR_SIZE).to_bytes(4, "big"))
-    one.store.close()
+    killed(one)
     again = opened(image)
     assert again.bat.block_start(0) < 0 and again.bat.block_start(1) == start
     assert any("left out" in record.message for record in caplog.records) and left_aside(notes)

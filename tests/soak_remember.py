@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server with `--remember`, killed while it takes snapshots and merges, for `soak`: all that was answered is there.
+
+    serve BASE --follow-leaf --remember NOTES, always the same; a writer, and beside it a thread that prepares leaves,
+    takes snapshots and merges them away -> SIGKILL -> the same command line again -> look
+
+The writer keeps a log, a line before each write and one after it was answered, which SIGKILL cannot take back: each
+sector must read as the last answered write to it, or as the one that was in flight when the process died. Flushes do
+not matter to that, so there are few. The log is the model; nothing of the server's is believed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import vhdkit
+from tests.soak_live import pattern
+from vhdkit import errors
+from vhdkit.formats.vhd.remember import use_folder
+from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.operations import Operations
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
+
+DISK = 8 * MIB
+BASE = "base.vhd"
+_SECTORS = DISK // SECTOR_SIZE
+_LOG, _NOTES = "log", "notes"
+_MANNER = Manner(vhdkit.OpenOptions(), follow_leaf=True)
+
+
+def prepare() -> None:
+    """A base, a folder for notes, an empty log."""
+    vhdkit.create_image(BASE, DISK, block_size_bytes=512 * KIB)
+    os.mkdir(_NOTES)
+    Path(_LOG).touch()
+
+
+def serve_and_change() -> None:
+    """Serve the newest leaf of the base, write, and change the chain under the writer."""
+    use_folder(os.path.abspath(_NOTES))
+    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _MANNER)
+    rng = random.Random(os.getpid())
+    server = NbdServer(exports)
+    loop = threading.Thread(target=server.run)
+    loop.start()
+    stop = threading.Event()
+    writer = threading.Thread(target=_write_on, args=(server, exports[0], rng, stop))
+    writer.start()
+    operations = Operations(server, exports)
+    try:
+        for _ in range(6):
+            _change(operations, rng)
+    finally:
+        stop.set()
+        writer.join()
+        operations.close()
+        server.stop()
+        loop.join()
+        server.close()
+        for export in exports:
+            export.disk.close()
+
+
+def _change(operations: Operations, rng: random.Random) -> None:
+    """One verb of the control socket."""
+    methods = operations.methods()
+    verb = rng.choice(("prepare", "snapshot", "prepare and snapshot", "merge", "merge"))
+    try:
+        for one in verb.split(" and "):
+            if one == "merge":
+                methods["merge"].work({"export": "disk"})
+            else:
+                methods[one].work({"exports": {"disk": None}})
+    except errors.InvalidArgument as error:
+        assert "there is nothing to merge" in str(error), error
+
+
+def _write_on(server: NbdServer, export: ImageExport, rng: random.Random, stop: threading.Event) -> None:
+    log = os.open(_LOG, os.O_WRONLY | os.O_APPEND)
+    number = sum(line.startswith("write") for line in Path(_LOG).read_text().splitlines())
+    while not stop.is_set():
+        with server.hold([export]):  # as a request would: never while the chain is exchanged
+            for _ in range(4):
+                number += 1
+                count = rng.choice((1, 8, 100, 1500))
+                first = rng.randrange(_SECTORS - count)
+                os.write(log, f"write {number} {first} {count}\n".encode())
+                export.disk.write(first * SECTOR_SIZE, pattern(number, first, count))
+                os.write(log, f"answered {number}\n".encode())
+            if rng.random() < 0.1:
+                export.disk.flush()
+
+
+def look(done: bool) -> None:
+    """The same command line serves the disk again, and every sector is explained by the log."""
+    use_folder(os.path.abspath(_NOTES))
+    try:
+        [export] = open_exports([Wanted(os.path.abspath(BASE), "disk")], _MANNER)
+        try:
+            raw = export.disk.read(0, DISK)
+        finally:
+            export.disk.close()
+    finally:
+        use_folder(None)
+    for sector, allowed in enumerate(_allowed()):
+        found = raw[sector * SECTOR_SIZE : (sector + 1) * SECTOR_SIZE]
+        word = int.from_bytes(found[:8], "little")
+        if word == 0 and 0 in allowed and not any(found):
+            continue
+        assert word & 0xFFFFFFFF == sector and found == found[:8] * (SECTOR_SIZE // 8), f"sector {sector} is torn"
+        assert word >> 32 in allowed, f"sector {sector} is of write {word >> 32}, not of one of {sorted(allowed)}"
+    left = [name for name in os.listdir(_NOTES) if not name.endswith(".part")]
+    assert not left, f"notes are left: {left}"
+    problems = [one for one in vhdkit.check(BASE) if one.severity is vhdkit.Severity.ERROR]
+    assert not problems, problems
+
+
+def _allowed() -> list[set[int]]:
+    """Which writes each sector may show: the last answered one, and any later one that was begun."""
+    allowed: list[set[int]] = [{0} for _ in range(_SECTORS)]
+    begun: dict[int, range] = {}
+    for line in Path(_LOG).read_text().splitlines():
+        what, *numbers = line.split()
+        number = int(numbers[0])
+        if what == "write":
+            begun[number] = range(int(numbers[1]), int(numbers[1]) + int(numbers[2]))
+            for sector in begun[number]:
+                allowed[sector].add(number)
+        else:
+            for sector in begun[number]:
+                allowed[sector] = {number}
+    return allowed
