@@ -54,7 +54,8 @@ def test_serves_until_a_signal(nbdkit: str, number: int, folder: Path) -> None:
         run_tool(["nbdcopy", "put.raw", server.uri])
         assert server.stop(number) == (0, "")
     assert Path("copy.raw").read_bytes() == content
-    assert vhdkit.open_disk("leaf.avhd").read(0, 3000) == b"new" * 1000
+    with vhdkit.open_disk("leaf.avhd") as disk:
+        assert disk.read(0, 3000) == b"new" * 1000
     Path("copy.raw").unlink()
     Path("put.raw").unlink()
     assert names(folder) == before

@@ -35,6 +35,7 @@ from tests.nbd_client import (
 from tests.power import open_mem
 from tests.stores import CrashStore, Fault, FaultyStore, io_failed, no_space, sync_failed
 from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
+from vhdkit import errors
 from vhdkit.units import KIB, MIB
 
 pytestmark = pytest.mark.timeout(120)
@@ -335,7 +336,7 @@ def test_failed_flush_is_never_forgotten(fua: bool) -> None:
     """Row 30, INV-FLUSHED-OR-NEWER: after one failed sync that FLUSH is EIO, and no later one claims success."""
     scene = empty()
     store = FaultyStore(scene.leaf)
-    with serving(export_of(scene, store=store)) as running:
+    with pytest.raises(errors.SyncFailed), serving(export_of(scene, store=store)) as running:  # and its end says so
         client, other = running.client(), running.client(structured=True)
         assert client.call(WRITE, 0, payload=b"lost").error == 0
         store.faults.append(Fault("sync", sync_failed))
