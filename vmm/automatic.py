@@ -64,6 +64,8 @@ def _started(manager: Manager, machine: Machine, began: float, sleep: Callable[[
         if not starts_with_host(machine) or manager.state(machine.name) not in _OFF:
             return None
         sleep(max(0.0, began + machine.spec.automatic.start_delay_seconds - time.monotonic()))
+        if not starts_with_host(registry.load(machine.name)):
+            return None  # it was changed while it waited
         manager.start(machine.name)
     except VmmError as error:
         return Outcome(machine.name, "failed", error)

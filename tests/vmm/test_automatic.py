@@ -125,3 +125,14 @@ def test_stopped_by_the_host_starts_again(manager: Played) -> None:
     manager.did.clear()
     automatic.start_machines(manager)
     assert manager.did == ["start by-host"]
+
+
+def test_what_is_changed_during_the_delay_counts(manager: Played) -> None:
+    """A machine that waits for its delay is started by what its definition says when its time has come."""
+    add("late", start="always", start_delay_seconds=30)
+
+    def sleep(seconds: float) -> None:
+        with registry.changing("late") as machine:
+            registry.save(machine, machine.spec.changed(automatic={"start": "nothing"}))
+
+    assert automatic.start_machines(manager, sleep=sleep) == [] and manager.did == []

@@ -331,22 +331,25 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 
     if (address is None) != remove:
         raise click.UsageError("give an address, or --remove")
-    spec = switches.load(name)
+    switches.load(name)
     machine, _, adapter_id = adapter.partition("/")
     found = registry.load(machine)
     mac = adapters.find(found, adapter_id).mac
     assert mac is not None
-    rest = [one.model_dump() for one in spec.leases if one.mac != mac]
-    if remove and len(rest) == len(spec.leases):
-        raise NotFound(f"{adapter} has no fixed address on switch {name}")
-    if address is not None:
-        host_name = "".join(c if c.isalnum() and c.isascii() else "-" for c in machine.lower()).strip("-") or None
-        rest.append({"mac": mac, "address": address, "name": host_name})
-    try:
-        changed = plan.make_switch(**{**spec.model_dump(), "leases": rest})
-    except InvalidSpec as error:
-        raise InvalidSpec(error.problem.removeprefix("leases: ")) from error
-    switches.replace(changed)
+
+    def with_lease(spec: plan.SwitchSpec) -> plan.SwitchSpec:
+        rest = [one.model_dump() for one in spec.leases if one.mac != mac]
+        if remove and len(rest) == len(spec.leases):
+            raise NotFound(f"{adapter} has no fixed address on switch {name}")
+        if address is not None:
+            host_name = "".join(c if c.isalnum() and c.isascii() else "-" for c in machine.lower()).strip("-") or None
+            rest.append({"mac": mac, "address": address, "name": host_name})
+        try:
+            return plan.make_switch(**{**spec.model_dump(), "leases": rest})
+        except InvalidSpec as error:
+            raise InvalidSpec(error.problem.removeprefix("leases: ")) from error
+
+    changed = switches.change(name, with_lease)
     if as_json:
         print_json(changed.model_dump(mode="json")["leases"])
     elif not quiet:

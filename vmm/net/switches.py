@@ -15,7 +15,7 @@ import ipaddress
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,9 @@ def create(spec: SwitchSpec) -> None:
 
 def delete(name: str, *, force: bool = False) -> None:
     """Take a switch away, and put the host back. Raises InUse while guests are plugged in, unless forced."""
-    spec = load(name)
+    load(name)  # said before a folder for a lock is missed
     with locked(os.path.join(_folder(), ".lock")):
+        spec = load(name)
         host = HostSide(spec)
         in_use = [one["name"] for one in host.guests() if one["connected"]]
         if in_use and not force:
@@ -134,12 +135,14 @@ def _forget(spec: SwitchSpec) -> None:
             os.unlink(path)
 
 
-def replace(spec: SwitchSpec) -> None:
-    """Write down other leases or names for a switch that is there."""
+def change(name: str, changed: Callable[[SwitchSpec], SwitchSpec]) -> SwitchSpec:
+    """Other leases or names for a switch: what `changed` makes of what it is by then. Raises NotFound."""
+    load(name)
     with locked(os.path.join(_folder(), ".lock")):
-        load(spec.name)
-        paths.write_whole(_path(spec.name), spec.to_json())
+        spec = changed(load(name))
+        paths.write_whole(_path(name), spec.to_json())
         ensure(spec)
+    return spec
 
 
 def lease_path(spec: SwitchSpec) -> str:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 
 from vmm import errors, paths
 from vmm.net import switches
-from vmm.net.plan import make_switch
+from vmm.net.plan import SwitchSpec, make_switch
 from vmm.net.ports import PortSetup
 from vmm.net.switches import HostSide
+from vmm.proc import locked
 
 
 @pytest.fixture
@@ -93,6 +95,45 @@ def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch
     Path(HostSide(spec).folder, "journal.json").unlink()
     monkeypatch.setattr(HostSide, "remove", lambda self: None)
     switches.delete("lab")
+
+
+def test_a_change_is_made_to_what_the_switch_is_by_then(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fixed addresses at once are both there, and a switch made anew meanwhile is the one that is deleted.
+
+    INV-READ-UNDER-LOCK.
+    """
+    removed: list[str] = []
+    monkeypatch.setattr(HostSide, "ensure", lambda self: None)
+    monkeypatch.setattr(HostSide, "guests", lambda self: [])
+    monkeypatch.setattr(HostSide, "remove", lambda self: removed.append(self.spec.id))
+    first = make_switch(name="lab", type="internal", backend="bridge", address="10.77.250.1/24")
+    switches.create(first)
+    leases = [{"mac": f"02:00:00:00:00:0{n}", "address": f"10.77.250.{n}"} for n in (2, 3)]
+
+    def with_lease(lease: dict[str, str]) -> Callable[[SwitchSpec], SwitchSpec]:
+        return lambda spec: make_switch(
+            **{**spec.model_dump(), "leases": [*(one.model_dump() for one in spec.leases), lease]}
+        )
+
+    def others_first(path: str) -> contextlib.AbstractContextManager[None]:
+        monkeypatch.setattr(switches, "locked", locked)
+        switches.change("lab", with_lease(leases[0]))
+        return locked(path)
+
+    monkeypatch.setattr(switches, "locked", others_first)
+    switches.change("lab", with_lease(leases[1]))
+    assert [one.address for one in switches.load("lab").leases] == [one["address"] for one in leases]
+
+    def made_anew(path: str) -> contextlib.AbstractContextManager[None]:
+        monkeypatch.setattr(switches, "locked", locked)
+        switches.delete("lab")
+        switches.create(make_switch(name="lab", type="internal", backend="bridge", address="10.77.250.1/24"))
+        removed.clear()
+        return locked(path)
+
+    monkeypatch.setattr(switches, "locked", made_anew)
+    switches.delete("lab")
+    assert len(removed) == 1 and removed[0] != first.id
 
 
 def test_guests_keep_their_switch(home: Path) -> None:
