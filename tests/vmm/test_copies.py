@@ -123,6 +123,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "add_adapter": lambda folder: Manager().add_adapter("copy"),
     "remove_adapter": lambda folder: Manager().remove_adapter("copy", "nic-0"),
     "change_adapter": lambda folder: Manager().change_adapter("copy", "nic-0", link_up=False),
+    "repair": lambda folder: Manager().repair("copy"),
     "backup": lambda folder: Manager().backup("copy", str(folder / "backup")),
     "export": lambda folder: export("copy", str(folder / "export")),
     "ping": lambda folder: Manager().guest("copy").ping(),

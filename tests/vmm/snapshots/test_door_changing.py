@@ -62,6 +62,7 @@ CHANGING: dict[str, Verb] = {
     "Manager.remove_adapter": lambda folder: manager().remove_adapter("web", "nic-0"),
     "Manager.change_adapter": lambda folder: manager().change_adapter("web", "nic-0", link_up=False),
     "Manager.backup": lambda folder: manager().backup("web", str(folder / "copies")),
+    "Manager.repair": lambda folder: manager().repair("web"),
     "Manager.start": lambda folder: manager().start("web"),
     "Manager.delete": lambda folder: manager().delete("web", with_disks=True, with_snapshots=True),
     "MachineSnapshots.create": lambda folder: snapshots().create("new"),
