@@ -17,7 +17,7 @@ import vhdkit
 from vmm import devices
 from vmm.errors import InvalidSpec, NotFound, Refused, VmmError
 from vmm.foreign import LEAVE_OUT, Consent, Judged, judge
-from vmm.images import look_at
+from vmm.images import look_at, refuse_frozen
 from vmm.inside import Inside
 from vmm.launch import open_medium
 from vmm.snapshots.steps import store_problem
@@ -30,6 +30,7 @@ _MAX_DEFINITION_BYTES = 4 << 20
 _MAX_FILES = 16384
 # Files that are read as a whole somewhere have limits of their own; the others take space, which is looked at.
 _MAX_UEFI_BYTES, _MAX_DESCRIPTION_BYTES = 64 << 20, 8 << 20
+_MAX_FILE_BYTES = 64 << 40  # of a raw image; a file with holes may seem as large as anything
 _MAX_TOLD = 20  # things in one message
 _OPTIONS = vhdkit.OpenOptions(allow_raw_parent=True)  # parents lie in the image's own folder and nowhere else
 
@@ -81,7 +82,7 @@ def look_at_export(inside: Inside) -> Arrival:
         images = {str(disk): f"disks/{name}" for disk, name in document["images"].items()}
         media = {str(path): str(name) for path, name in document.get("media", {}).items()}  # 0.1.0 wrote none
         flat = document["flat"] is True
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InvalidSpec("is damaged: it describes no export", path=path) from error
     if len(files) > _MAX_FILES:
         raise InvalidSpec(f"names more than {_MAX_FILES} files", path=path)
@@ -106,7 +107,9 @@ def _check_file(inside: Inside, name: str, size: int, spec: MachineSpec) -> None
     limit = {UEFI_VARIABLES: _MAX_UEFI_BYTES, "saved/state.json": _MAX_DESCRIPTION_BYTES}.get(name)
     if name.startswith("snapshots/") and not name.endswith(".bin"):
         limit = _MAX_UEFI_BYTES if name.endswith(".nvram") else _MAX_DESCRIPTION_BYTES
-    if limit is not None and size > limit:
+    if limit is None:
+        limit = _MAX_FILE_BYTES
+    if size > limit:
         raise InvalidSpec(f"has {size} bytes, and such a file has at most {limit}", path=path)
 
 
@@ -229,6 +232,7 @@ def _looked_at(judged: Judged) -> MachineSpec:
                 os.close(open_medium(path))
             else:
                 disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
+                refuse_frozen(disk)
         disks.append(disk)
     for file in (spec.kernel, spec.initrd):
         if file is not None:

@@ -108,6 +108,7 @@ async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: asyncio
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         env=python_environment(),
+        umask=0o077,  # a copy is ours alone
     )
     talking = asyncio.create_task(process.communicate())
     try:

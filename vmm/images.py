@@ -8,12 +8,17 @@ it, so that what stands in the way is said at once. Everything about images them
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import vhdkit
 from vmm.errors import InvalidSpec, NotFound, Refused
+from vmm.events import add_event
+from vmm.known_images import known_images
 from vmm.kvm.drives import store_error
-from vmm.spec import DiskSpec
+from vmm.launch import open_medium
+from vmm.registry import Machine
+from vmm.spec import DiskSpec, PathsSpec
 
 MIN_DISK_BYTES = 64 << 10  # a file that is shorter was named by mistake
 
@@ -36,6 +41,31 @@ def find_image(path: str, folder: str) -> str:
         return os.path.realpath(path)
     elsewhere = os.path.join(folder, path)
     return os.path.realpath(elsewhere if os.path.exists(elsewhere) else path)
+
+
+def readable(path: str) -> str:
+    """The real path of a file that can be opened. Raises NotFound, AccessDenied."""
+    os.close(open_medium(path))
+    return os.path.realpath(path)
+
+
+def settings_with_real_paths(settings: dict[str, object]) -> dict[str, object]:
+    """Settings with files and folders as they really are called. Raises NotFound, AccessDenied, InvalidSpec."""
+    found = dict(settings)
+    for key in ("kernel", "initrd"):
+        if isinstance(path := settings.get(key), str):
+            found[key] = readable(path)
+    folders = settings.get("paths")
+    if isinstance(folders, PathsSpec):
+        folders = folders.model_dump()
+    if isinstance(folders, dict):
+        for folder in folders.values():
+            if isinstance(folder, str) and not os.path.isdir(folder):
+                raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+        found["paths"] = {
+            key: os.path.realpath(folder) if isinstance(folder, str) else folder for key, folder in folders.items()
+        }
+    return found
 
 
 def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
@@ -76,10 +106,7 @@ def refuse_frozen(disk: DiskSpec) -> None:
     """Raise Refused for an image that another one stands on, where a guest would write to it. Raises StoreFailed."""
     if disk.read_only or disk.path is None:
         return
-    try:
-        children = vhdkit.find_children([disk.path], folders=disk.parent_dirs)[disk.path]
-    except vhdkit.VhdkitError as error:
-        raise store_error(error) from error
+    children = children_of(disk.path, parent_dirs=disk.parent_dirs)
     if children:
         more = f" and {len(children) - 1} more images stand" if len(children) > 1 else " stands"
         raise Refused(
@@ -94,14 +121,48 @@ def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writabl
         parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, format_name=kind, lock=lock
     )
     assert disk.path is not None
-    return vhdkit.open_disk(disk.path, writable=writable, options=options)
+    return vhdkit.open_disk(disk.path, writable=writable, options=guarded(options) if writable else options)
 
 
 def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
     """Give the image of a disk that nobody uses another size; the size it has then. Raises StoreFailed."""
     assert disk.path is not None
-    options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
+    options = guarded(vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent))
     try:
         return vhdkit.resize(disk.path, size_bytes, options=options, shrink=shrink).virtual_size_after_bytes
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
+
+
+def guarded(options: vhdkit.OpenOptions) -> vhdkit.OpenOptions:
+    """Options for whatever changes an image: none on which an image of any machine stands is changed.
+
+    Taking a snapshot is not among these: it writes to no image that has a child, and helps who has such a one.
+    """
+    return replace(options, known_images=known_images())
+
+
+def children_of(path: str, *, parent_dirs: Sequence[str] = ()) -> list[str]:
+    """The images that stand on this one: where vhdkit looks, and among those of all machines. Raises StoreFailed."""
+    options = guarded(vhdkit.OpenOptions(parent_dirs=tuple(parent_dirs), allow_raw_parent=True))
+    try:
+        return vhdkit.find_children([path], everywhere=True, options=options)[path]
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+
+
+def note_marks(machine: Machine, disks: Sequence[DiskSpec]) -> None:
+    """Leave a mark at the parents of disks that lie in other folders, so that vhdkit by itself protects them, too.
+
+    What cannot be marked is an event of the machine and no failure: vmm knows its machines' images all the same.
+    """
+    for disk in disks:
+        if disk.kind != "vhd" or disk.path is None or disk.format == "raw":
+            continue
+        options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, lock=False)
+        try:
+            problems = [finding.message for finding in vhdkit.mark_parents(disk.path, options=options)]
+        except vhdkit.VhdkitError as error:
+            problems = [str(error)]
+        for problem in problems:
+            add_event(machine.paths.events, "parent-not-marked", disk=disk.id, problem=problem)

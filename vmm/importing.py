@@ -26,6 +26,7 @@ from vmm.arrival import Arrival, chain_of, check_chains, judge_all, look_at_expo
 from vmm.errors import AlreadyExists
 from vmm.events import add_event
 from vmm.foreign import Consent
+from vmm.images import note_marks
 from vmm.inside import Inside
 from vmm.paths import MachinePaths, default_folders, runtime_of, sync_folder, write_whole
 from vmm.snapshots.memory import SnapshotFolder, adapt_saved, share_file
@@ -249,6 +250,7 @@ def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, share: bool) 
             spec = with_new_macs(spec)
         machine = registry.add(spec, fill=fill)
     add_event(machine.paths.events, "imported", folder=arrival.folder, granted=list(arrival.granted))
+    note_marks(machine, spec.disks)
     count = len({*tree.images, *images_of(spec).values()})
     return Transfer(spec.name, machine.paths.folder, count, len(tree.snapshots), arrival.granted)
 

@@ -34,6 +34,7 @@ from typing import Any
 
 from vmm.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_document
 from vmm.events import add_event
+from vmm.known_images import known_images
 from vmm.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
 from vmm.state import ENDING_SIGNALS, SERVER_END_SIGNAL, KeeperNote, Phase, WorkerNote, mark_leaving
@@ -157,7 +158,7 @@ class Keeper:
     def _start_server(self) -> None:
         # A live snapshot moves the leaf, and a backup that was interrupted has left one (backup).
         has_moved = not self._is_first_start or os.path.exists(os.path.join(self._machine.folder, "backup.json"))
-        exports = exports_of(self._runtime, follow_leaf=has_moved)
+        exports = {"exports": exports_of(self._runtime, follow_leaf=has_moved), "known_images": known_images()}
         path = os.path.join(self._runtime.folder, "exports.json")
         write_whole(path, json.dumps(exports).encode(), durable=False)
         notes = os.path.join(self._runtime.folder, "notes")

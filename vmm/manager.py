@@ -20,13 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from vmm import backup, contact, devices, registry, saved
+from vmm import backup, contact, devices, known_images, registry, saved
 from vmm.contact import Place
 from vmm.copies import original_of
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
-from vmm.images import find_image, look_at, refuse_frozen, resize_image
+from vmm.images import find_image, look_at, note_marks, refuse_frozen, resize_image, settings_with_real_paths
 from vmm.kvm import machine_types
 from vmm.launch import open_medium
 from vmm.paths import default_folders
@@ -37,7 +37,7 @@ from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
-from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, PathsSpec, make_disk, make_spec
+from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.state import MachineState, is_clean, processes_of
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Manager:
         """
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")
-        settings = _with_real_paths(settings)
+        settings = settings_with_real_paths(settings)
         spec = make_spec(name=name, **settings)
         for wish in disks:
             spec = spec.changed(disks=[*spec.disks, self._disk_of(wish, spec)])
@@ -198,6 +198,7 @@ class Manager:
                     spec = spec.changed(adapters=[*spec.adapters, fit(one, spec)])
             machine = registry.add(spec, folder=folder)
         add_event(machine.paths.events, "created")
+        note_marks(machine, spec.disks)
         return self.show(name)
 
     def set(self, name: str, /, **settings: object) -> bool:
@@ -212,7 +213,7 @@ class Manager:
             hardware = set(settings) - {"notes", "automatic", "name", "paths"}
             if hardware:
                 saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(hardware))}")
-            settings = _with_real_paths(settings)
+            settings = settings_with_real_paths(settings)
             if settings.get("name", machine.name) != machine.name:
                 if client is not None:
                     raise WrongState("is running, and cannot have another name now", machine=name)
@@ -243,6 +244,7 @@ class Manager:
                 hint=f"vmm delete {name} --with-snapshots takes them along",
             )  # fmt: skip
         disks, kept = [], []
+        unread = known_images.look().unread
         for disk in machine.spec.disks:
             if disk.path is None:
                 continue
@@ -252,6 +254,8 @@ class Manager:
                 kept.append((disk.path, "disks stay unless --with-disks is given"))
             elif not os.path.exists(disk.path):
                 kept.append((disk.path, "it is not there"))
+            elif unread:
+                kept.append((disk.path, f"the machine {unread[0]} cannot be read, and may need it"))
             elif (other := registry.other_user_of(disk, name)) is not None:
                 kept.append((disk.path, f"it is a disk of the machine {other}, too"))
             else:
@@ -299,7 +303,8 @@ class Manager:
                 except VmmError as error:
                     kept[path] = error.problem
         gone = tuple(path for path in dict.fromkeys((*plan.disks, *disks)) if not os.path.lexists(path))
-        return replace(plan, disks=gone, kept=tuple(kept.items()))
+        stays = tuple((path, reason) for path, reason in kept.items() if path not in gone)
+        return replace(plan, disks=gone, kept=stays)
 
     def _refuse_running(self, machine: Machine, what: str) -> None:
         state = contact.state_of(_place(machine))["state"]
@@ -395,6 +400,7 @@ class Manager:
             else:
                 registry.check_disks(spec)
                 client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
+            note_marks(machine, [disk])
         return disk
 
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
@@ -554,31 +560,6 @@ def _free_unit(spec: MachineSpec, controller: Controller, index: int) -> int:
 def _on_scsi(wish: DiskWish) -> DiskWish:
 
     return replace(wish, controller="scsi")
-
-
-def _readable(path: str) -> str:
-    """The real path of a file that can be opened. Raises NotFound, AccessDenied."""
-    os.close(open_medium(path))
-    return os.path.realpath(path)
-
-
-def _with_real_paths(settings: dict[str, object]) -> dict[str, object]:
-    """Settings with files and folders as they really are called. Raises NotFound, AccessDenied, InvalidSpec."""
-    found = dict(settings)
-    for key in ("kernel", "initrd"):
-        if isinstance(path := settings.get(key), str):
-            found[key] = _readable(path)
-    folders = settings.get("paths")
-    if isinstance(folders, PathsSpec):
-        folders = folders.model_dump()
-    if isinstance(folders, dict):
-        for folder in folders.values():
-            if isinstance(folder, str) and not os.path.isdir(folder):
-                raise InvalidSpec("is not a folder", path=folder, hint="make it first")
-        found["paths"] = {
-            key: os.path.realpath(folder) if isinstance(folder, str) else folder for key, folder in folders.items()
-        }
-    return found
 
 
 def _size_of(disk: DiskSpec) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 from vmm import registry
 from vmm.errors import InvalidSpec, NotFound, StoreFailed, WrongState
 from vmm.keeper import export_of
+from vmm.known_images import known_images
 from vmm.kvm import drives
 from vmm.kvm.cmdline import Device
 from vmm.paths import write_whole
@@ -92,6 +93,7 @@ class Plugging:
         qmp, server, socket = self._running.qmp, self._running.server, self._running.runtime.nbd
         if disk.kind == "vhd":
             export = export_of(json.loads(disk.model_dump_json()), follow_leaf=False)
+            export["known_images"] = await asyncio.to_thread(known_images)
             await drives.add_disk(qmp, server, disk, socket, export=export, medium=None)
             return
         from vmm.devices import medium_of

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in which an image is removed: only when nothing names it and no process has it open.
+"""The one way in which an image is removed: only when nothing names it or stands on it, and no process has it open.
 
 Decides whether a file may go. A machine's definition, the definition that a running one runs with, a snapshot, or the
 note of a backup names it; a process has it open, or holds a lock on it as QEMU and vhdkit do; or a loop device stands
 on it. All of this is looked at while nobody can write a definition (`registry.standing_still`), so an image that was
 free when it was looked at is free when it goes. Must not know why somebody wants it removed.
 
-`INV-REMOVED-UNUSED`: vmm removes no image that something names or has open, whatever its caller believed.
+`INV-REMOVED-UNUSED`: vmm removes no image that something names, stands on or has open, whatever its caller believed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from vmm import registry
 from vmm.errors import InUse, VmmError, of_os_error
+from vmm.images import children_of
 from vmm.paths import MachinePaths, registry_folder, sync_folder
 from vmm.proc import HeldLock
 from vmm.registry import Machine
@@ -58,6 +59,9 @@ def remove_image(path: str, lock: HeldLock) -> None:
         holder = holder_of(path)
         if holder is not None:
             raise InUse(f"is not removed: {holder}", path=path)
+        children = children_of(path)
+        if children:
+            raise InUse(f"is not removed: {children[0]} stands on it", path=path)
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

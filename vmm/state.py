@@ -77,15 +77,14 @@ class WorkerNote:
             phase = Phase(str(document.get("phase")))
         except ValueError:
             return None
-        details, started = document.get("details"), document.get("started")
-        accelerator, operation = document.get("accelerator"), document.get("operation")
+        details = document.get("details")
         return cls(
             phase,
             ProcessRef.from_document(document.get("worker")),
             ProcessRef.from_document(document.get("qemu")),
-            accelerator if isinstance(accelerator, str) else None,
-            float(started) if isinstance(started, int | float) else None,
-            operation if isinstance(operation, str) else None,
+            document.get("accelerator"),
+            document.get("started"),
+            document.get("operation"),
             details if isinstance(details, dict) else {},
         )
 

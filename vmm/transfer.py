@@ -171,6 +171,7 @@ class _Export:
                 disk.path, os.path.join(self._part, "disks", name), vhdkit.DiskFormat.DYNAMIC, options=options,
                 progress=tell,
             )  # fmt: skip
+            os.chmod(os.path.join(self._part, "disks", name), 0o600)
             names[disk.id] = name
         return names
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,11 @@ import vmm
 from tests.vmm.snapshots.conftest import machines as machines_fixture
 from tests.vmm.snapshots.machines import Machines
 from vmm import importing, registry
-from vmm.arrival import check_chains, judge_all
+from vmm.arrival import check_chains, judge_all, look_at_export
 from vmm.errors import AlreadyExists, InvalidSpec, Refused
 from vmm.foreign import Consent
 from vmm.importing import import_machine
+from vmm.inside import Inside
 from vmm.snapshots.beforehand import definition_of
 from vmm.snapshots.store import load_tree
 from vmm.snapshots.survey import images_of
@@ -265,3 +268,64 @@ def test_an_id_that_leads_to_another_machine(machines: Machines, out: Path) -> N
     changed(out, lambda document: document.__setitem__("id", spec.id[:-1] + ("0" if spec.id[-1] != "0" else "1")))
     with pytest.raises(AlreadyExists, match="the machine other"):
         import_machine(str(out), register=True)
+
+
+def test_any_manifest(machines: Machines, out: Path) -> None:
+    """INV-IMPORT-CONFINED: whatever stands in a manifest or a definition, it is refused in words, or confined."""
+    chance = random.Random(0)
+    nasty: list[Any] = [
+        None,
+        True,
+        -1,
+        1e999,
+        10**30,
+        "",
+        "/etc/passwd",
+        "../x",
+        "/disks/../x",
+        "a\0b",
+        [],
+        {},
+        [[]],
+        "\ud800",
+        "é" * 300,
+    ]
+
+    def spoil(document: Any) -> None:
+        here = document
+        while True:
+            keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+            if not keys:
+                return
+            key = chance.choice(keys)
+            if isinstance(here[key], dict | list) and chance.random() < 0.8:
+                here = here[key]
+                continue
+            if isinstance(here, dict) and chance.random() < 0.2:
+                here[chance.choice(["/etc/passwd", "../x", "x"])] = here.pop(key)
+            else:
+                here[key] = chance.choice(nasty)
+            return
+
+    good = (out / MANIFEST).read_text()
+    inner = next((out / "snapshots").glob("*/*.json"))
+    inside = inner.read_text()
+    for _ in range(400):
+        manifest, definition = json.loads(good), json.loads(inside)
+        spoil(definition if chance.random() < 0.3 else manifest)
+        inner.write_text(json.dumps(definition))
+        if chance.random() < 0.9 and isinstance(manifest.get("files"), dict):
+            manifest["files"][str(inner.relative_to(out))] = inner.stat().st_size
+        (out / MANIFEST).write_text(json.dumps(manifest))
+        with Inside(str(out)) as folder, contextlib.suppress(vmm.VmmError):
+            arrival = look_at_export(folder)
+            judge_all(arrival, Consent(), lambda words: None)
+            check_chains(arrival, str(out / "disks"))
+            for spec in arrival.judged.values():
+                paths = [
+                    *(disk.path for disk in spec.disks),
+                    spec.kernel,
+                    spec.initrd,
+                    *spec.paths.model_dump().values(),
+                ]
+                assert all(path is None or Path(path).resolve().is_relative_to(out) for path in paths)

@@ -102,8 +102,8 @@ def test_no_image_is_removed_and_kept(machines: Machines, linked: Path) -> None:
     real = machines.folder / "store" / "a.vhd"
     write_links(machines, "web", {real: linked})
     (leaf,) = [disk.path for disk in registry.load("web").spec.disks]
-    vmm.Manager().create("other", disks=[vmm.DiskWish(str(linked), read_only=True)])
     manager = vmm.Manager()
+    manager.create("other", disks=[vmm.DiskWish(str(linked), read_only=True)])
     for with_disks in (False, True):
         plan = manager.plan_delete("web", with_disks=with_disks, with_snapshots=True)
         kept = {str(Path(path).resolve()) for path, _ in plan.kept}

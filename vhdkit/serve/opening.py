@@ -29,7 +29,7 @@ from vhdkit.serve.export import Export
 from vhdkit.store import opened_again
 from vhdkit.units import MIB, format_size
 
-MAX_EXPORTS_FILE_BYTES = 4 * MIB  # a thousand exports with long paths
+MAX_EXPORTS_FILE_BYTES = 16 * MIB  # a thousand exports and ten thousand images with long paths
 _ENTRY_KINDS: dict[str, tuple[type, str]] = {
     "name": (str, "a text"),
     "path": (str, "a text"),
@@ -37,6 +37,7 @@ _ENTRY_KINDS: dict[str, tuple[type, str]] = {
     "follow_leaf": (bool, "true or false"),
     "format": (str, "a text"),
     "parent_dirs": (list, "a list of folders"),
+    "known_images": (list, "a list of images"),
     "allow_raw_parent": (bool, "true or false"),
 }
 
@@ -134,7 +135,9 @@ def wanted_of_document(document: object) -> Wanted:
     """What one entry of an exports file, or the parameters of `ctl add`, ask for. Raises InvalidArgument.
 
     {"name", "path", "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null, "parent_dirs": [],
-     "allow_raw_parent": false}
+     "allow_raw_parent": false, "known_images": []}
+
+    `known_images`: images that may stand on this one, wherever they lie; one on which any of them does is not written.
     """
     if not isinstance(document, dict):
         raise errors.InvalidArgument("an export is a JSON object")
@@ -148,6 +151,9 @@ def wanted_of_document(document: object) -> Wanted:
     folders = document.get("parent_dirs") or []
     if not all(isinstance(folder, str) and folder and "\0" not in folder for folder in folders):
         raise errors.InvalidArgument("'parent_dirs' of an export are folders")
+    known = document.get("known_images") or []
+    if not all(isinstance(image, str) and image and "\0" not in image for image in known):
+        raise errors.InvalidArgument("'known_images' of an export are files")
     path = document["path"]
     if not path or "\0" in path:
         raise errors.InvalidArgument("the path of an export is a file's")
@@ -158,23 +164,32 @@ def wanted_of_document(document: object) -> Wanted:
         parent_dirs=tuple(folders),
         allow_raw_parent=bool(document.get("allow_raw_parent")),
         format_name=FormatName(format_name) if format_name else None,
+        known_images=tuple(known),
     )
     manner = Manner(options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf")))
     return Wanted(path, document["name"], manner)
 
 
 def wanted_of_file(path: str) -> list[Wanted]:
-    """The exports that a file lists, a JSON array. Raises InvalidArgument, AccessDenied."""
+    """The exports that a file lists. Raises InvalidArgument, AccessDenied.
+
+    A JSON array, or {"exports": the array, "known_images": []} where all have them in common.
+    """
     raw = read_whole(path, MAX_EXPORTS_FILE_BYTES)
     if raw is None:
         raise errors.InvalidArgument(
             f"is no list of exports: not a regular file of at most {MAX_EXPORTS_FILE_BYTES} bytes", path=path
         )
     try:
-        entries = json.loads(raw)
+        document = json.loads(raw)
+        shared = document if isinstance(document, dict) else {"exports": document}
+        if unknown := sorted(set(shared) - {"exports", "known_images"}):
+            raise errors.InvalidArgument(f"a list of exports has no {', '.join(map(repr, unknown))}")
+        entries, known = shared.get("exports"), shared.get("known_images")
         if not isinstance(entries, list):
             raise errors.InvalidArgument("is no list of exports")
-        return [wanted_of_document(entry) for entry in entries]
+        common = {} if known is None else {"known_images": known}
+        return [wanted_of_document({**common, **entry} if isinstance(entry, dict) else entry) for entry in entries]
     except (ValueError, RecursionError) as error:
         raise errors.InvalidArgument("is no list of exports: it is not JSON", path=path) from error
     except errors.InvalidArgument as error:

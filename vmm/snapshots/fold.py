@@ -23,6 +23,7 @@ from vmm import registry, saved
 from vmm.copies import refuse_copy
 from vmm.errors import InUse, VmmError
 from vmm.events import add_event
+from vmm.images import guarded
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef, is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.snapshots.journal import MergeOff
@@ -152,7 +153,7 @@ def merge_files(
     The machine's definition is changed, where it must, while `locked` is held.
     """
     held.begin(MergeOff(merge.target, merge.layers))
-    options = options_of_all(registry.load_for_change(held).spec)
+    options = guarded(options_of_all(registry.load_for_change(held).spec))
     try:
         vhdkit.merge(merge.layers[0], into=merge.target, relink_children=True, options=options, progress=progress)
     except vhdkit.Cancelled:

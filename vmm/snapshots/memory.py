@@ -203,7 +203,7 @@ class SnapshotFolder:
             write_whole(os.path.join(folder, "state.json"), json.dumps(document, indent=1).encode() + b"\n")
         except OSError as error:
             raise of_os_error(error, "bring the memory back", path=folder) from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise VmmError("is damaged: it does not describe a memory", path=self.description) from error
         return folder
 
@@ -235,7 +235,7 @@ def adapt_saved(machine: MachinePaths, spec: MachineSpec) -> None:
         document["definition"] = json.loads(spec.to_json())
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise VmmError("is damaged: it describes no saved state", path=path) from error
     write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
     saved.note_disks(machine, spec)

@@ -29,6 +29,7 @@ from vmm import registry
 from vmm.backup_note import Stacked, has_note, read_note, remove_note
 from vmm.errors import InUse, Refused, VmmError
 from vmm.events import add_event
+from vmm.images import guarded
 from vmm.registry import Changing, Machine
 from vmm.removal import refuse_needed_folder, remove_image
 from vmm.snapshots.journal import (
@@ -249,12 +250,12 @@ def _finish_complete(machine: Machine, leaf: str) -> None:
     for disk in machine.spec.disks:
         if disk.path == leaf and os.path.exists(leaf):
             with contextlib.suppress(vhdkit.VhdkitError):
-                vhdkit.open_disk(leaf, writable=True, options=options_of(disk)).close()
+                vhdkit.open_disk(leaf, writable=True, options=guarded(options_of(disk))).close()
 
 
 def _finish_removing(machine: Machine, target: str) -> None:
     """The rest of a merge's layers, and its record, go."""
-    options = options_of_all(machine.spec)
+    options = guarded(options_of_all(machine.spec))
     with contextlib.suppress(vhdkit.VhdkitError):  # they only take up space
         if vhdkit.merge_under_way(target, options=options) is not None:
             vhdkit.resume_merge(target, options=options)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import vhdkit
-from vmm import registry
+from vmm import known_images, registry
 from vmm.kvm.drives import store_error
 from vmm.registry import Machine
 from vmm.snapshots import rule
@@ -41,23 +41,27 @@ def survey(machine: Machine, tree: Tree) -> Survey:
     found = Survey()
     present = {os.path.realpath(path): path for path in tree.images if os.path.exists(path)}
     folders = set(_folders(machine.spec))
+    known = known_images.look()
+    folders.update(map(os.path.dirname, known.images))
     others, failures = registry.load_all()
     for other in others:
         if other.paths.folder == machine.paths.folder:  # not by id: a copied folder has that of another machine
             continue
         folders.update(_folders(other.spec))
-        used = [disk.path for disk in other.spec.disks if disk.kind == "vhd" and disk.path is not None]
         if has_tree(other.paths):
-            its = load_tree(other.paths)
-            used += [*its.frozen(), *its.images]
-            folders.update(map(os.path.dirname, its.images))
-        found.held.update(present[real] for path in used if (real := os.path.realpath(path)) in present)
+            load_tree(other.paths)  # raises for one that is damaged
+        used = known.by_machine.get(other.name, frozenset())
+        found.held.update(present[path] for path in used if path in present)
     if failures:
         found.problem = (
             f"the machine {failures[0].machine} cannot be read, and may need any image: {failures[0].problem}"
         )
+    elif known.unread:
+        found.problem = f"the machine {known.unread[0]} cannot be read, and may need any image"
+    options = vhdkit.OpenOptions(parent_dirs=tuple(folders), allow_raw_parent=True, known_images=known.images)
+    there = [one for one in folders if os.path.isdir(one)]
     try:
-        families = vhdkit.find_children(list(present.values()), folders=[one for one in folders if os.path.isdir(one)])
+        families = vhdkit.find_children(list(present.values()), folders=there, everywhere=True, options=options)
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
     for path, family in families.items():

@@ -139,8 +139,13 @@ def test_delete_lists_what_goes(folder: Path) -> None:
 
 
 def test_a_disk_that_others_stand_on_stays(folder: Path) -> None:
-    """An image with a child is never removed, whatever was asked for."""
+    """An image with a child is never removed, whatever was asked for; a machine that would write to it is not made."""
+    assert "a.avhd stands on it" in failure("create", "web", "--disk", "a.vhd", code=6)
+    away = folder.parent / "elsewhere" / "away"
+    away.parent.mkdir()
+    (folder / "a.avhd").rename(away)
     good("create", "web", "--disk", "a.vhd")
+    away.rename(folder / "a.avhd")
     plan = document("delete", "web", "--with-disks", "--yes")
     assert plan["disks"] == [] and (folder / "a.vhd").exists()
 
