@@ -135,7 +135,7 @@ def read_description(machine: MachinePaths) -> Description:
         )
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise VmmError("is damaged: it describes no saved state", path=path) from error
 
 
@@ -206,7 +206,9 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec) -> str | None:
             then = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
     except FileNotFoundError:
         return None  # the host went down just after saving: nobody had a chance to change a disk in order
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        then = None
+    if not isinstance(then, dict):
         return "the note about its disks is damaged"
     now = _looks_of(spec)
     for disk in spec.disks:

@@ -77,14 +77,15 @@ class WorkerNote:
             phase = Phase(str(document.get("phase")))
         except ValueError:
             return None
-        details = document.get("details")
+        details, started = document.get("details"), document.get("started")
+        accelerator, operation = document.get("accelerator"), document.get("operation")
         return cls(
             phase,
             ProcessRef.from_document(document.get("worker")),
             ProcessRef.from_document(document.get("qemu")),
-            document.get("accelerator"),
-            document.get("started"),
-            document.get("operation"),
+            accelerator if isinstance(accelerator, str) else None,
+            float(started) if isinstance(started, int | float) else None,
+            operation if isinstance(operation, str) else None,
             details if isinstance(details, dict) else {},
         )
 

@@ -74,6 +74,7 @@ class Worker:
         self._note.worker = ProcessRef.of_self()
         if self._found is None:
             self._note.qemu = None
+            self._note.operation = None  # it ended with QEMU and the worker that did it
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._saving = Saving(self._running)
         self._leaving = Leaving(self._running, self._saving)

@@ -198,7 +198,7 @@ def read_merging(machine: MachinePaths) -> Merging | None:
         if ref is None or not (target is None or isinstance(target, str)) or not _has_open(ref, lock_path(machine)):
             return None
         return Merging(ref, target, int(document["done_bytes"]), int(document["total_bytes"]))
-    except (OSError, ValueError, KeyError, TypeError, VmmError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, VmmError):
         return None
 
 

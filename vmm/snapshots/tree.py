@@ -209,7 +209,7 @@ def read_tree(content: bytes, path: str) -> Tree:
         journal = None if document["journal"] is None else read_journal(document["journal"])
         tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
         _check(tree)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise VmmError("is damaged: it holds no tree of snapshots", path=path) from error
     return tree
 
