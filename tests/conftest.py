@@ -2,7 +2,8 @@
 """Fixtures for every test, and how hard Hypothesis searches.
 
 `HYPOTHESIS_PROFILE` chooses a profile: `default` looks at other examples in every run; `ci` (chosen by
-`CI=true`) looks at the same ones in every run, so a red run can be repeated; `long` searches for minutes.
+`CI=true`) looks at the same ones in every run, so a red run can be repeated; `random` looks at a few others, given by
+a seed (`script/properties`); `long` searches for minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.support import in_ci, samples_dir
 
@@ -24,22 +25,33 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, database=None)
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
+settings.register_profile("random", parent=settings.get_profile("default"), database=None, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--nightly` runs the whole matrices too."""
+    """`--nightly` runs the whole matrices too, `--properties` nothing but what Hypothesis searches."""
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly as well: hours on two cores")
+    parser.addoption("--properties", action="store_true", help="run nothing but the tests that Hypothesis searches")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the whole matrices out of an everyday run."""
-    if config.getoption("--nightly"):
-        return
-    nightly = [item for item in items if item.get_closest_marker("nightly") is not None]
-    if nightly:
-        config.hook.pytest_deselected(items=nightly)
-        items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
+    """Leave the whole matrices out of an everyday run, and what is no property out of a run of those."""
+    left_out = []
+    if not config.getoption("--nightly"):
+        left_out += [item for item in items if item.get_closest_marker("nightly") is not None]
+    if config.getoption("--properties"):
+        left_out += [item for item in items if not _is_property(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_property(item: pytest.Item) -> bool:
+    """True for a test whose examples Hypothesis chooses."""
+    if item.get_closest_marker("searched") is not None:
+        return True
+    return isinstance(item, pytest.Function) and is_hypothesis_test(item.obj)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -212,6 +213,7 @@ def sparse_copy(store: MemStore, path: Path) -> None:
         file.truncate(store.size())
 
 
+@pytest.mark.searched
 def test_a_chain_behaves_as_a_bytearray() -> None:
     """INV-FLUSHED-OR-NEWER, INV-LEAF-ONLY-WRITES, INV-SECTOR-RULE: whatever is done to a chain, through snapshots,
     reopening and power cuts, it reads as the model."""

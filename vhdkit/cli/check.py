@@ -66,7 +66,8 @@ def check_command(
     or that space is lost.
 
     --repair changes IMAGE alone, all at once or, at a power cut, not at all: lost footers, the header's checksum,
-    impossible BAT entries, lost space and garbage, the geometry, and names that do not lead to the parent.
+    impossible BAT entries, blocks that lie over each other (they are moved apart), lost space and garbage, the
+    geometry, and names that do not lead to the parent.
 
     \b
     With --json: {"path", "status": "clean" | "warnings" | "errors",
