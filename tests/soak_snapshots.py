@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -482,7 +483,9 @@ def run(steps: int, seed: int = 1, *, seconds: float = 0.0, running: bool = Fals
         try:
             driver.run(steps, seconds)
         except AssertionError as error:
-            error.add_note(f"seed {seed}, command {len(driver.history)}")
+            kept = tempfile.mkdtemp(prefix="vhdkit-soak-")
+            shutil.copytree(folder, kept, dirs_exist_ok=True, symlinks=True)
+            error.add_note(f"seed {seed}, command {len(driver.history)}; a copy of the folder is {kept}")
             raise
         return driver.tally
 
