@@ -24,6 +24,19 @@ def _explore(depth: int, *, sample: int = 1, after_sample: int = 1, verbs: tuple
     return explorer
 
 
+def test_no_cut_in_one_verb_leaves_a_dead_end() -> None:
+    """Whatever verb is cut wherever, every disk reads right and each verb that follows at once does what it says."""
+    counts = _explore(1, after_sample=4).counts
+    assert counts["verbs"] >= len(VERBS) - 2
+    assert counts["cuts"] > 50 and counts["verbs after a cut"] > 150
+
+
+def test_a_sample_of_two_verbs_leaves_no_dead_end() -> None:
+    """The second of two verbs may be cut as well."""
+    counts = _explore(2, sample=11, after_sample=5).counts
+    assert counts["cuts"] > 40
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", VERBS)

@@ -33,7 +33,7 @@ from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
-from vhdkit.chain.merge_settle import settle_merge_into, settle_merge_of
+from vhdkit.chain.merge_settle import open_settled
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.descriptor import when_forked
 from vhdkit.finding import Finding
@@ -406,9 +406,4 @@ def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: 
     open first finishes an interrupted merge whose data is complete.
     """
     options = options or OpenOptions()
-    if writable:
-        settle_merge_into(path, options)
-    chain = Chain.open(path, writable=writable, options=options)
-    if writable and settle_merge_of(chain.layers, options):
-        chain = Chain.open(path, writable=True, options=options)
-    return Disk(chain)
+    return Disk(Chain(open_settled(path, options)) if writable else Chain.open(path, options=options))

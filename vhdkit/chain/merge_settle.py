@@ -187,6 +187,21 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
     return False
 
 
+def open_settled(
+    path: str | os.PathLike[str], options: OpenOptions, danger: str = "writing to it would corrupt that image"
+) -> list[Layer]:
+    """Open a chain whose leaf's content is about to change, leaf first, with every merge of its layers finished first.
+
+    A leaf that changes after its merge was recorded as complete would make that record untrue. Raises what
+    `open_layers`, `settle_merge_into` and `settle_merge_of` raise; nothing stays open then.
+    """
+    settle_merge_into(path, options)
+    layers = open_layers(path, writable=True, options=options, danger=danger)
+    if settle_merge_of(layers, options):
+        layers = open_layers(path, writable=True, options=options, danger=danger)
+    return layers
+
+
 def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:
     if intent.phase is Phase.COPY or not is_there(intent.leaf):
         raise errors.ImageInUse(

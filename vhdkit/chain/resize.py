@@ -21,6 +21,7 @@ from vhdkit.arguments import checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.live import reopened, seal
+from vhdkit.chain.merge_settle import open_settled
 from vhdkit.chain.report import Report
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.chain.zeros import data_of_disk, first_data_in_store
@@ -74,9 +75,11 @@ def resize(
     behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed,
     and what opening the chain raises.
     """
-    layers = open_layers(
-        path, writable=not dry_run, options=options, danger="resizing it would change what that image shows"
-    )
+    if dry_run:
+        layers = open_layers(path, options=options)
+    else:
+        danger = "resizing it would change what that image shows"
+        layers = open_settled(path, options or OpenOptions(), danger)
     try:
         job = _Job(layers, size_bytes, Report(progress), shrink=shrink)
         result = job.run(dry_run)

@@ -195,6 +195,18 @@ def test_snapshot_after_a_merge_that_was_all_but_over(settled: bool, monkeypatch
     assert not [one for one in vhdkit.check("disk.avhd") if one.severity is vhdkit.Severity.ERROR]
 
 
+def test_a_leaf_that_was_merged_is_not_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge stopped with its data complete is finished before the leaf gets another size; the target has it then."""
+    names = make_chain(2)
+    before = content(names[0])
+    stopped(monkeypatch, names, 3)
+    with pytest.raises(vhdkit.NotFound, match="was merged into"):
+        vhdkit.resize(names[0], len(before) + (1 << 20))
+    assert not os.path.exists(names[0]) and not os.path.exists(sidecar_path(names[1], KIND))
+    vhdkit.resize(names[1], len(before) + (1 << 20))
+    assert content(names[1]).startswith(before)
+
+
 def follow_hint(problem: str) -> list[str]:
     """The command in a hint or a message of `check`: what stands between `vhdkit` and the end of the quote."""
     words = problem[problem.index("vhdkit merge") :].partition("`")[0].partition(";")[0]
