@@ -49,18 +49,29 @@ from vhdkit.store import FileStore
 
 @checked
 def resume_merge(
-    path: str | os.PathLike[str], *, options: OpenOptions | None = None, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    *,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+    only_complete: bool = False,
 ) -> Merge:
     """Finish the merge that was interrupted and has the image at `path` as its leaf, its target or in between.
 
-    Raises InvalidArgument when there is none, or its record is damaged, and what `merge` raises.
+    With `only_complete` a merge whose data must still be copied is left as it is: InvalidArgument. Raises that also
+    when there is no merge, or its record is damaged, and what `merge` raises.
     """
     options = options or OpenOptions()
     found = _found(path, options)
     if found is None:
         demand_intent(record_of(os.fsdecode(path)), allowed_folders(os.fsdecode(path), options.parent_dirs))
         raise errors.InvalidArgument("no interrupted merge of this image is known", path=os.fsdecode(path))
-    return finish(found, options, progress)
+    if only_complete and found.phase is Phase.COPY:
+        raise errors.InvalidArgument(
+            f"not all of {printable(found.leaf.path)} has been copied into it yet",
+            path=found.target.path,
+            hint=f"have it copied: {resume_command(found, found.target.path)}",
+        )
+    return finish(found, options, progress, only_compare=only_complete)
 
 
 @checked

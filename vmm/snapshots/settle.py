@@ -50,7 +50,6 @@ from vmm.snapshots.snapshot import Image
 from vmm.snapshots.steps import (
     commit,
     finish_merge,
-    options_of,
     options_of_all,
     pivoted,
     relocated,
@@ -231,12 +230,10 @@ def _settle_merge(held: Held, journal: MergeOff) -> None:
         if image is None or not image.ours or image.parent != step or step not in held.tree.images:
             raise _damaged(held, "the merge that it says was begun is none of its images")
         step = path
-    machine = registry.load_for_change(held)
-    _finish_complete(machine, journal.layers[0])
+    _finish_complete(registry.load_for_change(held), target)
     if os.path.lexists(journal.layers[0]):
         held.done()
         return
-    _finish_removing(machine, target)
     finish_merge(held, target, journal.layers)
 
 
@@ -245,20 +242,16 @@ def _known(held: Held, path: str) -> str:
     return path if path in held.tree.images else os.path.realpath(path)
 
 
-def _finish_complete(machine: Machine, leaf: str) -> None:
-    """A merge of the machine's own leaf whose data is complete is finished by opening the leaf, which is gone then."""
-    for disk in machine.spec.disks:
-        if disk.path == leaf and os.path.exists(leaf):
-            with contextlib.suppress(vhdkit.VhdkitError):
-                vhdkit.open_disk(leaf, writable=True, options=guarded(options_of(disk))).close()
+def _finish_complete(machine: Machine, target: str) -> None:
+    """A merge whose data is complete is finished, its layers and its record go: whatever opens a leaf above for
+    writing would do so, and the tree would not hear of it. One that still copies goes on at the next chance.
 
-
-def _finish_removing(machine: Machine, target: str) -> None:
-    """The rest of a merge's layers, and its record, go."""
+    Raises VhdkitError; then the journal stands.
+    """
     options = guarded(options_of_all(machine.spec))
-    with contextlib.suppress(vhdkit.VhdkitError):  # they only take up space
-        if vhdkit.merge_under_way(target, options=options) is not None:
-            vhdkit.resume_merge(target, options=options)
+    if vhdkit.merge_under_way(target, options=options) is not None:
+        with contextlib.suppress(vhdkit.InvalidArgument):
+            vhdkit.resume_merge(target, options=options, only_complete=True)
 
 
 def _follow(held: Held, journal: MergeLive) -> None:

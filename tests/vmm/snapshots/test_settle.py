@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vhdkit
 from tests.killing import killings
 from tests.vmm.snapshots.machines import Machines
 from vmm import registry
@@ -135,6 +136,24 @@ def test_merge_goes_on_after_every_kill(machines: Machines) -> None:
         assert machines.states("web") == before and web.merges_due() == 0
         assert not [one for one in os.listdir(machines.folder) if one.endswith(".vhdkit-merge")]
         check_known(machines)
+
+
+def test_a_disk_that_is_opened_finishes_no_merge_behind_the_tree(machines: Machines) -> None:
+    """INV-DELETE-RULE: after a killed merge a disk opened for writing, as a start does it, leaves every snapshot
+    readable: a merge below it that was all but over was finished, in the tree as well, before."""
+    web, before = built(machines)
+    before.pop(web.delete("b").snapshots[0].id)  # an image in the middle, which the next snapshot's goes into
+    machine = registry.load("web")
+    finished = 0
+    for _ in after_each_kill(machines, lambda: fold.Fold(machine.paths, machine.runtime).run()):
+        settled(machines)
+        finished += web.merges_due() == 0
+        for disk in registry.load("web").spec.disks:
+            with vhdkit.open_disk(str(disk.path), writable=True):
+                pass
+        assert machines.states("web") == before
+        check_known(machines)
+    assert finished > 1
 
 
 def test_writing_between_a_killed_merge_and_the_next(machines: Machines) -> None:
