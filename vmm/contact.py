@@ -42,7 +42,7 @@ from vmm.paths import (
     runtime_of,
     write_whole,
 )
-from vmm.proc import HeldLock, is_locked, machine_lock, python_command, python_environment, spawn_detached
+from vmm.proc import HeldLock, Lock, is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
 from vmm.snapshots.store import has_tree, holding, load_tree, read_merging
 from vmm.state import MachineState, end_left, processes_of
@@ -238,13 +238,25 @@ def _runs(place: Place) -> bool:
 
 
 def _take_away_dead(place: Place) -> None:
-    """The same for who has the machine's lock already."""
-    left = processes_of(place.runtime)
-    if "qemu" not in left and not is_looked_after(place.runtime):
-        end_left(place.runtime, END_SECONDS)
-        saved.discard_part(place.machine)
-        shutil.rmtree(place.runtime.folder, ignore_errors=True)
-        add_event(place.machine.events, "found-dead")
+    """The same for who has the machine's lock already.
+
+    The locks of keeper and worker are taken meanwhile: a keeper that a dead worker had just started finds them taken,
+    or later a folder without notes, and ends.
+    """
+    locks = [Lock(place.runtime.lock(part)) for part in ("keeper", "worker")]
+    try:
+        taken = all(lock.try_take() for lock in locks)
+    except OSError:
+        taken = False  # the folder is gone
+    try:
+        if taken and "qemu" not in processes_of(place.runtime):
+            end_left(place.runtime, END_SECONDS)
+            saved.discard_part(place.machine)
+            shutil.rmtree(place.runtime.folder, ignore_errors=True)
+            add_event(place.machine.events, "found-dead")
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def _spawn_keeper(place: Place, ready: int | None = None) -> None:

@@ -86,13 +86,14 @@ class _Kept:
 class Keeper:
     """The keeper of one machine."""
 
-    def __init__(self, machine: MachinePaths, runtime: RuntimePaths, ready: int | None) -> None:
+    def __init__(self, machine: MachinePaths, runtime: RuntimePaths, ready: int | None, lock: Lock) -> None:
         self._machine = machine
         self._runtime = runtime
         self._ready = ready
+        self._lock = lock
         self._listener: socket.socket | None = None
         note = KeeperNote.read(runtime) or KeeperNote()
-        worker = WorkerNote.read(runtime)
+        worker = WorkerNote.read(runtime) if ready is None else None  # a first start finds nobody
         self._is_first_start = note.server is None  # else a snapshot may have moved the leaf meanwhile
         self._server = _Kept(note.server)
         self._worker = _Kept(worker.worker if worker is not None else note.worker)
@@ -105,6 +106,8 @@ class Keeper:
 
     def run(self) -> None:
         """Keep both alive until the machine is to be off, then put everything away."""
+        if not self._lock.is_current():
+            return  # the folder is another start's by now
         self._note()
         while not self._is_over():
             if self._server.is_due() and not self._is_given_up:
@@ -115,11 +118,14 @@ class Keeper:
         self._end_server()
         if self._worker.ref is not None:
             self._worker.ref.wait(SERVER_END_SECONDS)
-        shutil.rmtree(self._runtime.folder, ignore_errors=True)
+        if self._lock.is_current():
+            shutil.rmtree(self._runtime.folder, ignore_errors=True)
 
     def _is_over(self) -> bool:
         if self._worker.ref is not None:
             return False
+        if not self._lock.is_current():
+            return True
         note = WorkerNote.read(self._runtime)
         is_gone = not os.path.exists(self._runtime.running)  # nothing can be started again
         return is_gone or (note is not None and note.phase is Phase.ENDED)
@@ -224,6 +230,8 @@ class Keeper:
 
     def _note(self) -> None:
         with contextlib.suppress(VmmError):  # a full file system must not end us
+            if not self._lock.is_current():
+                return
             KeeperNote(ProcessRef.of_self(), self._worker.ref, self._server.ref, self._failure).write(self._runtime)
 
 
@@ -280,10 +288,12 @@ def main() -> None:
         os.set_inheritable(ready, False)
     os.chdir("/")
     os.umask(0o077)
+    if ready is None and WorkerNote.read(runtime) is None:
+        return  # the machine that we were to look after is gone, and another start has its folder
     lock = Lock(runtime.lock("keeper"))
     try:
         if lock.try_take():  # else there is one already
-            Keeper(machine, runtime, ready).run()
+            Keeper(machine, runtime, ready, lock).run()
     except FileNotFoundError:
         return  # the folder is gone, and so is the machine
 

@@ -206,6 +206,12 @@ class Lock:
         self._descriptor = descriptor
         return True
 
+    def is_current(self) -> bool:
+        """True while we hold it, and its path still leads to it: its folder was not taken away, nor made anew."""
+        with contextlib.suppress(OSError):
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        return False
+
     def release(self) -> None:
         """Give it back; twice is fine."""
         if self._descriptor is not None:

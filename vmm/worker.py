@@ -413,6 +413,12 @@ async def _signs_of_life(progress: Progress, step: str) -> None:
         progress({"step": step})
 
 
+def _is_keepers(runtime: RuntimePaths) -> bool:
+    """True when the keeper of this folder started us."""
+    note = KeeperNote.read(runtime)
+    return note is not None and note.keeper is not None and note.keeper.pid == os.getppid()
+
+
 def main() -> None:
     """The process."""
     machine, runtime = MachinePaths(sys.argv[1]), RuntimePaths(sys.argv[2])
@@ -421,6 +427,8 @@ def main() -> None:
         os.set_inheritable(ready, False)
     os.chdir("/")
     os.umask(0o077)
+    if ready is None and WorkerNote.read(runtime) is None and not _is_keepers(runtime):
+        return  # the machine that we were to run is gone, and another start has its folder
     lock = Lock(runtime.lock("worker"))
     try:
         if not lock.try_take():
