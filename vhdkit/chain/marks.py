@@ -177,7 +177,7 @@ def _leave(parent_path: str, mark: Mark) -> str | None:
     except errors.VhdkitError as error:
         problem = (
             f"that {printable(mark.path)} stands on {printable(parent_path)} could not be written down beside that"
-            f" ({error.problem}): whoever changes it may not know"
+            f" ({error.problem}): nothing will keep vhdkit from changing it"
         )
         _log.warning("%s", problem)
     return problem

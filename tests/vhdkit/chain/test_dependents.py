@@ -9,15 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import vhdkit
-from vhdkit import OpenOptions, errors
-from vhdkit.chain import dependents, marks, pending
+from tests.killing import killings
+from vhdkit import OpenOptions, errors, folder
+from vhdkit.chain import dependents, marks, pending, snapshot
 from vhdkit.formats.undo import apply_change, plan_change
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.metadata import read_metadata
@@ -458,3 +459,44 @@ def test_a_child_that_stands_there_again_once_its_change_is_taken_back(tmp_path:
         apply_change(store, log)
     with pytest.raises(errors.HasChildren):
         vhdkit.open_disk(base, writable=True)
+
+
+def test_a_clone_killed_anywhere_is_marked_or_not_there(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: wherever the maker of a child is killed, a child that is there is known at its parent."""
+    gold, new = tmp_path / "gold/g.vhd", tmp_path / "vms/new.avhd"
+    gold.parent.mkdir()
+    new.parent.mkdir()
+    vhdkit.create_image(gold, MIB)
+    seen = set()
+    for _ in killings(lambda: vhdkit.clone(gold, [new])):
+        seen.add(new.exists())
+        if new.exists():
+            with pytest.raises(errors.HasChildren):
+                vhdkit.open_disk(gold, writable=True)
+            new.unlink()
+        vhdkit.open_disk(gold, writable=True).close()
+        vhdkit.clone(gold, [new])
+        assert [one.path for one in marks.read_record(str(gold)).marks] == [str(new)]
+        new.unlink()
+        vhdkit.open_disk(gold, writable=True).close()
+        for name in (*gold.parent.iterdir(), *new.parent.iterdir()):
+            if name != gold:
+                name.unlink()  # half-made files, and a record that nothing was written to
+    assert seen == {False, True}
+
+
+def test_a_mark_survives_a_look_between_mark_and_child(farm: Farm, tmp_path: Path) -> None:
+    """Whoever drops the marks of children that are not there yet takes none from the child that comes then."""
+    new = tmp_path / "c/new.avhd"
+    new.parent.mkdir()
+    real_commit = folder.commit_all
+
+    def tidied(files: Sequence[folder.NewFile]) -> None:
+        dependents.drop_stale_marks(str(farm.gold))
+        assert str(new) not in farm.marked()
+        real_commit(files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "commit_all", tidied)
+        vhdkit.clone(farm.gold, [new])
+    assert str(new) in farm.marked()
