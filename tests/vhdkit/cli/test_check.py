@@ -32,7 +32,8 @@ def test_warnings() -> None:
     make_chain()
     cut_footer("base.vhd")
     result = run("check", "leaf.avhd")
-    assert result.exit_code == 4 and "warnings (1 warning)" in result.stdout
+    assert result.exit_code == 4 and "warnings (2 warnings)" in result.stdout
+    assert "written after this image was made" in result.stdout, "nothing of ours did that"
     found = document("check", "leaf.avhd", code=4)
     assert found["status"] == "warnings"
     assert set(found["findings"][0]) == {"severity", "code", "message", "path", "structure", "offset_bytes"}
