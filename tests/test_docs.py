@@ -7,6 +7,7 @@ import ast
 import re
 from pathlib import Path
 
+from tests.test_layering import LAYERS
 from vhdkit.formats.vhd.layout import STRUCTURES
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,23 @@ def test_every_invariant_is_tested_and_every_tested_one_is_listed() -> None:
     listed = set(re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE))
     tested = set(INVARIANT.findall(docstrings_of_tests()))
     assert listed == tested
+
+
+def test_no_row_stands_twice() -> None:
+    """Each invariant has one row, and no line of a table or of the changelog is repeated."""
+    rows = re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(set(rows))
+    for name in ("docs/architecture.md", "docs/invariants.md", "CHANGELOG.md"):
+        lines = [line for line in (ROOT / name).read_text().splitlines() if line.startswith(("| `", "- "))]
+        assert not {line for line in lines if lines.count(line) > 1}, name
+
+
+def test_architecture_draws_the_layers_that_are_tested() -> None:
+    """The order of the rooms in architecture.md is that of test_layering."""
+    drawn = (ROOT / "docs/architecture.md").read_text().split("```\n")[1]
+    layers = [[name.removeprefix("vhdkit.") for name in layer if "__main__" not in name] for layer in LAYERS]
+    layers[-1].remove("vhdkit")
+    assert [one.split() for one in drawn.split("<")] == layers
 
 
 def test_invariants_named_in_the_code_are_listed() -> None:
