@@ -14,6 +14,7 @@ import os
 import stat
 
 from vhdkit import errors
+from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import translated
 
 _FS_IOC_GETFLAGS = 0x80086601
@@ -48,11 +49,11 @@ def check_removable(path: str) -> None:
 def _flags_of(path: str) -> int:
     """The attributes that `lsattr` shows; 0 where there are none, or nobody can tell."""
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        owned = opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             raw = array.array("L", [0])
-            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, raw)
+            fcntl.ioctl(owned[0], _FS_IOC_GETFLAGS, raw)
             return raw[0] & 0xFFFFFFFF
         finally:
-            os.close(fd)
+            close_owned(owned)
     return 0

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vhdkit import errors
-from vhdkit.descriptor import close_owned, opened
+from vhdkit.descriptor import Owned, close_owned, opened
 from vhdkit.store import FileStore, identity_of, translate, translated
 
 _MAX_LINKS = 40  # as the kernel has it
@@ -53,11 +53,11 @@ def open_regular(path: str) -> FileStore:
     Raises NotFound, AccessDenied, IoFailed, and InvalidArgument for anything else, which is not opened at all.
     """
     try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        looked = opened(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            return _opened(fd, path, None)
+            return _opened(looked[0], path, None)
         finally:
-            os.close(fd)
+            close_owned(looked)
     except OSError as error:
         raise translate(error, path, "open") from error
     except ValueError as error:
@@ -103,7 +103,7 @@ class _Walk:
     def __init__(self, root: str) -> None:
         self._root = root
         self._real_root = root
-        self._folders: list[int] = []
+        self._folders: list[Owned] = []
         self._names: list[str] = []
         self.links = 0
 
@@ -114,7 +114,7 @@ class _Walk:
 
     def start(self) -> None:
         """Open the allowed folder, through links."""
-        self._folders.append(os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        self._folders.append(opened(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         self._real_root = os.path.realpath(self._root)
 
     def follow(self, names: Sequence[str], links_left: int) -> Place | str:
@@ -125,65 +125,64 @@ class _Walk:
             if name == os.pardir:
                 if not self._names:
                     return os.path.normpath(os.path.join(self._real_root, os.pardir, *reversed(todo)))
-                os.close(self._folders.pop())
+                close_owned(self._folders.pop())
                 self._names.pop()
                 continue
-            fd = self._look(name)
+            looked = self._look(name)
             try:
-                mode = os.fstat(fd).st_mode
+                mode = os.fstat(looked[0]).st_mode
                 if stat.S_ISLNK(mode):
                     self.links += 1
                     if self.links > links_left:
                         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                    text = os.readlink("", dir_fd=fd)
+                    text = os.readlink("", dir_fd=looked[0])
                     self._names.pop()
                     if os.path.isabs(text):
                         return os.path.normpath(os.path.join(text, *reversed(todo)))
                     todo += [one for one in reversed(text.split(os.sep)) if one not in ("", os.curdir)]
                 elif stat.S_ISDIR(mode):
-                    self._folders.append(fd)
-                    fd = -1
+                    self._folders.append(looked)
+                    looked = Owned()
                 elif todo:
                     raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 elif not stat.S_ISREG(mode):
                     return Place(Outcome.SPECIAL, self.place)
                 else:
-                    return Place(Outcome.FOUND, self.place, _opened(fd, self.place, self._folders[-1]))
+                    return Place(Outcome.FOUND, self.place, _opened(looked[0], self.place, self._folders[-1][0]))
             finally:
-                if fd >= 0:
-                    os.close(fd)
+                close_owned(looked)
         return Place(Outcome.SPECIAL, self.place)
 
-    def _look(self, name: str) -> int:
+    def _look(self, name: str) -> Owned:
         """A descriptor of the name, which is noted as the next one; another spelling serves where it is not there."""
-        folder = self._folders[-1]
+        folder = self._folders[-1][0]
         self._names.append(name)
         try:
-            return os.open(name, _LOOK, dir_fd=folder)
+            return opened(name, _LOOK, dir_fd=folder)
         except FileNotFoundError:
             spellings = sorted(one for one in _listed(folder) if one.casefold() == name.casefold())
             if not spellings:
                 raise
             self._names[-1] = spellings[0]
-            return os.open(spellings[0], _LOOK, dir_fd=folder)
+            return opened(spellings[0], _LOOK, dir_fd=folder)
 
     def close(self) -> None:
         """Let go of every folder."""
-        for fd in self._folders:
-            os.close(fd)
+        for folder in self._folders:
+            close_owned(folder)
         self._folders.clear()
 
 
 def _listed(folder: int) -> list[str]:
     """The names in a folder; none where they cannot be read."""
     try:
-        fd = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+        owned = opened(os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:
         return []
     try:
-        return os.listdir(fd)
+        return os.listdir(owned[0])
     finally:
-        os.close(fd)
+        close_owned(owned)
 
 
 def _opened(looked: int, path: str, folder: int | None) -> FileStore:

@@ -37,15 +37,19 @@ _open: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 _passing_on: list[None] = []  # not empty: a forked process takes over
 
 
-def opened(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> list[int]:
-    """`os.open`, for `Descriptor`: the number is in the list before an exception can come. Raises OSError."""
-    owned: list[int] = []
-    try:
-        call = os.open if dir_fd is None else functools.partial(os.open, dir_fd=dir_fd)
-        owned.extend(map(call, (path,), (flags,), (mode,)))
-    except BaseException:
-        close_owned(owned)
-        raise
+class Owned(list[int]):
+    """An open descriptor, until `close_owned` has closed it; dropped, it closes what it has."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            close_owned(self)
+
+
+def opened(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> Owned:
+    """`os.open`: the number has an owner before an exception can come. Raises OSError, ValueError."""
+    owned = Owned()
+    call = os.open if dir_fd is None else functools.partial(os.open, dir_fd=dir_fd)
+    owned.extend(map(call, (path,), (flags,), (mode,)))
     return owned
 
 

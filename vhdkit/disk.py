@@ -100,7 +100,7 @@ class Disk:
         ):
             view = buffer
         else:
-            view = _flat(buffer, writable=True)
+            view = memoryview(buffer) if type(buffer) is bytearray else _flat(buffer, writable=True)
         size = len(view)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -112,10 +112,12 @@ class Disk:
     def try_read_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """As `read_into` when no device has to be waited for; False (and `buffer` undefined) when one may.
 
-        Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed.
+        Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed, InvalidArgument.
         """
-        if not (buffer.format == "B" and buffer.ndim == 1 and buffer.c_contiguous):
-            buffer = _flat(buffer, writable=True)
+        return self.try_read_flat(offset_bytes, _flat(buffer, writable=True))
+
+    def try_read_flat(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """`try_read_into` for the quickest of callers, whose buffer is one row of bytes."""
         size = len(buffer)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -172,8 +174,10 @@ class Disk:
 
         Raises as `write` does.
         """
-        if not (data.format == "B" and data.ndim == 1 and data.c_contiguous):
-            data = _flat(data)
+        return self.try_write_flat(offset_bytes, _flat(data))
+
+    def try_write_flat(self, offset_bytes: int, data: memoryview) -> bool:
+        """`try_write` for the quickest of callers, whose data is one row of bytes."""
         size = len(data)
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
@@ -368,7 +372,8 @@ class Disk:
 
 
 _CHANGING = {
-    method.__code__ for method in (Disk.write, Disk.write_zeroes, Disk.trim, Disk.try_write, Disk.flush, Disk.close)
+    method.__code__
+    for method in (Disk.write, Disk.write_zeroes, Disk.trim, Disk.try_write_flat, Disk.flush, Disk.close)
 }
 
 

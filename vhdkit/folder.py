@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Self
 
 from vhdkit import errors, likeness
-from vhdkit.descriptor import opened
+from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import FileStore, opened_again, translated
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -246,17 +246,17 @@ def sync_directory(directory: str) -> None:
     directory = directory or os.curdir
     with translated(directory, "flush the folder"):
         try:
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            owned = opened(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except PermissionError:  # one may write to it but not read it: nobody could flush it
             return
         try:
-            os.fsync(fd)
+            os.fsync(owned[0])
         except OSError as error:
             # A file system that cannot flush a folder is no failure.
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
         finally:
-            os.close(fd)
+            close_owned(owned)
 
 
 def remove_file(path: str) -> None:
@@ -363,14 +363,14 @@ def _folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
     A folder that cannot be locked stops no one.
     """
     try:
-        fd = os.open(directory or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        owned = opened(directory or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:  # one may write to it but not read it, or it is not there: that is for others to say
         yield True
         return
     try:
         for _ in range(tries):
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(owned[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno != errno.EWOULDBLOCK:
@@ -381,7 +381,7 @@ def _folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
             return
         yield True
     finally:
-        os.close(fd)
+        close_owned(owned)
 
 
 class PrivateFolder:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 
+from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import translated
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # an access list is in the group's part: its mask
@@ -24,11 +25,11 @@ def unguarded(folder: str) -> str | None:
     trusted = {0, os.geteuid()}
     parts = [part for part in folder.split(os.sep) if part]
     with translated(folder, "look at the folder"):
-        fd = os.open(os.sep, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        owned = opened(os.sep, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for depth in range(len(parts) + 1):
                 path = os.sep + os.sep.join(parts[:depth])
-                status = os.fstat(fd)
+                status = os.fstat(owned[0])
                 if status.st_uid not in trusted:
                     return f"{path} belongs to user {status.st_uid}"
                 # In a sticky folder others cannot rename what is ours, but put files of their own beside it.
@@ -37,9 +38,9 @@ def unguarded(folder: str) -> str | None:
                     return f"{path} can be written to by others than its owner"
                 if depth < len(parts):
                     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                    below = os.open(parts[depth], flags, dir_fd=fd)
-                    os.close(fd)
-                    fd = below
+                    below = opened(parts[depth], flags, dir_fd=owned[0])
+                    close_owned(owned)
+                    owned = below
             return None
         finally:
-            os.close(fd)
+            close_owned(owned)

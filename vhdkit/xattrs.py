@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 
 from vhdkit import errors
+from vhdkit.descriptor import Owned, close_owned, opened
 from vhdkit.store import FileStore, translated
 
 _PREFIX = "user.vhdkit."
@@ -58,31 +59,31 @@ def record_held(path: str) -> Iterator[None]:
     InvalidArgument for what is no regular file.
     """
     with translated(path, "hold"):
-        fd = _held(path)
+        owned = _held(path)
     try:
         yield
     finally:
         try:
             with contextlib.suppress(OSError):
-                if _is_named(fd, path) and os.fstat(fd).st_size == 0:
+                if _is_named(owned[0], path) and os.fstat(owned[0]).st_size == 0:
                     os.unlink(path)
         finally:
-            os.close(fd)
+            close_owned(owned)
 
 
-def _held(path: str) -> int:
+def _held(path: str) -> Owned:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     for _ in range(_TRIES):
-        fd = os.open(path, flags, _PRIVATE)
+        owned = opened(path, flags, _PRIVATE)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            if not stat.S_ISREG(os.fstat(owned[0]).st_mode):
                 raise errors.InvalidArgument("is no regular file", path=path)
-            if _locked(fd) and _is_named(fd, path):
-                return fd
+            if _locked(owned[0]) and _is_named(owned[0], path):
+                return owned
         except BaseException:
-            os.close(fd)
+            close_owned(owned)
             raise
-        os.close(fd)
+        close_owned(owned)
         time.sleep(_TRY_SECONDS)
     raise errors.ImageInUse("another program is at this record", path=path)
 

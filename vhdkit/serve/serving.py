@@ -137,7 +137,7 @@ class Serving:
         """The hot path: plain reads and writes that need no waiting. Returns where the first other request begins."""
         rules, disk = self._rules, self.export.disk
         unpack, magic, request_size, size_bytes = rules.unpack, rules.magic, rules.request_size, rules.size_bytes
-        try_read, try_write, has_holes = disk.try_read_into, disk.try_write, disk.has_known_holes
+        try_read, try_write, has_holes = disk.try_read_flat, disk.try_write_flat, disk.has_known_holes
         put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
         header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
         replies, room = self._host.replies, len(self._host.replies) - _LAST_HEADER_BYTES
@@ -336,7 +336,7 @@ class Serving:
         payload.offset += len(piece)
         payload.left -= len(piece)
         try:
-            if export.disk.try_write(offset, piece):
+            if export.disk.try_write_flat(offset, piece):
                 return
         except errors.VhdkitError as problem:
             self._fail_payload(payload, problem)
@@ -389,7 +389,7 @@ class Serving:
         reply = self._host.replies[: len(head) + size]
         try:
             has_holes = rules.structured and export.disk.has_known_holes(offset, size)
-            if not has_holes and export.disk.try_read_into(offset, reply[len(head) :]):
+            if not has_holes and export.disk.try_read_flat(offset, reply[len(head) :]):
                 reply[: len(head)] = head
                 self._channel.send(reply)
                 return

@@ -76,7 +76,7 @@ def test_our_own_mistake_ends_one_connection(monkeypatch: pytest.MonkeyPatch) ->
             raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(Disk, "try_read_into", broken)
+            patch.setattr(Disk, "try_read_flat", broken)
             client.send(READ, 0, 512)
             assert client.is_hung_up()
         assert len(other.read(0, 512)) == 512
