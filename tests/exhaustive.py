@@ -22,180 +22,33 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import vhdkit
+from tests.exhaustive_verbs import (
+    BLOCK_SIZE,
+    CHANGES_CONTENT,
+    DISK_SIZE,
+    FOLDERS,
+    MAIN,
+    NEW_LEAF,
+    VERBS,
+    Head,
+    Unfit,
+    World,
+    write,
+)
 from tests.folder_power import Cut, Files, FolderPower, files_of, fill, key_of, repeatable
-from vhdkit.units import KIB, PAGE_SIZE, SECTOR_SIZE
-
-BLOCK_SIZE = 512 * KIB
-DISK_SIZE = 2 * BLOCK_SIZE + 37 * SECTOR_SIZE
-FOLDERS = ("a", "b")
-MAIN, TWIN, COPY = "main", "twin", "copy"
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
 
 
 class Wrong(AssertionError):
     """A disk does not read as it must, or there is no way on."""
 
 
-class Unfit(Exception):
-    """The verb means nothing in this folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A disk: the path of its leaf inside the folder, and what it reads as."""
-
-    path: str
-    content: bytes
-
-
-@dataclass
-class World:
-    """A folder with disks in it; the verbs change both."""
-
-    folder: Path
-    disks: dict[str, Head]
-    seed: str
-
-    def place(self, disk: str) -> str:
-        """The leaf of a disk. Raises Unfit where there is none."""
-        if disk not in self.disks:
-            raise Unfit
-        return str(self.folder / self.disks[disk].path)
-
-    def moved(self, disk: str, path: str) -> None:
-        """The disk's leaf is another file now."""
-        self.disks[disk] = replace(self.disks[disk], path=str(Path(path).relative_to(self.folder)))
-
-
-def options() -> vhdkit.OpenOptions:
-    """Parents may lie in either folder."""
-    return vhdkit.OpenOptions()
-
-
-# -- the verbs --------------------------------------------------------------------------------------------------
-
-
-def write(world: World) -> None:
-    """A sector, some pages and some zeros."""
-    path, rng = world.place(MAIN), random.Random(f"write {world.seed}")
-    content = bytearray(world.disks[MAIN].content)
-    with vhdkit.open_disk(path, writable=True) as disk:
-        for size in (SECTOR_SIZE, 3 * PAGE_SIZE, 700):
-            offset = rng.randrange(disk.size_bytes - size)
-            data = rng.randbytes(size)
-            disk.write(offset, data)
-            content[offset : offset + size] = data
-        offset = rng.randrange(disk.size_bytes - BLOCK_SIZE)
-        disk.write_zeroes(offset, PAGE_SIZE)
-        content[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
-    world.disks[MAIN] = replace(world.disks[MAIN], content=bytes(content))
-
-
-def snapshot(world: World) -> None:
-    """A new leaf under a default name."""
-    world.moved(MAIN, vhdkit.snapshot(world.place(MAIN)))
-
-
-def clone(world: World) -> None:
-    """The disk's leaf becomes the base of two."""
-    base = Path(world.place(MAIN))
-    if TWIN in world.disks:
-        raise Unfit
-    main, twin = vhdkit.clone(base, [base.with_name("c1.avhd"), base.with_name("c2.avhd")])
-    world.disks[TWIN] = world.disks[MAIN]
-    world.moved(MAIN, main)
-    world.moved(TWIN, twin)
-
-
-def merge(world: World) -> None:
-    """The leaf into its parent."""
-    world.moved(MAIN, vhdkit.merge(world.place(MAIN)).target)
-
-
-def merge_all(world: World) -> None:
-    """Every layer into the base."""
-    leaf = world.place(MAIN)
-    world.moved(MAIN, vhdkit.merge(leaf, into=vhdkit.chain_paths(leaf)[-1]).target)
-
-
-def merge_middle(world: World) -> None:
-    """The layer under the leaf into its parent; the leaf is repointed."""
-    chain = vhdkit.chain_paths(world.place(MAIN))
-    if len(chain) < 3:
-        raise Unfit
-    vhdkit.merge(chain[1], relink_children=True)
-
-
-def compact(world: World) -> None:
-    """The leaf's file becomes smaller."""
-    vhdkit.compact(world.place(MAIN))
-
-
-def compact_base(world: World) -> None:
-    """The base's file becomes smaller."""
-    chain = vhdkit.chain_paths(world.place(MAIN))
-    if len(chain) < 2:
-        raise Unfit
-    vhdkit.compact(chain[-1])
-
-
-def resize(world: World) -> None:
-    """The disk gets a block more."""
-    path, head = world.place(MAIN), world.disks[MAIN]
-    size = vhdkit.resize(path, len(head.content) + BLOCK_SIZE).virtual_size_after_bytes
-    world.disks[MAIN] = replace(head, content=head.content.ljust(size, b"\0"))
-
-
-def rebase(world: World) -> None:
-    """The names of the parent are written anew."""
-    chain = vhdkit.chain_paths(world.place(MAIN))
-    if len(chain) < 2:
-        raise Unfit
-    vhdkit.rebase(chain[0], chain[1])
-
-
-def relocate(world: World) -> None:
-    """The chain goes into the other folder."""
-    leaf = Path(world.place(MAIN))
-    other = world.folder / FOLDERS[1 - FOLDERS.index(leaf.parent.name)]
-    vhdkit.relocate(leaf, other)
-    world.moved(MAIN, str(other / leaf.name))
-
-
-def repair(world: World) -> None:
-    """What is wrong with the leaf is put right."""
-    vhdkit.repair(world.place(MAIN))
-
-
-def collect_garbage(world: World) -> None:
-    """Layers that no disk needs go."""
-    folder = Path(world.place(MAIN)).parent
-    keep = [str(world.folder / head.path) for head in world.disks.values()]
-    vhdkit.collect_garbage(folder, [path for path in keep if Path(path).parent == folder], delete=True)
-
-
-def convert(world: World) -> None:
-    """A copy in one file, which replaces an earlier one."""
-    source = Path(world.place(MAIN))
-    target = source.with_name("flat.vhd")
-    vhdkit.convert(source, target, vhdkit.DiskFormat.DYNAMIC, block_size_bytes=BLOCK_SIZE, replace=True)
-    world.disks[COPY] = Head(str(target.relative_to(world.folder)), world.disks[MAIN].content)
-
-
-VERBS: dict[str, Callable[[World], None]] = {
-    verb.__name__.replace("_", "-"): verb
-    for verb in (
-        write, snapshot, clone, merge, merge_all, merge_middle, compact, compact_base, resize, rebase, relocate,
-        repair, collect_garbage, convert,
-    )
-}  # fmt: skip
-_CHANGES_CONTENT = {"write", "resize"}
 _MERGED_INTO = re.compile(r"was merged into (\S+): open that")
-_NEW_LEAF = {"snapshot", "clone"}  # the newest leaf is the disk once it is there
 
 
 # -- folders and judging ----------------------------------------------------------------------------------------
@@ -341,7 +194,7 @@ class Explorer:
         disks = {}
         for name, new in after.items():
             old = before.get(name)
-            order = [new, old] if verb in _NEW_LEAF or old is None else [old, new]
+            order = [new, old] if verb in NEW_LEAF or old is None else [old, new]
             heads = [head for head in order if head is not None and (folder / head.path).exists()]
             if not heads and old is None:
                 continue  # a new disk that is not there yet
@@ -352,12 +205,12 @@ class Explorer:
                 except vhdkit.VhdkitError as error:
                     problems.append(f"{head.path}: {error}")
                 else:
-                    mixed = verb in _CHANGES_CONTENT or (old is not None and old.content != new.content)
+                    mixed = verb in CHANGES_CONTENT or (old is not None and old.content != new.content)
                     if _is_one_of(content, (old or new).content, new.content, mixed):
                         disks[name] = Head(head.path, content)
                         break
                     problems.append(f"{head.path} reads otherwise")
-                if verb != "relocate" and not (verb in _NEW_LEAF or old is None):
+                if verb != "relocate" and not (verb in NEW_LEAF or old is None):
                     break  # the old leaf, while it is there, is the disk
             else:
                 if old is None:

@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,13 @@ import pytest
 
 import vhdkit
 import vmm
-from tests.killing import CHANGING
+from tests.injecting import KILLED, Injection, injected
 from tests.plain_reader import Unreadable, digest_of
 from tests.vmm.guests import boot_sector
 from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import console, processes, wait_until
 from tests.vmm.stage import kill_all, machine_stage
-from vmm import paths
 from vmm.errors import VmmError
-from vmm.snapshots import store
 from vmm.snapshots.door import MachineSnapshots
 from vmm.state import MachineState
 
@@ -53,12 +51,10 @@ _DISK = 1 << 20
 _IMAGES = ("one.vhd", "two.vhd")
 _MANY = 7  # snapshots, from which on some go
 _FIRST = 64 << 10  # below it is the guest's own
-_KILLED = 42
 _SESSIONS = 0.08  # of all commands are a start, and what follows while the guest runs
 _VICTIMS = ("nothing", "nothing", "command", "worker", "server", "qemu", "all")
 _ENDS = ("done", "refused", "interrupted", "failed")
 _JOURNAL_SECONDS = 1.0  # for a journal to be there
-_CALLS = (*CHANGING, "mkdir", "rmdir", "replace", "symlink")
 
 State = tuple[str, ...]  # the hash of each disk
 Work = Callable[[vmm.Manager, MachineSnapshots], object]
@@ -74,18 +70,6 @@ class Step:
     after: State | None = None  # what the present state may be afterwards
     takes: bool = False  # a snapshot of the present state
     check: Callable[[], None] | None = None  # when it was done
-
-
-@dataclass(frozen=True, slots=True)
-class Injection:
-    """How a command ends early: before its n-th changing call, or beside the n-th journal."""
-
-    how: str  # "", "kill" or "interrupt"
-    where: str = ""  # "call", "before journal" or "after journal"
-    number: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.how} {self.where} {self.number}".strip() or "whole"
 
 
 class Driver:
@@ -162,7 +146,7 @@ class Driver:
             end: dict[str, Any] = {"end": "failed", "problem": ""}
             try:
                 os.close(reading)
-                with _injected(injection) as count:
+                with injected(injection) as count:
                     end |= _outcome(lambda: step.work(vmm.Manager(), _snapshots()))
                 end["calls"] = count[0]
                 os.write(writing, json.dumps(end).encode())
@@ -172,7 +156,7 @@ class Driver:
         with os.fdopen(reading, "rb") as told:
             raw = told.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == _KILLED:
+        if status == KILLED:
             return "killed", ""
         assert status == 0 and raw, f"{step.name} ended with {status}"
         said = json.loads(raw)
@@ -435,43 +419,6 @@ def _outcome(work: Callable[[], object]) -> dict[str, str]:
     except BaseException:
         return {"end": "failed", "problem": traceback.format_exc()}
     return {"end": "done"}
-
-
-@contextlib.contextmanager
-def _injected(injection: Injection) -> Iterator[list[int]]:
-    """End the process, or raise KeyboardInterrupt once, where it says; counts the changing calls."""
-    calls, journals = [0], [0]
-
-    def strike() -> None:
-        if injection.how == "kill":
-            os._exit(_KILLED)
-        raise KeyboardInterrupt
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **options: Any) -> Any:
-            calls[0] += 1
-            if injection.where == "call" and calls[0] == injection.number:
-                strike()
-            return call(*args, **options)
-
-        return wrapped
-
-    write = paths.write_whole
-
-    def write_whole(path: str, content: bytes, **options: Any) -> None:
-        journals[0] += os.path.basename(path) == "snapshots.json"
-        here = os.path.basename(path) == "snapshots.json" and journals[0] == injection.number
-        if here and injection.where == "before journal":
-            strike()
-        write(path, content, **options)
-        if here and injection.where == "after journal":
-            strike()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "write_whole", write_whole)
-        for name in _CALLS:
-            patch.setattr(os, name, counted(getattr(os, name)))
-        yield calls
 
 
 def run(steps: int, seed: int = 1, *, seconds: float = 0.0, running: bool = False) -> Counter[str]:

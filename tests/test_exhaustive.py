@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.exhaustive import VERBS, Explorer, Wrong, main, scratch
+from tests.exhaustive import Explorer, Wrong, main, scratch
+from tests.exhaustive_verbs import VERBS
 from tests.folder_power import FolderPower
 from vhdkit import folder
 from vhdkit.chain import relocate

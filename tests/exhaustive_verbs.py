@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that `tests/exhaustive.py` strings together, and the disks that they change.
+
+Each verb does one thing to the disk `MAIN` of a `World`, as a user would, and brings what the world knows up to date:
+which file is the disk's leaf now, and what the disk must read as.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import vhdkit
+from vhdkit.units import KIB, PAGE_SIZE, SECTOR_SIZE
+
+BLOCK_SIZE = 512 * KIB
+DISK_SIZE = 2 * BLOCK_SIZE + 37 * SECTOR_SIZE
+FOLDERS = ("a", "b")
+MAIN, TWIN, COPY = "main", "twin", "copy"
+
+
+class Unfit(Exception):
+    """The verb means nothing in this folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A disk: the path of its leaf inside the folder, and what it reads as."""
+
+    path: str
+    content: bytes
+
+
+@dataclass
+class World:
+    """A folder with disks in it; the verbs change both."""
+
+    folder: Path
+    disks: dict[str, Head]
+    seed: str
+
+    def place(self, disk: str) -> str:
+        """The leaf of a disk. Raises Unfit where there is none."""
+        if disk not in self.disks:
+            raise Unfit
+        return str(self.folder / self.disks[disk].path)
+
+    def moved(self, disk: str, path: str) -> None:
+        """The disk's leaf is another file now."""
+        self.disks[disk] = replace(self.disks[disk], path=str(Path(path).relative_to(self.folder)))
+
+
+# -- the verbs --------------------------------------------------------------------------------------------------
+
+
+def write(world: World) -> None:
+    """A sector, some pages and some zeros."""
+    path, rng = world.place(MAIN), random.Random(f"write {world.seed}")
+    content = bytearray(world.disks[MAIN].content)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for size in (SECTOR_SIZE, 3 * PAGE_SIZE, 700):
+            offset = rng.randrange(disk.size_bytes - size)
+            data = rng.randbytes(size)
+            disk.write(offset, data)
+            content[offset : offset + size] = data
+        offset = rng.randrange(disk.size_bytes - BLOCK_SIZE)
+        disk.write_zeroes(offset, PAGE_SIZE)
+        content[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
+    world.disks[MAIN] = replace(world.disks[MAIN], content=bytes(content))
+
+
+def snapshot(world: World) -> None:
+    """A new leaf under a default name."""
+    world.moved(MAIN, vhdkit.snapshot(world.place(MAIN)))
+
+
+def clone(world: World) -> None:
+    """The disk's leaf becomes the base of two."""
+    base = Path(world.place(MAIN))
+    if TWIN in world.disks:
+        raise Unfit
+    main, twin = vhdkit.clone(base, [base.with_name("c1.avhd"), base.with_name("c2.avhd")])
+    world.disks[TWIN] = world.disks[MAIN]
+    world.moved(MAIN, main)
+    world.moved(TWIN, twin)
+
+
+def merge(world: World) -> None:
+    """The leaf into its parent."""
+    world.moved(MAIN, vhdkit.merge(world.place(MAIN)).target)
+
+
+def merge_all(world: World) -> None:
+    """Every layer into the base."""
+    leaf = world.place(MAIN)
+    world.moved(MAIN, vhdkit.merge(leaf, into=vhdkit.chain_paths(leaf)[-1]).target)
+
+
+def merge_middle(world: World) -> None:
+    """The layer under the leaf into its parent; the leaf is repointed."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 3:
+        raise Unfit
+    vhdkit.merge(chain[1], relink_children=True)
+
+
+def compact(world: World) -> None:
+    """The leaf's file becomes smaller."""
+    vhdkit.compact(world.place(MAIN))
+
+
+def compact_base(world: World) -> None:
+    """The base's file becomes smaller."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 2:
+        raise Unfit
+    vhdkit.compact(chain[-1])
+
+
+def resize(world: World) -> None:
+    """The disk gets a block more."""
+    path, head = world.place(MAIN), world.disks[MAIN]
+    size = vhdkit.resize(path, len(head.content) + BLOCK_SIZE).virtual_size_after_bytes
+    world.disks[MAIN] = replace(head, content=head.content.ljust(size, b"\0"))
+
+
+def rebase(world: World) -> None:
+    """The names of the parent are written anew."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 2:
+        raise Unfit
+    vhdkit.rebase(chain[0], chain[1])
+
+
+def relocate(world: World) -> None:
+    """The chain goes into the other folder."""
+    leaf = Path(world.place(MAIN))
+    other = world.folder / FOLDERS[1 - FOLDERS.index(leaf.parent.name)]
+    vhdkit.relocate(leaf, other)
+    world.moved(MAIN, str(other / leaf.name))
+
+
+def repair(world: World) -> None:
+    """What is wrong with the leaf is put right."""
+    vhdkit.repair(world.place(MAIN))
+
+
+def collect_garbage(world: World) -> None:
+    """Layers that no disk needs go."""
+    folder = Path(world.place(MAIN)).parent
+    keep = [str(world.folder / head.path) for head in world.disks.values()]
+    vhdkit.collect_garbage(folder, [path for path in keep if Path(path).parent == folder], delete=True)
+
+
+def convert(world: World) -> None:
+    """A copy in one file, which replaces an earlier one."""
+    source = Path(world.place(MAIN))
+    target = source.with_name("flat.vhd")
+    vhdkit.convert(source, target, vhdkit.DiskFormat.DYNAMIC, block_size_bytes=BLOCK_SIZE, replace=True)
+    world.disks[COPY] = Head(str(target.relative_to(world.folder)), world.disks[MAIN].content)
+
+
+VERBS: dict[str, Callable[[World], None]] = {
+    verb.__name__.replace("_", "-"): verb
+    for verb in (
+        write, snapshot, clone, merge, merge_all, merge_middle, compact, compact_base, resize, rebase, relocate,
+        repair, collect_garbage, convert,
+    )
+}  # fmt: skip
+CHANGES_CONTENT = {"write", "resize"}
+NEW_LEAF = {"snapshot", "clone"}  # the newest leaf is the disk once it is there
