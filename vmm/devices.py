@@ -9,13 +9,17 @@ What may be given, and the claim, are `kvm.passthrough`'s and `kvm.iscsi`'s; whi
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from vmm import registry
+import vhdkit
+from vmm import known_images, registry
 from vmm.errors import Refused, VmmError, of_os_error
 from vmm.host import block
+from vmm.host.loops import Inode, inode_of
 from vmm.kvm import iscsi, passthrough
 from vmm.kvm.cmdline import Device, Medium
 from vmm.kvm.passthrough import Given
@@ -71,9 +75,34 @@ def _refuse_lun(path: str, lun: iscsi.Lun, given: Given) -> None:
 
 
 def given_to_others(machine_id: str) -> Given:
-    """What all machines but this one have. Machines that cannot be read hold nothing back."""
+    """What all machines but this one have, and the layers below the images of all, this one too.
+
+    Machines that cannot be read hold nothing back.
+    """
     machines, _ = registry.load_all()
-    return passthrough.given_of((one.spec for one in machines), except_id=machine_id)
+    given = passthrough.given_of((one.spec for one in machines), except_id=machine_id)
+    return replace(given, below=_layers_of_all)
+
+
+def _layers_of_all() -> dict[Inode, str]:
+    """The files of every chain that belongs to a machine, its snapshots or a backup: inode -> the machine's name.
+
+    A layer that cannot be opened ends its chain: what lies below it is not known.
+    """
+    machines, _ = registry.load_all()
+    found: dict[Inode, str] = {}
+    known = known_images.look().by_machine
+    for machine in machines:
+        folders = tuple(one for disk in machine.spec.disks for one in disk.parent_dirs)
+        options = vhdkit.OpenOptions(parent_dirs=folders, allow_raw_parent=True, lock=False)
+        for path in known.get(machine.name, ()):
+            layers = [path]
+            with contextlib.suppress(vhdkit.VhdkitError):
+                layers = vhdkit.chain_paths(path, options=options)
+            for layer in layers:
+                if (inode := inode_of(layer)) is not None:
+                    found.setdefault(inode, machine.name)
+    return found
 
 
 def read_password(path: str) -> bytes:

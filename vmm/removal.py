@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from vmm import registry
 from vmm.errors import InUse, VmmError, of_os_error
+from vmm.host.loops import inode_behind
 from vmm.images import children_of
 from vmm.paths import MachinePaths, registry_folder, sync_folder
 from vmm.proc import HeldLock
@@ -275,6 +276,6 @@ def _loop_on(facts: os.stat_result) -> str | None:
             with contextlib.suppress(OSError):
                 with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8") as file:
                     backing = file.read().rstrip("\n")
-                if os.path.samestat(os.stat(backing), facts):
+                if inode_behind(f"/dev/{name}", backing) == (facts.st_dev, facts.st_ino):
                     return f"/dev/{name}"
     return None

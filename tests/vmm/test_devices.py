@@ -132,6 +132,21 @@ def test_hard_link_behind_a_device_is_the_same_disk(manager: Manager, tmp_path: 
     assert manager.names() == ["one"]
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["another", "itself"])
+def test_layer_below_a_disk_behind_a_device(manager: Manager, tmp_path: Path, own: bool) -> None:
+    """A loop device on a parent of a machine's disk is given to no machine, by whichever of the parent's names."""
+    leaf = make_disk(tmp_path, "one")
+    manager.create("one", disks=[DiskWish(str(leaf))], **TINY)
+    other_name = tmp_path / "elsewhere.raw"
+    os.link(leaf.with_suffix(".vhd"), other_name)
+    with loop_device(other_name) as device, pytest.raises(InUse, match="on which a disk of the machine one stands"):
+        if own:
+            manager.add_disk("one", given(device))
+        else:
+            manager.create("two", disks=[given(device)], **TINY)
+    assert manager.names() == ["one"] and len(manager.disks("one")) == 1
+
+
 def test_image_of_a_file_that_is_given_as_a_device(manager: Manager, tmp_path: Path) -> None:
     """A file behind a device that a machine has is no other machine's image, by whichever of its names."""
     file = tmp_path / "data.raw"

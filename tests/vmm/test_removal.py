@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.vmm.kvm.loops import loop_device
 from vmm import registry
 from vmm.errors import InUse
 from vmm.proc import HeldLock
@@ -201,3 +202,14 @@ def test_folder_of_anothers_snapshot(folder: Path, lock: HeldLock) -> None:
     shutil.copytree(registry.load("web").paths.folder, folder / "home" / "machines" / "db")
     with pytest.raises(InUse, match="the snapshot first of db needs"):
         refuse_needed_folder(str(folder / "snaps" / _ID), lock)
+
+
+def test_under_a_loop_device(folder: Path, lock: HeldLock) -> None:
+    """INV-REMOVED-UNUSED: a loop device made on another name of the image, which is gone by now, keeps the image."""
+    other_name = folder / "other.vhd"
+    os.link(folder / "a.vhd", other_name)
+    with loop_device(other_name) as device:
+        other_name.unlink()
+        with pytest.raises(InUse, match=f"the loop device {device} stands on it"):
+            remove_image(str(folder / "a.vhd"), lock)
+    assert (folder / "a.vhd").exists()

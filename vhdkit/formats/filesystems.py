@@ -27,7 +27,15 @@ _EXT_MAX_SHIFT, _EXFAT_MAX_SHIFT = 6, 12  # 64 KiB blocks, 4 KiB sectors: the fo
 _EXT4_ONLY = sum(1 << bit for bit in (6, 7, 9))  # extents, 64 bit, flexible groups
 _BTRFS_OFFSET, _BTRFS_MAGIC, _BTRFS_LABEL = 64 << 10, b"_BHRfS_M", 0x12B
 _ISO_OFFSET = 32 << 10
-_SWAP_OFFSET = 4086
+_SWAP_PAGES = tuple(size * KIB for size in (4, 8, 16, 32, 64))  # by machine; the mark ends the first one
+_SWAP_MARKS = (
+    b"SWAPSPACE2",
+    b"S1SUSPEND\0",
+    b"S2SUSPEND\0",
+    b"ULSUSPEND\0",
+    b"LINHIB0001",
+)  # a system may sleep in it
+_MD_MARK = b"\xfc\x4e\x2b\xa9\1\0\0\0"
 _SQUASHFS_PADDING = 4 * KIB
 _LABEL_BYTES = 256  # no format has more
 # (offset, mark, kind): what one look settles.
@@ -41,14 +49,28 @@ _MARKS = (
     (3, b"ReFS", "refs"),
     (82, b"FAT32   ", "vfat"),
     (54, b"FAT1", "vfat"),
-    (SECTOR_SIZE, b"LABELONE", "lvm"),
-    (_SWAP_OFFSET, b"SWAPSPACE2", "swap"),
+    *((sector * SECTOR_SIZE, b"LABELONE", "lvm") for sector in range(4)),
+    (_SWAP_PAGES[0] - len(_SWAP_MARKS[0]), _SWAP_MARKS[0], "swap"),
+)
+# Looked for after all others: a maker of those may leave these marks where they were.
+_LATE_MARKS = (
+    *((size - len(mark), mark, "swap") for size in _SWAP_PAGES for mark in _SWAP_MARKS),
+    (0, _MD_MARK, "md"),
+    (4 * KIB, _MD_MARK, "md"),
+    (32, b"NXSB", "apfs"),
+    (KIB, b"\x10\x20\xf5\xf2", "f2fs"),
+    (KIB, b"H+\0\4", "hfsplus"),
+    (KIB, b"HX\0\5", "hfsplus"),
+    (32 * KIB, b"JFS1", "jfs"),
+    (32 * KIB + 1, b"BEA01", "udf"),
+    (64 * KIB + 52, b"ReIsEr", "reiserfs"),
 )
 # What holds other things than files; with what it takes to get at them.
 CONTAINERS = {
     "luks": "it is encrypted with LUKS: `cryptsetup open` reads it",
     "bitlocker": "it is encrypted with BitLocker: `dislocker` or `cryptsetup bitlkOpen` read it",
     "lvm": "it is a physical volume of LVM: `vgchange` finds the volumes on it",
+    "md": "it is a member of a Linux RAID: `mdadm --assemble` makes a disk of all members",
     "swap": "it is swap space",
 }
 _IN_FIRST_SECTOR = {kind for offset, _, kind in _MARKS if offset < SECTOR_SIZE}
@@ -84,7 +106,7 @@ class FileSystem:
 
 def identify(read: ReadBytes) -> FileSystem | None:
     """The file system that begins at offset 0 of what `read` reads, or None. Raises what `read` raises."""
-    head = read(0, _SWAP_OFFSET + len(b"SWAPSPACE2"))
+    head = read(0, _SWAP_PAGES[0])
     for offset, mark, kind in _MARKS:
         if head.startswith(mark, offset):
             return FileSystem(kind, _label(kind, head))
@@ -97,6 +119,10 @@ def identify(read: ReadBytes) -> FileSystem | None:
     volume = read(_ISO_OFFSET, 72)
     if volume.startswith(b"CD001", 1):
         return FileSystem("iso9660", _text(volume[40:72]))
+    head = read(0, max(offset + len(mark) for offset, mark, _ in _LATE_MARKS))
+    for offset, mark, kind in _LATE_MARKS:
+        if head.startswith(mark, offset):
+            return FileSystem(kind)
     return None
 
 
@@ -171,12 +197,14 @@ def _end_of_exfat(raw: bytes) -> int:
 
 
 def _end_of_swap(raw: bytes) -> int:
+    page = next((size for size in _SWAP_PAGES if raw[:size].endswith(_SWAP_MARKS)), 0)
     pages = [int.from_bytes(raw[1028:1032], order) for order in ("little", "big")]
-    return (min(pages) + 1) * 4 * KIB if min(pages) else 0
+    return (min(pages) + 1) * page if min(pages) else 0
 
 
 def _end_of_lvm(raw: bytes) -> int:
-    header = SECTOR_SIZE + _little(raw, SECTOR_SIZE + 20, 4)
+    label = max(0, raw.find(b"LABELONE", 0, 4 * SECTOR_SIZE))
+    header = label + _little(raw, label + 20, 4)
     return _little(raw, header + 32, 8) if header < _BTRFS_OFFSET else 0
 
 

@@ -27,7 +27,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -62,11 +62,13 @@ class DeviceFacts:
 @dataclass(frozen=True, slots=True)
 class Given:
     """What machines have: identities of devices and LUNs, image files by their paths without links and by their
-    inodes, since a file may have several names; each with its machine."""
+    inodes, since a file may have several names; each with its machine. `below` finds the inodes of all layers that
+    machines' images stand on; it is asked only about a device that is made of a file."""
 
     identities: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
     inodes: Mapping[Inode, str] = field(default_factory=dict)
+    below: Callable[[], Mapping[Inode, str]] = dict
 
 
 def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, follow_links: bool = True) -> Given:
@@ -179,6 +181,10 @@ def _given_already(facts: DeviceFacts, given: Given) -> Iterator[Reason]:
                 machine = given.inodes.get(one.file_inode)
             if machine is not None:
                 yield Reason(f"{who}is the file {one.file}, a disk of the machine {machine}", in_use=True)
+            elif one.file_inode is not None and (owner := given.below().get(one.file_inode)) is not None:
+                yield Reason(
+                    f"{who}is the file {one.file}, on which a disk of the machine {owner} stands", in_use=True
+                )
 
 
 def _not_known_again(facts: DeviceFacts) -> Iterator[Reason]:

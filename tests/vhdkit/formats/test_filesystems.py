@@ -64,7 +64,9 @@ def test_fat32_has_its_label_elsewhere(tmp_path: Path) -> None:
     [
         (0, b"LUKS\xba\xbe", "luks"), (3, b"-FVE-FS-", "bitlocker"), (512, b"LABELONE", "lvm"),
         (4086, b"SWAPSPACE2", "swap"), (64 * KIB + 64, b"_BHRfS_M", "btrfs"), (32 * KIB + 1, b"CD001", "iso9660"),
-        (3, b"EXFAT   ", "exfat"), (0, b"hsqs", "squashfs"),
+        (3, b"EXFAT   ", "exfat"), (0, b"hsqs", "squashfs"), (1536, b"LABELONE", "lvm"),
+        (4086, b"S1SUSPEND\0", "swap"), (64 * KIB - 10, b"SWAPSPACE2", "swap"), (1024, b"\x10\x20\xf5\xf2", "f2fs"),
+        (4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", "md"), (64 * KIB + 52, b"ReIsEr2Fs", "reiserfs"),
     ],
 )  # fmt: skip
 def test_marks(place: int, mark: bytes, kind: str) -> None:
@@ -95,7 +97,7 @@ def test_where_what_has_no_small_maker_ends(tmp_path: Path) -> None:
         "btrfs": raw_with((64 * KIB + 0x70, little(2 * size, 8)), (64 * KIB + 0xD1, little(size, 8))),
         "exfat": raw_with((72, little(size // 512, 8)), (108, b"\x09")),
         "iso9660": raw_with((32 * KIB + 80, little(size // 2048, 4)), (32 * KIB + 128, little(2048, 2))),
-        "lvm": raw_with((512, b"LABELONE"), (512 + 20, little(32, 4)), (512 + 32 + 32, little(size, 8))),
+        "lvm": raw_with((1024, b"LABELONE"), (1024 + 20, little(32, 4)), (1024 + 32 + 32, little(size, 8))),
         "squashfs": raw_with((40, little(size - 100, 8))),
         "ext4": raw_with((1024 + 4, little(0x140000, 4)), (1024 + 24, little(2, 4))),
     }
@@ -108,8 +110,9 @@ def test_where_what_has_no_small_maker_ends(tmp_path: Path) -> None:
     assert "resize2fs" in shrink_hint("ext4") and "cannot be made smaller" in shrink_hint("xfs")
     image = tmp_path / "swap"
     image.write_bytes(bytes(MIB))
-    run([require_tool("mkswap"), str(image)])
-    assert end(image.read_bytes(), "swap") == MIB
+    for words in ([], ["-p", "65536"]):
+        run([require_tool("mkswap"), *words, str(image)])
+        assert end(image.read_bytes(), "swap") == MIB
 
 
 def test_a_journal_to_replay_is_told() -> None:
