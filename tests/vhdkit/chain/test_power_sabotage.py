@@ -141,14 +141,21 @@ def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_block_over_the_trailing_footer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-NO-REUSE: the harness finds a new block that begins where the last footer stands, as most writers do."""
-    honest = Commit.__init__
+    honest_init, honest_place = Commit.__init__, Commit.place_block
 
     def begin(self: Commit, *args: object, **options: int) -> None:
         """Blocks are not aligned, so that the first one begins on the footer."""
-        honest(self, *args, **options)  # type: ignore[arg-type]
+        honest_init(self, *args, **options)  # type: ignore[arg-type]
         self._free_bytes = round_up(self._free_bytes, SECTOR_SIZE) - 2 * SECTOR_SIZE
 
+    def place_block(self: Commit, fill: Callable[[int], object] | None) -> int:
+        """The end of the file is not looked at."""
+        with monkeypatch.context() as blind:
+            blind.setattr(self._store, "size", lambda: 0)
+            return honest_place(self, fill)
+
     monkeypatch.setattr(Commit, "__init__", begin)
+    monkeypatch.setattr(Commit, "place_block", place_block)
     with pytest.raises(Violation):
         run_all(child_scene)
 
