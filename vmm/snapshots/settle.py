@@ -203,16 +203,21 @@ def settle_backup(held: Held) -> Changing:
     Raises StoreFailed for a damaged note, Refused.
     """
     note = read_note(held.machine)
-    spec = registry.load_for_change(held).spec
+    machine = registry.load_for_change(held)
+    try:
+        for stacked in note.values():
+            _finish_complete(machine, stacked.frozen)
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "settle the machine's backup") from error
     pivots = [
         Pivot(disk.id, one.frozen, one.child, "raw" if disk.format == "raw" else "vhd")
-        for disk in spec.disks
+        for disk in machine.spec.disks
         if (one := note.get(disk.id)) is not None and _is_on(disk.path, one)
     ]
-    machine = adopt(held, pivots)
+    adopted = adopt(held, pivots)
     remove_note(held.machine)
     add_event(held.machine.events, "backup-settled", disks=[one.disk for one in pivots if os.path.exists(one.child)])
-    return machine
+    return adopted
 
 
 def _is_on(path: str | None, one: Stacked) -> bool:
@@ -246,7 +251,7 @@ def _finish_complete(machine: Machine, target: str) -> None:
     """A merge whose data is complete is finished, its layers and its record go: whatever opens a leaf above for
     writing would do so, and the tree would not hear of it. One that still copies goes on at the next chance.
 
-    Raises VhdkitError; then the journal stands.
+    Raises VhdkitError; then the journal or note stands.
     """
     options = guarded(options_of_all(machine.spec))
     if vhdkit.merge_under_way(target, options=options) is not None:
@@ -261,6 +266,7 @@ def _follow(held: Held, journal: MergeLive) -> None:
     if disk is None or disk.path is None:
         held.done()
         return
+    _finish_complete(machine, _known(held, journal.target))
     path = disk.path
     if not os.path.exists(path):  # merged away: its target took its place
         if path not in journal.layers or _known(held, journal.target) not in held.tree.images:

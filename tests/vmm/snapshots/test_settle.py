@@ -16,6 +16,7 @@ from tests.vmm.snapshots.machines import Machines
 from vmm import registry
 from vmm.snapshots import fold
 from vmm.snapshots.door import MachineSnapshots
+from vmm.snapshots.journal import MergeLive
 from vmm.snapshots.settle import settle
 from vmm.snapshots.store import holding, load_tree
 
@@ -154,6 +155,31 @@ def test_a_disk_that_is_opened_finishes_no_merge_behind_the_tree(machines: Machi
         assert machines.states("web") == before
         check_known(machines)
     assert finished > 1
+
+
+@pytest.mark.parametrize("layer_count", [1, 2])
+def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, layer_count: int) -> None:
+    """INV-DELETE-RULE: after everything was killed in a live merge of the leaf, the definition names an image that is
+    still there when it was opened for writing: what was all but over is finished before."""
+    web, _ = built(machines)
+    web.delete("b")
+    disk = registry.load("web").spec.disks[0]
+    chain = vhdkit.chain_paths(str(disk.path))
+    layers, target = chain[:layer_count], chain[layer_count]
+    if layer_count == 2:
+        web.delete("c", subtree=True)
+        web.delete("a")
+    before = machines.states("web")
+    with holding(registry.load("web").paths, "web") as held:
+        held.begin(MergeLive(disk.id, target, tuple(layers)))
+    for _ in after_each_kill(machines, lambda: vhdkit.merge(layers[0], into=target, relink_children=True), step=2):
+        settled(machines)
+        for one in registry.load("web").spec.disks:
+            with vhdkit.open_disk(str(one.path), writable=True):
+                pass
+        assert machines.states("web") == before
+        assert all(os.path.exists(path) for path in load_tree(registry.load("web").paths).images)
+        check_known(machines)
 
 
 def test_writing_between_a_killed_merge_and_the_next(machines: Machines) -> None:

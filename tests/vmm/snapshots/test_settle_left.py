@@ -15,6 +15,7 @@ import pytest
 import vhdkit
 import vmm
 from tests.vmm.snapshots.machines import DISK_BYTES, Machines
+from tests.vmm.snapshots.test_settle import after_each_kill
 from vmm import registry
 from vmm.backup_note import Stacked, child_name, has_note, write_note
 from vmm.errors import Refused, VmmError
@@ -108,6 +109,21 @@ def test_every_verb_settles_first(machines: Machines, verb: str, left: Left) -> 
     with vhdkit.open_disk(str(machine.spec.disks[0].path)) as disk:
         assert hashlib.sha256(disk.read(0, DISK_BYTES)).hexdigest() == expected
     assert not list(Path(machine.paths.folder).rglob("*.part")), "no memory of a snapshot that is none is left"
+
+
+def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machines) -> None:
+    """After everything was killed while a backup's image was merged away, the definition names an image that is still
+    there when it was opened for writing, and the disk reads as before."""
+    frozen, newest, expected = cut(machines, by_backup)
+    ends = set()
+    for _ in after_each_kill(machines, lambda: vhdkit.merge(newest, into=frozen)):
+        leaf = str(manager.show("web").spec.disks[0].path)  # type: ignore[union-attr]
+        with vhdkit.open_disk(leaf, writable=True):
+            pass
+        assert content(leaf) == expected
+        assert all(os.path.exists(path) for path in load_tree(registry.load("web").paths).images)
+        ends.add(leaf)
+    assert ends == {frozen, newest}
 
 
 @pytest.mark.parametrize("left", [by_backup, by_create])
