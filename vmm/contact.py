@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm import saved
 from vmm.backup_note import has_note
-from vmm.copies import original_of, refuse_copy
+from vmm.copies import AllIds, original_of, refuse_copy
 from vmm.errors import (
     InUse,
     NotFound,
@@ -88,12 +88,12 @@ def _id_in(machine: MachinePaths) -> str | None:
     return None
 
 
-def contact(place: Place) -> ControlClient | None:
-    """A connection to the machine's worker; None where the machine does not run.
+def contact(place: Place, ids: AllIds | None = None) -> ControlClient | None:
+    """A connection to the machine's worker; None where the machine does not run. `ids`: those that were read already.
 
     Raises TimedOut when somebody should be there and is not, AccessDenied, Refused for a copy of another machine.
     """
-    refuse_copy(place.name)
+    refuse_copy(place.name, ids)
     deadline = time.monotonic() + COME_BACK_SECONDS
     called = False
     while True:
@@ -122,12 +122,12 @@ def is_looked_after(runtime: RuntimePaths) -> bool:
     return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
 
 
-def state_of(place: Place) -> dict[str, Any]:
+def state_of(place: Place, ids: AllIds | None = None) -> dict[str, Any]:
     """What the worker says about the machine; of a machine that does not run its state alone. Raises as `contact`."""
     for _ in range(_TRIES):
-        if original_of(place.name) is not None:  # the processes of its id are the original's
+        if original_of(place.name, ids) is not None:  # the processes of its id are the original's
             break
-        client = contact(place)
+        client = contact(place, ids)
         if client is None:
             break
         try:

@@ -36,12 +36,31 @@ class _Entry:
     written_name: object
 
 
-def original_of(name: str) -> str | None:
-    """The machine of which this one is a copy; None where no other has its id, or it is the original itself."""
-    own = _entry(name)
+class AllIds:
+    """The ids of all machines, read once: for whoever asks about every machine, and must not read all for each."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, list[_Entry]] = {}
+        registry = registry_folder()
+        for name in _names(registry):
+            if (entry := _entry(registry, name)) is not None:
+                self._by_id.setdefault(entry.id, []).append(entry)
+
+    def others(self, own: _Entry) -> list[_Entry]:
+        """Those of the same id but this one."""
+        return [one for one in self._by_id.get(own.id, ()) if one.name != own.name]
+
+
+def original_of(name: str, ids: AllIds | None = None) -> str | None:
+    """The machine of which this one is a copy; None where no other has its id, or it is the original itself.
+
+    `ids`: those that were read already.
+    """
+    registry = registry_folder()
+    own = _entry(registry, name)
     if own is None:
         return None
-    twins = [one for other in _other_names(name) if (one := _entry(other, own.id)) is not None]
+    twins = _others(registry, own) if ids is None else ids.others(own)
     if not twins:
         return None
     original = _running_among([own, *twins]) or _named_among([own, *twins])
@@ -50,9 +69,9 @@ def original_of(name: str) -> str | None:
     return None if original is own else original.name
 
 
-def refuse_copy(name: str) -> None:
+def refuse_copy(name: str, ids: AllIds | None = None) -> None:
     """Raise Refused for a machine that is a copy of another."""
-    original = original_of(name)
+    original = original_of(name, ids)
     if original is not None:
         raise Refused(
             f"has the same id as the machine {original}: one is a copy of the other", machine=name,
@@ -60,29 +79,33 @@ def refuse_copy(name: str) -> None:
         )  # fmt: skip
 
 
-def _other_names(name: str) -> list[str]:
+def _others(registry: str, own: _Entry) -> list[_Entry]:
+    found = (_entry(registry, name, own.id) for name in _names(registry) if name != own.name)
+    return [one for one in found if one is not None]
+
+
+def _names(registry: str) -> list[str]:
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for other in sorted(os.listdir(registry_folder())):
+        for name in sorted(os.listdir(registry)):
             with contextlib.suppress(ValueError):
-                check_name(other)
-                if other != name:
-                    found.append(other)
+                check_name(name)
+                found.append(name)
     return found
 
 
-def _entry(name: str, wanted_id: str | None = None) -> _Entry | None:
+def _entry(registry: str, name: str, wanted_id: str | None = None) -> _Entry | None:
     """A machine with an id, and with `wanted_id` where that is given; None for any other."""
-    folder = os.path.realpath(os.path.join(registry_folder(), name))
+    folder = os.path.join(registry, name)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        with open(MachinePaths(folder).definition, "rb") as file:
+        with open(MachinePaths(folder).definition, "rb", buffering=0) as file:
             content = file.read(_MAX_DEFINITION_BYTES)
         if wanted_id is not None and wanted_id.encode() not in content:
             return None  # most are of this kind, and none of them is parsed
         document = json.loads(content)
         machine_id = document["id"]
         if is_id(machine_id) and wanted_id in (None, machine_id):
-            return _Entry(name, folder, machine_id, document.get("name"))
+            return _Entry(name, os.path.realpath(folder), machine_id, document.get("name"))
     return None
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vmm import backup, contact, devices, known_images, registry, saved
 from vmm.contact import Place
-from vmm.copies import original_of
+from vmm.copies import AllIds, original_of
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
@@ -107,20 +107,24 @@ class Manager:
 
     def machines(self) -> list[MachineInfo]:
         """All machines. One that cannot be looked at is there, too, with its problem."""
-        return [self._info_or_problem(name) for name in registry.names()]
+        ids = AllIds()
+        return [self._info_or_problem(name, ids) for name in registry.names()]
 
-    def _info_or_problem(self, name: str) -> MachineInfo:
+    def _info_or_problem(self, name: str, ids: AllIds) -> MachineInfo:
         try:
-            return self.show(name)
+            return self._show(name, ids)
         except VmmError as error:
             return MachineInfo(name, None, None, problem=error)
 
     def show(self, name: str, *, guest: bool = False) -> MachineInfo:
         """One machine; `guest` asks its agent, too. Raises NotFound, InvalidSpec, TimedOut."""
+        return self._show(name, None, guest=guest)
+
+    def _show(self, name: str, ids: AllIds | None, *, guest: bool = False) -> MachineInfo:
         machine = contact.look(name)
         place = _place(machine)
-        found = contact.state_of(place)
-        if (original := original_of(name)) is not None:
+        found = contact.state_of(place, ids)
+        if (original := original_of(name, ids)) is not None:
             return MachineInfo(
                 name, MachineState(found["state"]), machine.spec, folder=machine.paths.folder, copy_of=original
             )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,25 @@ def running(machine: registry.Machine) -> Iterator[None]:
             yield
         finally:
             process.kill()
+
+
+def test_a_list_reads_each_definition_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing many machines reads their definitions to look for copies a few times each, not once for every machine; a copy
+    is found all the same."""
+    count = 12
+    for number in range(count):
+        add(f"web{number}")
+    copied("web3")
+    opened: list[object] = []
+
+    def counting(path: str, *args: Any, **options: Any) -> Any:
+        opened.append(path)
+        return open(path, *args, **options)
+
+    monkeypatch.setattr("vmm.copies.open", counting, raising=False)
+    found = {one.name: one.copy_of for one in Manager().machines()}
+    assert found["copy"] == "web3" and not any(found[f"web{number}"] for number in range(count))
+    assert len(opened) <= 5 * (count + 1)
 
 
 def test_the_copy_is_the_one_with_anothers_name() -> None:
