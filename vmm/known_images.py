@@ -11,12 +11,14 @@ and must stay small; says which machines could not be read. Must not know what s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vmm.errors import InUse
 from vmm.paths import MachinePaths, check_name, registry_folder
 
 _MAX_BYTES = 16 << 20  # of a tree of snapshots, the longest of these files
@@ -45,17 +47,33 @@ def look() -> Known:
     """All images of all machines of this host, and whose could not be read."""
     found: dict[str, frozenset[str]] = {}
     unread = []
-    folder = registry_folder()
-    try:
-        names = sorted(name for name in os.listdir(folder) if _is_name(name))
-    except OSError:
-        names = []
-    for name in names:
+    for name in _names():
         try:
-            found[name] = frozenset(_images_of(MachinePaths(os.path.realpath(os.path.join(folder, name)))))
+            found[name] = frozenset(_images_of(MachinePaths(_folder_of(name))))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             unread.append(name)
     return Known(found, tuple(unread))
+
+
+def being_merged(own_id: str) -> dict[str, str]:
+    """The real paths of images that a merge changes or removes now -> its machine, which has another id than this."""
+    found: dict[str, str] = {}
+    for name in _names():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            machine = MachinePaths(_folder_of(name))
+            journal = (_read(os.path.join(machine.folder, "snapshots.json")) or {}).get("journal") or {}
+            is_merge = journal.get("op") in ("merge", "live-merge")
+            if is_merge and (_read(machine.definition) or {}).get("id") != own_id:
+                found.update(dict.fromkeys(_real(journal["target"], *journal["layers"]), name))
+    return found
+
+
+def refuse_used_elsewhere(own: str, paths: Iterable[str]) -> None:
+    """Raise InUse when a machine other than `own` uses one of these images, which a merge is about to change."""
+    wanted = frozenset(map(os.path.realpath, paths))
+    for name, images in look().by_machine.items():
+        if name != own and (used := sorted(wanted & images)):
+            raise InUse(f"is not merged: the machine {name} uses it", machine=own, path=used[0])
 
 
 def _images_of(machine: MachinePaths) -> Iterator[str]:
@@ -106,6 +124,17 @@ def _read(path: str) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         raise TypeError("no object")
     return document
+
+
+def _names() -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(registry_folder()) if _is_name(name))
+    except OSError:
+        return []
+
+
+def _folder_of(name: str) -> str:
+    return os.path.realpath(os.path.join(registry_folder(), name))
 
 
 def _is_name(name: str) -> bool:

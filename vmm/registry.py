@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from vmm import paths
 from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
 from vmm.host.loops import inode_of
+from vmm.known_images import being_merged
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import HeldLock, machine_lock
 from vmm.spec import DiskSpec, MachineSpec, read_spec
@@ -274,6 +275,7 @@ def check_disks(spec: MachineSpec) -> None:
     if len(set(written)) != len(written):
         twice = next(disk for disk in spec.disks if written.count(_identity(disk)) > 1)
         raise InUse("is given twice to this machine", machine=spec.name, path=twice.path)
+    _refuse_merged(spec)
     others, _ = load_all()
     for other in others:
         if other.name == spec.name or other.spec.id == spec.id:  # of one id: a copy, which does not get to use them
@@ -288,6 +290,17 @@ def check_disks(spec: MachineSpec) -> None:
                     path=own.path,
                     hint=child if own.kind == "vhd" else f"vmm disk remove {other.name} {disk.id}",
                 )
+
+
+def _refuse_merged(spec: MachineSpec) -> None:
+    """Raise InUse for an image that another machine's merge changes or removes at this moment."""
+    merged = being_merged(spec.id)
+    for disk in spec.disks:
+        if disk.path is not None and (other := merged.get(os.path.realpath(disk.path))) is not None:
+            raise InUse(
+                f"is being merged by the machine {other}", machine=spec.name, path=disk.path,
+                hint=f"vmm snapshot tree {other} shows how far it is; a copy stays as it is: vhdkit convert",
+            )  # fmt: skip
 
 
 def other_user_of(disk: DiskSpec, name: str) -> str | None:

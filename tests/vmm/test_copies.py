@@ -73,8 +73,8 @@ def running(machine: registry.Machine) -> Iterator[None]:
 
 
 def test_a_list_reads_each_definition_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Listing many machines reads their definitions to look for copies a few times each, not once for every machine; a copy
-    is found all the same."""
+    """Listing many machines looks for copies in each definition a few times, not once for every machine; a copy is
+    found all the same."""
     count = 12
     for number in range(count):
         add(f"web{number}")

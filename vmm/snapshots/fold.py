@@ -29,7 +29,7 @@ from vmm.proc import ProcessRef, is_locked, machine_lock, python_command, python
 from vmm.snapshots.journal import MergeOff
 from vmm.snapshots.rule import Merge
 from vmm.snapshots.settle import is_pending, settle
-from vmm.snapshots.steps import finish_merge, options_of_all, store_problem, tidy
+from vmm.snapshots.steps import begin_merge, finish_merge, options_of_all, store_problem, tidy
 from vmm.snapshots.store import Held, Merging, holding, load_tree, merging_path, read_merging, write_merging
 from vmm.snapshots.survey import judge
 from vmm.state import processes_of
@@ -148,11 +148,11 @@ def merge_files(
     *,
     locked: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """One merge, of images that nobody uses. Raises StoreFailed, and vhdkit.Cancelled that `progress` raises.
+    """One merge, of images that nobody uses. Raises StoreFailed, InUse, and vhdkit.Cancelled that `progress` raises.
 
     The machine's definition is changed, where it must, while `locked` is held.
     """
-    held.begin(MergeOff(merge.target, merge.layers))
+    begin_merge(held, MergeOff(merge.target, merge.layers))
     options = guarded(options_of_all(registry.load_for_change(held).spec))
     try:
         vhdkit.merge(merge.layers[0], into=merge.target, relink_children=True, options=options, progress=progress)

@@ -21,6 +21,7 @@ from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
 from vmm.rpc import Method, Progress, parameter
 from vmm.snapshots.journal import MergeLive
 from vmm.snapshots.recover import follow_merge, served_layers
+from vmm.snapshots.steps import begin_merge
 from vmm.snapshots.store import Held, holding
 from vmm.state import MachineState
 
@@ -57,7 +58,7 @@ class LiveMerges:
             self._check(held, target, layers)
             disk = await self._disk_of(target, layers)
             journal = MergeLive(disk, target, tuple(layers))
-            held.begin(journal)
+            begin_merge(held, journal)
             try:
                 result = await self._served_merge(disk, target, layers, rate, progress)
             finally:

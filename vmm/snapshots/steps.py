@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 import vhdkit
 from vmm import registry
 from vmm.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
+from vmm.known_images import refuse_used_elsewhere
 from vmm.paths import write_whole
 from vmm.registry import Changing
 from vmm.removal import remove_image
-from vmm.snapshots.journal import Commit, Pivot, SavedStep
+from vmm.snapshots.journal import Commit, MergeLive, MergeOff, Pivot, SavedStep
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.snapshots.snapshot import Image
 from vmm.snapshots.store import Held, tree_path
@@ -191,6 +192,17 @@ def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
                 f"the disk {disk.id} cannot be read: {error.problem}", machine=spec.name, path=error.path or path,
                 hint=hint_of_vhdkit(error.hint),
             ) from error  # fmt: skip
+
+
+def begin_merge(held: Held, journal: MergeOff | MergeLive) -> None:
+    """A merge begins, of images that no other machine uses or gets meanwhile. Raises InUse, NoSpace, AccessDenied."""
+    held.begin(journal)
+    try:
+        with registry.standing_still():  # whoever gets an image later sees the journal (`registry.check_disks`)
+            refuse_used_elsewhere(held.name, (journal.target, *journal.layers))
+    except BaseException:
+        held.done()
+        raise
 
 
 def finish_merge(held: Held, target: str, layers: Sequence[str]) -> Changing:
