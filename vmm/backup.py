@@ -57,6 +57,21 @@ def check_target(folder: str) -> str:
     return target
 
 
+def make_part(target: str, name: str) -> str:
+    """A new folder beside the target, in which it is made. Raises AlreadyExists, AccessDenied, NoSpace."""
+    part = f"{target}.part"
+    try:
+        os.mkdir(part, 0o700)
+    except FileExistsError as error:  # of somebody else's, or one that is being made: not ours to remove
+        raise AlreadyExists(
+            "is in the way of the new folder", machine=name, path=part,
+            hint="where a backup or export that was interrupted left it: remove it; or name another folder",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise of_os_error(error, "make the folder", machine=name, path=part) from error
+    return part
+
+
 # -- copying -------------------------------------------------------------------------------------------------------
 
 
@@ -67,17 +82,7 @@ async def copy_disks(
 
     `ended`: give up when this is set. Raises StoreFailed and its like; nothing is left then.
     """
-    part = f"{target}.part"
-    try:
-        os.mkdir(part, 0o700)
-    except FileExistsError as error:  # of somebody else's, or of a backup under way: not ours to remove
-        raise AlreadyExists(
-            "is in the way of the backup",
-            machine=spec.name, path=part,
-            hint="where a backup that was interrupted left it: remove it; or name another folder",
-        ) from error  # fmt: skip
-    except OSError as error:
-        raise of_os_error(error, "write the backup", machine=spec.name, path=target) from error
+    part = make_part(target, spec.name)
     try:
         copies = {}
         for disk in disks:

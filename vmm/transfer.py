@@ -22,7 +22,7 @@ from typing import Any
 
 import vhdkit
 from vmm import contact, registry, saved
-from vmm.backup import check_target
+from vmm.backup import check_target, make_part
 from vmm.contact import Place
 from vmm.devices import refuse_passed_through
 from vmm.errors import NoSpace, WrongState
@@ -81,9 +81,8 @@ def export(
             )  # fmt: skip
         with holding(machine.paths, name) as held:
             machine = settle(held) if is_still else registry.load_for_change(held)
-            part = f"{target}.part"
+            part = make_part(target, name)
             try:
-                os.mkdir(part, 0o700)
                 work = _Export(machine, held.tree, part, progress or (lambda document: None))
                 counted = work.one(held.tree.find(snapshot), flat) if snapshot is not None else work.whole(flat)
                 os.rename(part, target)

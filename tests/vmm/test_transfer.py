@@ -104,6 +104,17 @@ def test_flat_and_one_snapshot(machines: Machines, out: Path) -> None:
     assert machines.states("web") == states
 
 
+def test_a_folder_in_the_way_stays(machines: Machines, out: Path) -> None:
+    """A folder that has the name under which an export is made is the user's: it is named and left as it is."""
+    machines.create()
+    part = Path(f"{out}.part")
+    part.mkdir()
+    (part / "thesis").write_text("precious")
+    with pytest.raises(AlreadyExists, match="in the way") as refused:
+        export("web", str(out))
+    assert refused.value.path == str(part) and (part / "thesis").read_text() == "precious" and not out.exists()
+
+
 def test_folders_that_are_none(machines: Machines, out: Path) -> None:
     """Whatever is wrong with a folder is said, by file, and no machine and no file comes of it."""
     with pytest.raises(NotFound, match=r"no vmm-export\.json"):
