@@ -104,8 +104,7 @@ async def copy_disks(
 async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: asyncio.Event | None) -> None:
     assert disk.path is not None
     words = ["convert", disk.path, copy, "--to", "dynamic", "--json"]
-    words += [word for folder in disk.parent_dirs for word in ("--allow-parent-dir", folder)]
-    words += ["--allow-raw-parent"] if disk.allow_raw_parent else []
+    words += _parent_words(disk)
     words += ["--format", disk.format] if disk.format is not None else []
     process = await asyncio.create_subprocess_exec(
         *python_command("vhdkit", *words),
@@ -128,6 +127,12 @@ async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: asyncio
         _, said = await talking
     if process.returncode != 0:
         raise _error_in(said, disk)
+
+
+def _parent_words(disk: DiskSpec) -> list[str]:
+    """Where vhdkit may find the parents of a disk's image."""
+    words = [word for folder in disk.parent_dirs for word in ("--allow-parent-dir", folder)]
+    return words + (["--allow-raw-parent"] if disk.allow_raw_parent or disk.format == "raw" else [])
 
 
 def _error_in(said: bytes, disk: DiskSpec) -> VmmError:
@@ -195,13 +200,14 @@ class Backup:
         remove_note(running.machine)
 
 
-async def merge_away_offline(machine: MachinePaths) -> None:
+async def merge_away_offline(machine: MachinePaths, spec: MachineSpec) -> None:
     """The same when nothing serves the disks any more. Raises StoreFailed; the next start tries again."""
-    for one in read_note(machine).values():
+    for disk_id, one in read_note(machine).items():
+        disk = spec.disk(disk_id) or DiskSpec(id=disk_id, path=one.child)
         if not os.path.exists(one.child):
             continue
         process = await asyncio.create_subprocess_exec(
-            *python_command("vhdkit", "merge", one.child, "--into", one.frozen, "--json"),
+            *python_command("vhdkit", "merge", one.child, "--into", one.frozen, *_parent_words(disk), "--json"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -209,5 +215,5 @@ async def merge_away_offline(machine: MachinePaths) -> None:
         )
         _, said = await process.communicate()
         if process.returncode != 0:
-            raise _error_in(said, DiskSpec(id="disk-0", path=one.child))
+            raise _error_in(said, disk)
     remove_note(machine)

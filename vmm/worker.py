@@ -207,7 +207,7 @@ class Worker:
             self._note.write(self._runtime)
         try:
             await self._end_server()
-            await merge_away_offline(self._machine)
+            await merge_away_offline(self._machine, self._running.spec)
             if self._is_clean:
                 note_clean(self._machine)
             await asyncio.to_thread(saved.note_disks, self._machine, self._running.spec)

@@ -23,7 +23,7 @@ from vmm.snapshots.settle import discard, settle
 from vmm.snapshots.snapshot import Snapshot
 from vmm.snapshots.steps import Tidied, tidy
 from vmm.snapshots.store import Held, holding, load_tree
-from vmm.snapshots.survey import images_of, judge
+from vmm.snapshots.survey import images_of, judge, parent_folders
 from vmm.snapshots.tree import Tree
 
 
@@ -85,7 +85,8 @@ def images_to_delete(machine: Machine) -> list[str]:
     """
     tree = load_tree(machine.paths)
     leaves = [*(path for path, one in tree.images.items() if one.ours), *images_of(machine.spec).values()]
-    own = {path for path, one in tree.images.items() if not one.ours and is_stood_on(path, leaves)}
+    folders = parent_folders(machine.spec)
+    own = {path for path, one in tree.images.items() if not one.ours and is_stood_on(path, leaves, folders)}
     images = {path: replace(one, ours=one.ours or path in own) for path, one in tree.images.items()}
     bare = Machine(machine.spec.changed(disks=[]), machine.paths, machine.runtime)
     return list(judge(bare, Tree(images=images), proved=own).unlink)

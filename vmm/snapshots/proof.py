@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import vhdkit
 from vmm.snapshots.snapshot import Image
@@ -19,8 +20,11 @@ from vmm.snapshots.snapshot import Image
 CHILD_SUFFIX = ".avhd"  # of every image that vmm makes
 
 
-def doubt(path: str, image: Image) -> str | None:
-    """Why an image that its record calls ours must not be touched; None when it is ours, or is not there."""
+def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
+    """Why an image that its record calls ours must not be touched; None when it is ours, or is not there.
+
+    `folders`: in which the machine's images may have parents, besides their own.
+    """
     try:
         facts = os.lstat(path)
     except FileNotFoundError:
@@ -39,25 +43,29 @@ def doubt(path: str, image: Image) -> str | None:
         return "it has no id by which it could be known again"
     if image.id is not None:
         return None if found == image.id else "it is another image than the one that was made for the machine"
-    if not path.endswith(CHILD_SUFFIX) or not stands_on(path, image.parent):
+    if not path.endswith(CHILD_SUFFIX) or not stands_on(path, image.parent, folders):
         return "nothing proves that it was made for the machine"
     return None
 
 
-def stands_on(child: str, parent: str) -> bool:
+def options_on(parent: str, folders: Collection[str]) -> vhdkit.OpenOptions:
+    """How an image is opened that may stand on this one, which itself may have parents in these folders."""
+    here = os.path.dirname(os.path.abspath(parent))
+    return vhdkit.OpenOptions(parent_dirs=(here, *folders), allow_raw_parent=True)
+
+
+def stands_on(child: str, parent: str, folders: Collection[str]) -> bool:
     """True when the image really stands on the other one, by its id and wherever it names it."""
-    options = vhdkit.OpenOptions(
-        parent_dirs=(os.path.dirname(os.path.abspath(parent)),), allow_raw_parent=True, lock=False
-    )
+    options = replace(options_on(parent, folders), lock=False)
     try:
         return vhdkit.chain_paths(child, options=options)[1:2] == [os.path.realpath(parent)]
     except vhdkit.VhdkitError:
         return False
 
 
-def is_stood_on(path: str, leaves: Iterable[str]) -> bool:
+def is_stood_on(path: str, leaves: Iterable[str], folders: Collection[str]) -> bool:
     """True for a regular file on which one of these images really stands: a base that a snapshot froze."""
-    return os.path.isfile(path) and not os.path.islink(path) and any(stands_on(one, path) for one in leaves)
+    return os.path.isfile(path) and not os.path.islink(path) and any(stands_on(one, path, folders) for one in leaves)
 
 
 def is_unused(child: str, options: vhdkit.OpenOptions) -> bool:

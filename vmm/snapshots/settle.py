@@ -45,7 +45,7 @@ from vmm.snapshots.journal import (
     words_of,
 )
 from vmm.snapshots.memory import SnapshotFolder, applied_folder
-from vmm.snapshots.proof import is_unused, stands_on
+from vmm.snapshots.proof import is_unused, options_on, stands_on
 from vmm.snapshots.snapshot import Image
 from vmm.snapshots.steps import (
     commit,
@@ -56,6 +56,7 @@ from vmm.snapshots.steps import (
     store_problem,
 )
 from vmm.snapshots.store import Held, tree_path
+from vmm.snapshots.survey import parent_folders
 from vmm.spec import MachineSpec
 
 
@@ -149,22 +150,19 @@ def discard(held: Held, folder: str) -> None:
 
 def remove_unused(held: Held, pivots: Sequence[Pivot]) -> None:
     """New leaves that nothing was written to go; one that is anything else stays, and is told."""
+    folders = parent_folders(registry.load_for_change(held).spec)
     for one in pivots:
         if not os.path.lexists(one.child):
             continue
         problem = None
-        if os.path.islink(one.child) or not stands_on(one.child, one.frozen):
+        if os.path.islink(one.child) or not stands_on(one.child, one.frozen, folders):
             problem = f"does not stand on {one.frozen}"
-        elif not is_unused(one.child, _options_on(one.frozen)):
+        elif not is_unused(one.child, options_on(one.frozen, folders)):
             problem = "holds data"
         if problem is None:
             remove_image(one.child, held)
         else:
             add_event(held.machine.events, "snapshot-left", problem=f"{problem}, and stays", path=one.child)
-
-
-def _options_on(frozen: str) -> vhdkit.OpenOptions:
-    return vhdkit.OpenOptions(parent_dirs=(os.path.dirname(frozen),), allow_raw_parent=True)
 
 
 def adopt(
@@ -174,7 +172,7 @@ def adopt(
 
     `must`: the guest wrote to them, so one that is missing is an error. Raises Refused, StoreFailed, VmmError.
     """
-    there = []
+    there, folders = [], parent_folders(registry.load_for_change(held).spec)
     for one in pivots:
         if ids is None and not os.path.lexists(one.child):
             if must:
@@ -184,7 +182,7 @@ def adopt(
                     hint=f"put it back; vmm repair {held.name} shows what there is",
                 )  # fmt: skip
             continue
-        if ids is None and (os.path.islink(one.child) or not stands_on(one.child, one.frozen)):
+        if ids is None and (os.path.islink(one.child) or not stands_on(one.child, one.frozen, folders)):
             raise Refused(
                 f"does not stand on {one.frozen}, though it was made for {one.disk}", machine=held.name,
                 path=one.child, hint=f"vmm repair {held.name} shows what there is",

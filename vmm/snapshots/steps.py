@@ -30,7 +30,7 @@ from vmm.snapshots.journal import Commit, MergeLive, MergeOff, Pivot, SavedStep
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.snapshots.snapshot import Image
 from vmm.snapshots.store import Held, tree_path
-from vmm.snapshots.survey import judge
+from vmm.snapshots.survey import judge, parent_folders
 from vmm.snapshots.tree import Tree
 from vmm.spec import DiskSpec, MachineSpec, read_spec
 
@@ -55,9 +55,8 @@ def options_of(disk: DiskSpec) -> vhdkit.OpenOptions:
 
 def options_of_all(spec: MachineSpec) -> vhdkit.OpenOptions:
     """How any chain of the machine's is opened: with all folders that one of its disks allows."""
-    folders = [folder for disk in spec.disks for folder in disk.parent_dirs]
     raw = any(disk.allow_raw_parent or disk.format == "raw" for disk in spec.disks)
-    return vhdkit.OpenOptions(parent_dirs=tuple(dict.fromkeys(folders)), allow_raw_parent=raw)
+    return vhdkit.OpenOptions(parent_dirs=parent_folders(spec), allow_raw_parent=raw)
 
 
 def pivots_for(spec: MachineSpec, tree: Tree, frozen: Mapping[str, str]) -> list[Pivot]:

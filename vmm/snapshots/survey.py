@@ -36,6 +36,11 @@ def images_of(spec: MachineSpec) -> dict[str, str]:
     return {disk.id: disk.path for disk in spec.disks if disk.is_writable_image and disk.path is not None}
 
 
+def parent_folders(spec: MachineSpec) -> tuple[str, ...]:
+    """The folders in which one of the machine's images may have parents, besides its own."""
+    return tuple(dict.fromkeys(folder for disk in spec.disks for folder in disk.parent_dirs))
+
+
 def survey(machine: Machine, tree: Tree) -> Survey:
     """Look for all that stands on the tree's images or uses them. Raises StoreFailed, AccessDenied."""
     found = Survey()
@@ -90,8 +95,9 @@ def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule
     if not tree.images:
         return rule.Plan()
     found = survey(machine, tree)
+    folders = parent_folders(machine.spec)
     ours = {path: one for path, one in tree.images.items() if one.ours and path not in proved}
-    doubts = {path: why for path, one in ours.items() if (why := doubt(path, one)) is not None}
+    doubts = {path: why for path, one in ours.items() if (why := doubt(path, one, folders)) is not None}
     plan = rule.plan(
         tree.images, frozen=tree.frozen(), live=images_of(machine.spec).values(),
         foreign=found.foreign, held=found.held | set(doubts),

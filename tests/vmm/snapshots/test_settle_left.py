@@ -21,7 +21,7 @@ from vmm.backup_note import Stacked, child_name, has_note, write_note
 from vmm.errors import Refused, VmmError
 from vmm.registry import Machine
 from vmm.snapshots.journal import Apply, CreateLive, CreateOff, Pivot
-from vmm.snapshots.steps import child_path
+from vmm.snapshots.steps import child_path, options_of_all
 from vmm.snapshots.store import holding, load_tree
 from vmm.state import note_running, note_unclean
 from vmm.transfer import export
@@ -33,7 +33,7 @@ def by_backup(machine: Machine, frozen: str) -> str:
     """A backup whose children take the writes."""
     child = child_name(frozen)
     write_note(machine.paths, {"disk-0": Stacked(frozen, child)})
-    vhdkit.create_child(child, frozen)
+    vhdkit.create_child(child, frozen, options=options_of_all(machine.spec))
     return child
 
 
@@ -43,7 +43,7 @@ def by_create(machine: Machine, frozen: str) -> str:
     folder = machine.paths.folder + f"/snaps/{snapshot_id}"
     with holding(machine.paths, machine.name) as held:
         held.begin(CreateLive(folder, (Pivot("disk-0", frozen, child, "vhd"),), pivoted=True))
-    vhdkit.create_child(child, frozen)
+    vhdkit.create_child(child, frozen, options=options_of_all(machine.spec))
     os.makedirs(f"{folder}.part")
     Path(f"{folder}.part", f"{snapshot_id}.bin").write_bytes(b"half")
     return child
@@ -109,6 +109,39 @@ def test_every_verb_settles_first(machines: Machines, verb: str, left: Left) -> 
     with vhdkit.open_disk(str(machine.spec.disks[0].path)) as disk:
         assert hashlib.sha256(disk.read(0, DISK_BYTES)).hexdigest() == expected
     assert not list(Path(machine.paths.folder).rglob("*.part")), "no memory of a snapshot that is none is left"
+
+
+def by_create_off(machine: Machine, frozen: str) -> str:
+    """A snapshot of a machine that is off, whose new leaf was just made."""
+    child, folder = child_path(frozen), f"{machine.paths.folder}/snaps/{uuid.uuid4()}"
+    with holding(machine.paths, machine.name) as held:
+        held.begin(CreateOff(folder, (Pivot("disk-0", frozen, child, "vhd"),)))
+    vhdkit.create_child(child, frozen, options=options_of_all(machine.spec))
+    return child
+
+
+@pytest.mark.parametrize("left", [by_backup, by_create, by_create_off])
+def test_a_golden_image_in_a_folder_of_its_own(machines: Machines, left: Left) -> None:
+    """What was cut short is settled, too, where the disk's base lies in a folder that the disk allows: new leaves
+    that hold something are the machine's disks, unused ones go, and merges get on."""
+    golden, own = machines.folder / "golden", machines.folder / "own"
+    golden.mkdir()
+    own.mkdir()
+    vhdkit.create_image(golden / "base.vhd", DISK_BYTES)
+    vhdkit.clone(golden / "base.vhd", [own / "web.avhd"])
+    manager.create("web", disks=[vmm.DiskWish(str(own / "web.avhd"), parent_dirs=(str(golden),))])
+    newest = left(registry.load("web"), str(own / "web.avhd"))
+    is_used = left is not by_create_off
+    if is_used:
+        options = options_of_all(registry.load("web").spec)
+        with vhdkit.open_disk(newest, writable=True, options=options) as disk:
+            disk.write(8192, b"flushed last" * 100)
+    info = manager.show("web")
+    assert info.spec is not None and info.spec.disks[0].path == (newest if is_used else str(own / "web.avhd"))
+    assert os.path.exists(newest) == is_used
+    now = machines.now("web")
+    machines.merge("web")
+    assert machines.now("web") == now and os.listdir(own) == ["web.avhd"]
 
 
 def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machines) -> None:
