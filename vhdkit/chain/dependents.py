@@ -292,27 +292,17 @@ class _Search:
     def look_at_marks(self, parent: _Parent) -> None:
         """Look at the children that left a mark beside the image. A record that cannot be read counts as one."""
         try:
-            record = marks.read_record(parent.path)
+            found, is_of_here = marks.marks_about(parent.path)
         except errors.VhdkitError as error:
             path = error.path or marks.record_path(parent.path)
             parent.children[path] = Dependent(path, error.problem, error.hint)
             return
-        if record.parent_path != parent.path and self._is_copy(record.parent_path, parent):
-            parent.dropped = len(record.marks)
-            return
-        for mark in record.marks:
+        parent.dropped += not is_of_here
+        for mark in found:
             if mark.parent_id == parent.unique_id and self._holds(mark, parent):
                 parent.kept.append(mark)
             else:
                 parent.dropped += 1
-
-    def _is_copy(self, original: str, parent: _Parent) -> bool:
-        """True when the image that the marks were left at is there still, and this one is a copy of it."""
-        try:
-            with open_regular(original) as store:
-                return store.identity != parent.identity and unique_id(store) == parent.unique_id
-        except errors.VhdkitError:
-            return False
 
     def _holds(self, mark: Mark, parent: _Parent) -> bool:
         """Look at the child that a mark names; False when it does not stand on the image any more."""

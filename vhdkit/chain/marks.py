@@ -18,11 +18,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vhdkit import errors
-from vhdkit.beneath import trail_of
+from vhdkit.beneath import open_regular, trail_of
+from vhdkit.chain.pending import view
 from vhdkit.errors import printable
 from vhdkit.folder import (
     NewFile,
@@ -168,7 +169,7 @@ def _leave(parent_path: str, mark: Mark) -> str | None:
     problem = None
     try:
         with record_held(path):
-            marks = _about(parent_path)
+            marks, _ = marks_about(parent_path)
             if mark not in marks:
                 marks = [one for one in marks if (one.path, one.parent_id) != (mark.path, mark.parent_id)]
                 if len(marks) >= MAX_MARKS:
@@ -185,13 +186,48 @@ def _leave(parent_path: str, mark: Mark) -> str | None:
 
 def _take_back(parent_path: str, mark: Mark) -> None:
     with contextlib.suppress(errors.VhdkitError), record_held(record_path(parent_path)):
-        _replace(parent_path, [one for one in _about(parent_path) if one != mark])
+        _replace(parent_path, [one for one in marks_about(parent_path)[0] if one != mark])
 
 
-def _about(parent_path: str) -> list[Mark]:
-    """The marks that were left at this very image, not those that came with a copy of its record."""
-    record = read_record(parent_path)
-    return list(record.marks) if record.parent_path == real_path(parent_path) else []
+def marks_about(parent_path: str) -> tuple[list[Mark], bool]:
+    """The marks that may be about the image at `parent_path`, and whether its record was left for that very place.
+
+    Where the image was moved, or copied, its children may have come along: they are sought where they now lie to it as
+    they did before. The children of the original are none of a copy's. Raises as `read_record` does.
+    """
+    record, real = read_record(parent_path), real_path(parent_path)
+    if record.parent_path == real:
+        return list(record.marks), True
+    is_copy, found = _is_copy(record.parent_path, real), []
+    for mark in record.marks:
+        came = _came_along(mark, record.parent_path, real)
+        if not is_copy and (came is None or exists(mark.path)):
+            found.append(mark)
+        found += [came] if came is not None else []
+    return found, False
+
+
+def _is_copy(original: str, parent_path: str) -> bool:
+    """True when the image that the marks were left at is there still, and the one at `parent_path` is another file."""
+    try:
+        with open_regular(original) as store, open_regular(parent_path) as parent:
+            return store.identity != parent.identity and image_id(view(store)) == image_id(view(parent))
+    except errors.VhdkitError:
+        return False
+
+
+def _came_along(mark: Mark, old_parent: str, new_parent: str) -> Mark | None:
+    """The mark of a child that lies to the parent's new place as it did to the old one; None where there is none."""
+    path = os.path.relpath(mark.path, os.path.dirname(old_parent))
+    path = os.path.normpath(os.path.join(os.path.dirname(new_parent), path))
+    if path == mark.path or not is_file_name(path):
+        return None
+    try:
+        with open_regular(path) as store:
+            is_it = image_id(view(store)) == mark.unique_id
+        return replace(mark, path=path, trail=trail_of(os.path.dirname(path))) if is_it else None
+    except errors.VhdkitError:
+        return None
 
 
 def keep_only(parent_path: str, wanted: Sequence[Mark]) -> None:

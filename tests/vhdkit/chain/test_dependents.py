@@ -500,3 +500,36 @@ def test_a_mark_survives_a_look_between_mark_and_child(farm: Farm, tmp_path: Pat
         patch.setattr(snapshot, "commit_all", tidied)
         vhdkit.clone(farm.gold, [new])
     assert str(new) in farm.marked()
+
+
+def test_a_tree_that_is_renamed_or_copied_keeps_its_children(farm: Farm, tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: clones that move, or are copied, together with their base still count for it."""
+    tree, moved, copied = (tmp_path / name for name in ("tree", "moved", "copied"))
+    tree.mkdir()
+    for name in ("gold", "vms"):
+        (tmp_path / name).rename(tree / name)
+    tree.rename(moved)
+    farm.gold = moved / "gold/g.vhd"
+    with pytest.raises(errors.HasChildren, match=r"moved/vms/a/a\.avhd and 1 more"):
+        farm.write_to_gold()
+    (moved / "vms/c").mkdir()
+    vhdkit.clone(farm.gold, [moved / "vms/c/c.avhd"])
+    assert farm.marked() == [str(moved / f"vms/{one}/{one}.avhd") for one in "abc"]
+    shutil.copytree(moved, copied)
+    for child in "abc":
+        shutil.rmtree(moved / "vms" / child)
+    farm.write_to_gold()
+    farm.gold = copied / "gold/g.vhd"
+    with pytest.raises(errors.HasChildren, match=r"copied/vms/a/a\.avhd and 2 more"):
+        farm.write_to_gold()
+
+
+def test_a_base_that_was_moved_keeps_its_marks_when_it_is_cloned_again(farm: Farm, tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: a new clone of a base that moved does not make the older ones forgotten."""
+    farm.gold.parent.rename(tmp_path / "elsewhere")
+    farm.gold = tmp_path / "elsewhere/g.vhd"
+    (tmp_path / "vms/c").mkdir()
+    vhdkit.clone(farm.gold, [tmp_path / "vms/c/c.avhd"])
+    assert farm.marked() == [str(tmp_path / f"vms/{one}/{one}.avhd") for one in "abc"]
+    with pytest.raises(errors.HasChildren, match="and 2 more"):
+        farm.write_to_gold()
