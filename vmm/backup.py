@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmm.backup_note import Stacked, child_name, has_note, read_note, remove_note, write_note
@@ -76,11 +77,15 @@ def make_part(target: str, name: str) -> str:
 
 
 async def copy_disks(
-    spec: MachineSpec, disks: list[DiskSpec], target: str, progress: Progress, ended: asyncio.Event | None = None
+    spec: MachineSpec,
+    disks: list[DiskSpec],
+    target: str,
+    progress: Progress,
+    ended: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Copy these images and the definition into a new folder; {"folder", "disks": {id: path}}.
 
-    `ended`: give up when this is set. Raises StoreFailed and its like; nothing is left then.
+    `ended`: give up when this says so. Raises StoreFailed and its like; nothing is left then.
     """
     part = make_part(target, spec.name)
     try:
@@ -101,7 +106,7 @@ async def copy_disks(
     return {"folder": target, "disks": copies}
 
 
-async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: asyncio.Event | None) -> None:
+async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callable[[], bool]) -> None:
     assert disk.path is not None
     words = ["convert", disk.path, copy, "--to", "dynamic", "--json"]
     words += _parent_words(disk)
@@ -119,8 +124,8 @@ async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: asyncio
         while not talking.done():
             await asyncio.wait({talking}, timeout=_LOOK_SECONDS)
             progress({"step": f"copying {disk.id}"})
-            if ended is not None and ended.is_set():
-                raise WrongState("was switched off while it was copied")
+            if ended():
+                raise WrongState("was switched off while it was copied, or stops with its host")
     finally:
         if not talking.done():
             process.terminate()
@@ -170,12 +175,15 @@ class Backup:
                 write_note(running.machine, {disk.id: Stacked(str(disk.path), children[disk.id]) for disk in written})
             try:
                 consistent = await self._freeze(children) if children else True
-                result = await copy_disks(running.spec, disks, target, progress, running.exited)
+                result = await copy_disks(running.spec, disks, target, progress, self._is_over)
             finally:
                 if not running.exited.is_set():
                     await self.merge_away(progress)
         running.tell("backed-up", folder=target, consistent=consistent)
         return {**result, "consistent": consistent}
+
+    def _is_over(self) -> bool:
+        return self._running.exited.is_set() or self._running.gives_way
 
     async def _freeze(self, children: dict[str, str]) -> bool:
         """All disks at one moment, the guest's file systems written out where its agent can; True when it did."""

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from vmm import registry, saved
-from vmm.errors import TimedOut, VmmError
+from vmm.errors import InUse, TimedOut, VmmError
 from vmm.running import LOOK_SECONDS, End, Running
 from vmm.state import Phase, mark_leaving
 
@@ -32,6 +32,8 @@ SIGNAL_SECONDS = 75.0
 HOST_SECONDS = 600.0  # our own unit has 900, for all machines
 _IDLE_SHARE, _SAVE_SHARE = 0.2, 0.6  # of the time: to wait for another operation, and until saving is given up
 _OFF_SECONDS = 10.0  # what is kept for QEMU to write out its disks and end
+
+_GIVING_WAY = ("backup", "snapshot-merge")  # what they merge can be cancelled, and goes on another time
 
 Way = Callable[[float], Awaitable[None]]
 Rest = Callable[[], asyncio.Future[None] | None]
@@ -81,8 +83,9 @@ class Leaving:
             try:
                 await way(ends.get(name, began + seconds))
                 return word
-            except VmmError as error:
-                running.tell("stop-action-failed", action=name, problem=error.problem)
+            except Exception as error:  # the next way has to be tried whatever this was
+                problem = error.problem if isinstance(error, VmmError) else f"internal error: {error!r}"
+                running.tell("stop-action-failed", action=name, problem=problem)
         return "failed"
 
     def _action(self) -> str:
@@ -92,8 +95,12 @@ class Leaving:
         return self._running.spec.automatic.stop
 
     async def _wait_ready(self, deadline: float, after: Rest) -> None:
-        """Until the machine has started and does nothing else, or the time for that is over."""
+        """Until the machine has started and does nothing else, or the time for that is over.
+
+        Backups and merges, which may take hours, are given up.
+        """
         running = self._running
+        running.gives_way = True
         while time.monotonic() < deadline and not running.exited.is_set():
             if running.note.phase is Phase.ENDED:
                 return
@@ -101,10 +108,20 @@ class Leaving:
             is_idle = running.note.operation is None and (rest is None or rest.done())
             if running.note.phase is Phase.RUNNING and is_idle and running.is_reachable:
                 return
+            if running.note.operation in _GIVING_WAY:
+                with contextlib.suppress(VmmError):
+                    await running.server.call("cancel")
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _save(self, deadline: float) -> None:
-        await self._saving.save(lambda document: None, give_up_at=deadline)
+        while True:
+            try:
+                await self._saving.save(lambda document: None, give_up_at=deadline)
+                return
+            except InUse:  # another operation is not done yet, such as a snapshot whose memory is being written
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _shut_down(self, deadline: float) -> None:
         seconds = deadline - time.monotonic()

@@ -83,7 +83,8 @@ class Running:
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_mending = False
-        self.is_leaving = False  # the host stops: nothing new is begun
+        self.gives_way = False  # the host stops: long work that can be done another time ends
+        self.is_leaving = False  # and from now on nothing new is begun
 
     # -- looking -------------------------------------------------------------------------------------------------
 

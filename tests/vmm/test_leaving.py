@@ -31,7 +31,7 @@ from vmm.automatic import starts_with_host, stop_machines
 from vmm.contact import Place
 from vmm.host import autostart
 from vmm.manager import Manager
-from vmm.proc import python_environment
+from vmm.proc import python_command, python_environment
 from vmm.registry import load
 from vmm.state import MachineState
 
@@ -163,3 +163,35 @@ def test_a_paused_machine_is_saved_paused(manager: Manager, tmp_path: Path) -> N
     manager.start("small")
     wait_whole()
     wait_state(manager, MachineState.PAUSED)
+
+
+def test_a_live_merge_gives_way(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: a live merge that would take an hour is given up, the machine is saved, and nothing is lost."""
+    make_machine(manager, tmp_path)
+    snapshots = manager.snapshots("small")
+    snapshots.create("a")
+    leaf = manager.show("small").spec.disks[0].path
+    assert leaf is not None
+    content = os.urandom(4 << 20)
+    with vhdkit.open_disk(leaf, writable=True) as disk:
+        disk.write(2 << 20, content)
+    manager.start("small")
+    wait_counting(manager)
+    snapshots.create("b")
+    snapshots.delete("a")
+    merge = python_command("vmm", "snapshot", "merge", "small", "--live", "--max-rate", "1K")
+    with subprocess.Popen(merge, env=python_environment(), stderr=subprocess.PIPE) as merging:
+        wait_until(lambda: manager.show("small").operation == "snapshot-merge", "it merges")
+        tell(("keeper", "worker", "server", "qemu"), signal.SIGTERM)
+        assert merging.wait(30) != 0
+    wait_gone()
+    assert manager.state("small") is MachineState.SAVED
+    assert "stop-action-failed" not in happened(manager)
+    before = last_tick(manager)
+    manager.start("small")
+    assert wait_counting(manager) > before and console(manager).count("BOOT-OK") == 1
+    manager.stop("small")
+    path = manager.show("small").spec.disks[0].path
+    assert path is not None
+    with vhdkit.open_disk(path) as disk:
+        assert disk.read(2 << 20, len(content)) == content

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmm.errors import NoSpace, TimedOut, VmmError, WrongState
+from vmm.errors import InUse, NoSpace, TimedOut, WrongState
 from vmm.leaving import Leaving
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.running import End, Running
@@ -23,12 +23,13 @@ from vmm.state import Phase, WorkerNote
 class Played:
     """A machine that only says what is done with it, and fails where it is told to."""
 
-    def __init__(self, folder: Path, action: str, failing: dict[str, VmmError]) -> None:
+    def __init__(self, folder: Path, action: str, failing: dict[str, Any]) -> None:
         (folder / "run").mkdir()
         self.machine, self.runtime = MachinePaths(str(folder / "m")), RuntimePaths(str(folder / "run"))
         self.spec = make_spec(name="web", automatic={"stop": action})
         self.note = WorkerNote(phase=Phase.RUNNING)
-        self.is_reachable, self.is_leaving = True, False
+        self.is_reachable, self.is_leaving, self.gives_way = True, False, False
+        self.server = self
         self.exited = asyncio.Event()
         self.failing = failing
         self.did: list[str] = []
@@ -53,6 +54,10 @@ class Played:
         self.given["shut-down"] = seconds
         self._do("shut-down")
 
+    async def call(self, method: str) -> None:
+        assert method == "cancel" and self.gives_way
+        self.note.operation = None
+
     async def stop(self) -> None:
         self._do("turn-off")
 
@@ -64,7 +69,7 @@ class Played:
 
 
 def leave(
-    folder: Path, action: str, failing: dict[str, VmmError], before: Callable[[Played], None] = lambda played: None
+    folder: Path, action: str, failing: dict[str, Any], before: Callable[[Played], None] = lambda played: None
 ) -> tuple[str, Played]:
     """(what was said to be done, the machine)."""
 
@@ -91,7 +96,7 @@ def leave(
         ("shut-down", {"shut-down": WrongState("is paused")}, "turned off", ["shut-down", "turn-off"]),
     ],
 )  # fmt: skip
-def test_ways(tmp_path: Path, action: str, failing: dict[str, VmmError], word: str, did: list[str]) -> None:
+def test_ways(tmp_path: Path, action: str, failing: dict[str, Any], word: str, did: list[str]) -> None:
     """INV-STOP-ACTION: what cannot be saved is shut down, what does not shut down is turned off, all in the time."""
     done, played = leave(tmp_path, action, failing)
     assert (done, played.did) == (word, did)
@@ -101,15 +106,43 @@ def test_ways(tmp_path: Path, action: str, failing: dict[str, VmmError], word: s
 
 
 def test_another_operation_is_waited_for_and_then_not(tmp_path: Path) -> None:
-    """INV-STOP-ACTION: a backup that does not end in time does not keep the machine from stopping."""
+    """INV-STOP-ACTION: a snapshot that does not end in time does not keep the machine from stopping."""
 
     def busy(played: Played) -> None:
-        played.note.operation = "backup"
+        played.note.operation = "snapshot"
 
     began = time.monotonic()
     done, played = leave(tmp_path, "save", {"save": WrongState("busy")}, busy)
     assert (done, played.did) == ("shut down", ["save", "shut-down"])
     assert 1.9 < time.monotonic() - began < 9.0
+
+
+@pytest.mark.parametrize("operation", ["snapshot-merge", "backup"])
+def test_what_can_be_done_another_time_gives_way(tmp_path: Path, operation: str) -> None:
+    """INV-STOP-ACTION: a merge or a backup that takes hours is given up, and the machine is saved at once."""
+
+    def busy(played: Played) -> None:
+        played.note.operation = operation
+
+    began = time.monotonic()
+    done, played = leave(tmp_path, "save", {}, busy)
+    assert (done, played.did) == ("saved", ["save"]) and time.monotonic() - began < 2
+
+
+def test_an_operation_that_takes_longer_is_waited_for(tmp_path: Path) -> None:
+    """INV-STOP-ACTION: as long as there is time to save, the end of another operation is waited for."""
+
+    def busy(played: Played) -> None:
+        asyncio.get_running_loop().call_later(0.3, played.failing.clear)
+
+    done, played = leave(tmp_path, "save", {"save": InUse("is busy with another operation: snapshot")}, busy)
+    assert done == "saved" and set(played.did) == {"save"} and len(played.did) > 1
+
+
+def test_an_error_that_is_none_of_ours(tmp_path: Path) -> None:
+    """INV-STOP-ACTION: whatever goes wrong on one way, the next one is tried."""
+    done, played = leave(tmp_path, "save", {"save": OSError(5, "broken")}, lambda played: None)
+    assert (done, played.did) == ("shut down", ["save", "shut-down"])
 
 
 def test_a_machine_that_has_ended_by_itself(tmp_path: Path) -> None:
