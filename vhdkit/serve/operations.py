@@ -378,7 +378,8 @@ def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
         )
     options = wanted.manner.options
     folders = tuple(confined.folder(folder) for folder in options.parent_dirs)
-    manner = replace(wanted.manner, options=replace(options, parent_dirs=folders))
+    known = tuple(confined.image(image) for image in options.known_images)  # each of them is opened, too
+    manner = replace(wanted.manner, options=replace(options, parent_dirs=folders, known_images=known))
     return replace(wanted, path=confined.image(wanted.path), manner=manner)
 
 

@@ -325,6 +325,7 @@ def test_strangers_are_confined(tmp_path: Path) -> None:
             {"name": "x", "path": str(inside / "more.vhd"), "parent_dirs": [str(outside)]},
             {"name": "x", "path": str(inside / "more.vhd"), "parent_dirs": [str(inside / "way")]},
             {"name": "x", "path": str(inside / "more.vhd"), "follow_leaf": True},
+            {"name": "x", "path": str(inside / "more.vhd"), "known_images": [str(outside / "secret.vhd")]},
         ]
         for params in refused:
             with pytest.raises(errors.AccessDenied):
