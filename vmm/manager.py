@@ -37,6 +37,7 @@ from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
+from vmm.snapshots.survey import refuse_older
 from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
 from vmm.state import MachineState, is_clean, processes_of
 
@@ -466,6 +467,7 @@ class Manager:
             if client is not None:
                 raise WrongState("was started just now", machine=name, hint="try again")
             disks = backup.disks_to_copy(machine.spec)
+            refuse_older(machine, load_tree(machine.paths))
             told = progress or (lambda document: None)
             copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))
             # A saved machine's file systems are in use, and those of one that died were.

@@ -34,6 +34,7 @@ from vmm.snapshots.memory import SnapshotFolder, copy_file
 from vmm.snapshots.settle import settle
 from vmm.snapshots.steps import chain_of, options_of_all, store_problem
 from vmm.snapshots.store import holding
+from vmm.snapshots.survey import refuse_older
 from vmm.snapshots.tree import Snapshot, Tree
 from vmm.spec import DiskSpec, MachineSpec
 from vmm.state import MachineState
@@ -81,6 +82,8 @@ def export(
             )  # fmt: skip
         with holding(machine.paths, name) as held:
             machine = settle(held) if is_still else registry.load_for_change(held)
+            if snapshot is None:
+                refuse_older(machine, held.tree)
             part = make_part(target, name)
             try:
                 work = _Export(machine, held.tree, part, progress or (lambda document: None))

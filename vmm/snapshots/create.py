@@ -25,7 +25,7 @@ from vmm.snapshots.memory import SnapshotFolder, folder_of
 from vmm.snapshots.settle import settle, taken_back
 from vmm.snapshots.steps import check_chains, commit, commit_to, options_of_all, pivoted, pivots_for
 from vmm.snapshots.store import Held, holding
-from vmm.snapshots.survey import images_of
+from vmm.snapshots.survey import images_of, refuse_older
 from vmm.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
 from vmm.spec import MachineSpec
 from vmm.state import is_clean
@@ -66,6 +66,7 @@ def create(machine: Changing, wish: Wish) -> Snapshot:
     """
     with holding(machine.paths, machine.name) as held:
         machine = settle(held)
+        refuse_older(machine, held.tree)
         is_saved = saved.is_saved(machine.paths)
         snapshot, pivots = begin(held, machine.spec, wish, "saved" if is_saved else "off")
         snapshot = replace(snapshot, consistent=is_clean(machine.paths) and not is_saved)

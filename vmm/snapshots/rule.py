@@ -12,6 +12,8 @@ froze, that the machine does not write to, and that no other machine uses, is ju
 
     two or more    it stays, hidden: two merges would need the space twice. It is judged again when one of them goes
 
+What stands on an image that the machine writes to may be newer than its definition (`repair`): it stays as it is.
+
 So nothing is ever merged into an image that anybody still needs as it is. Merges follow each other in one step: where
 (B) and (C) both are deleted, D goes into B.
 
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 
 from vmm.snapshots.tree import Image
 
+NEWER = "it stands on the image that the machine writes to, and may hold what was written last (vmm repair)"
 FOREIGN = "an image that was not made by vmm for this machine stands on it"
 
 
@@ -64,13 +67,14 @@ def plan(
     are none of `images`; `held`: images that other machines use themselves.
     """
     foreign = foreign or {}
-    pinned = {*frozen, *held}
-    needed = {*pinned, *live}
+    pinned, live = {*frozen, *held}, set(live)
+    newer = _standing_on(live, images) - pinned
+    needed = {*pinned, *live, *newer}
     left = dict(images)
     unlink = _removable(left, needed, foreign)
     dependants = _dependants(left)
     mergeable: dict[str, str] = {}  # an image -> the one that goes into it
-    kept: dict[str, str] = {}
+    kept = dict.fromkeys(newer, NEWER)
     for path in left:
         if path in needed:
             continue
@@ -88,6 +92,15 @@ def plan(
     merges = tuple(_run(path, mergeable) for path in mergeable if path not in mergeable.values())
     forget = tuple(path for path, one in left.items() if not one.ours and not dependants[path] and path not in pinned)
     return Plan(tuple(unlink), merges, kept, forget)
+
+
+def _standing_on(live: Collection[str], images: Mapping[str, Image]) -> set[str]:
+    """The images above those that the machine writes to: a machine that is in order has none."""
+    found: set[str] = set()
+    step = set(live)
+    while step := {path for path, one in images.items() if one.parent in step and path not in found}:
+        found |= step
+    return found - set(live)
 
 
 def _removable(left: dict[str, Image], needed: set[str], foreign: Mapping[str, Collection[str]]) -> list[str]:

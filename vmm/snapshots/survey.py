@@ -13,9 +13,12 @@ from dataclasses import dataclass, field, replace
 
 import vhdkit
 from vmm import known_images, registry
+from vmm.backup_note import is_child_name
+from vmm.errors import Refused
 from vmm.kvm.drives import store_error
 from vmm.registry import Machine
 from vmm.snapshots import rule
+from vmm.snapshots.journal import OWN_NAME
 from vmm.snapshots.proof import doubt
 from vmm.snapshots.store import has_tree, load_tree
 from vmm.snapshots.tree import Tree
@@ -75,6 +78,31 @@ def survey(machine: Machine, tree: Tree) -> Survey:
         if strangers:
             found.foreign[path] = strangers
     return found
+
+
+def refuse_older(machine: Machine, tree: Tree) -> None:
+    """Raise Refused for a machine whose definition names an image on which a newer one of its own stands.
+
+    Newer ones are those that vmm made, for this machine as far as is known. Copied, or frozen once more, the older one
+    would pass for the present state. Raises StoreFailed.
+    """
+    paths = [path for path in images_of(machine.spec).values() if os.path.exists(path)]
+    try:
+        families = vhdkit.find_children(paths)
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+    children = {child: path for path, family in families.items() for child in family}
+    if not children:
+        return
+    known = known_images.look().by_machine
+    others = frozenset().union(*(images for name, images in known.items() if name != machine.name))
+    for child, path in children.items():
+        is_own = child in tree.images or OWN_NAME.fullmatch(os.path.basename(child)) or is_child_name(child)
+        if is_own and os.path.realpath(child) not in others:
+            raise Refused(
+                f"{child} stands on it, and may hold what was written last", machine=machine.name, path=path,
+                hint=f"vmm repair {machine.name} shows whether that is the newest image, and takes it on",
+            )  # fmt: skip
 
 
 def _stands_on(child: str, parent: str, folders: tuple[str, ...]) -> bool:

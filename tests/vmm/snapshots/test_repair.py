@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from vmm.kvm.drives import store_error
 from vmm.snapshots.journal import CreateLive, Pivot
 from vmm.snapshots.steps import child_path
 from vmm.snapshots.store import holding, load_tree
+from vmm.transfer import export
 
 manager = vmm.Manager()
 
@@ -137,6 +139,47 @@ def test_what_cannot_be_settled(machines: Machines) -> None:
         manager.repair("web")
     manager.repair("web", give_up_missing=True)
     assert manager.show("web").spec is not None and load_tree(registry.load("web").paths).journal is None
+
+
+OLDER: dict[str, Callable[[Machines], object]] = {
+    "snapshot create": lambda machines: manager.snapshots("web").create("b"),
+    "backup": lambda machines: manager.backup("web", str(machines.folder / "copy")),
+    "export": lambda machines: export("web", str(machines.folder / "out")),
+    "flat export": lambda machines: export("web", str(machines.folder / "out"), flat=True),
+}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("verb", OLDER)
+def test_the_older_image_does_not_pass_for_the_present(machines: Machines, verb: str, known: bool) -> None:
+    """While a newer image stands on the one that the definition names, it is neither copied nor frozen once more."""
+    frozen, newest, expected = orphaned(machines, known=known)
+    with pytest.raises(Refused, match="may hold what was written last") as refused:
+        OLDER[verb](machines)
+    assert newest in refused.value.problem and "vmm repair web" in str(refused.value.hint) and leaf_of() == frozen
+    manager.repair("web")
+    OLDER[verb](machines)
+    assert machines.now("web") == expected
+
+
+def test_a_newer_image_survives_deletions(machines: Machines) -> None:
+    """INV-DELETE-RULE: images above the one that the definition names stay when snapshots are deleted and merged."""
+    machines.create().create("a")
+    frozen = vhdkit.chain_paths(leaf_of())[1]
+    web = manager.snapshots("web")
+    web.create("b")
+    newest = leaf_of()
+    machines.write("web", 8192, b"written last" * 40)
+    expected = machines.now("web")
+    name_in_definition(frozen)
+    for name in ("a", "b"):
+        web.delete(name)
+        machines.merge("web")
+    assert os.path.exists(newest) and "vmm repair" in web.hidden()[newest]
+    manager.repair("web")
+    assert leaf_of() == newest and machines.now("web") == expected
+    machines.merge("web")
+    assert machines.now("web") == expected and machines.images() == {"web-0.vhd"}
 
 
 def test_command_line(machines: Machines) -> None:
