@@ -6,8 +6,9 @@ temporary folder, beside decoys: links out of it, a pipe, a folder with an image
 the right ids. Tried: describe_chain, check, open_disk, reads, extents, snapshot, clone, collect_garbage,
 repairing the leaf, and writing to it.
 
-Also watched, through Python's audit events: nothing outside the allowed folders is opened or listed, nothing but
-the leaf is opened for writing, and no pipe is opened at all (DESIGN.md, "Untrusted images").
+Also watched, through Python's audit events: nothing outside the allowed folders is opened or listed (but for the
+folders above an image that is to be changed: its children are looked for there), nothing but the leaf is opened for
+writing, and no pipe is opened at all.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 from fuzz import recipe
 from fuzz.loop import main
 from fuzz.mutate import mutate_bytes
 from vhdkit import VhdkitError, check, clone, collect_garbage, open_disk, repair, snapshot
+from vhdkit.chain import marks
 from vhdkit.chain.describe import describe_chain
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.units import KIB
@@ -44,31 +47,58 @@ _TEXTS = (
 
 
 class Watch:
-    """What Python opens and lists while armed. Audit hooks cannot be removed, so there is one, made once."""
+    """What Python opens and lists while armed. Audit hooks cannot be removed, so there is one, made once.
+
+    An audit event has no word of `dir_fd`, so `os.open` is another function meanwhile, which says it.
+    """
 
     def __init__(self) -> None:
         self.armed = False
         self.events: list[tuple[str, str, int]] = []
+        self._beneath: int | None = None
+        self._open = os.open
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: tuple[object, ...]) -> None:
         if not self.armed or event not in ("open", "os.listdir", "os.scandir"):
             return
-        path = args[0] or os.curdir
+        path = os.curdir if args[0] is None else args[0]
+        if isinstance(path, int):
+            path = f"/proc/self/fd/{path}"
         if not isinstance(path, str | bytes | os.PathLike):
-            return  # a descriptor that is open already
+            return
         flags = args[2] if event == "open" and len(args) > 2 and isinstance(args[2], int) else 0
-        self.events.append((event, os.fsdecode(path), flags))
+        self.events.append((event, place_of(os.fsdecode(path), flags, self._beneath), flags))
+
+    def _open_beneath(
+        self, path: str | bytes | os.PathLike[str], flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+    ) -> int:
+        self._beneath = dir_fd
+        try:
+            return self._open(path, flags, mode, dir_fd=dir_fd)
+        finally:
+            self._beneath = None
 
     def during(self, work: Callable[[], None]) -> list[tuple[str, str, int]]:
-        """Do the work; returns what it touched."""
+        """Do the work; returns what it touched, by its real place."""
         self.events = []
         self.armed = True
         try:
-            work()
+            with mock.patch.object(os, "open", self._open_beneath):
+                work()
         finally:
             self.armed = False
         return self.events
+
+
+def place_of(path: str, flags: int, beneath: int | None) -> str:
+    """Which file an open with these flags is about, now: without links, but for a last one that is not followed."""
+    if beneath is not None:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{beneath}"), path)
+    if flags & os.O_NOFOLLOW:
+        folder, name = os.path.split(path)
+        return os.path.join(os.path.realpath(folder), name)
+    return os.path.realpath(path)
 
 
 @cache
@@ -117,29 +147,43 @@ def target(data: bytes) -> None:
     )
     path = str(leaf)
     allowed = [str(root), *extra]
-    for work in (_describe, _check, _read, _plan):
+    above = [str(folder) for folder in root.parents]
+    for work in (_describe, _check, _read):
         _judge(_watch().during(partial(work, path, options)), allowed, None)
+    _judge(_watch().during(partial(_plan, path, options)), allowed, None, above)
     _collect(root, path, options)
     if wanted.flags & recipe.WRITABLE:
-        _judge(_watch().during(partial(_repair, path, options)), allowed, path)
-        _judge(_watch().during(partial(_write, path, options)), allowed, path)
+        _judge(_watch().during(partial(_repair, path, options)), allowed, path, above)
+        _judge(_watch().during(partial(_write, path, options)), allowed, path, above)
 
 
-def _judge(events: list[tuple[str, str, int]], allowed: Sequence[str], leaf: str | None) -> None:
-    """Nothing outside, nothing but the leaf for writing, no pipe."""
+def _judge(
+    events: list[tuple[str, str, int]], allowed: Sequence[str], leaf: str | None, above: Sequence[str] = ()
+) -> None:
+    """Nothing outside, nothing but the leaf for writing, no pipe.
+
+    Whoever changes an image looks for children of it in the folders `above` it too, and at nothing below those.
+    """
     for event, path, flags in events:
-        real = os.path.realpath(path)
-        inside = any(os.path.commonpath((real, folder)) == folder for folder in allowed)
-        assert inside or path.endswith((".py", ".pyc")), f"{event} {path!r}: outside the allowed folders"
-        assert not flags & _WRITING or path == leaf or _is_record(path, leaf), f"{event} {path!r} for writing"
-        if event == "open" and os.path.exists(real):
-            assert not stat.S_ISFIFO(os.stat(real).st_mode), f"{path!r} is a pipe"
+        inside = any(os.path.commonpath((path, folder)) == folder for folder in allowed)
+        seen = inside or path in above or os.path.dirname(path) in above
+        assert seen or path.endswith((".py", ".pyc")), f"{event} {path!r}: outside the allowed folders"
+        may_write = leaf is not None and (path == leaf or _is_record(path, leaf) or (inside and _is_mark(path)))
+        assert may_write or not flags & _WRITING, f"{event} {path!r} for writing"
+        if event == "open" and not flags & os.O_PATH and os.path.exists(path):
+            assert not stat.S_ISFIFO(os.stat(path).st_mode), f"{path!r} is a pipe"
 
 
-def _is_record(path: str, leaf: str | None) -> bool:
+def _is_mark(path: str) -> bool:
+    """True for what a repaired child says of itself beside its parent, or a file on its way to be that."""
+    name = os.path.basename(path)
+    return name.endswith(f".vhdkit-{marks.KIND}") or (name.startswith(".vhdkit-") and name.endswith(".part"))
+
+
+def _is_record(path: str, leaf: str) -> bool:
     """True for a record beside the leaf, or a file on its way to be one."""
     folder, name = os.path.split(path)
-    return leaf is not None and folder == os.path.dirname(leaf) and name.startswith((".vhdkit-", ".leaf.vhd.vhdkit-"))
+    return folder == os.path.dirname(leaf) and name.startswith((".vhdkit-", ".leaf.vhd.vhdkit-"))
 
 
 def _plan(path: str, options: OpenOptions) -> None:

@@ -234,21 +234,28 @@ class Explorer:
             again = self._try(folder, disks, verb, f"{where}, recovered")
             if again is not None and _is_about_the_cut(again):
                 raise Wrong(f"{where}: the way out leads in a circle: {refusal}; then {again}")
-        for name, head in disks.items():
-            self._write(folder, disks, name, head, where)
+        for name in list(disks):
+            self._write(folder, disks, name, where)
 
-    def _write(self, folder: Path, disks: dict[str, Head], name: str, head: Head, where: str) -> None:
-        """The disk can be written, at once or where its leaf has become another file."""
-        for attempt in (0, 1):
+    def _write(self, folder: Path, disks: dict[str, Head], name: str, where: str) -> None:
+        """The disk can be written: at once, where its leaf has become another file, or once the way out was taken."""
+        refusal: vhdkit.VhdkitError | None = None
+        for attempt in range(3):
+            head = disks[name]
             try:
                 with vhdkit.open_disk(folder / head.path, writable=True) as disk:
                     disk.write(0, head.content[:SECTOR_SIZE])
                 return
             except vhdkit.VhdkitError as error:
+                refusal = error
                 self._follow(folder, disks, error)
-                if attempt or disks[name] is head:
-                    raise Wrong(f"{where}: in the end {name} cannot be written: {error}") from error
-                head = disks[name]
+                if disks[name] is not head:
+                    continue
+                if attempt or not _is_about_the_cut(error):
+                    break
+                disks.update(self._recover(folder, disks, where))
+                self._expect(folder, disks, (), f"{where}, recovered")
+        raise Wrong(f"{where}: in the end {name} cannot be written: {refusal}") from refusal
 
     def _try(self, folder: Path, disks: dict[str, Head], verb: str, where: str) -> vhdkit.VhdkitError | None:
         world = World(folder, dict(disks), f"{self.seed} after")

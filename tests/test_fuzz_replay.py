@@ -8,7 +8,9 @@ beyond a fixed part, a few times the bytes that its file stores. The long runs a
 
 from __future__ import annotations
 
+import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +129,33 @@ def test_touching_the_outside_is_reported() -> None:
         with pytest.raises(AssertionError):
             fuzz_chain._judge([event], ["/allowed"], None)
     fuzz_chain._judge([("open", "/allowed/leaf.vhd", 2)], ["/allowed"], "/allowed/leaf.vhd")
+    fuzz_chain._judge([("open", "/above/other.vhd", 0)], ["/above/allowed"], None, ["/above", "/"])
+    with pytest.raises(AssertionError):
+        fuzz_chain._judge([("open", "/above/outside/other.vhd", 0)], ["/above/allowed"], None, ["/above", "/"])
+
+
+def test_the_real_place_is_judged(tmp_path: Path) -> None:
+    """Self-test: a name beneath a descriptor, a descriptor's own name and a link are seen where they really lead."""
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "link").symlink_to("../secret")
+    (tmp_path / "secret").write_bytes(b"secret")
+    folder = os.open(tmp_path / "inside", os.O_RDONLY | os.O_DIRECTORY)
+    owned: list[int] = []
+
+    def work() -> None:
+        owned.append(os.open("../secret", os.O_PATH, dir_fd=folder))
+        owned.append(os.open(f"/proc/self/fd/{owned[0]}", os.O_RDONLY))
+        owned.append(os.open("link", os.O_PATH | os.O_NOFOLLOW, dir_fd=folder))
+        owned.append(os.open("link", os.O_RDONLY, dir_fd=folder))
+        os.listdir(folder)
+
+    try:
+        seen = [path for _, path, _ in fuzz_chain._watch().during(work)]
+    finally:
+        for fd in (folder, *owned):
+            os.close(fd)
+    real = os.path.realpath(tmp_path)
+    assert seen == [real + "/secret", real + "/secret", real + "/inside/link", real + "/secret", real + "/inside"]
 
 
 def test_sparse_input_means_its_file() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests import chain_reader, soak, soak_cut, soak_interrupted, soak_running, soak_snapshots
+from tests import chain_reader, soak, soak_cut, soak_interrupted, soak_remember, soak_running, soak_snapshots
 from tests.soak import SCENES, Scene, Work
 from tests.support import require_boot_sector_guest
+from vhdkit.chain import pending
 from vmm.snapshots import door
 
 
@@ -22,6 +23,20 @@ def test_kills_at_random_moments(name: str) -> None:
     killed as well now and then, finishes the work."""
     tally = soak.soak(SCENES[name], 2, kills=8)
     assert tally.recoveries > 0, tally
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_lost_answered_write_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool) -> None:
+    """INV-ANSWERED-SURVIVES: the `remember` scene fails for the sector when a frozen layer's notes are not written."""
+    monkeypatch.chdir(tmp_path)
+    soak_remember.prepare()
+    assert soak.run_killed(soak_remember.prepare_and_die, None)
+    if written:
+        soak_remember.look(True)
+        return
+    monkeypatch.setattr(pending, "write_noted", lambda store: None)
+    with pytest.raises(AssertionError, match="sector 8 is lost"):
+        soak_remember.look(True)
 
 
 @pytest.mark.kvm

@@ -91,7 +91,9 @@ class Disk:
 
     def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
         """Fill the writable, contiguous `buffer` from `offset_bytes`. Raises OutOfRange, IoFailed, InvalidArgument."""
-        if (
+        if type(buffer) is bytearray:
+            view = memoryview(buffer)
+        elif (
             type(buffer) is memoryview
             and buffer.format == "B"
             and buffer.ndim == 1
@@ -156,15 +158,21 @@ class Disk:
 
         Raises OutOfRange, ReadOnly, NoSpace, IoFailed, SyncFailed. After NoSpace the range may be partly written.
         """
-        if type(data) is memoryview and data.format == "B" and data.ndim == 1 and data.c_contiguous:
+        if type(data) is bytes or type(data) is bytearray:
+            view = memoryview(data)
+        elif type(data) is memoryview and data.format == "B" and data.ndim == 1 and data.c_contiguous:
             view = data
         else:
             view = _flat(data)
-        self._check_write(offset_bytes, len(view))
-        with self._write_lock.lock:
-            if (offset_bytes | len(view)) & SECTOR_MASK:
+        size, lock = len(view), self._write_lock
+        if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
+            self._check_write(offset_bytes, size)
+        if lock.is_mine():
+            self._refuse_reentry()
+        with lock.lock:
+            if (offset_bytes | size) & SECTOR_MASK:
                 self._write_unaligned(offset_bytes, view)
-            elif view:
+            elif size and not self._write_in_place(offset_bytes // SECTOR_SIZE, view):
                 self.chain.write(offset_bytes // SECTOR_SIZE, view)
         if fua:
             self.chain.flush()

@@ -334,13 +334,12 @@ class FileStore(Descriptor):
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
-        assert type(data) is not memoryview or data.nbytes == len(data)
         inside = self.inside
         try:
             inside.append(None)
             done = os.pwrite(self._fd, data, offset_bytes)
-            if done < len(data):
-                rest = memoryview(data)
+            if done != len(data):
+                rest = memoryview(data).cast("B")
                 while done < len(rest):
                     done += os.pwrite(self._fd, rest[done:], offset_bytes + done)
         except OSError as error:
