@@ -210,7 +210,11 @@ def read_tree(content: bytes, path: str) -> Tree:
         tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
         _check(tree)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise VmmError("is damaged: it holds no tree of snapshots", path=path) from error
+        raise VmmError(
+            "is damaged: it holds no tree of snapshots", path=path,
+            hint="put a copy of it back; or move it away, which forgets the snapshots and keeps their images, then: "
+            "vmm repair MACHINE",
+        ) from error  # fmt: skip
     return tree
 
 

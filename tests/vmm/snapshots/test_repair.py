@@ -182,6 +182,21 @@ def test_a_newer_image_survives_deletions(machines: Machines) -> None:
     assert machines.now("web") == expected and machines.images() == {"web-0.vhd"}
 
 
+def test_a_damaged_tree_can_be_moved_away(machines: Machines) -> None:
+    """What the refusal says works: without the damaged list the newest image is found, and none is gone."""
+    frozen, newest, expected = orphaned(machines, known=True)
+    tree_path = Path(registry.load("web").paths.folder, "snapshots.json")
+    tree_path.write_text('{"x":')
+    before = machines.images()
+    with pytest.raises(VmmError, match="is damaged") as damaged:
+        manager.repair("web")
+    assert "move it away" in str(damaged.value.hint) and "vmm repair" in str(damaged.value.hint)
+    tree_path.rename(tree_path.with_suffix(".damaged"))
+    manager.repair("web")
+    assert leaf_of() == newest and machines.now("web") == expected and machines.images() == before
+    assert frozen in vhdkit.chain_paths(newest)
+
+
 def test_command_line(machines: Machines) -> None:
     """It shows what was found; without --yes and a terminal nothing is done."""
     frozen, newest, _ = orphaned(machines)
