@@ -102,7 +102,7 @@ class Disk:
         ):
             view = buffer
         else:
-            view = memoryview(buffer) if type(buffer) is bytearray else _flat(buffer, writable=True)
+            view = _flat(buffer, writable=True)
         size = len(view)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
