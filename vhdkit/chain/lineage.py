@@ -8,7 +8,8 @@ Decides what is written down about a parent's state, and what is concluded from 
 
 A child is fine where its parent's state is the one it recorded, or the parent's note says that its state of now is
 still the child's generation: whoever of us changes a parent without changing what its children read (`same_content`)
-notes the new state under the old generation. Where a note is missing, as after most copying, or the parent is another
+notes the new state under the old generation; while it does, and where it was killed, there is no state to compare
+with. Where a note is missing, as after most copying, or the parent is another
 file by now, nothing is concluded. Nothing goes into the images themselves. The notes are no protection from somebody
 who means harm; they are for accidents.
 """
@@ -48,6 +49,10 @@ class _State(NamedTuple):
     inode: int
 
 
+# In place of a parent's state: a program of ours is changing the file, or was killed while it did. No file is like that.
+_CHANGING = _State(0, 0, 0)
+
+
 def _state_of(store: FileStore) -> _State:
     return _State(store.size(), store.modified_ns(), store.identity[1])
 
@@ -61,8 +66,9 @@ def _generation_of(store: FileStore) -> tuple[bytes, _State] | None:
     return (generation, _State(*_STATE.unpack_from(raw, _AT_PARENT.size))) if version == _VERSION else None
 
 
-def _note_generation(store: FileStore, generation: bytes) -> bool:
-    return write_attribute(store, _PARENT, _AT_PARENT.pack(_VERSION, generation) + _STATE.pack(*_state_of(store)))
+def _note_generation(store: FileStore, generation: bytes, state: _State | None = None) -> bool:
+    noted = _state_of(store) if state is None else state
+    return write_attribute(store, _PARENT, _AT_PARENT.pack(_VERSION, generation) + _STATE.pack(*noted))
 
 
 def record_parent(child: Store, parent: Store, parent_id: bytes) -> None:
@@ -75,7 +81,8 @@ def record_parent(child: Store, parent: Store, parent_id: bytes) -> None:
         return
     state = _state_of(base)
     known = _generation_of(base)
-    generation = known[0] if known is not None and known[1] == state else secrets.token_bytes(_GENERATION_SIZE)
+    is_known = known is not None and known[1] in (state, _CHANGING)
+    generation = known[0] if known is not None and is_known else secrets.token_bytes(_GENERATION_SIZE)
     if known is None or known[1] != state:
         generation = generation if _note_generation(base, generation) else _NO_GENERATION
     if not write_attribute(image, _CHILD, _AT_CHILD.pack(_VERSION, parent_id, generation) + _STATE.pack(*state)):
@@ -111,7 +118,7 @@ def was_written_since(child: Store, parent: Store, parent_id: bytes) -> bool:
     noted, state = _State(*_STATE.unpack_from(raw, _AT_CHILD.size)), _state_of(base)
     if version != _VERSION or noted_id != parent_id or noted == state or noted.inode != state.inode:
         return False
-    if generation != _NO_GENERATION and _generation_of(base) == (generation, state):
+    if generation != _NO_GENERATION and _generation_of(base) in ((generation, state), (generation, _CHANGING)):
         return False
     return not _is_half_changed(base)
 
@@ -123,16 +130,21 @@ def _is_half_changed(store: FileStore) -> bool:
 
 @contextlib.contextmanager
 def same_content(path: str) -> Iterator[None]:
-    """The block changes the file at `path`, but not what images that stand on it read: they need not be warned."""
+    """The block changes the file at `path`, but not what images that stand on it read: they need not be warned.
+
+    Whether it ends well, is interrupted or is killed: the note says so before the file changes.
+    """
     generation = None
     with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
         known = _generation_of(store)
-        if known is not None and (known[1] == _state_of(store) or _is_half_changed(store)):
-            generation = known[0]
-    yield
-    if generation is not None:
-        with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
-            _note_generation(store, generation)
+        if known is not None and (known[1] in (_state_of(store), _CHANGING) or _is_half_changed(store)):
+            generation = known[0] if _note_generation(store, known[0], _CHANGING) else None
+    try:
+        yield
+    finally:
+        if generation is not None:
+            with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
+                _note_generation(store, generation)
 
 
 def finding_of(child: Store, metadata: Metadata, parent: Store) -> Finding | None:

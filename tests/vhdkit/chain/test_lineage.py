@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.killing import killings
 from vhdkit import DiskFormat, OpenOptions, Severity
+from vhdkit.chain import lineage
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.live import Freezing
 from vhdkit.units import MIB
@@ -48,6 +51,12 @@ def write(path: Path, offset: int) -> None:
     """Write to a disk."""
     with vhdkit.open_disk(path, writable=True, options=RAW) as disk:
         disk.write(offset, b"x" * 4096)
+
+
+def digest(path: Path) -> bytes:
+    """The hash of all that a disk reads as."""
+    with vhdkit.open_disk(path, options=RAW) as disk:
+        return hashlib.sha256(disk.read(0, disk.size_bytes)).digest()
 
 
 def touch(path: Path) -> None:
@@ -161,6 +170,30 @@ def test_our_own_changes_hide_no_foreign_one(folder: Path, name: str) -> None:
     touch(base)
     OURS[name](base, child)
     assert codes(child) == {"parent-written"}
+
+
+def test_a_change_of_ours_that_is_killed_or_interrupted_is_no_news(folder: Path) -> None:
+    """Wherever a compaction of a parent ends, and when it is made again, its children read the same and say nothing."""
+    base, child = folder / "base.vhd", folder / "child.avhd"
+    vhdkit.create_image(base, 4 * MIB, block_size_bytes=512 << 10)
+    with vhdkit.open_disk(base, writable=True) as disk:
+        for block in range(3):  # the first one is to go
+            disk.write(block << 19, b"x" * 4096)
+        disk.write(0, bytes(4096))
+    vhdkit.create_child(child, base)
+    before, size = digest(child), base.stat().st_size
+    for _ in killings(lambda: vhdkit.compact(base)):
+        assert codes(child) <= {"change-unfinished"}
+    vhdkit.compact(base)
+    assert codes(child) == set() and base.stat().st_size < size
+    touch(base)
+    assert codes(child) == {"parent-written"}
+    vhdkit.rebase(child, base)
+
+    with pytest.raises(KeyboardInterrupt), lineage.same_content(str(base)):
+        touch(base)
+        raise KeyboardInterrupt
+    assert codes(child) == set() and digest(child) == before
 
 
 def test_a_live_snapshot_takes_the_leaf_as_it_was_frozen(folder: Path) -> None:
