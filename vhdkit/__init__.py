@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vhdkit.chain.compare import Comparison, compare
     from vhdkit.chain.convert import convert
     from vhdkit.chain.create import DiskFormat, create_child, create_image
-    from vhdkit.chain.family import chain_paths, find_children, image_id, mark_parents
+    from vhdkit.chain.family import chain_held, chain_paths, find_children, image_id, mark_parents
     from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
     from vhdkit.chain.merge import Merge, merge
     from vhdkit.chain.merge_settle import merge_under_way, resume_merge
@@ -111,6 +111,7 @@ __all__ = [
     "Unprotected",
     "UnsupportedFormat",
     "VhdkitError",
+    "chain_held",
     "chain_paths",
     "check",
     "clone",
@@ -144,7 +145,7 @@ _HOMES = {
     "vhdkit.chain.compare": "Comparison compare",
     "vhdkit.chain.convert": "convert",
     "vhdkit.chain.create": "DiskFormat create_child create_image",
-    "vhdkit.chain.family": "chain_paths find_children image_id mark_parents",
+    "vhdkit.chain.family": "chain_held chain_paths find_children image_id mark_parents",
     "vhdkit.chain.garbage": "GarbageItem GarbageKind collect_garbage",
     "vhdkit.chain.merge": "Merge merge",
     "vhdkit.chain.merge_settle": "merge_under_way resume_merge",

@@ -151,7 +151,8 @@ def chain_of(path: str, arrival: Arrival) -> list[str]:
     raw_names |= {os.path.basename(name) for name, one in arrival.tree.images.items() if one.format == "raw"}
     kind = vhdkit.FormatName.RAW if os.path.basename(path) in raw_names else None
     try:
-        return vhdkit.chain_paths(path, options=replace(_OPTIONS, format_name=kind))
+        with vhdkit.chain_held(path, options=replace(_OPTIONS, format_name=kind)) as chain:
+            return chain
     except vhdkit.VhdkitError as error:
         raise store_problem(error, "read the images") from error
 

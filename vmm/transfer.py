@@ -13,6 +13,7 @@ of one: `importing`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from vmm.registry import Machine
 from vmm.snapshots.beforehand import definition_of
 from vmm.snapshots.memory import SnapshotFolder, copy_file
 from vmm.snapshots.settle import settle
-from vmm.snapshots.steps import chain_of, options_of_all, store_problem
+from vmm.snapshots.steps import options_of, options_of_all, store_problem
 from vmm.snapshots.store import holding
 from vmm.snapshots.survey import refuse_older
 from vmm.snapshots.tree import Snapshot, Tree
@@ -86,8 +87,9 @@ def export(
                 refuse_older(machine, held.tree)
             part = make_part(target, name)
             try:
-                work = _Export(machine, held.tree, part, progress or (lambda document: None))
-                counted = work.one(held.tree.find(snapshot), flat) if snapshot is not None else work.whole(flat)
+                with contextlib.ExitStack() as stack:
+                    work = _Export(machine, held.tree, part, progress or (lambda document: None), stack)
+                    counted = work.one(held.tree.find(snapshot), flat) if snapshot is not None else work.whole(flat)
                 os.rename(part, target)
                 sync_folder(os.path.dirname(target))
             except (OSError, vhdkit.VhdkitError) as error:
@@ -103,7 +105,11 @@ def export(
 class _Export:
     """One folder being written."""
 
-    def __init__(self, machine: Machine, tree: Tree, part: str, progress: Progress) -> None:
+    def __init__(
+        self, machine: Machine, tree: Tree, part: str, progress: Progress, stack: contextlib.ExitStack
+    ) -> None:
+        self._stack = stack  # ends the hold on the images
+        self._chains: list[list[str]] = []
         self._machine = machine
         self._tree = tree
         self._part = part
@@ -151,10 +157,20 @@ class _Export:
         return self._finish(spec, images, Tree(), "vhd" if flat else None)
 
     def _chain(self, disk: DiskSpec) -> list[str]:
-        return chain_of(disk)
+        assert disk.path is not None
+        options = options_of(disk)
+        if disk.format is not None:
+            options = replace(options, format_name=vhdkit.FormatName(disk.format))
+        return self._chain_at(disk.path, options)
 
-    def _chain_at(self, path: str) -> list[str]:
-        return vhdkit.chain_paths(path, options=self._options)
+    def _chain_at(self, path: str, options: vhdkit.OpenOptions | None = None) -> list[str]:
+        """The images that `path` stands on, with itself; nothing is written to them until the export is made."""
+        real = os.path.realpath(path)
+        chain = next((one[one.index(real) :] for one in self._chains if real in one), None)
+        if chain is None:
+            chain = self._stack.enter_context(vhdkit.chain_held(path, options=options or self._options))
+            self._chains.append(chain)
+        return chain
 
     def _flatten(self, spec: MachineSpec) -> dict[str, str]:
         names = {}

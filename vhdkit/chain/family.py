@@ -7,9 +7,10 @@ Nothing is locked or changed, so images in use can be asked about.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vhdkit.arguments import checked
@@ -25,6 +26,7 @@ from vhdkit.chain.resolve import (
     open_layers,
     unique_id,
 )
+from vhdkit.errors import InvalidArgument, quoted
 from vhdkit.finding import Finding, Severity
 from vhdkit.folder import real_path
 from vhdkit.store import FileStore
@@ -37,6 +39,30 @@ def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = N
     try:
         files = [pending.file_of(layer.store) for layer in layers]
         return [real_path(file.name) for file in files if file is not None]
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+@checked
+@contextlib.contextmanager
+def chain_held(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> Iterator[list[str]]:
+    """The real paths of an image and all that it stands on, leaf first; none is written to meanwhile.
+
+    For programs that copy the files as they are. Raises InvalidArgument where a change to one of them did not finish,
+    so that the file alone is not what the image reads as, ImageInUse, and what opening the chain raises.
+    """
+    layers = open_layers(path, options=options)
+    try:
+        files = [file for layer in layers if (file := pending.file_of(layer.store)) is not None]
+        for layer, file in zip(layers, files, strict=True):
+            if layer.store is not file:
+                raise InvalidArgument(
+                    "a change to it did not finish, and is taken back by its undo log: the file alone is damaged",
+                    path=file.name,
+                    hint=f"take it back first: vhdkit check {quoted(file.name)} --repair",
+                )
+        yield [real_path(file.name) for file in files]
     finally:
         for layer in layers:
             layer.close()

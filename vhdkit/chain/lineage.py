@@ -49,7 +49,7 @@ class _State(NamedTuple):
     inode: int
 
 
-# In place of a parent's state: a program of ours is changing the file, or was killed while it did. No file is like that.
+# In place of a parent's state: a program of ours is changing the file, or was killed while it did.
 _CHANGING = _State(0, 0, 0)
 
 

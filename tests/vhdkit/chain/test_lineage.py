@@ -173,7 +173,7 @@ def test_our_own_changes_hide_no_foreign_one(folder: Path, name: str) -> None:
 
 
 def test_a_change_of_ours_that_is_killed_or_interrupted_is_no_news(folder: Path) -> None:
-    """Wherever a compaction of a parent ends, and when it is made again, its children read the same and say nothing."""
+    """Wherever a compaction of a parent ends, also when it is made again, its children read the same."""
     base, child = folder / "base.vhd", folder / "child.avhd"
     vhdkit.create_image(base, 4 * MIB, block_size_bytes=512 << 10)
     with vhdkit.open_disk(base, writable=True) as disk:
