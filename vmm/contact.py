@@ -38,6 +38,7 @@ from vmm.paths import (
     RuntimePaths,
     is_id,
     machine_folder,
+    make_folders,
     make_private,
     runtime_of,
     write_whole,
@@ -262,7 +263,7 @@ def _take_away_dead(place: Place) -> None:
 def _spawn_keeper(place: Place, ready: int | None = None) -> None:
     words = [place.machine.folder, place.runtime.folder]
     try:
-        os.makedirs(place.machine.logs, mode=0o700, exist_ok=True)
+        make_folders(place.machine.logs)
         spawn_detached(
             python_command("vmm.keeper", *words, *(() if ready is None else ("3",))),
             log_path=place.machine.log("keeper"),

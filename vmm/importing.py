@@ -28,7 +28,7 @@ from vmm.events import add_event
 from vmm.foreign import Consent
 from vmm.images import note_marks
 from vmm.inside import Inside
-from vmm.paths import MachinePaths, default_folders, runtime_of, sync_folder, write_whole
+from vmm.paths import MachinePaths, default_folders, make_folders, runtime_of, sync_folder, write_whole
 from vmm.snapshots.memory import SnapshotFolder, adapt_saved, share_file
 from vmm.snapshots.steps import store_problem
 from vmm.snapshots.store import tree_path
@@ -155,7 +155,7 @@ def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
     part = f"{disks}.{os.getpid()}.part"
     made = [part]  # what goes again where this fails: never what another command made meanwhile
     try:
-        os.makedirs(os.path.dirname(disks), mode=0o700, exist_ok=True)
+        make_folders(os.path.dirname(disks))
         shutil.rmtree(part, ignore_errors=True)  # a dead process of our number left it
         os.mkdir(part, 0o700)
         _copy_files(inside, arrival, part, progress)
@@ -197,14 +197,15 @@ def _copy_files(inside: Inside, arrival: Arrival, part: str, progress: Progress)
         progress({"step": "copying images", "done": number, "total": len(names)})
         target = os.path.join(part, name.removeprefix("disks/"))
         if name.startswith("media/"):
-            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+            make_folders(os.path.dirname(target))
         inside.copy(name, target, arrival.files[name])
 
 
 def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot_id: str) -> None:
     """The definition as it was judged, not as it lies there by now; memory and variables as they are."""
     folder = SnapshotFolder(landing.folder(snapshot_id))
-    os.makedirs(folder.folder, mode=0o700)
+    make_folders(os.path.dirname(folder.folder))
+    os.mkdir(folder.folder, 0o700)
     write_whole(folder.definition, landing.spec(snapshot_id).to_json())
     for suffix in _SNAPSHOT_PARTS:
         name = f"snapshots/{snapshot_id}/{snapshot_id}{suffix}"

@@ -35,7 +35,7 @@ from typing import Any
 from vmm.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_document
 from vmm.events import add_event
 from vmm.known_images import known_images
-from vmm.paths import MachinePaths, RuntimePaths, write_whole
+from vmm.paths import MachinePaths, RuntimePaths, make_folders, write_whole
 from vmm.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
 from vmm.state import ENDING_SIGNALS, SERVER_END_SIGNAL, KeeperNote, Phase, WorkerNote, mark_leaving
 
@@ -168,7 +168,7 @@ class Keeper:
         path = os.path.join(self._runtime.folder, "exports.json")
         write_whole(path, json.dumps(exports).encode(), durable=False)
         notes = os.path.join(self._runtime.folder, "notes")
-        os.makedirs(notes, mode=0o700, exist_ok=True)
+        make_folders(notes)
         if self._listener is None:
             self._listener = self._listen()
         serve = python_command(

@@ -21,7 +21,7 @@ from vmm import registry
 from vmm.copies import original_of
 from vmm.errors import VmmError, WrongState, of_os_error
 from vmm.events import add_event
-from vmm.paths import MachinePaths, machine_folder, sync_folder
+from vmm.paths import MachinePaths, machine_folder, make_folders, sync_folder
 from vmm.proc import HeldLock, machine_lock
 from vmm.registry import Changing
 from vmm.removal import uses
@@ -65,7 +65,7 @@ def _put_aside(machine: Changing) -> str | None:
     there = [one for one in _ASIDE if os.path.lexists(os.path.join(folder, one))]
     try:
         if there:
-            os.makedirs(aside, mode=0o700, exist_ok=True)
+            make_folders(aside)
         for one in there:
             os.rename(os.path.join(folder, one), _free_name(aside, one))
         if there:

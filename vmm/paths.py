@@ -236,6 +236,21 @@ def make_private(folder: str, *, mode: int = 0o700) -> None:
         raise of_os_error(error, "make the folder", path=folder) from error
 
 
+def make_folders(folder: str) -> None:
+    """Make a folder, and those above it that are missing, each ours alone whatever the umask is. Raises OSError.
+
+    (`os.makedirs` gives its mode to the last one only.)
+    """
+    if os.path.isdir(folder):
+        return
+    make_folders(os.path.dirname(os.path.abspath(folder)))
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+
+
 def make_home() -> None:
     """Make the state home, ours alone."""
     if not os.path.isdir(home()):

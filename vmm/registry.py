@@ -21,7 +21,7 @@ from vmm import paths
 from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
 from vmm.host.loops import inode_of
 from vmm.known_images import being_merged
-from vmm.paths import MachinePaths, RuntimePaths
+from vmm.paths import MachinePaths, RuntimePaths, make_folders
 from vmm.proc import HeldLock, machine_lock
 from vmm.spec import DiskSpec, MachineSpec, read_spec
 
@@ -150,8 +150,8 @@ def add(
     is_linked = parent != os.path.realpath(paths.registry_folder())
     part = os.path.join(parent, f".{spec.name}.{os.getpid()}.part")
     try:
-        os.makedirs(paths.registry_folder(), mode=0o700, exist_ok=True)
-        os.makedirs(parent, mode=0o700, exist_ok=True)
+        make_folders(paths.registry_folder())
+        make_folders(parent)
         with standing_still():
             if os.path.lexists(entry):
                 raise AlreadyExists("there is a machine of that name already", machine=spec.name)

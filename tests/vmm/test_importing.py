@@ -198,7 +198,7 @@ def test_media_come_along(machines: Machines) -> None:
         import_machine(str(machines.folder / "out"), name="copy")
     finally:
         os.umask(old)
-    for folder in (machines.folder / "out", machines.folder / "home" / "disks" / "copy"):
+    for folder in (machines.folder / "out", machines.folder / "home"):
         assert folder.stat().st_mode & 0o77 == 0
         for path in folder.rglob("*"):
             assert path.stat().st_mode & 0o77 == 0, path

@@ -128,6 +128,7 @@ class GuestAgent:
         self._known_interfaces: tuple[Interface, ...] = ()
         self._freeze_ends: asyncio.Task[None] | None = None  # thaws when the time is over
         self._holds_frozen = False
+        self._is_late = is_owed  # what was frozen thawed before somebody said so: he is to hear of it
         self._note_owed, self._is_owed, self._tell = owes, is_owed, tell
         self._is_unsure = True  # nobody has asked this guest yet whether it is frozen
         self._look_now = asyncio.Event()
@@ -297,13 +298,22 @@ class GuestAgent:
         block was done, so that what was copied meanwhile is not of one moment.
         """
         count = await self.freeze(max_seconds=max_seconds)
+        ends = self._freeze_ends
         try:
             yield count
         except BaseException:
-            with contextlib.suppress(VmmError):
-                await self.thaw()
+            if self._is_held(ends):
+                with contextlib.suppress(VmmError):
+                    await self.thaw()
             raise
+        if not self._is_held(ends):
+            self._is_late = False
+            raise self._too_late()
         await self.thaw()
+
+    def _is_held(self, ends: asyncio.Task[None] | None) -> bool:
+        """True while the freeze that this task ends is the one that holds, and its time is not over."""
+        return self._holds_frozen and self._freeze_ends is ends
 
     async def freeze(self, *, max_seconds: float = FREEZE_SECONDS) -> int:
         """Write out and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`.
@@ -312,9 +322,13 @@ class GuestAgent:
         answers.
         """
         self._need("backup")
+        if not self._holds_frozen and self._freeze_ends is not None:
+            await asyncio.wait({self._freeze_ends}, timeout=ANSWER_SECONDS)  # else its thaw would end this freeze
+            if not self._freeze_ends.done():
+                raise TimedOut("the guest has not thawed yet", machine=self._machine)
         if self._holds_frozen:
             raise AgentUnavailable("the file systems are frozen already", machine=self._machine)
-        self._holds_frozen = True
+        self._holds_frozen, self._is_late = True, False
         try:
             await self._ask("guest-ping")  # one that is silent would find the request later, and freeze for nobody
             self._is_owed = True
@@ -334,20 +348,25 @@ class GuestAgent:
     async def thaw(self) -> int:
         """Thaw what `freeze` froze; how many file systems. Raises TimedOut when they had to thaw before."""
         self._need("backup")
+        if self._is_late:
+            self._is_late = False
+            raise self._too_late()
         if not self._holds_frozen:
             return await self._thaw()
         timer, self._freeze_ends = self._freeze_ends, None
-        if timer is None or timer.done():
-            self._holds_frozen = False
-            raise TimedOut(
-                "the guest's file systems thawed before the work was done, because the time was over",
-                machine=self._machine,
-            )
+        if timer is None:
+            raise AgentUnavailable("the guest is freezing or thawing at this moment", machine=self._machine)
         timer.cancel()
         try:
             return await self._thaw()
         finally:
             self._holds_frozen = False
+
+    def _too_late(self) -> TimedOut:
+        return TimedOut(
+            "the guest's file systems thawed before the work was done: the time was over, or the worker had died",
+            machine=self._machine,
+        )
 
     async def is_frozen(self) -> bool:
         """True while the guest's file systems are frozen. Raises AgentUnavailable, TimedOut."""
@@ -356,12 +375,13 @@ class GuestAgent:
 
     async def _thaw_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+        self._holds_frozen, self._is_late = False, True  # what cannot thaw now is thawed by `run`
         with contextlib.suppress(VmmError):
             await self._thaw()
 
-    async def _thaw(self, *, give_up_seconds: float = THAW_GIVE_UP_SECONDS) -> int:
+    async def _thaw(self, *, give_up_seconds: float | None = None) -> int:
         """Thaw, again and again until the guest says that it did, is gone, or `run` has to go on with it."""
-        deadline = self._clock() + give_up_seconds
+        deadline = self._clock() + (THAW_GIVE_UP_SECONDS if give_up_seconds is None else give_up_seconds)
         while True:
             try:
                 answer = await self._ask("guest-fsfreeze-thaw", seconds=THAW_TRY_SECONDS)

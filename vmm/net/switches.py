@@ -89,7 +89,7 @@ def create(spec: SwitchSpec) -> None:
     """
     paths.make_home()
     try:
-        os.makedirs(_folder(), mode=0o700, exist_ok=True)
+        paths.make_folders(_folder())
     except OSError as error:
         raise errors.of_os_error(error, "make the folder", path=_folder()) from error
     with locked(os.path.join(_folder(), ".lock")):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from vmm import saved
 from vmm.errors import NoSpace, VmmError, of_os_error
 from vmm.kvm import memory_file
-from vmm.paths import MachinePaths, default_folders, sync_folder, write_whole
+from vmm.paths import MachinePaths, default_folders, make_folders, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from vmm.spec import MachineSpec
@@ -83,7 +83,7 @@ class SnapshotFolder:
     def begin(self, spec: MachineSpec) -> None:
         """The folder with the configuration, under a name that says that it is not complete. Raises NoSpace."""
         try:
-            os.makedirs(os.path.dirname(self.folder), mode=0o700, exist_ok=True)
+            make_folders(os.path.dirname(self.folder))
             self._empty(self.part, "json|bin|vsv|nvram")
             os.mkdir(self.part, 0o700)
             write_whole(self.in_part(self.definition), spec.to_json())

@@ -310,6 +310,57 @@ class QueueingGuest:
     stops_after_ping = False
 
 
+def test_a_freeze_whose_time_is_over(tmp_path: Path) -> None:
+    """INV-THAWED: who freezes for a time and thaws later is told once that it was too late, and may freeze again."""
+    guest = FreezingGuest()
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest) as (agent, _):
+            for _ in range(2):
+                await agent.freeze(max_seconds=0.02)
+                while guest.is_frozen:
+                    await asyncio.sleep(0.01)
+            with pytest.raises(TimedOut, match="before the work was done"):
+                await agent.thaw()
+            assert await agent.thaw() == 2
+            with pytest.raises(TimedOut, match="before the work was done"):
+                async with agent.frozen():
+                    await agent.thaw()  # by another command
+                    await agent.freeze()
+            assert guest.is_frozen  # for that one
+            assert await agent.thaw() == 2
+            again = GuestAgent(str(tmp_path / "agent.sock"), IntegrationSpec(), is_owed=True)
+            again.port_changed(True)
+            with pytest.raises(TimedOut, match="the worker had died"):
+                await again.thaw()
+            await again.close()
+
+    asyncio.run(scene())
+
+
+def test_a_freeze_whose_end_finds_the_agent_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-THAWED: a guest that is silent when its time is over thaws when it is back, though nobody waits for that."""
+    for name in ("THAW_TRY_SECONDS", "THAW_AGAIN_SECONDS", "THAW_GIVE_UP_SECONDS"):
+        monkeypatch.setattr(guest_agent, name, 0.05)
+    guest = FreezingGuest()
+    thaw = guest.pop("guest-fsfreeze-thaw")
+    guest["guest-fsfreeze-thaw"] = None
+
+    async def scene() -> None:
+        async with agent_of(tmp_path, guest, heartbeat=False, key_value=False) as (agent, fake):
+            await agent.freeze(max_seconds=0.02)
+            running = asyncio.create_task(agent.run())
+            async with asyncio.timeout(10):
+                while fake.asked.count("guest-fsfreeze-thaw") < 5:  # the timer gives up before
+                    await asyncio.sleep(0.01)
+                guest["guest-fsfreeze-thaw"] = thaw
+                while guest.is_frozen:
+                    await asyncio.sleep(0.01)
+            running.cancel()
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("same_worker", [True, False], ids=["the worker", "the next worker"])
 def test_an_agent_that_freezes_long_after_is_thawed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_worker: bool
