@@ -22,7 +22,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No deadline: the first example pays for imports, and files on a busy disk take what they take.
-settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+# Said outright: where CI is set Hypothesis derandomizes by itself.
+settings.register_profile(
+    "default", deadline=None, derandomize=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, database=None)
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
 settings.register_profile("random", parent=settings.get_profile("default"), database=None, max_examples=50)

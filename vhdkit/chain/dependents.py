@@ -254,7 +254,11 @@ class _Search:
     def _child(self, store: FileStore, may_have_log: bool) -> Metadata | None:
         """What a differencing image that may stand on one of the parents says of itself. Raises CorruptImage."""
         found = parent_ids(store)
-        if not self._ids & found and not (may_have_log and pending.log_mentions(store.name, self._ids)):
+        if (
+            NULL_ID not in found
+            and not self._ids & found
+            and not (may_have_log and pending.log_mentions(store.name, self._ids))
+        ):
             return None
         image = pending.view(store)
         if not any(place.state.usable for place in read_footers(image)):
@@ -266,9 +270,11 @@ class _Search:
         """Count the image as a child of those parents that it stands on; True if there is one."""
         added = False
         for parent in self._parents:
-            if recorded_parent_id(child) != parent.unique_id or identity == parent.identity:
+            # A child of a raw disk records no id, whatever the guest has written into that disk since, a footer too.
+            recorded = recorded_parent_id(child)
+            if recorded not in (parent.unique_id, NULL_ID) or identity == parent.identity:
                 continue
-            if parent.unique_id == NULL_ID and nearby:
+            if recorded == NULL_ID and nearby:
                 stands = names_lead_to(child, parent.path)
             else:
                 stands = nearby or self._finds(child, parent)
@@ -285,7 +291,7 @@ class _Search:
             with find_parent(child, tuple(dict.fromkeys((*folders, *more))), self._options) as found:
                 return found.identity == parent.identity
         except errors.VhdkitError:
-            return parent.unique_id != NULL_ID
+            return recorded_parent_id(child) != NULL_ID
 
     # -- marks --------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,8 @@ def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Sea
         search.note(candidate)
         return None
     search.note(place.path)
+    if recorded_parent_id(child) == NULL_ID:
+        return place.store  # raw by the child's word: what its guest wrote into it, a footer too, says nothing
     try:
         parent_id = unique_id(place.store)
     except BaseException:

@@ -10,7 +10,7 @@ stay as they are: they say what and where it is, not how it was.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import vhdkit
 from vmm.events import add_event
@@ -57,7 +57,8 @@ def apply(machine: Changing, word: str) -> Applied:
         with taken_back(held, "apply the snapshot"):
             options = options_of_all(frozen)
             for one in pivots:
-                vhdkit.create_child(one.child, one.frozen, options=options)
+                kind = vhdkit.FormatName(one.format)  # as the tree knows it: a guest may have written anything into it
+                vhdkit.create_child(one.child, one.frozen, options=replace(options, format_name=kind))
             if snapshot.memory_bytes is not None:
                 folder.prepare_saved(machine.paths, spec)
             for one in pivots:

@@ -133,7 +133,8 @@ def _take_on(held: Held, step: RepairStep) -> Changing:
     try:
         if not os.path.exists(chain[-1]):
             options = options_of_all(registry.load_for_change(held).spec)
-            vhdkit.create_child(chain[-1], chain[-2], options=options)
+            below = vhdkit.FormatName(kind if len(chain) == 2 else "vhd")
+            vhdkit.create_child(chain[-1], chain[-2], options=replace(options, format_name=below))
         for parent, child in pairwise(chain):
             held.tree.grow(parent, child, kind if parent == chain[0] else "vhd", child_id=vhdkit.image_id(child))
     except vhdkit.VhdkitError as error:

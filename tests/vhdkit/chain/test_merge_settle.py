@@ -71,9 +71,9 @@ def victims() -> dict[str, bytes]:
     vhdkit.create_image("base.vhd", 1 << 20)
     vhdkit.create_image("other.vhd", 1 << 20)
     vhdkit.create_child("others.avhd", "other.vhd")
-    vhdkit.create_child("childs.avhd", "base.vhd")
+    vhdkit.create_child("child.avhd", "base.vhd")
     os.symlink("notes.txt", "link.avhd")
-    os.symlink("childs.avhd", "link-to-child.avhd")
+    os.symlink("child.avhd", "link-to-it.avhd")
     return {name: Path(name).read_bytes() for name in VICTIMS}
 
 
@@ -92,7 +92,7 @@ NULL = "00" * 16
         [GONE, ("notes.txt", "11" * 16)],
         [GONE, ("other.vhd", "own")],
         [GONE, ("others.avhd", "own")],
-        [GONE, ("link-to-child.avhd", "own")],
+        [GONE, ("link-to-it.avhd", "own")],
         [GONE, ("raw.img", "base")],
     ],
     ids=lambda sources: sources[-1][0] + " " + sources[-1][1][:2],
@@ -115,11 +115,11 @@ def test_crafted_record_removes_nothing(sources: list[tuple[str, str]], phase: s
         elif verb == "snapshot":
             vhdkit.snapshot("base.vhd", "new.avhd")
         else:
-            vhdkit.collect_garbage(".", ["base.vhd", "others.avhd", "childs.avhd"], delete=True)
+            vhdkit.collect_garbage(".", ["base.vhd", "others.avhd", "child.avhd"], delete=True)
     except errors.VhdkitError as error:
         assert str(error).isprintable()
     assert {name: Path(name).read_bytes() for name in VICTIMS} == before
-    assert Path("childs.avhd").exists() and Path("link-to-child.avhd").is_symlink()
+    assert Path("child.avhd").exists() and Path("link-to-it.avhd").is_symlink()
     vhdkit.check("base.vhd")
 
 

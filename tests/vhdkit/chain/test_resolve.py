@@ -216,6 +216,22 @@ def test_raw_parent_only_when_allowed(tmp_path: Path) -> None:
     assert first_sector(leaf, allow_raw_parent=True) == TEXT
 
 
+def test_a_raw_parent_is_raw_whatever_its_guest_writes(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: a footer that a guest wrote to the end of its raw disk hides neither the disk from its
+    child nor the child from a writable open of the disk."""
+    base, leaf = tmp_path / "base.img", tmp_path / "child.avhd"
+    raw = vhdkit.OpenOptions(format_name=vhdkit.FormatName.RAW, allow_raw_parent=True)
+    vhdkit.create_image(tmp_path / "fixed.vhd", 1 << 20, disk_format=vhdkit.DiskFormat.FIXED)
+    footer = (tmp_path / "fixed.vhd").read_bytes()[-512:]
+    base.write_bytes(TEXT.ljust((1 << 20) - 512, b"\1") + footer)
+    vhdkit.create_child(leaf, base, options=raw)
+    assert first_sector(leaf, allow_raw_parent=True) == TEXT
+    with vhdkit.open_disk(leaf, options=vhdkit.OpenOptions(allow_raw_parent=True)) as disk:
+        assert disk.size_bytes == 1 << 20 and disk.read((1 << 20) - 512, 512) == footer
+    with pytest.raises(errors.HasChildren, match=r"child\.avhd"):
+        vhdkit.open_disk(base, writable=True, options=raw)
+
+
 def chain_of(folder: Path, depth: int) -> Path:
     """`depth` layers, each the child of the one before."""
     path = folder / "l0.vhd"

@@ -10,7 +10,7 @@ import pytest
 
 import vhdkit
 import vmm
-from tests.vmm.snapshots.machines import Machines
+from tests.vmm.snapshots.machines import DISK_BYTES, Machines
 from vmm import registry
 from vmm.errors import AlreadyExists, InUse, InvalidSpec, NotFound, Refused, WrongState
 from vmm.snapshots.tree import read_tree
@@ -295,3 +295,22 @@ def test_passed_through_disks_have_no_snapshots(machines: Machines) -> None:
     with pytest.raises(Refused, match="passed through"):
         web.create()
     assert not web.tree().snapshots and machines.images() == {"web-0.vhd"}
+
+
+def test_a_guest_that_writes_a_footer_into_its_raw_disk(machines: Machines) -> None:
+    """A raw disk stays raw: with a VHD's footer at its end it can be frozen, gone back to and merged as before."""
+    path = machines.folder / "raw.img"
+    vhdkit.create_image(machines.folder / "fixed.vhd", DISK_BYTES, disk_format=vhdkit.DiskFormat.FIXED)
+    path.write_bytes(bytes(DISK_BYTES))
+    web = machines.create("web", [path])
+    with path.open("r+b") as file:
+        file.seek(DISK_BYTES - 512)
+        file.write((machines.folder / "fixed.vhd").read_bytes()[-512:])
+    web.create("one")
+    machines.write("web", 4096, b"later" * 100)
+    before = machines.states("web")
+    web.apply("one", discard_current=True)
+    assert machines.now("web") == before[web.find("one").id]
+    web.delete("one")
+    machines.merge("web")
+    assert path.read_bytes()[:4096] == bytes(4096)
