@@ -82,7 +82,9 @@ def look_at_export(inside: Inside) -> Arrival:
         images = {str(disk): f"disks/{name}" for disk, name in document["images"].items()}
         media = {str(path): str(name) for path, name in document.get("media", {}).items()}  # 0.1.0 wrote none
         flat = document["flat"] is True
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except InvalidSpec:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, VmmError) as error:
         raise InvalidSpec("is damaged: it describes no export", path=path) from error
     if len(files) > _MAX_FILES:
         raise InvalidSpec(f"names more than {_MAX_FILES} files", path=path)

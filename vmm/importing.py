@@ -149,7 +149,7 @@ def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
     spec = arrival.judged[None]
     disks = os.path.join(os.path.realpath(spec.paths.disks or default_folders()["disks"]), spec.name)
     snapshots = os.path.join(os.path.realpath(spec.paths.snapshots or default_folders()["snapshots"]), spec.id)
-    if os.path.lexists(disks):
+    if os.path.lexists(disks) and not _is_empty(disks):  # a deleted machine leaves its folder
         raise _in_the_way(disks)
     landing = _Landing(arrival, disks, os.path.join(disks, "media"), snapshots)
     part = f"{disks}.{os.getpid()}.part"
@@ -174,6 +174,10 @@ def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
     except BaseException:
         _take_away(made)
         raise
+
+
+def _is_empty(folder: str) -> bool:
+    return os.path.isdir(folder) and not os.path.islink(folder) and not os.listdir(folder)
 
 
 def _name_folder(part: str, folder: str) -> None:

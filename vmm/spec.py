@@ -188,6 +188,13 @@ class MachineSpec(_Settings):
     background_capture: bool = False  # QEMU gets a right to save memory while the guest runs (`kvm.userfault`)
     notes: str = Field(default="", max_length=64 * 1024)
 
+    @field_validator("kernel", "initrd", "append")
+    @classmethod
+    def _can_be_passed_on(cls, word: str | None) -> str | None:
+        if word is not None and "\0" in word:
+            raise ValueError("holds a zero byte")
+        return word
+
     @field_validator("name")
     @classmethod
     def _good_name(cls, name: str) -> str:

@@ -248,6 +248,27 @@ def test_who_is_late_takes_nothing_away(machines: Machines, out: Path, monkeypat
     assert all(os.path.exists(path) for path in images_of(registry.load("web").spec).values())
 
 
+def test_the_empty_folder_of_a_deleted_machine_is_not_in_the_way(machines: Machines, out: Path) -> None:
+    """Imported, deleted and imported again under the same name; a folder that holds anything is left alone."""
+    for _ in range(2):
+        import_machine(str(out), name="again")
+        vmm.Manager().delete("again", with_disks=True, with_snapshots=True)
+    (machines.folder / "home/disks/again/kept").touch()
+    with pytest.raises(AlreadyExists, match="in the way"):
+        import_machine(str(out), name="again")
+    assert (machines.folder / "home/disks/again/kept").exists()
+
+
+def test_a_damaged_tree_is_a_damaged_export(out: Path) -> None:
+    """The hint is not that for the tree of a machine, which there is none of yet."""
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["tree"]["snapshots"][0]["folder"] = 1
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InvalidSpec, match="describes no export") as caught:
+        import_machine(str(out), name="copy")
+    assert caught.value.hint is None
+
+
 def test_whole_or_not_at_all(machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine is never seen without its snapshots: what fails between the two leaves nothing."""
 

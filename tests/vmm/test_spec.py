@@ -75,6 +75,7 @@ def test_good_names(name: str) -> None:
         ({"disks": [disk(0, path=None)]}, "may be empty"),
         ({"disks": [disk(0, path="")]}, "not empty"),
         ({"disks": [disk(0, path="a\0b")]}, "zero byte"),
+        ({"kernel": "/boot/vmlinuz", "append": "a\0b"}, "zero byte"),
         ({"disks": [disk(0, serial="x" * 21)]}, "serial"),
         ({"adapters": [{"id": f"nic-{n}"} for n in range(9)]}, "at most 8 synthetic"),
         ({"adapters": [{"id": f"nic-{n}", "kind": "legacy"} for n in range(5)]}, "at most 4 legacy"),
