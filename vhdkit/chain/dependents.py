@@ -66,6 +66,7 @@ class _Parent:
     children: dict[str, Dependent] = field(default_factory=dict)
     kept: list[Mark] = field(default_factory=list)  # marks that hold, or may
     dropped: int = 0
+    marked: int = 0  # children that the record names
 
 
 def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
@@ -304,6 +305,7 @@ class _Search:
             parent.children[path] = Dependent(path, error.problem, error.hint)
             return
         parent.dropped += not is_of_here
+        parent.marked = len(found)
         for mark in found:
             if mark.parent_id == parent.unique_id and self._holds(mark, parent):
                 parent.kept.append(mark)
@@ -337,4 +339,7 @@ class _Search:
     def _unseen(self, mark: Mark, parent: _Parent, problem: str) -> None:
         record = quoted(marks.record_path(parent.path))
         hint = f"make it readable, so that it can be looked at; if it is gone for good, remove the record: rm {record}"
+        if parent.marked > 1:
+            hint += "; the other images that it names are written down again by `vhdkit rebase IMAGE --parent"
+            hint += f" {quoted(parent.path)}`"
         parent.children.setdefault(mark.path, Dependent(mark.path, problem, hint))

@@ -238,6 +238,14 @@ def test_a_child_that_may_be_out_of_sight_counts(farm: Farm, tmp_path: Path) -> 
     with pytest.raises(errors.HasChildren, match="not mounted") as caught:
         farm.write_to_gold()
     assert f"rm {farm.record}" in (caught.value.hint or "")
+    # One of the two is gone for good, the other comes back: the hint leads to a record of that one.
+    assert f"vhdkit rebase IMAGE --parent {farm.gold}" in (caught.value.hint or "")
+    (tmp_path / "vms").rmdir()
+    hidden.rename(tmp_path / "vms")
+    farm.record.unlink()
+    vhdkit.rebase(farm.b, farm.gold, options=farm.options)
+    with pytest.raises(errors.HasChildren, match=r"b\.avhd"):
+        farm.write_to_gold()
 
 
 def test_a_child_that_may_not_be_looked_at_counts(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
