@@ -128,7 +128,12 @@ _SHARED_OPTIONS = ("--shrink",)  # which vmm has, too
 
 def hint_of_vhdkit(hint: str | None) -> str | None:
     """What vhdkit says to do next, in vmm's words; None where it only helps on vhdkit's own command line."""
-    if hint is None or "vhdkit " in hint:  # a whole command
+    if hint is None:
+        return None
+    first, _, rest = hint.partition(", or ")
+    if rest and "vhdkit " in rest and "vhdkit " not in first:  # the first part is about an option
+        return ", or ".join(part for part in (hint_of_vhdkit(first), rest) if part)
+    if "vhdkit " in hint:  # a whole command
         return hint
     if hint.startswith(_ON_THE_CHILD):
         return "vmm repair MACHINE shows whether that one is the newest image of the disk, and takes it on"
