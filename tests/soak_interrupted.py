@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -25,7 +26,7 @@ import pytest
 
 import vhdkit
 from tests.vmm.guests.boot_sector import COUNT_LBA, BootOptions
-from tests.vmm.small_guests import MIB, PARTS, last_tick, make_disk, processes, wait_until
+from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes, wait_until
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
 from vmm import contact, registry
@@ -168,13 +169,21 @@ class _Soak:
 
     def _start(self) -> None:
         self._manager.start(NAME)
-        before = last_tick(self._manager)
-        wait_until(lambda: last_tick(self._manager) > before, "the guest counts", _PATIENCE_SECONDS)
+        self._wait_counting("the guest counts")
+
+    def _wait_counting(self, what: str) -> None:
+        """The guest says another number; a lower one, where it has started anew or gone back."""
+        before = console(self._manager).count("tick")
+        wait_until(lambda: console(self._manager).count("tick") > before, what, _PATIENCE_SECONDS)
+
+    def _last_said(self) -> int:
+        """The number that the guest said last."""
+        return int((re.findall(r"tick (\d+)\n", console(self._manager)) or ["0"])[-1])
 
     def _power_off(self) -> None:
         """What the guest had written is on the disk that the definition names."""
         if self._manager.state(NAME) is not MachineState.OFF:
-            before = last_tick(self._manager)
+            before = self._last_said()
             self._manager.stop(NAME)
             on_disk = self._count_on_disk()
             assert on_disk >= before - _LAG_TICKS, f"the guest counted to {before}, and its disk says {on_disk}"
@@ -195,8 +204,7 @@ class _Soak:
             return state is MachineState.RUNNING and set(processes(NAME)) == set(PARTS) and self._is_settled()
 
         wait_until(is_back, "it runs, and all is settled", _PATIENCE_SECONDS)
-        before = last_tick(self._manager)
-        wait_until(lambda: last_tick(self._manager) > before, "the guest goes on", _PATIENCE_SECONDS)
+        self._wait_counting("the guest goes on")
         self._look_at_files()
 
     def _is_settled(self) -> bool:

@@ -97,6 +97,7 @@ def test_the_samples_are_all_here() -> None:
     """Every packed file in the folder belongs to a test below; a new one must be added here."""
     folder = samples_dir()
     packed = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    packed = {path for path in packed if not path.startswith("hyperv-machines/")}  # definitions of machines, no images
     described = {entry["packed"] for entry in SINGLE.values()} | set(ARCHIVED.values())
     assert {path for path in packed if not path.endswith((".json", ".md", ".txt"))} == described
 
