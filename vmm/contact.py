@@ -147,7 +147,7 @@ def state_of(place: Place, ids: AllIds | None = None) -> dict[str, Any]:
 
 def _clean_up(place: Place) -> bool:
     """Nobody lives any more: take away what is left. False when somebody is at work on the machine."""
-    with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name):
+    with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name, patience_seconds=0):
         _take_away_dead(place)
         return True
     return False
@@ -226,7 +226,7 @@ def look(name: str) -> Machine:
 
     place = Place.of(name)
     if is_left(place.machine) and original_of(name) is None and not _runs(place):
-        with contextlib.suppress(InUse), machine_lock(place.machine.folder, name) as lock:
+        with contextlib.suppress(InUse), machine_lock(place.machine.folder, name, patience_seconds=0) as lock:
             if not _runs(place):
                 settle_left(lock, place.machine, stop_merge=False)
     return registry.load(name)

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from vmm.errors import InUse, of_os_error
 from vmm.paths import MachinePaths
 
 _STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which may hold anything
+
+BUSY_SECONDS = 1.0  # for another command to end, or what clears up to be done
+_LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,15 +249,21 @@ class HeldLock:
 
 
 @contextlib.contextmanager
-def machine_lock(folder: str, name: str) -> Iterator[HeldLock]:
-    """While the block runs nobody else changes the machine in that folder. Raises InUse when somebody does."""
+def machine_lock(folder: str, name: str, *, patience_seconds: float = BUSY_SECONDS) -> Iterator[HeldLock]:
+    """While the block runs no other process changes the machine in that folder.
+
+    Waits a moment for one that does: what clears up after a dead machine, or begins a merge in the background, is
+    done quickly. Raises InUse when it is not.
+    """
     lock = Lock(MachinePaths(folder).lock)
+    deadline = time.monotonic() + patience_seconds
     try:
-        taken = lock.try_take()
+        while not lock.try_take():
+            if time.monotonic() >= deadline:
+                raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
+            time.sleep(_LOOK_SECONDS)
     except OSError as error:
         raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
-    if not taken:
-        raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
     held = HeldLock(folder, name)
     try:
         yield held

@@ -101,7 +101,7 @@ class Fold:
             if self.stop:
                 raise _Stopped
             with contextlib.suppress(InUse):
-                lock = machine_lock(self._machine.folder, self._name)
+                lock = machine_lock(self._machine.folder, self._name, patience_seconds=0)
                 lock.__enter__()
                 break
             if time.monotonic() > deadline:
