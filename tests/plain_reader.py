@@ -25,9 +25,9 @@ class Unreadable(AssertionError):
     """A file of the chain is missing, damaged, or is not the parent that its child recorded."""
 
 
-def read_chain(path: Path) -> bytes:
-    """The content of the disk whose leaf this is. Raises Unreadable."""
-    return _read(path, None, MAX_LAYERS)
+def read_chain(path: str | Path, begin_bytes: int = 0, end_bytes: int | None = None) -> bytes:
+    """The content of the disk whose leaf this is, or a range of it. Raises Unreadable."""
+    return _read(Path(path), None, MAX_LAYERS)[begin_bytes:end_bytes]
 
 
 def digest_of(path: Path) -> str:

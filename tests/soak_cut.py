@@ -2,7 +2,7 @@
 """A machine's processes killed in a live snapshot, live merge or backup, and another verb at once, for `soak`.
 
     an operation in a process of its own -> kill the worker, QEMU, both, or everything -> any verb, at once
-    -> all that is left is settled -> every disk is read by a second reader (`chain_reader`) -> the next round
+    -> all that is left is settled -> every disk is read by a second reader (`plain_reader`) -> the next round
 
 The guest counts on its disk, so that an image of which anything was lost reads an older number than the console told.
 Three scenes: `cut-create`, `cut-merge`, `cut-backup`.
@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests import chain_reader
+from tests.plain_reader import read_chain
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import MIB, console, make_disk, processes, wait_until
 from tests.vmm.stage import machine_stage
@@ -83,7 +83,7 @@ class _Cut:
         manager.create(
             NAME, disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", background_capture=True
         )
-        self._static = chain_reader.content(_leaf(), *_STATIC)
+        self._static = read_chain(_leaf(), *_STATIC)
         self._states: dict[str, str] = {}
 
     def run(self, seconds: float, kills: int) -> Counter[str]:
@@ -187,7 +187,7 @@ class _Cut:
     def _checked_copy(self, target: str) -> None:
         """A backup, whose static part is the machine's."""
         result = self._manager.backup(NAME, target)
-        found = chain_reader.content(result["disks"]["disk-0"], *_STATIC)
+        found = read_chain(result["disks"]["disk-0"], *_STATIC)
         assert found == self._static, "the backup reads otherwise"
 
     # -- what must be true -------------------------------------------------------------------------------------------
@@ -225,17 +225,17 @@ class _Cut:
     def _check_count(self, ticks: int) -> None:
         """The disk has what the guest wrote last: its counter is not behind what the console told."""
         at = COUNT_LBA * SECTOR
-        found = int.from_bytes(chain_reader.content(_leaf(), at, at + SECTOR)[:4], "little")
+        found = int.from_bytes(read_chain(_leaf(), at, at + SECTOR)[:4], "little")
         told = max(ticks, self._ticks())
         assert found >= told - _BEHIND, f"the disk counts to {found}, the guest told {told}"
 
     def _look(self) -> None:
         """Every state reads as it did by the second reader, and nothing that is not known lies there."""
         tree = load_tree(registry.load(NAME).paths)
-        assert chain_reader.content(_leaf(), *_STATIC) == self._static, "the disk reads otherwise"
+        assert read_chain(_leaf(), *_STATIC) == self._static, "the disk reads otherwise"
         states = {}
         for one in tree.snapshots.values():
-            states[one.id] = hashlib.sha256(chain_reader.content(one.disks["disk-0"])).hexdigest()
+            states[one.id] = hashlib.sha256(read_chain(one.disks["disk-0"])).hexdigest()
             assert self._states.get(one.id, states[one.id]) == states[one.id], f"{one.name} reads otherwise"
             if one.memory_bytes is not None:
                 assert os.stat(f"{one.folder}/{one.id}.bin").st_size == one.memory_bytes

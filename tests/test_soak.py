@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests import chain_reader, soak, soak_cut, soak_interrupted, soak_remember, soak_running, soak_snapshots
+from tests import soak, soak_cut, soak_interrupted, soak_remember, soak_running, soak_snapshots
+from tests.plain_reader import read_chain
 from tests.soak import SCENES, Scene, Work
 from tests.support import require_boot_sector_guest
 from vhdkit.chain import pending
@@ -74,7 +75,7 @@ def test_the_second_reader_reads_what_the_first_does(tmp_path: Path) -> None:
                 disk.write(rng.randrange(0, 4 << 20, 512), rng.randbytes(512))
     for path in paths:
         with vhdkit.open_disk(path) as disk:
-            assert chain_reader.content(path) == disk.read(0, disk.size_bytes)
+            assert read_chain(path) == disk.read(0, disk.size_bytes)
 
 
 def test_commands_cut_short_on_a_machine() -> None:
