@@ -97,7 +97,7 @@ def _looked_at(function: Callable[..., Any], name: str, annotation: str, value: 
         if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
             raise InvalidArgument(f"{name} is a list, not {value!r}", hint=f"write {name}=[...]")
         return list(value)
-    known = function.__globals__.get(kind)
+    known = inspect.unwrap(function).__globals__.get(kind)
     if isinstance(known, type):
         if issubclass(known, StrEnum):
             return choice(known, name, value)
