@@ -25,7 +25,7 @@ from vmm.errors import VmmError
 
 LEAVE_KEY: Final = b"\x1d"  # Ctrl-]
 LINGER_SECONDS: Final = 1.0
-RECONNECT_SECONDS: Final = 10.0
+RECONNECT_SECONDS: Final = 30.0  # a worker that was killed is back much sooner, where the host is not busy
 _RETRY_SECONDS: Final = 0.1
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_UNSENT_BYTES: Final = 64 * 1024
