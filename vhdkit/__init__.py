@@ -14,9 +14,7 @@ Sizes and offsets are bytes unless a name says sectors (512 bytes). Chains are l
 Each name is imported when it is first used: who only catches errors or talks to a server pays for no numpy.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
     from vhdkit.chain.chain import Progress
     from vhdkit.chain.check import check
@@ -172,7 +170,9 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 if not TYPE_CHECKING:  # type checkers believe the imports above, and refuse what is not there
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
         home = _HOME_OF.get(name)
         if home is None:
             raise AttributeError(f"module 'vhdkit' has no attribute {name!r}")

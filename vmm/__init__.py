@@ -13,9 +13,7 @@ Sizes are bytes. Every error is a `VmmError` with `machine`, `path`, `hint` and 
 it is first used, so that who only starts a machine or catches errors pays for no more.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
     from vmm.errors import (
         AccessDenied,
@@ -95,7 +93,9 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
         home = _HOME_OF.get(name)
         if home is None:
             raise AttributeError(f"module 'vmm' has no attribute {name!r}")

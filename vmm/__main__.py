@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vmm` is the command `vmm`."""
 
-from vmm.cli.main import main
+from vmm.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -17,7 +20,21 @@ import click
 from vmm.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
 EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
-__all__ = ["EXIT_FAILED", "report", "silence_standard_output"]
+__all__ = ["EXIT_FAILED", "interruptible", "report", "silence_standard_output"]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block a Ctrl-C is a KeyboardInterrupt, where `entry` had it end the process before."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:

@@ -7,6 +7,7 @@ Verbs only raise.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import sys
@@ -16,7 +17,8 @@ from typing import Any, NoReturn
 
 import click
 
-from vmm.cli.failure import EXIT_FAILED, report, silence_standard_output
+from vmm.cli.failure import EXIT_FAILED, interruptible, report, silence_standard_output
+from vmm.errors import Unsupported
 
 _EPILOG = """\b
 Examples:
@@ -68,6 +70,9 @@ _VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+_PACKAGES = {"pydantic": "pydantic", "pyroute2": "pyroute2", "qemu": "qemu.qmp"}  # of the extra: module -> package
+
+
 class _Group(click.Group):
     """A group that imports a verb when it is used, and whose end is ours: one line and an exit code, no traceback."""
 
@@ -80,6 +85,7 @@ class _Group(click.Group):
         place = _VERBS.get(cmd_name)
         if place is None:
             return None
+        _refuse_without_packages()
         module, _, name = place[0].partition(":")
         command: click.Command = getattr(import_module(module), name)
         return command
@@ -101,8 +107,9 @@ class _Group(click.Group):
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            code = super().main(arguments, "vmm", standalone_mode=False)
-            sys.stdout.flush()
+            with interruptible():
+                code = super().main(arguments, "vmm", standalone_mode=False)
+                sys.stdout.flush()
         except BrokenPipeError:
             silence_standard_output()
             code = EXIT_FAILED
@@ -111,6 +118,16 @@ class _Group(click.Group):
         except BaseException as error:
             code = report(error, as_json=as_json, verbose=verbose)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_without_packages() -> None:
+    """Raise Unsupported where vhdkit was installed without what vmm needs. Looks for the packages, imports none."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Unsupported(
+            f"vmm needs {', '.join(_PACKAGES[name] for name in missing)}, which this Python does not have",
+            hint="pip install 'vhdkit[vmm]'",
+        )
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:

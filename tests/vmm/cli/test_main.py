@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import version
 
+import pytest
 from click.testing import CliRunner
 
 from vmm.cli.main import main
@@ -29,3 +32,19 @@ def test_unknown_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(main, ["fly"])
     assert result.exit_code == 2
     assert "fly" in result.output
+
+
+@pytest.mark.parametrize("verb", ["list", "start"])
+def test_without_its_packages_it_says_what_to_install(verb: str) -> None:
+    """Where vhdkit was installed without the extra, every verb says so in one line, with the command that helps."""
+    program = f"""
+import sys
+sys.modules["pydantic"] = sys.modules["qemu"] = None  # as if they were not there
+sys.argv = ["vmm", "{verb}", "web"]
+from vmm.cli.entry import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 8 and ended.stdout == ""
+    assert ended.stderr.startswith("vmm: vmm needs pydantic, qemu.qmp, which this Python does not have (pip install ")
+    assert ended.stderr.count("\n") == 1

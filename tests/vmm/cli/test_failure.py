@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Ctrl-C means once the command `vmm` is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+_CTRL_C_IN_VERB = """
+import os, signal, sys
+from vmm.cli import entry
+import vmm.manager
+def names(self):
+    os.kill(os.getpid(), signal.SIGINT)
+vmm.manager.Manager.machines = names
+sys.argv = ["vmm", "list"]
+entry.main()
+"""
+
+
+def test_ctrl_c_in_a_verb() -> None:
+    """In a verb a Ctrl-C is one line and exit code 130."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _CTRL_C_IN_VERB], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.returncode, ended.stderr.strip()) == (130, "vmm: interrupted")

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the commands `vhdkit` and `vhdkit-mount` begin.
+
+Decides what a Ctrl-C means while Python still imports the rest: the process ends by it, without a traceback, since
+nothing was begun. Imports nothing of ours before that is settled. From `main` on the verbs decide.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+def end_quietly() -> None:
+    """A Ctrl-C ends the process until somebody says what it means. Whoever had it ignored (nohup) meant that."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def main() -> None:
+    """The command `vhdkit`."""
+    end_quietly()
+    from vhdkit.cli.main import main as command
+
+    command()
+
+
+def mount_program() -> None:
+    """The program `vhdkit-mount IMAGE MOUNTPOINT -o OPTIONS`, as mount.fuse3 calls it for a line of /etc/fstab."""
+    end_quietly()
+    from vhdkit.cli.main import mount_program as command
+
+    command()
