@@ -21,6 +21,9 @@ from vmm.registry import Machine
 from vmm.spec import DiskSpec, PathsSpec
 
 MIN_DISK_BYTES = 64 << 10  # a file that is shorter was named by mistake
+# The first volume descriptors lie behind a system area of 32 KiB (ECMA-119, 6.2.1; ECMA-167, 2/8.3.1).
+_DESCRIPTORS_AT, _DESCRIPTORS_BYTES, _DESCRIPTOR_STEP = 32 << 10, 16 << 10, 2048
+_CD_MARKS = (b"CD001", b"BEA01")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,11 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
                 with opened:
                     if opened.size_bytes < MIN_DISK_BYTES:
                         raise InvalidSpec(f"is no disk: it holds {opened.size_bytes} bytes", path=disk.path)
+                    if kind is vhdkit.FormatName.RAW and disk.format is None and is_cd_image(opened):
+                        raise InvalidSpec(
+                            "holds the file system of a CD or DVD", path=disk.path,
+                            hint="give it as a medium (--cdrom); as a hard disk all the same with ,format=raw",
+                        )  # fmt: skip
                     return ImageFacts(disk.path, kind.value, opened.size_bytes)
     except vhdkit.NotFound as error:
         raise NotFound(
@@ -100,6 +108,13 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
     raise AssertionError("one of two kinds was opened or raised")
+
+
+def is_cd_image(opened: vhdkit.Disk) -> bool:
+    """True for what begins as ISO 9660 or UDF images do."""
+    size = min(_DESCRIPTORS_BYTES, opened.size_bytes - _DESCRIPTORS_AT)
+    content = opened.read(_DESCRIPTORS_AT, size) if size > 0 else b""
+    return any(content[at + 1 : at + 6] in _CD_MARKS for at in range(0, len(content), _DESCRIPTOR_STEP))
 
 
 def refuse_frozen(disk: DiskSpec) -> None:

@@ -156,8 +156,11 @@ def _copied(path: str | None, runtime: RuntimePaths, name: str, identity: Identi
 def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
     if disk.kind == "iso":
         assert disk.path is not None
-        number, descriptor = launch.give_set(open_medium(disk.path))
-        return Medium(file_node(disk.id, number, read_only=True), ((number, descriptor),))
+        opened = open_medium(disk.path)
+        is_device = stat.S_ISBLK(os.fstat(opened).st_mode)
+        number, descriptor = launch.give_set(opened)
+        node = file_node(disk.id, number, read_only=True, is_device=is_device)
+        return Medium(node, ((number, descriptor),))
     from vmm.devices import medium_of  # few machines need it, and every start would wait for it
 
     return medium_of(spec, disk, give_set=launch.give_set, give_secret=launch.give_secret)

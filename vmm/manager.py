@@ -26,10 +26,9 @@ from vmm.copies import AllIds, original_of
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
-from vmm.images import find_image, look_at, note_marks, refuse_frozen, resize_image, settings_with_real_paths
+from vmm.images import look_at, note_marks, resize_image, settings_with_real_paths
 from vmm.kvm import machine_types
 from vmm.launch import open_medium
-from vmm.paths import default_folders
 from vmm.registry import Machine
 from vmm.removal import images_inside, remove_image
 from vmm.rpc import Progress
@@ -38,8 +37,10 @@ from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
 from vmm.snapshots.store import has_tree, load_tree, read_merging
 from vmm.snapshots.survey import refuse_older
-from vmm.spec import AdapterSpec, Controller, DiskSpec, MachineSpec, make_disk, make_spec
+from vmm.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
 from vmm.state import MachineState, is_clean, processes_of
+from vmm.wish import DiskWish as DiskWish
+from vmm.wish import disk_of
 
 if TYPE_CHECKING:
     from vmm.new_id import NewId
@@ -48,21 +49,6 @@ if TYPE_CHECKING:
 SHUTDOWN_SECONDS = 120.0
 _PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
 LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
-
-
-@dataclass(frozen=True, slots=True)
-class DiskWish:
-    """A disk that a machine is to have. `controller` None: IDE while there is room, then SCSI; `unit` None: any."""
-
-    path: str | None
-    controller: Controller | None = None
-    controller_index: int | None = None
-    unit: int | None = None
-    kind: Literal["vhd", "pass-through", "iso"] = "vhd"
-    read_only: bool = False
-    serial: str | None = None
-    parent_dirs: tuple[str, ...] = ()
-    allow_raw_parent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +177,7 @@ class Manager:
         settings = settings_with_real_paths(settings)
         spec = make_spec(name=name, **settings)
         for wish in disks:
-            spec = spec.changed(disks=[*spec.disks, self._disk_of(wish, spec)])
+            spec = spec.changed(disks=[*spec.disks, disk_of(wish, spec)])
         if folder is not None and not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="make it first")
         with contextlib.ExitStack() as held:
@@ -396,8 +382,8 @@ class Manager:
         with contact.changing(name) as (machine, client):
             saved.refuse_when_saved(machine.paths, name, "adding a disk")
             if client is not None and wish.controller is None and wish.kind != "iso":
-                wish = _on_scsi(wish)
-            disk = self._disk_of(wish, machine.spec)
+                wish = replace(wish, controller="scsi")
+            disk = disk_of(wish, machine.spec)
             spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
             if client is None:
                 registry.save(machine, spec)
@@ -486,35 +472,6 @@ class Manager:
 
         return repair(name, dry_run=dry_run, leaf=leaf, give_up_missing=give_up_missing)
 
-    def _disk_of(self, wish: DiskWish, spec: MachineSpec) -> DiskSpec:
-        """A disk for a machine as it is wished for, with what was not said chosen and its image looked at."""
-        controller = wish.controller or _usual_controller(wish, spec)
-        index, unit = wish.controller_index, wish.unit
-        if unit is None:
-            index, unit = (
-                spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
-            )
-        path = wish.path
-        settings: dict[str, object] = {} if wish.serial is None else {"serial": wish.serial}
-        if path is not None and wish.kind == "pass-through":
-            found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
-            path = found.pop("path")
-            settings |= found
-        elif path is not None:
-            path = find_image(path, spec.paths.disks or default_folders()["disks"])
-        disk = make_disk(
-            id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
-            unit=unit, read_only=wish.read_only or wish.kind == "iso",
-            parent_dirs=tuple(os.path.realpath(one) for one in wish.parent_dirs),
-            allow_raw_parent=wish.allow_raw_parent, **settings,
-        )  # fmt: skip
-        if disk.kind == "iso" and path is not None:
-            os.close(open_medium(path))
-        if disk.kind == "vhd":
-            disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
-            refuse_frozen(disk)
-        return disk
-
     def guest(self, name: str) -> GuestAccess:
         """The inside of a machine: console, screen, agent, exchanged items. Raises NotFound."""
         return GuestAccess(Place.of(name))
@@ -549,23 +506,6 @@ def _find_disk(machine: Machine, disk_id: str) -> DiskSpec:
             return disk
     known = ", ".join(disk.id for disk in machine.spec.disks) or "none"
     raise NotFound(f"has no disk {disk_id!r}; there are {known}", machine=machine.name)
-
-
-def _usual_controller(wish: DiskWish, spec: MachineSpec) -> Controller:
-    if wish.kind == "iso":
-        return "ide"
-    on_ide = sum(disk.controller == "ide" for disk in spec.disks)
-    return "ide" if on_ide < 3 else "scsi"
-
-
-def _free_unit(spec: MachineSpec, controller: Controller, index: int) -> int:
-    taken = {disk.unit for disk in spec.disks if (disk.controller, disk.controller_index) == (controller, index)}
-    return next(unit for unit in range(len(taken) + 1) if unit not in taken)
-
-
-def _on_scsi(wish: DiskWish) -> DiskWish:
-
-    return replace(wish, controller="scsi")
 
 
 def _size_of(disk: DiskSpec) -> int | None:

@@ -15,7 +15,7 @@ from vmm.cli.common import SIZE, confirm, epilog, format_size, output_options, p
 from vmm.cli.disk import parse_disk
 from vmm.cli.nic_words import parse_nic
 from vmm.cli.show import document_of
-from vmm.manager import DiskWish, Manager
+from vmm.manager import Manager
 from vmm.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
 
 _SERVICES = tuple(IntegrationSpec.model_fields)
@@ -128,10 +128,12 @@ def _service(word: str) -> tuple[str, bool]:
 @click.argument("name")
 @click.option("--disk", "disks", metavar="IMAGE[,OPTION=VALUE...]", multiple=True,
               help="A disk; options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only,"
-                   " parent-dir=DIR, allow-raw-parent. Repeatable; the first is on IDE.")  # fmt: skip
+                   " format=vhd|raw, parent-dir=DIR, allow-raw-parent. Repeatable; the first is on IDE.")  # fmt: skip
 @click.option("--pass-through", "devices", metavar="DEVICE|iscsi://...", multiple=True,
               help="A block device or an iSCSI LUN, whole, as a disk (on SCSI or as ,controller= says).")  # fmt: skip
-@click.option("--cdrom", "images", metavar="FILE", multiple=True, help="An ISO image in a drive on IDE. Repeatable.")
+@click.option("--cdrom", "images", metavar="FILE[,OPTION=VALUE...]", multiple=True,
+              help="An ISO image in a drive on IDE; '' is an empty drive. Options: index=N, unit=N, serial=TEXT."
+                   " Repeatable.")  # fmt: skip
 @click.option("--nic", "nics", metavar="SWITCH[,OPTION=VALUE...]", multiple=True,
               help="An adapter on a switch ('-' for none); options as of vmm nic add. Repeatable.")  # fmt: skip
 @click.option("--folder", metavar="DIR", help="Make the machine's own folder in DIR instead of the host's default.")
@@ -155,7 +157,7 @@ def create_command(
     """
     wishes = [parse_disk(word) for word in disks]
     wishes += [parse_disk(word, kind="pass-through") for word in devices]
-    wishes += [DiskWish(path, kind="iso") for path in images]
+    wishes += [parse_disk(word, kind="iso") for word in images]
     adapters = [parse_nic(word) for word in nics]
     one = Manager().create(name, disks=wishes, adapters=adapters, folder=folder, **_settings(words, None))
     if as_json:

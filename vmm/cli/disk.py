@@ -15,16 +15,18 @@ from vmm.cli.common import SIZE, epilog, format_size, output_options, print_json
 from vmm.manager import DiskWish, Manager
 from vmm.spec import UNITS
 
-_VALUED = ("controller", "index", "unit", "serial", "parent-dir")
+_VALUED = ("controller", "index", "unit", "serial", "format", "parent-dir")
 _FLAGS = ("read-only", "allow-raw-parent")
+_FORMATS = ("vhd", "raw")
+_ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
 
 
-def parse_disk(word: str, *, kind: Literal["vhd", "pass-through"] = "vhd") -> DiskWish:
-    """IMAGE[,OPTION=VALUE...] as a wish. Raises BadParameter."""
+def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskWish:
+    """IMAGE[,OPTION=VALUE...] as a wish; of a drive ("iso") the image may be missing. Raises BadParameter."""
     path, *rest = word.split(",")
     while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:
         path += "," + rest.pop(0)
-    if not path:
+    if not path and kind != "iso":
         raise click.BadParameter(f"{word!r} names no image")
     settings: dict[str, Any] = {"parent_dirs": ()}
     for option in rest:
@@ -43,9 +45,14 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through"] = "vhd") -> Di
             settings["controller_index" if name == "index" else "unit"] = int(value)
         else:
             settings[name] = value
-    if settings.get("controller") not in (None, *UNITS):
-        raise click.BadParameter(f"{settings['controller']!r} is no controller; there are {', '.join(UNITS)}")
-    return DiskWish(path, kind=kind, **settings)
+    for name, known in (("controller", tuple(UNITS)), ("format", _FORMATS)):
+        if settings.get(name) not in (None, *known):
+            raise click.BadParameter(f"{settings[name]!r} is no {name}; there are {', '.join(known)}")
+    if kind != "vhd":
+        for option in rest:
+            if option.partition("=")[0] in _ONLY_FOR_IMAGES:
+                raise click.BadParameter(f"{option!r} in {word!r} is for images of hard disks")
+    return DiskWish(path or None, kind=kind, **settings)
 
 
 @click.group("disk", context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,28 +61,35 @@ def disk_command() -> None:
 
 
 @disk_command.command(
-    "add", epilog=epilog("vmm disk add web data.vhd", "vmm disk add web data.vhd,controller=scsi,unit=5")
+    "add",
+    epilog=epilog(
+        "vmm disk add web data.vhd", "vmm disk add web data.vhd,controller=scsi,unit=5", "vmm disk add web --cdrom"
+    ),
 )
 @click.argument("name")
-@click.argument("disk", metavar="IMAGE[,OPTION=VALUE...]")
+@click.argument("disk", metavar="[IMAGE][,OPTION=VALUE...]", required=False)
 @click.option(
     "--pass-through", is_flag=True, help="IMAGE is a block device or an iscsi:// LUN, given to the guest whole."
 )
-@click.option("--cdrom", is_flag=True, help="IMAGE is an ISO image.")
+@click.option("--cdrom", is_flag=True, help="A drive with the ISO image IMAGE in it; without IMAGE an empty one.")
 @output_options
-def add_command(name: str, disk: str, pass_through: bool, cdrom: bool, as_json: bool, quiet: bool) -> None:
+def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as_json: bool, quiet: bool) -> None:
     """Give the machine NAME a disk. A running one gets it at once, on SCSI.
 
-    Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, parent-dir=DIR, allow-raw-parent.
+    Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, format=vhd|raw, parent-dir=DIR,
+    allow-raw-parent. Without controller= it is on IDE while there is room; one that is read-only is on SCSI or virtio.
     """
     if pass_through and cdrom:
         raise click.UsageError("either --pass-through or --cdrom")
-    wish = DiskWish(disk, kind="iso") if cdrom else parse_disk(disk, kind="pass-through" if pass_through else "vhd")
-    added = Manager().add_disk(name, wish)
+    if disk is None and not cdrom:
+        raise click.UsageError("which image? Only a drive (--cdrom) may be empty")
+    added = Manager().add_disk(
+        name, parse_disk(disk or "", kind="iso" if cdrom else "pass-through" if pass_through else "vhd")
+    )
     if as_json:
         print_json(added.model_dump(mode="json"))
     elif not quiet:
-        print_line(f"{name}: {added.id} on {added.place}, serial {added.serial}: {added.path}")
+        print_line(f"{name}: {added.id} on {added.place}, serial {added.serial}: {added.path or 'empty'}")
 
 
 @disk_command.command("remove", epilog=epilog("vmm disk remove web disk-1"))
@@ -91,7 +105,7 @@ def remove_command(name: str, disk: str, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(removed.model_dump(mode="json"))
     elif not quiet:
-        print_line(f"{name}: {removed.id} is removed; {removed.path} stays")
+        print_line(f"{name}: {removed.id} is removed" + (f"; {removed.path} stays" if removed.path else ""))
 
 
 @disk_command.command("list", epilog=epilog("vmm disk list web"))

@@ -212,13 +212,16 @@ def chain_node(disk: DiskSpec, nbd_socket: str) -> Device:
     }
 
 
-def file_node(node_name: str, set_number: int, *, read_only: bool) -> Device:
-    """A raw file that QEMU has by a set of descriptors only; no lock of ours is worth more than its own."""
+def file_node(node_name: str, set_number: int, *, read_only: bool, is_device: bool = False) -> Device:
+    """A raw file, or block device, that QEMU has by a set of descriptors only; no lock of ours is worth more than its
+    own. QEMU's driver for files refuses devices.
+    """
+    driver = "host_device" if is_device else "file"
     return {
         "driver": "raw",
         "node-name": node_name,
         "read-only": read_only,
-        "file": {"driver": "file", "filename": f"/dev/fdset/{set_number}", "read-only": read_only, "locking": "off"},
+        "file": {"driver": driver, "filename": f"/dev/fdset/{set_number}", "read-only": read_only, "locking": "off"},
     }
 
 

@@ -43,6 +43,19 @@ def test_bad_words(word: str) -> None:
         parse_disk(word)
 
 
+def test_a_drive_in_one_word() -> None:
+    """A medium takes the options of a place as disks do, and none that only images have; no name is an empty drive."""
+    assert parse_disk("x.iso,unit=1", kind="iso") == DiskWish("x.iso", unit=1, kind="iso")
+    assert parse_disk("x,y.iso,controller=scsi", kind="iso") == DiskWish("x,y.iso", "scsi", kind="iso")
+    assert parse_disk("", kind="iso") == DiskWish(None, kind="iso")
+    assert parse_disk("x.iso,format=raw") == DiskWish("x.iso", format="raw")
+    for word in ("x.iso,format=raw", "x.iso,parent-dir=/p", "x.iso,allow-raw-parent"):
+        with pytest.raises(click.BadParameter, match="hard disks"):
+            parse_disk(word, kind="iso")
+    with pytest.raises(click.BadParameter, match="no format"):
+        parse_disk("x.vhd,format=qcow2")
+
+
 @pytest.mark.kvm
 def test_session(manager: Manager, tmp_path: Path) -> None:
     """Added, listed, resized and removed while the machine runs, by words and JSON."""
@@ -59,3 +72,4 @@ def test_session(manager: Manager, tmp_path: Path) -> None:
     assert "has no disk" in failure("disk", "remove", "small", "disk-1", code=1)
     assert "no size" in failure("disk", "resize", "small", "disk-0", "big", code=2)
     assert "either" in failure("disk", "add", "small", "x", "--cdrom", "--pass-through", code=2)
+    assert "which image" in failure("disk", "add", "small", code=2)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk or drive that somebody wishes for, and the disk that a machine gets.
+
+Decides what is chosen where nothing was said (controller, place, serial), what a file or device is taken for, and what
+could never start and is therefore refused now: QEMU has no read-only disk on IDE, and an ISO image is no hard disk.
+Must not know whether the machine runs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from vmm import devices
+from vmm.errors import InvalidSpec
+from vmm.images import find_image, look_at, refuse_frozen
+from vmm.launch import open_medium
+from vmm.paths import default_folders
+from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWish:
+    """A disk that a machine is to have. `controller` None: IDE while there is room, then SCSI; `unit` None: any.
+
+    `path` None is an empty drive, of kind "iso" alone. `format` says what an image is, where that is not to be found
+    out: "raw" also for a file that holds an ISO image and is meant as a hard disk.
+    """
+
+    path: str | None
+    controller: Controller | None = None
+    controller_index: int | None = None
+    unit: int | None = None
+    kind: Literal["vhd", "pass-through", "iso"] = "vhd"
+    read_only: bool = False
+    serial: str | None = None
+    parent_dirs: tuple[str, ...] = ()
+    allow_raw_parent: bool = False
+    format: Literal["vhd", "raw"] | None = None
+
+
+def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
+    """A disk for a machine as it is wished for, with what was not said chosen and its image looked at.
+
+    Raises InvalidSpec, NotFound, AccessDenied, StoreFailed, InUse, Refused.
+    """
+    controller = wish.controller or _usual_controller(wish, spec)
+    _refuse_read_only_on_ide(wish, controller)
+    index, unit = wish.controller_index, wish.unit
+    if unit is None:
+        index, unit = spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
+    path = wish.path or None
+    settings: dict[str, object] = {} if wish.serial is None else {"serial": wish.serial}
+    if path is not None and wish.kind == "pass-through":
+        found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
+        path = found.pop("path")
+        settings |= found
+    elif path is not None:
+        path = find_image(path, spec.paths.disks or default_folders()["disks"])
+    disk = make_disk(
+        id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
+        unit=unit, read_only=wish.read_only or wish.kind == "iso", format=wish.format,
+        parent_dirs=tuple(os.path.realpath(one) for one in wish.parent_dirs),
+        allow_raw_parent=wish.allow_raw_parent, **settings,
+    )  # fmt: skip
+    if disk.kind == "iso" and path is not None:
+        os.close(open_medium(path))
+    if disk.kind == "vhd":
+        disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
+        refuse_frozen(disk)
+    return disk
+
+
+def _refuse_read_only_on_ide(wish: DiskWish, controller: Controller) -> None:
+    if controller == "ide" and wish.read_only and wish.kind != "iso":
+        raise InvalidSpec(
+            "is to be read-only, and there is no read-only disk on IDE", path=wish.path,
+            hint="put it on scsi or virtio",
+        )  # fmt: skip
+
+
+def _usual_controller(wish: DiskWish, spec: MachineSpec) -> Controller:
+    if wish.kind == "iso":
+        return "ide"
+    if wish.read_only:  # on virtio where it may be what the machine boots from
+        return "scsi" if any(disk.kind != "iso" and disk.controller != "scsi" for disk in spec.disks) else "virtio"
+    on_ide = sum(disk.controller == "ide" for disk in spec.disks)
+    return "ide" if on_ide < 3 else "scsi"
+
+
+def _free_unit(spec: MachineSpec, controller: Controller, index: int) -> int:
+    taken = {disk.unit for disk in spec.disks if (disk.controller, disk.controller_index) == (controller, index)}
+    return next(unit for unit in range(len(taken) + 1) if unit not in taken)
