@@ -320,7 +320,7 @@ def memory_of_huge(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
     image = folder / "huge.vhd"
     vhdkit.create_image(image, HUGE_BYTES, block_size_bytes=BLOCK_BYTES)
     allocate_all(image)
-    small, large = 4096, 32 * MIB
+    small, large = 4096, 64 * MIB  # the largest request there is
     with peers.running(peers.ours(), image) as target:
         peers.rate(target, Load("randread", small, 16, CLIENTS), plan.seconds, size=HUGE_BYTES)
         peers.rate(target, Load("randwrite", small, 16, CLIENTS), plan.seconds, size=64 * MIB)

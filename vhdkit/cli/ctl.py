@@ -252,6 +252,7 @@ def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, q
 @click.option("--format", "image_format", type=click.Choice(["raw", "vhd"]), help="What it is, instead of looking.")
 @click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Parents may lie in DIR too. Repeatable.")
 @click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent: the image records no id to know it by.")
+@click.option("--description", metavar="TEXT", help="What clients that list the exports are told about it.")
 def add_verb(
     server: _Server,
     export: str,
@@ -260,6 +261,7 @@ def add_verb(
     image_format: str | None,
     allow_parent_dir: tuple[str, ...],
     allow_raw_parent: bool,
+    description: str | None,
     json: bool,
     quiet: bool,
 ) -> None:
@@ -271,6 +273,7 @@ def add_verb(
     result = _ask(
         server, "add", as_json=json, name=name, path=os.path.abspath(path), read_only=read_only,
         follow_leaf=follow_leaf, format=image_format, parent_dirs=folders, allow_raw_parent=allow_raw_parent,
+        **({} if description is None else {"description": description}),
     )  # fmt: skip
     if not json and not quiet:
         print_text(f"{printable(name)}: {printable(result['export']['description'])}")

@@ -55,6 +55,7 @@ class Wish:
     image: tuple[str, ...]
     export: tuple[str, ...]
     exports: str | None
+    description: str | None
     socket: str | None
     listen: str | None
     read_only: bool
@@ -85,8 +86,12 @@ class Wish:
 @click.argument("image", nargs=-1, type=PATH)
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
 @click.option("--exports", metavar="FILE", type=PATH,
-              help="Serve what FILE lists, a JSON array of objects: name, path and, where wanted, read_only,"
-                   " follow_leaf, format, parent_dirs, allow_raw_parent. With --control it may be empty.")  # fmt: skip
+              help="Serve what FILE lists, a JSON array of objects: name, path and, where wanted, description,"
+                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent. With --control it may"
+                   " be empty.")  # fmt: skip
+@click.option("--description", metavar="TEXT",
+              help="What clients that list the exports are told about IMAGE, instead of its kind, size and file name."
+                   " For one image.")  # fmt: skip
 @click.option(
     "--socket",
     metavar="PATH",
@@ -154,7 +159,7 @@ def serve_command(common: Common, **words: Any) -> None:
 
     \b
     With --json, when ready: {"pid", "uris": [...],
-      "exports": [{"name", "uri", "path", "size_bytes", "read_only"}], "control"}
+      "exports": [{"name", "uri", "path", "description", "size_bytes", "read_only"}], "control"}
     """
     wish = Wish(**words)
     _check(wish)
@@ -168,6 +173,8 @@ def _check(wish: Wish) -> None:
         raise click.UsageError("name an IMAGE to serve")
     if wish.exports is not None and (wish.overlay or wish.read_only or wish.engine != "builtin"):
         raise click.UsageError("--exports says for each image how it is opened: no --read-only, --overlay or --engine")
+    if wish.description is not None and (wish.exports is not None or len(wish.image) + len(wish.export) != 1):
+        raise click.UsageError('--description is for one image; in a file for --exports each may have a "description"')
     if wish.overlay and wish.read_only:
         raise click.UsageError("--overlay is for writing: no --read-only")
     if is_activated() and (wish.socket or wish.listen):
@@ -195,12 +202,12 @@ def _log_to_stderr(common: Common) -> None:
 
 def _wanted(wish: Wish) -> list[Wanted]:
     """The images in the order of their kind: plain ones first."""
-    wanted = [Wanted(path) for path in wish.image]
+    wanted = [Wanted(path, description=wish.description) for path in wish.image]
     for word in wish.export:
         name, sign, path = word.partition("=")
         if not sign or not path:
             raise click.UsageError(f"--export {word!r} is not NAME=IMAGE")
-        wanted.append(Wanted(path, name))
+        wanted.append(Wanted(path, name, description=wish.description))
     if wish.exports is not None:
         wanted += wanted_of_file(wish.exports)
     if not wanted and wish.control is None:
@@ -293,7 +300,7 @@ def _serve_nbdkit(wish: Wish, common: Common) -> None:
     program = find_nbdkit()
     launch = Launch(
         (), common.options, wish.read_only, wish.overlay, wish.exit_last,
-        tls_certs=wish.tls_certs, tls_psk=wish.tls_psk, tls_required=wish.tls_required,
+        description=wish.description, tls_certs=wish.tls_certs, tls_psk=wish.tls_psk, tls_required=wish.tls_required,
         arguments=click.get_current_context().meta.get(ARGUMENTS, ()),
     )  # fmt: skip
     manner = Manner(common.options, read_only=not writes(launch), follow_leaf=wish.follow_leaf)
@@ -390,6 +397,7 @@ def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, co
                 "name": export.name,
                 "uri": uris[export.name][0],
                 "path": export.image_path,
+                "description": export.description,
                 "size_bytes": export.disk.size_bytes,
                 "read_only": export.read_only,
             }

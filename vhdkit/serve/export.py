@@ -39,10 +39,8 @@ class Export:
 
     def __init__(self, name: str, disk: Disk, *, description: str = "", read_only: bool = False) -> None:
         """Take over an open disk. Raises InvalidArgument for a name or description that no client could be told."""
-        if "\0" in name + description or len(_encoded(name)) > wire.MAX_STRING_BYTES:  # row 13
-            raise errors.InvalidArgument(
-                f"an export's name has at most {wire.MAX_STRING_BYTES} bytes, and it and the description no NUL"
-            )
+        check_text("name", name)
+        check_text("description", description)
         self.name = name
         self.description = description
         self.disk = disk
@@ -212,11 +210,14 @@ class Export:
         return lambda extent: int(0 <= extent.layer_index <= depth)
 
 
-def _encoded(name: str) -> bytes:
+def check_text(what: str, text: str) -> None:
+    """Raise InvalidArgument unless `text`, the name or description of an export, can be told to a client (row 13)."""
     try:
-        return name.encode()
+        raw = text.encode()
     except UnicodeEncodeError as error:
-        raise errors.InvalidArgument(f"the export's name {errors.printable(name)!r} is no UTF-8 text") from error
+        raise errors.InvalidArgument(f"the export's {what} {errors.printable(text)!r} is no UTF-8 text") from error
+    if b"\0" in raw or len(raw) > wire.MAX_STRING_BYTES:
+        raise errors.InvalidArgument(f"the {what} of an export has at most {wire.MAX_STRING_BYTES} bytes, none zero")
 
 
 class _NotFast(errors.VhdkitError):

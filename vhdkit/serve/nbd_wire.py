@@ -35,7 +35,7 @@ DATA_CHUNK = struct.Struct(">IHHQIQ")  # a chunk and the offset its data begins 
 EXTENDED_DATA_CHUNK = struct.Struct(">IHHQQQQ")
 
 MAX_STRING_BYTES = 4096
-MAX_PAYLOAD_BYTES = 1 << 25
+MAX_PAYLOAD_BYTES = 1 << 26  # what libnbd sends at most; nothing of this size is ever in memory
 MIN_BLOCK_BYTES, PREFERRED_BLOCK_BYTES = 1, 4096
 MAX_DESCRIPTORS = 1 << 20
 

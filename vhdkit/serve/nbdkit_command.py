@@ -29,6 +29,7 @@ _VERSION_LINE = re.compile(r"^python_version=(\d+)\.(\d+)", re.MULTILINE)
 class Launch:
     """What nbdkit is to serve: (name, absolute path) of each export, the first is the default one.
 
+    `description`: what clients are told about the only export, instead of what the plugin says.
     `arguments` are for nbdkit as they stand: options, and KEY=VALUE of its filters.
     """
 
@@ -37,6 +38,7 @@ class Launch:
     read_only: bool = False
     overlay: bool = False
     exit_last: bool = False
+    description: str | None = None
     pid_file: str | None = None
     tls_certs: str | None = None
     tls_psk: str | None = None
@@ -75,7 +77,8 @@ def writes(launch: Launch) -> bool:
 def _settings(launch: Launch) -> list[str]:
     """KEY=VALUE for the plugin."""
     options = launch.options
-    settings = [word for name, path in launch.exports for word in (f"name={name}", f"image={path}")]
+    settings = [] if launch.description is None else [f"description={launch.description}"]
+    settings += [word for name, path in launch.exports for word in (f"name={name}", f"image={path}")]
     settings.append(f"access={'write' if writes(launch) else 'read'}")
     settings += [f"parent-dir={os.path.abspath(folder)}" for folder in options.parent_dirs]
     if options.allow_raw_parent:

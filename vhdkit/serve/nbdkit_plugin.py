@@ -5,9 +5,11 @@
 
     image=PATH                  what is served; repeatable, the first is the default export
     name=NAME                   what the export of the next image= is called (without it: the empty name)
+    description=TEXT            what clients are told about the next image=, instead of its kind, size and file name
     access=read|write           open for that at start, and never write with `read`; otherwise a disk is opened for
-                                reading at start and for writing when a client comes that may write (not with
-                                nbdkit's -r, nor behind its cow filter)
+                                reading at start and for writing while a client is there that may write (not with
+                                nbdkit's -r, nor behind its cow filter); where another program has it open, that
+                                client may only read
     parent-dir=DIR, allow-raw-parent=BOOL, dynamic-bitmap=spec|ignore, format=raw|vhd    as on the command line
 
 Decides how nbdkit's callbacks become calls of a `Disk`. nbdkit loads this file as a program of its embedded Python:
@@ -32,13 +34,13 @@ from vhdkit import errors
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import FormatName
-from vhdkit.serve.export import ALLOCATION, MAX_CACHE_BYTES, PIECE_BYTES, Export
+from vhdkit.serve.export import ALLOCATION, MAX_CACHE_BYTES, PIECE_BYTES, Export, check_text
 from vhdkit.serve.nbd_wire import wire_errno
 from vhdkit.serve.opening import described
 from vhdkit.units import MIB, PAGE_SIZE
 
 API_VERSION = 2
-MAX_REQUEST_BYTES = 32 * MIB
+MAX_REQUEST_BYTES = 64 * MIB  # what nbdkit itself takes at most
 _FULL_TRACEBACK = 1000  # entries: what Python has when nobody says otherwise
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -51,7 +53,9 @@ class _Settings:
 
     def __init__(self) -> None:
         self.images: dict[str, str] = {}  # by the name of the export; in order
-        self.next_name = ""
+        self.descriptions: dict[str, str] = {}  # of those that were given one
+        self.next_name: str | None = None
+        self.next_description: str | None = None
         self.access: str | None = None
         self.parent_dirs: list[str] = []
         self.allow_raw_parent = False
@@ -103,7 +107,13 @@ def config(key: str, value: str) -> None:
     if key == "image":
         _add_image(value)
     elif key == "name":
+        _check_order("name", _settings.next_name)
+        check_text("name", value)
         _settings.next_name = value
+    elif key == "description":
+        _check_order("description", _settings.next_description)
+        check_text("description", value)
+        _settings.next_description = value
     elif key == "access":
         _settings.access = _one_of(key, value, "read", "write")
     elif key == "parent-dir":
@@ -115,17 +125,26 @@ def config(key: str, value: str) -> None:
     elif key == "format":
         _settings.format_name = FormatName(_one_of(key, value, *(one.value for one in FormatName)))
     else:
-        known = "image, name, access, parent-dir, allow-raw-parent, dynamic-bitmap and format"
+        known = "image, name, description, access, parent-dir, allow-raw-parent, dynamic-bitmap and format"
         raise errors.InvalidArgument(f"{key}= is not known; there are {known}")
 
 
 def _add_image(path: str) -> None:
     if not path:
         raise errors.InvalidArgument("the name of an image is empty")
-    name, _settings.next_name = _settings.next_name, ""
+    name, _settings.next_name = _settings.next_name or "", None
+    description, _settings.next_description = _settings.next_description, None
     if name in _settings.images:
         raise errors.InvalidArgument(f"two exports are called {name!r}", hint="put name=NAME before an image=PATH")
     _settings.images[name] = os.path.abspath(path)
+    if description is not None:
+        _settings.descriptions[name] = description
+
+
+def _check_order(key: str, waiting: str | None) -> None:
+    """What stands before an image=PATH is about that image. Raises InvalidArgument for a second one before it."""
+    if waiting is not None:
+        raise errors.InvalidArgument(f"{key}={errors.printable(waiting)} has no image=PATH after it")
 
 
 def _one_of(key: str, value: str, *known: str) -> str:
@@ -136,7 +155,9 @@ def _one_of(key: str, value: str, *known: str) -> str:
 
 @_told
 def config_complete() -> None:
-    """There must be something to serve."""
+    """There must be something to serve, and an image for each name and description."""
+    _check_order("name", _settings.next_name)
+    _check_order("description", _settings.next_description)
     if not _settings.images:
         raise errors.InvalidArgument("there is no image to serve: say image=PATH")
 
@@ -159,7 +180,7 @@ def after_fork() -> None:
     """Open everything. Not before: the lock on a file would also be held by the process that nbdkit forked from."""
     for name, path in _settings.images.items():
         disk = _settings.open(path, writable=_settings.access == "write")
-        _exports[name] = Export(name, disk, description=described(disk))
+        _exports[name] = Export(name, disk, description=_settings.descriptions.get(name, described(disk)))
         _clients[name] = 0
 
 
@@ -205,19 +226,27 @@ def open(readonly: bool) -> Export:
 
 
 def _reopen_writable(export: Export) -> None:
+    """Open it for writing; for reading where another program has it open: most clients only want to read."""
     path = _settings.images[export.name]
     export.disk.close()
     try:
         export.disk = _settings.open(path, writable=True)
-    except errors.VhdkitError:
+    except errors.VhdkitError as error:
         export.disk = _settings.open(path, writable=False)  # who only reads is still served
-        raise
+        if not isinstance(error, errors.ImageInUse) or isinstance(error, errors.HasChildren):
+            raise
+        nbdkit.debug(f"the export is read-only for now: {error}")
 
 
+@_told
 def close(export: Export) -> None:
-    """A client has gone. The disk stays open for the next one."""
+    """A client has gone. The disk stays open for the next one, but what nobody here writes others may open."""
     with _opening:
         _clients[export.name] -= 1
+        if not _clients[export.name] and _settings.access is None and export.disk.writable:
+            export.disk.flush()  # a failure is told, and told again at the end: then the disk stays as it is
+            export.disk.close()
+            export.disk = _settings.open(_settings.images[export.name], writable=False)
 
 
 def export_description(export: Export) -> str:

@@ -24,8 +24,7 @@ from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
-from vhdkit.serve import nbd_wire as wire
-from vhdkit.serve.export import Export
+from vhdkit.serve.export import Export, check_text
 from vhdkit.store import opened_again
 from vhdkit.units import MIB, format_size
 
@@ -33,6 +32,7 @@ MAX_EXPORTS_FILE_BYTES = 16 * MIB  # a thousand exports and ten thousand images 
 _ENTRY_KINDS: dict[str, tuple[type, str]] = {
     "name": (str, "a text"),
     "path": (str, "a text"),
+    "description": (str, "a text"),
     "read_only": (bool, "true or false"),
     "follow_leaf": (bool, "true or false"),
     "format": (str, "a text"),
@@ -59,11 +59,15 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An image to be served: its path, its name where it is not to be called as the file, its own manner if any."""
+    """An image to be served: its path, its name where it is not to be called as the file, its own manner if any.
+
+    `description`: what clients are told about it, instead of what `described` says.
+    """
 
     path: str
     name: str | None = None
     manner: Manner | None = None
+    description: str | None = None
 
     @property
     def export_name(self) -> str:
@@ -74,10 +78,15 @@ class Wanted:
 class ImageExport(Export):
     """An export that knows how its image was opened, for what is done to it while it is served."""
 
-    def __init__(self, name: str, disk: Disk, manner: Manner) -> None:
-        super().__init__(name, disk, read_only=manner.read_only)
+    def __init__(self, name: str, disk: Disk, manner: Manner, description: str | None = None) -> None:
+        super().__init__(name, disk, description=description or "", read_only=manner.read_only)
         self.manner = manner
-        self.description = described(disk, temporary=self.is_temporary)
+        self._chosen_description = description
+        self._describe()
+
+    def _describe(self) -> None:
+        if self._chosen_description is None:
+            self.description = described(self.disk, temporary=self.is_temporary)
 
     @property
     def is_temporary(self) -> bool:
@@ -101,7 +110,7 @@ class ImageExport(Export):
         """Serve another disk from now on; the export is held."""
         disk.writable = disk.writable and not self.read_only
         self.disk = disk
-        self.description = described(disk, temporary=self.is_temporary)
+        self._describe()
 
 
 def check_wanted(wanted: Sequence[Wanted]) -> None:
@@ -111,15 +120,15 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
     for one in wanted:
         name = one.export_name
         try:
-            size = len(name.encode())
+            name.encode()
         except UnicodeEncodeError as error:
             raise errors.InvalidArgument(
                 "has a name that is no UTF-8 text, as the names of exports are",
                 path=one.path,
                 hint="give it another: --export NAME=IMAGE",
             ) from error
-        if size > wire.MAX_STRING_BYTES or "\0" in name:
-            raise errors.InvalidArgument(f"the name of an export has at most {wire.MAX_STRING_BYTES} bytes, none zero")
+        check_text("name", name)
+        check_text("description", one.description or "")
         real = real_path(one.path)
         if real in paths:
             raise errors.ImageInUse("is exported twice", path=one.path)
@@ -134,8 +143,8 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
 def wanted_of_document(document: object) -> Wanted:
     """What one entry of an exports file, or the parameters of `ctl add`, ask for. Raises InvalidArgument.
 
-    {"name", "path", "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null, "parent_dirs": [],
-     "allow_raw_parent": false, "known_images": []}
+    {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null,
+     "parent_dirs": [], "allow_raw_parent": false, "known_images": []}
 
     `known_images`: images that may stand on this one, wherever they lie; one on which any of them does is not written.
     """
@@ -167,7 +176,7 @@ def wanted_of_document(document: object) -> Wanted:
         known_images=tuple(known),
     )
     manner = Manner(options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf")))
-    return Wanted(path, document["name"], manner)
+    return Wanted(path, document["name"], manner, document.get("description"))
 
 
 def wanted_of_file(path: str) -> list[Wanted]:
@@ -204,7 +213,7 @@ def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
     try:
         for one in wanted:
             own = one.manner or manner
-            exports.append(ImageExport(one.export_name, _open(one.path, own), own))
+            exports.append(ImageExport(one.export_name, _open(one.path, own), own, one.description))
     except BaseException:
         for export in exports:
             export.disk.close()

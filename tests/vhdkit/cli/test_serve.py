@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 
 import vhdkit
 from tests.servers import SECONDS, read_ready, serving, start_server
-from tests.support import require_tool
+from tests.support import require_nbdkit, require_tool
 from tests.support import run as run_tool
 from tests.vhdkit.cli.running import failure, finish, good, make_chain, names, start
 
@@ -84,6 +85,23 @@ def test_several_exports() -> None:
         assert default.strip() == "1048576"
         listed = run_tool([require_tool("nbdinfo"), "--list", server.uri]).stdout
         assert "dynamic VHD, 2.0 MiB, b.vhd" in listed
+
+
+@pytest.mark.parametrize("engine", [(), ("--engine", "nbdkit")], ids=["builtin", "nbdkit"])
+def test_description(engine: tuple[str, ...]) -> None:
+    """Clients that list the exports see the words that were given, also after a live snapshot."""
+    if engine:
+        require_nbdkit()
+    good("create", "a.vhd", "--size", "1M")
+    control = () if engine else ("--control", "c")
+    with serving("a.vhd", "--description", "Büro, 2nd floor", "--socket", "s", *control, *engine) as server:
+        if control:
+            assert server.ready["exports"][0]["description"] == "Büro, 2nd floor"
+            good("ctl", "c", "snapshot")
+            good("create", "b.vhd", "--size", "1M")
+            assert "of Tuesday" in good("ctl", "c", "add", "b=b.vhd", "--description", "of Tuesday")
+        listed = json.loads(run_tool([require_tool("nbdinfo"), "--json", "--list", server.uri]).stdout)["exports"]
+        assert [one["description"] for one in listed] == ["Büro, 2nd floor", *(["of Tuesday"] if control else [])]
 
 
 def test_overlay_leaves_the_images_alone() -> None:
@@ -240,6 +258,8 @@ def test_follow_leaf() -> None:
         (["a.vhd", "a.vhd"], 5, "twice"),
         (["a.vhd", "--export", "a.vhd=b.vhd"], 2, "two exports"),
         (["--export", "a.vhd"], 2, "NAME=IMAGE"),
+        (["a.vhd", "b.vhd", "--description", "x"], 2, "one image"),
+        (["a.vhd", "--description", "x" * 4097], 2, "4096 bytes"),
         (["a.vhd", "--overlay", "--read-only"], 2, "--read-only"),
         (["a.vhd", "--socket-owner", "no-such-user-x"], 2, "no-such-user-x"),
         (["a.vhd", "--control", "c", "--control-owner", "no-such-user-x"], 2, "no-such-user-x"),

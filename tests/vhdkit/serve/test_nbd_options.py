@@ -168,7 +168,7 @@ def test_info_always_tells_the_export(number: int) -> None:
         (nbd.REP_INFO, struct.pack(">HQH", 0, 5 * MIB, FLAGS | 1)),
         (nbd.REP_INFO, b"\0\1first"),
         (nbd.REP_INFO, b"\0\2the first disk"),
-        (nbd.REP_INFO, struct.pack(">HIII", 3, 1, 4096, 32 * MIB)),
+        (nbd.REP_INFO, struct.pack(">HIII", 3, 1, 4096, 64 * MIB)),
         (ACK, b""),
     ]
     assert handshake.state is (State.TRANSMISSION if number == nbd.GO else State.OPTIONS)

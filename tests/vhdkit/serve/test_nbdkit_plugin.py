@@ -37,10 +37,15 @@ class FakeNbdkit(ModuleType):
         super().__init__("nbdkit")
         self.error = 0
         self.wanted_name = ""
+        self.said: list[str] = []
 
     def set_error(self, number: int) -> None:
         """As nbdkit's."""
         self.error = number
+
+    def debug(self, text: str) -> None:
+        """As nbdkit's."""
+        self.said.append(text)
 
     def export_name(self) -> str:
         """As nbdkit's."""
@@ -102,7 +107,7 @@ def test_read_write_flush(plugin: Any, tmp_path: Path) -> None:
     path = image(tmp_path)
     handle = started(plugin, ("image", path))
     assert plugin.get_size(handle) == 8 * MIB
-    assert plugin.block_size(handle) == (1, 4096, 32 * MIB)
+    assert plugin.block_size(handle) == (1, 4096, 64 * MIB)
     plugin.pwrite(handle, memoryview(b"x" * 1000), 12345, 0)
     plugin.pwrite(handle, memoryview(b"y" * 512), 4 * MIB, FakeNbdkit.FLAG_FUA)
     assert read(plugin, handle, 12344, 1002) == b"\0" + b"x" * 1000 + b"\0"
@@ -212,6 +217,22 @@ def test_first_writer_opens_for_writing(plugin: Any, tmp_path: Path) -> None:
     assert plugin.can_write(writer)
     with pytest.raises(vhdkit.ImageInUse):
         vhdkit.open_disk(path)
+    plugin.pwrite(writer, memoryview(b"w"), 0, 0)
+    plugin.close(writer)
+    with vhdkit.open_disk(path) as other:
+        assert other.read(0, 1) == b"w"
+    assert read(plugin, plugin.open(True), 0, 1) == b"w"
+
+
+def test_beside_another_reader(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> None:
+    """A client that does not say what it wants may read an image that another program reads too, and is told so."""
+    path = image(tmp_path)
+    with vhdkit.open_disk(path):
+        handle = started(plugin, ("image", path))
+        assert not plugin.can_write(handle) and read(plugin, handle, 0, 1) == b"\0"
+        assert "another program is using this image" in nbdkit.said[0]
+        plugin.close(handle)
+    assert plugin.can_write(plugin.open(False))
 
 
 def test_access_is_said_beforehand(plugin: Any, tmp_path: Path) -> None:
@@ -242,7 +263,9 @@ def test_failed_writable_open_still_reads(plugin: Any, nbdkit: FakeNbdkit, tmp_p
 def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> None:
     """Each export has its name, description and disk; the first is the default; unknown names are refused."""
     one, two = image(tmp_path, "one.vhd"), image(tmp_path, "two=2.vhd")
-    first = started(plugin, ("name", "a=b"), ("image", one), ("name", "zwei"), ("image", two))
+    first = started(
+        plugin, ("description", "our büro"), ("name", "a=b"), ("image", one), ("name", "zwei"), ("image", two)
+    )
     assert [name for name, _ in plugin.list_exports(False, False)] == ["a=b", "zwei"]
     assert plugin.default_export(False, False) == first.name == "a=b"
     nbdkit.wanted_name = "zwei"
@@ -250,6 +273,7 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
     plugin.pwrite(second, memoryview(b"2"), 0, 0)
     assert (read(plugin, first, 0, 1), read(plugin, second, 0, 1)) == (b"\0", b"2")
     assert "two=2.vhd" in plugin.export_description(second)
+    assert plugin.export_description(first) == "our büro"
     nbdkit.wanted_name = "drei"
     with pytest.raises(vhdkit.NotFound, match="drei"):
         plugin.open(False)
@@ -261,6 +285,10 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
         ([], "no image"),
         ([("image", "")], "empty"),
         ([("image", "a"), ("image", "b")], "two exports"),
+        ([("image", "a"), ("name", "b")], "name=b has no image=PATH after it"),
+        ([("name", "a"), ("name", "b"), ("image", "b")], "name=a has no image=PATH after it"),
+        ([("image", "a"), ("description", "b")], "description=b has no image=PATH after it"),
+        ([("name", "x" * 4097)], "at most 4096 bytes"),
         ([("colour", "red")], "colour= is not known"),
         ([("access", "maybe")], "access=maybe is none of read, write"),
         ([("format", "qcow2")], "format=qcow2"),

@@ -137,9 +137,9 @@ def test_refused_writes_are_drained(mode: Mode, offset: int, size: int, flags: i
 
 
 def test_oversized_write_is_drained() -> None:
-    """Row 35: a WRITE of 33 MiB is refused, drained without being kept, and the session goes on."""
+    """Row 35: a WRITE of 65 MiB is refused, drained without being kept, and the session goes on."""
     with serving(export_of(empty())) as running, running.client() as client:
-        assert client.call(WRITE, 0, payload=bytes(33 * MIB)).error in (EINVAL, ENOSPC)
+        assert client.call(WRITE, 0, payload=bytes(65 * MIB)).error in (EINVAL, ENOSPC)
         assert client.read(0, 512) == bytes(512)
 
 
