@@ -8,7 +8,7 @@ it, so that what stands in the way is said at once. Everything about images them
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import vhdkit
@@ -52,7 +52,7 @@ def readable(path: str) -> str:
     return os.path.realpath(path)
 
 
-def settings_with_real_paths(settings: dict[str, object]) -> dict[str, object]:
+def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings with files and folders as they really are called. Raises NotFound, AccessDenied, InvalidSpec."""
     found = dict(settings)
     for key in ("kernel", "initrd"):
@@ -61,7 +61,7 @@ def settings_with_real_paths(settings: dict[str, object]) -> dict[str, object]:
     folders = settings.get("paths")
     if isinstance(folders, PathsSpec):
         folders = folders.model_dump()
-    if isinstance(folders, dict):
+    if isinstance(folders, Mapping):
         for folder in folders.values():
             if isinstance(folder, str) and not os.path.isdir(folder):
                 raise InvalidSpec("is not a folder", path=folder, hint="make it first")

@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from vmm import backup, contact, devices, known_images, registry, saved
 from vmm.contact import Place
@@ -32,6 +32,7 @@ from vmm.launch import open_medium
 from vmm.registry import Machine
 from vmm.removal import images_inside, remove_image
 from vmm.rpc import Progress
+from vmm.settings import ChangedSettings, MachineSettings
 from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.door import MachineSnapshots
@@ -163,7 +164,7 @@ class Manager:
         disks: Sequence[DiskWish] = (),
         adapters: Sequence[dict[str, Any]] = (),
         folder: str | None = None,
-        **settings: object,
+        **settings: Unpack[MachineSettings],
     ) -> MachineInfo:
         """Define a machine; `settings` are those of `MachineSpec`, `folder` where its own folder is made.
 
@@ -174,8 +175,7 @@ class Manager:
         """
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")
-        settings = settings_with_real_paths(settings)
-        spec = make_spec(name=name, **settings)
+        spec = make_spec(name=name, **settings_with_real_paths(settings))
         for wish in disks:
             spec = spec.changed(disks=[*spec.disks, disk_of(wish, spec)])
         if folder is not None and not os.path.isdir(folder):
@@ -192,7 +192,7 @@ class Manager:
         note_marks(machine, spec.disks)
         return self.show(name)
 
-    def set(self, name: str, /, **settings: object) -> bool:
+    def set(self, name: str, /, **settings: Unpack[ChangedSettings]) -> bool:
         """Change settings of `MachineSpec`; True when it takes effect only with the next start.
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
@@ -204,13 +204,13 @@ class Manager:
             hardware = set(settings) - {"notes", "automatic", "name", "paths"}
             if hardware:
                 saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(hardware))}")
-            settings = settings_with_real_paths(settings)
-            if settings.get("name", machine.name) != machine.name:
+            changes = settings_with_real_paths(settings)
+            if changes.get("name", machine.name) != machine.name:
                 if client is not None:
                     raise WrongState("is running, and cannot have another name now", machine=name)
-                registry.rename(machine, machine.spec.changed(**settings))
+                registry.rename(machine, machine.spec.changed(**changes))
             else:  # the disks are what the worker says: a snapshot may move them at this moment
-                registry.update(machine.lock, lambda spec: spec.changed(**settings))
+                registry.update(machine.lock, lambda spec: spec.changed(**changes))
         return client is not None and bool(hardware)
 
     def new_id(self, name: str) -> NewId:

@@ -68,11 +68,11 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _settings(words: dict[str, Any], before: MachineSpec | None) -> dict[str, object]:
+def _settings(words: dict[str, Any], before: MachineSpec | None) -> dict[str, Any]:
     """What was said, as settings of a machine."""
     names = {"memory": "memory_bytes", "cpus": "cpu_count", "accel": "accelerator"}
     plain = ("memory", "cpus", "firmware", "accel", "cpu_model", "screen", "background_capture", "notes")
-    settings: dict[str, object] = {names.get(one, one): words[one] for one in plain if words[one] is not None}
+    settings: dict[str, Any] = {names.get(one, one): words[one] for one in plain if words[one] is not None}
     for one in ("kernel", "initrd", "append"):
         if words[one] is not None:
             settings[one] = words[one] or None
