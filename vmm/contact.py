@@ -45,7 +45,7 @@ from vmm.paths import (
 )
 from vmm.proc import HeldLock, Lock, is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.rpc import ControlClient, Progress
-from vmm.snapshots.store import has_tree, holding, load_tree, read_merging
+from vmm.snapshots.store import has_tree, holding, load_tree, machine_turn, read_merging
 from vmm.state import MachineState, end_left, processes_of
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
 
     Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
     """
-    with machine_lock(machine_folder(name), name), contextlib.ExitStack() as stack:
+    with machine_turn(machine_folder(name), name), contextlib.ExitStack() as stack:
         place = Place.of(name)
         refuse_copy(name)
         _refuse_running(place)

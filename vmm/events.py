@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 1 << 20
 LOOK_SECONDS = 0.2
@@ -44,31 +44,61 @@ def read_events(path: str) -> list[dict[str, Any]]:
 def follow_events(
     path: str, *, past: bool = False, wait_seconds: float = LOOK_SECONDS
 ) -> Iterator[dict[str, Any] | None]:
-    """Events as they happen from now on, for ever; None now and then while nothing happens.
+    """Events as they happen from now on, until their folder is removed; None now and then while nothing happens.
 
-    With `past` those that happened before come first, and none in between is missed.
+    With `past` those that happened before come first, and none in between is missed. A folder that is renamed is
+    followed.
     """
     position, inode = 0, -1
-    with contextlib.suppress(OSError):
-        if past:
-            with open(f"{path}.1", "rb") as file:
-                yield from filter(None, map(_parsed, file))
-        else:
-            facts = os.stat(path)
-            position, inode = facts.st_size, facts.st_ino
-    while True:
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_ino != inode:
-                position, inode = 0, os.fstat(file.fileno()).st_ino
-            file.seek(position)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                position += len(line)
-                if (event := _parsed(line)) is not None:
-                    yield event
-        yield None
-        time.sleep(wait_seconds)
+    with Followed(path) as followed:
+        with contextlib.suppress(OSError):
+            if past:
+                with followed.open(".1") as file:
+                    yield from filter(None, map(_parsed, file))
+            else:
+                with followed.open() as file:
+                    facts = os.fstat(file.fileno())
+                    position, inode = facts.st_size, facts.st_ino
+        while not followed.is_gone():
+            with contextlib.suppress(OSError), followed.open() as file:
+                if os.fstat(file.fileno()).st_ino != inode:
+                    position, inode = 0, os.fstat(file.fileno()).st_ino
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    if (event := _parsed(line)) is not None:
+                        yield event
+            yield None
+            time.sleep(wait_seconds)
+
+
+class Followed:
+    """A file that is read as it grows. Its folder is held, so that it is known when that is removed or renamed."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError where there is no such folder."""
+        self._name = os.path.basename(path)
+        self._folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Followed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._folder)
+
+    def open(self, suffix: str = "") -> BinaryIO:
+        """The file as it is now, or another one of which only the end of the name is another. Raises OSError."""
+        descriptor = os.open(self._name + suffix, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
+        return os.fdopen(descriptor, "rb")
+
+    def is_gone(self) -> bool:
+        """True when the folder was removed: nothing will be written any more."""
+        try:
+            return os.fstat(self._folder).st_nlink == 0
+        except OSError:  # such as of a server that does not know it any more
+            return True
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

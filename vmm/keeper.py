@@ -201,7 +201,8 @@ class Keeper:
         self._failure = last_error_in(self._machine.log("disks"), status)
         # A server that does not get up, such as for an image that is in use, will not the next time either.
         self._is_given_up = (note is None or note.phase is Phase.STARTING) and status is not None and status > 0
-        add_event(self._machine.events, "disk-server-died", problem=self._failure.get("message"))
+        if not self._is_given_up:  # else the start fails, and says why
+            add_event(self._machine.events, "disk-server-died", problem=self._failure.get("message"))
         self._note()
 
     def _end_server(self) -> None:

@@ -142,7 +142,7 @@ class Manager:
         return read_events(Place.of(name).machine.events)
 
     def follow_events(self, name: str, *, past: bool = False) -> Iterator[dict[str, Any] | None]:
-        """What happens to a machine from now on (with `past`: what happened, too), for ever; None now and then."""
+        """What happens to a machine (with `past`: what happened, too) until it is deleted; None now and then."""
         return follow_events(Place.of(name).machine.events, past=past)
 
     def log_path(self, name: str, log: LogName) -> str:

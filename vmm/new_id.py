@@ -22,9 +22,10 @@ from vmm.copies import original_of
 from vmm.errors import VmmError, WrongState, of_os_error
 from vmm.events import add_event
 from vmm.paths import MachinePaths, machine_folder, make_folders, sync_folder
-from vmm.proc import HeldLock, machine_lock
+from vmm.proc import HeldLock
 from vmm.registry import Changing
 from vmm.removal import uses
+from vmm.snapshots.store import machine_turn
 from vmm.spec import DiskSpec, MachineSpec
 
 _ASIDE = ("snapshots.json", "saved", "saved.part", "saved.used", "saved.applied", "backup.json", "merging.json",
@@ -47,7 +48,7 @@ class NewId:
 
 def give_new_id(name: str) -> NewId:
     """Make a copied machine one of its own. Raises WrongState for one that is no copy, InUse, VmmError."""
-    with machine_lock(machine_folder(name), name) as lock:
+    with machine_turn(machine_folder(name), name) as lock:
         original = original_of(name)
         if original is None:
             raise WrongState("is the only machine of its id, and keeps it", machine=name)

@@ -22,7 +22,8 @@ from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
 from vmm.host.loops import inode_of
 from vmm.known_images import being_merged
 from vmm.paths import MachinePaths, RuntimePaths, make_folders
-from vmm.proc import HeldLock, machine_lock
+from vmm.proc import HeldLock
+from vmm.snapshots.store import machine_turn
 from vmm.spec import DiskSpec, MachineSpec, read_spec
 
 _FILE_IDENTITY = "file="  # how `host.block` begins the identity of a loop device
@@ -122,7 +123,7 @@ def load_all() -> tuple[list[Machine], list[VmmError]]:
 def changing(name: str) -> Iterator[Changing]:
     """The machine, which nobody else changes while the block runs. Raises InUse when somebody does, and as `load`."""
     folder = paths.machine_folder(name)
-    with machine_lock(folder, name) as lock:
+    with machine_turn(folder, name) as lock:
         yield load_for_change(lock)
 
 
@@ -141,8 +142,10 @@ def add(
 
     `fill` puts further files into the folder before anybody sees it.
 
-    Raises AlreadyExists for a name that is taken, InUse for an image of another machine's, NoSpace, AccessDenied.
+    Raises AlreadyExists for a name that is taken, InUse for an image of another machine's, InvalidSpec where its
+    sockets would have too long names, NoSpace, AccessDenied.
     """
+    paths.runtime_of(spec.id)
     paths.make_home()
     parent = os.path.realpath(folder or paths.default_folders()["machines"])
     entry = os.path.join(paths.registry_folder(), spec.name)

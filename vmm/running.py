@@ -39,6 +39,7 @@ START_SECONDS = 60.0  # from QEMU's start until it answers
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
 QUIT_SECONDS = 20.0
 REACH_SECONDS = 10.0
+KNOWN_SECONDS = 5.0  # whoever asks for the status waits twice as long
 MEND_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between tries to go on
 LOOK_SECONDS = 0.05
 
@@ -80,6 +81,7 @@ class Running:
         self.exited = asyncio.Event()
         self._end: End | None = None
         self.status = "prelaunch"  # QEMU's word for it
+        self._is_known = False  # that word is QEMU's, and no guess
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_mending = False
@@ -97,7 +99,7 @@ class Running:
             return MachineState.STOPPING
         if self.note.operation == "save" or self._is_paused_by_user():
             return MachineState.PAUSED
-        if self.status == "running":
+        if self.status == "running" or not self._is_known:  # a guest runs on while its worker is another
             return MachineState.RUNNING
         return MachineState.CRITICAL if self.status == "io-error" else MachineState.PAUSED
 
@@ -133,7 +135,15 @@ class Running:
     async def wait_reachable(self) -> None:
         """Return when there is a conversation with QEMU, or none is to be expected soon."""
         deadline = time.monotonic() + REACH_SECONDS
-        while self._qmp is None and self._end is None and self.note.phase is Phase.RUNNING:
+        while not (self._qmp and self._is_known) and self._end is None and self.note.phase is Phase.RUNNING:
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def wait_known(self) -> None:
+        """Return when QEMU has said how the machine is, or does not say it soon: who takes over knows nothing yet."""
+        deadline = time.monotonic() + KNOWN_SECONDS
+        while not self._is_known and self._end is None and self.note.qemu and self.note.phase is Phase.RUNNING:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(LOOK_SECONDS)
@@ -382,6 +392,7 @@ class Running:
         """Ask QEMU how the machine is, and act on it."""
         before = self.status
         self.status = (await self.qmp.execute("query-status"))["status"]
+        self._is_known = True
         if self.status == "running":
             self.note.details.pop("paused", None)
         if self.status == "shutdown":

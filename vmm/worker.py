@@ -350,6 +350,7 @@ class Worker:
 
     async def _status(self, params: dict[str, Any], progress: Progress) -> object:
         """How the machine is; {"guest": true} asks the guest's agent, too."""
+        await self._running.wait_known()
         document = self._running.document()
         if parameter(params, "guest", bool, False) and self._running.agent.is_open:
             document["guest"] = await self._running.agent.summary()

@@ -70,3 +70,18 @@ def test_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pass
         told.append(str(event["event"]))
     assert told == [f"e{number}" for number in range(5)]
+
+
+def test_following_ends_with_the_folder(tmp_path: Path) -> None:
+    """A machine that is renamed is followed; when it is deleted, its last words are told and following ends."""
+    folder, renamed = tmp_path / "web", tmp_path / "www"
+    folder.mkdir()
+    following = follow_events(str(folder / "events"), wait_seconds=0)
+    assert next(following) is None
+    folder.rename(renamed)
+    add_event(str(renamed / "events"), "renamed")
+    assert (event := next(following)) is not None and event["event"] == "renamed"
+    assert next(following) is None
+    (renamed / "events").unlink()
+    renamed.rmdir()
+    assert list(following) == []

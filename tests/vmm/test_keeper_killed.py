@@ -247,6 +247,7 @@ def test_damaged_disk_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
     leaf.with_suffix(".vhd").rename(tmp_path / "elsewhere.vhd")
     with pytest.raises(StoreFailed, match="parent") as caught:
         manager.start("small")
+    assert [one["event"] for one in manager.events("small")] == ["created", "start-failed", "off"]
     assert caught.value.machine == "small" and caught.value.exit_code == 6
     assert manager.state("small") is MachineState.OFF and processes() == {}
 

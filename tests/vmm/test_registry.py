@@ -51,6 +51,14 @@ def test_name_that_is_taken_or_in_the_way(own_home: Path) -> None:
     assert not list((own_home / "machines").glob(".*"))
 
 
+def test_too_long_names_of_sockets_are_told_before(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose sockets could not be made is not defined, and nothing is left of it."""
+    monkeypatch.setenv("VMM_RUNTIME", "/tmp/" + "r" * 90)
+    with pytest.raises(InvalidSpec, match=r"too long for sockets.*VMM_RUNTIME"):
+        registry.add(spec("web"))
+    assert registry.names() == [] and not own_home.exists()
+
+
 def test_a_folder_elsewhere(tmp_path: Path, own_home: Path) -> None:
     """A machine may lie elsewhere: a link leads there, and goes with it; a lost folder is told as that."""
     elsewhere = tmp_path / "elsewhere"

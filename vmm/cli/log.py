@@ -13,15 +13,17 @@ import click
 
 from vmm.cli.common import epilog, output_options, print_json, print_line
 from vmm.errors import of_os_error, printable
+from vmm.events import Followed
 from vmm.manager import Manager
 
 _LOGS = ("worker", "keeper", "qemu", "disks", "console")
 _LOOK_SECONDS = 0.2
+_FOLLOW_HELP = "Go on with what comes from now on, until Ctrl-C, or the machine is deleted."
 
 
 @click.command("events", epilog=epilog("vmm events web", "vmm events web --follow", "vmm events web --json --follow"))
 @click.argument("name")
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens, until Ctrl-C or the machine's end.")
 @output_options
 def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
     """What happened to the machine NAME, the oldest first.
@@ -60,7 +62,12 @@ def _words(event: dict[str, Any]) -> str:
 @click.command("logs", epilog=epilog("vmm logs web", "vmm logs web --of console", "vmm logs web --of qemu --follow"))
 @click.argument("name")
 @click.option("--of", "log", type=click.Choice(_LOGS), help="Of this program alone.")
-@click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on, until Ctrl-C.")
+@click.option(
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Go on with what is written from now on, until Ctrl-C or the machine is deleted.",
+)
 @click.option(
     "--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="The last lines of each."
 )
@@ -105,20 +112,28 @@ def _tail(path: str, count: int) -> list[str]:
 
 
 def _following(path: str) -> Iterator[str]:
-    """Lines as they are written, for ever, also when the log begins anew."""
+    """Lines as they are written, until the machine is deleted, also when the log begins anew."""
     position = None
     rest = b""
-    while True:
-        try:
-            with open(path, "rb") as file:
-                end = file.seek(0, 2)
-                position = end if position is None else 0 if end < position else position
-                file.seek(position)
-                data = file.read()
-        except FileNotFoundError:
-            data, position = b"", 0
-        position += len(data)
-        *whole, rest = (rest + data).split(b"\n")
-        for line in whole:
-            yield line.decode(errors="replace").rstrip("\r")
-        time.sleep(_LOOK_SECONDS)
+    try:
+        followed = Followed(path)
+    except OSError as error:
+        raise of_os_error(error, "read the log", path=path) from error
+    with followed:
+        while not followed.is_gone():
+            try:
+                with followed.open() as file:
+                    end = file.seek(0, 2)
+                    position = end if position is None else 0 if end < position else position
+                    file.seek(position)
+                    data = file.read()
+            except FileNotFoundError:
+                data, position = b"", 0
+            except OSError as error:
+                raise of_os_error(error, "read the log", path=path) from error
+            position += len(data)
+            *whole, rest = (rest + data).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace").rstrip("\r")
+            sys.stdout.flush()  # for whoever reads a pipe
+            time.sleep(_LOOK_SECONDS)

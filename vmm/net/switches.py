@@ -85,8 +85,10 @@ def load_all() -> list[SwitchSpec]:
 def create(spec: SwitchSpec) -> None:
     """Add a switch, and have it on the host when it is one of the bridge back end. All of it, or nothing.
 
-    Raises AlreadyExists, InvalidSpec for a network that another switch has, and as `ensure` does.
+    Raises AlreadyExists, InvalidSpec for a network that another switch has or too long names of sockets, and as
+    `ensure` does.
     """
+    UserBackend.of(spec.id, spec.name)
     paths.make_home()
     try:
         paths.make_folders(_folder())

@@ -183,7 +183,7 @@ class MachineSnapshots:
 
     def forget_memory(self, word: str) -> Snapshot:
         """Keep a snapshot without its memory. Raises NotFound, WrongState."""
-        with self._changing_tree(stop_merge=False) as held:
+        with self._changing_tree() as held:
             return forget_memory(held, word)
 
     def _merge_in_background(self) -> None:
@@ -287,13 +287,13 @@ class MachineSnapshots:
 
     def rename(self, word: str, name: str) -> None:
         """Give one another name. Raises NotFound, AlreadyExists, InvalidSpec."""
-        with self._changing_tree(stop_merge=False) as held:
+        with self._changing_tree() as held:
             held.tree.rename(held.tree.find(word), name)
             held.save()
 
     def annotate(self, word: str, notes: str) -> None:
         """Give one other notes. Raises NotFound, InvalidSpec."""
-        with self._changing_tree(stop_merge=False) as held:
+        with self._changing_tree() as held:
             held.tree.annotate(held.tree.find(word), notes)
             held.save()
 
@@ -301,7 +301,7 @@ class MachineSnapshots:
         """How many the machine may have. Raises InvalidSpec."""
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidSpec(f"a machine may have 1 to {MAX_LIMIT} snapshots")
-        with self._changing_tree(stop_merge=False) as held:
+        with self._changing_tree() as held:
             held.tree.limit = limit
             held.save()
 
@@ -314,23 +314,28 @@ class MachineSnapshots:
             yield machine, client
 
     @contextlib.contextmanager
-    def _changing_tree(self, *, stop_merge: bool) -> Iterator[Held]:
-        """The tree, whatever the machine does."""
-        with (
-            self._changing(stop_merge=stop_merge) as (machine, client),
-            self._holding(machine, client, stop_merge=stop_merge) as held,
-        ):
-            yield held
+    def _changing_tree(self) -> Iterator[Held]:
+        """The tree, for a change of a moment, whatever the machine does. A merge in the background gives way for it,
+        and goes on afterwards.
+        """
+        with self._changing(stop_merge=False) as (machine, client):
+            merging = read_merging(machine.paths)
+            try:
+                with self._holding(machine, client) as held:
+                    yield held
+            finally:
+                if merging is not None and client is None and read_merging(machine.paths) is None:
+                    self._merge_in_background()
 
     @contextlib.contextmanager
-    def _holding(self, machine: Changing, client: ControlClient | None, *, stop_merge: bool = True) -> Iterator[Held]:
+    def _holding(self, machine: Changing, client: ControlClient | None) -> Iterator[Held]:
         """The tree, for changing, with nothing left to settle: that is done first, by the machine's worker where it
         runs. Raises InUse, what stands in the way of settling, VmmError.
         """
         runs = client is not None
         deadline = time.monotonic() + _SETTLE_SECONDS
         while True:
-            with holding(machine.paths, self.name, stop_merge=stop_merge) as held:
+            with holding(machine.paths, self.name) as held:
                 if not runs:
                     settle(held)
                 elif isinstance(held.tree.journal, Delete | MergeOff):  # of what no guest uses

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from vmm.errors import InUse, VmmError, of_os_error
 from vmm.paths import MachinePaths, write_whole
-from vmm.proc import HeldLock, Lock, ProcessRef
+from vmm.proc import HeldLock, Lock, ProcessRef, machine_lock
 from vmm.snapshots.journal import Journal, words_of
 from vmm.snapshots.tree import MAX_DOCUMENT_BYTES, Tree, read_tree
 
@@ -137,6 +137,24 @@ def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Ite
         if held is not None:
             held.is_held = False
         lock.release()
+
+
+@contextlib.contextmanager
+def machine_turn(folder: str, name: str) -> Iterator[HeldLock]:
+    """The machine's lock, for a command. As `machine_lock`, but where a merge in the background is under way its steps
+    that need the lock, such as writing down what it came to, are waited for. Raises InUse.
+    """
+    deadline = time.monotonic() + MERGE_STOP_SECONDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            merging = read_merging(MachinePaths(folder))
+            try:
+                held = stack.enter_context(machine_lock(folder, name, patience_seconds=BUSY_SECONDS))
+                break
+            except InUse:
+                if merging is None or time.monotonic() > deadline:
+                    raise
+        yield held
 
 
 def _take(lock: Lock, machine: MachinePaths, name: str, *, stop_merge: bool) -> None:

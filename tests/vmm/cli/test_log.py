@@ -22,3 +22,23 @@ def test_events_that_were_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     events.write_text(json.dumps({"time": time, "event": "strange\x1b[2J", "why": "\x9b31m"}) + "\n")
     result = CliRunner().invoke(main, ["events", "web"])
     assert result.exit_code == 0 and "strange\\x1b[2J  (why: \\x9b31m)" in result.output
+
+
+def test_a_followed_log_ends_with_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vmm logs --follow` and `vmm events --follow` end by themselves when the machine is deleted."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
+    registry.add(make_spec(name="web"))
+    looks = []
+
+    def look(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) % 3 == 0:
+            with registry.changing("web") as machine:
+                registry.remove(machine)
+        assert len(looks) < 9, "it goes on for ever"
+
+    monkeypatch.setattr("time.sleep", look)
+    assert CliRunner().invoke(main, ["logs", "web", "--of", "worker", "--follow"]).exit_code == 0
+    registry.add(make_spec(name="web"))
+    assert CliRunner().invoke(main, ["events", "web", "--follow"]).exit_code == 0
+    assert len(looks) == 6

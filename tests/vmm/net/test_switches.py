@@ -46,6 +46,14 @@ def test_made_found_and_taken_away(home: Path) -> None:
     assert not any((home / "run").iterdir())
 
 
+def test_too_long_names_of_sockets_are_told_before(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch whose sockets could not be made is not there."""
+    monkeypatch.setenv("VMM_RUNTIME", "/tmp/" + "r" * 90)
+    with pytest.raises(errors.InvalidSpec, match=r"too long for sockets.*VMM_RUNTIME"):
+        switches.create(make_switch(name="lab"))
+    assert switches.names() == []
+
+
 def test_names_and_networks_are_taken_once(home: Path) -> None:
     """A second switch of a name, and one whose network overlaps, are refused, and leave nothing."""
     switches.create(make_switch(name="lab"))
