@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
+from vhdkit.cli.unmeant import ignore_unmeant
 from vhdkit.descriptor import passing_on
 from vhdkit.serve.mount_host import Child, become_flusher
 from vhdkit.units import KIB
@@ -72,6 +73,7 @@ def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:
         os.chdir("/")
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(one, signal.SIG_DFL)  # libfuse takes them then, and ends in order
+        ignore_unmeant()
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stderr = os.dup(2) if talks else nothing
         os.dup2(nothing, 0)

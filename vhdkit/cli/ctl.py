@@ -281,9 +281,10 @@ def add_verb(
 
 @_verb("remove")
 @click.argument("export")
-def remove_verb(server: _Server, export: str, json: bool, quiet: bool) -> None:
-    """Serve EXPORT no longer; refused while clients use it (`disconnect` sends them away). It is flushed then."""
-    _ask(server, "remove", as_json=json, export=export)
+@click.option("--disconnect", is_flag=True, help="Hang up on its clients first; they cannot come again.")
+def remove_verb(server: _Server, export: str, disconnect: bool, json: bool, quiet: bool) -> None:
+    """Serve EXPORT no longer; refused while clients use it, unless --disconnect is given. It is flushed then."""
+    _ask(server, "remove", as_json=json, export=export, **({"disconnect": True} if disconnect else {}))
     if not json and not quiet:
         print_text(f"{printable(export)} is not served any more")
 

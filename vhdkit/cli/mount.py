@@ -22,6 +22,7 @@ from vhdkit.cli.background import start
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.failure import Interrupted
 from vhdkit.cli.output import columns, note, print_json, print_text
+from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable, quoted
 from vhdkit.folder import exists
 from vhdkit.serve.mounting import Listed, Mounted, Wish, listed, mount, umount
@@ -114,7 +115,8 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
     mounted = mount(wish, lambda body, talks: start(body, talks=talks))
     _tell(mounted, wish, common)
     if wished.foreground:
-        _stay(mounted, common)
+        with unmeant_ignored():
+            _stay(mounted, common)
 
 
 def _check(words: _Words) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import resource
+import shlex
 import signal
 import ssl
 import sys
@@ -24,6 +25,8 @@ import vhdkit
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
+from vhdkit.cli.unmeant import unmeant_ignored
+from vhdkit.errors import printable
 from vhdkit.folder import NewFile, SocketFile, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
 from vhdkit.serve.confinement import Confinement
@@ -38,7 +41,7 @@ from vhdkit.serve.operations import Operations
 from vhdkit.serve.tls import certificate_context, psk_context
 from vhdkit.units import KIB
 
-_STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 _EXAMPLES = (
     "vhdkit serve disk.vhd --socket /run/disk.sock",
     "vhdkit serve system.avhd data.vhd --read-only",
@@ -159,12 +162,14 @@ def serve_command(common: Common, **words: Any) -> None:
 
     \b
     With --json, when ready: {"pid", "uris": [...],
-      "exports": [{"name", "uri", "path", "description", "size_bytes", "read_only"}], "control"}
+      "exports": [{"name", "uri", "path", "description", "size_bytes", "read_only"}], "control",
+      "addresses": [URI without an export's name, ...]}
     """
     wish = Wish(**words)
     _check(wish)
     _log_to_stderr(common)
-    _ENGINES[wish.engine](wish, common)
+    with unmeant_ignored():
+        _ENGINES[wish.engine](wish, common)
 
 
 def _check(wish: Wish) -> None:
@@ -388,6 +393,7 @@ def _pid_file(path: str) -> Iterator[None]:
 def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, common: Common) -> None:
     """Where clients find what."""
     secure = bool(wish.tls_certs or wish.tls_psk)
+    addresses = [address.uri("", secure=secure) for address in listeners.addresses]
     uris = {
         export.name: [address.uri(export.name, secure=secure) for address in listeners.addresses] for export in exports
     }
@@ -404,11 +410,14 @@ def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, co
             for export in exports
         ]
         print_json({"pid": os.getpid(), "uris": [one for export in exports for one in uris[export.name]],
-                    "exports": rows, "control": wish.control})  # fmt: skip
+                    "exports": rows, "control": wish.control, "addresses": addresses})  # fmt: skip
     elif not common.quiet:
         for export in exports:
             for uri in uris[export.name]:
                 click.echo(uri)
+        if not exports:
+            click.echo(f"ready at {' '.join(addresses)}, with no export yet; to add one: vhdkit ctl"
+                       f" {shlex.quote(printable(wish.control or ''))} add NAME=IMAGE")  # fmt: skip
     sys.stdout.flush()
 
 

@@ -28,7 +28,7 @@ from vhdkit.folder import PrivateFolder, exists, is_regular, remove_file
 from vhdkit.serve.nbdkit_command import Launch, check_python, missing, nbdkit_command, nbdkit_environment
 
 ARGUMENTS = "vhdkit.nbdkit.arguments"  # where the command line keeps what follows "--"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 _FIRST_FD = 3  # of the sockets, by systemd's convention
 _LOOK_SECONDS = 0.02
 _DUMP_SECONDS = 30

@@ -64,6 +64,7 @@ class NbdServer:
         )  # both are shared by all connections: one at a time is served
         self.replies = memoryview(bytearray(_REPLY_ROOM_BYTES))
         self.connections: list[Connection] = []
+        self._on_leaving: list[Callable[[], None]] = []  # called when a client has gone
         self._exit_last = exit_last
         self._listeners: list[socket.socket] = []
         self._ending = False
@@ -164,21 +165,36 @@ class NbdServer:
 
         self._on_loop(add)
 
-    def remove_export(self, export: Export) -> None:
+    def remove_export(self, export: Export, *, disconnect: bool = False) -> None:
         """Offer one less, from a thread that is not the loop's; its disk is the caller's again.
 
-        Raises ImageInUse while clients use it.
+        Raises ImageInUse while clients use it, unless they are to be hung up on (`disconnect`): as the export is not
+        offered any more by then, those that come again do not find it.
         """
+        gone = threading.Event()
+
+        def look() -> None:
+            if not any(one.export is export for one in self.connections):
+                gone.set()
 
         def remove() -> None:
-            users = [str(one.number) for one in self.connections if one.export is export]
-            if users:
+            users = [one for one in self.connections if one.export is export]
+            if users and not disconnect:
                 raise errors.ImageInUse(
-                    f"export {export.name!r} is used by client {', '.join(users)}", hint="send them away: disconnect"
+                    f"export {export.name!r} is used by client {', '.join(str(one.number) for one in users)}",
+                    hint="`remove --disconnect` hangs up on its clients",
                 )
             self.exports.remove(export)
+            self._on_leaving.append(look)
+            self.disconnect(users)
+            look()
 
-        self._on_loop(remove)
+        try:
+            self._on_loop(remove)
+            while not gone.wait(_LOOK_SECONDS) and not self._ended.is_set():
+                pass  # at its end the server has no clients at all
+        finally:
+            self.loop.post(lambda: self._on_leaving.remove(look) if look in self._on_leaving else None)
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
@@ -235,6 +251,8 @@ class NbdServer:
     def _left(self, connection: Connection) -> None:
         if connection in self.connections:
             self.connections.remove(connection)
+        for look in list(self._on_leaving):
+            look()
         if not self.connections and (self._ending or (self._exit_last and connection.export is not None)):
             self.loop.stop()
 

@@ -296,12 +296,15 @@ class Operations:
         return {"export": _export_document(export)}
 
     def _remove(self, params: Params) -> object:
-        """Serve an export no longer, once its clients have gone; what was written is on the device then."""
-        _only(params, "export")
-        export = self._find(_text(params, "export"))
-        with self._changing:
+        """Serve an export no longer; what was written is on the device then. {"export", "disconnect": false}
+
+        Refused while it has clients, unless `disconnect` hangs up on them first; they do not find it again.
+        """
+        _only(params, "export", "disconnect")
+        export, disconnect = self._find(_text(params, "export")), _flag(params, "disconnect")
+        with self._changing, self._server.using():  # the server's end leaves the disk to us
             self._refuse_merging([export])
-            self._server.remove_export(export)
+            self._server.remove_export(export, disconnect=disconnect)
             self._exports.remove(export)
             export.disk.close()
         return {"export": export.name}

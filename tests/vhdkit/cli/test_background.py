@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from vhdkit.cli.background import start
 
 
 def test_it_is_ready_when_it_says_so(tmp_path: Path) -> None:
-    """Not before; it then goes on without terminal, session and working folder of ours."""
+    """Not before; it then goes on without terminal, session and working folder of ours, whatever signal comes."""
     facts, go_on = tmp_path / "facts", tmp_path / "go-on"
 
     def body(ready: Callable[[], None]) -> int:
@@ -28,6 +29,7 @@ def test_it_is_ready_when_it_says_so(tmp_path: Path) -> None:
     assert child.is_ready and child.said == ""
     told = json.loads(facts.read_text())
     assert told == {"session": child.pid, "folder": "/", "input": ""}
+    os.kill(child.pid, signal.SIGUSR1)  # how far are you?
     go_on.touch()
     assert child.wait() == 7
 

@@ -19,7 +19,7 @@ import pytest
 import vhdkit
 from tests.servers import Server, serving
 from tests.support import require_tool
-from tests.vhdkit.cli.running import document, failure, good, make_chain, names, start
+from tests.vhdkit.cli.running import document, failure, finish, good, make_chain, names, start
 
 MIB = 1 << 20
 
@@ -133,9 +133,22 @@ def test_exports_come_and_go(folder: Path) -> None:
         assert "already" in failure("ctl", "c", "add", "system=base.vhd", "--read-only", code=2)
         assert "NAME=IMAGE" in failure("ctl", "c", "add", "leaf.avhd", code=2)
         assert "no" in failure("ctl", "c", "add", "x=absent.vhd", code=1)
-        assert good("ctl", "c", "remove", "system") == "system is not served any more\n"
+        assert good("ctl", "c", "remove", "system", "--disconnect") == "system is not served any more\n"
         assert "no export" in failure("ctl", "c", "remove", "system", code=1)
         good("check", "leaf.avhd")
+
+
+def test_an_empty_server_says_that_it_is_ready(folder: Path) -> None:
+    """Without an export to print the address of, the line says where clients and commands go."""
+    Path("list").write_text("[]")
+    process = start("serve", "--exports", "list", "--socket", "s", "--control", "my c")
+    assert process.stdout is not None
+    line = process.stdout.readline().decode()
+    assert line.startswith("ready at nbd+unix:///?socket=") and line.endswith("vhdkit ctl 'my c' add NAME=IMAGE\n")
+    process.terminate()
+    assert finish(process) == (0, "", "")
+    with serving("--exports", "list", "--socket", "s", "--control", "c") as server:
+        assert server.ready["addresses"] == [f"nbd+unix:///?socket={folder}/s"]
 
 
 def test_exports_from_a_file(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import nbd_client as nbd
 from tests.nbd_client import Client, Running
 from vhdkit import errors
 from vhdkit.chain.check import check
@@ -362,6 +363,51 @@ def test_disconnect(bench: Bench) -> None:
     for params in ({}, {"client": "a"}, {"client": True}, {"client": 1, "export": "a"}):
         with pytest.raises(BadParams):
             bench.do("disconnect", **params)
+
+
+def test_remove_wins_against_clients_that_come_again(bench: Bench) -> None:
+    """`remove` with `disconnect` ends while clients reconnect without a pause; they find no such export any more."""
+    stopped = threading.Event()
+    refused: list[bool] = []
+
+    def come_again() -> None:
+        while not stopped.is_set():
+            with contextlib.closing((client := bench.running.connect()).sock):
+                client.start()
+                kind = client.option(nbd.GO, nbd.go_data("b"))[-1][0]
+                if kind != nbd.ACK:
+                    refused.append(kind == nbd.UNKNOWN)
+                    return
+                with contextlib.suppress(nbd.HungUp, OSError):
+                    client.take(1)
+
+    client = bench.running.client("b")
+    client.call(nbd.WRITE, 0, payload=b"kept")
+    threads = [threading.Thread(target=come_again) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert bench.do("remove", export="b", disconnect=True) == {"export": "b"}
+        assert client.is_hung_up()
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+    assert refused == [True] * 3
+    with open_disk(bench.folder / "b.vhd", writable=True) as disk:
+        assert disk.read(0, 4) == b"kept"
+
+
+def test_remove_while_the_server_ends(tmp_path: Path) -> None:
+    """An export whose last client is hung up on, which ends the server, is flushed and closed all the same."""
+    with bench_in(tmp_path) as bench:
+        bench.server._exit_last = True
+        client = bench.running.client("b")
+        client.call(nbd.WRITE, 0, payload=b"kept")
+        assert bench.do("remove", export="b", disconnect=True) == {"export": "b"}
+        bench.running.join()
+        with open_disk(bench.folder / "b.vhd", writable=True) as disk:
+            assert disk.read(0, 4) == b"kept"
 
 
 def test_status(bench: Bench) -> None:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that end a process although nobody who sends one means its end, and what a server does about them.
+
+`kill -USR1` asks many programs how far they are (dd does so), timers send SIGALRM, and the default action of all of
+them is to end the process: what clients wrote, and did not flush yet, would be gone (signal(7)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+UNMEANT_SIGNALS = (
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGIO,
+    signal.SIGPWR,
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)
+
+
+def ignore_unmeant() -> dict[int, object]:
+    """Ignore them in this process and the programs that it starts; what was done about each before."""
+    return {one: signal.signal(one, signal.SIG_IGN) for one in UNMEANT_SIGNALS}
+
+
+@contextlib.contextmanager
+def unmeant_ignored() -> Iterator[None]:
+    """While the block runs, on the main thread (elsewhere nothing can be done about signals), they are ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = ignore_unmeant()
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            if handler is not None:  # None: set by C code, and out of Python's reach
+                signal.signal(one, handler)  # type: ignore[arg-type]  # what signal.signal itself has returned
