@@ -27,6 +27,7 @@ from vhdkit.chain.blockmap import (
     BlockMap,
     owner_runs,
 )
+from vhdkit.chain.hiding import zeros_to_write
 from vhdkit.chain.resolve import OpenOptions, limit_tables, open_layers
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
@@ -314,8 +315,9 @@ class Chain:
     def write_zeroes(self, sector_index: int, sector_count: int) -> None:
         """Make a run read as zeros, hiding what parents have there. Raises NoSpace, IoFailed, SyncFailed."""
         try:
-            if self.leaf.write_zeroes(sector_index, sector_count):
-                self.map.own(sector_index, sector_count)
+            for first, count in zeros_to_write(self.layers, sector_index, sector_count):
+                if self.leaf.write_zeroes(first, count):
+                    self.map.own(first, count)
         except BaseException:
             self.map.forget(sector_index, sector_count)
             raise
