@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from vhdkit.formats.vhd.repair import Fix
     from vhdkit.image import Extent, ExtentKind
     from vhdkit.serve.control_client import ControlClient
+    from vhdkit.units import DiskSize, parse_disk_size
 
 __all__ = [
     "AccessDenied",
@@ -78,6 +79,7 @@ __all__ = [
     "Disk",
     "DiskClosed",
     "DiskFormat",
+    "DiskSize",
     "Extent",
     "ExtentKind",
     "Finding",
@@ -125,6 +127,7 @@ __all__ = [
     "merge",
     "merge_under_way",
     "open_disk",
+    "parse_disk_size",
     "rebase",
     "relocate",
     "repair",
@@ -165,6 +168,7 @@ _HOMES = {
     "vhdkit.formats.vhd.repair": "Fix",
     "vhdkit.image": "Extent ExtentKind",
     "vhdkit.serve.control_client": "ControlClient",
+    "vhdkit.units": "DiskSize parse_disk_size",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -7,7 +7,9 @@ no format and no error class. The only place in the package where the sector siz
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 
 SECTOR_SHIFT = 9
 SECTOR_SIZE = 1 << SECTOR_SHIFT  # bytes; every VHD structure and every request inside the engine counts in these
@@ -53,20 +55,35 @@ def is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
+class DiskSize(int):
+    """The size of a disk in bytes, whole sectors. `asked` is what was written for it where that is less, or empty."""
+
+    asked: str = ""
+
+
 def parse_size(text: str) -> int:
-    """Bytes from what people write: "512", "64K", "1.5G", "2 TiB" (powers of 1024).
+    """Bytes from what people write: "512", "64K", "1.5G", "2 TiB" (powers of 1024); a part of a byte is left out.
 
     Raises ValueError with a sentence for people when the text is no size.
     """
+    return math.floor(_exact_size(text))
+
+
+def parse_disk_size(text: str) -> DiskSize:
+    """As `parse_size`, for the size of a disk: "1.8T" and "1000" are rounded up to whole sectors."""
+    exact = _exact_size(text)
+    size = DiskSize(round_up(math.ceil(exact), SECTOR_SIZE))
+    if size != exact:
+        size.asked = text.strip()
+    return size
+
+
+def _exact_size(text: str) -> Fraction:
     match = _SIZE_PATTERN.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write a number with K, M, G or T, such as 10G")
     whole, fraction, unit, _ = match.groups()
-    shift = _SIZE_SHIFT[unit.lower()]
-    size_bytes = int(whole) << shift
-    if fraction:
-        size_bytes += (int(fraction) << shift) // 10 ** len(fraction)
-    return size_bytes
+    return Fraction(f"{whole}.{fraction or 0}") * (1 << _SIZE_SHIFT[unit.lower()])
 
 
 def format_size(size_bytes: int) -> str:

@@ -77,6 +77,25 @@ def test_what_is_no_size_is_refused_in_a_sentence(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "size_bytes", "asked"),
+    [
+        ("10G", 10 << 30, ""),
+        ("0.5K", 512, ""),
+        ("1.8T", 1979120930304, "1.8T"),
+        (" 0.1G ", 107374592, "0.1G"),
+        ("1000", 1024, "1000"),
+        ("0.0001K", 512, "0.0001K"),
+        ("0", 0, ""),
+        ("0.3333333333333333333G", 357914112, "0.3333333333333333333G"),
+    ],
+)
+def test_the_size_of_a_disk_is_whole_sectors(text: str, size_bytes: int, asked: str) -> None:
+    """It is rounded up, never down, exactly, and says what was asked for."""
+    size = units.parse_disk_size(text)
+    assert (size, size.asked) == (size_bytes, asked)
+
+
 @given(st.integers(min_value=0, max_value=10**15))
 def test_a_plain_number_is_bytes(size_bytes: int) -> None:
     """Digits alone count bytes."""

@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 import click
 
 from vhdkit import FormatName, InvalidArgument, OpenOptions
-from vhdkit.units import parse_size
+from vhdkit.units import DiskSize, parse_disk_size, parse_size
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
+BLOCK_SIZE_HELP = (
+    "Unit of allocation of a dynamic VHD, 512K to 256M; 2M when not given. XenServer's vhd-util reads others than 2M"
+    " wrongly."
+)
 STREAM = "-"  # standard input or output in place of a file
 
 
@@ -35,6 +39,14 @@ def size(text: str) -> int:
     """Bytes as people write them: 512, 64K, 1.5G, 2TiB."""
     try:
         return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def disk_size(text: str) -> DiskSize:
+    """The size of a disk as people write it, rounded up to whole sectors."""
+    try:
+        return parse_disk_size(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 

@@ -19,14 +19,16 @@ from vhdkit import DiskFormat, InvalidArgument
 from vhdkit.chain.convert import convert_chain
 from vhdkit.chain.pending import file_of
 from vhdkit.chain.stream import export_stream, import_stream, pass_stream
-from vhdkit.cli.common import PATH, STREAM, Common, epilog, image_options, progress_option
+from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, STREAM, Common, epilog, image_options, progress_option
 from vhdkit.cli.common import size as parsed_size
+from vhdkit.cli.naming import tell_other_name
 from vhdkit.cli.output import exact_size, note, print_json
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.store import identity_of, translated
-from vhdkit.units import format_size
+from vhdkit.units import SECTOR_SIZE, format_size
 
 _EXAMPLES = (
     "vhdkit convert leaf.avhd disk.vhd --to fixed",
@@ -55,9 +57,7 @@ class _Job:
 @click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),
               help="Kind of the new image. Needed, except with --azure.")  # fmt: skip
 @click.option("--azure", is_flag=True, help="A fixed VHD of whole MiB, as Azure wants it.")
-@click.option(
-    "--block-size", type=parsed_size, help="Unit of allocation of a dynamic VHD, 512K to 256M; 2M when not given."
-)
+@click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
 @click.option(
     "--force",
     is_flag=True,
@@ -97,6 +97,11 @@ def _run(job: _Job, common: Common, wanted: bool | None) -> int:
     if job.source == STREAM:
         return _from_pipe(job, common, wanted)
     with vhdkit.open_disk(job.source, options=common.options) as disk:
+        odd = disk.chain.leaf.store.size() if not isinstance(disk.chain.leaf, DynamicImage) else 0
+        if odd % SECTOR_SIZE and odd < disk.size_bytes:
+            note(
+                common, f"rounded {odd} bytes up to {disk.size_bytes}: a disk is whole sectors of {SECTOR_SIZE} bytes"
+            )
         with progress_shown(common, wanted, "converting") as show:
             if job.destination == STREAM:
                 output = _standard_output()
@@ -168,6 +173,7 @@ def _standard_output() -> Any:
 def _tell(job: _Job, size_bytes: int, seconds: float, common: Common) -> None:
     if job.destination == STREAM:
         return
+    tell_other_name(common, job.destination, raw=job.kind is DiskFormat.RAW)
     speed = int(size_bytes / max(seconds, 0.001))
     if common.json:
         document = {

@@ -12,15 +12,15 @@ import click
 
 import vhdkit
 from vhdkit import DiskFormat, OpenOptions
-from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, Common, disk_size, epilog, image_options
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.output import exact_size, note, print_json
+from vhdkit.cli.naming import refuse_other_name, tell_other_name
+from vhdkit.cli.output import exact_size, note, note_rounding, print_json
 from vhdkit.errors import printable
 from vhdkit.folder import is_within, real_path
-from vhdkit.formats.probe import VHD_SUFFIXES
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.units import format_size
+from vhdkit.units import DiskSize, format_size
 
 _EXAMPLES = (
     "vhdkit create disk.vhd --size 10G",
@@ -31,17 +31,18 @@ _EXAMPLES = (
 
 @click.command("create", short_help="Create an image, or a child of one.", epilog=epilog(*_EXAMPLES))
 @click.argument("path", type=PATH)
-@click.option("--size", type=parsed_size, help="Virtual size, such as 10G. A child may be larger than its parent.")
+@click.option("--size", type=disk_size,
+              help="Virtual size, such as 10G; whole sectors. A child may be larger than its parent.")  # fmt: skip
 @click.option("--parent", type=PATH, help="Make a differencing image on this parent, which is only read.")
 @click.option("--format", "disk_format", type=click.Choice([one.value for one in DiskFormat]),
               help="Kind of the new image; dynamic when not given.")  # fmt: skip
-@click.option("--block-size", type=parsed_size, help="Unit of allocation, 512K to 256M; 2M when not given.")
+@click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
 @click.option("--preallocate", is_flag=True, help="Set the space of a fixed or raw image aside now.")
 @click.option("--azure", is_flag=True, help="A fixed VHD of whole MiB, as Azure wants it.")
 @click.option("--force", is_flag=True, help="Replace an existing file, unless it is in use or a parent.")
 @image_options(leaf_format=False)
 def create_command(
-    path: str, size: int | None, parent: str | None, disk_format: str | None, block_size: int | None,
+    path: str, size: DiskSize | None, parent: str | None, disk_format: str | None, block_size: int | None,
     preallocate: bool, azure: bool, force: bool, common: Common,
 ) -> None:  # fmt: skip
     """Create an image of zeros, or with --parent an empty child.
@@ -56,11 +57,15 @@ def create_command(
         made = vhdkit.create_child(
             path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
         )  # fmt: skip
+        note_rounding(common, size)
         needed = needed_to_open(path, parent, common.options)
+        tell_other_name(common, path)
         _tell(common, path, "differencing", made, parent, needed)
         return
     if size is None:
         raise click.UsageError("say how large with --size (such as 10G), or name a --parent")
+    if disk_format is None and not azure:
+        refuse_other_name(path)
     kind = DiskFormat(disk_format or (DiskFormat.FIXED if azure else DiskFormat.DYNAMIC))
     if block_size is not None and kind is not DiskFormat.DYNAMIC:
         raise click.UsageError(f"a {kind} image has no blocks: no --block-size")
@@ -69,9 +74,12 @@ def create_command(
         path, size, disk_format=kind, preallocate=preallocate, azure=azure, replace=force, **sizes
     )
     if made != size:
-        note(common, f"rounded {size} bytes up to {made} ({format_size(made)}): Azure takes whole MiB")
-    if kind is DiskFormat.RAW and path.lower().endswith(VHD_SUFFIXES):
-        note(common, f"{path} is a raw disk under the name of a VHD; opening it needs --format raw")
+        asked = size.asked or str(int(size))
+        unit = " bytes" if asked.isdigit() else ""
+        note(common, f"rounded {asked}{unit} up to {made} bytes ({format_size(made)}): Azure takes whole MiB")
+    else:
+        note_rounding(common, size)
+    tell_other_name(common, path, raw=kind is DiskFormat.RAW)
     _tell(common, path, kind.value, made, None, [])
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import click
 
 from vhdkit import OpenOptions, Progress
-from vhdkit.cli.common import PATH, Common, epilog, progress_option
+from vhdkit.cli.common import PATH, Common, disk_size, epilog, progress_option
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.output import columns, console, count, print_json, print_text
+from vhdkit.cli.output import columns, console, count, print_json, print_text, rounding
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.serve.control_client import ControlClient
-from vhdkit.units import format_size
+from vhdkit.units import DiskSize, format_size
 
 _LOOK_SECONDS = 0.25  # between looks how far a merge is
 
@@ -209,11 +209,11 @@ def cancel_verb(server: _Server, export: str | None, json: bool, quiet: bool) ->
 
 @_verb("resize")
 @click.argument("export")
-@click.argument("size", type=parsed_size)
+@click.argument("size", type=disk_size)
 @click.option("--shrink", is_flag=True, help="SIZE may be smaller than the disk is now.")
 @click.option("--under-clients", is_flag=True, help="Shrink also while clients are connected to it.")
 def resize_verb(
-    server: _Server, export: str, size: int, shrink: bool, under_clients: bool, json: bool, quiet: bool
+    server: _Server, export: str, size: DiskSize, shrink: bool, under_clients: bool, json: bool, quiet: bool
 ) -> None:
     """Give the disk of EXPORT another SIZE while it is served; what `vhdkit resize` refuses is refused here too.
 
@@ -227,7 +227,7 @@ def resize_verb(
     if not json and not quiet:
         before, after = format_size(result["size_before_bytes"]), format_size(result["size_bytes"])
         print_text(f"{printable(export)}: {before} -> {after}, for those who connect from now on")
-        for text in result["notes"]:
+        for text in [*([rounding(size)] if size.asked else []), *result["notes"]]:
             print_text(f"note: {printable(text)}")
 
 

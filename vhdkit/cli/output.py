@@ -17,7 +17,7 @@ import click
 from vhdkit import Finding, Severity
 from vhdkit.cli.common import Common
 from vhdkit.errors import printable
-from vhdkit.units import KIB, format_size
+from vhdkit.units import KIB, SECTOR_SIZE, DiskSize, format_size
 
 if TYPE_CHECKING:  # imported where something is shown: a server that prints JSON starts without it
     from rich.console import Console
@@ -95,6 +95,17 @@ def note(common: Common, text: str) -> None:
     """Something worth knowing that is no error, on standard error."""
     if not common.quiet and not common.json:
         click.echo(f"vhdkit: note: {printable(text)}", err=True)
+
+
+def note_rounding(common: Common, size: DiskSize | None) -> None:
+    """Say that a disk is larger than what was asked for, which was no whole number of sectors."""
+    if size is not None and size.asked:
+        note(common, rounding(size))
+
+
+def rounding(size: DiskSize) -> str:
+    """The sentence about a size that was rounded up."""
+    return f"{size.asked} is no whole number of {SECTOR_SIZE}-byte sectors: rounded up to {int(size)} bytes"
 
 
 def exact_size(size_bytes: int) -> str:

@@ -8,11 +8,11 @@ from dataclasses import asdict
 import click
 
 import vhdkit
-from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
-from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.output import count, exact_size, note, print_json, print_text
+from vhdkit.cli.common import PATH, Common, disk_size, epilog, image_options, progress_option
+from vhdkit.cli.output import count, exact_size, note, note_rounding, print_json, print_text
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
+from vhdkit.units import DiskSize
 
 
 @click.command(
@@ -21,13 +21,17 @@ from vhdkit.errors import printable
     epilog=epilog("vhdkit resize disk.vhd 20G", "vhdkit resize --shrink --dry-run disk.vhd 8G"),
 )
 @click.argument("image", type=PATH)
-@click.argument("size", type=parsed_size)
+@click.argument("size", type=disk_size)
 @click.option("--shrink", is_flag=True, help="SIZE may be smaller than the disk is now.")
 @click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
 @image_options()
 @progress_option
-def resize_command(image: str, size: int, shrink: bool, dry_run: bool, common: Common, progress: bool | None) -> None:
+def resize_command(
+    image: str, size: DiskSize, shrink: bool, dry_run: bool, common: Common, progress: bool | None
+) -> None:
     """Give IMAGE, a fixed, dynamic or differencing VHD or a raw file, the virtual size SIZE.
+
+    SIZE is rounded up to whole sectors of 512 bytes, and that is said.
 
     What is added reads as zeros; partitions and file systems grow in the guest. A disk becomes smaller only with
     --shrink, and even then nothing is cut off: not a partition, not a file system (or LVM, LUKS, swap) that lies on
@@ -46,6 +50,7 @@ def resize_command(image: str, size: int, shrink: bool, dry_run: bool, common: C
     if common.json:
         print_json(asdict(done))
         return
+    note_rounding(common, size)
     for one in done.notes:
         note(common, one)
     if dry_run or not common.quiet:

@@ -13,6 +13,7 @@ import click
 import vhdkit
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options
 from vhdkit.cli.create import needed_to_open
+from vhdkit.cli.naming import tell_other_name
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.errors import printable
 from vhdkit.folder import exists
@@ -102,5 +103,6 @@ def _tell(parents: Sequence[str], made: Sequence[str], kind: str, common: Common
         if not common.quiet:
             will = "would create" if dry_run else "created"
             print_text(f"{will} {printable(new)} on {printable(old)}, which is read-only from now on")
+        tell_other_name(common, new)
         if with_:
             note(common, f"opening {new} needs " + " ".join(with_))

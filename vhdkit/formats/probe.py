@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.foreign import HEAD_BYTES, identify_foreign
 from vhdkit.formats.raw import open_raw
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.fixed import open_fixed
@@ -21,16 +22,6 @@ from vhdkit.image import Layer
 from vhdkit.store import Store
 
 VHD_SUFFIXES = (".vhd", ".avhd")
-_OTHER_FORMATS = (
-    (b"vhdxfile", "VHDX"),
-    (b"QFI\xfb", "QCOW2"),
-    (b"KDMV", "VMDK"),
-    (b"# Disk DescriptorFile", "VMDK"),
-    (b"COWD", "VMDK"),
-    (b"<<< ", "VDI"),
-    (b"QED\0", "QED"),
-)
-_MAGIC_BYTES = 32
 
 
 class FormatName(StrEnum):
@@ -43,21 +34,21 @@ class FormatName(StrEnum):
 def identify(store: Store, *, by_name: bool = True) -> FormatName:
     """The format of the file. Without `by_name` the file's name says nothing: it is not the one it came with.
 
-    Raises UnsupportedFormat for a known format vhdkit does not read, CorruptImage for a `.vhd` or `.avhd` without
-    a footer, InvalidArgument for an empty file.
+    Raises UnsupportedFormat for a known format vhdkit does not read and for what is compressed or an archive,
+    CorruptImage for a `.vhd` or `.avhd` without a footer, InvalidArgument for an empty file.
     """
     if store.size() == 0:
         raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
     if looks_like_vhd(store):
         return FormatName.VHD
-    head = store.pread(0, _MAGIC_BYTES)
-    for magic, name in _OTHER_FORMATS:
-        if head.startswith(magic):
-            raise errors.UnsupportedFormat(
-                f"is a {name} image; vhdkit reads VHD, AVHD and raw images",
-                path=store.name,
-                hint="if it is a raw disk that only begins like one, say --format raw",
-            )
+    foreign = identify_foreign(store.pread(0, HEAD_BYTES))
+    if foreign is not None:
+        raise errors.UnsupportedFormat(
+            f"is {foreign.name}; vhdkit reads VHD, AVHD and raw images",
+            path=store.name,
+            hint=foreign.hint.format(path=errors.quoted(store.name) if by_name else "FILE")
+            + "; if it is a raw disk that only begins so, say --format raw",
+        )
     if by_name and store.name.lower().endswith(VHD_SUFFIXES):
         tail, _ = read_footers(store)
         killed = tail.state is FooterState.KILLED

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
+import vhdkit
 from vmm.errors import printable
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -41,7 +42,21 @@ class SizeType(click.ParamType[int]):
         return int(float(found[1]) * _FACTORS[found[2].upper()])
 
 
+class DiskSizeType(click.ParamType[vhdkit.DiskSize]):
+    """The size of a disk as people write it, rounded up to whole sectors."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> vhdkit.DiskSize:
+        """The size in bytes, which knows what was asked for."""
+        try:
+            return vhdkit.parse_disk_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 SIZE = SizeType()
+DISK_SIZE = DiskSizeType()
 
 
 def format_size(size_bytes: int | None) -> str:

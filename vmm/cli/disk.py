@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import click
 
-from vmm.cli.common import SIZE, epilog, format_size, output_options, print_json, print_line, print_table
+import vhdkit
+from vmm.cli.common import DISK_SIZE, epilog, format_size, output_options, print_json, print_line, print_table
 from vmm.manager import DiskWish, Manager
 from vmm.spec import UNITS
 
@@ -131,16 +132,21 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
 )
 @click.argument("name")
 @click.argument("disk", metavar="DISK")
-@click.argument("size", type=SIZE)
+@click.argument("size", type=DISK_SIZE)
 @click.option("--shrink", is_flag=True, help="A smaller size is meant. Only when the machine is off.")
 @output_options
-def resize_command(name: str, disk: str, size: int, shrink: bool, as_json: bool, quiet: bool) -> None:
+def resize_command(name: str, disk: str, size: vhdkit.DiskSize, shrink: bool, as_json: bool, quiet: bool) -> None:
     """Give DISK of the machine NAME another SIZE; while it runs it grows, on SCSI and virtio, and the guest is told.
+
+    SIZE is rounded up to whole sectors of 512 bytes.
 
     A chain is refused what `vhdkit resize` refuses: a file system or partition in the way of a smaller size is named.
     """
-    size_bytes = Manager().resize_disk(name, disk, size, shrink=shrink)
+    size_bytes = Manager().resize_disk(name, disk, int(size), shrink=shrink)
     if as_json:
         print_json({"disk": disk, "size_bytes": size_bytes})
     elif not quiet:
-        print_line(f"{name}: {disk} has {format_size(size_bytes)}")
+        rounded = (
+            f" ({size.asked} is no whole number of sectors: rounded up to {int(size)} bytes)" if size.asked else ""
+        )
+        print_line(f"{name}: {disk} has {format_size(size_bytes)}{rounded}")

@@ -47,6 +47,15 @@ def test_a_chain_to_every_kind(kind: str) -> None:
     assert content_of("out.img") == content
 
 
+def test_a_raw_disk_that_ends_inside_a_sector() -> None:
+    """Its last sector is filled up with zeros, and that is said."""
+    Path("odd.raw").write_bytes(b"x" * 1000)
+    result = run("convert", "odd.raw", "out.vhd", "--to", "dynamic")
+    assert "rounded 1000 bytes up to 1024" in result.stderr
+    assert content_of("out.vhd") == b"x" * 1000 + bytes(24)
+    assert "rounded" not in run("convert", "out.vhd", "again.vhd", "--to", "fixed").stderr
+
+
 def test_json_and_quiet() -> None:
     """--json tells the same as one document; --quiet nothing."""
     make_chain()

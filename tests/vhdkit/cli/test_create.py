@@ -50,7 +50,7 @@ def test_json() -> None:
 def test_azure_says_what_it_rounded() -> None:
     """A size that is no whole number of MiB is rounded up, and that is said."""
     result = run("create", "x.vhd", "--size", "1000000", "--azure")
-    assert result.exit_code == 0 and "rounded 1000000 bytes up to 1048576" in result.stderr
+    assert result.exit_code == 0 and "rounded 1000000 bytes up to 1048576 bytes" in result.stderr
     assert run("create", "y.vhd", "--size", "1M", "--azure").stderr == ""
     assert "Azure takes fixed" in failure("create", "z.vhd", "--size", "1M", "--azure", "--format", "raw", code=2)
 
@@ -75,7 +75,7 @@ def test_a_child_of_a_raw_disk_says_how_to_open_it() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [["--size", "100"], ["--size", "0"], ["--size", "2041G"], ["--size", "1M", "--block-size", "3M"],
+    [["--size", "ten"], ["--size", "0"], ["--size", "2041G"], ["--size", "1M", "--block-size", "3M"],
      ["--size", "1M", "--preallocate"], ["--size", "1M", "--format", "fixed", "--block-size", "1M"],
      ["--parent", "base.vhd", "--azure"], ["--parent", "base.vhd", "--format", "raw"],
      ["--parent", "base.vhd", "--size", "512K"]],
@@ -125,3 +125,44 @@ def test_a_raw_disk_with_the_name_of_a_vhd() -> None:
     """It can be made, with a word about what opening it needs."""
     assert "--format raw" in run("create", "x.vhd", "--size", "1M", "--format", "raw").stderr
     good("map", "x.vhd", "--format", "raw")
+
+
+@pytest.mark.parametrize(("text", "size_bytes"), [("0.1G", 107374592), ("1000", 1024), ("1.8T", 1979120930304)])
+def test_a_size_is_rounded_up_to_whole_sectors(text: str, size_bytes: int) -> None:
+    """Any size works; that it was rounded is said, also for a child, and not with --quiet."""
+    result = run("create", "x.vhd", "--size", text)
+    assert result.exit_code == 0 and f"{text} is no whole number of 512-byte sectors: rounded up to {size_bytes}" in (
+        result.stderr
+    )
+    assert document("info", "x.vhd")["virtual_size_bytes"] == size_bytes
+    assert "rounded up" in run("create", "y.avhd", "--parent", "x.vhd", "--size", "1.9T").stderr
+    assert run("create", "z.vhd", "--size", text, "--quiet").output == ""
+    assert run("create", "whole.vhd", "--size", "1.5G").stderr == ""
+
+
+@pytest.mark.parametrize("name", ["x.vhdx", "x.raw", "X.QCOW2", "x.vmdk", "x.vhd.gz"])
+def test_a_vhd_gets_no_other_formats_name_silently(name: str, folder: Path) -> None:
+    """Without --format nothing is made and the way on is said; with it a note says what lies under that name."""
+    said = failure("create", name, "--size", "1M", code=2)
+    assert "--format dynamic" in said and not list(folder.iterdir())
+    assert ("--format raw" in said) == (name == "x.raw")
+    result = run("create", name, "--size", "1M", "--format", "dynamic")
+    assert result.exit_code == 0 and f"{name} is a VHD under the name of a" in result.stderr
+    assert document("info", name)["kind"] == "dynamic"
+    assert run("create", "y.vhdx", "--parent", name).stderr.count("under the name of a VHDX image") == 1
+    assert "under the name of a VMDK" in run("convert", name, "z.vmdk", "--to", "fixed").stderr
+    assert "under the name of a QCOW2" in run("clone", name, "c.qcow2").stderr
+
+
+def test_a_raw_disk_keeps_its_name() -> None:
+    """A raw disk called so needs no word."""
+    assert run("create", "x.raw", "--size", "1M", "--format", "raw").stderr == ""
+    assert "raw disk under the name of a QCOW2 image" in (
+        run("create", "x.qcow2", "--size", "1M", "--format", "raw").stderr
+    )
+
+
+def test_help_names_who_misreads_other_block_sizes() -> None:
+    """Who chooses another block size knows which program reads such an image wrongly."""
+    for verb in ("create", "convert"):
+        assert "vhd-util reads others than 2M wrongly" in " ".join(good(verb, "--help").split())

@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
+import re
+import shlex
+
 import pytest
 
 from tests.stores import MemStore
@@ -31,25 +37,54 @@ def test_a_vhd_is_one_under_any_name(name: str) -> None:
         assert type(open_layer(store)) is kind
 
 
-@pytest.mark.parametrize(
-    ("magic", "name"),
-    [
-        (b"vhdxfile", "VHDX"),
-        (b"QFI\xfb", "QCOW2"),
-        (b"KDMV", "VMDK"),
-        (b"# Disk DescriptorFile\n", "VMDK"),
-        (b"COWD", "VMDK"),
-        (b"<<< Oracle VM VirtualBox Disk Image >>>", "VDI"),
-        (b"QED\0", "QED"),
-    ],
-)
-def test_other_formats_are_refused_by_name(magic: bytes, name: str) -> None:
-    """The refusal says what the file is and how to read it as raw all the same."""
-    store = _store("disk.vhd", magic.ljust(4096, b"\0"))
-    with pytest.raises(UnsupportedFormat, match=f"is a {name} image") as caught:
+FOREIGN = [
+    (b"vhdxfile", "a VHDX image", "qemu-img convert"),
+    (b"QFI\xfb", "a QCOW2 image", "qemu-img convert"),
+    (b"KDMV", "a VMDK image", "qemu-img convert"),
+    (b"# Disk DescriptorFile\n", "a VMDK image", "qemu-img convert"),
+    (b"COWD", "a VMDK image", "qemu-img convert"),
+    (b"<<< Oracle VM VirtualBox Disk Image >>>", "a VDI image", "qemu-img convert"),
+    (b"QED\0", "a QED image", "qemu-img convert"),
+    (b"WithoutFreeSpace", "a Parallels image", "qemu-img convert"),
+    (b"WithouFreSpacExt", "a Parallels image", "qemu-img convert"),
+    (b"VMA\0", "a backup of Proxmox VE", "vma extract"),
+    (gzip.compress(b"disk"), "compressed (gzip)", "gunzip -k"),
+    (bz2.compress(b"disk"), "compressed (bzip2)", "bunzip2 -k"),
+    (bz2.compress(b""), "compressed (bzip2)", "bunzip2 -k"),
+    (lzma.compress(b"disk"), "compressed (xz)", "xz -dk"),
+    (b"\x28\xb5\x2f\xfd\x04\x00", "compressed (zstd)", "zstd -d"),
+    (b"\x50\x2a\x4d\x18\4\0\0\0abcd\x28\xb5\x2f\xfd", "compressed (zstd)", "zstd -d"),
+    (b"PK\x03\x04\x14\0", "a zip archive", "unzip"),
+    (b"disk.vhd".ljust(257, b"\0") + b"ustar\x0000", "a tar (also OVA and XVA) archive", "tar -xf"),
+    (b"disk.ovf".ljust(257, b"\0") + b"ustar  \0", "a tar (also OVA and XVA) archive", "tar -xf"),
+    (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive", "7z x"),
+    (b"EVF\x09\x0d\x0a\xff\0", "an EWF (E01) image", "ewfexport"),
+]
+
+
+@pytest.mark.parametrize(("begin", "name", "way_on"), FOREIGN)
+@pytest.mark.parametrize("path", ["disk.vhd", "disk.raw", "a disk.img.gz"])
+def test_other_files_are_never_raw_silently(begin: bytes, name: str, way_on: str, path: str) -> None:
+    """Under any name the refusal says what the file is, the command that helps, and how to read it as raw."""
+    store = _store(path, begin.ljust(4096, b"\0"))
+    with pytest.raises(UnsupportedFormat, match=re.escape(f"is {name}")) as caught:
         identify(store)
-    assert "--format raw" in (caught.value.hint or "")
+    hint = caught.value.hint or ""
+    assert way_on in hint and shlex.quote(path) in hint and "--format raw" in hint
     assert type(open_layer(store, format_name=FormatName.RAW)) is LinearImage
+
+
+def test_in_a_pipe_no_file_is_named() -> None:
+    """What came through a pipe has no name that a command could be given."""
+    with pytest.raises(UnsupportedFormat) as caught:
+        identify(_store("scratch", gzip.compress(b"disk").ljust(4096, b"\0")), by_name=False)
+    assert "gunzip -k FILE" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("begin", [b"BZh9 is no block", b"LUKS\xba\xbe", b"hsqs", b"\xeb\x63\x90", b"PK", b"\x1f\x8b"])
+def test_file_systems_and_the_like_are_raw_disks(begin: bytes) -> None:
+    """A disk may begin with a file system, an encrypted volume or code, and with part of a mark."""
+    assert identify(_store("a.img", begin.ljust(4096, b"\0"))) is FormatName.RAW
 
 
 @pytest.mark.parametrize("name", ["a.vhd", "A.VHD", "b.avhd"])

@@ -70,6 +70,15 @@ def test_session(manager: Manager, tmp_path: Path) -> None:
     assert document("disk", "resize", "small", "DATA", "16M")["size_bytes"] == 16 * MIB
     assert "stays" in good("disk", "remove", "small", "disk-1")
     assert "has no disk" in failure("disk", "remove", "small", "disk-1", code=1)
-    assert "no size" in failure("disk", "resize", "small", "disk-0", "big", code=2)
+    assert "is not a size" in failure("disk", "resize", "small", "disk-0", "big", code=2)
     assert "either" in failure("disk", "add", "small", "x", "--cdrom", "--pass-through", code=2)
     assert "which image" in failure("disk", "add", "small", code=2)
+
+
+def test_a_size_is_rounded_up_to_whole_sectors(manager: Manager, tmp_path: Path) -> None:
+    """Any size works for a disk, and that it was rounded is said."""
+    make_machine(manager, tmp_path)
+    assert "0.1G is no whole number of sectors: rounded up to 107374592 bytes" in good(
+        "disk", "resize", "small", "disk-0", "0.1G"
+    )
+    assert document("disk", "resize", "small", "disk-0", "107374593")["size_bytes"] == 107374592 + 512

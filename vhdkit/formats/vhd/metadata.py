@@ -25,6 +25,7 @@ from vhdkit.finding import Finding, Severity
 from vhdkit.formats.vhd import geometry, layout
 from vhdkit.formats.vhd.layout import BatmapHeader, DynamicHeader, Footer
 from vhdkit.formats.vhd.locator import Locator, decode_parent_name, read_locators, space_bytes
+from vhdkit.formats.vhd.padding import footer_before_zeros
 from vhdkit.store import Store
 from vhdkit.units import MIB, SECTOR_SIZE, format_size, is_power_of_two, round_up
 
@@ -179,7 +180,7 @@ def footer_state(raw: bytes) -> FooterState:
 
 
 def read_footers(store: Store) -> tuple[FooterPlace, FooterPlace]:
-    """What stands at the end of the file and at its beginning. Raises only for I/O errors."""
+    """What stands at the end of the file, or before zeros there, and at its beginning. Raises only for I/O errors."""
     size = store.size()
     offset = max(size - layout.FOOTER_SIZE, 0)
     raw = store.pread(offset, layout.FOOTER_SIZE)
@@ -189,10 +190,12 @@ def read_footers(store: Store) -> tuple[FooterPlace, FooterPlace]:
         if footer_state(short) is not FooterState.ABSENT:
             offset, raw, state = size - layout.SHORT_FOOTER_SIZE, short, footer_state(short)
     copy_raw = store.pread(0, layout.FOOTER_SIZE)
-    return (
-        FooterPlace("footer", offset, raw, state),
-        FooterPlace("footer copy", 0, copy_raw, footer_state(copy_raw)),
-    )
+    copy = FooterPlace("footer copy", 0, copy_raw, footer_state(copy_raw))
+    if state is FooterState.ABSENT and not (copy.state.usable and copy.footer.disk_type != layout.DISK_TYPE_FIXED):
+        found = footer_before_zeros(store)
+        if found is not None and footer_state(found[1]) is FooterState.GOOD:
+            offset, raw, state = *found, FooterState.GOOD
+    return FooterPlace("footer", offset, raw, state), copy
 
 
 def image_id(store: Store) -> bytes:
@@ -290,7 +293,7 @@ def read_metadata(store: Store) -> Metadata:
                 found=tail.offset_bytes,
                 **where,
             )
-        findings = _footer_findings(path, tail, None, footer)
+        findings = [*_footer_findings(path, tail, None, footer), *_padding_findings(store, tail)]
         return Metadata(path, store.size(), footer, tail, None, size_bytes, None, (), None, tuple(findings))
     header = _read_header(store, footer, size_bytes)
     locators = read_locators(store, header) if footer.disk_type == layout.DISK_TYPE_DIFFERENCING else ()
@@ -407,6 +410,15 @@ def _read_batmap(store: Store, footer: Footer, header: DynamicHeader) -> BatmapH
     if batmap.batmap_offset + batmap.batmap_size * SECTOR_SIZE > store.size():
         return None
     return batmap
+
+
+def _padding_findings(store: Store, tail: FooterPlace) -> list[Finding]:
+    """A fixed image that was made longer as if it were a raw disk."""
+    padding = store.size() - tail.offset_bytes - len(tail.raw)
+    if not padding:
+        return []
+    message = f"{padding} bytes of zeros follow the footer: the file was made longer as if it were a raw disk"
+    return [Finding(Severity.WARNING, "padding", message, store.name, tail.structure, tail.offset_bytes)]
 
 
 def _footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, footer: Footer) -> list[Finding]:

@@ -30,12 +30,12 @@ from vhdkit.formats.vhd.dynamic import bad_entries, end_of_structures, nominal_e
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
 from vhdkit.formats.vhd.locator import NO_PLATFORM
 from vhdkit.formats.vhd.metadata import FooterPlace, FooterState, Metadata, footer_state, read_footers, read_metadata
+from vhdkit.formats.vhd.padding import SEARCH_BYTES
 from vhdkit.formats.vhd.untangle import Tangle, joined
 from vhdkit.store import Store
 from vhdkit.units import MIB, SECTOR_SIZE, format_size, round_down, round_up
 
 MAX_FREED_BYTES = 16 * MIB  # of data in space that belongs to nothing: a larger backup is no backup any more
-_SEARCH_BYTES = MIB  # behind a lost footer: how much garbage may stand there
 LOSS = "--accept-data-loss"
 DEAD = "--writer-is-dead"
 CONVERT = "vhdkit convert"  # it reads the image as it is, and writes one where nothing overlaps
@@ -203,7 +203,7 @@ def _rescue_footer(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> I
 def _stray_footer(store: Store) -> tuple[int, bytes] | None:
     """A good footer that other bytes follow: (offset, footer) of the last one, which fits the file up to there."""
     end = store.size()
-    for offset in range(round_down(end, SECTOR_SIZE), max(end - _SEARCH_BYTES, 0), -SECTOR_SIZE):
+    for offset in range(round_down(end, SECTOR_SIZE), max(end - SEARCH_BYTES, 0), -SECTOR_SIZE):
         raw = store.pread(offset, FOOTER_SIZE)
         if not raw.startswith(layout.FOOTER_COOKIE) or not footer_state(raw).usable:
             continue
@@ -344,7 +344,12 @@ def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[tuple[int
 
 
 def _free_fixed(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
-    """Bytes between the data and the footer of a fixed disk, unless another reader takes them for data."""
+    """Zeros behind the footer of a fixed disk, and bytes between the data and it, unless others take them for data."""
+    footer_end = metadata.tail.offset_bytes + len(metadata.tail.raw)
+    padding = draft.size() - footer_end
+    if padding:
+        draft.truncate(footer_end)
+        yield Fix("padding", f"{padding} bytes of zeros behind the footer are cut off")
     data_end = max(metadata.size_bytes, metadata.footer.current_size)
     spare = metadata.tail.offset_bytes - data_end
     if spare <= 0 or data_end % SECTOR_SIZE:

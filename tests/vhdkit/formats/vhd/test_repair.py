@@ -286,6 +286,7 @@ def test_stray_locators_are_cleared() -> None:
         ({"tail": put(Vhd(disk_type=FIXED, size=MIB, chs=(30, 4, 17)).footer(), 64, b"\0\0\0\0")}, "footer-checksum"),
         ({"tail": Vhd(disk_type=FIXED, size=MIB, chs=(30, 4, 17)).footer() + b"garbage" * 100}, "trailing-garbage"),
         ({"data_size": MIB + 4096}, "trailing-space"),
+        ({"tail": Vhd(disk_type=FIXED, size=MIB, chs=(30, 4, 17)).footer() + bytes(MIB)}, "padding"),
         ({"chs": (900, 16, 63)}, "geometry"),
     ],
 )

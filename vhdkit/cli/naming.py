@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of new images that say something else than what the image is.
+
+Decides which ending of a name stands for which format. A VHD opens under any name, but whoever reads `disk.qcow2`
+expects QCOW2, and what goes by names (a backup program, another hypervisor) breaks later.
+"""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from vhdkit.cli.common import Common
+from vhdkit.cli.output import note
+from vhdkit.errors import printable
+from vhdkit.formats.probe import VHD_SUFFIXES
+
+_RAW = "raw disk"
+_FORMATS = {
+    ".raw": _RAW,
+    ".vhdx": "VHDX image",
+    ".avhdx": "VHDX image",
+    ".qcow": "QCOW image",
+    ".qcow2": "QCOW2 image",
+    ".qed": "QED image",
+    ".vmdk": "VMDK image",
+    ".vdi": "VDI image",
+    ".hdd": "Parallels image",
+    ".hds": "Parallels image",
+    ".vma": "VMA archive",
+    ".iso": "CD image",
+    ".gz": "gzip file",
+    ".bz2": "bzip2 file",
+    ".xz": "xz file",
+    ".zst": "zstd file",
+    ".zip": "zip archive",
+    ".7z": "7z archive",
+    ".tar": "tar archive",
+    ".ova": "tar archive",
+}
+
+
+def refuse_other_name(path: str) -> None:
+    """Raise UsageError for a name that asks for another format than VHD, where nobody said which one is meant."""
+    called = _FORMATS.get(os.path.splitext(path)[1].lower())
+    if called is None:
+        return
+    name = printable(path)
+    if called is _RAW:
+        raise click.UsageError(f"{name} is called a raw disk: say --format raw, or --format dynamic for a VHD")
+    raise click.UsageError(
+        f"{name} is called a {called}, which is not made here: call it .vhd, or say --format dynamic for a VHD"
+        " under this name"
+    )
+
+
+def tell_other_name(common: Common, path: str, *, raw: bool = False) -> None:
+    """Note that the new image, a VHD or a raw disk, has the name of something else."""
+    called = _FORMATS.get(os.path.splitext(path)[1].lower())
+    if raw:
+        if path.lower().endswith(VHD_SUFFIXES):
+            note(common, f"{path} is a raw disk under the name of a VHD; opening it needs --format raw")
+        elif called not in (None, _RAW, "CD image"):
+            note(common, f"{path} is a raw disk under the name of a {called}")
+    elif called is not None:
+        note(common, f"{path} is a VHD under the name of a {called}")

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The footer of a fixed image that was made longer as if it were a raw one, so that zeros follow it.
+
+Decides how far from the end such a footer is looked for, and when it is one: it says of the disk what its place says,
+and nothing but zeros follow. Repair goes further (it also cuts off bytes that are no zeros).
+"""
+
+from __future__ import annotations
+
+from vhdkit.formats.vhd import geometry, layout
+from vhdkit.store import Store
+from vhdkit.units import MIB, SECTOR_SIZE, round_down
+
+SEARCH_BYTES = 2 * MIB  # before the end of the file; programs that round files up use whole MiB
+_READ_BYTES = MIB // 2
+
+
+def footer_before_zeros(store: Store) -> tuple[int, bytes] | None:
+    """(offset, footer) of a fixed image's footer that only zeros follow, or None. Raises IoFailed."""
+    size = store.size()
+    end, limit = size, max(size - SEARCH_BYTES, 0)
+    while end > limit:  # from the back: the first byte that is not zero settles it
+        start = max(round_down(end - 1, _READ_BYTES), limit)
+        raw = store.pread(start, end - start).rstrip(b"\0")
+        if raw:
+            return _footer_at(store, start + len(raw))
+        end = start
+    return None
+
+
+def _footer_at(store: Store, end_of_data: int) -> tuple[int, bytes] | None:
+    """The footer whose last byte that is not zero stands before `end_of_data`. Its last 427 bytes are all reserved."""
+    first = round_down(end_of_data - 1, SECTOR_SIZE)
+    raw = store.pread(first, layout.FOOTER_SIZE)
+    return (first, raw) if is_fixed_footer(raw, first) else None
+
+
+def is_fixed_footer(raw: bytes, offset_bytes: int) -> bool:
+    """True for the footer of a fixed image whose data end where it stands."""
+    if not raw.startswith(layout.FOOTER_COOKIE) or len(raw) < layout.FOOTER_SIZE:
+        return False
+    stored = layout.stored_checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)
+    if layout.checksum(raw, layout.FOOTER_CHECKSUM_OFFSET) != stored:
+        return False
+    footer = layout.parse_footer(raw)
+    return footer.disk_type == layout.DISK_TYPE_FIXED and geometry.virtual_size(footer, offset_bytes) == offset_bytes
