@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.descriptor",
         "vhdkit.transfer",
         "vhdkit.store",
+        "vhdkit.unfinished",
         "vhdkit.folder",
         "vhdkit.beneath",
         "vhdkit.guarded",
@@ -69,6 +70,7 @@ FOREIGN_HOMES = {
 FILE_ROOMS = (
     "vhdkit/store.py",
     "vhdkit/folder.py",
+    "vhdkit/unfinished.py",
     "vhdkit/likeness.py",
     "vhdkit/beneath.py",
     "vhdkit/xattrs.py",

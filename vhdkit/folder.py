@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import mmap
 import os
-import re
 import secrets
 import socket
 import stat
@@ -23,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Self
 
-from vhdkit import errors, likeness
+from vhdkit import errors, likeness, unfinished
 from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import FileStore, opened_again, translated
 
@@ -32,15 +31,9 @@ _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _MAX_SOCKET_BYTES = 107  # sun_path of Linux, without the zero byte at its end
 _SOCKET_MODE, _SHARED_SOCKET_MODE = 0o600, 0o660
+_KEPT_BYTES = 8  # of chance in the name of what is put aside
 _BACKLOG = 128  # clients that wait to be taken
 _TRIES, _LONG_TRIES, _TRY_SECONDS = 250, 3000, 0.02  # for the lock of a folder: 5 s, a minute
-_PART_BYTES = 8  # of chance in the name of a file under construction
-_PART = re.compile(rf"\.vhdkit-[0-9a-f]{{{2 * _PART_BYTES}}}\.part")
-
-
-def _part_name() -> str:
-    """The name of a file that has none yet."""
-    return f".vhdkit-{secrets.token_hex(_PART_BYTES)}.part"
 
 
 class _UnnamedStore(FileStore):
@@ -94,14 +87,18 @@ class NewFile:
             likeness.set_mode(self.store.fileno(), mode)
 
     def _begun(self) -> FileStore:
-        """A file under a temporary name, which stays within the 255 bytes that a name may have."""
-        self._temporary = os.path.join(self._directory, _part_name())
+        """A file under a temporary name, which stays within the 255 bytes that a name may have.
+
+        What others left there who died over theirs goes first.
+        """
+        unfinished.sweep(self._directory)
+        self._temporary = os.path.join(self._directory, unfinished.part_name())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path, "create"):
             owned = opened(self._temporary, flags, likeness.PRIVATE)
         store = _UnnamedStore(owned, self.path, self._temporary)
         try:
-            store.lock(writer=True)  # says that whoever makes this file is alive: see `parts`
+            store.lock(writer=True)  # says that whoever makes this file is alive: see `unfinished`
         except errors.Replaced:  # whoever clears such files away was quicker than the lock
             store.close()
             raise
@@ -235,7 +232,7 @@ def scratch_store(directory: str | None) -> FileStore:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
                 raise
-            name = os.path.join(directory, _part_name())
+            name = os.path.join(directory, unfinished.part_name())
             owned = opened(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.unlink(name)
     return _UnnamedStore(owned, os.path.join(directory, "(temporary file)"), f"/proc/self/fd/{owned[0]}")
@@ -453,7 +450,7 @@ def rename_aside(paths: Sequence[str]) -> list[str]:
 
     Raises AccessDenied, IoFailed.
     """
-    ending, renamed = f".kept-{secrets.token_hex(_PART_BYTES)}", []
+    ending, renamed = f".kept-{secrets.token_hex(_KEPT_BYTES)}", []
     for path in paths:
         with translated(path, "rename"), contextlib.suppress(FileNotFoundError):
             os.rename(path, path + ending)
@@ -546,19 +543,12 @@ def is_regular(path: str) -> bool:
 
 
 def regular_files(directory: str, limit: int | None = None) -> Iterator[str]:
-    """The paths of the regular files directly in `directory`, sorted, without those under construction (`parts`).
+    """The paths of the regular files directly in `directory`, sorted, without those under construction (`unfinished`).
 
     A folder that cannot be read has none. With a `limit` only so many names are looked at, whichever come first.
     """
     for path in _files(directory, limit):
-        if not _PART.fullmatch(os.path.basename(path)):
-            yield path
-
-
-def parts(directory: str) -> Iterator[str]:
-    """The paths of the files under construction in `directory`; those that nobody holds, a dead process left."""
-    for path in _files(directory):
-        if _PART.fullmatch(os.path.basename(path)):
+        if not unfinished.is_part(os.path.basename(path)):
             yield path
 
 

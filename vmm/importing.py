@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import vhdkit
-from vmm import registry
+from vmm import registry, unfinished
 from vmm.arrival import Arrival, chain_of, check_chains, judge_all, look_at_export, placed, resolved
 from vmm.errors import AlreadyExists
 from vmm.events import add_event
@@ -152,11 +152,11 @@ def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
     if os.path.lexists(disks) and not _is_empty(disks):  # a deleted machine leaves its folder
         raise _in_the_way(disks)
     landing = _Landing(arrival, disks, os.path.join(disks, "media"), snapshots)
-    part = f"{disks}.{os.getpid()}.part"
+    part = unfinished.folder_of(disks)
     made = [part]  # what goes again where this fails: never what another command made meanwhile
     try:
         make_folders(os.path.dirname(disks))
-        shutil.rmtree(part, ignore_errors=True)  # a dead process of our number left it
+        unfinished.sweep(os.path.dirname(disks), folders=True)
         os.mkdir(part, 0o700)
         _copy_files(inside, arrival, part, progress)
         check_chains(arrival, part)

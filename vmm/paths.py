@@ -23,6 +23,7 @@ import re
 import stat
 from dataclasses import dataclass
 
+from vmm import unfinished
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, VmmError, of_os_error
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -337,11 +338,14 @@ def set_default_folder(key: str, folder: str | None) -> None:
 def write_whole(path: str, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
     """Put a file there or replace it, so that a reader and a power cut see the old one or the new one.
 
+    What a process that was killed in here left goes with the next file in that folder.
+
     Raises AccessDenied, NotFound, NoSpace. `durable` waits for the device.
     """
-    part = f"{path}.{os.getpid()}.part"
+    part = unfinished.part_of(path)
+    unfinished.sweep(os.path.dirname(path))
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vmm import paths
+from vmm import paths, unfinished
 from vmm.errors import AlreadyExists, InUse, VmmError, of_os_error
 from vmm.host.loops import inode_of
 from vmm.known_images import being_merged
@@ -151,7 +151,7 @@ def add(
     entry = os.path.join(paths.registry_folder(), spec.name)
     target = os.path.join(parent, spec.name)
     is_linked = parent != os.path.realpath(paths.registry_folder())
-    part = os.path.join(parent, f".{spec.name}.{os.getpid()}.part")
+    part = unfinished.folder_of(target)
     try:
         make_folders(paths.registry_folder())
         make_folders(parent)
@@ -162,6 +162,7 @@ def add(
                 raise AlreadyExists("is in the way of the new machine's folder", machine=spec.name, path=target)
             _refuse_known_id(spec)
             check_disks(spec)
+            unfinished.sweep(parent, folders=True)
             os.mkdir(part, 0o700)
             try:
                 os.mkdir(MachinePaths(part).logs, 0o700)
@@ -241,7 +242,8 @@ def remove(machine: Changing) -> None:
     entry = os.path.join(paths.registry_folder(), machine.name)
     try:
         # Out of sight under a name that is none: half a machine is never seen.
-        hidden = os.path.join(os.path.dirname(machine.paths.folder), f".{machine.name}.{os.getpid()}.removed")
+        unfinished.sweep(os.path.dirname(machine.paths.folder), folders=True)
+        hidden = unfinished.folder_of(machine.paths.folder, "removed")
         os.rename(machine.paths.folder, hidden)
         if os.path.islink(entry):
             os.unlink(entry)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhdkit import errors, folder
+from vhdkit import errors, folder, unfinished
 from vhdkit.folder import NewFile
 
 
@@ -269,7 +269,7 @@ def test_parts_are_apart(tmp_path: Path) -> None:
     with folder.NewFile(tmp_path / "new.vhd"):
         (tmp_path / ".vhdkit-0123.part").touch()
         (tmp_path / ".vhdkit-0123456789abcdef.part.vhd").touch()
-        (part,) = folder.parts(str(tmp_path))
+        (part,) = unfinished.parts(str(tmp_path))
         assert part not in list(folder.regular_files(str(tmp_path)))
         assert len(list(folder.regular_files(str(tmp_path)))) == 2
-    assert list(folder.parts(str(tmp_path))) == []
+    assert list(unfinished.parts(str(tmp_path))) == []

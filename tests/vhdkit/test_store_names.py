@@ -22,9 +22,10 @@ from vhdkit.chain.chain import Chain
 from vhdkit.chain.live import Freezing
 from vhdkit.chain.live_merge import LiveMerge
 from vhdkit.chain.resolve import OpenOptions
-from vhdkit.folder import NewFile, parts
+from vhdkit.folder import NewFile
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 from vhdkit.store import FileStore
+from vhdkit.unfinished import parts
 from vhdkit.units import KIB, MIB
 
 SIZE = 4 * MIB

@@ -32,7 +32,6 @@ from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.folder import (
     exists,
     is_folder,
-    parts,
     real_path,
     regular_files,
     subfolders,
@@ -43,6 +42,7 @@ from vhdkit.formats.probe import VHD_SUFFIXES, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_metadata
 from vhdkit.store import FileStore, Store, leads_to
+from vhdkit.unfinished import parts
 
 
 class GarbageKind(StrEnum):

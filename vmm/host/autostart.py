@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vmm import unfinished
 from vmm.errors import AccessDenied, InvalidSpec, Unsupported, VmmError, of_os_error
 from vmm.host.kernel import program_path
 
@@ -181,7 +182,8 @@ def _write_checked(scope: Scope, path: str, content: str) -> None:
             problem = verify(draft, scope)
             if problem is not None:
                 raise InvalidSpec(f"systemd refuses the unit: {problem}", path=path)
-        part = f"{path}.{os.getpid()}.part"
+        part = unfinished.part_of(path)
+        unfinished.sweep(folder)
         try:
             with open(part, "w", encoding="utf-8") as file:
                 file.write(content)

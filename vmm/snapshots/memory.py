@@ -25,7 +25,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmm import saved
+from vmm import saved, unfinished
 from vmm.errors import NoSpace, VmmError, of_os_error
 from vmm.kvm import memory_file
 from vmm.paths import MachinePaths, default_folders, make_folders, sync_folder, write_whole
@@ -169,7 +169,7 @@ class SnapshotFolder:
             return []
         except OSError:  # a link, or a file: nothing of ours
             return [folder]
-        own = re.compile(rf"{re.escape(self._name)}\.({kinds})(\.[0-9]+\.part)?")
+        own = re.compile(rf"{re.escape(self._name)}\.({kinds})(\.[0-9]+\.part)?|{unfinished.FILE_PATTERN}")
         left = []
         try:
             for name in os.listdir(descriptor):

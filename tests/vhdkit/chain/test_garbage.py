@@ -12,7 +12,7 @@ import pytest
 import vhdkit
 from tests.killing import killings, recorded
 from tests.vhd_builder import MIB, Vhd, child, put
-from vhdkit import GarbageKind, OpenOptions, errors, folder
+from vhdkit import GarbageKind, OpenOptions, errors, folder, unfinished
 from vhdkit.chain.intent import KIND, Intent, Named, Phase
 from vhdkit.chain.marks import record_path
 
@@ -175,7 +175,7 @@ def test_parts_of_dead_programs_go(tmp_path: Path) -> None:
         assert {one.kind for one in items} == {GarbageKind.PART}
         assert [one.removed for one in items if one.path == str(dead)] == [True]
         assert [one.kept for one in items if one.path != str(dead)] == ["being made by a running program"]
-        assert len(list(folder.parts(str(tmp_path)))) == 1
+        assert len(list(unfinished.parts(str(tmp_path)))) == 1
 
 
 def test_killed_anywhere_no_child_is_an_orphan(tmp_path: Path) -> None:
