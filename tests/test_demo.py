@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+    for line in re.findall(r"^\$ .*", shown, re.MULTILINE):  # what the README shows of it
+        assert f"\n{line}\n" in output, line
     hashes = [line.split()[0] for line in output.splitlines() if len(line.split(" ")[0]) == 64]
     assert len(hashes) == 4 and len(set(hashes)) == 1
     assert "Traceback" not in output + errors

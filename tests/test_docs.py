@@ -7,6 +7,7 @@ import ast
 import re
 from pathlib import Path
 
+from tests.doc_commands import blocks, pages
 from tests.test_layering import LAYERS
 from vhdkit.formats.vhd.layout import STRUCTURES
 
@@ -39,6 +40,33 @@ def test_offset_tables_agree_with_the_layout() -> None:
         assert table_of(text, name) == [tuple(field) for field in fields], name
 
 
+def test_changelog_has_every_release_with_its_date() -> None:
+    """What is not released comes first; each release below it has its date, the newest first, down to 0.1.0."""
+    heads = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads[0] == "Next (unreleased)"
+    releases = [re.fullmatch(r"(\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", head) for head in heads[1:]]
+    assert all(releases), heads
+    found = [([int(part) for part in one[1].split(".")], one[2]) for one in releases if one]
+    assert found == sorted(found, reverse=True) and found[-1][0] == [0, 1, 0]
+
+
+def test_every_fenced_block_says_what_it_is() -> None:
+    """Commands are in blocks of commands, which tests/test_doc_commands.py runs, and nowhere else.
+
+    Write ```console (`$ ` and what is printed), ```sh (nothing but commands), ```python, or, for reading, ```text.
+    """
+    command = re.compile(r"^(\$ )?(vhdkit|vmm|script/\w+|pip|nbdkit) [a-z]")
+    for page in pages():
+        for block in blocks(page):
+            where = f"{page}:{block.line}"
+            assert block.language, f"{where}: say what this block is"
+            if block.language in ("console", "console similar", "sh", "python"):
+                assert block.language == "python" or list(block.commands()), f"{where}: no command in it"
+            elif not block.text.startswith("3. What the newest layer"):  # the demo's own output (tests/test_demo.py)
+                typed = [line for line in block.text.splitlines() if command.match(line) and "──" not in line]
+                assert not typed, f"{where}: commands in a block for reading: {typed}"
+
+
 def test_every_invariant_is_tested_and_every_tested_one_is_listed() -> None:
     """The invariants of invariants.md and those named in test docstrings are the same set."""
     listed = set(re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE))
@@ -57,7 +85,7 @@ def test_no_row_stands_twice() -> None:
 
 def test_architecture_draws_the_layers_that_are_tested() -> None:
     """The order of the rooms in architecture.md is that of test_layering."""
-    drawn = (ROOT / "docs/architecture.md").read_text().split("```\n")[1]
+    drawn = (ROOT / "docs/architecture.md").read_text().split("```text\n")[1].split("```")[0]
     layers = [[name.removeprefix("vhdkit.") for name in layer if "__main__" not in name] for layer in LAYERS]
     layers[-1].remove("vhdkit")
     assert [one.split() for one in drawn.split("<")] == layers
