@@ -224,6 +224,14 @@ class Shell:
         return int(told)
 
 
+def reader_environment(folder: Path, programs: Path) -> dict[str, str]:
+    """What somebody has who types in `folder`: a home of his own beside it, our commands on the search path."""
+    home = folder.parent / "home"
+    home.mkdir(exist_ok=True)
+    path = f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    return {**os.environ, "HOME": str(home), "PATH": path, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
+
+
 def type_in(shell: Shell, command: Command, *, until: str | None = None, seconds: float = SECONDS) -> str:
     """Type a page's command, as far as `until`; it must end and print as the page says. What it printed."""
     if until is None:

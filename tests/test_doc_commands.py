@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +22,12 @@ from pathlib import Path
 import pytest
 
 from tests import doc_stand_ins as stand_ins
-from tests.doc_commands import Block, Command, Shell, blocks, pages, type_in
+from tests.doc_commands import Block, Command, Shell, blocks, pages, reader_environment, type_in
 from tests.mounting import cleaned, require_fuse
 from tests.support import ROOT, require_boot_sector_guest
 from tests.vmm.net.machines import Namespaces
 from tests.vmm.stage import machine_stage
-from tests.warm_commands import WarmCommands
+from tests.warm_commands import WarmCommands, warm_commands
 
 Prepare = Callable[[Path], object]
 
@@ -97,13 +96,8 @@ OWN_TEST = {"docs/recovery.md": "test_recovery.py"}
 @pytest.fixture(scope="module")
 def warm() -> Iterator[WarmCommands]:
     """Both commands, loaded once for all pages."""
-    folder = Path(tempfile.mkdtemp(prefix="docs-", dir="/tmp"))
-    commands = WarmCommands(folder / "w")
-    try:
+    with warm_commands() as commands:
         yield commands
-    finally:
-        commands.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def things(page: str, *, install: bool = False) -> list[Command | Block]:
@@ -125,14 +119,6 @@ def without_mounts(folder: Path) -> Iterator[None]:
             if place.startswith(f"{folder}/"):
                 with cleaned(Path(place)):
                     pass
-
-
-def environment(folder: Path, programs: Path) -> dict[str, str]:
-    """What the page's reader has: a home of his own, our commands on the search path, no terminal."""
-    home = folder.parent / "home"
-    home.mkdir(exist_ok=True)
-    path = f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
-    return {**os.environ, "HOME": str(home), "PATH": path, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
 
 
 def type_page(page: str, scene: Scene, shell: Shell, folder: Path) -> None:
@@ -168,11 +154,11 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: 
             spaces = Namespaces()
             stack.callback(spaces.close)
             prefix = ("ip", "netns", "exec", scene.namespace(spaces))
-            warm = stack.enter_context(contextlib.closing(WarmCommands(tmp_path / "w", *prefix)))
+            warm = stack.enter_context(warm_commands(*prefix))
         stack.enter_context(machine_stage(tmp_path, monkeypatch))
         stack.enter_context(without_mounts(folder))
         monkeypatch.chdir(folder)
-        shell = Shell(folder, tmp_path / "printed", environment(folder, warm.bin), *prefix)
+        shell = Shell(folder, tmp_path / "printed", reader_environment(folder, warm.bin), *prefix)
         type_page(page, scene, stack.enter_context(shell), folder)
 
 

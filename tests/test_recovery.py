@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/recovery.md, case by case: a chain is broken as the page says, and the page's commands are typed.
-
-## A heading                        scene of that name breaks the files
-$ vhdkit check x    # exit code 4   is run; the lines below must appear in what it prints, `...` stands for anything
-"""
+"""docs/recovery.md, case by case: a scene with the heading's name breaks the files, then the commands are typed."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,35 +12,28 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.doc_commands import Command, Shell, blocks, reader_environment, type_in
 from tests.killing import killed_at
 from tests.support import ROOT
 from tests.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
-from tests.vhdkit.cli.running import run
+from tests.warm_commands import WarmCommands, warm_commands
 from vhdkit import DiskFormat
 from vhdkit.formats.vhd import remember
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.store import FileStore
 
-PAGE = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
+PAGE = "docs/recovery.md"
 BLOCK = MIB
 GEOMETRY = (240, 4, 17)  # of 8 MiB
 
 
-def cases() -> Iterator[tuple[str, str]]:
-    """(heading, section) of every case with commands."""
-    for section in PAGE.split("\n## ")[1:]:
-        heading, body = section.split("\n", 1)
-        yield heading, body
-
-
-def commands(section: str) -> Iterator[tuple[str, int, list[str]]]:
-    """(command, exit code, expected lines) of a section, in order."""
-    for block in re.findall(r"^```console\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
-        for piece in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            line, *expected = piece.rstrip("\n").split("\n")
-            command, _, comment = line.partition("#")
-            code = re.search(r"exit code (\d+)", comment)
-            yield command.strip(), int(code[1]) if code else 0, expected
+def cases() -> dict[str, list[Command]]:
+    """The commands of every section that has a heading, in their order."""
+    found: dict[str, list[Command]] = {}
+    text = (ROOT / PAGE).read_text(encoding="utf-8")
+    for heading in re.findall(r"^## (.*)$", text, re.MULTILINE):
+        found[heading] = [one for block in blocks(PAGE) if block.heading == heading for one in block.commands()]
+    return found
 
 
 def chain(base: str = "base.vhd", leaf: str = "leaf.avhd") -> None:
@@ -178,30 +167,34 @@ SCENES: dict[str, Callable[[], None]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmCommands]:
+    """The commands, loaded once for all cases."""
+    with warm_commands() as commands:
+        yield commands
+
+
 def test_every_case_has_a_scene() -> None:
     """No case of the page is untested, and no scene is left over."""
-    assert [heading for heading, _ in cases()] == list(SCENES)
+    assert list(cases()) == list(SCENES)
 
 
 # A killed process closes nothing: what plays one in a scene is dropped.
 @pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
-@pytest.mark.parametrize(("heading", "section"), list(cases()), ids=[heading for heading, _ in cases()])
-def test_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, section: str) -> None:
+@pytest.mark.parametrize(("heading", "typed"), cases().items(), ids=cases())
+def test_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: WarmCommands, heading: str, typed: list[Command]
+) -> None:
     """The commands of the case do on a chain broken so what the page says."""
-    monkeypatch.chdir(tmp_path)
-    SCENES[heading]()
-    typed = list(commands(section))
     assert typed, "a case without a command"
-    holder = vhdkit.open_disk("disk.vhd", writable=True) if heading == "The image is in use" else None
-    for command, code, expected in typed:
-        words = shlex.split(command)
-        assert words[0] == "vhdkit"
-        result = run(*words[1:])
-        assert result.exit_code == code, f"{command}: {result.exit_code}\n{result.output}"
-        lines = result.stdout.splitlines() + result.stderr.splitlines()
-        for wanted in expected:
-            form = ".*".join(re.escape(part.strip()) for part in wanted.split("..."))
-            shape = re.compile(re.sub(r"(\\ )+", r"\\s+", form))
-            assert any(shape.search(line) for line in lines), f"{command}: no line {wanted!r} in\n{result.output}"
-    if holder is not None:
-        holder.close()
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    SCENES[heading]()
+    in_use = heading == "The image is in use"
+    with (
+        vhdkit.open_disk("disk.vhd", writable=True) if in_use else contextlib.nullcontext(),
+        Shell(folder, tmp_path / "printed", reader_environment(folder, warm.bin)) as shell,
+    ):
+        for command in typed:
+            type_in(shell, command)

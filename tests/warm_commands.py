@@ -8,15 +8,19 @@ the copy runs is what the installed command runs, in a process of its own. For t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import pkgutil
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,6 +85,17 @@ class WarmCommands:
             except ProcessLookupError:
                 return
             time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def warm_commands(*prefix: str) -> Iterator[WarmCommands]:
+    """Both commands, loaded; ended and without a trace afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-", dir="/tmp"))  # sockets have short names, whatever TMPDIR is
+    try:
+        with contextlib.closing(WarmCommands(folder / "w", *prefix)) as commands:
+            yield commands
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load() -> None:
