@@ -15,13 +15,16 @@ from typing import Any
 
 from vmm import contact, paths, registry, saved
 from vmm.contact import Place
-from vmm.errors import InvalidSpec, NotFound, VmmError
+from vmm.errors import InUse, InvalidSpec, NotFound, VmmError
 from vmm.events import add_event
 from vmm.net import frames, mac, switches
+from vmm.net.joining import is_plugged
+from vmm.net.switches import HostSide
 from vmm.paths import write_whole
 from vmm.proc import locked
 from vmm.registry import Machine
 from vmm.spec import AdapterSpec, MachineSpec, make_adapter
+from vmm.state import processes_of
 
 PATIENCE_SECONDS = 60.0
 _POOL_NAME = "mac-pool.json"
@@ -179,3 +182,43 @@ def machine_of_port(port: str) -> tuple[str, str]:
         if machine.spec.id.replace("-", "").startswith(prefix) and adapter_id:
             return machine.name, adapter_id
     return port, ""
+
+
+def plugged_into(switch: str) -> list[str]:
+    """The adapters of all machines, running or not, that are on the switch of that name, as "web/nic-0"."""
+    machines, _ = registry.load_all()
+    found = [(one.name, adapter) for one in machines for adapter in one.spec.adapters]
+    return [f"{name}/{adapter.id}" for name, adapter in found if adapter.switch == switch]
+
+
+def delete_switch(name: str, *, force: bool = False) -> list[str]:
+    """Take a switch away; the adapters that are without one then, until there is one of that name again.
+
+    Raises NotFound, InUse for a switch that machines are plugged into, unless `force`.
+    """
+    switches.load(name)
+    users = plugged_into(name)
+    if users and not force:
+        raise InUse(
+            f"machines are plugged into switch {name!r}: {', '.join(users)}",
+            hint="plug them elsewhere (vmm nic set MACHINE ADAPTER --switch OTHER); with --force they are"
+            " disconnected until there is a switch of that name again",
+        )
+    switches.delete(name, force=force)
+    return users
+
+
+def connection(machine: Machine, adapter: AdapterSpec) -> tuple[bool | None, str]:
+    """(whether the adapter is connected, the same in words); None for a machine that does not run."""
+    if adapter.switch is None:
+        return False, "not plugged into any switch"
+    runs = "qemu" in processes_of(machine.runtime)
+    try:
+        host = HostSide(switches.load(adapter.switch))
+        if not runs:
+            return None, "machine is off"
+        if is_plugged(adapter, machine.spec.id, host):
+            return True, "connected"
+        return False, f"disconnected from switch {adapter.switch!r}; vmm events {machine.name} says why"
+    except VmmError as error:
+        return (False if runs else None), f"disconnected: {error.problem}"

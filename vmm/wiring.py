@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters of a running machine: plugged in when it starts, while it runs, and pulled out when it is off.
 
-Decides in which order an adapter reaches the switch, QEMU and the definition, and that a switch process that dies is
-started again by the machines that use it. Joins `net`, which knows switches, with `kvm`, which knows QEMU; neither
-knows the other. What an adapter is made of: `net.adapter`, imported when there is one: a machine without adapters
-starts without it.
+Decides in which order an adapter reaches the switch, QEMU and the definition, and that the machines that use a switch
+start its process again when it dies, and join it again when it was deleted and made anew. Joins `net`, which knows
+switches, with `kvm`, which knows QEMU; neither knows the other. What an adapter is made of: `net.adapter`, imported
+when there is one: a machine without adapters starts without it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import asyncio
 import contextlib
 import os
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmm import registry
-from vmm.errors import AlreadyExists, NotFound, QemuFailed, TimedOut, VmmError, WrongState
+from vmm.errors import AlreadyExists, InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState
 from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
 from vmm.kvm.process import Identity
 from vmm.launch import Launch
 from vmm.paths import write_whole
+from vmm.proc import is_locked
 from vmm.rpc import Method, Progress, parameter
 from vmm.running import Running
 from vmm.snapshots.store import holding
@@ -28,7 +30,8 @@ from vmm.spec import AdapterSpec, MachineSpec, make_adapter
 from vmm.state import MachineState
 
 if TYPE_CHECKING:
-    from vmm.net.adapter import Owner, Plugged
+    from vmm.net.adapter import Give, Owner, Plugged
+    from vmm.net.joining import Joined
 
 WATCH_SECONDS = 0.5
 UNPLUG_SECONDS = 20.0  # for the guest to let go of an adapter
@@ -62,17 +65,41 @@ def plug_all(spec: MachineSpec, runtime_folder: str, launch: Launch) -> tuple[Ad
     """Every adapter of a machine that is about to start. Raises VmmError; then none is plugged in."""
     if not spec.adapters:
         return ()
-    from vmm.net.adapter import plug
-
     owner = owner_of(spec, runtime_folder, launch.identity)
     done: list[Adapter] = []
     try:
         for adapter in spec.adapters:
-            done.append(described(adapter, spec, plug(adapter, owner, launch.give)))
+            done.append(described(adapter, spec, plugged_in(adapter, owner, launch.give)))
     except BaseException:
         unplug_all(spec, owner)
         raise
     return tuple(done)
+
+
+def plugged_in(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
+    """The adapter's cable in its switch. Raises VmmError, which names other machines as people know them."""
+    from vmm.net.adapter import SameAddress, plug
+
+    try:
+        return plug(adapter, owner, give, lives=lives)
+    except SameAddress as error:
+        from vmm.adapters import machine_of_port
+
+        other = "/".join(filter(None, machine_of_port(error.port)))
+        raise InUse(
+            f"{adapter.id} has the MAC address {adapter.mac}, which {other} has, too, and that one is on switch "
+            f"{adapter.switch!r} already", hint="give one of them another: vmm nic set MACHINE ADAPTER mac=ADDRESS",
+        ) from error  # fmt: skip
+
+
+def lives(port: Mapping[str, Any]) -> bool:
+    """True when the machine that a switch's port is of runs, or starts; of one that is not known, when it answers."""
+    from vmm.adapters import machine_of_port
+
+    with contextlib.suppress(VmmError):
+        runtime = registry.load(machine_of_port(port["name"])[0]).runtime
+        return any(is_locked(runtime.lock(part)) for part in ("keeper", "worker"))
+    return bool(port["connected"])
 
 
 def unplug_all(spec: MachineSpec, owner: Owner) -> None:
@@ -89,6 +116,7 @@ class Wiring:
 
     def __init__(self, running: Running) -> None:
         self._running = running
+        self._joined: dict[str, Joined] = {}  # by the adapter's id: where it was at the last look
         running.plug_adapters = lambda launch: plug_all(running.spec, running.runtime.folder, launch)
 
     @property
@@ -115,8 +143,6 @@ class Wiring:
 
     async def _add(self, params: dict[str, Any], progress: Progress) -> object:
         """Plug in an adapter; {"adapter": an adapter's settings}."""
-        from vmm.net.adapter import plug
-
         adapter = make_adapter(**parameter(params, "adapter", dict, {}))
         self._check("add an adapter")
         before = self._running.spec
@@ -131,7 +157,7 @@ class Wiring:
                 return given[-1][0]
 
             try:
-                plugged = await asyncio.to_thread(plug, adapter, self.owner, give)
+                plugged = await asyncio.to_thread(plugged_in, adapter, self.owner, give)
                 await self._tell_qemu(described(adapter, after, plugged), given)
                 self._write_down(after)
             except BaseException:
@@ -182,6 +208,7 @@ class Wiring:
             with contextlib.suppress(QemuFailed):
                 await qmp.execute("netdev_del", id=wire_id(adapter.id))
             await asyncio.to_thread(unplug, adapter, self.owner)
+            self._joined.pop(adapter.id, None)
             self._write_down(after)
         self._running.tell("adapter-removed", adapter=adapter.id)
         return {"adapter": adapter.id}
@@ -235,17 +262,29 @@ class Wiring:
                 await self._set_link(adapter.id, False)
 
     async def watch(self) -> None:
-        """As long as the machine runs, start its switches again that have died."""
+        """As long as the machine runs, keep its adapters on their switches."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             for adapter in self._running.spec.adapters:
-                if adapter.switch is None or self._running.state not in (*_LIVE, MachineState.CRITICAL):
-                    continue
-                from vmm.net.adapter import keep_switch
+                if adapter.switch is not None and self._running.state in (*_LIVE, MachineState.CRITICAL):
+                    with contextlib.suppress(VmmError, OSError):  # the next look tries again
+                        await self._look_at(adapter)
 
-                with contextlib.suppress(VmmError, OSError):  # the next look tries again
-                    if await asyncio.to_thread(keep_switch, adapter, self.owner):
-                        self._running.tell("switch-restarted", switch=adapter.switch)
+    async def _look_at(self, adapter: AdapterSpec) -> None:
+        """Have an adapter on its switch, and tell the guest, by its link, when that came or went."""
+        from vmm.net.joining import join
+
+        before = self._joined.get(adapter.id)
+        now = await asyncio.to_thread(join, adapter, self.owner, None if before is None else before.switch_id, lives)
+        self._joined[adapter.id] = now
+        if now.was_restarted:
+            self._running.tell("switch-restarted", switch=adapter.switch)
+        if now.switch_id is None and (before is None or before.problem != now.problem):
+            self._running.tell("adapter-disconnected", adapter=adapter.id, switch=adapter.switch, problem=now.problem)
+            await self._set_link(adapter.id, False)
+        elif now.has_come:
+            self._running.tell("adapter-connected", adapter=adapter.id, switch=adapter.switch)
+            await self._set_link(adapter.id, adapter.link_up)
 
     async def put_away(self) -> None:
         """The machine is off."""

@@ -94,13 +94,16 @@ def set_command(
 @output_options
 def list_command(name: str, as_json: bool, quiet: bool) -> None:
     """The adapters of the machine NAME."""
-    spec = registry.load(name).spec
+    from vmm.adapters import connection
+
+    machine = registry.load(name)
+    found = [(one, *connection(machine, one)) for one in machine.spec.adapters]
     if as_json:
-        print_json([one.model_dump(mode="json") for one in spec.adapters])
+        print_json([{**one.model_dump(mode="json"), "connected": is_connected} for one, is_connected, _ in found])
     elif not quiet:
         rows = [
-            [one.id, one.switch or "-", one.kind, one.mac or "-", vlan_words(one), link_words(one)]
-            for one in spec.adapters
+            [one.id, one.switch or "-", one.kind, one.mac or "-", vlan_words(one), link_words(one, is_connected)]
+            for one, is_connected, _ in found
         ]
         print_table(("ADAPTER", "SWITCH", "TYPE", "MAC", "VLAN", "LINK"), rows)
 
@@ -117,10 +120,12 @@ def show_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
     found = adapters.find(machine, adapter)
     status = _port_status(machine.spec, found)
     path = _data_path(found)
+    is_connected, words = adapters.connection(machine, found)
     if as_json:
-        print_json({**found.model_dump(mode="json"), "data_path": path, "port": status})
+        document = {**found.model_dump(mode="json"), "connected": is_connected, "connection": words}
+        print_json({**document, "data_path": path, "port": status})
     elif not quiet:
-        print_pairs(_pairs(found, path, status))
+        print_pairs(_pairs(found, path, status, words))
 
 
 def vlan_words(adapter: AdapterSpec) -> str:
@@ -131,12 +136,14 @@ def vlan_words(adapter: AdapterSpec) -> str:
     return "-" if adapter.vlan is None else str(adapter.vlan)
 
 
-def link_words(adapter: AdapterSpec) -> str:
-    """Whether its cable is in."""
+def link_words(adapter: AdapterSpec, is_connected: bool | None = None) -> str:
+    """Whether its cable is in, and leads anywhere."""
+    if is_connected is False and adapter.switch is not None:
+        return "disconnected"
     return "up" if adapter.link_up else "down"
 
 
-def _pairs(adapter: AdapterSpec, path: str, status: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _pairs(adapter: AdapterSpec, path: str, status: dict[str, Any] | None, words: str) -> list[tuple[str, str]]:
     guards = [name for name in ("dhcp_guard", "router_guard") if getattr(adapter, name)]
     bandwidth, storm = adapter.bandwidth_bits_per_second, adapter.storm_frames_per_second
     pairs = [
@@ -144,6 +151,7 @@ def _pairs(adapter: AdapterSpec, path: str, status: dict[str, Any] | None) -> li
         ("type", adapter.kind),
         ("mac", adapter.mac or "-"),
         ("switch", adapter.switch or "none"),
+        ("connection", words),
         ("data path", path),
         ("vlan", vlan_words(adapter)),
         ("link", link_words(adapter)),

@@ -23,7 +23,7 @@ from vmm.cli.common import (
     print_pairs,
     print_table,
 )
-from vmm.errors import InUse, InvalidSpec, NotFound, Unsupported, of_os_error
+from vmm.errors import InvalidSpec, NotFound, Unsupported, of_os_error
 from vmm.net import plan, switches
 from vmm.net.plan import SwitchSpec
 from vmm.net.switches import HostSide
@@ -360,19 +360,18 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 
 @switch_command.command("delete", epilog=epilog("vmm switch delete lab"))
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Even with guests on it.")
+@click.option("--force", is_flag=True, help="Even with machines on it: they are disconnected until there is a switch"
+              " of that name again.")  # fmt: skip
 @output_options
 def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
-    """Remove the switch NAME, and put this host's network back as it was before."""
-    try:
-        switches.delete(name, force=force)
-    except InUse as error:
-        ports = HostSide(switches.load(name)).port_status()
-        guests = ["/".join(_of(one)) for one in ports if one["connected"] and _of(one)[1]]
-        if guests:  # by the names that people know
-            error.problem = f"switch {name!r} has guests on it: {', '.join(guests)}"
-        raise
+    """Remove the switch NAME, and put this host's network back as it was before.
+
+    A switch that machines are plugged into, running or not, is not removed without --force.
+    """
+    from vmm.adapters import delete_switch
+
+    left = delete_switch(name, force=force)
     if as_json:
-        print_json({"deleted": name})
+        print_json({"deleted": name, "disconnected": left})
     elif not quiet:
-        print_line(f"{name} is deleted")
+        print_line(f"{name} is deleted" + (f"; disconnected: {', '.join(left)}" if left else ""))

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ SYNTHETIC_DRIVER, LEGACY_DRIVER = "virtio-net-pci", "rtl8139"
 GUEST_SOCKET, SWITCH_SOCKET = "guest.sock", "switch.sock"
 PORT_ID_CHARACTERS = 12
 
+Lives = Callable[[Mapping[str, Any]], bool]
 Give = Callable[[int], int | str]  # our descriptor -> how QEMU calls it; it is closed for us
 
 
@@ -120,16 +121,43 @@ def device_of(adapter: AdapterSpec, queues: int = 1) -> dict[str, Any]:
     return device
 
 
-def plug(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
-    """Put the adapter's cable into its switch. Raises VmmError, and then nothing is left of it."""
+def is_connected(port: Mapping[str, Any]) -> bool:
+    """True when somebody is at a port's other end."""
+    return bool(port["connected"])
+
+
+def plug(adapter: AdapterSpec, owner: Owner, give: Give, *, lives: Lives = is_connected) -> Plugged:
+    """Put the adapter's cable into its switch. Raises VmmError, and then nothing is left of it.
+
+    `lives` says whether the machine of another port is there: then it may not have this adapter's MAC address.
+    """
     if adapter.switch is None:
         return _unplugged(adapter)
-    spec = switches.load(adapter.switch)
-    switches.ensure(spec)
-    host = HostSide(spec)
-    if spec.backend == "bridge":
-        return _plug_tap(adapter, owner, host, give)
-    return _plug_socket(adapter, owner, host)
+    with switches.staying(adapter.switch) as host:
+        refuse_same_address(adapter, owner, host, lives)
+        host.ensure()
+        if host.spec.backend == "bridge":
+            return _plug_tap(adapter, owner, host, give)
+        return _plug_socket(adapter, owner, host)
+
+
+class SameAddress(errors.InUse):
+    """Another machine's adapter on the switch, whose port is `port`, has the MAC address."""
+
+    port = ""
+
+
+def refuse_same_address(adapter: AdapterSpec, owner: Owner, host: HostSide, lives: Lives) -> None:
+    """Raise SameAddress when another port of the switch, whose machine is there, has the adapter's MAC address.
+
+    A switch sends frames for it to whoever spoke last: both guests would lose most of them.
+    """
+    own = port_name(owner.machine_id, adapter.id)
+    for one in host.guests():
+        if one["name"] != own and adapter.mac in one["macs"] and lives(one):
+            error = SameAddress(f"{one['name']} on switch {host.spec.name!r} has the MAC address {adapter.mac}, too")
+            error.port = one["name"]
+            raise error
 
 
 def _unplugged(adapter: AdapterSpec) -> Plugged:
@@ -199,11 +227,11 @@ def replug(adapter: AdapterSpec, owner: Owner) -> None:
     """Tell the switch other rules, or the state of the link, of an adapter that is plugged in. Raises VmmError."""
     if adapter.switch is None:
         return
-    host = HostSide(switches.load(adapter.switch))
-    if host.spec.backend == "user":
-        host.user.plug(setup_of(adapter, owner))
-    else:
-        host.plug_tap(interface_name(owner.machine_id, adapter.id), setup_of(adapter, owner))
+    with switches.staying(adapter.switch) as host:
+        if host.spec.backend == "user":
+            host.user.plug(setup_of(adapter, owner))
+        else:
+            host.plug_tap(interface_name(owner.machine_id, adapter.id), setup_of(adapter, owner))
 
 
 def unplug(adapter: AdapterSpec, owner: Owner) -> None:
@@ -216,15 +244,3 @@ def unplug(adapter: AdapterSpec, owner: Owner) -> None:
             elif os.path.isdir(host.folder):
                 host.unplug_tap(interface_name(owner.machine_id, adapter.id))
     shutil.rmtree(folder_of(adapter, owner), ignore_errors=True)
-
-
-def keep_switch(adapter: AdapterSpec, owner: Owner) -> bool:
-    """Have the adapter's switch process run; True when it had died. Nothing to do for a bridge."""
-    if adapter.switch is None:
-        return False
-    host = HostSide(switches.load(adapter.switch))
-    if host.spec.backend != "user" or host.user.is_running():
-        return False
-    host.ensure()
-    host.user.plug(setup_of(adapter, owner))
-    return True

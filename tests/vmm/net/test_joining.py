@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters whose switch goes and comes: disconnected in between, on it again then, and never two of one address."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vmm.small_guests import make_machine, wait_until
+from vmm import adapters, errors, registry
+from vmm.manager import Manager
+from vmm.net import switches
+from vmm.net.adapter import Owner, plug, setup_of
+from vmm.net.joining import Joined, is_plugged, join
+from vmm.net.plan import make_switch
+from vmm.net.switches import HostSide
+from vmm.spec import AdapterSpec, make_adapter
+
+MACHINE_ID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def lives(port: Mapping[str, Any]) -> bool:
+    """Every guest here does."""
+    return True
+
+
+class Guest:
+    """What QEMU is for a switch: a bound socket."""
+
+    def __init__(self, folder: Path, machine_id: str, mac: str) -> None:
+        self.owner = Owner(machine_id, str(folder / machine_id[:8]))
+        self.adapter: AdapterSpec = make_adapter(id="nic-0", switch="lab", mac=mac)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def start(self) -> None:
+        """Plug in, as a machine that starts does."""
+        plug(self.adapter, self.owner, lambda ours: ours, lives=lives)
+        self.socket.bind(setup_of(self.adapter, self.owner).peer)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home and a runtime folder of this test."""
+    folder = Path(tempfile.mkdtemp(prefix="vmm-join-"))
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
+    try:
+        yield folder
+    finally:
+        for spec in switches.load_all():
+            switches.delete(spec.name, force=True)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def guest(folder: Path) -> Iterator[Guest]:
+    """A guest that is plugged into the switch `lab`."""
+    switches.create(make_switch(name="lab"))
+    one = Guest(folder, MACHINE_ID, "02:00:00:00:00:01")
+    with one.socket:
+        one.start()
+        yield one
+
+
+def test_a_switch_that_goes_and_comes(guest: Guest) -> None:
+    """Without its switch an adapter is disconnected, with the reason; it joins another one of that name."""
+    first = switches.load("lab")
+    assert join(guest.adapter, guest.owner, None) == Joined(first.id)
+    assert join(guest.adapter, guest.owner, first.id) == Joined(first.id)
+    switches.delete("lab", force=True)
+    gone = join(guest.adapter, guest.owner, first.id)
+    assert gone.switch_id is None and "there is no switch 'lab'" in str(gone.problem)
+    assert not HostSide(first).user.is_running(), "nobody brings a deleted switch back"
+    switches.create(make_switch(name="lab"))
+    second = switches.load("lab")
+    assert second.id != first.id and not is_plugged(guest.adapter, MACHINE_ID, HostSide(second))
+    assert join(guest.adapter, guest.owner, None) == Joined(second.id, has_come=True)
+    assert is_plugged(guest.adapter, MACHINE_ID, HostSide(second))
+
+
+def test_a_switch_that_died(guest: Guest) -> None:
+    """A switch whose process ended is started again, and its guest is on it."""
+    spec = switches.load("lab")
+    HostSide(spec).user.stop()
+    assert join(guest.adapter, guest.owner, spec.id) == Joined(spec.id, was_restarted=True)
+    assert is_plugged(guest.adapter, MACHINE_ID, HostSide(spec))
+
+
+def test_a_switch_of_the_other_back_end(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has sockets cannot join a bridge before its next start, and is told so."""
+    switches.delete("lab", force=True)
+    monkeypatch.setattr(HostSide, "ensure", lambda self: None)
+    monkeypatch.setattr(HostSide, "remove", lambda self: None)
+    switches.create(make_switch(name="lab", backend="bridge"))
+    assert "another back end" in str(join(guest.adapter, guest.owner, None).problem)
+
+
+def test_one_address_twice(guest: Guest, folder: Path) -> None:
+    """A second guest with the address of one that is there is refused, when it starts and when it joins."""
+    other = Guest(folder, "11111111-89ab-cdef-0123-456789abcdef", str(guest.adapter.mac))
+    with other.socket:
+        with pytest.raises(errors.InUse, match="has the MAC address 02:00:00:00:00:01, too"):
+            other.start()
+        switches.delete("lab", force=True)
+        switches.create(make_switch(name="lab"))
+        other.start()
+        refused = join(guest.adapter, guest.owner, None, lives)
+        assert refused.switch_id is None and "MAC address" in str(refused.problem)
+
+
+@pytest.mark.kvm
+def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
+    """Deleting a switch names the machines on it; forced, a running one is disconnected, and joins the next one.
+
+    A second machine with the same address does not start.
+    """
+
+    def events(name: str) -> int:
+        return sum(one["event"] == name for one in manager.events("small"))
+
+    switches.create(make_switch(name="lab"))
+    try:
+        make_machine(manager, tmp_path, adapters=[{"switch": "lab"}])
+        with pytest.raises(errors.InUse, match="machines are plugged into switch 'lab': small/nic-0"):
+            adapters.delete_switch("lab")
+        small = registry.load("small")
+        (nic,) = small.spec.adapters
+        assert adapters.connection(small, nic) == (None, "machine is off")
+        manager.start("small")
+        assert adapters.connection(small, nic) == (True, "connected")
+        assert adapters.delete_switch("lab", force=True) == ["small/nic-0"]
+        wait_until(lambda: events("adapter-disconnected"), "the machine hears of it")
+        is_connected, words = adapters.connection(small, nic)
+        assert is_connected is False and "there is no switch 'lab'" in words
+        switches.create(make_switch(name="lab"))
+        wait_until(lambda: events("adapter-connected"), "the machine joins")
+        assert adapters.connection(small, nic) == (True, "connected")
+        make_machine(manager, tmp_path, "other")
+        with registry.changing("other") as machine:
+            registry.save(machine, machine.spec.changed(adapters=[nic]))
+        with pytest.raises(errors.InUse, match=r"nic-0 has the MAC address .*, which small/nic-0 has, too"):
+            manager.start("other")
+        manager.stop("small")
+    finally:
+        for spec in switches.load_all():
+            switches.delete(spec.name, force=True)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter that is plugged into a switch by name, while switches of that name come and go.
+
+Decides whether the adapter of a running machine is on its switch, and puts it back: on a switch whose process died,
+and on another one that got the name of a switch that was deleted. Until there is one the adapter is disconnected, as
+Hyper-V calls it. Must not know QEMU, nor how the guest is told.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from vmm import errors
+from vmm.net import switches
+from vmm.net.adapter import (
+    Lives,
+    Owner,
+    folder_of,
+    interface_name,
+    is_connected,
+    port_name,
+    refuse_same_address,
+    setup_of,
+)
+from vmm.net.switches import HostSide
+from vmm.spec import AdapterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The id of the switch that the adapter is on; None: `problem` says why it is on none.
+
+    `has_come`: it was plugged in just now. `was_restarted`: its switch's process had died.
+    """
+
+    switch_id: str | None
+    problem: str | None = None
+    has_come: bool = False
+    was_restarted: bool = False
+
+
+def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = is_connected) -> Joined:
+    """Have the adapter on the switch that has its switch's name now. `before`: the id of the one that it was on.
+
+    `lives` as of `plug`.
+
+    Raises VmmError for what may be otherwise at the next try.
+    """
+    assert adapter.switch is not None
+    try:
+        host = HostSide(switches.load(adapter.switch))
+        if host.spec.id == before and _is_up(host):
+            return Joined(before)
+        with switches.staying(adapter.switch) as host:
+            return _joined(adapter, owner, host, before, lives)
+    except errors.NotFound as error:
+        return Joined(None, error.problem)
+
+
+def _joined(adapter: AdapterSpec, owner: Owner, host: HostSide, before: str | None, lives: Lives) -> Joined:
+    if not _fits(adapter, owner, host):
+        words = "the switch of that name has another back end than the one that the machine was started on"
+        return Joined(None, words)
+    was_up = _is_up(host)
+    if was_up and is_plugged(adapter, owner.machine_id, host):
+        return Joined(host.spec.id)
+    try:
+        refuse_same_address(adapter, owner, host, lives)
+    except errors.InUse as error:
+        return Joined(None, error.problem)
+    host.ensure()
+    if host.spec.backend == "user":
+        host.user.plug(setup_of(adapter, owner))
+    else:
+        host.plug_tap(interface_name(owner.machine_id, adapter.id), setup_of(adapter, owner))
+    return Joined(host.spec.id, None, host.spec.id != before, host.spec.id == before and not was_up)
+
+
+def is_plugged(adapter: AdapterSpec, machine_id: str, host: HostSide) -> bool:
+    """True when the switch has a port for the adapter."""
+    name = port_name(machine_id, adapter.id)
+    return any(one["name"] == name for one in host.port_status())
+
+
+def _fits(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
+    """True when the running machine has what this switch's back end plugs in: a tap, or a pair of sockets."""
+    if host.spec.backend == "bridge":
+        return os.path.isdir(f"/sys/class/net/{interface_name(owner.machine_id, adapter.id)}")
+    return os.path.isdir(folder_of(adapter, owner))
+
+
+def _is_up(host: HostSide) -> bool:
+    if host.spec.backend == "user":
+        return host.user.is_running()
+    return os.path.isdir(f"/sys/class/net/{host.spec.bridge_name}")
