@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -233,3 +234,18 @@ def intents_about(path: str, folders: tuple[str, ...]) -> list[Intent]:
                 if intent is not None and place in (intent.target.path, *(one.path for one in intent.sources)):
                     found.append(intent)
     return found
+
+
+def refuse_sources(images: Sequence[Named], intents: Iterable[Intent]) -> None:
+    """Raise ImageInUse where one of these images is about to go because its merge into another one is complete.
+
+    What it stands on must not change then: the merge could not be finished any more.
+    """
+    for intent in intents:
+        found = next((one for one in images if one in intent.sources), None)
+        if intent.phase is not Phase.COPY and found is not None:
+            raise errors.ImageInUse(
+                f"its merge into {printable(intent.target.path)} was interrupted",
+                path=found.path,
+                hint=f"finish it first: {resume_command(intent, found.path)}",
+            )

@@ -28,7 +28,7 @@ from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, link_to, require_names, write_empty
 from vhdkit.chain.dependents import Dependent, drop_stale_marks, has_children, standing_on
-from vhdkit.chain.intent import Intent, Named, Phase, intent_of
+from vhdkit.chain.intent import Intent, Named, Phase, intent_of, refuse_sources
 from vhdkit.chain.lineage import record_parent, record_parents, same_content
 from vhdkit.chain.marks import mark_child, marked
 from vhdkit.chain.merge_plan import MergePlan
@@ -43,6 +43,7 @@ from vhdkit.chain.merge_steps import (
 from vhdkit.chain.resolve import (
     NULL_ID,
     OpenOptions,
+    allowed_folders,
     open_layers,
     parent_format,
     unique_id,
@@ -130,6 +131,7 @@ class InPlace:
                 raise errors.InvalidArgument("is a device: it cannot be merged", path=file_of_layer(layer).name)
         for one in self._names[:-1]:
             check_removable(one.path)
+        self._refuse_sources_of_another()
         self._plan = MergePlan(self._sources, self._target, below_bytes=_seen(self._below))
         self._size = self._sources[0].size_bytes
         self.phase = phase
@@ -137,6 +139,13 @@ class InPlace:
             self.phase = Phase.COPY  # the leaf was written to since, or the record is not true
         self._children = self._find_children()
         self._check_size()
+
+    def _refuse_sources_of_another(self) -> None:
+        """Raise ImageInUse for an image that another merge, whose data is complete, is about to remove."""
+        allowed = allowed_folders(self._names[0].path, self._options.parent_dirs)
+        below = [one.path for one in self._names[1:]] + [real_path(file_of_layer(one).name) for one in self._below]
+        found = [intent for intent in (intent_of(path, allowed) for path in below) if intent is not None]
+        refuse_sources(self._names, [one for one in found if [*one.sources, one.target] != self._names])
 
     def _is_complete(self, layers: list[Layer], index: int) -> bool:
         same_size = self._target.size_bytes == self._size

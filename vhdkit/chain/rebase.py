@@ -19,6 +19,7 @@ from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.compare import compare_chains
 from vhdkit.chain.create import link_to, require_names
+from vhdkit.chain.intent import Named, intents_about, refuse_sources
 from vhdkit.chain.lineage import record_parents, same_content
 from vhdkit.chain.marks import mark_child
 from vhdkit.chain.resolve import (
@@ -68,6 +69,8 @@ def rebase(
         metadata = read_metadata(pending.view(store))
         if metadata.header is None or not metadata.is_differencing:
             raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fsdecode(path))
+        intents = intents_about(image_path, allowed_folders(image_path, options.parent_dirs))
+        refuse_sources([Named(image_path, metadata.footer.unique_id)], intents)
         recorded, timestamp = metadata.header.parent_unique_id, metadata.header.parent_timestamp
         found = _id_of(store, new_path)
         if NULL_ID in (recorded, found) and not options.allow_raw_parent:

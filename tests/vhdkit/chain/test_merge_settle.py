@@ -207,6 +207,23 @@ def test_a_leaf_that_was_merged_is_not_resized(monkeypatch: pytest.MonkeyPatch) 
     assert content(names[1]).startswith(before)
 
 
+@pytest.mark.parametrize("verb", ["merge", "rebase"])
+def test_the_chain_of_a_complete_merge_stays(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the layers of a merge stand on does not change once its data is complete: it could not be finished then."""
+    names = make_chain(4)
+    before = content(names[0])
+    stopped(monkeypatch, names, 3)
+    with pytest.raises(vhdkit.ImageInUse, match="was interrupted") as refusal:
+        if verb == "merge":
+            vhdkit.merge(names[1], relink_children=True)
+        else:
+            vhdkit.rebase(names[1], names[2])
+    assert all(os.path.exists(name) for name in names)
+    assert "--resume" in str(refusal.value.hint)
+    assert vhdkit.resume_merge(names[1]).removed == tuple(os.path.realpath(name) for name in names[:-1])
+    assert content(names[-1]) == before
+
+
 def follow_hint(problem: str) -> list[str]:
     """The command in a hint or a message of `check`: what stands between `vhdkit` and the end of the quote."""
     words = problem[problem.index("vhdkit merge") :].partition("`")[0].partition(";")[0]
