@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -10,13 +11,14 @@ import pytest
 
 import vhdkit
 import vmm
+from tests.vhdkit.cli.running import good
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists Cancelled CompactResult Comparison ControlClient CorruptImage CorruptReason
 Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren
 ImageInUse InvalidArgument IoFailed Merge Move NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch
 ParentMissing ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity SyncFailed Unprotected
-UnsupportedFormat VhdkitError chain_held chain_paths check clone collect_garbage compact compare convert
+UnsupportedFormat VhdkitError __version__ chain_held chain_paths check clone collect_garbage compact compare convert
 create_child create_image find_children image_id mark_parents merge merge_under_way open_disk parse_disk_size rebase
 relocate repair resize restore resume_merge snapshot snapshot_many
 """
@@ -46,6 +48,12 @@ def test_errors_and_the_control_client_cost_no_numpy() -> None:
     program = "import sys, vhdkit; vhdkit.ControlClient; vhdkit.VhdkitError; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_version_is_the_packages() -> None:
+    """The version that programs ask for is the one that pip and --version show."""
+    assert vhdkit.__version__ == importlib.metadata.version("vhdkit")
+    assert f"vhdkit {vhdkit.__version__}, " in good("--version")
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from vhdkit.serve.control_client import ControlClient
     from vhdkit.units import DiskSize, parse_disk_size
 
+__version__ = "0.2.0.dev0"  # pyproject.toml takes it from here
+
 __all__ = [
     "AccessDenied",
     "AddressInUse",
@@ -111,6 +113,7 @@ __all__ = [
     "Unprotected",
     "UnsupportedFormat",
     "VhdkitError",
+    "__version__",
     "chain_held",
     "chain_paths",
     "check",

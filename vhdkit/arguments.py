@@ -12,14 +12,28 @@ import functools
 import inspect
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, SupportsIndex, TypeAlias, TypeVar, cast
 
 from vhdkit.errors import InvalidArgument
+from vhdkit.units import parse_disk_size, parse_size
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _E = TypeVar("_E", bound=StrEnum)
+_T_co = TypeVar("_T_co", covariant=True)
+
+AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Size: TypeAlias = SupportsIndex | str  # bytes: a whole number of any library's, or as people write it, "10M"
+NewSize: TypeAlias = SupportsIndex | str  # of a disk: what people write is rounded up to whole sectors, "1.8T"
+
+
+class Several(Protocol[_T_co]):
+    """A list, tuple, set and the like, to type checkers: a single text is none, as its `__contains__` takes texts."""
+
+    def __contains__(self, value: object, /) -> bool: ...
+    def __iter__(self) -> Iterator[_T_co]: ...
+    def __len__(self) -> int: ...
 
 
 def flag(name: str, value: object) -> bool:
@@ -39,6 +53,20 @@ def number(name: str, value: object) -> int:
     raise InvalidArgument(f"{name} is a whole number, not {value!r}")
 
 
+def byte_size(name: str, value: object, parse: Callable[[str], int] = parse_size) -> int:
+    """`value` in bytes: a whole number, or a text such as "10M" or "1.5 GiB". Raises InvalidArgument."""
+    if isinstance(value, str):
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise InvalidArgument(f"{name}: {error}") from error
+    try:
+        return number(name, value)
+    except InvalidArgument as error:
+        error.hint = error.hint or 'a number of bytes, or a text such as "10M"'
+        raise
+
+
 def choice(kind: type[_E], name: str, value: object) -> _E:
     """The member of `kind` that is given, or that is called so. Raises InvalidArgument."""
     try:
@@ -56,22 +84,28 @@ def paths(name: str, value: object) -> tuple[str, ...]:
         raise InvalidArgument(f"{name} are several paths, not one", hint=f"write {name}=({shown!r},)")
     if not isinstance(value, Iterable):
         raise InvalidArgument(f"{name} are paths, not {value!r}")
-    return tuple(_path(name, one) for one in value)
+    return tuple(_path(f"{name} are paths", one) for one in value)
 
 
-def _path(name: str, value: object) -> str:
+def path(name: str, value: object) -> str:
+    """The path as a text. Raises InvalidArgument for what is none."""
+    return _path(f"{name} is a path", value)
+
+
+def _path(what: str, value: object) -> str:
     if not isinstance(value, str | bytes | os.PathLike):
-        raise InvalidArgument(f"{name} are paths, not {value!r}")
+        raise InvalidArgument(f"{what}, not {value!r}")
     text = os.fsdecode(value)
     if not text or "\0" in text:
-        raise InvalidArgument(f"{name} are paths, and {text!r} is none", hint="the working folder is '.'")
+        raise InvalidArgument(f"{what}, and {text!r} is none", hint="the working folder is '.'")
     return text
 
 
 def checked(function: _F) -> _F:
     """A public function whose arguments are looked at, by their annotations, before it does anything.
 
-    Truth values, numbers, choices and options are as they are annotated; a sequence is no single text.
+    Truth values, numbers, sizes, choices and options are as they are annotated; paths are texts from here on; several
+    things are no single text.
     """
     signature = inspect.signature(function)
 
@@ -91,13 +125,18 @@ def _looked_at(function: Callable[..., Any], name: str, annotation: str, value: 
         return value
     if kind == "bool":
         return flag(name, value)
-    if kind == "int":
-        return number(name, value)
-    if kind.startswith("Sequence["):
+    if kind == "Size":
+        return byte_size(name, value)
+    if kind == "NewSize":
+        return byte_size(name, value, parse_disk_size)
+    if kind == "AnyPath":
+        return path(name, value)
+    if kind.startswith("Several["):
         if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
             raise InvalidArgument(f"{name} is a list, not {value!r}", hint=f"write {name}=[...]")
-        return list(value)
-    known = inspect.unwrap(function).__globals__.get(kind)
+        return list(paths(name, value)) if kind == "Several[AnyPath]" else list(value)
+    assert kind not in ("int", "str") and "PathLike" not in kind and not kind.startswith("Sequence["), annotation
+    known = inspect.unwrap(function).__globals__.get(kind.removesuffix(" | str"))
     if isinstance(known, type):
         if issubclass(known, StrEnum):
             return choice(known, name, value)

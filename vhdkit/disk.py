@@ -19,7 +19,7 @@ leaves the disk alone: it raises an exception, and whoever catches it closes the
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 import threading
 import uuid
@@ -30,7 +30,7 @@ from typing import Self
 import numpy as np
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, Size, byte_size, checked, flag
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.merge_settle import open_settled
@@ -39,8 +39,9 @@ from vhdkit.descriptor import when_forked
 from vhdkit.finding import Finding
 from vhdkit.image import Extent
 from vhdkit.store import Buffer
-from vhdkit.units import SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
+from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
 
+_LARGE_READ_BYTES = 256 * KIB  # from here on a second copy of what is read costs more than avoiding it
 _disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 
 
@@ -82,14 +83,24 @@ class Disk:
         """The leaf's path, as it was opened."""
         return self.chain.leaf.store.name
 
-    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """`size_bytes` bytes from `offset_bytes`. Raises OutOfRange, IoFailed."""
+    def read(self, offset_bytes: Size, size_bytes: Size) -> bytes:
+        """`size_bytes` bytes from `offset_bytes`. Raises OutOfRange, IoFailed, InvalidArgument."""
+        if type(offset_bytes) is not int or type(size_bytes) is not int:
+            offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         self._check_range(offset_bytes, size_bytes)
-        buffer = bytearray(size_bytes)
-        self.read_into(offset_bytes, buffer)
-        return bytes(buffer)
+        if size_bytes < _LARGE_READ_BYTES:
+            buffer = bytearray(size_bytes)
+            self.read_into(offset_bytes, buffer)
+            return bytes(buffer)
+        # What a BytesIO has grown to is handed out without a copy: the read costs its own size, not twice that.
+        room = io.BytesIO()
+        room.seek(size_bytes - 1)
+        room.write(b"\0")
+        with room.getbuffer() as view:
+            self.read_into(offset_bytes, view)
+        return room.getvalue()
 
-    def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
+    def read_into(self, offset_bytes: Size, buffer: bytearray | memoryview) -> None:
         """Fill the writable, contiguous `buffer` from `offset_bytes`. Raises OutOfRange, IoFailed, InvalidArgument."""
         if type(buffer) is bytearray:
             view = memoryview(buffer)
@@ -104,6 +115,8 @@ class Disk:
         else:
             view = _flat(buffer, writable=True)
         size = len(view)
+        if type(offset_bytes) is not int:
+            offset_bytes = byte_size("offset_bytes", offset_bytes)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
         if (offset_bytes | size) & SECTOR_MASK:
@@ -153,10 +166,11 @@ class Disk:
         edges = [(offset, inner_start), (inner_end, end)]
         return [(first, last) for first, last in edges if last > first]
 
-    def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
+    def write(self, offset_bytes: Size, data: Buffer, *, fua: bool = False) -> None:
         """Write `data` at `offset_bytes`; with `fua` it is on the device when this returns.
 
-        Raises OutOfRange, ReadOnly, NoSpace, IoFailed, SyncFailed. After NoSpace the range may be partly written.
+        Raises OutOfRange, ReadOnly, NoSpace, IoFailed, SyncFailed, InvalidArgument. After NoSpace the range may be
+        partly written.
         """
         if type(data) is bytes or type(data) is bytearray:
             view = memoryview(data)
@@ -164,6 +178,10 @@ class Disk:
             view = data
         else:
             view = _flat(data)
+        if type(offset_bytes) is not int:
+            offset_bytes = byte_size("offset_bytes", offset_bytes)
+        if fua is not False:
+            flag("fua", fua)
         size, lock = len(view), self._write_lock
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
@@ -215,8 +233,10 @@ class Disk:
         if inner_end > inner_start:
             self.chain.write(whole_sectors(inner_start), view[inner_start - offset : inner_end - offset])
 
-    def write_zeroes(self, offset_bytes: int, size_bytes: int, *, fua: bool = False) -> None:
+    def write_zeroes(self, offset_bytes: Size, size_bytes: Size, *, fua: bool = False) -> None:
         """Make a range read as zeros, cheaply where that is possible. Raises as `write` does."""
+        offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
+        flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
         end = offset_bytes + size_bytes
         with self._write_lock.lock:
@@ -228,11 +248,13 @@ class Disk:
         if fua:
             self.chain.flush()
 
-    def trim(self, offset_bytes: int, size_bytes: int, *, fua: bool = False) -> None:
+    def trim(self, offset_bytes: Size, size_bytes: Size, *, fua: bool = False) -> None:
         """Say that a range is no longer needed: whole sectors the leaf owns read as zeros, the rest stays.
 
-        Raises OutOfRange, ReadOnly, IoFailed, SyncFailed.
+        Raises OutOfRange, ReadOnly, IoFailed, SyncFailed, InvalidArgument.
         """
+        offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
+        flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
         start, end = round_up(offset_bytes, SECTOR_SIZE), round_down(offset_bytes + size_bytes, SECTOR_SIZE)
         with self._write_lock.lock:
@@ -284,14 +306,16 @@ class Disk:
         return self.chain.leaf.store.punches()
 
     def extents(
-        self, offset_bytes: int = 0, size_bytes: int | None = None, *, find_holes: bool = False
+        self, offset_bytes: Size = 0, size_bytes: Size | None = None, *, find_holes: bool = False
     ) -> Iterator[Extent]:
         """The range (by default to the end) as runs of whole sectors that cover it, in order, without gaps.
 
         Each is DATA or ZERO and says which layer owns it (leaf 0, -1 nobody) and where it lies in that file.
         `find_holes` also looks for holes in the files. Raises OutOfRange, IoFailed.
         """
-        size = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
+        offset_bytes = byte_size("offset_bytes", offset_bytes)
+        size = self.size_bytes - offset_bytes if size_bytes is None else byte_size("size_bytes", size_bytes)
+        flag("find_holes", find_holes)
         self._check_range(offset_bytes, size)
         first = offset_bytes // SECTOR_SIZE
         runs = self.chain.extents(first, covering_sectors(offset_bytes + size) - first, find_holes=find_holes)
@@ -411,7 +435,7 @@ def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
 
 
 @checked
-def open_disk(path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None) -> Disk:
+def open_disk(path: AnyPath, *, writable: bool = False, options: OpenOptions | None = None) -> Disk:
     """Open an image and, when it is differencing, all its parents, as one disk.
 
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage, ImageInUse, HasChildren,

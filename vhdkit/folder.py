@@ -23,6 +23,7 @@ from itertools import islice
 from typing import Self
 
 from vhdkit import errors, likeness, unfinished
+from vhdkit.arguments import AnyPath
 from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import FileStore, opened_again, translated
 
@@ -64,7 +65,7 @@ class NewFile:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: AnyPath,
         *,
         replace: bool = False,
         old: FileStore | None = None,
@@ -107,7 +108,7 @@ class NewFile:
         return store
 
     @classmethod
-    def check(cls, path: str | os.PathLike[str]) -> None:
+    def check(cls, path: AnyPath) -> None:
         """Raise what making a new file under this name would raise before anything is written."""
         plan = cls.__new__(cls)
         plan.path, plan._replace = os.fsdecode(path), False
@@ -401,19 +402,19 @@ class PrivateFolder:
             os.rmdir(self.path)
 
 
-def real_path(path: str | os.PathLike[str]) -> str:
+def real_path(path: AnyPath) -> str:
     """The absolute path with every link followed."""
     name = os.fsdecode(path)
     with translated(name, "find the place of"):  # the working folder may be gone
         return os.path.realpath(name)
 
 
-def sidecar_path(path: str | os.PathLike[str], kind: str, *, is_real: bool = False) -> str:
+def sidecar_path(path: AnyPath, kind: str, *, is_real: bool = False) -> str:
     """Where the `kind` of record about the image at `path` lies: a hidden file in its real folder.
 
     A path that `is_real` has no links, and is not looked at.
     """
-    folder, name = os.path.split(os.fspath(path) if is_real else real_path(path))
+    folder, name = os.path.split(os.fsdecode(path) if is_real else real_path(path))
     hidden = f".{name}.vhdkit-{kind}"
     if len(os.fsencode(hidden)) > _MAX_NAME_BYTES:
         hidden = f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.vhdkit-{kind}"

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeAlias, TypeVar
 
 from vhdkit import errors, locks
+from vhdkit.arguments import AnyPath
 from vhdkit.descriptor import Descriptor, close_owned, held, opened
 from vhdkit.transfer import Transfer, kept_elsewhere
 from vhdkit.units import MIB, SECTOR_SIZE, round_up
@@ -159,7 +160,7 @@ class FileStore(Descriptor):
         self._has_lost_pages = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool = False, follow_links: bool = True) -> FileStore:
+    def open(cls, path: AnyPath, *, writable: bool = False, follow_links: bool = True) -> FileStore:
         """Open an existing regular file or block device.
 
         Raises NotFound, AccessDenied, InvalidArgument (a directory, a pipe, a character device).
@@ -190,7 +191,7 @@ class FileStore(Descriptor):
 
     @classmethod
     def open_held(
-        cls, path: str | os.PathLike[str], *, writable: bool = False, writer: bool = True, follow_links: bool = True
+        cls, path: AnyPath, *, writable: bool = False, writer: bool = True, follow_links: bool = True
     ) -> FileStore:
         """Open the file and hold it, as a writer unless told otherwise; another file's if it is replaced meanwhile.
 

@@ -20,9 +20,15 @@ FUNCTIONS = {
 }
 WRONG: dict[str, list[object]] = {
     "bool": ["no", 0, 1, None, []],
-    "int": ["5", 1.5, True, None],
-    "int | None": ["5", 1.5, True],
+    "Size": ["5X", "", "ten", b"5", 1.5, np.float64(5), True, None],
+    "Size | None": ["5X", "", "ten", b"5", 1.5, np.float64(5), True],
+    "NewSize": ["5X", "", "ten", b"5", 1.5, np.float64(5), True, None],
+    "NewSize | None": ["5X", "", "ten", b"5", 1.5, np.float64(5), True],
     "DiskFormat": ["vhdx", "RAW", 5, None],
+    "DiskFormat | str": ["vhdx", "RAW", "", b"raw", 5, None],
+    "AnyPath": [None, 5, "", b"", "a\0b", ["a.vhd"], True],
+    "AnyPath | None": [5, "", b"", "a\0b", ["a.vhd"], True],
+    "Several[AnyPath]": ["abc", b"abc", Path("abc"), 7, [None], [5], [""], ["a", "b\0"]],
     "OpenOptions | None": [{}, {"lock": False}, "raw", (), False],
 }
 
@@ -48,9 +54,13 @@ def test_wrong_values_are_refused_before_anything_happens(
     """INV-OPTIONS-CHECKED: flags, numbers, choices, options and lists of every public function, whatever else is
     given; nothing is made."""
     monkeypatch.chdir(tmp_path)
-    wrong = WRONG.get(annotation, ["abc", b"abc", Path("abc"), 7] if annotation.startswith("Sequence[") else [])
+    wrong = WRONG.get(annotation, ["abc", b"abc", Path("abc"), 7] if annotation.startswith("Several[") else [])
     others: dict[str, Any] = {
-        one.name: 4 * MIB if str(one.annotation) == "int" else ["y.vhd"] if "Sequence" in str(one.annotation) else "x"
+        one.name: 4 * MIB
+        if str(one.annotation) == "NewSize"
+        else ["y.vhd"]
+        if "Several" in str(one.annotation)
+        else "x"
         for one in inspect.signature(FUNCTIONS[function]).parameters.values()
         if one.default is one.empty
     }
@@ -75,7 +85,7 @@ def test_a_single_folder_is_told_how_to_be_written() -> None:
     with pytest.raises(vhdkit.InvalidArgument) as failure:
         vhdkit.OpenOptions(parent_dirs="/srv/x")  # type: ignore[arg-type]
     assert failure.value.hint == "write parent_dirs=('/srv/x',)"
-    assert vhdkit.OpenOptions(parent_dirs=[Path("/srv/x"), b"/y"]).parent_dirs == ("/srv/x", "/y")  # type: ignore[arg-type]
+    assert vhdkit.OpenOptions(parent_dirs=[Path("/srv/x"), b"/y"]).parent_dirs == ("/srv/x", "/y")
 
 
 @pytest.mark.parametrize("name", ["allow_raw_parent", "ignore_bitmaps", "lock"])
@@ -94,7 +104,7 @@ def test_unknown_options_are_refused() -> None:
 
 def test_a_plain_text_names_a_format(tmp_path: Path) -> None:
     """`format_name="raw"` is what `FormatName.RAW` is: a guest's raw disk with the header of a VHD stays raw."""
-    options = vhdkit.OpenOptions(format_name="raw")  # type: ignore[arg-type]
+    options = vhdkit.OpenOptions(format_name="raw")
     assert options.format_name is vhdkit.FormatName.RAW
     for wrong in ("vhdx", "RAW", 1, "", b"raw"):
         with pytest.raises(vhdkit.InvalidArgument, match="format_name"):
@@ -109,19 +119,70 @@ def test_a_plain_text_names_a_format(tmp_path: Path) -> None:
 def test_a_plain_text_names_a_disk_format_and_numbers_are_numbers(tmp_path: Path) -> None:
     """`"raw"` makes a raw disk, and numpy's whole numbers are whole numbers."""
     path = tmp_path / "d"
-    vhdkit.create_image(path, np.int64(MIB), disk_format="raw")  # type: ignore[arg-type]
+    vhdkit.create_image(path, np.int64(MIB), disk_format="raw")
     assert path.stat().st_size == MIB and path.read_bytes().count(0) == MIB
 
 
 def test_paths_may_be_bytes(tmp_path: Path) -> None:
     """A path as bytes works like any other, and errors show it."""
     path = bytes(tmp_path / "d.vhd")
-    vhdkit.create_image(path, 4 * MIB)  # type: ignore[arg-type]
-    with vhdkit.open_disk(path, writable=True) as disk:  # type: ignore[arg-type]
+    vhdkit.create_image(path, 4 * MIB)
+    with vhdkit.open_disk(path, writable=True) as disk:
         disk.write(0, b"x")
-    assert vhdkit.snapshot(path) == str(tmp_path / "d.avhd")  # type: ignore[arg-type]
+    assert vhdkit.snapshot(path) == str(tmp_path / "d.avhd")
     with pytest.raises(vhdkit.NotFound, match=r"none\.vhd"):
-        vhdkit.open_disk(bytes(tmp_path / "none.vhd"))  # type: ignore[arg-type]
+        vhdkit.open_disk(bytes(tmp_path / "none.vhd"))
+
+
+def test_sizes_are_numbers_or_what_people_write(tmp_path: Path) -> None:
+    """ "10M", numpy's numbers and plain ones are the same size to every function that takes one."""
+    ways: list[tuple[str | np.int64 | int, ...]] = [(10 * MIB, 512 << 10, 12 * MIB), ("10M", "512K", "12 MiB")]
+    ways += [(np.int64(10 * MIB), np.int64(512 << 10), np.int64(12 * MIB))]
+    for number, (size, block, larger) in enumerate(ways):
+        path, child = tmp_path / f"{number}.vhd", tmp_path / f"{number}.avhd"
+        assert vhdkit.create_image(path, size, block_size_bytes=block) == 10 * MIB
+        assert vhdkit.create_child(child, path, size_bytes=larger, block_size_bytes=block) == 12 * MIB
+        assert vhdkit.convert(path, tmp_path / f"{number}.fixed", "dynamic", block_size_bytes=block) == 10 * MIB
+        child.unlink()
+        assert vhdkit.resize(path, larger).virtual_size_after_bytes == 12 * MIB
+    assert vhdkit.create_image(tmp_path / "odd.vhd", "0.1G") == 107374592  # whole sectors, as on the command line
+    assert len({(tmp_path / f"{number}.vhd").stat().st_size for number in range(3)}) == 1
+
+
+def test_a_disk_takes_sizes_alike(tmp_path: Path) -> None:
+    """INV-OPTIONS-CHECKED: offsets and sizes of a disk's methods, in every way to say them, and wrong ones refused."""
+    vhdkit.create_image(tmp_path / "d.vhd", "4M")
+    with vhdkit.open_disk(tmp_path / "d.vhd", writable=True) as disk:
+        ways: list[tuple[str | np.int64 | int, ...]] = [(MIB, 1024), ("1M", "1K"), (np.int64(MIB), np.int64(1024))]
+        for offset, size in ways:
+            disk.write(offset, b"x" * 2048, fua=True)
+            assert disk.read(offset, size) == b"x" * 1024
+            buffer = bytearray(1024)
+            disk.read_into(offset, buffer)
+            assert buffer == b"x" * 1024
+            disk.write_zeroes(offset, size)
+            disk.trim(offset, size)
+            assert disk.read(offset, "2K") == bytes(1024) + b"x" * 1024
+            (first, *_) = disk.extents(offset, size)
+            assert type(first.sector_index) is int and type(first.sector_count) is int
+        disk.read(np.uint8(250), 10)  # whose own sum would be 4
+        with pytest.raises(vhdkit.OutOfRange):
+            disk.read(np.int32(2**31 - 512), np.int32(1024))  # whose own sum would be negative
+        for wrong in WRONG["Size"]:
+            for method in (disk.read, disk.write_zeroes, disk.trim, disk.extents):
+                with pytest.raises(vhdkit.InvalidArgument, match="offset_bytes"):
+                    method(wrong, 512)  # type: ignore[arg-type]
+                if wrong is not None:
+                    with pytest.raises(vhdkit.InvalidArgument, match="size_bytes"):
+                        method(0, wrong)  # type: ignore[arg-type]
+            with pytest.raises(vhdkit.InvalidArgument, match="offset_bytes"):
+                disk.write(wrong, b"x")  # type: ignore[arg-type]
+            with pytest.raises(vhdkit.InvalidArgument, match="offset_bytes"):
+                disk.read_into(wrong, bytearray(1))  # type: ignore[arg-type]
+        for not_a_flag in ("no", 1, None):
+            with pytest.raises(vhdkit.InvalidArgument, match="fua"):
+                disk.write(0, b"x", fua=not_a_flag)  # type: ignore[arg-type]
+        assert disk.read(0, 512) == bytes(512)
 
 
 def test_a_set_of_snapshots_is_pairs() -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -357,3 +358,20 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
             disk.try_read_into(8 * MIB, buffer)
     with open_disk(path) as disk, pytest.raises(errors.ReadOnly):
         disk.try_write(0, memoryview(data))
+
+
+def test_a_large_read_costs_its_own_size(tmp_path: Path) -> None:
+    """What is read is made once: there is no second copy of it at any moment."""
+    create_image(tmp_path / "d.vhd", 24 * MIB)
+    with open_disk(tmp_path / "d.vhd", writable=True) as disk:
+        disk.write(5 * MIB, b"x" * MIB)
+        disk.read(0, MIB)
+        tracemalloc.start()
+        try:
+            data = disk.read(1, 20 * MIB)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert type(data) is bytes and len(data) == 20 * MIB
+    assert data.count(b"x") == MIB and data.index(b"x") == 5 * MIB - 1
+    assert peak < 30 * MIB

@@ -10,12 +10,12 @@ depth of the chain.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self, TypeAlias
 
 import numpy as np
 
+from vhdkit.arguments import AnyPath
 from vhdkit.chain.blockmap import (
     LAYER_BITS,
     LAYER_MASK,
@@ -62,9 +62,7 @@ class Chain:
         self._fine_shift = self._fine_mask.bit_length()
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], *, writable: bool = False, options: OpenOptions | None = None
-    ) -> Chain:
+    def open(cls, path: AnyPath, *, writable: bool = False, options: OpenOptions | None = None) -> Chain:
         """Open a leaf and its parents. Raises what `resolve.open_layers` raises."""
         return cls(open_layers(path, writable=writable, options=options))
 

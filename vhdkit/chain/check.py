@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import lineage, pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.dependents import mark_findings
@@ -24,9 +24,7 @@ from vhdkit.store import FileStore, opened_again
 
 
 @checked
-def check(
-    path: str | os.PathLike[str], *, options: OpenOptions | None = None, progress: Progress | None = None
-) -> list[Finding]:
+def check(path: AnyPath, *, options: OpenOptions | None = None, progress: Progress | None = None) -> list[Finding]:
     """Examine an image and all its parents, leaf first; an empty list means nothing to say.
 
     `progress` is told of a layer more when it comes to it: parents are found on the way.

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.convert import data_ranges
@@ -62,7 +62,7 @@ class CompactResult:
 
 @checked
 def compact(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     options: OpenOptions | None = None,
     dry_run: bool = False,
@@ -79,9 +79,7 @@ def compact(
         return _compacted(path, options, False, progress)
 
 
-def _compacted(
-    path: str | os.PathLike[str], options: OpenOptions | None, dry_run: bool, progress: Progress | None
-) -> CompactResult:
+def _compacted(path: AnyPath, options: OpenOptions | None, dry_run: bool, progress: Progress | None) -> CompactResult:
     layers = open_layers(path, writable=not dry_run, options=options, danger=None)
     try:
         image, store = layers[0], layers[0].store

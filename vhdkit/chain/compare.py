@@ -7,7 +7,6 @@ zeros. Ranges that are zeros in both, or the same bytes of the same file, are no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain as joined
@@ -15,7 +14,7 @@ from itertools import chain as joined
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.image import Extent, ExtentKind
@@ -43,8 +42,8 @@ class Comparison:
 
 @checked
 def compare(
-    first: str | os.PathLike[str],
-    second: str | os.PathLike[str],
+    first: AnyPath,
+    second: AnyPath,
     *,
     options: OpenOptions | None = None,
     progress: Progress | None = None,

@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, Size, byte_size, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.create import DiskFormat, check_new_size, replacing, write_empty
@@ -46,11 +46,11 @@ class _Target(Protocol):
 
 @checked
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    disk_format: DiskFormat,
+    source: AnyPath,
+    destination: AnyPath,
+    disk_format: DiskFormat | str,
     *,
-    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    block_size_bytes: Size = DEFAULT_BLOCK_SIZE,
     azure: bool = False,
     replace: bool = False,
     sync: bool = True,
@@ -63,6 +63,7 @@ def convert(
     whole MiB. `replace` allows an existing file, but never one of the source's own, one in use, or a parent.
     Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
     """
+    block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
     check_block_size(block_size_bytes)
     with Chain.open(source, options=options) as chain:
         return convert_chain(
@@ -80,7 +81,7 @@ def convert(
 
 def convert_chain(
     chain: Chain,
-    destination: str | os.PathLike[str],
+    destination: AnyPath,
     disk_format: DiskFormat,
     *,
     block_size_bytes: int = DEFAULT_BLOCK_SIZE,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, NewSize, Size, byte_size, checked
 from vhdkit.chain import pending
 from vhdkit.chain.lineage import record_parent
 from vhdkit.chain.marks import marked
@@ -42,11 +42,11 @@ class DiskFormat(StrEnum):
 
 @checked
 def create_image(
-    path: str | os.PathLike[str],
-    size_bytes: int,
+    path: AnyPath,
+    size_bytes: NewSize,
     *,
-    disk_format: DiskFormat = DiskFormat.DYNAMIC,
-    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    disk_format: DiskFormat | str = DiskFormat.DYNAMIC,
+    block_size_bytes: Size = DEFAULT_BLOCK_SIZE,
     preallocate: bool = False,
     azure: bool = False,
     replace: bool = False,
@@ -56,6 +56,8 @@ def create_image(
     `preallocate` sets the space of a fixed or raw image aside. `azure` makes a fixed VHD whose size is rounded up
     to whole MiB, as Azure wants it. Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
     """
+    size_bytes, block_size_bytes = byte_size("size_bytes", size_bytes), byte_size("block_size_bytes", block_size_bytes)
+    disk_format = DiskFormat(disk_format)
     if azure:
         if disk_format is not DiskFormat.FIXED:
             raise errors.InvalidArgument("Azure takes fixed VHDs only")
@@ -142,11 +144,11 @@ def write_empty(
 
 @checked
 def create_child(
-    path: str | os.PathLike[str],
-    parent_path: str | os.PathLike[str],
+    path: AnyPath,
+    parent_path: AnyPath,
     *,
-    size_bytes: int | None = None,
-    block_size_bytes: int | None = None,
+    size_bytes: NewSize | None = None,
+    block_size_bytes: Size | None = None,
     options: OpenOptions | None = None,
     replace: bool = False,
 ) -> int:
@@ -157,19 +159,21 @@ def create_child(
     Raises what opening the parent raises, and what `create_image` raises.
     """
     child = os.fsdecode(path)
+    if block_size_bytes is not None:
+        block_size_bytes = byte_size("block_size_bytes", block_size_bytes)
     with folders_held([os.path.dirname(real_path(parent_path))]), contextlib.ExitStack() as stack:
         layers = open_layers(parent_path, options=options)
         for layer in layers:
             stack.callback(layer.close)
-        size = child_size(child, layers[0], size_bytes)
+        new_size = child_size(child, layers[0], None if size_bytes is None else byte_size("size_bytes", size_bytes))
         old = stack.enter_context(replacing(child, layers, replace=replace, options=options))
         like = pending.files_of(layers[:1])
         new = stack.enter_context(NewFile(child, replace=replace, old=old, like=like))
-        write_child(new.store, child, layers[0], size, block_size_bytes=block_size_bytes)
+        write_child(new.store, child, layers[0], new_size, block_size_bytes=block_size_bytes)
         with marked([(child, new.store, layers[0].store.name)]):
             require_names(layers[:1])
             new.commit()
-    return size
+    return new_size
 
 
 def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.arguments import AnyPath
 from vhdkit.beneath import find_beneath
 from vhdkit.chain import lineage, pending
 from vhdkit.chain.chain import Chain
@@ -78,7 +79,7 @@ class ImageInfo:
     findings: tuple[Finding, ...] = ()
 
 
-def describe_image(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> ImageInfo:
+def describe_image(path: AnyPath, *, options: OpenOptions | None = None) -> ImageInfo:
     """Describe one image, and where its parent is, if it has one.
 
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage; a parent that cannot be used is
@@ -192,7 +193,7 @@ class ChainInfo:
     damaged: bool = False
 
 
-def describe_chain(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> ChainInfo:
+def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> ChainInfo:
     """Describe an image and its parents as far as they can be found.
 
     Raises what `describe_image` raises for the leaf; what is wrong behind it is told in `problem`.

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain import pending
 from vhdkit.chain.dependents import standing_on
 from vhdkit.chain.marks import mark_child
@@ -33,7 +33,7 @@ from vhdkit.store import FileStore
 
 
 @checked
-def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[str]:
+def chain_paths(path: AnyPath, *, options: OpenOptions | None = None) -> list[str]:
     """The real paths of an image and all that it stands on, leaf first. Raises what opening the chain raises."""
     layers = open_layers(path, options=replace(options or OpenOptions(), lock=False))
     try:
@@ -46,7 +46,7 @@ def chain_paths(path: str | os.PathLike[str], *, options: OpenOptions | None = N
 
 @checked
 @contextlib.contextmanager
-def chain_held(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> Iterator[list[str]]:
+def chain_held(path: AnyPath, *, options: OpenOptions | None = None) -> Iterator[list[str]]:
     """The real paths of an image and all that it stands on, leaf first; none is written to meanwhile.
 
     For programs that copy the files as they are. Raises InvalidArgument where a change to one of them did not finish,
@@ -69,7 +69,7 @@ def chain_held(path: str | os.PathLike[str], *, options: OpenOptions | None = No
 
 
 @checked
-def image_id(path: str | os.PathLike[str]) -> str | None:
+def image_id(path: AnyPath) -> str | None:
     """The unique id of an image, 8-4-4-4-12, by which its children and records know it; None where it has none.
 
     Raises NotFound and what reading the image raises.
@@ -80,7 +80,7 @@ def image_id(path: str | os.PathLike[str]) -> str | None:
 
 
 @checked
-def mark_parents(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> list[Finding]:
+def mark_parents(path: AnyPath, *, options: OpenOptions | None = None) -> list[Finding]:
     """Leave the mark of each image of a chain at its parent in another folder, as whoever makes a child does.
 
     For programs that take over images which others made: from then on no parent is changed by accident. Returns what
@@ -101,9 +101,9 @@ def mark_parents(path: str | os.PathLike[str], *, options: OpenOptions | None = 
 
 @checked
 def find_children(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Several[AnyPath],
     *,
-    folders: Sequence[str | os.PathLike[str]] = (),
+    folders: Several[AnyPath] = (),
     everywhere: bool = False,
     options: OpenOptions | None = None,
 ) -> dict[str, list[str]]:

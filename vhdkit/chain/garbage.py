@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain import marks, pending
 from vhdkit.chain.dependents import Dependent, drop_stale_marks, standing_on
 from vhdkit.chain.intent import KIND, intents_about, read_intent
@@ -102,8 +102,8 @@ class _Scan:
 
 @checked
 def collect_garbage(
-    directory: str | os.PathLike[str],
-    keep: Sequence[str | os.PathLike[str]],
+    directory: AnyPath,
+    keep: Several[AnyPath],
     *,
     delete: bool = False,
     options: OpenOptions | None = None,

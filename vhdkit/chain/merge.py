@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.attributes import check_removable
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
@@ -80,10 +80,10 @@ class Merge:
 
 @checked
 def merge(
-    leaf: str | os.PathLike[str],
+    leaf: AnyPath,
     *,
-    into: str | os.PathLike[str] | None = None,
-    to: str | os.PathLike[str] | None = None,
+    into: AnyPath | None = None,
+    to: AnyPath | None = None,
     relink_children: bool = False,
     dry_run: bool = False,
     options: OpenOptions | None = None,
@@ -308,7 +308,7 @@ def _seen(layers: Sequence[Layer]) -> int:
     return layers[0].size_bytes if layers else 0
 
 
-def _index_of(layers: Sequence[Layer], into: str | os.PathLike[str] | None) -> int:
+def _index_of(layers: Sequence[Layer], into: AnyPath | None) -> int:
     """Where in the chain the ancestor is."""
     leaf = layers[0].store.name
     if len(layers) == 1:

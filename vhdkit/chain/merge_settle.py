@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.dependents import drop_stale_marks, standing_on
@@ -49,7 +49,7 @@ from vhdkit.store import FileStore
 
 @checked
 def resume_merge(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
@@ -75,13 +75,13 @@ def resume_merge(
 
 
 @checked
-def merge_under_way(path: str | os.PathLike[str], *, options: OpenOptions | None = None) -> str | None:
+def merge_under_way(path: AnyPath, *, options: OpenOptions | None = None) -> str | None:
     """The target of an interrupted merge that has the image at `path` as its leaf, its target or in between."""
     found = _found(path, options or OpenOptions())
     return found.target.path if found is not None else None
 
 
-def _found(path: str | os.PathLike[str], options: OpenOptions) -> Intent | None:
+def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
     """The merge that this image is part of; its record may lie in a folder below, beside a layer of its chain."""
     folders = allowed_folders(os.fsdecode(path), options.parent_dirs)
     found = intents_about(os.fsdecode(path), folders)
@@ -95,7 +95,7 @@ def _found(path: str | os.PathLike[str], options: OpenOptions) -> Intent | None:
     return None
 
 
-def _layers_below(path: str | os.PathLike[str], options: OpenOptions) -> list[str]:
+def _layers_below(path: AnyPath, options: OpenOptions) -> list[str]:
     """The real paths of the layers that an image stands on, as far as they can be found."""
     try:
         layers = open_layers(path, options=replace(options, lock=False))
@@ -150,7 +150,7 @@ def finish(
         return merging.run(False, progress)
 
 
-def settle_merge_into(path: str | os.PathLike[str], options: OpenOptions) -> None:
+def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
     """Before the image at `path` is opened for writing, or frozen: finish a merge into it whose data is complete.
 
     That is compared first: a record alone removes nothing. Raises ImageInUse for a target that is not whole,
@@ -199,7 +199,7 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
 
 
 def open_settled(
-    path: str | os.PathLike[str], options: OpenOptions, danger: str = "writing to it would corrupt that image"
+    path: AnyPath, options: OpenOptions, danger: str = "writing to it would corrupt that image"
 ) -> list[Layer]:
     """Open a chain whose leaf's content is about to change, leaf first, with every merge of its layers finished first.
 

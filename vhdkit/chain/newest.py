@@ -14,6 +14,7 @@ import itertools
 import os
 
 from vhdkit import errors
+from vhdkit.arguments import AnyPath
 from vhdkit.chain.intent import Intent, Phase, intent_of, intents_about
 from vhdkit.chain.merge_settle import is_there, stands_on
 from vhdkit.chain.resolve import (
@@ -28,7 +29,7 @@ from vhdkit.folder import is_regular, real_path
 from vhdkit.store import FileStore
 
 
-def newest_leaf(path: str | os.PathLike[str], options: OpenOptions) -> str:
+def newest_leaf(path: AnyPath, options: OpenOptions) -> str:
     """The image that stands on this one, or on the one that does, and so on: the path itself when none does.
 
     Looks where a writable open looks for children. The image may be gone where a record says what it was merged into.

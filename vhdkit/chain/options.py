@@ -10,8 +10,10 @@ Decides which options there are and what they mean when they are left out; actin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vhdkit import arguments
+from vhdkit.arguments import AnyPath, Several
 from vhdkit.formats.probe import FormatName
 
 
@@ -36,6 +38,18 @@ class OpenOptions:
     format_name: FormatName | None = None
     lock: bool = True
     known_images: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:  # what may be given is more than what is kept
+
+        def __init__(
+            self,
+            parent_dirs: Several[AnyPath] = (),
+            allow_raw_parent: bool = False,
+            ignore_bitmaps: bool = False,
+            format_name: FormatName | str | None = None,
+            lock: bool = True,
+            known_images: Several[AnyPath] = (),
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for name in ("parent_dirs", "known_images"):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.compare import compare_chains
@@ -45,8 +45,8 @@ from vhdkit.units import format_size, whole_sectors
 
 @checked
 def rebase(
-    path: str | os.PathLike[str],
-    parent_path: str | os.PathLike[str],
+    path: AnyPath,
+    parent_path: AnyPath,
     *,
     unsafe_new_id: bool = False,
     options: OpenOptions | None = None,

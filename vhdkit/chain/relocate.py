@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.create import link_to
@@ -60,8 +60,8 @@ class Move:
 
 @checked
 def relocate(
-    leaf: str | os.PathLike[str],
-    directory: str | os.PathLike[str],
+    leaf: AnyPath,
+    directory: AnyPath,
     *,
     options: OpenOptions | None = None,
     progress: Progress | None = None,

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.check import check
@@ -69,12 +69,12 @@ class Repair:
 
 @checked
 def repair(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     accept_data_loss: bool = False,
     writer_is_dead: bool = False,
-    undo: str | os.PathLike[str] | None = None,
-    report: str | os.PathLike[str] | None = None,
+    undo: AnyPath | None = None,
+    report: AnyPath | None = None,
     options: OpenOptions | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -118,7 +118,7 @@ def repair(
 
 
 @checked
-def restore(path: str | os.PathLike[str], undo: str | os.PathLike[str]) -> int:
+def restore(path: AnyPath, undo: AnyPath) -> int:
     """Take a repair back with the backup it wrote; returns how many bytes were put back.
 
     Raises InvalidArgument for a file that is no backup, or one of another image or of one that was changed since;
@@ -190,7 +190,7 @@ def _repoint(draft: DraftStore, store: FileStore, options: OpenOptions) -> list[
     return [Fix("parent-names", f"the names of the parent lead to {printable(parent)} now, found by its id")]
 
 
-def _write_backup(undo: str | os.PathLike[str] | None, log: UndoLog, store: FileStore) -> str | None:
+def _write_backup(undo: AnyPath | None, log: UndoLog, store: FileStore) -> str | None:
     """The backup for the user, durable when this returns."""
     if undo is None:
         return None
@@ -200,9 +200,7 @@ def _write_backup(undo: str | os.PathLike[str] | None, log: UndoLog, store: File
     return os.fsdecode(undo)
 
 
-def _write_report(
-    report: str | os.PathLike[str] | None, image_path: str, fixes: Sequence[Fix], store: FileStore
-) -> str | None:
+def _write_report(report: AnyPath | None, image_path: str, fixes: Sequence[Fix], store: FileStore) -> str | None:
     """The ranges of the disk that lose their content, or show what may belong elsewhere; None when there are none."""
     done = [fix for fix in fixes if fix.needs is None]
     lost = [one for fix in done for one in fix.lost]

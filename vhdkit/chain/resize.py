@@ -13,11 +13,10 @@ smaller than its parent; XenServer's tools refuse such a chain.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, NewSize, byte_size, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.live import reopened, seal
@@ -60,8 +59,8 @@ class ResizeResult:
 
 @checked
 def resize(
-    path: str | os.PathLike[str],
-    size_bytes: int,
+    path: AnyPath,
+    size_bytes: NewSize,
     *,
     shrink: bool = False,
     options: OpenOptions | None = None,
@@ -81,7 +80,7 @@ def resize(
         danger = "resizing it would change what that image shows"
         layers = open_settled(path, options or OpenOptions(), danger)
     try:
-        job = _Job(layers, size_bytes, Report(progress), shrink=shrink)
+        job = _Job(layers, byte_size("size_bytes", size_bytes), Report(progress), shrink=shrink)
         result = job.run(dry_run)
         job.report.finish()
         return result

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from vhdkit.arguments import AnyPath
 from vhdkit.chain import lineage, pending
 from vhdkit.chain.dependents import find_children, find_children_of, folders_of_children, refuse_with_children
 from vhdkit.chain.options import OpenOptions
@@ -60,7 +61,7 @@ MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value le
 
 
 def open_layers(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     writable: bool = False,
     options: OpenOptions | None = None,

@@ -20,10 +20,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from vhdkit import errors
-from vhdkit.arguments import checked
+from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain import pending
 from vhdkit.chain.create import child_size, require_names, write_child
 from vhdkit.chain.intent import Phase, intent_of
@@ -37,8 +36,6 @@ from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.metadata import FooterState, image_id, read_metadata
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
-
-Path: TypeAlias = str | os.PathLike[str]
 
 CHILD_SUFFIX = ".avhd"
 MAX_SET = 64  # children made at once: each holds its whole chain open, and a process has about a thousand descriptors
@@ -56,7 +53,9 @@ class _Wanted:
 
 
 @checked
-def snapshot(leaf: Path, new: Path | None = None, *, options: OpenOptions | None = None, dry_run: bool = False) -> str:
+def snapshot(
+    leaf: AnyPath, new: AnyPath | None = None, *, options: OpenOptions | None = None, dry_run: bool = False
+) -> str:
     """Freeze `leaf`: create an empty child, which everything written from now on goes to; returns the child's path.
 
     Without `new` the child lies beside the leaf under the next free name (`default_name`). The child is on the device
@@ -69,7 +68,7 @@ def snapshot(leaf: Path, new: Path | None = None, *, options: OpenOptions | None
 
 @checked
 def snapshot_many(
-    pairs: Sequence[tuple[Path, Path | None]], *, options: OpenOptions | None = None, dry_run: bool = False
+    pairs: Several[tuple[AnyPath, AnyPath | None]], *, options: OpenOptions | None = None, dry_run: bool = False
 ) -> list[str]:
     """Freeze several leaves, all or none: (leaf, new) pairs as for `snapshot`; returns the children's paths.
 
@@ -85,7 +84,7 @@ def snapshot_many(
         return _snapshot_set(leaves, [new for _, new in pairs], options, dry_run)
 
 
-def _snapshot_set(leaves: list[str], wished: list[Path | None], options: OpenOptions, dry_run: bool) -> list[str]:
+def _snapshot_set(leaves: list[str], wished: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
     """`snapshot_many`, with nobody else at it."""
     pairs = zip(leaves, wished, strict=True)
     named = [(leaf, os.fsdecode(new) if new is not None else default_name(leaf)) for leaf, new in pairs]
@@ -105,7 +104,7 @@ def _snapshot_set(leaves: list[str], wished: list[Path | None], options: OpenOpt
 
 @checked
 def clone(
-    base: Path, paths: Sequence[Path], *, options: OpenOptions | None = None, dry_run: bool = False
+    base: AnyPath, paths: Several[AnyPath], *, options: OpenOptions | None = None, dry_run: bool = False
 ) -> list[str]:
     """Create several empty children of one base, all or none; returns their paths.
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 
 from vhdkit import errors
+from vhdkit.arguments import AnyPath
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.convert import convert_chain, converted_size, data_ranges
 from vhdkit.chain.create import DiskFormat, replacing
@@ -65,7 +66,7 @@ def export_stream(
 
 def import_stream(
     read: Callable[[int], bytes],
-    destination: str | os.PathLike[str],
+    destination: AnyPath,
     disk_format: DiskFormat,
     *,
     source_format: FormatName | None = None,

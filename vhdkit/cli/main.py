@@ -6,7 +6,6 @@ Decides how every failure becomes an exit code. Verbs only raise.
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+import vhdkit
 from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
 from vhdkit.store import translate
 
@@ -118,11 +118,7 @@ class _Group(click.Group):
 
 
 def _version_text() -> str:
-    try:
-        version = importlib.metadata.version("vhdkit")
-    except importlib.metadata.PackageNotFoundError:
-        version = "(not installed)"
-    return f"vhdkit {version}, Python {platform.python_version()}"
+    return f"vhdkit {vhdkit.__version__}, Python {platform.python_version()}"
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:

@@ -12,6 +12,8 @@ import socket
 from typing import Any, Self
 
 from vhdkit import errors
+from vhdkit.arguments import AnyPath
+from vhdkit.arguments import path as checked_path
 from vhdkit.store import translated
 from vhdkit.units import KIB, MIB
 
@@ -22,12 +24,12 @@ ANSWER_SECONDS = 600.0  # flushing a slow disk takes long
 class ControlClient:
     """A connection to a server's control socket."""
 
-    def __init__(self, path: str, *, timeout_seconds: float | None = ANSWER_SECONDS) -> None:
+    def __init__(self, path: AnyPath, *, timeout_seconds: float | None = ANSWER_SECONDS) -> None:
         """Connect; without a timeout an answer may take for ever.
 
         Raises NotFound where no server listens, AccessDenied, InvalidArgument.
         """
-        self.path = path
+        path = self.path = checked_path("path", path)
         self._number = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

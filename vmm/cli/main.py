@@ -132,13 +132,9 @@ def _refuse_without_packages() -> None:
 
 def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        from importlib.metadata import PackageNotFoundError, version
+        import vhdkit
 
-        try:
-            number = version("vhdkit")
-        except PackageNotFoundError:
-            number = "(not installed)"
-        click.echo(f"vmm, version {number}")
+        click.echo(f"vmm, version {vhdkit.__version__}")
         ctx.exit()
 
 
