@@ -71,10 +71,11 @@ def check_command(
 
     \b
     With --json: {"path", "status": "clean" | "warnings" | "errors",
-                  "findings": [{"severity", "code", "message", "path", "structure", "offset_bytes"}],
-                  "repair": {"fixes": [{"code", "message", "done", "needs", "lost", "doubtful"}],
-                             "changed_bytes", "undo", "report", "dry_run"} with --repair,
-                  "restored_bytes" with --restore}
+      "findings": [{"severity", "code", "message", "path", "structure",
+                    "offset_bytes"}],
+      with --repair also "repair": {"changed_bytes", "undo", "report", "dry_run",
+        "fixes": [{"code", "message", "done", "needs", "lost", "doubtful"}]},
+      with --restore also "restored_bytes"}
     """
     given = [name for name, value in (("--undo", undo), ("--accept-data-loss", accept_data_loss), ("--report", report),
              ("--writer-is-dead", writer_is_dead), ("--dry-run", dry_run)) if value]  # fmt: skip

@@ -141,6 +141,20 @@ def dry_run_option(verb: Verb) -> Verb:
     )
 
 
+class VerbGroup(click.Group):
+    """A group whose help shows what each verb is for in a whole sentence; click cuts them off."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs."""
+        rows = []
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None:
+                rows.append((name, command.get_short_help_str(limit=1000)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 def epilog(*examples: str, codes: str = "") -> str:
     """The end of a verb's help: examples as they are typed, and its exit codes where they are its own."""
     text = "\b\n" + "\n".join(["Examples:" if len(examples) > 1 else "Example:", *(f"  {one}" for one in examples)])

@@ -36,7 +36,8 @@ def compact_command(image: str, dry_run: bool, common: Common, progress: bool | 
     With --json: {"path", "file_size_before_bytes", "file_size_after_bytes",
       "allocated_before_bytes", "allocated_after_bytes", "dropped_block_count",
       "moved_block_count", "punched_bytes"}
-    allocated is what the file takes on its file system, null with --dry-run afterwards.
+    "allocated" is what the file takes up on its file system; with --dry-run
+    "allocated_after_bytes" is null.
     """
     with progress_shown(common, progress, "compacting") as show:
         done = vhdkit.compact(image, options=common.options, dry_run=dry_run, progress=show)

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from vhdkit import OpenOptions, Progress
-from vhdkit.cli.common import PATH, Common, disk_size, epilog, progress_option
+from vhdkit.cli.common import PATH, Common, VerbGroup, disk_size, epilog, progress_option
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, console, count, print_json, print_text, rounding
 from vhdkit.cli.progress import progress_shown
@@ -33,21 +33,27 @@ class _Server:
     path: str
 
 
+# Each verb shows those that are its own.
+_EXAMPLES = (
+    "vhdkit ctl /run/disk.ctl status",
+    "vhdkit ctl /run/disk.ctl snapshot",
+    "vhdkit ctl /run/disk.ctl snapshot system=system-1.avhd data=data-1.avhd",
+    "vhdkit ctl /run/disk.ctl merge data --into /srv/data.vhd",
+    "vhdkit ctl /run/disk.ctl cancel data",
+    "vhdkit ctl /run/disk.ctl resize data 20G",
+    "vhdkit ctl /run/disk.ctl set-read-only",
+    "vhdkit ctl /run/disk.ctl add more=/srv/more.vhd",
+    "vhdkit ctl /run/disk.ctl disconnect --export data",
+    "vhdkit ctl /run/disk.ctl remove data",
+    "vhdkit ctl /run/disk.ctl shutdown",
+)
+
+
 @click.group(
     "ctl",
+    cls=VerbGroup,
     short_help="Command a running server.",
-    epilog=epilog(
-        "vhdkit ctl /run/disk.ctl status",
-        "vhdkit ctl /run/disk.ctl snapshot",
-        "vhdkit ctl /run/disk.ctl snapshot system=/srv/system-1.avhd data=/srv/data-1.avhd",
-        "vhdkit ctl /run/disk.ctl merge data --into /srv/data.vhd",
-        "vhdkit ctl /run/disk.ctl resize data 20G",
-        "vhdkit ctl /run/disk.ctl set-read-only",
-        "vhdkit ctl /run/disk.ctl add more=/srv/more.vhd",
-        "vhdkit ctl /run/disk.ctl disconnect --export data",
-        "vhdkit ctl /run/disk.ctl remove data",
-        "vhdkit ctl /run/disk.ctl shutdown",
-    ),
+    epilog=epilog(*_EXAMPLES),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("socket", type=PATH)
@@ -70,7 +76,8 @@ def _verb(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Any]:
             click.option("--json", is_flag=True, help="Print the server's answer; an error is a JSON object too."),
         ):
             function = option(function)
-        return ctl_command.command(name, **settings)(click.pass_obj(function))
+        examples = [one for one in _EXAMPLES if one.split()[3] == name]
+        return ctl_command.command(name, epilog=epilog(*examples), **settings)(click.pass_obj(function))
 
     return decorate
 

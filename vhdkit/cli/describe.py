@@ -51,8 +51,9 @@ def info_command(image: str, common: Common) -> None:
     Works on an image in use, and on one whose parent is missing.
 
     \b
-    With --json: one object; sizes are bytes, what the kind of image does not have is null:
-      path kind virtual_size_bytes file_size_bytes allocated_bytes in_use unique_id
+    With --json: one object, with null for what this kind of image does not have:
+      path kind virtual_size_bytes file_size_bytes allocated_bytes in_use
+      unique_id
       creator creator_version creator_host created_unix_seconds geometry
       current_size_bytes original_size_bytes size_from_geometry saved_state hidden
       block_size_bytes block_count allocated_block_count batmap
@@ -138,8 +139,10 @@ def chain_command(context: click.Context, image: str, common: Common) -> None:
     count. A broken chain is shown as far as it goes.
 
     \b
-    With --json: {"layers": [{...as info..., "owned_bytes"}], "unowned_bytes", "problem", "damaged"}
-    leaf first; owned_bytes and unowned_bytes are null when the chain is broken.
+    With --json: {"layers": [{...as info..., "owned_bytes"}], "unowned_bytes",
+                  "problem", "damaged"}
+    The leaf comes first; owned_bytes and unowned_bytes are null where the chain
+    is broken.
     """
     facts = describe_chain(image, options=common.options)
     if common.json:

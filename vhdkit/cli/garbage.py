@@ -42,9 +42,9 @@ def gc_command(
     never touched, and links are not followed.
 
     \b
-    With --json: {"directory", "items": [{"path", "kind": "image" | "part" | "record", "size_bytes",
-                  "allocated_bytes", "kept", "removed"}]}
-    where kept says why a file stays all the same.
+    With --json: {"directory", "items": [{"path", "size_bytes", "allocated_bytes",
+      "kind": "image" | "part" | "record", "kept", "removed"}]}
+    where "kept" gives the reason if a file stays all the same.
     """
     delete = delete and not dry_run
     items = vhdkit.collect_garbage(directory, [*keep, *leaves], delete=delete, options=common.options)

@@ -36,7 +36,7 @@ Exit codes:
   130 interrupted (143 by SIGTERM)
 
 \b
-Completion in the shell, for good by putting the line into ~/.bashrc or ~/.zshrc:
+Shell completion (put the line into ~/.bashrc or ~/.zshrc to keep it):
   bash:  eval "$(_VHDKIT_COMPLETE=bash_source vhdkit)"
   zsh:   eval "$(_VHDKIT_COMPLETE=zsh_source vhdkit)"
   fish:  _VHDKIT_COMPLETE=fish_source vhdkit | source

@@ -63,9 +63,10 @@ def map_command(
     \b
     With --json: a list like qemu-img's, in order and without gaps, in bytes:
       [{"start", "length", "depth", "present", "zero", "data", "offset", "layer"}]
-    depth counts layers from the leaf (0); present is false where no layer owns the run,
-    which then reads as zeros; zero and data say what it is; offset is where the data lies
-    in the file named by layer; both are left out where there is none.
+    "depth" counts layers from the leaf (0); "present" is false where no layer
+    owns the run, which then reads as zeros; "zero" and "data" say what it holds;
+    "offset" is where the data lies in the file that "layer" names (both are left
+    out where there is none).
     """
     if common.json and extents:
         raise click.UsageError("--json and --extents are two ways to say the same: choose one")

@@ -50,8 +50,9 @@ def merge_command(
     Ctrl-C, a full disk or a power cut leave LEAF as it was; --resume goes on from there.
 
     \b
-    With --json: {"target", "merged", "removed", "relinked", "virtual_size_bytes", "data_bytes",
-                  "zero_bytes", "block_count", "dry_run", "seconds", "bytes_per_second", "left"}
+    With --json: {"target", "merged", "removed", "relinked",
+      "virtual_size_bytes", "data_bytes", "zero_bytes", "block_count", "dry_run",
+      "seconds", "bytes_per_second", "left"}
     """
     if resume and (into or to or relink or dry_run):
         raise click.UsageError("--resume goes on as the merge began: no other option")

@@ -82,20 +82,23 @@ class _Words:
               help="As in /etc/fstab: rw, ro, overlay, fs, partition=N, allow_other and more.")  # fmt: skip
 @image_options()
 def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
-    """Mount IMAGE, a chain's leaf or a single image, at the empty folder MOUNTPOINT. Read-only, unless you say more.
+    """Mount IMAGE, a chain's leaf or a single image, at the empty folder MOUNTPOINT. Read-only by default.
 
     \b
     disk.raw                  the whole disk, as the chain reads
-    partitions/N.raw          each partition; by-label/, by-uuid/ and by-type/ are links to them
-    layers/K-NAME.raw         the disk as of each layer of the chain, the newest first: a journey in time
-    info.json                 what is what
+    partitions/N.raw          each partition; by-label/, by-uuid/ and by-type/
+                              have links to them
+    layers/K-NAME.raw         the disk as it was at each layer, the newest first
+    info.json                 sizes, layers, partitions and file systems
 
-    With --fs the files in the disk's file system are at MOUNTPOINT instead. Returns when the mount can be used;
-    `vhdkit umount MOUNTPOINT` takes it away, whatever it consists of.
+    With --fs MOUNTPOINT shows the files in the disk's file system instead. The command returns when the mount can be
+    used; `vhdkit umount MOUNTPOINT` takes all of it away.
 
     \b
-    With --json: {"mountpoint", "base", "image", "size_bytes", "writable", "file_system", "driver", "pid", "notes"}
-      base is the FUSE mount itself, driver what mounted the file system in it; null without --fs
+    With --json: {"mountpoint", "base", "image", "size_bytes", "writable",
+                  "file_system", "driver", "pid", "notes"}
+    "base" is the FUSE mount itself, "driver" what mounted the file system in it
+    (null without --fs).
     """
     wished = _Words(**words)
     for text in fstab:
@@ -258,8 +261,9 @@ def mounts_command(as_json: bool, quiet: bool, verbose: bool) -> None:
     """List what is mounted by vhdkit, oldest first. A mount whose server is gone is `dead`: umount takes it away.
 
     \b
-    With --json: {"mounts": [{"mountpoint", "base", "image", "writable", "driver", "loop", "pid"}]}
-      pid is null for a dead one
+    With --json: {"mounts": [{"mountpoint", "base", "image", "writable",
+                              "driver", "loop", "pid"}]}
+    "pid" is null where the server is dead.
     """
     found = listed()
     if as_json:

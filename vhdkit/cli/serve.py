@@ -162,7 +162,8 @@ def serve_command(common: Common, **words: Any) -> None:
 
     \b
     With --json, when ready: {"pid", "uris": [...],
-      "exports": [{"name", "uri", "path", "description", "size_bytes", "read_only"}], "control",
+      "exports": [{"name", "uri", "path", "description", "size_bytes",
+                   "read_only"}], "control",
       "addresses": [URI without an export's name, ...]}
     """
     wish = Wish(**words)

@@ -81,6 +81,20 @@ def output_options(verb: Verb) -> Verb:
     return verb
 
 
+class VerbGroup(click.Group):
+    """A group whose help shows what each verb is for in a whole sentence; click cuts them off."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs."""
+        rows = []
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None:
+                rows.append((name, command.get_short_help_str(limit=1000)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 def epilog(*examples: str) -> str:
     """The end of a verb's help."""
     return "\b\n" + "\n".join(["Examples:" if len(examples) > 1 else "Example:", *(f"  {one}" for one in examples)])

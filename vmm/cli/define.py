@@ -121,7 +121,7 @@ def _service(word: str) -> tuple[str, bool]:
     "create",
     epilog=epilog(
         "vmm create web --memory 1G --cpus 2 --disk web.vhd",
-        "vmm create web --disk system.avhd --disk data.vhd,controller=scsi --cdrom installer.iso",
+        "vmm create web --disk system.avhd --disk data.vhd --cdrom installer.iso",
         "vmm create tiny --kernel vmlinuz --initrd initrd.gz --append console=ttyS0",
     ),
 )

@@ -12,7 +12,16 @@ from typing import Any, Literal
 import click
 
 import vhdkit
-from vmm.cli.common import DISK_SIZE, epilog, format_size, output_options, print_json, print_line, print_table
+from vmm.cli.common import (
+    DISK_SIZE,
+    VerbGroup,
+    epilog,
+    format_size,
+    output_options,
+    print_json,
+    print_line,
+    print_table,
+)
 from vmm.manager import DiskWish, Manager
 from vmm.spec import UNITS
 
@@ -56,7 +65,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
     return DiskWish(path or None, kind=kind, **settings)
 
 
-@click.group("disk", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("disk", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def disk_command() -> None:
     """Add, remove, list and resize the disks of a machine. On SCSI also while it runs."""
 

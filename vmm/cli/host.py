@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmm.cli.common import format_size, print_json, print_line, print_pairs, print_table
+from vmm.cli.common import VerbGroup, epilog, format_size, print_json, print_line, print_pairs, print_table
 from vmm.errors import InvalidSpec, NotFound, VmmError, printable, to_document
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 _STYLES = {"ok": "green", "limited": "yellow", "missing": "red"}
 
 
-@click.group("host", invoke_without_command=True)
+@click.group("host", cls=VerbGroup, invoke_without_command=True)
 @click.pass_context
 def host_group(context: click.Context) -> None:
     """This host: what it is, what it lacks, its disks and folders, and what starts with it."""
@@ -37,7 +37,7 @@ def host_group(context: click.Context) -> None:
 # -- info ---------------------------------------------------------------------------------------------------------
 
 
-@host_group.command("info")
+@host_group.command("info", epilog=epilog("vmm host info"))
 @click.option("--refresh", is_flag=True, help="Try the accelerator again instead of remembering what it did.")
 @_json_option
 def info_command(refresh: bool, as_json: bool) -> None:
@@ -93,7 +93,7 @@ def _accelerator(refresh: bool) -> tuple[dict[str, Any] | None, str | None]:
 # -- doctor -------------------------------------------------------------------------------------------------------
 
 
-@host_group.command("doctor")
+@host_group.command("doctor", epilog=epilog("vmm host doctor", "vmm host doctor --all"))
 @click.option("--all", "show_all", is_flag=True, help="Show what is well, too.")
 @_json_option
 def doctor_command(show_all: bool, as_json: bool) -> None:
@@ -126,7 +126,7 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
 # -- disks --------------------------------------------------------------------------------------------------------
 
 
-@host_group.command("disks")
+@host_group.command("disks", epilog=epilog("vmm host disks"))
 @click.option("--all", "show_all", is_flag=True, help="Show empty drives and loop devices without a file, too.")
 @_json_option
 def disks_command(show_all: bool, as_json: bool) -> None:
@@ -200,7 +200,7 @@ def _reasons(host: Host, device: BlockDevice, given: Given) -> list[str]:
 # -- paths --------------------------------------------------------------------------------------------------------
 
 
-@host_group.group("paths", invoke_without_command=True)
+@host_group.group("paths", cls=VerbGroup, invoke_without_command=True)
 @_json_option
 @click.pass_context
 def paths_group(context: click.Context, as_json: bool) -> None:
@@ -220,24 +220,27 @@ def _show_paths(as_json: bool) -> None:
     print_pairs([(key, path if os.path.isdir(path) else f"{path} (not there yet)") for key, path in places.items()])
 
 
-@paths_group.command("set")
+@paths_group.command("set", epilog=epilog("vmm host paths set disks /srv/disks", "vmm host paths set disks --default"))
 @click.argument("key")
 @click.argument("folder", required=False)
-@click.option("--default", "reset", is_flag=True, help="Go back to the folder it is by itself.")
-def set_path_command(key: str, folder: str | None, reset: bool) -> None:
+@click.option("--default", "reset", is_flag=True, help="Go back to the folder that it is without a setting.")
+@_json_option
+def set_path_command(key: str, folder: str | None, reset: bool, as_json: bool) -> None:
     """Put new machines, disks or snapshots (KEY) into FOLDER. What is there already stays where it is."""
     from vmm import paths
 
     if reset == (folder is not None):
         raise InvalidSpec("give a folder, or --default", hint=f"vmm host paths set {key} FOLDER")
     paths.set_default_folder(key, folder)
-    _show_paths(as_json=False)
+    _show_paths(as_json)
 
 
 # -- autostart ----------------------------------------------------------------------------------------------------
 
 
-@host_group.command("autostart")
+@host_group.command(
+    "autostart", epilog=epilog("vmm host autostart", "vmm host autostart --print", "vmm host autostart --remove")
+)
 @click.option("--remove", "action", flag_value="remove", help="Take the unit away again.")
 @click.option("--print", "action", flag_value="print", help="Only print the unit.")
 @click.option("--start-machines", "action", flag_value="start", help="What the unit calls when the host starts.")

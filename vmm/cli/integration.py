@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vmm.cli.common import epilog, output_options, print_json, print_line, print_pairs, print_table
+from vmm.cli.common import VerbGroup, epilog, output_options, print_json, print_line, print_pairs, print_table
 from vmm.errors import InvalidSpec, printable
 from vmm.guest_access import FREEZE_SECONDS
 from vmm.manager import Manager
@@ -19,7 +19,7 @@ from vmm.manager import Manager
 MAX_INPUT_BYTES = 1 << 20  # of standard input; what an item may hold is less
 
 
-@click.group("agent")
+@click.group("agent", cls=VerbGroup)
 def agent_command() -> None:
     """Ask the agent inside a machine, which is qemu-guest-agent."""
 
@@ -87,7 +87,7 @@ def set_time(name: str, as_json: bool, quiet: bool) -> None:
         print_line(f"{name}: the guest's clock is set")
 
 
-@click.group("kvp")
+@click.group("kvp", cls=VerbGroup)
 def kvp_command() -> None:
     """Exchange small texts with a machine's guest (key-value data exchange).
 

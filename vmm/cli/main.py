@@ -31,7 +31,7 @@ Examples:
 Exit codes:
   0 fine                              6 refused for safety
   1 failed                            7 no space left
-  2 usage, or a machine that cannot be  8 the host lacks something
+  2 wrong usage or settings           8 the host lacks something
   5 in use, or in the wrong state     9 it took too long
   130 interrupted
 
@@ -152,7 +152,8 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
 def main(context: click.Context) -> None:
     """Virtual machines on KVM and QEMU whose disks are chains of virtual hard disks.
 
-    Disks are made with the command vhdkit. Sizes are written as 512M, 4G or 1.5T. Every verb takes --json.
+    Disks are made with the command vhdkit. Sizes are written as 512M, 4G or 1.5T. Every verb takes --json, except
+    console and switch capture.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from vmm import registry
-from vmm.cli.common import epilog, output_options, print_json, print_line, print_pairs, print_table
+from vmm.cli.common import VerbGroup, epilog, output_options, print_json, print_line, print_pairs, print_table
 from vmm.cli.nic_words import OPTIONS_HELP, parse_nic, parse_options
 from vmm.errors import VmmError
 from vmm.manager import Manager
 from vmm.spec import AdapterSpec, MachineSpec
 
 
-@click.group("nic", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("nic", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def nic_command() -> None:
     """Add, remove, list and change the network adapters of a machine, also while it runs."""
 

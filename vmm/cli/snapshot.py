@@ -13,6 +13,7 @@ import click
 
 from vmm.cli.common import (
     SIZE,
+    VerbGroup,
     confirm,
     epilog,
     format_size,
@@ -32,7 +33,7 @@ _BRANCH, _LAST, _DOWN, _SPACE = "├─ ", "└─ ", "│  ", "   "
 _PLAIN = str.maketrans("├└│─●○", "||| *o")
 
 
-@click.group("snapshot", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("snapshot", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def snapshot_command() -> None:
     """Take snapshots of a machine, running or not, and go back to them.
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import click
 
 from vmm.cli.common import (
+    VerbGroup,
     confirm,
     epilog,
     format_size,
@@ -31,7 +32,7 @@ from vmm.net.switches import HostSide
 WATCH_SECONDS = 1.0
 
 
-@click.group("switch", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("switch", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def switch_command() -> None:
     """Make, watch and remove virtual network switches: private, internal and external ones."""
 

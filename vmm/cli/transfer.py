@@ -44,7 +44,7 @@ def export_command(machine: str, folder: str, snapshot: str | None, flat: bool, 
     epilog=epilog(
         "vmm import /mnt/usb/web",
         "vmm import /srv/web --register",
-        "vmm import /mnt/usb/web --switch lan=office --map /isos/tools.iso=/srv/tools.iso",
+        "vmm import /mnt/usb/web --switch lan=office --map /isos/a.iso=/srv/a.iso",
     ),
 )
 @click.argument("folder", type=click.Path())
