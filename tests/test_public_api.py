@@ -52,7 +52,7 @@ def test_errors_and_the_control_client_cost_no_numpy() -> None:
 
 def test_version_is_the_packages() -> None:
     """The version that programs ask for is the one that pip and --version show."""
-    assert vhdkit.__version__ == importlib.metadata.version("vhdkit")
+    assert vhdkit.__version__ == importlib.metadata.version("vhdkit"), "run script/setup"
     assert f"vhdkit {vhdkit.__version__}, " in good("--version")
 
 
