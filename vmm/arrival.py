@@ -19,7 +19,7 @@ from vmm.errors import InvalidSpec, NotFound, Refused, VmmError
 from vmm.foreign import LEAVE_OUT, Consent, Judged, judge
 from vmm.images import look_at, refuse_frozen
 from vmm.inside import Inside
-from vmm.launch import open_medium
+from vmm.media import open_medium
 from vmm.snapshots.steps import store_problem
 from vmm.snapshots.tree import MAX_LIMIT, Tree, read_tree
 from vmm.spec import MachineSpec, make_disk, read_spec

@@ -16,7 +16,7 @@ from vmm.errors import InvalidSpec, NotFound, Refused
 from vmm.events import add_event
 from vmm.known_images import known_images
 from vmm.kvm.drives import store_error
-from vmm.launch import open_medium
+from vmm.media import open_medium
 from vmm.registry import Machine
 from vmm.spec import DiskSpec, PathsSpec
 

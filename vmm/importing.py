@@ -21,13 +21,14 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import vhdkit
-from vmm import registry, unfinished
+from vmm import registry, saved, unfinished
 from vmm.arrival import Arrival, chain_of, check_chains, judge_all, look_at_export, placed, resolved
 from vmm.errors import AlreadyExists
 from vmm.events import add_event
 from vmm.foreign import Consent
 from vmm.images import note_marks
 from vmm.inside import Inside
+from vmm.media import media_of
 from vmm.paths import MachinePaths, default_folders, make_folders, runtime_of, sync_folder, write_whole
 from vmm.snapshots.memory import SnapshotFolder, adapt_saved, share_file
 from vmm.snapshots.steps import store_problem
@@ -246,6 +247,7 @@ def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, share: bool) 
         _bring_files(inside, arrival, machine, share=share)
         if arrival.has_memory:
             adapt_saved(machine, spec)
+            saved.accept_media(machine, media_of(spec))  # what came along, or what the user named instead
 
     with contextlib.ExitStack() as held:
         if spec.adapters and not share and not arrival.has_memory:  # what is in memory knows the old address

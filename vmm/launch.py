@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from vmm.errors import InvalidSpec, Unsupported, of_os_error
+from vmm.errors import Unsupported, VmmError, of_os_error
 from vmm.kvm import program, userfault
 from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
 from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
+from vmm.media import is_device, kernel_hint, known_by, open_in_drive
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.rpc import bind_private
 from vmm.spec import DiskSpec, MachineSpec
@@ -30,6 +31,7 @@ UEFI_PLACES = (
     ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
     ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
 )
+_NO_KERNEL_BYTES = 4096  # QEMU reads a header and four sectors of set-up code
 UEFI_HINT = "install UEFI firmware for guests: sudo apt install ovmf"
 
 
@@ -39,6 +41,7 @@ class Launch:
 
     identity: Identity | None
     descriptors: dict[int, int] = field(default_factory=dict)  # as QEMU sees them -> ours
+    media: dict[str, str | None] = field(default_factory=dict)  # drive -> what its medium is known by
     sets: int = 0
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -84,14 +87,16 @@ def prepare(
     accelerator: str,
     incoming: bool,
     identity: Identity | None,
+    had_kernel: bool = False,
     adapters: Callable[[Launch], tuple[Adapter, ...]] = no_adapters,
 ) -> tuple[list[str], Launch]:
     """(the command, what goes with it). Raises VmmError for whatever is missing; then nothing is left open.
 
-    `adapters` delivers the network adapters.
+    `adapters` delivers the network adapters. `had_kernel`: what is restored was started with a kernel, so QEMU must
+    have one, whatever it is.
     """
     check_reachable(runtime.folder, identity)
-    launch = Launch(identity)
+    launch = Launch(identity, media={disk.id: None for disk in spec.disks if disk.kind == "iso"})
     try:
         media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if disk.kind != "vhd" and disk.path}
         services = spec.integration
@@ -106,8 +111,8 @@ def prepare(
                 key_value=launch.listen(runtime.key_value) if services.key_value else None,
             ),
             vnc_socket=_display(runtime, identity) if spec.screen else None,
-            kernel_path=_copied(spec.kernel, runtime, "kernel", identity),
-            initrd_path=_copied(spec.initrd, runtime, "initrd", identity),
+            kernel_path=_kernel(spec, runtime, identity, had_kernel=had_kernel),
+            initrd_path=_copied(spec, "initrd", runtime, identity),
             media=media,
             adapters=adapters(launch),
             incoming=incoming,
@@ -143,41 +148,49 @@ def _display(runtime: RuntimePaths, identity: Identity | None) -> str:
     return runtime.vnc
 
 
-def _copied(path: str | None, runtime: RuntimePaths, name: str, identity: Identity | None) -> str | None:
+def _copied(
+    spec: MachineSpec, what: Literal["kernel", "initrd"], runtime: RuntimePaths, identity: Identity | None
+) -> str | None:
     """A file that QEMU opens by its name, where its user may read it."""
+    path = spec.kernel if what == "kernel" else spec.initrd
     if path is None:
         return None
-    target = os.path.join(runtime.folder, name)
+    target = os.path.join(runtime.folder, what)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(target)
-    return private_copy(path, target, identity)
+    try:
+        return private_copy(path, target, identity)
+    except VmmError as error:
+        error.hint = error.hint or kernel_hint(spec.name, what)
+        raise
+
+
+def _kernel(spec: MachineSpec, runtime: RuntimePaths, identity: Identity | None, *, had_kernel: bool) -> str | None:
+    """The kernel; for memory whose kernel is gone a file of zeros, with which no guest can be booted.
+
+    QEMU restores memory only where there is a kernel as there was one: with it comes a ROM, which is part of memory.
+    """
+    if spec.kernel is not None or not had_kernel:
+        return _copied(spec, "kernel", runtime, identity)
+    target = os.path.join(runtime.folder, "kernel")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target)
+    with open(target, "xb") as file:
+        file.write(bytes(_NO_KERNEL_BYTES))
+    os.chmod(target, 0o444)
+    return target
 
 
 def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
     if disk.kind == "iso":
-        assert disk.path is not None
-        opened = open_medium(disk.path)
-        is_device = stat.S_ISBLK(os.fstat(opened).st_mode)
+        opened = open_in_drive(spec, disk)
+        launch.media[disk.id] = known_by(opened, disk.path)
         number, descriptor = launch.give_set(opened)
-        node = file_node(disk.id, number, read_only=True, is_device=is_device)
+        node = file_node(disk.id, number, read_only=True, is_device=is_device(opened))
         return Medium(node, ((number, descriptor),))
     from vmm.devices import medium_of  # few machines need it, and every start would wait for it
 
     return medium_of(spec, disk, give_set=launch.give_set, give_secret=launch.give_secret)
-
-
-def open_medium(path: str) -> int:
-    """An ISO image, opened for reading. Raises NotFound, AccessDenied, InvalidSpec."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise of_os_error(error, "open the image", path=path) from error
-    facts = os.fstat(descriptor)
-    if not (stat.S_ISREG(facts.st_mode) or stat.S_ISBLK(facts.st_mode)) or not os.lseek(descriptor, 0, os.SEEK_END):
-        os.close(descriptor)
-        raise InvalidSpec("is no image: neither a file with content nor a block device", path=path)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
 
 
 def find_uefi() -> tuple[str, str]:

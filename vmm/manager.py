@@ -26,9 +26,10 @@ from vmm.copies import AllIds, original_of
 from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
-from vmm.images import look_at, note_marks, resize_image, settings_with_real_paths
+from vmm.images import find_image, look_at, note_marks, readable, resize_image, settings_with_real_paths
 from vmm.kvm import machine_types
-from vmm.launch import open_medium
+from vmm.media import look_at_medium, open_medium
+from vmm.paths import default_folders
 from vmm.registry import Machine
 from vmm.removal import images_inside, remove_image
 from vmm.rpc import Progress
@@ -202,9 +203,14 @@ class Manager:
             if fixed:
                 raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
             hardware = set(settings) - {"notes", "automatic", "name", "paths"}
-            if hardware:
-                saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(hardware))}")
+            refused = hardware
+            if saved.is_saved(machine.paths) and saved.read_description(machine.paths).had_kernel:
+                refused = hardware - {"kernel", "initrd", "append"}  # of no use to a guest that goes on
+            if refused:
+                saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(refused))}")
             changes = settings_with_real_paths(settings)
+            if changes.get("kernel", "") is None:  # they go with a kernel only
+                changes = {"initrd": None, "append": None, **changes}
             if changes.get("name", machine.name) != machine.name:
                 if client is not None:
                     raise WrongState("is running, and cannot have another name now", machine=name)
@@ -406,6 +412,33 @@ class Manager:
             else:
                 client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
         return disk
+
+    def change_medium(self, name: str, drive_id: str, path: str | None, *, force: bool = False) -> DiskSpec:
+        """Put another medium into a drive, or none (None), whatever the machine does; the drive as it is then.
+
+        `force`: a running guest that has locked the drive loses its medium all the same. A saved guest finds that its
+        medium was changed when it goes on. Raises NotFound, InvalidSpec, WrongState, Refused for a locked drive.
+        """
+        with contact.changing(name, stop_merge=False) as (machine, client):
+            drive = _find_disk(machine, drive_id)
+            if drive.kind != "iso":
+                raise WrongState(
+                    f"{drive.id} is a disk, and no drive with a medium", machine=name, path=drive.path,
+                    hint=f"vmm disk list {name} shows which drives there are",
+                )  # fmt: skip
+            if path is not None:
+                path = readable(find_image(path, machine.spec.paths.disks or default_folders()["disks"]))
+            changed = drive.model_copy(update={"path": path})
+            if client is not None:
+                client.call("disk-change", disk=drive.id, path=path, force=force, timeout_seconds=_PATIENCE_SECONDS)
+                return changed
+            if saved.is_saved(machine.paths):
+                identity = None if path is None else look_at_medium(path)
+                saved.accept_media(machine.paths, {drive.id: identity})
+            disks = [changed if one.id == drive.id else one for one in machine.spec.disks]
+            registry.save(machine, machine.spec.changed(disks=disks))
+            add_event(machine.paths.events, "medium-changed", drive=drive.id, path=path)
+        return changed
 
     def resize_disk(self, name: str, disk_id: str, size_bytes: int, *, shrink: bool = False) -> int:
         """Give a disk another size; the size it has then. Smaller only with `shrink`, and when the machine is off.

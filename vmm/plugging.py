@@ -16,11 +16,12 @@ import os
 from typing import Any
 
 from vmm import registry
-from vmm.errors import InvalidSpec, NotFound, StoreFailed, WrongState
+from vmm.errors import InvalidSpec, NotFound, StoreFailed, VmmError, WrongState
 from vmm.keeper import export_of
 from vmm.known_images import known_images
-from vmm.kvm import drives
-from vmm.kvm.cmdline import Device
+from vmm.kvm import drives, tray
+from vmm.kvm.cmdline import Device, Medium, file_node
+from vmm.media import is_device, known_by, open_in_drive
 from vmm.paths import write_whole
 from vmm.proc import HeldLock
 from vmm.rpc import Method, Progress, parameter
@@ -30,6 +31,7 @@ from vmm.spec import DiskSpec, MachineSpec, make_disk
 from vmm.state import MachineState
 
 _LIVE = (MachineState.RUNNING, MachineState.PAUSED)
+CHANGE_MEDIUM = "disk-change"  # the operation
 
 
 class Plugging:
@@ -43,6 +45,7 @@ class Plugging:
         return {
             "disk-add": self._add,
             "disk-remove": self._remove,
+            "disk-change": self._change,
             "disk-resize": self._resize,
             "disk-status": self._status,
         }
@@ -125,6 +128,74 @@ class Plugging:
         self._running.tell("disk-removed", disk=disk.id, path=disk.path)
         return {"disk": disk.id}
 
+    async def _change(self, params: dict[str, Any], progress: Progress) -> object:
+        """Another medium in a drive; {"disk": id, "path": its file or None, "force": a locked tray, too}."""
+        drive = self._disk(params)
+        path = parameter(params, "path", str)
+        self._check("change a medium")
+        if drive.kind != "iso":
+            raise WrongState(f"{drive.id} is a disk: only a drive's medium can be changed while the machine runs")
+        changed = make_disk(**{**drive.model_dump(), "path": path})
+        if path is not None:
+            os.close(await asyncio.to_thread(open_in_drive, self._running.spec, changed))
+        before = self._running.spec
+        with self._running.busy(CHANGE_MEDIUM), self._held() as held:
+            await tray.open_tray(self._running.qmp, drive.id, force=bool(parameter(params, "force", bool, False)))
+            self._running.note.details["drive"] = drive.id
+            self.write_down(held, _with_disk(before, changed))
+            try:
+                await self._put_in(changed)
+            except BaseException:
+                await self._note_what_is_in(held, before, changed)
+                raise
+        self._running.tell("medium-changed", drive=drive.id, path=path)
+        return {"disk": json.loads(changed.model_dump_json())}
+
+    async def _put_in(self, drive: DiskSpec) -> None:
+        """The medium of this definition into its open drive."""
+        running = self._running
+        if drive.path is None:
+            await tray.change_medium(running.qmp, drive.id, None)
+            running.media[drive.id] = None
+            return
+        opened = await asyncio.to_thread(open_in_drive, running.spec, drive)
+        try:
+            identity = await asyncio.to_thread(known_by, opened, drive.path)
+            number, name = await drives.free_set(running.qmp), await tray.free_node(running.qmp)
+            node = file_node(name, number, read_only=True, is_device=is_device(opened))
+            await tray.change_medium(running.qmp, drive.id, Medium(node, ((number, opened),)))
+        finally:
+            os.close(opened)
+        running.media[drive.id] = identity
+
+    async def _note_what_is_in(self, held: Held, before: MachineSpec, changed: DiskSpec) -> None:
+        """A change that failed has left the old medium in the drive, or none."""
+        old = before.disk(changed.id)
+        assert old is not None
+        with contextlib.suppress(VmmError):
+            if (await tray.look(self._running.qmp, changed.id)).node is None:
+                old = make_disk(**{**old.model_dump(), "path": None})
+                self._running.media[changed.id] = None
+            elif old.path is not None:
+                await self._running.qmp.execute("blockdev-close-tray", id=changed.id)
+        self.write_down(held, _with_disk(before, old))
+
+    async def finish_interrupted(self) -> None:
+        """A worker died while it changed a medium: what was written down is done."""
+        note = self._running.note
+        if note.operation != CHANGE_MEDIUM:
+            return
+        drive = self._running.spec.disk(str(note.details.pop("drive", "")))
+        if drive is not None and drive.kind == "iso":
+            try:
+                await self._running.wait_reachable()
+                await tray.open_tray(self._running.qmp, drive.id, force=True)
+                await self._put_in(drive)
+            except VmmError as error:
+                self._running.tell("medium-not-changed", drive=drive.id, problem=str(error))
+        note.operation = None
+        self._running.write_note()
+
     async def _resize(self, params: dict[str, Any], progress: Progress) -> object:
         """Make a disk larger; {"disk": id, "size_bytes"}. It never gets smaller while a guest uses it."""
         disk = self._disk(params)
@@ -169,6 +240,10 @@ class Plugging:
         registry.update(lock, lambda stored: stored.changed(disks=list(spec.disks)))
         write_whole(self._running.runtime.running, spec.to_json(), durable=False)
         self._running.spec = spec
+
+
+def _with_disk(spec: MachineSpec, changed: DiskSpec) -> MachineSpec:
+    return spec.changed(disks=[changed if one.id == changed.id else one for one in spec.disks])
 
 
 def _secret(secret_id: str, content: bytes) -> Device:

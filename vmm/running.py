@@ -163,6 +163,12 @@ class Running:
             self.note.operation = None
             self.write_note()
 
+    @property
+    def media(self) -> dict[str, str | None]:
+        """What the medium in each drive is known by (`vmm.media`), None for an empty drive. For who notes a change."""
+        found: dict[str, str | None] = self.note.details.setdefault("media", {})
+        return found
+
     def write_note(self) -> None:
         with contextlib.suppress(VmmError):
             self.note.write(self.runtime)
@@ -178,10 +184,10 @@ class Running:
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    async def launch(self, accelerator: str, *, incoming: bool) -> None:
+    async def launch(self, accelerator: str, *, incoming: bool, had_kernel: bool = False) -> None:
         command, launch = await asyncio.to_thread(
             prepare, self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming,
-            identity=self.identity, adapters=self.plug_adapters,
+            identity=self.identity, had_kernel=had_kernel, adapters=self.plug_adapters,
         )  # fmt: skip
         try:
             if not incoming:  # else the guest goes on where it was
@@ -194,6 +200,7 @@ class Running:
             launch.close()
         self.note.qemu, self.note.accelerator, self.note.started = process.ref, accelerator, time.time()
         self.note.details.pop("paused", None)
+        self.note.details["media"] = launch.media
         self.write_note()
         self._adopt(process)
         try:

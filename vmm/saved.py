@@ -17,11 +17,13 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import NotFound, Refused, VmmError, WrongState, of_os_error
 from vmm.kvm import memory_file
+from vmm.media import Media, refuse_other_media
 from vmm.paths import MachinePaths, sync_folder, write_whole
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ class Description:
     memory_file_bytes: int
     definition: dict[str, Any]
     saved_at: float
+    media: Media | None = None  # what the guest had in its drives; None where nobody wrote it down
+    accepted: Media = field(default_factory=dict)  # and what the user put there since
+    had_kernel: bool = False  # QEMU was started with a kernel
 
 
 def folder_while_saving(machine: MachinePaths) -> str:
@@ -83,6 +88,7 @@ def complete(
     qemu_version: str,
     accelerator: str,
     was_running: bool,
+    media: Media,
 ) -> None:
     """The memory is written: cut the file where the writing ended, sync, describe it, and give it its name.
 
@@ -102,7 +108,7 @@ def complete(
             "accelerator": accelerator,
             "was_running": was_running,
             "memory_file_bytes": size,
-            "definition": json.loads(spec.to_json()),
+            **machine_document(spec, media),
         }
         write_whole(os.path.join(folder, "state.json"), json.dumps(document, indent=2).encode() + b"\n")
         os.rename(folder, machine.saved)
@@ -132,11 +138,51 @@ def read_description(machine: MachinePaths) -> Description:
             int(document["memory_file_bytes"]),
             dict(document["definition"]),
             float(document["saved_at"]),
+            _media_in(document["media"]) if document.get("media") is not None else None,
+            _media_in(document.get("accepted", {})),
+            had_kernel(document),
         )
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise VmmError("is damaged: it describes no saved state", path=path) from error
+
+
+def machine_document(spec: MachineSpec, media: Media) -> dict[str, Any]:
+    """What a description says about the machine whose memory it is."""
+    return {
+        "definition": json.loads(spec.to_json()),
+        "media": dict(media),
+        "had_kernel": spec.kernel is not None,
+    }
+
+
+def had_kernel(document: Mapping[str, Any]) -> bool:
+    """True where QEMU was started with a kernel; what 0.1.0 saved tells it by its definition."""
+    return bool(document.get("had_kernel", document["definition"].get("kernel") is not None))
+
+
+def _media_in(value: Mapping[str, object]) -> Media:
+    """Raises TypeError, AttributeError."""
+    media = {}
+    for drive, identity in value.items():
+        if not (identity is None or isinstance(identity, str)):
+            raise TypeError("identity")
+        media[str(drive)] = identity
+    return media
+
+
+def accept_media(machine: MachinePaths, media: Media) -> None:
+    """The user has put these media into drives of a saved machine: that is where it goes on. Raises VmmError."""
+    description = read_description(machine)
+    path = os.path.join(machine.saved, "state.json")
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VmmError("is damaged: it describes no saved state", path=path) from error
+    document["accepted"] = {**description.accepted, **media}
+    write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
 
 
 def open_saved_memory(machine: MachinePaths, spec: MachineSpec, qemu_version: str) -> tuple[int, Description]:
@@ -150,6 +196,7 @@ def open_saved_memory(machine: MachinePaths, spec: MachineSpec, qemu_version: st
     )
     if problem is not None:
         raise Refused(f"the saved state does not fit: {problem}", machine=spec.name, hint=hint)
+    refuse_other_media(spec, description.media, description.accepted)
     path = os.path.join(machine.saved, "memory.bin")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -175,10 +222,11 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
     def places(definition: dict[str, Any]) -> list[list[object]]:
         rows = []
         for disk in definition.get("disks", []):
-            path = disk.get("path")
-            is_file = isinstance(path, str) and disk.get("kind") != "pass-through"
+            path = disk.get("path") if disk.get("kind") != "iso" else None  # what is in a drive has its own rule
+            if isinstance(path, str) and disk.get("kind") != "pass-through":
+                path = os.path.realpath(path)
             keys = ("id", "kind", "controller", "controller_index", "unit", "serial")
-            rows.append([os.path.realpath(path) if is_file else path, *(disk.get(key) for key in keys)])
+            rows.append([path, *(disk.get(key) for key in keys)])
         return rows
 
     if places(description.definition) != places(now):

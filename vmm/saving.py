@@ -14,10 +14,12 @@ import time
 
 from vmm import saved
 from vmm.errors import QemuFailed, TimedOut, VmmError
-from vmm.kvm import accel, background
+from vmm.kvm import accel, background, tray
+from vmm.media import changed_drives
 from vmm.paths import runtime_home
 from vmm.rpc import Progress
 from vmm.running import LOOK_SECONDS, START_SECONDS, STOP_SECONDS, End, Running
+from vmm.spec import MachineSpec
 from vmm.state import MachineState
 
 _FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
@@ -43,7 +45,7 @@ class Saving:
             )
             accelerator = accel.choose(evidence, description.accelerator).name
             self._running.note.details["restoring"] = True
-            await self._running.launch(accelerator, incoming=True)
+            await self._running.launch(accelerator, incoming=True, had_kernel=description.had_kernel)
             await self._restore(descriptor, description, progress)
         except VmmError as error:
             error.hint = error.hint or (
@@ -77,6 +79,7 @@ class Saving:
             done = os.lseek(descriptor, 0, os.SEEK_CUR)
             progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
             await asyncio.sleep(LOOK_SECONDS)
+        await self._tell_of_other_media(description)
         saved.use_up(self._running.machine)
         if description.was_running:
             await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
@@ -84,6 +87,13 @@ class Saving:
         else:
             self._running.note.details["paused"] = True
         await self._running.refresh()
+
+    async def _tell_of_other_media(self, description: saved.Description) -> None:
+        """The guest finds that a medium is another one than it had, before it takes the old one's files for its."""
+        running = self._running
+        for drive_id in changed_drives(running.spec, description.media, description.accepted, running.media):
+            await tray.tell_guest(running.qmp, drive_id)
+            running.tell("medium-changed", drive=drive_id, path=_path_of(running.spec, drive_id))
 
     async def _bring_clock_to_now(self) -> None:
         """The guest's clock stood still while it was saved."""
@@ -137,6 +147,7 @@ class Saving:
                     saved.complete, self._running.machine, descriptor, self._running.spec,
                     qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
                     accelerator=str(self._running.note.accelerator), was_running=was_running,
+                    media=self._running.media,
                 )  # fmt: skip
             except BaseException:
                 saved.discard_part(self._running.machine)
@@ -178,3 +189,8 @@ class Saving:
             if ram := migration.get("ram"):
                 progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
             await asyncio.sleep(LOOK_SECONDS)
+
+
+def _path_of(spec: MachineSpec, drive_id: str) -> str | None:
+    drive = spec.disk(drive_id)
+    return None if drive is None else drive.path

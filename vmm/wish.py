@@ -15,7 +15,7 @@ from typing import Literal
 from vmm import devices
 from vmm.errors import InvalidSpec
 from vmm.images import find_image, look_at, refuse_frozen
-from vmm.launch import open_medium
+from vmm.media import open_medium
 from vmm.paths import default_folders
 from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk
 

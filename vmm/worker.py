@@ -153,6 +153,7 @@ class Worker:
             if self._found is not None:
                 self._tell("taken-over")
                 await self._running.take_over(self._found)
+                await self._plugging.finish_interrupted()
                 await self._saving.finish_interrupted()
                 self._running_now()
             elif self._lost:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 
 import vhdkit
 import vmm
+from tests.vmm.discs import make_iso
 from tests.vmm.snapshots.conftest import machines as machines_fixture
 from tests.vmm.snapshots.machines import Machines
-from vmm import registry
-from vmm.errors import AlreadyExists, InvalidSpec, NotFound
+from vmm import registry, saved
+from vmm.errors import AlreadyExists, InvalidSpec, NotFound, Refused
+from vmm.foreign import Consent
 from vmm.importing import import_machine
 from vmm.kvm import memory_file
+from vmm.media import media_of
 from vmm.snapshots.survey import images_of
 from vmm.transfer import MANIFEST, export
 
@@ -186,6 +190,33 @@ def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
     assert state["definition"]["id"] == copy.spec.id and state["definition"]["name"] == "copy"
     manager.discard_saved("copy")
     assert manager.snapshots("copy").apply("a", discard_current=True).state == "saved"
+
+
+def test_saved_memory_arrives_without_its_medium_and_kernel(machines: Machines, out: Path) -> None:
+    """What was left out of an import by the user's word is accepted for its memory: the guest is told, and goes on."""
+    image, kernel = make_iso(machines.folder / "one.iso", "first"), make_iso(machines.folder / "vmlinuz", "kernel")
+    machines.create(kernel=str(kernel))
+    vmm.Manager().add_disk("web", vmm.DiskWish(str(image), kind="iso"))
+    web = registry.load("web")
+    known = media_of(web.spec)
+    saved_folder = Path(web.paths.saved)
+    saved_folder.mkdir()
+    (saved_folder / "memory.bin").write_bytes(memory_file.HEADER + bytes(5992))
+    (saved_folder / "state.json").write_text(json.dumps({
+        "format": 1, "saved_at": 1.0, "qemu_version": "7.2.0", "accelerator": "tcg", "was_running": True,
+        "memory_file_bytes": 6000, **saved.machine_document(web.spec, known),
+    }))  # fmt: skip
+    image.unlink()
+    kernel.unlink()
+    export("web", str(out))
+    import_machine(str(out), name="copy", consent=Consent({str(image): "", str(kernel): ""}))
+    copy = registry.load("copy")
+    descriptor, description = saved.open_saved_memory(copy.paths, copy.spec, "7.2.0")
+    os.close(descriptor)
+    assert description.had_kernel and copy.spec.kernel is None
+    assert description.media == known and description.accepted == {"disk-1": None}
+    with pytest.raises(Refused, match="the saved memory stays"):
+        saved.open_saved_memory(web.paths, web.spec, "7.2.0")
 
 
 def test_a_copy_has_mac_addresses_of_its_own(machines: Machines, out: Path) -> None:

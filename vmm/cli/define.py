@@ -17,6 +17,7 @@ from vmm.cli.nic_words import parse_nic
 from vmm.cli.show import document_of
 from vmm.manager import Manager
 from vmm.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
+from vmm.state import MachineState
 
 _SERVICES = tuple(IntegrationSpec.model_fields)
 _SET_HELP = {
@@ -195,6 +196,8 @@ def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, qu
         print_json({**document_of(manager.show(name)), "takes_effect": "next start" if later else "now"})
     elif not quiet:
         print_line(f"{name} is changed" + (", and will be with its next start" if later else ""))
+        if {"kernel", "initrd"} & set(settings) and manager.state(name) is MachineState.SAVED:
+            print_line(f"{name}: its saved memory goes on as it is; this counts when the guest restarts")
 
 
 def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`disk add`, `remove`, `list`, `resize`: a machine's disks, while it runs or not.
+"""`disk add`, `remove`, `change`, `list`, `resize`: a machine's disks, while it runs or not.
 
 Decides how a disk is written in one word: IMAGE[,OPTION=VALUE...]. An image's name may hold commas: what follows one
 is an option only when it looks like one.
@@ -67,7 +67,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
 
 @click.group("disk", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def disk_command() -> None:
-    """Add, remove, list and resize the disks of a machine. On SCSI also while it runs."""
+    """Add, remove, list and resize the disks of a machine, on SCSI also while it runs; change the media of drives."""
 
 
 @disk_command.command(
@@ -116,6 +116,33 @@ def remove_command(name: str, disk: str, as_json: bool, quiet: bool) -> None:
         print_json(removed.model_dump(mode="json"))
     elif not quiet:
         print_line(f"{name}: {removed.id} is removed" + (f"; {removed.path} stays" if removed.path else ""))
+
+
+@disk_command.command(
+    "change",
+    epilog=epilog("vmm disk change web disk-1 tools.iso", "vmm disk change web disk-1 --eject"),
+)
+@click.argument("name")
+@click.argument("drive", metavar="DRIVE")
+@click.argument("file", metavar="[FILE]", required=False)
+@click.option("--eject", is_flag=True, help="Take the medium out, and leave the drive empty.")
+@click.option("--force", is_flag=True, help="Do so although the guest has locked the drive: it loses what it reads.")
+@output_options
+def change_command(
+    name: str, drive: str, file: str | None, eject: bool, force: bool, as_json: bool, quiet: bool
+) -> None:
+    """Put the ISO image FILE into DRIVE (its id, serial or present image) of the machine NAME, or take it out.
+
+    The machine may run: the guest finds another medium, as after the button of a real drive, and a guest that has
+    locked the drive is asked to let go of it. A saved machine finds it when it goes on.
+    """
+    if (file is None) is not eject:
+        raise click.UsageError("say what comes into the drive: FILE, or --eject for nothing")
+    changed = Manager().change_medium(name, drive, file, force=force)
+    if as_json:
+        print_json(changed.model_dump(mode="json"))
+    elif not quiet:
+        print_line(f"{name}: {changed.id} on {changed.place}: {changed.path or 'empty'}")
 
 
 @disk_command.command("list", epilog=epilog("vmm disk list web"))

@@ -126,7 +126,7 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
     if disk.kind == "vhd":
         await _remove_export(server, disk.id)
     else:
-        await _take_back(qmp, disk.id)
+        await take_back(qmp, disk.id)
 
 
 async def free_set(qmp: Qmp) -> int:
@@ -135,7 +135,7 @@ async def free_set(qmp: Qmp) -> int:
     return max(used, default=0) + 1
 
 
-async def _take_back(qmp: Qmp, disk_id: str) -> None:
+async def take_back(qmp: Qmp, disk_id: str) -> None:
     """Have QEMU close its descriptors of a disk, with which the claim on a device ends, and forget its objects."""
     for one in await qmp.execute("query-fdsets"):
         if any(descriptor.get("opaque") == disk_id for descriptor in one["fds"]):
@@ -147,7 +147,7 @@ async def _take_back(qmp: Qmp, disk_id: str) -> None:
 
 async def _quietly_take_back(qmp: Qmp, disk_id: str) -> None:
     with contextlib.suppress(VmmError):
-        await _take_back(qmp, disk_id)
+        await take_back(qmp, disk_id)
 
 
 async def has_device(qmp: Qmp, device_id: str) -> bool:

@@ -27,7 +27,7 @@ from vmm import registry, saved
 from vmm.errors import NoSpace, Refused, VmmError, of_os_error
 from vmm.images import look_at
 from vmm.kvm import memory_file, program
-from vmm.launch import open_medium
+from vmm.media import look_at_files
 from vmm.registry import Machine
 from vmm.snapshots.journal import Pivot
 from vmm.snapshots.memory import SnapshotFolder
@@ -79,11 +79,7 @@ def look_before_discarding(machine: Machine) -> None:
     for disk in machine.spec.disks:
         if disk.kind == "vhd" and disk.path is not None:
             look_at(disk, writable=not disk.read_only)
-        elif disk.kind == "iso" and disk.path is not None:
-            os.close(open_medium(disk.path))
-    for path in (machine.spec.kernel, machine.spec.initrd):
-        if path is not None:
-            os.close(open_medium(path))
+    look_at_files(machine.spec)
 
 
 def removal_problem(path: str) -> str | None:

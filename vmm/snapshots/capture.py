@@ -120,6 +120,7 @@ class _Taking:
             description = description_document(
                 spec, qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
                 accelerator=str(running.note.accelerator), was_running=self._was_running,
+                media=running.media,
             )  # fmt: skip
             self._snapshot = replace(self._snapshot, mode=mode.value)
             self._journal = replace(

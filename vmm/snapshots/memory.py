@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from vmm import saved, unfinished
 from vmm.errors import NoSpace, VmmError, of_os_error
 from vmm.kvm import memory_file
+from vmm.media import Media
 from vmm.paths import MachinePaths, default_folders, make_folders, sync_folder, write_whole
 
 if TYPE_CHECKING:
@@ -199,11 +200,12 @@ class SnapshotFolder:
             os.mkdir(folder, 0o700)
             share_file(self.memory, os.path.join(folder, "memory.bin"))
             document = json.loads(_content(self.description))
+            document["had_kernel"] = saved.had_kernel(document)
             document["definition"] = json.loads(spec.to_json())
             write_whole(os.path.join(folder, "state.json"), json.dumps(document, indent=1).encode() + b"\n")
         except OSError as error:
             raise of_os_error(error, "bring the memory back", path=folder) from error
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise VmmError("is damaged: it does not describe a memory", path=self.description) from error
         return folder
 
@@ -232,10 +234,11 @@ def adapt_saved(machine: MachinePaths, spec: MachineSpec) -> None:
     path = os.path.join(machine.saved, "state.json")
     try:
         document = json.loads(_content(path))
+        document["had_kernel"] = saved.had_kernel(document)
         document["definition"] = json.loads(spec.to_json())
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise VmmError("is damaged: it describes no saved state", path=path) from error
     write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
     saved.note_disks(machine, spec)
@@ -248,7 +251,7 @@ def drop_saved(machine: MachinePaths) -> None:
 
 
 def description_document(
-    spec: MachineSpec, *, qemu_version: str, accelerator: str, was_running: bool
+    spec: MachineSpec, *, qemu_version: str, accelerator: str, was_running: bool, media: Media
 ) -> dict[str, Any]:
     """What is written beside a memory file, as `saved` reads it."""
     return {
@@ -257,7 +260,7 @@ def description_document(
         "qemu_version": qemu_version,
         "accelerator": accelerator,
         "was_running": was_running,
-        "definition": json.loads(spec.to_json()),
+        **saved.machine_document(spec, media),
     }
 
 

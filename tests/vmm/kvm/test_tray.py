@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drive of a bare QEMU gets another medium, as QEMU itself tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_qemu
+from tests.vmm.discs import make_iso
+from tests.vmm.guests import launch
+from vmm.errors import QemuFailed
+from vmm.kvm import tray
+from vmm.kvm.cmdline import Medium, file_node
+from vmm.kvm.drives import free_set
+from vmm.kvm.qmp import Qmp
+
+pytestmark = pytest.mark.kvm
+
+
+async def put_in(qmp: Qmp, path: Path | None) -> None:
+    """This medium into the drive, as the worker does it."""
+    await tray.open_tray(qmp, "cd", force=False)
+    if path is None:
+        await tray.change_medium(qmp, "cd", None)
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        number, name = await free_set(qmp), await tray.free_node(qmp)
+        await tray.change_medium(qmp, "cd", Medium(file_node(name, number, read_only=True), ((number, opened),)))
+    finally:
+        os.close(opened)
+
+
+async def size_in(qmp: Qmp) -> int | None:
+    """The size of what is in the drive, as QEMU has it."""
+    (drive,) = (one for one in await qmp.execute("query-block") if one.get("qdev") == "cd")
+    return drive["inserted"]["image"]["virtual-size"] if "inserted" in drive else None
+
+
+def test_media_come_and_go(tmp_path: Path) -> None:
+    """An empty drive gets a medium, another one, and none; the tray closes on a medium, and nothing old is held."""
+    small = make_iso(tmp_path / "small.iso", "small", size_bytes=128 << 10)
+    large = make_iso(tmp_path / "large.iso", "large", size_bytes=256 << 10)
+
+    async def scene(path: str) -> None:
+        qmp = await Qmp.connect(path)
+        try:
+            assert await tray.look(qmp, "cd") == tray.Drive(is_open=False, is_locked=False, node=None)
+            for medium in (small, large):
+                await put_in(qmp, medium)
+                assert await size_in(qmp) == medium.stat().st_size
+                drive = await tray.look(qmp, "cd")
+                assert not drive.is_open and drive.node is not None
+            await tray.tell_guest(qmp, "cd")
+            assert await tray.look(qmp, "cd") == drive
+            await put_in(qmp, None)
+            assert await tray.look(qmp, "cd") == tray.Drive(is_open=True, is_locked=False, node=None)
+            assert await qmp.execute("query-fdsets") == []
+            nodes = await qmp.execute("query-named-block-nodes")
+            assert [one["node-name"] for one in nodes if one["node-name"].startswith("medium")] == []
+        finally:
+            await qmp.close()
+
+    with launch.running(require_qemu(), tmp_path, "-device", "ide-cd,id=cd,bus=ide.0") as guest:
+        launch.connect(guest.serial).close()
+        asyncio.run(scene(str(guest.qmp)))
+
+
+def test_a_medium_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
+    """Where QEMU cannot open the new medium the old one is in the drive as before, and no descriptor is left."""
+    image = make_iso(tmp_path / "small.iso", "small", size_bytes=128 << 10)
+
+    async def scene(path: str) -> None:
+        qmp = await Qmp.connect(path)
+        try:
+            await put_in(qmp, image)
+            before = await tray.look(qmp, "cd")
+            number = await free_set(qmp)
+            opened = os.open(tmp_path, os.O_RDONLY)  # a folder
+            try:
+                node = file_node(await tray.free_node(qmp), number, read_only=True)
+                with pytest.raises(QemuFailed):
+                    await tray.change_medium(qmp, "cd", Medium(node, ((number, opened),)))
+            finally:
+                os.close(opened)
+            assert await tray.look(qmp, "cd") == before
+            assert len(await qmp.execute("query-fdsets")) == 1
+        finally:
+            await qmp.close()
+
+    with launch.running(require_qemu(), tmp_path, "-device", "ide-cd,id=cd,bus=ide.0") as guest:
+        launch.connect(guest.serial).close()
+        asyncio.run(scene(str(guest.qmp)))

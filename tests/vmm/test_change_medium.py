@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Media that change in a machine: off, running, saved, in snapshots, under a guest that has locked its drive."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_linux_guest
+from tests.vmm.cli.running import document, failure, good
+from tests.vmm.discs import make_iso
+from tests.vmm.guests import linux
+from tests.vmm.guests.shell import GuestShell
+from tests.vmm.small_guests import make_machine, processes, wait_counting, wait_until, wait_whole
+from vmm.contact import Place
+from vmm.errors import InvalidSpec, NotFound, Refused, WrongState
+from vmm.manager import DiskWish, Manager
+from vmm.state import MachineState, WorkerNote
+
+pytestmark = pytest.mark.kvm
+MIB = 1 << 20
+# What the guest reads from its drive, without what it kept of an older medium.
+CACHED = "dd if=/dev/sr0 bs=2048 count=1 2>/dev/null | tr -d '\\0'"
+READ = "blockdev --flushbufs /dev/sr0; dd if=/dev/sr0 bs=2048 count=1 iflag=direct 2>/dev/null | tr -d '\\0'"
+
+
+def medium_of(manager: Manager, name: str, drive: str) -> str | None:
+    """The medium in the definition."""
+    disk = manager.show(name).spec.disk(drive)  # type: ignore[union-attr]
+    assert disk is not None
+    return disk.path
+
+
+def events(manager: Manager, name: str, event: str) -> list[str | None]:
+    """The media of events of that kind, the oldest first."""
+    return [one.get("path") for one in manager.events(name) if one["event"] == event]
+
+
+def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:
+    """A drive gets a medium and loses it, and stays the same drive; disks and what is no medium are refused."""
+    leaf = make_machine(manager, tmp_path)
+    one = make_iso(tmp_path / "one.iso", "first")
+    before = document("disk", "add", "small", "--cdrom")
+    assert (before["path"], before["id"]) == (None, "disk-1")
+    assert "one.iso" in good("disk", "change", "small", "disk-1", one)
+    assert document("disk", "list", "small")[1]["path"] == str(one)
+    after = document("disk", "change", "small", one, "--eject")
+    assert after == before
+    assert "empty" in good("disk", "list", "small")
+    with pytest.raises(WrongState, match="is a disk, and no drive"):
+        manager.change_medium("small", "disk-0", str(leaf))
+    with pytest.raises(NotFound):
+        manager.change_medium("small", "disk-1", str(tmp_path / "absent.iso"))
+    with pytest.raises(InvalidSpec, match="is no image"):
+        manager.change_medium("small", "disk-1", str(tmp_path))
+    assert "FILE, or --eject" in failure("disk", "change", "small", "disk-1", code=2)
+    assert "FILE, or --eject" in failure("disk", "change", "small", "disk-1", one, "--eject", code=2)
+    assert events(manager, "small", "medium-changed") == [str(one), None]
+
+
+def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> None:
+    """Whoever follows a worker that had written the new medium down puts it in, and the machine has one truth."""
+    make_machine(manager, tmp_path)
+    manager.add_disk("small", DiskWish(str(make_iso(tmp_path / "one.iso", "first")), kind="iso"))
+    manager.start("small")
+    wait_counting(manager)
+    place = Place.of("small")
+    make_iso(tmp_path / "two.iso", "second")
+    whole = processes()
+    for name in ("keeper", "worker"):  # as it would be cut off: written down, and QEMU not told yet
+        whole[name].kill()
+    running = Path(place.runtime.running)
+    running.write_text(running.read_text().replace("one.iso", "two.iso"))
+    note = WorkerNote.read(place.runtime)
+    assert note is not None
+    note.operation, note.details["drive"] = "disk-change", "disk-1"
+    note.write(place.runtime)
+    manager.state("small")
+    wait_whole()
+    wait_until(lambda: "two.iso" in media_of_qemu(), "QEMU has the new medium")
+    manager.stop("small")
+
+
+def media_of_qemu() -> str:
+    """The files that QEMU has open."""
+    pid = processes()["qemu"].pid
+    return " ".join(os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd"))
+
+
+def start_linux(manager: Manager, folder: Path, medium: Path) -> GuestShell:
+    """A running Linux with a medium in its drive `disk-0`, kernel and initrd being files of this folder."""
+    guest = require_linux_guest()
+    for name, source in (("kernel", guest.kernel), ("initrd", guest.initrd)):
+        (folder / name).write_bytes(source.read_bytes())
+    manager.create(
+        "linux", memory_bytes=int(linux.MEMORY) * MIB, accelerator="tcg", kernel=str(folder / "kernel"),
+        initrd=str(folder / "initrd"), append=guest.append, disks=[DiskWish(str(medium), kind="iso")],
+    )  # fmt: skip
+    manager.start("linux")
+    return shell_of(manager)
+
+
+def shell_of(manager: Manager) -> GuestShell:
+    """The guest's shell, ready."""
+    shell = GuestShell(manager.guest("linux").open_console()[0])
+    shell.wait_ready()
+    return shell
+
+
+def test_under_linux(manager: Manager, tmp_path: Path) -> None:
+    """Linux reads each medium that is put in, none after --eject, and one that it holds locked goes only by force.
+
+    Snapshots know the medium of their moment, and applying one brings it back.
+    """
+    one = make_iso(tmp_path / "one.iso", "first", size_bytes=256 << 10)
+    two = make_iso(tmp_path / "two.iso", "second", size_bytes=512 << 10)
+    with start_linux(manager, tmp_path, one) as shell:
+        assert shell.check(READ) == "first"
+        before = manager.snapshots("linux").create("before")
+        assert "two.iso" in good("disk", "change", "linux", "disk-0", two)
+        assert shell.check(READ) == "second"
+        assert shell.check("cat /sys/block/sr0/size") == str((512 << 10) // 512)
+        assert medium_of(manager, "linux", "disk-0") == str(two)
+
+        assert "empty" in good("disk", "change", "linux", "disk-0", "--eject")
+        assert shell.run("dd if=/dev/sr0 bs=2048 count=1 of=/dev/null").exit_code != 0
+        manager.change_medium("linux", "disk-0", str(one))
+        assert shell.check(READ) == "first"
+
+        shell.check("exec 9</dev/sr0; (sleep 1000 <&9) >/dev/null 2>&1 & sleep 0.1; true")
+        with pytest.raises(Refused, match="locked the drive disk-0") as refused:
+            manager.change_medium("linux", "disk-0", str(two))
+        assert "--force" in str(refused.value)
+        assert medium_of(manager, "linux", "disk-0") == str(one)
+        assert shell.check(READ) == "first"
+        good("disk", "change", "linux", "disk-0", two, "--force")
+        shell.check("kill $(pidof sleep)")
+        assert shell.check(READ) == "second"
+    manager.stop("linux")
+    manager.snapshots("linux").apply(before.id, discard_current=True)
+    assert medium_of(manager, "linux", "disk-0") == str(one)
+    manager.start("linux")
+    with shell_of(manager) as shell:
+        assert shell.check(READ) == "first"
+    manager.stop("linux")
+
+
+def test_a_saved_linux_whose_files_are_gone(manager: Manager, tmp_path: Path) -> None:
+    """A saved guest goes on without the kernel and initrd that it was started with, and with another medium.
+
+    Until that is said it is refused with the way on, and its memory stays. The guest finds that the medium changed.
+    """
+    one = make_iso(tmp_path / "one.iso", "first")
+    two = make_iso(tmp_path / "two.iso", "second", size_bytes=512 << 10)
+    with start_linux(manager, tmp_path, one) as shell:
+        assert shell.check(CACHED) == "first"
+        shell.check("echo kept >/tmp/here")
+    manager.save("linux")
+    one.unlink()
+    (tmp_path / "kernel").unlink()
+    (tmp_path / "initrd").unlink()
+
+    assert "vmm disk change linux disk-0" in failure("start", "linux", code=6)
+    with pytest.raises(NotFound):
+        manager.start("linux", discard_saved=True)  # it could not start anew either
+    assert manager.state("linux") is MachineState.SAVED
+    good("disk", "change", "linux", "disk-0", two)
+    assert "--kernel ''" in failure("start", "linux", code=6)
+    assert "restarts" in good("set", "linux", "--kernel", "")
+    assert manager.state("linux") is MachineState.SAVED
+    manager.start("linux")
+    with shell_of(manager) as shell:
+        assert shell.check("cat /tmp/here") == "kept"
+        # As of a real drive the first look finds that the old medium is gone, the next one the new one.
+        shell.run("dd if=/dev/sr0 of=/dev/null bs=2048 count=1")
+        assert shell.check(CACHED) == "second"
+    assert events(manager, "linux", "medium-changed") == [str(two), str(two)]
+    manager.stop("linux")

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drive of a running machine gets another medium or none.
+
+Decides the order, in which a failure leaves the drive as it was or empty, and never with two media:
+
+    the tray opens (the guest may have locked it) -> the new medium is opened -> the old one goes -> the new one comes
+    -> the tray closes
+
+Opening and closing is how a guest learns that it is another medium. Must not know where media come from.
+Sources: QEMU's qapi/block.json (blockdev-open-tray and its like), MMC-6 6.18 (a locked tray).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from vmm.errors import Refused
+from vmm.kvm.cmdline import Medium
+from vmm.kvm.drives import NODE_SECONDS, take_back
+from vmm.kvm.qmp import Qmp
+
+EJECT_SECONDS = 5.0  # for a guest that locked the tray: it is asked, and may let go
+_LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """A drive as QEMU has it. `node` is its medium."""
+
+    is_open: bool
+    is_locked: bool
+    node: str | None
+
+
+async def look(qmp: Qmp, drive_id: str) -> Drive:
+    """How a drive is. Raises QemuFailed."""
+    for one in await qmp.execute("query-block"):
+        if one.get("qdev") == drive_id:
+            inserted = one.get("inserted") or {}
+            return Drive(bool(one.get("tray_open")), bool(one.get("locked")), inserted.get("node-name"))
+    return Drive(is_open=False, is_locked=False, node=None)
+
+
+async def open_tray(qmp: Qmp, drive_id: str, *, force: bool) -> None:
+    """Open the tray. Raises Refused where the guest has locked it and does not let go, unless `force`."""
+    await qmp.execute("blockdev-open-tray", id=drive_id, force=force)
+    deadline = time.monotonic() + EJECT_SECONDS
+    while not (await look(qmp, drive_id)).is_open:
+        if time.monotonic() > deadline:
+            raise Refused(
+                f"the guest has locked the drive {drive_id}, and does not let go of its medium",
+                hint="eject it in the guest, or use --force: what the guest still reads from it then fails",
+            )
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def change_medium(qmp: Qmp, drive_id: str, medium: Medium | None) -> None:
+    """Put this medium in place of what is in the open drive, and close it; an empty one stays open. Raises QemuFailed.
+
+    The descriptors of the medium stay the caller's.
+    """
+    old = (await look(qmp, drive_id)).node
+    if medium is not None:
+        for set_number, descriptor in medium.descriptors:
+            await qmp.add_descriptor_to_set(set_number, descriptor, medium.node["node-name"])
+        try:
+            await qmp.execute_raw("blockdev-add", dict(medium.node), timeout_seconds=NODE_SECONDS)
+        except BaseException:
+            await take_back(qmp, medium.node["node-name"])
+            raise
+    if old is not None:
+        await qmp.execute("blockdev-remove-medium", id=drive_id)
+        await qmp.execute("blockdev-del", node_name=old, timeout_seconds=NODE_SECONDS)
+        await take_back(qmp, old)
+    if medium is not None:
+        await qmp.execute("blockdev-insert-medium", id=drive_id, node_name=medium.node["node-name"])
+        await qmp.execute("blockdev-close-tray", id=drive_id)
+
+
+async def tell_guest(qmp: Qmp, drive_id: str) -> None:
+    """Have the guest find that the medium is another one than it had, or none. Raises QemuFailed."""
+    await qmp.execute("blockdev-open-tray", id=drive_id, force=True)
+    await qmp.execute("blockdev-close-tray", id=drive_id)
+
+
+async def free_node(qmp: Qmp) -> str:
+    """A name for a medium's node that QEMU does not have yet, and no disk can have."""
+    used = {one["node-name"] for one in await qmp.execute("query-named-block-nodes")}
+    return next(name for number in range(len(used) + 1) if (name := f"medium.{number}") not in used)
