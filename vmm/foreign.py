@@ -44,8 +44,9 @@ DECISIONS: dict[type[BaseModel], dict[str, Decision]] = {
         "schema_version": "allowed", "id": "allowed", "name": "allowed", "generation": "allowed",
         "memory_bytes": "allowed", "cpu_count": "allowed", "machine_type": "allowed", "cpu_model": "allowed",
         "accelerator": "allowed", "firmware": "allowed", "boot_order": "allowed", "kernel": "confined",
-        "initrd": "confined", "append": "allowed", "screen": "allowed", "disks": "nested", "adapters": "nested",
-        "integration": "nested", "automatic": "nested", "paths": "nested", "background_capture": "asked",
+        "initrd": "confined", "append": "allowed", "screen": "allowed", "rtc": "allowed", "disks": "nested",
+        "adapters": "nested", "integration": "nested", "automatic": "nested", "paths": "nested",
+        "background_capture": "asked",
         "notes": "allowed",
     },
     DiskSpec: {

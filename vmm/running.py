@@ -22,6 +22,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from enum import StrEnum
 from typing import Any
 
+from vmm.asking import ask_until_off
+from vmm.clock import GuestClock
 from vmm.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
 from vmm.kvm.console import ConsoleHub
 from vmm.kvm.drives import DiskServer, problem_of_store
@@ -73,6 +75,7 @@ class Running:
         )  # fmt: skip
         store = KeyValueStore(store_path(machine.folder))
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
+        self.clock = GuestClock(self)
         self.plug_adapters = no_adapters
         self.critical_reason: str | None = None
         self.tell = tell
@@ -163,6 +166,11 @@ class Running:
             self.note.operation = None
             self.write_note()
 
+    def boot_age_seconds(self) -> float:
+        """How long ago the guest was booted; for ever where it came with its memory."""
+        booted = self.note.details.get("booted")
+        return time.time() - booted if isinstance(booted, int | float) else float("inf")
+
     @property
     def media(self) -> dict[str, str | None]:
         """What the medium in each drive is known by (`vmm.media`), None for an empty drive. For who notes a change."""
@@ -201,6 +209,7 @@ class Running:
         self.note.qemu, self.note.accelerator, self.note.started = process.ref, accelerator, time.time()
         self.note.details.pop("paused", None)
         self.note.details["media"] = launch.media
+        self.note.details["booted"] = None if incoming else time.time()
         self.write_note()
         self._adopt(process)
         try:
@@ -380,6 +389,7 @@ class Running:
         elif name in ("STOP", "RESUME", "SUSPEND", "WAKEUP"):
             await self.refresh()
         elif name == "RESET":
+            self.note.details["booted"] = time.time()
             self.tell("reset", by_guest=data.get("guest"))
         elif name == "VSERPORT_CHANGE":
             self._port_changed(str(data.get("id")), bool(data.get("open")))
@@ -416,6 +426,7 @@ class Running:
                 self.in_background(self._mend())
         elif before == "io-error" and self.status == "running":
             self.tell("resumed")
+            self.clock.bring_to_now("paused-critical")
 
     async def _mend(self) -> None:
         """Try to go on until it works: the server may come back, the file system may get room again."""
@@ -460,6 +471,7 @@ class Running:
         if self.status == "io-error":
             raise StoreFailed(f"cannot go on: {self.critical_reason}", hint="it will by itself when the cause is gone")
         self.tell("resumed")
+        self.clock.bring_to_now("pause")
 
     async def reset(self) -> None:
         """As the reset button. Raises WrongState, InUse, QemuFailed."""
@@ -484,14 +496,7 @@ class Running:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self._is_stopping = True
         try:
-            by_agent = False
-            with contextlib.suppress(VmmError):
-                await self.agent.shutdown()
-                by_agent = True
-            if not by_agent:
-                await self.qmp.execute("system_powerdown")
-            self.tell("shutdown-requested", by="agent" if by_agent else "power button")
-            await asyncio.wait_for(self.exited.wait(), timeout_seconds)
+            await ask_until_off(self, timeout_seconds)
         except TimeoutError as error:
             raise TimedOut(
                 f"the guest did not shut down within {timeout_seconds:g} s",

@@ -23,7 +23,6 @@ from vmm.spec import MachineSpec
 from vmm.state import MachineState
 
 _FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
-_TIME_SYNC_SECONDS = 30.0
 
 
 class Saving:
@@ -83,7 +82,7 @@ class Saving:
         saved.use_up(self._running.machine)
         if description.was_running:
             await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-            self._running.in_background(self._bring_clock_to_now())
+            self._running.clock.bring_to_now("restore")
         else:
             self._running.note.details["paused"] = True
         await self._running.refresh()
@@ -94,17 +93,6 @@ class Saving:
         for drive_id in changed_drives(running.spec, description.media, description.accepted, running.media):
             await tray.tell_guest(running.qmp, drive_id)
             running.tell("medium-changed", drive=drive_id, path=_path_of(running.spec, drive_id))
-
-    async def _bring_clock_to_now(self) -> None:
-        """The guest's clock stood still while it was saved."""
-        if not self._running.spec.integration.time_sync:
-            return
-        deadline = time.monotonic() + _TIME_SYNC_SECONDS
-        while time.monotonic() < deadline and not self._running.exited.is_set():
-            with contextlib.suppress(VmmError):
-                await self._running.agent.set_time()
-                return
-            await asyncio.sleep(1)
 
     async def finish_interrupted(self) -> None:
         """A worker died while it saved: go on without, or end QEMU when all was saved already."""
@@ -120,6 +108,7 @@ class Saving:
                 await self._running.qmp.execute("migrate_cancel")
                 if self._running.note.details.pop("was_running", False):
                     await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                    self._running.clock.bring_to_now("save")
                 break
             await asyncio.sleep(LOOK_SECONDS)
         saved.discard_part(self._running.machine)
@@ -167,6 +156,7 @@ class Saving:
         while time.monotonic() < deadline and not self._running.exited.is_set():
             with contextlib.suppress(VmmError):
                 await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
+                self._running.clock.bring_to_now("save")
                 return
             await asyncio.sleep(LOOK_SECONDS)
 

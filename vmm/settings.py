@@ -27,6 +27,7 @@ class MachineSettings(TypedDict, total=False):
     initrd: str | None
     append: str | None
     screen: bool
+    rtc: Literal["utc", "local"]
     integration: IntegrationSpec | Mapping[str, Any]
     automatic: AutomaticSpec | Mapping[str, Any]
     paths: PathsSpec | Mapping[str, Any]

@@ -180,6 +180,7 @@ class MachineSpec(_Settings):
     initrd: str | None = None
     append: str | None = None
     screen: bool = True
+    rtc: Literal["utc", "local"] = "utc"  # what the clock on the mainboard shows; Windows takes it for local time
     disks: tuple[DiskSpec, ...] = ()
     adapters: tuple[AdapterSpec, ...] = ()
     integration: IntegrationSpec = IntegrationSpec()

@@ -182,7 +182,7 @@ def test_agent(manager: Manager) -> None:
     """`show` tells heartbeat, system and addresses; frozen file systems thaw; the agent shuts the guest down."""
     linux_machine(manager)
     guest = manager.guest("web")
-    with shell_of(manager):
+    with shell_of(manager) as shell:
         deadline = time.monotonic() + SECONDS
         while manager.show("web").heartbeat != "ok":
             assert time.monotonic() < deadline, "no heartbeat"
@@ -192,6 +192,10 @@ def test_agent(manager: Manager) -> None:
         assert told is not None and told["os"]["name"] == "vmm test guest"
         assert guest.info()["os"]["host_name"] == "vmm-guest"
         guest.set_time()
+        shell.check("date -s @1000000000")
+        manager.pause("web")
+        manager.resume("web")
+        shell.check("while test $(date +%s) -lt 1700000000; do usleep 50000; done")
         assert guest.freeze(30.0) >= 0
         with pytest.raises(AgentUnavailable, match="already"):
             guest.freeze()

@@ -47,6 +47,8 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), help=_SET_HELP["accel"]),
         click.option("--cpu", "cpu_model", metavar="MODEL", help=_SET_HELP["cpu_model"]),
         click.option("--screen/--no-screen", default=None, help="Whether the machine has a screen (VGA)."),
+        click.option("--rtc", type=click.Choice(_choices(MachineSpec, "rtc")),
+                     help="What the machine's clock shows when it starts: utc, or local, as Windows takes it."),
         click.option("--service", "services", metavar="NAME=on|off", multiple=True,
                      help=f"Switch an integration service: {', '.join(_SERVICES)}. Repeatable."),
         click.option("--automatic-start", type=click.Choice(_choices(AutomaticSpec, "start")),
@@ -72,7 +74,7 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _settings(words: dict[str, Any], before: MachineSpec | None) -> dict[str, Any]:
     """What was said, as settings of a machine."""
     names = {"memory": "memory_bytes", "cpus": "cpu_count", "accel": "accelerator"}
-    plain = ("memory", "cpus", "firmware", "accel", "cpu_model", "screen", "background_capture", "notes")
+    plain = ("memory", "cpus", "firmware", "accel", "cpu_model", "screen", "rtc", "background_capture", "notes")
     settings: dict[str, Any] = {names.get(one, one): words[one] for one in plain if words[one] is not None}
     for one in ("kernel", "initrd", "append"):
         if words[one] is not None:

@@ -107,6 +107,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
             ("cpus", f"{spec.cpu_count} × {spec.cpu_model}"),
             ("machine type", spec.machine_type),
             ("firmware", spec.firmware),
+            ("clock", "local time" if spec.rtc == "local" else ""),
             ("boot order", ", ".join(spec.boot_order)),
             ("kernel", spec.kernel or ""),
             ("initrd", spec.initrd or ""),

@@ -31,6 +31,8 @@ UEFI_VARIABLES = "uefi-variables"
 # 4 to 7 are for SCSI controllers, 8 to 19 for virtio disks, 20 to 31 for adapters.
 _SLOT_SCREEN, _SLOT_SERIAL_BUS, _SLOT_SCSI, _SLOT_VIRTIO_DISK, _SLOT_ADAPTER = 2, 3, 4, 8, 20
 
+_RTC_BASES = {"utc": "utc", "local": "localtime"}
+
 Device = Mapping[str, Any]
 
 
@@ -94,7 +96,7 @@ def qemu_arguments(spec: MachineSpec, facts: Facts) -> list[str]:
         *("-cpu", spec.cpu_model),
         *("-smp", f"cpus={spec.cpu_count}"),
         *("-m", f"size={spec.memory_bytes // MIB}M"),
-        *("-rtc", "base=utc,driftfix=slew"),
+        *("-rtc", f"base={_RTC_BASES[spec.rtc]},driftfix=slew"),
         *("-boot", "strict=on"),
     ]
     words += _screen(spec, facts)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vmm.running import Running
 
 OPERATION = "snapshot"
+LONG_PAUSE_SECONDS = 1.0  # after which the guest's clock is set: memory is large, and there is no better mode
 FREEZE_SECONDS = 10.0  # the guest's file systems thaw by themselves then
 
 
@@ -78,6 +79,8 @@ class Capture:
             except BaseException:
                 await taking.take_back()
                 raise
+        if (snapshot.pause_seconds or 0.0) > LONG_PAUSE_SECONDS:
+            running.clock.bring_to_now("snapshot")
         running.tell(
             "snapshot-created", snapshot=snapshot.name, pause_seconds=snapshot.pause_seconds, mode=snapshot.mode
         )

@@ -35,7 +35,7 @@ def test_create_with_everything(folder: Path) -> None:
         "--memory", "1G", "--cpus", "2", "--firmware", "uefi", "--boot-order", "disk,cdrom", "--accel", "tcg",
         "--disk", "a.avhd", "--disk", "b.vhd,controller=scsi,unit=5,serial=DATA,read-only", "--cdrom", "cd.iso",
         "--no-screen", "--service", "time-sync=off", "--automatic-start", "always", "--start-delay", "5",
-        "--automatic-stop", "shut-down", "--automatic-recovery", "restart", "--notes", "mine",
+        "--automatic-stop", "shut-down", "--automatic-recovery", "restart", "--notes", "mine", "--rtc", "local",
     ]  # fmt: skip
     made = document("create", "web", *words)
     definition = made["definition"]
@@ -51,6 +51,7 @@ def test_create_with_everything(folder: Path) -> None:
     assert definition["automatic"] == {
         "start": "always", "start_delay_seconds": 5, "stop": "shut-down", "recovery": "restart",
     }  # fmt: skip
+    assert definition["rtc"] == "local" and "local time" in good("show", "web")
     assert "2 × Nehalem-v1" in good("show", "web") and "a.avhd" in good("show", "web")
     assert "web   off" in good("list")
     assert json.loads(good("list", "--json"))[0]["definition"] == definition

@@ -124,6 +124,14 @@ def test_word_by_word() -> None:
     assert "\n".join(lines) == GOLDEN.strip()
 
 
+def test_a_clock_in_local_time() -> None:
+    """A machine whose clock shows local time, as Windows takes it, is told so; nothing else differs."""
+    utc, local = (qemu_arguments(spec_of(rtc=rtc), facts_of()) for rtc in ("utc", "local"))
+    assert [(one, other) for one, other in zip(utc, local, strict=True) if one != other] == [
+        ("base=utc,driftfix=slew", "base=localtime,driftfix=slew")
+    ]
+
+
 def test_real_qemu_takes_it() -> None:
     """QEMU itself finds nothing wrong with the devices and their places."""
     program = require_tool("qemu-system-x86_64")

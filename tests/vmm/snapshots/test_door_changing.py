@@ -56,6 +56,7 @@ CHANGING: dict[str, Verb] = {
     "Manager.set": lambda folder: manager().set("web", cpu_count=2),
     "Manager.add_disk": lambda folder: manager().add_disk("web", vmm.DiskWish(str(folder / "more.vhd"))),
     "Manager.remove_disk": lambda folder: manager().remove_disk("web", "disk-1"),
+    "Manager.change_medium": lambda folder: manager().change_medium("web", "disk-2", None),
     "Manager.resize_disk": lambda folder: manager().resize_disk("web", "disk-0", 2 << 20),
     "Manager.discard_saved": lambda folder: manager().discard_saved("web"),
     "Manager.add_adapter": lambda folder: manager().add_adapter("web"),
@@ -94,6 +95,7 @@ TREE_LOCK, MACHINE_LOCK = ".snapshots.lock", ".lock"
 TAKES_NO_MACHINE_LOCK = {"MachineSnapshots.merge", "Fold.run"}
 TAKES_NO_TREE_LOCK = {
     "Manager.set", "Manager.add_disk", "Manager.remove_disk", "Manager.resize_disk", "Manager.discard_saved",
+    "Manager.change_medium",
     "Manager.add_adapter", "Manager.remove_adapter", "Manager.change_adapter", "Manager.backup",
     "GuestAccess.set_item", "GuestAccess.delete_item",
 }  # fmt: skip
@@ -131,9 +133,10 @@ def test_definitions_are_written_in_one_room() -> None:
 
 @pytest.fixture
 def web(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
-    """A machine with two disks, an adapter, two snapshots, one of which has memory, and an item for its guest."""
+    """A machine with two disks, a drive, an adapter, an item for its guest and two snapshots, one with memory."""
     machines.disk("more.vhd")
     one = machines.create(disks=2)
+    manager().add_disk("web", vmm.DiskWish(None, kind="iso"))
     manager().add_adapter("web")
     one.create("one")
     two = one.create("two")
@@ -150,7 +153,7 @@ def web(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
 
 def no_keeper(place: Place, ready: int | None = None) -> None:
     """The start ends where a keeper would begin, by the definition that the machine would run with."""
-    disk, _ = json.loads(Path(place.runtime.running).read_text())["disks"]
+    disk, *_ = json.loads(Path(place.runtime.running).read_text())["disks"]
     raise QemuFailed(f"would run with {os.path.basename(disk['path'])}")
 
 

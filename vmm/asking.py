@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest is asked to shut itself down until it does: by its agent, else by the power button.
+
+Decides when it is worth while to ask again. A guest that has just begun to boot hears neither: a button that is
+pressed before somebody listens is lost, and the agent comes last. So it is asked again when an agent comes, and the
+button is pressed again now and then while the guest is young; in an older one, which heard it, pressing might be taken
+for something else. Must not know what follows when the guest does not obey.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Final, Literal
+
+from vmm.errors import VmmError
+
+if TYPE_CHECKING:
+    from vmm.running import Running
+
+YOUNG_SECONDS: Final = 300.0  # since it was booted: a slow installation medium takes minutes
+AGAIN_SECONDS: Final = 5.0
+_LOOK_SECONDS = 0.1
+
+Way = Literal["agent", "power button"]
+
+
+async def ask_until_off(running: Running, timeout_seconds: float, *, again_seconds: float = AGAIN_SECONDS) -> None:
+    """Ask until the guest has powered off. Raises TimeoutError; QemuFailed and TimedOut when QEMU cannot be asked.
+
+    The time is looked at between questions: one that is cut off would be answered to whoever asks next.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    told: Way | None = None
+    while not running.exited.is_set():
+        way = await _ask(running)
+        if way != told:
+            running.tell("shutdown-requested", by=way)
+            told = way
+        await _until_worth_asking_again(running, way, again_seconds, deadline)
+
+
+async def _ask(running: Running) -> Way:
+    with contextlib.suppress(VmmError):
+        await running.agent.shutdown()
+        return "agent"
+    await running.qmp.execute("system_powerdown")
+    return "power button"
+
+
+async def _until_worth_asking_again(running: Running, way: Way, again_seconds: float, deadline: float) -> None:
+    since = time.monotonic()
+    was_without_agent = not running.agent.is_open
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running.exited.wait(), min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+            return
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        if running.agent.is_open and was_without_agent:
+            return  # it has come, or come again after a restart
+        was_without_agent = was_without_agent or not running.agent.is_open
+        is_time = way == "power button" and time.monotonic() - since > again_seconds
+        if is_time and running.boot_age_seconds() < YOUNG_SECONDS:
+            return

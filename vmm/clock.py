@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest's clock, which stood still while its machine did: set to the host's when the guest goes on.
+
+Decides for how long that is tried, and that it is an event when it cannot be: after memory that was restored, a
+pause, disks that had failed, a save that did not come about. Through the agent, and only where the integration service
+`time_sync` is on. Must not know what pauses a machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Final
+
+from vmm.errors import VmmError
+from vmm.state import MachineState
+
+if TYPE_CHECKING:
+    from vmm.running import Running
+
+TRY_SECONDS: Final = 30.0  # an agent whose guest has just come back needs a moment to notice
+_AGAIN_SECONDS = 1.0
+
+
+class GuestClock:
+    """The clock of one running machine's guest. For one event loop."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        self._is_being_set = False
+
+    def bring_to_now(self, after: str) -> None:
+        """Set it in the background; `after` says what the clock stood still for."""
+        if self._running.spec.integration.time_sync and not self._is_being_set:
+            self._is_being_set = True
+            self._running.in_background(self._set(after))
+
+    async def _set(self, after: str) -> None:
+        running = self._running
+        deadline = time.monotonic() + TRY_SECONDS
+        try:
+            while not running.exited.is_set():
+                try:
+                    await running.agent.set_time()
+                    return
+                except VmmError as error:
+                    if running.state is MachineState.PAUSED:
+                        return  # it is set when the guest goes on
+                    if time.monotonic() > deadline:
+                        running.tell("clock-not-set", after=after, problem=error.problem)
+                        return
+                await asyncio.sleep(_AGAIN_SECONDS)
+        finally:
+            self._is_being_set = False
