@@ -196,8 +196,9 @@ def disk_for_networks(folder: Path) -> None:
 
 
 def installer(folder: Path) -> None:
-    """`installer.iso`, and a system on `web.vhd`, as if it had been installed from there."""
-    (folder / "installer.iso").write_bytes(bytes(MIB))
+    """`installer.iso`, `drivers.iso`, and a system on `web.vhd`, as if it had been installed from there."""
+    for name in ("installer.iso", "drivers.iso"):
+        (folder / name).write_bytes(bytes(MIB))
     install_guest("web.vhd")
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal, Protocol
 
 from vmm.errors import VmmError
-
-if TYPE_CHECKING:
-    from vmm.running import Running
+from vmm.kvm.guest_agent import GuestAgent
+from vmm.kvm.qmp import Qmp
 
 YOUNG_SECONDS: Final = 300.0  # since it was booted: a slow installation medium takes minutes
 AGAIN_SECONDS: Final = 5.0
@@ -26,7 +25,19 @@ _LOOK_SECONDS = 0.1
 Way = Literal["agent", "power button"]
 
 
-async def ask_until_off(running: Running, timeout_seconds: float, *, again_seconds: float = AGAIN_SECONDS) -> None:
+class Machine(Protocol):
+    """What is needed of a running machine; `running.Running` is one."""
+
+    agent: GuestAgent
+    exited: asyncio.Event
+
+    @property
+    def qmp(self) -> Qmp: ...
+    def tell(self, event: str, **details: object) -> None: ...
+    def boot_age_seconds(self) -> float: ...
+
+
+async def ask_until_off(running: Machine, timeout_seconds: float, *, again_seconds: float = AGAIN_SECONDS) -> None:
     """Ask until the guest has powered off. Raises TimeoutError; QemuFailed and TimedOut when QEMU cannot be asked.
 
     The time is looked at between questions: one that is cut off would be answered to whoever asks next.
@@ -41,7 +52,7 @@ async def ask_until_off(running: Running, timeout_seconds: float, *, again_secon
         await _until_worth_asking_again(running, way, again_seconds, deadline)
 
 
-async def _ask(running: Running) -> Way:
+async def _ask(running: Machine) -> Way:
     with contextlib.suppress(VmmError):
         await running.agent.shutdown()
         return "agent"
@@ -49,7 +60,7 @@ async def _ask(running: Running) -> Way:
     return "power button"
 
 
-async def _until_worth_asking_again(running: Running, way: Way, again_seconds: float, deadline: float) -> None:
+async def _until_worth_asking_again(running: Machine, way: Way, again_seconds: float, deadline: float) -> None:
     since = time.monotonic()
     was_without_agent = not running.agent.is_open
     while True:

@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vmm.backup_note import Stacked, child_name, has_note, read_note, remove_note, write_note
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MERGE_SECONDS = 24 * 3600.0
 FREEZE_SECONDS = 10.0
+UEFI_VARIABLES = "uefi-vars.fd"  # in a backup
+_MAX_VARIABLES_BYTES = 64 << 20  # of UEFI firmware: some MiB
 _LOOK_SECONDS = 0.2
 
 
@@ -77,16 +79,18 @@ def make_part(target: str, name: str) -> str:
 
 
 async def copy_disks(
+    machine: MachinePaths,
     spec: MachineSpec,
     disks: list[DiskSpec],
     target: str,
     progress: Progress,
     ended: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Copy these images and the definition into a new folder; {"folder", "disks": {id: path}}.
+    """Copy these images, the definition and the UEFI variables into a new folder; {"folder", "disks": {id: path}}.
 
     `ended`: give up when this says so. Raises StoreFailed and its like; nothing is left then.
     """
+    variables = uefi_variables_of(machine, spec)  # of the moment that the disks are of
     part = make_part(target, spec.name)
     try:
         copies = {}
@@ -95,6 +99,8 @@ async def copy_disks(
             await _convert(disk, os.path.join(part, name), progress, ended)
             copies[disk.id] = os.path.join(target, name)
         write_whole(os.path.join(part, "machine.json"), spec.to_json())
+        if variables is not None:
+            write_whole(os.path.join(part, UEFI_VARIABLES), variables)
         os.rename(part, target)
         sync_folder(os.path.dirname(target))
     except OSError as error:
@@ -104,6 +110,19 @@ async def copy_disks(
         shutil.rmtree(part, ignore_errors=True)
         raise
     return {"folder": target, "disks": copies}
+
+
+def uefi_variables_of(machine: MachinePaths, spec: MachineSpec) -> bytes | None:
+    """The UEFI variables as they are now; None where there are none. Raises AccessDenied, VmmError."""
+    if spec.firmware != "uefi":
+        return None
+    try:
+        with open(machine.uefi_variables, "rb") as file:
+            return file.read(_MAX_VARIABLES_BYTES)
+    except FileNotFoundError:
+        return None  # it has never been started
+    except OSError as error:
+        raise of_os_error(error, "read the UEFI variables", path=machine.uefi_variables) from error
 
 
 async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callable[[], bool]) -> None:
@@ -151,6 +170,19 @@ def _error_in(said: bytes, disk: DiskSpec) -> VmmError:
     return StoreFailed("could not be copied", path=disk.path)
 
 
+@contextlib.contextmanager
+def told_when_failed(tell: Callable[..., None], target: str) -> Iterator[None]:
+    """An event with the reason when this block ends early, be it by Ctrl-C."""
+    try:
+        yield
+    except VmmError as error:
+        tell("backup-failed", folder=target, problem=str(error))
+        raise
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        tell("backup-failed", folder=target, problem="it was interrupted")
+        raise
+
+
 # -- of a running machine --------------------------------------------------------------------------------------------
 
 
@@ -163,24 +195,32 @@ class Backup:
     async def take(self, params: dict[str, Any], progress: Progress) -> object:
         """Copy all disks as they are at one moment; {"folder": absolute path}."""
         running = self._running
-        target = check_target(str(params.get("folder", "")))
-        disks = disks_to_copy(running.spec)
-        written = [disk for disk in disks if not disk.read_only]
-        with running.busy("backup"):
-            if has_note(running.machine):
-                await self.merge_away(progress)
-            children = {disk.id: child_name(str(disk.path)) for disk in written}
-            with holding(running.machine, running.spec.name) as held:
-                held.need_settled()
-                write_note(running.machine, {disk.id: Stacked(str(disk.path), children[disk.id]) for disk in written})
-            try:
-                consistent = await self._freeze(children) if children else True
-                result = await copy_disks(running.spec, disks, target, progress, self._is_over)
-            finally:
-                if not running.exited.is_set():
-                    await self.merge_away(progress)
+        folder = str(params.get("folder", ""))
+        with told_when_failed(running.tell, folder):
+            target = check_target(folder)
+            disks = disks_to_copy(running.spec)
+            with running.busy("backup"):
+                result, consistent = await self._take(disks, target, progress)
         running.tell("backed-up", folder=target, consistent=consistent)
         return {**result, "consistent": consistent}
+
+    async def _take(self, disks: list[DiskSpec], target: str, progress: Progress) -> tuple[dict[str, Any], bool]:
+        running = self._running
+        if has_note(running.machine):
+            await self.merge_away(progress)
+        children = {disk.id: child_name(str(disk.path)) for disk in disks if not disk.read_only}
+        with holding(running.machine, running.spec.name) as held:
+            held.need_settled()
+            write_note(running.machine, {
+                disk.id: Stacked(str(disk.path), children[disk.id]) for disk in disks if disk.id in children
+            })  # fmt: skip
+        try:
+            consistent = await self._freeze(children) if children else True
+            result = await copy_disks(running.machine, running.spec, disks, target, progress, self._is_over)
+        finally:
+            if not running.exited.is_set():
+                await self.merge_away(progress)
+        return result, consistent
 
     def _is_over(self) -> bool:
         return self._running.exited.is_set() or self._running.gives_way

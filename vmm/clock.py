@@ -10,22 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol
 
 from vmm.errors import VmmError
+from vmm.kvm.guest_agent import GuestAgent
+from vmm.spec import MachineSpec
 from vmm.state import MachineState
-
-if TYPE_CHECKING:
-    from vmm.running import Running
 
 TRY_SECONDS: Final = 30.0  # an agent whose guest has just come back needs a moment to notice
 _AGAIN_SECONDS = 1.0
 
 
+class Machine(Protocol):
+    """What is needed of a running machine; `running.Running` is one."""
+
+    spec: MachineSpec
+    agent: GuestAgent
+    exited: asyncio.Event
+
+    @property
+    def state(self) -> MachineState: ...
+    def tell(self, event: str, **details: object) -> None: ...
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None: ...
+
+
 class GuestClock:
     """The clock of one running machine's guest. For one event loop."""
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Machine) -> None:
         self._running = running
         self._is_being_set = False
 

@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from vmm import backup, contact, devices, known_images, registry, saved
@@ -27,6 +28,7 @@ from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, W
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
 from vmm.images import find_image, look_at, note_marks, readable, resize_image, settings_with_real_paths
+from vmm.interrupted import ends_with_us, goes_on_without_us
 from vmm.kvm import machine_types
 from vmm.media import look_at_medium, open_medium
 from vmm.paths import default_folders
@@ -473,11 +475,11 @@ class Manager:
         {"folder", "disks": {id: path}, "consistent": whether file systems were written out}. Raises AlreadyExists,
         Refused for passed-through devices, StoreFailed, NoSpace.
         """
-        target = backup.check_target(folder)
+        target = os.path.abspath(folder)
         place = Place.of(name)
         client = contact.contact(place)
         if client is not None:
-            with client:
+            with client, goes_on_without_us("the backup", name):
                 result: dict[str, Any] = client.call(
                     "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
                 )
@@ -485,12 +487,16 @@ class Manager:
         with contact.changing(name) as (machine, client):
             if client is not None:
                 raise WrongState("was started just now", machine=name, hint="try again")
-            disks = backup.disks_to_copy(machine.spec)
-            refuse_older(machine, load_tree(machine.paths))
-            told = progress or (lambda document: None)
-            copied = asyncio.run(backup.copy_disks(machine.spec, disks, target, told))
+            tell = partial(add_event, machine.paths.events)
+            with backup.told_when_failed(tell, target), ends_with_us("the backup"):
+                disks = backup.disks_to_copy(machine.spec)
+                backup.check_target(target)
+                refuse_older(machine, load_tree(machine.paths))
+                told = progress or (lambda document: None)
+                copied = asyncio.run(backup.copy_disks(machine.paths, machine.spec, disks, target, told))
             # A saved machine's file systems are in use, and those of one that died were.
             consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
+            tell("backed-up", folder=target, consistent=consistent)
         return {**copied, "consistent": consistent}
 
     def repair(

@@ -12,10 +12,9 @@ import pytest
 
 from tests.support import require_linux_guest
 from tests.vmm.guests import linux
-from vmm.asking import ask_until_off
+from vmm.asking import Machine, ask_until_off
 from vmm.errors import AgentUnavailable
 from vmm.manager import Manager
-from vmm.running import Running
 
 MIB = 1 << 20
 
@@ -47,10 +46,10 @@ class Guest:
         assert command == "system_powerdown"
         self._hear("button")
 
-    def running(self) -> Running:
+    def running(self) -> Machine:
         """The machine."""
         return cast(
-            Running,
+            Machine,
             SimpleNamespace(
                 agent=self, qmp=self, exited=self.exited, boot_age_seconds=lambda: self._age,
                 tell=lambda event, **details: self.told.append(details["by"]),

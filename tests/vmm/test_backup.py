@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vhdkit
+from tests.vmm.cli.running import run
 from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, WRITTEN_TEXT, BootOptions
 from tests.vmm.small_guests import (
     MIB,
@@ -27,9 +29,15 @@ from vmm.backup_note import note_path, read_note
 from vmm.contact import Place
 from vmm.errors import AlreadyExists, NotFound, Refused, StoreFailed
 from vmm.manager import DiskWish, Manager
+from vmm.rpc import ControlClient
 from vmm.spec import make_spec
 
 pytestmark = pytest.mark.kvm
+
+
+def events(manager: Manager, kind: str) -> list[dict[str, Any]]:
+    """The machine's events of that kind, the oldest first."""
+    return [one for one in manager.events("small") if one["event"] == kind]
 
 
 def files_of(folder: Path) -> list[str]:
@@ -74,11 +82,58 @@ def test_refused(manager: Manager, tmp_path: Path) -> None:
     make_machine(manager, tmp_path)
     with pytest.raises(AlreadyExists, match="name a new folder"):
         manager.backup("small", str(tmp_path))
+    assert "name a new folder" in events(manager, "backup-failed")[0]["problem"]
     with pytest.raises(NotFound):
         manager.backup("small", str(tmp_path / "a" / "b"))
     device = make_spec(name="x", kernel="/k", disks=[{"id": "disk-0", "kind": "pass-through", "path": "/dev/x"}])
     with pytest.raises(Refused, match="inside the guest"):
         backup.disks_to_copy(device)
+
+
+def test_uefi_variables_are_in_it(manager: Manager, tmp_path: Path) -> None:
+    """What a UEFI machine boots is in its variables, so they are copied; one that has never run has none."""
+    make_machine(manager, tmp_path, firmware="uefi")
+    assert not os.path.exists(manager.backup("small", str(tmp_path / "none"))["folder"] + "/uefi-vars.fd")
+    variables = Path(Place.of("small").machine.uefi_variables)
+    variables.write_bytes(b"boot this")
+    manager.backup("small", str(tmp_path / "copy"))
+    copy = tmp_path / "copy" / "uefi-vars.fd"
+    assert copy.read_bytes() == b"boot this" and copy.stat().st_mode & 0o777 == 0o600
+
+
+def test_interrupted_while_it_is_off(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the copying of a machine that is off: it says so, an event too, and nothing is left."""
+    make_machine(manager, tmp_path)
+
+    async def interrupted(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backup, "_convert", interrupted)
+    result = run("backup", "small", tmp_path / "copy")
+    assert result.exit_code == 130
+    assert "vmm: interrupted: the backup was given up, and nothing of it is left" in result.stderr
+    assert [one["problem"] for one in events(manager, "backup-failed")] == ["it was interrupted"]
+    assert not list(tmp_path.glob("copy*"))
+
+
+def test_interrupted_while_it_runs(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the command and not the backup of a running machine: it says so, and an event tells the end."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    listen = ControlClient._next_message
+
+    def interrupted(self: ControlClient, method: str, timeout_seconds: float | None) -> dict[str, Any]:
+        if method == "backup":
+            raise KeyboardInterrupt
+        return listen(self, method, timeout_seconds)
+
+    monkeypatch.setattr(ControlClient, "_next_message", interrupted)
+    result = run("backup", "small", tmp_path / "copy")
+    assert result.exit_code == 130
+    assert "vmm: interrupted: the backup goes on; vmm events small tells how it ends" in result.stderr
+    wait_until(lambda: events(manager, "backed-up"), "it ends")
+    assert (tmp_path / "copy" / "disk-0.vhd").exists()
+    manager.stop("small")
 
 
 def test_folder_in_the_way_is_kept(manager: Manager, tmp_path: Path) -> None:
@@ -102,6 +157,8 @@ def test_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatc
     (tmp_path / "closed" / "copy.part").mkdir()  # in its way
     with pytest.raises(AlreadyExists):
         manager.backup("small", str(tmp_path / "closed" / "copy"))
+    (event,) = events(manager, "backup-failed")
+    assert "is in the way" in event["problem"] and event["folder"] == str(tmp_path / "closed" / "copy")
     assert files_of(tmp_path) == before
     wait_counting(manager)
 

@@ -13,7 +13,6 @@ import pytest
 from vmm import clock
 from vmm.clock import GuestClock
 from vmm.errors import AgentUnavailable
-from vmm.running import Running
 from vmm.state import MachineState
 
 
@@ -49,7 +48,7 @@ def set_clock(machine: Machine, *afters: str) -> None:
     """Bring it to now after each of these, and wait."""
 
     async def scene() -> None:
-        guest_clock = GuestClock(cast(Running, machine))
+        guest_clock = GuestClock(cast(clock.Machine, machine))
         for after in afters:
             guest_clock.bring_to_now(after)
         await asyncio.gather(*machine.tasks)

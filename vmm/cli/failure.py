@@ -54,7 +54,8 @@ def _facts(error: BaseException) -> dict[str, Any]:
     if isinstance(error, VmmError):
         return to_document(error)
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
-        return _plain("Interrupted", EXIT_INTERRUPTED, "interrupted")
+        notes = getattr(error, "__notes__", None) or getattr(error.__cause__, "__notes__", [])
+        return _plain("Interrupted", EXIT_INTERRUPTED, ": ".join(["interrupted", *notes]))
     if isinstance(error, click.ClickException):
         return _of_usage(error)
     if isinstance(error, OSError):

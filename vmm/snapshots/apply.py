@@ -16,7 +16,7 @@ import vhdkit
 from vmm.events import add_event
 from vmm.registry import Changing
 from vmm.snapshots.beforehand import look_before_apply
-from vmm.snapshots.journal import Apply
+from vmm.snapshots.journal import NO_VARIABLES, Apply
 from vmm.snapshots.memory import SnapshotFolder
 from vmm.snapshots.settle import settle, taken_back
 from vmm.snapshots.steps import (
@@ -64,7 +64,9 @@ def apply(machine: Changing, word: str) -> Applied:
             for one in pivots:
                 held.tree.grow(one.frozen, one.child, one.format, child_id=vhdkit.image_id(one.child))
             held.tree.now = snapshot.id
-            uefi = folder.uefi_variables if os.path.exists(folder.uefi_variables) else None
+            uefi = None
+            if spec.firmware == "uefi":
+                uefi = folder.uefi_variables if os.path.exists(folder.uefi_variables) else NO_VARIABLES
             note_unclean(machine.paths)
             held.go_on(commit_to(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
         commit(held)

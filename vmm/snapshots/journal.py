@@ -69,9 +69,14 @@ class Apply:
     pivots: tuple[Pivot, ...]
 
 
+NO_VARIABLES = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What is put in place. `saved`: what becomes of the saved state; `uefi`: where the variables come from."""
+    """What is put in place. `saved`: what becomes of the saved state; `uefi`: where the variables come from, or
+    `NO_VARIABLES` for a machine that had not been started yet; None: they stay.
+    """
 
     definition: Mapping[str, Any]
     saved: SavedStep | None
@@ -198,7 +203,7 @@ def _commit(document: dict[str, Any]) -> Commit:
         raise TypeError("definition")
     if saved is not None and saved not in get_args(SavedStep):
         raise ValueError("saved")
-    if uefi is not None:  # a file of a snapshot's folder
+    if uefi is not None and uefi != NO_VARIABLES:  # a file of a snapshot's folder
         folder = folder_path(os.path.dirname(absolute_path(uefi)))
         if os.path.basename(uefi) != f"{os.path.basename(folder)}.nvram":
             raise ValueError("uefi")

@@ -98,7 +98,7 @@ class Recovery:
                     await self.settle(await hold(self._running, locks))
                 if has_note(self._running.machine):
                     await self._backup.merge_away(lambda document: None)
-                    self._running.tell("backup-cleaned-up")
+                    self._running.tell("backup-cleaned-up", problem="a backup was cut short")
 
     async def _wait_idle(self, stack: contextlib.AsyncExitStack) -> None:
         """Nothing else is done to the machine. What another command does ends, and is settled by itself as a rule."""

@@ -12,6 +12,7 @@ stands on, as Hyper-V 2008 R2 puts it: whoever opens that image for writing look
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,10 +24,10 @@ import vhdkit
 from vmm import registry
 from vmm.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
 from vmm.known_images import refuse_used_elsewhere
-from vmm.paths import write_whole
+from vmm.paths import sync_folder, write_whole
 from vmm.registry import Changing
 from vmm.removal import remove_image
-from vmm.snapshots.journal import Commit, MergeLive, MergeOff, Pivot, SavedStep
+from vmm.snapshots.journal import NO_VARIABLES, Commit, MergeLive, MergeOff, Pivot, SavedStep
 from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.snapshots.snapshot import Image
 from vmm.snapshots.store import Held, tree_path
@@ -128,7 +129,14 @@ def commit(held: Held) -> Changing:
             adapt_saved(machine.paths, spec)
         case "drop":
             drop_saved(machine.paths)
-    if journal.uefi is not None:
+    if journal.uefi == NO_VARIABLES:  # the next start makes new ones
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(machine.paths.uefi_variables)
+            sync_folder(machine.paths.folder)
+        except OSError as error:
+            raise of_os_error(error, "remove the UEFI variables", path=machine.paths.uefi_variables) from error
+    elif journal.uefi is not None:
         try:
             descriptor = os.open(journal.uefi, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             with open(descriptor, "rb") as file:

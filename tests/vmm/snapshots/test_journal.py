@@ -15,6 +15,7 @@ from tests.vmm.snapshots.machines import Machines
 from vmm import registry
 from vmm.errors import InUse, VmmError
 from vmm.snapshots.journal import (
+    NO_VARIABLES,
     Apply,
     Commit,
     CreateLive,
@@ -47,6 +48,7 @@ JOURNALS: list[Journal] = [
     Delete((FOLDER,)),
     MergeOff("/disks/a.avhd", ("/disks/c.avhd", "/disks/b.avhd")),
     MergeLive("disk-0", "/disks/a.avhd", ("/disks/b.avhd",)),
+    Commit({"name": "web"}, "drop", NO_VARIABLES),
 ]
 
 
@@ -74,7 +76,7 @@ def test_what_0_1_0_wrote() -> None:
         FOLDER, (PIVOT,), False, "stop", True, {}, SNAPSHOT
     )
     merge = {"target": "/disks/a.avhd", "layers": ["/disks/b.avhd"]}
-    assert read_journal({"op": "live-merge", "disk": "disk-0", **merge}) == JOURNALS[-1]
+    assert read_journal({"op": "live-merge", "disk": "disk-0", **merge}) == JOURNALS[8]
 
 
 def _spoilt(journal: Journal, **changes: object) -> dict[str, Any]:
