@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far long work is: a bar with speed and time left on a terminal's standard error, plain lines elsewhere.
 
-Decides when anything is shown at all. The library calls back with (bytes done, bytes in all).
+Decides when anything is shown at all, and what is left out where a terminal is narrow: it stays on one line. The
+library calls back with (bytes done, bytes in all).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import click
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -25,16 +27,53 @@ _SHOW_EVERY_SECONDS = 0.1
 _LINE_EVERY_SECONDS = 2.0
 
 
+_WIDE, _USUAL, _NARROW = 104, 72, 40  # columns of a terminal from which on bar, total, and speed have room
+
+
 class _Amount(ProgressColumn):
     """How much of how much, and how fast."""
 
+    def __init__(self, *, of_total: bool = True) -> None:
+        super().__init__()
+        self._of_total = of_total
+
     def render(self, task: Task) -> Text:
         text = format_size(int(task.completed))
-        if task.total is not None:
+        if self._of_total and task.total is not None:
             text += f" of {format_size(int(task.total))}"
         if task.speed:
             text += f", {format_size(int(task.speed))}/s"
         return Text(text)
+
+
+class _Speed(ProgressColumn):
+    """How fast."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{format_size(int(task.speed))}/s" if task.speed else "")
+
+
+class FittingBar(Bar):
+    """What fits into one line of the terminal, however it is resized meanwhile."""
+
+    def __init__(self, screen: Console, *, endless: bool) -> None:
+        what, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn()
+        share = TextColumn("{task.percentage:>3.0f}%")
+        end: tuple[ProgressColumn, ...] = () if endless else (left, TextColumn("left"))
+        shares: tuple[ProgressColumn, ...] = () if endless else (share,)
+        self._by_width: tuple[tuple[int, tuple[ProgressColumn, ...]], ...] = (
+            (_WIDE, (what, BarColumn(bar_width=30), *shares, _Amount(), *end)),
+            (_USUAL, (what, *shares, _Amount(), *end)),
+            (_NARROW, (what, _Amount(of_total=False)) if endless else (what, share, _Speed(), left)),
+            (0, (what, *shares)),
+        )
+        self._screen = screen
+        super().__init__(console=screen, transient=True)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The one line."""
+        self.columns = next(columns for width, columns in self._by_width if self._screen.width >= width)
+        yield self.make_tasks_table(self.tasks)
 
 
 @contextlib.contextmanager
@@ -53,15 +92,7 @@ def progress_shown(
     elif not terminal:
         yield _by_lines(doing, endless)
     else:
-        bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("" if endless else "{task.percentage:>3.0f}%"),
-            _Amount(),
-            *(() if endless else (TimeRemainingColumn(), TextColumn("left"))),
-            console=console(stderr=True),
-            transient=True,
-        )
+        bar = FittingBar(console(stderr=True), endless=endless)
         with bar:
             yield _by_bar(bar, bar.add_task(doing, total=None), endless)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from vhdkit.formats.labels import exfat_label, ntfs_label
 from vhdkit.units import KIB, SECTOR_SIZE, round_up
 
 ReadBytes: TypeAlias = Callable[[int, int], bytes]  # (offset, size): fewer bytes only at the end
@@ -109,7 +110,7 @@ def identify(read: ReadBytes) -> FileSystem | None:
     head = read(0, _SWAP_PAGES[0])
     for offset, mark, kind in _MARKS:
         if head.startswith(mark, offset):
-            return FileSystem(kind, _label(kind, head))
+            return FileSystem(kind, _label(kind, head, read))
     superblock = head[_EXT_OFFSET:]
     if superblock[56:58] == _EXT_MAGIC:
         return _ext(superblock)
@@ -132,7 +133,11 @@ def _ext(superblock: bytes) -> FileSystem:
     return FileSystem(kind, _text(superblock[120:136]), bool(incompatible & _EXT_NEEDS_RECOVERY))
 
 
-def _label(kind: str, head: bytes) -> str:
+def _label(kind: str, head: bytes, read: ReadBytes) -> str:
+    if kind == "ntfs":
+        return ntfs_label(read, head[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
+    if kind == "exfat":
+        return exfat_label(read, head[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
     if kind == "xfs":
         return _text(head[108:120])
     if kind == "vfat":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -142,7 +143,8 @@ def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         nonlocal width
         done, total = document.get("done"), document.get("total")
         share = f" {done * 100 // total} %" if isinstance(done, int) and isinstance(total, int) and total else ""
-        text = f"{printable(str(document.get('step', '')))}{share}"
+        step = printable(str(document.get("step", "")))
+        text = f"{step[: max(shutil.get_terminal_size().columns - 1 - len(share), 0)]}{share}"  # one line stays one
         sys.stderr.write("\r" + text.ljust(width))
         sys.stderr.flush()
         width = max(width, len(text))

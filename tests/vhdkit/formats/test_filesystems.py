@@ -35,7 +35,7 @@ def end(raw: bytes, kind: str) -> int | None:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_what_real_tools_make(kind: str, tmp_path: Path) -> None:
-    """Each maker's file system is known, with its label where its place is a fixed one."""
+    """Each maker's file system is known, with its label."""
     (tool, *words), size = MAKERS[kind]
     image = tmp_path / "image"
     with image.open("wb") as file:
@@ -46,7 +46,7 @@ def test_what_real_tools_make(kind: str, tmp_path: Path) -> None:
     found = identified(head)
     assert end(head, kind) == size * MIB
     assert found is not None and found.kind == kind and not found.needs_recovery
-    assert found.label.upper().replace("_", " ") == ("" if kind == "ntfs" else "A LABEL")
+    assert found.label.upper().replace("_", " ") == "A LABEL"
 
 
 def test_fat32_has_its_label_elsewhere(tmp_path: Path) -> None:
