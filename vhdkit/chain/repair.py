@@ -85,12 +85,19 @@ def repair(
     are written to `report`, by default beside the image. `writer_is_dead` allows to take off the mark of another
     program. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` is that of the
     examinations before and after.
-    Raises ImageInUse while anybody has the image open, InvalidArgument for an image that is no VHD or a repair that is
-    too large, AlreadyExists for a backup or report that is there, NoSpace, IoFailed, and what `check` raises.
+    Raises ImageInUse while anybody has the image open, InvalidArgument for what is no VHD, one on a device, or
+    a repair that is too large, AlreadyExists for a backup or report that is there, NoSpace, IoFailed, and what `check`
+    raises.
     """
     options = options or OpenOptions()
     image_path = os.fsdecode(path)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
+        if store.is_device:
+            raise errors.InvalidArgument(
+                "is a device, where a repair that is interrupted could not be taken back",
+                path=image_path,
+                hint="copy it to a file, and repair that",
+            )
         if not dry_run:
             pending.settle(store)
             recall.acknowledge(store)

@@ -87,5 +87,5 @@ def _utf16(raw: bytes) -> str:
     return raw.decode("utf-16-le", "replace").split("\0", 1)[0].strip()
 
 
-def _little(raw: bytes, place: int, size: int) -> int:
+def _little(raw: bytes | bytearray, place: int, size: int) -> int:
     return int.from_bytes(raw[place : place + size], "little")

@@ -18,6 +18,7 @@ from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, entry_error, used_sizes
 from vhdkit.formats.vhd.metadata import FooterState, Metadata, read_metadata
+from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
 
@@ -201,6 +202,8 @@ def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Find
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     data_end = block_data_end(metadata)
     leaks = list(gaps(metadata, bat))
+    if end_of_room(store) is not None:  # a device: what lies between the last block and the footer is for new ones
+        leaks = [one for one in leaks if one[0] + one[1] < data_end]
     if leaks:
         leaked, first = sum(size for _, size in leaks), leaks[0][0]
         listed = leaks[:_MAX_LISTED]

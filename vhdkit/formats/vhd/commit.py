@@ -12,6 +12,8 @@ Decides where a new block is placed and in which order its parts reach the devic
   entry that lands before its bitmap shows what was there before.
 - `INV-FOOTER-COPY`: the trailing footer is written, in a phase of its own, while the copy at offset 0 is still.
 - `INV-NO-REUSE`: no space of the file is ever given to a second block.
+
+On a device the footer stays at the end, and new blocks go before it, into space that is made zeros first.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ MAX_CACHED_BYTES = 16 * MIB  # of clean bitmaps kept in memory
 class Commit:
     """What one open image must still write: dirty bitmaps, dirty BAT sectors, the trailing footer.
 
-    `free_bytes` is where new space begins: past every block and past the trailing footer. One writer at a time
+    `free_bytes` is where new space begins: past every block and past the trailing footer. `room_end_bytes` is where
+    the trailing footer stands on a device, see `room`; new space lies between the two then. One writer at a time
     calls `place_block`, `publish` and `touch`; `flush` may run beside it.
     """
 
@@ -48,8 +51,10 @@ class Commit:
         bitmap_size_bytes: int,
         block_size_bytes: int,
         free_bytes: int,
+        room_end_bytes: int | None = None,
         notes: Notes | None = None,
     ) -> None:
+        self._room_end = room_end_bytes
         self._store = store
         self._notes = notes
         self._bat = bat
@@ -84,12 +89,17 @@ class Commit:
         back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
         """
         size_before = self._store.size()
-        # The file may have grown behind our back: what lies there is somebody's, whatever it is (`INV-NO-REUSE`).
-        free_bytes = max(self._free_bytes, size_before)
+        free_bytes = self._free_bytes
+        if self._room_end is None:
+            # The file may have grown behind our back: what lies there is somebody's, whatever it is (`INV-NO-REUSE`).
+            free_bytes = max(free_bytes, size_before)
         data_offset = round_up(free_bytes + self._bitmap_size, PAGE_SIZE)
         start, end = data_offset - self._bitmap_size, data_offset + self._block_size
         if start >= sectors_to_bytes(BAT_UNALLOCATED):
             raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)
+        if self._room_end is not None:
+            self._place_in_room(start, end, fill)
+            return start
         self._has_placed = True
         if self._notes is not None:  # who is killed before the block is noted leaves its space to nobody
             self._notes.prepare()
@@ -103,6 +113,25 @@ class Commit:
             raise
         self._free_bytes = end + FOOTER_SIZE
         return start
+
+    def _place_in_room(self, start: int, end: int, fill: Callable[[int], object] | None) -> None:
+        """As `place_block` on a device. Whatever is raised, nothing points there: the next block takes the place."""
+        assert self._room_end is not None
+        if end > self._room_end:
+            raise errors.NoSpace(
+                f"the device has no room for another block of {self._block_size} bytes before its footer at byte"
+                f" {self._room_end:#x}",
+                path=self._store.name,
+                hint="move the disk to a larger device or into a file: `vhdkit convert`",
+            )
+        if self._notes is not None:
+            self._notes.prepare()
+        data_offset = start + self._bitmap_size
+        self._store.pwrite(start, bytes(self._bitmap_size))
+        self._store.punch(data_offset, self._block_size)
+        if fill is not None:
+            fill(data_offset)
+        self._free_bytes = end
 
     def _give_back(self, size_before: int, end: int) -> None:
         """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
@@ -134,7 +163,8 @@ class Commit:
 
     def _point_at(self, block_index: int, start_bytes: int) -> None:
         self._bat.set(block_index, start_bytes)
-        self._footer_due = self._free_bytes - FOOTER_SIZE
+        if self._room_end is None:
+            self._footer_due = self._free_bytes - FOOTER_SIZE
 
     def touch(self, block_index: int) -> None:
         """The block's bitmap in `bitmaps` has changed (under `lock`)."""

@@ -25,6 +25,7 @@ from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.image import Extent, ExtentKind, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
@@ -68,13 +69,16 @@ class DynamicImage:
             remember.disown(store)
         notes = remember.begin(store, self.unique_id) if writable else None
         self._noting = notes is not None
+        room_end = end_of_room(store) if writable else None
+        free = max(nominal_end(metadata, bat), metadata.file_size_bytes)
         self._commit = Commit(
             store,
             bat,
             footer_raw=metadata.footer_raw,
             bitmap_size_bytes=self._bitmap_size,
             block_size_bytes=self.block_size_bytes,
-            free_bytes=max(nominal_end(metadata, bat), metadata.file_size_bytes),
+            free_bytes=free if room_end is None else end_of_structures(metadata, bat),
+            room_end_bytes=room_end,
             notes=notes,
         )
 

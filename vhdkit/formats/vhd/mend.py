@@ -12,6 +12,7 @@ from typing import Any
 from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
 from vhdkit.formats.vhd.metadata import FooterState, Metadata
+from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_down, round_up
 
@@ -48,6 +49,9 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
         store.pwrite(0, metadata.footer_raw)
         store.sync()
         changed = True
+    room_end = end_of_room(store)
+    if room_end is not None:
+        return _mend_on_device(store, metadata, max(nominal_end, cut_end or 0), room_end) or changed
     if cut_end is not None and metadata.tail.state.usable:
         # The footer stands inside the block. Out of the way first: were the new one written before, a power cut
         # would leave the old one's bytes to be read as data. The copy at offset 0 carries the image meanwhile.
@@ -64,4 +68,20 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
     store.pwrite(end, metadata.footer_raw)
     store.sync()
     assert store.size() == end + FOOTER_SIZE
+    return True
+
+
+def _mend_on_device(store: Store, metadata: Metadata, end: int, room_end: int) -> bool:
+    """Put the trailing footer at the end of the device, where it is missing; True when it was."""
+    if end > room_end:
+        raise NoSpace(
+            f"the device ends before the image's last block and its footer: {room_end + FOOTER_SIZE} bytes, where"
+            f" {end + FOOTER_SIZE} are needed",
+            path=metadata.path,
+            hint=_READ_ONLY_HINT,
+        )
+    if metadata.tail.state.usable:
+        return False
+    store.pwrite(room_end, metadata.footer_raw)
+    store.sync()
     return True

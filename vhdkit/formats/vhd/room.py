@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image on a block device, which does not grow: its trailing footer stands at the device's end for good.
+
+Decides where that is. New blocks go into the room before it, which holds whatever the device held before.
+"""
+
+from __future__ import annotations
+
+from vhdkit.formats.vhd.layout import FOOTER_SIZE
+from vhdkit.store import FileStore, Store
+from vhdkit.units import SECTOR_SIZE, round_down
+
+
+def end_of_room(store: Store) -> int | None:
+    """Where the trailing footer of an image on a device stands; None for a file, which grows. Raises IoFailed."""
+    if not isinstance(store, FileStore) or not store.is_device:
+        return None
+    return round_down(store.size(), SECTOR_SIZE) - FOOTER_SIZE
