@@ -58,12 +58,19 @@ def rebase(
     With `unsafe_new_id` an image with another id is accepted, and its id recorded, when the disk reads the same on it
     as on the recorded parent: the whole content is compared, so both must be there.
     The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
-    image without a parent, ParentMismatch for another parent, ParentMissing where there is nothing to compare with,
-    ImageInUse when the image is open anywhere, and what opening the two raises. On error the image has its old names.
+    image without a parent and for one on a device, ParentMismatch for another parent, ParentMissing where there is
+    nothing to compare with, ImageInUse when the image is open anywhere, and what opening the two raises. On error the
+    image has its old names.
     """
     options = options or OpenOptions()
     image_path, new_path = real_path(path), os.fsdecode(parent_path)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
+        if store.is_device:
+            raise errors.InvalidArgument(
+                "is a device, which has no room behind the image to change its parent safely",
+                path=image_path,
+                hint="copy it to a file, and repoint that",
+            )
         if not dry_run:
             pending.settle(store)
         metadata = read_metadata(pending.view(store))

@@ -71,6 +71,8 @@ def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> 
         assert not [one for one in vhdkit.check(device) if one.severity > vhdkit.Severity.NOTE]
         with pytest.raises(errors.InvalidArgument, match="is a device"):
             vhdkit.repair(device)
+        with pytest.raises(errors.InvalidArgument, match="is a device"):
+            vhdkit.rebase(device, tmp_path / "image.vhd")
         shutil.copy(device, tmp_path / "copy.vhd")
     with vhdkit.open_disk(tmp_path / "copy.vhd") as disk:
         assert disk.read(0, SIZE) == model
