@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vhdkit.units import KIB, SECTOR_SIZE, is_power_of_two
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, is_power_of_two
 
 _MIN_RECORD_BYTES, _MAX_RECORD_BYTES = SECTOR_SIZE, 64 * KIB
-_MAX_CLUSTER_BYTES = 32 * KIB * KIB  # of both: larger ones are nonsense
+_MAX_UNIT_BYTES = 32 * MIB  # that a file system allocates in: no format has larger ones
 _VOLUME_RECORD = 3  # $Volume is always the fourth file
 _VOLUME_NAME, _LAST_ATTRIBUTE = 0x60, 0xFFFFFFFF
 _MAX_NAME_BYTES = 256
@@ -27,15 +27,15 @@ _EXFAT_MAX_SHIFT = 25
 def ntfs_label(read: Callable[[int, int], bytes], boot: bytes) -> str:
     """The label of an NTFS whose first sector is `boot`, empty where there is none. Raises what `read` raises."""
     sector = _little(boot, 0x0B, 2)
-    per_cluster = boot[0x0D] if boot[0x0D] <= 0x80 else 1 << (0x100 - boot[0x0D])
-    cluster = sector * per_cluster
+    per_unit = boot[0x0D] if boot[0x0D] <= 0x80 else 1 << (0x100 - boot[0x0D])
+    unit = sector * per_unit
     signed = int.from_bytes(boot[0x40:0x41], "little", signed=True)
-    size = signed * cluster if signed > 0 else 1 << -signed
+    size = signed * unit if signed > 0 else 1 << -signed
     if not (is_power_of_two(size) and _MIN_RECORD_BYTES <= size <= _MAX_RECORD_BYTES):
         return ""
-    if not is_power_of_two(cluster) or cluster > _MAX_CLUSTER_BYTES:
+    if not is_power_of_two(unit) or unit > _MAX_UNIT_BYTES:
         return ""
-    record = _fixed_up(read(_little(boot, 0x30, 8) * cluster + _VOLUME_RECORD * size, size), size)
+    record = _fixed_up(read(_little(boot, 0x30, 8) * unit + _VOLUME_RECORD * size, size), size)
     position = _little(record, 0x14, 2)
     while position + 0x18 <= len(record):
         kind, length = _little(record, position, 4), _little(record, position + 4, 4)
@@ -68,11 +68,11 @@ def _fixed_up(raw: bytes, size: int) -> bytes:
 def exfat_label(read: Callable[[int, int], bytes], boot: bytes) -> str:
     """The label of an exFAT whose first sector is `boot`, empty where there is none. Raises what `read` raises."""
     heap, root = _little(boot, 88, 4), _little(boot, 96, 4)
-    sector_shift, cluster_shift = boot[108], boot[108] + boot[109]
-    if not (9 <= sector_shift <= cluster_shift <= _EXFAT_MAX_SHIFT) or root < 2:
+    sector_shift, unit_shift = boot[108], boot[108] + boot[109]
+    if not (9 <= sector_shift <= unit_shift <= _EXFAT_MAX_SHIFT) or root < 2:
         return ""
-    size = min(1 << cluster_shift, _EXFAT_LOOKED_AT)
-    folder = read((heap << sector_shift) + ((root - 2) << cluster_shift), size)
+    size = min(1 << unit_shift, _EXFAT_LOOKED_AT)
+    folder = read((heap << sector_shift) + ((root - 2) << unit_shift), size)
     for position in range(0, len(folder) - _EXFAT_ENTRY + 1, _EXFAT_ENTRY):
         kind = folder[position]
         if kind == 0:  # behind the last entry
