@@ -23,6 +23,7 @@ from dataclasses import replace
 import vhdkit
 from vmm import registry, saved, unfinished
 from vmm.arrival import Arrival, chain_of, check_chains, judge_all, look_at_export, placed, resolved
+from vmm.counting import Counter
 from vmm.errors import AlreadyExists
 from vmm.events import add_event
 from vmm.foreign import Consent
@@ -143,7 +144,7 @@ def _registered(inside: Inside, arrival: Arrival) -> Transfer:
     _adopt(arrival, os.path.join(root, "disks"))
     for key in arrival.tree.snapshots:
         write_whole(SnapshotFolder(landing.folder(key)).definition, landing.spec(key).to_json())
-    return _added(inside, arrival, landing, share=True)
+    return _added(inside, arrival, landing, counter=None)
 
 
 def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
@@ -159,16 +160,20 @@ def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
         make_folders(os.path.dirname(disks))
         unfinished.sweep(os.path.dirname(disks), folders=True)
         os.mkdir(part, 0o700)
-        _copy_files(inside, arrival, part, progress)
+        counter = Counter(progress)
+        counter.expect(sum(inside.room(name) for name in arrival.files))
+        _copy_files(inside, arrival, part, counter)
         check_chains(arrival, part)
         _adopt(arrival, part)
         for snapshot_id in arrival.tree.snapshots:
             made.append(snapshots)
-            _copy_snapshot(inside, arrival, landing, snapshot_id)
+            counter.begin("copying snapshots")
+            _copy_snapshot(inside, arrival, landing, snapshot_id, counter)
         _name_folder(part, disks)
         made.append(disks)
         sync_folder(os.path.dirname(disks))
-        return _added(inside, arrival, landing, share=False)
+        counter.begin("copying memory")
+        return _added(inside, arrival, landing, counter=counter)
     except (OSError, vhdkit.VhdkitError) as error:
         _take_away(made)
         raise store_problem(error, "import the machine") from error
@@ -195,18 +200,18 @@ def _in_the_way(folder: str) -> AlreadyExists:
     return AlreadyExists("is in the way of the new machine's disks", path=folder, hint="give another name: --name")
 
 
-def _copy_files(inside: Inside, arrival: Arrival, part: str, progress: Progress) -> None:
+def _copy_files(inside: Inside, arrival: Arrival, part: str, counter: Counter) -> None:
     names = sorted(name for name in arrival.files if name.startswith(("disks/", "media/")) and name.count("/") == 1)
     need_room(part, sum(inside.room(name) for name in names))
-    for number, name in enumerate(names):
-        progress({"step": "copying images", "done": number, "total": len(names)})
+    counter.begin("copying images")
+    for name in names:
         target = os.path.join(part, name.removeprefix("disks/"))
         if name.startswith("media/"):
             make_folders(os.path.dirname(target))
-        inside.copy(name, target, arrival.files[name])
+        inside.copy(name, target, arrival.files[name], counter.did)
 
 
-def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot_id: str) -> None:
+def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot_id: str, counter: Counter) -> None:
     """The definition as it was judged, not as it lies there by now; memory and variables as they are."""
     folder = SnapshotFolder(landing.folder(snapshot_id))
     make_folders(os.path.dirname(folder.folder))
@@ -216,7 +221,8 @@ def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot
         name = f"snapshots/{snapshot_id}/{snapshot_id}{suffix}"
         if name in arrival.files:
             need_room(folder.folder, inside.room(name))
-            inside.copy(name, os.path.join(folder.folder, f"{snapshot_id}{suffix}"), arrival.files[name])
+            target = os.path.join(folder.folder, f"{snapshot_id}{suffix}")
+            inside.copy(name, target, arrival.files[name], counter.did)
 
 
 def _adopt(arrival: Arrival, disks: str) -> None:
@@ -236,21 +242,24 @@ def _take_away(folders: Collection[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, share: bool) -> Transfer:
-    """The machine in the registry, with its tree and memory, so that nobody sees it without them."""
+def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Counter | None) -> Transfer:
+    """The machine in the registry, with its tree and memory, so that nobody sees it without them.
+
+    `counter` is told of what is copied; None for a machine whose files become its own where they lie.
+    """
     spec, tree = landing.spec(None), landing.tree()
 
     def fill(machine: MachinePaths) -> None:
         if tree.snapshots or tree.images:
             write_whole(tree_path(machine), tree.to_json())
         note_unclean(machine)  # how its guest ended is not known
-        _bring_files(inside, arrival, machine, share=share)
+        _bring_files(inside, arrival, machine, counter)
         if arrival.has_memory:
             adapt_saved(machine, spec)
             saved.accept_media(machine, media_of(spec))  # what came along, or what the user named instead
 
     with contextlib.ExitStack() as held:
-        if spec.adapters and not share and not arrival.has_memory:  # what is in memory knows the old address
+        if spec.adapters and counter is not None and not arrival.has_memory:  # what is in memory knows the old address
             from vmm.adapters import choosing_macs, with_new_macs
 
             held.enter_context(choosing_macs())
@@ -262,7 +271,7 @@ def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, share: bool) 
     return Transfer(spec.name, machine.paths.folder, count, len(tree.snapshots), arrival.granted)
 
 
-def _bring_files(inside: Inside, arrival: Arrival, machine: MachinePaths, *, share: bool) -> None:
+def _bring_files(inside: Inside, arrival: Arrival, machine: MachinePaths, counter: Counter | None) -> None:
     if UEFI_VARIABLES in arrival.files:
         inside.copy(UEFI_VARIABLES, machine.uefi_variables, arrival.files[UEFI_VARIABLES])
     if arrival.has_memory:
@@ -270,8 +279,9 @@ def _bring_files(inside: Inside, arrival: Arrival, machine: MachinePaths, *, sha
         os.mkdir(part, 0o700)
         for name in ("memory.bin", "state.json"):
             target = os.path.join(part, name)
-            if share and name == "memory.bin":
+            if counter is None and name == "memory.bin":
                 share_file(os.path.join(inside.root, "saved", name), target)
             else:
-                inside.copy(f"saved/{name}", target, arrival.files[f"saved/{name}"])
+                did = counter.did if counter is not None else lambda size_bytes: None
+                inside.copy(f"saved/{name}", target, arrival.files[f"saved/{name}"], did)
         os.rename(part, machine.saved)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -112,13 +113,15 @@ class Inside:
             return False
         return True
 
-    def copy(self, name: str, target: str, size_bytes: int) -> None:
+    def copy(
+        self, name: str, target: str, size_bytes: int, did: Callable[[int], None] = lambda size_bytes: None
+    ) -> None:
         """A copy of a file of that size, ours alone. Raises as `open`, InvalidSpec, OSError."""
         descriptor = self.open(name)
         try:
             if os.fstat(descriptor).st_size != size_bytes:
                 raise InvalidSpec("changed while it was imported", path=os.path.join(self.root, name))
-            copy_open(descriptor, target)
+            copy_open(descriptor, target, did)
         finally:
             os.close(descriptor)
 

@@ -35,6 +35,7 @@ from vmm.paths import default_folders
 from vmm.registry import Machine
 from vmm.removal import images_inside, remove_image
 from vmm.rpc import Progress
+from vmm.serials import keep_serials
 from vmm.settings import ChangedSettings, MachineSettings
 from vmm.snapshots.beforehand import removal_problem
 from vmm.snapshots.delete import delete_all, images_to_delete
@@ -193,6 +194,7 @@ class Manager:
             machine = registry.add(spec, folder=folder)
         add_event(machine.paths.events, "created")
         note_marks(machine, spec.disks)
+        keep_serials(spec.disks)
         return self.show(name)
 
     def set(self, name: str, /, **settings: Unpack[ChangedSettings]) -> bool:
@@ -296,6 +298,7 @@ class Manager:
                 again = self._plan_delete(machine, with_disks=with_disks, with_snapshots=True)
                 disks, kept = again.disks, kept | dict(again.kept)
             registry.remove(machine)
+            keep_serials([disk for disk in machine.spec.disks if disk.path not in disks])
             for path in disks:
                 try:
                     remove_image(path, machine.lock)
@@ -400,6 +403,7 @@ class Manager:
                 registry.check_disks(spec)
                 client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
             note_marks(machine, [disk])
+            keep_serials([disk])
         return disk
 
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
@@ -413,6 +417,7 @@ class Manager:
                 add_event(machine.paths.events, "disk-removed", disk=disk.id, path=disk.path)
             else:
                 client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
+            keep_serials([disk])  # it may be a newer leaf than the one that was given
         return disk
 
     def change_medium(self, name: str, drive_id: str, path: str | None, *, force: bool = False) -> DiskSpec:

@@ -25,6 +25,7 @@ import vhdkit
 from vmm import contact, registry, saved
 from vmm.backup import check_target, make_part
 from vmm.contact import Place
+from vmm.counting import Counter
 from vmm.devices import refuse_passed_through
 from vmm.errors import NoSpace, WrongState
 from vmm.events import add_event
@@ -114,6 +115,7 @@ class _Export:
         self._tree = tree
         self._part = part
         self._progress = progress
+        self._counter = Counter(progress)
         self._names: dict[str, str] = {}  # real path of an image -> its name in disks/
         self._media: dict[str, str] = {}  # a path as the definition has it -> its name in the folder
         self._options = options_of_all(machine.spec)
@@ -122,6 +124,15 @@ class _Export:
     def whole(self, flat: bool) -> Transfer:
         """The machine with its snapshots, or flat as it is now."""
         spec, tree = self._machine.spec, self._tree
+        has_memory = saved.is_saved(self._machine.paths)
+        specs = [spec, *([] if flat else map(definition_of, tree.snapshots.values()))]
+        self._counter.expect_files(media_files(specs))
+        if has_memory:
+            self._counter.expect_files([os.path.join(self._machine.paths.saved, "memory.bin")])
+        if not flat:
+            self._counter.expect_files(
+                entry.path for one in tree.snapshots.values() for entry in os.scandir(one.folder)
+            )
         if flat:
             images, tree = self._flatten(spec), Tree()
         else:
@@ -130,25 +141,25 @@ class _Export:
             self._copy_images([*map(self._chain, leaves.values()), *(self._chain_at(path) for path in frozen)])
             images = {disk_id: self._names[os.path.realpath(str(disk.path))] for disk_id, disk in leaves.items()}
             tree = self._relative_tree(tree)
-        has_memory = saved.is_saved(self._machine.paths)
         if has_memory:
             self._copy_saved(os.path.join(self._machine.paths.saved, "memory.bin"),
                              os.path.join(self._machine.paths.saved, "state.json"))  # fmt: skip
         if spec.firmware == "uefi" and os.path.exists(self._machine.paths.uefi_variables):
             copy_file(self._machine.paths.uefi_variables, os.path.join(self._part, UEFI_VARIABLES))
-        self._copy_media([spec, *([] if flat else map(definition_of, self._tree.snapshots.values()))])
+        self._copy_media(specs)
         return self._finish(spec, images, tree, "vhd" if flat else None)
 
     def one(self, snapshot: Snapshot, flat: bool) -> Transfer:
         """A machine that is what it was at the snapshot, with no snapshots of its own."""
         spec = definition_of(snapshot)
+        folder = SnapshotFolder(snapshot.folder)
+        self._counter.expect_files([*media_files([spec]), *([] if snapshot.memory_bytes is None else [folder.memory])])
         if flat:
             images = self._flatten(spec)
         else:
             disks = [disk for disk in spec.disks if disk.kind == "vhd" and disk.path is not None]
             self._copy_images([self._chain(disk) for disk in disks])
             images = {disk.id: self._names[os.path.realpath(str(disk.path))] for disk in disks}
-        folder = SnapshotFolder(snapshot.folder)
         if snapshot.memory_bytes is not None:
             self._copy_saved(folder.memory, folder.description)
         if os.path.exists(folder.uefi_variables):
@@ -201,9 +212,10 @@ class _Export:
         need_room(self._part, sum(os.stat(path).st_blocks * 512 for path in parents))
         for path in parents:
             self._names[path] = _free_name(os.path.basename(path), set(self._names.values()))
-        for number, path in enumerate(parents):
-            self._progress({"step": "copying images", "done": number, "total": len(parents)})
-            copy_file(path, self._copy_of(path))
+        self._counter.expect_files(parents)
+        self._counter.begin("copying images")
+        for path in parents:
+            copy_file(path, self._copy_of(path), self._counter.did)
         adopt_parents({self._copy_of(path): None if parent is None else self._copy_of(parent)
                        for path, parent in parents.items()})  # fmt: skip
 
@@ -214,21 +226,21 @@ class _Export:
         folder = os.path.join(self._part, "saved")
         os.mkdir(folder, 0o700)
         need_room(folder, os.stat(memory).st_blocks * 512)
-        copy_file(memory, os.path.join(folder, "memory.bin"))
+        self._counter.begin("copying memory")
+        copy_file(memory, os.path.join(folder, "memory.bin"), self._counter.did)
         copy_file(description, os.path.join(folder, "state.json"))
 
     def _copy_media(self, specs: list[MachineSpec]) -> None:
         """ISO images, kernels and initrds. One that is not there, or is a drive of this host, stays behind."""
-        wanted = [path for spec in specs for path in (spec.kernel, spec.initrd)]
-        wanted += [disk.path for spec in specs for disk in spec.disks if disk.kind == "iso"]
-        there = [path for path in dict.fromkeys(wanted) if path is not None and os.path.isfile(path)]
+        there = media_files(specs)
         if there:
             os.mkdir(os.path.join(self._part, "media"), 0o700)
         for path in there:
             need_room(self._part, os.stat(path).st_blocks * 512)
             taken = {os.path.basename(name) for name in self._media.values()}
             self._media[path] = f"media/{_free_name(os.path.basename(path), taken)}"
-            copy_file(path, os.path.join(self._part, self._media[path]))
+            self._counter.begin("copying media")
+            copy_file(path, os.path.join(self._part, self._media[path]), self._counter.did)
 
     def _relative_tree(self, tree: Tree) -> Tree:
         """The tree with names in the folder. A path in a tree is absolute: here the folder is the root."""
@@ -254,7 +266,7 @@ class _Export:
         for name in sorted(os.listdir(snapshot.folder)):
             source = os.path.join(snapshot.folder, name)
             need_room(folder, os.stat(source).st_blocks * 512)
-            copy_file(source, os.path.join(folder, name))
+            copy_file(source, os.path.join(folder, name), self._counter.did)
 
     def _finish(self, spec: MachineSpec, images: dict[str, str], tree: Tree, kind: str | None) -> Transfer:
         files = {}
@@ -274,6 +286,13 @@ class _Export:
         write_whole(os.path.join(self._part, MANIFEST), json.dumps(document, indent=1).encode() + b"\n")
         count = sum(path.startswith("disks/") for path in files)
         return Transfer(spec.name, self._part, count, len(tree.snapshots))
+
+
+def media_files(specs: list[MachineSpec]) -> list[str]:
+    """The ISO images, kernels and initrds of these definitions that are there, each once; no drives of this host."""
+    wanted = [path for spec in specs for path in (spec.kernel, spec.initrd)]
+    wanted += [disk.path for spec in specs for disk in spec.disks if disk.kind == "iso"]
+    return [path for path in dict.fromkeys(wanted) if path is not None and os.path.isfile(path)]
 
 
 def need_room(folder: str, size_bytes: int) -> None:

@@ -17,6 +17,7 @@ from vmm.errors import InvalidSpec
 from vmm.images import find_image, look_at, refuse_frozen
 from vmm.media import open_medium
 from vmm.paths import default_folders
+from vmm.serials import kept_serial, serial_of_device
 from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk
 
 
@@ -51,13 +52,19 @@ def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
     if unit is None:
         index, unit = spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
     path = wish.path or None
-    settings: dict[str, object] = {} if wish.serial is None else {"serial": wish.serial}
+    settings: dict[str, object] = {}
+    taken = [disk.serial for disk in spec.disks]
+    serial = wish.serial
     if path is not None and wish.kind == "pass-through":
         found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
         path = found.pop("path")
         settings |= found
+        serial = serial or serial_of_device(found.get("identity"), taken)
     elif path is not None:
         path = find_image(path, spec.paths.disks or default_folders()["disks"])
+        serial = serial or (kept_serial(path, taken) if wish.kind == "vhd" else None)
+    if serial is not None:
+        settings["serial"] = serial
     disk = make_disk(
         id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
         unit=unit, read_only=wish.read_only or wish.kind == "iso", format=wish.format,

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,6 +191,23 @@ def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
     assert state["definition"]["id"] == copy.spec.id and state["definition"]["name"] == "copy"
     manager.discard_saved("copy")
     assert manager.snapshots("copy").apply("a", discard_current=True).state == "saved"
+
+
+def test_progress_is_told_in_bytes(machines: Machines, out: Path) -> None:
+    """Export and import tell how many bytes of all are copied: of images, snapshots and media."""
+    make_iso(machines.folder / "one.iso", "first")
+    web = machines.create()
+    vmm.Manager().add_disk("web", vmm.DiskWish(str(machines.folder / "one.iso"), kind="iso"))
+    web.create("a")
+    for work in (
+        lambda tell: export("web", str(out), progress=tell),
+        lambda tell: import_machine(str(out), name="copy", progress=tell),
+    ):
+        told: list[dict[str, Any]] = []
+        work(told.append)
+        assert {"copying images"} <= {one["step"] for one in told}
+        done, totals = [one["done"] for one in told], {one["total"] for one in told}
+        assert done == sorted(done) and min(totals) > 256 << 10 and done[0] == 0
 
 
 def test_saved_memory_arrives_without_its_medium_and_kernel(machines: Machines, out: Path) -> None:

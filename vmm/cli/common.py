@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import click
 
 import vhdkit
+from vmm.cli.progress import ProgressText
 from vmm.errors import printable
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -137,17 +138,16 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that shows how far something is on one line of a terminal, which is wiped at the end."""
     is_on = shown and sys.stderr.isatty()
+    words = ProgressText(format_size)
     width = 0
 
     def show(document: dict[str, Any]) -> None:
         nonlocal width
-        done, total = document.get("done"), document.get("total")
-        share = f" {done * 100 // total} %" if isinstance(done, int) and isinstance(total, int) and total else ""
         step = printable(str(document.get("step", "")))
-        text = f"{step[: max(shutil.get_terminal_size().columns - 1 - len(share), 0)]}{share}"  # one line stays one
+        text = words.text({**document, "step": step}, shutil.get_terminal_size().columns - 1)  # one line stays one
         sys.stderr.write("\r" + text.ljust(width))
         sys.stderr.flush()
-        width = max(width, len(text))
+        width = len(text)
 
     try:
         yield show if is_on else lambda document: None

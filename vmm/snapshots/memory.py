@@ -23,6 +23,7 @@ import re
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmm import saved, unfinished
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 # The guest's memory page by page with a header each, the screen's, firmware's and devices' state.
 PAGES_FACTOR, OTHER_BYTES = 1.01, 64 * MIB
+_PIECE_BYTES = 32 * MIB  # of a copy, between two signs of how far it is
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
 _MAX_DESCRIPTION_BYTES = 8 << 20
 
@@ -274,13 +276,16 @@ def share_file(source: str, target: str) -> None:
         copy_file(source, target)
 
 
-def copy_file(source: str, target: str) -> None:
-    """A copy on the device; space is shared where the file system can, holes stay holes. Raises OSError."""
+def copy_file(source: str, target: str, did: Callable[[int], None] = lambda size_bytes: None) -> None:
+    """A copy on the device; space is shared where the file system can, holes stay holes. Raises OSError.
+
+    `did` is called with the bytes of each piece that was copied.
+    """
     with open(source, "rb") as reading:
-        copy_open(reading.fileno(), target)
+        copy_open(reading.fileno(), target, did)
 
 
-def copy_open(reading: int, target: str) -> None:
+def copy_open(reading: int, target: str, did: Callable[[int], None] = lambda size_bytes: None) -> None:
     """The same of a file that is open. The copy is ours alone, whatever the umask is. Raises OSError."""
     writing = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -295,24 +300,26 @@ def copy_open(reading: int, target: str) -> None:
                     break  # a hole up to the end
                 raise
             end = min(size, os.lseek(reading, start, os.SEEK_HOLE))
-            _copy_range(reading, writing, start, end)
+            _copy_range(reading, writing, start, end, did)
             position = end
         os.fsync(writing)
     finally:
         os.close(writing)
 
 
-def _copy_range(reading: int, writing: int, start: int, end: int) -> None:
+def _copy_range(reading: int, writing: int, start: int, end: int, did: Callable[[int], None]) -> None:
     while start < end:
+        piece = min(end - start, _PIECE_BYTES)
         try:
-            done = os.copy_file_range(reading, writing, end - start, start, start)
+            done = os.copy_file_range(reading, writing, piece, start, start)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            done = os.pwrite(writing, os.pread(reading, min(end - start, 8 * MIB), start), start)
+            done = os.pwrite(writing, os.pread(reading, min(piece, 8 * MIB), start), start)
         if done == 0:
             raise OSError(errno.EIO, "the file became shorter while it was copied")
         start += done
+        did(done)
 
 
 def _reserve(descriptor: int, size_bytes: int) -> bool:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line that says how far something is."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmm.cli.common import format_size
+from vmm.cli.progress import ProgressText
+
+GIB = 1 << 30
+
+
+def at(seconds: float, done: int, columns: int, *, total: int = 4 * GIB) -> str:
+    """The text so many seconds after something began at nothing."""
+    now = [0.0]
+    text = ProgressText(format_size, clock=lambda: now[0])
+    text.text({"step": "copying images", "done": 0, "total": total}, columns)
+    now[0] = seconds
+    return text.text({"step": "copying images", "done": done, "total": total}, columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (80, "copying images 25 %, 1.0 GiB of 4.0 GiB, 102.4 MiB/s, 0:30 left"),
+        (50, "copying images 25 %, 102.4 MiB/s, 0:30 left"),
+        (40, "copying images 25 %, 0:30 left"),
+        (20, "copying images 25 %"),
+        (10, "copyi 25 %"),
+    ],
+)
+def test_bytes_rate_and_rest(columns: int, text: str) -> None:
+    """Bytes, rate and the time that is left; on a narrow terminal what matters least goes first."""
+    assert at(10.0, GIB, columns) == text
+
+
+def test_no_rate_before_it_says_something() -> None:
+    """In the first second there is no rate, and without progress none ever."""
+    assert at(0.5, GIB, 80) == "copying images 25 %, 1.0 GiB of 4.0 GiB"
+    assert at(100.0, 0, 80) == "copying images 0 %, 0 B of 4.0 GiB"
+
+
+def test_a_rate_is_of_one_thing() -> None:
+    """Where something else begins, the rate begins anew; a step without sizes is told by its name."""
+    now = [0.0]
+    text = ProgressText(format_size, clock=lambda: now[0])
+    text.text({"step": "one", "done": 0, "total": 4 * GIB}, 80)
+    now[0] = 10.0
+    assert text.text({"step": "two", "done": GIB, "total": 2 * GIB}, 80) == "two 50 %, 1.0 GiB of 2.0 GiB"
+    assert text.text({"step": "closing the disks"}, 80) == "closing the disks"
+    hours = ProgressText(format_size, clock=iter([0.0, 0.0, 3600.0]).__next__)
+    hours.text({"step": "x", "done": 0, "total": 3 * GIB}, 80)
+    assert hours.text({"step": "x", "done": GIB, "total": 3 * GIB}, 80).endswith("2:00:00 left")

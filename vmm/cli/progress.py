@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A line that says how far something is: bytes, rate, and how long it takes from here.
+
+Decides what is said and what is left out where the terminal is narrow. Pure but for the clock that it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+_SETTLED_SECONDS = 1.0  # before that a rate says nothing
+
+
+class ProgressText:
+    """The text for each document {"step", "done", "total"} of something that takes long; sizes are in bytes."""
+
+    def __init__(self, format_size: Callable[[int], str], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._format_size = format_size
+        self._clock = clock
+        self._since: tuple[int, float, int] | None = None  # the total, and when how much of it was done
+
+    def text(self, document: dict[str, Any], columns: int) -> str:
+        """What to show on that many columns."""
+        step, done, total = str(document.get("step", "")), document.get("done"), document.get("total")
+        if not (isinstance(done, int) and isinstance(total, int) and total > 0):
+            self._since = None
+            return step[:columns]
+        if self._since is None or self._since[0] != total or done < self._since[2]:
+            self._since = (total, self._clock(), done)
+        share = f"{step} {min(100, done * 100 // total)} %"
+        amount = f"{self._format_size(done)} of {self._format_size(total)}"
+        rate = self._rate(done)
+        wordings = [f"{share}, {amount}", share]
+        if rate:
+            left = _duration((total - done) / rate)
+            per_second = f"{self._format_size(int(rate))}/s"
+            wordings = [f"{share}, {amount}, {per_second}, {left} left", f"{share}, {per_second}, {left} left",
+                        f"{share}, {left} left", share]  # fmt: skip
+        ending = share.removeprefix(step)
+        return next(
+            (one for one in wordings if len(one) <= columns), f"{step[: max(columns - len(ending), 0)]}{ending}"
+        )
+
+    def _rate(self, done: int) -> float:
+        """Bytes a second since this began; 0 while that cannot be told."""
+        assert self._since is not None
+        _, began, first = self._since
+        seconds = self._clock() - began
+        return (done - first) / seconds if seconds >= _SETTLED_SECONDS else 0.0
+
+
+def _duration(seconds: float) -> str:
+    """ "0:42", "1:02:03"."""
+    whole = int(seconds + 0.5)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
