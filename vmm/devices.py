@@ -140,15 +140,21 @@ def refuse_passed_through(spec: MachineSpec, what: str, *, hint: str | None = No
         )
 
 
-def look_of(disk: DiskSpec) -> list[Any] | None:
-    """What changes when anybody on this host writes to a device: for a machine's saved memory, which would not fit.
+def look_of(disk: DiskSpec, machine_id: str) -> list[Any] | None:
+    """What changes when anybody writes to a device or LUN: for a machine's saved memory, which would not fit.
 
-    None where it cannot be told: for a LUN, and when the device is gone. Another boot counts anew.
+    Of a device writes on this host count, and another boot counts anew; of a LUN samples of its content. None where it
+    cannot be told, as when the device is gone or the target does not answer.
     """
     assert disk.path is not None
-    if iscsi.is_url(disk.path):
-        return None
     try:
+        if iscsi.is_url(disk.path):
+            from vmm.kvm.lun_look import look_at_lun
+
+            lun = iscsi.parse(disk.path)
+            password = None if lun.password_file is None else read_password(lun.password_file)
+            found = look_at_lun(lun, initiator=iscsi.initiator_name(machine_id), password=password)
+            return None if found is None else ["content", found]
         return block.write_mark(passthrough.locate(disk.path, disk.identity))
     except VmmError:
         return None

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MIB = 1 << 20
+Tell = Callable[..., None]  # tell(event, **details)
 _MAX_DESCRIPTION_BYTES = 8 << 20
 # The guest's memory page by page, the screen's, firmware's and devices' state.
 _PAGES_FACTOR, _OTHER_BYTES = 1.01, 64 * MIB
@@ -185,14 +186,19 @@ def accept_media(machine: MachinePaths, media: Media) -> None:
     write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
 
 
-def open_saved_memory(machine: MachinePaths, spec: MachineSpec, qemu_version: str) -> tuple[int, Description]:
-    """(the memory's file, its description) after everything was compared. Raises Refused with what does not fit."""
+def open_saved_memory(
+    machine: MachinePaths, spec: MachineSpec, qemu_version: str, *, tell: Tell = lambda event, **details: None
+) -> tuple[int, Description]:
+    """(the memory's file, its description) after everything was compared. Raises Refused with what does not fit.
+
+    `tell` hears of what could not be compared.
+    """
     description = read_description(machine)
     hint = f"vmm start {spec.name} --discard-saved starts without the saved memory, as after a power cut"
     problem = (
         _definition_problem(description, spec)
         or version_problem(description.qemu_version, qemu_version)
-        or _disks_problem(machine, spec)
+        or _disks_problem(machine, spec, tell)
     )
     if problem is not None:
         raise Refused(f"the saved state does not fit: {problem}", machine=spec.name, hint=hint)
@@ -248,7 +254,7 @@ def version_problem(saved: str, present: str) -> str | None:
     return None
 
 
-def _disks_problem(machine: MachinePaths, spec: MachineSpec) -> str | None:
+def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str | None:
     try:
         with open(os.path.join(machine.saved, "disks.json"), "rb") as file:
             then = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
@@ -263,6 +269,8 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec) -> str | None:
         before, after = then.get(disk.id), now.get(disk.id)
         if disk.kind == "vhd" and before != after:
             return f"{disk.path} was changed since"
+        if disk.kind == "pass-through" and (before is None or after is None):
+            tell("saved-disk-not-compared", disk=disk.id, path=disk.path)
         # What was written to a device is counted anew with each boot of the host.
         if isinstance(before, list) and isinstance(after, list) and disk.kind == "pass-through":
             is_same_boot = before[:1] == after[:1]
@@ -282,7 +290,7 @@ def _looks_of(spec: MachineSpec) -> dict[str, object]:
                 facts = os.stat(disk.path)
                 looks[disk.id] = [facts.st_ino, facts.st_size, facts.st_mtime_ns]
         elif disk.kind == "pass-through":
-            looks[disk.id] = look_of(disk)
+            looks[disk.id] = look_of(disk, spec.id)
     return looks
 
 

@@ -39,9 +39,10 @@ class Saving:
             return
         descriptor = -1
         try:
-            descriptor, description = saved.open_saved_memory(
-                self._running.machine, self._running.spec, evidence.qemu_version
-            )
+            descriptor, description = await asyncio.to_thread(
+                saved.open_saved_memory, self._running.machine, self._running.spec, evidence.qemu_version,
+                tell=self._running.tell,
+            )  # fmt: skip
             accelerator = accel.choose(evidence, description.accelerator).name
             self._running.note.details["restoring"] = True
             await self._running.launch(accelerator, incoming=True, had_kernel=description.had_kernel)

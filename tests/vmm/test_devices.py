@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import vhdkit
-from tests.support import require_root
+from tests.support import require_root, require_tool
 from tests.vmm.guests import boot_sector
 from tests.vmm.kvm.loops import MIB, loop_device
 from tests.vmm.kvm.targets import iscsi_target
@@ -275,6 +275,28 @@ def test_guest_boots_from_a_lun(manager: Manager, tmp_path: Path) -> None:
         manager.stop("small")
         sector = boot_sector.WRITE_LBA * boot_sector.SECTOR
         assert target.file.read_bytes()[sector:].startswith(boot_sector.WRITTEN_TEXT)
+
+
+def test_saved_memory_and_a_lun(manager: Manager, tmp_path: Path) -> None:
+    """Saved memory is restored with the LUN as it was, and refused when another host wrote to it meanwhile."""
+    require_tool("qemu-io")
+    with iscsi_target(tmp_path / "lun") as target:
+        bootable(target.file)
+        manager.create("small", disks=[given(target.url)], **TINY)
+        manager.start("small")
+        wait_counting(manager)
+        manager.save("small")
+        manager.start("small")
+        wait_counting(manager)
+        manager.save("small")
+        with target.file.open("r+b") as file:
+            file.seek(MIB)
+            file.write(b"written by another host")
+        with pytest.raises(Refused, match="was changed since"):
+            manager.start("small")
+        manager.start("small", discard_saved=True)
+        manager.stop("small")
+        assert not [one for one in manager.events("small") if one["event"] == "saved-disk-not-compared"]
 
 
 def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a LUN holds, as far as it can be told in a moment: for saved memory, which would not fit another content.
+
+A target counts no writes, and other hosts may reach it, so its content is looked at: its size, its first 2 MiB, where
+partition tables, volume groups and most file systems have what changes when they are used, and 64 KiB at each power of
+two behind. Reading is left to QEMU's own tool, which speaks iSCSI. Decides what is read and how long it may take; must
+not know what follows from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from typing import Final
+
+from vmm.kvm import iscsi
+from vmm.kvm.iscsi import Lun
+
+SECONDS: Final = 20.0  # a target that is away must not keep a machine from starting for longer
+_HEAD_BYTES, _SAMPLE_BYTES = 2 << 20, 64 << 10
+_FIRST_POWER, _LAST_POWER = 22, 45  # 4 MiB to 32 TiB
+_DUMPED = re.compile(rb"[0-9a-f]{8,16}: ")  # a line of qemu-io's with bytes; what is no such line tells times
+_SECRET_ID = "password"
+
+
+def look_at_lun(lun: Lun, *, initiator: str, password: bytes | None = None) -> str | None:
+    """What its content is known by; None where it cannot be read now, or there is no qemu-io."""
+    tool = shutil.which("qemu-io")
+    if tool is None:
+        return None
+    secret = _SECRET_ID if password is not None else None
+    node = iscsi.blockdev_of_lun("lun", lun, initiator=initiator, read_only=True, secret_id=secret)
+    places = [(0, _HEAD_BYTES), *((1 << power, _SAMPLE_BYTES) for power in range(_FIRST_POWER, _LAST_POWER))]
+    command = [tool, "-r", "-c", "length"]
+    for offset_bytes, size_bytes in places:
+        command += ["-c", f"read -v {offset_bytes} {size_bytes}"]
+    descriptors: tuple[int, ...] = ()
+    try:
+        if password is not None:
+            descriptors = (_with_content(password),)
+            command += ["--object", f"secret,id={_SECRET_ID},file=/dev/fd/{descriptors[0]}"]
+        done = subprocess.run(
+            [*command, f"json:{json.dumps(node)}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, pass_fds=descriptors, timeout=SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return digest_of(done.stdout)
+
+
+def digest_of(said: bytes) -> str | None:
+    """Of what qemu-io printed: the size and the bytes, and no times. None where the beginning was not read."""
+    lines = said.splitlines()
+    dumped = [line for line in lines if _DUMPED.match(line)]
+    if len(dumped) < _HEAD_BYTES // 16:
+        return None
+    return hashlib.sha256(b"\n".join([lines[0], *dumped])).hexdigest()
+
+
+def _with_content(content: bytes) -> int:
+    memory = os.memfd_create("password", os.MFD_CLOEXEC)
+    os.write(memory, content)
+    os.lseek(memory, 0, os.SEEK_SET)
+    return memory
