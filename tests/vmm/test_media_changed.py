@@ -13,7 +13,7 @@ from tests.vmm.cli.running import document, failure, good
 from tests.vmm.discs import make_iso
 from tests.vmm.guests import linux
 from tests.vmm.guests.shell import GuestShell
-from tests.vmm.small_guests import make_machine, processes, wait_counting, wait_until, wait_whole
+from tests.vmm.small_guests import console, make_machine, processes, wait_counting, wait_until, wait_whole
 from vmm.contact import Place
 from vmm.errors import InvalidSpec, NotFound, Refused, WrongState
 from vmm.manager import DiskWish, Manager
@@ -178,3 +178,33 @@ def test_a_saved_linux_whose_files_are_gone(manager: Manager, tmp_path: Path) ->
         assert shell.check(CACHED) == "second"
     assert events(manager, "linux", "medium-changed") == [str(two), str(two)]
     manager.stop("linux")
+
+
+def test_a_snapshot_with_memory_whose_medium_is_gone(manager: Manager, tmp_path: Path) -> None:
+    """It is applied, kept saved while the medium is missing, and goes on with an empty drive when that is said."""
+    make_machine(manager, tmp_path)
+    one = make_iso(tmp_path / "one.iso", "first")
+    manager.add_disk("small", DiskWish(str(one), kind="iso"))
+    manager.start("small")
+    wait_counting(manager)
+    snapshot = manager.snapshots("small").create("with memory")
+    manager.stop("small")
+    moved = one.rename(tmp_path / "moved.iso")
+    assert manager.snapshots("small").apply(snapshot.id, discard_current=True).state == "saved"
+    with pytest.raises(Refused, match="the saved memory stays"):
+        manager.start("small")
+    manager.change_medium("small", "disk-1", str(moved))  # the same medium under another name: nothing to tell
+    manager.start("small")
+    wait_counting(manager)
+    told = events(manager, "small", "medium-changed")
+    assert told == [str(moved)]
+    manager.save("small")
+    make_iso(moved, "another one under that name")
+    with pytest.raises(Refused, match="the guest had another medium in disk-1"):
+        manager.start("small")
+    manager.change_medium("small", "disk-1", None)
+    manager.start("small")
+    wait_counting(manager)
+    assert events(manager, "small", "medium-changed") == [*told, None, None]
+    assert console(manager).count("BOOT-OK") == 1
+    manager.stop("small")
