@@ -11,7 +11,8 @@ of the request. What bounds the rate is then the way through the kernel, not Pyt
 
 What cannot change while mounted is cached for good. A file opened for writing goes past the kernel's cache: two files
 may show the same bytes (disk.raw and a partition), a write through one must not linger unseen, and there are never
-dirty pages that only this process could clean.
+dirty pages that only this process could clean, except those of a program that maps such a file shared and writable,
+where library and kernel allow it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FOREVER_SECONDS = 86400.0  # names and attributes that cannot change
 _LIBRARIES = ("libfuse3.so.3", "libfuse3.so.4")
 _MAX_THREADS_SINCE = 12  # libfuse 3.12 has the option
 _SPLICE_BITS = sum(1 << bit for bit in (7, 8, 9))  # through a pipe: slower than one read into the reply, measured
+_DIRECT_MMAP_BIT = 1 << 28  # shared mappings of files that go past the page cache: libfuse 3.17, Linux 6.6
 _TRUNCATE_BIT = 1 << 3  # O_TRUNC as a part of open, which the kernel takes for done: we refuse it, so it has to ask
 _WRITING = os.O_WRONLY | os.O_RDWR
 _Address, _Size, _Offset, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
@@ -175,7 +177,7 @@ class Callbacks:
     def init(self, connection: int, config: int) -> None:
         """Say what we want of the kernel."""
         wanted = self._fuse.fuse_conn_info.from_address(connection)
-        wanted.want &= ~(_SPLICE_BITS | _TRUNCATE_BIT)
+        wanted.want = wanted.want & ~(_SPLICE_BITS | _TRUNCATE_BIT) | wanted.capable & _DIRECT_MMAP_BIT
         wanted.max_readahead = MIB
         ours = self._fuse.fuse_config.from_address(config)
         ours.nullpath_ok = 1

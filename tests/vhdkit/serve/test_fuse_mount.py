@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import random
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,46 @@ def test_writes_of_a_file_opened_for_it_are_on_the_device(
             file = Opened(disk, os.O_RDWR | flags)
             assert file.calls.write(0, ctypes.addressof(data), 512, 0, file.at) == 512
             assert len(flushes) == expected
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_shared_mappings_are_asked_for_where_they_can_be(chain: tuple[Path, bytearray], offered: bool) -> None:
+    """Of a kernel that lets files past the page cache be mapped; another one is not asked for what it has not."""
+    fuse = fuse_mount.load()
+    with vhdkit.open_disk(chain[0], writable=True) as disk:
+        connection, config = fuse.fuse_conn_info(), fuse.fuse_config()
+        connection.capable = (1 << 28 if offered else 0) | 1 << 3 | 1
+        connection.want = 1 << 3 | 1
+        Opened(disk, os.O_RDWR).calls.init(ctypes.addressof(connection), ctypes.addressof(config))
+    assert connection.want == (1 << 28 if offered else 0) | 1
+
+
+def test_a_shared_writable_mapping(chain: tuple[Path, bytearray], tmp_path: Path) -> None:
+    """With libfuse 3.17 and Linux 6.6 what is written through one is in the image after msync and the last close;
+    otherwise mapping is refused as not possible. Private ones always work."""
+    image, content = chain
+    fuse = fuse_mount.load()
+    version = fuse.fuse_version_major, fuse.fuse_version_minor
+    kernel = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    with mounted(image, tmp_path / "mnt", "--rw") as mnt:
+        fd = os.open(mnt / "disk.raw", os.O_RDWR)
+        private = mmap.mmap(fd, SIZE, mmap.MAP_PRIVATE)
+        assert private[:] == content
+        private.close()
+        if version < (3, 17) or kernel < (6, 6):
+            refused(errno.ENODEV, mmap.mmap, fd, SIZE)
+            os.close(fd)
+            return
+        mapped = mmap.mmap(fd, SIZE)
+        mapped[5 * MIB : 5 * MIB + 6] = content[5 * MIB : 5 * MIB + 6] = b"synced"
+        mapped.flush()
+        assert os.pread(fd, 6, 5 * MIB) == b"synced"
+        mapped[7 * MIB : 7 * MIB + 6] = content[7 * MIB : 7 * MIB + 6] = b"closed"
+        mapped.close()
+        os.close(fd)
+        assert (mnt / "disk.raw").read_bytes() == content
+    with vhdkit.open_disk(image) as disk:
+        assert disk.read(0, SIZE) == content
 
 
 def test_any_size_of_request_costs_no_memory(chain: tuple[Path, bytearray]) -> None:
