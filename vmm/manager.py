@@ -208,8 +208,9 @@ class Manager:
                 raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
             hardware = set(settings) - {"notes", "automatic", "name", "paths"}
             refused = hardware
-            if saved.is_saved(machine.paths) and saved.read_description(machine.paths).had_kernel:
-                refused = hardware - {"kernel", "initrd", "append"}  # of no use to a guest that goes on
+            boots = hardware & {"kernel", "initrd", "append"}  # of no use to a guest that goes on
+            if boots and saved.is_saved(machine.paths) and saved.read_description(machine.paths).had_kernel:
+                refused = hardware - boots
             if refused:
                 saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(refused))}")
             changes = settings_with_real_paths(settings)

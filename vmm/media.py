@@ -173,4 +173,4 @@ def changed_drives(spec: MachineSpec, then: Media | None, accepted: Media, now: 
     drives = [disk.id for disk in spec.disks if disk.kind == "iso"]
     if then is None:
         return [one for one in drives if one in accepted]
-    return [one for one in drives if now.get(one) != then.get(one)]
+    return [one for one in drives if one in then and now.get(one) != then[one]]

@@ -66,13 +66,16 @@ class Plugging:
         """Plug in a disk; {"disk": a disk's settings}."""
         disk = make_disk(**parameter(params, "disk", dict, {}))
         self._check("add a disk")
+        if disk.kind == "iso":
+            raise WrongState(
+                "is running, and a drive on ide cannot be added then",
+                hint="shut the machine down first; what is in a drive that it has can be changed: vmm disk change",
+            )
         if disk.controller != "scsi":
             raise WrongState(
                 f"is running, and a disk on {disk.controller} cannot be added then",
                 hint="add it on scsi, or when the machine is off",
             )
-        if disk.kind == "iso":
-            raise InvalidSpec("an ISO image goes into a drive on IDE, which cannot be added to a running machine")
         used = {one.controller_index for one in self._running.spec.disks if one.controller == "scsi"} | {0}
         if disk.controller_index not in used:
             raise WrongState(
@@ -142,12 +145,15 @@ class Plugging:
         with self._running.busy(CHANGE_MEDIUM), self._held() as held:
             await tray.open_tray(self._running.qmp, drive.id, force=bool(parameter(params, "force", bool, False)))
             self._running.note.details["drive"] = drive.id
+            self._running.write_note()  # whoever follows us has to know before the definition says it
             self.write_down(held, _with_disk(before, changed))
             try:
                 await self._put_in(changed)
             except BaseException:
                 await self._note_what_is_in(held, before, changed)
                 raise
+            finally:
+                self._running.note.details.pop("drive", None)
         self._running.tell("medium-changed", drive=drive.id, path=path)
         return {"disk": json.loads(changed.model_dump_json())}
 
@@ -181,20 +187,23 @@ class Plugging:
         self.write_down(held, _with_disk(before, old))
 
     async def finish_interrupted(self) -> None:
-        """A worker died while it changed a medium: what was written down is done."""
-        note = self._running.note
-        if note.operation != CHANGE_MEDIUM:
+        """A worker died while it changed a medium: what was written down in the stored definition, first, is done."""
+        running = self._running
+        if running.note.operation != CHANGE_MEDIUM:
             return
-        drive = self._running.spec.disk(str(note.details.pop("drive", "")))
-        if drive is not None and drive.kind == "iso":
-            try:
-                await self._running.wait_reachable()
-                await tray.open_tray(self._running.qmp, drive.id, force=True)
+        drive_id = str(running.note.details.pop("drive", ""))
+        try:
+            drive = registry.read_definition(running.machine.definition).disk(drive_id)
+            if drive is not None and drive.kind == "iso":
+                await running.wait_reachable()
+                await tray.open_tray(running.qmp, drive.id, force=True)
                 await self._put_in(drive)
-            except VmmError as error:
-                self._running.tell("medium-not-changed", drive=drive.id, problem=str(error))
-        note.operation = None
-        self._running.write_note()
+                running.spec = _with_disk(running.spec, drive)
+                write_whole(running.runtime.running, running.spec.to_json(), durable=False)
+        except VmmError as error:
+            running.tell("medium-not-changed", drive=drive_id, problem=str(error))
+        running.note.operation = None
+        running.write_note()
 
     async def _resize(self, params: dict[str, Any], progress: Progress) -> object:
         """Make a disk larger; {"disk": id, "size_bytes"}. It never gets smaller while a guest uses it."""

@@ -174,7 +174,9 @@ class Running:
     @property
     def media(self) -> dict[str, str | None]:
         """What the medium in each drive is known by (`vmm.media`), None for an empty drive. For who notes a change."""
-        found: dict[str, str | None] = self.note.details.setdefault("media", {})
+        found = self.note.details.get("media")
+        if not isinstance(found, dict):  # of a worker that did not know of it
+            found = self.note.details["media"] = {}
         return found
 
     def write_note(self) -> None:

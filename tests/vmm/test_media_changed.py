@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,11 @@ def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> N
     place = Place.of("small")
     make_iso(tmp_path / "two.iso", "second")
     whole = processes()
-    for name in ("keeper", "worker"):  # as it would be cut off: written down, and QEMU not told yet
-        whole[name].kill()
-    running = Path(place.runtime.running)
-    running.write_text(running.read_text().replace("one.iso", "two.iso"))
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: each of them would start the other again
+        for name in ("keeper", "worker"):
+            os.kill(whole[name].pid, number)
+    stored = Path(place.machine.definition)  # as it was cut off: this is written first, and QEMU is not told yet
+    stored.write_text(stored.read_text().replace("one.iso", "two.iso"))
     note = WorkerNote.read(place.runtime)
     assert note is not None
     note.operation, note.details["drive"] = "disk-change", "disk-1"
@@ -80,6 +82,7 @@ def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> N
     manager.state("small")
     wait_whole()
     wait_until(lambda: "two.iso" in media_of_qemu(), "QEMU has the new medium")
+    wait_until(lambda: "two.iso" in Path(place.runtime.running).read_text(), "the running definition says so")
     manager.stop("small")
 
 

@@ -130,8 +130,9 @@ def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> Non
     before = manager.disks("small")
     with pytest.raises(WrongState, match="on ide cannot be added"):
         manager.add_disk("small", DiskWish(str(other), controller="ide"))
-    with pytest.raises(WrongState, match="on ide cannot be added"):
+    with pytest.raises(WrongState, match="on ide cannot be added") as refused:
         manager.add_disk("small", DiskWish(str(leaf), kind="iso"))
+    assert "vmm disk change" in str(refused.value) and "scsi" not in str(refused.value)
     with pytest.raises(WrongState, match="controller 3"):
         manager.add_disk("small", DiskWish(str(other), controller="scsi", controller_index=3))
     with pytest.raises(InvalidSpec, match="IDE"):
