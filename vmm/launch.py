@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vmm.errors import Unsupported, VmmError, of_os_error
+from vmm.errors import InvalidSpec, Unsupported, VmmError, of_os_error
 from vmm.kvm import program, userfault
 from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
 from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
@@ -96,6 +96,12 @@ def prepare(
     have one, whatever it is.
     """
     check_reachable(runtime.folder, identity)
+    for disk in spec.disks:
+        if disk.controller == "ide" and disk.read_only and disk.kind != "iso":  # of a definition from elsewhere
+            raise InvalidSpec(
+                f"{disk.id} is read-only, and there is no read-only disk on IDE", machine=spec.name, path=disk.path,
+                hint=f"vmm disk remove {spec.name} {disk.id}, and add it again with ,controller=scsi,read-only",
+            )  # fmt: skip
     launch = Launch(identity, media={disk.id: None for disk in spec.disks if disk.kind == "iso"})
     try:
         media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if disk.kind != "vhd" and disk.path}

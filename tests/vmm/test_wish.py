@@ -11,6 +11,7 @@ import vhdkit
 from tests.vmm.discs import make_iso
 from tests.vmm.kvm.loops import loop_device
 from tests.vmm.small_guests import make_machine, wait_counting
+from vmm import registry
 from vmm.errors import InvalidSpec
 from vmm.manager import DiskWish, Manager
 from vmm.spec import MachineSpec, make_spec
@@ -63,6 +64,17 @@ def test_an_empty_drive(spec: MachineSpec) -> None:
     assert (drive.kind, drive.path, drive.place) == ("iso", None, "ide0:0")
     with pytest.raises(InvalidSpec, match="may be empty"):
         disk_of(DiskWish(None, kind="pass-through"), spec)
+
+
+@pytest.mark.kvm
+def test_a_definition_with_one_from_elsewhere(manager: Manager, tmp_path: Path) -> None:
+    """A definition that has a read-only disk on IDE, of an older version or another host, says so when it starts."""
+    make_machine(manager, tmp_path)
+    definition = Path(registry.load("small").paths.definition)
+    definition.write_text(definition.read_text().replace('"read_only": false', '"read_only": true'))
+    with pytest.raises(InvalidSpec, match="no read-only disk on IDE") as refused:
+        manager.start("small")
+    assert "vmm disk remove small disk-0" in str(refused.value)
 
 
 @pytest.mark.kvm

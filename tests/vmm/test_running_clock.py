@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After which states of a machine its guest's clock is set."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm.paths import MachinePaths, RuntimePaths
+from vmm.running import Running
+from vmm.spec import make_spec
+from vmm.state import Phase, WorkerNote
+
+
+class Monitor:
+    """QEMU's monitor, as far as it is asked here."""
+
+    is_connected = True
+
+    def __init__(self, *states: str) -> None:
+        self._states = list(states)
+
+    async def execute(self, command: str, **arguments: object) -> dict[str, Any]:
+        """Its answer."""
+        return {"status": self._states.pop(0)} if command == "query-status" else {}
+
+
+@pytest.mark.parametrize(
+    ("before", "verb", "states", "after"),
+    [
+        ("io-error", "refresh", ["running"], ["paused-critical"]),
+        ("paused", "resume", ["running"], ["pause"]),
+        ("running", "refresh", ["running"], []),
+        ("io-error", "refresh", ["io-error"], []),
+    ],
+)
+def test_the_clock_is_set_when_the_guest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, verb: str, states: list[str], after: list[str]
+) -> None:
+    """A guest that stood still, for its user or for a failed disk, has its clock set when it goes on."""
+    told: list[str] = []
+
+    async def scene() -> None:
+        note = WorkerNote(phase=Phase.RUNNING, details={"paused": before == "paused"})
+        running = Running(
+            make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
+            lambda event, **details: None,
+        )  # fmt: skip
+        monkeypatch.setattr(running.clock, "bring_to_now", told.append)
+        monkeypatch.setattr(running, "_qmp", Monitor(*states))
+        monkeypatch.setattr(running, "_is_mending", True)
+        running.status = before
+        await getattr(running, verb)()
+
+    asyncio.run(scene())
+    assert told == after
