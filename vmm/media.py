@@ -6,7 +6,8 @@ must be told, else it takes old directories and pages for the new medium's. An i
 newer one under the old name is not. Content is looked at in samples, which tells images that were made apart: those
 differ in their volume descriptors and in where files lie.
 
-Must not know QEMU's commands, nor where a saved machine's description lies.
+Must not know QEMU's commands, nor where a saved machine's description lies. Light: the command line starts machines
+with it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from vmm.errors import InvalidSpec, Refused, VmmError, of_os_error
-from vmm.spec import DiskSpec, MachineSpec
+
+if TYPE_CHECKING:
+    from vmm.spec import DiskSpec, MachineSpec
 
 MIB = 1 << 20
 _EDGE_BYTES, _SAMPLE_BYTES, _SAMPLES = MIB, 64 << 10, 64
