@@ -38,6 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--properties", action="store_true", help="run nothing but the tests that Hypothesis searches")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Sizes of matrices are chosen while the tests are collected (`support.daily_or_nightly`)."""
+    if config.getoption("--nightly"):
+        os.environ["VHDKIT_NIGHTLY"] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the whole matrices out of an everyday run, and what is no property out of a run of those."""
     left_out = []

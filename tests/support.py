@@ -86,6 +86,11 @@ def in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
+def daily_or_nightly(daily: int, nightly: int) -> int:
+    """How much of a matrix to run: a sample every day, the whole of it with `--nightly` (`tests/conftest.py`)."""
+    return nightly if os.environ.get("VHDKIT_NIGHTLY") == "1" else daily
+
+
 def not_available(reason: str) -> NoReturn:
     """End the test: skipped with the reason on a developer's machine, failed in CI."""
     if in_ci():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import vhdkit
 from tests import soak, soak_cut, soak_interrupted, soak_remember, soak_running, soak_snapshots
 from tests.plain_reader import read_chain
 from tests.soak import SCENES, Scene, Work
-from tests.support import require_boot_sector_guest
+from tests.support import daily_or_nightly, require_boot_sector_guest
 from vhdkit.chain import pending
 from vmm.snapshots import door
 
@@ -22,7 +23,7 @@ from vmm.snapshots import door
 def test_kills_at_random_moments(name: str) -> None:
     """INV-MERGE-PRESERVES and its like with real files: after each kill everything reads as it must, and recovery,
     killed as well now and then, finishes the work."""
-    tally = soak.soak(SCENES[name], 2, kills=8)
+    tally = soak.soak(SCENES[name], daily_or_nightly(1, 10), kills=daily_or_nightly(3, 20))
     assert tally.recoveries > 0, tally
 
 
@@ -86,6 +87,11 @@ def test_commands_cut_short_on_a_machine() -> None:
 
 def test_the_driver_finds_an_apply_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Self-test: a command that says it went back and did not is found by the look after it."""
+
+    def write_or_go_back(driver: soak_snapshots.Driver) -> list[Callable[[], soak_snapshots.Step]]:
+        return [driver._write, driver._apply] if driver.snapshots else [driver._create]
+
+    monkeypatch.setattr(soak_snapshots.Driver, "_possible", write_or_go_back)
     monkeypatch.setattr(door, "apply", lambda machine, snapshot_id: None)
     with pytest.raises(AssertionError, match="not what they were"):
         soak_snapshots.run(60, seed=1)

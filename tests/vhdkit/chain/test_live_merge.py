@@ -20,6 +20,7 @@ from tests.chains import pattern
 from tests.killing import CHANGING, killings
 from tests.merging import unaligned
 from tests.stores import MemStore
+from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.intent import KIND, Phase
@@ -186,7 +187,11 @@ def test_killed_at_every_call(tmp_path: Path) -> None:
     work = tmp_path / "work"
     states = set()
     shutil.copytree(master, work)
-    for number in killings(lambda: merge_while_writing([work / name for name in names], 9).close()):
+
+    def served() -> None:
+        merge_while_writing([work / name for name in names], 9).close()
+
+    for number in killings(served, step=daily_or_nightly(3, 1)):
         here = [work / name for name in names]
         top = here[0] if here[0].exists() else here[3]
         states.add((top.name, Path(sidecar_path(here[3], KIND)).exists()))
@@ -203,7 +208,8 @@ def test_killed_at_every_call(tmp_path: Path) -> None:
         assert not vhdkit.merge_under_way(here[3])
         shutil.rmtree(work)
         shutil.copytree(master, work)
-    assert states == {(names[0], False), (names[0], True), (names[3], True), (names[3], False)}
+    complete = {(names[0], False), (names[0], True), (names[3], True), (names[3], False)}
+    assert states >= complete if daily_or_nightly(False, True) else states >= {(names[0], True), (names[3], False)}
 
 
 def _settled(top: Path) -> vhdkit.Disk:

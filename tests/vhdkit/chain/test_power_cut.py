@@ -25,6 +25,7 @@ from tests.power import (
     work,
 )
 from tests.stores import CrashStore, MemStore, PowerCut
+from tests.support import daily_or_nightly
 from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.units import SECTOR_SIZE, covering_sectors
@@ -51,7 +52,7 @@ SCENES: dict[str, Callable[[int], Scene]] = {
     "last block cut by the end of the disk": cut_block_scene,
 }
 
-SEEDS = range(60 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 2)
+SEEDS = range(60 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else daily_or_nightly(1, 4))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -87,7 +88,7 @@ def test_a_real_cut_at_each_operation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["empty dynamic", "dynamic", "child", "last block cut by the footer"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(daily_or_nightly(1, 4)))
 def test_writes_beside_a_flush(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-FLUSHED-OR-NEWER, INV-DATA-BEFORE-METADATA: writes and reads in the middle of a flush belong to the next
     one: no bit or BAT entry of theirs gets to the device with this one, and what is in flight is not forgotten."""
