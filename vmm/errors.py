@@ -130,6 +130,9 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
     """What vhdkit says to do next, in vmm's words; None where it only helps on vhdkit's own command line."""
     if hint is None:
         return None
+    first, otherwise, last = hint.rpartition("; if ")  # what helps, and a special case
+    if otherwise:
+        return "; ".join(part for part in (hint_of_vhdkit(first), hint_of_vhdkit(f"if {last}")) if part) or None
     first, _, rest = hint.partition(", or ")
     if rest and "vhdkit " in rest and "vhdkit " not in first:  # the first part is about an option
         return ", or ".join(part for part in (hint_of_vhdkit(first), rest) if part)
