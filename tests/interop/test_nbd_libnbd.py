@@ -34,7 +34,7 @@ def test_nbdinfo(tmp_path: Path, kind: str) -> None:
         [export] = json.loads(client("nbdinfo", "--no-content", "--json", server.uri))["exports"]
         assert export["export-size"] == SIZE
         assert (export["block_size_minimum"], export["block_size_preferred"]) == (1, 4096)
-        assert export["block_size_maximum"] == 32 * MIB
+        assert export["block_size_maximum"] == 64 * MIB
         for ability in ("can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim"):
             assert export[ability], ability
         assert export["can_zero"] and not export["is_read_only"]

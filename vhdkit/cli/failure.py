@@ -130,3 +130,12 @@ def silence_standard_output() -> None:
     """Nobody reads any more: let what is still buffered go nowhere instead of failing at exit."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.close()
+
+
+def settle_standard_error() -> None:
+    """What standard error did not take goes nowhere: Python would try once more at exit, and end with code 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.close()

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 import vhdkit
-from vhdkit.cli.failure import EXIT_FAILED, report, silence_standard_output, stopped_by_signals
+from vhdkit.cli.failure import EXIT_FAILED, report, settle_standard_error, silence_standard_output, stopped_by_signals
 from vhdkit.store import translate
 
 _EPILOG = """\b
@@ -114,6 +114,7 @@ class _Group(click.Group):
             raise
         except BaseException as error:
             code = report(error, as_json=as_json, verbose=verbose)
+        settle_standard_error()
         sys.exit(code if isinstance(code, int) else 0)
 
 

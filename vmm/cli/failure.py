@@ -20,7 +20,7 @@ import click
 from vmm.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
 EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
-__all__ = ["EXIT_FAILED", "interruptible", "report", "silence_standard_output"]
+__all__ = ["EXIT_FAILED", "interruptible", "report", "settle_standard_error", "silence_standard_output"]
 
 
 @contextlib.contextmanager
@@ -86,3 +86,12 @@ def silence_standard_output() -> None:
     """Nobody reads any more: let what is still buffered go nowhere instead of failing at exit."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.close()
+
+
+def settle_standard_error() -> None:
+    """What standard error did not take goes nowhere: Python would try once more at exit, and end with code 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.close()

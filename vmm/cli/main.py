@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from vmm.cli.failure import EXIT_FAILED, interruptible, report, silence_standard_output
+from vmm.cli.failure import EXIT_FAILED, interruptible, report, settle_standard_error, silence_standard_output
 from vmm.errors import Unsupported
 
 _EPILOG = """\b
@@ -117,6 +117,7 @@ class _Group(click.Group):
             raise
         except BaseException as error:
             code = report(error, as_json=as_json, verbose=verbose)
+        settle_standard_error()
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 
 import pytest
 
 from vhdkit import CorruptImage, CorruptReason
+from vhdkit.cli import failure
 from vhdkit.cli.failure import Interrupted, report, stopped_by_signals
 
 
@@ -63,3 +66,13 @@ def test_a_library_error_is_its_own_sentence(capsys: pytest.CaptureFixture[str])
         capsys.readouterr().err
         == "vhdkit: x.vhd: dynamic header at byte 0x200: impossible (expected 1, found 2); look\n"
     )
+
+
+def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is dropped, and not tried again at the end of the process, whose code would be 120 then."""
+    with open(os.devnull, "w") as taking, open("/dev/full", "w") as full:
+        for stream in (taking, full):
+            stream.write("words")
+            monkeypatch.setattr(sys, "stderr", stream)
+            failure.settle_standard_error()
+        assert full.closed and not taking.closed
