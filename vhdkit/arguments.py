@@ -135,7 +135,11 @@ def _looked_at(function: Callable[..., Any], name: str, annotation: str, value: 
         if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
             raise InvalidArgument(f"{name} is a list, not {value!r}", hint=f"write {name}=[...]")
         return list(paths(name, value)) if kind == "Several[AnyPath]" else list(value)
-    assert kind not in ("int", "str") and "PathLike" not in kind and not kind.startswith("Sequence["), annotation
+    if kind == "str":
+        if not isinstance(value, str):
+            raise InvalidArgument(f"{name} is a text, not {value!r}")
+        return value
+    assert kind != "int" and "PathLike" not in kind and not kind.startswith("Sequence["), annotation
     known = inspect.unwrap(function).__globals__.get(kind.removesuffix(" | str"))
     if isinstance(known, type):
         if issubclass(known, StrEnum):

@@ -26,6 +26,7 @@ WRONG: dict[str, list[object]] = {
     "NewSize | None": ["5X", "", "ten", b"5", 1.5, np.float64(5), True],
     "DiskFormat": ["vhdx", "RAW", 5, None],
     "DiskFormat | str": ["vhdx", "RAW", "", b"raw", 5, None],
+    "str | None": [5, b"x", True, Path("x")],
     "AnyPath": [None, 5, "", b"", "a\0b", ["a.vhd"], True],
     "AnyPath | None": [5, "", b"", "a\0b", ["a.vhd"], True],
     "Several[AnyPath]": ["abc", b"abc", Path("abc"), 7, [None], [5], [""], ["a", "b\0"]],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -49,6 +50,7 @@ def rebase(
     parent_path: AnyPath,
     *,
     unsafe_new_id: bool = False,
+    accept_parent_id: str | None = None,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
@@ -56,7 +58,8 @@ def rebase(
     """Let the differencing image at `path` name `parent_path` as its parent, which it must be by its id.
 
     With `unsafe_new_id` an image with another id is accepted, and its id recorded, when the disk reads the same on it
-    as on the recorded parent: the whole content is compared, so both must be there.
+    as on the recorded parent: the whole content is compared, so both must be there. Where the recorded parent is gone,
+    `accept_parent_id`, the new parent's id, accepts it by the caller's word: nothing is compared.
     The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
     image without a parent and for one on a device, ParentMismatch for another parent, ParentMissing where there is
     nothing to compare with, ImageInUse when the image is open anywhere, and what opening the two raises. On error the
@@ -88,18 +91,28 @@ def rebase(
                 path=store.name,
                 hint="if you are sure, say --allow-raw-parent",
             )
-        if found != recorded and not unsafe_new_id:
+        if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
+            raise errors.ParentMismatch(
+                f"{errors.printable(new_path)} is not the parent that is to be accepted",
+                path=store.name,
+                expected=f"id {accept_parent_id}",
+                found=_shown_id(found),
+            )
+        if found != recorded and not unsafe_new_id and accept_parent_id is None:
             raise errors.ParentMismatch(
                 f"{errors.printable(new_path)} is not its parent",
                 path=store.name,
                 expected=f"id {format_id(recorded)}",
-                found=f"id {format_id(found)}" if found != NULL_ID else "no id",
+                found=_shown_id(found),
                 hint="if it holds the same disk, say --unsafe-new-id: the content is compared then",
             )
         with _opened(new_path, found, options) as layers:
             _refuse_loop(store, layers)
             if found != recorded:
-                _check_content(store, metadata, layers, options, progress)
+                if accept_parent_id is None:
+                    _check_content(store, metadata, layers, options, progress)
+                else:
+                    _refuse_comparable(store, metadata, options)
                 timestamp = _timestamp(layers[0])
             link = link_to(image_path, new_path, found, timestamp)
             if not dry_run:
@@ -109,6 +122,19 @@ def rebase(
                 with same_content(image_path):
                     relink(open_dynamic(store, writable=True), link)
                 record_parents(image_path, new_path, found)
+
+
+def _shown_id(unique_id_bytes: bytes) -> str:
+    return f"id {format_id(unique_id_bytes)}" if unique_id_bytes != NULL_ID else "no id"
+
+
+def _parsed_id(text: str) -> bytes:
+    try:
+        return uuid.UUID(text).bytes
+    except ValueError:
+        raise errors.InvalidArgument(
+            f"{errors.printable(text)!r} is no id, such as {format_id(bytes(range(16)))}"
+        ) from None
 
 
 def _id_of(store: FileStore, parent_path: str) -> bytes:
@@ -155,7 +181,7 @@ def _check_content(
         with _opened(old_path, old_id, replace(options, parent_dirs=folders)) as old:
             result = compare_chains(Chain([child, *old]), Chain([child, *new]), progress)
     except (errors.ParentError, errors.CorruptImage) as error:
-        _refuse_unseen(child, error)
+        _refuse_unseen(child, new[0], error)
         return
     if not result.same_content:
         raise errors.ParentMismatch(
@@ -164,6 +190,22 @@ def _check_content(
             path=store.name,
             hint="it is another disk, or was written to: the image keeps its parent",
         )
+
+
+def _refuse_comparable(store: FileStore, metadata: Metadata, options: OpenOptions) -> None:
+    """Raise where the recorded parent can be read: then a comparison says more than anybody's word."""
+    folders = allowed_folders(store.name, options.parent_dirs)
+    try:
+        old_path, old_id = _recorded_parent(metadata, folders, options)
+        with _opened(old_path, old_id, replace(options, parent_dirs=folders)):
+            pass
+    except (errors.ParentError, errors.CorruptImage):
+        return
+    raise errors.InvalidArgument(
+        f"stands on {errors.printable(old_path)}, which is there: only what cannot be compared is accepted by its id",
+        path=store.name,
+        hint="say --unsafe-new-id instead of --accept-parent-id: the content is compared then",
+    )
 
 
 def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:
@@ -180,7 +222,7 @@ def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: Open
         return renamed[0], parent_id
 
 
-def _refuse_unseen(child: DynamicImage, cause: errors.VhdkitError) -> None:
+def _refuse_unseen(child: DynamicImage, new: Layer, cause: errors.VhdkitError) -> None:
     """Without the old parent nothing can be compared, and nothing needs to be where nothing is read through it."""
     through = sum(
         one.size_bytes for one in child.extents(0, whole_sectors(child.size_bytes)) if one.kind is ExtentKind.ABSENT
@@ -191,5 +233,6 @@ def _refuse_unseen(child: DynamicImage, cause: errors.VhdkitError) -> None:
             f" ({cause}): there is nothing to compare the new one with",
             path=child.store.name,
             hint="bring the recorded parent back, from a backup if need be, and name its folder with"
-            " --allow-parent-dir",
+            " --allow-parent-dir; if it is gone for good and you are sure that the new one holds its content, say"
+            f" --accept-parent-id {format_id(new.unique_id or NULL_ID)}",
         )

@@ -24,11 +24,19 @@ from vhdkit.errors import printable
 @click.option("--parent", required=True, metavar="PARENT", type=PATH, help="Where the parent lies now.")
 @click.option("--unsafe-new-id", is_flag=True,
               help="Accept a PARENT with another id when the disk reads the same on it as on the old.")  # fmt: skip
+@click.option("--accept-parent-id", metavar="ID",
+              help="Accept a PARENT of this other id without a comparison, where the old parent is gone.")  # fmt: skip
 @dry_run_option
 @image_options(leaf_format=False)
 @progress_option
 def rebase_command(
-    image: str, parent: str, unsafe_new_id: bool, dry_run: bool, common: Common, progress: bool | None
+    image: str,
+    parent: str,
+    unsafe_new_id: bool,
+    accept_parent_id: str | None,
+    dry_run: bool,
+    common: Common,
+    progress: bool | None,
 ) -> None:
     """Let a differencing image find its parent after that was moved or renamed.
 
@@ -38,15 +46,26 @@ def rebase_command(
     With --unsafe-new-id the parent may be another image, such as a converted copy: every sector that the image reads
     through its parent is compared between the old and the new one, and one difference is enough to refuse.
 
+    Where the old parent is gone there is nothing to compare with. --accept-parent-id ID, with the id that PARENT has
+    (`vhdkit info` shows it), then takes your word for it: if PARENT does not hold what the old parent held, the disk
+    is damaged.
+
     \b
     With --json: {"path", "parent", "dry_run"}
     """
     with progress_shown(common, progress, "comparing") as show:
         vhdkit.rebase(
-            image, parent, unsafe_new_id=unsafe_new_id, options=common.options, progress=show, dry_run=dry_run
+            image,
+            parent,
+            unsafe_new_id=unsafe_new_id,
+            accept_parent_id=accept_parent_id,
+            options=common.options,
+            progress=show,
+            dry_run=dry_run,
         )
     if common.json:
         print_json({"path": image, "parent": parent, "dry_run": dry_run})
     elif not common.quiet:
         stands = "would stand" if dry_run else "now stands"
-        print_text(f"{printable(image)} {stands} on {printable(parent)}")
+        word = "" if accept_parent_id is None else f" (id {printable(accept_parent_id)}, nothing was compared)"
+        print_text(f"{printable(image)} {stands} on {printable(parent)}{word}")

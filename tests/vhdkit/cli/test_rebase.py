@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, make_chain, run
 
 
@@ -56,5 +57,29 @@ def test_a_converted_parent() -> None:
     assert told.exit_code == 0 and "leaf.avhd now stands on whole.vhd" in told.stdout
     Path("middle.avhd").unlink()
     Path("base.vhd").unlink()
+    Path("flat.raw").write_bytes(content)
+    assert "equal" in good("compare", "leaf.avhd", "flat.raw")
+
+
+def test_a_parent_that_is_gone_can_be_replaced() -> None:
+    """The hints lead out: to the comparison, from there to the id that accepts another image without one."""
+    content = make_chain()
+    good("convert", "middle.avhd", "whole.vhd", "--to", "fixed")
+    found = vhdkit.image_id("whole.vhd")
+    told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found), code=2)
+    assert "which is there" in told and "--unsafe-new-id instead of --accept-parent-id" in told
+    Path("middle.avhd").unlink()
+    assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
+    told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", code=6)
+    assert told.endswith(f"say --accept-parent-id {found}")
+    before = Path("leaf.avhd").read_bytes()
+    other = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+    told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", other, code=6)
+    assert f"expected id {other}, found id {found}" in told
+    assert "is no id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", "x", code=2)
+    assert Path("leaf.avhd").read_bytes() == before
+    words = ("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found))
+    assert "would stand" in good(*words, "--dry-run") and Path("leaf.avhd").read_bytes() == before
+    assert f"now stands on whole.vhd (id {found}, nothing was compared)" in good(*words)
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
