@@ -21,6 +21,10 @@ from tests.support import in_ci, samples_dir
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# What the user who runs the tests has set for himself is no part of them.
+os.environ.pop("VHDKIT_PARENT_DIRS", None)
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+
 # No deadline: the first example pays for imports, and files on a busy disk take what they take.
 # Said outright: where CI is set Hypothesis derandomizes by itself.
 settings.register_profile(

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.folder",
         "vhdkit.beneath",
         "vhdkit.guarded",
+        "vhdkit.trusted",
         "vhdkit.attributes",
         "vhdkit.xattrs",
         "vhdkit.image",
@@ -110,6 +111,7 @@ OS_PATH_EVERYWHERE = {
     "splitext",
 }
 OS_OF_ROOM = {
+    "vhdkit/trusted.py": {"environ", "pathsep"},
     "vhdkit/cli/": {"devnull", "environ", "get_terminal_size", "getpid", "isatty", "kill"},
     "vhdkit/cli/background.py": {
         "O_CLOEXEC",

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from vhdkit.formats.vhd.repair import Fix
     from vhdkit.image import Extent, ExtentKind
     from vhdkit.serve.control_client import ControlClient
+    from vhdkit.trusted import TrustedFolder, TrustedFolders, trusted_parent_dirs
     from vhdkit.units import DiskSize, parse_disk_size
 
 __version__ = "0.2.0.dev0"  # pyproject.toml takes it from here
@@ -110,6 +111,8 @@ __all__ = [
     "ResizeResult",
     "Severity",
     "SyncFailed",
+    "TrustedFolder",
+    "TrustedFolders",
     "Unprotected",
     "UnsupportedFormat",
     "VhdkitError",
@@ -139,6 +142,7 @@ __all__ = [
     "resume_merge",
     "snapshot",
     "snapshot_many",
+    "trusted_parent_dirs",
 ]
 
 # Where each name lives, for the first use of it; the imports above say the same to type checkers.
@@ -159,6 +163,7 @@ _HOMES = {
     "vhdkit.chain.resize": "ResizeResult resize",
     "vhdkit.chain.options": "OpenOptions",
     "vhdkit.chain.snapshot": "clone snapshot snapshot_many",
+    "vhdkit.trusted": "TrustedFolder TrustedFolders trusted_parent_dirs",
     "vhdkit.disk": "Disk open_disk",
     "vhdkit.errors": (
         "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason DiskClosed HasChildren "

@@ -44,3 +44,16 @@ def unguarded(folder: str) -> str | None:
             return None
         finally:
             close_owned(owned)
+
+
+def unguarded_file(path: str) -> str | None:
+    """Why somebody else could change this file, in a guarded folder; None when nobody can. Raises NotFound."""
+    with translated(path, "look at"):
+        owned = opened(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(owned[0])
+        finally:
+            close_owned(owned)
+    if status.st_uid not in {0, os.geteuid()}:
+        return f"it belongs to user {status.st_uid}"
+    return "it can be written to by others than its owner" if status.st_mode & _OTHERS_WRITE else None

@@ -40,7 +40,10 @@ from vhdkit.units import SECTOR_SIZE, round_up, whole_sectors
 
 @dataclass(frozen=True, slots=True)
 class ParentInfo:
-    """What a differencing image says of its parent; `path` is where it was found, `problem` why it was not."""
+    """What a differencing image says of its parent; `path` is where it was found, `problem` why it was not.
+
+    `allowed_folder` is the folder, of those in which parents may lie, that it was found in or below.
+    """
 
     name: str
     unique_id: str
@@ -48,6 +51,7 @@ class ParentInfo:
     locators: tuple[tuple[str, str | None], ...]  # (platform code, text)
     path: str | None
     problem: str | None
+    allowed_folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +152,12 @@ def _describe_parent(
 ) -> tuple[ParentInfo, list[Finding]]:
     """What is known of the parent, and what there is to say about it."""
     assert metadata.header is not None
-    path, problem = None, None
+    path, problem, allowed_by = None, None, None
     noticed: list[Finding] = []
     try:
         with find_parent(metadata, folders, options) as store:
             path = store.name
+            allowed_by = next((one for one in folders if os.path.commonpath((path, one)) == one), None)
             noticed += lineage.findings_about(image, metadata, store)
     except errors.VhdkitError as error:
         problem = error.problem + errors.difference(error.expected, error.found)
@@ -165,6 +170,7 @@ def _describe_parent(
         locators=tuple((one.platform_code.decode("latin-1"), one.text) for one in metadata.locators),
         path=path,
         problem=problem,
+        allowed_folder=allowed_by,
     )
     return told, noticed
 

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every verb has in common: the options about images, sizes on the command line, help with examples.
 
-Decides the names of shared options and what they mean to the library. Must not print.
+Decides the names of shared options and what they mean to the library. Prints nothing but what was ignored of them.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import click
 
-from vhdkit import FormatName, InvalidArgument, OpenOptions
+from vhdkit import FormatName, InvalidArgument, OpenOptions, TrustedFolders, trusted_parent_dirs
+from vhdkit.errors import printable
+from vhdkit.folder import real_path
 from vhdkit.units import DiskSize, parse_disk_size, parse_size
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -33,6 +36,18 @@ class Common:
     json: bool
     quiet: bool
     verbose: bool
+    said_parent_dirs: tuple[str, ...] = ()
+    trusted: TrustedFolders = field(default_factory=lambda: TrustedFolders((), ()))
+
+    def why_allowed(self, folder: str, image: str) -> str:
+        """Who says that parents of `image` may lie in this folder, which is one that the library allowed."""
+        real = real_path(folder)
+        if real == os.path.dirname(real_path(image)):
+            return "the image's own folder"
+        if real in map(real_path, self.said_parent_dirs):
+            return "--allow-parent-dir"
+        sources = [one.source for one in self.trusted.folders if real_path(one.path) == real]
+        return sources[0] if sources else "the folder of the name it was called by"
 
 
 def size(text: str) -> int:
@@ -87,13 +102,18 @@ def image_options(*, leaf_format: bool = True) -> Callable[[Verb], Verb]:
             image_format: str | None = None,
             **kwargs: Any,
         ) -> Any:
+            trusted = trusted_parent_dirs()
+            if not quiet:
+                for ignored in trusted.findings:
+                    text = f"{printable(ignored.path)}: {ignored.message}" if ignored.path else ignored.message
+                    click.echo(f"vhdkit: warning: {text}", err=True)
             options = OpenOptions(
-                parent_dirs=allow_parent_dir,
+                parent_dirs=(*allow_parent_dir, *trusted.parent_dirs),
                 allow_raw_parent=allow_raw_parent,
                 ignore_bitmaps=dynamic_bitmap == "ignore",
                 format_name=FormatName(image_format) if image_format else None,
             )
-            return verb(*args, common=Common(options, json, quiet, verbose), **kwargs)
+            return verb(*args, common=Common(options, json, quiet, verbose, allow_parent_dir, trusted), **kwargs)
 
         decorated: Any = called
         for option in reversed(_options(leaf_format)):
@@ -107,7 +127,9 @@ def image_options(*, leaf_format: bool = True) -> Callable[[Verb], Verb]:
 def _options(leaf_format: bool) -> list[Callable[[Any], Any]]:
     options = [
         click.option("--allow-parent-dir", metavar="DIR", type=_FOLDER, multiple=True,
-                     help="Parents may lie in DIR too, not only in the image's own folder. Repeatable."),
+                     help="Parents may lie in DIR too, not only in the image's own folder. Repeatable;"
+                          " VHDKIT_PARENT_DIRS, and parent_dirs in ~/.config/vhdkit/config.toml or"
+                          " /etc/vhdkit/config.toml, say it for good."),
         click.option("--allow-raw-parent", is_flag=True,
                      help="Accept a raw parent: the image records no id to know it by."),
         click.option("--dynamic-bitmap", type=click.Choice(["spec", "ignore"]), default="spec", show_default=True,

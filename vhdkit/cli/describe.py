@@ -57,25 +57,32 @@ def info_command(image: str, common: Common) -> None:
       creator creator_version creator_host created_unix_seconds geometry
       current_size_bytes original_size_bytes size_from_geometry saved_state hidden
       block_size_bytes block_count allocated_block_count batmap
-      parent {name unique_id timestamp locators path problem}
+      parent {name unique_id timestamp locators path problem allowed_folder allowed_by}
       findings [{severity code message path structure offset_bytes}]
     """
     facts = describe_image(image, options=common.options)
     if common.json:
-        print_json(image_document(facts))
+        print_json(image_document(facts, common))
         return
     print_text((printable(facts.path), "bold"), f": {_kind_words(facts.kind)}")
     rows = _fact_rows(facts, common.verbose)
     if facts.parent is not None:
-        rows += _parent_rows(facts.parent, common.verbose)
+        rows += _parent_rows(facts, facts.parent, common)
     print_pairs(rows)
     for finding in facts.findings if not common.quiet else ():
         print_finding(finding)
 
 
-def image_document(facts: ImageInfo) -> dict[str, Any]:
+def image_document(facts: ImageInfo, common: Common) -> dict[str, Any]:
     """An image's facts for JSON."""
-    return {**asdict(facts), "findings": [finding_document(one) for one in facts.findings]}
+    document = {**asdict(facts), "findings": [finding_document(one) for one in facts.findings]}
+    if facts.parent is not None:
+        document["parent"]["allowed_by"] = _why_allowed(facts, facts.parent, common)
+    return document
+
+
+def _why_allowed(facts: ImageInfo, parent: ParentInfo, common: Common) -> str | None:
+    return None if parent.allowed_folder is None else common.why_allowed(parent.allowed_folder, facts.path)
 
 
 def _kind_words(kind: str) -> str:
@@ -113,10 +120,12 @@ def _date(unix_seconds: int) -> str:
     return f"{datetime.fromtimestamp(unix_seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _parent_rows(parent: ParentInfo, verbose: bool) -> list[tuple[str, str]]:
+def _parent_rows(facts: ImageInfo, parent: ParentInfo, common: Common) -> list[tuple[str, str]]:
     where = parent.path if parent.path is not None else f"{parent.name or '(unnamed)'}, NOT USABLE"
     rows = [("parent", where), ("parent id", parent.unique_id)]
-    if verbose:
+    why = _why_allowed(facts, parent, common)
+    rows.append(("allowed in", f"{parent.allowed_folder} ({why})" if why else ""))
+    if common.verbose:
         rows += [(f"locator {code}", text or "(unreadable)") for code, text in parent.locators]
     rows.append(("problem", parent.problem or ""))
     return rows
@@ -146,7 +155,7 @@ def chain_command(context: click.Context, image: str, common: Common) -> None:
     """
     facts = describe_chain(image, options=common.options)
     if common.json:
-        layers = [{**image_document(one.image), "owned_bytes": one.owned_bytes} for one in facts.layers]
+        layers = [{**image_document(one.image, common), "owned_bytes": one.owned_bytes} for one in facts.layers]
         print_json(
             {
                 "layers": layers,

@@ -206,7 +206,7 @@ def _log_to_stderr(common: Common) -> None:
     logging.basicConfig(level=level, format=form, stream=sys.stderr, force=True)
 
 
-def _wanted(wish: Wish) -> list[Wanted]:
+def _wanted(wish: Wish, common: Common) -> list[Wanted]:
     """The images in the order of their kind: plain ones first."""
     wanted = [Wanted(path, description=wish.description) for path in wish.image]
     for word in wish.export:
@@ -215,10 +215,18 @@ def _wanted(wish: Wish) -> list[Wanted]:
             raise click.UsageError(f"--export {word!r} is not NAME=IMAGE")
         wanted.append(Wanted(path, name, description=wish.description))
     if wish.exports is not None:
-        wanted += wanted_of_file(wish.exports)
+        wanted += [_trusting(one, common) for one in wanted_of_file(wish.exports)]
     if not wanted and wish.control is None:
         raise click.UsageError(f"{wish.exports} lists nothing, and without --control nothing can be added")
     return wanted
+
+
+def _trusting(wanted: Wanted, common: Common) -> Wanted:
+    """What a file for --exports lists, with the folders that hold for every command."""
+    assert wanted.manner is not None
+    options = wanted.manner.options
+    options = replace(options, parent_dirs=(*options.parent_dirs, *common.trusted.parent_dirs))
+    return replace(wanted, manner=replace(wanted.manner, options=options))
 
 
 def _serve_builtin(wish: Wish, common: Common) -> None:
@@ -227,7 +235,7 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
         _note_changes(wish)
         cleanup.callback(use_folder, None)
         manner = Manner(common.options, wish.read_only, wish.overlay, wish.keep_overlay, wish.follow_leaf)
-        exports = open_exports(_wanted(wish), manner)
+        exports = open_exports(_wanted(wish, common), manner)
         for export in exports:
             cleanup.callback(_close, export)
         if wish.keep_overlay is not None:
@@ -310,7 +318,7 @@ def _serve_nbdkit(wish: Wish, common: Common) -> None:
         arguments=click.get_current_context().meta.get(ARGUMENTS, ()),
     )  # fmt: skip
     manner = Manner(common.options, read_only=not writes(launch), follow_leaf=wish.follow_leaf)
-    exports = open_exports(_wanted(wish), manner)
+    exports = open_exports(_wanted(wish, common), manner)
     for export in exports:
         export.disk.close()
         export.read_only = wish.read_only

@@ -7,6 +7,9 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pytest
+
+from tests.servers import serving
 from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, run
 from vhdkit.chain.describe import ImageInfo
 from vhdkit.formats.vhd import layout
@@ -162,3 +165,26 @@ def test_dump_of_a_raw_disk() -> None:
     Path("x.raw").write_bytes(b"a" * 4096)
     assert "no structures" in failure("dump", "x.raw", code=1)
     assert "absent" in good("dump", "x.raw", "--format", "vhd")
+
+
+def test_info_says_which_folder_allowed_a_parent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own folder, an option, the environment: in words and in JSON; what is ignored is a warning."""
+    for name in ("bases", "leaves"):
+        Path(name).mkdir()
+    good("create", "bases/base.vhd", "--size", "1M")
+    good("create", "leaves/leaf.avhd", "--parent", "bases/base.vhd")
+    assert document("info", "leaves/leaf.avhd")["parent"]["allowed_by"] is None
+    told = good("info", "leaves/leaf.avhd", "--allow-parent-dir", "bases")
+    assert f"{folder}/bases (--allow-parent-dir)" in told
+    monkeypatch.setenv("VHDKIT_PARENT_DIRS", f"{folder}/bases:elsewhere")
+    parent = document("info", "leaves/leaf.avhd")["parent"]
+    assert (parent["allowed_folder"], parent["allowed_by"]) == (f"{folder}/bases", "VHDKIT_PARENT_DIRS")
+    warned = run("check", "leaves/leaf.avhd")
+    assert warned.exit_code == 0
+    named = "VHDKIT_PARENT_DIRS names 'elsewhere', which is no absolute path"
+    assert warned.stderr == f"vhdkit: warning: {named}: ignored\n"
+    good("create", "bases/near.avhd", "--parent", "bases/base.vhd")
+    assert document("info", "bases/near.avhd")["parent"]["allowed_by"] == "the image's own folder"
+    Path("list").write_text(json.dumps([{"name": "leaf", "path": "leaves/leaf.avhd"}]))
+    with serving("--exports", "list") as server:
+        assert server.ready["exports"][0]["path"] == "leaves/leaf.avhd"

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that a user, or the administrator, trusts parents to lie in, said once instead of with every command.
+
+    VHDKIT_PARENT_DIRS=/srv/bases:/mnt/templates        the environment
+
+    # $XDG_CONFIG_HOME/vhdkit/config.toml (~/.config/vhdkit/config.toml), and /etc/vhdkit/config.toml
+    parent_dirs = ["/srv/bases"]
+
+Decides where such folders are named and whose word counts: a file that anybody but root and its user could change is
+ignored, with a warning. Must not know what is opened with them. Nothing in the library looks here by itself: a program
+that wants what its user has set passes it on in `OpenOptions.parent_dirs`.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass
+
+from vhdkit import errors
+from vhdkit.arguments import checked
+from vhdkit.errors import printable
+from vhdkit.finding import Finding, Severity
+from vhdkit.folder import read_whole, real_path
+from vhdkit.guarded import unguarded, unguarded_file
+from vhdkit.units import KIB
+
+VARIABLE = "VHDKIT_PARENT_DIRS"
+SYSTEM_CONFIG = "/etc/vhdkit/config.toml"
+MAX_CONFIG_BYTES = 64 * KIB  # hundreds of folders
+MAX_FOLDERS = 1000  # of all places together: each is looked at for every parent
+_KNOWN_KEYS = {"parent_dirs"}
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedFolder:
+    """A folder that parents may lie in. `source` says who allows it: the variable's name, or the file's path."""
+
+    path: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedFolders:
+    """All of them, those of the environment first, and what was ignored and why."""
+
+    folders: tuple[TrustedFolder, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def parent_dirs(self) -> tuple[str, ...]:
+        """For `OpenOptions`."""
+        return tuple(folder.path for folder in self.folders)
+
+
+@checked
+@checked
+def trusted_parent_dirs() -> TrustedFolders:
+    """The folders that `VHDKIT_PARENT_DIRS` and the configuration files of the user and the system name.
+
+    A file is believed when it, its folder and all folders above belong to root or this user and nobody else may write
+    to them. What is not believed, not understood, or no absolute path is ignored, and told in `findings`.
+    """
+    folders: list[TrustedFolder] = []
+    findings: list[Finding] = []
+    named = [(one, VARIABLE) for one in os.environ.get(VARIABLE, "").split(os.pathsep) if one]
+    for config in dict.fromkeys((_user_config(), SYSTEM_CONFIG)):
+        if config is not None:
+            try:
+                named += [(_at_home(one), config) for one in _folders_of(config)]
+            except errors.VhdkitError as error:
+                findings.append(_warning(f"is ignored: {error.problem}", config))
+    for path, source in named[:MAX_FOLDERS]:
+        if os.path.isabs(path) and "\0" not in path:
+            folders.append(TrustedFolder(os.path.normpath(path), source))
+        else:
+            findings.append(_warning(f"{source} names {printable(path)!r}, which is no absolute path: ignored", None))
+    return TrustedFolders(tuple(dict.fromkeys(folders)), tuple(findings))
+
+
+def _warning(message: str, path: str | None) -> Finding:
+    return Finding(Severity.WARNING, "trusted-folders-ignored", message, path or "")
+
+
+def _user_config() -> str | None:
+    """Where the user's file lies (XDG Base Directory Specification: a relative folder is ignored)."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):
+        base = _at_home("~/.config")
+    return os.path.join(base, "vhdkit", "config.toml") if os.path.isabs(base) else None
+
+
+def _at_home(path: str) -> str:
+    """`path` with the user's own folder in place of a leading "~"."""
+    home = os.environ.get("HOME", "")
+    return os.path.join(home, path[2:]) if path.startswith("~/") and home else path
+
+
+def _folders_of(config: str) -> list[str]:
+    """What one file names; nothing where there is none. Raises InvalidArgument, AccessDenied, IoFailed."""
+    real = real_path(config)
+    try:
+        # Both the folder in which a link would lie and the one of the file it leads to.
+        for folder in dict.fromkeys((real_path(os.path.dirname(config)), os.path.dirname(real))):
+            if why := unguarded(folder):
+                raise errors.InvalidArgument(f"{why}, so that others could change it")
+        if why := unguarded_file(real):
+            raise errors.InvalidArgument(why)
+    except errors.NotFound:
+        return []
+    raw = read_whole(real, MAX_CONFIG_BYTES)
+    if raw is None:
+        raise errors.InvalidArgument(f"it is no regular file of at most {MAX_CONFIG_BYTES} bytes")
+    try:
+        document = tomllib.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise errors.InvalidArgument(f"it is no TOML: {printable(str(error))}") from error
+    if unknown := sorted(set(document) - _KNOWN_KEYS):
+        raise errors.InvalidArgument(
+            f"it has {', '.join(map(printable, unknown))}, and nothing but parent_dirs is known"
+        )
+    folders = document.get("parent_dirs", [])
+    if not isinstance(folders, list) or not all(isinstance(one, str) and one for one in folders):
+        raise errors.InvalidArgument("parent_dirs is a list of folders")
+    return folders
