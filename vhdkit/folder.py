@@ -139,7 +139,7 @@ class NewFile:
             except FileNotFoundError:
                 return None
         if not self._replace:
-            raise errors.AlreadyExists("already exists", path=self.path, hint="choose another name, or --force")
+            raise errors.AlreadyExists("already exists", path=self.path, hint="choose another name")
         if not stat.S_ISREG(status.st_mode):
             raise errors.InvalidArgument(
                 "exists and is no regular file: it is not replaced",

@@ -122,6 +122,8 @@ _OWN_WORDS = {  # options of vhdkit's command line, as they are said to vmm
     "--allow-parent-dir": f"if you trust it, {_DISK_OPTION},parent-dir=FOLDER",
     "--allow-raw-parent": f"if you trust it, {_DISK_OPTION},allow-raw-parent",
 }
+_COMMAND = re.compile(r"\bvhdkit (?!for\b)[a-z]+")  # "vhdkit check FILE --repair"; not "install vhdkit for ..."
+_BARE_VERB = re.compile(r"`(?!vmm )[a-z-]+(?: --[a-z-]+)*`")  # "`status` says how far it is"
 _ON_THE_CHILD = "work on the child instead"  # of an image that is the parent of another
 _SHARED_OPTIONS = ("--shrink",)  # which vmm has, too
 
@@ -134,10 +136,12 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
     if otherwise:
         return "; ".join(part for part in (hint_of_vhdkit(first), hint_of_vhdkit(f"if {last}")) if part) or None
     first, _, rest = hint.partition(", or ")
-    if rest and "vhdkit " in rest and "vhdkit " not in first:  # the first part is about an option
+    if rest and _COMMAND.search(rest) and not _COMMAND.search(first):  # the first part is about an option
         return ", or ".join(part for part in (hint_of_vhdkit(first), rest) if part)
-    if "vhdkit " in hint:  # a whole command
+    if _COMMAND.search(hint):  # a whole command
         return hint
+    if _BARE_VERB.search(hint):  # a verb of whatever the user has called; he has called vmm
+        return None
     if hint.startswith(_ON_THE_CHILD):
         return "vmm repair MACHINE shows whether that one is the newest image of the disk, and takes it on"
     options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)

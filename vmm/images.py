@@ -178,6 +178,6 @@ def note_marks(machine: Machine, disks: Sequence[DiskSpec]) -> None:
         try:
             problems = [finding.message for finding in vhdkit.mark_parents(disk.path, options=options)]
         except vhdkit.VhdkitError as error:
-            problems = [str(error)]
+            problems = [error.problem]
         for problem in problems:
             add_event(machine.paths.events, "parent-not-marked", disk=disk.id, problem=problem)

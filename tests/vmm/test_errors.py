@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
+import re
+from collections.abc import Iterator
 
+import click
 import pytest
 
+from tests.support import ROOT
 from vmm import errors
+from vmm.cli.main import main as vmm_command
 from vmm.errors import InUse, NoSpace, NotFound, VmmError, WrongState, from_document, of_os_error, to_document
 
 ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VmmError)]
@@ -52,3 +58,54 @@ def test_hints_name_no_option_that_vmm_does_not_have() -> None:
     assert hint is not None and "--allow-parent-dir" not in hint and "parent-dir=FOLDER" in hint
     assert hint.endswith("repoint it: vhdkit rebase a.avhd --parent PARENT")
     assert errors.hint_of_vhdkit("finish it: vhdkit merge a, or wait") == "finish it: vhdkit merge a, or wait"
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    """The text constants in an expression; X stands for what an f-string puts in."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.JoinedStr):
+            yield "".join(str(one.value) if isinstance(one, ast.Constant) else "X" for one in part.values)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+
+
+def _hints() -> set[str]:
+    """Every hint that the library may give, from its source."""
+    found: set[str] = set()
+    for path in sorted((ROOT / "vhdkit").rglob("*.py")):
+        if "cli" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (isinstance(node, ast.keyword) and node.arg == "hint") or (
+                isinstance(node, ast.Assign) and any("hint" in ast.unparse(one).lower() for one in node.targets)
+            ):
+                found.update(_texts(node.value))
+    return found
+
+
+def _options(command: click.Command) -> set[str]:
+    """All options of a command and those below it."""
+    own = {word for one in command.params for word in (*one.opts, *one.secondary_opts)}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            own |= _options(below)
+    return own
+
+
+def test_no_hint_of_the_library_names_what_vmm_does_not_have() -> None:
+    """Whatever vhdkit advises, vmm's words have no option and no verb but vmm's own and whole commands of vhdkit's."""
+    hints = _hints()
+    assert len(hints) > 80 and any("--allow-parent-dir" in hint for hint in hints)
+    known, told = _options(vmm_command), 0
+    for hint in hints:
+        ours = errors.hint_of_vhdkit(hint)
+        if ours is None:
+            continue
+        told += 1
+        alone = re.sub(r"`?vhdkit (?!for )[a-z]+[^`;]*`?", "", ours)
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", alone)) <= known, (hint, ours)
+        assert not re.search(r"`(?!vmm |vhdkit |chmod )[a-z-]+`", ours), (hint, ours)
+    assert told > 40

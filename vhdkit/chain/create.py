@@ -82,27 +82,40 @@ def replacing(
     Yields it for `NewFile`, which replaces this file and no other; None where there is none.
 
     A file of the chain `layers`, an image in use, or one that other images stand on is not replaced: raises
-    InvalidArgument, ImageInUse, HasChildren. Without `replace`, or where there is no file yet, this does nothing.
+    InvalidArgument, ImageInUse, HasChildren. Where there is no file yet, this does nothing. Without `replace` only the
+    hint of the block's AlreadyExists is its matter: --force is named where it would be obeyed.
     """
-    if not (replace and is_regular(path)):
+    if not is_regular(path):
         yield None
         return
 
-    def held() -> FileStore:
+    def held(*, tidy: bool = True) -> FileStore:
         store = FileStore.open(path)
         try:
             files = [pending.file_of(layer.store) for layer in layers]
             if any(file is not None and file.identity == store.identity for file in files):
                 raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
             store.lock(writer=True)
-            refuse_with_children(store, options or OpenOptions(), "replacing it would destroy that image", tidy=True)
+            refuse_with_children(store, options or OpenOptions(), "replacing it would destroy that image", tidy=tidy)
         except BaseException:
             store.close()
             raise
         return store
 
-    with opened_again(held) as store:
-        yield store
+    if replace:
+        with opened_again(held) as store:
+            yield store
+        return
+    try:
+        yield None
+    except errors.AlreadyExists as error:
+        try:
+            held(tidy=False).close()
+        except errors.VhdkitError as refusal:
+            error.problem += f", and cannot be replaced ({refusal.problem})"
+        else:
+            error.hint = "choose another name, or --force (replace=True in the library)"
+        raise
 
 
 def require_names(layers: Sequence[Layer]) -> None:

@@ -111,13 +111,35 @@ def refuse_with_children(
 
 
 def has_children(path: str, children: Sequence[Dependent], danger: str, hint: str | None) -> errors.HasChildren:
-    """The error for an image that others stand on: `danger` is what would happen to them."""
+    """The error for an image that others stand on, or may: `danger` is what would happen to them."""
+    original = _original(path, children[0].path)
+    if original is not None:
+        return errors.HasChildren(
+            f"has the id of a parent, the one of {children[0]}, which finds {printable(original)} now",
+            path=path,
+            hint=f"an id is all that children know their parent by, so a copy is not changed beside them: move it to a"
+            f" folder of its own, or make an image with an id of its own (vhdkit convert {quoted(path)} NEW)",
+        )
     others = f" and {len(children) - 1} more" if len(children) > 1 else ""
     return errors.HasChildren(
         f"is the parent of {children[0]}{others}{danger if danger.startswith(',') else f'; {danger}'}",
         path=path,
         hint=children[0].hint or hint,
     )
+
+
+def _original(path: str, child_path: str) -> str | None:
+    """The other file that a child stands on where the one at `path` only has its parent's id, else None."""
+    try:
+        with open_regular(child_path) as store:
+            child = read_metadata(pending.view(store))
+        if not child.is_differencing:
+            return None
+        folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(real_path(path))))
+        with find_parent(child, tuple(folders), OpenOptions()) as found:
+            return found.name if found.identity != _identity(real_path(path)) else None
+    except errors.VhdkitError:
+        return None
 
 
 def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]:

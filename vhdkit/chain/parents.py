@@ -213,7 +213,11 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
             hint=f"if you trust it, say --allow-parent-dir {shlex.quote(os.path.dirname(place))}",
         )
     if search.unreadable:
-        return errors.ParentMissing(f"its parent {quoted} cannot be read: {search.unreadable[0]}", path=child.path)
+        unreadable = search.unreadable[0]
+        where = f"{errors.printable(unreadable.path)}: " if unreadable.path else ""
+        return errors.ParentMissing(
+            f"its parent {quoted} cannot be read: {where}{unreadable.problem}", path=child.path, hint=unreadable.hint
+        )
     if search.mismatched:
         place, found = search.mismatched[0]
         return errors.ParentMismatch(

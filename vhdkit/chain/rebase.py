@@ -91,21 +91,7 @@ def rebase(
                 path=store.name,
                 hint="if you are sure, say --allow-raw-parent",
             )
-        if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
-            raise errors.ParentMismatch(
-                f"{errors.printable(new_path)} is not the parent that is to be accepted",
-                path=store.name,
-                expected=f"id {accept_parent_id}",
-                found=_shown_id(found),
-            )
-        if found != recorded and not unsafe_new_id and accept_parent_id is None:
-            raise errors.ParentMismatch(
-                f"{errors.printable(new_path)} is not its parent",
-                path=store.name,
-                expected=f"id {format_id(recorded)}",
-                found=_shown_id(found),
-                hint="if it holds the same disk, say --unsafe-new-id: the content is compared then",
-            )
+        _check_ids(store.name, new_path, recorded, found, unsafe_new_id, accept_parent_id)
         with _opened(new_path, found, options) as layers:
             _refuse_loop(store, layers)
             if found != recorded:
@@ -122,6 +108,27 @@ def rebase(
                 with same_content(image_path):
                     relink(open_dynamic(store, writable=True), link)
                 record_parents(image_path, new_path, found)
+
+
+def _check_ids(
+    path: str, new_path: str, recorded: bytes, found: bytes, unsafe_new_id: bool, accept_parent_id: str | None
+) -> None:
+    """Raise ParentMismatch unless the new parent is the recorded one by its id, or may be another."""
+    if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
+        raise errors.ParentMismatch(
+            f"{errors.printable(new_path)} is not the parent that is to be accepted",
+            path=path,
+            expected=f"id {accept_parent_id}",
+            found=_shown_id(found),
+        )
+    if found != recorded and not unsafe_new_id and accept_parent_id is None:
+        raise errors.ParentMismatch(
+            f"{errors.printable(new_path)} is not its parent",
+            path=path,
+            expected=f"id {format_id(recorded)}",
+            found=_shown_id(found),
+            hint="if it holds the same disk, say --unsafe-new-id: the content is compared then",
+        )
 
 
 def _shown_id(unique_id_bytes: bytes) -> str:
@@ -230,7 +237,7 @@ def _refuse_unseen(child: DynamicImage, new: Layer, cause: errors.VhdkitError) -
     if through:
         raise errors.ParentMissing(
             f"{format_size(through)} of the disk are read through the recorded parent, which cannot be read"
-            f" ({cause}): there is nothing to compare the new one with",
+            f" ({cause.problem}): there is nothing to compare the new one with",
             path=child.store.name,
             hint="bring the recorded parent back, from a backup if need be, and name its folder with"
             " --allow-parent-dir; if it is gone for good and you are sure that the new one holds its content, say"

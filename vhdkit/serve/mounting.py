@@ -452,7 +452,7 @@ def _not_ours(path: str, real: str) -> errors.VhdkitError:
     if there is None:
         return errors.NotFound("nothing is mounted there", path=path, hint="`vhdkit mounts` lists what is")
     return errors.InvalidArgument(
-        f"is a mount of {there.file_system}, not of vhdkit", path=path, hint="`umount` takes it away"
+        f"is a mount of {there.file_system}, not of vhdkit", path=path, hint="`vhdkit umount` takes it away"
     )
 
 

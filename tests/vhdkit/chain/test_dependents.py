@@ -541,3 +541,26 @@ def test_a_base_that_was_moved_keeps_its_marks_when_it_is_cloned_again(farm: Far
     assert farm.marked() == [str(tmp_path / f"vms/{one}/{one}.avhd") for one in "abc"]
     with pytest.raises(errors.HasChildren, match="and 2 more"):
         farm.write_to_gold()
+
+
+def test_a_copy_beside_children_is_said_to_have_the_id(tmp_path: Path) -> None:
+    """A copy of a base is not called the parent of children that find the base; the hint's two ways lead on."""
+    base, copy, child = (tmp_path / name for name in ("base.vhd", "copy.vhd", "child.avhd"))
+    vhdkit.create_image(base, 4 * MIB)
+    vhdkit.create_child(child, base)
+    shutil.copyfile(base, copy)
+    with pytest.raises(errors.HasChildren) as failure:
+        vhdkit.open_disk(copy, writable=True)
+    assert failure.value.problem == f"has the id of a parent, the one of {child}, which finds {base} now"
+    assert f"(vhdkit convert {copy} NEW)" in str(failure.value.hint)
+    with pytest.raises(errors.HasChildren, match=r"base\.vhd: is the parent of .*child\.avhd"):
+        vhdkit.open_disk(base, writable=True)
+    vhdkit.convert(copy, tmp_path / "new.vhd", "dynamic")
+    vhdkit.open_disk(tmp_path / "new.vhd", writable=True).close()
+    (tmp_path / "own").mkdir()
+    copy.rename(tmp_path / "own" / "copy.vhd")
+    vhdkit.open_disk(tmp_path / "own" / "copy.vhd", writable=True).close()
+    base.unlink()
+    (tmp_path / "own" / "copy.vhd").rename(copy)  # nobody else can be the parent now
+    with pytest.raises(errors.HasChildren, match="is the parent of"):
+        vhdkit.open_disk(copy, writable=True)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from tests.vhdkit.cli.running import document, good, make_chain, run
+import vhdkit
+from tests.vhdkit.cli.running import MIB, document, good, make_chain, run
 
 
 def cut_footer(path: str) -> None:
@@ -67,3 +69,19 @@ def test_quiet_leaves_the_code() -> None:
     cut_footer("base.vhd")
     result = run("check", "leaf.avhd", "--quiet")
     assert (result.exit_code, result.output) == (4, "")
+
+
+def test_lost_bytes_of_a_cut_file_are_counted_right() -> None:
+    """A file that was cut in the middle of its blocks: what each lost is at most what a block has."""
+    good("create", "a.vhd", "--size", "8M")
+    with vhdkit.open_disk("a.vhd", writable=True) as disk:
+        for block in range(3):
+            disk.write(block * 2 * MIB, b"x" * MIB)
+    size = Path("a.vhd").stat().st_size
+    os.truncate("a.vhd", size - MIB - 512)
+    assert f"a block lacks its last {MIB} bytes, which read as zeros" in run("check", "a.vhd").output
+    os.truncate("a.vhd", size - 5 * MIB - 512)
+    said = run("check", "a.vhd").output
+    lost = [line for line in said.splitlines() if " lack" in line]
+    assert len(lost) == 1 and "3 blocks lack " in lost[0]
+    assert 5 * MIB - 3 * 4096 <= int(lost[0].split(" lack ")[1].split()[0]) <= 5 * MIB

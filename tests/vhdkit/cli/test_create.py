@@ -166,3 +166,22 @@ def test_help_names_who_misreads_other_block_sizes() -> None:
     """Who chooses another block size knows which program reads such an image wrongly."""
     for verb in ("create", "convert"):
         assert "vhd-util reads others than 2M wrongly" in " ".join(good(verb, "--help").split())
+
+
+def test_force_is_named_where_it_is_obeyed() -> None:
+    """ "already exists" leads to --force only for a file that --force replaces, and only in verbs that have it."""
+    make_chain()
+    good("create", "free.vhd", "--size", "1M")
+    assert "or --force" in failure("create", "free.vhd", "--size", "1M", code=1)
+    assert "or --force" in failure("convert", "leaf.avhd", "free.vhd", "--to", "dynamic", code=1)
+    for words in (("create", "base.vhd", "--size", "1M"), ("convert", "free.vhd", "base.vhd", "--to", "fixed"),
+                  ("create", "middle.avhd", "--parent", "base.vhd")):  # fmt: skip
+        told = failure(*words, code=1)
+        assert "--force" not in told and "cannot be replaced (is the parent of" in told
+    assert "part of the chain that is read" in failure("convert", "leaf.avhd", "leaf.avhd", "--to", "fixed", code=1)
+    with vhdkit.open_disk("free.vhd", writable=True):
+        told = failure("create", "free.vhd", "--size", "1M", code=1)
+        assert "--force" not in told and "another program is" in told
+    for taken in (("snapshot", "leaf.avhd", "free.vhd"), ("clone", "base.vhd", "free.vhd"),
+                  ("merge", "leaf.avhd", "--to", "free.vhd")):  # fmt: skip
+        assert "--force" not in run(*taken).stderr and "already exists" in run(*taken).stderr, taken

@@ -198,6 +198,7 @@ def held_bytes(store: Store, offset_bytes: int, size_bytes: int, *, enough: int 
 
 def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Space that belongs to nothing, and blocks that are stored short."""
+    assert metadata.header is not None
     whole, last = used_sizes(metadata)
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     data_end = block_data_end(metadata)
@@ -217,13 +218,16 @@ def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Find
             yield _note(metadata, "leaked-space", message, "file", first)
     final = bat.block_start(len(bat) - 1)
     ends = starts + np.where(starts == final, last, whole)
-    cut = int((ends - data_end).max()) if len(ends) else 0
-    if cut > 0:
+    data_starts = starts + bitmap.bitmap_size(metadata.header.block_size)
+    cuts = np.maximum(ends - np.maximum(data_starts, data_end), 0)  # of each block: never more than its data
+    lost, count = int(cuts.sum()), int(np.count_nonzero(cuts))
+    if count:
+        what = f"a block lacks its last {lost} bytes" if count == 1 else f"{count} blocks lack {lost} bytes in all"
         severity = Severity.WARNING if metadata.tail.state is FooterState.GOOD else Severity.ERROR
         yield Finding(
             severity,
             "block-cut",
-            f"a block lacks its last {cut} bytes, which read as zeros",
+            f"{what}, which read as zeros",
             metadata.path,
             "file",
             data_end,
