@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file may be removed, as far as that can be known without trying.
+"""Whether a file may be removed, or made, as far as that can be known without trying.
 
 Decides what stands in the way of a removal: rights, sticky folders, attributes, file systems that are only read. Must
 not know why a file is to go.
@@ -18,6 +18,7 @@ from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import translated
 
 _FS_IOC_GETFLAGS = 0x80086601
+_MAX_PATH_BYTES, _MAX_NAME_BYTES = 4096, 255  # PATH_MAX, its zero byte counted, and NAME_MAX of Linux
 _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
 
 
@@ -43,6 +44,29 @@ def check_removable(path: str) -> None:
             f"{problem}: it cannot be removed, so nothing is begun that ends with that",
             path=path,
             hint="give yourself that right first",
+        )
+
+
+def check_folder(folder: str, path: str) -> None:
+    """Look whether a file can be made in `folder`, given its name there (`path`), found again and removed.
+
+    Raises AccessDenied where nothing can be renamed or removed, InvalidArgument where the folder is so deep that no
+    full path of a file, and of the records beside it, could be said: its children would not find it.
+    """
+    with translated(path, "find the folder of"):
+        folder_bytes = len(os.fsencode(os.path.realpath(folder or os.curdir)))
+    if folder_bytes + 1 + _MAX_NAME_BYTES >= _MAX_PATH_BYTES:
+        raise errors.InvalidArgument(
+            f"its folder's path has {folder_bytes} bytes, too many for the {_MAX_PATH_BYTES} that the system takes of"
+            " a path with the longest name",
+            path=path,
+            hint="choose a folder less deep",
+        )
+    if _flags_of(folder or os.curdir) & (_IMMUTABLE | _APPEND_ONLY):
+        raise errors.AccessDenied(
+            "its folder is marked as one in which nothing is renamed or removed (see `lsattr -d`)",
+            path=path,
+            hint="choose another folder",
         )
 
 

@@ -24,6 +24,7 @@ from typing import Self
 
 from vhdkit import errors, likeness, unfinished
 from vhdkit.arguments import AnyPath
+from vhdkit.attributes import check_folder
 from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import FileStore, opened_again, translated
 
@@ -130,6 +131,7 @@ class NewFile:
                 is_directory = False
         if not is_directory:
             raise errors.NotFound("the folder to create the file in does not exist", path=self.path)
+        check_folder(self._directory, self.path)
 
     def _check_destination(self) -> os.stat_result | None:
         """Refuse a destination that is not replaced; returns the one that is."""
@@ -174,7 +176,7 @@ class NewFile:
             try:
                 os.link(self._temporary, self.path)
             except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
+                if error.errno not in {*_NO_HARD_LINKS, errno.EXDEV}:
                     raise
                 if os.path.lexists(self.path):  # a file system without hard links: the best that is left
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error

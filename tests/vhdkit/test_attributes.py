@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,3 +123,58 @@ def test_merges_look_first(public: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chain.close()
     assert {name: Path(name).read_bytes() for name in names} == files and sorted(os.listdir()) == sorted(names)
     assert content(names[0]) == before
+
+
+def test_nothing_is_made_where_nothing_can_be_removed(public: Path) -> None:
+    """In an append-only folder a file under construction could never go: it is refused before it is there."""
+    if subprocess.run(["chattr", "+a", public], check=False, capture_output=True).returncode:
+        not_available("append-only folders")
+    try:
+        with pytest.raises(errors.AccessDenied, match="lsattr"):
+            vhdkit.create_image(public / "a.vhd", "1M")
+        assert list(public.iterdir()) == []
+    finally:
+        subprocess.run(["chattr", "-a", public], check=True)
+    vhdkit.create_image(public / "a.vhd", "1M")
+
+
+def test_a_folder_too_deep(tmp_path: Path) -> None:
+    """Where the full path of an image could not be said, nothing is made: no child would find it."""
+    vhdkit.create_image(tmp_path / "base.vhd", "1M")
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        while len(os.getcwd()) <= 4096:
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+        for make in (
+            lambda: vhdkit.create_image("a.vhd", "1M"),
+            lambda: vhdkit.create_child("a.avhd", tmp_path / "base.vhd"),
+            lambda: vhdkit.clone(tmp_path / "base.vhd", ["a.avhd"]),
+            lambda: vhdkit.convert(tmp_path / "base.vhd", "a.raw", "raw"),
+        ):
+            with pytest.raises(errors.InvalidArgument, match="its folder's path has"):
+                make()
+        assert os.listdir() == []
+        while len(os.getcwd()) + 1 + 255 >= 4096:
+            os.chdir("..")
+        vhdkit.create_image("x" * 251 + ".vhd", "1M")  # all of a path's and a name's bytes are of use
+        os.unlink("x" * 251 + ".vhd")
+    finally:
+        os.chdir(tmp_path)
+        shutil.rmtree("d" * 200, ignore_errors=True)
+        os.chdir(here)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+def test_a_folder_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A new file gets its name all the same, never over another one, and nothing half made stays."""
+
+    def refused(*arguments: object, **keywords: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    vhdkit.create_image(tmp_path / "a.vhd", "1M")
+    with pytest.raises(errors.AlreadyExists):
+        vhdkit.create_image(tmp_path / "a.vhd", "2M")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.vhd"]

@@ -65,7 +65,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     """Not at the beginning, and not when it came while we were at work."""
     path = tmp_path / "there.vhd"
     path.write_bytes(b"precious")
-    with pytest.raises(errors.AlreadyExists, match="--force"):
+    with pytest.raises(errors.AlreadyExists, match=r"already exists; choose another name$"):
         NewFile(path)
     path.unlink()
     with pytest.raises(errors.AlreadyExists), NewFile(path) as new:
