@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+import vhdkit
 from vmm import devices
 from vmm.errors import InvalidSpec
 from vmm.images import find_image, look_at, refuse_frozen
@@ -65,10 +66,13 @@ def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
         serial = serial or (kept_serial(path, taken) if wish.kind == "vhd" else None)
     if serial is not None:
         settings["serial"] = serial
+    folders = tuple(os.path.realpath(one) for one in wish.parent_dirs)
+    if wish.kind == "vhd" and path is not None:
+        folders += _trusted_folders(path, folders)
     disk = make_disk(
         id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
         unit=unit, read_only=wish.read_only or wish.kind == "iso", format=wish.format,
-        parent_dirs=tuple(os.path.realpath(one) for one in wish.parent_dirs),
+        parent_dirs=folders,
         allow_raw_parent=wish.allow_raw_parent, **settings,
     )  # fmt: skip
     if disk.kind == "iso" and path is not None:
@@ -77,6 +81,28 @@ def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
         disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
         refuse_frozen(disk)
     return disk
+
+
+def _trusted_folders(path: str, said: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the folders that the user trusts for good in which parents of this image lie.
+
+    They are written down with the disk: the machine's processes may run in another environment.
+    """
+    trusted = tuple(os.path.realpath(one) for one in vhdkit.trusted_parent_dirs().parent_dirs)
+    if not trusted:
+        return ()
+    options = vhdkit.OpenOptions(parent_dirs=(*said, *trusted), allow_raw_parent=True)
+    try:
+        parents = vhdkit.chain_paths(path, options=options)[1:]
+    except vhdkit.VhdkitError:
+        return ()  # what is wrong with it is said by who opens it
+    near = (os.path.dirname(os.path.realpath(path)), *said)
+    far = [one for one in parents if not _is_beneath_any(one, near)]
+    return tuple(dict.fromkeys(folder for folder in trusted if any(_is_beneath_any(one, (folder,)) for one in far)))
+
+
+def _is_beneath_any(path: str, folders: tuple[str, ...]) -> bool:
+    return any(os.path.commonpath((path, folder)) == folder for folder in folders)
 
 
 def _refuse_read_only_on_ide(wish: DiskWish, controller: Controller) -> None:

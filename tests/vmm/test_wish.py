@@ -12,7 +12,7 @@ from tests.vmm.discs import make_iso
 from tests.vmm.kvm.loops import loop_device
 from tests.vmm.small_guests import make_machine, wait_counting
 from vmm import registry
-from vmm.errors import InvalidSpec
+from vmm.errors import InvalidSpec, StoreFailed
 from vmm.manager import DiskWish, Manager
 from vmm.spec import MachineSpec, make_spec
 from vmm.wish import disk_of
@@ -91,3 +91,21 @@ def test_what_is_accepted_starts(manager: Manager, tmp_path: Path) -> None:
         manager.start("small")
         wait_counting(manager)
         manager.stop("small")
+
+
+def test_trusted_folders_are_written_down(spec: MachineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folders that the user trusts for good, those in which parents lie go into the definition, no others."""
+    bases, other, leaves = (tmp_path / name for name in ("bases", "other", "leaves"))
+    for folder in (bases, other, leaves):
+        folder.mkdir()
+    vhdkit.create_image(bases / "base.vhd", "1M")
+    leaf = leaves / "leaf.avhd"
+    vhdkit.create_child(leaf, bases / "base.vhd")
+    with pytest.raises(StoreFailed):
+        disk_of(DiskWish(str(leaf)), spec)
+    monkeypatch.setenv("VHDKIT_PARENT_DIRS", f"{other}:{bases}")
+    assert disk_of(DiskWish(str(leaf)), spec).parent_dirs == (str(bases),)
+    wish = DiskWish(str(leaf), parent_dirs=(str(bases),))
+    assert disk_of(wish, spec).parent_dirs == (str(bases),)
+    assert disk_of(DiskWish(str(bases / "base.vhd"), read_only=True, controller="scsi"),
+                   spec).parent_dirs == ()  # fmt: skip
