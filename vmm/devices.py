@@ -20,7 +20,7 @@ from vmm import known_images, registry
 from vmm.errors import Refused, VmmError, of_os_error
 from vmm.host import block
 from vmm.host.loops import Inode, inode_of
-from vmm.kvm import iscsi, passthrough
+from vmm.kvm import iscsi, passthrough, target
 from vmm.kvm.cmdline import Device, Medium
 from vmm.kvm.passthrough import Given
 from vmm.spec import DiskSpec, MachineSpec
@@ -36,13 +36,15 @@ GiveSecret = Callable[[str, bytes], Device]  # (id, content) -> the object to ma
 def looked_at(path: str, *, read_only: bool, machine_id: str) -> dict[str, str]:
     """Settings of a disk that is a device or LUN: the name and the identity it is known by. Takes nothing.
 
-    The device is claimed for a moment, so that whatever stands in the way is said now. A LUN is not tried: its target
-    may be away. Raises InvalidSpec, NotFound, InUse, Refused, AccessDenied.
+    The device is claimed for a moment, so that whatever stands in the way is said now. A LUN is tried where its target
+    answers, and taken as it is where that is away. Raises InvalidSpec, NotFound, InUse, Refused, AccessDenied.
     """
     given = given_to_others(machine_id)
     if iscsi.is_url(path):
         lun = iscsi.parse(path)
         _refuse_lun(path, lun, given)
+        password = None if lun.password_file is None else read_password(lun.password_file)
+        target.refuse_missing(path, lun, machine_id, password)
         return {"path": path, "identity": lun.identity}
     with passthrough.claim(path, read_only=read_only, given=given) as claim:
         return {"path": claim.device.stable_path or claim.device.path, "identity": claim.identity}

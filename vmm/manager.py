@@ -32,6 +32,7 @@ from vmm.interrupted import ends_with_us, goes_on_without_us
 from vmm.kvm import machine_types
 from vmm.media import look_at_medium, open_medium
 from vmm.paths import default_folders
+from vmm.possible import refuse_impossible
 from vmm.registry import Machine
 from vmm.removal import images_inside, remove_image
 from vmm.rpc import Progress
@@ -177,11 +178,13 @@ class Manager:
         Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
         Unsupported (there is no QEMU).
         """
+        asked = set(settings)
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")
         spec = make_spec(name=name, **settings_with_real_paths(settings))
         for wish in disks:
             spec = spec.changed(disks=[*spec.disks, disk_of(wish, spec)])
+        refuse_impossible(spec, asked)
         if folder is not None and not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="make it first")
         with contextlib.ExitStack() as held:
@@ -216,6 +219,7 @@ class Manager:
             changes = settings_with_real_paths(settings)
             if changes.get("kernel", "") is None:  # they go with a kernel only
                 changes = {"initrd": None, "append": None, **changes}
+            refuse_impossible(machine.spec.changed(**changes), settings)
             if changes.get("name", machine.name) != machine.name:
                 if client is not None:
                     raise WrongState("is running, and cannot have another name now", machine=name)

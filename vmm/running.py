@@ -31,6 +31,7 @@ from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
 from vmm.kvm.qmp import Event, Qmp
+from vmm.kvm.said import in_our_words
 from vmm.launch import no_adapters, prepare
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.proc import ProcessRef
@@ -252,8 +253,7 @@ class Running:
         await self.refresh()
 
     def _refusal(self) -> QemuFailed:
-        words = self._process.last_words() if self._process is not None else None
-        return QemuFailed(f"QEMU refused the machine: {words or 'it said nothing'}")
+        return self.failed_as_told("QEMU refused the machine")
 
     async def take_over(self, ref: ProcessRef) -> None:
         """Go on with a QEMU that another worker started. Raises VmmError."""
@@ -293,9 +293,14 @@ class Running:
         self.note.qemu = None
         self.exited.set()
 
-    def last_words(self) -> str | None:
-        """What QEMU complained about last."""
-        return None if self._process is None else self._process.last_words()
+    def failed_as_told(self, what: str, words: str | None = None) -> QemuFailed:
+        """`what` happened, for the reason that QEMU gave in these words, or last of all."""
+        if words is None and self._process is not None:
+            words = self._process.last_words()
+        meaning = in_our_words(words or "")
+        if meaning is None:
+            return QemuFailed(what, hint=f"vmm logs {self.spec.name} --of qemu shows what QEMU said")
+        return QemuFailed(f"{what}: {meaning[0]}", hint=meaning[1])
 
     async def wait_end(self) -> End:
         """Wait until QEMU has ended; why."""

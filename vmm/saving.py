@@ -15,6 +15,7 @@ import time
 from vmm import saved
 from vmm.errors import QemuFailed, TimedOut, VmmError
 from vmm.kvm import accel, background, tray
+from vmm.kvm.said import reason_of
 from vmm.media import changed_drives
 from vmm.paths import runtime_home
 from vmm.rpc import Progress
@@ -63,8 +64,7 @@ class Saving:
         await self._running.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
         while True:
             if self._running.exited.is_set():
-                why = self._running.last_words() or "QEMU ended without a word"
-                raise QemuFailed(f"the saved memory cannot be restored: {why}")
+                raise self._running.failed_as_told("the saved memory cannot be restored")
             try:
                 migration = await self._running.qmp.execute("query-migrate")
             except QemuFailed:
@@ -73,9 +73,7 @@ class Saving:
             if migration.get("status") == "completed":
                 break
             if migration.get("status") == "failed":
-                raise QemuFailed(
-                    f"the saved memory cannot be restored: {migration.get('error-desc', 'no reason told')}"
-                )
+                raise self._running.failed_as_told("the saved memory cannot be restored", migration.get("error-desc"))
             done = os.lseek(descriptor, 0, os.SEEK_CUR)
             progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
             await asyncio.sleep(LOOK_SECONDS)
@@ -173,7 +171,7 @@ class Saving:
                 await background.check_written(qmp, descriptor, os.lseek(descriptor, 0, os.SEEK_CUR))
                 return
             if status in ("failed", "cancelled"):
-                reason = migration.get("error-desc") or "QEMU could not write all of it"
+                reason = reason_of(migration)
                 raise QemuFailed(f"the memory could not be saved: {reason}")
             if give_up_at is not None and time.monotonic() > give_up_at:
                 raise TimedOut("there is no time left to write all the memory")

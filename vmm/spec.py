@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from vmm.complaints import words_of
 from vmm.errors import InvalidSpec
 from vmm.paths import check_name
 
@@ -290,7 +291,7 @@ def make_disk(**settings: object) -> DiskSpec:
     try:
         return DiskSpec.model_validate(settings)
     except ValidationError as error:
-        raise InvalidSpec(_words_of(error)) from error
+        raise InvalidSpec(words_of(error)) from error
 
 
 def make_adapter(**settings: object) -> AdapterSpec:
@@ -298,7 +299,7 @@ def make_adapter(**settings: object) -> AdapterSpec:
     try:
         return AdapterSpec.model_validate(settings)
     except ValidationError as error:
-        raise InvalidSpec(_words_of(error)) from error
+        raise InvalidSpec(words_of(error)) from error
 
 
 def read_spec(content: bytes, path: str) -> MachineSpec:
@@ -306,7 +307,7 @@ def read_spec(content: bytes, path: str) -> MachineSpec:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidSpec(f"is no machine definition: {error}", path=path) from error
+        raise InvalidSpec("is no machine definition: it holds no JSON", path=path) from error
     if not isinstance(document, dict):
         raise InvalidSpec("is no machine definition: it holds no JSON object", path=path)
     version = document.get("schema_version")
@@ -319,24 +320,14 @@ def read_spec(content: bytes, path: str) -> MachineSpec:
     try:
         return MachineSpec.model_validate(document)
     except ValidationError as error:
-        raise InvalidSpec(f"is no machine definition: {_words_of(error)}", path=path) from error
+        raise InvalidSpec(f"is no machine definition: {words_of(error)}", path=path) from error
 
 
 def _validated(settings: dict[str, Any], machine: str | None) -> MachineSpec:
     try:
         return MachineSpec.model_validate(settings)
     except ValidationError as error:
-        raise InvalidSpec(_words_of(error), machine=machine) from error
-
-
-def _words_of(error: ValidationError) -> str:
-    """All complaints in one line, each with the setting it is about."""
-    complaints = []
-    for one in error.errors(include_url=False):
-        where = ".".join(str(part) for part in one["loc"])
-        what = str(one["msg"]).removeprefix("Value error, ")
-        complaints.append(f"{where}: {what}" if where else what)
-    return "; ".join(complaints)
+        raise InvalidSpec(words_of(error), machine=machine) from error
 
 
 def _check_unique(what: str, values: Sequence[object]) -> None:

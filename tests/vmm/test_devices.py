@@ -272,6 +272,8 @@ def test_guest_boots_from_a_lun(manager: Manager, tmp_path: Path) -> None:
         wait_counting(manager)
         with pytest.raises(InUse, match="belongs to the machine small"):
             manager.create("other", disks=[given(target.url.replace("127.0.0.1", "localhost"))], **TINY)
+        with pytest.raises(NotFound, match="the target has no such LUN"):
+            manager.create("other", disks=[given(target.url[:-1] + "7")], **TINY)
         manager.stop("small")
         sector = boot_sector.WRITE_LBA * boot_sector.SECTOR
         assert target.file.read_bytes()[sector:].startswith(boot_sector.WRITTEN_TEXT)
@@ -320,8 +322,10 @@ def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:
             manager.start("small")
         secret.chmod(0o600)
         secret.write_text("something-else\n")
-        with pytest.raises(QemuFailed, match=r"disk-1: .*log in"):
+        with pytest.raises(QemuFailed, match=r"disk-1: .*log in: the user or the password is wrong"):
             manager.start("small")
+        with pytest.raises(Refused, match="the user or the password is wrong"):
+            manager.add_disk("small", given(url.replace("/1?", "/7?")))
     with pytest.raises(QemuFailed, match=r"disk-1: .*connect"):
         manager.start("small")
 

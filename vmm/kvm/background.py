@@ -30,6 +30,7 @@ from typing import Any
 from vmm.errors import QemuFailed, TimedOut, Unsupported, VmmError
 from vmm.kvm import memory_file
 from vmm.kvm.qmp import Qmp
+from vmm.kvm.said import reason_of
 
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
 RESUME_SECONDS = 20.0
@@ -253,7 +254,7 @@ async def give_up(qmp: Qmp) -> None:
 
 
 def _reason(migration: dict[str, Any]) -> str:
-    return str(migration.get("error-desc") or "QEMU could not write all of it")
+    return reason_of(migration)
 
 
 def _tell(migration: dict[str, Any], progress: Progress) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versioned machine types that this host's QEMU has.
+"""The versioned machine types and the processor models that this host's QEMU has.
 
 Decides nothing but which version a family's name stands for today: a machine keeps it for life, because its saved
 memory and its guest's idea of the hardware depend on it.
@@ -27,3 +27,30 @@ def newest_in(listing: str, family: str) -> str:
         if found is not None and found[1] == family:
             return found[2]
     raise QemuFailed(f"this QEMU has no machine type {family}")
+
+
+def machine_types() -> frozenset[str]:
+    """The names of all machine types. Raises Unsupported where there is no QEMU, QemuFailed."""
+    return types_in(program.answer([program.find(), "-machine", "help"]))
+
+
+def types_in(listing: str) -> frozenset[str]:
+    """The same, in what QEMU lists: after a heading a name begins each line."""
+    return frozenset(line.split()[0] for line in listing.splitlines()[1:] if line.strip())
+
+
+def processor_models() -> frozenset[str]:
+    """The names of all processor models. Raises Unsupported where there is no QEMU, QemuFailed."""
+    return models_in(program.answer([program.find(), "-cpu", "help"]))
+
+
+def models_in(listing: str) -> frozenset[str]:
+    """The same, in what QEMU lists: lines such as "x86 Nehalem-v1 ..." (before 10.0) or "  Nehalem-v1 ..."."""
+    found = set()
+    for line in listing.partition("CPUID flags")[0].splitlines():
+        words = line.split()
+        if words[:1] == ["x86"]:
+            words.pop(0)
+        if words and line.startswith(("x86 ", "  ")):
+            found.add(words[0])
+    return frozenset(found)

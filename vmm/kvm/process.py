@@ -204,7 +204,7 @@ def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[in
     ref = ProcessRef.of(pid)
     process = QemuProcess(ref or ProcessRef(pid, 0), log_path, offset)
     if ref is None:
-        raise QemuFailed(f"ended at once: {process.last_words()}")
+        raise QemuFailed("QEMU ended at once", hint=f"{log_path} has what it said")
     return process
 
 

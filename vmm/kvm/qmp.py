@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 
 from vmm.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
+from vmm.kvm.said import LOG, in_our_words
 
 CONNECT_SECONDS = 10.0
 COMMAND_SECONDS = 10.0  # a main loop that drains a disk waits for the reconnect delay, see drives
@@ -129,9 +130,18 @@ class Qmp:
             await self.close()
             raise TimedOut(f"{self._who} did not answer {command} within {timeout_seconds:g} s") from error
         except ExecuteError as error:
-            raise QemuFailed(f"{self._who} refused {command}: {error}") from error
+            raise self._refusal(command, str(error)) from error
         except (ExecInterruptedError, StateError, QMPError, OSError) as error:
             raise ConnectionEnded(f"{self._who} went away during {command}: {_reason(error)}") from error
+
+    def _refusal(self, command: str, words: str) -> QemuFailed:
+        """A command that was refused, with what is meant where that is known. The agent's words are a guest's."""
+        LOG.warning("%s refused %s: %s", self._who, command, words)
+        meaning = in_our_words(words)
+        if meaning is None and self._who == "QEMU":
+            return QemuFailed(f"QEMU refused {command}", hint="vmm logs MACHINE --of worker shows what it said")
+        problem, hint = (words, None) if meaning is None else meaning
+        return QemuFailed(f"{self._who} refused {command}: {problem}", hint=hint)
 
     async def send_descriptor(self, name: str, descriptor: int) -> None:
         """Give QEMU a descriptor, which it calls `name` from then on (`fd:NAME`). Ours stays open.

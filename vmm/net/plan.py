@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vmm import errors
+from vmm.complaints import words_of
 from vmm.net import frames
 from vmm.net.gateway import GatewaySetup
 
@@ -189,16 +190,6 @@ def make_switch(**settings: object) -> SwitchSpec:
         return SwitchSpec.model_validate(settings)
     except ValidationError as error:
         raise errors.InvalidSpec(words_of(error)) from error
-
-
-def words_of(error: ValidationError) -> str:
-    """All complaints in one line."""
-    complaints = []
-    for one in error.errors(include_url=False):
-        where = ".".join(str(part) for part in one["loc"])
-        what = str(one["msg"]).removeprefix("Value error, ")
-        complaints.append(f"{where}: {what}" if where else what)
-    return "; ".join(complaints)
 
 
 def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interface:

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vmm import errors, paths
+from vmm.complaints import words_of
 from vmm.net import nft, plan, ports
 from vmm.net.gateway import PORT_NAME
 from vmm.net.plan import SwitchSpec
@@ -68,9 +69,9 @@ def load(name: str) -> SwitchSpec:
     except OSError as error:
         raise errors.of_os_error(error, "read the switch", path=path) from error
     except ValidationError as error:
-        raise errors.InvalidSpec(f"is no switch: {plan.words_of(error)}", path=path) from error
+        raise errors.InvalidSpec(f"is no switch: {words_of(error)}", path=path) from error
     except ValueError as error:
-        raise errors.InvalidSpec(f"is no switch: {error}", path=path) from error
+        raise errors.InvalidSpec("is no switch: it holds no JSON", path=path) from error
 
 
 def load_all() -> list[SwitchSpec]:

@@ -104,8 +104,8 @@ def test_result_and_argument_names(folder: Path) -> None:
     assert seen == [{"fdset-id": 3}]
 
 
-def test_refusal_is_qemu_failed_with_its_words(folder: Path) -> None:
-    """QEMU's own words are the problem, and the connection is usable afterwards."""
+def test_refusal_is_qemu_failed_and_names_the_log(folder: Path) -> None:
+    """QEMU's own words are in the log, and the connection is usable afterwards."""
 
     def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
         if request["execute"] == "cont":
@@ -115,7 +115,7 @@ def test_refusal_is_qemu_failed_with_its_words(folder: Path) -> None:
     async def scene() -> None:
         async with played(folder / "q", answer):
             qmp = await Qmp.connect(str(folder / "q"))
-            with pytest.raises(QemuFailed, match="refused cont: No such thing"):
+            with pytest.raises(QemuFailed, match=r"refused cont .*vmm logs"):
                 await qmp.execute("cont")
             assert await qmp.execute("query-x") == 5
             await qmp.close()

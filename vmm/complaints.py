@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with settings, in words for people: the checker of the models has its own, which are a programmer's.
+
+Decides the sentence for each kind of complaint. A kind without one gets a sentence that is true of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from pydantic import ValidationError
+
+_MIB = 1 << 20
+_SENTENCES = {
+    "missing": "is missing",
+    "extra_forbidden": "is no setting that there is",
+    "greater_than_equal": "is {ge} or more",
+    "greater_than": "is more than {gt}",
+    "less_than_equal": "is {le} or less",
+    "less_than": "is less than {lt}",
+    "multiple_of": "is a multiple of {multiple_of}",
+    "literal_error": "is {expected}",
+    "string_pattern_mismatch": "cannot be {input}",
+    "string_too_long": "has at most {max_length} characters",
+    "string_too_short": "has at least {min_length} characters",
+    "too_long": "has at most {max_length} entries",
+    "int_from_float": "is a whole number",
+    "finite_number": "is a number",
+}
+_KINDS = (  # of the checker's names: what the value should have been
+    ("int_", "is a whole number"),
+    ("float_", "is a number"),
+    ("bool_", "is true or false"),
+    ("string_", "is a text"),
+    ("bytes_", "is a text"),
+    ("tuple_", "is a list"),
+    ("list_", "is a list"),
+    ("dict_", "is a group of settings"),
+    ("model_", "is a group of settings"),
+    ("none_", "is nothing"),
+)
+
+
+def words_of(error: ValidationError) -> str:
+    """All complaints in one line, each with the setting it is about."""
+    complaints = []
+    for one in error.errors(include_url=False):
+        where = ".".join(str(part) for part in one["loc"])
+        what = _sentence(str(one["type"]), where, one)
+        complaints.append(f"{where}: {what}" if where else what)
+    return "; ".join(dict.fromkeys(complaints))
+
+
+def _sentence(kind: str, where: str, one: Any) -> str:
+    if kind in ("value_error", "assertion_error"):
+        return str(one["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    facts = {name: _amount(where, value) for name, value in one.get("ctx", {}).items()}
+    facts["input"] = repr(one.get("input"))[:80]
+    if (sentence := _SENTENCES.get(kind)) is not None:
+        with contextlib.suppress(KeyError):  # another version of the checker calls its limits otherwise
+            return sentence.format(**facts)
+    return next((words for beginning, words in _KINDS if kind.startswith(beginning)), "cannot be that")
+
+
+def _amount(where: str, value: object) -> object:
+    """A limit with its unit, where the setting is one of bytes."""
+    is_size = where.endswith("_bytes") and isinstance(value, int) and value % _MIB == 0
+    return f"{value // _MIB} MiB" if is_size and isinstance(value, int) else value

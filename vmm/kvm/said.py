@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What QEMU, and the libraries in it, say, in words for people.
+
+Decides which of their complaints are known, and what to do about each. One that is not known stays in the log that it
+came in by: whoever reports it names that log. Pure.
+
+Sources: complaints of QEMU 7.2 to 10 (`block/iscsi.c`, `softmmu`, `target/i386/cpu.c`), libiscsi's `login.c` and
+`socket.c`, as they were seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LOG = logging.getLogger("vmm.qemu")  # their own words; of a worker it ends in its log
+_KNOWN: tuple[tuple[str, str, str | None], ...] = (
+    (
+        r"LOGICAL_UNIT_NOT_SUPPORTED",
+        "the target has no such LUN",
+        None,
+    ),
+    (
+        r"Target not found",
+        "there is no such target, or it does not know this machine",
+        "its access rules name the machine's initiator, iqn.2008-11.org.linux-kvm:ID (vmm show says the id)",
+    ),
+    (
+        r"Authentication failure",
+        "the target does not let this machine log in: the user or the password is wrong",
+        None,
+    ),
+    (
+        r"Authorization failure|Failed to log in to target",
+        "the target does not let this machine log in",
+        "its access rules name the machine's initiator, iqn.2008-11.org.linux-kvm:ID (vmm show says the id)",
+    ),
+    (
+        r"Can not resolv",
+        "the target's host name leads nowhere: nothing to connect to",
+        None,
+    ),
+    (
+        r"iSCSI: Failed to connect|iscsi_service",
+        "there is no connection to the target: it does not answer",
+        None,
+    ),
+    (
+        r"Unknown driver 'iscsi'|does not accept value 'iscsi'|[Pp]arameter 'driver'.*iscsi",
+        "this QEMU cannot reach iSCSI targets",
+        "sudo apt install qemu-block-extra",
+    ),
+    (
+        r"cannot set up guest memory|[Cc]annot allocate memory",
+        "this host has not enough free memory for the machine",
+        "give it less (vmm set NAME --memory), or stop another one",
+    ),
+    (
+        r"unable to find CPU model '([^']*)'",
+        "QEMU has no processor model {0!r}",
+        "qemu-system-x86_64 -cpu help lists them; vmm set NAME --cpu-model",
+    ),
+    (
+        r"Property '[^']*-cpu\.([^']*)' not found|CPU .*[Pp]roperty '?\.?([\w-]+)'? not found",
+        "the processor model has no such feature: {0}",
+        "vmm set NAME --cpu-model",
+    ),
+    (
+        r"unsupported machine type|list supported machines",
+        "QEMU has no such machine type; another version of it made the machine",
+        "qemu-system-x86_64 -machine help lists them",
+    ),
+    (
+        r'Failed to get (?:shared )?"[\w-]+" lock|Is another process using the image',
+        "another program uses it",
+        None,
+    ),
+    (
+        r"(?:Could not access KVM kernel module|failed to initialize kvm): (.*)",
+        "KVM cannot be used: {0}",
+        "vmm host doctor says what is missing; --accel tcg does without",
+    ),
+    (
+        r"does not support hotplugging",
+        "nothing can be plugged in or out there while the machine runs",
+        "use SCSI, or switch it off first",
+    ),
+    (
+        r"Bus '([^']*)' (?:not found|is full)|no slot/function available",
+        "there is no room for another device",
+        None,
+    ),
+    (
+        r"No space left on device",
+        "no space is left on the file system",
+        None,
+    ),
+)
+
+
+def in_our_words(words: str) -> tuple[str, str | None] | None:
+    """(what it means, what helps) of a complaint; None for one that is not known.
+
+    What it is about, which stands before it ("disk-1: iSCSI: ..."), stays.
+    """
+    for pattern, sentence, hint in _KNOWN:
+        found = re.search(pattern, words)
+        if found is not None:
+            named = re.match(r"([a-z][a-z0-9-]{0,31}): ", words)
+            place = f"{named[1]}: " if named is not None and named.end() <= found.start() else ""
+            return place + sentence.format(*(one for one in found.groups() if one is not None)), hint
+    return None
+
+
+def reason_of(migration: Mapping[str, Any]) -> str:
+    """Why QEMU did not write all of a machine's memory, out of its answer to query-migrate."""
+    words = migration.get("error-desc")
+    if not words:
+        return "QEMU could not write all of it"
+    LOG.warning("QEMU could not write memory: %s", words)
+    meaning = in_our_words(str(words))
+    return "QEMU could not write all of it; its log says more" if meaning is None else meaning[0]

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A look at a LUN before a machine has it, by a QEMU without a machine: whether the target has it.
+
+Decides how long that may take, and what is sure enough to refuse the LUN for: that the target lets us log in and has
+no such LUN, and that the password is wrong. Anything else may be otherwise when the machine starts: the target may be
+away, and does not know the machine yet that it is to let in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+
+from vmm.errors import NotFound, Refused
+from vmm.kvm import iscsi, program
+from vmm.kvm.said import in_our_words
+
+LOOK_SECONDS = 5.0
+_LEAVE = b'{"execute": "qmp_capabilities"} {"execute": "quit"}\n'
+_NO_LUN, _WRONG_PASSWORD = "LOGICAL_UNIT_NOT_SUPPORTED", "Authentication failure"
+_SECRET = "password"
+
+
+def refuse_missing(url: str, lun: iscsi.Lun, machine_id: str, password: bytes | None) -> None:
+    """Raise NotFound or Refused when the target surely does not give this machine the LUN."""
+    words = _complaint(lun, machine_id, password)
+    for sign, kind in ((_NO_LUN, NotFound), (_WRONG_PASSWORD, Refused)):
+        if sign in words and (meaning := in_our_words(sign)) is not None:
+            raise kind(meaning[0], path=url, hint=meaning[1])
+
+
+def _complaint(lun: iscsi.Lun, machine_id: str, password: bytes | None) -> str:
+    """What QEMU complains about when it opens the LUN; nothing where it does not, or not in time."""
+    secret_id = None if password is None else _SECRET
+    node = iscsi.blockdev_of_lun(
+        "lun", lun, initiator=iscsi.initiator_name(machine_id), read_only=True, secret_id=secret_id
+    )
+    command = [program.find(), "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+    command += ["-qmp", "stdio"]
+    with contextlib.ExitStack() as stack:
+        kept: tuple[int, ...] = ()
+        if password is not None:  # in no command line, and in no file that others may read
+            kept = (os.memfd_create("vmm-password"),)
+            stack.callback(os.close, kept[0])
+            os.write(kept[0], password)
+            command += ["-object", json.dumps({"qom-type": "secret", "id": _SECRET, "file": f"/dev/fd/{kept[0]}"})]
+        command += ["-blockdev", json.dumps(node)]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(
+                command, input=_LEAVE, capture_output=True, check=False, timeout=LOOK_SECONDS, pass_fds=kept
+            )
+            return done.stderr.decode(errors="replace") if done.returncode else ""
+    return ""
