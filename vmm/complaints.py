@@ -25,6 +25,7 @@ _SENTENCES = {
     "string_too_long": "has at most {max_length} characters",
     "string_too_short": "has at least {min_length} characters",
     "too_long": "has at most {max_length} entries",
+    "string_unicode": "holds bytes that are no UTF-8: give the file a name, or a link, that is",
     "int_from_float": "is a whole number",
     "finite_number": "is a number",
 }

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from vmm.snapshots.repair import RepairStep
 
 SHUTDOWN_SECONDS = 120.0
+# What a running machine has as it was started; the other settings hold at once, and disks and adapters come and go.
+HARDWARE = set(ChangedSettings.__annotations__) - {"notes", "automatic", "name", "paths"}
 _PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
 LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
 
@@ -62,7 +64,8 @@ class MachineInfo:
     """A machine as `list` and `show` tell it. `problem` says why nothing more is known of it.
 
     `copy_of` is the machine that has the same id, of which this one is a copied folder: nothing can be done with it
-    before `new_id`.
+    before `new_id`. `spec` is the definition, `running` the one that it runs with; what they differ in holds from the
+    next start on (`at_next_start`).
     """
 
     name: str
@@ -78,6 +81,15 @@ class MachineInfo:
     pids: dict[str, int] | None = None
     problem: VmmError | None = None
     copy_of: str | None = None
+    running: MachineSpec | None = None
+
+    @property
+    def at_next_start(self) -> dict[str, object]:
+        """The settings that are others from the next start on, with their new values; none of what does not run."""
+        if self.spec is None or self.running is None:
+            return {}
+        before, after = self.running.model_dump(mode="json"), self.spec.model_dump(mode="json")
+        return {name: after[name] for name in sorted(HARDWARE) if before[name] != after[name]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +110,14 @@ class Manager:
         """The names of all machines, sorted."""
         return registry.names()
 
-    def machines(self) -> list[MachineInfo]:
-        """All machines. One that cannot be looked at is there, too, with its problem."""
+    def machines(self, *, guest: bool = False) -> list[MachineInfo]:
+        """All machines; `guest` asks their agents, too. One that cannot be looked at is there, with its problem."""
         ids = AllIds()
-        return [self._info_or_problem(name, ids) for name in registry.names()]
+        return [self._info_or_problem(name, ids, guest=guest) for name in registry.names()]
 
-    def _info_or_problem(self, name: str, ids: AllIds) -> MachineInfo:
+    def _info_or_problem(self, name: str, ids: AllIds, *, guest: bool) -> MachineInfo:
         try:
-            return self._show(name, ids)
+            return self._show(name, ids, guest=guest)
         except VmmError as error:
             return MachineInfo(name, None, None, problem=error)
 
@@ -136,6 +148,7 @@ class Manager:
             operation=found.get("operation") or ("merge" if read_merging(machine.paths) is not None else None),
             guest=found.get("guest"),
             pids={part: ref.pid for part, ref in processes.items()},
+            running=_running_spec(place) if processes else None,
         )
 
     def state(self, name: str) -> MachineState:
@@ -209,7 +222,7 @@ class Manager:
             fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
             if fixed:
                 raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
-            hardware = set(settings) - {"notes", "automatic", "name", "paths"}
+            hardware = set(settings) & HARDWARE
             refused = hardware
             boots = hardware & {"kernel", "initrd", "append"}  # of no use to a guest that goes on
             if boots and saved.is_saved(machine.paths) and saved.read_description(machine.paths).had_kernel:
@@ -545,6 +558,12 @@ class Manager:
 
 def _place(machine: Machine) -> Place:
     return Place(machine.name, machine.paths, machine.runtime)
+
+
+def _running_spec(place: Place) -> MachineSpec | None:
+    with contextlib.suppress(VmmError):
+        return registry.read_definition(place.runtime.running)
+    return None
 
 
 def _find_disk(machine: Machine, disk_id: str) -> DiskSpec:

@@ -13,7 +13,6 @@ Kinds are the names of the library's error classes, and UsageError, Interrupted 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 
 import click
 
+from vhdkit.cli.jsontext import json_text
 from vhdkit.errors import CorruptImage, VhdkitError, printable
 
 EXIT_FAILED = 1
@@ -91,7 +91,7 @@ def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
         if verbose:
             traceback.print_exception(error)
     with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
-        click.echo(json.dumps({"error": facts}) if as_json else f"vhdkit: {facts['message']}", err=True)
+        click.echo(json_text({"error": facts}) if as_json else f"vhdkit: {facts['message']}", err=True)
     code: int = facts["exit_code"]
     return code
 

@@ -7,7 +7,6 @@ memory does not grow with the disk.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from vhdkit import Disk, Extent, ExtentKind, Progress
 from vhdkit.chain.create import replacing
 from vhdkit.chain.pending import files_of
 from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
+from vhdkit.cli.jsontext import json_text
 from vhdkit.cli.output import console, is_unicode, print_text
 from vhdkit.cli.picture import MAX_CELLS, Drawing, as_png, as_svg, colour_of, draw, glyph_of
 from vhdkit.cli.progress import progress_shown
@@ -142,7 +142,7 @@ def entry(extent: Extent, names: list[str]) -> dict[str, Any]:
 def _print_json(disk: Disk, names: list[str]) -> None:
     separator = "["
     for extent in disk.extents(find_holes=True):
-        sys.stdout.write(separator + json.dumps(entry(extent, names)))  # click.echo would flush each time
+        sys.stdout.write(separator + json_text(entry(extent, names)))  # click.echo would flush each time
         separator = ",\n "
     sys.stdout.write("]\n")
 

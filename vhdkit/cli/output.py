@@ -7,7 +7,6 @@ Decides layout and style, nothing about content. Names that come from images are
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import click
 
 from vhdkit import Finding, Severity
 from vhdkit.cli.common import Common
+from vhdkit.cli.jsontext import json_text
 from vhdkit.errors import printable
 from vhdkit.units import KIB, SECTOR_SIZE, DiskSize, format_size
 
@@ -39,7 +39,7 @@ def is_unicode() -> bool:
 
 def print_json(document: object) -> None:
     """One document on standard output."""
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json_text(document, indent=2))
 
 
 def print_text(*parts: str | tuple[str, str]) -> None:

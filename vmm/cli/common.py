@@ -7,7 +7,6 @@ Decides layout and style, nothing about content. Every text that comes from outs
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import sys
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 import vhdkit
+from vmm.cli.jsontext import json_text
 from vmm.cli.progress import ProgressText
 from vmm.errors import printable
 
@@ -104,7 +104,7 @@ def epilog(*examples: str) -> str:
 
 def print_json(document: object) -> None:
     """One document on standard output."""
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json_text(document, indent=2))
 
 
 def print_line(text: str) -> None:

@@ -182,7 +182,12 @@ def create_command(
 @_setting_options
 @output_options
 def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, quiet: bool, **words: Any) -> None:
-    """Change settings of the machine NAME. A running machine gets new hardware with its next start."""
+    """Change settings of the machine NAME. A running machine gets new hardware with its next start.
+
+    \b
+    With --json: what `vmm show --json` prints, and
+      takes_effect  "now" or "next start"
+    """
     manager = Manager()
     if new_id:
         _new_id(manager, name, quiet=quiet or as_json)

@@ -8,7 +8,6 @@ the line is {"error": {"kind", "exit_code", "message", "problem", "machine", "pa
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import click
 
+from vmm.cli.jsontext import json_text
 from vmm.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
 EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
@@ -45,7 +45,7 @@ def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
 
         traceback.print_exception(error)
     with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
-        click.echo(json.dumps({"error": facts}) if as_json else f"vmm: {facts['message']}", err=True)
+        click.echo(json_text({"error": facts}) if as_json else f"vmm: {facts['message']}", err=True)
     code: int = facts["exit_code"]
     return code
 

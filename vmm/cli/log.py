@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from vmm.cli.common import epilog, output_options, print_json, print_line
+from vmm.cli.jsontext import json_text
 from vmm.errors import of_os_error, printable
 from vmm.events import Followed
 from vmm.manager import Manager
@@ -28,17 +28,22 @@ _FOLLOW_HELP = "Go on with what comes from now on, until Ctrl-C, or the machine 
 def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
     """What happened to the machine NAME, the oldest first.
 
-    With --json one document; with --json --follow an object a line.
+    With --json one list, with --json --follow an object a line: {"time_unix_seconds", "event", ...what it tells}.
     """
     manager = Manager()
     if as_json and not follow:
-        print_json(manager.events(name))
+        print_json([event_document(event) for event in manager.events(name)])
         return
     for event in _flushed(manager.follow_events(name, past=True) if follow else iter(manager.events(name))):
         if as_json:
-            click.echo(json.dumps(event))
+            click.echo(json_text(event_document(event)))
         elif not quiet:
             print_line(_words(event))
+
+
+def event_document(event: dict[str, Any]) -> dict[str, Any]:
+    """An event for JSON: its time says its unit."""
+    return {("time_unix_seconds" if key == "time" else key): value for key, value in event.items()}
 
 
 def _flushed(events: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:

@@ -12,52 +12,97 @@ from vmm.cli.common import epilog, format_size, output_options, print_json, prin
 from vmm.cli.integration import guest_pairs
 from vmm.errors import to_document
 from vmm.manager import MachineInfo, Manager
+from vmm.spec import AdapterSpec, MachineSpec
 
 
 @click.command("list", epilog=epilog("vmm list", "vmm list --json"))
 @output_options
 def list_command(as_json: bool, quiet: bool) -> None:
-    """All machines and what they are doing.
+    """All machines and what they are doing, and the addresses that their guests have by their agents' word.
 
     A machine whose definition cannot be read is listed with what is wrong with it. With --json: a list of what `vmm
     show --json` prints.
     """
-    machines = Manager().machines()
+    machines = Manager().machines(guest=True)
     if as_json:
         print_json([document_of(one) for one in machines])
     elif not quiet:
         rows = [_row(one) for one in machines]
         if rows:
-            print_table(("NAME", "STATE", "CPUS", "MEMORY", "DISKS", "UP", "NOTE"), rows, states=1)
+            print_table(("NAME", "STATE", "CPUS", "MEMORY", "DISKS", "ADAPTERS", "UP", "NOTE"), rows, states=1)
         else:
             click.echo("there are no machines: vmm create NAME --disk IMAGE", err=True)
 
 
 def _row(one: MachineInfo) -> list[str]:
     if one.spec is None:
-        return [one.name, "unknown", "-", "-", "-", "-", one.problem.problem if one.problem else ""]
-    spec = one.spec
+        return [one.name, "unknown", "-", "-", "-", "-", "-", one.problem.problem if one.problem else ""]
+    now = one.running or one.spec
     note = one.reason or (f"{one.operation} under way" if one.operation else "")
     if one.copy_of is not None:
         note = f"a copy of {one.copy_of}: vmm set {one.name} --new-id"
+    elif later := _later(one):
+        note = "; ".join(part for part in (note, later) if part)
     return [
         one.name,
         one.state.value if one.state else "unknown",
-        str(spec.cpu_count),
-        format_size(spec.memory_bytes),
-        str(len(spec.disks)),
+        str(now.cpu_count),
+        format_size(now.memory_bytes),
+        str(len(one.spec.disks)),
+        _adapters_in_short(one),
         _duration(one.uptime_seconds),
         note,
     ]
 
 
+def _adapters_in_short(one: MachineInfo) -> str:
+    """Switches, and the addresses that the guest has on them."""
+    assert one.spec is not None
+    words = []
+    for adapter in one.spec.adapters:
+        found = addresses_of(one, adapter)
+        words.append(" ".join([adapter.switch or "none", *(address.partition("/")[0] for address in found[:1])]))
+    return ", ".join(words) or "-"
+
+
+def addresses_of(one: MachineInfo, adapter: AdapterSpec) -> list[str]:
+    """The addresses, with prefixes, that the guest says its interface of that MAC address has; others' come last."""
+    interfaces = (one.guest or {}).get("interfaces") or ()
+    mac = (adapter.mac or "").lower()
+    found = [str(word) for card in interfaces if str(card["mac"]).lower() == mac for word in card["addresses"]]
+    return sorted(found, key=lambda word: word.startswith("fe80:"))
+
+
+def _later(one: MachineInfo) -> str:
+    """What holds only from the next start on, in a few words."""
+    words = []
+    for name, value in one.at_next_start.items():
+        if name == "memory_bytes" and isinstance(value, int):
+            words.append(format_size(value))
+        elif name == "cpu_count":
+            words.append(f"{value} cpu{'s' if value != 1 else ''}")
+        else:
+            words.append(name.replace("_", " "))
+    return f"at next start: {', '.join(words)}" if words else ""
+
+
+def _at_next_start(one: MachineInfo, name: str, words: str) -> str:
+    """ " (WORDS at next start)" where that setting is another one then."""
+    return f" ({words} at next start)" if name in one.at_next_start else ""
+
+
 def _duration(seconds: float | None) -> str:
+    """ "42 s", "5 min 02 s", "3 h 05 min", "2 d 3 h"; "-" for what is not known."""
     if seconds is None:
         return "-"
     whole = int(seconds)
-    days, rest = divmod(whole, 86400)
-    clock = f"{rest // 3600:d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days} d {clock}" if days else clock
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def document_of(one: MachineInfo) -> dict[str, Any]:
@@ -74,16 +119,53 @@ def document_of(one: MachineInfo) -> dict[str, Any]:
         "pids": one.pids,
         "folder": one.folder,
         "definition": None if one.spec is None else json.loads(one.spec.to_json()),
+        "running": None if one.running is None else json.loads(one.running.to_json()),
+        "at_next_start": one.at_next_start,
+        "adapters": _adapter_documents(one),
         "copy_of": one.copy_of,
         "problem": None if one.problem is None else to_document(one.problem),
     }
+
+
+def _adapter_documents(one: MachineInfo) -> list[dict[str, Any]]:
+    if one.spec is None or not one.spec.adapters:
+        return []
+    return [
+        {"id": adapter.id, "switch": adapter.switch, "mac": adapter.mac, "connected": is_connected,
+         "connection": words, "addresses": addresses_of(one, adapter)}
+        for adapter, is_connected, words in _connections(one)
+    ]  # fmt: skip
+
+
+def _connections(one: MachineInfo) -> list[tuple[AdapterSpec, bool | None, str]]:
+    """Each adapter, whether it is on its switch, and the same in words."""
+    from vmm import registry
+    from vmm.adapters import connection
+
+    assert one.spec is not None
+    machine = registry.load(one.name)
+    return [(adapter, *connection(machine, adapter)) for adapter in one.spec.adapters]
 
 
 @click.command("show", epilog=epilog("vmm show web", "vmm show web --json"))
 @click.argument("name")
 @output_options
 def show_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Everything about the machine NAME: its settings, its disks, and what it is doing."""
+    """Everything about the machine NAME: its settings, disks and adapters, and what it is doing.
+
+    What a running machine has only from its next start on is marked so.
+
+    \b
+    With --json: one object; what is not known, or does not run, is null:
+      name state reason operation accelerator uptime_seconds heartbeat folder copy_of
+      guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
+      pids {keeper worker server qemu}
+      definition {...}     as it is stored: memory_bytes cpu_count disks [...] and so on
+      running {...}        the definition that it runs with
+      at_next_start {...}  the settings in which the two differ, as they will be
+      adapters [{id switch mac connected connection addresses}]
+      problem {kind exit_code message problem machine path hint}
+    """
     manager = Manager()
     one = manager.show(name, guest=True)
     if as_json:
@@ -103,16 +185,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
             ("accelerator", one.accelerator or f"{spec.accelerator} (when started)"),
             ("heartbeat", "" if one.guest else one.heartbeat or ""),
             ("id", spec.id),
-            ("memory", format_size(spec.memory_bytes)),
-            ("cpus", f"{spec.cpu_count} × {spec.cpu_model}"),
-            ("machine type", spec.machine_type),
-            ("firmware", spec.firmware),
-            ("clock", "local time" if spec.rtc == "local" else ""),
-            ("boot order", ", ".join(spec.boot_order)),
-            ("kernel", spec.kernel or ""),
-            ("initrd", spec.initrd or ""),
-            ("arguments", spec.append or ""),
-            ("integration", _services(spec.integration.model_dump())),
+            *_hardware_pairs(one, spec),
             (
                 "automatic",
                 f"start {spec.automatic.start}, stop {spec.automatic.stop}, recovery {spec.automatic.recovery}",
@@ -123,6 +196,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
             *(guest_pairs(one.guest) if one.guest else ()),
         ]
     )
+    _print_adapters(one)
     rows = [
         [disk.id, disk.place, disk.kind + (", read-only" if disk.read_only else ""), format_size(size), disk.serial,
          (disk.path or "empty") + (f"  ({problem})" if problem else "")]
@@ -131,6 +205,45 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     if rows:
         click.echo()
         print_table(("DISK", "PLACE", "KIND", "SIZE", "SERIAL", "IMAGE"), rows)
+
+
+def _hardware_pairs(one: MachineInfo, spec: MachineSpec) -> list[tuple[str, str]]:
+    """What the machine has now, and in brackets what it has from its next start on."""
+
+    def words_of(name: str, of: MachineSpec) -> str:
+        if name == "memory_bytes":
+            return format_size(of.memory_bytes)
+        if name == "boot_order":
+            return ", ".join(of.boot_order)
+        if name == "rtc":
+            return "local time" if of.rtc == "local" else "UTC"
+        if name == "integration":
+            return _services(of.integration.model_dump())
+        value = getattr(of, name)
+        return ("on" if value else "off") if isinstance(value, bool) else str(value if value is not None else "")
+
+    named = {
+        "memory": "memory_bytes", "cpus": "cpu_count", "cpu model": "cpu_model", "machine type": "machine_type",
+        "firmware": "firmware", "clock": "rtc", "boot order": "boot_order", "kernel": "kernel", "initrd": "initrd",
+        "arguments": "append", "screen": "screen", "integration": "integration",
+    }  # fmt: skip
+    now = one.running or spec
+    return [
+        (label, words_of(name, now) + _at_next_start(one, name, words_of(name, spec) or "none"))
+        for label, name in named.items()
+    ]
+
+
+def _print_adapters(one: MachineInfo) -> None:
+    assert one.spec is not None
+    if not one.spec.adapters:
+        return
+    rows = [
+        [adapter.id, adapter.switch or "-", adapter.mac or "-", ", ".join(addresses_of(one, adapter)) or "-", words]
+        for adapter, _, words in _connections(one)
+    ]
+    click.echo()
+    print_table(("ADAPTER", "SWITCH", "MAC", "ADDRESSES", "CONNECTION"), rows)
 
 
 def _services(services: dict[str, bool]) -> str:

@@ -60,12 +60,12 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     (
         r"unable to find CPU model '([^']*)'",
         "QEMU has no processor model {0!r}",
-        "qemu-system-x86_64 -cpu help lists them; vmm set NAME --cpu-model",
+        "qemu-system-x86_64 -cpu help lists them; vmm set NAME --cpu MODEL",
     ),
     (
         r"Property '[^']*-cpu\.([^']*)' not found|CPU .*[Pp]roperty '?\.?([\w-]+)'? not found",
         "the processor model has no such feature: {0}",
-        "vmm set NAME --cpu-model",
+        "vmm set NAME --cpu MODEL",
     ),
     (
         r"unsupported machine type|list supported machines",

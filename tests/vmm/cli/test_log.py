@@ -42,3 +42,12 @@ def test_a_followed_log_ends_with_its_machine(tmp_path: Path, monkeypatch: pytes
     registry.add(make_spec(name="web"))
     assert CliRunner().invoke(main, ["events", "web", "--follow"]).exit_code == 0
     assert len(looks) == 6
+
+
+def test_an_event_for_json_says_what_its_time_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --json the time has its unit in its name."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
+    events = Path(registry.add(make_spec(name="web")).paths.events)
+    events.write_text('{"time": 12.5, "event": "off"}\n{"time": NaN, "event": "odd"}\n')
+    told = json.loads(CliRunner().invoke(main, ["events", "web", "--json"]).output)
+    assert told == [{"time_unix_seconds": 12.5, "event": "off"}, {"time_unix_seconds": None, "event": "odd"}]

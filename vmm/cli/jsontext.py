@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents as JSON that every reader takes.
+
+Decides how that is written for which JSON has no form: bytes of a name that are no UTF-8 become `\\xNN`, as they do
+in what people read, and numbers that are none become null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+
+def json_text(document: object, *, indent: int | None = None) -> str:
+    """One document. Raises TypeError for what cannot be one."""
+    return json.dumps(_valid(document), indent=indent, allow_nan=False)
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a half of a pair, which Python uses for a byte that it could not read
+            return value.encode("utf-8", "surrogateescape" if _is_of_bytes(value) else "backslashreplace").decode(
+                "utf-8", "backslashreplace"
+            )
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {_valid(key): _valid(one) for key, one in value.items()}
+    return [_valid(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _is_of_bytes(text: str) -> bool:
+    """True when every half of a pair stands for a byte."""
+    return all(not 0xD800 <= ord(c) <= 0xDFFF or 0xDC80 <= ord(c) <= 0xDCFF for c in text)
