@@ -112,6 +112,26 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
     return plan.make_switch(**settings)
 
 
+@switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0"))
+@click.argument("name")
+@click.option("--nic", "uplink", metavar="INTERFACE", required=True, help="The network card that it is to have.")
+@click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
+@output_options
+def set_command(name: str, uplink: str, yes: bool, as_json: bool, quiet: bool) -> None:
+    """Give the external switch NAME another network card, or its own one that has another name by now.
+
+    The old card gets its addresses back before the new one's move to the switch; where the old one is gone the new one
+    gets them. Machines on the switch stay on it.
+    """
+    switches.load(name)
+    confirm("Change this host's network?", yes=yes)
+    changed = switches.set_uplink(name, uplink)
+    if as_json:
+        print_json(changed.model_dump(mode="json"))
+    elif not quiet:
+        print_line(f"{name}: {_words(changed)}")
+
+
 def _words(spec: SwitchSpec) -> str:
     """The switch in a few words."""
     words = f"{spec.type}, {spec.backend} back end"
@@ -169,7 +189,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("id", spec.id),
         ("type", spec.type),
         ("back end", f"{spec.backend}: {running}"),
-        ("uplink", spec.uplink or ""),
+        ("uplink", (spec.uplink or "") + (f" ({spec.uplink_mac})" if spec.uplink_mac else "")),
         ("address", spec.address or ""),
         ("host's vlan", str(spec.host_vlan or "")),
         ("dhcp", " to ".join(map(str, spec.dhcp_range)) if spec.type == "internal" and spec.dhcp else ""),

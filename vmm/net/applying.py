@@ -41,6 +41,7 @@ class Applying:
         self._folder = folder
         self._shared = os.path.dirname(os.path.abspath(folder))
         self._dhcp = DhcpServer(spec, folder, lease_path)
+        self._heir: str | None = None
 
     # -- the journal --------------------------------------------------------------------------------------------
 
@@ -98,8 +99,12 @@ class Applying:
         self._write(journal)
         return True
 
-    def undo(self) -> None:
-        """Put everything back; fine when there is nothing to put back. Raises VmmError for what resists."""
+    def undo(self, *, heir: str | None = None) -> None:
+        """Put everything back; fine when there is nothing to put back. Raises VmmError for what resists.
+
+        `heir` is the card that gets the addresses and routes of one that is gone; without it nobody does.
+        """
+        self._heir = heir
         journal = self._journal()
         if journal["done"]:
             with Kernel() as kernel:
@@ -188,7 +193,9 @@ class Applying:
             case "enslave":
                 kernel.set_master(before["name"], None)
             case "keep":
-                _put_back(kernel, before)
+                name = before["name"] if kernel.index(before["name"]) is not None else self._heir
+                if name is not None:  # else the card was taken out, and what it had with it
+                    _put_back(kernel, {**before, "name": name})
             case "dhcp":
                 self._dhcp.stop()
 

@@ -65,6 +65,7 @@ class SwitchSpec(_Settings):
     type: SwitchType = "private"
     backend: Backend = "user"
     uplink: str | None = Field(default=None, pattern=r"^[^/\s]{1,15}$")
+    uplink_mac: str | None = Field(default=None, pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")  # of the card
     host: bool = True  # external: the host has an adapter on the switch, too
     host_vlan: int | None = Field(default=None, ge=1, le=frames.MAX_VLAN)
     address: str | None = None

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from vmm import errors, paths
 from vmm.complaints import words_of
-from vmm.net import nft, plan, ports
+from vmm.net import cards, nft, plan, ports
 from vmm.net.gateway import PORT_NAME
 from vmm.net.plan import SwitchSpec
 from vmm.net.user_backend import UserBackend
@@ -90,6 +90,7 @@ def create(spec: SwitchSpec) -> None:
     `ensure` does.
     """
     UserBackend.of(spec.id, spec.name)
+    spec = cards.with_address(spec)
     paths.make_home()
     try:
         paths.make_folders(_folder())
@@ -159,6 +160,39 @@ def staying(name: str) -> Iterator[HostSide]:
         yield HostSide(load(name))
 
 
+def set_uplink(name: str, interface: str) -> SwitchSpec:
+    """Give an external switch another network card, or its own under another name; what it is then.
+
+    The old card gets back what it had; where it is gone, the new one gets that. Raises NotFound, InvalidSpec, InUse,
+    Unsupported, AccessDenied, and as `ensure` does; then it is on the old card, where that is possible.
+    """
+    from vmm.net.applying import Applying
+
+    with staying(name) as host:
+        spec = host.spec
+        if spec.type != "external":
+            raise errors.InvalidSpec(f"switch {name!r} is {spec.type}: only an external one has a network card")
+        if any(one.name != name and one.uplink == interface for one in load_all()):
+            raise errors.InUse(f"{interface} is the uplink of another switch already")
+        changed = cards.with_address(plan.make_switch(**{**spec.model_dump(), "uplink": interface}))
+        _, _, reasons = HostSide(changed).plan()
+        if reasons:
+            raise errors.Unsupported("; ".join(reasons))
+        with host.changing():
+            Applying(spec, host.folder, lease_path(spec)).undo(heir=interface)
+        paths.write_whole(_path(name), changed.to_json())
+        try:
+            HostSide(changed).ensure()
+        except BaseException:
+            paths.write_whole(_path(name), spec.to_json())
+            with contextlib.suppress(errors.VmmError):
+                host.ensure()
+                host.plug_again()
+            raise
+        HostSide(changed).plug_again()
+        return changed
+
+
 def lease_path(spec: SwitchSpec) -> str:
     """Where the leases of a switch are kept."""
     return os.path.join(_folder(), f"{spec.id}.leases")
@@ -224,7 +258,11 @@ class HostSide:
         from vmm.net.applying import Applying
 
         need_root(self.spec)
-        return Applying(self.spec, self.folder, lease_path(self.spec), self.bridge_ports()).apply()
+        applying = Applying(self.spec, self.folder, lease_path(self.spec), self.bridge_ports())
+        if not applying.is_applied() and (spec := cards.found(self.spec)) != self.spec:  # its card has another name
+            paths.write_whole(_path(spec.name), spec.to_json())
+            applying = Applying(spec, self.folder, lease_path(spec), self.bridge_ports())
+        return applying.apply()
 
     def is_half_made(self) -> bool:
         """True when something on the host could not be put back."""
@@ -308,6 +346,12 @@ class HostSide:
                 if filters:  # also without a VLAN: it may have had one
                     kernel.set_vlans(interface, *plan.port_vlans(rules.vlan, rules.allowed))
                 kernel.set_up(interface, setup.link_up)
+
+    def plug_again(self) -> None:
+        """Put the taps that are there into the bridge, which was made anew. Raises VmmError."""
+        for document in self._port_documents():
+            if _is_there(document):
+                self.plug_tap(str(document["interface"]), ports.from_document(document["port"]))
 
     def unplug_tap(self, interface: str) -> None:
         """Forget a port; its tap goes with its descriptors."""

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network card of an external switch: by which name the kernel calls it now.
+
+Decides what a card is known by: its MAC address, since names follow from slots and from the order in which drivers
+load. An address that the kernel makes up anew at each boot is none to know a card by. Reads sysfs, changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmm import errors
+from vmm.net.plan import SwitchSpec
+
+ROOT = "/sys/class/net"
+_RANDOM = "1"  # of addr_assign_type: made up when the interface was (Documentation/ABI/testing/sysfs-class-net)
+
+
+def with_address(spec: SwitchSpec) -> SwitchSpec:
+    """The switch with the MAC address of the card that has its uplink's name now."""
+    return spec.model_copy(update={"uplink_mac": None if spec.uplink is None else _address(spec.uplink)})
+
+
+def found(spec: SwitchSpec) -> SwitchSpec:
+    """The switch with the name that its card has now. Raises Unsupported where the card is not there."""
+    if spec.uplink is None or spec.uplink_mac is None or _address(spec.uplink) == spec.uplink_mac:
+        return spec
+    others = [name for name in _names() if _is_card(name) and _address(name) == spec.uplink_mac]
+    if len(others) == 1:
+        return spec.model_copy(update={"uplink": others[0]})
+    what = f"{spec.uplink} is another card now" if os.path.isdir(f"{ROOT}/{spec.uplink}") else "it is not there"
+    if others:
+        what = f"several have that address: {', '.join(others)}"
+    raise errors.Unsupported(
+        f"the card of switch {spec.name!r} was {spec.uplink} with the address {spec.uplink_mac}, and {what}",
+        hint=f"give it another: vmm switch set {spec.name} --nic INTERFACE",
+    )
+
+
+def _names() -> list[str]:
+    try:
+        return sorted(os.listdir(ROOT))
+    except OSError:
+        return []
+
+
+def _is_card(name: str) -> bool:
+    """False for what stands on other interfaces and has their address: bridges, VLANs, bonds."""
+    folder = os.path.join(ROOT, name)
+    try:
+        return not any(one == "bridge" or one.startswith("lower_") for one in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def _address(name: str) -> str | None:
+    """An interface's MAC address; None for one that is not there, or whose address is no mark of it."""
+    if _read(name, "addr_assign_type") == _RANDOM:
+        return None
+    return _read(name, "address") or None
+
+
+def _read(name: str, fact: str) -> str:
+    try:
+        with open(os.path.join(ROOT, name, fact), encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return ""
