@@ -12,6 +12,7 @@ import pytest
 
 import vhdkit
 from tests.killing import killings
+from tests.support import daily_or_nightly
 from tests.vmm.snapshots.machines import Machines
 from vmm import registry
 from vmm.snapshots import fold
@@ -77,7 +78,7 @@ def test_create_is_whole_or_not_at_all(machines: Machines) -> None:
     """A killed create leaves a whole snapshot or none; all other states read as before."""
     web, before = built(machines)
     whole = 0
-    for ended in after_each_kill(machines, lambda: web.create("new"), step=2):
+    for ended in after_each_kill(machines, lambda: web.create("new"), step=daily_or_nightly(4, 1)):
         settled(machines)
         after = machines.states("web")
         made = set(after) - set(before)
@@ -95,7 +96,7 @@ def test_apply_is_whole_or_not_at_all(machines: Machines) -> None:
     web, before = built(machines)
     goal = web.find("c").id
     applied = 0
-    for ended in after_each_kill(machines, lambda: web.apply("c", discard_current=True)):
+    for ended in after_each_kill(machines, lambda: web.apply("c", discard_current=True), step=daily_or_nightly(2, 1)):
         settled(machines)
         after = machines.states("web")
         assert after[None] in (before[None], before[goal])
@@ -113,7 +114,7 @@ def test_delete_is_whole_or_not_at_all(machines: Machines, subtree: bool) -> Non
     """A killed delete leaves the snapshot or not; no other state changes, and no image is forgotten."""
     web, before = built(machines)
     goal = web.find("c" if subtree else "a").id
-    for _ in after_each_kill(machines, lambda: web.delete(goal, subtree=subtree)):
+    for _ in after_each_kill(machines, lambda: web.delete(goal, subtree=subtree), step=daily_or_nightly(2, 1)):
         settled(machines)
         after = machines.states("web")
         assert {one: after.get(one, before[one]) for one in before} == before and set(before) - set(after) <= {goal}
@@ -130,7 +131,9 @@ def test_merge_goes_on_after_every_kill(machines: Machines) -> None:
         before.pop(web.delete(name).snapshots[0].id)
     machine = registry.load("web")
     assert web.merges_due()
-    for _ in after_each_kill(machines, lambda: fold.Fold(machine.paths, machine.runtime).run(), step=3):
+    for _ in after_each_kill(
+        machines, lambda: fold.Fold(machine.paths, machine.runtime).run(), step=daily_or_nightly(5, 1)
+    ):
         settled(machines)  # as a start does
         assert machines.states("web") == before
         machines.merge("web")
@@ -146,7 +149,8 @@ def test_a_disk_that_is_opened_finishes_no_merge_behind_the_tree(machines: Machi
     before.pop(web.delete("b").snapshots[0].id)  # an image in the middle, which the next snapshot's goes into
     machine = registry.load("web")
     finished = 0
-    for _ in after_each_kill(machines, lambda: fold.Fold(machine.paths, machine.runtime).run()):
+    work, step = fold.Fold(machine.paths, machine.runtime).run, daily_or_nightly(3, 1)
+    for _ in after_each_kill(machines, work, step=step):
         settled(machines)
         finished += web.merges_due() == 0
         for disk in registry.load("web").spec.disks:
@@ -172,7 +176,9 @@ def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, 
     before = machines.states("web")
     with holding(registry.load("web").paths, "web") as held:
         held.begin(MergeLive(disk.id, target, tuple(layers)))
-    for _ in after_each_kill(machines, lambda: vhdkit.merge(layers[0], into=target, relink_children=True), step=2):
+    for _ in after_each_kill(
+        machines, lambda: vhdkit.merge(layers[0], into=target, relink_children=True), step=daily_or_nightly(4, 1)
+    ):
         settled(machines)
         for one in registry.load("web").spec.disks:
             with vhdkit.open_disk(str(one.path), writable=True):
