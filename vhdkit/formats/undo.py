@@ -182,8 +182,10 @@ def _may_belong(image: Store, unique_id: bytes, size_before: int, size_after: in
     if not min(sizes) <= size <= max(sizes):
         return False
     tail, _ = read_footers(image)  # what stands at offset 0 may be a guest's
+    # One before zeros is where a fixed image's footer stood before, in a file whose change is under way.
+    is_last = tail.state.usable and tail.offset_bytes + len(tail.raw) == size
     # whole, of another size or another image
-    return not tail.state.usable or (tail.footer.unique_id == unique_id and size in sizes)
+    return not is_last or (tail.footer.unique_id == unique_id and size in sizes)
 
 
 def mentions(store: Store, ids: Collection[bytes]) -> bool:
