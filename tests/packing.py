@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.model import ParsedVhd
 from tests.power import open_mem
 from tests.stores import CrashStore, MemStore
 from tests.vhd_builder import Block, Vhd, bitmap_space, bits_of, child, pattern
 from vhdkit.formats.probe import open_layer
+from vhdkit.formats.vhd import layout
+from vhdkit.formats.vhd.create import ParentLink, linked_header
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.image import ExtentKind, Layer
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, sectors_to_bytes
@@ -113,6 +116,21 @@ def short_content_of(store: Store, parents: list[Layer], *, writable: bool = Fal
     disk = open_mem(store, parents, writable=writable)
     end = max((one.offset_bytes + one.size_bytes for one in disk.extents() if one.kind is ExtentKind.DATA), default=0)
     return disk.size_bytes, disk.read(0, end).rstrip(b"\0")
+
+
+def names_behind(store: MemStore, link: ParentLink, *, header: bool) -> MemStore:
+    """Put the parent's names, or the header too, behind the blocks, as an earlier vhdkit or a power cut left them."""
+    metadata = read_metadata(store)
+    assert metadata.header is not None
+    end = store.size()
+    linked, texts, after = linked_header(metadata.header, link, end + layout.HEADER_SIZE)
+    place = end if header else metadata.footer.data_offset
+    for offset, raw in [(place, layout.build_header(linked)), *texts]:
+        store.pwrite(offset, raw)
+    footer = layout.build_footer(replace(metadata.footer, data_offset=place))
+    store.pwrite(0, footer)
+    store.pwrite(after, footer)
+    return store
 
 
 def sound(store: MemStore) -> list[str]:

@@ -161,7 +161,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "The image is in use": image,
     "0xC7 instead of a footer": lambda: image(tail=b"\xc7" * 512),
     "A poisoned footer (`v_poison`)": lambda: image(tail=POISONED, copy=POISONED),
-    "QEMU shows another disk size": lambda: image(chs=(65535, 16, 255)),
+    "QEMU shows another disk size": lambda: image(chs=(1024, 16, 63)),
     "Leaked space": leaking,
     "Layers nobody needs any more": unneeded,
 }

@@ -40,6 +40,11 @@ class Finding:
         return ": ".join([*place, self.message])
 
 
+def left_by_repair(message: str, why: str) -> str:
+    """`message` of a warning that `check --repair` does not clear, with the reason: nobody tries in vain."""
+    return f"{message} (`check --repair` leaves it: {why})"
+
+
 def finding_of(error: CorruptImage, path: str) -> Finding:
     """The finding that says what `error` says."""
     message = error.problem + difference(error.expected, error.found)

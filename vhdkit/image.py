@@ -130,7 +130,7 @@ class Layer(Protocol):
         ...
 
     def owned_sectors(self, block_index: int) -> NDArray[np.bool_] | None:
-        """One truth value per sector of an allocated block, or None when it owns them all."""
+        """One truth value per sector of an allocated block, or None when it owns all that are of the disk."""
         ...
 
     def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:

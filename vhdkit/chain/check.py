@@ -15,7 +15,7 @@ from vhdkit.chain.chain import Progress
 from vhdkit.chain.dependents import mark_findings
 from vhdkit.chain.resolve import MAX_CHAIN_DEPTH, OpenOptions, allowed_folders, find_parent, leads_to, parent_format
 from vhdkit.errors import CorruptReason
-from vhdkit.finding import Finding, Severity
+from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.raw import examine_raw
 from vhdkit.formats.vhd.check import check_vhd
@@ -146,4 +146,9 @@ def _check_link(child: Metadata, store: FileStore, folders: tuple[str, ...], fin
     if child.size_bytes != parent.size_bytes:
         severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
         message = f"holds {child.size_bytes} bytes, its parent {parent.size_bytes}"
+        if severity is Severity.WARNING:
+            message = left_by_repair(
+                message,
+                "it changes no disk; `vhdkit resize` makes it as large as its parent, unless something would appear",
+            )
         findings.append(Finding(severity, "chain-size", message, child.path))

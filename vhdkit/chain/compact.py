@@ -3,8 +3,9 @@
 
 Decides what may go. A block of a dynamic or differencing image goes when every sector it owns is zero and what would
 be seen without it is zero too: the parents are needed for that, since zeros in a child may hide data of an ancestor
-(`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks that lie last, and the file is cut. In fixed and
-raw images zeros become holes. How blocks move, and in which order, is `formats.vhd.move`'s decision.
+(`INV-COMPACT-PRESERVES`). Header and parent's names that lie behind blocks come to the front (`formats.vhd.front`),
+then the gaps are filled with the blocks that lie last, and the file is cut. In fixed and raw images zeros become
+holes. How blocks move, and in which order, is `formats.vhd.move`'s decision.
 
 In a dynamic image bytes under clear bits count as data: by the specification they are zeros, but some readers show
 them, and compacting must not change what anybody sees.
@@ -30,9 +31,11 @@ from vhdkit.chain.lineage import same_content
 from vhdkit.chain.report import Report
 from vhdkit.chain.resolve import OpenOptions, open_layers
 from vhdkit.chain.zeros import first_data_in_store, is_zero_in_disk
+from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.linear import LinearImage
 from vhdkit.formats.vhd import bitmap
-from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.front import behind_first_block, settle_front
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
 from vhdkit.formats.vhd.move import Packing, block_space, cut_end, drop_blocks, move_blocks, plan_packing
 from vhdkit.image import Layer
@@ -128,7 +131,16 @@ def plan_compact(layers: Sequence[Layer], report: Report | None = None) -> tuple
         if report is not None:
             report.did(image.block_size_bytes)
     dropped = np.sort(blocks[empty]).astype(np.int64)
-    return dropped, plan_packing(image, dropped)
+    if not behind_first_block(image.metadata, image.bat):
+        return dropped, plan_packing(image, dropped)
+    draft = DraftStore(image.store)
+    return dropped, plan_packing(_with_front_settled(open_dynamic(draft, writable=True), dropped))
+
+
+def _with_front_settled(image: DynamicImage, dropped: NDArray[np.int64]) -> DynamicImage:
+    """The image without the dropped blocks, and with header and names before the others."""
+    drop_blocks(image, dropped)
+    return open_dynamic(image.store, writable=True) if settle_front(image) else image
 
 
 def _can_go(image: DynamicImage, block: int, below: Chain | None) -> bool:
@@ -154,9 +166,11 @@ def run_compact(
     """Do what `plan_compact` found; the image, opened for writing, is closed by the caller."""
     if report is not None:
         report.expect(len(packing.blocks) * block_space(image))
-    drop_blocks(image, dropped)
-    move_blocks(image, packing, report.did if report is not None else None)
-    cut_end(image, packing.end_bytes)
+    settled = _with_front_settled(image, dropped)
+    if settled is not image:
+        packing = plan_packing(settled)
+    move_blocks(settled, packing, report.did if report is not None else None)
+    cut_end(settled, packing.end_bytes)
 
 
 def _punch_zeros(image: LinearImage, report: Report, dry_run: bool) -> Iterator[int]:
@@ -169,15 +183,15 @@ def _punch_zeros(image: LinearImage, report: Report, dry_run: bool) -> Iterator[
             continue
         for start in range(offset, offset + count, _PIECE_BYTES):
             raw = store.pread(start, min(_PIECE_BYTES, offset + count - start))
-            for low, high in _zero_ranges(raw):
+            for low, high in zero_ranges(raw):
                 if not dry_run:
                     store.punch(start + low, high - low)
                 yield high - low
             report.did(len(raw))
 
 
-def _zero_ranges(raw: bytes) -> Iterator[tuple[int, int]]:
-    """The longer runs of zero pages."""
+def zero_ranges(raw: bytes) -> Iterator[tuple[int, int]]:
+    """(start, end) of the longer runs of zero pages."""
     whole = round_down(len(raw), SECTOR_SIZE)
     position = 0
     for start, stop in [*data_ranges(memoryview(raw)[:whole]), (whole, whole)]:

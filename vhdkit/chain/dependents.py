@@ -33,7 +33,7 @@ from vhdkit.chain.parents import (
     unique_id,
 )
 from vhdkit.errors import printable, quoted
-from vhdkit.finding import Finding, Severity
+from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.folder import exists, is_file_name, real_path, regular_files
 from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_footers, read_metadata
 from vhdkit.formats.vhd.peek import parent_ids
@@ -157,6 +157,7 @@ def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]
         message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {one.problem}; {one.hint}"
         if one.path == marks.record_path(store.name):
             message = f"its record of children {printable(one.path)} cannot be believed: {one.problem}; {one.hint}"
+        message = left_by_repair(message, "it changes this image alone")
         found.append(Finding(Severity.WARNING, "children-unseen", message, store.name))
     if parent.dropped and not parent.children:
         message = "no image stands on it any more of those that were marked; the next writable open drops the marks"

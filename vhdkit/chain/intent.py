@@ -27,7 +27,7 @@ from typing import Any
 
 from vhdkit import errors
 from vhdkit.errors import printable
-from vhdkit.finding import Finding, Severity
+from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.folder import exists, is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
 from vhdkit.formats.vhd.layout import UUID_SIZE
 from vhdkit.units import MIB
@@ -203,7 +203,9 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
     try:
         intent = demand_intent(record, (os.sep,))  # only to be told
     except DamagedRecord as error:
-        message = f"{printable(record)} is {error.problem}"
+        message = left_by_repair(
+            f"{printable(record)} is {error.problem}", "it removes no file; remove it where nobody needs it"
+        )
         return (Finding(Severity.WARNING, "merge-record-ignored", message, image_path),)
     if intent is None:  # gone by now
         return ()
@@ -211,7 +213,7 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
     if in_use:
         message = f"is taking in {leaf} in another program; until that is over it is whole through {leaf} alone"
         return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
-    rest = f"`{resume_command(intent, image_path)}` finishes it"
+    rest = f"`{resume_command(intent, image_path)}` finishes it (`check --repair` leaves it: it merges nothing)"
     if intent.phase is Phase.COPY:
         message = (
             f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, this image alone is a"

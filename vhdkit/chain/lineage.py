@@ -25,8 +25,8 @@ from typing import NamedTuple
 from vhdkit import errors
 from vhdkit.chain.pending import file_of, view
 from vhdkit.errors import printable, quoted
-from vhdkit.finding import Finding, Severity
-from vhdkit.formats.vhd.layout import UUID_SIZE
+from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.formats.vhd.layout import EPOCH_UNIX_SECONDS, UUID_SIZE
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.store import FileStore, Store
 from vhdkit.xattrs import drop_attribute, read_attribute, write_attribute
@@ -38,6 +38,7 @@ _STATE = struct.Struct(">QqQ")
 _AT_CHILD = struct.Struct(f">B{UUID_SIZE}s{_GENERATION_SIZE}s")
 _AT_PARENT = struct.Struct(f">B{_GENERATION_SIZE}s")
 _VERSION = 1
+_NANOSECONDS = 1_000_000_000
 WRITTEN = "parent-written"  # the code of its finding
 
 
@@ -152,29 +153,39 @@ def finding_of(child: Store, metadata: Metadata, parent: Store) -> Finding | Non
     assert metadata.header is not None
     if not was_written_since(child, parent, metadata.header.parent_unique_id):
         return None
-    message = (
+    message = left_by_repair(
         f"its parent {printable(parent.name)} was written after this image was made, so what is read through it may"
-        " have changed; if you know that it has not,"
-        f" vhdkit rebase {quoted(metadata.path)} --parent {quoted(parent.name)} takes the parent as it is now"
+        " have changed",
+        "it cannot know whether it has; if you know that it has not,"
+        f" vhdkit rebase {quoted(metadata.path)} --parent {quoted(parent.name)} takes the parent as it is now",
     )
     return Finding(Severity.WARNING, WRITTEN, message, metadata.path)
 
 
 def timestamp_finding(metadata: Metadata, parent: Store) -> Finding | None:
-    """The note about a parent of another time stamp than its child recorded: a hint at best."""
+    """The note about a parent of another time stamp than its child recorded: a hint at best.
+
+    XenServer records when the parent's file was written, others when the parent was made.
+    """
     assert metadata.header is not None
     recorded = metadata.header.parent_timestamp
     try:
         found = read_metadata(view_of(parent)).footer.timestamp
     except errors.CorruptImage:
         return None
-    if recorded in (0, found):
+    if recorded in (0, found, _written_at(parent)):
         return None
     message = (
         f"records that {printable(parent.name)} was made at {recorded}, which says {found}; tools that touch parents"
         " change this"
     )
     return Finding(Severity.NOTE, "parent-timestamp", message, metadata.path, "dynamic header")
+
+
+def _written_at(parent: Store) -> int | None:
+    """When the parent's file was written last, as XenServer records it."""
+    file = file_of(parent)
+    return None if file is None else file.modified_ns() // _NANOSECONDS - EPOCH_UNIX_SECONDS
 
 
 def findings_about(child: Store, metadata: Metadata, parent: Store) -> list[Finding]:

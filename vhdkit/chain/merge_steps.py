@@ -17,9 +17,10 @@ from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.intent import KIND, Intent, Phase, intent_of
 from vhdkit.chain.merge_plan import MergePlan
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
-from vhdkit.formats.vhd.dynamic import DynamicImage, end_of_structures
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.move import cut_end
+from vhdkit.formats.vhd.places import end_of_structures
 from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Layer, Piece
 from vhdkit.store import FileStore

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from vhdkit import errors
 from vhdkit.chain.intent import merge_findings
 from vhdkit.errors import printable
-from vhdkit.finding import Finding, Severity
+from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.undo import (
@@ -83,7 +83,10 @@ def look(store: FileStore) -> Look:
     if not store.is_device:
         findings += merge_findings(store.name, store.in_use()) + recall.findings(store)
     if store.lacks_locks():
-        message = "its file system has no locks: nothing keeps other programs from writing to it while it is read"
+        message = left_by_repair(
+            "its file system has no locks: nothing keeps other programs from writing to it while it is read",
+            "no image has a part in that",
+        )
         findings += (Finding(Severity.WARNING, "no-locks", message, store.name),)
     return Look(store if log is None else UndoneStore(store, log), findings)
 
@@ -239,7 +242,9 @@ def _load(path: str, image: FileStore | None = None) -> UndoLog | None:
 
 
 def _ignored(store: FileStore, path: str, problem: str) -> Finding:
-    message = f"{printable(path)} {problem}; it is ignored"
+    message = left_by_repair(
+        f"{printable(path)} {problem}; it is ignored", "it removes no file; remove it where nobody needs it"
+    )
     return Finding(Severity.WARNING, "undo-log-ignored", message, store.name)
 
 

@@ -23,6 +23,7 @@ from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Progress
 from vhdkit.chain.check import check
+from vhdkit.chain.compact import zero_ranges
 from vhdkit.chain.create import link_to
 from vhdkit.chain.lineage import same_content
 from vhdkit.chain.marks import mark_child
@@ -41,15 +42,14 @@ from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.undo import Change, UndoLog, encode, plan_change, read_log
 from vhdkit.formats.vhd import recall
+from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.dynamic import open_dynamic
+from vhdkit.formats.vhd.front import behind_first_block, settle_front
 from vhdkit.formats.vhd.metadata import image_id, read_metadata
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.formats.vhd.repair import Consent, Fix, repair_vhd
 from vhdkit.store import FileStore, Store
-from vhdkit.units import KIB
-
-HOLE_BYTES = 64 * KIB  # zeros of at least this size are made a hole
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,7 @@ def repair(
         draft = DraftStore(view)
         fixes = repair_vhd(draft, Consent(accept_data_loss, writer_is_dead))
         fixes += _repoint(draft, store, options)
+        fixes += _bring_to_front(draft)
         left = check_vhd(draft, progress=progress)
         writes = draft.writes()
         undo_path = report_path = None
@@ -168,16 +169,18 @@ def _size_of(writes: Sequence[tuple[int, bytes]]) -> int:
 
 
 def _repoint(draft: DraftStore, store: FileStore, options: OpenOptions) -> list[Fix]:
-    """Names of the parent that do not lead to it: written anew when it is found, by them or by its id."""
+    """Names of the parent that cannot be read or do not lead to it: written anew when it is found, or its id is."""
     try:
         metadata = read_metadata(draft)
-        if metadata.header is None or not metadata.is_differencing or metadata.header.parent_unique_id == NULL_ID:
+        if metadata.header is None or not metadata.is_differencing:
             return []
-        folders = allowed_folders(store.name, options.parent_dirs)
+        folders, parents = allowed_folders(store.name, options.parent_dirs), []
         try:
             with find_parent(metadata, folders, options) as found:
                 parent = found.name
         except errors.ParentError:
+            if metadata.header.parent_unique_id == NULL_ID:
+                return []
             parents = find_by_id(metadata.header.parent_unique_id, folders, apart_from=store.identity)
             if len(parents) > 1:
                 names = ", ".join(printable(one) for one in parents[:4])
@@ -185,7 +188,7 @@ def _repoint(draft: DraftStore, store: FileStore, options: OpenOptions) -> list[
             if not parents:
                 return []
             parent = parents[0]
-        if leads_to(metadata, parent, folders):
+        if leads_to(metadata, parent, folders) and all(one.fault is None for one in metadata.locators):
             return []
         recorded = metadata.header.parent_unique_id
         link = link_to(real_path(store.name), parent, recorded, metadata.header.parent_timestamp)
@@ -194,7 +197,22 @@ def _repoint(draft: DraftStore, store: FileStore, options: OpenOptions) -> list[
         relink(open_dynamic(draft, writable=True), link)
     except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
         return []
-    return [Fix("parent-names", f"the names of the parent lead to {printable(parent)} now, found by its id")]
+    how = ", found by its id" if parents else ""
+    return [Fix("parent-names", f"the names of the parent lead to {printable(parent)} now{how}")]
+
+
+def _bring_to_front(draft: DraftStore) -> list[Fix]:
+    """Header and names of the parent that lie behind blocks."""
+    try:
+        metadata = read_metadata(draft)
+        if metadata.header is None:
+            return []
+        bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
+        if not behind_first_block(metadata, bat) or not settle_front(open_dynamic(draft, writable=True)):
+            return []
+    except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
+        return []
+    return [Fix("behind-blocks", "header and names of the parent lay behind the first block: they lie before it now")]
 
 
 def _write_backup(undo: AnyPath | None, log: UndoLog, store: FileStore) -> str | None:
@@ -237,9 +255,9 @@ def _free_name(image_path: str) -> str:
 def _give_back(store: FileStore, log: UndoLog) -> None:
     """What was made zeros may become holes: the content does not change, so no log is needed."""
     for change in log.changes:
-        if len(change.after) >= HOLE_BYTES and change.after.count(0) == len(change.after):
-            inside = max(min(len(change.after), log.size_after_bytes - change.offset_bytes), 0)
-            store.punch(change.offset_bytes, inside)
+        after = change.after[: max(log.size_after_bytes - change.offset_bytes, 0)]
+        for start, end in zero_ranges(after):
+            store.punch(change.offset_bytes + start, end - start)
 
 
 def _is_repaired(store: Store, log: UndoLog) -> bool:

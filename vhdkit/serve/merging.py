@@ -220,10 +220,10 @@ def owned_bytes(layer: Layer) -> int:
     if not layer.block_size_bytes:
         return layer.size_bytes
     per_block = whole_sectors(layer.block_size_bytes)
-    sectors = 0
+    sectors, end = 0, whole_sectors(layer.size_bytes)
     for block in np.flatnonzero(layer.allocated_blocks()).tolist():
-        owned = layer.owned_sectors(block)
-        sectors += per_block if owned is None else int(np.count_nonzero(owned))
+        owned, inside = layer.owned_sectors(block), min(per_block, end - block * per_block)
+        sectors += inside if owned is None else int(np.count_nonzero(owned[:inside]))
     return sectors_to_bytes(sectors)
 
 

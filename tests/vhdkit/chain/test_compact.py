@@ -12,10 +12,12 @@ import pytest
 
 import vhdkit
 from tests.chains import clear_bits
-from tests.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, sound
+from tests.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, names_behind, sound
+from tests.power import LINK
 from tests.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from tests.support import daily_or_nightly
 from tests.vhd_builder import Block, Vhd, bits_of, child, pattern
+from tests.xenserver import faults_in
 from vhdkit import errors
 from vhdkit.chain.compact import plan_compact, run_compact
 from vhdkit.formats.probe import open_layer
@@ -291,3 +293,38 @@ def test_an_empty_store_is_no_image() -> None:
     """Nothing is planned for what is no image."""
     with pytest.raises(errors.VhdkitError):
         plan_compact([open_dynamic(MemStore())])
+
+
+def misplaced(store: MemStore) -> list[str]:
+    """What XenServer says against the layout; blocks of a crowd have data under clear bits, on purpose."""
+    return [fault for fault in faults_in(store) if "bitmap is clear" not in fault]
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_names_behind_the_blocks_come_to_the_front(header: bool) -> None:
+    """Compacting mends what an earlier rebase left: the file ends behind its blocks, as was said beforehand."""
+    scene = crowd(3, differencing=True)
+    names_behind(scene.store, LINK, header=header)
+    assert misplaced(scene.store)
+    planned = plan_compact(scene.over(scene.store.copy()))[1].end_bytes + 512
+    compacted(scene.layers)
+    assert not misplaced(scene.store) and content_of(scene.store, scene.parents) == scene.content
+    assert scene.store.size() == planned
+    after = scene.store.contents()
+    assert compacted(scene.layers) == (0, 0) and scene.store.contents() == after
+
+
+def test_inv_compact_preserves_the_disk_at_every_cut_of_mending_names() -> None:
+    """INV-COMPACT-PRESERVES: also while header and names come to the front."""
+    scene = crowd(3, blocks=4, differencing=True)
+    names_behind(scene.store, LINK, header=True)
+    cut_everywhere(scene, compacted, (scene.content,), cuts=1)
+
+
+def test_room_for_a_larger_table_takes_no_block() -> None:
+    """A BAT that XenServer made longer than the disk needs stays as long as that, however much room it takes."""
+    blocks = {number: Block(pattern(BLOCK, number)) for number in (0, 2)}
+    image = Vhd(size=3 * BLOCK, block_size=BLOCK, blocks=blocks, entry_count=200_000)
+    store = image.build().store()
+    before = store.contents()
+    assert compacted([open_dynamic(store, writable=True)]) == (0, 0) and store.contents() == before

@@ -2,6 +2,9 @@
 """The sector bitmap in front of a block's data: bit 7 of byte 0 is sector 0.
 
 Decides the bit order and the stored size. Pure: gets bytes, gives truth values, and back.
+
+The disk may end inside its last block. The bits of what lies behind that end are always written clear: XenServer's
+coalesce copies each set bit into the parent, and fails at the first one behind the end of the disk.
 """
 
 from __future__ import annotations
@@ -32,13 +35,30 @@ def packed(owned_sectors: NDArray[np.bool_], stored_size: int) -> bytearray:
 
 
 def is_full(raw: bytes | bytearray, sector_count: int) -> bool:
-    """True when every one of the block's sectors is set."""
-    return raw.startswith(b"\xff" * (sector_count // _BITS))
+    """True when each of the first `sector_count` sectors, those of the block that are of the disk, is set."""
+    whole, rest = divmod(sector_count, _BITS)
+    return raw.startswith(b"\xff" * whole) and (rest == 0 or raw[whole] | 0xFF >> rest == 0xFF)
 
 
-def full(block_size_bytes: int) -> bytearray:
-    """A bitmap, at its stored size, with every sector set. Padding is set as well, as Hyper-V writes it."""
-    return bytearray(b"\xff" * bitmap_size(block_size_bytes))
+def full(block_size_bytes: int, sector_count: int | None = None) -> bytearray:
+    """A bitmap, at its stored size, with the first `sector_count` sectors set, or every one.
+
+    With every one the padding is set as well, as Hyper-V writes it.
+    """
+    raw = bytearray(b"\xff" * bitmap_size(block_size_bytes))
+    if sector_count is not None and sector_count < block_size_bytes // SECTOR_SIZE:
+        clear_from(raw, sector_count)
+    return raw
+
+
+def clear_from(raw: bytearray, sector_count: int) -> bool:
+    """Clear every bit but the first `sector_count`; True when one of the others was set."""
+    whole, rest = divmod(sector_count, _BITS)
+    before = bytes(raw[whole:])
+    raw[whole:] = bytes(len(before))
+    if rest:
+        raw[whole] = before[0] & ~(0xFF >> rest) & 0xFF
+    return bytes(raw[whole:]) != before
 
 
 def set_run(raw: bytearray, first: int, count: int) -> bool:

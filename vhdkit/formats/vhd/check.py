@@ -13,17 +13,23 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from vhdkit.errors import CorruptImage, CorruptReason
-from vhdkit.finding import Finding, Severity, finding_of
+from vhdkit.finding import Finding, Severity, finding_of, left_by_repair
 from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import bad_entries, block_data_end, entry_error, used_sizes
+from vhdkit.formats.vhd.dynamic import bad_entries, entry_error, used_sizes
+from vhdkit.formats.vhd.front import behind_first_block
+from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits
 from vhdkit.formats.vhd.metadata import FooterState, Metadata, read_metadata
+from vhdkit.formats.vhd.move import batmap_lies_apart
+from vhdkit.formats.vhd.places import block_data_end, block_starts, table_range
 from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
-from vhdkit.units import KIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
 
 _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
 LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
+MAX_FREED_BYTES = 16 * MIB  # of data in space that belongs to nothing: a larger backup is no backup any more
+_TOO_MUCH = f"there is more data in them than the {format_size(MAX_FREED_BYTES)} that a backup should hold"
 _TOLD_EVERY = 256  # blocks between two words of how far it is
 _READ_SECTORS = whole_sectors(256 * KIB)
 
@@ -43,14 +49,16 @@ def check_vhd(
     findings = list(metadata.findings)
     findings += _footer_findings(metadata)
     if metadata.header is None:
-        findings += _fixed_findings(metadata)
+        findings += _fixed_findings(store, metadata)
         return findings
     findings += _header_findings(store, metadata)
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
     table_errors = _table_errors(metadata, bat)
     findings += table_errors
     findings += _space_findings(store, metadata, bat)
+    findings += _front_findings(metadata, bat)
     if not table_errors:
+        findings += _limited(_promise_findings(store, metadata, bat), store.name, "blocks")
         found = _bitmap_findings(store, metadata, bat, ignore_bitmaps, progress)
         findings += _limited(found, store.name, "blocks")
     return findings
@@ -107,10 +115,9 @@ def _footer_findings(metadata: Metadata) -> Iterator[Finding]:
             "footer copy",
             0,
         )
-    shape = geometry.footer_geometry(footer)
-    if shape != geometry.geometry_for(metadata.size_bytes) and not geometry.size_is_chs(footer):
+    shape, expected = geometry.footer_geometry(footer), geometry.geometry_for(metadata.size_bytes)
+    if shape not in (expected, geometry.NO_GEOMETRY) and not geometry.size_is_chs(footer):
         severity = Severity.WARNING if shape.size_bytes > metadata.size_bytes else Severity.NOTE
-        expected = geometry.geometry_for(metadata.size_bytes)
         message = f"geometry {'/'.join(map(str, shape))} where the size gives {'/'.join(map(str, expected))}"
         yield Finding(severity, "geometry", message, metadata.path, "footer", tail.offset_bytes)
     if footer.saved_state not in (0, 1):
@@ -118,19 +125,32 @@ def _footer_findings(metadata: Metadata) -> Iterator[Finding]:
     if footer.hidden:
         yield _note(metadata, "hidden", "marked hidden: an inner node of a XenServer chain", "footer")
     if not any(footer.unique_id):
-        yield _warning(metadata, "no-id", "the unique id is all zeros: no child can name this image", "footer")
-
-
-def _fixed_findings(metadata: Metadata) -> Iterator[Finding]:
-    spare = metadata.tail.offset_bytes - metadata.size_bytes
-    if spare:
-        yield _warning(
-            metadata,
-            "trailing-space",
-            f"{spare} bytes between the data and the footer",
-            "data",
-            metadata.size_bytes,
+        message = left_by_repair(
+            "the unique id is all zeros: no child can name this image",
+            "images that stand on it now would not know it any more; a copy that `vhdkit convert` makes has an id",
         )
+        yield _warning(metadata, "no-id", message, "footer")
+
+
+def _fixed_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
+    spare = metadata.tail.offset_bytes - metadata.size_bytes
+    if not spare:
+        return
+    message, data_end = f"{spare} bytes between the data and the footer", spare_of_fixed(metadata)
+    if data_end is None:
+        message = left_by_repair(
+            message,
+            "other programs take them for a part of the disk; a copy that `vhdkit convert` makes is read alike by all",
+        )
+    elif is_much(store, data_end, metadata.tail.offset_bytes - data_end):
+        message = left_by_repair(message, f"{_TOO_MUCH}; a copy that `vhdkit convert` makes is without them")
+    yield _warning(metadata, "trailing-space", message, "data", metadata.size_bytes)
+
+
+def spare_of_fixed(metadata: Metadata) -> int | None:
+    """Where unused bytes before the footer of a fixed image begin; None where some programs take them for the disk."""
+    data_end = max(metadata.size_bytes, metadata.footer.current_size)
+    return data_end if data_end < metadata.tail.offset_bytes and data_end % SECTOR_SIZE == 0 else None
 
 
 def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
@@ -158,9 +178,14 @@ def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
                 CorruptReason.LOCATOR_LENGTH: f"{locator.data_length_bytes} bytes of text are not possible",
                 CorruptReason.LOCATOR_OUTSIDE_FILE: "the text lies past the end of the file",
             }.get(locator.fault, "the text cannot be decoded")
+            if locator.fault is not CorruptReason.LOCATOR_OUTSIDE_FILE:
+                message += "; `check --repair` writes the names anew once it finds the parent"
             yield _warning(metadata, locator.fault.value, message, locator.structure, locator.data_offset_bytes)
     if metadata.is_differencing and not metadata.parent_name and not any(one.text for one in metadata.locators):
         yield Finding(Severity.ERROR, "parent-unnamed", "nothing names the parent", metadata.path, "dynamic header")
+    elif metadata.is_differencing and not metadata.parent_name:
+        message = "the header's name of the parent is blank, a locator has one: XenServer refuses such an image"
+        yield _warning(metadata, "parent-name", message, "dynamic header", metadata.footer.data_offset)
     table_end = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
     padding = store.pread(table_end, round_up(table_end, SECTOR_SIZE) - table_end)
     if not spare and padding.strip(b"\xff"):
@@ -173,10 +198,11 @@ def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
     What is smaller than LEAK_BYTES is alignment and left out.
     """
     whole, _ = used_sizes(metadata)
-    starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
+    starts = block_starts(bat)
     # A locator may claim any 64-bit place: what is outside the file takes no space of it.
     limit = metadata.file_size_bytes
     places = [(offset, min(offset + size, limit)) for _, offset, size in metadata.structures() if offset < limit]
+    places.append(table_range(metadata, bat))
     edges = np.concatenate([np.array(places, dtype=np.int64), np.stack([starts, starts + whole], axis=1)])
     edges = edges[np.argsort(edges[:, 0], kind="stable")]
     covered = np.maximum.accumulate(edges[:, 1])
@@ -184,6 +210,11 @@ def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
     for index in np.flatnonzero(sizes >= LEAK_BYTES).tolist():
         start = round_up(int(covered[index]), SECTOR_SIZE)  # the rest of a table's last sector is padding
         yield start, int(covered[index] + sizes[index]) - start
+
+
+def is_much(store: Store, offset_bytes: int, size_bytes: int) -> bool:
+    """True when a range holds so much data that a repair does not drop it."""
+    return held_bytes(store, offset_bytes, size_bytes, enough=MAX_FREED_BYTES + 1) > MAX_FREED_BYTES
 
 
 def held_bytes(store: Store, offset_bytes: int, size_bytes: int, *, enough: int | None = None) -> int:
@@ -202,7 +233,13 @@ def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Find
     whole, last = used_sizes(metadata)
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     data_end = block_data_end(metadata)
-    leaks = list(gaps(metadata, bat))
+    first_block = int(starts.min()) if len(starts) else data_end
+    # A hole before the first block costs nothing and has a use: the table can grow there.
+    leaks = [
+        one
+        for one in gaps(metadata, bat)
+        if one[0] >= first_block or held_bytes(store, *one, enough=LEAK_BYTES) >= LEAK_BYTES
+    ]
     if end_of_room(store) is not None:  # a device: what lies between the last block and the footer is for new ones
         leaks = [one for one in leaks if one[0] + one[1] < data_end]
     if leaks:
@@ -212,7 +249,12 @@ def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Find
         if len(leaks) > len(listed) or any(
             held_bytes(store, *leak, enough=LEAK_BYTES) >= LEAK_BYTES for leak in listed
         ):
-            yield _warning(metadata, "leaked-space", f"{format_size(leaked)} belong to nothing", "file", first)
+            message = f"{format_size(leaked)} belong to nothing"
+            if has_spare_entries(store, metadata):
+                message = left_by_repair(message, "entries of the table behind the end of the disk may point there")
+            elif sum(held_bytes(store, *leak, enough=MAX_FREED_BYTES + 1) for leak in leaks) > MAX_FREED_BYTES:
+                message = left_by_repair(message, f"{_TOO_MUCH}; `vhdkit compact` gives them back")
+            yield _warning(metadata, "leaked-space", message, "file", first)
         else:
             message = f"{format_size(leaked)} belong to nothing, and are a hole that costs nothing"
             yield _note(metadata, "leaked-space", message, "file", first)
@@ -234,6 +276,49 @@ def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Find
         )
 
 
+def _front_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
+    """Structures where XenServer expects none."""
+    for structure, offset in behind_first_block(metadata, bat):
+        message = "lies behind the first block: XenServer calls such an image invalid"
+        yield _warning(metadata, "behind-blocks", message, structure, offset)
+
+
+def _promise_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
+    """Bits and batmap entries for more than there is."""
+    bits = bits_behind_end(store, metadata, bat)
+    if bits is not None:
+        severity = Severity.WARNING if metadata.is_differencing else Severity.NOTE  # only children are coalesced
+        message = f"{bits.count} bits are set behind the end of the disk"
+        if metadata.is_differencing:
+            message += ": XenServer cannot coalesce it"
+        structure = f"bitmap of block {bits.block_index}"
+        yield Finding(severity, "bits-behind-end", message, metadata.path, structure, bits.offset_bytes)
+    for block in wrong_batmap_bits(store, metadata, bat).tolist():
+        start = bat.block_start(block)
+        said = "its bitmap does not" if start >= 0 else "which has no space"
+        message = f"the batmap calls block {block} full, {said}"
+        if not batmap_lies_apart(metadata, bat):
+            message = left_by_repair(message, "the batmap lies over another structure")
+        yield _warning(metadata, "batmap", message, f"bitmap of block {block}", start if start >= 0 else None)
+
+
+def has_spare_entries(store: Store, metadata: Metadata) -> bool:
+    """True when the table goes on behind the end of the disk, and not with empty entries: blocks of somebody's."""
+    assert metadata.header is not None
+    header = metadata.header
+    position = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
+    left = (header.max_table_entries - metadata.block_count) * layout.BAT_ENTRY_SIZE
+    while left > 0:
+        raw = store.pread(position, min(left, MIB))
+        if not raw:
+            return False
+        if raw.count(0xFF) != len(raw):
+            return True
+        position += len(raw)
+        left -= len(raw)
+    return False
+
+
 def _bitmap_findings(
     store: Store,
     metadata: Metadata,
@@ -241,33 +326,30 @@ def _bitmap_findings(
     ignore_bitmaps: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Finding]:
-    """Clear bits over data in dynamic disks, and batmap bits that promise too much."""
+    """Clear bits over data in dynamic disks."""
     assert metadata.header is not None
     block_size = metadata.header.block_size
     size, sector_count = bitmap.bitmap_size(block_size), whole_sectors(block_size)
-    batmap = _batmap_bits(store, metadata)
     for number, block in enumerate(np.flatnonzero(bat.allocated()).tolist()):
         if progress is not None and number % _TOLD_EVERY == 0:
             progress(block * block_size, metadata.size_bytes)
         start = bat.block_start(block)
         raw = store.pread(start, size).ljust(size, b"\0")
-        if bitmap.is_full(raw, sector_count):
+        inside = min(sector_count, whole_sectors(metadata.size_bytes - block * block_size))
+        if bitmap.is_full(raw, inside) or metadata.is_differencing or ignore_bitmaps:
             continue
         owned = bitmap.owned(raw, sector_count)
-        if block < len(batmap) and batmap[block]:
-            message = f"the batmap calls block {block} full, its bitmap does not"
-            yield _warning(metadata, "batmap", message, f"bitmap of block {block}", start)
-        if metadata.is_differencing or ignore_bitmaps:
-            continue
-        inside = min(sector_count, whole_sectors(metadata.size_bytes - block * block_size))
         for first, count, is_owned in bitmap.runs(owned[:inside]):
             place = None if is_owned else _first_data(store, start + size + sectors_to_bytes(first), count)
             if place is not None:
                 yield _warning(
                     metadata,
                     "hidden-data",
-                    f"bytes under clear bits of block {block} are not zeros; some readers show them"
-                    " (--dynamic-bitmap ignore)",
+                    left_by_repair(
+                        f"bytes under clear bits of block {block} are not zeros; some readers show them"
+                        " (--dynamic-bitmap ignore)",
+                        "it cannot know what is meant; a copy that `vhdkit convert` makes is read alike by all",
+                    ),
                     f"block {block}",
                     place,
                 )
@@ -286,10 +368,3 @@ def _first_data(store: Store, offset_bytes: int, sector_count: int) -> int | Non
                 return position + len(raw) - len(raw.lstrip(b"\0"))
             position += len(raw)
     return None
-
-
-def _batmap_bits(store: Store, metadata: Metadata) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    if metadata.batmap is None:
-        return np.zeros(0, dtype=np.bool_)
-    raw = store.pread(metadata.batmap.batmap_offset, -(-metadata.block_count // 8))
-    return bitmap.owned(raw, min(len(raw) * 8, metadata.block_count))

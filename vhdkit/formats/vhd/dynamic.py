@@ -25,10 +25,11 @@ from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.formats.vhd.places import block_data_end, end_of_structures, nominal_end
 from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.image import Extent, ExtentKind, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
-from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 NO_END = 1 << 62  # a store offset no file reaches
 
@@ -121,7 +122,7 @@ class DynamicImage:
                 raw = bytearray(stored.ljust(self._bitmap_size, b"\0"))
                 if self.writable:
                     self._commit.bitmaps[block_index] = raw
-            if bitmap.is_full(raw, self._sectors_per_block):
+            if bitmap.is_full(raw, self._sectors_inside(block_index)):
                 self._full[block_index] = 1
         self._commit.forget_clean()
         return raw
@@ -159,6 +160,10 @@ class DynamicImage:
 
     def _block_sector(self, block_index: int) -> int:
         return block_index * self._sectors_per_block
+
+    def _sectors_inside(self, block_index: int) -> int:
+        """The sectors of a block that are of the disk, which may end inside the last one."""
+        return min(whole_sectors(self.size_bytes) - self._block_sector(block_index), self._sectors_per_block)
 
     def _split(self, sector_index: int, sector_count: int) -> Iterator[tuple[int, int, int]]:
         """The range as (block, first sector in it, count)."""
@@ -235,25 +240,22 @@ class DynamicImage:
             bitmap.set_run(raw, first, count)
         else:
             # Readers disagree on clear bits in a dynamic disk, so ours has none: the rest of the block is zeros.
-            raw = bitmap.full(self.block_size_bytes)
+            raw = bitmap.full(self.block_size_bytes, self._sectors_inside(block))
         self._commit.publish(block, start, raw)
-        if bitmap.is_full(raw, self._sectors_per_block):
+        if bitmap.is_full(raw, self._sectors_inside(block)):
             self._full[block] = 1
 
     def _own(self, block: int, first: int, count: int) -> bool:
         """Set bits for data that is already in the file. True when one was clear."""
         raw = self._bitmap(block)
         if self.ignore_bitmaps:
-            first, count = (
-                0,
-                self._sectors_per_block,
-            )  # what was read as data must stay data for every reader
+            first, count = 0, self._sectors_inside(block)  # what was read as data must stay data for every reader
         with self._commit.lock:
             grew = bitmap.set_run(raw, first, count)
             if grew:
                 self._commit.bitmaps[block] = raw
                 self._commit.touch(block)
-                if bitmap.is_full(raw, self._sectors_per_block):
+                if bitmap.is_full(raw, self._sectors_inside(block)):
                     self._full[block] = 1
         if grew:
             self._commit.limit()
@@ -293,7 +295,7 @@ class DynamicImage:
         self._commit.change_begins()
         try:
             owned, grew = self._owned_with(block, pieces)
-            moves = owned.all() and (start + self._bitmap_size) % PAGE_SIZE and not self.keeps_places
+            moves = self._owns_all(block, owned) and (start + self._bitmap_size) % PAGE_SIZE and not self.keeps_places
             if start >= 0 and not moves:
                 self._take_in_place(block, pieces, owned, grew)
             else:
@@ -311,20 +313,21 @@ class DynamicImage:
         if self.bat.block_start(block) < 0:
             owned = np.full(self._sectors_per_block, not self.is_differencing)
         elif self._full[block]:
-            return np.ones(self._sectors_per_block, dtype=np.bool_), False
+            owned = np.ones(self._sectors_per_block, dtype=np.bool_)
         else:
             owned = bitmap.owned(self._bitmap(block), self._sectors_per_block).copy()
+        owned[self._sectors_inside(block) :] = False
         before = int(np.count_nonzero(owned))
         if self.ignore_bitmaps:
-            owned[:] = True  # what was read as data must stay data for every reader
+            owned[: self._sectors_inside(block)] = True  # what was read as data must stay data for every reader
         for piece in pieces:
             first = piece.sector_index - self._block_sector(block)
             owned[first : first + piece.sector_count] = True
-        # Behind the end of the disk nobody reads: those sectors do not keep a block from being whole.
-        beyond = whole_sectors(self.size_bytes) - self._block_sector(block)
-        if beyond < self._sectors_per_block and owned[:beyond].all():
-            owned[beyond:] = True
         return owned, int(np.count_nonzero(owned)) > before
+
+    def _owns_all(self, block: int, owned: NDArray[np.bool_]) -> bool:
+        """True when `owned` has every sector of the block that is of the disk."""
+        return bool(owned[: self._sectors_inside(block)].all())
 
     def _take_in_place(self, block: int, pieces: Sequence[Piece], owned: NDArray[np.bool_], grew: bool) -> None:
         base = self.block_offset(block) - sectors_to_bytes(self._block_sector(block))
@@ -339,7 +342,7 @@ class DynamicImage:
         with self._commit.lock:
             self._commit.bitmaps[block] = bitmap.packed(owned, self._bitmap_size)
             self._commit.touch(block)
-            self._full[block] = bool(owned.all())
+            self._full[block] = self._owns_all(block, owned)
         self._commit.limit()
 
     def _take_anew(self, block: int, pieces: Sequence[Piece], owned: NDArray[np.bool_]) -> None:
@@ -364,7 +367,7 @@ class DynamicImage:
             whole, last = used_sizes(self.metadata)
             vacated = (old - self._bitmap_size, last if block == len(self.bat) - 1 else whole)
         self._commit.publish_whole(block, start, vacated)
-        self._full[block] = bool(owned.all())
+        self._full[block] = self._owns_all(block, owned)
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`. Bits and BAT stay as they are (`INV-NO-REUSE`)."""
@@ -453,33 +456,6 @@ def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
         store.sync()
         recall.written(store, unique_id)
     return bool(bitmaps)
-
-
-def block_data_end(metadata: Metadata) -> int:
-    """Where block data ends in the file: at the trailing footer, or at the end of a file without one."""
-    return metadata.tail.offset_bytes if metadata.tail.state.usable else metadata.file_size_bytes
-
-
-def nominal_end(metadata: Metadata, bat: Bat) -> int:
-    """The first byte after every vital structure and every whole block; what else there is lies inside the file."""
-    assert metadata.header is not None
-    end = max((offset + size for _, offset, size in metadata.vital_structures()), default=0)
-    used = bat.entries[bat.allocated()]
-    if len(used):
-        block_size = metadata.header.block_size
-        end = max(end, sectors_to_bytes(int(used.max())) + bitmap.bitmap_size(block_size) + block_size)
-    return end
-
-
-def end_of_structures(metadata: Metadata, bat: Bat) -> int:
-    """The first byte, at a sector's beginning, after everything that is of the image but its trailing footer.
-
-    Unlike `nominal_end` with what it can be read without: an image that was repointed has its parent's names behind
-    all its blocks.
-    """
-    limit = block_data_end(metadata)  # a locator may claim room that it does not need, beyond the footer even
-    ends = [min(offset + size, limit) for _, offset, size in metadata.structures() if offset < limit]
-    return round_up(max([nominal_end(metadata, bat), *ends]), SECTOR_SIZE)
 
 
 def used_sizes(metadata: Metadata) -> tuple[int, int]:

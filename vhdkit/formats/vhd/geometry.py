@@ -36,6 +36,10 @@ class Geometry(NamedTuple):
         return sectors_to_bytes(self.cylinders * self.heads * self.sectors_per_track)
 
 
+# The largest there is. `qemu-img -o force_size` writes it whatever the size: it means that the current size counts.
+NO_GEOMETRY = Geometry(MAX_CYLINDERS, 16, 255)
+
+
 def geometry_for(size_bytes: int) -> Geometry:
     """The geometry the specification's algorithm gives; it may describe less than `size_bytes`, never more."""
     sector_count = min(size_bytes // SECTOR_SIZE, MAX_CHS_SECTORS)

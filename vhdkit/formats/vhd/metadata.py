@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any
 
 from vhdkit.errors import CorruptImage, CorruptReason
-from vhdkit.finding import Finding, Severity
+from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.formats.vhd import geometry, layout
 from vhdkit.formats.vhd.layout import BatmapHeader, DynamicHeader, Footer
 from vhdkit.formats.vhd.locator import Locator, decode_parent_name, read_locators, space_bytes
@@ -429,6 +429,8 @@ def _footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foo
             continue
         severity = Severity.NOTE if place.state is FooterState.SHORT else Severity.WARNING
         message = f"{place.state}" + ("" if place.state.usable else "; the other footer is used")
+        if place.state in (FooterState.KILLED, FooterState.POISONED):
+            message = left_by_repair(message, "without --writer-is-dead it does not know that nobody is at work on it")
         findings.append(Finding(severity, "footer", message, path, place.structure, place.offset_bytes))
     stated = footer.current_size
     if geometry.size_is_chs(footer) and stated != geometry.footer_geometry(footer).size_bytes:
@@ -436,13 +438,25 @@ def _footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foo
             Finding(
                 Severity.WARNING,
                 "size-chs",
-                f"current size is {stated} bytes, but creator {footer.creator_application!r} means"
-                f" cylinders x heads x sectors = {geometry.footer_geometry(footer).size_bytes} bytes",
+                left_by_repair(
+                    f"current size is {stated} bytes, but creator {footer.creator_application!r} means"
+                    f" cylinders x heads x sectors = {geometry.footer_geometry(footer).size_bytes} bytes",
+                    "a guest may have seen either; a copy that `vhdkit convert` makes is read alike by all",
+                ),
                 path,
             )
         )
     if stated % SECTOR_SIZE:
         findings.append(
-            Finding(Severity.WARNING, "size-odd", f"current size {stated} is no whole number of sectors", path)
+            Finding(
+                Severity.WARNING,
+                "size-odd",
+                left_by_repair(
+                    f"current size {stated} is no whole number of sectors",
+                    "some programs have the rest of the last one, others do not; a copy that `vhdkit convert` makes"
+                    " is read alike by all",
+                ),
+                path,
+            )
         )
     return findings

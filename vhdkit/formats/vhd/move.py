@@ -14,7 +14,8 @@ A block that moves gets its data on a 4 KiB boundary, unless it goes into a gap 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,13 @@ from numpy.typing import NDArray
 
 from vhdkit import errors
 from vhdkit.formats.vhd import batmap, bitmap
-from vhdkit.formats.vhd.dynamic import DynamicImage, block_data_end, nominal_end
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.dynamic import NO_END, DynamicImage
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
+from vhdkit.formats.vhd.metadata import Metadata
+from vhdkit.formats.vhd.places import block_starts, nominal_end, structure_ranges
 from vhdkit.store import Store
-from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, round_up, sectors_to_bytes
+from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, round_down, round_up, sectors_to_bytes
 
 Indices = NDArray[np.int64]  # block indices, or offsets in bytes
 _BATCH_BYTES = 256 * MIB  # copied between two syncs: what is lost when it is interrupted
@@ -46,13 +50,6 @@ def block_space(image: DynamicImage) -> int:
     return bitmap.bitmap_size(image.block_size_bytes) + image.block_size_bytes
 
 
-def structure_ranges(image: DynamicImage) -> list[tuple[int, int]]:
-    """(offset, end) of everything in the file that is no block, and no trailing footer."""
-    data_end = block_data_end(image.metadata)
-    places = image.metadata.structures() + image.metadata.forbidden_to_blocks()
-    return [(offset, min(offset + size, data_end)) for _, offset, size in places if offset < data_end]
-
-
 def _starts(image: DynamicImage, blocks: Indices) -> Indices:
     return image.bat.entries[blocks].astype(np.int64) * SECTOR_SIZE
 
@@ -69,12 +66,13 @@ def plan_packing(image: DynamicImage, dropped: Indices | None = None) -> Packing
     kept = np.flatnonzero(kept_mask).astype(np.int64)
     starts = _starts(image, kept)
     space = block_space(image)
-    slots = _free_slots(image, structure_ranges(image), starts)
+    structures = structure_ranges(image.metadata, image.bat)
+    slots = _free_slots(image, structures, starts)
     downward = np.argsort(-starts, kind="stable")
     count = min(len(slots), len(kept))
     count = int(np.count_nonzero(slots[:count] < starts[downward[:count]]))
     moving, staying = downward[:count], downward[count:]
-    ends = [end for _, end in structure_ranges(image)]
+    ends = [end for _, end in structures]
     ends += [int(slots[:count].max()) + space] if count else []
     ends += [int(starts[staying].max()) + space] if len(staying) else []
     return Packing(np.sort(kept[moving]), slots[:count], round_up(max(ends), SECTOR_SIZE))
@@ -112,8 +110,9 @@ def plan_clearing(image: DynamicImage, start_bytes: int, end_bytes: int) -> Pack
     space, bitmap_bytes = block_space(image), bitmap.bitmap_size(image.block_size_bytes)
     kept = np.flatnonzero(image.allocated_blocks()).astype(np.int64)
     starts = _starts(image, kept)
+    structures = structure_ranges(image.metadata, image.bat)
     moving = kept[(starts < end_bytes) & (starts + space > start_bytes)]
-    slots = _free_slots(image, [*structure_ranges(image), (start_bytes, end_bytes)], starts)[: len(moving)]
+    slots = _free_slots(image, [*structures, (start_bytes, end_bytes)], starts)[: len(moving)]
     # New space begins behind the trailing footer, as everywhere: it stays until another stands behind it.
     free = max(nominal_end(image.metadata, image.bat), image.store.size(), end_bytes)
     first = round_up(free + bitmap_bytes, PAGE_SIZE) - bitmap_bytes
@@ -132,20 +131,25 @@ def drop_blocks(image: DynamicImage, blocks: Indices) -> None:
     """
     if not len(blocks):
         return
-    if _batmap_lies_apart(image) and batmap.clear_bits(image.store, image.metadata, blocks):
-        image.store.sync()
+    clear_batmap(image, blocks)
     for block in blocks.tolist():
         image.bat.clear(block)
     _write_table(image)
 
 
-def _batmap_lies_apart(image: DynamicImage) -> bool:
+def clear_batmap(image: DynamicImage, blocks: Indices) -> None:
+    """Let the batmap not call `blocks` whole any more; synced. Raises IoFailed, NoSpace, SyncFailed."""
+    if batmap_lies_apart(image.metadata, image.bat) and batmap.clear_bits(image.store, image.metadata, blocks):
+        image.store.sync()
+
+
+def batmap_lies_apart(metadata: Metadata, bat: Bat) -> bool:
     """False for a batmap that is said to lie over something else: a hint is not worth writing there."""
-    ranges = batmap.ranges(image.metadata)
-    allocated = np.flatnonzero(image.allocated_blocks()).astype(np.int64)
-    starts, space = _starts(image, allocated), block_space(image)
+    assert metadata.header is not None
+    ranges, starts = batmap.ranges(metadata), block_starts(bat)
+    space = bitmap.bitmap_size(metadata.header.block_size) + metadata.header.block_size
     for low, high in ranges:
-        others = [(offset, offset + size) for _, offset, size in image.metadata.forbidden_to_blocks()]
+        others = [(offset, offset + size) for _, offset, size in metadata.forbidden_to_blocks()]
         others += [one for one in ranges if one != (low, high)]
         over_block = bool(np.any((starts < high) & (starts + space > low)))
         if over_block or any(low < end and start < high for start, end in others):
@@ -212,6 +216,34 @@ def _write_table(image: DynamicImage) -> None:
     except BaseException:
         image.bat.mark_dirty(table)
         raise
+
+
+def punch_free(image: DynamicImage, ranges: Sequence[tuple[int, int]]) -> None:
+    """Make holes of what neither a block nor a structure takes of (offset, end) ranges that were vacated.
+
+    It only gives space back, so nothing is raised where that cannot be done.
+    """
+    if not ranges:
+        return
+    space, starts = block_space(image), block_starts(image.bat)
+    near = starts[(starts < max(high for _, high in ranges)) & (starts + space > min(low for low, _ in ranges))]
+    taken = structure_ranges(image.metadata, image.bat) + [(start, start + space) for start in near.tolist()]
+    taken.append((max(image.store.size() - FOOTER_SIZE, 0), NO_END))
+    with contextlib.suppress(errors.VhdkitError):
+        for low, high in ranges:
+            for start, end in free_ranges(taken, low, high):
+                image.store.punch(start, end - start)
+
+
+def free_ranges(taken: Sequence[tuple[int, int]], low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The whole sectors between `low` and `high` that none of the (offset, end) ranges has, ascending."""
+    position = round_up(low, SECTOR_SIZE)
+    for start, end in sorted(one for one in taken if one[0] < high and one[1] > low):
+        if round_down(start, SECTOR_SIZE) > position:
+            yield position, round_down(start, SECTOR_SIZE)
+        position = max(position, round_up(end, SECTOR_SIZE))
+    if high > position:
+        yield position, high
 
 
 def cut_end(image: DynamicImage, end_bytes: int) -> None:

@@ -158,7 +158,7 @@ def findings(store: FileStore) -> tuple[Finding, ...]:
     if label is not None and remember.is_of_this_boot(label) and not store.in_use():
         message = (
             f"{remember.told(label)}: serve it again with --remember and that folder, the same way as before, and they"
-            " are written into it; once anything else writes to it they are lost"
+            " are written into it; once anything else writes to it, `check --repair` too, they are lost"
         )
         found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
     if kept is not None:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changing the parent's names in a dynamic header.
 
-Decides where the names go: behind everything, with the second header of `switch`, which decides the order.
+Decides what the header says then; where the names go is decided by `front`, in which order by `switch`.
 """
 
 from __future__ import annotations
 
-from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.create import ParentLink, linked_header
 from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.switch import second_header_offset, switch_header
+from vhdkit.formats.vhd.front import write_front
 
 
 def relink(image: DynamicImage, link: ParentLink) -> None:
@@ -20,5 +19,5 @@ def relink(image: DynamicImage, link: ParentLink) -> None:
     """
     old = image.metadata.header
     assert old is not None
-    header, texts, _ = linked_header(old, link, second_header_offset(image) + layout.HEADER_SIZE)
-    switch_header(image, header, texts=texts)
+    header, texts, _ = linked_header(old, link, 0)
+    write_front(image, header, [(slot, raw) for slot, (_, raw) in enumerate(texts)])

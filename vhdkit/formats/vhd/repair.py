@@ -21,21 +21,31 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.vhd import bitmap, geometry, layout
+from vhdkit.formats.vhd import batmap, bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR, Bat
-from vhdkit.formats.vhd.check import LEAK_BYTES, gaps, held_bytes
-from vhdkit.formats.vhd.dynamic import bad_entries, end_of_structures, nominal_end
-from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
-from vhdkit.formats.vhd.locator import NO_PLATFORM
+from vhdkit.formats.vhd.check import (
+    LEAK_BYTES,
+    MAX_FREED_BYTES,
+    gaps,
+    has_spare_entries,
+    held_bytes,
+    is_much,
+    spare_of_fixed,
+)
+from vhdkit.formats.vhd.dynamic import bad_entries
+from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits
+from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
+from vhdkit.formats.vhd.locator import NO_PLATFORM, encode_parent_name
 from vhdkit.formats.vhd.metadata import FooterPlace, FooterState, Metadata, footer_state, read_footers, read_metadata
+from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.padding import SEARCH_BYTES
+from vhdkit.formats.vhd.places import end_of_structures, nominal_end
 from vhdkit.formats.vhd.untangle import Tangle, joined
 from vhdkit.store import Store
-from vhdkit.units import MIB, SECTOR_SIZE, format_size, round_down, round_up
+from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
 
-MAX_FREED_BYTES = 16 * MIB  # of data in space that belongs to nothing: a larger backup is no backup any more
 LOSS = "--accept-data-loss"
 DEAD = "--writer-is-dead"
 CONVERT = "vhdkit convert"  # it reads the image as it is, and writes one where nothing overlaps
@@ -83,11 +93,13 @@ def repair_vhd(draft: DraftStore, consent: Consent) -> list[Fix]:
         fixes += _free_fixed(draft, metadata)
     else:
         fixes += _clear_stray_locators(draft, metadata)
+        fixes += _name_parent(draft, read_metadata(draft))
         metadata = read_metadata(draft)
         mended = list(_mend_table(draft, metadata, consent))
         fixes += mended
         if not any(one.needs for one in mended):
             fixes += _settle_end(draft, read_metadata(draft), keep_space=bool(mended))
+            fixes += _clear_promises(draft, read_metadata(draft))
     fixes += _mend_geometry(draft)
     return fixes
 
@@ -273,6 +285,19 @@ def _clear_stray_locators(draft: DraftStore, metadata: Metadata) -> Iterator[Fix
     yield Fix("locator-outside-file", f"parent locator {slots} pointed outside the file: cleared")
 
 
+def _name_parent(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
+    """A blank name in the header, beside locators that have one."""
+    texts = [one.text for one in metadata.locators if one.text]
+    if metadata.header is None or not metadata.is_differencing or metadata.parent_name or not texts:
+        return
+    name = texts[0].replace("/", "\\").rsplit("\\", 1)[-1]
+    if not name:
+        return
+    header = replace(metadata.header, parent_unicode_name=encode_parent_name(name))
+    draft.pwrite(metadata.footer.data_offset, layout.build_header(header))
+    yield Fix("parent-name", f"the header names the parent {printable(name)} now, as the locators do")
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +365,21 @@ def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[tuple[int
             yield first * size, min((first + count) * size, metadata.size_bytes) - first * size
 
 
+def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
+    """Bits for what is behind the end of the disk, and of a batmap for blocks that are not whole."""
+    assert metadata.header is not None
+    bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
+    if any(len(blocks) for _, blocks in bad_entries(metadata, bat)):
+        return
+    bits = bits_behind_end(draft, metadata, bat)
+    if bits is not None:
+        draft.pwrite(bits.offset_bytes, bits.cleared)
+        yield Fix("bits-behind-end", f"{bits.count} bits behind the end of the disk are cleared")
+    blocks = wrong_batmap_bits(draft, metadata, bat)
+    if len(blocks) and batmap_lies_apart(metadata, bat) and batmap.clear_bits(draft, metadata, blocks):
+        yield Fix("batmap", f"the batmap calls {len(blocks)} blocks full no more that are not")
+
+
 # -- space ------------------------------------------------------------------------------------------------------------
 
 
@@ -350,11 +390,11 @@ def _free_fixed(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
     if padding:
         draft.truncate(footer_end)
         yield Fix("padding", f"{padding} bytes of zeros behind the footer are cut off")
-    data_end = max(metadata.size_bytes, metadata.footer.current_size)
-    spare = metadata.tail.offset_bytes - data_end
-    if spare <= 0 or data_end % SECTOR_SIZE:
+    data_end = spare_of_fixed(metadata)
+    if data_end is None:
         return
-    if held_bytes(draft, data_end, spare) > MAX_FREED_BYTES:
+    spare = metadata.tail.offset_bytes - data_end
+    if is_much(draft, data_end, spare):
         yield Fix(
             "trailing-space", f"{format_size(spare)} of data stand between the disk and its footer", "a copy by hand"
         )
@@ -370,7 +410,7 @@ def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> I
     assert metadata.header is not None
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
     end = end_of_structures(metadata, bat)
-    keep_space |= _has_spare_entries(draft, metadata)
+    keep_space |= has_spare_entries(draft, metadata)
     if not metadata.tail.state.usable:
         yield from _restore_tail(draft, metadata, bat, end, keep_space=keep_space)
     elif metadata.tail.offset_bytes < end:
@@ -409,23 +449,6 @@ def _restore_tail(draft: DraftStore, metadata: Metadata, bat: Bat, end: int, *, 
         yield Fix("trailing-garbage", f"{behind} bytes behind the last structure belong to nothing: cut off")
 
 
-def _has_spare_entries(store: Store, metadata: Metadata) -> bool:
-    """True when the table goes on behind the end of the disk, and not with empty entries: blocks of somebody's."""
-    assert metadata.header is not None
-    header = metadata.header
-    position = header.table_offset + metadata.block_count * BAT_ENTRY_SIZE
-    left = (header.max_table_entries - metadata.block_count) * BAT_ENTRY_SIZE
-    while left > 0:
-        raw = store.pread(position, min(left, MIB))
-        if not raw:
-            return False
-        if raw.count(0xFF) != len(raw):
-            return True
-        position += len(raw)
-        left -= len(raw)
-    return False
-
-
 def _free_gaps(draft: DraftStore, metadata: Metadata, bat: Bat, end: int) -> Iterator[Fix]:
     """Space between blocks, before `end`, that belongs to nothing becomes a hole."""
     inner = [(offset, size) for offset, size in gaps(metadata, bat) if offset < end]
@@ -454,7 +477,7 @@ def _mend_geometry(draft: DraftStore) -> Iterator[Fix]:
     if not metadata.tail.state.usable or geometry.size_is_chs(metadata.footer):
         return  # a size that comes from the geometry is not ours to change
     shape, wanted = geometry.footer_geometry(metadata.footer), geometry.geometry_for(metadata.size_bytes)
-    if wanted.size_bytes <= shape.size_bytes <= metadata.size_bytes:
+    if shape == geometry.NO_GEOMETRY or wanted.size_bytes <= shape.size_bytes <= metadata.size_bytes:
         return
     cylinders, heads, sectors = wanted
     footer = replace(metadata.footer, cylinders=cylinders, heads=heads, sectors_per_track=sectors)

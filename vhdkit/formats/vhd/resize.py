@@ -31,10 +31,21 @@ from vhdkit.errors import InvalidArgument
 from vhdkit.formats.vhd import batmap, geometry, layout
 from vhdkit.formats.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREATOR_VERSION
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.last_block import bits_behind_end
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, FOOTER_SIZE, DynamicHeader, Footer
 from vhdkit.formats.vhd.metadata import Metadata, batmap_header_offset
-from vhdkit.formats.vhd.move import Packing, block_space, cut_end, move_blocks, plan_clearing, plan_packing
-from vhdkit.formats.vhd.move import structure_ranges as occupied_ranges
+from vhdkit.formats.vhd.move import (
+    Indices,
+    Packing,
+    block_space,
+    clear_batmap,
+    cut_end,
+    move_blocks,
+    plan_clearing,
+    plan_packing,
+    punch_free,
+)
+from vhdkit.formats.vhd.places import end_of_structures, structure_ranges, table_range
 from vhdkit.formats.vhd.switch import switch_header
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up
 
@@ -98,7 +109,7 @@ def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
     _check_last_block(image)
     count = -(-size_bytes // image.block_size_bytes)
     table_bytes = round_up(count * BAT_ENTRY_SIZE, SECTOR_SIZE)
-    others = [place for place in occupied_ranges(image) if place[0] != header.table_offset]
+    others = [place for place in structure_ranges(metadata, image.bat) if place[0] != header.table_offset]
     start, end = header.table_offset, header.table_offset + table_bytes
     # The batmap follows the table's stated length. It keeps its place only where spare entries are enough.
     if _first_in_way(start, end, others) is not None or (metadata.batmap and count > header.max_table_entries):
@@ -127,7 +138,7 @@ def _check_last_block(image: DynamicImage) -> None:
         return
     others = image.bat.entries[:-1][image.allocated_blocks()[:-1]].astype(np.int64) * SECTOR_SIZE
     block = bool(((others < end) & (others >= unused)).any())
-    if block or any(low < end and high > unused for low, high in occupied_ranges(image)):
+    if block or any(low < end and high > unused for low, high in structure_ranges(image.metadata, image.bat)):
         raise InvalidArgument(
             "the last block cannot become whole: another structure begins in the part that the disk does not use",
             path=image.store.name,
@@ -156,13 +167,22 @@ def grow_dynamic(
         # Nobody could see these bytes; as a part of the disk they are zeros.
         end = last + block_space(image)
         store.punch(end - (image.block_size_bytes - used), image.block_size_bytes - used)
+    vacated = _vacated(image, plan)
     move_blocks(image, plan.packing, moved)
     _give_way(image, plan.end_bytes)
     for offset, raw in _table_writes(image, plan):
         store.pwrite(offset, raw)
     store.sync()
     switch_header(image, plan.header, footer=resized_footer(metadata.footer, size_bytes))
-    _tidy(image)
+    _tidy(image, vacated)
+
+
+def _vacated(image: DynamicImage, plan: GrowPlan) -> list[tuple[int, int]]:
+    """(offset, end) of what blocks, table and batmap leave behind when they move."""
+    starts = [image.bat.block_start(block) for block in plan.packing.blocks.tolist()]
+    ranges = [(start, start + block_space(image)) for start in starts]
+    table = table_range(image.metadata, image.bat)
+    return ranges if plan.start_bytes == table[0] else [*ranges, table, *batmap.ranges(image.metadata)]
 
 
 def _give_way(image: DynamicImage, end_bytes: int) -> None:
@@ -209,14 +229,26 @@ def shrink_dynamic(image: DynamicImage, size_bytes: int, moved: Callable[[int], 
     header = replace(metadata.header, max_table_entries=entries)
     switch_header(image, header, footer=resized_footer(metadata.footer, size_bytes))
     gone = len(image.bat) - count
+    # What the disk does not have any more is not owned, and a block that its end cuts is not whole.
+    clear_batmap(image, np.arange(size_bytes // image.block_size_bytes, len(image.bat), dtype=np.int64))
     if gone:
         place = metadata.header.table_offset + count * BAT_ENTRY_SIZE
         image.store.pwrite(place, _FREE_ENTRY * gone)
         image.store.sync()
     smaller = open_dynamic(image.store, writable=True)
+    _clear_bits_behind_end(smaller)
     packing = plan_packing(smaller)
     move_blocks(smaller, packing, moved)
     cut_end(smaller, packing.end_bytes)
+    punch_free(smaller, [table_range(metadata, image.bat)])
+
+
+def _clear_bits_behind_end(image: DynamicImage) -> None:
+    """In the last block; its bits had a meaning as long as the disk was larger."""
+    place = bits_behind_end(image.store, image.metadata, image.bat)
+    if place is not None:
+        image.store.pwrite(place.offset_bytes, place.cleared)
+        image.store.sync()
 
 
 def plan_shrink(image: DynamicImage, size_bytes: int) -> tuple[int, int, int]:
@@ -228,10 +260,17 @@ def plan_shrink(image: DynamicImage, size_bytes: int) -> tuple[int, int, int]:
     return len(dropped), len(packing.blocks), packing.end_bytes
 
 
-def _tidy(image: DynamicImage) -> None:
-    """Cut off the second header that the switch left behind; what lies before it is in use or stays a gap."""
+def _tidy(image: DynamicImage, vacated: list[tuple[int, int]]) -> None:
+    """Give back what the larger disk does not need any more: the end of the file, and what was left before it."""
     larger = open_dynamic(image.store, writable=True)
-    ends = [end for _, end in occupied_ranges(larger)]
-    starts = larger.bat.entries[larger.allocated_blocks()].astype(np.int64) * SECTOR_SIZE
-    ends += [int(starts.max()) + block_space(larger)] if len(starts) else []
-    cut_end(larger, round_up(max(ends), SECTOR_SIZE))
+    packing = plan_packing(larger)
+    # Where a block fits into what others left, it goes there. What was free before is left to `compact`.
+    if len(packing.blocks) and _lie_in(packing.targets, block_space(larger), vacated):
+        move_blocks(larger, packing)
+    cut_end(larger, end_of_structures(larger.metadata, larger.bat))
+    punch_free(larger, vacated)
+
+
+def _lie_in(starts: Indices, size: int, ranges: list[tuple[int, int]]) -> bool:
+    """True when every place of that size shares bytes with one of the ranges."""
+    return all(any(start < high and start + size > low for low, high in ranges) for start in starts.tolist())

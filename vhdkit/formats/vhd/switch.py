@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Giving a dynamic or differencing image another header and other footers, safe at any power cut.
 
-Decides the order. The header takes two sectors and has no second copy, so it is never overwritten while a footer
-points at it: a second header is written behind everything first, and the footers, one sector each, switch over.
+Decides the order. The header takes two sectors and has no second copy, nor have the parent's names: neither is
+overwritten while a footer leads to it. Where the new ones go over the old ones, a second header with names of its own
+is written behind everything first, and the footers, one sector each, switch over:
 
-    1  second header, and what goes with it, behind the file's end   sync   both footers: old header
-    2  trailing footer behind those -> second header                 sync   copy: old, tail: new
-    3  footer copy -> second header                                  sync   both: new
-    4  the new header in the old one's place                         sync   nobody points there
-    5  footer copy, then trailing footer -> the old place            sync each
+    1  second header, and names, behind the file's end               sync   both footers: old header
+    2  trailing footer behind those -> second header                 sync   copy: old, tail: second
+    3  footer copy -> second header                                  sync   both: second
+    4  the new header and its names where they belong                sync   nobody points there
+    5  footer copy, then trailing footer -> the new header           sync each
+    6  a trailing footer where it was before, the file is cut there  sync each
 
-At each point both headers that a footer points at are whole, and so the image opens as it was or as it is to be.
-Whatever the new header points at (a longer BAT, say) is ready and synced before, and what only the old one points at
-stays until the end. The second header's sectors are left behind, unused.
+Where they touch nothing that is in use, steps 4 and 5 are enough. At each point the headers that the footers point at
+are whole and say the same of the disk, or one of them is the old one: the image opens as it was or as it is to be, and
+in the end the file is as long as before. Whatever the new header points at (a longer BAT, say) is ready and synced
+before, and what only the old one points at stays until the end.
 """
 
 from __future__ import annotations
@@ -21,15 +24,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vhdkit.formats.vhd import layout
-from vhdkit.formats.vhd.dynamic import DynamicImage, nominal_end
+from vhdkit.formats.vhd.dynamic import NO_END, DynamicImage
 from vhdkit.formats.vhd.layout import DynamicHeader, Footer
+from vhdkit.formats.vhd.places import nominal_end
+from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_up
 
-
-def second_header_offset(image: DynamicImage) -> int:
-    """Where a second header goes: behind everything, the trailing footer too."""
-    metadata = image.metadata
-    return max(nominal_end(metadata, image.bat), round_up(image.store.size(), SECTOR_SIZE))
+Texts = Sequence[tuple[int, bytes]]
 
 
 def switch_header(
@@ -37,38 +38,76 @@ def switch_header(
     header: DynamicHeader,
     *,
     footer: Footer | None = None,
-    texts: Sequence[tuple[int, bytes]] = (),
+    texts: Texts = (),
+    home_bytes: int | None = None,
 ) -> None:
     """Make `header`, and the fields of `footer` where it is given, those of an image opened for writing.
 
-    `texts` are (offset, bytes) that lie behind `second_header_offset` + HEADER_SIZE and belong to the header.
-    Raises NoSpace, IoFailed, SyncFailed; the image then has its old header and footers or the new ones. The open
-    image still knows the old ones: close it.
+    `texts` are the (offset, bytes) of the names that `header` says lie there, whole sectors; `home_bytes` is where the
+    header goes, its old place where that is None. Nothing but the old header, its names and the trailing footer lies
+    in these places. Raises NoSpace, IoFailed, SyncFailed; the image then has its old header and footers or the new
+    ones. The open image still knows the old ones: close it.
     """
-    store, metadata = image.store, image.metadata
     assert image.writable
-    second, size_before = second_header_offset(image), store.size()
-    end = max((offset + len(raw) for offset, raw in texts), default=second + layout.HEADER_SIZE)
-    end = round_up(end, SECTOR_SIZE)
-    raw_header = layout.build_header(header)
+    store, old = image.store, image.metadata.footer.data_offset
+    home = old if home_bytes is None else home_bytes
+    places = [(home, home + layout.HEADER_SIZE), *((offset, offset + len(raw)) for offset, raw in texts)]
+    # As long as it is open for writing, the footer is the file's end.
+    tail = round_up(store.size() - layout.FOOTER_SIZE, SECTOR_SIZE)
+    tail_after = max(tail, *(end for _, end in places))
     # The chosen footer is built anew; its fields that nobody names, reserved ones too, are kept.
-    wanted = replace(footer or metadata.footer, data_offset=metadata.footer.data_offset)
-    there = layout.build_footer(replace(wanted, data_offset=second))
-    back = layout.build_footer(wanted)
+    wanted = replace(footer or image.metadata.footer, data_offset=home)
+    if _touches(places, [*in_use(image), (tail, NO_END)]):
+        _write_second(image, header, wanted, texts, tail_after)
+    raw_footer = layout.build_footer(wanted)
+    for offset, raw in [*texts, (home, layout.build_header(header))]:
+        store.pwrite(offset, raw)
+    store.sync()
+    tail_now = round_up(store.size() - layout.FOOTER_SIZE, SECTOR_SIZE)
+    for place in dict.fromkeys((0, tail_now, tail_after)):
+        _write_synced(store, place, raw_footer)
+    if tail_now > tail_after:
+        store.truncate(tail_after + layout.FOOTER_SIZE)
+        store.sync()
+
+
+def in_use(image: DynamicImage) -> list[tuple[int, int]]:
+    """(offset, end) of the header that the footers point at, and of the names that belong to it."""
+    at = image.metadata.footer.data_offset
+    names = ((one.data_offset_bytes, one.data_offset_bytes + one.data_length_bytes) for one in image.metadata.locators)
+    return [(at, at + layout.HEADER_SIZE), *names]
+
+
+def _touches(places: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    return any(low < end and start < high for low, high in places for start, end in others)
+
+
+def _write_second(image: DynamicImage, header: DynamicHeader, footer: Footer, texts: Texts, free_bytes: int) -> None:
+    """Steps 1 to 3: the header and its names behind everything, and both footers pointing there."""
+    store, size_before = image.store, image.store.size()
+    second = max(nominal_end(image.metadata, image.bat), round_up(max(size_before, free_bytes), SECTOR_SIZE))
+    writes, end, places = [], second + layout.HEADER_SIZE, {}
+    for offset, raw in texts:
+        writes.append((end, raw))
+        places[offset] = end
+        end = round_up(end + len(raw), SECTOR_SIZE)
+    entries = tuple(
+        replace(entry, data_offset=places.get(entry.data_offset, entry.data_offset)) if entry.data_length else entry
+        for entry in header.parent_locators
+    )
     try:
         store.reserve(second, end + layout.FOOTER_SIZE - second)  # a full disk is found here or not at all
-        store.pwrite(second, raw_header)
-        for offset, raw in texts:
-            assert offset >= second + layout.HEADER_SIZE
-            store.pwrite(offset, raw)
+        for place, raw in [(second, layout.build_header(replace(header, parent_locators=entries))), *writes]:
+            store.pwrite(place, raw)
         store.sync()
     except BaseException:  # nothing points there yet: give the room back, and the trailing footer its place
         store.truncate(size_before)
         raise
-    for raw, places in ((there, (end, 0)), (back, (0, end))):
-        for place in places:
-            store.pwrite(place, raw)
-            store.sync()
-        if raw is there:
-            store.pwrite(metadata.footer.data_offset, raw_header)
-            store.sync()
+    raw_footer = layout.build_footer(replace(footer, data_offset=second))
+    _write_synced(store, end, raw_footer)
+    _write_synced(store, 0, raw_footer)
+
+
+def _write_synced(store: Store, offset_bytes: int, raw: bytes) -> None:
+    store.pwrite(offset_bytes, raw)
+    store.sync()

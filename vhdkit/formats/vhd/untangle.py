@@ -130,9 +130,10 @@ class Tangle:
         if not len(_within(self._shared, int(self._starts[position]), first)):
             return
         found = self._found_bits(block)
-        if self._is_differencing and not found.all():
+        is_whole = found[: whole_sectors(self._size_of(block))].all()
+        if self._is_differencing and not is_whole:
             made.doubtful.append((base, self._size_of(block)))
-        elif not found.all():
+        elif not is_whole:
             for number, count, is_odd in bitmap.runs(self._has_data(block) & ~found):
                 if is_odd:
                     made.doubtful.append((base + sectors_to_bytes(number), self._inside(block, number, count)))
@@ -169,6 +170,7 @@ class Tangle:
             return None
         for low, high in over.tolist() if self._is_differencing else ():
             bits[low - first : high - first] = False  # the parent shows there
+        bits[whole_sectors(self._size_of(block)) :] = False
         return bitmap.packed(bits, self._bitmap_size)
 
     def apply(self, draft: DraftStore, plan: Untangling, end_bytes: int) -> int:

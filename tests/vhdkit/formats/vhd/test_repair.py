@@ -123,7 +123,7 @@ HARMLESS: dict[str, tuple[Callable[[], MemStore], str]] = {
     "no tail, garbage": (lambda: sound(tail=pattern(300 * KIB)).build().store(), "trailing-garbage"),
     "leak at the end": (lambda: sound(footer_at=9 * MIB).build().store(), "leaked-space"),
     "leak with data": (leaking, "leaked-space"),
-    "geometry": (lambda: sound(chs=(65535, 16, 255)).build().store(), "geometry"),
+    "geometry": (lambda: sound(chs=(1024, 16, 63)).build().store(), "geometry"),
     "no geometry": (lambda: sound(chs=(0, 0, 0)).build().store(), "geometry"),
     "block cut": (cut_short, "block-cut"),
     "block cut, no tail": (lambda: cut_short(b""), "footer"),

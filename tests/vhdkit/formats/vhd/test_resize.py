@@ -8,13 +8,17 @@ from collections.abc import Callable
 import pytest
 
 from tests.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, short, short_content_of, sound
+from tests.power import LINK
 from tests.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from tests.vhd_builder import Block, Vhd, bits_of, child, pattern, put, seal_header
+from tests.xenserver import faults_in
 from vhdkit import errors
 from vhdkit.formats.vhd import geometry
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, create_dynamic
+from vhdkit.formats.vhd.check import check_vhd
+from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, create_differencing, create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.move import plan_packing
 from vhdkit.formats.vhd.resize import grow_dynamic, plan_grow, resized_footer, shrink_dynamic
 from vhdkit.image import Layer
 from vhdkit.units import GIB, MIB, SECTOR_SIZE, TIB
@@ -291,3 +295,26 @@ def test_a_last_block_without_room_does_not_grow() -> None:
     store = image.build().store(frozen=True)
     with pytest.raises(errors.InvalidArgument, match="cannot become whole"):
         plan_grow(open_dynamic(store, writable=True), 3 * BLOCK)
+
+
+@pytest.mark.parametrize("differencing", [False, True])
+@pytest.mark.parametrize("count", [129, 1024, 1025, 100_000])
+def test_nothing_is_left_to_say_after_growing(differencing: bool, count: int) -> None:
+    """What blocks and the table leave when the table grows is a hole before the first block: no leak, and no gap that
+    a block would fit into."""
+    size = 5 * BLOCK + 3 * SECTOR_SIZE
+    store = MemStore("image.vhd")
+    if differencing:
+        create_differencing(store, size, LINK, block_size_bytes=BLOCK)
+    else:
+        create_dynamic(store, size, block_size_bytes=BLOCK)
+    image = open_dynamic(store, writable=True)
+    for number in range(5):
+        image.write(number * BLOCK // SECTOR_SIZE, memoryview(pattern(BLOCK, number)))
+    image.close()
+    grow([open_dynamic(store, writable=True)], count * BLOCK)
+    larger = open_dynamic(store, writable=True)
+    assert check_vhd(store) == [] and faults_in(store) == []
+    assert len(plan_packing(larger).blocks) == 0
+    shrink([larger], size)
+    assert check_vhd(store) == [] and faults_in(store) == []

@@ -13,9 +13,8 @@ from tests.power import BLOCK_SIZE, DISK_SIZE, child_scene, dynamic_scene
 from tests.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from vhdkit import errors
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
-from vhdkit.formats.vhd.layout import HEADER_SIZE
 from vhdkit.formats.vhd.metadata import read_metadata
-from vhdkit.formats.vhd.switch import second_header_offset, switch_header
+from vhdkit.formats.vhd.switch import switch_header
 
 SMALLER = DISK_SIZE - BLOCK_SIZE
 
@@ -94,12 +93,23 @@ def test_a_failing_call_leaves_one_state(operation: str, make_error: Callable[[]
     assert states
 
 
-def test_texts_lie_behind_the_second_header() -> None:
-    """What goes with the header is written where the caller placed it, and the trailing footer behind it."""
+def test_the_file_is_as_long_as_before() -> None:
+    """The second header that is needed meanwhile leaves nothing behind; the trailing footer stands where it did."""
     leaf = dynamic_scene(4).leaf
+    before = leaf.contents()
     image = open_dynamic(leaf, writable=True)
-    place = second_header_offset(image) + HEADER_SIZE
     assert image.metadata.header is not None
-    switch_header(image, image.metadata.header, texts=[(place, b"text")])
-    assert leaf.pread(place, 4) == b"text"
-    assert read_metadata(leaf).tail.offset_bytes == place + 512
+    switch_header(image, image.metadata.header)
+    assert leaf.contents() == before
+
+
+def test_a_header_that_touches_nothing_in_use_needs_no_second_one() -> None:
+    """Where header and texts go to free sectors, the file does not grow meanwhile, and a full disk does not matter."""
+    leaf = dynamic_scene(4).leaf
+    store = FaultyStore(leaf, Fault("reserve", no_space))
+    image = open_dynamic(store, writable=True)
+    assert image.metadata.header is not None
+    switch_header(image, image.metadata.header, texts=[(3072, b"text".ljust(512))], home_bytes=1536)
+    after = read_metadata(store)
+    assert store.size() == leaf.size() and store.pread(3072, 4) == b"text"
+    assert after.footer.data_offset == 1536 and after.copy is not None and after.copy.raw == after.tail.raw

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits and batmap entries that promise more than the disk has.
+
+Decides which bits of the last block's bitmap say nothing, since the disk ends before the sectors that they stand for,
+and which bits of a batmap are wrong. Changes nothing.
+
+XenServer's coalesce copies the sector of every set bit of a child, and every sector of a block that its batmap calls
+whole; behind the end of the disk that fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.formats.vhd import batmap, bitmap
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.metadata import Metadata
+from vhdkit.store import Store
+from vhdkit.units import whole_sectors
+
+
+@dataclass(frozen=True, slots=True)
+class BitsBehindEnd:
+    """Set bits behind the end of the disk: where the bitmap stands, of which block, how many, and how it should be."""
+
+    offset_bytes: int
+    block_index: int
+    count: int
+    cleared: bytes
+
+
+def bits_behind_end(store: Store, metadata: Metadata, bat: Bat) -> BitsBehindEnd | None:
+    """What is set behind the end of the disk in the last block, or None. Raises IoFailed."""
+    assert metadata.header is not None
+    block, block_size = len(bat) - 1, metadata.header.block_size
+    inside = whole_sectors(metadata.size_bytes - block * block_size)
+    start, sector_count = bat.block_start(block), whole_sectors(block_size)
+    if start < 0 or inside == sector_count:
+        return None
+    size = bitmap.bitmap_size(block_size)
+    raw = bytearray(store.pread(start, size).ljust(size, b"\0"))
+    count = int(np.count_nonzero(bitmap.owned(raw, sector_count)[inside:]))
+    if not bitmap.clear_from(raw, inside) or not count:
+        return None
+    return BitsBehindEnd(start, block, count, bytes(raw))
+
+
+def wrong_batmap_bits(store: Store, metadata: Metadata, bat: Bat) -> NDArray[np.int64]:
+    """The blocks that a batmap calls whole and that are not: they own less, or have no space. Raises IoFailed."""
+    if not batmap.ranges(metadata):
+        return np.zeros(0, dtype=np.int64)
+    assert metadata.header is not None
+    raw = batmap.read_map(store, metadata)
+    called = bitmap.owned(raw, min(len(raw) * 8, len(bat)))
+    allocated = bat.allocated()[: len(called)]
+    size, sector_count = bitmap.bitmap_size(metadata.header.block_size), whole_sectors(metadata.header.block_size)
+    wrong = called & ~allocated
+    for block in np.flatnonzero(called & allocated).tolist():
+        found = store.pread(bat.block_start(block), size).ljust(size, b"\0")
+        # A block that the end of the disk cuts is never whole: nobody can write all of its sectors.
+        is_cut = (block + 1) * metadata.header.block_size > metadata.size_bytes
+        wrong[block] = is_cut or not bitmap.is_full(found, sector_count)
+    return np.flatnonzero(wrong).astype(np.int64)
