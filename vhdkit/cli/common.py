@@ -144,7 +144,7 @@ def _options(leaf_format: bool) -> list[Callable[[Any], Any]]:
         *options,
         click.option("--json", is_flag=True, help="Print one JSON document; an error is a JSON object too."),
         click.option("-q", "--quiet", is_flag=True, help="Leave out notes, summaries and progress."),
-        click.option("-v", "--verbose", is_flag=True, help="Say more; show where an internal error came from."),
+        click.option("-v", "--verbose", is_flag=True, help="Print more; show where an internal error came from."),
     ]
 
 

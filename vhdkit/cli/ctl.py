@@ -288,7 +288,7 @@ def add_verb(
 
 @_verb("remove")
 @click.argument("export")
-@click.option("--disconnect", is_flag=True, help="Hang up on its clients first; they cannot come again.")
+@click.option("--disconnect", is_flag=True, help="Disconnect its clients first; they cannot reconnect.")
 def remove_verb(server: _Server, export: str, disconnect: bool, json: bool, quiet: bool) -> None:
     """Serve EXPORT no longer; refused while clients use it, unless --disconnect is given. It is flushed then."""
     _ask(server, "remove", as_json=json, export=export, **({"disconnect": True} if disconnect else {}))

@@ -40,13 +40,13 @@ _HOSTS = {"Wi2k": "Windows", "Mac": "Macintosh"}
 
 @click.command(
     "info",
-    short_help="What an image says of itself.",
+    short_help="Kind, size, creator and parent of an image.",
     epilog=epilog("vhdkit info disk.vhd", "vhdkit info disk.vhd --json | jq .virtual_size_bytes"),
 )
 @click.argument("image", type=PATH)
 @image_options()
 def info_command(image: str, common: Common) -> None:
-    """Show what an image says of itself: kind, sizes, creator, space, parent, and what is odd about it.
+    """Show an image's kind, sizes, creator, space and parent, and anything unusual about it.
 
     Works on an image in use, and on one whose parent is missing.
 
@@ -57,7 +57,8 @@ def info_command(image: str, common: Common) -> None:
       creator creator_version creator_host created_unix_seconds geometry
       current_size_bytes original_size_bytes size_from_geometry saved_state hidden
       block_size_bytes block_count allocated_block_count batmap
-      parent {name unique_id timestamp locators path problem allowed_folder allowed_by}
+      parent {name unique_id timestamp locators path problem
+        allowed_folder allowed_by}
       findings [{severity code message path structure offset_bytes}]
     """
     facts = describe_image(image, options=common.options)

@@ -35,7 +35,7 @@ _EXAMPLES = (
 @click.option("--to", metavar="NEW", type=PATH, help="Write the result to a new file; the chain stays as it is.")
 @click.option("--relink", is_flag=True, help="Repoint the children of LEAF to the result.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted merge. LEAF may be any image of it.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @image_options(leaf_format=False)
 @progress_option
 def merge_command(

@@ -231,7 +231,9 @@ def _stay(mounted: Mounted, common: Common) -> None:
 
 @click.command("umount", short_help="Take a mount away.", epilog=epilog("vhdkit umount /mnt/disk"))
 @click.argument("mountpoint", type=PATH)
-@click.option("--lazy", is_flag=True, help="Do not wait for those who use it: it goes when the last is done.")
+@click.option(
+    "--lazy", is_flag=True, help="Do not wait for programs that use it: it disappears when the last one is done."
+)
 @click.option("--force", is_flag=True,
               help="As root, for a mount that hangs: all waiting ends with errors, the rest is lost.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="An error is a JSON object, too.")

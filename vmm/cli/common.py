@@ -40,7 +40,7 @@ class SizeType(click.ParamType[int]):
             return value
         found = _SIZE.fullmatch(str(value).strip())
         if found is None:
-            self.fail(f"{value!r} is no size: write 512M, 4G or 1.5T", param, ctx)
+            self.fail(f"{value!r} is not a size: write 512M, 4G or 1.5T", param, ctx)
         return int(float(found[1]) * _FACTORS[found[2].upper()])
 
 

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("name")
-@click.option("--no-scrollback", is_flag=True, help="Do not show what was said before.")
+@click.option("--no-scrollback", is_flag=True, help="Do not show earlier output.")
 @click.option(
     "--log", "wants_log", is_flag=True, help="Print what is kept of the past, and end; works when it is off."
 )
 @click.option("--watch", is_flag=True, help="Only look; nothing is typed.")
-@click.option("--shared", is_flag=True, help="Type together with others who share.")
-@click.option("--take", is_flag=True, help="Take the keyboard from whoever has it.")
-@click.option("--expect", metavar="TEXT", help="End when the guest has said this.")
+@click.option("--shared", is_flag=True, help="Let everybody who uses --shared type.")
+@click.option("--take", is_flag=True, help="Take the keyboard over from whoever has it.")
+@click.option("--expect", metavar="TEXT", help="End when the guest has printed this.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after so long; exit code 9 with --expect.")
 def console_command(
     name: str,

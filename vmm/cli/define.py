@@ -225,7 +225,7 @@ def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
 @click.option("--with-disks", is_flag=True, help="Remove its own images, too; never a parent that is not its own.")
 @click.option("--with-snapshots", is_flag=True, help="Remove its snapshots, without which it is not deleted.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 @output_options
 def delete_command(
     name: str, with_disks: bool, with_snapshots: bool, yes: bool, dry_run: bool, as_json: bool, quiet: bool

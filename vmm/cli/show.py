@@ -157,10 +157,11 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
 
     \b
     With --json: one object; what is not known, or does not run, is null:
-      name state reason operation accelerator uptime_seconds heartbeat folder copy_of
+      name state reason operation accelerator uptime_seconds heartbeat folder
+      copy_of
       guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
       pids {keeper worker server qemu}
-      definition {...}     as it is stored: memory_bytes cpu_count disks [...] and so on
+      definition {...}     as stored: memory_bytes cpu_count disks [...] ...
       running {...}        the definition that it runs with
       at_next_start {...}  the settings in which the two differ, as they will be
       adapters [{id switch mac connected connection addresses}]

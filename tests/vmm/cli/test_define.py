@@ -62,7 +62,7 @@ def test_create_with_everything(folder: Path) -> None:
     [
         (["a/b"], 2, "no name for a machine"),
         ([".."], 2, "no name for a machine"),
-        (["x", "--memory", "lots"], 2, "no size"),
+        (["x", "--memory", "lots"], 2, "not a size"),
         (["x", "--memory", "1K"], 2, "memory_bytes"),
         (["x", "--cpus", "0"], 2, "cpu_count"),
         (["x", "--disk", "absent.vhd"], 1, "no such image"),
