@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 SHUTDOWN_SECONDS = 120.0
 # What a running machine has as it was started; the other settings hold at once, and disks and adapters come and go.
 HARDWARE = set(ChangedSettings.__annotations__) - {"notes", "automatic", "name", "paths"}
+_LONG = ("shutdown", "stop", "save")  # what goes on when nobody waits for it
 _PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
 LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
 
@@ -547,7 +548,7 @@ class Manager:
         if client is None:
             state = contact.state_of(place)["state"]
             raise WrongState(f"is {state}: cannot {method} it now", machine=name)
-        with client:
+        with client, goes_on_without_us(f"the {method}", name) if method in _LONG else contextlib.nullcontext():
             return client.call(method, timeout_seconds=_PATIENCE_SECONDS, progress=progress, **params)
 
     def _call_until_off(self, name: str, method: str, progress: Progress | None, **params: object) -> None:

@@ -21,6 +21,7 @@ from vmm import contact, registry, saved
 from vmm.contact import Place
 from vmm.copies import refuse_copy
 from vmm.errors import InUse, InvalidSpec, Refused, VmmError, WrongState, of_os_error
+from vmm.interrupted import goes_on_without_us
 from vmm.registry import Changing, Machine
 from vmm.rpc import ControlClient, Progress
 from vmm.snapshots import fold
@@ -119,10 +120,11 @@ class MachineSnapshots:
                 if consistent:
                     raise WrongState("does not run: nothing can be frozen in it, and nothing needs to be")
                 return create(machine, Wish(snapshot_name, notes))
-            done = client.call(
-                "snapshot-create", timeout_seconds=_PATIENCE_SECONDS, progress=progress,
-                name=snapshot_name, notes=notes, consistent=consistent, mode=mode,
-            )  # fmt: skip
+            with goes_on_without_us("the snapshot", self.name):
+                done = client.call(
+                    "snapshot-create", timeout_seconds=_PATIENCE_SECONDS, progress=progress,
+                    name=snapshot_name, notes=notes, consistent=consistent, mode=mode,
+                )  # fmt: skip
             return load_tree(machine.paths).find(str(done["id"]))
 
     # -- going back ------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.vmm.cli.running import document, failure, good
+from tests.vmm.cli.running import document, failure, good, run
 from tests.vmm.small_guests import console, make_machine, wait_counting, wait_until
+from vmm import contact
 from vmm.manager import Manager
 
 pytestmark = pytest.mark.kvm
@@ -110,6 +111,31 @@ def test_interrupted_command(manager: Manager, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said.strip()) == (130, b"vmm: interrupted")
     wait_counting(manager)
+
+
+@pytest.mark.parametrize("verb", ["shutdown", "stop", "save"])
+def test_interrupted_while_it_waits(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Ctrl-C at a verb that a running machine's worker carries out says that it goes on."""
+
+    class Worker:
+        """One that is at work when the command is interrupted."""
+
+        def call(self, method: str, **params: object) -> object:
+            raise KeyboardInterrupt
+
+        def __enter__(self) -> Worker:
+            return self
+
+        def __exit__(self, *exc_info: object) -> None:
+            pass
+
+    make_machine(manager, tmp_path)
+    monkeypatch.setattr(contact, "contact", lambda *words: Worker())
+    result = run(verb, "small")
+    assert result.exit_code == 130
+    assert f"vmm: interrupted: the {verb} goes on; vmm events small tells how it ends" in result.stderr
 
 
 def test_without_qemu(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
