@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vhdkit import errors
+from vhdkit.formats.vhd.metadata import footer_state
 from vhdkit.store import Buffer, Store
 from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors, round_up
 
 _LONG_RANGE = 64 * MIB
 ZERO_SECTOR = bytes(SECTOR_SIZE)
-_FOOTER_COOKIE = b"conectix"
 
 
 class MemStore:
@@ -266,7 +266,7 @@ class CrashStore(MemStore):
         if not versions:
             return None
         raw = (versions[-1] if style == "all" or rng.random() < 0.7 else rng.choice(versions))[1]
-        if raw.startswith(_FOOTER_COOKIE) and style != "all" and rng.random() < 0.5:
+        if style != "all" and footer_state(raw).usable and rng.random() < 0.5:
             whole = rng.randrange(SECTOR_SIZE)
             raw = raw[:whole] + bytes(byte ^ 0xA5 for byte in raw[whole:])
         return raw

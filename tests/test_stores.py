@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space, sync_failed
+from tests.vhd_builder import Vhd
 from vhdkit import errors
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE
@@ -130,15 +131,15 @@ def test_punches_and_truncates_may_be_lost_too() -> None:
 
 
 def test_only_footers_are_torn() -> None:
-    """A footer in flight may be neither old nor new; any other sector is one of the two."""
+    """A footer in flight may be neither old nor new; any other sector, one with its cookie too, is one of the two."""
     store = CrashStore(MemStore(size_bytes=2 * SECTOR_SIZE))
-    footer = b"conectix".ljust(SECTOR_SIZE, b"f")
-    store.pwrite(0, footer + sectors("d"))
+    footer, other = Vhd(size=8 * MIB).footer(), b"conectix".ljust(SECTOR_SIZE, b"f")
+    store.pwrite(0, footer + other)
     found = possible_files(store)
-    assert {one[SECTOR_SIZE:] for one in found} == {sectors("d"), bytes(SECTOR_SIZE)}
+    assert {one[SECTOR_SIZE:] for one in found} == {other, bytes(SECTOR_SIZE)}
     assert len({one[:SECTOR_SIZE] for one in found}) > 10
     store.sync()
-    assert possible_files(store) == {footer + sectors("d")}
+    assert possible_files(store) == {footer + other}
 
 
 def test_power_is_cut_inside_the_nth_operation() -> None:

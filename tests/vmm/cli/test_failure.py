@@ -15,7 +15,7 @@ _CTRL_C_IN_VERB = """
 import os, signal, sys
 from vmm.cli import entry
 import vmm.manager
-def names(self):
+def names(self, **options):
     os.kill(os.getpid(), signal.SIGINT)
 vmm.manager.Manager.machines = names
 sys.argv = ["vmm", "list"]
