@@ -21,7 +21,7 @@ from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity, left_by_repair
-from vhdkit.folder import read_whole, real_path
+from vhdkit.folder import exists, read_whole, real_path
 from vhdkit.guarded import unguarded, unguarded_file
 from vhdkit.units import KIB
 
@@ -53,7 +53,6 @@ class TrustedFolders:
         return tuple(folder.path for folder in self.folders)
 
 
-@checked
 @checked
 def trusted_parent_dirs() -> TrustedFolders:
     """The folders that `VHDKIT_PARENT_DIRS` and the configuration files of the user and the system name.
@@ -100,6 +99,8 @@ def _at_home(path: str) -> str:
 def _folders_of(config: str) -> list[str]:
     """What one file names; nothing where there is none. Raises InvalidArgument, AccessDenied, IoFailed."""
     real = real_path(config)
+    if not exists(real):  # there is nothing to believe or not: whoever has such folders need not hear of it
+        return []
     try:
         # Both the folder in which a link would lie and the one of the file it leads to.
         for folder in dict.fromkeys((real_path(os.path.dirname(config)), os.path.dirname(real))):

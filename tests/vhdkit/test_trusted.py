@@ -40,6 +40,15 @@ def test_nothing_is_set() -> None:
     assert vhdkit.trusted_parent_dirs() == vhdkit.TrustedFolders((), ())
 
 
+def test_no_file_in_a_folder_of_others_is_nothing_to_tell(config: Path) -> None:
+    """Who has no file hears nothing of folders in which others could put one: many homes are such folders."""
+    config.parent.chmod(0o777)
+    assert vhdkit.trusted_parent_dirs() == vhdkit.TrustedFolders((), ())
+    config.parent.rmdir()
+    config.parent.parent.chmod(0o777)
+    assert vhdkit.trusted_parent_dirs() == vhdkit.TrustedFolders((), ())
+
+
 def test_the_variable_and_both_files(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All count, the variable's first; each folder is told with who named it."""
     monkeypatch.setenv("VHDKIT_PARENT_DIRS", "/srv/a::/srv/b/")
