@@ -16,7 +16,7 @@ something like a footer there. `INV-FOOTER-COPY`: with either one good, the imag
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +26,7 @@ from vhdkit.formats.vhd import geometry, layout
 from vhdkit.formats.vhd.layout import BatmapHeader, DynamicHeader, Footer
 from vhdkit.formats.vhd.locator import Locator, decode_parent_name, read_locators, space_bytes
 from vhdkit.formats.vhd.padding import footer_before_zeros
+from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
 from vhdkit.units import MIB, SECTOR_SIZE, format_size, is_power_of_two, round_up
 
@@ -46,6 +47,7 @@ class FooterState(StrEnum):
     VERSION = "version unknown"
     POISONED = "poisoned: a journaled resize did not finish"
     KILLED = "overwritten with 0xC7: another program holds or held the image"
+    STALE = "of another image, which was on this device before"
 
     @property
     def usable(self) -> bool:
@@ -195,7 +197,21 @@ def read_footers(store: Store) -> tuple[FooterPlace, FooterPlace]:
         found = footer_before_zeros(store)
         if found is not None and footer_state(found[1]) is FooterState.GOOD:
             offset, raw, state = *found, FooterState.GOOD
-    return FooterPlace("footer", offset, raw, state), copy
+    tail = FooterPlace("footer", offset, raw, state)
+    if end_of_room(store) is not None and _is_stale(tail, copy):
+        tail = replace(tail, state=FooterState.STALE)
+    return tail, copy
+
+
+def _is_stale(tail: FooterPlace, copy: FooterPlace) -> bool:
+    """True when an image was copied to a device at whose end an earlier, other one still has its footer.
+
+    Never for the footer of a fixed image: the beginning of that is its guest's.
+    """
+    if not (tail.state.usable and copy.state.usable):
+        return False
+    is_fixed = layout.DISK_TYPE_FIXED in (tail.footer.disk_type, copy.footer.disk_type)
+    return not is_fixed and tail.footer.unique_id != copy.footer.unique_id
 
 
 def image_id(store: Store) -> bytes:

@@ -95,6 +95,35 @@ def test_a_device_that_is_too_short_is_only_read(tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
+def test_the_footer_of_an_earlier_image_is_not_believed(tmp_path: Path) -> None:
+    """INV-PARENT-ID: a child that was copied over another image stands on its parent still, whatever stands at the
+    device's end; that is told, and gone after the first write."""
+    base, child, other = tmp_path / "base.vhd", tmp_path / "child.avhd", tmp_path / "other.vhd"
+    vhdkit.create_image(base, SIZE, block_size_bytes=BLOCK)
+    with vhdkit.open_disk(base, writable=True) as disk:
+        disk.write(0, b"parent")
+    vhdkit.create_child(child, base)
+    vhdkit.create_image(other, SIZE, block_size_bytes=BLOCK)
+    options = vhdkit.OpenOptions(parent_dirs=(str(tmp_path),))
+    with loop_device(tmp_path / "device", size_bytes=DEVICE) as device:
+        with open(device, "r+b") as file:
+            file.write(child.read_bytes())
+            file.seek(DEVICE - 512)
+            file.write(other.read_bytes()[-512:])
+        child.unlink()
+        with vhdkit.open_disk(device, options=options) as disk:
+            assert disk.read(0, 6) == b"parent"
+        told = [one.message for one in vhdkit.check(device, options=options)]
+        assert "of another image, which was on this device before; the other footer is used" in told
+        with vhdkit.open_disk(device, writable=True, options=options) as disk:
+            disk.write(BLOCK, b"mine")
+        with open(device, "rb") as file:
+            raw = file.read()
+        assert raw[-512:] == raw[:512]
+        with vhdkit.open_disk(device, options=options) as disk:
+            assert (disk.read(0, 6), disk.read(BLOCK, 4)) == (b"parent", b"mine")
+
+
 def as_device(scene: Scene, *, footer_at_end: bool) -> Scene:
     """The scene's image at the beginning of a device with room for all blocks, full of an earlier owner's bytes."""
     store = scene.leaf
