@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from vhdkit import errors
 from vhdkit.arguments import checked
 from vhdkit.errors import printable
-from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.finding import Finding, Severity
 from vhdkit.folder import exists, read_whole, real_path
 from vhdkit.guarded import unguarded, unguarded_file
 from vhdkit.units import KIB
@@ -78,7 +78,6 @@ def trusted_parent_dirs() -> TrustedFolders:
 
 
 def _warning(message: str, path: str | None) -> Finding:
-    message = left_by_repair(message, "it changes no settings")
     return Finding(Severity.WARNING, "trusted-folders-ignored", message, path or "")
 
 

@@ -20,7 +20,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
 
-_SIZE_PATTERN = re.compile(r"(?i)\s*(\d+)(?:\.(\d+))?\s*([kmgtp]?)(i?b)?\s*")
+_SIZE_PATTERN = re.compile(r"(?i)\s*(\d{1,40})(?:\.(\d{1,40}))?\s*([kmgtp]?)(i?b)?\s*")
 _SIZE_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 
 

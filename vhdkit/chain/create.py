@@ -19,7 +19,7 @@ from vhdkit.chain.lineage import record_parent
 from vhdkit.chain.marks import marked
 from vhdkit.chain.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.folder import NewFile, folders_held, is_regular, real_path
-from vhdkit.formats.raw import create_raw
+from vhdkit.formats.raw import check_raw_size, create_raw
 from vhdkit.formats.vhd import create
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -27,9 +27,6 @@ from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.geometry import azure_size
 from vhdkit.image import Layer
 from vhdkit.store import FileStore, Store, opened_again
-from vhdkit.units import SECTOR_SIZE
-
-_MAX_RAW_BYTES = 1 << 62
 
 
 class DiskFormat(StrEnum):
@@ -130,10 +127,8 @@ def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
     """Raise InvalidArgument for a size that an image of this format cannot have."""
     if disk_format is not DiskFormat.RAW:
         create.check_size(size_bytes, fixed=disk_format is DiskFormat.FIXED)
-    elif not 0 < size_bytes <= _MAX_RAW_BYTES or size_bytes % SECTOR_SIZE:
-        raise errors.InvalidArgument(
-            f"a raw disk is one or more whole {SECTOR_SIZE}-byte sectors, not {size_bytes} bytes"
-        )
+    else:
+        check_raw_size(size_bytes)
 
 
 def write_empty(

@@ -27,6 +27,7 @@ from vhdkit.chain.zeros import data_of_disk, first_data_in_store
 from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
 from vhdkit.formats.filesystems import end_of, identify, shrink_hint
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
+from vhdkit.formats.raw import check_raw_size
 from vhdkit.formats.vhd.create import check_size
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
@@ -146,8 +147,8 @@ class _Job:
             raise InvalidArgument("is a device: its size is given", path=self.path)
         if isinstance(self.image, DynamicImage | FixedImage):
             check_size(self.size_bytes, fixed=isinstance(self.image, FixedImage))
-        elif self.size_bytes <= 0 or self.size_bytes % SECTOR_SIZE:
-            raise InvalidArgument(f"a raw disk is one or more whole {SECTOR_SIZE}-byte sectors")
+        else:
+            check_raw_size(self.size_bytes)
         if self.parents is not None and self.size_bytes < self.parents.size_bytes:
             raise InvalidArgument(
                 f"a child of {self.size_bytes} bytes would be smaller than its parent of"

@@ -9,6 +9,8 @@ from vhdkit.formats.linear import LinearImage
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_up
 
+_MAX_RAW_BYTES = 1 << 62  # the system counts a file's bytes in 63 bits
+
 
 def open_raw(store: Store, *, writable: bool = False) -> LinearImage:
     """A raw image over `store`. A last part sector counts as a whole one that ends in zeros.
@@ -19,6 +21,16 @@ def open_raw(store: Store, *, writable: bool = False) -> LinearImage:
     if size == 0:
         raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
     return LinearImage(store, round_up(size, SECTOR_SIZE), writable=writable)
+
+
+def check_raw_size(size_bytes: int) -> None:
+    """Raise InvalidArgument for a size that no raw disk can have."""
+    if size_bytes <= 0 or size_bytes % SECTOR_SIZE:
+        raise errors.InvalidArgument(
+            f"a raw disk is one or more whole {SECTOR_SIZE}-byte sectors, not {size_bytes} bytes"
+        )
+    if size_bytes > _MAX_RAW_BYTES:
+        raise errors.InvalidArgument(f"no file can be as long as a raw disk of {size_bytes} bytes")
 
 
 def create_raw(store: Store, size_bytes: int) -> None:
