@@ -143,17 +143,19 @@ class Plugging:
             os.close(await asyncio.to_thread(open_in_drive, self._running.spec, changed))
         before = self._running.spec
         with self._running.busy(CHANGE_MEDIUM), self._held() as held:
-            await tray.open_tray(self._running.qmp, drive.id, force=bool(parameter(params, "force", bool, False)))
-            self._running.note.details["drive"] = drive.id
-            self._running.write_note()  # whoever follows us has to know before the definition says it
-            self.write_down(held, _with_disk(before, changed))
+            note = self._running.note
+            note.details |= {"drive": drive.id, "drive_had": drive.path}
+            self._running.write_note()  # whoever follows us has to know before anything changes
             try:
-                await self._put_in(changed)
-            except BaseException:
-                await self._note_what_is_in(held, before, changed)
-                raise
+                await tray.open_tray(self._running.qmp, drive.id, force=bool(parameter(params, "force", bool, False)))
+                try:
+                    self.write_down(held, _with_disk(before, changed))
+                    await self._put_in(changed)
+                except BaseException:
+                    await self._note_what_is_in(held, before, changed)
+                    raise
             finally:
-                self._running.note.details.pop("drive", None)
+                del note.details["drive"], note.details["drive_had"]
         self._running.tell("medium-changed", drive=drive.id, path=path)
         return {"disk": json.loads(changed.model_dump_json())}
 
@@ -191,15 +193,21 @@ class Plugging:
         running = self._running
         if running.note.operation != CHANGE_MEDIUM:
             return
-        drive_id = str(running.note.details.pop("drive", ""))
+        details = running.note.details
+        drive_id, had = str(details.pop("drive", "")), details.pop("drive_had", None)
         try:
             drive = registry.read_definition(running.machine.definition).disk(drive_id)
             if drive is not None and drive.kind == "iso":
                 await running.wait_reachable()
-                await tray.open_tray(running.qmp, drive.id, force=True)
-                await self._put_in(drive)
-                running.spec = _with_disk(running.spec, drive)
-                write_whole(running.runtime.running, running.spec.to_json(), durable=False)
+                found = await tray.look(running.qmp, drive_id)
+                if drive.path == had and (found.node is not None or had is None):
+                    if found.node is not None:  # nothing but the tray was changed yet
+                        await running.qmp.execute("blockdev-close-tray", id=drive_id)
+                else:
+                    await tray.open_tray(running.qmp, drive.id, force=True)
+                    await self._put_in(drive)
+                    running.spec = _with_disk(running.spec, drive)
+                    write_whole(running.runtime.running, running.spec.to_json(), durable=False)
         except VmmError as error:
             running.tell("medium-not-changed", drive=drive_id, problem=str(error))
         running.note.operation = None

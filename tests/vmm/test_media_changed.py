@@ -77,7 +77,8 @@ def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> N
     stored.write_text(stored.read_text().replace("one.iso", "two.iso"))
     note = WorkerNote.read(place.runtime)
     assert note is not None
-    note.operation, note.details["drive"] = "disk-change", "disk-1"
+    note.operation = "disk-change"
+    note.details |= {"drive": "disk-1", "drive_had": str(tmp_path / "one.iso")}
     note.write(place.runtime)
     manager.state("small")
     wait_whole()
