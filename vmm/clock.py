@@ -41,9 +41,11 @@ class GuestClock:
     def __init__(self, running: Machine) -> None:
         self._running = running
         self._is_being_set = False
+        self._has_stood_still = False  # since the time that is being set was looked at
 
     def bring_to_now(self, after: str) -> None:
         """Set it in the background; `after` says what the clock stood still for."""
+        self._has_stood_still = True
         if self._running.spec.integration.time_sync and not self._is_being_set:
             self._is_being_set = True
             self._running.in_background(self._set(after))
@@ -54,8 +56,12 @@ class GuestClock:
         try:
             while not running.exited.is_set():
                 try:
+                    self._has_stood_still = False
                     await running.agent.set_time()
-                    return
+                    if not self._has_stood_still:
+                        return
+                    deadline = time.monotonic() + TRY_SECONDS
+                    continue
                 except VmmError as error:
                     if running.state is MachineState.PAUSED:
                         return  # it is set when the guest goes on

@@ -70,6 +70,27 @@ def test_it_is_set_when_the_agent_is_there() -> None:
     assert (machine.tries, machine.told) == (3, [])
 
 
+def test_a_pause_while_it_is_set() -> None:
+    """A guest that stood still between the look at our clock and its answer got an old time: it is set once more."""
+    machine = Machine(answers_at=1)
+
+    async def scene() -> None:
+        guest_clock = GuestClock(cast(clock.Machine, machine))
+        tried = machine.set_time
+
+        async def slow_agent() -> None:
+            await tried()
+            if machine.tries == 1:
+                guest_clock.bring_to_now("pause")
+
+        machine.set_time = slow_agent  # type: ignore[method-assign]
+        guest_clock.bring_to_now("restore")
+        await asyncio.gather(*machine.tasks)
+
+    asyncio.run(scene())
+    assert (machine.tries, machine.told) == (2, [])
+
+
 def test_what_cannot_be_set_is_an_event() -> None:
     """Without an agent an event says after what the clock was not set."""
     machine = Machine(answers_at=1 << 30)
