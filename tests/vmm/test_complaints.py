@@ -20,19 +20,19 @@ _THEIR_WORDS = ("Input should", "Extra inputs", "Field required", "permitted", "
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"memory": 5}, "memory: is no setting that there is"),
-        ({"memory_bytes": 1 << 20}, "memory_bytes: is 2 MiB or more"),
-        ({"memory_bytes": 1 << 50}, "memory_bytes: is 1048576 MiB or less"),
-        ({"memory_bytes": (2 << 20) + 1}, "memory_bytes: is a multiple of 1 MiB"),
-        ({"memory_bytes": "much"}, "memory_bytes: is a whole number"),
-        ({"cpu_count": 0.5}, "cpu_count: is a whole number"),
-        ({"firmware": "efi"}, "firmware: is 'bios' or 'uefi'"),
-        ({"boot_order": "disk"}, "boot_order: is a list"),
-        ({"screen": "maybe"}, "screen: is true or false"),
-        ({"notes": 5}, "notes: is a text"),
-        ({"notes": "x" * 70000}, "notes: has at most 65536 characters"),
-        ({"automatic": "always"}, "automatic: is a group of settings"),
-        ({"automatic": {"stop": "now"}}, "automatic.stop: is 'save', 'turn-off' or 'shut-down'"),
+        ({"memory": 5}, "memory: is not a known setting"),
+        ({"memory_bytes": 1 << 20}, "memory_bytes: must be 2 MiB or more"),
+        ({"memory_bytes": 1 << 50}, "memory_bytes: must be 1048576 MiB or less"),
+        ({"memory_bytes": (2 << 20) + 1}, "memory_bytes: must be a multiple of 1 MiB"),
+        ({"memory_bytes": "much"}, "memory_bytes: must be a whole number"),
+        ({"cpu_count": 0.5}, "cpu_count: must be a whole number"),
+        ({"firmware": "efi"}, "firmware: must be 'bios' or 'uefi'"),
+        ({"boot_order": "disk"}, "boot_order: must be a list"),
+        ({"screen": "maybe"}, "screen: must be true or false"),
+        ({"notes": 5}, "notes: must be a text"),
+        ({"notes": "x" * 70000}, "notes: must have at most 65536 characters"),
+        ({"automatic": "always"}, "automatic: must be a group of settings"),
+        ({"automatic": {"stop": "now"}}, "automatic.stop: must be 'save', 'turn-off' or 'shut-down'"),
         ({"cpu_model": "a b"}, "cpu_model: cannot be 'a b'"),
         ({"disks": [{"id": "disk-0"}]}, "disks.0.path: is missing"),
         ({"kernel": "a\0b"}, "kernel: holds a zero byte"),
@@ -48,11 +48,11 @@ def test_wrong_settings_of_a_machine(settings: dict[str, Any], words: str) -> No
 
 def test_wrong_settings_of_anything_else() -> None:
     """Disks, adapters, switches, and a definition that somebody edited."""
-    with pytest.raises(InvalidSpec, match="unit: is 0 or more"):
+    with pytest.raises(InvalidSpec, match="unit: must be 0 or more"):
         make_disk(id="disk-0", path="/x", unit=-1)
-    with pytest.raises(InvalidSpec, match="queues: is 8 or less"):
+    with pytest.raises(InvalidSpec, match="queues: must be 8 or less"):
         make_adapter(id="nic-0", queues=9)
-    with pytest.raises(InvalidSpec, match="host_vlan: is 4094 or less"):
+    with pytest.raises(InvalidSpec, match="host_vlan: must be 4094 or less"):
         make_switch(name="lab", host_vlan=5000)
     with pytest.raises(InvalidSpec, match=r"/x: is no machine definition: it holds no JSON"):
         read_spec(b"{", "/x")
