@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -139,6 +140,8 @@ def parameter(params: dict[str, Any], name: str, kind: type | UnionType, default
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InvalidSpec(f"the parameter {name!r} is not of the kind {getattr(kind, '__name__', kind)}")
+    if isinstance(value, float) and math.isnan(value):  # no time would ever be over
+        raise InvalidSpec(f"the parameter {name!r} is no number")
     return value
 
 

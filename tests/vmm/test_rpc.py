@@ -178,3 +178,10 @@ def test_parameters_are_looked_at() -> None:
     for value in wrong:
         with pytest.raises(InvalidSpec, match="'a'"):
             parameter({"a": value}, "a", int)
+
+
+def test_what_is_no_number_is_no_time() -> None:
+    """NaN, which Python's JSON and the command line take for a number, is refused: waiting for it would never end."""
+    with pytest.raises(InvalidSpec, match="'seconds' is no number"):
+        parameter({"seconds": float("nan")}, "seconds", int | float)
+    assert parameter({"seconds": 0.5}, "seconds", int | float) == 0.5
