@@ -157,6 +157,11 @@ def target(data: bytes) -> None:
         _judge(_watch().during(partial(_write, path, options)), allowed, path, above)
 
 
+def _who_we_are() -> tuple[str, ...]:
+    """What the kernel says of this process, which goes into the name of a file under construction."""
+    return "/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid", f"/proc/{os.getpid()}/stat"
+
+
 def _judge(
     events: list[tuple[str, str, int]], allowed: Sequence[str], leaf: str | None, above: Sequence[str] = ()
 ) -> None:
@@ -166,7 +171,7 @@ def _judge(
     """
     for event, path, flags in events:
         inside = any(os.path.commonpath((path, folder)) == folder for folder in allowed)
-        seen = inside or path in above or os.path.dirname(path) in above
+        seen = inside or path in above or os.path.dirname(path) in above or path in _who_we_are()
         assert seen or path.endswith((".py", ".pyc")), f"{event} {path!r}: outside the allowed folders"
         may_write = leaf is not None and (path == leaf or _is_record(path, leaf) or (inside and _is_mark(path)))
         assert may_write or not flags & _WRITING, f"{event} {path!r} for writing"
