@@ -48,7 +48,7 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
         None,
     ),
     (
-        r"Unknown driver 'iscsi'|does not accept value 'iscsi'|[Pp]arameter 'driver'.*iscsi",
+        r"Unknown driver 'iscsi'|does not accept value 'iscsi'|(?i:parameter) 'driver'.*iscsi",
         "this QEMU cannot reach iSCSI targets",
         "sudo apt install qemu-block-extra",
     ),
@@ -63,7 +63,7 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
         "qemu-system-x86_64 -cpu help lists them; vmm set NAME --cpu MODEL",
     ),
     (
-        r"Property '[^']*-cpu\.([^']*)' not found|CPU .*[Pp]roperty '?\.?([\w-]+)'? not found",
+        r"Property '[^']*-cpu\.([^']*)' not found|CPU .*(?i:property) '?\.?([\w-]+)'? not found",
         "the processor model has no such feature: {0}",
         "vmm set NAME --cpu MODEL",
     ),

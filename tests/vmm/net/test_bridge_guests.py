@@ -138,7 +138,7 @@ def test_internal_and_private(lab: BridgeLab) -> None:
         lab.vmm("stop", name)
     assert "vt" not in lab.spaces.run(lab.here, "ip -br link")
     for name in ("nat", "quiet"):
-        lab.vmm("switch", "delete", name)
+        lab.vmm("switch", "delete", name, "--force")
     assert lab.spaces.run(lab.here, "ip -j addr; ip route; nft -s list ruleset") == before
 
 
@@ -179,7 +179,7 @@ def test_external_and_booting_from_the_network(lab: BridgeLab) -> None:
             time.sleep(0.5)
         for name in ("one", "old"):
             lab.vmm("stop", name)
-        lab.vmm("switch", "delete", "lan")
+        lab.vmm("switch", "delete", "lan", "--force")
         assert lab.spaces.run(lab.here, "ip -j addr; ip route; nft -s list ruleset") == before
     finally:
         dnsmasq.kill()
