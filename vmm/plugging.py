@@ -195,6 +195,7 @@ class Plugging:
             return
         details = running.note.details
         drive_id, had = str(details.pop("drive", "")), details.pop("drive_had", None)
+        drive: DiskSpec | None = None
         try:
             drive = registry.read_definition(running.machine.definition).disk(drive_id)
             if drive is not None and drive.kind == "iso":
@@ -210,6 +211,10 @@ class Plugging:
                     write_whole(running.runtime.running, running.spec.to_json(), durable=False)
         except VmmError as error:
             running.tell("medium-not-changed", drive=drive_id, problem=str(error))
+            if drive is not None:
+                before = _with_disk(running.spec, make_disk(**{**drive.model_dump(), "path": had}))
+                with contextlib.suppress(VmmError), self._held() as held:
+                    await self._note_what_is_in(held, before, drive)
         running.note.operation = None
         running.write_note()
 

@@ -93,3 +93,21 @@ def test_a_worker_killed_before_it_wrote_anything_down(tmp_path: Path, *, was_op
     asyncio.run(Plugging(cast(Running, drive)).finish_interrupted())
     assert (drive.asked, drive.is_open) == (["blockdev-close-tray"], False)
     assert (drive.note.operation, drive.note.details, drive.told) == (None, {}, [])
+
+
+def test_a_worker_killed_and_the_new_medium_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written down and can no more be done is taken back: the definition says what the guest has."""
+    drive = Drive(tmp_path)
+    two = make_spec(
+        **{**drive.spec.model_dump(), "disks": [{**drive.spec.disks[0].model_dump(), "path": "/gone.iso"}]}
+    )
+    Path(drive.machine.definition).write_bytes(two.to_json())
+    drive.spec, drive.is_open = two, True
+    drive.note.operation = CHANGE_MEDIUM
+    drive.note.details = {"drive": "disk-0", "drive_had": str(tmp_path / "one.iso")}
+    stored: list[str | None] = []
+    monkeypatch.setattr(registry, "update", lambda _, change: stored.append(change(two).disks[0].path))
+    monkeypatch.setattr(plugging, "holding", lambda *_: contextlib.nullcontext())
+    asyncio.run(Plugging(cast(Running, drive)).finish_interrupted())
+    assert (stored, drive.is_open, drive.told) == ([str(tmp_path / "one.iso")], False, ["medium-not-changed"])
+    assert drive.spec.disks[0].path == str(tmp_path / "one.iso")
