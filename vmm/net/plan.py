@@ -312,6 +312,8 @@ def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
         uplink = facts.uplink
         if uplink is None:
             reasons.append(f"there is no network card {spec.uplink}")
+        elif uplink.mac.strip("0:") == "":  # a bridge takes none without an address, such as lo
+            reasons.append(f"{uplink.name} is no network card: it has no Ethernet address")
         elif uplink.master not in (None, spec.bridge_name):
             reasons.append(f"{uplink.name} is part of {uplink.master} already")
         elif uplink.is_wireless:

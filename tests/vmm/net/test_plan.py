@@ -159,6 +159,7 @@ def test_external_without_the_host() -> None:
     [
         ({"master": "br0"}, "eth0 is part of br0 already"),
         ({"is_wireless": True}, "eth0 is wireless"),
+        ({"mac": "00:00:00:00:00:00"}, "eth0 is no network card"),
     ],
 )
 def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> None:
