@@ -209,7 +209,7 @@ def delete_switch(name: str, *, force: bool = False) -> list[str]:
 
 
 def connection(machine: Machine, adapter: AdapterSpec) -> tuple[bool | None, str]:
-    """(whether the adapter is connected, the same in words); None for a machine that does not run."""
+    """(whether it is connected, the same in words); None for a machine that is off and whose switch is there."""
     if adapter.switch is None:
         return False, "not plugged into any switch"
     runs = "qemu" in processes_of(machine.runtime)
@@ -220,5 +220,7 @@ def connection(machine: Machine, adapter: AdapterSpec) -> tuple[bool | None, str
         if is_plugged(adapter, machine.spec.id, host):
             return True, "connected"
         return False, f"disconnected from switch {adapter.switch!r}; vmm events {machine.name} says why"
+    except NotFound as error:
+        return False, f"disconnected: {error.problem}"
     except VmmError as error:
         return (False if runs else None), f"disconnected: {error.problem}"

@@ -130,4 +130,8 @@ def test_adapters_of_a_machine_that_is_off(vmm: Terminal) -> None:
     vmm.good("nic", "set", "one", "nic-1", "--no-vlan")
     assert json.loads(vmm.good("nic", "show", "one", "nic-1", "--json"))["trunk"] == []
     vmm.good("nic", "remove", "one", second["mac"])
-    assert [one["id"] for one in json.loads(vmm.good("nic", "list", "one", "--json"))] == ["nic-0"]
+    (left,) = json.loads(vmm.good("nic", "list", "one", "--json"))
+    assert (left["id"], left["connected"]) == ("nic-0", None)
+    vmm.good("switch", "delete", "lab", "--force")
+    assert "disconnected" in vmm.good("nic", "list", "one")
+    assert json.loads(vmm.good("nic", "list", "one", "--json"))[0]["connected"] is False
