@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.support import in_ci, samples_dir
 
-# A runner in the background may hand SIGINT and SIGHUP down as ignored; programs under test are to be stopped by them.
+# A runner in the background may hand SIGINT, SIGQUIT and SIGHUP down as ignored; they are to stop programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What the user who runs the tests has set for himself is no part of them.
