@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
+from tests.leftovers import Run
 from tests.support import in_ci, samples_dir
+
+_RUN = pytest.StashKey[Run]()
+_LEFT = pytest.StashKey[list[str]]()
 
 # A runner in the background may hand SIGINT, SIGQUIT and SIGHUP down as ignored; they are to stop programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,9 +48,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sizes of matrices are chosen while the tests are collected (`support.daily_or_nightly`)."""
+    """Sizes of matrices are chosen while the tests are collected (`support.daily_or_nightly`).
+
+    The run gets a temporary folder of its own, which its workers inherit.
+    """
     if config.getoption("--nightly"):
         os.environ["VHDKIT_NIGHTLY"] = "1"
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        config.stash[_RUN] = Run()
+
+
+@pytest.hookimpl(trylast=True)  # the workers have ended by then
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that left something behind has failed."""
+    run = session.config.stash.get(_RUN, None)
+    if run is not None:
+        session.config.stash[_LEFT] = left = run.end()
+        if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left behind."""
+    if left := config.stash.get(_LEFT, []):
+        terminalreporter.section("left behind by the tests", sep="=", red=True)
+        for line in left:
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

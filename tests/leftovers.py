@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the tests leaves behind: nothing, or the run fails and says what it was.
+
+A run has a temporary folder of its own, `$TMPDIR` for all that it starts, which goes in the end with all that programs
+killed by tests have left in it. Its processes are known by a mark in their environment. Mounts and loop devices are
+the run's when they lie below that folder. Names of network namespaces cannot be told from those of other runs at the
+same time, so they are looked at in CI only, where there are none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from tests.support import in_ci
+
+MARK = "VHDKIT_TEST_RUN"
+_SECONDS = 10.0  # for what is ending when the last test is over
+
+
+class Run:
+    """One run of pytest, with workers or without."""
+
+    def __init__(self, temporary: str | None = None) -> None:
+        above = tempfile.gettempdir() if temporary is None else temporary
+        # A short name: sockets lie below it. Programs under test also run as other users.
+        self.folder = Path(tempfile.mkdtemp(prefix="vt-", dir=above))
+        self.folder.chmod(0o711)
+        self.mark = f"run:{self.folder.name}:"
+        self._former = {name: os.environ.get(name) for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK)}
+        # pytest's own folders, which it keeps for whoever looks at a failure, stay where they were.
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", above)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(self.folder)
+        os.environ[MARK] = (self._former[MARK] or "") + self.mark  # a run within a test belongs to both
+        self._namespaces = _namespaces()
+
+    def end(self) -> list[str]:
+        """Remove the folder; lists what else was left, one line each."""
+        for name, value in self._former.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        tempfile.tempdir = None
+        deadline = time.monotonic() + _SECONDS
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not any(line.startswith("mount ") for line in left):  # never through a mount into somebody's files
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return left
+
+    def left(self) -> list[str]:
+        """What is there at this moment that should not be."""
+        lines = [f"process {pid}: {words}" for pid, words in self._processes()]
+        lines += [f"mount {path}" for path in _mounts() if self._ours(path)]
+        lines += [f"loop device {device} on {path}" for device, path in _loops() if self._ours(path)]
+        if in_ci():
+            lines += [f"network namespace {name}" for name in sorted(_namespaces() - self._namespaces)]
+        return lines
+
+    def _ours(self, path: str) -> bool:
+        return path.startswith(f"{self.folder}/")
+
+    def _processes(self) -> list[tuple[int, str]]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):  # it has just ended, or is another user's
+                if self.mark.encode() in (entry / "environ").read_bytes():
+                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    found.append((int(entry.name), words[:200]))
+        return found
+
+
+def _mounts() -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.split(" ")[4].replace("\\040", " ") for line in lines]
+
+
+def _loops() -> list[tuple[str, str]]:
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            found.append((entry.parts[3], entry.read_text(errors="replace").strip()))
+    return found
+
+
+def _namespaces() -> set[str]:
+    try:
+        return set(os.listdir("/run/netns"))
+    except OSError:
+        return set()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that leaves something behind fails, and says what."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.leftovers import MARK, Run
+from tests.support import ROOT
+
+LEAVES = """
+import subprocess, tempfile
+def test_that_leaves():
+    tempfile.mkdtemp(prefix="left-")
+    with open("pid", "w") as file:
+        file.write(str(subprocess.Popen(["sleep", "300"], start_new_session=True).pid))
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_a_run_that_leaves_a_process_fails(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    """The test passes and the run fails, naming the process; the temporary folder is as it was."""
+    (tmp_path / "test_sample.py").write_text(LEAVES)
+    (tmp_path / "conftest.py").write_text("import tests.leftovers\ntests.leftovers._SECONDS = 0.1\n")
+    above = tmp_path / "tmp"
+    above.mkdir()
+    environment = {**os.environ, "TMPDIR": str(above), "PYTEST_DEBUG_TEMPROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *options, *workers, str(tmp_path / "test_sample.py")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(pid, 9)
+    assert done.returncode == 1 and "1 passed" in done.stdout, done.stdout
+    assert f"process {pid}: sleep 300" in done.stdout
+    assert not list(above.iterdir())
+
+
+def test_a_mount_is_ours_when_it_lies_in_our_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounts and loop devices of others are left alone; with one of ours the folder stays."""
+    for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    former = os.environ.copy()
+    run = Run(str(tmp_path))
+    mounts = ["/", f"{tmp_path}/other", f"{run.folder}/mnt"]
+    monkeypatch.setattr("tests.leftovers._mounts", lambda: mounts)
+    monkeypatch.setattr("tests.leftovers._loops", lambda: [("loop7", "/x.vhd"), ("loop8", f"{run.folder}/x.vhd")])
+    monkeypatch.setattr("tests.leftovers._SECONDS", 0.0)
+    assert run.left() == [f"mount {run.folder}/mnt", f"loop device loop8 on {run.folder}/x.vhd"]
+    run.end()
+    assert run.folder.exists() and os.environ.copy() == former
+    mounts.pop()
+    run.end()
+    assert not run.folder.exists()
