@@ -169,3 +169,8 @@ def test_in_place_only_when_asked(stage: Stage) -> None:
     code, said = stage.run("--in-place", "exit 3", f"touch {stage.notes}")
     assert (code, stage.notes.exists()) == (3, True) and "exit code 3 from: exit 3" in said
     assert stage.run("--in-place", "--keep")[0] == 2 and stage.run("--nonsense")[0] == 2
+
+
+def test_ci_runs_it() -> None:
+    """So nothing that happens to be installed makes a submission pass."""
+    assert 'exec bash script/fresh "$@"' in (ROOT / ".ci" / "run").read_text()

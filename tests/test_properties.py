@@ -64,4 +64,4 @@ def test_the_script_prints_its_seed() -> None:
     """Before the tests begin: a pass that hangs can be repeated as well."""
     text = (ROOT / "script" / "properties").read_text()
     assert text.index('echo "property tests with seed $seed') < text.index("-m pytest")
-    assert "script/properties" in (ROOT / ".ci" / "run").read_text()
+    assert "STEPS=(script/demo script/test script/properties)" in (ROOT / "script" / "fresh").read_text()
