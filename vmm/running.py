@@ -465,6 +465,7 @@ class Running:
             except VmmError:
                 self.note.details.pop("paused", None)
                 raise
+            await self.refresh()  # whoever saves it at once saves it paused
         self.tell("paused")
 
     async def resume(self) -> None:

@@ -122,6 +122,7 @@ class Saving:
         """
         self._running.need("save", MachineState.RUNNING, MachineState.PAUSED)
         with self._running.busy("save"):
+            await self._running.refresh()
             was_running = self._running.status == "running"
             version = (await self._running.qmp.execute("query-version"))["qemu"]
             descriptor = await asyncio.to_thread(saved.open_memory_file, self._running.machine, self._running.spec)

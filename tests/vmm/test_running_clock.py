@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After which states of a machine its guest's clock is set."""
+"""What is done and known when a machine pauses and goes on."""
 
 from __future__ import annotations
 
@@ -57,3 +57,19 @@ def test_the_clock_is_set_when_the_guest_goes_on(
 
     asyncio.run(scene())
     assert told == after
+
+
+def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-STOP-ACTION: QEMU is asked, not waited for: what is saved at once is saved as it stands."""
+
+    async def scene() -> str:
+        running = Running(
+            make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)),
+            WorkerNote(phase=Phase.RUNNING), lambda event, **details: None,
+        )  # fmt: skip
+        monkeypatch.setattr(running, "_qmp", Monitor("paused"))
+        running.status = "running"
+        await running.pause()
+        return running.status
+
+    assert asyncio.run(scene()) == "paused"
