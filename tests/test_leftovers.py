@@ -37,7 +37,7 @@ def test_a_run_that_leaves_a_process_fails(tmp_path: Path, workers: tuple[str, .
     )  # fmt: skip
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, 9)
-    assert done.returncode == 1 and "1 passed" in done.stdout, done.stdout
+    assert done.returncode == 1 and "1 passed" in done.stdout, done.stdout + done.stderr
     assert f"process {pid}: sleep 300" in done.stdout
     assert not list(above.iterdir())
 

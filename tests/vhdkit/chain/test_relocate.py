@@ -16,7 +16,7 @@ import pytest
 
 import vhdkit
 from tests.killing import killings
-from tests.support import sample
+from tests.support import daily_or_nightly, sample
 from tests.vhd_builder import Block, Vhd, pattern
 from vhdkit import OpenOptions, Severity, errors
 from vhdkit.chain import relocate as relocate_module
@@ -116,7 +116,7 @@ def test_killed_anywhere_it_opens_somewhere(
     if copied:
         by_copy(monkeypatch)
     seen = set()
-    for _ in killings(lambda: vhdkit.relocate(leaf, work / "new", options=options)):
+    for _ in killings(lambda: vhdkit.relocate(leaf, work / "new", options=options), step=daily_or_nightly(3, 1)):
         found = opens(leaf, options, content), opens(work / "new" / "leaf.avhd", None, content)
         assert any(found)
         seen.add(found)
