@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders of ours that are half made or half removed: how they are called, and when a dead process left one.
+"""Half-made and half-removed files and folders: their names, and when the process that made one is known to be dead.
 
-Decides when their maker is surely dead, so that the next command may clear up. The name says who it is,
-`NAME.BOOT-NAMESPACE-PID-TICKS-CHANCE.part` (or `.removed`); a process that began at another time, or a number that
-nobody has, is a dead maker. Of another boot nobody is left, where the file system is a disk of this host and not one
-that another host may have, too. Nothing else is removed: a name can be anybody's invention, so what goes is of our
-own user, no link, and in a folder in which we are about to make something ourselves.
+The name identifies the maker: `NAME.BOOT-NAMESPACE-PID-TICKS-CHANCE.part` (or `.removed`). The maker is dead if no
+process has that number, or the one that has it started at another time. A file from another boot counts as dead only
+on a block device. A cluster file system on a shared LUN is a block device too, and its files may belong to a running
+host: this module cannot tell. Only files of our own user that are not links are removed, and only from a folder in
+which the caller is about to create something.
 """
 
 from __future__ import annotations
