@@ -15,6 +15,7 @@ group addresses no bridge forwards (802.1Q table 8-1), and what a DHCP server's 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 MAC_BYTES = 6
 HEADER_BYTES = 14
@@ -36,10 +37,14 @@ _RESERVED_PREFIX = b"\x01\x80\xc2\x00\x00"
 _MAC = re.compile(r"[0-9a-f]{2}([:-]?)(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}", re.IGNORECASE)
 _IPV4, _IPV6 = b"\x08\x00", b"\x86\xdd"
 _ICMP, _UDP, _ICMPV6 = 1, 17, 58
-_DHCP_SERVER_PORT, _DHCPV6_SERVER_PORT = 67, 547
+_DHCP_SERVER_PORTS, _DHCP_CLIENT_PORTS = (67, 547), (68, 546)  # of version 4, of version 6
+_BOOTP_REPLY = 2
+_DHCPV6_SERVER_TYPES = (2, 7, 10, 13)  # advertise, reply, reconfigure, relay-reply
+_UDP_HEADER_BYTES = 8
 _ROUTER_ICMP = (5, 9)  # redirect, router advertisement
 _ROUTER_ICMPV6 = (134, 137)  # router advertisement, redirect
 _FRAGMENT = 44
+_WITHIN_HEADERS = 1  # a fragment's offset, in 8 bytes, at which it would say anew what the first one said (RFC 1858)
 _EXTENSIONS = (0, 43, 60, 135, 139, 140)  # headers of the form: next, length in 8 bytes minus one
 _AUTHENTICATION = 51  # its length is in 4 bytes minus two
 
@@ -97,35 +102,64 @@ def is_malformed(header: bytes, size_bytes: int) -> bool:
 
 
 def is_dhcp_server(frame: bytes) -> bool:
-    """True for what a DHCP server sends, version 4 or 6, and for what hides whether it is that (RFC 7610)."""
-    protocol, payload = _transport(frame)
-    if protocol is None:
+    """True for what a DHCP server sends, version 4 or 6, and for what hides whether it is that (RFC 7610).
+
+    A server may answer from any port (RFC 2131 says only where to), so what goes to clients counts; and what goes to
+    relays, where servers and clients send to the same port, by the kind of message.
+    """
+    found = _transport(frame)
+    if found is None:
         return True
-    return protocol == _UDP and int.from_bytes(payload[:2], "big") in (_DHCP_SERVER_PORT, _DHCPV6_SERVER_PORT)
+    if found.protocol != _UDP:
+        return False
+    source, destination = (int.from_bytes(found.payload[at : at + 2], "big") for at in (0, 2))
+    if source in _DHCP_SERVER_PORTS or destination in _DHCP_CLIENT_PORTS:
+        return True
+    if destination not in _DHCP_SERVER_PORTS:
+        return len(found.payload) < 4 and found.is_cut
+    if found.is_first_of_several:
+        return True
+    kind = found.payload[_UDP_HEADER_BYTES : _UDP_HEADER_BYTES + 1]
+    answers = (_BOOTP_REPLY,) if destination == _DHCP_SERVER_PORTS[0] else _DHCPV6_SERVER_TYPES
+    return kind[0] in answers if kind else found.is_cut
 
 
 def is_router(frame: bytes) -> bool:
     """True for router advertisements and redirects, and for what hides whether it is one (RFC 7113)."""
-    protocol, payload = _transport(frame)
-    if protocol is None:
+    found = _transport(frame)
+    if found is None:
         return True
-    kinds = {_ICMP: _ROUTER_ICMP, _ICMPV6: _ROUTER_ICMPV6}.get(protocol, ())
-    return bool(payload) and payload[0] in kinds
+    kinds = {_ICMP: _ROUTER_ICMP, _ICMPV6: _ROUTER_ICMPV6}.get(found.protocol, ())
+    return bool(found.payload) and found.payload[0] in kinds
 
 
-def _transport(frame: bytes) -> tuple[int | None, bytes]:
-    """(protocol, what follows the IP headers); -1 for no IP and later fragments, None where headers hide it."""
+class _Transport(NamedTuple):
+    """What follows the IP headers. `protocol` is -1 for what is no IP, and for later fragments."""
+
+    protocol: int
+    payload: bytes
+    is_first_of_several: bool = False
+    is_cut: bool = False  # the frame goes on behind what is shown of it
+
+
+_NOTHING = _Transport(-1, b"")
+
+
+def _transport(frame: bytes) -> _Transport | None:
+    """What an IP packet carries; None where its headers hide that."""
     found = _unwrapped(frame)
     if found is None:
-        return None, b""
+        return None
     kind, packet = found
+    is_cut = len(frame) >= INSPECT_BYTES
     if kind == _IPV4 and len(packet) >= 20:
-        if int.from_bytes(packet[6:8], "big") & 0x1FFF:
-            return -1, b""
-        return packet[9], packet[(packet[0] & 0x0F) * 4 :]
+        fragment = int.from_bytes(packet[6:8], "big")
+        if offset := fragment & 0x1FFF:
+            return None if offset == _WITHIN_HEADERS else _NOTHING
+        return _Transport(packet[9], packet[(packet[0] & 0x0F) * 4 :], bool(fragment & 0x2000), is_cut)
     if kind == _IPV6 and len(packet) >= 40:
-        return _behind_extensions(packet)
-    return -1, b""
+        return _behind_extensions(packet, is_cut)
+    return _NOTHING
 
 
 def _unwrapped(frame: bytes) -> tuple[bytes, bytes] | None:
@@ -145,20 +179,23 @@ def _unwrapped(frame: bytes) -> tuple[bytes, bytes] | None:
     return None
 
 
-def _behind_extensions(packet: bytes) -> tuple[int | None, bytes]:
-    following, at = packet[6], 40
+def _behind_extensions(packet: bytes, is_cut: bool) -> _Transport | None:
+    following, at, is_first = packet[6], 40, False
     for _ in range(MAX_EXTENSION_HEADERS + 1):
         if following not in (*_EXTENSIONS, _FRAGMENT, _AUTHENTICATION):
-            is_told = at + 2 <= len(packet) or following not in (_UDP, _ICMPV6)  # what it is stands in two bytes
-            return (following, packet[at:]) if is_told else (None, b"")
+            is_told = at + 2 <= len(packet) or following not in (_UDP, _ICMPV6)  # what it is stands in its first bytes
+            return _Transport(following, packet[at:], is_first, is_cut) if is_told else None
         if at + 8 > len(packet):
-            return None, b""
-        if following == _FRAGMENT and int.from_bytes(packet[at + 2 : at + 4], "big") & 0xFFF8:
-            return -1, b""  # the first fragment was judged
+            return None
+        if following == _FRAGMENT:
+            fragment = int.from_bytes(packet[at + 2 : at + 4], "big")
+            if offset := fragment >> 3:
+                return None if offset == _WITHIN_HEADERS else _NOTHING  # the first fragment was judged
+            is_first = bool(fragment & 1)
         length = 8
         if following == _AUTHENTICATION:
             length = (packet[at + 1] + 2) * 4
         elif following != _FRAGMENT:
             length = (packet[at + 1] + 1) * 8
         following, at = packet[at], at + length
-    return None, b""
+    return None

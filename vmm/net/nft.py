@@ -79,9 +79,7 @@ def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
     if rules.dhcp_guard or rules.router_guard:
         sending += _hiding(here)
     if rules.dhcp_guard:
-        for kind, number in (("ip", 67), ("ip6", 547)):
-            is_kind = _match(_meta("protocol"), kind)  # unlike the frame's type the same for a tagged one
-            sending.append([here, is_kind, _match(_field("udp", "sport"), number), *_DROP])
+        sending += [[here, *one, *_DROP] for one in _dhcp_servers()]
     if rules.router_guard:
         for protocol, kinds in (
             ("icmp", ["redirect", "router-advertisement"]),
@@ -102,13 +100,37 @@ def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
     return sending, receiving
 
 
+_IS_IPV4 = _match(_meta("protocol"), "ip")  # unlike the frame's type the same for a tagged one
+
+
+def _dhcp_servers() -> list[Rule]:
+    """What only servers send, as `frames.is_dhcp_server` judges: each is a list of matches."""
+    to_clients = _match(_field("udp", "dport"), _set([68, 546]))
+    found: list[Rule] = [[_match(_field("udp", "sport"), _set([67, 547]))], [to_clients]]
+    first_of_several = {
+        67: [_IS_IPV4, _match({"&": [_field("ip", "frag-off"), 0x2000]}, 0x2000)],
+        547: [_match({"exthdr": {"name": "frag", "field": "more-fragments"}}, 1)],
+    }
+    for number, kinds in ((67, [2]), (547, [2, 7, 10, 13])):
+        to_servers = _match(_field("udp", "dport"), number)
+        kind = {"payload": {"base": "th", "offset": 64, "len": 8}}
+        found += [[to_servers, _match(kind, _set(kinds))], [*first_of_several[number], to_servers]]
+    return found
+
+
 def _hiding(here: dict[str, Any]) -> list[Rule]:
-    """What a guard cannot look into: IP in SNAP, stacked tags, IPv6 whose headers do not lead to a protocol."""
+    """What a guard cannot look into: IP in SNAP, stacked tags, IPv6 whose headers do not lead to a protocol.
+
+    Nor may a fragment begin so early that it says anew what was judged in the first one (RFC 1858).
+    """
     llc = _match(_meta("protocol"), _LLC)
     snap = _match({"payload": {"base": "nh", "offset": 0, "len": 16}}, _SNAP)
     stacked = _match(_meta("protocol"), _set(["8021q", "8021ad"]))
     ipv6 = _match(_meta("protocol"), "ip6")
-    return [[here, llc, snap, *_DROP], [here, stacked, *_DROP], [here, ipv6, {"jump": {"target": _HIDDEN}}]]
+    early = _match({"&": [_field("ip", "frag-off"), 0x1FFF]}, 1)
+    early6 = _match({"exthdr": {"name": "frag", "field": "frag-off"}}, 1)
+    found: list[Rule] = [[here, *one, *_DROP] for one in ([llc, snap], [stacked], [_IS_IPV4, early], [early6])]
+    return [*found, [here, ipv6, {"jump": {"target": _HIDDEN}}]]
 
 
 # What is cut off cannot be read, and no match on it is true: neither on the protocol, nor on what follows the headers

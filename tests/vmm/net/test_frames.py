@@ -11,6 +11,12 @@ from tests.vmm.net import packets
 from vmm.net import frames
 
 ADDRESS = bytes.fromhex("00155d01020a")
+SNAP = frames._SNAP[0]
+
+
+def wrapped(frame: bytes, *wrappers: bytes) -> bytes:
+    """The frame with these between its addresses and its type."""
+    return frame[:12] + b"".join(wrappers) + frame[12:]
 
 
 @pytest.mark.parametrize("text", ["00:15:5d:01:02:0a", "00-15-5D-01-02-0A", "00155d01020a"])
@@ -68,6 +74,47 @@ def test_dhcp_servers_are_recognised() -> None:
     assert not frames.is_dhcp_server(packets.ethernet(all_, me, packets.ipv4(17, offer, fragment=10), kind=0x0800))
 
 
+def _four(source_port: int, destination_port: int, payload: bytes, *, fragment: int = 0) -> bytes:
+    packet = packets.ipv4(17, packets.udp(source_port, destination_port, payload), fragment=fragment)
+    return packets.ethernet(frames.BROADCAST, packets.mac(1), packet, kind=0x0800)
+
+
+def _six(source_port: int, destination_port: int, payload: bytes, fragment: bytes = b"") -> bytes:
+    packet = packets.ipv6(44 if fragment else 17, fragment + packets.udp(source_port, destination_port, payload))
+    return packets.ethernet(frames.BROADCAST, packets.mac(1), packet, kind=0x86DD)
+
+
+MORE, SIX_MORE = 0x2000, bytes([17, 0, 0, 1, 0, 0, 0, 9])
+
+
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        (_four(1067, 68, b"\x02"), True),  # RFC 2131 says to which port a server answers, not from which
+        (_four(1067, 67, b"\x02"), True),  # to a relay
+        (_four(1067, 67, b"\x01"), False),
+        (_four(68, 67, b"\x01"), False),
+        (_four(5000, 6000, b"\x02"), False),
+        (_four(1067, 67, b"", fragment=MORE), True),  # the message's kind is in the next one
+        (_four(1067, 67, b"\x01" * 8, fragment=MORE), True),
+        (_four(5000, 6000, b"\x02", fragment=MORE), False),
+        (_four(5000, 6000, b"", fragment=1), True),  # would say anew what stands behind the first 8 bytes
+        (_four(5000, 6000, b"", fragment=2), False),
+        (_six(1067, 546, b"\x02"), True),
+        *((_six(1067, 547, bytes([kind])), kind in (2, 7, 10, 13)) for kind in range(14)),
+        (_six(1067, 547, b"", SIX_MORE), True),
+        (_six(5000, 6000, b"", SIX_MORE), False),
+        (_six(5000, 6000, b"", bytes([17, 0, 0, 8, 0, 0, 0, 9])), True),
+        (_six(5000, 6000, b"", bytes([17, 0, 0, 16, 0, 0, 0, 9])), False),
+    ],
+)
+def test_dhcp_servers_are_known_by_what_they_say(frame: bytes, expected: bool) -> None:
+    """`INV-DHCP-GUARD`: by whom they answer and what, whatever port they send from, also in fragments."""
+    assert frames.is_dhcp_server(frame) is expected
+    for wrapper in (frames.tag(0), b"\x88\xa8\x00\x07", b"\x00\x40" + SNAP):
+        assert frames.is_dhcp_server(wrapped(frame, wrapper)) is expected
+
+
 def test_routers_are_recognised() -> None:
     """Advertisements and redirects of both versions, and not a neighbour's or an echo."""
     me, all_ = packets.mac(1), frames.BROADCAST
@@ -91,14 +138,6 @@ def test_routers_cannot_hide_behind_extension_headers() -> None:
     assert frames.is_router(packets.router_advertisement(me, many, 60))
     cut = packets.ethernet(frames.BROADCAST, me, packets.ipv6(60, options), kind=0x86DD)
     assert frames.is_router(cut)
-
-
-SNAP = frames._SNAP[0]
-
-
-def wrapped(frame: bytes, *wrappers: bytes) -> bytes:
-    """The frame with these between its addresses and its type."""
-    return frame[:12] + b"".join(wrappers) + frame[12:]
 
 
 @pytest.mark.parametrize(
