@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.descriptor",
         "vhdkit.transfer",
         "vhdkit.store",
+        "vhdkit.maker",
         "vhdkit.unfinished",
         "vhdkit.folder",
         "vhdkit.beneath",
@@ -71,6 +72,7 @@ FOREIGN_HOMES = {
 FILE_ROOMS = (
     "vhdkit/store.py",
     "vhdkit/folder.py",
+    "vhdkit/maker.py",
     "vhdkit/unfinished.py",
     "vhdkit/likeness.py",
     "vhdkit/beneath.py",

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from vhdkit.formats.probe import FormatName
     from vhdkit.formats.vhd.repair import Fix
     from vhdkit.image import Extent, ExtentKind
+    from vhdkit.maker import is_maker_dead, maker_word
     from vhdkit.serve.control_client import ControlClient
     from vhdkit.trusted import TrustedFolder, TrustedFolders, trusted_parent_dirs
     from vhdkit.units import DiskSize, parse_disk_size
@@ -129,6 +130,8 @@ __all__ = [
     "create_image",
     "find_children",
     "image_id",
+    "is_maker_dead",
+    "maker_word",
     "mark_parents",
     "merge",
     "merge_under_way",
@@ -175,6 +178,7 @@ _HOMES = {
     "vhdkit.formats.probe": "FormatName",
     "vhdkit.formats.vhd.repair": "Fix",
     "vhdkit.image": "Extent ExtentKind",
+    "vhdkit.maker": "is_maker_dead maker_word",
     "vhdkit.serve.control_client": "ControlClient",
     "vhdkit.units": "DiskSize parse_disk_size",
 }

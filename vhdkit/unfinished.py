@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files under construction: how they are called until they have their own name, and when a dead process left one.
+"""Files under construction: their names until they get their own, and when one that a dead process left may go.
 
-Decides when the maker of such a file is surely dead, so that the next program that makes a file in the folder may
-remove it. Its name says who makes it, `.vhdkit-BOOT-NAMESPACE-PID-TICKS-CHANCE.part`, and its maker holds it locked.
-Only what both agree on goes, and only regular files of our own user: a name can be anybody's invention, a lock on a
-file server may be out of sight. Everything else is left to `collect_garbage`, which people call.
-
-    this boot, this namespace of processes   dead when no such process is there, or another one has its number
-    this boot, another namespace             not known
-    another boot, a disk of this host        dead: the host was restarted
-    another boot, any other file system      not known: it may be another host's
+The name identifies the process that makes the file, `.vhdkit-MAKER-CHANCE.part` (`maker`), and that process holds the
+file locked. The next program that makes a file in the folder removes it if both say that nobody is at work on it: a
+name can be invented by anybody, and a lock that another host holds on a file server may be invisible here. Only
+regular files of our own user go. Everything else is left to `collect_garbage`, which people call.
 """
 
 from __future__ import annotations
@@ -20,29 +15,21 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from functools import cache
 from itertools import islice
 
 from vhdkit.errors import VhdkitError
+from vhdkit.maker import MAKER_PATTERN, is_maker_dead, maker_word
 from vhdkit.store import FileStore
 
 _CHANCE_BYTES = 8
-_BOOT_CHARACTERS = 12
-_PART = re.compile(
-    rf"\.vhdkit-(?:([0-9a-f]{{{_BOOT_CHARACTERS}}})-([0-9]{{1,20}})-([0-9]{{1,10}})-([0-9]{{1,20}})-)?"
-    rf"[0-9a-f]{{{2 * _CHANCE_BYTES}}}\.part"
-)
-_MAX_LOOKED_AT = 10_000  # names in a folder: making a file is not to take longer the more others there are
-_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat after the process's name (proc(5)), which may hold anything
+_PART = re.compile(rf"\.vhdkit-(?:({MAKER_PATTERN})-)?[0-9a-f]{{{2 * _CHANCE_BYTES}}}\.part")
+_MAX_LOOKED_AT = 10_000  # names in a folder: a full folder must not make every new file slow
 
 
 def part_name() -> str:
-    """The name of a file that has none yet. Where this host does not say who we are, no name tells that we died."""
-    chance = secrets.token_hex(_CHANCE_BYTES)
-    pid = os.getpid()
-    place, ticks = _place(), _start_ticks(pid)
-    maker = "" if place is None or ticks is None else f"{place[0]}-{place[1]}-{pid}-{ticks}-"
-    return f".vhdkit-{maker}{chance}.part"
+    """The name of a file that has none yet. Without a maker in it where this host does not say who we are."""
+    maker = maker_word()
+    return f".vhdkit-{'' if maker is None else f'{maker}-'}{secrets.token_hex(_CHANCE_BYTES)}.part"
 
 
 def is_part(name: str) -> bool:
@@ -65,56 +52,17 @@ def parts(directory: str, limit: int | None = None) -> Iterator[str]:
 
 
 def sweep(directory: str) -> None:
-    """Remove what makers that are surely dead left in `directory`; what resists stays."""
+    """Remove what dead processes left in `directory`. What cannot be removed stays."""
     for path in parts(directory, _MAX_LOOKED_AT):
         with contextlib.suppress(OSError, VhdkitError):
             facts = os.lstat(path)
             if facts.st_uid != os.geteuid() or not _is_dead(os.path.basename(path), facts):
                 continue
             with FileStore.open(path, follow_links=False) as store:
-                store.lock(writer=True)  # it has that name still, and nobody holds it, such as a forked process
+                store.lock(writer=True)  # it still has that name, and nobody holds it, such as a forked process
                 os.unlink(path)
 
 
 def _is_dead(name: str, facts: os.stat_result) -> bool:
-    """True when the process that is named there cannot be alive."""
     found = _PART.fullmatch(name)
-    here = _place()
-    if found is None or found[1] is None or here is None:
-        return False
-    boot, namespace, pid, ticks = found[1], *map(int, found.groups()[1:])
-    if boot != here[0]:
-        return os.major(facts.st_dev) != 0  # a number of the kernel's own: a server's, or of a file system in memory
-    if namespace != here[1] or not 0 < pid < 1 << 31:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    started = _start_ticks(pid)
-    return started is not None and started != ticks
-
-
-@cache
-def _place() -> tuple[str, int] | None:
-    """This boot of this host, and our namespace of processes, in which a number means one; None if not to be known."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = re.sub(r"[^0-9a-f]", "", file.read())[:_BOOT_CHARACTERS]
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except (OSError, ValueError):
-        return None
-    return (boot, namespace) if len(boot) == _BOOT_CHARACTERS else None
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process began; 0 for one that has ended and whose parent has not looked yet, None if not to be known."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            content = file.read()
-        fields = content[content.rindex(b")") + 1 :].split()
-        return 0 if fields[_STATE_FIELD] in (b"Z", b"X") else int(fields[_START_FIELD])
-    except (OSError, ValueError, IndexError):
-        return None
+    return found is not None and found[1] is not None and is_maker_dead(found[1], facts.st_dev)

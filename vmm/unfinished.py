@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half-made and half-removed files and folders: their names, and when the process that made one is known to be dead.
+"""Half-made and half-removed files and folders: their names, and the removal of those that a dead process left.
 
-The name identifies the maker: `NAME.BOOT-NAMESPACE-PID-TICKS-CHANCE.part` (or `.removed`). The maker is dead if no
-process has that number, or the one that has it started at another time. A file from another boot counts as dead only
-on a block device. A cluster file system on a shared LUN is a block device too, and its files may belong to a running
-host: this module cannot tell. Only files of our own user that are not links are removed, and only from a folder in
+The name identifies the process that made it: `.NAME.MAKER-CHANCE.part` (or `.removed`). vhdkit decides when a maker is
+dead (`vhdkit.is_maker_dead`). Only files of our own user that are not links are removed, and only from a folder in
 which the caller is about to create something.
 """
 
@@ -16,15 +14,14 @@ import re
 import secrets
 import shutil
 import stat
-from functools import cache
 from itertools import islice
 
-_BOOT_CHARACTERS = 12
-_LEFT = re.compile(rf"(?:.*\.)?([0-9a-f]{{{_BOOT_CHARACTERS}}})-(\d{{1,20}})-(\d{{1,10}})-(\d{{1,20}})-[0-9a-f]{{8}}"
-                   r"\.(?:part|removed)")  # fmt: skip
-FILE_PATTERN = rf"\.[0-9a-f]{{{_BOOT_CHARACTERS}}}-\d+-\d+-\d+-[0-9a-f]{{8}}\.part"  # of `part_of` for a file
+import vhdkit
+
+_MAKER = r"[0-9a-f]+-\d+-\d+-\d+"  # the form of `vhdkit.maker_word`, which checks the rest itself
+_LEFT = re.compile(rf"(?:.*\.)?({_MAKER})-[0-9a-f]{{8}}\.(?:part|removed)")
+FILE_PATTERN = rf"\.{_MAKER}-[0-9a-f]{{8}}\.part"  # of `part_of` for a file
 _MAX_LOOKED_AT = 10_000  # names in a folder
-_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat after the process's name (proc(5)), which may hold anything
 
 
 def part_of(path: str) -> str:
@@ -33,15 +30,18 @@ def part_of(path: str) -> str:
 
 
 def folder_of(path: str, ending: str = "part") -> str:
-    """Where a folder is made, or removed (`ending` "removed"), that is called `path` before or after."""
+    """The hidden name of a folder before it becomes `path`, or after it was `path` and while it is removed.
+
+    `ending`: "part" for the former, "removed" for the latter.
+    """
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{_token()}.{ending}")
 
 
 def sweep(folder: str, *, folders: bool = False) -> None:
-    """Remove the files, and with `folders` also the folders, that makers who are surely dead left in `folder`.
+    """Remove the files that dead processes left in `folder`, with `folders` the folders as well.
 
-    What resists stays.
+    What cannot be removed stays.
     """
     with contextlib.suppress(OSError):
         with os.scandir(folder or os.curdir) as entries:
@@ -59,50 +59,10 @@ def sweep(folder: str, *, folders: bool = False) -> None:
 
 
 def _token() -> str:
-    """Who we are, and chance. Where this host does not say the former, no name tells that we died."""
-    place, pid = _place(), os.getpid()
-    ticks = _start_ticks(pid)
-    maker = f"{pid}" if place is None or ticks is None else f"{place[0]}-{place[1]}-{pid}-{ticks}"
-    return f"{maker}-{secrets.token_hex(4)}"
+    """Our maker's word and chance; without the word, where this host does not say who we are, it is never swept."""
+    return f"{vhdkit.maker_word() or os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _is_dead(name: str, facts: os.stat_result) -> bool:
-    found, here = _LEFT.fullmatch(name), _place()
-    if found is None or here is None:
-        return False
-    boot, (namespace, pid, ticks) = found[1], map(int, found.groups()[1:])
-    if boot != here[0]:
-        return os.major(facts.st_dev) != 0  # a number of the kernel's own: a server's, or of a file system in memory
-    if namespace != here[1] or not 0 < pid < 1 << 31:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    started = _start_ticks(pid)
-    return started is not None and started != ticks
-
-
-@cache
-def _place() -> tuple[str, int] | None:
-    """This boot of this host, and our namespace of processes, in which a number means one; None if not to be known."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = re.sub(r"[^0-9a-f]", "", file.read())[:_BOOT_CHARACTERS]
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except (OSError, ValueError):
-        return None
-    return (boot, namespace) if len(boot) == _BOOT_CHARACTERS else None
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process began; 0 for one that has ended and whose parent has not looked yet, None if not to be known."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            content = file.read()
-        fields = content[content.rindex(b")") + 1 :].split()
-        return 0 if fields[_STATE_FIELD] in (b"Z", b"X") else int(fields[_START_FIELD])
-    except (OSError, ValueError, IndexError):
-        return None
+    found = _LEFT.fullmatch(name)
+    return found is not None and vhdkit.is_maker_dead(found[1], facts.st_dev)

@@ -62,9 +62,11 @@ def copied(name: str = "web", to: str = "copy", *, renamed: bool = False) -> Pat
 @contextlib.contextmanager
 def running(machine: registry.Machine) -> Iterator[None]:
     """A process that looks like the machine's keeper."""
-    words = [sys.executable, "-c", "import sys; sys.stdin.read()", "vmm.keeper", machine.paths.folder]
-    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+    program = "import sys; print(flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", program, "vmm.keeper", machine.paths.folder]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout is not None and process.stdout.readline() == b"\n"  # its words are set
             os.makedirs(machine.runtime.folder)
             KeeperNote(keeper=ProcessRef.of(process.pid)).write(machine.runtime)
             yield

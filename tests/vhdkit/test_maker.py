@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A maker is taken for dead only where no other process, and no other host, can be the one that a word identifies."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vhdkit import maker
+
+_DEVICE = os.makedev(253, 7)
+_OTHER_BOOT = "0123456789ab-4026531836-1-1"
+
+
+@pytest.fixture
+def mounted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Replace the mount table."""
+
+    def replace(lines: str) -> None:
+        def opening(path: Any, *args: Any, **options: Any) -> Any:
+            if path == "/proc/self/mountinfo":
+                return io.BytesIO(lines.encode())
+            return builtins.open(path, *args, **options)
+
+        monkeypatch.setattr(maker, "open", opening, raising=False)
+
+    return replace
+
+
+def mount(kind: str, number: str = "253:7", tags: str = "shared:1 ") -> str:
+    """A line of /proc/self/mountinfo."""
+    return f"98 1 {number} / /srv rw,relatime {tags}- {kind} /dev/mapper/lun rw\n"
+
+
+def test_a_process_that_lives_and_one_that_ended() -> None:
+    """Our own word identifies a living process, and that of a child identifies a dead one once the child has ended."""
+    word = maker.maker_word()
+    assert word is not None and not maker.is_maker_dead(word, _DEVICE)
+    program = "import vhdkit; print(vhdkit.maker_word())"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert maker.is_maker_dead(done.stdout.strip(), _DEVICE)
+
+
+def test_a_number_that_was_given_again() -> None:
+    """A process that has the number but started at another time is not the maker."""
+    boot, namespace, pid, ticks = (maker.maker_word() or "").split("-")
+    assert maker.is_maker_dead(f"{boot}-{namespace}-{pid}-{int(ticks) + 1}", _DEVICE)
+    assert not maker.is_maker_dead(f"{boot}-{int(namespace) + 1}-{pid}-{int(ticks) + 1}", _DEVICE)
+
+
+@pytest.mark.parametrize("word", ["", "-", "x" * 500, "0123456789ab-1-1", "0123456789AB-1-1-1", "0123456789ab-1-١-1"])
+def test_words_that_are_none(word: str, mounted: Callable[[str], None]) -> None:
+    """Any other text identifies nobody."""
+    mounted(mount("ext4"))
+    assert not maker.is_maker_dead(word, _DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("table", "is_dead"),
+    [
+        (mount("ext4"), True),
+        (mount("xfs", tags=""), True),
+        (mount("xfs") + mount("xfs"), True),
+        (mount("ocfs2"), False),
+        (mount("gfs2"), False),
+        (mount("ext4") + mount("ocfs2"), False),
+        (mount("fuseblk"), False),
+        (mount("ext4", number="253:8"), False),
+        ("nonsense\n98 1 253:7 / /srv rw -\n", False),
+        ("", False),
+    ],
+)
+def test_another_boot(table: str, is_dead: bool, mounted: Callable[[str], None]) -> None:
+    """A maker of another boot is dead only on a file system that a single host mounts: a cluster file system on a
+    shared disk has other hosts' files."""
+    mounted(table)
+    assert maker.is_maker_dead(_OTHER_BOOT, _DEVICE) is is_dead
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "tmpfs", "ext4"])
+def test_another_boot_without_a_block_device(kind: str, mounted: Callable[[str], None]) -> None:
+    """A file system without a block device is a server's, or in memory: nothing is known."""
+    mounted(mount(kind, number="0:45"))
+    assert not maker.is_maker_dead(_OTHER_BOOT, os.makedev(0, 45))
+
+
+def test_a_host_without_a_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the mount table cannot be read, nothing is known."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise PermissionError
+
+    maker.maker_word()  # what this host is called was read before
+    monkeypatch.setattr(maker, "open", refuse, raising=False)
+    assert not maker.is_maker_dead(_OTHER_BOOT, _DEVICE)

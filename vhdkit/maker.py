@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that makes a file: a word for the file's name that identifies it, and whether that process is dead.
+
+The word is `BOOT-NAMESPACE-PID-TICKS`: this boot of this host, the namespace in which the number of the process means
+something, the number, and when the process started. Decides only what follows from the word and from the file system
+that the file is on; who owns the file and who holds it are questions for the caller.
+
+    this boot, this PID namespace       dead if no process has that number, or the one that has it started later
+    this boot, another PID namespace    unknown
+    another boot, a local file system   dead: this host has restarted, and no other host writes there
+    another boot, any other             unknown: on a file server or a cluster file system it may be another host's
+
+A file system counts as local if its type is one that a single host mounts at a time (`_LOCAL`) and the kernel mounts
+it from a block device. A cluster file system (OCFS2, GFS2) is on a block device too, so the device alone says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+
+_BOOT_CHARACTERS = 12
+MAKER_PATTERN = rf"[0-9a-f]{{{_BOOT_CHARACTERS}}}-[0-9]{{1,20}}-[0-9]{{1,10}}-[0-9]{{1,20}}"
+_LOCAL = {
+    *("bcachefs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfsplus", "jfs"),
+    *("msdos", "nilfs2", "ntfs", "ntfs3", "reiserfs", "udf", "vfat", "xfs"),
+}
+_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat after the process's name (proc(5)), which may hold anything
+
+
+def maker_word() -> str | None:
+    """The word for this process; None on a host that does not let us find it out."""
+    pid = os.getpid()
+    place, ticks = _place(), _start_ticks(pid)
+    return None if place is None or ticks is None else f"{place[0]}-{place[1]}-{pid}-{ticks}"
+
+
+def is_maker_dead(word: str, device: int) -> bool:
+    """True if the process that the word identifies cannot be alive.
+
+    `word`: as `maker_word` gives it, from an untrusted name. `device`: the `st_dev` of the file that has the name.
+    """
+    here = _place()
+    if here is None or re.fullmatch(MAKER_PATTERN, word) is None:
+        return False
+    boot, *numbers = word.split("-")
+    namespace, pid, ticks = map(int, numbers)
+    if boot != here[0]:
+        return _is_local(device)
+    if namespace != here[1] or not 0 < pid < 1 << 31:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    started = _start_ticks(pid)
+    return started is not None and started != ticks
+
+
+def _is_local(device: int) -> bool:
+    """True if no other host can write to the file system with this number. Source: proc_pid_mountinfo(5)."""
+    number = f"{os.major(device)}:{os.minor(device)}".encode()
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return False
+    types = set()
+    for line in lines:
+        fields = line.split()
+        if len(fields) > 6 and fields[2] == number and b"-" in fields[6:-1]:
+            types.add(os.fsdecode(fields[fields.index(b"-", 6) + 1]))
+    return os.major(device) != 0 and bool(types) and types <= _LOCAL
+
+
+@cache
+def _place() -> tuple[str, int] | None:
+    """This boot of this host and our PID namespace; None if either is unknown."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = re.sub(r"[^0-9a-f]", "", file.read())[:_BOOT_CHARACTERS]
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except (OSError, ValueError):
+        return None
+    return (boot, namespace) if len(boot) == _BOOT_CHARACTERS else None
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started; 0 for one that has ended but was not waited for, None if unknown."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            content = file.read()
+        fields = content[content.rindex(b")") + 1 :].split()
+        return 0 if fields[_STATE_FIELD] in (b"Z", b"X") else int(fields[_START_FIELD])
+    except (OSError, ValueError, IndexError):
+        return None
