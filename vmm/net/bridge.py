@@ -93,18 +93,16 @@ class Kernel:
     def _name(self, index: int) -> str:
         return str(self._netlink.get_links(index)[0].get_attr("IFLA_IFNAME"))
 
-    def add_bridge(self, name: str, mac: str | None, mtu_bytes: int | None, vlan_filtering: bool) -> None:
+    def add_bridge(self, name: str, mac: str, mtu_bytes: int | None, vlan_filtering: bool) -> None:
         """A bridge of ours; fine when it is there. Raises AlreadyExists for somebody else's of that name."""
         present = self.link(name)
         if present is not None:
             if present["alias"] != ALIAS:
                 raise errors.AlreadyExists(f"there is an interface {name} already, and it is not vmm's")
             return
-        settings: dict[str, Any] = {"br_stp_state": 0, "br_forward_delay": 0}
+        settings: dict[str, Any] = {"br_stp_state": 0, "br_forward_delay": 0, "address": mac}
         if vlan_filtering:
             settings["br_vlan_filtering"] = 1
-        if mac is not None:
-            settings["address"] = mac
         try:
             self._netlink.link("add", ifname=name, kind="bridge", ifalias=ALIAS, **settings)
             index = self._need(name)

@@ -186,6 +186,9 @@ def _outward(spec: SwitchSpec) -> list[dict[str, Any]]:
     """Whether an internal network leads to others: masqueraded, or not at all, whatever the host forwards else."""
     table, bridge = f"{spec.table_name}_out", spec.bridge_name
     commands = [*_replaced("inet", table), _chain("inet", table, "forward", "filter", "forward", -10)]
+    # With br_netfilter frames between two guests come by here, too, as if the bridge forwarded them to itself.
+    inside: Rule = [_match(_meta("iifname"), bridge), _match(_meta("oifname"), bridge), {"accept": None}]
+    commands += _rules("inet", table, "forward", [inside])
     if not spec.nat:
         closed: list[Rule] = [[_match(_meta("iifname"), bridge), *_DROP], [_match(_meta("oifname"), bridge), *_DROP]]
         return commands + _rules("inet", table, "forward", closed)

@@ -12,6 +12,7 @@ steps. Must not look at the host: what is there is told in `HostFacts`.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 import uuid
@@ -160,6 +161,11 @@ class SwitchSpec(_Settings):
     def bridge_name(self) -> str:
         """The bridge, by the switch's id: names of switches may change."""
         return "vmm" + self.id.replace("-", "")[:8]
+
+    @property
+    def bridge_mac(self) -> str:
+        """The bridge's address, unless it has its card's: one of its own, or it would change as guests come and go."""
+        return frames.format_mac(b"\x02" + hashlib.sha256(self.id.encode()).digest()[:5])
 
     @property
     def table_name(self) -> str:
@@ -334,7 +340,7 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
             "bridge",
             {
                 "name": bridge,
-                "mac": uplink.mac if uplink is not None else None,
+                "mac": uplink.mac if uplink is not None else spec.bridge_mac,
                 "mtu_bytes": uplink.mtu_bytes if uplink is not None else None,
                 "vlan_filtering": facts.has_vlan_filtering,
             },

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network namespace as a host with switches of the bridge back end, and others as its guests and networks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support import ROOT, require_root_and_namespaces, require_tool
+from tests.vmm.net.machines import Namespaces
+from vmm.net.plan import SwitchSpec
+
+
+class BridgeHost:
+    """A host without cards; `link` gives it one, `guest` plugs a guest into a bridge of its."""
+
+    def __init__(self, spaces: Namespaces, folder: Path) -> None:
+        self.spaces = spaces
+        self.folder = folder
+        self.here = spaces.add("host")
+        self.run("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
+
+    def run(self, command: str, *, check: bool = True) -> str:
+        """What a shell command on the host writes."""
+        return self.spaces.run(self.here, command, check=check)
+
+    def link(self, card: str, network: str, there: str) -> str:
+        """A card with a network behind it, whose router has the address `there`; the network's namespace."""
+        name = self.spaces.add(network)
+        self.spaces.run(name, "sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
+        self.run(f"ip link add {card} type veth peer name far netns {name}")
+        self.spaces.run(name, f"ip addr add {there} dev far; ip link set far up")
+        self.run(f"ip link set {card} up")
+        return name
+
+    def guest(self, spec: SwitchSpec, word: str, address: str, gateway: str | None = None) -> str:
+        """A guest with an address of the switch's network; its namespace."""
+        name = self.spaces.add(word)
+        self.run(f"ip link add tap-{word} type veth peer name eth0 netns {name}")
+        self.run(f"ip link set tap-{word} master {spec.bridge_name}; ip link set tap-{word} up")
+        self.spaces.run(name, f"ip addr add {address} dev eth0; ip link set eth0 up")
+        if gateway is not None:
+            self.spaces.run(name, f"ip route add default via {gateway}")
+        return name
+
+    def ping(self, name: str, target: str, seconds: int = 5) -> bool:
+        """True when an answer comes within that time."""
+        return " 1 received" in self.spaces.run(name, f"ping -c 1 -w {seconds} {target}", check=False)
+
+    def do(self, verb: str, spec: SwitchSpec) -> subprocess.CompletedProcess[str]:
+        """`apply` or `undo` the switch."""
+        path, folder = self.folder / f"{spec.name}.json", self.folder / "rt" / spec.name
+        path.write_bytes(spec.to_json())
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tests.vmm.net.applying_victim", verb, str(path), str(folder)]
+        return self.execute(command)
+
+    def execute(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        """A program on the host."""
+        return subprocess.run(
+            ["ip", "netns", "exec", self.here, *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def apply(self, *specs: SwitchSpec) -> None:
+        """Make switches."""
+        for spec in specs:
+            done = self.do("apply", spec)
+            assert done.returncode == 0, done.stderr
+
+    def undo(self, spec: SwitchSpec) -> None:
+        """Take a switch away."""
+        done = self.do("undo", spec)
+        assert done.returncode == 0, done.stderr
+
+    def setting(self, name: str) -> str:
+        """A setting of the host's kernel."""
+        return self.run(f"cat /proc/sys/{name}").strip()
+
+    def mac(self, name: str) -> str:
+        """The address of an interface of the host's."""
+        return str(json.loads(self.run(f"ip -j link show dev {name}"))[0]["address"])
+
+
+@contextlib.contextmanager
+def bridge_host(folder: Path) -> Iterator[BridgeHost]:
+    """A host; all of it is gone afterwards."""
+    require_root_and_namespaces()
+    for tool in ("nft", "dnsmasq"):
+        require_tool(tool)
+    spaces = Namespaces()
+    try:
+        yield BridgeHost(spaces, folder)
+    finally:
+        spaces.close()

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Internal switches on the bridge back end: guests reach each other and their gateway, whatever the host does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vmm.net.hosts import BridgeHost, bridge_host
+from vmm.net.plan import make_switch
+
+pytestmark = [pytest.mark.netns]
+
+CLOSED = make_switch(name="closed", type="internal", backend="bridge", address="10.77.8.1/24", dhcp=False)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[BridgeHost]:
+    """A host without cards."""
+    with bridge_host(tmp_path) as made:
+        yield made
+
+
+def test_guests_reach_each_other_where_iptables_sees_bridged_frames(host: BridgeHost) -> None:
+    """A network without NAT is closed to the outside, and not between its guests, with br_netfilter switched on.
+
+    INV-GATEWAY-STAYS.
+    """
+    host.run("sysctl -qw net.bridge.bridge-nf-call-iptables=1", check=False)  # not in every kernel
+    host.apply(CLOSED)
+    one = host.guest(CLOSED, "one", "10.77.8.2/24", "10.77.8.1")
+    host.guest(CLOSED, "two", "10.77.8.3/24")
+    assert host.ping(one, "10.77.8.3")
+    rules = host.run("nft list chain inet " + CLOSED.table_name + "_out forward")
+    assert rules.index("accept\n") < rules.index("drop\n")
+    there = host.link("up0", "lan", "10.9.0.254/24")
+    host.run("ip addr add 10.9.0.2/24 dev up0; sysctl -qw net.ipv4.ip_forward=1")
+    host.spaces.run(there, "ip route add 10.77.8.0/24 via 10.9.0.2")
+    assert not host.ping(one, "10.9.0.254", 1)
+
+
+def test_the_bridge_keeps_its_address_while_guests_come_and_go(host: BridgeHost) -> None:
+    """A guest with the lowest address of all that leaves takes no gateway away: the address is the switch's own.
+
+    INV-GATEWAY-STAYS.
+    """
+    host.apply(CLOSED)
+    bridge = CLOSED.bridge_name
+    assert host.mac(bridge) == CLOSED.bridge_mac
+    one = host.guest(CLOSED, "one", "10.77.8.2/24")
+    host.guest(CLOSED, "two", "10.77.8.3/24")
+    host.run("ip link set tap-two address 00:00:00:00:00:02")
+    assert host.ping(one, "10.77.8.1")
+    assert host.mac(bridge) == CLOSED.bridge_mac
+    host.run("ip link del tap-two")
+    assert host.mac(bridge) == CLOSED.bridge_mac
+    assert host.ping(one, "10.77.8.1", 2)
+
+
+def test_each_switch_has_an_address_of_its_own() -> None:
+    """It follows from the switch's id, is the same after any restart, and is no address of another's pool."""
+    again = CLOSED.model_copy(update={"name": "other"})
+    other = make_switch(name="closed", type="internal", backend="bridge", address="10.77.8.1/24")
+    assert again.bridge_mac == CLOSED.bridge_mac != other.bridge_mac
+    assert CLOSED.bridge_mac.startswith("02:") and len(CLOSED.bridge_mac) == 17
