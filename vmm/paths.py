@@ -8,7 +8,7 @@ link. Must not know what is in the files.
       host.json                 settings of the host: default folders
       machines/NAME/            a machine: its folder, or a link to it where it lies elsewhere
         machine.json            its definition
-        was-running  unclean  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
+        was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
       disks/  snapshots/        where new ones are put unless somebody says otherwise
     runtime ($VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
       FIRST-12-OF-ID/           a running machine: sockets (a unix socket's path has at most 107 bytes) and state.json
@@ -100,6 +100,11 @@ class MachinePaths:
     def unclean(self) -> str:
         """A file that is there from a start on until the guest has shut itself down, its file systems written out."""
         return os.path.join(self.folder, "unclean")
+
+    @property
+    def back_ends(self) -> str:
+        """On which back end of a switch each adapter was last (`vmm.back_ends`)."""
+        return os.path.join(self.folder, "back-ends.json")
 
     @property
     def logs(self) -> str:

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmm import registry
+from vmm.back_ends import last_back_ends, note_back_ends
 from vmm.errors import AlreadyExists, InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState
 from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
 from vmm.kvm.process import Identity
 from vmm.launch import Launch
-from vmm.paths import write_whole
+from vmm.paths import MachinePaths, write_whole
 from vmm.proc import is_locked
 from vmm.rpc import Method, Progress, parameter
 from vmm.running import Running
@@ -61,19 +62,29 @@ def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adap
     return Adapter(plugged.netdev, device)
 
 
-def plug_all(spec: MachineSpec, runtime_folder: str, launch: Launch) -> tuple[Adapter, ...]:
-    """Every adapter of a machine that is about to start. Raises VmmError; then none is plugged in."""
-    if not spec.adapters:
-        return ()
+def plug_all(spec: MachineSpec, machine: MachinePaths, runtime_folder: str, launch: Launch) -> dict[str, Plugged]:
+    """Every adapter of a machine that is about to start, by its id. Raises VmmError; then none is plugged in.
+
+    One whose switch is gone is prepared for the next switch of that name, on the back end that it was on last.
+    """
+    from vmm.net.adapter import prepare
+
     owner = owner_of(spec, runtime_folder, launch.identity)
-    done: list[Adapter] = []
+    last = last_back_ends(machine)
+    done: dict[str, Plugged] = {}
     try:
         for adapter in spec.adapters:
-            done.append(described(adapter, spec, plugged_in(adapter, owner, launch.give)))
+            try:
+                done[adapter.id] = plugged_in(adapter, owner, launch.give)
+            except NotFound as error:
+                back_end = last.get(adapter.id, "user")
+                done[adapter.id] = prepare(adapter, owner, launch.give, back_end=back_end, problem=error.problem)
+        found = {name: one.back_end for name, one in done.items() if one.back_end and one.problem is None}
+        note_back_ends(machine, found)
     except BaseException:
         unplug_all(spec, owner)
         raise
-    return tuple(done)
+    return done
 
 
 def plugged_in(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
@@ -117,13 +128,33 @@ class Wiring:
     def __init__(self, running: Running) -> None:
         self._running = running
         self._joined: dict[str, Joined] = {}  # by the adapter's id: where it was at the last look
-        running.plug_adapters = lambda launch: plug_all(running.spec, running.runtime.folder, launch)
+        running.plug_adapters = self._plug_all
 
     @property
     def owner(self) -> Owner:
         """The machine as the network's rooms know it."""
         running = self._running
         return owner_of(running.spec, running.runtime.folder, running.identity)
+
+    def _plug_all(self, launch: Launch) -> tuple[Adapter, ...]:
+        """As `plug_all`. In a thread: what is to be told of it is told by `set_links`."""
+        running, self._joined = self._running, {}
+        if not running.spec.adapters:
+            return ()
+        done = plug_all(running.spec, running.machine, running.runtime.folder, launch)
+        from vmm.net.joining import Joined
+
+        self._joined = {name: Joined(None, one.problem) for name, one in done.items() if one.problem is not None}
+        return tuple(described(adapter, running.spec, done[adapter.id]) for adapter in running.spec.adapters)
+
+    def disconnected(self) -> list[dict[str, str | None]]:
+        """The adapters that are on no switch although their definition names one, each with the reason."""
+        found = [(one, self._joined.get(one.id)) for one in self._running.spec.adapters]
+        return [
+            {"adapter": one.id, "switch": one.switch, "problem": joined.problem}
+            for one, joined in found
+            if joined is not None and joined.switch_id is None
+        ]
 
     def methods(self) -> dict[str, Method]:
         """What the control socket offers about adapters."""
@@ -255,11 +286,13 @@ class Wiring:
 
     # -- keeping switches alive -----------------------------------------------------------------------------------
 
-    async def links_down(self) -> None:
-        """After a start: cables that are to be out."""
+    async def set_links(self) -> None:
+        """After a start: what each cable is like. Memory that was restored knows how it was when it was saved."""
+        for one in self.disconnected():
+            self._running.tell("adapter-disconnected", **one)
+        without = {one["adapter"] for one in self.disconnected()}
         for adapter in self._running.spec.adapters:
-            if not adapter.link_up:
-                await self._set_link(adapter.id, False)
+            await self._set_link(adapter.id, adapter.link_up and adapter.id not in without)
 
     async def watch(self) -> None:
         """As long as the machine runs, keep its adapters on their switches."""

@@ -164,7 +164,7 @@ class Worker:
             else:
                 await self._begin()
                 self._tell("started", accelerator=self._note.accelerator)
-            self._report(result=self._running.document())
+            self._report(result={**self._running.document(), "disconnected": self._wiring.disconnected()})
             self._rest = asyncio.create_task(self._recovery.finish_interrupted())
         except VmmError as error:
             error.machine = error.machine or self._spec.name
@@ -176,7 +176,7 @@ class Worker:
     async def _begin(self) -> None:
         note_unclean(self._machine)
         await self._saving.start(lambda document: self._report(progress=document))
-        await self._wiring.links_down()
+        await self._wiring.set_links()
         self._running_now()
 
     def _running_now(self) -> None:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on QEMU's bus and in the order of booting."""
+"""Adapters on QEMU's bus and in the order of booting, and their links."""
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
+
 from vmm import wiring
 from vmm.net.adapter import Plugged
-from vmm.spec import make_adapter, make_spec
+from vmm.net.joining import Joined
+from vmm.running import Running
+from vmm.spec import MachineSpec, make_adapter, make_spec
 
 
 def test_places_on_the_bus_follow_from_ids() -> None:
@@ -26,3 +31,36 @@ def test_only_legacy_adapters_are_booted_from() -> None:
     devices = [wiring.described(adapter, spec, plugged).device for adapter in spec.adapters]
     assert "bootindex" not in devices[0]
     assert devices[1] == {"driver": "d", "bus": "pci.0", "addr": "0x15", "bootindex": 2}
+
+
+class Told:
+    """A running machine, as far as the wiring tells it and its QEMU something."""
+
+    def __init__(self, spec: MachineSpec) -> None:
+        self.spec, self.qmp = spec, self
+        self.plug_adapters: object = None
+        self.links: dict[str, bool] = {}
+        self.events: list[dict[str, object]] = []
+
+    async def execute(self, command: str, *, name: str, up: bool) -> None:
+        """A command of the monitor."""
+        assert command == "set_link"
+        self.links[name] = up
+
+    def tell(self, event: str, **details: object) -> None:
+        """An event."""
+        self.events.append({"event": event, **details})
+
+
+def test_every_link_is_set_after_a_start() -> None:
+    """Up too: memory that was saved while an adapter was disconnected says that its link is down."""
+    adapters = [make_adapter(id="nic-0", switch="lab"), make_adapter(id="nic-1", link_up=False, switch="lab")]
+    adapters.append(make_adapter(id="nic-2", switch="gone"))
+    running = Told(make_spec(name="x", adapters=adapters))
+    wires = wiring.Wiring(cast(Running, running))
+    wires._joined["nic-2"] = Joined(None, "there is no switch")
+    asyncio.run(wires.set_links())
+    assert running.links == {"nic-0": True, "nic-1": False, "nic-2": False}
+    found = {"adapter": "nic-2", "switch": "gone", "problem": "there is no switch"}
+    assert wires.disconnected() == [found]
+    assert running.events == [{"event": "adapter-disconnected", **found}]

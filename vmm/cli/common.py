@@ -10,7 +10,7 @@ import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -110,6 +110,12 @@ def print_json(document: object) -> None:
 def print_line(text: str) -> None:
     """One line."""
     click.echo(printable(text))
+
+
+def print_disconnected(started: Mapping[str, Any]) -> None:
+    """A line for each adapter that is on no switch; `started` is what a start returned."""
+    for one in started.get("disconnected", ()):
+        print_line(f"{one['adapter']} is disconnected: {one['problem']}")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, states: int | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
+from vmm.cli.common import epilog, output_options, print_disconnected, print_json, print_line, progress_line
 
 if TYPE_CHECKING:
     from vmm.manager import Manager
@@ -37,13 +37,17 @@ def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) ->
     """Start the machine NAME. It runs on when this command has ended, whatever happens to the terminal.
 
     A saved machine goes on where it was saved. When that is not possible the saved memory is kept and nothing is
-    started.
+    started. An adapter whose switch is gone is disconnected; it joins the next switch of that name.
     """
     from vmm import contact
 
     with progress_line(shown=not quiet and not as_json) as progress:
         started = contact.start(name, discard_saved=discard_saved, progress=progress)
-    _told(name, started["state"], as_json=as_json, quiet=quiet)
+    if as_json:
+        print_json({"name": name, "state": started["state"], "disconnected": started.get("disconnected", [])})
+    elif not quiet:
+        print_line(f"{name} is {started['state']}")
+        print_disconnected(started)
 
 
 @click.command("shutdown", epilog=epilog("vmm shutdown web", "vmm shutdown web --timeout 300"))

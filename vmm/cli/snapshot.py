@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from vmm import contact
 from vmm.cli.common import (
     SIZE,
     VerbGroup,
@@ -18,6 +19,7 @@ from vmm.cli.common import (
     epilog,
     format_size,
     output_options,
+    print_disconnected,
     print_json,
     print_line,
     print_pairs,
@@ -238,11 +240,13 @@ def apply_command(
         applied = _of(machine).apply(
             snapshot, discard_current=discard_current, snapshot_current=name or snapshot_current, progress=progress
         )
-        state = Manager().start(machine, progress=progress).value if start else applied.state
+        started = contact.start(machine, progress=progress) if start else {"state": applied.state}
     if as_json:
-        print_json({"name": machine, "snapshot": applied.snapshot.id, "state": state})
+        document = {"name": machine, "snapshot": applied.snapshot.id, "state": started["state"]}
+        print_json({**document, "disconnected": started.get("disconnected", [])})
     elif not quiet:
-        print_line(f"{machine} is at {applied.snapshot.name}, and {state}")
+        print_line(f"{machine} is at {applied.snapshot.name}, and {started['state']}")
+        print_disconnected(started)
 
 
 @snapshot_command.command(

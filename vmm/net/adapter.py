@@ -16,12 +16,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vmm import errors, paths
 from vmm.net import frames, switches, taps
 from vmm.net.engine import PortRules, VlanMode
+from vmm.net.plan import Backend
 from vmm.net.ports import PortSetup
 from vmm.net.switches import HostSide
 from vmm.spec import AdapterSpec
@@ -45,11 +46,16 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """What QEMU is told. `data_path` says in words which way frames go, and why."""
+    """What QEMU is told. `data_path` says in words which way frames go, and why.
+
+    `back_end`: of the switches that it can be on. `problem`: why it is on none now, although its definition names one.
+    """
 
     netdev: dict[str, Any]
     device: dict[str, Any]
     data_path: str
+    back_end: Backend | None = None
+    problem: str | None = None
 
 
 def port_name(machine_id: str, adapter_id: str) -> str:
@@ -137,8 +143,19 @@ def plug(adapter: AdapterSpec, owner: Owner, give: Give, *, lives: Lives = is_co
         refuse_same_address(adapter, owner, host, lives)
         host.ensure()
         if host.spec.backend == "bridge":
-            return _plug_tap(adapter, owner, host, give)
-        return _plug_socket(adapter, owner, host)
+            return _tap(adapter, owner, host, give)
+        return _sockets(adapter, owner, host)
+
+
+def prepare(adapter: AdapterSpec, owner: Owner, give: Give, *, back_end: Backend, problem: str) -> Plugged:
+    """An adapter whose switch is not there, for the reason `problem`, such that it can join one of that back end.
+
+    Where there can be no tap it has what the `user` back end plugs in. Raises VmmError.
+    """
+    if back_end == "bridge":
+        with contextlib.suppress(errors.Unsupported, errors.AccessDenied):
+            return replace(_tap(adapter, owner, None, give), problem=problem)
+    return replace(_sockets(adapter, owner, None), problem=problem)
 
 
 class SameAddress(errors.InUse):
@@ -167,7 +184,7 @@ def _unplugged(adapter: AdapterSpec) -> Plugged:
     return Plugged(netdev, device_of(adapter), "not plugged into any switch")
 
 
-def _plug_socket(adapter: AdapterSpec, owner: Owner, host: HostSide) -> Plugged:
+def _sockets(adapter: AdapterSpec, owner: Owner, host: HostSide | None) -> Plugged:
     setup = setup_of(adapter, owner)
     folder = folder_of(adapter, owner)
     try:
@@ -178,28 +195,31 @@ def _plug_socket(adapter: AdapterSpec, owner: Owner, host: HostSide) -> Plugged:
             os.unlink(setup.peer)
     except OSError as error:
         raise errors.of_os_error(error, "make the adapter's folder", path=folder) from error
-    host.user.plug(setup)
+    if host is not None:
+        host.user.plug(setup)
     netdev = {
         "type": "dgram",
         "id": wire_id(adapter.id),
         "local": {"type": "unix", "path": setup.peer},
         "remote": {"type": "unix", "path": setup.address},
     }
-    return Plugged(netdev, device_of(adapter), data_path(adapter, host.spec.backend))
+    return Plugged(netdev, device_of(adapter), data_path(adapter, "user"), "user")
 
 
-def _plug_tap(adapter: AdapterSpec, owner: Owner, host: HostSide, give: Give) -> Plugged:
+def _tap(adapter: AdapterSpec, owner: Owner, host: HostSide | None, give: Give) -> Plugged:
     name = interface_name(owner.machine_id, adapter.id)
     descriptors = taps.open_tap(name, adapter.queues)
     vhost: list[int] = []
     try:
-        host.plug_tap(name, setup_of(adapter, owner))
+        if host is not None:
+            host.plug_tap(name, setup_of(adapter, owner))
         if adapter.kind == "synthetic":
             vhost = taps.open_vhost(adapter.queues)
     except BaseException:
         taps.close_all(descriptors)
-        with contextlib.suppress(errors.VmmError):
-            host.unplug_tap(name)
+        if host is not None:
+            with contextlib.suppress(errors.VmmError):
+                host.unplug_tap(name)
         raise
     netdev: dict[str, Any] = {"type": "tap", "id": wire_id(adapter.id), "vhost": bool(vhost)}
     many = adapter.queues > 1
@@ -207,7 +227,7 @@ def _plug_tap(adapter: AdapterSpec, owner: Owner, host: HostSide, give: Give) ->
     if vhost:
         netdev["vhostfds" if many else "vhostfd"] = ":".join(str(give(one)) for one in vhost)
     device = device_of(adapter, adapter.queues)
-    return Plugged(netdev, device, data_path(adapter, host.spec.backend))
+    return Plugged(netdev, device, data_path(adapter, "bridge"), "bridge")
 
 
 def data_path(adapter: AdapterSpec, backend: str) -> str:

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import require_root_and_namespaces, require_tool
+from tests.vmm.cli.running import document, good
+from tests.vmm.net.machines import Namespaces
 from tests.vmm.small_guests import make_machine, wait_until
 from vmm import adapters, errors, registry
 from vmm.manager import Manager
@@ -150,3 +157,70 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
     finally:
         for spec in switches.load_all():
             switches.delete(spec.name, force=True)
+
+
+@pytest.mark.kvm
+def test_a_machine_starts_without_its_switch(manager: Manager, tmp_path: Path) -> None:
+    """It starts disconnected and says so once, restored memory too; it joins the switch that comes."""
+
+    def told() -> list[str]:
+        found = [str(one["event"]) for one in manager.events("small")]
+        return [one for one in found if one in ("adapter-disconnected", "adapter-connected")]
+
+    problem = "there is no switch 'lab'; there are: none"
+    try:
+        make_machine(manager, tmp_path, adapters=[{"switch": None}])
+        switches.create(make_switch(name="lab"))
+        good("nic", "set", "small", "nic-0", "--switch", "lab")
+        switches.delete("lab", force=True)
+        assert good("start", "small") == f"small is running\nnic-0 is disconnected: {problem}\n"
+        assert told() == ["adapter-disconnected"]
+        (nic,) = document("nic", "list", "small")
+        assert nic["connected"] is False
+        assert problem in document("nic", "show", "small", "nic-0")["connection"]
+        good("save", "small")
+        disconnected = [{"adapter": "nic-0", "switch": "lab", "problem": problem}]
+        assert document("start", "small") == {"name": "small", "state": "running", "disconnected": disconnected}
+        switches.create(make_switch(name="lab"))
+        wait_until(lambda: told() == ["adapter-disconnected"] * 2 + ["adapter-connected"], "the machine joins")
+        assert document("nic", "show", "small", "nic-0")["connected"] is True
+        good("save", "small")
+        assert good("start", "small") == "small is running\n"
+        manager.stop("small")
+    finally:
+        for spec in switches.load_all():
+            switches.delete(spec.name, force=True)
+
+
+@pytest.mark.kvm
+@pytest.mark.netns
+@pytest.mark.slow
+def test_saved_on_a_bridge_that_is_gone(manager: Manager, tmp_path: Path) -> None:
+    """It is restored with its tap, which is what its memory fits, and joins the next bridge of that name."""
+    require_root_and_namespaces()
+    require_tool("nft")
+    with contextlib.closing(Namespaces()) as spaces:
+        here = spaces.add("host")
+
+        def vmm(*words: str) -> str:
+            done = subprocess.run(
+                ["ip", "netns", "exec", here, sys.executable, "-m", "vmm", *words],
+                capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"vmm {' '.join(words)}: {done.stdout}{done.stderr}"
+            return done.stdout
+
+        make_machine(manager, tmp_path)
+        try:
+            vmm("switch", "create", "lab", "--type", "private", "--backend", "bridge")
+            vmm("nic", "add", "small", "lab,queues=2")
+            vmm("start", "small")
+            vmm("save", "small")
+            vmm("switch", "delete", "lab", "--force")
+            assert "nic-0 is disconnected: there is no switch 'lab'" in vmm("start", "small")
+            vmm("switch", "create", "lab", "--type", "private", "--backend", "bridge")
+            wait_until(lambda: json.loads(vmm("nic", "show", "small", "nic-0", "--json"))["connected"], "it joins")
+            assert "master" in spaces.run(here, "ip link show type tun")
+        finally:
+            vmm("stop", "small")
+            vmm("switch", "delete", "lab", "--force")
