@@ -20,6 +20,7 @@ from tests.support import in_ci
 
 MARK = "VHDKIT_TEST_RUN"
 _SECONDS = 10.0  # for what is ending when the last test is over
+_START_SECONDS = 10.0  # for a program that is being started to be seen
 
 
 class Run:
@@ -68,10 +69,19 @@ class Run:
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
                 continue
             with contextlib.suppress(OSError):  # it has just ended, or is another user's
+                words = _command(entry)
                 if self.mark.encode() in (entry / "environ").read_bytes():
-                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                     found.append((int(entry.name), words[:200]))
         return found
+
+
+def _command(entry: Path) -> str:
+    """The command line of a process. While a program is being started it has neither that nor an environment yet."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not (content := (entry / "cmdline").read_bytes()) and time.monotonic() < deadline:
+        os.readlink(entry / "exe")  # fails for the kernel's processes and for zombies, which get none
+        time.sleep(0.01)
+    return content.replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def _mounts() -> list[str]:

@@ -42,6 +42,20 @@ def test_a_run_that_leaves_a_process_fails(tmp_path: Path, workers: tuple[str, .
     assert not list(above.iterdir())
 
 
+def test_a_process_that_has_just_begun_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between the start of a program and its first instruction, when it shows neither words nor environment."""
+    for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    run = Run(str(tmp_path))
+    for _ in range(20):
+        with subprocess.Popen(["sleep", "300"], env=os.environ) as process:
+            left = run.left()
+            process.kill()
+        assert left == [f"process {process.pid}: sleep 300"]
+    monkeypatch.setattr("tests.leftovers._SECONDS", 0.0)
+    assert run.end() == []
+
+
 def test_a_mount_is_ours_when_it_lies_in_our_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mounts and loop devices of others are left alone; with one of ours the folder stays."""
     for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK):

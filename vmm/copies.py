@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from vmm.errors import InvalidSpec, Refused
 from vmm.paths import MachinePaths, check_name, is_id, registry_folder, runtime_of
+from vmm.proc import command_words
 from vmm.state import processes_of
 
 _MAX_DEFINITION_BYTES = 4 << 20
-_MAX_COMMAND_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +115,11 @@ def _running_among(entries: list[_Entry]) -> _Entry | None:
         processes = processes_of(runtime_of(entries[0].id))
     except InvalidSpec:
         return None
-    folders = {word for part in ("worker", "keeper") if (ref := processes.get(part)) for word in _words_of(ref.pid)}
+    folders = {
+        word for part in ("worker", "keeper") if (ref := processes.get(part)) for word in command_words(ref.pid)
+    }
     found = [one for one in entries if one.folder in folders]
     return found[0] if len(found) == 1 else None
-
-
-def _words_of(pid: int) -> list[str]:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-        return [os.fsdecode(word) for word in file.read(_MAX_COMMAND_BYTES).split(b"\0")]
-    return []
 
 
 def _named_among(entries: list[_Entry]) -> _Entry | None:

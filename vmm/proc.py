@@ -26,6 +26,7 @@ _STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name,
 
 BUSY_SECONDS = 1.0  # for another command to end, or what clears up to be done
 _LOOK_SECONDS = 0.02
+_MAX_COMMAND_BYTES = 1 << 20  # more than any command line of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,24 @@ def _stat(pid: int) -> list[str] | None:
         return None
     fields = content[content.rindex(b")") + 1 :].decode().split()
     return None if fields[_STATE_FIELD] in ("Z", "X", "x") else fields
+
+
+def command_words(pid: int) -> list[str]:
+    """The words that a process was started with; none when there is no such process.
+
+    From execve until the new program has its stack the kernel shows none, and who waited for the start of the program
+    may look just then (proc_pid_cmdline(5)); such a moment is waited for.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    with contextlib.suppress(OSError):
+        while True:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                content = file.read(_MAX_COMMAND_BYTES)
+            if content or time.monotonic() > deadline:
+                return [os.fsdecode(word) for word in content.removesuffix(b"\0").split(b"\0")] if content else []
+            os.readlink(f"/proc/{pid}/exe")  # fails for what will never have words: the kernel's, and the dead
+            time.sleep(_LOOK_SECONDS)
+    return []
 
 
 # -- starting ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 
 from vmm.manager import Manager
 from vmm.paths import RuntimePaths
-from vmm.proc import ProcessRef
+from vmm.proc import ProcessRef, command_words
 from vmm.state import processes_of
 
 SECONDS = 60.0
@@ -62,13 +62,5 @@ def kill_all(runtime: Path) -> None:
 
 def pids_naming(runtime: Path) -> list[int]:
     """The processes that have a path in this folder, whose name is used once, on their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name != str(os.getpid()):
-            try:
-                words = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue  # it has ended
-            if os.fsencode(f"{runtime}/") in words:
-                found.append(int(entry.name))
-    return found
+    pids = [int(name) for name in os.listdir("/proc") if name.isdecimal() and name != str(os.getpid())]
+    return [pid for pid in pids if any(f"{runtime}/" in word for word in command_words(pid))]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import InUse, VmmError
-from vmm.proc import Lock, ProcessRef, is_locked, locked, machine_lock, spawn_detached
+from vmm.proc import Lock, ProcessRef, command_words, is_locked, locked, machine_lock, spawn_detached
 
 
 def test_a_number_alone_means_nothing() -> None:
@@ -37,15 +37,28 @@ def test_a_number_alone_means_nothing() -> None:
         assert ProcessRef.from_document(document) is None
 
 
+def test_words_of_a_process_that_has_just_begun() -> None:
+    """Whoever looks between the start of a program and its first instruction sees its words; the dead have none."""
+    for number in range(50):
+        with subprocess.Popen(["sleep", f"{1000 + number}"]) as process:
+            words = command_words(process.pid)
+            process.kill()
+        assert words == ["sleep", f"{1000 + number}"]
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert command_words(process.pid) == []  # a zombie
+    assert command_words(process.pid) == []
+
+
 def test_end_asks_first() -> None:
     """A process that obeys is not killed; one that does not is."""
-    for trap, code in (("exit 7", 7), (":", -9)):
+    for trap, code, seconds in (("exit 7", 7, 60.0), (":", -9, 0.1)):
         program = ["/bin/sh", "-c", f"trap '{trap}' TERM; echo ready; while :; do sleep 0.01; done"]
         process = subprocess.Popen(program, stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline()
         ref = ProcessRef.of(process.pid)
         assert ref is not None
-        ref.end(0.5)
+        ref.end(seconds)
         assert process.wait() == code
         process.stdout.close()
 

@@ -15,7 +15,7 @@ import subprocess
 
 from vmm import errors, paths
 from vmm.net.plan import LEASE_SECONDS, SwitchSpec
-from vmm.proc import ProcessRef, spawn_detached
+from vmm.proc import ProcessRef, command_words, spawn_detached
 
 DNSMASQ_HINT = "apt-get install dnsmasq-base"
 _CONFIG, _NOTE, _LOG = "dnsmasq.conf", "dnsmasq.json", "dnsmasq.log"
@@ -73,13 +73,9 @@ class DhcpServer:
 
     def _all(self) -> list[ProcessRef]:
         """Every server with our configuration: also one whose starter was killed before it could write it down."""
-        sign = os.fsencode(f"--conf-file={self._in(_CONFIG)}")
-        found = []
-        for name in filter(str.isdecimal, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
-                if sign in file.read().split(b"\0") and (ref := ProcessRef.of(int(name))) is not None:
-                    found.append(ref)
-        return found
+        sign = f"--conf-file={self._in(_CONFIG)}"
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return [ref for pid in pids if sign in command_words(pid) and (ref := ProcessRef.of(pid)) is not None]
 
     def ensure(self) -> None:
         """Have it run with the present configuration. Raises Unsupported, VmmError with what it said."""
