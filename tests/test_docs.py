@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 from tests.doc_commands import blocks, pages
-from tests.test_layering import LAYERS
+from tests.test_layering import FILE_ROOMS, LAYERS
 from vhdkit.formats.vhd.layout import STRUCTURES
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,16 @@ def test_every_invariant_is_tested_and_every_tested_one_is_listed() -> None:
     listed = set(re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE))
     tested = set(INVARIANT.findall(docstrings_of_tests()))
     assert listed == tested
+
+
+def test_hacking_lists_what_the_rules_allow() -> None:
+    """HACKING names the rooms that may touch files, as test_layering does, and pytest's markers."""
+    text = (ROOT / "docs/HACKING.md").read_text()
+    rooms = text.split("- Only `store.py`", 1)[1].split(" touch files", 1)[0]
+    assert {"store.py", *re.findall(r"`(\w+\.py)`", rooms)} == {Path(room).name for room in FILE_ROOMS}
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    listed = text.split("Markers: ", 1)[1].split(".", 1)[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {marker.split(":")[0] for marker in markers}
 
 
 def test_no_row_stands_twice() -> None:
