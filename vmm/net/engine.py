@@ -13,6 +13,8 @@ empties those tables. What depends on more is marked in the decision: `inspect` 
 `INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
 `INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN, and no tag within a tag becomes the
 frame's own on its way (a guest could send into a VLAN it is no member of).
+`INV-UNTAGGED-ONLY`: through an adapter that is no trunk no tag passes, in either direction, but a priority tag
+(VLAN 0), which is taken off.
 `INV-NO-REFLECTION`: a frame never returns to the port it came from.
 `INV-TABLE-BOUNDED`: at most MAX_ADDRESSES addresses are known, MAX_PORT_ADDRESSES of one port.
 """
@@ -106,7 +108,7 @@ class Decision:
     drop: Drop | None = None
     inspect: bool = False
     flooded: bool = False
-    untags: bool = False  # somebody gets the frame without its tag
+    must_be_last: bool = False  # the frame's tag: none may stand behind it
 
 
 @dataclass(eq=False, slots=True)
@@ -229,8 +231,9 @@ class Engine:
             return self._decision((), Drop.RESERVED)
         tagged = frames.has_tag(header)
         priority, vlan = frames.tag_of(header) if tagged else (0, 0)
+        is_foreign = frames.has_foreign_tag(header)
         vlan_of_frame = _classify(rules, vlan)
-        if vlan_of_frame is None:
+        if vlan_of_frame is None or (is_foreign and rules.mode is not VlanMode.TRUNK):
             return self._decision((), Drop.VLAN)
         self._learn(port, vlan_of_frame, source, now)
         known = None if frames.is_group(destination) else self._table.get((vlan_of_frame, destination))
@@ -240,14 +243,16 @@ class Engine:
         outputs = []
         for other in receivers:
             form = _form(other.rules, vlan_of_frame)
-            if other is not port and other.link_up and form is not None:
+            takes = not is_foreign or other.rules.mode is VlanMode.TRUNK
+            if other is not port and other.link_up and form is not None and takes:
                 outputs.append(Output(other, _change(tagged, vlan, priority, vlan_of_frame, form)))
         outputs += self._mirrored(port, outputs)
         if not outputs:
             return self._decision((), Drop.NOWHERE)
         untags = any(change is not None and not change.tag for _, change in outputs)
-        inspect = rules.dhcp_guard or rules.router_guard or untags
-        return self._decision(tuple(outputs), None, inspect, known is None and port.storm is not None, untags)
+        must_be_last = tagged and (untags or rules.mode is not VlanMode.TRUNK)
+        inspect = rules.dhcp_guard or rules.router_guard or must_be_last
+        return self._decision(tuple(outputs), None, inspect, known is None and port.storm is not None, must_be_last)
 
     def _mirrored(self, port: Port, outputs: list[Output]) -> list[Output]:
         """Copies, as the frame came, for the mirror destinations that do not get it anyhow."""
@@ -266,17 +271,17 @@ class Engine:
         drop: Drop | None,
         inspect: bool = False,
         flooded: bool = False,
-        untags: bool = False,
+        must_be_last: bool = False,
     ) -> Decision:
-        key = (outputs, drop, inspect, flooded, untags)
+        key = (outputs, drop, inspect, flooded, must_be_last)
         decision = self._decisions.get(key)
         if decision is None:
-            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded, untags)
+            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded, must_be_last)
         return decision
 
     def refuses(self, port: Port, decision: Decision, beginning: bytes) -> Drop | None:
         """What is said to a frame whose decision has `inspect` set, by the port's guards among others."""
-        if decision.untags and frames.has_two_tags(beginning):
+        if decision.must_be_last and frames.has_two_tags(beginning):
             return Drop.VLAN
         if port.rules.dhcp_guard and frames.is_dhcp_server(beginning):
             return Drop.DHCP

@@ -29,7 +29,8 @@ MAX_EXTENSION_HEADERS = 8  # a chain longer than that is taken for an attempt to
 MAX_WRAPPERS = 8  # tags and SNAP headers; the same goes for them
 MAX_VLAN = 4094
 TPID = b"\x81\x00"
-_TPIDS = (TPID, b"\x88\xa8", b"\x91\x00")
+_FOREIGN_TPIDS = (b"\x88\xa8", b"\x91\x00")  # 802.1ad's, and the one from before it: no tags of this switch
+_TPIDS = (TPID, *_FOREIGN_TPIDS)
 _SNAP = (b"\xaa\xaa\x03\x00\x00\x00", b"\xaa\xaa\x03\x00\x00\xf8")  # RFC 1042, 802.1H
 _MIN_TYPE = 0x0600  # what is less is a length
 BROADCAST = b"\xff" * MAC_BYTES
@@ -74,6 +75,11 @@ def is_reserved(address: bytes) -> bool:
 def has_tag(header: bytes) -> bool:
     """True when the frame carries an 802.1Q tag."""
     return header[12:14] == TPID
+
+
+def has_foreign_tag(header: bytes) -> bool:
+    """True when the frame begins with a tag that is none of this switch's, such as a provider's (802.1ad)."""
+    return header[12:14] in _FOREIGN_TPIDS
 
 
 def has_two_tags(beginning: bytes) -> bool:

@@ -58,6 +58,14 @@ def _set(values: Sequence[Any]) -> Any:
     return {"set": list(values)} if len(values) > 1 else values[0]
 
 
+# Spanning tree's would pass (bridges without it pass it on), and could have a switch of the network close its port.
+_IS_RESERVED = _match({"&": [_field("ether", "daddr"), "ff:ff:ff:ff:ff:f0"]}, "01:80:c2:00:00:00")
+# A priority tag (VLAN 0) is none, unless another stands behind it; tags of other kinds are.
+_IS_TAGGED = (
+    _match(_field("vlan", "id"), 0, "!="),
+    _match(_field("ether", "type"), _set(["8021ad", 0x9100])),
+    _match(_meta("protocol"), _set(["8021q", "8021ad", 0x9100])),
+)
 _DROP: Rule = [{"counter": None}, {"drop": None}]
 
 
@@ -69,13 +77,15 @@ def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
     if rules.addresses and not rules.spoofing:
         known = _set(sorted(frames.format_mac(one) for one in rules.addresses))
         sending.append([here, _match(_field("ether", "saddr"), known, "!="), *_DROP])
+    sending.append([here, _IS_RESERVED, *_DROP])
     receiving: list[Rule] = []
     if rules.mode is VlanMode.TRUNK:  # its outer tag is off here: what is left must be none, or it would be the next
         sending.append([here, _match(_meta("protocol"), _set(["8021q", "8021ad"])), *_DROP])
     else:
-        tagged = _match(_field("ether", "type"), "8021q")
-        sending.append([here, tagged, *_DROP])
-        receiving.append([_match(_meta("oifname"), port.interface), tagged, *_DROP])
+        there = _match(_meta("oifname"), port.interface)
+        for tagged in _IS_TAGGED:
+            sending.append([here, tagged, *_DROP])
+            receiving.append([there, tagged, *_DROP])
     if rules.dhcp_guard or rules.router_guard:
         sending += _hiding(here)
     if rules.dhcp_guard:

@@ -17,6 +17,7 @@ class ModelPort:
     native: int
     tagged: set[int]
     only_from: set[bytes]
+    is_trunk: bool = False
 
 
 @dataclass
@@ -53,6 +54,9 @@ class ModelBridge:
             return []
         if destination[:5].hex() == "0180c20000" and destination[5] < 16:
             return []
+        foreign = frame[12:14] in (b"\x88\xa8", b"\x91\x00")
+        if foreign and not port.is_trunk:
+            return []
         if said == 0:
             vlan = port.native
         elif said in port.tagged:
@@ -63,7 +67,11 @@ class ModelBridge:
         place = None if destination[0] % 2 else self.where(vlan, destination, now)
         result = []
         nested = frame[12:14] == b"\x81\x00" and frame[16:18] in (b"\x81\x00", b"\x88\xa8", b"\x91\x00")
+        if nested and not port.is_trunk:
+            return []
         for other, settings in self.ports.items():
+            if foreign and not settings.is_trunk:
+                continue
             if other == name or (place is not None and other != place):
                 continue
             if vlan == settings.native:

@@ -44,6 +44,7 @@ def any_frame() -> st.SearchStrategy[bytes]:
         st.sampled_from([*STATIONS, GROUPS[1]]),
         st.binary(max_size=4),
         vlan=st.none() | st.sampled_from(VLANS),
+        kind=st.sampled_from([0x88B5, 0x8100, 0x88A8, 0x9100]),
     )
     prioritised = made.map(
         lambda frame: frame[:14] + bytes([frame[14] | 0xA0]) + frame[15:] if len(frame) > 15 else frame
@@ -62,7 +63,7 @@ def test_switch_is_a_learning_bridge(port_rules: list[PortRules], steps: list[tu
 
     def put(name: str, one: PortRules) -> None:
         only = set() if one.spoofing else set(one.addresses)
-        model.ports[name] = ModelPort(one.vlan, set(one.allowed), only)
+        model.ports[name] = ModelPort(one.vlan, set(one.allowed), only, one.mode is VlanMode.TRUNK)
 
     for number, one in enumerate(port_rules):
         switch.add_port(f"p{number}", one)

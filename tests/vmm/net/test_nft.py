@@ -16,7 +16,7 @@ from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.net import packets
 from tests.vmm.net.machines import Namespaces
 from vmm.net import frames, nft
-from vmm.net.engine import PortRules, VlanMode
+from vmm.net.engine import Engine, PortRules, VlanMode
 from vmm.net.nft import GuestPort
 from vmm.net.plan import make_switch
 
@@ -72,12 +72,12 @@ def test_the_kernel_takes_the_rules(space: tuple[Namespaces, str], name: str, tm
 def test_a_port_without_rules_has_only_its_vlan_rule() -> None:
     """A port whose addresses nobody said may send from any; without a VLAN it neither sends nor gets tags."""
     sending, receiving = nft.port_rules(GuestPort("vt0", PortRules()))
-    assert len(sending) == len(receiving) == 1
+    assert len(sending) == 1 + len(receiving) == 4  # and what stays on one link
     assert "8021q" in json.dumps(sending)
     access = PortRules(mode=VlanMode.ACCESS, vlan=5)
     assert nft.port_rules(GuestPort("vt0", access)) == (sending, receiving)
     trunk = PortRules(mode=VlanMode.TRUNK, allowed=frozenset({5}))
-    (stacked,), nothing = nft.port_rules(GuestPort("vt0", trunk))
+    (_, stacked), nothing = nft.port_rules(GuestPort("vt0", trunk))
     assert nothing == []
     assert "protocol" in json.dumps(stacked)
 
@@ -103,8 +103,12 @@ def wrapped(frame: bytes, *wrappers: bytes) -> bytes:
     return frame[:12] + b"".join(wrappers) + frame[12:]
 
 
-def _guarded_frames() -> list[tuple[str, int, bytes]]:
-    """(what it is, its number, the frame); the number is the last byte of the sender's address."""
+Listed = list[tuple[str, int, bytes]]
+"""(what it is, its number, the frame); the number is the last byte of the sender's address."""
+
+
+def _guarded_frames() -> Listed:
+    """What guards drop, and what looks like it."""
     dhcp, router = packets.dhcp_offer(packets.mac(0)), packets.router_advertisement(packets.mac(0))
     asking = packets.ethernet(
         frames.BROADCAST, packets.mac(0), packets.ipv4(17, packets.udp(68, 67, b"\x01" + bytes(19))), kind=0x0800
@@ -155,14 +159,8 @@ def _guarded_frames() -> list[tuple[str, int, bytes]]:
     ]
 
 
-@pytest.mark.netns
-@pytest.mark.parametrize("mode", [VlanMode.UNTAGGED, VlanMode.TRUNK])
-def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMode) -> None:
-    """`INV-DHCP-GUARD`: the kernel's guards judge as the user switch's.
-
-    Ports, tags, SNAP, fragments, long and cut chains of IPv6 headers hide no server and no router.
-    """
-    spaces, here = space
+def _bridged(spaces: Namespaces, here: str) -> tuple[str, str]:
+    """Two namespaces at the ports vt0 and vt1 of a bridge; no frame but the test's is on it."""
     one, other = spaces.add("one"), spaces.add("two")
     spaces.run(here, "ip link add br0 type bridge && ip link set br0 up")
     for number, name in enumerate((one, other)):
@@ -173,18 +171,19 @@ def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMo
     deadline = time.monotonic() + 20
     while spaces.run(here, "bridge link").count("state forwarding") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    allowed = frozenset({5}) if mode is VlanMode.TRUNK else frozenset[int]()
-    guards = PortRules(mode=mode, allowed=allowed, spoofing=True, dhcp_guard=True, router_guard=True)
-    rules = json.dumps(nft.document(SWITCHES["external"], [GuestPort("vt0", guards)]))
-    spaces.run(here, f"nft -j -f - <<'END'\n{rules}\nEND")
-    listed = _guarded_frames()
+    return one, other
+
+
+def _passed(spaces: Namespaces, here: str, ends: tuple[str, str], rules: object, listed: Listed) -> set[str]:
+    """Which of the frames get from one end to the other under these rules."""
+    spaces.run(here, f"nft -j -f - <<'END'\n{json.dumps(rules)}\nEND")
     last = packets.ethernet(frames.BROADCAST, packets.mac(255), bytes(50))
 
     def program(name: str) -> subprocess.Popen[str]:
         command = ["ip", "netns", "exec", name, sys.executable, "-c", _EXCHANGE, "eth0"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    receiving, sending = program(other), program(one)
+    receiving, sending = program(ends[1]), program(ends[0])
     try:
         assert receiving.stdin is not None
         assert receiving.stdout is not None
@@ -198,13 +197,67 @@ def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMo
         for process in (receiving, sending):
             process.kill()
             process.wait()
-    passed = {name for name, number, _ in listed if number in seen}
+    return {name for name, number, _ in listed if number in seen}
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("mode", [VlanMode.UNTAGGED, VlanMode.TRUNK])
+def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMode) -> None:
+    """`INV-DHCP-GUARD`: the kernel's guards judge as the user switch's.
+
+    Ports, tags, SNAP, fragments, long and cut chains of IPv6 headers hide no server and no router.
+    """
+    spaces, here = space
+    ends = _bridged(spaces, here)
+    allowed = frozenset({5}) if mode is VlanMode.TRUNK else frozenset[int]()
+    guards = PortRules(mode=mode, allowed=allowed, spoofing=True, dhcp_guard=True, router_guard=True)
+    listed = _guarded_frames()
+    passed = _passed(spaces, here, ends, nft.document(SWITCHES["external"], [GuestPort("vt0", guards)]), listed)
     free = {"asking", "asking a relay", "asking6", "a later fragment", "udp6", "udp, first fragment"}
     assert passed == free | {"udp, later fragment"} | ({"asking, one tag"} if allowed else set())
     if allowed:  # an untagged adapter's tags are dropped before a guard looks
         judged = {name: frames.is_dhcp_server(one) or frames.is_router(one) for name, _, one in listed}
         stacked = "asking, two tags"  # the kernel's guards do not look behind the second
         assert {name for name, is_bad in judged.items() if not is_bad} - {stacked} == passed
+
+
+def _tagged_frames() -> Listed:
+    """Frames with all kinds of tags, and to group addresses that stay on one link."""
+    plain = packets.ethernet(frames.BROADCAST, packets.mac(0), bytes(60))
+    kinds = {"8100": frames.TPID, "88a8": b"\x88\xa8", "9100": b"\x91\x00"}
+    found = {"plain": plain}
+    for outer, kind in kinds.items():
+        found |= {f"{outer} {vlan}": wrapped(plain, kind + vlan.to_bytes(2, "big")) for vlan in (0, 1, 5, 4095)}
+        found |= {f"8100 0, {outer} {vlan}": wrapped(plain, frames.tag(0), kind + bytes([0, vlan])) for vlan in (0, 5)}
+    found["8100 0, with a priority"] = wrapped(plain, frames.tag(0, 0xA))
+    found |= {f"reserved {last}": bytes.fromhex(f"0180c20000{last:02x}") + plain[6:] for last in (0, 1, 2, 3, 14, 16)}
+    return [
+        (name, number, one[:11] + bytes([number]) + one[12:]) for number, (name, one) in enumerate(found.items(), 1)
+    ]
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("guarded", ["vt0", "vt1"])
+def test_an_untagged_adapter_has_no_tags_on_either_back_end(space: tuple[Namespaces, str], guarded: str) -> None:
+    """`INV-UNTAGGED-ONLY`: none of a kernel's three kinds passes, sent or received; a priority tag is none.
+
+    What is for one link alone, such as a spanning tree's frames, leaves no guest.
+    """
+    spaces, here = space
+    ends, listed = _bridged(spaces, here), _tagged_frames()
+    passed = _passed(spaces, here, ends, nft.document(SWITCHES["external"], [GuestPort(guarded, PortRules())]), listed)
+    free = {"plain", "8100 0", "8100 0, with a priority", "reserved 16"}
+    assert passed - {"reserved 0"} == free
+    assert ("reserved 0" in passed) == (guarded == "vt1")  # the network's own may come in: bridges pass them on
+    rules = PortRules(), PortRules(mode=VlanMode.TRUNK, allowed=frozenset({1, 5}))
+    switch = Engine()
+    for name, one in zip(("vt0", "vt1"), rules if guarded == "vt0" else reversed(rules), strict=True):
+        switch.add_port(name, one)
+    got = {name: [out for _, out in switch.forward("vt0", frame, 0.0)] for name, _, frame in listed}
+    assert {name for name, out in got.items() if out} == free
+    for name, _, frame in listed:
+        if name in free:
+            assert got[name] == [frame if name in ("plain", "reserved 16") else frame[:12] + frame[16:]]
 
 
 _SEND = """
