@@ -64,7 +64,7 @@ FOREIGN_HOMES = {
     "construct": ("vhdkit/formats/*/layout.py", "vhdkit/serve/nbd_wire.py"),
     "mfusepy": ("vhdkit/serve/fuse_mount.py",),
     "nbdkit": ("vhdkit/serve/nbdkit_plugin.py",),
-    "pyroute2": ("vmm/net/bridge.py",),
+    "pyroute2": ("vmm/net/bridge.py", "vmm/net/shaping.py"),
     "qemu": ("vmm/kvm/qmp.py",),
     "rich": ("vhdkit/cli/*", "vmm/cli/*"),
 }

@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import nft, plan, settings
+from vmm.net import enforcing, nft, plan, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
 from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
@@ -70,7 +70,7 @@ class Applying:
     def apply(self) -> bool:
         """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
         if self.is_applied():
-            nft.run(nft.document(self.spec, self.ports))
+            enforcing.enforce(self.spec, self.ports)
             if self.spec.type == "internal" and self.spec.dhcp:
                 self._dhcp.ensure()
             return False
@@ -158,7 +158,7 @@ class Applying:
         arguments = step.arguments
         match step.kind:
             case "rules":
-                nft.run(nft.document(self.spec, self.ports))
+                enforcing.enforce(self.spec, self.ports)
             case "bridge":
                 kernel.add_bridge(**arguments)
             case "sysctl":
@@ -182,7 +182,7 @@ class Applying:
         """Each works whether the step was made, half made or not made at all."""
         match kind:
             case "rules":
-                nft.run(nft.removal(self.spec))
+                enforcing.end(self.spec)
             case "bridge":
                 kernel.remove_bridge(before["name"])
             case "sysctl":

@@ -49,6 +49,7 @@ class Drop(StrEnum):
     LINK_DOWN = "link-down"
     NOWHERE = "nowhere"  # nobody else is there, or the destination is on the frame's own port
     FULL = "full"  # the receiving port does not take its frames
+    BANDWIDTH = "bandwidth"  # it sent more than its limit for longer than frames are kept; bridges only
 
 
 class VlanMode(StrEnum):

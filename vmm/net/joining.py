@@ -80,7 +80,7 @@ def _joined(adapter: AdapterSpec, owner: Owner, host: HostSide, before: str | No
 def is_plugged(adapter: AdapterSpec, machine_id: str, host: HostSide) -> bool:
     """True when the switch has a port for the adapter."""
     name = port_name(machine_id, adapter.id)
-    return any(one["name"] == name for one in host.port_status())
+    return any(one["name"] == name for one in host.guests())
 
 
 def _fits(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:

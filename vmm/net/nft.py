@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """nftables rules of a switch on the bridge back end: documents for `nft -j`, and the one place that runs it.
 
-Decides which rule stands for which guard. The documents are pure and replace a switch's table as a whole, in one
-transaction of the kernel. Their commands are in nft's JSON (libnftables-json(5)).
+Decides which rule stands for which guard. The documents are pure; the kernel takes one whole or not at all. Their
+commands are in nft's JSON (libnftables-json(5)). A document replaces rules; what counts (drops by port and reason) and
+what limits stays as it is, so that a change at one port gives no other port new frames to send (`INV-LIMITS-KEPT`).
 
     table bridge vmm_ID    sending: what a guest may send    receiving: what reaches it    host: a private switch's
+                           TAP.sending, TAP.receiving, TAP.hidden: a port's chains         TAP.REASON: its counters
+    table netdev vmm_ID    TAP: what the guest sends waits in a queue (`shaping`)
     table inet vmm_ID_out  forward: whether an internal network leads on    outside: its masquerade
 """
 
@@ -13,24 +16,24 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vmm import errors
 from vmm.net import frames
-from vmm.net.engine import PortRules, VlanMode
+from vmm.net.engine import Drop, PortRules, VlanMode
 from vmm.net.plan import SwitchSpec
 
 NFT_SECONDS = 20.0
 NFT_HINT = "apt-get install nftables"
-_BURST_SECONDS = 0.02
-_MIN_BURST_BYTES = 16 << 10
-
 _LLC, _SNAP = 0x0004, 0xAAAA  # the kernel's ETH_P_802_2; the service access points of SNAP
-_HIDDEN = "hidden"
+MAX_RATE_BITS = 30_000_000_000  # what is more fits into no 32 bits of bytes, and through no tap
+_LIMIT = "storm-limit"
+_SENDING, _RECEIVING, _HIDDEN = "sending", "receiving", "hidden"  # chains: of all ports, and TAP.NAME of one
 
 Rule = list[dict[str, Any]]
+Kept = tuple[str, str]  # (kind, name) of what a document leaves as it is when it is there: a counter, a limit, a chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,11 @@ class GuestPort:
     interface: str
     rules: PortRules
     rate_bits_per_second: int = 0
+
+    @property
+    def is_shaped(self) -> bool:
+        """True when what it sends waits in a queue first."""
+        return 0 < self.rate_bits_per_second <= MAX_RATE_BITS
 
 
 def _match(left: Any, right: Any, operator: str = "==") -> dict[str, Any]:
@@ -69,47 +77,6 @@ _IS_TAGGED = (
 _DROP: Rule = [{"counter": None}, {"drop": None}]
 
 
-def port_rules(port: GuestPort) -> tuple[list[Rule], list[Rule]]:
-    """(rules for what the guest sends, rules for what it gets)."""
-    rules = port.rules
-    here = _match(_meta("iifname"), port.interface)
-    sending: list[Rule] = []
-    if rules.addresses and not rules.spoofing:
-        known = _set(sorted(frames.format_mac(one) for one in rules.addresses))
-        sending.append([here, _match(_field("ether", "saddr"), known, "!="), *_DROP])
-    sending.append([here, _IS_RESERVED, *_DROP])
-    receiving: list[Rule] = []
-    if rules.mode is VlanMode.TRUNK:  # its outer tag is off here: what is left must be none, or it would be the next
-        sending.append([here, _match(_meta("protocol"), _set(["8021q", "8021ad"])), *_DROP])
-    else:
-        there = _match(_meta("oifname"), port.interface)
-        for tagged in _IS_TAGGED:
-            sending.append([here, tagged, *_DROP])
-            receiving.append([there, tagged, *_DROP])
-    if rules.dhcp_guard or rules.router_guard:
-        sending += _hiding(here)
-    if rules.dhcp_guard:
-        sending += [[here, *one, *_DROP] for one in _dhcp_servers()]
-    if rules.router_guard:
-        for protocol, kinds in (
-            ("icmp", ["redirect", "router-advertisement"]),
-            ("icmpv6", ["nd-router-advert", "nd-redirect"]),
-        ):
-            is_kind = _match(_meta("protocol"), "ip" if protocol == "icmp" else "ip6")
-            sending.append([here, is_kind, _match(_field(protocol, "type"), _set(kinds)), *_DROP])
-    if rules.storm_frames_per_second:
-        many = _match(_meta("pkttype"), _set(["broadcast", "multicast"]))
-        burst = max(1, rules.storm_frames_per_second // 10)
-        limit = {"rate": rules.storm_frames_per_second, "per": "second", "burst": burst, "inv": True}
-        sending.append([here, many, {"limit": limit}, *_DROP])
-    if port.rate_bits_per_second:
-        bytes_per_second = port.rate_bits_per_second // 8
-        burst = max(_MIN_BURST_BYTES, int(bytes_per_second * _BURST_SECONDS))
-        limit = {"rate": bytes_per_second, "rate_unit": "bytes", "per": "second", "inv": True}
-        sending.append([here, {"limit": {**limit, "burst": burst, "burst_unit": "bytes"}}, *_DROP])
-    return sending, receiving
-
-
 _IS_IPV4 = _match(_meta("protocol"), "ip")  # unlike the frame's type the same for a tagged one
 
 
@@ -128,29 +95,122 @@ def _dhcp_servers() -> list[Rule]:
     return found
 
 
-def _hiding(here: dict[str, Any]) -> list[Rule]:
-    """What a guard cannot look into: IP in SNAP, stacked tags, IPv6 whose headers do not lead to a protocol.
+@dataclass(frozen=True, slots=True)
+class PortChains:
+    """What the kernel is told of a port: its chains by their names, and the counters and limits they use."""
 
-    Nor may a fragment begin so early that it says anew what was judged in the first one (RFC 1858).
-    """
-    llc = _match(_meta("protocol"), _LLC)
-    snap = _match({"payload": {"base": "nh", "offset": 0, "len": 16}}, _SNAP)
-    stacked = _match(_meta("protocol"), _set(["8021q", "8021ad"]))
-    ipv6 = _match(_meta("protocol"), "ip6")
-    early = _match({"&": [_field("ip", "frag-off"), 0x1FFF]}, 1)
-    early6 = _match({"exthdr": {"name": "frag", "field": "frag-off"}}, 1)
-    found: list[Rule] = [[here, *one, *_DROP] for one in ([llc, snap], [stacked], [_IS_IPV4, early], [early6])]
-    return [*found, [here, ipv6, {"jump": {"target": _HIDDEN}}]]
+    chains: dict[str, list[Rule]]
+    counters: frozenset[str]
+    limits: dict[str, dict[str, Any]]
 
 
-# What is cut off cannot be read, and no match on it is true: neither on the protocol, nor on what follows the headers
-# of one that guards look into. Later fragments are fine: the first one was judged.
-_HIDDEN_RULES: list[Rule] = [
-    [_match({"exthdr": {"name": "frag", "field": "frag-off"}}, 0, "!="), {"return": None}],
-    [_match(_meta("l4proto"), _set(["udp", "ipv6-icmp"]), "!="), {"return": None}],
-    [_match({"payload": {"base": "th", "offset": 0, "len": 16}}, 0, "!="), {"return": None}],
-    [*_DROP],
-]
+def port_chains(port: GuestPort) -> PortChains:
+    """The chains of one port."""
+    one = _PortChains(port)
+    sending, receiving = one.sending(), one.receiving()
+    chains = {name(port.interface, _SENDING): sending, name(port.interface, _RECEIVING): receiving}
+    if port.rules.dhcp_guard or port.rules.router_guard:
+        chains[name(port.interface, _HIDDEN)] = one.hidden()
+    return PortChains(chains, frozenset(one.counters), one.limits)
+
+
+def name(interface: str, what: str) -> str:
+    """How something of a port's is called in the switch's table."""
+    return f"{interface}.{what}"
+
+
+def shaper_name(interface: str) -> str:
+    """The interface in whose queue frames of a tap wait."""
+    return "vb" + interface.removeprefix("vt")
+
+
+class _PortChains:
+    """Writes a port's rules and notes which counters and limits they need."""
+
+    def __init__(self, port: GuestPort) -> None:
+        self.port = port
+        self.counters: set[str] = set()
+        self.limits: dict[str, dict[str, Any]] = {}
+
+    def _drop(self, reason: Drop) -> Rule:
+        """Drop, and count why."""
+        counter = name(self.port.interface, reason)
+        self.counters.add(counter)
+        return [{"counter": counter}, {"drop": None}]
+
+    def sending(self) -> list[Rule]:
+        """For what the guest sends."""
+        rules = self.port.rules
+        found: list[Rule] = []
+        if rules.addresses and not rules.spoofing:
+            known = _set(sorted(frames.format_mac(one) for one in rules.addresses))
+            found.append([_match(_field("ether", "saddr"), known, "!="), *self._drop(Drop.SPOOFED)])
+        found.append([_IS_RESERVED, *self._drop(Drop.RESERVED)])
+        if rules.mode is VlanMode.TRUNK:  # its outer tag is off here: what is left must be none, or it would be next
+            found.append([_match(_meta("protocol"), _set(["8021q", "8021ad"])), *self._drop(Drop.VLAN)])
+        else:
+            found += [[tagged, *self._drop(Drop.VLAN)] for tagged in _IS_TAGGED]
+        if rules.dhcp_guard or rules.router_guard:
+            found += self._hiding()
+        if rules.dhcp_guard:
+            found += [[*one, *self._drop(Drop.DHCP)] for one in _dhcp_servers()]
+        if rules.router_guard:
+            for protocol, kinds in (
+                ("icmp", ["redirect", "router-advertisement"]),
+                ("icmpv6", ["nd-router-advert", "nd-redirect"]),
+            ):
+                is_kind = _match(_meta("protocol"), "ip" if protocol == "icmp" else "ip6")
+                is_router = _match(_field(protocol, "type"), _set(kinds))
+                found.append([is_kind, is_router, *self._drop(Drop.ROUTER)])
+        if rules.storm_frames_per_second:
+            many = _match(_meta("pkttype"), _set(["broadcast", "multicast"]))
+            found.append([many, {"limit": self._storm_limit()}, *self._drop(Drop.STORM)])
+        return found
+
+    def _storm_limit(self) -> str:
+        """Its name says its rate: a limit that is there is left as it is, with what it has left."""
+        rate = self.port.rules.storm_frames_per_second
+        limit = name(self.port.interface, f"{_LIMIT}.{rate}")
+        self.limits[limit] = {"rate": rate, "per": "second", "burst": max(1, rate // 10), "inv": True}
+        return limit
+
+    def receiving(self) -> list[Rule]:
+        """For what reaches the guest."""
+        if self.port.rules.mode is VlanMode.TRUNK:
+            return []
+        return [[tagged, *self._drop(Drop.VLAN)] for tagged in _IS_TAGGED]
+
+    def _guard(self) -> Drop:
+        """Which guard drops what hides itself: the one that would ask first."""
+        return Drop.DHCP if self.port.rules.dhcp_guard else Drop.ROUTER
+
+    def _hiding(self) -> list[Rule]:
+        """What a guard cannot look into: IP in SNAP, stacked tags, IPv6 whose headers do not lead to a protocol.
+
+        Nor may a fragment begin so early that it says anew what was judged in the first one (RFC 1858).
+        """
+        llc = _match(_meta("protocol"), _LLC)
+        snap = _match({"payload": {"base": "nh", "offset": 0, "len": 16}}, _SNAP)
+        stacked = _match(_meta("protocol"), _set(["8021q", "8021ad"]))
+        ipv6 = _match(_meta("protocol"), "ip6")
+        early = _match({"&": [_field("ip", "frag-off"), 0x1FFF]}, 1)
+        early6 = _match({"exthdr": {"name": "frag", "field": "frag-off"}}, 1)
+        drop = self._drop(self._guard())
+        found: list[Rule] = [[*one, *drop] for one in ([llc, snap], [stacked], [_IS_IPV4, early], [early6])]
+        return [*found, [ipv6, {"jump": {"target": name(self.port.interface, _HIDDEN)}}]]
+
+    def hidden(self) -> list[Rule]:
+        """What is cut off cannot be read, and no match on it is true.
+
+        Neither on the protocol, nor on what follows the headers of one that guards look into. Later fragments are
+        fine: the first one was judged.
+        """
+        return [
+            [_match({"exthdr": {"name": "frag", "field": "frag-off"}}, 0, "!="), {"return": None}],
+            [_match(_meta("l4proto"), _set(["udp", "ipv6-icmp"]), "!="), {"return": None}],
+            [_match({"payload": {"base": "th", "offset": 0, "len": 16}}, 0, "!="), {"return": None}],
+            self._drop(self._guard()),
+        ]
 
 
 def _replaced(family: str, table: str) -> list[dict[str, Any]]:
@@ -168,28 +228,61 @@ def _rules(family: str, table: str, chain: str, rules: Sequence[Rule]) -> list[d
     return [{"add": {"rule": {"family": family, "table": table, "chain": chain, "expr": rule}}} for rule in rules]
 
 
-def document(spec: SwitchSpec, ports: Sequence[GuestPort]) -> dict[str, Any]:
-    """All tables of a switch with these ports."""
+def document(spec: SwitchSpec, ports: Sequence[GuestPort], present: Collection[Kept] = ()) -> dict[str, Any]:
+    """All tables of a switch with these ports; of what is `present` in the first, that of other ports is removed."""
     table = spec.table_name
-    both = [port_rules(port) for port in ports]
-    commands = _replaced("bridge", table)
-    commands.append(_chain("bridge", table, "sending", "filter", "prerouting", -300))
-    commands.append(_chain("bridge", table, "receiving", "filter", "postrouting", 0))
-    if any(port.rules.dhcp_guard or port.rules.router_guard for port in ports):
-        commands.append({"add": {"chain": {"family": "bridge", "table": table, "name": _HIDDEN}}})
-        commands += _rules("bridge", table, _HIDDEN, _HIDDEN_RULES)
-    commands += _rules("bridge", table, "sending", [rule for sending, _ in both for rule in sending])
-    commands += _rules("bridge", table, "receiving", [rule for _, receiving in both for rule in receiving])
+    place = {"family": "bridge", "table": table}
+    found = [port_chains(port) for port in ports]
+    chains = {one: rules for port in found for one, rules in port.chains.items()}
+    commands: list[dict[str, Any]] = [{"add": {"table": {"family": "bridge", "name": table}}}]
+    commands.append(_chain("bridge", table, _SENDING, "filter", "prerouting", -300))
+    commands.append(_chain("bridge", table, _RECEIVING, "filter", "postrouting", 0))
+    fixed = {_SENDING: _dispatch("iifname", ports, _SENDING), _RECEIVING: _dispatch("oifname", ports, _RECEIVING)}
     if spec.type == "private" or (spec.type == "external" and not spec.host):
         # The kernel's option for matching a bridge's own name (nft_meta_bridge) is rare: the ports' names do as well.
         names = [port.interface for port in ports] + ([spec.uplink] if spec.uplink else [])
-        for name, hook, way in (("from_host", "output", "oifname"), ("to_host", "input", "iifname")):
-            commands.append(_chain("bridge", table, name, "filter", hook, 0))
-            if names:
-                commands += _rules("bridge", table, name, [[_match(_meta(way), _set(names)), *_DROP]])
+        for one, hook, way in (("from_host", "output", "oifname"), ("to_host", "input", "iifname")):
+            commands.append(_chain("bridge", table, one, "filter", hook, 0))
+            fixed[one] = [[_match(_meta(way), _set(names)), *_DROP]] if names else []
+    chains = {**fixed, **chains}
+    counters = {one for port in found for one in port.counters}
+    limits = {one: limit for port in found for one, limit in port.limits.items()}
+    commands += [{"add": {"chain": {**place, "name": one}}} for one in chains if one not in fixed]
+    commands += [{"flush": {"chain": {**place, "name": one}}} for one in chains]
+    kept = {("chain", one) for one in chains} | {("counter", one) for one in counters}
+    kept |= {("limit", one) for one in limits}
+    stale = sorted(set(present) - kept)  # by kind: chains go before what they use
+    commands += [{"flush": {"chain": {**place, "name": one}}} for kind, one in stale if kind == "chain"]
+    commands += [{"delete": {kind: {**place, "name": one}}} for kind, one in stale]
+    commands += [{"add": {"counter": {**place, "name": one}}} for one in sorted(counters)]
+    commands += [{"add": {"limit": {**place, "name": one, **limit}}} for one, limit in sorted(limits.items())]
+    for one in reversed(chains):  # what is jumped to has its rules before the jump
+        commands += _rules("bridge", table, one, chains[one])
+    commands += _shaped(spec, ports)
     if spec.type == "internal":
         commands += _outward(spec)
     return {"nftables": commands}
+
+
+def _shaped(spec: SwitchSpec, ports: Sequence[GuestPort]) -> list[dict[str, Any]]:
+    """Lead what ports with a bandwidth limit send through their queues, whose interfaces are there."""
+    table = spec.table_name
+    commands = _replaced("netdev", table)
+    for port in ports:
+        if port.is_shaped:
+            chain = _chain("netdev", table, port.interface, "filter", "ingress", 0)
+            chain["add"]["chain"]["dev"] = port.interface
+            queue: Rule = [{"fwd": {"dev": shaper_name(port.interface)}}]
+            commands += [chain, *_rules("netdev", table, port.interface, [queue])]
+    return commands if len(commands) > 3 else commands[:2]
+
+
+def _dispatch(way: str, ports: Sequence[GuestPort], chain: str) -> list[Rule]:
+    """One look-up, however many ports there are."""
+    if not ports:
+        return []
+    targets = [[port.interface, {"jump": {"target": name(port.interface, chain)}}] for port in ports]
+    return [[{"vmap": {"key": _meta(way), "data": {"set": targets}}}]]
 
 
 def _outward(spec: SwitchSpec) -> list[dict[str, Any]]:
@@ -214,27 +307,54 @@ def _outward(spec: SwitchSpec) -> list[dict[str, Any]]:
 def removal(spec: SwitchSpec) -> dict[str, Any]:
     """A document after which there is no table of the switch's, whether there was one or not."""
     commands = []
-    for family, name in (("bridge", spec.table_name), ("inet", f"{spec.table_name}_out")):
-        place = {"table": {"family": family, "name": name}}
+    tables = (("netdev", spec.table_name), ("bridge", spec.table_name), ("inet", f"{spec.table_name}_out"))
+    for family, table in tables:
+        place = {"table": {"family": family, "name": table}}
         commands += [{"add": place}, {"delete": place}]
     return {"nftables": commands}
 
 
+def load(spec: SwitchSpec, ports: Sequence[GuestPort]) -> None:
+    """Have the kernel enforce the rules of these ports. Raises Unsupported, VmmError. One caller at a time."""
+    run(document(spec, ports, [(kind, str(one["name"])) for kind, one in _listed(spec) if kind in _KEPT]))
+
+
+def drops(spec: SwitchSpec) -> dict[str, dict[str, int]]:
+    """Frames dropped so far: interface -> reason -> how many. Raises Unsupported, VmmError."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, one in _listed(spec):
+        if kind == "counter" and one["packets"]:
+            interface, _, reason = str(one["name"]).partition(".")
+            found.setdefault(interface, {})[reason] = int(one["packets"])
+    return found
+
+
+_KEPT = ("chain", "counter", "limit")
+
+
+def _listed(spec: SwitchSpec) -> list[tuple[str, dict[str, Any]]]:
+    """(kind, facts) of everything in the switch's table; nothing where there is no such table."""
+    done = _nft("-j", "list", "table", "bridge", spec.table_name)
+    if done.returncode != 0:
+        return []
+    return [(kind, facts) for one in json.loads(done.stdout)["nftables"] for kind, facts in one.items()]
+
+
 def run(rules: dict[str, Any]) -> None:
     """Have the kernel take a document, whole or not at all. Raises Unsupported, VmmError."""
+    done = _nft("-j", "-f", "-", told=json.dumps(rules))
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise errors.VmmError(f"nft refused the switch's rules: {said[0]}")
+
+
+def _nft(*words: str, told: str = "") -> subprocess.CompletedProcess[bytes]:
     program = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if program is None:
         raise errors.Unsupported("nft is not installed", hint=NFT_HINT)
     try:
-        done = subprocess.run(
-            [program, "-j", "-f", "-"],
-            input=json.dumps(rules).encode(),
-            capture_output=True,
-            timeout=NFT_SECONDS,
-            check=False,
+        return subprocess.run(
+            [program, *words], input=told.encode(), capture_output=True, timeout=NFT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise errors.TimedOut("nft does not answer") from error
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise errors.VmmError(f"nft refused the switch's rules: {said[0]}")

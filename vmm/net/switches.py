@@ -326,7 +326,7 @@ class HostSide:
 
     def plug_tap(self, interface: str, setup: ports.PortSetup) -> None:
         """Put a tap that is there into the bridge, with its rules first. Raises VmmError."""
-        from vmm.net import bridge
+        from vmm.net import bridge, enforcing
         from vmm.net.engine import VlanMode
 
         with self.changing():
@@ -340,7 +340,7 @@ class HostSide:
             document = {"interface": interface, "port": ports.to_document(setup)}
             path = os.path.join(self._ports_folder(), f"{interface}.json")
             paths.write_whole(path, json.dumps(document).encode(), durable=False)
-            nft.run(nft.document(self.spec, self.bridge_ports()))
+            enforcing.enforce(self.spec, self.bridge_ports())
             with bridge.Kernel() as kernel:
                 kernel.set_master(interface, self.spec.bridge_name)
                 if filters:  # also without a VLAN: it may have had one
@@ -355,29 +355,43 @@ class HostSide:
 
     def unplug_tap(self, interface: str) -> None:
         """Forget a port; its tap goes with its descriptors."""
+        from vmm.net import enforcing
+
         with self.changing():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
             if os.path.exists(f"/sys/class/net/{self.spec.bridge_name}"):
-                nft.run(nft.document(self.spec, self.bridge_ports()))
+                enforcing.enforce(self.spec, self.bridge_ports())
 
     def guests(self) -> list[dict[str, Any]]:
         """The ports of machines, as `port_status` tells them."""
-        return [one for one in self.port_status() if one["name"] != PORT_NAME]
+        return [one for one in self.port_status(with_drops=False) if one["name"] != PORT_NAME]
 
-    def port_status(self) -> list[dict[str, Any]]:
-        """What is plugged where, with counters, in one form for both back ends."""
+    def port_status(self, *, with_drops: bool = True) -> list[dict[str, Any]]:
+        """What is plugged where, with counters, in one form for both back ends.
+
+        Without the drops of a bridge's ports it is cheap.
+        """
         if self.spec.backend == "user":
             status = self.user.status()
             return [] if status is None else list(status["ports"])
-        return [_tap_status(one["interface"], one["port"]) for one in self._port_documents() if _is_there(one)]
+        drops: dict[str, dict[str, int]] = {}
+        if with_drops and os.geteuid() == 0:  # nobody else may ask the kernel
+            from vmm.net import enforcing
+
+            drops = enforcing.drops(self.spec)
+        return [
+            _tap_status(one["interface"], one["port"], drops.get(one["interface"], {}))
+            for one in self._port_documents()
+            if _is_there(one)
+        ]
 
 
 def _is_there(document: dict[str, Any]) -> bool:
     return os.path.exists(f"/sys/class/net/{document['interface']}")
 
 
-def _tap_status(interface: str, port: dict[str, Any]) -> dict[str, Any]:
+def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int]) -> dict[str, Any]:
     """Counters as the guest sees them: the kernel's are the other way round."""
 
     def counter(name: str) -> int:
@@ -396,7 +410,7 @@ def _tap_status(interface: str, port: dict[str, Any]) -> dict[str, Any]:
         "transmitted_frames": counter("tx_packets"),
         "transmitted_bytes": counter("tx_bytes"),
         "backlog_frames": 0,
-        "drops": {"full": dropped} if (dropped := counter("tx_dropped")) else {},
+        "drops": {**drops, **({"full": dropped} if (dropped := counter("tx_dropped")) else {})},
     }
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from vmm.kvm.console import open_console
 from vmm.manager import Manager
 from vmm.net import switches
 from vmm.state import processes_of
+
+_NEW_NET = 0x40000000  # CLONE_NEWNET
 
 
 class MachineLab:
@@ -120,6 +124,18 @@ class Namespaces:
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """This thread is in it: sockets, and programs that it starts; /sys shows the outside as before."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open("/proc/thread-self/ns/net", encoding="ascii") as outside:
+            with open(f"/run/netns/{name}", encoding="ascii") as there:
+                assert libc.setns(there.fileno(), _NEW_NET) == 0, os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                assert libc.setns(outside.fileno(), _NEW_NET) == 0, os.strerror(ctypes.get_errno())
 
     def close(self) -> None:
         """Kill what runs in them, and remove them."""

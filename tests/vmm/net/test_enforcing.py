@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel enforces of a bridge's ports, between network namespaces that stand for guests."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from pyroute2.netlink.exceptions import NetlinkError
+
+from tests.support import require_root_and_namespaces, require_tool
+from tests.vmm.net import packets
+from tests.vmm.net.machines import Namespaces
+from vmm import errors
+from vmm.net import enforcing, nft, shaping
+from vmm.net.engine import PortRules
+from vmm.net.nft import GuestPort
+from vmm.net.plan import SwitchSpec, make_switch
+
+pytestmark = [pytest.mark.netns]
+SPEC = make_switch(name="x", type="external", uplink="e0", backend="bridge")
+ANY = PortRules(spoofing=True)
+RATE = 8_000_000
+
+
+class Bridge:
+    """A host with a bridge br0 whose ports vt0 and vt1 lead to the eth0 of two guests."""
+
+    def __init__(self) -> None:
+        self.spaces = Namespaces()
+        self.here, self.one, self.two = (self.spaces.add(word) for word in ("host", "one", "two"))
+        self.spaces.run(self.here, "ip link add br0 type bridge && ip link set br0 up")
+        for number, name in enumerate((self.one, self.two)):
+            self.spaces.run(name, "sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1")
+            self.spaces.run(self.here, f"ip link add vt{number} type veth peer name eth0 netns {name}")
+            self.spaces.run(self.here, f"ip link set vt{number} master br0 up")
+            self.spaces.run(name, f"ip addr add 10.5.0.{number + 1}/24 dev eth0 && ip link set eth0 up")
+        self.spaces.run(self.one, "ping -c 1 -w 10 10.5.0.2")
+
+    def enforce(self, *ports: GuestPort) -> None:
+        """As the switch does."""
+        with self.spaces.inside(self.here):
+            enforcing.enforce(SPEC, ports)
+
+    def drops(self) -> dict[str, dict[str, int]]:
+        """As the switch counts them."""
+        with self.spaces.inside(self.here):
+            return enforcing.drops(SPEC)
+
+    def send(self, *frames: bytes) -> None:
+        """Frames from the first guest's card."""
+        with self.spaces.inside(self.one):
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        with sock:
+            sock.bind(("eth0", 0))
+            for frame in frames:
+                sock.send(frame)
+
+    def received_bytes(self) -> int:
+        """What reached the second guest's card."""
+        said = json.loads(self.spaces.run(self.two, "ip -j -s link show eth0"))
+        found: int = said[0]["stats64"]["rx"]["bytes"]
+        return found
+
+
+@pytest.fixture
+def bridge() -> Iterator[Bridge]:
+    """Namespaces of this test."""
+    require_root_and_namespaces()
+    require_tool("nft")
+    one = Bridge()
+    try:
+        yield one
+    finally:
+        one.spaces.close()
+
+
+_FLOOD = """
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    try: sock.sendto(bytes(1472), ("10.5.0.2", 9))
+    except OSError: pass
+"""
+
+
+@pytest.mark.slow
+def test_a_bandwidth_limit_holds_from_the_first_moment(bridge: Bridge) -> None:
+    """A sender that floods gets no more than 5 % over its limit, idle before or not; what is lost is counted."""
+    bridge.enforce(GuestPort("vt0", ANY, RATE), GuestPort("vt1", ANY))
+    before, start = bridge.received_bytes(), time.monotonic()
+    flood = subprocess.Popen(["ip", "netns", "exec", bridge.one, sys.executable, "-c", _FLOOD])
+    try:
+        while time.monotonic() < start + 1.5 or not bridge.drops().get("vt0", {}).get("bandwidth"):
+            bridge.enforce(GuestPort("vt0", ANY, RATE), GuestPort("vt1", replace(ANY, dhcp_guard=True)))
+            assert time.monotonic() < start + 60
+            time.sleep(0.1)
+        got = bridge.received_bytes() - before
+        seconds = time.monotonic() - start
+    finally:
+        flood.kill()
+        flood.wait()
+    assert got * 8 / seconds <= 1.05 * RATE
+
+
+def test_a_limit_that_changes_and_goes(bridge: Bridge) -> None:
+    """Another rate is the queue's at once; without a limit, and after the switch, there is no queue."""
+    bridge.enforce(GuestPort("vt0", ANY, RATE))
+    assert "rate 8Mbit burst 10000b" in bridge.spaces.run(bridge.here, "tc qdisc show dev vb0")
+    bridge.enforce(GuestPort("vt0", ANY, 64_000), GuestPort("vt1", ANY, 10 * RATE))
+    assert "rate 64Kbit burst 303" in bridge.spaces.run(bridge.here, "tc qdisc show dev vb0")
+    bridge.spaces.run(bridge.one, "ping -c 1 -w 10 10.5.0.2")
+    bridge.enforce(GuestPort("vt0", ANY), GuestPort("vt1", ANY, 10 * RATE))
+    bridge.spaces.run(bridge.one, "ping -c 1 -w 10 10.5.0.2")
+    assert [name for name in ("vb0", "vb1") if name in bridge.spaces.run(bridge.here, "ip -br link")] == ["vb1"]
+    bridge.spaces.run(bridge.here, "ip link set vt1 mtu 9000")
+    bridge.enforce(GuestPort("vt1", ANY, RATE))
+    assert "burst 1803" in bridge.spaces.run(bridge.here, "tc qdisc show dev vb1")
+    with bridge.spaces.inside(bridge.here):
+        enforcing.end(SPEC)
+    assert "vb" not in bridge.spaces.run(bridge.here, "ip -br link")
+    assert bridge.spaces.run(bridge.here, "nft list ruleset") == ""
+
+
+def test_a_tap_that_is_gone_is_left_out(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that ends while the rules of all are made keeps none of the others from having theirs."""
+    limited = GuestPort("vt0", ANY, RATE), GuestPort("vt1", ANY, RATE)
+    bridge.enforce(*limited)
+    load = nft.load
+    calls: list[list[GuestPort]] = []
+
+    def end_meanwhile(spec: SwitchSpec, ports: list[GuestPort]) -> None:
+        calls.append(ports)
+        if len(calls) == 1:
+            bridge.spaces.run(bridge.here, "ip link del vt0")
+            raise errors.VmmError("there is no vt0")  # as kernels before 6.16 say
+        load(spec, ports)
+
+    monkeypatch.setattr(nft, "load", end_meanwhile)
+    bridge.enforce(*limited)
+    assert len(calls) == 2
+    listed = bridge.spaces.run(bridge.here, "nft list ruleset")
+    assert 'fwd to "vb1"' in listed
+    assert 'fwd to "vb0"' not in listed
+
+
+def test_a_change_at_a_port_leaves_counters_and_limits_alone(bridge: Bridge) -> None:
+    """`INV-LIMITS-KEPT`: the kernel's same objects with the same counts, whatever changes at ports beside them."""
+    stormy = PortRules(spoofing=True, storm_frames_per_second=10)
+    bridge.enforce(GuestPort("vt0", stormy, RATE), GuestPort("vt1", ANY))
+    tagged = packets.ethernet(packets.mac(2), packets.mac(1), bytes(50), vlan=5)
+    bridge.send(*[tagged] * 7)
+
+    def kept() -> list[object]:
+        listed = json.loads(bridge.spaces.run(bridge.here, "nft -j list ruleset"))["nftables"]
+        return [one for one in listed if {"counter", "limit"} & set(one)]
+
+    before = [one for one in kept() if "vt0" in str(one)]
+    assert bridge.drops() == {"vt0": {"vlan": 7}}
+    assert len(before) == 3
+    for other in (GuestPort("vt1", replace(stormy, dhcp_guard=True)), GuestPort("vt1", ANY, RATE)):
+        bridge.enforce(GuestPort("vt0", stormy, RATE), other)
+        assert [one for one in kept() if "vt0" in str(one)] == before
+    bridge.enforce(GuestPort("vt0", stormy, RATE))
+    assert [one for one in kept() if one not in before] == []
+    assert bridge.drops() == {"vt0": {"vlan": 7}}
+
+
+def test_every_reason_is_counted(bridge: Bridge) -> None:
+    """Spoofed senders, tags, guards and storms each have a number of their own, at the port that sent."""
+    me = packets.mac(1)
+    rules = PortRules(frozenset({me}), dhcp_guard=True, router_guard=True, storm_frames_per_second=10)
+    bridge.enforce(GuestPort("vt0", rules), GuestPort("vt1", ANY))
+    hello = packets.ethernet(packets.mac(2), me, bytes(50))
+    bridge.send(hello, packets.ethernet(packets.mac(2), packets.mac(9), bytes(50)))
+    bridge.send(packets.ethernet(packets.mac(2), me, bytes(50), vlan=5))
+    bridge.send(packets.dhcp_offer(me), packets.router_advertisement(me))
+    assert bridge.drops() == {"vt0": {"spoofed": 1, "vlan": 1, "dhcp-guard": 1, "router-guard": 1}}
+    sent, start = 1000, time.monotonic()
+    bridge.send(*[packets.ethernet(b"\xff" * 6, me, bytes(50))] * sent)
+    refilled = (time.monotonic() - start) * 10 + 1
+    assert sent - 1 - refilled <= bridge.drops()["vt0"]["storm"] < sent
+
+
+def test_a_kernel_without_queues_refuses_a_limit(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words, with what to load; nothing is half limited."""
+
+    def refuse(*arguments: object) -> None:
+        raise NetlinkError(95, "Operation not supported")
+
+    monkeypatch.setattr(shaping, "_ensure", refuse)
+    with pytest.raises(errors.Unsupported, match="limits no bandwidth"):
+        bridge.enforce(GuestPort("vt0", ANY, RATE))
+    assert bridge.spaces.run(bridge.here, "nft list ruleset") == ""

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bandwidth limits on the bridge back end: what a tap sends waits in a queue that empties at the limit's rate.
+
+Decides how fast and how long that queue is. Frames that come in at a tap are led (`nft`: `fwd to`) to an interface of
+kind ifb, whose queue is a token bucket filter (tc-tbf(8)), and go on from there as if they had come in at the tap just
+now. nftables' own limit does not do: its bucket for bytes holds a whole second beside the burst (nft_limit.c).
+A limit that stays the same is not touched, so that its bucket is never filled again by a command. With `bridge` the
+home of pyroute2. Must not know rules, nor when a limit changes.
+
+    guest ── tap ─┐             ┌─> bridge
+                  └─> ifb: tbf ─┘
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from vmm import errors
+from vmm.net import frames
+from vmm.net.bridge import refused
+from vmm.net.nft import shaper_name
+from vmm.net.plan import SwitchSpec
+
+BURST_SECONDS = 0.01  # and two whole frames at least
+QUEUE_SECONDS = 0.1  # what waits longer is lost, which is how TCP learns of the limit
+MIN_QUEUE_BYTES = 16 << 10
+HINT = "modprobe -a ifb sch_tbf nft_fwd_netdev"
+_ALIAS = "vmm bandwidth limit of "
+_UNKNOWN = (errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
+
+
+def ensure(spec: SwitchSpec, rates: Mapping[str, int]) -> frozenset[str]:
+    """Have a queue of that rate, in bits a second, for each tap; which taps are there.
+
+    Raises Unsupported where the kernel has no such queues.
+    """
+    there = set()
+    with IPRoute() as netlink:
+        for interface, rate in rates.items():
+            try:
+                if found := netlink.link_lookup(ifname=interface):
+                    mtu_bytes = netlink.get_links(found[0])[0].get_attr("IFLA_MTU")
+                    _ensure(netlink, spec, shaper_name(interface), rate // 8, mtu_bytes)
+                    there.add(interface)
+            except NetlinkError as error:
+                if error.code == errno.ENODEV:  # its guest is off by now
+                    continue
+                if error.code in _UNKNOWN:
+                    raise errors.Unsupported("this kernel limits no bandwidth", hint=HINT) from error
+                raise refused(error, f"limit the bandwidth of {interface}") from error
+    return frozenset(there)
+
+
+def _ensure(netlink: IPRoute, spec: SwitchSpec, name: str, bytes_per_second: int, mtu_bytes: int) -> None:
+    found = netlink.link_lookup(ifname=name)
+    if not found:
+        netlink.link("add", ifname=name, kind="ifb")
+        found = netlink.link_lookup(ifname=name)
+        netlink.link("set", index=found[0], ifalias=_ALIAS + spec.id)
+    index = found[0]
+    has_mtu = netlink.get_links(index)[0].get_attr("IFLA_MTU") == mtu_bytes
+    if not has_mtu or _rate(netlink, index) != bytes_per_second:
+        burst = max(2 * (mtu_bytes + frames.HEADER_BYTES + frames.TAG_BYTES), int(bytes_per_second * BURST_SECONDS))
+        limit = max(MIN_QUEUE_BYTES, int(bytes_per_second * QUEUE_SECONDS)) + burst
+        netlink.tc("replace", "tbf", index=index, rate=bytes_per_second, burst=burst, limit=limit)
+    netlink.link("set", index=index, mtu=mtu_bytes, state="up")  # its MTU only tells for which one the queue is
+
+
+def _rate(netlink: IPRoute, index: int) -> int | None:
+    """Bytes a second of the queue that is there."""
+    for message in _queues(netlink, index):
+        options = message.get_attr("TCA_OPTIONS")
+        parameters = None if options is None else options.get_attr("TCA_TBF_PARMS")
+        if parameters is not None:
+            return int(parameters["rate"])
+    return None
+
+
+def _queues(netlink: IPRoute, index: int) -> Iterator[Any]:
+    for message in netlink.get_qdiscs(index=index):
+        if message.get_attr("TCA_KIND") == "tbf":
+            yield message
+
+
+def drop_others(spec: SwitchSpec, interfaces: Mapping[str, object]) -> None:
+    """Take away the switch's queues of other taps; fine when there are none."""
+    kept = {shaper_name(one) for one in interfaces}
+    with IPRoute() as netlink:
+        for message in netlink.get_links(kind="ifb"):
+            if message.get_attr("IFLA_IFALIAS") == _ALIAS + spec.id and message.get_attr("IFLA_IFNAME") not in kept:
+                try:
+                    netlink.link("del", index=message["index"])
+                except NetlinkError as error:
+                    if error.code != errno.ENODEV:
+                        raise refused(error, "end a bandwidth limit") from error
+
+
+def drops(spec: SwitchSpec) -> dict[str, int]:
+    """Frames that found the queue full: the tap's name -> how many."""
+    found = {}
+    with IPRoute() as netlink:
+        for link in netlink.get_links(kind="ifb"):
+            if link.get_attr("IFLA_IFALIAS") != _ALIAS + spec.id:
+                continue
+            for message in _queues(netlink, link["index"]):
+                statistics = message.get_attr("TCA_STATS")
+                name = link.get_attr("IFLA_IFNAME")
+                if statistics is not None and statistics["drop"]:
+                    found["vt" + name.removeprefix("vb")] = int(statistics["drop"])
+    return found
