@@ -19,7 +19,7 @@ from vmm.manager import Manager
 from vmm.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
 from vmm.state import MachineState
 
-_SERVICES = tuple(IntegrationSpec.model_fields)
+_SERVICES = tuple(name.replace("_", "-") for name in IntegrationSpec.model_fields)
 _SET_HELP = {
     "memory": "Memory, such as 512M or 4G.",
     "cpus": "Number of virtual processors.",
@@ -112,12 +112,12 @@ def _boot_order(text: str) -> list[str]:
 
 def _service(word: str) -> tuple[str, bool]:
     name, _, value = word.partition("=")
-    name = name.replace("-", "_")
+    name = name.replace("_", "-")
     if name not in _SERVICES or value not in ("on", "off"):
         raise click.BadParameter(
             f"{word!r} is not NAME=on|off; there are {', '.join(_SERVICES)}", param_hint="--service"
         )
-    return name, value == "on"
+    return name.replace("-", "_"), value == "on"
 
 
 @click.command(

@@ -81,6 +81,7 @@ def test_create_with_everything(folder: Path) -> None:
         (["x", "--boot-order", "floppy"], 2, "none of disk"),
         (["x", "--service", "coffee=on"], 2, "heartbeat"),
         (["x", "--service", "heartbeat=maybe"], 2, "NAME=on|off"),
+        (["x", "--service", "tea=on"], 2, "time-sync, key-value, backup"),
         (["x", "--folder", "absent"], 2, "not a folder"),
         (["x", "--cpu", "a b"], 2, "cpu_model"),
         ([], 2, "NAME"),
