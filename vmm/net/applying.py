@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import enforcing, nft, plan, settings
+from vmm.net import enforcing, forwarding, nft, plan, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
 from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
@@ -163,6 +163,8 @@ class Applying:
                 kernel.add_bridge(**arguments)
             case "sysctl":
                 settings.hold(self._shared, arguments["setting"], arguments["value"], self.spec.id)
+            case "forward":
+                forwarding.begin(self._shared, self.spec.id)
             case "up":
                 kernel.set_up(arguments["name"])
             case "enslave":
@@ -187,6 +189,8 @@ class Applying:
                 kernel.remove_bridge(before["name"])
             case "sysctl":
                 settings.release(self._shared, before["setting"], self.spec.id)
+            case "forward":
+                forwarding.end(self._shared, self.spec.id)
             case "up":
                 if not before["was_up"]:
                     kernel.set_up(before["name"], False)

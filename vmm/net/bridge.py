@@ -293,15 +293,7 @@ class Kernel:
                 routes=self.routes(spec.uplink),
                 shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
             )
-        return HostFacts(has_vlan_filtering(), uplink, self._outward(), tuple(self.networks(spec.bridge_name)))
-
-    def _outward(self) -> tuple[str, ...]:
-        found = {
-            self._name(message.get_attr("RTA_OIF"))
-            for message in self._netlink.get_routes(family=socket.AF_INET)
-            if message["dst_len"] == 0 and message["table"] == 254 and message.get_attr("RTA_OIF")
-        }
-        return tuple(sorted(found))
+        return HostFacts(has_vlan_filtering(), uplink, tuple(self.networks(spec.bridge_name)))
 
     def networks(self, besides: str | None = None) -> list[str]:
         """Every IPv4 network that the host has an address in, as "10.0.0.1/24"; but those on the link `besides`."""

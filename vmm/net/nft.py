@@ -20,9 +20,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmm import errors
-from vmm.net import frames
+from vmm import errors, paths
+from vmm.net import forwarding, frames
 from vmm.net.engine import Drop, PortRules, VlanMode
+from vmm.net.forwarding import Guard
 from vmm.net.plan import SwitchSpec
 
 NFT_SECONDS = 20.0
@@ -228,8 +229,13 @@ def _rules(family: str, table: str, chain: str, rules: Sequence[Rule]) -> list[d
     return [{"add": {"rule": {"family": family, "table": table, "chain": chain, "expr": rule}}} for rule in rules]
 
 
-def document(spec: SwitchSpec, ports: Sequence[GuestPort], present: Collection[Kept] = ()) -> dict[str, Any]:
-    """All tables of a switch with these ports; of what is `present` in the first, that of other ports is removed."""
+def document(
+    spec: SwitchSpec, ports: Sequence[GuestPort], present: Collection[Kept] = (), guard: Guard | None = None
+) -> dict[str, Any]:
+    """All tables of a switch with these ports; of what is `present` in the first, that of other ports is removed.
+
+    Pure where `guard` is given; else it is what the host needs now.
+    """
     table = spec.table_name
     place = {"family": "bridge", "table": table}
     found = [port_chains(port) for port in ports]
@@ -260,7 +266,9 @@ def document(spec: SwitchSpec, ports: Sequence[GuestPort], present: Collection[K
         commands += _rules("bridge", table, one, chains[one])
     commands += _shaped(spec, ports)
     if spec.type == "internal":
-        commands += _outward(spec)
+        if guard is None:
+            guard = forwarding.guard(paths.runtime_home()) if spec.nat else Guard(is_needed=False)
+        commands += _outward(spec, guard)
     return {"nftables": commands}
 
 
@@ -285,7 +293,7 @@ def _dispatch(way: str, ports: Sequence[GuestPort], chain: str) -> list[Rule]:
     return [[{"vmap": {"key": _meta(way), "data": {"set": targets}}}]]
 
 
-def _outward(spec: SwitchSpec) -> list[dict[str, Any]]:
+def _outward(spec: SwitchSpec, guard: Guard) -> list[dict[str, Any]]:
     """Whether an internal network leads to others: masqueraded, or not at all, whatever the host forwards else."""
     table, bridge = f"{spec.table_name}_out", spec.bridge_name
     commands = [*_replaced("inet", table), _chain("inet", table, "forward", "filter", "forward", -10)]
@@ -298,10 +306,20 @@ def _outward(spec: SwitchSpec) -> list[dict[str, Any]]:
     known = _match({"ct": {"key": "state"}}, ["established", "related"], "in")
     inward: Rule = [_match(_meta("oifname"), bridge), _match(_meta("iifname"), bridge, "!=")]
     commands += _rules("inet", table, "forward", [[*inward, known, {"accept": None}], [*inward, *_DROP]])
+    if guard.is_needed:
+        commands += _rules("inet", table, "forward", [_between_others(guard)])
     commands.append(_chain("inet", table, "outside", "nat", "postrouting", 100))
     network = {"prefix": {"addr": str(spec.network.network_address), "len": spec.network.prefixlen}}
     leaving: Rule = [_match(_field("ip", "saddr"), network), _match(_meta("oifname"), bridge, "!=")]
     return commands + _rules("inet", table, "outside", [[*leaving, {"masquerade": None}]])
+
+
+def _between_others(guard: Guard) -> Rule:
+    """No router between the host's networks: what others' bridges send and get is not ours to judge, as is our own."""
+    matches = [_match(_meta("nfproto"), "ipv4")]
+    if guard.forwarded:
+        matches.append(_match(_meta("iifname"), {"set": list(guard.forwarded)}, "!="))
+    return [*matches, *(_match(_meta(key), "bridge", "!=") for key in ("iifkind", "oifkind")), *_DROP]
 
 
 def removal(spec: SwitchSpec) -> dict[str, Any]:

@@ -268,7 +268,6 @@ class HostFacts:
 
     has_vlan_filtering: bool = False
     uplink: UplinkFacts | None = None
-    outward: tuple[str, ...] = ()  # interfaces with a default route: NAT leads there
     networks: tuple[str, ...] = ()  # in which the host has an address, as "10.0.0.1/24"
 
 
@@ -355,21 +354,19 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
         todo.append(Step("vlans", arguments, f"put the host's adapter into VLAN {spec.host_vlan}"))
     todo.append(Step("up", {"name": bridge}, f"switch {bridge} on"))
     if spec.type == "internal":
-        todo += _internal_steps(spec, facts)
+        todo += _internal_steps(spec)
     if uplink is not None:
         todo += _external_steps(spec, facts, uplink)
     return todo
 
 
-def _internal_steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
+def _internal_steps(spec: SwitchSpec) -> list[Step]:
     bridge = spec.bridge_name
     address = Address(str(spec.interface), str(spec.network.broadcast_address))
     todo = [Step("address", {"name": bridge, "one": address}, f"give the host {address} on {bridge}")]
     if spec.nat:
-        for name in (bridge, *facts.outward):
-            setting = f"net/ipv4/conf/{name}/forwarding"
-            words = f"let packets that come in at {name} be forwarded"
-            todo.append(Step("sysctl", {"setting": setting, "value": "1"}, words))
+        words = f"let packets be forwarded from {bridge} to wherever this host's routes lead, and their answers back"
+        todo.append(Step("forward", {}, words))
     if spec.dhcp:
         todo.append(Step("dhcp", {}, f"start a DHCP and name server (dnsmasq) on {bridge}"))
     return todo

@@ -2,10 +2,13 @@
 """Kernel settings (sysctl) that several switches want at once, and what they were before the first.
 
 Decides that a setting is put back when the last switch that holds it lets go, to what it was before the first took it:
-in whatever order switches come and go, none loses what it needs, and in the end the host is as it was. Each of the two
-works again when it was killed half way. Must not know which settings a switch needs.
+in whatever order switches come and go, none loses what it needs, and in the end the host is as it was. What somebody
+else changed or wants meanwhile stays. Each of the two works again when it was killed half way. Must not know which
+settings a switch needs.
 
-    FOLDER/settings.json   {"boot_id": ..., "held": {SETTING: {"before": "0", "by": [SWITCH'S ID, ...]}, ...}}
+    FOLDER/settings.json   {"boot_id": ..., "held": {SETTING: HELD, ...}}
+    HELD                   {"before": "0", "value": "1", "everywhere": "0", "by": [SWITCH'S ID, ...]}
+                           `everywhere`: what all/ in the place of the interface had before
 
 `INV-SETTING-HELD`: what is in the file was read before the first write of that setting; a killed writer changes
 nothing of it. A file of an earlier boot is worth nothing.
@@ -15,39 +18,112 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmm import errors, paths
 from vmm.proc import locked
 
 FILE_NAME, _LOCK_NAME = "settings.json", "settings.lock"
+_OF_INTERFACE = re.compile(r"(net/ipv[46]/conf/)([^/]+)(/.+)")
 
 
 def hold(folder: str, setting: str, value: str, holder: str) -> None:
     """Give a setting this value until `holder` lets go of it; one that does not exist, as without IPv6, is fine."""
+    hold_all(folder, {setting: value}, holder)
+
+
+def hold_all(folder: str, values: Mapping[str, str], holder: str) -> None:
+    """As `hold`, of several settings, written in this order."""
     with locked(os.path.join(folder, _LOCK_NAME)):
         held = _load(folder)
-        one = held.setdefault(setting, {"before": _read(setting), "by": []})
-        if holder not in one["by"]:
-            one["by"].append(holder)
-            _save(folder, held)
-        write(setting, value)
+        known = dict(held)
+        for setting, wanted in values.items():
+            one = held.setdefault(setting, _found(setting, known))
+            one["value"] = wanted
+            if holder not in one["by"]:
+                one["by"].append(holder)
+        _save(folder, held)
+        for setting, wanted in values.items():
+            write(setting, wanted)
 
 
 def release(folder: str, setting: str, holder: str) -> None:
     """`holder` needs a setting no more; fine when it does not hold it."""
+    release_all(folder, holder, lambda name: name == setting)
+
+
+def release_all(folder: str, holder: str, concerns: Callable[[str], bool]) -> None:
+    """As `release`, of all that it holds and `concerns` says yes to."""
     with locked(os.path.join(folder, _LOCK_NAME)):
         held = _load(folder)
-        one = held.get(setting)
-        if one is None or holder not in one["by"]:
+        mine = [name for name, one in held.items() if holder in one["by"] and concerns(name)]
+        if not mine:
             return
-        if one["by"] == [holder]:
-            if one["before"] is not None:
-                write(setting, one["before"])
-            del held[setting]
-        else:
-            one["by"].remove(holder)
-        _save(folder, held)
+        for name in mine:
+            if held[name]["by"] == [holder]:
+                for newcomer in _newcomers(name, held):
+                    _put_back(newcomer, held[name])
+                _put_back(name, held[name])
+        for name in mine:
+            held[name]["by"].remove(holder)
+        _save(folder, {name: one for name, one in held.items() if one["by"]})
+
+
+def _found(setting: str, held: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting that no switch held yet. What came with an interface by a default of ours was not there before."""
+    there = value(setting)
+    default = held.get(_of(setting, "default"), {})
+    if there is not None and there == default.get("value"):
+        there = default["before"]
+    return {"before": there, "everywhere": _everywhere(setting), "by": []}
+
+
+def before(folder: str, setting: str) -> str | None:
+    """What a setting was before the first switch took it; None where none holds it."""
+    one = _load(folder).get(setting)
+    return None if one is None else one["before"]
+
+
+def _put_back(setting: str, one: Mapping[str, Any]) -> None:
+    """Back to what it was, unless that is not ours to say any more.
+
+    Somebody gave it another value since, or gave ours to all interfaces: so do Docker and libvirt with `ip_forward`.
+    """
+    ours, there = one.get("value"), value(setting)
+    if one["before"] is None or there in (None, one["before"]) or (ours is not None and there != ours):
+        return
+    everywhere = _everywhere(setting)
+    if everywhere is not None and everywhere == ours != one.get("everywhere"):
+        return
+    write(setting, one["before"])
+
+
+def _of(setting: str, interface: str) -> str:
+    """The same setting of another interface: writing that of `all` writes every other, a new one has `default`'s."""
+    return _OF_INTERFACE.sub(rf"\g<1>{interface}\g<3>", setting)
+
+
+def _everywhere(setting: str) -> str | None:
+    return value(_of(setting, "all")) if _OF_INTERFACE.fullmatch(setting) else None
+
+
+def _newcomers(setting: str, held: Mapping[str, Any]) -> list[str]:
+    """The settings of interfaces that were made since, of which `setting` is the default: they have its value."""
+    found = _OF_INTERFACE.fullmatch(setting)
+    if found is None or found[2] != "default":
+        return []
+    names = [name for name in interfaces(found[1]) if name not in ("all", "default", "lo")]
+    return [other for name in names if (other := f"{found[1]}{name}{found[3]}") not in held]
+
+
+def interfaces(folder: str = "net/ipv4/conf/") -> list[str]:
+    """The interfaces that have settings in that folder of the kernel, with `all` and `default`."""
+    try:
+        return sorted(os.listdir(f"/proc/sys/{folder}"))
+    except OSError:
+        return []
 
 
 def _load(folder: str) -> dict[str, dict[str, Any]]:
@@ -74,7 +150,8 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def _read(setting: str) -> str | None:
+def value(setting: str) -> str | None:
+    """What the kernel has; None where it has no such setting."""
     try:
         with open(f"/proc/sys/{setting}", encoding="ascii") as file:
             return file.read().strip()

@@ -96,6 +96,7 @@ def kill_everywhere(verb: str, one: Applying, stride: int) -> int:
 def main() -> None:
     """See above."""
     verb, path, folder = sys.argv[1:4]
+    os.environ["VMM_RUNTIME"] = os.path.dirname(os.path.abspath(folder))
     for name in (
         "add_bridge", "remove_bridge", "set_up", "set_master", "add_address", "remove_address", "add_route",
     ):  # fmt: skip

@@ -47,6 +47,15 @@ class BridgeHost:
             self.spaces.run(name, f"ip route add default via {gateway}")
         return name
 
+    def guest_of_another(self, bridge: str, address: str, guest: str, gateway: str) -> str:
+        """A container of somebody else's: a bridge with the host's address, and one guest on it; its namespace."""
+        name = self.spaces.add(bridge)
+        self.run(f"ip link add {bridge} type bridge; ip addr add {address} dev {bridge}; ip link set {bridge} up")
+        self.run(f"ip link add p-{bridge} type veth peer name eth0 netns {name}")
+        self.run(f"ip link set p-{bridge} master {bridge}; ip link set p-{bridge} up")
+        self.spaces.run(name, f"ip addr add {guest} dev eth0; ip link set eth0 up; ip route add default via {gateway}")
+        return name
+
     def ping(self, name: str, target: str, seconds: int = 5) -> bool:
         """True when an answer comes within that time."""
         return " 1 received" in self.spaces.run(name, f"ping -c 1 -w {seconds} {target}", check=False)

@@ -17,6 +17,7 @@ from tests.vmm.net import packets
 from tests.vmm.net.machines import Namespaces
 from vmm.net import frames, nft
 from vmm.net.engine import Engine, PortRules, VlanMode
+from vmm.net.forwarding import Guard
 from vmm.net.nft import GuestPort
 from vmm.net.plan import make_switch
 
@@ -61,7 +62,7 @@ def test_the_kernel_takes_the_rules(space: tuple[Namespaces, str], name: str, tm
     spaces.run(here, "ip link add vt0 type veth peer name up0 && ip link add vb0 type ifb")
     document = tmp_path / "rules.json"
     for _ in range(2):
-        document.write_text(json.dumps(nft.document(SWITCHES[name], [GUARDED, FREE])))
+        document.write_text(json.dumps(nft.document(SWITCHES[name], [GUARDED, FREE], guard=Guard())))
         spaces.run(here, f"nft -j -f {document}")
     assert spaces.run(here, "nft -s list ruleset") == (_GOLDEN / f"{name}.nft").read_text()
     for _ in range(2):

@@ -44,15 +44,14 @@ def test_private_steps() -> None:
 
 
 def test_internal_steps() -> None:
-    """The host's address, forwarding only with NAT and only where packets come in, DHCP last."""
-    steps = words({"type": "internal", "address": "10.77.0.1/24", "nat": True}, HostFacts(outward=("eth0",)))
+    """The host's address, forwarding only with NAT, DHCP last."""
+    steps = words({"type": "internal", "address": "10.77.0.1/24", "nat": True}, HostFacts())
     assert steps[3:] == [
         "give the host 10.77.0.1/24 on vmm01234567",
-        "let packets that come in at vmm01234567 be forwarded",
-        "let packets that come in at eth0 be forwarded",
+        "let packets be forwarded from vmm01234567 to wherever this host's routes lead, and their answers back",
         "start a DHCP and name server (dnsmasq) on vmm01234567",
     ]
-    plain = words({"type": "internal", "address": "10.77.0.1/24", "dhcp": False}, HostFacts(outward=("eth0",)))
+    plain = words({"type": "internal", "address": "10.77.0.1/24", "dhcp": False}, HostFacts())
     assert plain[3:] == ["give the host 10.77.0.1/24 on vmm01234567"]
 
 

@@ -18,7 +18,8 @@ SETTING = "some/setting"
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The kernel's settings, as a dictionary."""
     values = {SETTING: "0"}
-    monkeypatch.setattr(settings, "_read", values.get)
+    monkeypatch.setattr(settings, "value", values.get)
+    monkeypatch.setattr(settings, "interfaces", lambda folder: [one.split("/")[3] for one in values if "conf" in one])
     monkeypatch.setattr(settings, "write", values.__setitem__)
     yield values
 
@@ -56,6 +57,49 @@ def test_killed_before_the_setting_is_written(
     assert kernel == {SETTING: "1"}
     settings.release(folder, SETTING, "a")
     assert kernel == {SETTING: "0"}
+
+
+FORWARDING = "net/ipv4/conf/{}/forwarding"
+
+
+def test_what_somebody_else_changed_since_stays(kernel: dict[str, str], tmp_path: Path) -> None:
+    """Another value than ours is somebody else's by now. `INV-SETTING-HELD`."""
+    settings.hold(str(tmp_path), SETTING, "1", "a")
+    kernel[SETTING] = "2"
+    settings.release(str(tmp_path), SETTING, "a")
+    assert kernel == {SETTING: "2"}
+
+
+@pytest.mark.parametrize(("before", "since", "left"), [("0", "1", "1"), ("0", "0", "0"), ("1", "1", "0")])
+def test_what_was_switched_on_everywhere_since_stays(
+    kernel: dict[str, str], tmp_path: Path, before: str, since: str, left: str
+) -> None:
+    """Docker's `ip_forward` reaches the card, too: it stays. One that was an exception before is one again.
+
+    `INV-SETTING-HELD`.
+    """
+    everywhere, card = FORWARDING.format("all"), FORWARDING.format("eth0")
+    kernel |= {everywhere: before, card: "0"}
+    settings.hold(str(tmp_path), card, "1", "a")
+    kernel[everywhere] = since
+    settings.release(str(tmp_path), card, "a")
+    assert kernel[card] == left
+
+
+def test_interfaces_that_came_since_have_what_they_would_have(kernel: dict[str, str], tmp_path: Path) -> None:
+    """A new interface has our default: so it is not noted as its own by the next switch, and goes with the last.
+
+    `INV-SETTING-HELD`.
+    """
+    names = ("all", "default", "eth0", "eth1", "eth2")
+    everywhere, default, card, new, third = (FORWARDING.format(one) for one in names)
+    kernel |= {everywhere: "0", default: "0", card: "1"}
+    settings.hold_all(str(tmp_path), {default: "1", card: "1"}, "a")
+    kernel |= {new: "1", third: "1"}
+    settings.hold_all(str(tmp_path), {default: "1", card: "1", new: "1"}, "b")
+    for holder in "ab":
+        settings.release_all(str(tmp_path), holder, lambda name: name != SETTING)
+    assert kernel == {SETTING: "0", everywhere: "0", default: "0", card: "1", new: "0", third: "0"}
 
 
 def test_an_earlier_boot_is_forgotten(kernel: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
