@@ -17,6 +17,10 @@ from tests.mounting import require_fuse
 from tests.support import ROOT, require_linux_guest, require_tool
 
 
+def _shown_in_readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+
+
 def start_demo(folder: Path) -> subprocess.Popen[str]:
     """Start the demo with this interpreter and without the set-up; its files go below `folder`."""
     return subprocess.Popen(
@@ -26,7 +30,40 @@ def start_demo(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+def test_what_the_readme_shows_is_in_it() -> None:
+    """Each command that README.md shows of its output is one that it runs, and prints."""
+    script = (ROOT / "script" / "demo").read_text(encoding="utf-8")
+    shown = re.findall(r"^\$ (.*)", _shown_in_readme(), re.MULTILINE)
+    assert len(shown) > 3
+    for line in shown:
+        said = f"\nshow {line.removeprefix('vhdkit ')}\n" if line.startswith("vhdkit ") else f"echo '$ {line}'\n"
+        assert said in script, line
+
+
+def test_in_ci_nothing_is_left_out(tmp_path: Path) -> None:
+    """A missing program is named, with what comes instead; with CI=true the demo fails there."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "dirname", "mktemp", "rm", "mkdir", "seq", "head", "truncate", "cat", "dd"):
+        (programs / name).symlink_to(require_tool(name))
+    script = tmp_path / "script" / "demo"
+    script.parent.mkdir()
+    content = (ROOT / "script" / "demo").read_text(encoding="utf-8")
+    script.write_text(content.replace('PATH="$PATH:/usr/sbin:/sbin"', ""))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for ci, code in (("true", 1), ("", 127)):  # without a Python it ends at its first command
+        done = subprocess.run(
+            [require_tool("bash"), script], check=False, capture_output=True, timeout=60,
+            env={"PATH": str(programs), "VHDKIT_PYTHON": str(tmp_path / "python"), "TMPDIR": str(scratch), "CI": ci},
+        )  # fmt: skip
+        assert b"mke2fs or debugfs is missing (Debian: e2fsprogs): going on with plain bytes" in done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        assert (b"$ vhdkit convert disk.raw base.vhd" in done.stdout) == (not ci)
+        assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.nightly  # CI runs the demo by itself, where it fails by itself
 def test_demo(tmp_path: Path) -> None:
     """It ends well, shows the verbs, proves one content four ways, and cleans up."""
     require_tool("mke2fs")
@@ -52,8 +89,7 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
-    for line in re.findall(r"^\$ .*", shown, re.MULTILINE):  # what the README shows of it
+    for line in re.findall(r"^\$ .*", _shown_in_readme(), re.MULTILINE):  # what the README shows of it
         assert f"\n{line}\n" in output, line
     hashes = [line.split()[0] for line in output.splitlines() if len(line.split(" ")[0]) == 64]
     assert len(hashes) == 4 and len(set(hashes)) == 1
