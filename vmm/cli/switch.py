@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -24,7 +24,8 @@ from vmm.cli.common import (
     print_pairs,
     print_table,
 )
-from vmm.errors import InvalidSpec, NotFound, Unsupported, of_os_error
+from vmm.cli.switch_capture import capture_command
+from vmm.errors import InvalidSpec, NotFound, Unsupported
 from vmm.net import plan, switches
 from vmm.net.plan import SwitchSpec
 from vmm.net.switches import HostSide
@@ -35,6 +36,9 @@ WATCH_SECONDS = 1.0
 @click.group("switch", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def switch_command() -> None:
     """Make, watch and remove virtual network switches: private, internal and external ones."""
+
+
+switch_command.add_command(capture_command)
 
 
 @switch_command.command(
@@ -282,62 +286,6 @@ def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
             for one in known
         ]
         print_table(("MAC", "VLAN", "PORT", "SECONDS"), rows)
-
-
-@switch_command.command(
-    "capture",
-    epilog=epilog(
-        "vmm switch capture lab -o lab.pcapng", "vmm switch capture lab --port web/nic-0 -o - | tshark -r -"
-    ),
-)
-@click.argument("name")
-@click.option(
-    "--port", metavar="MACHINE/ADAPTER", help="Both directions of this port; default: what every port sends."
-)
-@click.option("--snap", type=int, metavar="BYTES", help="Keep only the first BYTES of each frame.")
-@click.option("-o", "--output", required=True, metavar="FILE", help="Where to, as pcapng; - is standard output.")
-def capture_command(name: str, port: str | None, snap: int | None, output: str) -> None:
-    """Write the frames on the switch NAME to FILE, until Ctrl-C. Wireshark and tshark read it."""
-    spec = switches.load(name)
-    if spec.backend != "user":
-        raise Unsupported(
-            "a bridge is captured with the kernel's own means", hint=f"tcpdump -i {spec.bridge_name} -w {output}"
-        )
-    HostSide(spec).ensure()
-    with HostSide(spec).user.capture(None if port is None else _port_of(port), snap) as stream:
-        if output == "-":
-            _copy(stream, sys.stdout.buffer)
-            return
-        try:
-            with open(output, "wb", opener=_private) as file:
-                _copy(stream, file)
-        except OSError as error:
-            raise of_os_error(error, "write the capture", path=output) from error
-
-
-def _private(path: str, flags: int) -> int:
-    """What guests say to each other is nobody else's."""
-    return os.open(path, flags, 0o600)
-
-
-def _copy(stream: Any, file: BinaryIO) -> None:
-    try:
-        while received := stream.recv(1 << 16):
-            file.write(received)
-            file.flush()
-    except KeyboardInterrupt:
-        pass  # how a capture ends
-
-
-def _port_of(words: str) -> str:
-    from vmm import adapters, registry
-    from vmm.net.adapter import port_name
-
-    machine, sign, adapter = words.partition("/")
-    if not sign:
-        raise click.BadParameter("write MACHINE/ADAPTER, as in web/nic-0", param_hint="--port")
-    found = registry.load(machine)
-    return port_name(found.spec.id, adapters.find(found, adapter).id)
 
 
 @switch_command.command("lease", epilog=epilog("vmm switch lease nat web/nic-0 10.77.0.10"))

@@ -17,7 +17,7 @@ from vmm.net import frames
 
 MAX_BUFFER_BYTES = 8 << 20
 MAX_SNAP_BYTES = frames.MAX_FRAME_BYTES
-_SECTION, _INTERFACE, _STATISTICS, _PACKET = 0x0A0D0D0A, 1, 5, 6
+SECTION, INTERFACE, _STATISTICS, PACKET = 0x0A0D0D0A, 1, 5, 6
 _ETHERNET = 1
 _IF_NAME, _IF_RESOLUTION, _IF_DROP, _FLAGS, _APPLICATION = 2, 9, 5, 2, 4
 _NANOSECONDS = 9
@@ -82,18 +82,18 @@ def _option(code: int, content: bytes) -> bytes:
 
 def _section() -> bytes:
     options = _option(_APPLICATION, b"vmm") + _option(0, b"")
-    return _block(_SECTION, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1) + options)
+    return _block(SECTION, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1) + options)
 
 
 def _interface(name: str, snap_bytes: int) -> bytes:
     options = _option(_IF_NAME, name.encode()) + _option(_IF_RESOLUTION, bytes([_NANOSECONDS])) + _option(0, b"")
-    return _block(_INTERFACE, struct.pack("<HHI", _ETHERNET, 0, snap_bytes) + options)
+    return _block(INTERFACE, struct.pack("<HHI", _ETHERNET, 0, snap_bytes) + options)
 
 
 def _packet(number: int, now: int, frame: bytes, snap_bytes: int, way: Direction) -> bytes:
     kept = frame[:snap_bytes]
     head = struct.pack("<IIIII", number, now >> 32, now & 0xFFFFFFFF, len(kept), len(frame))
-    return _block(_PACKET, head + _padded(kept) + _option(_FLAGS, struct.pack("<I", way)) + _option(0, b""))
+    return _block(PACKET, head + _padded(kept) + _option(_FLAGS, struct.pack("<I", way)) + _option(0, b""))
 
 
 def _statistics(number: int, now: int, lost: int) -> bytes:

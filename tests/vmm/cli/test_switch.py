@@ -109,6 +109,41 @@ def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:
     assert "/no/such/folder/c" in said
 
 
+def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
+    """In one line, which names the file; what came until then is whole."""
+    vmm.good("switch", "create", "lab")
+    path = vmm.folder / "c.pcapng"
+    command = vmm.command("switch", "capture", "lab", "-o", str(path))
+    capture = subprocess.Popen(command, env=vmm.environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(json.loads(vmm.good("switch", "show", "lab", "--json"))["status"]["pid"], signal.SIGKILL)
+    said = capture.communicate(timeout=30)[1]
+    assert capture.returncode == 5  # as for anything that is in the wrong state
+    assert f"switch lab ended during the capture; {path} holds what came until then" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--files", "3"), "--files needs --max-size and a FILE"),
+        (("--max-size", "1K"), "64K or more"),
+        (("--max-size", "1M", "--files", "1"), "is not in the range"),
+    ],
+)
+def test_limits_of_a_capture_that_cannot_be(vmm: Terminal, words: tuple[str, ...], said: str) -> None:
+    """They are refused before anything is written."""
+    vmm.good("switch", "create", "lab")
+    path = vmm.folder / "c.pcapng"
+    code, _, errors = vmm.run("switch", "capture", "lab", "-o", str(path), *words)
+    assert code == 2
+    assert said in errors
+    assert not path.exists()
+
+
 def test_adapters_of_a_machine_that_is_off(vmm: Terminal) -> None:
     """Addresses come from the pool, each once; options are kept; what cannot be is refused in one line."""
     require_qemu()
