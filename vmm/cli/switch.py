@@ -25,7 +25,7 @@ from vmm.cli.common import (
     print_table,
 )
 from vmm.cli.switch_capture import capture_command
-from vmm.errors import InvalidSpec, NotFound, Unsupported
+from vmm.errors import Unsupported
 from vmm.net import plan, switches
 from vmm.net.plan import SwitchSpec
 from vmm.net.switches import HostSide
@@ -216,12 +216,10 @@ def _way_out(spec: SwitchSpec) -> str:
     return "NAT" if spec.nat else "none: guests and this host only"
 
 
-def _leases(spec: SwitchSpec) -> list[dict[str, object]]:
-    if spec.type != "internal" or spec.backend != "bridge":
-        return []
-    from vmm.net.dhcp import DhcpServer
+def _leases(spec: SwitchSpec) -> list[dict[str, Any]]:
+    from vmm.net import lease_file
 
-    return DhcpServer(spec, HostSide(spec).folder, switches.lease_path(spec)).leases()
+    return lease_file.read(switches.lease_path(spec)) if spec.type == "internal" else []
 
 
 @switch_command.command("ports", epilog=epilog("vmm switch ports lab", "vmm switch ports lab --watch"))
@@ -295,8 +293,12 @@ def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.option("--remove", is_flag=True, help="No fixed address any more.")
 @output_options
 def lease_command(name: str, adapter: str, address: str | None, remove: bool, as_json: bool, quiet: bool) -> None:
-    """Always give the ADAPTER the same ADDRESS, and its machine's name, on the internal switch NAME."""
+    """Always give the ADAPTER the same ADDRESS, and its machine's name, on the internal switch NAME.
+
+    The address lies in the switch's network, and is neither this host's nor one that another adapter has.
+    """
     from vmm import adapters, registry
+    from vmm.net import guest_addresses, lease_file
 
     if (address is None) != remove:
         raise click.UsageError("give an address, or --remove")
@@ -307,16 +309,11 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
     assert mac is not None
 
     def with_lease(spec: plan.SwitchSpec) -> plan.SwitchSpec:
-        rest = [one.model_dump() for one in spec.leases if one.mac != mac]
-        if remove and len(rest) == len(spec.leases):
-            raise NotFound(f"{adapter} has no fixed address on switch {name}")
-        if address is not None:
-            host_name = "".join(c if c.isalnum() and c.isascii() else "-" for c in machine.lower()).strip("-") or None
-            rest.append({"mac": mac, "address": address, "name": host_name})
-        try:
-            return plan.make_switch(**{**spec.model_dump(), "leases": rest})
-        except InvalidSpec as error:
-            raise InvalidSpec(error.problem.removeprefix("leases: ")) from error
+        if address is None:
+            return guest_addresses.without_fixed(spec, mac, adapter)
+        host_name = "".join(c if c.isalnum() and c.isascii() else "-" for c in machine.lower()).strip("-") or None
+        held = lease_file.read(switches.lease_path(spec))
+        return guest_addresses.with_fixed(spec, mac, address, host_name, held, time.time())
 
     changed = switches.change(name, with_lease)
     if as_json:

@@ -57,6 +57,7 @@ _MESSAGE_LONGS = _MESSAGE_BYTES // _LONG
 _VECTORS_LONG = _Message.vectors.offset // _LONG
 _LENGTH_WORD = _Message.length.offset // _WORD
 _STRIDE_LONGS = STRIDE_BYTES // _LONG
+_STRIDE_SHORTS = STRIDE_BYTES // 2
 assert (_VECTOR_BYTES, _MESSAGE_BYTES) == (16, 64), "the layout is that of 64-bit Linux"
 assert _ROOM_BYTES <= STRIDE_BYTES
 
@@ -77,6 +78,7 @@ class Batch:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._slots))
         self._bytes = memoryview(self._slots)
         self._longs = self._bytes.cast("Q")
+        self._shorts = self._bytes.cast("H")
         self._empty = b""
         receive, self._as_is, self._changed = ((_Vector * (count * each))() for each in (1, 1, 3))
         self._incoming, self._in_order, self._gathered = ((_Message * count)() for _ in range(3))
@@ -118,6 +120,11 @@ class Batch:
         longs = self._longs
         end = count * _STRIDE_LONGS
         return longs[0:end:_STRIDE_LONGS].tolist(), longs[1:end:_STRIDE_LONGS].tolist()
+
+    def words(self, offset_bytes: int) -> list[int]:
+        """The two bytes there of each frame, in this machine's order; of a shorter frame anything."""
+        end = len(self.lengths) * _STRIDE_SHORTS
+        return self._shorts[offset_bytes // 2 : end : _STRIDE_SHORTS].tolist()
 
     def beginning(self, slot: int, size_bytes: int) -> bytes:
         """A copy of the frame's first bytes, no more than it has."""

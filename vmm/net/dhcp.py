@@ -12,9 +12,12 @@ import json
 import os
 import shutil
 import subprocess
+from typing import Any
 
 from vmm import errors, paths
-from vmm.net.plan import LEASE_SECONDS, SwitchSpec
+from vmm.net import lease_file
+from vmm.net.dhcp_server import LEASE_SECONDS
+from vmm.net.plan import SwitchSpec
 from vmm.proc import ProcessRef, command_words, spawn_detached
 
 DNSMASQ_HINT = "apt-get install dnsmasq-base"
@@ -108,16 +111,9 @@ class DhcpServer:
             os.waitpid(pid, os.WNOHANG)
         return ended
 
-    def leases(self) -> list[dict[str, object]]:
+    def leases(self) -> list[dict[str, Any]]:
         """Who has which address now: mac, address, name, expires (seconds since 1970)."""
-        found: list[dict[str, object]] = []
-        with contextlib.suppress(OSError), open(self._lease_path, encoding="utf-8") as file:
-            for line in file:
-                words = line.split()
-                if len(words) >= 4 and words[0].isdigit():
-                    name = None if words[3] == "*" else words[3]
-                    found.append({"mac": words[1], "address": words[2], "name": name, "expires": int(words[0])})
-        return found
+        return lease_file.read(self._lease_path)
 
     def stop(self) -> None:
         """End it; fine when it does not run."""

@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from vmm.net import frames
+from vmm.net import dhcp_message, frames
+from vmm.net.dhcp_message import Message
+from vmm.net.dhcp_server import DhcpServer
 from vmm.net.limits import Bucket
 
 AGEING_SECONDS = 300.0  # 802.1Q's recommended ageing time
@@ -44,6 +46,7 @@ class Drop(StrEnum):
     VLAN = "vlan"  # its port is no member of the frame's VLAN
     SPOOFED = "spoofed"
     DHCP = "dhcp-guard"
+    DHCP_FLOOD = "dhcp-flood"  # more questions than the switch's own DHCP server takes; they reach others
     ROUTER = "router-guard"
     STORM = "storm"
     LINK_DOWN = "link-down"
@@ -110,6 +113,7 @@ class Decision:
     inspect: bool = False
     flooded: bool = False
     must_be_last: bool = False  # the frame's tag: none may stand behind it
+    asks: bool = False  # it may be a DHCP client's: `Engine.asked` says
 
 
 @dataclass(eq=False, slots=True)
@@ -137,6 +141,8 @@ class Engine:
     def __init__(self, *, ageing_seconds: float = AGEING_SECONDS) -> None:
         self.ageing_seconds = ageing_seconds
         self.ports: dict[str, Port] = {}
+        self.way_out: Port | None = None  # where an internal switch's gateway is
+        self.dhcp: DhcpServer | None = None
         self._table: dict[tuple[int, bytes], _Known] = {}
         self._decisions: dict[tuple[object, ...], Decision] = {}
 
@@ -252,8 +258,17 @@ class Engine:
             return self._decision((), Drop.NOWHERE)
         untags = any(change is not None and not change.tag for _, change in outputs)
         must_be_last = tagged and (untags or rules.mode is not VlanMode.TRUNK)
-        inspect = rules.dhcp_guard or rules.router_guard or must_be_last
-        return self._decision(tuple(outputs), None, inspect, known is None and port.storm is not None, must_be_last)
+        # What the gateway sends to one guest are connections' frames, of which there are many.
+        guarded = rules.dhcp_guard and (port is not self.way_out or frames.is_group(destination))
+        inspect = guarded or rules.router_guard or must_be_last
+        asks = (
+            self.dhcp is not None
+            and vlan_of_frame == 0
+            and port is not self.way_out
+            and destination in (frames.BROADCAST, self.dhcp.mac)
+        )
+        flooded = known is None and port.storm is not None
+        return self._decision(tuple(outputs), None, inspect, flooded, must_be_last, asks)
 
     def _mirrored(self, port: Port, outputs: list[Output]) -> list[Output]:
         """Copies, as the frame came, for the mirror destinations that do not get it anyhow."""
@@ -273,12 +288,27 @@ class Engine:
         inspect: bool = False,
         flooded: bool = False,
         must_be_last: bool = False,
+        asks: bool = False,
     ) -> Decision:
-        key = (outputs, drop, inspect, flooded, must_be_last)
+        key = (outputs, drop, inspect, flooded, must_be_last, asks)
         decision = self._decisions.get(key)
         if decision is None:
-            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded, must_be_last)
+            decision = self._decisions[key] = Decision(outputs, drop, inspect, flooded, must_be_last, asks)
         return decision
+
+    def set_dhcp(self, server: DhcpServer | None, way_out: str | None) -> None:
+        """Who answers DHCP clients that have no VLAN, and the port of the gateway, which hears nothing of them."""
+        self.dhcp = server
+        self.way_out = None if way_out is None else self.ports[way_out]
+        self._invalidate()
+
+    def asked(self, frame: bytes) -> Message | None:
+        """What a DHCP client asks the switch in a frame whose decision has `asks` set; None where it does not.
+
+        Such a frame reaches everybody that it would reach but the gateway. The answer is `dhcp`'s.
+        """
+        message = dhcp_message.parse(frame)
+        return message if message is not None and self.dhcp is not None and self.dhcp.is_for_us(message) else None
 
     def refuses(self, port: Port, decision: Decision, beginning: bytes) -> Drop | None:
         """What is said to a frame whose decision has `inspect` set, by the port's guards among others."""
@@ -300,7 +330,10 @@ class Engine:
             port.counters.drops[drop] += 1
             return []
         result = []
+        asked = drop.asks and self.asked(frame) is not None
         for other, change in drop.outputs:
+            if asked and other is self.way_out:
+                continue
             out = frame if change is None else changed(frame, change)
             other.counters.transmitted_frames += 1
             other.counters.transmitted_bytes += len(out)

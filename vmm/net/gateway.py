@@ -2,9 +2,10 @@
 """The way out of an internal switch without privileges: QEMU's user-mode network (slirp) at a port of the switch.
 
 Decides how that helper is started: a QEMU that holds no machine, only its user-mode network and a datagram socket,
-joined by a hub. It gives the guests an address by DHCP, names by DNS, reaches the host (at `host`) and what the host
-reaches, and forwards ports of the host to guests. What it cannot do: fixed leases, and connections from the host to
-a guest other than through a forwarded port; the `bridge` back end can. Must not know switches or frames.
+joined by a hub. It gives the guests names by DNS, reaches the host (at `host`) and what the host reaches, and forwards
+ports of the host to guests. It answers DHCP, too, which nobody wants: the switch does that, and drops its answers.
+What it cannot do: connections from the host to a guest other than through a forwarded port; the `bridge` back end can.
+Must not know switches or frames.
 
 The helper ends with the switch process (PR_SET_PDEATHSIG) and is started again when it ends by itself.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import shutil
 import signal
@@ -41,7 +43,7 @@ _WITH_PARENT = (
 
 @dataclass(frozen=True, slots=True)
 class GatewaySetup:
-    """`network` as 10.0.7.0/24; the gateway is its first address, the name server its third, DHCP begins at `first`.
+    """`network` as 10.0.7.0/24; `host` is the gateway. `first`: where its own, unwanted DHCP would begin.
 
     `forwards` are QEMU's: PROTOCOL:HOST_ADDRESS:HOST_PORT-GUEST_ADDRESS:GUEST_PORT.
     """
@@ -57,17 +59,18 @@ class GatewaySetup:
 
 def command(setup: GatewaySetup, peer: str, address: str) -> list[str]:
     """The helper's command line: it binds `peer` and sends to the switch's socket `address`. Pure."""
-    user = (
-        f"user,id=out,ipv6=off,net={setup.network},host={setup.host},dns={setup.name_server},dhcpstart={setup.first}"
-    )
+    # As JSON it is made in its turn, before the socket: who finds that one knows that all the rest is there.
+    user: dict[str, Any] = {"type": "user", "id": "out", "ipv6": False, "net": setup.network, "host": setup.host}
+    user |= {"dns": setup.name_server, "dhcpstart": setup.first}
     if setup.domain:
-        user += f",domainname={setup.domain}"
+        user["domainname"] = setup.domain
     if not setup.outside:
-        user += ",restrict=on"
-    user += "".join(f",hostfwd={one}" for one in setup.forwards)
+        user["restrict"] = True
+    if setup.forwards:
+        user["hostfwd"] = [{"str": one} for one in setup.forwards]
     port = f"dgram,id=port,local.type=unix,local.path={peer},remote.type=unix,remote.path={address}"
     words = [QEMU, "-machine", "none", "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"]
-    words += ["-sandbox", _SANDBOX, "-netdev", user, "-netdev", "hubport,id=hub-out,hubid=0,netdev=out"]
+    words += ["-sandbox", _SANDBOX, "-netdev", json.dumps(user), "-netdev", "hubport,id=hub-out,hubid=0,netdev=out"]
     return [*words, "-netdev", port, "-netdev", "hubport,id=hub-port,hubid=0,netdev=port"]
 
 
@@ -123,14 +126,15 @@ class Gateway:
             with contextlib.suppress(errors.Unsupported):
                 self.start()
 
-    def status(self) -> dict[str, Any]:
-        """Whether it runs, and what it said when it does not."""
+    def status(self, connected: bool) -> dict[str, Any]:
+        """Whether it runs, and takes frames; and what it said when it does not run."""
         running = self._process is not None and self._process.poll() is None
         said = ""
         if not running:
             with contextlib.suppress(OSError), open(self._log, encoding="utf-8", errors="replace") as log:
                 said = log.read(2000).strip()
-        return {"running": running, "said": said, **self.to_document()}
+        pid = self._process.pid if running and self._process is not None else None
+        return {"pid": pid, "running": running, "ready": running and connected, "said": said, **self.to_document()}
 
     def stop(self) -> None:
         """End the helper and take its socket away."""

@@ -10,17 +10,20 @@ frames of several flows one each; what goes the same way leaves with one system 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vmm.net import frames
+from vmm.net import dhcp_message, frames
 from vmm.net.batch import Batch
 from vmm.net.capture import Capture, Direction
+from vmm.net.dhcp_message import Message
 from vmm.net.engine import Decision, Drop, Engine, Output, Port, PortRules
 from vmm.net.port_socket import PortSocket
 from vmm.net.ports import PortSetup
 
 MAX_FLOWS = 4096  # of a port; a guest that makes up headers only empties its own table
+DHCP_WORD = int.from_bytes(dhcp_message.SERVER_PORT.to_bytes(2, "big"), sys.byteorder)  # as `Batch.words` has it
 _SAFE_BYTES = frames.HEADER_BYTES + frames.TAG_BYTES
 
 
@@ -33,6 +36,7 @@ class Mover:
         self._by_port: dict[Port, PortSocket] = {}
         self._batch = Batch()
         self._captures: list[Capture] = []
+        self.questions: list[tuple[Port, Message]] = []  # of DHCP clients: the caller answers and empties this list
         self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
         self.congested = False  # the last `pump` sent to somebody who takes frames more slowly than they come
 
@@ -146,9 +150,43 @@ class Mover:
             if granted < len(slots):
                 port.counters.drops[Drop.STORM] += len(slots) - granted
                 slots = slots[:granted]
+        if decision.asks and slots:  # two steps, because most of what goes to a gateway is no question
+            tag_bytes = frames.TAG_BYTES if decision.must_be_last else 0  # tagged
+            if DHCP_WORD in self._batch.words(dhcp_message.PORT_AT + tag_bytes):
+                slots = self._asked(port, decision, slots, now)
         if slots:
             for output in decision.outputs:
                 self._send(output, slots, now)
+
+    def _asked(self, port: Port, decision: Decision, slots: Sequence[int], now: float) -> Sequence[int]:
+        """Have DHCP clients answered, and their frames sent to all but the gateway; the slots of other frames."""
+        asked: list[int] = []
+        for slot in slots:
+            message = self.engine.asked(self._batch.beginning(slot, dhcp_message.MAX_FRAME_BYTES + 1))
+            if message is not None:
+                asked.append(slot)
+                self.questions.append((port, message))
+        for output in decision.outputs if asked else ():
+            if output.port is not self.engine.way_out:
+                self._send(output, asked, now)
+        return [slot for slot in slots if slot not in asked] if asked else slots
+
+    def send_own(self, port: Port, frame: bytes, now: float) -> None:
+        """A frame of the switch's own to one port."""
+        target = self._by_port.get(port)
+        if target is None or not port.link_up:
+            return
+        had_backlog = bool(target.backlog)
+        if not target.send_own(frame):
+            port.counters.drops[Drop.FULL if target.connected else Drop.LINK_DOWN] += 1
+            return
+        port.counters.transmitted_frames += 1
+        port.counters.transmitted_bytes += len(frame)
+        for capture in target.captures:
+            capture.take(port.name, Direction.OUT, frame)
+        if target.backlog and not had_backlog:
+            target.taken_at = now
+            self.full.append(target)
 
     def _not_refused(self, port: Port, decision: Decision, slots: Sequence[int]) -> Sequence[int]:
         passed = []

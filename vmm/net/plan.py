@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import itertools
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -25,13 +26,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vmm import errors
 from vmm.complaints import words_of
 from vmm.net import frames
+from vmm.net.dhcp_server import LEASE_SECONDS, DhcpSetup
 from vmm.net.gateway import GatewaySetup
 
 SwitchType = Literal["private", "internal", "external"]
 Backend = Literal["user", "bridge"]
 MAX_INTERFACE_CHARACTERS = 15
 MAX_LEASES = 1024
-LEASE_SECONDS = 3600
 DEFAULT_NETWORKS = ipaddress.IPv4Network("10.77.0.0/16")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
@@ -58,7 +59,7 @@ class Lease(_Settings):
 
 
 class SwitchSpec(_Settings):
-    """A switch. `address` is the host's on an internal one, with its prefix; `leases` need the bridge back end."""
+    """A switch. `address` is the host's on an internal one, with its prefix."""
 
     schema_version: Literal[1] = 1
     id: str = Field(default_factory=lambda: str(uuid.uuid4()), pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
@@ -130,8 +131,6 @@ class SwitchSpec(_Settings):
                 raise ValueError(f"two leases have the same {key}")
         if any(ipaddress.IPv4Address(lease.address) not in network for lease in self.leases):
             raise ValueError(f"a lease's address does not lie in {network}")
-        if self.backend == "user" and self.leases:
-            raise ValueError("fixed leases need the bridge back end: the user back end's DHCP has none")
         if self.backend == "bridge" and self.forwards:
             raise ValueError("forwarded ports are the user back end's; the host reaches guests of a bridge directly")
 
@@ -179,15 +178,31 @@ class SwitchSpec(_Settings):
     def gateway(self) -> GatewaySetup:
         """The way out of an internal switch on the user back end."""
         network = self.network
-        name_server = next(one for one in list(network.hosts())[1:4] if one != self.interface.ip)
+        others = (one for one in itertools.islice(network.hosts(), 1, 6) if one != self.interface.ip)
         return GatewaySetup(
             network=str(network),
             host=str(self.interface.ip),
-            name_server=str(name_server),
-            first=str(self.dhcp_range[0]),
+            name_server=str(next(others)),
+            first=str(next(others)),
             domain=self.domain,
             outside=True,
             forwards=self.forwards,
+        )
+
+    def dhcp_setup(self) -> DhcpSetup | None:
+        """The DHCP server of an internal switch on the user back end; None where it has none."""
+        if not self.dhcp:
+            return None
+        first, last = self.dhcp_range
+        return DhcpSetup(
+            network=str(self.network),
+            server=str(self.interface.ip),
+            first=str(first),
+            last=str(last),
+            name_server=self.gateway().name_server,
+            domain=self.domain,
+            lease_seconds=LEASE_SECONDS,
+            fixed=tuple((one.mac, one.address, one.name or "") for one in self.leases),
         )
 
 

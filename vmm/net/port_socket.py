@@ -177,6 +177,24 @@ class PortSocket:
             return batch.send_all(self.descriptor, slots.start, slots.stop)
         return batch.send(self.descriptor, slots)
 
+    def send_own(self, frame: bytes) -> bool:
+        """Send one frame, or keep it; False where it cannot be either."""
+        if not self.connected or len(self.backlog) >= MAX_BACKLOG_FRAMES:
+            return False
+        if not self.backlog:
+            try:
+                self._socket.send(frame)
+                return True
+            except BlockingIOError:
+                pass
+            except ConnectionError:
+                self._lost()
+                return False
+            except OSError:
+                return False
+        self.backlog.append(frame)
+        return True
+
     def is_congested(self, now: float) -> bool:
         """True when the peer takes its frames, but more slowly than they come."""
         return len(self.backlog) >= CONGESTED_FRAMES and now - self.taken_at < STALLED_SECONDS

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from vmm import errors
 from vmm.net.capture import Capture
 
-MAX_LINE_BYTES = 64 << 10
+MAX_LINE_BYTES = 192 << 10  # a thousand fixed addresses with long names
 MAX_ANSWER_BYTES = 4 << 20
 MAX_CLIENTS = 64
 _FAILED, _PARSE, _INVALID, _NO_METHOD, _INTERNAL = -32000, -32700, -32600, -32601, -32603

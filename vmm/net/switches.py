@@ -15,21 +15,24 @@ import ipaddress
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from vmm import errors, paths
 from vmm.complaints import words_of
-from vmm.net import cards, nft, plan, ports
-from vmm.net.gateway import PORT_NAME
+from vmm.net import cards, guest_addresses, nft, plan, ports
+from vmm.net.gateway import PORT_NAME, QEMU
 from vmm.net.plan import SwitchSpec
 from vmm.net.user_backend import UserBackend
 from vmm.proc import locked
 
 MAX_FILE_BYTES = 1 << 20
+GATEWAY_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
 
 
 def _folder() -> str:
@@ -90,6 +93,8 @@ def create(spec: SwitchSpec) -> None:
     `ensure` does.
     """
     UserBackend.of(spec.id, spec.name)
+    if spec.type == "internal":
+        guest_addresses.refuse_range(spec)
     spec = cards.with_address(spec)
     paths.make_home()
     try:
@@ -108,6 +113,8 @@ def create(spec: SwitchSpec) -> None:
         paths.write_whole(path, spec.to_json())
         try:
             ensure(spec)
+            if spec.type == "internal" and spec.backend == "user":
+                HostSide(spec).check_way_out()
         except BaseException:
             host = HostSide(spec)
             with contextlib.suppress(errors.VmmError):
@@ -248,11 +255,31 @@ class HostSide:
             return
         self.user.ensure_running()
         if self.spec.type == "internal":
-            status = self.user.status()
-            if status is not None and status["gateway"] is None:
-                from dataclasses import asdict
+            self._ensure_way_out()
 
-                self.user.ensure("set_gateway", gateway=asdict(self.spec.gateway()))
+    def _ensure_way_out(self) -> None:
+        """Its gateway and its DHCP server, as its file has them."""
+        setup, dhcp = self.spec.gateway(), self.spec.dhcp_setup()
+        gateway = {**asdict(setup), "forwards": list(setup.forwards)}
+        lent = None if dhcp is None else dhcp.to_document()
+        status = self.user.status() or {}
+        present = status.get("gateway") or {}
+        if {key: present.get(key) for key in gateway} != gateway or status.get("dhcp") != lent:
+            self.user.ensure("set_gateway", gateway=gateway, dhcp=lent, leases=lease_path(self.spec))
+
+    def check_way_out(self) -> None:
+        """Wait until the gateway of a `user` switch answers. Raises VmmError with what it said when it ended."""
+        deadline = time.monotonic() + GATEWAY_SECONDS
+        while time.monotonic() < deadline:
+            status = self.user.status()
+            if status is None or status["gateway"] is None or status["gateway"]["ready"]:
+                return
+            gateway = status["gateway"]
+            if not gateway["running"]:
+                said = str(gateway["said"]).strip().splitlines() or ["it says nothing"]
+                problem = said[-1].removeprefix(f"{QEMU}: ").rpartition("}: ")[2]  # of the option that it is about
+                raise errors.VmmError(f"the gateway of switch {self.spec.name!r} does not start: {problem}")
+            time.sleep(_LOOK_SECONDS)
 
     def _apply(self) -> bool:
         from vmm.net.applying import Applying

@@ -31,7 +31,9 @@ from typing import Any
 from vmm import errors, paths
 from vmm.net import engine, frames, ports
 from vmm.net.capture import MAX_SNAP_BYTES, Capture
+from vmm.net.dhcp_server import DhcpSetup
 from vmm.net.gateway import PORT_NAME, Gateway
+from vmm.net.kept_dhcp import KeptDhcp
 from vmm.net.mover import Mover
 from vmm.net.port_socket import PortSocket
 from vmm.net.ports import PortSetup
@@ -63,6 +65,7 @@ class UserSwitch:
         self._waiting: list[PortSocket] = []  # for a congested receiver
         self._captures: list[Capture] = []
         self._gateway: Gateway | None = None
+        self._dhcp: KeptDhcp | None = None
         methods: dict[str, Method] = {
             "status": self._status,
             "addresses": self._addresses,
@@ -131,6 +134,8 @@ class UserSwitch:
         except OSError as error:
             _log.warning("port %s: %s", sock.port.name, error)
             sock.connect()
+        if mover.questions:
+            self._answer(now)
         if mover.full:
             for full in mover.full:
                 self._watch(full)
@@ -143,6 +148,14 @@ class UserSwitch:
             sock.waits_until = now + wait
             self._watch(sock)
             heapq.heappush(self._resume, (sock.waits_until, next(self._order), sock))
+
+    def _answer(self, now: float) -> None:
+        """Answer DHCP clients."""
+        for port, message in self.mover.questions:
+            frame = b"" if self._dhcp is None else self._dhcp.answer(port, message)
+            if frame:
+                self.mover.send_own(port, frame, now)
+        self.mover.questions.clear()
 
     def _let_go_on(self) -> None:
         """A receiver has caught up: who waited for one may send again."""
@@ -201,30 +214,49 @@ class UserSwitch:
         return {}
 
     def _set_gateway(self, params: dict[str, Any]) -> object:
-        """The way out of an internal switch, or none."""
-        if self._gateway is not None:
+        """The way out of an internal switch, or none; and its DHCP server, or none, with the file of its leases."""
+        wanted = params.get("gateway")
+        gateway = None if wanted is None else Gateway.from_document(wanted, self.folder)
+        dhcp = None
+        if params.get("dhcp") is not None:
+            dhcp = KeptDhcp(DhcpSetup.from_document(params["dhcp"]), str(params.get("leases", "")))
+        if self._gateway is not None and (gateway is None or gateway.setup != self._gateway.setup):
+            self.mover.engine.set_dhcp(None, None)
             self._gateway.stop()
             self._gateway = None
             self._take_out(PORT_NAME)
-        if (wanted := params.get("gateway")) is not None:
-            gateway = Gateway.from_document(wanted, self.folder)
-            self._add_port(ports.to_document(PortSetup(PORT_NAME, gateway.address, gateway.peer)))
+        if self._gateway is None and gateway is not None:
+            # Its own user-mode network answers DHCP, too, and cannot be told not to.
+            rules = engine.PortRules(dhcp_guard=True)
+            self._add_port(ports.to_document(PortSetup(PORT_NAME, gateway.address, gateway.peer, rules)))
             gateway.start()
             self._gateway = gateway
+        self._dhcp = dhcp
+        server = None if dhcp is None else dhcp.server
+        self.mover.engine.set_dhcp(server, None if self._gateway is None else PORT_NAME)
         self._save()
         return {}
 
     def _status(self, params: dict[str, Any]) -> object:
         del params
+        if (way_out := self.mover.sockets.get(PORT_NAME)) is not None and not way_out.connected:
+            way_out.connect()  # it may have come since the last tick, and somebody waits for it
         return {
             "name": self.name,
             "pid": os.getpid(),
             "started": self.started,
             "address_count": len(self.mover.engine.addresses(time.monotonic())),
             "capture_count": len(self._captures),
-            "gateway": None if self._gateway is None else self._gateway.status(),
+            "gateway": None if self._gateway is None else self._gateway.status(self._is_connected(PORT_NAME)),
+            "dhcp": self._dhcp_document(),
             "ports": [_port_status(sock) for sock in self.mover.sockets.values()],
         }
+
+    def _is_connected(self, name: str) -> bool:
+        return name in self.mover.sockets and self.mover.sockets[name].connected
+
+    def _dhcp_document(self) -> dict[str, Any] | None:
+        return None if self._dhcp is None else self._dhcp.server.setup.to_document()
 
     def _addresses(self, params: dict[str, Any]) -> object:
         del params
@@ -261,6 +293,8 @@ class UserSwitch:
         document = {
             "ports": [ports.to_document(sock.setup) for sock in self._guests()],
             "gateway": None if self._gateway is None else self._gateway.to_document(),
+            "dhcp": self._dhcp_document(),
+            "leases": None if self._dhcp is None else self._dhcp.path,
         }
         content = json.dumps(document, indent=1).encode()
         paths.write_whole(os.path.join(self.folder, STATE_NAME), content, durable=False)
@@ -281,7 +315,7 @@ class UserSwitch:
             except errors.VmmError as error:
                 _log.error("port %s: %s", one.get("name"), error)
         if document.get("gateway"):
-            self._set_gateway({"gateway": document["gateway"]})
+            self._set_gateway({key: document.get(key) for key in ("gateway", "dhcp", "leases")})
 
     def close(self) -> None:
         """Take everything away; the state stays."""

@@ -79,6 +79,22 @@ def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
         (("create", "x", "--address", "10.0.0.1/24"), 2, "an internal switch, and no other"),
         (("create", "x", "--type", "internal", "--address", "rubbish"), 2, "rubbish"),
         (("create", "x", "--dhcp-range", "10"), 2, "FIRST-LAST"),
+        (
+            (
+                "create",
+                "x",
+                "--type",
+                "internal",
+                "--backend",
+                "user",
+                "--address",
+                "10.77.251.1/24",
+                "--dhcp-range",
+                "10.77.251.9-10.77.251.255",
+            ),
+            2,
+            "10.77.251.255, the broadcast address",
+        ),
         (("show", "nobody"), 1, "there is no switch 'nobody'"),
         (("capture", "nobody", "-o", "x"), 1, "there is no switch 'nobody'"),
         (("lease", "nobody", "a/b"), 2, "give an address, or --remove"),
@@ -89,6 +105,18 @@ def test_mistakes_are_one_line(vmm: Terminal, words: tuple[str, ...], code: int,
     got, output, errors = vmm.run("switch", *words)
     assert (got, output) == (code, "")
     assert said in errors
+
+
+def test_fixed_addresses_on_the_user_back_end(vmm: Terminal) -> None:
+    """One is set; one that cannot be is an error in one line."""
+    require_qemu()
+    vmm.good("switch", "create", "nat", "--type", "internal", "--backend", "user", "--address", "10.77.250.1/24")
+    vmm.good("create", "web", "--nic", "nat")
+    (lease,) = json.loads(vmm.good("switch", "lease", "nat", "web/nic-0", "10.77.250.10", "--json"))
+    assert (lease["address"], lease["name"]) == ("10.77.250.10", "web")
+    code, output, said = vmm.run("switch", "lease", "nat", "web/nic-0", "10.77.250.255")
+    assert (code, output, said.count("\n")) == (2, "", 1)
+    assert "10.77.250.255 is the network's broadcast address" in said
 
 
 def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,11 +16,14 @@ from typing import Any
 import pytest
 
 from tests.support import require_qemu
-from tests.vmm.net import packets
+from tests.vmm.net import dhcp_client, packets
 from tests.vmm.net.lab import SwitchLab
 from vmm import errors
-from vmm.net import gateway
+from vmm.net import frames, gateway
+from vmm.net.dhcp_server import DhcpSetup
+from vmm.net.engine import PortRules
 from vmm.net.gateway import Gateway, GatewaySetup
+from vmm.proc import ProcessRef
 
 SETUP = GatewaySetup("10.0.7.0/24", "10.0.7.1", "10.0.7.3", "10.0.7.50", "vmm.internal")
 
@@ -80,16 +84,82 @@ def test_the_gateway_answers_and_is_started_again(lab: SwitchLab) -> None:
     assert is_answered(lab, guest)
 
 
+def answer(lab: SwitchLab, name: str, *questions: bytes) -> dhcp_client.Answer:
+    """What the switch says to the last of these."""
+    for question in questions:
+        lab.send(name, question)
+        while (frame := lab.guests[name].recv(2000))[42:43] != b"\x02":  # others' broadcasts
+            continue
+    return dhcp_client.read(frame)
+
+
+def test_the_switch_answers_dhcp_and_remembers(lab: SwitchLab) -> None:
+    """Leases, also fixed ones, outlive its process: nobody gets an address that another has. Its gateway is silent."""
+    one, two = packets.mac(1), packets.mac(2)
+    lab.plug("a", rules=PortRules(addresses=frozenset({one})))
+    lab.plug("b", rules=PortRules(addresses=frozenset({two})))
+    dhcp = DhcpSetup(
+        "10.0.7.0/24", "10.0.7.1", "10.0.7.200", "10.0.7.200", fixed=((frames.format_mac(two), "10.0.7.9", "web"),)
+    )
+    leases = str(lab.folder / "leases")
+    lab.backend.ask("set_gateway", gateway=asdict(SETUP), dhcp=dhcp.to_document(), leases=leases)
+    got = answer(
+        lab,
+        "a",
+        dhcp_client.ask(one, dhcp_client.DISCOVER),
+        dhcp_client.ask(one, dhcp_client.REQUEST, options={50: socket.inet_aton("10.0.7.200")}),
+    )
+    assert (got.kind, got.yours, got.address(54)) == (dhcp_client.ACK, "10.0.7.200", "10.0.7.1")
+    status = lab.backend.status()
+    assert status is not None
+    os.kill(status["pid"], signal.SIGKILL)
+    ProcessRef(status["pid"], 0).wait(10)
+    lab.backend.ensure_running()
+    for name in ("a", "b"):
+        lab.plug(name, rules=PortRules(addresses=frozenset({one if name == "a" else two})))
+    taken = {50: socket.inet_aton("10.0.7.200")}
+    assert answer(lab, "b", dhcp_client.ask(two, dhcp_client.REQUEST, options=taken)).kind == dhcp_client.NAK
+    assert answer(lab, "b", dhcp_client.ask(two, dhcp_client.DISCOVER)).yours == "10.0.7.9"
+    renewed = answer(lab, "a", dhcp_client.ask(one, dhcp_client.REQUEST, present="10.0.7.200"))
+    assert (renewed.kind, renewed.yours) == (dhcp_client.ACK, "10.0.7.200")
+
+
+def test_without_dhcp_nobody_answers(lab: SwitchLab) -> None:
+    """The gateway's own DHCP cannot be switched off; what it says is dropped."""
+    guest = lab.plug("a")
+    lab.backend.ask("set_gateway", gateway=asdict(SETUP), dhcp=None)
+    assert is_answered(lab, guest)
+    lab.send("a", dhcp_client.ask(packets.mac(1), dhcp_client.DISCOVER))
+    assert is_answered(lab, guest)  # what came before is through
+    status = lab.backend.status()
+    assert status is not None
+    (gateway,) = [one for one in status["ports"] if one["name"] == "gateway"]
+    assert gateway["drops"]["dhcp-guard"] == 1
+
+
+def test_a_gateway_that_cannot_be_is_told(lab: SwitchLab) -> None:
+    """Its status says that it does not run, and why."""
+    lab.backend.ensure_running()
+    lab.backend.ask("set_gateway", gateway=asdict(replace(SETUP, first="10.0.7.1")), dhcp=None)
+    deadline = time.monotonic() + 15
+    while (status := lab.backend.status()) is not None and status["gateway"]["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert status is not None
+    assert "DHCP" in status["gateway"]["said"]
+
+
 def test_command() -> None:
     """A QEMU without a machine, sandboxed; closed to the outside, and with ports, when asked for."""
     words = gateway.command(SETUP, "/peer", "/switch")
     assert words[:3] == ["qemu-system-x86_64", "-machine", "none"]
-    (user,) = [word for word in words if word.startswith("user,")]
-    network = "net=10.0.7.0/24,host=10.0.7.1,dns=10.0.7.3,dhcpstart=10.0.7.50"
-    assert user == f"user,id=out,ipv6=off,{network},domainname=vmm.internal"
+    user = json.loads(words[words.index("-netdev") + 1])
+    network = {"net": "10.0.7.0/24", "host": "10.0.7.1", "dns": "10.0.7.3", "dhcpstart": "10.0.7.50"}
+    assert user == {"type": "user", "id": "out", "ipv6": False, "domainname": "vmm.internal", **network}
     closed = replace(SETUP, outside=False, forwards=("tcp:127.0.0.1:2222-10.0.7.50:22",))
-    (user,) = [word for word in gateway.command(closed, "/p", "/s") if word.startswith("user,")]
-    assert user.endswith(",restrict=on,hostfwd=tcp:127.0.0.1:2222-10.0.7.50:22")
+    words = gateway.command(closed, "/p", "/s")
+    user = json.loads(words[words.index("-netdev") + 1])
+    assert (user["restrict"], user["hostfwd"]) == (True, [{"str": "tcp:127.0.0.1:2222-10.0.7.50:22"}])
 
 
 @pytest.mark.parametrize(

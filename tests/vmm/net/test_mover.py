@@ -13,10 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vmm.net import packets
+from tests.vmm.net import dhcp_client, packets
+from tests.vmm.net.test_dhcp_server import SETUP
 from tests.vmm.net.test_engine import any_frame, rules
 from vmm.net import frames, port_socket
 from vmm.net.capture import Capture
+from vmm.net.dhcp_message import Kind
+from vmm.net.dhcp_server import DhcpServer
 from vmm.net.engine import Drop, Engine, PortRules, VlanMode
 from vmm.net.mover import Mover
 from vmm.net.ports import PortSetup
@@ -214,6 +217,87 @@ def test_guards_look_into_batches(lab: Lab) -> None:
     lab.send("p0", fine, packets.dhcp_offer(ONE), fine)
     assert lab.received("p1") == [fine, fine]
     assert lab.mover.engine.ports["p0"].counters.drops == {Drop.DHCP: 1}
+
+
+@pytest.mark.parametrize("vlan", [None, 0])
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_dhcp_clients_are_heard_by_the_switch(lab: Lab, vlan: int | None, is_learned: bool) -> None:
+    """Their frames never reach the gateway, to which all others go; `Engine.forward` says the same.
+
+    Also just after a restart, when the switch does not know yet where the gateway is.
+    """
+    mover = lab.mover
+    mover.engine.set_dhcp(DhcpServer(SETUP), "p2")
+    gateway = mover.engine.dhcp.mac if mover.engine.dhcp is not None else b""
+    if is_learned:
+        lab.send("p2", packets.ethernet(frames.BROADCAST, gateway))
+        lab.received("p0"), lab.received("p1")
+    question = dhcp_client.ask(ONE, dhcp_client.DISCOVER, vlan=vlan)
+    renewal = dhcp_client.ask(
+        ONE, dhcp_client.REQUEST, present="10.0.7.9", to="10.0.7.1", destination=gateway, vlan=vlan
+    )
+    elsewhere = dhcp_client.ask(ONE, dhcp_client.REQUEST, to="10.0.8.1", destination=gateway, vlan=vlan)
+    others = [packets.ethernet(to, ONE, bytes(60), kind=0x0800, vlan=vlan) for to in (frames.BROADCAST, gateway)]
+    sent = [others[0], question, others[1], renewal, elsewhere, question]
+    expected: dict[str, int] = dict.fromkeys(lab.guests, 0)
+    for frame in sent:
+        for name, _ in mover.engine.forward("p0", frame, 0.0):
+            expected[name] += 1
+    lab.send("p0", *sent)
+    assert sorted(message.kind for _, message in mover.questions) == [Kind.DISCOVER, Kind.DISCOVER, Kind.REQUEST]
+    assert {port.name for port, _ in mover.questions} == {"p0"}
+    got = [len(lab.received(name)) for name in ("p1", "p2")]
+    assert got == ([3, 3] if is_learned else [6, 3])
+    assert got == [expected["p1"], expected["p2"]]
+
+
+def test_dhcp_of_a_vlan_is_not_the_switchs() -> None:
+    """Its server is for adapters without a VLAN; without one nothing is heard at all."""
+    lab = Lab(PortRules(mode=VlanMode.ACCESS, vlan=5), PortRules(mode=VlanMode.ACCESS, vlan=5), PortRules())
+    question = dhcp_client.ask(ONE, dhcp_client.DISCOVER)
+    lab.mover.engine.set_dhcp(DhcpServer(SETUP), "p2")
+    lab.send("p0", question)
+    lab.mover.engine.set_dhcp(None, "p2")
+    lab.send("p2", question)
+    assert lab.mover.questions == []
+    assert lab.received("p1") == [question]
+    lab.close()
+
+
+def test_a_gateways_dhcp_answers_are_dropped(lab: Lab) -> None:
+    """What its own server says to everybody reaches nobody; its other frames do, with one decision a flow."""
+    lab.mover.engine.set_rules("p2", PortRules(dhcp_guard=True))
+    lab.mover.engine.set_dhcp(None, "p2")
+    lab.send("p0", packets.ethernet(THREE, ONE))
+    lab.received("p1"), lab.received("p2")
+    fine = packets.ethernet(frames.BROADCAST, THREE, packets.ipv4(17, packets.udp(53, 68)), kind=0x0806)
+    lab.send("p2", packets.dhcp_offer(THREE), fine, packets.ethernet(ONE, THREE))
+    assert [lab.received("p0"), lab.received("p1")] == [[fine, packets.ethernet(ONE, THREE)], [fine]]
+    port = lab.mover.engine.ports["p2"]
+    assert not lab.mover.engine.decide(port, packets.ethernet(ONE, THREE), 0.0).inspect
+
+
+def test_the_switchs_own_frames(lab: Lab) -> None:
+    """They are sent, counted and captured as others are, and dropped where nobody is or nobody takes them."""
+    port, capture = lab.mover.engine.ports["p0"], Capture("p0")
+    lab.mover.add_capture(capture)
+    frame = packets.ethernet(ONE, TWO)
+    lab.mover.send_own(port, frame, 0.0)
+    assert lab.received("p0") == [frame]
+    assert frame in bytes(capture.pending)
+    assert port.counters.transmitted_frames == 1
+    lab.plug("slow", PortRules(), connected=False)
+    slow = lab.mover.sockets["slow"]
+    for _ in range(port_socket.MAX_BACKLOG_FRAMES + 300):
+        lab.mover.send_own(slow.port, frame, 0.0)
+    assert len(slow.backlog) == port_socket.MAX_BACKLOG_FRAMES
+    assert lab.mover.full == [slow]
+    assert slow.port.counters.drops[Drop.FULL] > 0
+    lab.guests["p0"].close()
+    lab.mover.send_own(port, frame, 0.0)
+    assert port.counters.drops[Drop.LINK_DOWN] == 1
+    lab.mover.remove("slow")
+    lab.mover.send_own(slow.port, frame, 0.0)
 
 
 def test_storm_limit_cuts_batches() -> None:

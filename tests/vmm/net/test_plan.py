@@ -193,13 +193,6 @@ def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> N
         ({"colour": "red"}, "colour"),
         (
             {
-                "type": "internal", "address": "10.0.0.1/24",
-                "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.0.9"}],
-            },
-            "fixed leases need the bridge back end",
-        ),
-        (
-            {
                 "type": "internal", "address": "10.0.0.1/24", "backend": "bridge",
                 "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.9.9"}],
             },
@@ -238,13 +231,31 @@ def test_no_free_network() -> None:
 
 
 def test_gateways_follow_from_the_switch() -> None:
-    """The user back end's way out: the host's address, a name server that is another, where DHCP begins."""
+    """The user back end's way out: the host's address, a name server that is another; also of a /8 at once."""
     setup = make_switch(name="x", type="internal", address="10.0.0.1/24").gateway()
     assert (setup.network, setup.host, setup.name_server, setup.first) == (
         "10.0.0.0/24",
         "10.0.0.1",
         "10.0.0.2",
-        "10.0.0.128",
+        "10.0.0.3",
     )
     other = make_switch(name="x", type="internal", address="10.0.0.2/24").gateway()
     assert other.name_server != other.host
+    assert make_switch(name="x", type="internal", address="10.0.0.1/8").gateway().network == "10.0.0.0/8"
+
+
+def test_the_user_back_ends_dhcp_follows_from_the_switch() -> None:
+    """The range with its end and the fixed addresses; nothing where there is to be no DHCP."""
+    lease = {"mac": "02:00:00:00:00:01", "address": "10.0.0.9", "name": "web"}
+    settings = {
+        "name": "x",
+        "type": "internal",
+        "address": "10.0.0.1/24",
+        "dhcp_first": "10.0.0.4",
+        "dhcp_last": "10.0.0.7",
+    }
+    setup = make_switch(**settings, leases=[lease]).dhcp_setup()
+    assert setup is not None
+    assert (setup.first, setup.last, setup.server) == ("10.0.0.4", "10.0.0.7", "10.0.0.1")
+    assert setup.fixed == (("02:00:00:00:00:01", "10.0.0.9", "web"),)
+    assert make_switch(**settings, dhcp=False).dhcp_setup() is None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import require_qemu
 from vmm import errors, paths
 from vmm.net import switches
 from vmm.net.plan import SwitchSpec, make_switch
@@ -83,6 +84,39 @@ def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.Monk
     assert switches.names() == []
     assert not any((home / "run").iterdir())
     assert [one.name for one in (home / "home" / "switches").iterdir()] == [".lock"]
+
+
+def test_a_gateway_that_does_not_start_is_told(home: Path) -> None:
+    """A switch whose gateway ends at once, here for a port that is taken, is not made, and the reason is told."""
+    require_qemu()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        forward = f"tcp:127.0.0.1:{taken.getsockname()[1]}-10.77.250.9:22"
+        spec = make_switch(name="nat", type="internal", address="10.77.250.1/24", forwards=(forward,))
+        with pytest.raises(errors.VmmError, match=r"gateway of switch 'nat' does not start: .*forwarding"):
+            switches.create(spec)
+    assert switches.names() == []
+    assert not any((home / "run").iterdir())
+
+
+def test_dhcp_follows_the_switchs_file(home: Path) -> None:
+    """A low range has a gateway; a fixed address that is set later counts at once, and the gateway stays the same."""
+    require_qemu()
+    settings = {"dhcp_first": "10.77.250.1", "dhcp_last": "10.77.250.9"}
+    switches.create(make_switch(name="nat", type="internal", address="10.77.250.1/24", **settings))
+    user = HostSide(switches.load("nat")).user
+    before = user.status()
+    assert before is not None
+    assert before["gateway"]["ready"]
+    assert before["dhcp"]["fixed"] == []
+    lease = {"mac": "02:00:00:00:00:01", "address": "10.77.250.20"}
+    switches.change("nat", lambda spec: make_switch(**{**spec.model_dump(), "leases": [lease]}))
+    after = user.status()
+    assert after is not None
+    assert after["dhcp"]["fixed"] == [["02:00:00:00:00:01", "10.77.250.20", ""]]
+    assert after["gateway"]["pid"] == before["gateway"]["pid"]
+    wide = make_switch(name="wide", type="internal", address="10.77.251.1/24", dhcp_last="10.77.251.255")
+    with pytest.raises(errors.InvalidSpec, match="broadcast"):
+        switches.create(wide)
 
 
 def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which addresses guests may be given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vmm import errors
+from vmm.net.guest_addresses import refuse_range, with_fixed, without_fixed
+from vmm.net.plan import SwitchSpec, make_switch
+
+ONE, TWO = "02:00:00:00:00:01", "02:00:00:00:00:02"
+
+
+def switch(backend: str, **settings: object) -> SwitchSpec:
+    """An internal one with a fixed address for TWO."""
+    leases = [{"mac": TWO, "address": "10.0.7.9", "name": "web"}]
+    usual = {"name": "nat", "type": "internal", "address": "10.0.7.1/24", "leases": leases}
+    return make_switch(backend=backend, **(usual | settings))
+
+
+@pytest.mark.parametrize("backend", ["user", "bridge"])
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("10.0.7.0", "the network's own address"),
+        ("10.0.7.255", "the network's broadcast address"),
+        ("10.0.7.1", "this host's own address"),
+        ("10.0.8.9", "does not lie in 10.0.7.0/24, the network of switch 'nat'"),
+        ("10.0.7", "no IPv4 address"),
+        ("10.0.7.9", "10.0.7.9 is fixed for web already"),
+        ("10.0.7.200", "db has 10.0.7.200 now, for another 2 minutes at least"),
+    ],
+)
+def test_addresses_that_nobody_can_be_given(backend: str, address: str, words: str) -> None:
+    """The network's, the broadcast's, the host's, one outside, one that is fixed for another or in use."""
+    held: list[dict[str, Any]] = [
+        {"mac": "02:00:00:00:00:07", "address": "10.0.7.200", "name": "db", "expires": 1100},
+        {"mac": "02:00:00:00:00:08", "address": "10.0.7.201", "name": None, "expires": 999},
+        {"mac": ONE, "address": "10.0.7.202", "name": None, "expires": 9999},
+    ]
+    spec = switch(backend)
+    with pytest.raises((errors.InvalidSpec, errors.InUse), match=words):
+        with_fixed(spec, ONE, address, None, held, 1000)
+    for fine in ("10.0.7.201", "10.0.7.202", "10.0.7.254"):
+        changed = with_fixed(spec, ONE, fine, "one", held, 1000)
+        assert [(one.mac, one.address) for one in changed.leases] == [(TWO, "10.0.7.9"), (ONE, fine)]
+    assert [one.address for one in with_fixed(spec, TWO, "10.0.7.8", None, held, 1000).leases] == ["10.0.7.8"]
+
+
+def test_the_name_server_of_the_user_back_end_is_nobody_elses() -> None:
+    """The bridge back end's is the host's own address, so that one is free there."""
+    with pytest.raises(errors.InvalidSpec, match="the name server's"):
+        with_fixed(switch("user"), ONE, "10.0.7.2", None, [], 0)
+    assert len(with_fixed(switch("bridge"), ONE, "10.0.7.2", None, [], 0).leases) == 2
+
+
+def test_switches_that_give_out_no_addresses() -> None:
+    """Private ones, and those without DHCP; a fixed address that is not there cannot be taken away."""
+    with pytest.raises(errors.InvalidSpec, match="is private: only an internal one"):
+        with_fixed(make_switch(name="lab"), ONE, "10.0.7.9", None, [], 0)
+    with pytest.raises(errors.InvalidSpec, match="--no-dhcp"):
+        with_fixed(switch("user", dhcp=False), ONE, "10.0.7.20", None, [], 0)
+    with pytest.raises(errors.NotFound, match="web/nic-0 has no fixed address on switch nat"):
+        without_fixed(switch("user"), ONE, "web/nic-0")
+    assert without_fixed(switch("user"), TWO, "web/nic-0").leases == ()
+
+
+@pytest.mark.parametrize("backend", ["user", "bridge"])
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [
+        ("10.0.7.0", "10.0.7.9", "holds 10.0.7.0, the network's own address"),
+        ("10.0.7.200", "10.0.7.255", "holds 10.0.7.255, the broadcast address"),
+        ("10.0.7.1", "10.0.7.1", "has no address but the switch's own"),
+        ("10.0.7.1", "10.0.7.9", None),
+        ("10.0.7.254", "10.0.7.254", None),
+    ],
+)
+def test_ranges(backend: str, first: str, last: str, words: str | None) -> None:
+    """One with an address that nobody can have is refused, as is one without any; a low one is fine."""
+    spec: Any = switch(backend, dhcp_first=first, dhcp_last=last)
+    if words is None:
+        refuse_range(spec)
+        return
+    with pytest.raises(errors.InvalidSpec, match=words):
+        refuse_range(spec)
+    refuse_range(switch(backend, dhcp_first=first, dhcp_last=last, dhcp=False))

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The addresses that an internal switch gives to guests, as a person sets them. Pure.
+
+Decides which range can be given out, and which address may be fixed for an adapter: one of the network's that is
+nobody else's, on both back ends.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vmm import errors
+from vmm.net import plan
+from vmm.net.plan import SwitchSpec
+
+
+def with_fixed(
+    spec: SwitchSpec, mac: str, address: str, name: str | None, held: Iterable[Mapping[str, Any]], now: float
+) -> SwitchSpec:
+    """The switch with this address for this MAC, instead of one that it may have had. `held`: what `read` found.
+
+    Raises InvalidSpec for what is no address of a guest's on its network, InUse for one that another adapter has.
+    """
+    rest = [one for one in spec.leases if one.mac != mac]
+    if spec.type != "internal":
+        raise errors.InvalidSpec(f"switch {spec.name!r} is {spec.type}: only an internal one gives out addresses")
+    if not spec.dhcp:
+        raise errors.InvalidSpec(f"switch {spec.name!r} gives out no addresses: it was made with --no-dhcp")
+    refuse(spec, address)
+    for one in rest:
+        if ipaddress.IPv4Address(one.address) == ipaddress.IPv4Address(address):
+            raise errors.InUse(f"{address} is fixed for {one.name or one.mac} already")
+    for lease in held:
+        if lease["address"] == address and lease["mac"] != mac and lease["expires"] > now:
+            minutes = -(-int(lease["expires"] - now) // 60)
+            raise errors.InUse(
+                f"{lease['name'] or lease['mac']} has {address} now, for another {minutes} minutes at least",
+                hint=f"choose an address outside of {spec.dhcp_range[0]} to {spec.dhcp_range[1]}",
+            )
+    leases = [*(one.model_dump() for one in rest), {"mac": mac, "address": address, "name": name}]
+    return plan.make_switch(**{**spec.model_dump(), "leases": leases})
+
+
+def refuse(spec: SwitchSpec, address: str) -> None:
+    """Raise InvalidSpec for what no guest on the internal switch may be given."""
+    try:
+        wanted = ipaddress.IPv4Address(address)
+    except ValueError as error:
+        raise errors.InvalidSpec(f"{address!r} is no IPv4 address") from error
+    network = spec.network
+    if wanted not in network:
+        raise errors.InvalidSpec(f"{address} does not lie in {network}, the network of switch {spec.name!r}")
+    if wanted == network.network_address:
+        raise errors.InvalidSpec(f"{address} is the network's own address: nobody can have it")
+    if wanted == network.broadcast_address:
+        raise errors.InvalidSpec(f"{address} is the network's broadcast address: nobody can have it")
+    if wanted == spec.interface.ip:
+        raise errors.InvalidSpec(f"{address} is this host's own address on switch {spec.name!r}")
+    if spec.backend == "user" and str(wanted) == spec.gateway().name_server:
+        raise errors.InvalidSpec(f"{address} is the name server's on switch {spec.name!r}")
+
+
+def without_fixed(spec: SwitchSpec, mac: str, adapter: str) -> SwitchSpec:
+    """The switch without a fixed address for this MAC. Raises NotFound, which names the `adapter`."""
+    rest = [one.model_dump() for one in spec.leases if one.mac != mac]
+    if len(rest) == len(spec.leases):
+        raise errors.NotFound(f"{adapter} has no fixed address on switch {spec.name}")
+    return plan.make_switch(**{**spec.model_dump(), "leases": rest})
+
+
+def refuse_range(spec: SwitchSpec) -> None:
+    """Raise InvalidSpec where the internal switch has no address to give out, or one that no guest can have."""
+    if not spec.dhcp:
+        return
+    first, last = spec.dhcp_range
+    network = spec.network
+    for one, whose in ((network.network_address, "the network's own"), (network.broadcast_address, "the broadcast")):
+        if first <= one <= last:
+            raise errors.InvalidSpec(f"the DHCP range {first} to {last} holds {one}, {whose} address")
+    ours = {spec.interface.ip}
+    if spec.backend == "user":
+        ours.add(ipaddress.IPv4Address(spec.gateway().name_server))
+    if int(last) - int(first) + 1 <= sum(first <= one <= last for one in ours):
+        raise errors.InvalidSpec(f"the DHCP range {first} to {last} has no address but the switch's own")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `user` switch's DHCP server with the file that its leases are kept in.
+
+Decides that a lease is in the file before its client hears of it, so that a switch that is killed and started again
+gives nobody an address that another has (`INV-DHCP-ONE-HOLDER`); where the file cannot be written, nobody gets a new
+lease, and those that there are go on. Must not know sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from vmm import errors
+from vmm.net import lease_file
+from vmm.net.dhcp_message import Kind, Message
+from vmm.net.dhcp_server import DhcpServer, DhcpSetup
+from vmm.net.engine import Drop, Port
+
+_log = logging.getLogger(__name__)
+
+
+class KeptDhcp:
+    """The server of one switch. Leases that the file has are taken up again."""
+
+    def __init__(self, setup: DhcpSetup, path: str) -> None:
+        self.path = path
+        self.server = DhcpServer(setup, lease_file.records(path, time.time(), setup.lease_seconds))
+        self._is_writable = True
+
+    def answer(self, port: Port, message: Message) -> bytes:
+        """The frame that answers; empty where there is nothing to say."""
+        server, rules = self.server, port.rules
+        if not server.takes(port.name, time.monotonic()):
+            port.counters.drops[Drop.DHCP_FLOOD] += 1
+            return b""
+        own = frozenset() if rules.spoofing else rules.addresses
+        frame = server.answer(message, time.time(), port=port.name, own=own)
+        if server.unsaved and not self._save() and message.kind is Kind.REQUEST and message.mac in server.unsaved:
+            return b""
+        return frame
+
+    def _save(self) -> bool:
+        try:
+            lease_file.write(self.path, self.server)
+        except (OSError, errors.VmmError) as error:
+            if self._is_writable:
+                _log.error("no new leases are given: %s", error)
+            self._is_writable = False
+            return False
+        self.server.was_saved()
+        self._is_writable = True
+        return True
