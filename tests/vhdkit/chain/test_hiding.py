@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import vhdkit
 from tests.chains import ChainPlan, build, chain_plans, clear_bits, pattern
-from tests.model import walk_read
-from tests.power import LINK
+from tests.model import SectorModel, walk_read
+from tests.power import DISK_SIZE, LINK, PowerRun, Scene, open_mem
 from tests.stores import MemStore
+from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.live_merge import LiveMerge
@@ -129,6 +130,56 @@ def test_zeros_are_read_whatever_lies_below(plan: ChainPlan, seed: int) -> None:
     assert after == before
     for index in rng.sample(range(count), min(count, 40)):
         assert walk_read(chain.layers, index) == before[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE]
+
+
+def holes_scene(rng: random.Random) -> Scene:
+    """An empty leaf over a layer that owns holes and data, over a base with data in some blocks."""
+    base, middle, leaf = MemStore("base.vhd"), MemStore("middle.avhd"), MemStore("leaf.avhd")
+    content = bytearray(DISK_SIZE)
+    create_dynamic(base, DISK_SIZE, block_size_bytes=BLOCK)
+    create_differencing(middle, DISK_SIZE, LINK, block_size_bytes=BLOCK)
+    create_differencing(leaf, DISK_SIZE, LINK, block_size_bytes=BLOCK)
+    with open_mem(base, writable=True) as disk:
+        content[:BLOCK] = rng.randbytes(BLOCK)
+        disk.write(0, content[:BLOCK])
+    below = open_layer(base.copy(frozen=True))
+    with open_mem(middle, [below], writable=True) as disk:
+        disk.write_zeroes(BLOCK // 2, BLOCK)
+        content[BLOCK // 2 : BLOCK] = bytes(BLOCK // 2)
+        content[2 * BLOCK : 2 * BLOCK + 9000] = rng.randbytes(9000)
+        disk.write(2 * BLOCK, content[2 * BLOCK : 2 * BLOCK + 9000])
+    return Scene(leaf, [open_layer(middle.copy(frozen=True)), below], bytes(content))
+
+
+@pytest.mark.parametrize("seed", range(daily_or_nightly(1, 20)))
+def test_inv_flushed_or_newer_with_zeros_that_take_nothing(seed: int) -> None:
+    """INV-FLUSHED-OR-NEWER: cut anywhere among zeros and data, flushed zeros are zeros, whether they took a block."""
+    rng = random.Random(f"zeros {seed}")
+
+    def script(disk: Disk, model: SectorModel) -> None:
+        model.write(BLOCK, bytes(BLOCK))
+        disk.write_zeroes(BLOCK, BLOCK, fua=True)
+        model.flushed_range(BLOCK, BLOCK)
+        assert not disk.chain.leaf.allocated_blocks().any(), "they take nothing"
+        for _ in range(12):
+            offset = rng.choice([rng.randrange(DISK_SIZE), rng.randrange(DISK_SIZE) // BLOCK * BLOCK, BLOCK // 2])
+            size = min(rng.choice([SECTOR_SIZE, 5000, BLOCK // 2, BLOCK, 2 * BLOCK]), DISK_SIZE - offset)
+            fua = rng.random() < 0.3
+            if rng.random() < 0.6:
+                model.write(offset, bytes(size))
+                disk.write_zeroes(offset, size, fua=fua)
+            else:
+                size = min(size, 6000)
+                data = rng.randbytes(size)
+                model.write(offset, data)
+                disk.write(offset, data, fua=fua)
+            if fua:
+                model.flushed_range(offset, size)
+            elif rng.random() < 0.3:
+                disk.flush()
+                model.flushed()
+
+    PowerRun(holes_scene(rng), seed, cuts=1, script=script).run()
 
 
 # -- what becomes of such zeros ---------------------------------------------------------------------------------
