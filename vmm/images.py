@@ -46,6 +46,26 @@ def find_image(path: str, folder: str) -> str:
     return os.path.realpath(elsewhere if os.path.exists(elsewhere) else path)
 
 
+def find_disk(machine: Machine, word: str) -> DiskSpec:
+    """A machine's disk by its id, its serial, or its path by whatever name.
+
+    Raises NotFound, and InvalidSpec where several disks have the path.
+    """
+    disks = machine.spec.disks
+    for by in ([one for one in disks if one.id == word], [one for one in disks if one.serial == word]):
+        if by:
+            return by[0]
+    path = os.path.realpath(word)
+    found = [one for one in disks if one.path is not None and os.path.realpath(one.path) == path]
+    if len(found) > 1:
+        names = " and ".join(one.id for one in found)
+        raise InvalidSpec(f"is in {names}", machine=machine.name, path=word, hint="name one of them by its id")
+    if found:
+        return found[0]
+    known = ", ".join(disk.id for disk in disks) or "none"
+    raise NotFound(f"has no disk {word!r}; there are {known}", machine=machine.name)
+
+
 def readable(path: str) -> str:
     """The real path of a file that can be opened. Raises NotFound, AccessDenied."""
     os.close(open_medium(path))

@@ -24,10 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from vmm import backup, contact, devices, known_images, registry, saved
 from vmm.contact import Place
 from vmm.copies import AllIds, original_of
-from vmm.errors import AccessDenied, InvalidSpec, NotFound, Refused, VmmError, WrongState
+from vmm.errors import AccessDenied, InvalidSpec, Refused, VmmError, WrongState
 from vmm.events import add_event, follow_events, read_events
 from vmm.guest_access import GuestAccess
-from vmm.images import find_image, look_at, note_marks, readable, resize_image, settings_with_real_paths
+from vmm.images import (
+    find_disk,
+    find_image,
+    look_at,
+    note_marks,
+    readable,
+    resize_image,
+    settings_with_real_paths,
+)
 from vmm.interrupted import ends_with_us, goes_on_without_us
 from vmm.kvm import machine_types
 from vmm.media import look_at_medium, open_medium
@@ -428,7 +436,7 @@ class Manager:
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
         """Take a disk away from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
         with contact.changing(name) as (machine, client):
-            disk = _find_disk(machine, disk_id)
+            disk = find_disk(machine, disk_id)
             saved.refuse_when_saved(machine.paths, name, "removing a disk")
             if client is None:
                 rest = [one for one in machine.spec.disks if one.id != disk.id]
@@ -446,7 +454,7 @@ class Manager:
         medium was changed when it goes on. Raises NotFound, InvalidSpec, WrongState, Refused for a locked drive.
         """
         with contact.changing(name, stop_merge=False) as (machine, client):
-            drive = _find_disk(machine, drive_id)
+            drive = find_disk(machine, drive_id)
             if drive.kind != "iso":
                 raise WrongState(
                     f"{drive.id} is a disk, and no drive with a medium", machine=name, path=drive.path,
@@ -472,7 +480,7 @@ class Manager:
         Raises StoreFailed, WrongState, InvalidSpec.
         """
         with contact.changing(name) as (machine, client):
-            disk = _find_disk(machine, disk_id)
+            disk = find_disk(machine, disk_id)
             if disk.kind != "vhd" or disk.read_only or disk.path is None:
                 raise WrongState("only a writable image can be resized", machine=name, path=disk.path)
             saved.refuse_when_saved(machine.paths, name, "resizing a disk")
@@ -565,16 +573,6 @@ def _running_spec(place: Place) -> MachineSpec | None:
     with contextlib.suppress(VmmError):
         return registry.read_definition(place.runtime.running)
     return None
-
-
-def _find_disk(machine: Machine, disk_id: str) -> DiskSpec:
-    """A disk by its id, its serial, or its path by whatever name."""
-    for disk in machine.spec.disks:
-        is_path = disk.path is not None and os.path.realpath(disk_id) == os.path.realpath(disk.path)
-        if is_path or disk_id in (disk.id, disk.serial):
-            return disk
-    known = ", ".join(disk.id for disk in machine.spec.disks) or "none"
-    raise NotFound(f"has no disk {disk_id!r}; there are {known}", machine=machine.name)
 
 
 def _size_of(disk: DiskSpec) -> int | None:

@@ -465,8 +465,15 @@ class Running:
             except VmmError:
                 self.note.details.pop("paused", None)
                 raise
-            await self.refresh()  # whoever saves it at once saves it paused
+            await self._ask_whether("paused")  # whoever saves it at once saves it paused
         self.tell("paused")
+
+    async def _ask_whether(self, status: str) -> None:
+        """Ask how the machine is after QEMU did what it was told: `status`, where it cannot be asked any more."""
+        try:
+            await self.refresh()
+        except VmmError:
+            self.status = status
 
     async def resume(self) -> None:
         """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
@@ -475,7 +482,7 @@ class Running:
             self.note.details.pop("paused", None)
             await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)
-            await self.refresh()
+            await self._ask_whether("running")
         if self.status == "io-error":
             raise StoreFailed(f"cannot go on: {self.critical_reason}", hint="it will by itself when the cause is gone")
         self.tell("resumed")

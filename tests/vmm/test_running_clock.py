@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vmm.errors import QemuFailed
 from vmm.paths import MachinePaths, RuntimePaths
 from vmm.running import Running
 from vmm.spec import make_spec
@@ -73,3 +74,34 @@ def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monk
         return running.status
 
     assert asyncio.run(scene()) == "paused"
+
+
+@pytest.mark.parametrize(
+    ("before", "verb", "after"), [("running", "pause", "paused"), ("paused", "resume", "running")]
+)
+def test_a_verb_that_was_carried_out_does_not_fail(
+    before: str, verb: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU that dies between doing what it was told and being asked once more has done it."""
+
+    class Dying(Monitor):
+        async def execute(self, command: str, **arguments: object) -> dict[str, Any]:
+            if command == "query-status":
+                raise QemuFailed("it hung up")
+            return {}
+
+    async def scene() -> str:
+        note = WorkerNote(phase=Phase.RUNNING, details={"paused": before == "paused"})
+        told: list[str] = []
+        running = Running(
+            make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
+            lambda event, **details: told.append(event),
+        )  # fmt: skip
+        monkeypatch.setattr(running.clock, "bring_to_now", lambda why: None)
+        monkeypatch.setattr(running, "_qmp", Dying())
+        running.status, running._is_known = before, True
+        await getattr(running, verb)()
+        assert told == [f"{verb}d"]
+        return running.status
+
+    assert asyncio.run(scene()) == after

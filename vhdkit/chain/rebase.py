@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vhdkit import errors
-from vhdkit.arguments import AnyPath, checked
+from vhdkit.arguments import AnyPath, Size, checked
 from vhdkit.chain import pending
 from vhdkit.chain.chain import Chain, Progress
 from vhdkit.chain.compare import compare_chains
@@ -51,6 +51,7 @@ def rebase(
     *,
     unsafe_new_id: bool = False,
     accept_parent_id: str | None = None,
+    accept_parent_size_bytes: Size | None = None,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
@@ -59,7 +60,8 @@ def rebase(
 
     With `unsafe_new_id` an image with another id is accepted, and its id recorded, when the disk reads the same on it
     as on the recorded parent: the whole content is compared, so both must be there. Where the recorded parent is gone,
-    `accept_parent_id`, the new parent's id, accepts it by the caller's word: nothing is compared.
+    `accept_parent_id`, the new parent's id, accepts it by the caller's word: nothing is compared but its size, which
+    must be the image's own, now or when it was made, unless `accept_parent_size_bytes` is the new parent's.
     The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
     image without a parent and for one on a device, ParentMismatch for another parent, ParentMissing where there is
     nothing to compare with, ImageInUse when the image is open anywhere, and what opening the two raises. On error the
@@ -99,6 +101,7 @@ def rebase(
                     _check_content(store, metadata, layers, options, progress)
                 else:
                     _refuse_comparable(store, metadata, options)
+                    _check_size(store.name, metadata, layers[0], accept_parent_size_bytes)
                 timestamp = _timestamp(layers[0])
             link = link_to(image_path, new_path, found, timestamp)
             if not dry_run:
@@ -213,6 +216,22 @@ def _refuse_comparable(store: FileStore, metadata: Metadata, options: OpenOption
         path=store.name,
         hint="say --unsafe-new-id instead of --accept-parent-id: the content is compared then",
     )
+
+
+def _check_size(path: str, metadata: Metadata, parent: Layer, accepted_bytes: object) -> None:
+    """Raise ParentMismatch for a parent of another size than the image has and had, unless that size was accepted.
+
+    No image records its parent's size. A child is made as large as its parent, unless somebody asked for more.
+    """
+    sizes = {metadata.size_bytes, metadata.footer.original_size, accepted_bytes}
+    if parent.size_bytes not in sizes:
+        raise errors.ParentMismatch(
+            f"{errors.printable(parent.store.name)} has another size than the disk that the image was made on",
+            path=path,
+            expected=f"{metadata.size_bytes} bytes, as the image has",
+            found=f"{parent.size_bytes} bytes",
+            hint=f"if it is all the same, say --accept-parent-size {parent.size_bytes} as well",
+        )
 
 
 def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:

@@ -6,6 +6,7 @@ Decides the names of shared options and what they mean to the library. Prints no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -105,8 +106,8 @@ def image_options(*, leaf_format: bool = True) -> Callable[[Verb], Verb]:
             trusted = trusted_parent_dirs()
             if not quiet:
                 for ignored in trusted.findings:
-                    text = f"{printable(ignored.path)}: {ignored.message}" if ignored.path else ignored.message
-                    click.echo(f"vhdkit: warning: {text}", err=True)
+                    text = f"{ignored.path}: {ignored.message}" if ignored.path else ignored.message
+                    print_aside(f"vhdkit: warning: {text}")
             options = OpenOptions(
                 parent_dirs=(*allow_parent_dir, *trusted.parent_dirs),
                 allow_raw_parent=allow_raw_parent,
@@ -161,6 +162,12 @@ def dry_run_option(verb: Verb) -> Verb:
     return click.option("--dry-run", is_flag=True, help="Look at everything, say what would be done, change nothing.")(
         verb
     )
+
+
+def print_aside(text: str) -> None:
+    """One line on standard error beside a verb's result: where nobody can be told, the verb goes on all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(printable(text), err=True)
 
 
 class VerbGroup(click.Group):

@@ -16,7 +16,7 @@ import click
 
 from vhdkit import CorruptImage, FormatName, ParentMissing, UnsupportedFormat
 from vhdkit.chain.describe import ChainInfo, ImageInfo, ParentInfo, describe_chain, describe_image
-from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.common import PATH, Common, epilog, image_options, print_aside
 from vhdkit.cli.output import (
     columns,
     exact_size,
@@ -170,8 +170,8 @@ def chain_command(context: click.Context, image: str, common: Common) -> None:
     if facts.problem is not None:
         if not common.json:
             # What is damaged is named in the problem; a missing parent is told of its child.
-            whose = "" if facts.damaged else f"{printable(facts.layers[-1].image.path)}: "
-            click.echo(f"vhdkit: {whose}{printable(facts.problem)}", err=True)
+            whose = "" if facts.damaged else f"{facts.layers[-1].image.path}: "
+            print_aside(f"vhdkit: {whose}{facts.problem}")
         context.exit((CorruptImage if facts.damaged else ParentMissing).exit_code)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vhdkit import Finding, Severity
-from vhdkit.cli.common import Common
+from vhdkit.cli.common import Common, print_aside
 from vhdkit.cli.jsontext import json_text
 from vhdkit.errors import printable
 from vhdkit.units import KIB, SECTOR_SIZE, DiskSize, format_size
@@ -94,7 +94,7 @@ def finding_document(finding: Finding) -> dict[str, Any]:
 def note(common: Common, text: str) -> None:
     """Something worth knowing that is no error, on standard error."""
     if not common.quiet and not common.json:
-        click.echo(f"vhdkit: note: {printable(text)}", err=True)
+        print_aside(f"vhdkit: note: {text}")
 
 
 def note_rounding(common: Common, size: DiskSize | None) -> None:

@@ -12,14 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 from vhdkit import Progress
-from vhdkit.cli.common import Common
+from vhdkit.cli.common import Common, print_aside
 from vhdkit.cli.output import console
 from vhdkit.units import format_size
 
@@ -115,7 +114,7 @@ def _by_lines(doing: str, endless: bool) -> Progress:
         if show(done_bytes, total_bytes):
             part = "" if endless else f" of {format_size(total_bytes)} ({done_bytes * 100 // max(total_bytes, 1)}%)"
             speed = int(done_bytes / max(time.monotonic() - begin, 0.001))
-            click.echo(f"{doing}: {format_size(done_bytes)}{part}, {format_size(speed)}/s", err=True)
+            print_aside(f"{doing}: {format_size(done_bytes)}{part}, {format_size(speed)}/s")
 
     return progress
 

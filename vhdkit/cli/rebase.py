@@ -7,6 +7,7 @@ import click
 
 import vhdkit
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options, progress_option
+from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import print_json, print_text
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
@@ -26,6 +27,8 @@ from vhdkit.errors import printable
               help="Accept a PARENT with another id when the disk reads the same on it as on the old.")  # fmt: skip
 @click.option("--accept-parent-id", metavar="ID",
               help="Accept a PARENT of this other id without a comparison, where the old parent is gone.")  # fmt: skip
+@click.option("--accept-parent-size", metavar="SIZE", type=parsed_size,
+              help="With --accept-parent-id: accept that PARENT has this size, and not the image's.")  # fmt: skip
 @dry_run_option
 @image_options(leaf_format=False)
 @progress_option
@@ -34,6 +37,7 @@ def rebase_command(
     parent: str,
     unsafe_new_id: bool,
     accept_parent_id: str | None,
+    accept_parent_size: int | None,
     dry_run: bool,
     common: Common,
     progress: bool | None,
@@ -48,17 +52,20 @@ def rebase_command(
 
     Where the old parent is gone there is nothing to compare with. --accept-parent-id ID, with the id that PARENT has
     (`vhdkit info` shows it), then takes your word for it: if PARENT does not hold what the old parent held, the disk
-    is damaged.
+    is damaged. Only its size is compared, with the image's; --accept-parent-size SIZE accepts another one.
 
     \b
     With --json: {"path", "parent", "dry_run"}
     """
+    if accept_parent_size is not None and accept_parent_id is None:
+        raise click.UsageError("--accept-parent-size goes with --accept-parent-id")
     with progress_shown(common, progress, "comparing") as show:
         vhdkit.rebase(
             image,
             parent,
             unsafe_new_id=unsafe_new_id,
             accept_parent_id=accept_parent_id,
+            accept_parent_size_bytes=accept_parent_size,
             options=common.options,
             progress=show,
             dry_run=dry_run,

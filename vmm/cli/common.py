@@ -7,6 +7,7 @@ Decides layout and style, nothing about content. Every text that comes from outs
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import sys
@@ -57,8 +58,25 @@ class DiskSizeType(click.ParamType[vhdkit.DiskSize]):
             self.fail(str(error), param, ctx)
 
 
+class SecondsType(click.ParamType[float]):
+    """How long: a number above 0. What is no number (nan) or has no end is no time to wait for."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number of seconds."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if not math.isfinite(seconds) or seconds <= 0:
+            self.fail(f"{value!r} is no number of seconds above 0", param, ctx)
+        return seconds
+
+
 SIZE = SizeType()
 DISK_SIZE = DiskSizeType()
+SECONDS = SecondsType()
 
 
 def format_size(size_bytes: int | None) -> str:
@@ -112,6 +130,12 @@ def print_line(text: str) -> None:
     click.echo(printable(text))
 
 
+def print_aside(text: str) -> None:
+    """One line on standard error that tells of no failure: where nobody can be told, the verb goes on all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(printable(text), err=True)
+
+
 def print_disconnected(started: Mapping[str, Any]) -> None:
     """A line for each adapter that is on no switch; `started` is what a start returned."""
     for one in started.get("disconnected", ()):
@@ -151,16 +175,20 @@ def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         nonlocal width
         step = printable(str(document.get("step", "")))
         text = words.text({**document, "step": step}, shutil.get_terminal_size().columns - 1)  # one line stays one
-        sys.stderr.write("\r" + text.ljust(width))
-        sys.stderr.flush()
+        _show_on_terminal("\r" + text.ljust(width))
         width = len(text)
 
     try:
         yield show if is_on else lambda document: None
     finally:
         if width:
-            sys.stderr.write("\r" + " " * width + "\r")
-            sys.stderr.flush()
+            _show_on_terminal("\r" + " " * width + "\r")
+
+
+def _show_on_terminal(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone ends no verb
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def confirm(question: str, *, yes: bool) -> None:

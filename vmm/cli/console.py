@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmm.cli.common import epilog, output_options, print_json, print_line
+from vmm.cli.common import SECONDS, epilog, output_options, print_aside, print_json, print_line
 from vmm.cli.terminal import Ended, Join
 from vmm.errors import InvalidSpec, TimedOut, VmmError
 from vmm.guest_access import GuestAccess
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--shared", is_flag=True, help="Let everybody who uses --shared type.")
 @click.option("--take", is_flag=True, help="Take the keyboard over from whoever has it.")
 @click.option("--expect", metavar="TEXT", help="End when the guest has printed this.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="End after so long; exit code 9 with --expect.")
+@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="End after so long; exit code 9 with --expect.")
 def console_command(
     name: str,
     no_scrollback: bool,
@@ -62,8 +62,6 @@ def console_command(
     """
     if watch + shared + take > 1:
         raise InvalidSpec("--watch, --shared and --take exclude each other")
-    if timeout is not None and timeout <= 0:
-        raise InvalidSpec("--timeout wants a number above 0")
     if expect == "":
         raise InvalidSpec("--expect wants a text")
     guest = Manager().guest(name)
@@ -78,7 +76,7 @@ def console_command(
     if ended is Ended.CONSOLE_GONE:
         if expect is not None:
             raise VmmError(f"the console ended before the guest said {expect!r}", machine=name)
-        click.echo(f"{name}: the console ended: the machine is off", err=True)
+        print_aside(f"{name}: the console ended: the machine is off")
 
 
 def _join(
@@ -91,9 +89,9 @@ def _join(
         link, may_type = guest.open_console(typing=typing, scrollback_bytes=size)
         if not is_again:
             if not may_type and typing != "never":
-                click.echo(f"{name}: somebody else types; this only shows (--take to type, --shared)", err=True)
+                print_aside(f"{name}: somebody else types; this only shows (--take to type, --shared)")
             elif is_terminal:
-                click.echo(f"{name}: this is its console; Ctrl-] leaves", err=True)
+                print_aside(f"{name}: this is its console; Ctrl-] leaves")
         return link
 
     join = Join(
@@ -102,7 +100,7 @@ def _join(
     )  # fmt: skip
     ended = join.run()
     if is_terminal:
-        click.echo("", err=True)
+        print_aside("")
     return ended
 
 

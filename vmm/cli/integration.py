@@ -11,7 +11,17 @@ from typing import Any
 
 import click
 
-from vmm.cli.common import VerbGroup, epilog, output_options, print_json, print_line, print_pairs, print_table
+from vmm.cli.common import (
+    SECONDS,
+    VerbGroup,
+    epilog,
+    output_options,
+    print_aside,
+    print_json,
+    print_line,
+    print_pairs,
+    print_table,
+)
 from vmm.errors import InvalidSpec, printable
 from vmm.guest_access import FREEZE_SECONDS
 from vmm.manager import Manager
@@ -51,7 +61,7 @@ def ping(name: str, as_json: bool, quiet: bool) -> None:
 @agent_command.command("freeze", epilog=epilog("vmm agent freeze web && copy-the-disks && vmm agent thaw web"))
 @click.argument("name")
 @click.option(
-    "--seconds", type=float, default=FREEZE_SECONDS, show_default=True, help="They thaw by themselves after so long."
+    "--seconds", type=SECONDS, default=FREEZE_SECONDS, show_default=True, help="They thaw by themselves after so long."
 )
 @output_options
 def freeze(name: str, seconds: float, as_json: bool, quiet: bool) -> None:
@@ -111,7 +121,7 @@ def list_items(name: str, as_json: bool, quiet: bool) -> None:
     if rows:
         print_table(("SET BY", "KEY", "VALUE"), rows)
     else:
-        click.echo(f"{name}: nothing has been exchanged", err=True)
+        print_aside(f"{name}: nothing has been exchanged")
 
 
 @kvp_command.command("get", epilog=epilog("vmm kvp get web address"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmm.cli.common import epilog, output_options, print_disconnected, print_json, print_line, progress_line
+from vmm.cli.common import SECONDS, epilog, output_options, print_disconnected, print_json, print_line, progress_line
 
 if TYPE_CHECKING:
     from vmm.manager import Manager
@@ -52,7 +52,7 @@ def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) ->
 
 @click.command("shutdown", epilog=epilog("vmm shutdown web", "vmm shutdown web --timeout 300"))
 @click.argument("name")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
+@click.option("--timeout", type=SECONDS, metavar="SECONDS", default=120.0, show_default=True,
               help="How many seconds the guest may take.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Power it off when it has not shut down by then.")
 @output_options

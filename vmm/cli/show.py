@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vmm.cli.common import epilog, format_size, output_options, print_json, print_pairs, print_table
+from vmm.cli.common import epilog, format_size, output_options, print_aside, print_json, print_pairs, print_table
 from vmm.cli.integration import guest_pairs
 from vmm.errors import to_document
 from vmm.manager import MachineInfo, Manager
@@ -31,7 +31,7 @@ def list_command(as_json: bool, quiet: bool) -> None:
         if rows:
             print_table(("NAME", "STATE", "CPUS", "MEMORY", "DISKS", "ADAPTERS", "UP", "NOTE"), rows, states=1)
         else:
-            click.echo("there are no machines: vmm create NAME --disk IMAGE", err=True)
+            print_aside("there are no machines: vmm create NAME --disk IMAGE")
 
 
 def _row(one: MachineInfo) -> list[str]:

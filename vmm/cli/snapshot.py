@@ -19,6 +19,7 @@ from vmm.cli.common import (
     epilog,
     format_size,
     output_options,
+    print_aside,
     print_disconnected,
     print_json,
     print_line,
@@ -177,7 +178,7 @@ def list_command(machine: str, as_json: bool, quiet: bool) -> None:
         if rows:
             print_table(("ID", "NAME", "TAKEN", "WHEN IT WAS", "CAME AFTER", ""), rows)
         else:
-            click.echo(f"no snapshots: vmm snapshot create {machine}", err=True)
+            print_aside(f"no snapshots: vmm snapshot create {machine}")
 
 
 @snapshot_command.command("show", epilog=epilog('vmm snapshot show web "before the update"'))

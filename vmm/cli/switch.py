@@ -19,6 +19,7 @@ from vmm.cli.common import (
     epilog,
     format_size,
     output_options,
+    print_aside,
     print_json,
     print_line,
     print_pairs,
@@ -167,7 +168,7 @@ def list_command(as_json: bool, quiet: bool) -> None:
         if rows:
             print_table(("SWITCH", "TYPE", "BACK END", "NETWORK", "PORTS"), rows)
         else:
-            click.echo("there are no switches: vmm switch create NAME", err=True)
+            print_aside("there are no switches: vmm switch create NAME")
 
 
 @switch_command.command("show", epilog=epilog("vmm switch show nat"))

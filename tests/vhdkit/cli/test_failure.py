@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,19 @@ def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr(sys, "stderr", stream)
             failure.settle_standard_error()
         assert full.closed and not taking.closed
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_note_that_nobody_takes(is_full: bool, tmp_path: Path) -> None:
+    """A verb that did what it should has succeeded, though standard error is broken, or full."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [sys.executable, "-m", "vhdkit", "create", tmp_path / "new.vhd", "--size", "0.1G"],
+                stdout=subprocess.PIPE, stderr=full if is_full else writing, check=False, timeout=60,
+            )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert ended.returncode == 0 and b"new.vhd" in ended.stdout

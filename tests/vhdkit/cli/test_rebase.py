@@ -7,6 +7,7 @@ from pathlib import Path
 
 import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, make_chain, run
+from vhdkit.units import MIB
 
 
 def move_middle() -> None:
@@ -83,3 +84,23 @@ def test_a_parent_that_is_gone_can_be_replaced() -> None:
     assert f"now stands on whole.vhd (id {found}, nothing was compared)" in good(*words)
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
+
+
+def test_a_parent_of_another_size_is_confirmed() -> None:
+    """By its id alone it is refused, with its size; that is accepted when it is said, and no other."""
+    make_chain()
+    with vhdkit.open_disk("leaf.avhd") as disk:
+        size = disk.size_bytes
+    vhdkit.create_image("larger.vhd", size + MIB)
+    found = str(vhdkit.image_id("larger.vhd"))
+    Path("middle.avhd").unlink()
+    before = Path("leaf.avhd").read_bytes()
+    words = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-id", found)
+    told = failure(*words, code=6)
+    assert f"{size + MIB} bytes" in told and f"say --accept-parent-size {size + MIB} as well" in told
+    assert "has another size" in failure(*words, "--accept-parent-size", str(size + 512), code=6)
+    assert Path("leaf.avhd").read_bytes() == before
+    without = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-size", "512")
+    assert "goes with --accept-parent-id" in failure(*without, code=2)
+    good(*words, "--accept-parent-size", str(size + MIB))
+    assert [Path(one).name for one in vhdkit.chain_paths("leaf.avhd")] == ["leaf.avhd", "larger.vhd"]

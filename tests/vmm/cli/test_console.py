@@ -165,7 +165,7 @@ def test_wrong_words(web: Manager) -> None:
     """Options that cannot be, machines that are not there or off: one line and an exit code, no traceback."""
     for words, code, text in (
         (("--shared", "--take"), 2, "exclude each other"),
-        (("--timeout", "0"), 2, "above 0"),
+        *((("--timeout", text), 2, "above 0") for text in ("0", "nan", "inf", "soon")),
         (("--expect", ""), 2, "wants a text"),
     ):
         done = vmm("console", "web", *words)

@@ -6,10 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vmm.cli import failure
+from vmm.cli.common import print_aside, progress_line
+from vmm.cli.failure import settle_standard_error
 
 _CTRL_C_IN_VERB = """
 import os, signal, sys
@@ -39,3 +42,32 @@ def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr(sys, "stderr", stream)
             failure.settle_standard_error()
         assert full.closed and not taking.closed
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_words_that_nobody_takes(is_full: bool, tmp_path: Path) -> None:
+    """A verb that did what it should has succeeded, though standard error is broken, or full."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [sys.executable, "-m", "vmm", "list"], env=os.environ | {"VMM_HOME": str(tmp_path)},
+                stdout=subprocess.PIPE, stderr=full if is_full else writing, check=False, timeout=60,
+            )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stdout) == (0, b"")
+
+
+def test_a_terminal_that_is_gone_ends_no_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows how far a verb is goes nowhere then, and the verb goes on."""
+    controller, terminal = os.openpty()
+    with open(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_line(shown=True) as progress:
+            progress({"step": "saving memory", "done": 1, "total": 2})
+            os.close(controller)
+            progress({"step": "saving memory", "done": 2, "total": 2})
+        print_aside("nobody reads this")
+        settle_standard_error()

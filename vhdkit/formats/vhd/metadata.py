@@ -310,6 +310,7 @@ def read_metadata(store: Store) -> Metadata:
                 **where,
             )
         findings = [*_footer_findings(path, tail, None, footer), *_padding_findings(store, tail)]
+        findings += _image_inside(store, copy)
         return Metadata(path, store.size(), footer, tail, None, size_bytes, None, (), None, tuple(findings))
     header = _read_header(store, footer, size_bytes)
     locators = read_locators(store, header) if footer.disk_type == layout.DISK_TYPE_DIFFERENCING else ()
@@ -435,6 +436,25 @@ def _padding_findings(store: Store, tail: FooterPlace) -> list[Finding]:
         return []
     message = f"{padding} bytes of zeros follow the footer: the file was made longer as if it were a raw disk"
     return [Finding(Severity.WARNING, "padding", message, store.name, tail.structure, tail.offset_bytes)]
+
+
+def _image_inside(store: Store, copy: FooterPlace) -> list[Finding]:
+    """A fixed disk's device that begins like another image, as after that was copied over the disk.
+
+    The fixed disk is believed: what it begins with is its guest's, who could else have the host open any parent.
+    """
+    others = (layout.DISK_TYPE_DYNAMIC, layout.DISK_TYPE_DIFFERENCING)
+    if end_of_room(store) is None or not copy.state.usable or copy.footer.disk_type not in others:
+        return []
+    try:
+        _read_header(store, copy.footer, copy.footer.current_size)
+    except CorruptImage:
+        return []
+    message = (
+        "an image begins here, and at its end the device has the footer of a fixed disk, which counts: the guest of a"
+        " fixed disk can write an image here. If it was copied over an old disk, clear the last sector of the device"
+    )
+    return [Finding(Severity.WARNING, "image-inside", message, store.name, copy.structure, copy.offset_bytes)]
 
 
 def _footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, footer: Footer) -> list[Finding]:

@@ -11,7 +11,8 @@ from vhdkit.formats.vhd import geometry, layout
 from vhdkit.store import Store
 from vhdkit.units import MIB, SECTOR_SIZE, round_down
 
-SEARCH_BYTES = 2 * MIB  # before the end of the file; programs that round files up use whole MiB
+MAX_PADDING_BYTES = 2 * MIB  # behind the footer; programs that round files up use whole MiB
+SEARCH_BYTES = MAX_PADDING_BYTES + layout.FOOTER_SIZE  # before the end of the file
 _READ_BYTES = MIB // 2
 
 
@@ -32,7 +33,8 @@ def _footer_at(store: Store, end_of_data: int) -> tuple[int, bytes] | None:
     """The footer whose last byte that is not zero stands before `end_of_data`. Its last 427 bytes are all reserved."""
     first = round_down(end_of_data - 1, SECTOR_SIZE)
     raw = store.pread(first, layout.FOOTER_SIZE)
-    return (first, raw) if is_fixed_footer(raw, first) else None
+    is_near = store.size() - first <= SEARCH_BYTES
+    return (first, raw) if is_near and is_fixed_footer(raw, first) else None
 
 
 def is_fixed_footer(raw: bytes, offset_bytes: int) -> bool:

@@ -215,7 +215,7 @@ def _rescue_footer(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> I
 def _stray_footer(store: Store) -> tuple[int, bytes] | None:
     """A good footer that other bytes follow: (offset, footer) of the last one, which fits the file up to there."""
     end = store.size()
-    for offset in range(round_down(end, SECTOR_SIZE), max(end - SEARCH_BYTES, 0), -SECTOR_SIZE):
+    for offset in range(round_down(end, SECTOR_SIZE), max(end - SEARCH_BYTES - 1, 0), -SECTOR_SIZE):
         raw = store.pread(offset, FOOTER_SIZE)
         if not raw.startswith(layout.FOOTER_COOKIE) or not footer_state(raw).usable:
             continue

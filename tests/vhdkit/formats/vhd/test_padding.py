@@ -14,7 +14,7 @@ from tests.vhd_builder import DYNAMIC, FIXED, Vhd, pattern, put
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.describe import describe_image
 from vhdkit.formats.probe import FormatName, identify
-from vhdkit.formats.vhd.padding import SEARCH_BYTES
+from vhdkit.formats.vhd.padding import MAX_PADDING_BYTES
 from vhdkit.units import MIB
 
 FOOTER = Vhd(disk_type=FIXED, size=MIB, chs=(30, 4, 17)).footer()
@@ -27,7 +27,7 @@ def padded(tail: bytes, name: str = "disk.vhd") -> MemStore:
     return store
 
 
-@pytest.mark.parametrize("size", [1, 511, 512, 4096, 1000_001, SEARCH_BYTES - 512])
+@pytest.mark.parametrize("size", [1, 511, 512, 4096, 1000_001, MAX_PADDING_BYTES])
 @pytest.mark.parametrize("name", ["disk.vhd", "disk.img"])
 def test_the_footer_is_found_before_zeros(size: int, name: str) -> None:
     """Up to 2 MiB from the end of the file, under any name, as the footer of a fixed VHD is without them."""
@@ -37,12 +37,12 @@ def test_the_footer_is_found_before_zeros(size: int, name: str) -> None:
 @pytest.mark.parametrize(
     "tail",
     [
-        FOOTER + bytes(SEARCH_BYTES),
+        FOOTER + bytes(MAX_PADDING_BYTES + 1),
         FOOTER + bytes(512) + b"x" + bytes(511),
         put(FOOTER, 64, b"\0\0\0\0") + bytes(512),
         Vhd(disk_type=FIXED, size=MIB // 2, chs=(15, 4, 17)).footer() + bytes(512),
         Vhd(disk_type=DYNAMIC, size=MIB, chs=(30, 4, 17)).footer() + bytes(512),
-        bytes(SEARCH_BYTES + MIB),
+        bytes(MAX_PADDING_BYTES + MIB),
     ],
     ids=["too far", "data behind it", "bad checksum", "of another size", "dynamic", "nothing"],
 )

@@ -124,6 +124,32 @@ def test_the_footer_of_an_earlier_image_is_not_believed(tmp_path: Path) -> None:
             assert (disk.read(0, 6), disk.read(BLOCK, 4)) == (b"parent", b"mine")
 
 
+def test_an_image_that_was_copied_over_a_fixed_disk(tmp_path: Path) -> None:
+    """The fixed disk counts, whose guest could have written the image; `check` tells what to clear, and that helps."""
+    child = tmp_path / "child.avhd"
+    vhdkit.create_image(tmp_path / "base.vhd", SIZE, block_size_bytes=BLOCK)
+    vhdkit.create_child(child, tmp_path / "base.vhd")
+    options = vhdkit.OpenOptions(parent_dirs=(str(tmp_path),))
+    fixed = tmp_path / "fixed.vhd"
+    vhdkit.create_image(fixed, DEVICE - 512, disk_format=vhdkit.DiskFormat.FIXED)
+    with loop_device(tmp_path / "device", size_bytes=DEVICE) as device:
+        with open(device, "r+b") as file:
+            file.seek(DEVICE - 512)
+            file.write(fixed.read_bytes()[-512:])
+        assert vhdkit.check(device) == []
+        with open(device, "r+b") as file:
+            file.write(child.read_bytes())
+        with vhdkit.open_disk(device, options=options) as disk:
+            assert disk.size_bytes == DEVICE - 512 and disk.read(0, 8) == b"conectix"
+        (found,) = vhdkit.check(device, options=options)
+        assert found.code == "image-inside" and "clear the last sector of the device" in found.message
+        with open(device, "r+b") as file:
+            file.seek(DEVICE - 512)
+            file.write(bytes(512))
+        with vhdkit.open_disk(device, options=options) as disk:
+            assert disk.size_bytes == SIZE and disk.read(0, 8) == bytes(8)
+
+
 def as_device(scene: Scene, *, footer_at_end: bool) -> Scene:
     """The scene's image at the beginning of a device with room for all blocks, full of an earlier owner's bytes."""
     store = scene.leaf
