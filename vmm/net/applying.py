@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import enforcing, forwarding, nft, plan, settings
+from vmm.net import enforcing, forwarding, ipv6_settings, nft, plan, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
 from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
@@ -70,6 +70,7 @@ class Applying:
     def apply(self) -> bool:
         """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
         if self.is_applied():
+            ipv6_settings.write_again(self.spec)
             enforcing.enforce(self.spec, self.ports)
             if self.spec.type == "internal" and self.spec.dhcp:
                 self._dhcp.ensure()
@@ -165,6 +166,8 @@ class Applying:
                 settings.hold(self._shared, arguments["setting"], arguments["value"], self.spec.id)
             case "forward":
                 forwarding.begin(self._shared, self.spec.id)
+            case "ipv6":
+                ipv6_settings.write(**arguments)
             case "up":
                 kernel.set_up(arguments["name"])
             case "enslave":

@@ -20,7 +20,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm import errors
-from vmm.net import frames, plan
+from vmm.net import frames, ipv6_settings, plan
 from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
 
 FOREVER = 0xFFFFFFFF
@@ -292,6 +292,7 @@ class Kernel:
                 addresses=self.addresses(spec.uplink),
                 routes=self.routes(spec.uplink),
                 shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
+                ipv6_settings=ipv6_settings.of_card(spec.uplink),
             )
         return HostFacts(has_vlan_filtering(), uplink, tuple(self.networks(spec.bridge_name)))
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vmm import errors
 from vmm.complaints import words_of
-from vmm.net import frames
+from vmm.net import frames, ipv6_settings
 from vmm.net.dhcp_server import LEASE_SECONDS, DhcpSetup
 from vmm.net.gateway import GatewaySetup
 
@@ -275,6 +275,7 @@ class UplinkFacts:
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
     shared_routes: tuple[str, ...] = ()  # destinations that are led through several interfaces at once
+    ipv6_settings: tuple[tuple[str, str], ...] = ()  # in which it is not as new interfaces are
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,9 +362,12 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
             f"make the bridge {bridge}",
         ),
     ]
-    if spec.type == "private" or (spec.type == "external" and not spec.host):
-        setting = f"net/ipv6/conf/{bridge}/disable_ipv6"
-        todo.append(Step("sysctl", {"setting": setting, "value": "1"}, f"no IPv6 address for the host on {bridge}"))
+    values = ipv6_settings.of_bridge(spec, uplink.ipv6_settings if uplink is not None else ())
+    if values:  # they go with the bridge
+        words = f"set IPv6 of {bridge} as it is on {spec.uplink}"
+        if not ipv6_settings.has_host(spec):
+            words = f"no IPv6 address for the host on {bridge}, and no router among the guests"
+        todo.append(Step("ipv6", {"name": bridge, "values": values}, words))
     if spec.host_vlan is not None:
         arguments = {"name": bridge, "untagged": spec.host_vlan, "tagged": frozenset[int](), "own": True}
         todo.append(Step("vlans", arguments, f"put the host's adapter into VLAN {spec.host_vlan}"))

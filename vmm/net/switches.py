@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from vmm import errors, paths
 from vmm.complaints import words_of
-from vmm.net import cards, guest_addresses, nft, plan, ports
+from vmm.net import cards, guest_addresses, ipv6_settings, nft, plan, ports
 from vmm.net.gateway import PORT_NAME, QEMU
 from vmm.net.plan import SwitchSpec
 from vmm.net.user_backend import UserBackend
@@ -368,6 +368,7 @@ class HostSide:
             path = os.path.join(self._ports_folder(), f"{interface}.json")
             paths.write_whole(path, json.dumps(document).encode(), durable=False)
             enforcing.enforce(self.spec, self.bridge_ports())
+            ipv6_settings.close_tap(interface)
             with bridge.Kernel() as kernel:
                 kernel.set_master(interface, self.spec.bridge_name)
                 if filters:  # also without a VLAN: it may have had one

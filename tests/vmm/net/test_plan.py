@@ -28,6 +28,9 @@ UPLINK = UplinkFacts(
 )
 
 
+NO_IPV6 = "no IPv6 address for the host on vmm01234567, and no router among the guests"
+
+
 def words(settings: dict[str, Any], facts: HostFacts) -> list[str]:
     """The steps, for people."""
     return [step.words for step in plan.steps(make_switch(id=ID, name="x", backend="bridge", **settings), facts)]
@@ -38,7 +41,7 @@ def test_private_steps() -> None:
     assert words({}, HostFacts()) == [
         "load the switch's nftables rules (table vmm_0123456789ab)",
         "make the bridge vmm01234567",
-        "no IPv6 address for the host on vmm01234567",
+        NO_IPV6,
         "switch vmm01234567 on",
     ]
 
@@ -46,13 +49,14 @@ def test_private_steps() -> None:
 def test_internal_steps() -> None:
     """The host's address, forwarding only with NAT, DHCP last."""
     steps = words({"type": "internal", "address": "10.77.0.1/24", "nat": True}, HostFacts())
-    assert steps[3:] == [
+    assert steps[2] == NO_IPV6
+    assert steps[4:] == [
         "give the host 10.77.0.1/24 on vmm01234567",
         "let packets be forwarded from vmm01234567 to wherever this host's routes lead, and their answers back",
         "start a DHCP and name server (dnsmasq) on vmm01234567",
     ]
     plain = words({"type": "internal", "address": "10.77.0.1/24", "dhcp": False}, HostFacts())
-    assert plain[3:] == ["give the host 10.77.0.1/24 on vmm01234567"]
+    assert plain[4:] == ["give the host 10.77.0.1/24 on vmm01234567"]
 
 
 def test_external_steps() -> None:
@@ -134,7 +138,7 @@ def test_the_hosts_vlan() -> None:
     inside = words(
         {"type": "internal", "address": "10.77.0.1/24", "host_vlan": 30}, HostFacts(has_vlan_filtering=True)
     )
-    assert inside[2:4] == ["put the host's adapter into VLAN 30", "switch vmm01234567 on"]
+    assert inside[3:5] == ["put the host's adapter into VLAN 30", "switch vmm01234567 on"]
 
 
 @given(st.sets(st.integers(1, 4094)))
@@ -145,11 +149,21 @@ def test_ranges(numbers: set[int]) -> None:
     assert all(later[0] > earlier[-1] + 1 for earlier, later in itertools.pairwise(found))
 
 
+def test_the_bridge_has_its_cards_ipv6() -> None:
+    """What differs on the card is set before the bridge is up, in one step; of a card like any other there is none."""
+    spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0")
+    card = replace(UPLINK, ipv6_settings=(("accept_ra", "2"),))
+    steps = plan.steps(spec, HostFacts(uplink=card))
+    assert [step.kind for step in steps][:4] == ["rules", "bridge", "ipv6", "up"]
+    assert steps[2].arguments == {"name": "vmm01234567", "values": (("accept_ra", "2"),)}
+    assert "ipv6" not in [step.kind for step in plan.steps(spec, HostFacts(uplink=UPLINK))]
+
+
 def test_external_without_the_host() -> None:
     """The host's addresses are taken away, and that is said beforehand."""
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host=False)
     kinds = [step.kind for step in plan.steps(spec, HostFacts(uplink=UPLINK))]
-    assert kinds == ["rules", "bridge", "sysctl", "up", "keep", "enslave", "drop-address", "drop-address"]
+    assert kinds == ["rules", "bridge", "ipv6", "up", "keep", "enslave", "drop-address", "drop-address"]
     assert plan.warnings(spec, HostFacts(uplink=UPLINK))[0].startswith("the host loses its addresses on eth0")
 
 

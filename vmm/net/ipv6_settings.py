@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's IPv6 settings of a switch's interfaces: what of IPv6 the host does on a bridge, and never on a tap.
+
+Decides that the host has no IPv6 on the bridge of a switch that has no IPv6 network, and takes no router's word there:
+a guest's advertisement would become the host's default route (as in CVE-2020-13401). On the bridge of an external
+switch, where the host's own adapter is, IPv6 is set as it was on its card. Names and meanings: the kernel's
+Documentation/networking/ip-sysctl.rst.
+
+`INV-NO-GUEST-ROUTER`: no frame of a guest gives the host an address or a route by way of a bridge of ours that is not
+the host's own adapter, whoever switches IPv6 on for all interfaces.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmm.net import settings
+
+if TYPE_CHECKING:
+    from vmm.net.plan import SwitchSpec
+
+_NONE = {"accept_ra": "0", "autoconf": "0", "accept_redirects": "0", "disable_ipv6": "1"}
+# What a card may have that decides how its host is found in IPv6. What follows from the link, such as its MTU, is not
+# among them, nor what only root may read.
+_OF_A_CARD = (
+    "forwarding",
+    "accept_ra",
+    "accept_ra_defrtr",
+    "ra_defrtr_metric",
+    "accept_ra_from_local",
+    "accept_ra_min_hop_limit",
+    "accept_ra_min_lft",
+    "accept_ra_mtu",
+    "accept_ra_pinfo",
+    "accept_ra_rt_info_min_plen",
+    "accept_ra_rt_info_max_plen",
+    "accept_ra_rtr_pref",
+    "accept_redirects",
+    "accept_dad",
+    "addr_gen_mode",
+    "autoconf",
+    "dad_transmits",
+    "max_addresses",
+    "optimistic_dad",
+    "router_solicitations",
+    "temp_prefered_lft",
+    "temp_valid_lft",
+    "use_optimistic",
+    "use_tempaddr",
+    "disable_ipv6",
+)
+
+
+def of_card(name: str) -> tuple[tuple[str, str], ...]:
+    """(setting, value) of everything in which a card is not as new interfaces are."""
+    found = []
+    for one in _OF_A_CARD:
+        value = settings.value(_path(name, one))
+        if value is not None and value != settings.value(_path("default", one)):
+            found.append((one, value))
+    return tuple(found)
+
+
+def has_host(spec: SwitchSpec) -> bool:
+    """True for the switch whose bridge is the host's own adapter in IPv6, instead of its card."""
+    return spec.type == "external" and spec.host
+
+
+def of_bridge(spec: SwitchSpec, card: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """(setting, value) for the switch's bridge. `card` is what `of_card` says of its uplink. Pure."""
+    return card if has_host(spec) else tuple(_NONE.items())
+
+
+def write(name: str, values: tuple[tuple[str, str], ...]) -> None:
+    """Set them on an interface; those that this kernel does not have are left out. Raises VmmError."""
+    for setting, value in values:
+        settings.write(_path(name, setting), value)
+
+
+def write_again(spec: SwitchSpec) -> None:
+    """What a bridge without the host's adapter needs: somebody may have changed it on all interfaces."""
+    if not has_host(spec):
+        write(spec.bridge_name, of_bridge(spec, ()))
+
+
+def _path(interface: str, setting: str) -> str:
+    return f"net/ipv6/conf/{interface}/{setting}"
+
+
+def close_tap(name: str) -> None:
+    """Keep the host from speaking IPv6 at a guest's tap: it would introduce itself to the guest."""
+    write(name, (("disable_ipv6", "1"),))
