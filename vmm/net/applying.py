@@ -70,7 +70,8 @@ class Applying:
     def apply(self) -> bool:
         """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
         if self.is_applied():
-            ipv6_settings.write_again(self.spec)
+            if not self.spec.moves_host:  # somebody may have set it on all interfaces
+                ipv6_settings.write(self.spec.bridge_name, ipv6_settings.NONE)
             enforcing.enforce(self.spec, self.ports)
             if self.spec.type == "internal" and self.spec.dhcp:
                 self._dhcp.ensure()

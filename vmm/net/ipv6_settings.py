@@ -12,14 +12,9 @@ the host's own adapter, whoever switches IPv6 on for all interfaces.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vmm.net import settings
 
-if TYPE_CHECKING:
-    from vmm.net.plan import SwitchSpec
-
-_NONE = {"accept_ra": "0", "autoconf": "0", "accept_redirects": "0", "disable_ipv6": "1"}
+NONE = (("accept_ra", "0"), ("autoconf", "0"), ("accept_redirects", "0"), ("disable_ipv6", "1"))  # of a bridge
 # What a card may have that decides how its host is found in IPv6. What follows from the link, such as its MTU, is not
 # among them, nor what only root may read.
 _OF_A_CARD = (
@@ -61,26 +56,10 @@ def of_card(name: str) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def has_host(spec: SwitchSpec) -> bool:
-    """True for the switch whose bridge is the host's own adapter in IPv6, instead of its card."""
-    return spec.type == "external" and spec.host
-
-
-def of_bridge(spec: SwitchSpec, card: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """(setting, value) for the switch's bridge. `card` is what `of_card` says of its uplink. Pure."""
-    return card if has_host(spec) else tuple(_NONE.items())
-
-
 def write(name: str, values: tuple[tuple[str, str], ...]) -> None:
     """Set them on an interface; those that this kernel does not have are left out. Raises VmmError."""
     for setting, value in values:
         settings.write(_path(name, setting), value)
-
-
-def write_again(spec: SwitchSpec) -> None:
-    """What a bridge without the host's adapter needs: somebody may have changed it on all interfaces."""
-    if not has_host(spec):
-        write(spec.bridge_name, of_bridge(spec, ()))
 
 
 def _path(interface: str, setting: str) -> str:

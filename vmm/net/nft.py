@@ -303,13 +303,16 @@ def _outward(spec: SwitchSpec, guard: Guard) -> list[dict[str, Any]]:
     if not spec.nat:
         closed: list[Rule] = [[_match(_meta("iifname"), bridge), *_DROP], [_match(_meta("oifname"), bridge), *_DROP]]
         return commands + _rules("inet", table, "forward", closed)
+    network = {"prefix": {"addr": str(spec.network.network_address), "len": spec.network.prefixlen}}
+    from_guest, made_up = _match(_meta("iifname"), bridge), _match(_field("ip", "saddr"), network, "!=")
+    ipv6 = _match(_meta("nfproto"), "ipv6")  # the network has none
+    commands += _rules("inet", table, "forward", [[from_guest, made_up, *_DROP], [from_guest, ipv6, *_DROP]])
     known = _match({"ct": {"key": "state"}}, ["established", "related"], "in")
     inward: Rule = [_match(_meta("oifname"), bridge), _match(_meta("iifname"), bridge, "!=")]
     commands += _rules("inet", table, "forward", [[*inward, known, {"accept": None}], [*inward, *_DROP]])
     if guard.is_needed:
         commands += _rules("inet", table, "forward", [_between_others(guard)])
     commands.append(_chain("inet", table, "outside", "nat", "postrouting", 100))
-    network = {"prefix": {"addr": str(spec.network.network_address), "len": spec.network.prefixlen}}
     leaving: Rule = [_match(_field("ip", "saddr"), network), _match(_meta("oifname"), bridge, "!=")]
     return commands + _rules("inet", table, "outside", [[*leaving, {"masquerade": None}]])
 

@@ -157,6 +157,11 @@ class SwitchSpec(_Settings):
         return first, last
 
     @property
+    def moves_host(self) -> bool:
+        """True when the bridge takes the place of the host's card."""
+        return self.type == "external" and self.host
+
+    @property
     def bridge_name(self) -> str:
         """The bridge, by the switch's id: names of switches may change."""
         return "vmm" + self.id.replace("-", "")[:8]
@@ -362,11 +367,11 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
             f"make the bridge {bridge}",
         ),
     ]
-    values = ipv6_settings.of_bridge(spec, uplink.ipv6_settings if uplink is not None else ())
+    words = f"no IPv6 address for the host on {bridge}, and no router among the guests"
+    values: tuple[tuple[str, str], ...] = ipv6_settings.NONE
+    if spec.moves_host and uplink is not None:
+        words, values = f"set IPv6 of {bridge} as it is on {spec.uplink}", uplink.ipv6_settings
     if values:  # they go with the bridge
-        words = f"set IPv6 of {bridge} as it is on {spec.uplink}"
-        if not ipv6_settings.has_host(spec):
-            words = f"no IPv6 address for the host on {bridge}, and no router among the guests"
         todo.append(Step("ipv6", {"name": bridge, "values": values}, words))
     if spec.host_vlan is not None:
         arguments = {"name": bridge, "untagged": spec.host_vlan, "tagged": frozenset[int](), "own": True}

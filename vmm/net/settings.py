@@ -168,7 +168,3 @@ def write(setting: str, value: str) -> None:
         return
     except OSError as error:
         raise errors.of_os_error(error, f"set {setting}") from error
-
-
-def value(setting: str) -> str | None:
-    return _read(setting)

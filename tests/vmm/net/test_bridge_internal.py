@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.netns]
 
 CLOSED = make_switch(name="closed", type="internal", backend="bridge", address="10.77.8.1/24", dhcp=False)
 
+NAT = make_switch(name="nat", type="internal", backend="bridge", address="10.77.7.1/24", dhcp=False, nat=True)
+
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[BridgeHost]:
@@ -65,3 +67,18 @@ def test_each_switch_has_an_address_of_its_own() -> None:
     other = make_switch(name="closed", type="internal", backend="bridge", address="10.77.8.1/24")
     assert again.bridge_mac == CLOSED.bridge_mac != other.bridge_mac
     assert CLOSED.bridge_mac.startswith("02:") and len(CLOSED.bridge_mac) == 17
+
+
+def test_nat_forwards_its_own_network_alone(host: BridgeHost) -> None:
+    """`INV-NAT-OWN-SOURCES`: a guest that makes up its address reaches nobody, and nobody sees that address."""
+    there = host.link("up0", "lan", "10.9.0.254/24")
+    host.run("ip addr add 10.9.0.2/24 dev up0; ip route add default via 10.9.0.254")
+    host.run("sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0")
+    host.apply(NAT)
+    guest = host.guest(NAT, "one", "10.77.7.2/24", "10.77.7.1")
+    host.spaces.run(there, "nft 'table ip t { chain c { type filter hook prerouting priority 0; }; }'")
+    host.spaces.run(there, "nft 'add rule ip t c ip saddr 10.99.0.5 counter'")
+    host.spaces.run(guest, "ip addr add 10.99.0.5/32 dev eth0")
+    host.spaces.run(guest, "ping -c 3 -i 0.01 -W 1 -I 10.99.0.5 10.9.0.254", check=False)
+    assert host.ping(guest, "10.9.0.254")  # and so the ones before would have come, too
+    assert "counter packets 0 " in host.spaces.run(there, "nft list table ip t")

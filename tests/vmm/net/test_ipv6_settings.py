@@ -87,7 +87,7 @@ def test_no_guest_is_the_hosts_router(host: BridgeHost, spec: SwitchSpec) -> Non
 
 @pytest.mark.parametrize("accepts", ["0", "2"])
 def test_the_host_hears_routers_on_an_external_switch_as_on_its_card(host: BridgeHost, accepts: str) -> None:
-    """The bridge has its card's IPv6 settings: a router that counted goes on counting, one that did not still does not."""
+    """The bridge has its card's IPv6 settings: whom it listened to, it listens to."""
     there = host.link("up0", "lan", "10.9.0.254/24")
     host.run(f"sysctl -qw net.ipv6.conf.up0.forwarding=1 net.ipv6.conf.up0.accept_ra={accepts}")
     host.run("sysctl -qw net.ipv6.conf.up0.temp_valid_lft=4711")
