@@ -11,7 +11,8 @@ This page of names is the whole public interface; everything else may change.
 Sizes and offsets are bytes unless a name says sectors (512 bytes). Chains are listed leaf first. Every error is a
 `VhdkitError` with `path`, `structure`, `offset_bytes`, `errno` and `exit_code`.
 
-Each name is imported when it is first used: who only catches errors or talks to a server pays for no numpy.
+Each name is imported when it is first used, so a program that only catches errors or talks to a server does not
+load numpy.
 """
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this

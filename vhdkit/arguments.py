@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller may give: types and values are looked at when they are given, not when they are used.
+"""What a caller may pass: types and values are checked when they are given, not when they are used.
 
-Decides which values stand for a flag, a number, a choice or a list of paths, and in which words others are refused.
-Must not know what they mean. A text where a list of folders is wanted would be taken for its letters, "/" among them;
-a text where a flag is wanted would always be true.
+Decides which values are accepted as a flag, a number, a choice or a list of paths, and how others are refused. Must
+not know what they mean. Without these checks, a text given as a list of folders would be split into its letters, "/"
+among them, and a text given as a flag would always be true.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file may be removed, or made, as far as that can be known without trying.
+"""Whether a file can be removed, or created, as far as that is known without trying.
 
-Decides what stands in the way of a removal: rights, sticky folders, attributes, file systems that are only read. Must
-not know why a file is to go.
+Decides what prevents a removal: rights, sticky folders, file attributes, read-only file systems. Must not know why a
+file is to be removed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening regular files by names that nobody vouches for.
+"""Opening regular files by untrusted names.
 
 Decides how a name out of an image or a record is followed: component by component through descriptors of folders, so
-that nothing outside the allowed folders is looked at, listed or opened, whatever is renamed or turned into a link
-meanwhile; and nothing but a regular file is ever opened (a device or a pipe may act on that alone). Must not know
+that nothing outside the allowed folders is examined, listed or opened, even if names are changed or turned into links
+meanwhile. Only regular files are opened, because opening a device or a pipe may have side effects. Must not know
 where names come from.
 
-A link is followed when what it says lies beneath an allowed folder, which may itself be reached through links.
-Of a name that leads nowhere (any more), `was_removed` says whether that means anything.
+A link is followed if its target lies beneath an allowed folder, which may itself be reached through links.
+For a name that leads nowhere (any more), `was_removed` says whether that means anything.
 """
 
 from __future__ import annotations

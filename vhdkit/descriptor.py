@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a file's descriptor: no number is used without a hold on it, and none outlives its owner.
+"""The lifetime of a file's descriptor: nothing uses its number without holding it, and it does not outlive its owner.
 
 Decides when a descriptor is closed. Must not know what is read or written through it.
 
 `INV-DESCRIPTOR-HELD`: the system gives the number of a closed descriptor to the next file that is opened, in any
-thread. So every use of one is noted in `inside` first, and the descriptor is closed when nobody is inside. Whoever
-comes after `close` finds the number -1.
+thread. So every use is first noted in `inside`, and the descriptor is closed when there are no more uses. Calls after
+`close` find the number -1.
 
 `INV-FORK-APART`: a forked process shares the locks and the position in the file with its parent, but not what the
 parent knows about the image. Its copies of the descriptors are closed at once; nothing of the parent's is released.
 
-An exception out of a signal handler comes when a call of ours returns, never inside a call of C. Hence the odd forms
-below: what must not come apart is one call of C.
+A signal handler can raise an exception when a Python call of ours returns, but never inside a call into C. This is
+the reason for some unusual constructs below: steps that belong together are made in one call into C.
 """
 
 from __future__ import annotations

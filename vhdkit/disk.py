@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door a front end holds: a disk addressed by bytes.
+"""The handle that a front end holds: a disk addressed by bytes.
 
 Decides range, read-only, and what happens to part sectors: an unaligned write reads its edge sectors, changes
 them and writes them back, under one lock with all other writes. Nothing below sees a part sector. Must not know
@@ -7,14 +7,14 @@ how many layers there are or of which format.
 
     any thread:  read_into, read, extents     no lock
     any thread:  write, write_zeroes, trim    one at a time
-    any thread:  flush                        beside the others: covers every write that returned before it began
-    any thread:  close                        waits for who is inside; whoever comes later gets DiskClosed
+    any thread:  flush                        concurrently; covers every write that returned before it began
+    any thread:  close                        waits for calls in progress; later calls raise DiskClosed
 
-`INV-FLAT-BUFFERS`: a buffer of any shape, format and strides is taken for its bytes, as `bytes(buffer)` gives them, or
-refused. Below the door every buffer is one row of bytes.
+`INV-FLAT-BUFFERS`: a buffer of any shape, format and strides is treated as its bytes (those of `bytes(buffer)`), or
+refused. The layers below only see buffers that are one row of bytes.
 
 After a fork the disk belongs to the parent: the child's object refuses every call (`descriptor`). A signal handler
-leaves the disk alone: it raises an exception, and whoever catches it closes the disk.
+must not use the disk: it raises an exception, and the code that catches it closes the disk.
 """
 
 from __future__ import annotations

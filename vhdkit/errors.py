@@ -2,7 +2,7 @@
 """Every error the library raises, with its errno and the exit code of the command line.
 
 Decides how a failure is named and worded: one sentence with the file, the structure, the byte offset and
-what to do next. Knows nothing of files or formats. A caller catches `VhdkitError`, or the class whose cause
+what to do next. Knows nothing about files or formats. A caller catches `VhdkitError`, or the class whose cause
 it can handle. Adapters (CLI, NBD, FUSE) translate by the class attributes, never by text.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an examination of an image has to say: one finding per fact worth telling.
+"""What an examination of an image reports: one finding for each fact that is worth reporting.
 
-Decides the shape of a finding and the order of severities. Opening an image collects findings it can live
-with (`info` shows them), `check` collects all of them.
+Decides the shape of a finding and the order of severities. Opening an image collects the findings that do not prevent
+its use (`info` shows them), `check` collects all.
 """
 
 from __future__ import annotations

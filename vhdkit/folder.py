@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of files: new files that appear whole or not at all, sockets, and what lies in a folder.
+"""The names of files: new files that appear whole or not at all, sockets, and folder listings.
 
-Decides how a new file or a socket gets its name and how names are looked up. With `store` and `transfer` (bytes) the
-only file I/O in vhdkit. Must not know formats or chains; where a parent may lie is `chain.resolve`'s decision.
+Decides how a new file or a socket gets its name and how names are looked up. Must not know formats or chains; where a
+parent may lie is decided in `chain.parents`.
 """
 
 from __future__ import annotations

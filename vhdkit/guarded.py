@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders in which nobody but the server's user can change what a name means.
+"""Folders in which nobody else can change what a name leads to.
 
-Decides which folder counts as such: it and every folder above it belong to root or to us, and nobody else may rename
-or replace anything on the way. What was checked there stays true, so a name may be used after it was looked at, again
-and again, also by code that knows names only. Must not know who asks.
+Decides which folders count as such: they, and every folder above them, belong to root or to our user, and nobody else
+may rename or replace anything on the way. What was checked there stays true, so a name can be used again and again
+after the check, even by code that knows only names. Must not know who asks.
 """
 
 from __future__ import annotations

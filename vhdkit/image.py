@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract a format signs.
+"""The contract that a format implements.
 
-A `Layer` is one image file seen alone: which sectors it owns and where in its file they lie. The chain engine
+A `Layer` is one image file by itself: which sectors it owns and where they lie in its file. The chain engine
 folds layers together; front ends never hold one (they hold a `Disk`).
 
-Who checks what: `Disk` checks the range and read-only and splits off part sectors. A layer may assume whole
-sectors inside its own size (it asserts), and that one writer calls at a time; `flush` may run beside a writer.
+Who checks what: `Disk` checks the range and read-only, and splits off part sectors. A layer may assume whole
+sectors inside its own size (it asserts this), and one writer at a time; `flush` may run beside a writer.
 Reads need no lock.
 
-One question: `extents` answers which sectors are data, zeros, or somebody else's. Reading, maps, convert and
+One question: `extents` says which sectors are data, zeros, or left to the parent. Reading, maps, convert and
 check are all built on it.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may read a new file.
 
-Decides mode and owner of a file that is being made, by those of the one it replaces or of those it is made from
-(`INV-NEW-PRIVATE`). Must not know names or contents. A file system that keeps no modes is no failure.
+Decides mode and owner of a file that is being made, from the file that it replaces or those it is made from
+(`INV-NEW-PRIVATE`). Must not know names or contents. A file system that keeps no modes is not a failure.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The locks that keep programs away from each other's images: those of QEMU's file driver.
+"""The locks that keep other programs away from an image: those of QEMU's file driver.
 
 Decides which bytes of a file a reader and a writer lock, and which locks of others refuse them. Must not know who
 holds a file, nor under which name.
 
-They are open-file-description locks, shared, on single bytes. A byte 100+i locked says "I use permission i", a byte
-200+i says "I do not let others use permission i"; permission 0 is consistent read, 1 write, 3 resize. So `qemu-img`
-and vhdkit keep each other out with their own messages. Source: the permission bytes of QEMU's file driver.
+They are shared open-file-description locks on single bytes. A lock on byte 100+i means "I use permission i", one on
+byte 200+i "nobody else may use permission i"; permission 0 is consistent read, 1 write, 3 resize. So `qemu-img`
+and vhdkit keep each other out, each with its own message. Source: the permission bytes of QEMU's file driver.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes at offsets: with `transfer` (from file to file) and `folder` (names) the only file I/O in vhdkit.
+"""Bytes at offsets: how the content of a file is read and written.
 
 Decides how bytes reach the operating system (`pread`, `pwrite`, `fdatasync`, hole punching, sparse runs), and that a
 file is held only while its name leads to it. Must not know what the bytes mean. There is no shared position: every
-call names its offset. Which locks keep other programs away is the decision of `locks`.
+call names its offset. Which locks keep other programs away is decided in `locks`.
 
-`INV-NAME-HELD`: a lock is given only on the file that its name leads to *after* it was locked, and nothing is stacked
+`INV-NAME-HELD`: a lock is given only on the file to which its name leads *after* it was locked, and nothing is stacked
 on a name, moved or removed by it, unless it still leads to the file that is open.
 """
 

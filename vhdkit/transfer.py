@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bytes get from one file into another: shared, copied where the files are kept, or through memory.
+"""How bytes get from one file into another: shared, copied by a file server, or copied through memory.
 
 Decides which of the three a range takes, and that the device begins to write while more is copied. Must not know what
-the bytes mean. With `store` and `folder` the only file I/O in vhdkit; errors leave as OSError, `store` words them.
+the bytes mean. Errors leave this room as OSError; `store` words them.
 
-    pages that lie alike in both files  --> FICLONERANGE         where the file system shares them: no data moves
-    files on a server                   --> copy_file_range      the server copies: no data comes here and goes back
-    everything else                     --> preadv, pwrite       through a buffer that stays in the processor's cache
+    pages at the same place within a page  --> FICLONERANGE      where the file system can share: no data moves
+    files on a server                      --> copy_file_range   the server copies: no data travels
+    everything else                        --> preadv, pwrite    through a buffer that stays in the processor's cache
 
 Measured: between two local files `copy_file_range` splices page by page and takes 1.3 to 1.6 times as long as the
-buffer does (ext4, tmpfs; Linux 6.18). What is small is not shared: a clone costs more than copying it.
+buffer does (ext4, tmpfs; Linux 6.18). Small ranges are not shared: a clone costs more than copying them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that a user, or the administrator, trusts parents to lie in, said once instead of with every command.
+"""Folders in which a user, or the administrator, allows parents to lie, set once instead of with every command.
 
     VHDKIT_PARENT_DIRS=/srv/bases:/mnt/templates        the environment
 
     # $XDG_CONFIG_HOME/vhdkit/config.toml (~/.config/vhdkit/config.toml), and /etc/vhdkit/config.toml
     parent_dirs = ["/srv/bases"]
 
-Decides where such folders are named and whose word counts: a file that anybody but root and its user could change is
-ignored, with a warning. Must not know what is opened with them. Nothing in the library looks here by itself: a program
-that wants what its user has set passes it on in `OpenOptions.parent_dirs`.
+Decides where such folders are listed and which lists count: a file that anybody but root and its user could change is
+ignored, with a warning. Must not know what is opened there. Nothing in the library looks here by itself: a program
+that wants to follow its user's settings passes them in `OpenOptions.parent_dirs`.
 """
 
 from __future__ import annotations

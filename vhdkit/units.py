@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sector size, rounding, and conversions between an index, a count and a size.
 
-Decides how bytes become sectors and back, and how people write sizes. Pure arithmetic: knows no file,
-no format and no error class. The only place in the package where the sector size is a number.
+Decides how bytes become sectors and back, and how people write sizes. Pure arithmetic: knows no files, no formats
+and no error classes. Apart from the layout of structures, the only place where the sector size is a number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the system's errors are called here.
+"""What the system's errors mean.
 
-Decides which typed error an errno becomes, and in which words. Must not know what was being done, nor to what.
+Decides which typed error an errno becomes, and how it is worded. Must not know what was being done, nor to what.
 """
 
 from __future__ import annotations

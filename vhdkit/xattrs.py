@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is noted about a file outside its content: extended attributes, and records that several programs write.
+"""Notes about a file outside its content: extended attributes, and records that several programs write.
 
-Decides how attributes are read and written, and that a file system, or a user, without them is no failure: writing one
-changes neither content nor the time of the last write, and copying a file may lose them. Decides how a record that is
-replaced as a whole is held meanwhile.
+Decides how attributes are read and written, and that a file system, or a user, without them is not a failure. Writing
+one changes neither the content nor the time of the last write, and copying a file may lose it. Also decides how a
+record that is replaced as a whole is locked meanwhile.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@
 Decides who owns a sector in a whole chain (`INV-SECTOR-RULE`) and remembers it. Must not read or write data.
 
     layers' BATs --fold--> one 64-bit entry per grain:  DIRECT  store offset << 8 | layer   (one file answers)
-                                                        ZERO    nobody owns it
+                                                        ZERO    no layer owns it
                                                         UNKNOWN not yet looked at; settled on first use
                                                         MIXED   several answer: one owner byte per sector
 
 A grain is the smallest block size in the chain. Folding is one vectorised pass per layer; bitmaps are read only
-when a grain is first used. Owner bytes are kept in a bounded cache and can always be made again.
+when a grain is first used. Owner bytes are kept in a bounded cache and can always be computed again.
 
-Small reads have a shorter way: the fine table, with an entry per 4 KiB page (per more on large disks, so that its
-size is bounded), filled in when a grain is settled. File systems write pages, so a page nearly always has one owner
-even where its grain has a hundred, and depth costs nothing.
+Small reads have a shorter way: the fine table, with an entry per 4 KiB page (on large disks per larger unit, so that
+its size is bounded), filled in when a grain is settled. File systems write pages, so a page nearly always has one
+owner even if its grain has a hundred, and a read costs the same in a deep chain.
 `INV-MAP-EQUALS-WALK`: the map agrees with walking the layers sector by sector.
 """
 

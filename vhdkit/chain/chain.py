@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chain of open layers as one disk of sectors.
 
-Decides which file a request goes to, by the map, and passes writes to the leaf, the only layer that takes any
-(`INV-LEAF-ONLY-WRITES`). Must not see part sectors (`disk` splits them off) nor know a format.
+Decides by the map which file a request goes to, and passes writes to the leaf, the only layer that is written to
+(`INV-LEAF-ONLY-WRITES`). Never sees part sectors (`disk` splits them off) and must not know any format.
 
-A read in one grain that one file answers is one look-up and one `preadv` into the caller's buffer, whatever the
+A read within one grain that is in one file is one look-up and one `preadv` into the caller's buffer, whatever the
 depth of the chain.
 """
 

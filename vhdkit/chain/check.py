@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examining a whole chain: every file of it, and whether they belong together.
 
-Decides what can be wrong between a child and its parent. What can be wrong inside one file is said by its format.
+Decides what can be wrong between a child and its parent. What can be wrong inside one file is decided by its format.
 """
 
 from __future__ import annotations

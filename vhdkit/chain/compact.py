@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making an image's file smaller without changing a byte of its disk.
 
-Decides what may go. A block of a dynamic or differencing image goes when every sector it owns is zero and what would
-be seen without it is zero too: the parents are needed for that, since zeros in a child may hide data of an ancestor
-(`INV-COMPACT-PRESERVES`). Header and parent's names that lie behind blocks come to the front (`formats.vhd.front`),
-then the gaps are filled with the blocks that lie last, and the file is cut. In fixed and raw images zeros become
-holes. How blocks move, and in which order, is `formats.vhd.move`'s decision.
+Decides what can be dropped. A block of a dynamic or differencing image is dropped if every sector it owns is zero, and
+what would be seen without it is zero, too: the parents are needed for this, since zeros in a child may hide data of an
+ancestor (`INV-COMPACT-PRESERVES`). Header and parent names that lie after blocks are moved to the front
+(`formats.vhd.front`), then the gaps are filled with the blocks that lie last, and the file is cut. In fixed and raw
+images zeros become holes. How blocks move, and in which order, is decided in `formats.vhd.move`.
 
-In a dynamic image bytes under clear bits count as data: by the specification they are zeros, but some readers show
-them, and compacting must not change what anybody sees.
+In a dynamic image, bytes under clear bits count as data: by the specification they are zeros, but some programs show
+them, and compacting must not change what any program shows.
 
-Content never changes, so an image that others stand on is compacted too, when nobody has it open.
+Content never changes, so an image on which others stand can be compacted, too, if no program has it open.
 """
 
 from __future__ import annotations

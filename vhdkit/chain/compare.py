@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparing the content of two disks of any kinds, depths and block sizes.
 
-Decides what a difference is: a byte that reads differently; where one disk is longer, its rest is compared with
+Decides what counts as a difference: a byte that reads differently; if one disk is longer, its rest is compared with
 zeros. Ranges that are zeros in both, or the same bytes of the same file, are not read.
 """
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converting a disk, with all its parents, to a new image of another kind.
 
-Decides what is copied and what is left a hole, and what may not be overwritten. The result appears whole or not
+Decides what is copied, what becomes a hole, and what must not be overwritten. The result appears whole or not
 at all; the source is only read.
 
     source extents (holes left out) --> pieces --> workers: read, look for zeros, write what is not --> new file
 
-Workers run side by side because reading and writing leave the interpreter's lock.
+Workers run in parallel because reading and writing release the interpreter's lock.
 """
 
 from __future__ import annotations

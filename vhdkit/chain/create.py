@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New images under a name, and new children of images that exist.
+"""Creating images under a name, and children of existing images.
 
-Decides how a child names its parent and that a new image appears whole or not at all. What stands in a new VHD is
-`formats.vhd.create`'s decision.
+Decides how a child names its parent, and that a new image appears whole or not at all. The content of a new VHD is
+decided in `formats.vhd.create`.
 """
 
 from __future__ import annotations

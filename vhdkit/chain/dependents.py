@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who stands on an image: the one place that answers that.
+"""Which images stand on an image: the one place that answers this.
 
-Decides where children of an image are looked for, and what counts as one. Whoever opens an image for writing, changes,
-moves, replaces or removes it asks here first (`INV-PARENT-READ-ONLY`).
+Decides where children of an image are looked for, and what counts as one. Everything that opens an image for writing,
+or changes, moves, replaces or removes it, asks here first (`INV-PARENT-READ-ONLY`).
 
-    its own folder, folders the user named    whatever records its id
-    the folders above it                      what finds it from there: a parent may lie below its child
-    images that the caller knows              likewise
-    the marks beside it (`marks`)             likewise, wherever the child lies; one that cannot be looked at counts,
-                                              and where it is gone, its folder is searched for its new name
+    its own folder, folders the user named    every image that records its id
+    the folders above it                      every image that finds it from there: a parent may lie below its child
+    images that the caller knows              the same
+    the marks beside it (`marks`)             the same, wherever the child lies; a child that cannot be examined
+                                              counts, and if it is gone, its folder is searched for its new name
 
-Each file is looked at once, with three reads; only those that name the wanted id are read as images.
+Each file is examined once, with three reads; only those that name the wanted id are read as images.
 """
 
 from __future__ import annotations

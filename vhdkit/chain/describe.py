@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an image and a chain are, as plain values: the facts behind `info` and `chain`.
 
-Decides which facts are told. Needs neither locks nor sound parents: an image in use, or an orphan, is described
-as far as it goes.
+Decides which facts are reported. Needs neither locks nor sound parents: an image in use, or one without its parent,
+is described as far as possible.
 """
 
 from __future__ import annotations

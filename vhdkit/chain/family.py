@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who stands on whom: the paths of a chain, and the images that stand on others.
+"""The paths of a chain, and the images that stand on others.
 
-Decides nothing of its own: where a parent is looked for, and when an image is one's child, is `resolve`'s decision.
-Nothing is locked or changed, so images in use can be asked about.
+Decides nothing of its own: where a parent is looked for is decided in `parents`, and what counts as a child in
+`dependents`. Nothing is locked or changed, so images in use can be asked about.
 """
 
 from __future__ import annotations

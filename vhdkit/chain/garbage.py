@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers in a folder that nobody reaches any more: found, told, and removed when asked.
+"""The layers in a folder that nothing needs any more: found, reported, and removed on request.
 
-Decides what is garbage and in which order it goes. It is careful by design: whatever might be needed stays.
+Decides what is garbage and in which order it is removed. It is careful by design: whatever might be needed stays.
 
-    reached from the given leaves                     stays, not even listed
+    reached from the given leaves                     stays, and is not listed
     damaged, in use, with a record of unfinished work stays, and so does every parent of it
     the parent of an image anywhere near              stays
-    every other VHD in the folder                     goes, children before parents, the folder synced in between
+    every other VHD in the folder                     removed, children before parents, syncing the folder in between
 
-So at a cut no child is without its parent. Only regular files directly in the folder are looked at, no link is
-followed, and what is no VHD (a raw disk too) is never touched. A half-made file goes when its maker is dead, the
-record of a merge when neither its target nor any of its sources is there: while one is, it says what that file is.
+So after a power cut no child is without its parent. Only regular files directly in the folder are considered, no link
+is followed, and what is not a VHD (a raw disk, for example) is never touched. A half-made file is removed if its maker
+is dead, the record of a merge if neither its target nor any of its sources exists: as long as one does, the record
+says what that file is.
 """
 
 from __future__ import annotations

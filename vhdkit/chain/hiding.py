@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether zeros that are written to a leaf have anything to hide.
 
-Decides where a differencing leaf may be left without a block when zeros are written: only where no layer below it
+Decides where a differencing leaf can do without a block when zeros are written: only where no layer below it
 can show anything else, now or later. Must not write.
 
-A parent is read-only as long as it has children, and what merges, rebases and snapshots it keeps what the leaf reads.
-So zeros that nobody hides stay zeros, with three exceptions, in which the leaf takes its own:
+A parent is read-only as long as it has children, and whatever merges, rebases or snapshots it preserves what the leaf
+reads. So zeros that no layer owns stay zeros, with three exceptions, in which the leaf owns its zeros:
 
-    a raw parent                     has no id: nothing keeps other programs from writing to it or making it longer
-    data under clear bits            is zeros by the specification (of a dynamic disk), but some readers show it
-    data behind a smaller layer's end  is hidden by that layer's size alone
+    a raw parent                       has no id: nothing keeps other programs from writing to it or enlarging it
+    data under clear bits              is zeros by the specification (of a dynamic disk), but some programs show it
+    data after a smaller layer's end   is hidden only by the size of that layer
 """
 
 from __future__ import annotations

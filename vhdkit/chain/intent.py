@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a merge under way: what is being merged into what, and how far it is.
+"""The record of a merge in progress: what is being merged into what, and how far it is.
 
-Decides what stands in the record and which records are believed. It lies hidden beside the target, is replaced whole
-at each step, and says what must happen next when the machine stops. Moves no data and removes no file.
+Decides what the record contains and which records are believed. It is a hidden file beside the target, is replaced as
+a whole at each step, and says what must happen next if the machine stops. Moves no data and removes no files.
 
     copy     the target takes over what the sources own; the leaf reads the same all the time
     relink   the target is complete; children of the leaf are being repointed to it
-    remove   nothing but the target is needed any more: the sources are being removed
+    remove   only the target is still needed: the sources are being removed
 
-A record is untrusted input like an image. What is no record that we could have written is damaged (`DamagedRecord`);
-names are confined to the target's folder, what lies below it, and the folders that the user allowed (`RecordRefused`);
-a source always has an id, and what has not that id is not the source. Whoever acts on a record compares the ids first,
-and removes nothing else (`chain.merge_settle`).
+A record is untrusted input like an image. A record that vhdkit cannot have written is damaged (`DamagedRecord`).
+Names are confined to the target's folder, what lies below it, and the folders that the user allowed (`RecordRefused`).
+A source always has an id, and a file without that id is not the source. Code that acts on a record compares the ids
+first, and removes nothing else (`chain.merge_settle`, `INV-RECORD-PROVEN`).
 """
 
 from __future__ import annotations

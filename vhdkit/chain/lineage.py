@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a parent was written after its child was made: what other programs do to it, locks and marks do not stop.
+"""Whether a parent was written to after its child was made; locks and marks do not stop other programs from doing so.
 
-Decides what is written down about a parent's state, and what is concluded from it. Notes in extended attributes:
+Decides what is recorded about a parent's state, and what is concluded from it. Notes in extended attributes:
 
     at the child     the parent's id, its generation, its state then: length, time of the last write, inode
     at the parent    a generation, and the state in which the parent is that generation
 
-A child is fine where its parent's state is the one it recorded, or the parent's note says that its state of now is
-still the child's generation: whoever of us changes a parent without changing what its children read (`same_content`)
-notes the new state under the old generation; while it does, and where it was killed, there is no state to compare
-with. Where a note is missing, as after most copying, or the parent is another
-file by now, nothing is concluded. Nothing goes into the images themselves. The notes are no protection from somebody
-who means harm; they are for accidents.
+A child is fine if its parent is in the state that it recorded, or if the parent's note says that its present state is
+still the child's generation: any command of ours that changes a parent without changing what its children read
+(`same_content`) notes the new state under the old generation. While it does so, and after it was killed, there is no
+state to compare with. If a note is missing, as after most ways of copying, or the parent is a different file by now,
+nothing is concluded. Nothing is written into the images themselves. The notes are no protection against anybody with
+bad intentions; they are for accidents.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open chains that grow: a new child is stacked on the leaf while somebody reads and writes the disk.
 
-Decides in which order an open leaf becomes a parent. The caller sees to it that no request is in flight while
-`Freezing` is at work. What stands in a child is `chain.create`'s decision.
+Decides in which order an open leaf becomes a parent (`INV-LIVE-PRESERVES`). The caller ensures that no request is in
+flight during `Freezing.freeze`. The content of a child is decided in `chain.create`.
 
-    every child written, named and synced       (a cut leaves empty children: INV-SET-HARMLESS)
+    every child written, named and synced       (a power cut leaves empty children: INV-SET-HARMLESS)
     requests held -> every old leaf flushed -> every new chain built -> the caller takes them -> locks of old leaves
                                                                                                  become a reader's
 
-Until the caller takes the new chains an error anywhere leaves the old ones as they are, and the children are removed.
-No lock is ever given up: the new chain reads the old leaf through the very store that wrote it.
+Until the caller takes the new chains, an error anywhere leaves the old ones as they are, and the children are removed.
+No lock is ever given up: the new chain reads the old leaf through the same store that wrote it.
 """
 
 from __future__ import annotations

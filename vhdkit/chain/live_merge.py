@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging layers of an open chain while somebody reads and writes the disk.
 
-Decides in which order files and the open chain change, so that every read in between gives what it gave before, and
-that an end at any point leaves what a merge offline leaves (`INV-MERGE-PRESERVES`). The caller sees to it that no
-request is in flight while `exchange` is at work. What is moved is `merge_plan`'s decision.
+Decides in which order files and the open chain change, so that reads in between give the same results as before, and
+that an interruption at any point leaves what an interrupted offline merge leaves (`INV-MERGE-PRESERVES`). The caller
+ensures that no request is in flight during `exchange`. What is moved is decided in `merge_plan`.
 
     index 0     the leaf                             takes all writes
     ...         layers above the merge
@@ -12,12 +12,13 @@ request is in flight while `exchange` is at work. What is moved is `merge_plan`'
     target      what they are merged into            read where nothing above owns a sector; those sectors stay
 
     1  locks of first..target become a writer's, record: copy
-    2  the sources' sectors go into the target       nobody waits; no block of it moves, for the open chain reads it
+    2  the sources' sectors go into the target       nobody waits; none of its blocks moves, as the open chain reads it
     3  requests held: record: relink, the layer above points to the target, a new chain without the sources
     4  record: remove, the sources go, no record
 
-The leaf itself goes into its parent (`first` is 0) with requests held from 2 on: by then it should be small. So who
-wants to merge a leaf freezes it first (`live.Freezing`), merges what was frozen, and does so until little is left.
+The leaf itself is merged into its parent (`first` is 0) with requests held from 2 on, so it should be small by then.
+Therefore, to merge a leaf, a caller freezes it (`live.Freezing`), merges what was frozen, and repeats this until
+little is left.
 """
 
 from __future__ import annotations

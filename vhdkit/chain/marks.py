@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record that children in other folders leave beside their parent, so that it is known who stands on it.
+"""The record that children in other folders leave beside their parent, so that vhdkit knows what stands on it.
 
-Decides where the record lies, what stands in it, and that two processes that write it lose nothing. Believes nothing:
-whoever reads a mark looks at the child that it names (`dependents`).
+Decides where the record lies, what it contains, and that two processes writing it at once lose nothing. Nothing in it
+is believed: code that reads a mark examines the child that it names (`dependents`).
 
-A child beside its parent needs no mark: whoever looks, looks there. The mark is on the device before the child has its
-name, so that a cut leaves at most a mark without a child, which counts for nothing. A mark that cannot be written is
-no failure; it is logged.
+A child beside its parent needs no mark, because that folder is searched anyway. The mark is on the device before the
+child has its name, so a power cut leaves at most a mark without a child, which counts for nothing. A mark that cannot
+be written is not a failure; it is logged.
 
     .NAME.vhdkit-children    {"format", "parent", "children": [{"path", "id", "parent_id", "trail"}, ...]}
 """

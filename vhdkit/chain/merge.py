@@ -2,15 +2,15 @@
 """Merging layers of a chain into one of them, or into a new file beside it.
 
 Decides in which order files change, so that the leaf reads the same at every moment (`INV-MERGE-PRESERVES`). What is
-moved is `merge_plan`'s decision, how a block takes it in is its format's.
+moved is decided in `merge_plan`, how a block takes it in by its format.
 
     1  record: copy        the target changes only in sectors that the leaf sees in a source
     2  record: relink      when asked for: children of the leaf are repointed to the target, which is complete
     3  record: remove      the leaf is removed, then the others
     4  no record
 
-Each step is on the device before the next one begins. Whatever stops it, `merge_settle` goes on: copying may be done
-again any number of times.
+Each step is on the device before the next one begins. After any interruption, `merge_settle` continues: copying can
+be repeated any number of times.
 """
 
 from __future__ import annotations

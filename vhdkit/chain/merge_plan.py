@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a merge moves: for each block of the target, which run of sectors comes from which file.
 
-Decides who wins (`INV-SECTOR-RULE`: the first owner from the leaf) and what must become zeros in the target. Reads
-bitmaps and asks for holes, moves nothing and changes nothing.
+Decides which layer wins (`INV-SECTOR-RULE`: the first owner from the leaf) and what must become zeros in the target.
+Reads bitmaps and looks for holes, moves nothing and changes nothing.
 
     sources' BATs --fold--> the blocks of the target that any source touches      (one vectorised pass a layer)
     each of those --bitmaps, holes--> pieces: sectors, and where they lie (nowhere: zeros)
 
-Zeros are never left out: a hole in a source hides what the target, or its parents, have there. So does the end of a
-source that is smaller than the leaf. Plans are made block by block, so memory does not grow with the disk.
+Zeros are never left out: a hole in a source hides what the target, or its parents, have there, and so does the end of
+a source that is smaller than the leaf. Plans are made block by block, so memory does not grow with the disk.
 """
 
 from __future__ import annotations

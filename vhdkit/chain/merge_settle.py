@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges that stopped: going on with one, and what opening an image of it for writing does about it.
+"""Merges that were interrupted: continuing one, and what opening an image of it for writing does about it.
 
-Decides what is done about the record of a merge, and which files go because of one. A record is anybody's (`intent`):
+Decides what is done about the record of a merge, and which files are removed because of one (`INV-RECORD-PROVEN`). A
+record may have been written by anybody (`intent`):
 
-    the leaf is there     the chain that opens through it must be the recorded one, and the target must read as the
-                          leaf does wherever a source owns anything; else that is copied again, if anybody asks for it
-    the leaf is gone      a file goes only when it is a differencing image in the record's folder, or in one that the
-                          user named, has the id of the record, and stands on the next image of the record; every
-                          other one is left where it is, and told
+    the leaf is there     the chain opened through it must be the recorded one, and the target must read as the
+                          leaf does wherever a source owns anything; otherwise it is copied again, on request
+    the leaf is gone      a file is removed only if it is a differencing image in the record's folder, or in one that
+                          the user named, has the id of the record, and stands on the next image of the record; every
+                          other one is left where it is, and reported
 
-What has the name of a source and another id is not that source: by then the name is another image's.
+A file with the name of a source and another id is not that source: by then the name belongs to another image.
 """
 
 from __future__ import annotations

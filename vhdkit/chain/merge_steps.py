@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a merge, apart from where its files come from: moving the data, and what happens to names.
+"""The steps of a merge, apart from where its files come from: moving the data, and changing the names.
 
-Decides how the plan's pieces reach the target and in which order record and names change. `Names` is the door to the
-folder, so that the power-cut tests can bring a folder of their own.
+Decides how the plan's pieces reach the target and in which order record and names change. `Names` is the interface to
+the folder, so that the power-cut tests can use a folder of their own.
 """
 
 from __future__ import annotations

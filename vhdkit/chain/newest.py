@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image is the newest of a line: the one that a server went over to, whatever it died in.
+"""Which image is the newest of a line: the one that a server had moved on to, whatever it was doing when it died.
 
-Decides who follows whom. A merge whose data is complete (its record says relink or remove) makes one image of its
-target and its sources: who stands on any of them follows the target, and the sources themselves follow no image. So a
-layer that was about to be removed counts as no second leaf, and it is not served where others have passed it by. A
-merge that was still copying changes nothing here. Must not change anything: opening the newest image finishes such a
-merge.
+Decides which image follows which. A merge whose data is complete (its record says relink or remove) makes one image
+of its target and its sources: an image that stands on any of them follows the target, and the sources themselves
+follow no image. So a layer that was about to be removed does not count as a second leaf, and is not served if others
+have overtaken it. A merge that was still copying makes no difference here. Must not change anything: opening the
+newest image finishes such a merge.
 """
 
 from __future__ import annotations

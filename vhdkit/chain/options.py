@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller may say about opening a chain.
+"""What a caller can specify about opening a chain.
 
-Decides which options there are and what they mean when they are left out; acting on them is left to `parents`,
+Decides which options there are and what their defaults mean; acting on them is left to `parents`,
 `dependents` and `resolve`.
 
-`INV-OPTIONS-CHECKED`: an option that cannot be is refused when it is said.
+`INV-OPTIONS-CHECKED`: an invalid option is refused when it is given.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 Decides how the text of a locator becomes a path on this machine, which places are searched in which order, and
 what an untrusted image may point at. Must not know blocks or bitmaps.
 
-- `INV-PARENT-ID`: a file is a parent only when its unique id is the one the child recorded. Never skipped.
-- A parent lies in the leaf's own folder or below it, or in a folder the user named. Links are followed first.
+- `INV-PARENT-ID`: a file is a parent only if its unique id is the one that the child recorded. A child that recorded
+  none has a raw parent, which is opened only if the caller allows it.
+- A parent lies in the leaf's own folder or below it, or in a folder the user named, after links are followed.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of unfinished work beside an image, and what opening the image does about them.
 
-Decides where an undo log lies, whether it is acted on, and what is said about it. The one place that does: every
-opener comes here with the file it has just opened, and goes on with what it gets back.
+Decides where an undo log lies, whether it is acted on, and what is reported about it. This is the only place that
+does: every opener passes the file that it has just opened, and continues with what it gets back.
 
     read-only open   ->  the image as it was before the change; nothing is written
-    writable open    ->  the change is taken back in the file, then its log removed (the writer's lock is held)
+    writable open    ->  the change is undone in the file, then its log removed (the writer's lock is held)
 
-The record of a merge is told here too; a writable open of a `Disk` acts on it (`chain.merge`).
+The record of a merge is reported here, too; a writable open of a `Disk` acts on it (`chain.merge_settle`).
 
-What is no whole log, or not one of this image as it is now, is left alone and told as a finding: nobody asked for
-what it would do. It is never followed as a link, and only ever a regular file.
+A log that is not whole, or not of this image in its present state, is left alone and reported as a finding, because
+nobody asked for what it would do. It is never followed as a link, and must be a regular file.
 """
 
 from __future__ import annotations

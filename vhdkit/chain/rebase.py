@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repointing a differencing image: to where its parent lies now, or to another image that reads the same.
 
-Decides that the disk never changes by it: the names of the parent change freely, its identity (`INV-PARENT-ID`) only
-when every sector that is read through the parent was found equal under the old and the new one. In which order the
-names reach the device is `formats.vhd.relink`'s decision.
+Decides that this never changes the disk: the names of the parent change freely, its identity (`INV-PARENT-ID`) only
+if every sector that is read through the parent was found equal under the old and the new one, or if the user vouches
+for it. The order in which the names reach the device is decided in `formats.vhd.switch`.
 """
 
 from __future__ import annotations

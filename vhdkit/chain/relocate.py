@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moving a whole chain into another folder.
 
-Decides which chains may move and the order in which names appear and go, so that the chain opens in its old place or
-in its new one at every moment. How names reach a header is `formats.vhd.relink`'s decision.
+Decides which chains may move and the order in which names appear and disappear, so that at every moment the chain
+opens in its old place or in its new one (`INV-CHAIN-SOMEWHERE`). How names reach a header is decided in
+`formats.vhd.relink`.
 
     one file system    second names, base first -> folder synced -> old names away, leaf first -> synced
-                       -> locators written anew (until then every parent is found by its bare name beside its child)
+                       -> locators rewritten (until then every parent is found by its bare name beside its child)
     several            copies under temporary names, with new locators, synced -> named, base first -> folder synced
                        -> the new chain opened and compared by its ids -> old names away, leaf first -> synced
 
-All layers are held against readers and writers meanwhile, and no image outside the chain may stand on any of them.
+All layers are locked against readers and writers meanwhile, and no image outside the chain may stand on any of them.
 """
 
 from __future__ import annotations

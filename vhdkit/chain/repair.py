@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repairing an image in place, and taking a repair back.
+"""Repairing an image in place, and undoing a repair.
 
-Decides that a repair is one change: planned on a draft, looked at, backed up where the user wants it, then put into
-the file whole or not at all. What a damaged file needs is `formats.vhd.repair`'s decision; here only the parent's
-names are looked after, since a parent is found by the rules of `resolve`.
+Decides that a repair is one change: planned on a draft, examined, backed up if the user wants that, then written into
+the file whole or not at all. What a damaged file needs is decided in `formats.vhd.repair`; only the parent's
+names are repaired here, because a parent is found by the rules of `parents`.
 
     draft -> examined -> backup and report durable -> pending.change (undo log beside the image) -> examined again
 

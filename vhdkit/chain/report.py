@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far long work is, when how much there is to do shows only on the way.
+"""How far long work is, when the total becomes known only on the way.
 
 Decides how the parts add up for a caller's progress function.
 """

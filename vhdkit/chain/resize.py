@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another virtual size for an image.
+"""Changing the virtual size of an image.
 
-Decides what may be resized and what stands in the way. A disk becomes smaller only when the caller says so (`shrink`),
+Decides what may be resized and what prevents it. A disk becomes smaller only if the caller says so (`shrink`),
 and even then nothing of value is cut off (`INV-SHRINK-KEEPS`): a disk does not become smaller than a partition or a
-file system on it, nor than its last byte that is not zero, as seen through the whole chain; nothing overrides that.
-And nothing appears: what becomes visible when a disk grows is zeros. How a format changes its size is the format's
-decision (`formats.vhd.resize`), how far a file system reaches that of `formats.filesystems`.
+file system on it, nor than its last byte other than zero, as seen through the whole chain; nothing overrides that.
+What becomes visible when a disk grows is zeros. How a format changes its size is decided by the format
+(`formats.vhd.resize`), how far a file system reaches in `formats.filesystems`.
 
-An image that others stand on keeps its size: they would show other bytes behind its end. A child does not become
-smaller than its parent; XenServer's tools refuse such a chain.
+An image on which others stand keeps its size: otherwise they would show other bytes after its end. A child does not
+become smaller than its parent; XenServer's tools refuse such a chain.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the path of a leaf to its open layers.
 
-Decides in which order the files of a chain are opened, held and looked at. Where a parent is looked for is `parents`'
-decision, who stands on an image `dependents`'. Must not know blocks or bitmaps.
+Decides in which order the files of a chain are opened, locked and examined. Where a parent is looked for is decided in
+`parents`, which images stand on an image in `dependents`. Must not know blocks or bitmaps.
 
-- `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only when no image stands on it.
+- `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only if no image stands on it.
 """
 
 from __future__ import annotations

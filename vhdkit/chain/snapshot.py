@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Freezing leaves by giving them children: one, several at once, or several children of one base.
 
-Decides what the new children are called, which images may be frozen, and that a set of children is made whole or
-not at all. What stands in a child is `chain.create`'s decision, how a set of files gets its names `folder`'s.
+Decides the names of the new children, which images may be frozen, and that a set of children is made whole or
+not at all (`INV-SET-HARMLESS`). The content of a child is decided in `chain.create`, how a set of files gets its names
+in `folder`.
 
-    all chains open and held -> every child written under a temporary name, all synced
-                             -> named one after the other -> folders synced
+    all chains open and locked -> every child written under a temporary name, all synced
+                               -> named one after the other -> folders synced
 
-An error or Ctrl-C anywhere takes the names back. A power cut (or `kill -9`) between two names leaves the first few
-children of the set: they are empty, so every disk reads as before, through its leaf and through its child. No record
-is needed: the same snapshot made again takes them for its own and finishes the set. Clones are not taken so: an empty
-clone may be somebody's by now.
+After an error or Ctrl-C anywhere the names are taken back. A power cut (or `kill -9`) between two names leaves the
+first few children of the set. They are empty, so every disk reads as before, through its leaf and through its child,
+and no record is needed: the same command, given again, adopts them and finishes the set. Clones are not adopted like
+this, because an empty clone may be in use by now.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a disk, or a file, holds nothing but zeros.
+"""Where a disk, or a file, contains only zeros.
 
-Decides how zeros are found: holes are never read, the rest is read in pieces until the first byte that is not zero.
+Decides how zeros are found: holes are never read, the rest is read in pieces until the first byte other than zero.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of our own that goes on when the command has returned.
+"""A process of our own that continues when the command has returned.
 
-Decides how it is cut off from the terminal, and how the command learns that it is ready, or why it is not. Must not
-know what it does. The command has one thread, and the new process is a copy of it: what is open stays open.
+Decides how it is detached from the terminal, and how the command learns that it is ready, or why it is not. Must not
+know what it does. The command has one thread, and the new process is a copy of it: open files stay open.
 """
 
 from __future__ import annotations

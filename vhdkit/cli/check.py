@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`check`: everything that can be said against an image and its parents.
+"""`check`: everything that is wrong with an image and its parents.
 
-Decides the order in which findings are shown and the exit code they make.
+Decides the order in which findings are shown, and the exit code.
 """
 
 from __future__ import annotations

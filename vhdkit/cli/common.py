@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every verb has in common: the options about images, sizes on the command line, help with examples.
+"""What all verbs have in common: the options about images, sizes on the command line, help with examples.
 
-Decides the names of shared options and what they mean to the library. Prints nothing but what was ignored of them.
+Decides the names of shared options and what they mean to the library. Prints nothing but warnings about ignored
+configuration.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`convert`: a disk with all its parents as a new image of another kind, or through a pipe.
 
-Decides when a pipe is meant, that a terminal never gets a disk's bytes, and what is said at the end.
+Decides when a pipe is meant, that a terminal never gets a disk's bytes, and what is reported at the end.
 """
 
 from __future__ import annotations

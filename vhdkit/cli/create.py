@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`create`: a new empty image, or a new child of an image.
 
-Decides which options exclude each other and what is worth saying about the new file.
+Decides which options exclude each other and what is reported about the new file.
 """
 
 from __future__ import annotations

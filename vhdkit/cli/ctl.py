@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ctl`: say to a running server what it is to do.
+"""`ctl`: sends a request to a running server.
 
-Decides how the words become a call of the control socket and how the answer is shown.
+Decides how the arguments become a call on the control socket and how the answer is shown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`info`, `chain` and `dump`: what an image says of itself, what it stands on, and its raw structures.
+"""`info`, `chain` and `dump`: what an image says about itself, what it stands on, and its raw structures.
 
-Decides which facts are shown to people and in which words. These verbs need no lock and no sound parents: they work
-on an image in use, and on an orphan.
+Decides which facts are shown to people, and how they are worded. These verbs need neither a lock nor sound parents:
+they work on an image in use, and on one without its parent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the commands `vhdkit` and `vhdkit-mount` begin.
 
-Decides what a Ctrl-C means while Python still imports the rest: the process ends by it, without a traceback, since
-nothing was begun. Imports nothing of ours before that is settled. From `main` on the verbs decide.
+Decides what a Ctrl-C means while Python is still importing modules: the process ends without a traceback, because
+nothing has been done yet. Imports nothing of ours before that is set up. Once `main` runs, the verbs decide.
 """
 
 from __future__ import annotations

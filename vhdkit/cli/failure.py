@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a failure reaches the user: one line on standard error and an exit code that tells the cause.
+"""How a failure reaches the user: one line on standard error, and an exit code for the cause.
 
-Decides the wording around an error and what a signal does. The sentence itself and the code of a library error come
+Decides the text around an error, and what a signal does. The sentence itself and the code of a library error come
 from `vhdkit.errors`. With `--json` the line is one JSON object:
 
     {"error": {"kind": "CorruptImage", "exit_code": 3, "message": ..., "problem": ..., "path": ..., "structure": ...,

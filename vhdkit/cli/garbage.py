@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gc`: the layers of a folder that nobody needs any more.
+"""`gc`: the layers of a folder that nothing needs any more.
 
-Decides how they are listed, and that nothing goes without `--delete`.
+Decides how they are listed, and that nothing is removed without `--delete`.
 """
 
 from __future__ import annotations

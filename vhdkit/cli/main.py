@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vhdkit`: its verbs, its help, and the one place where it ends.
+"""The command `vhdkit`: its verbs, its help, and the only place where it exits.
 
 Decides how every failure becomes an exit code. Verbs only raise.
 """

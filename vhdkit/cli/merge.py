@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`merge`: fold layers of a chain into one of them, or into a new file.
+"""`merge`: merge layers of a chain into one of them, or into a new file.
 
-Decides how a merge is told, before (`--dry-run`) and after, and what is said of one that stopped.
+Decides how a merge is described, before (`--dry-run`) and after, and what is reported about an interrupted one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mount`, `umount`, `mounts`: an image as files, or the files in it.
 
-Decides which options exclude each other, what /etc/fstab's options mean, what is printed, and that `--foreground` ends
-in order after Ctrl-C. How mounts are made and taken away is `vhdkit.serve.mounting`'s.
+Decides which options exclude each other, what the options of /etc/fstab mean, what is printed, and that `--foreground`
+unmounts properly after Ctrl-C. How mounts are made and removed is decided in `vhdkit.serve.mounting`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of new images that say something else than what the image is.
+"""Names of new images that suggest another format than the image has.
 
-Decides which ending of a name stands for which format. A VHD opens under any name, but whoever reads `disk.qcow2`
-expects QCOW2, and what goes by names (a backup program, another hypervisor) breaks later.
+Decides which file name extension stands for which format. A VHD opens under any name, but people expect `disk.qcow2`
+to be QCOW2, and programs that go by names (a backup program, another hypervisor) fail later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is printed, and how it looks: JSON documents, aligned lines, colours where there is a terminal.
+"""What is printed, and how it looks: JSON documents, aligned lines, colours on a terminal.
 
-Decides layout and style, nothing about content. Names that come from images are untrusted: every text passes
-`printable`, and no text is taken for markup.
+Decides layout and style, nothing about content. Names that come from images are untrusted: every text passes through
+`printable`, and no text is interpreted as markup.
 """
 
 from __future__ import annotations

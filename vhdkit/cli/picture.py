@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The map as a picture: shapes laid out once, then written as SVG or PNG.
 
-Decides sizes, colours and places. The disk runs in rows from left to right, each stretch in the colour and with the
-number of the layer that owns most of it, paler where less than half is data; below, one lane per layer, leaf first,
-whose bars are as high as the layer's share.
+Decides sizes, colours and places. The disk runs in rows from left to right. Each stretch has the colour and the number
+of the layer that owns most of it, and is paler if less than half of it is data. Below there is one lane per layer,
+leaf first, with bars as high as the layer's share.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far long work is: a bar with speed and time left on a terminal's standard error, plain lines elsewhere.
+"""The progress of long work: a bar with speed and remaining time on a terminal, plain lines elsewhere.
 
-Decides when anything is shown at all, and what is left out where a terminal is narrow: it stays on one line. The
+Decides when anything is shown at all, and what is left out on a narrow terminal: it stays on one line. The
 library calls back with (bytes done, bytes in all).
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rebase`: repoint an image to where its parent lies now, or to another image with the same content."""
+"""`rebase`: give an image another path to its parent, or another parent with the same content."""
 
 from __future__ import annotations
 

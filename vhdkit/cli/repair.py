@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`check --repair` and `check --restore`: what was put right, what needs consent, what is left.
+"""`check --repair` and `check --restore`: what was repaired, what needs consent, what remains.
 
-Decides how a repair is told. The findings afterwards are `cli.check`'s.
+Decides how a repair is reported. The findings afterwards are shown by `cli.check`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`resize`: another virtual size."""
+"""`resize`: change the virtual size."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve`: images and chains as NBD exports, until somebody says that it is enough.
+"""`serve`: images and chains as NBD exports, until the server is told to end.
 
 Decides which options exclude each other, what is printed when the server is ready, and what a signal does: the first
-ends it in order, a second one does not wait for slow clients. Everything that was answered is flushed either way.
+one ends it in order, a second one stops waiting for slow clients. Everything that was answered is flushed either way.
 """
 
 from __future__ import annotations

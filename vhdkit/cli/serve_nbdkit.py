@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nbdkit as the engine of `serve`: found, looked over, started with our sockets, and watched until it ends.
+"""nbdkit as the engine of `serve`: found, examined, started with our sockets, and watched until it ends.
 
-Decides which nbdkit is taken and how a signal and an exit code pass through. What its command line and environment are
-is `serve.nbdkit_command`'s business.
+Decides which nbdkit is used and how signals and the exit code are passed on. Its command line and environment are
+decided in `serve.nbdkit_command`.
 
-The sockets are ours: they are private, replace a stale one and are removed at the end, as with our own server. nbdkit
-gets them as a service manager would hand them over (LISTEN_FDS).
+We make the sockets: they are private, replace stale ones and are removed at the end, as with our own server. nbdkit
+gets them in the way a service manager passes sockets (LISTEN_FDS).
 """
 
 from __future__ import annotations

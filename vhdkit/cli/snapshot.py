@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`snapshot` and `clone`: freeze images by giving them children.
 
-Decides how LEAF=NEW is taken apart and what is said about the new files.
+Decides how LEAF=NEW is parsed and what is reported about the new files.
 """
 
 from __future__ import annotations

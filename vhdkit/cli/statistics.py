@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve --stats`: one line on the terminal that says what the server is doing. Decides how it looks."""
+"""`serve --stats`: one line on the terminal that shows what the server is doing. Decides how it looks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that end a process although nobody who sends one means its end, and what a server does about them.
+"""Signals that end a process by default although their senders do not want that, and what a server does about them.
 
-`kill -USR1` asks many programs how far they are (dd does so), timers send SIGALRM, and the default action of all of
-them is to end the process: what clients wrote, and did not flush yet, would be gone (signal(7)).
+`kill -USR1` asks many programs for their progress (dd, for example), timers send SIGALRM, and the default action of
+all of these signals ends the process: what clients wrote and did not flush yet would be lost (signal(7)).
 """
 
 from __future__ import annotations

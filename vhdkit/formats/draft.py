@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file with changes that are only thought of: what a repair would write, before anything is written.
+"""A file with changes that have not been written yet: what a repair would write.
 
-Decides nothing about images. Code that mends a store mends a draft; what came of it is looked at, checked, and then
-put into the file as one change, or forgotten. See `store.Store`.
+Decides nothing about images. Code that repairs a store repairs a draft instead. The result is examined, and then
+written into the file as one change, or discarded. See `store.Store`.
 """
 
 from __future__ import annotations

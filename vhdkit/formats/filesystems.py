@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies on a disk or in a partition: which file system, its label, how far it reaches. Read, never written.
+"""What is on a disk or in a partition: which file system, its label, and where it ends. Only reads.
 
-Decides by the marks that each format puts at fixed places, nothing else: whether the file system is whole is its own
-tools' business. Pure: gets a function that reads bytes. A guest wrote these bytes, so whatever they are the answer is
+Decides by the signatures that each format has at fixed places; whether the file system is intact is left to its own
+tools. Pure: gets a function that reads bytes. A guest wrote these bytes, so whatever they are, the answer is
 a kind, a label of bounded length, or None.
 
 Sources: the on-disk format documents of ext4 and XFS (Linux, Documentation/filesystems), btrfs (its wiki, On-disk
-Format), NTFS, FAT and exFAT (Microsoft), ISO 9660, and the headers that LVM, LUKS, BitLocker and swap are known by.
+Format), NTFS, FAT and exFAT (Microsoft), ISO 9660, and the headers by which LVM, LUKS, BitLocker and swap are known.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are no disk vhdkit reads, and that nobody means when they are opened as a raw one.
+"""Files that are not disks vhdkit can read, and that nobody wants to open as raw disks.
 
-Decides by the marks at fixed places what a file is and what helps: images of other programs, compressed files, and
-archives in which disks are sent around. Each would open as a raw disk of nonsense, and a write would destroy it. A
-file system without a partition table is no such thing: that is what many raw disks are.
+Decides by signatures at fixed places what a file is and what to do with it: images of other programs, compressed
+files, and archives in which disks are distributed. Opened as raw, each would be a disk of nonsense, and a write would
+destroy it. A file system without a partition table is not among them: many raw disks are just that.
 
 Sources: RFC 1952 (gzip), RFC 8878 (zstd), the format documents of bzip2, xz, lz4, lzop, 7z and RAR, PKWARE's APPNOTE
 (zip), POSIX pax (tar), QEMU's and Proxmox VE's format documents (QCOW2, QED, Parallels, bochs, cloop, VMA), VMware's

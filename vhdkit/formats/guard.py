@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a failed flush or an interrupted write, shared by every format.
+"""What an image remembers of a failed flush or an interrupted write; shared by every format.
 
 Decides two things. After a flush to the device failed, nothing may be written or flushed through this open image any
 more, because the kernel forgets the failed pages and a second fsync would claim success for lost data. And after
-Ctrl-C, or an exception out of a signal handler, struck in the middle of a write, no more is written, since memory may
-know half of that write; but what was written before it is whole, so a flush and the closing make it durable.
+Ctrl-C, or an exception of a signal handler, in the middle of a write, nothing more is written, because the state in
+memory may reflect only half of that write. What was written before it is whole, so a flush and closing make it
+durable.
 
-`INV-CLOSE-TELLS`: `close` returns without an error only when every write that returned is on the device.
+`INV-CLOSE-TELLS`: `close` returns without an error only if every write that returned is on the device.
 """
 
 from __future__ import annotations

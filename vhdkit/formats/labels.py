@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels that lie deeper than a file system's first bytes: of NTFS in the file $Volume, of exFAT in the root folder.
+"""Labels that are not in a file system's first bytes: that of NTFS is in the file $Volume, that of exFAT in the root
+folder.
 
-Decides where they are by what the boot sector says, and believes nothing of it: whatever a guest wrote, a few reads of
-a few KiB end in a label of bounded length or in an empty one. Pure: gets a function that reads bytes.
+Decides where they are by what the boot sector says, without trusting it: whatever a guest wrote, a few reads of
+a few KiB lead to a label of bounded length or to an empty one. Pure: gets a function that reads bytes.
 
 Sources: the documentation of NTFS by the Linux-NTFS project (boot sector, file records, attributes $VOLUME_NAME), and
 Microsoft's exFAT specification (sections 3.1 and 7.3).

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer whose sectors lie one after the other from byte 0 of its file: the body of raw and fixed images.
 
-Decides nothing about headers and footers; it only refuses to touch what lies behind the virtual size.
+Decides nothing about headers and footers; it only refuses to touch anything after the virtual size.
 It owns every sector, so it can only be the base of a chain.
 """
 

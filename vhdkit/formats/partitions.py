@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partitions of a disk: MBR with its extended partitions, and GPT. Read, never written.
+"""The partitions of a disk: MBR with its extended partitions, and GPT. Only reads.
 
 Decides which table a disk has and what its entries say. Pure: gets a function that reads bytes of the disk, knows no
-image. A guest wrote these bytes, so everything is bounded: entries, logical partitions, the size of an array. What
-makes no sense is left out, and a table that is no table is none.
+images. A guest wrote these bytes, so everything is bounded: entries, logical partitions, the size of an array.
+Entries that make no sense are left out, and a damaged table counts as none.
 
-Sources: UEFI specification, section 5 (GPT); for MBR and extended partitions, what every PC has done since DOS 3.3.
+Sources: UEFI specification, section 5 (GPT); for MBR and extended partitions, the practice of PCs since DOS 3.3.
 """
 
 from __future__ import annotations

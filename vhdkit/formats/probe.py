@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format a file is, and opening it as that.
+"""Which format a file has, and opening it in that format.
 
-Decides by what stands in the file, not by its name, with one exception: a file called `.vhd` or `.avhd` without
-any VHD footer is refused, never taken for a raw disk. A raw disk's owner can write what looks like another
-format, so a caller who knows says which one it is.
+Decides by the content of the file, not by its name, with one exception: a file called `.vhd` or `.avhd` without
+any VHD footer is refused, never taken for a raw disk. The owner of a raw disk can write what looks like another
+format into it, so a caller who knows the format should name it.
 """
 
 from __future__ import annotations

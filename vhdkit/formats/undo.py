@@ -8,11 +8,12 @@ lies and who acts on it is `chain.pending`'s decision.
     2  the change, in any order                    sync    a cut from here on is taken back by the log
     3  the log is removed                          sync    the change is made
 
-`INV-UNDO-LOG`: with the log beside it a file reads as before the change, whatever part of the change reached it.
+`INV-UNDO-LOG`: with the log beside it, a file reads as before the change, whatever part of the change was written.
 
-A log is untrusted input, and the image beside it may have been replaced since. It is believed only when it is whole
-(a digest), of bounded size, made for an image of this id, and every byte of the file where it would write is the one
-from before or the one the change puts there. A torn sector is taken for one of the two only where a footer goes.
+A log is untrusted input, and the image beside it may have been replaced since. It is believed only if it is whole
+(it has a digest), of bounded size, made for an image with this id, and if every byte of the file where it would write
+is the one from before the change or the one the change writes. A torn sector is accepted as one of the two only where
+a footer goes.
 
     magic 8 | version 4 | count 4 | id 16 | size before 8 | size after 8 | count x (offset 8, size 8)
     | per change: bytes before, bytes after | SHA-256 over all of it 32

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks for others: the NBD server and what belongs to it."""
+"""Serving disks to others: the NBD server, nbdkit's plugin and the FUSE mount."""

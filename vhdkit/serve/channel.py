@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client's socket on the loop: non-blocking, plain or TLS, with what it has not taken yet.
+"""A client's socket on the loop: non-blocking, plain or TLS, with the output that the client has not taken yet.
 
-Decides what the loop watches a socket for and what happens to bytes it does not take at once. Must not know what the
-bytes mean.
+Decides which events of a socket the loop watches, and what happens to bytes that it does not take at once. Must not
+know what the bytes mean.
 """
 
 from __future__ import annotations

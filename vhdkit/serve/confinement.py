@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a stranger at the control socket may have files opened and made.
+"""Where a control client of another user may have files opened and created.
 
-Decides which paths of a control owner who is not the server's user are taken: those that lie, once every link is
-followed, in one of the folders that were named at the start (`INV-CONTROL-CONFINED`). The server may be root, and the
-control owner anybody; so only folders count in which nobody else can exchange anything after it was looked at
+Decides which paths are accepted from a control owner who is not the server's user: those that lie, after every link
+has been followed, in one of the folders that were named at the start (`INV-CONTROL-CONFINED`). The server may be root,
+and the control owner anybody; so only folders count in which nobody else can exchange anything after the check
 (`guarded`). Must not know what is done with the files.
 """
 

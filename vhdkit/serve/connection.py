@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One client from accept to close: handshake, TLS, transmission, end.
 
-Decides when a client is read from, in which phase what it sent is looked at, and when the connection is closed. Must
-not know the meaning of options (`nbd_options`) nor of requests (`serving`). A client that does not read its answers is
+Decides when a client is read from, in which phase its input is processed, and when the connection is closed. Must
+not know the meaning of options (`nbd_options`) or requests (`serving`). A client that does not read its answers is
 not read from.
 """
 

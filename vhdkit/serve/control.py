@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control socket: JSON-RPC 2.0, one message a line, on the same loop as the NBD clients.
 
-Decides how requests and answers are spelled, and that a client is bounded: a line has at most `MAX_LINE_BYTES`, one
-request of a client is worked on at a time, and nothing more is read from it meanwhile. What a method does is decided
+Decides how requests and answers are encoded, and that a client is bounded: a line has at most `MAX_LINE_BYTES`, one
+request of a client is processed at a time, and nothing more is read from it meanwhile. What a method does is decided
 in `operations`. Methods that may take long run one after the other on a thread of their own, never on the loop's
-workers, which an export that is held waits for; those that take minutes on one each. Who asks is told by the kernel
-(SO_PEERCRED): peers of other users have methods of their own, or none.
+workers, because holding an export waits for those; methods that take minutes get a thread each. The kernel says which
+user asks (SO_PEERCRED): clients of other users can call only some methods, or none.
 """
 
 from __future__ import annotations

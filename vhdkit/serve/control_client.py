@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other side of the control socket: ask a running server for something and wait for the answer.
+"""The client side of the control socket: sends a request to a running server and waits for the answer.
 
-Decides how an answer becomes a result or the error that the server met. A server is believed no more than a client:
-an answer is bounded.
+Decides how an answer becomes a result, or the error that occurred in the server. A server is not trusted more than a
+client: the size of an answer is bounded.
 """
 
 from __future__ import annotations

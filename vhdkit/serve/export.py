@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one export can do: NBD's commands on a `Disk`.
 
-Decides what each command means for a disk, how a disk's errors are told, which metadata contexts there are, and that
-one flush at a time serves everybody who waits for one. Must not know sockets. The functions named `run_` may wait for
-devices and belong on worker threads.
+Decides what each command means for a disk, how a disk's errors are reported, which metadata contexts there are, and
+that one flush at a time serves everybody who waits for one. Must not know sockets. The functions named `run_` may wait
+for devices and belong on worker threads.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From libfuse's callbacks to a `Tree`: the one file that knows mfusepy and libfuse.
+"""From libfuse's callbacks to a `Tree`: the only file that knows mfusepy and libfuse.
 
 Decides what the kernel may cache and how many threads serve. Must not know disks, nor what a mount looks like.
 
-mfusepy brings libfuse's structures in all their versions; its own callbacks copy every byte once more and wrap each
-call, so ours are put in their place: they read from the image straight into libfuse's buffer and write straight out
-of the request. What bounds the rate is then the way through the kernel, not Python.
+mfusepy provides libfuse's structures in all their versions. Its own callbacks copy every byte once more and wrap each
+call, so ours replace them: they read from the image straight into libfuse's buffer and write straight out
+of the request. The rate is then limited by the way through the kernel, not by Python.
 
     kernel -> libfuse thread -> callback(addresses) -> Handle.read_into(memoryview of libfuse's buffer) -> kernel
 
-What cannot change while mounted is cached for good. A file opened for writing goes past the kernel's cache: two files
-may show the same bytes (disk.raw and a partition), a write through one must not linger unseen, and there are never
-dirty pages that only this process could clean, except those of a program that maps such a file shared and writable,
-where library and kernel allow it.
+What cannot change while mounted is cached permanently. A file opened for writing bypasses the kernel's cache: two
+files may show the same bytes (disk.raw and a partition), so a write through one must be visible in the other; and
+there must never be dirty pages that only this process could clean, except those of a program that maps such a file
+shared and writable, where library and kernel allow it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a mount looks like: its folders, files, links and attributes. Pure: knows no FUSE.
 
-Decides names and modes, what each file shows of which disk, what `info.json` says, and the errno of what is refused.
-Partition names come from a guest: they become file names that cannot be anything else.
+Decides names and modes, which part of which disk each file shows, the content of `info.json`, and the errno of what is
+refused. Partition names come from a guest: they are escaped so that they can only be file names.
 
     disk.raw                    the chain's content
     partitions/N.raw            each partition, by the number that Linux gives it
-    partitions/by-label/NAME    links: the name in the GPT, and what the file system in it calls itself
+    partitions/by-label/NAME    links: the name in the GPT, and the label of the file system in it
     partitions/by-uuid/ID       links: what Linux calls PARTUUID
     partitions/by-type/TYPE-N   links: the type in words
     layers/K-NAME.raw           the disk as of each layer, read-only, leaf first

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A range of a disk as a file: what reading, writing, seeking and punching holes in it mean.
 
-Decides the errno of what cannot be done to a file of fixed size, how many of its bytes count as allocated, and when a
-disk as of an older layer is opened. Must not know FUSE, names or mounts.
+Decides the errno of what cannot be done to a file of fixed size, how many of its bytes count as allocated, and when
+the disk of an older layer is opened. Must not know FUSE, names or mounts.
 
-    read, write     inside the range; a write that reaches behind the end is short, one that begins there is ENOSPC,
-                    as block devices answer
-    zero            both ways of `fallocate` that we take make zeros, which hide what parents have there
+    read, write     inside the range; a write that extends past the end is short, one that begins there gets ENOSPC,
+                    as on a block device
+    zero            both modes of `fallocate` that we support make zeros, which hide what parents have there
     seek            the chain's extents, and the holes in its files
-    close           what was written is on the device when the file was closed: the mount's end may be a kill -9
+    close           what was written is on the device when the file is closed, since the mount may end by a kill -9
 """
 
 from __future__ import annotations

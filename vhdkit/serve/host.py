@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connection needs of the server it belongs to. Decides nothing."""
+"""What a connection needs from the server it belongs to. Decides nothing."""
 
 from __future__ import annotations
 

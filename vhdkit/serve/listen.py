@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the server listens: unix sockets, TCP, sockets that a service manager hands over; and the URIs of it all.
+"""Where the server listens: unix sockets, TCP, sockets that a service manager hands over; and their URIs.
 
 Decides what an address on the command line means and where listening without TLS is refused. How a socket gets its
-file is `folder`'s decision, what is done with clients `nbd_server`'s.
+file is decided in `folder`, what happens to clients in `nbd_server`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thread's event loop and the worker threads beside it.
 
-Decides when a callback runs: on the loop's thread, when a descriptor is ready, when another thread posted it, or when
+Decides when a callback runs, on the loop's thread: when a descriptor is ready, when another thread posted it, or when
 a job is done. Must not know what is served. Everything that may wait for a device or a disk runs as a job.
 """
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging the layers of an export while clients use it.
 
-Decides in which passes a chain shrinks, how fast, when one gives up, and what is told meanwhile. In which order files
-change is `chain.live_merge`'s decision, how an export stands still `nbd_server`'s.
+Decides in how many passes a chain is merged, how fast, when to give up, and what is reported meanwhile. The order in
+which files change is decided in `chain.live_merge`, how an export is held in `nbd_server`.
 
     layers below the leaf     one pass; clients wait for the exchange only
-    the leaf too              freeze it, merge what was frozen, again while that grows smaller; then a last pass with
-                              the clients held, when little is left
+    the leaf too              freeze it, merge what was frozen, repeat while that becomes smaller; then, when little is
+                              left, a last pass with the clients held
 """
 
 from __future__ import annotations

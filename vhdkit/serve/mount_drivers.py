@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which driver mounts a file system, with which words. Pure: command lines out, nothing is run.
+"""Which driver mounts a file system, with which options. Pure: it returns command lines and runs nothing.
 
-Decides the order in which drivers are tried and the options that each gets. Root has the kernel's drivers first, on a
-loop device with direct I/O, where that cannot come to a standstill (`mount_host.loop_writes_are_safe`); everybody has
-the FUSE drivers. Images are not trusted: no set-user-id bits, no devices. Nor are other users: a FUSE driver lets them
-in only when they were to be, and then to look at what the permissions inside allow. What the kernel's driver refused
-is not written to by another one (`is_verdict`).
+Decides the order in which drivers are tried and the options that each gets. Root gets the kernel's drivers first, on a
+loop device with direct I/O, where this cannot deadlock (`mount_host.loop_writes_are_safe`); everybody gets the FUSE
+drivers. Images are not trusted: no set-user-id bits, no devices. Other users are not trusted, either: a FUSE driver
+admits them only on request, and then to what the permissions inside allow. What the kernel's driver has refused is not
+written to by another one (`is_verdict`).
 
-A read-only mount of a file system that was not unmounted cannot replay its journal. It is tried as it should be first,
-and then as it stands, without the journal: `leaves_journal` says so, since what the journal holds is missing then.
+A read-only mount of a file system that was not unmounted cannot replay its journal. It is first tried in the normal
+way, and then without the journal: `leaves_journal` marks this, because what is in the journal is then missing.
 """
 
 from __future__ import annotations

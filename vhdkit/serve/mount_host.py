@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mounting needs of the system: the kernel's tables and switches, programs, and how a server is found.
+"""What mounting needs from the system: the kernel's tables and switches, programs, and the server of a mount.
 
-Decides how each is asked for; what for is `mounting`'s, and starting a process is the command line's. Opens no image:
-of files only those of /proc and /sys, which `store` is not made for. Foreign programs get an argument list, never a
-shell, and a clean standard input.
+Decides how each of these is asked; `mounting` decides what for, and the command line starts processes. Opens no image:
+only files of /proc and /sys, for which `store` is not made. Other programs get an argument list, never a shell, and an
+empty standard input.
 """
 
 from __future__ import annotations

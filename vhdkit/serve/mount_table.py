@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel says is mounted, and which of it is ours. Pure.
+"""What is mounted according to the kernel, and which of these mounts are vhdkit's. Pure.
 
-Decides how a mount of vhdkit is known, from nothing but the kernel's own tables: nothing has to be written down, and
-so nothing can be out of date after a crash. Must not read files.
+Decides how a mount of vhdkit is recognised, from the kernel's own tables alone: nothing has to be recorded, so
+nothing can be out of date after a crash. Must not read files.
 
 A mount of ours has the type `fuse.vhdkit`, and the image as its source. A file system in it is mounted from a loop
 device over one of its files, or by a FUSE driver that names one as its source.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mounting and unmounting: in which order things are put on one another, and taken off again.
+"""Mounting and unmounting: in which order things are mounted on top of one another, and unmounted again.
 
-Decides what is refused before anything is opened, that a mount is usable when `mount` returns, and that whatever fails
-leaves nothing behind. Must not know libfuse (`fuse_mount`), how the kernel is asked (`mount_host`), nor drivers' words
-(`mount_drivers`).
+Decides what is refused before anything is opened, that a mount is usable when `mount` returns, and that a failure
+leaves nothing behind. Must not know libfuse (`fuse_mount`), how the kernel is asked (`mount_host`), nor the drivers'
+options (`mount_drivers`).
 
     image -> server process -> FUSE mount                              a folder, or one file
                                    -> loop device -> file system       --fs as root: direct I/O
@@ -11,7 +11,7 @@ leaves nothing behind. Must not know libfuse (`fuse_mount`), how the kernel is a
 
 Unmounting goes the other way: file system, loop device, FUSE mount; then it waits for the server, which flushes and
 closes the image last. What is mounted is read from the kernel's tables, so a mount whose server was killed is found
-and taken away like any other.
+and removed like any other.
 """
 
 from __future__ import annotations

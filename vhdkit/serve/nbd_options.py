@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The handshake of an NBD connection, from the server's side: bytes in, bytes out, at the end a `Session`.
 
-Decides what each option is answered with and when the connection moves on, is upgraded to TLS or ends. Sans-IO:
-knows no sockets, no disks and no clock; what exports there are it asks a function. Every length is checked against
-its limit before anything is kept, and while `MAX_OUTPUT_BYTES` of answers wait to be sent no option is looked at, so a
-client cannot make the server hold more than that, one more answer, and what it is given at once.
+Decides the answer to each option and when the connection moves on, is upgraded to TLS or ends. Sans-IO:
+knows no sockets, no disks and no clock; a function lists the exports. Every length is checked against
+its limit before anything is kept. While `MAX_OUTPUT_BYTES` of answers wait to be sent, no option is processed, so a
+client cannot make the server hold more than that, one more answer, and the input of one call.
 
     receive(bytes) --> output (bytes to send), state
     OPTIONS --STARTTLS--> TLS --secured()--> OPTIONS --GO/EXPORT_NAME--> TRANSMISSION

@@ -2,8 +2,8 @@
 """The transmission phase of an NBD connection, from the server's side: bytes to requests, results to bytes.
 
 Decides which requests are refused and with which number, and how every answer is framed: simple, structured or
-extended, as the session agreed. Sans-IO: knows no sockets and no disks. It works on the caller's buffers and hands
-out plain tuples, because this is the hot path: a batch of small reads costs a microsecond each in here.
+extended, as negotiated. Sans-IO: knows no sockets and no disks. It works on the caller's buffers and returns
+plain tuples, because this is the hot path: in a batch, each small read costs a microsecond in here.
 
 Rows named in the comments are those of docs/nbd-support.md.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD server: listening sockets, connections, exports, and the order in which it all ends.
+"""The NBD server: listening sockets, connections, exports, and the order of shutting down.
 
-Decides who is let in, when an export holds still (`held`), and that at the end everything in flight is answered,
-flushed and closed. Must not know the protocol (`connection`) nor what a command does (`export`).
+Decides who is let in, when an export is held (`hold`), and that at the end all requests in flight are answered, and
+the disks flushed and closed. Must not know the protocol (`connection`) nor what a command does (`export`).
 """
 
 from __future__ import annotations

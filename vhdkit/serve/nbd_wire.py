@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NBD on the wire: numbers, and messages as bytes.
 
-Decides how a message is spelled, never when one is sent. Pure. Source: the NBD protocol document (doc/proto.md)
-and its branch for extended headers; names are that document's without the prefix.
+Decides how a message is encoded, never when one is sent. Pure. Source: the NBD protocol document (doc/proto.md)
+and its branch for extended headers; names are those of the document without the prefix.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How nbdkit is started with our plugin: its command line, its environment, and whether its Python is ours.
 
-Decides what our options are called by nbdkit and its filters, and where its Python finds us. Starts nothing.
+Decides how our options are passed to nbdkit and its filters, and where its Python finds our modules. Starts nothing.
 
-nbdkit's Python is the one it was built with. It takes our modules from the folders they were found in here, which
-works when both are of the same minor version: numpy is compiled for one.
+nbdkit has the Python with which it was built. It imports our modules from the folders in which they were found here,
+which works if both Pythons are of the same minor version, because numpy is compiled for one.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@
     nbdkit python .../vhdkit/serve/nbdkit_plugin.py image=leaf.avhd [KEY=VALUE...]
 
     image=PATH                  what is served; repeatable, the first is the default export
-    name=NAME                   what the export of the next image= is called (without it: the empty name)
+    name=NAME                   the name of the export of the next image= (without it: the empty name)
     description=TEXT            what clients are told about the next image=, instead of its kind, size and file name
-    access=read|write           open for that at start, and never write with `read`; otherwise a disk is opened for
-                                reading at start and for writing while a client is there that may write (not with
-                                nbdkit's -r, nor behind its cow filter); where another program has it open, that
+    access=read|write           open for this at the start; `read` never writes. Without it, a disk is opened for
+                                reading at the start, and for writing while there is a client that may write (not with
+                                nbdkit's -r, nor behind its cow filter); if another program has it open, that
                                 client may only read
     parent-dir=DIR, allow-raw-parent=BOOL, dynamic-bitmap=spec|ignore, format=raw|vhd    as on the command line
 
-Decides how nbdkit's callbacks become calls of a `Disk`. nbdkit loads this file as a program of its embedded Python:
-the names below are those that it looks for, and `open` is one of them. Must not know sockets or NBD's wire.
+Decides how nbdkit's callbacks become calls of a `Disk`. nbdkit runs this file in its embedded Python: the names below
+are those that it looks for, and `open` is one of them. Must not know sockets or NBD's wire format.
 
 All connections to an export share one `Disk`, so a flush on one covers the writes of all.
 """

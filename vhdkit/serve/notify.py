@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the service manager is told that the server is ready, and that it ends (sd_notify).
+"""Telling the service manager that the server is ready, and that it ends (sd_notify).
 
-Decides where the word goes. A manager that does not listen is no failure.
+Decides where the message goes. If no manager is listening, this is not a failure.
 """
 
 from __future__ import annotations

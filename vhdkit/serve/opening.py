@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user names to exports: which image is opened how, under which name, with which words.
+"""From what the user names to exports: how each image is opened, under which name, with which description.
 
 Decides names and descriptions of exports, and what is refused before anything is opened. Must not know sockets.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the control socket can do to a server: look at it, freeze disks, change exports, send clients away, end it.
+"""What the control socket can do: report the server's state, freeze disks, change exports, disconnect clients, end it.
 
-Decides what each method takes and answers. How requests are spelled is `control`'s decision, in which order a leaf
-becomes a parent that of `chain.live`. A method that holds exports, or reads files, is marked as taking long.
+Decides what each method takes and answers. How requests are encoded is decided in `control`, in which order a leaf
+becomes a parent in `chain.live`. A method that holds exports, or reads files, is marked as taking long.
 """
 
 from __future__ import annotations

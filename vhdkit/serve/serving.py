@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transmission phase of one client: which requests are served right here, and which become jobs.
+"""The transmission phase of one client: which requests are served at once, and which become jobs.
 
 The hot path takes every whole request out of one batch of received bytes, serves reads and writes that need no waiting
 straight from and into shared buffers, and answers with one `send`. Must not know what the other commands do (`export`)
-nor how they are spelled (`nbd_protocol`).
+nor how they are encoded (`nbd_protocol`).
 
-Payloads reach the disk in pieces as they arrive, and long reads leave in pieces, so nothing of a client's choosing is
-ever allocated; a client has at most `MAX_JOBS` small jobs and one batch of answers that it did not take.
+Payloads reach the disk in pieces as they arrive, and long reads leave in pieces, so memory is never allocated by a
+size that a client chooses. A client has at most `MAX_JOBS` small jobs and one batch of answers that it has not taken.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server has done so far, counted so cheaply that the hot path may.
+"""What a server has done so far; counting is so cheap that the hot path can do it.
 
-Decides what is counted. Knows nothing of sockets or disks.
+Decides what is counted. Knows nothing about sockets or disks.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS for the server: which files make it up, and which clients it lets in.
+"""TLS for the server: which files it needs, and which clients are let in.
 
-Decides the names of the files, as QEMU, nbdkit and libnbd have them, and the rule for clients:
+Decides the names of the files, which are those of QEMU, nbdkit and libnbd, and the rule for clients:
 
-    ca-cert.pem is there      ->  a client has to show a certificate that this CA signed
-    ca-cert.pem is not there  ->  any client; the connection is encrypted, the server shows who it is
-    ca-crl.pem is there too   ->  and the certificate is not on this list
+    ca-cert.pem exists          ->  a client must present a certificate signed by this CA
+    ca-cert.pem does not exist  ->  any client; the connection is encrypted, and the server presents its certificate
+    ca-crl.pem exists, too      ->  the client's certificate must not be on this list
 
-Never below TLS 1.2. The sockets are `channel`'s.
+Never below TLS 1.2. Sockets are handled in `channel`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Decides what an entry means and which part of the table must be written after a change. Entries are a numpy
 array in the machine's byte order; 0xFFFFFFFF means unallocated. Only the entries the virtual size needs are
-kept: producers leave spare entries, or junk, behind them.
+kept: other programs leave spare entries, or junk, after them.
 
 The largest table takes 16 MiB, and a chain has up to 254: an image that is only read may leave its table in the file
 (`BatInFile`).

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XenServer's batmap: one bit a block that says "wholly owned", a hint that must never promise too much.
+"""XenServer's batmap: one bit per block that says "wholly owned", a hint that must never promise too much.
 
-Decides how its bits and its checksum are written. A bit that is clear is always right, so bits are cleared before
-the block they speak of goes or changes, and a new map begins with those bits that still hold.
+Decides how its bits and its checksum are written. A clear bit is always right, so bits are cleared before
+the block to which they belong is dropped or changed, and a new map begins with the bits that are still valid.
 
 Source: XenServer's vhd-util (libvhd); version 1.1 sums signed bytes, later ones unsigned.
 """

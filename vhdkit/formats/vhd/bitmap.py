@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sector bitmap in front of a block's data: bit 7 of byte 0 is sector 0.
 
-Decides the bit order and the stored size. Pure: gets bytes, gives truth values, and back.
+Decides the bit order and the stored size. Pure: converts bytes to truth values, and back.
 
-The disk may end inside its last block. The bits of what lies behind that end are always written clear: XenServer's
-coalesce copies each set bit into the parent, and fails at the first one behind the end of the disk.
+The disk may end inside its last block. The bits of sectors after that end are always written clear: XenServer's
+coalesce copies each set bit into the parent, and fails at the first one after the end of the disk.
 """
 
 from __future__ import annotations

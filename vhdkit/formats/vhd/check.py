@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that can be said about one VHD file: the deep examination behind `vhdkit check`.
+"""Everything that can be said about one VHD file: the thorough examination behind `vhdkit check`.
 
-Decides what is an error (bytes will be read wrong or not at all), what a warning (read well by us, perhaps not by
-others, or space lost) and what a note. Changes nothing and raises only for I/O errors. Parents are
-`chain.check`'s affair.
+Decides what is an error (bytes will be read wrong or not at all), what a warning (we read it correctly, but other
+programs may not, or space is lost) and what a note. Changes nothing and raises only for I/O errors. Parents are
+checked in `chain.check`.
 """
 
 from __future__ import annotations

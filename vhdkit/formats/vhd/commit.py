@@ -4,16 +4,16 @@
 Decides where a new block is placed and in which order its parts reach the device. Must not know virtual sectors:
 `dynamic` says which block and which bits.
 
-    a write:  reserve bitmap and footer -> data          (page cache)      bits and BAT entry change in memory only
+    a write:  reserve bitmap and footer -> data          (page cache)      bits and BAT entry change only in memory
     a flush:  copy what is dirty -> sync -> bitmaps, BAT -> sync -> trailing footer   (synced with the next flush)
 
 - `INV-DATA-BEFORE-METADATA`: a bit or a BAT entry is written only after a sync that followed its data.
-- `INV-FLUSHED-OR-NEWER`: a new block lies in space that reads as zeros, past the last trailing footer, so a BAT
-  entry that lands before its bitmap shows what was there before.
-- `INV-FOOTER-COPY`: the trailing footer is written, in a phase of its own, while the copy at offset 0 is still.
+- `INV-FLUSHED-OR-NEWER`: a new block lies in space that reads as zeros, past the last trailing footer, so if its BAT
+  entry reaches the device before its bitmap, the old content shows.
+- `INV-FOOTER-COPY`: the trailing footer is written in a phase of its own, during which the copy at offset 0 is not.
 - `INV-NO-REUSE`: no space of the file is ever given to a second block.
 
-On a device the footer stays at the end, and new blocks go before it, into space that is made zeros first.
+On a device the footer stays at the end, and new blocks go before it, into space that is zeroed first.
 """
 
 from __future__ import annotations

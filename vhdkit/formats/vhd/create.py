@@ -7,8 +7,8 @@ then the locators, then the trailing footer; blocks will follow with their data 
     0        512              4096        ...        ...
     | copy   | dynamic header | BAT (FF)  | locators | footer |
 
-The creator is written as `win ` 10.0 on `Wi2k`: every reader takes the current size of such a file as its virtual
-size, while several (QEMU before 10.0 among them) take cylinders x heads x sectors for a creator they do not know.
+The creator is written as `win ` 10.0 on `Wi2k`: every program takes the current size of such a file as its virtual
+size, while several (QEMU before 10.0 among them) use cylinders x heads x sectors for creators that they do not know.
 """
 
 from __future__ import annotations

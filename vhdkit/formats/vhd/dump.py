@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw structures of a VHD, field by field with their offsets, whether they make sense or not.
 
-Decides how a field is shown. For people and tools that look into damaged files: nothing here refuses a value.
+Decides how a field is shown. For people and tools that examine damaged files: no value is refused here.
 """
 
 from __future__ import annotations

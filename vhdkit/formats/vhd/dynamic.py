@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic and differencing images: blocks found through the BAT, sectors owned by the bits of their bitmap.
+"""Dynamic and differencing images: blocks found through the BAT, sectors owned according to the block's bitmap.
 
-Decides which sectors the image owns, where they lie, and which block a write goes to. In which order bytes
-reach the device is `commit`'s decision, what is repaired at a writable open `mend`'s. Knows no parent: to a
-differencing image a sector it does not own is ABSENT, and the chain looks further.
+Decides which sectors the image owns, where they lie, and to which block a write goes. The order in which bytes
+reach the device is decided in `commit`, what a writable open repairs in `mend`. Knows no parent: in a
+differencing image, a sector that it does not own is ABSENT, and the chain looks further.
 
-`INV-SECTOR-RULE`: a sector is owned when its block is allocated and its bit is set. In a dynamic disk the other
-sectors are zeros (`ignore_bitmaps` takes them as data, as some readers do).
+`INV-SECTOR-RULE`: a sector is owned if its block is allocated and its bit is set. In a dynamic disk the other
+sectors are zeros (with `ignore_bitmaps` they are data, as for some other programs).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Header and parent's names: before the first block, where other programs expect them.
+"""Header and parent names: before the first block, where other programs expect them.
 
-Decides where they go and which blocks make room; in which order they get there is decided by `switch` and `move`.
-XenServer calls an image invalid in which a block begins before the last of its structures ends.
+Decides where they go and which blocks make room; the order in which this happens is decided in `switch` and `move`.
+XenServer calls an image invalid if a block begins before the last of its structures ends.
 
     0        512       1536     4096                                   the first block
     | copy   | header  | free   | BAT, batmap ...   | names  | free   | bitmap, data ...
 
-The names go where the old ones are if they fit there, else to the first free sectors: in our own images there are some
-between header and BAT, and behind the BAT. Where there are too few, the blocks that lie behind the structures move
+The names take the place of the old ones if they fit there, otherwise the first free sectors: in our own images there
+are some between header and BAT, and after the BAT. If there are too few, the blocks that follow the structures move
 away, as they do for a longer BAT.
 """
 

@@ -2,7 +2,7 @@
 """Disk sizes: cylinders, heads and sectors, and which of a footer's sizes is the true one.
 
 Decides the geometry written for a size, the virtual size read from a footer, and the size limits. Pure.
-Source: specification, "CHS Calculation"; which creators mean CHS: what QEMU's reader and its users settled on.
+Sources: specification, "CHS Calculation"; for the creators whose size is CHS, QEMU's reader.
 """
 
 from __future__ import annotations

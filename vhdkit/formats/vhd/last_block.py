@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits and batmap entries that promise more than the disk has.
 
-Decides which bits of the last block's bitmap say nothing, since the disk ends before the sectors that they stand for,
-and which bits of a batmap are wrong. Changes nothing.
+Decides which bits of the last block's bitmap mean nothing, because the disk ends before their sectors, and which bits
+of a batmap are wrong. Changes nothing.
 
 XenServer's coalesce copies the sector of every set bit of a child, and every sector of a block that its batmap calls
-whole; behind the end of the disk that fails.
+whole; after the end of the disk this fails.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """The structures of a VHD file, field by field, as the specification lists them.
 
 Decides offsets, widths and byte order, the magic numbers, and the checksum over a structure. Every number is
-big-endian. `construct` stays in here; frozen dataclasses come out, so nobody else knows how bytes are cut.
-Must not judge: which footer to believe is `metadata`'s decision.
+big-endian. `construct` stays in here; callers get frozen dataclasses, so no other module parses bytes.
+Must not judge: which footer to believe is decided in `metadata`.
 
 Source: "Virtual Hard Disk Image Format Specification", version 1.0 (2006), except where a field says otherwise.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a writable open puts right before anything is written: a lost footer, a short last block.
+"""What a writable open repairs before anything is written: a lost footer, a short last block.
 
-Decides what may be mended silently and in which order. Never mended: a footer that says another program is at
-work (0xC7, `v_poison`). Read-only opens change nothing and never come here.
+Decides what may be repaired silently and in which order. A footer that says that another program is at
+work (0xC7, `v_poison`) is never repaired here. Read-only opens change nothing and do not use this module.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VHD file says of itself: which footer to believe, the dynamic header, the parent's name.
+"""What a VHD file says about itself: which footer to believe, the dynamic header, the parent's name.
 
 Decides between the trailing footer and its copy, and whether header and BAT can be what they claim. Reads a few
 sectors, never blocks; needs no lock, so `info` works on an image in use. Where the BAT entries point is
-`dynamic`'s affair.
+examined in `dynamic`.
 
     offset 0                                                          end - 512
     | footer copy | dynamic header | BAT | locators | blocks ...      | footer |
       (fixed images have only data and the footer)
 
 The trailing footer is believed first: in a fixed image the first sector belongs to the guest, who could write
-something like a footer there. `INV-FOOTER-COPY`: with either one good, the image opens.
+something like a footer there. `INV-FOOTER-COPY`: if either one is good, the image opens.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that go: to another place of the file, or away.
+"""Blocks that move to another place of the file, or are dropped.
 
-Decides where free space is, which blocks move into it, and the order. A block is never where it is not whole:
+Decides where free space is, which blocks move into it, and the order. A block is found only where it is whole:
 
     copy to free space -> sync -> BAT -> sync -> only then is the old place free
 
-Many blocks share the syncs of one batch. Free space is what neither a block, nor a structure, nor the BAT on the
-device points at, so a cut finds each block in its old place or its new one, and both hold the same (`INV-NO-REUSE`).
-The trailing footer comes last: written to its new place while the old one and the copy stand, then the file is cut.
+Many blocks share the syncs of one batch. Space is free if no block or structure uses it and the BAT on the device
+does not point at it, so after a power cut each block is in its old place or its new one, and both hold the same
+content (`INV-NO-REUSE`). The trailing footer comes last: it is written to its new place while the old one and the
+copy are still there, then the file is cut.
 
-A block that moves gets its data on a 4 KiB boundary, unless it goes into a gap that is too narrow for that.
+The data of a block that moves is placed on a 4 KiB boundary, unless it goes into a gap that is too narrow for that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The footer of a fixed image that was made longer as if it were a raw one, so that zeros follow it.
+"""The footer of a fixed image that was enlarged as if it were a raw one, so that zeros follow the footer.
 
-Decides how far from the end such a footer is looked for, and when it is one: it says of the disk what its place says,
-and nothing but zeros follow. Repair goes further (it also cuts off bytes that are no zeros).
+Decides how far from the end such a footer is looked for, and when it counts: the size that it states must match its
+place, and only zeros may follow. Repair goes further (it also cuts off bytes other than zeros).
 """
 
 from __future__ import annotations

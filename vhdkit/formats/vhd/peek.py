@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file may stand on, from three reads: the quick look at many files of which few matter.
+"""Which parents a file may name, found with three reads: a quick look at many files of which few matter.
 
-Decides nothing: it gives every id that a sound reading could find, and some that none would. Who finds the wanted one
-among them reads the metadata.
+Decides nothing: it returns every id that a proper reading could find, and some that it would not. If the wanted id is
+among them, the caller reads the metadata.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes of a dynamic or differencing image's file belong to what is no block.
+"""Which bytes of a dynamic or differencing image's file belong to structures other than blocks.
 
-Decides how far the table reaches: as far as the header states, also where the disk needs fewer entries. XenServer sets
-such room aside for a disk that will grow while it is used; neither a block nor a hole belongs there.
+Decides how far the table reaches: as far as the header states, even if the disk needs fewer entries. XenServer
+reserves such room for a disk that will grow while it is in use; neither blocks nor holes may be placed there.
 """
 
 from __future__ import annotations

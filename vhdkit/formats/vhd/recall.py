@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which notes of a process that was killed are believed, and what they say: the other end of `remember`.
+"""Which notes of a killed process are believed, and what they say: the counterpart of `remember`.
 
-Decides whether an image is in the very state in which the process left it that noted changes of it
-(`INV-ANSWERED-SURVIVES`). Notes are no images: they lie in a private folder of the server's, and still everything in
+Decides whether an image is in the state in which the process left it whose notes these are
+(`INV-ANSWERED-SURVIVES`). Notes are not images: they lie in a private folder of the server. Still, everything in
 them is checked against the image.
 
     another boot, no whole header        no notes: their pages went with the machine, or they were never begun
-    another label                        a writer of ours was at the image since
-    another time than the witness's      some other program was, or a backup was restored in place
-    blocks, bits, the file's end         are not those that the notes presume, whatever time says
+    another label                        vhdkit has written to the image since
+    another time than the witness's      another program has, or a backup was restored in place
+    blocks, bits, the file's end         are not those that the notes presume, whatever the times say
 
-What is not believed is refused for good, with a warning: the files are renamed, so that nothing is destroyed, and the
-image has a label that `check` tells of. Notes of 0.1.0 have neither label nor witness: of those the last row decides.
-Must not know in which order what is believed is written; `dynamic` and `commit` do.
+Notes that are not believed are refused permanently, with a warning: the files are renamed, so that nothing is
+destroyed, and the image gets a label that `check` reports. Notes of 0.1.0 have neither label nor witness; for those
+the last row decides. Must not know the order in which believed notes are written; `dynamic` and `commit` do.
 """
 
 from __future__ import annotations

@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image has in memory only, also written down where the death of its process does not reach.
+"""What an image has only in memory, also written down where it survives the death of the process.
 
 A dynamic image keeps bits and BAT entries in memory until the next flush (`commit`): a power cut loses what no flush
-confirmed, as with every disk. A *process* that is killed must lose less when its clients live on: they were told that
-their writes are done, and have no reason to write again. So a server may name a folder in memory (tmpfs) in which each
-change of a bitmap or a BAT entry is noted before the write is answered. Its successor, in the same boot, first writes
-what was noted (`recall`), and the notes go.
+confirmed, as with every disk. When only a *process* is killed, less may be lost, because its clients live on: they
+were told that their writes are done, and have no reason to write again. So a server may name a folder in memory
+(tmpfs), in which each change of a bitmap or a BAT entry is noted before the write is answered. The next server, in
+the same boot, first writes what was noted (`recall`), and then the notes are removed.
 
-Notes are true of one state of one file: the one in which the dead process left it. Two things tell that state apart
+Notes are valid for one state of one file: the one in which the dead process left it. Two things distinguish that state
 from every other one.
 
     the label    a random token, an extended attribute of the image from the first note on until there are none. Every
-                 writer of ours takes it away (`disown`), so its writes are never mistaken for the dead process's.
-    the witness  when the file was last written to, by its file system's word, kept beside the notes in shared memory
-                 after every change as long as there are notes. Programs that do not know labels, and whoever restores
-                 a backup in place, change that time; so does a copy that keeps times, for it brings an older one.
+                 other writer of ours removes it (`disown`), so its writes are never mistaken for the dead process's.
+    the witness  when the file was last written to, according to its file system, kept beside the notes in shared
+                 memory after every change as long as there are notes. Programs that do not know labels, and anybody
+                 who restores a backup in place, change that time; so does a copy that preserves times, since it
+                 brings an older one.
 
-A process that dies inside a system call leaves its last change without such a time. Then a time counts that is at
-most `SLACK_NS` later than the beginning of that change: a program without labels that wrote so soon after it goes
-unnoticed, unless it moved or added blocks, bits, or the file's end (`recall`). File systems without labels have the
-witness alone; files on servers, whose clocks are not ours, and devices have the label alone.
+A process that dies inside a system call leaves its last change without such a time. In this case a time is accepted
+that is at most `SLACK_NS` later than the beginning of that change: a program without labels that writes so soon after
+it goes unnoticed, unless it moves or adds blocks, bits, or the file's end (`recall`). On file systems without labels
+there is only the witness; for devices, and files on servers, whose clocks are not ours, only the label.
 
-Decides how notes are spelled and when they go. Two files take turns, so that those of a flush under way are kept until
-it has ended; they are there only as long as there is something in them. Must not know when an image is written, nor
-which notes are believed.
+Decides how notes are encoded and when they are removed. Two files are used in turn, so that the notes of a flush under
+way are kept until it has ended; a file exists only as long as there is something in it. Must not know when an image is
+written, nor which notes are believed.
 
     UNIQUE-ID-DEVICE-INODE.0, .1:   header, then (block, where its bitmap begins, where it began before, where new
                                     blocks go, bitmap or nothing) ...

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a damaged VHD needs to be sound again: the writes, made to a draft of it.
 
-Decides what may be put right, what needs consent, and what nobody can put right. Writes nothing into the file: how the
-draft gets there, whole or not at all, is `chain.repair`'s decision, and so are parents.
+Decides what may be repaired, what needs consent, and what cannot be repaired. Writes nothing into the file: how the
+draft gets there, whole or not at all, is decided in `chain.repair`, and so is everything about parents.
 
-    footers -> header -> locators -> BAT -> space and trailing footer -> geometry      each on what came before
+    footers -> header -> locators -> BAT -> space and trailing footer -> geometry      each builds on those before
 
-- What is known twice is restored from the other place: a footer from its copy, the copy from the footer.
-- What is known once and wrong is restored only where the rest of the file says the same (a header's checksum).
-- A BAT entry that cannot be true is cleared, with consent: its block then reads as zeros, or as the parent's.
-- Blocks that lie over each other are moved apart: only what they share is in doubt (`untangle`).
-- A mark that another program is at work (0xC7, `v_poison`) is taken off only when the user says that it is dead.
+- What is stored twice is restored from the other place: a footer from its copy, the copy from the footer.
+- What is stored once and wrong is restored only if the rest of the file confirms it (a header's checksum).
+- An impossible BAT entry is cleared, with consent: its block then reads as zeros, or as the parent's.
+- Overlapping blocks are moved apart: only what they share is doubtful (`untangle`).
+- A mark that another program is at work (0xC7, `v_poison`) is removed only if the user says that the program is dead.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Giving a VHD another virtual size.
 
-Decides what the footers and the header of another size say, where a longer BAT goes, and the order. Must not judge
-whether a disk may shrink: that nothing of value lies behind the new end is known to the caller (`chain.resize`).
+Decides what the footers and the header say for another size, where a longer BAT goes, and the order. Must not judge
+whether a disk may shrink: the caller (`chain.resize`) ensures that nothing of value lies after the new end.
 
 A dynamic or differencing image (blocks move by `move`, header and footers change by `switch`):
 
-    grow:    bytes behind the old end -> zeros; blocks out of the way of the longer BAT; the BAT's new part  | sync
+    grow:    bytes after the old end -> zeros; blocks out of the way of the longer BAT; the BAT's new part   | sync
              header and footers                                                                             | switch
     shrink:  header and footers                                                                             | switch
-             the entries that are not needed any more; then the gaps are filled and the file is cut         | move
+             entries that are no longer needed; then the gaps are filled and the file is cut                | move
 
-Until the switch the old header, BAT and size hold, from it on the new ones: a cut leaves the one or the other.
+Until the switch, the old header, BAT and size are valid, after it the new ones: a power cut leaves one or the other.
 
-The BAT grows where it is when nothing but blocks is in its way, else it begins anew at the first place where only
-blocks are (behind the locators, say). Moving the few blocks there costs little, while a BAT at the end of the file
-would keep it from ever becoming shorter.
+The BAT grows where it is if only blocks are in its way; otherwise it is moved to the first place where only blocks
+are (after the locators, say). Moving the few blocks there costs little, while a BAT at the end of the file
+would keep the file from ever becoming shorter.
 
-A fixed image has one footer, so no order is safe: `fixed_writes` says what changes, `chain.pending` makes it whole.
+A fixed image has one footer, so no order is safe: `fixed_writes` says what changes, `chain.pending` makes it atomic.
 """
 
 from __future__ import annotations

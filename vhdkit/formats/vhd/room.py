@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image on a block device, which does not grow: its trailing footer stands at the device's end for good.
+"""An image on a block device, which does not grow: its trailing footer always stands at the device's end.
 
-Decides where that is. New blocks go into the room before it, which holds whatever the device held before.
+Decides where that is. New blocks go into the room before it, which may hold data of an earlier use of the device.
 """
 
 from __future__ import annotations

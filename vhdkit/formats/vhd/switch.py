@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Giving a dynamic or differencing image another header and other footers, safe at any power cut.
 
-Decides the order. The header takes two sectors and has no second copy, nor have the parent's names: neither is
-overwritten while a footer leads to it. Where the new ones go over the old ones, a second header with names of its own
-is written behind everything first, and the footers, one sector each, switch over:
+Decides the order. The header takes two sectors, and neither it nor the parent's names have a second copy, so they are
+not overwritten while a footer leads to them. If the new ones take the place of the old ones, a second header with its
+own names is first written after everything else, and the footers, one sector each, switch over to it:
 
-    1  second header, and names, behind the file's end               sync   both footers: old header
-    2  trailing footer behind those -> second header                 sync   copy: old, tail: second
+    1  second header, and names, after the file's end                sync   both footers: old header
+    2  trailing footer after those -> second header                  sync   copy: old, tail: second
     3  footer copy -> second header                                  sync   both: second
-    4  the new header and its names where they belong                sync   nobody points there
+    4  the new header and its names where they belong                sync   nothing points there
     5  footer copy, then trailing footer -> the new header           sync each
     6  a trailing footer where it was before, the file is cut there  sync each
 
-Where they touch nothing that is in use, steps 4 and 5 are enough. At each point the headers that the footers point at
-are whole and say the same of the disk, or one of them is the old one: the image opens as it was or as it is to be, and
-in the end the file is as long as before. Whatever the new header points at (a longer BAT, say) is ready and synced
-before, and what only the old one points at stays until the end.
+If they overwrite nothing that is in use, steps 4 and 5 are enough. At each point the headers to which the footers
+point are whole and describe the same disk, or one of them is the old one: the image opens as it was or as it will be,
+and at the end the file is as long as before. Whatever the new header points at (a longer BAT, say) is written and
+synced beforehand, and what only the old one points at stays until the end.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that lie over each other, or over headers, are moved apart in a draft of the image.
+"""Moves blocks that overlap each other, or headers, apart in a draft of the image.
 
-Decides which of them move, and which sectors of the disk are in doubt afterwards. Must not know footers, consent or
+Decides which of them move, and which sectors of the disk are doubtful afterwards. Must not know footers, consent or
 how a draft reaches the file (`repair`).
 
 - `INV-UNTANGLED`: afterwards each block reads as it did when the damage was ignored. Only what two structures shared
-  may be wrong, and it is said to be doubtful. What lay over headers is not the guest's: it is dropped.
-- Of blocks that overlap as many as possible stay where they are; the others are copied behind everything.
-- A bitmap that lies in a shared sector may be a neighbour's data. In a dynamic disk all sectors of that block become
-  owned: its bits only ever hide zeros. In a differencing image its bits stand, and sectors that hold data are owned.
+  may be wrong, and it is reported as doubtful. Content that lay over headers is not the guest's and is dropped.
+- Of overlapping blocks, as many as possible stay where they are; the others are copied to the end of the file.
+- A bitmap in a shared sector may be a neighbour's data. In a dynamic disk all sectors of that block become owned,
+  since its bits can only hide zeros. In a differencing image its bits are kept, and sectors that hold data are owned.
 """
 
 from __future__ import annotations
