@@ -15,7 +15,7 @@ from vhdkit.cli.main import main as vhdkit_main
 from vmm.cli.main import main as vmm_main
 
 ROOTS: dict[str, click.Command] = {"vhdkit": vhdkit_main, "vmm": vmm_main}
-WITHOUT_JSON = ("vmm console", "vmm switch capture")  # what they print is the guest's, or frames
+WITHOUT_JSON = ("vmm console",)  # what it prints is the guest's
 _MENTIONED = re.compile(r"`((?:vhdkit|vmm) [a-z][^`]*)`")
 _IN_CODE = re.compile(r"`((?:vhdkit|vmm) [a-z][^`{}]*)`")
 
