@@ -2,12 +2,13 @@
 """Fixtures for every test, and how hard Hypothesis searches.
 
 `HYPOTHESIS_PROFILE` chooses a profile: `default` looks at other examples in every run; `ci` (chosen by
-`CI=true`) looks at the same ones in every run, so a red run can be repeated; `random` looks at a few others, given by
+`CI=true`) looks at the same few in every run, so a red run can be repeated; `random` looks at a few others, given by
 a seed (`script/properties`); `long` searches for minutes.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -35,7 +36,9 @@ os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
 settings.register_profile(
     "default", deadline=None, derandomize=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, database=None)
+settings.register_profile(
+    "ci", parent=settings.get_profile("default"), derandomize=True, database=None, max_examples=40
+)
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
 settings.register_profile("random", parent=settings.get_profile("default"), database=None, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
@@ -86,6 +89,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_collection_finish() -> None:
+    """What collecting made stays to the end: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_property(item: pytest.Item) -> bool:

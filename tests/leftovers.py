@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -44,6 +45,8 @@ class Run:
         for name, value in self._former.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         tempfile.tempdir = None
+        if (tracking := sys.modules.get("multiprocessing.resource_tracker")) is not None:
+            tracking._resource_tracker._stop()  # Python keeps it beside a process that has used processes of its own
         deadline = time.monotonic() + _SECONDS
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)

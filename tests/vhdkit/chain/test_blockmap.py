@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.chains import ChainPlan, LayerPlan, build, chain_plans, interesting_sectors, pattern, runs_within
 from tests.model import ParsedVhd, walk_read, walk_sector
 from tests.stores import ZERO_SECTOR, MemStore
+from tests.support import daily_or_nightly
 from vhdkit.chain import blockmap
 from vhdkit.chain.blockmap import BlockMap, owner_runs
 from vhdkit.chain.chain import Chain
@@ -65,7 +66,7 @@ def check_extents(chain: Chain, sectors: list[int], first: int, count: int) -> N
     assert position == first + count
 
 
-@settings(max_examples=150)
+@settings(max_examples=daily_or_nightly(50, 150))
 @given(plan=chain_plans(), seed=st.integers(0, 999), extents_first=st.booleans())
 def test_map_equals_walk(plan: ChainPlan, seed: int, extents_first: bool) -> None:
     """INV-MAP-EQUALS-WALK: on any chain, reads and extents agree with asking each layer, sector by sector."""
@@ -79,7 +80,7 @@ def test_map_equals_walk(plan: ChainPlan, seed: int, extents_first: bool) -> Non
     check_extents(chain, sectors, first, rng.randint(1, end - first))
 
 
-@settings(max_examples=100)
+@settings(max_examples=daily_or_nightly(40, 100))
 @given(plan=chain_plans(min_children=1), seed=st.integers(0, 999), data=st.data())
 def test_map_equals_walk_after_writes(plan: ChainPlan, seed: int, data: st.DataObject) -> None:
     """INV-MAP-EQUALS-WALK, INV-LEAF-ONLY-WRITES: it still does after any writes, zeroes and trims, none of which
@@ -118,7 +119,7 @@ def test_map_equals_walk_after_writes(plan: ChainPlan, seed: int, data: st.DataO
     check_extents(chain, sectors, 0, leaf.sector_count)
 
 
-@settings(max_examples=100)
+@settings(max_examples=daily_or_nightly(40, 100))
 @given(plan=chain_plans(), seed=st.integers(0, 999))
 def test_the_first_layer_that_owns_a_sector_answers(plan: ChainPlan, seed: int) -> None:
     """INV-SECTOR-RULE: each sector is that of the first layer whose file, read bit by bit, has it."""

@@ -15,6 +15,7 @@ from tests.chains import ChainPlan, build, chain_plans
 from tests.model import ParsedVhd, SectorModel
 from tests.power import BLOCK_SIZE, child_scene, open_mem, work
 from tests.stores import MemStore
+from tests.support import daily_or_nightly
 from vhdkit import errors
 from vhdkit.chain.chain import Chain
 from vhdkit.chain.create import create_child, create_image
@@ -24,7 +25,7 @@ from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 
 
-@settings(max_examples=60)
+@settings(max_examples=daily_or_nightly(30, 60))
 @given(plan=chain_plans(min_children=1), seed=st.integers(0, 999))
 def test_only_the_leaf_changes(plan: ChainPlan, seed: int) -> None:
     """INV-LEAF-ONLY-WRITES: whatever is done to a disk, the parents' files are the same bytes as before (a write to

@@ -239,7 +239,7 @@ def content(path: Path) -> bytes:
     then=st.sampled_from(["all", "into the base", "middle", "live", "rebase", "compact"]),
     seed=st.integers(0, 1 << 30),
 )
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=daily_or_nightly(12, 24), deadline=None)
 def test_zeros_stay(base: str, then: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """INV-MERGE-PRESERVES, INV-COMPACT-PRESERVES: whatever is merged, also while the disk is written, compacted or
     rebased, the disk reads as the model says, and takes more zeros."""

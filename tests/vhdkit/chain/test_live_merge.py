@@ -89,7 +89,7 @@ def on_disk(path: Path) -> bytes:
 
 
 @given(depth=st.integers(3, 6), base=st.sampled_from(["dynamic", "fixed", "raw"]), seed=st.integers(0, 1 << 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=daily_or_nightly(20, 60), deadline=None)
 def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """INV-MERGE-PRESERVES: while layers below the leaf are merged the disk reads and takes writes as if nothing
     happened, the layers below the target are not touched, and the sources are gone in the end."""
@@ -130,7 +130,7 @@ def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_facto
 
 
 @given(base=st.sampled_from(["dynamic", "fixed"]), deeper=st.booleans(), seed=st.integers(0, 1 << 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=daily_or_nightly(15, 40), deadline=None)
 def test_the_leaf_goes_into_its_parent(
     base: str, deeper: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

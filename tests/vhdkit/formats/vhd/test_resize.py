@@ -10,6 +10,7 @@ import pytest
 from tests.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, short, short_content_of, sound
 from tests.power import LINK
 from tests.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.support import daily_or_nightly
 from tests.vhd_builder import Block, Vhd, bits_of, child, pattern, put, seal_header
 from tests.xenserver import faults_in
 from vhdkit import errors
@@ -64,7 +65,7 @@ def extended(content: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(daily_or_nightly(2, 6)))
 def test_inv_resize_grows_with_zeros(seed: int, differencing: bool, batmap: bool) -> None:
     """INV-RESIZE-WHOLE: grown by a little or past its BAT, an image of any shape keeps every byte and adds zeros."""
     scene = crowd(seed, differencing=differencing, batmap=batmap)
@@ -76,7 +77,7 @@ def test_inv_resize_grows_with_zeros(seed: int, differencing: bool, batmap: bool
 
 
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(daily_or_nightly(2, 3)))
 def test_inv_resize_whole_at_every_cut_of_growing(seed: int, differencing: bool, batmap: bool) -> None:
     """INV-RESIZE-WHOLE: a cut in any write or sync, twice, leaves the old size or the new, and growing finishes."""
     scene = crowd(40 + seed, blocks=4, differencing=differencing, batmap=batmap)
@@ -87,7 +88,7 @@ def test_inv_resize_whole_at_every_cut_of_growing(seed: int, differencing: bool,
 
 
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(daily_or_nightly(1, 2)))
 def test_inv_resize_whole_at_every_cut_of_shrinking(seed: int, differencing: bool, batmap: bool) -> None:
     """INV-RESIZE-WHOLE: the same for a smaller size: never a disk of another content."""
     scene = crowd(60 + seed, blocks=7, differencing=differencing, batmap=batmap)
