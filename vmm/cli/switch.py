@@ -27,7 +27,7 @@ from vmm.cli.common import (
 )
 from vmm.cli.switch_capture import capture_command
 from vmm.errors import Unsupported
-from vmm.net import plan, switches
+from vmm.net import plan, switches, watching
 from vmm.net.plan import SwitchSpec
 from vmm.net.switches import HostSide
 
@@ -180,8 +180,10 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     host = HostSide(spec)
     status = host.user.status() if spec.backend == "user" else None
     leases = _leases(spec)
+    wrong = watching.faults(host)
     if as_json:
-        print_json({**spec.model_dump(mode="json"), "status": status, "leases": leases})
+        faults = [{"what": one.what, "problem": one.problem} for one in wrong]
+        print_json({**spec.model_dump(mode="json"), "status": status, "leases": leases, "faults": faults})
         return
     if quiet:
         return
@@ -201,6 +203,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("way out", _way_out(spec)),
         ("gateway", "" if gateway is None else ("runs" if gateway["running"] else f"does not run: {gateway['said']}")),
         ("ports", str(len(host.guests()))),
+        ("wrong", "; ".join(one.problem for one in wrong if one.what != "gateway")),
     ]
     print_pairs(pairs)
     if leases:

@@ -351,6 +351,28 @@ def _check_network() -> Iterator[Check]:
         title="DHCP",
         without="guests on internal switches with the back end bridge get no address by themselves",
     )
+    yield from _check_switches()
+
+
+def _check_switches() -> Iterator[Check]:
+    """The switches that there are; only where there are any."""
+    from vmm.net import switches, watching
+
+    wrong = []
+    found = switches.load_all()
+    for spec in found:
+        with contextlib.suppress(VmmError):
+            wrong += [(spec.name, one.problem) for one in watching.faults(switches.HostSide(spec))]
+    if found:
+        yield _judge(
+            "switches",
+            "switches",
+            "; ".join(f"{name}: {problem}" for name, problem in wrong) or None,
+            found=", ".join(spec.name for spec in found),
+            without="guests on that switch get no address, no names or no way out",
+            remedy="a machine on the switch that runs puts it right within a second; see vmm switch show",
+            worst=State.LIMITED,
+        )
 
 
 def _check_mount() -> Iterator[Check]:

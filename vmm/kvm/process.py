@@ -21,19 +21,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vmm import confined
 from vmm.errors import AccessDenied, QemuFailed, Unsupported, of_os_error
 from vmm.proc import ProcessRef, spawn_detached
+from vmm.users import user_of
 
 if TYPE_CHECKING:
     from vmm.kvm.userfault import Way
 
 KVM_DEVICE = "/dev/kvm"
-_CONFINED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "confined.py")
-# systemd's table of user ids (UIDS-GIDS) names 0x70000000 to 0x7FFFFFFF as used by nobody: 28 bits.
-FIRST_USER_ID = 0x70000000
-_ID_DIGITS = 7  # of the machine's id, 4 bits each
-# Where the kernel maps fewer ids (in a container): systemd's for users that exist as long as a service runs.
-_SMALL_USER_IDS = range(61184, 65520)
 _TAIL_BYTES = 16 << 10
 UNHEARD_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # Device nodes of the machine's own: arguments are a folder, the user, path, major and minor of each, --, the command.
@@ -58,26 +54,8 @@ class Identity:
 
 def identity_of(machine_id: str) -> Identity | None:
     """The user of a machine, out of its id; None where we are not root and QEMU runs as we do. Raises Unsupported."""
-    if os.geteuid() != 0:
-        return None
-    number = int(machine_id.replace("-", "")[:_ID_DIGITS], 16)
-    for candidate in (FIRST_USER_ID + number, _SMALL_USER_IDS[number % len(_SMALL_USER_IDS)]):
-        if _is_mapped(candidate):
-            return Identity(candidate)
-    raise Unsupported(
-        "there is no user id for the machine: this root maps too few of them",
-        hint="map at least 65536 user ids into this container",
-    )
-
-
-def _is_mapped(user_id: int) -> bool:
-    """True when this user id exists in our user namespace, as a user and as a group."""
-    for path in ("/proc/self/uid_map", "/proc/self/gid_map"):
-        with open(path, encoding="ascii") as file:
-            ranges = [(int(first), int(count)) for first, _, count in map(str.split, file)]
-        if not any(first <= user_id < first + count for first, count in ranges):
-            return False
-    return True
+    number = user_of(machine_id)
+    return None if number is None else Identity(number)
 
 
 def check_reachable(folder: str, identity: Identity | None) -> None:
@@ -143,7 +121,7 @@ def privileged_command(
 
 def _confined(command: Sequence[str], *, required: bool = False) -> list[str]:
     """The command that starts `command` behind our system call filter."""
-    return [sys.executable, "-I", "-S", _CONFINED, *(["--required"] if required else []), "--", *command]
+    return [sys.executable, "-I", "-S", confined.__file__, *(["--required"] if required else []), "--", *command]
 
 
 def _own_nodes(nodes: Sequence[str], identity: Identity, scratch_folder: str) -> list[str]:

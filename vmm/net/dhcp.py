@@ -2,7 +2,8 @@
 """The DHCP and name server of an internal switch on the bridge back end: dnsmasq.
 
 Decides its configuration (pure: `configuration`), and that there is one process per switch, known by number and start
-time, which is replaced when the configuration changes. Leases outlive it. Must not know bridges or guests.
+time, which is replaced when the configuration changes. Guests talk to it: it runs as a user of its own, enclosed.
+Leases outlive it. Must not know bridges or guests.
 """
 
 from __future__ import annotations
@@ -12,17 +13,28 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import lease_file
+from vmm.net import enclosed, lease_file
 from vmm.net.dhcp_server import LEASE_SECONDS
+from vmm.net.enclosing import Enclosure
 from vmm.net.plan import SwitchSpec
 from vmm.proc import ProcessRef, command_words, spawn_detached
+from vmm.users import user_of
 
 DNSMASQ_HINT = "apt-get install dnsmasq-base"
 _CONFIG, _NOTE, _LOG = "dnsmasq.conf", "dnsmasq.json", "dnsmasq.log"
+_READY, _LEASES = "ready", "leases"
 _GRACE_SECONDS = 3.0
+_START_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
+_CAPABILITIES = (
+    10,
+    12,
+    13,
+)  # CAP_NET_BIND_SERVICE, _NET_ADMIN (ARP for clients), _NET_RAW (on the bridge alone; ping)
 
 
 def configuration(spec: SwitchSpec, lease_path: str) -> str:
@@ -40,7 +52,7 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
         "dhcp-authoritative",
         f"dhcp-range={first},{last},{spec.network.netmask},{LEASE_SECONDS}",
         f"dhcp-option=option:dns-server,{spec.interface.ip}",
-        f"dhcp-leasefile={lease_path}",
+        f"dhcp-leasefile={lease_path}",  # as it finds it
         f"dhcp-lease-max={spec.network.num_addresses}",
         f"host-record=host.{spec.domain},{spec.interface.ip}",
     ]
@@ -61,6 +73,7 @@ class DhcpServer:
         self._spec = spec
         self._folder = folder
         self._lease_path = lease_path
+        self._place = Enclosure(self._in("dns"), user_of(spec.id), self._in("dns-root"))
 
     def _in(self, name: str) -> str:
         return os.path.join(self._folder, name)
@@ -85,28 +98,59 @@ class DhcpServer:
         program = shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin:/bin")
         if program is None:
             raise errors.Unsupported("dnsmasq is not installed", hint=DNSMASQ_HINT)
-        wanted = configuration(self._spec, self._lease_path).encode()
+        path = self._lease_path if self._place.user is None else f"/{_LEASES}"
+        wanted = configuration(self._spec, path).encode()
         with contextlib.suppress(OSError), open(self._in(_CONFIG), "rb") as file:
             if file.read() == wanted and self.process() is not None:
                 return
         self.stop()
-        paths.write_whole(self._in(_CONFIG), wanted, durable=False)
-        command = [program, "--keep-in-foreground", f"--conf-file={self._in(_CONFIG)}", "--pid-file=", "--user=root"]
-        checked = subprocess.run([program, "--test", *command[2:]], capture_output=True, text=True, check=False)
+        paths.write_whole(self._in(_CONFIG), wanted, mode=0o644, durable=False)
+        options = [
+            "--keep-in-foreground",
+            f"--conf-file={self._in(_CONFIG)}",
+            f"--pid-file={self._place.seen(_READY)}",
+        ]
+        checked = subprocess.run([program, "--test", *options[1:]], capture_output=True, text=True, check=False)
         if checked.returncode != 0:
             raise errors.VmmError(f"dnsmasq does not take its configuration: {checked.stderr.strip()}")
-        pid = spawn_detached(command, log_path=self._in(_LOG))
+        user = "root" if self._place.user is None else enclosed.USER_NAME  # it is that already, and looks the name up
+        words = [program, *options, f"--user={user}", f"--group={user}"]
+        pid = spawn_detached(self._enclosed(words), log_path=self._in(_LOG))
         ref = ProcessRef.of(pid)
         if ref is None or self._ended_at_once(pid, ref):
             with open(self._in(_LOG), encoding="utf-8", errors="replace") as log:
                 said = log.read().strip().splitlines() or ["nothing"]
-            raise errors.VmmError(f"the DHCP server did not start: {said[-1].removeprefix('dnsmasq: ')}")
+            raise errors.VmmError(f"the DHCP server did not start: {said[-1].strip().removeprefix('dnsmasq: ')}")
         paths.write_whole(self._in(_NOTE), json.dumps(ref.to_document()).encode(), durable=False)
 
-    @staticmethod
-    def _ended_at_once(pid: int, ref: ProcessRef) -> bool:
-        """It binds its sockets first: what goes wrong does so in its first moment."""
-        ended = ref.wait(0.2)
+    def _enclosed(self, words: list[str]) -> list[str]:
+        """The command: a user of its own, three capabilities, its configuration, and the file of leases as its own."""
+        try:
+            self._place.make()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._place.folder, _READY))
+            leases = os.open(self._lease_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                if self._place.user is not None:
+                    os.fchown(leases, self._place.user, self._place.user)
+            finally:
+                os.close(leases)
+        except OSError as error:
+            raise errors.of_os_error(error, "prepare the DHCP server", path=self._folder) from error
+        files = [f"{self._lease_path}={_LEASES}"]
+        return self._place.command(words, keep=_CAPABILITIES, files=files, read=[self._in(_CONFIG)])
+
+    def refresh(self) -> None:
+        """Tell it of the host's name servers of now."""
+        self._place.refresh()
+
+    def _ended_at_once(self, pid: int, ref: ProcessRef) -> bool:
+        """It says that it is there once its sockets are bound: what goes wrong does so before."""
+        ready = os.path.join(self._place.folder, _READY)
+        deadline = time.monotonic() + _START_SECONDS
+        ended = False
+        while not ended and not os.path.lexists(ready) and time.monotonic() < deadline:
+            ended = ref.wait(_LOOK_SECONDS)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
         return ended

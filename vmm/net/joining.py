@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 from vmm import errors
-from vmm.net import switches
+from vmm.net import switches, watching
 from vmm.net.adapter import (
     Lives,
     Owner,
@@ -31,13 +31,15 @@ from vmm.spec import AdapterSpec
 class Joined:
     """The id of the switch that the adapter is on; None: `problem` says why it is on none.
 
-    `has_come`: it was plugged in just now. `was_restarted`: its switch's process had died.
+    `has_come`: it was plugged in just now. `was_restarted`: its switch's process had died. `mended`: what else of the
+    switch was put right (`watching`).
     """
 
     switch_id: str | None
     problem: str | None = None
     has_come: bool = False
     was_restarted: bool = False
+    mended: tuple[str, ...] = ()
 
 
 def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = is_connected) -> Joined:
@@ -51,7 +53,7 @@ def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = 
     try:
         host = HostSide(switches.load(adapter.switch))
         if host.spec.id == before and _is_up(host):
-            return Joined(before)
+            return Joined(before, mended=tuple(watching.put_right(host)))
         with switches.staying(adapter.switch) as host:
             return _joined(adapter, owner, host, before, lives)
     except errors.NotFound as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from vmm.kvm import confined, userfault
+from vmm import confined
+from vmm.kvm import userfault
 from vmm.kvm.process import Identity, privileged_command
 from vmm.kvm.userfault import Way
 
