@@ -66,6 +66,9 @@ switch_command.add_command(capture_command)
 @click.option("--domain", help="Internal: the guests' domain. Default: vmm.internal.")
 @click.option("--forward", "forwards", metavar="tcp:HOST:PORT-GUEST:PORT", multiple=True,
               help="Internal, user back end: a port of this host that leads to a guest. Repeatable.")  # fmt: skip
+@click.option("--host-loopback", is_flag=True,
+              help="Internal, user back end: let guests reach what listens on this host's 127.0.0.1, at the gateway's"
+                   " address. Programs there often trust whoever reaches them.")  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @output_options
@@ -102,7 +105,7 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
     backend = words["backend"] or ("user" if kind == "private" or (kind == "internal" and not root) else "bridge")
     settings: dict[str, Any] = {"name": name, "type": kind, "backend": backend, "uplink": words["uplink"]}
     settings |= {"host": words["host"], "host_vlan": words["host_vlan"], "nat": words["nat"]}
-    settings |= {"dhcp": words["dhcp"], "forwards": words["forwards"]}
+    settings |= {"dhcp": words["dhcp"], "forwards": words["forwards"], "host_loopback": words["host_loopback"]}
     if words["domain"]:
         settings["domain"] = words["domain"]
     if words["dhcp_range"]:
@@ -216,7 +219,8 @@ def _way_out(spec: SwitchSpec) -> str:
     if spec.type != "internal":
         return ""
     if spec.backend == "user":
-        return "all that this host reaches; this host reaches guests only through forwarded ports"
+        own = ", and its 127.0.0.1" if spec.host_loopback else ""
+        return f"all that this host reaches{own}; this host reaches guests only through forwarded ports"
     return "NAT" if spec.nat else "none: guests and this host only"
 
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from vmm.net import dhcp_message, frames
 from vmm.net.dhcp_message import Message
 from vmm.net.dhcp_server import DhcpServer
+from vmm.net.host_loopback import LoopbackFilter
 from vmm.net.limits import Bucket
 
 AGEING_SECONDS = 300.0  # 802.1Q's recommended ageing time
@@ -52,6 +53,7 @@ class Drop(StrEnum):
     LINK_DOWN = "link-down"
     NOWHERE = "nowhere"  # nobody else is there, or the destination is on the frame's own port
     FULL = "full"  # the receiving port does not take its frames
+    LOOPBACK = "host-loopback"  # it would have reached this host's loopback through the gateway; others got it
     BANDWIDTH = "bandwidth"  # it sent more than its limit for longer than frames are kept; bridges only
 
 
@@ -143,6 +145,7 @@ class Engine:
         self.ports: dict[str, Port] = {}
         self.way_out: Port | None = None  # where an internal switch's gateway is
         self.dhcp: DhcpServer | None = None
+        self.loopback: LoopbackFilter | None = None  # of the way out; None: what is sent there reaches it
         self._table: dict[tuple[int, bytes], _Known] = {}
         self._decisions: dict[tuple[object, ...], Decision] = {}
 
@@ -320,6 +323,10 @@ class Engine:
             return Drop.ROUTER
         return None
 
+    def leads_to_loopback(self, other: Port, beginning: bytes) -> bool:
+        """True for a frame that the port `other` does not get, because it is the way to the host's loopback."""
+        return other is self.way_out and self.loopback is not None and self.loopback.refuses(beginning)
+
     def forward(self, name: str, frame: bytes, now: float) -> list[tuple[str, bytes]]:
         """Everything that happens to one frame: the receivers with what they get. Counts, learns, drops."""
         port = self.ports[name]
@@ -333,6 +340,9 @@ class Engine:
         asked = drop.asks and self.asked(frame) is not None
         for other, change in drop.outputs:
             if asked and other is self.way_out:
+                continue
+            if self.leads_to_loopback(other, frame[: frames.INSPECT_BYTES]):
+                port.counters.drops[Drop.LOOPBACK] += 1
                 continue
             out = frame if change is None else changed(frame, change)
             other.counters.transmitted_frames += 1

@@ -55,6 +55,7 @@ class GatewaySetup:
     domain: str = ""
     outside: bool = True
     forwards: tuple[str, ...] = ()
+    host_loopback: bool = False  # whether what guests send to `host` reaches 127.0.0.1; the switch sees to it
 
 
 def command(setup: GatewaySetup, peer: str, address: str) -> list[str]:
@@ -91,6 +92,8 @@ class Gateway:
         try:
             setup = GatewaySetup(**{**document, "forwards": tuple(document.get("forwards", ()))})
             ipaddress.IPv4Network(setup.network)
+            if not isinstance(setup.host_loopback, bool):
+                raise ValueError("host_loopback is true or false")
             for one in (setup.host, setup.name_server, setup.first):
                 ipaddress.IPv4Address(one)
             words = [setup.domain, *setup.forwards]

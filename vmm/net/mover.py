@@ -156,7 +156,20 @@ class Mover:
                 slots = self._asked(port, decision, slots, now)
         if slots:
             for output in decision.outputs:
-                self._send(output, slots, now)
+                if output.port is self.engine.way_out and self.engine.loopback is not None:
+                    self._send_out(port, output, slots, now)
+                else:
+                    self._send(output, slots, now)
+
+    def _send_out(self, port: Port, output: Output, slots: Sequence[int], now: float) -> None:
+        """To the gateway, but what would reach the host's loopback there."""
+        leads, beginning = self.engine.leads_to_loopback, self._batch.beginning
+        passed = [slot for slot in slots if not leads(output.port, beginning(slot, frames.INSPECT_BYTES))]
+        if len(passed) < len(slots):
+            port.counters.drops[Drop.LOOPBACK] += len(slots) - len(passed)
+            slots = passed
+        if slots:
+            self._send(output, slots, now)
 
     def _asked(self, port: Port, decision: Decision, slots: Sequence[int], now: float) -> Sequence[int]:
         """Have DHCP clients answered, and their frames sent to all but the gateway; the slots of other frames."""

@@ -78,6 +78,7 @@ class SwitchSpec(_Settings):
     nat: bool = False
     domain: str = "vmm.internal"
     forwards: tuple[str, ...] = ()  # user back end: PROTOCOL:ADDRESS:PORT-GUEST:PORT
+    host_loopback: bool = False  # user back end: guests reach the host's 127.0.0.1 at the gateway's address
 
     @field_validator("name")
     @classmethod
@@ -110,6 +111,8 @@ class SwitchSpec(_Settings):
             raise ValueError("only a host's adapter on the bridge back end has a VLAN")
         if not _DOMAIN.fullmatch(self.domain):
             raise ValueError(f"{self.domain!r} is no domain")
+        if self.host_loopback and (self.type != "internal" or self.backend != "user"):
+            raise ValueError("only an internal switch of the user back end can lead guests to this host's loopback")
         if self.type == "internal":
             self._check_network()
         elif self.nat or self.leases or self.forwards:
@@ -192,6 +195,7 @@ class SwitchSpec(_Settings):
             domain=self.domain,
             outside=True,
             forwards=self.forwards,
+            host_loopback=self.host_loopback,
         )
 
     def dhcp_setup(self) -> DhcpSetup | None:

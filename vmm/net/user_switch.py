@@ -33,6 +33,7 @@ from vmm.net import engine, frames, ports
 from vmm.net.capture import MAX_SNAP_BYTES, Capture
 from vmm.net.dhcp_server import DhcpSetup
 from vmm.net.gateway import PORT_NAME, Gateway
+from vmm.net.host_loopback import LoopbackFilter
 from vmm.net.kept_dhcp import KeptDhcp
 from vmm.net.mover import Mover
 from vmm.net.port_socket import PortSocket
@@ -234,6 +235,8 @@ class UserSwitch:
         self._dhcp = dhcp
         server = None if dhcp is None else dhcp.server
         self.mover.engine.set_dhcp(server, None if self._gateway is None else PORT_NAME)
+        is_closed = self._gateway is not None and not self._gateway.setup.host_loopback
+        self.mover.engine.loopback = LoopbackFilter(self._gateway.setup) if self._gateway and is_closed else None
         self._save()
         return {}
 
