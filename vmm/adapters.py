@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 from vmm import contact, paths, registry, saved
@@ -191,8 +192,17 @@ def plugged_into(switch: str) -> list[str]:
     return [f"{name}/{adapter.id}" for name, adapter in found if adapter.switch == switch]
 
 
-def delete_switch(name: str, *, force: bool = False) -> list[str]:
-    """Take a switch away; the adapters that are without one then, until there is one of that name again.
+@dataclass(frozen=True, slots=True)
+class DeletedSwitch:
+    """What became of a switch: the adapters that are without one, until there is one of that name again, and what of
+    the host's network could not be put back, in words."""
+
+    disconnected: list[str]
+    not_put_back: list[str]
+
+
+def delete_switch(name: str, *, force: bool = False) -> DeletedSwitch:
+    """Take a switch away.
 
     Raises NotFound, InUse for a switch that machines are plugged into, unless `force`.
     """
@@ -204,8 +214,7 @@ def delete_switch(name: str, *, force: bool = False) -> list[str]:
             hint="plug them elsewhere (vmm nic set MACHINE ADAPTER --switch OTHER); with --force they are"
             " disconnected until there is a switch of that name again",
         )
-    switches.delete(name, force=force)
-    return users
+    return DeletedSwitch(users, switches.delete(name, force=force))
 
 
 def connection(machine: Machine, adapter: AdapterSpec) -> tuple[bool | None, str]:

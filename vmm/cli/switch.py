@@ -335,17 +335,22 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 @switch_command.command("delete", epilog=epilog("vmm switch delete lab"))
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even with machines on it: they are disconnected until there is a switch"
-              " of that name again.")  # fmt: skip
+              " of that name again. What cannot be put back is left as it is, and told.")  # fmt: skip
 @output_options
 def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
     """Remove the switch NAME, and put this host's network back as it was before.
 
-    A switch that machines are plugged into, running or not, is not removed without --force.
+    A switch that machines are plugged into, running or not, is not removed without --force; nor is one while something
+    of the network cannot be put back. What a card had that is gone by now is told.
     """
     from vmm.adapters import delete_switch
 
-    left = delete_switch(name, force=force)
+    done = delete_switch(name, force=force)
     if as_json:
-        print_json({"deleted": name, "disconnected": left})
-    elif not quiet:
-        print_line(f"{name} is deleted" + (f"; disconnected: {', '.join(left)}" if left else ""))
+        print_json({"deleted": name, "disconnected": done.disconnected, "not_put_back": done.not_put_back})
+        return
+    for words in done.not_put_back:
+        click.echo(f"not put back: {words}", err=True)
+    if not quiet:
+        left = f"; disconnected: {', '.join(done.disconnected)}" if done.disconnected else ""
+        print_line(f"{name} is deleted{left}")

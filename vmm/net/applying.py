@@ -18,14 +18,15 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import enforcing, forwarding, ipv6_settings, nft, plan, settings
+from vmm.net import enforcing, forwarding, ipv6_settings, nft, plan, restoring, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
-from vmm.net.plan import Address, HostFacts, Route, Step, SwitchSpec
+from vmm.net.plan import HostFacts, Step, SwitchSpec
+from vmm.net.restoring import Resisted
 
 GATEWAY_SECONDS = 5.0
 JOURNAL_NAME = "journal.json"
@@ -49,12 +50,15 @@ class Applying:
         empty = {"boot_id": settings.boot_id(), "complete": False, "done": []}
         try:
             with open(self._journal_path, encoding="utf-8") as file:
-                journal: dict[str, Any] = json.load(file)
+                journal: Any = json.load(file)
         except FileNotFoundError:
             return empty
         except (OSError, ValueError) as error:
             raise errors.VmmError(f"the journal cannot be read: {error}", path=self._journal_path) from error
-        return journal if journal.get("boot_id") == empty["boot_id"] else empty
+        if not isinstance(journal, dict) or not all(isinstance(one, dict) for one in journal.get("done", ())):
+            raise errors.VmmError("the journal is damaged", path=self._journal_path)
+        found: dict[str, Any] = journal
+        return found if found.get("boot_id") == empty["boot_id"] else empty
 
     def _write(self, journal: dict[str, Any]) -> None:
         paths.write_whole(self._journal_path, json.dumps(journal, indent=1).encode(), durable=False)
@@ -95,31 +99,37 @@ class Applying:
                         hint=f"does the network behind {self.spec.uplink} allow several MAC addresses at one port?",
                     )
             except BaseException:
-                self._take_back(kernel, journal)
+                self._take_back(kernel, journal, Resisted())
                 raise
         journal["complete"] = True
         self._write(journal)
         return True
 
-    def undo(self, *, heir: str | None = None) -> None:
-        """Put everything back; fine when there is nothing to put back. Raises VmmError for what resists.
+    def undo(self, *, heir: str | None = None, give_up: bool = False) -> list[str]:
+        """Put everything back; what of it could not be, in words: of a card that is gone, and where `give_up` is set
+        whatever resists. Fine when there is nothing to put back. Raises VmmError for what resists.
 
         `heir` is the card that gets the addresses and routes of one that is gone; without it nobody does.
         """
         self._heir = heir
-        journal = self._journal()
+        resisted = Resisted(give_up)
+        journal: dict[str, Any] = {"done": []}
+        with resisted.trying("read what was there before"):
+            journal = self._journal()
         if journal["done"]:
             with Kernel() as kernel:
-                self._take_back(kernel, journal)
+                self._take_back(kernel, journal, resisted)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._journal_path)
+        return resisted.words
 
-    def _take_back(self, kernel: Kernel, journal: dict[str, Any]) -> None:
+    def _take_back(self, kernel: Kernel, journal: dict[str, Any], resisted: Resisted) -> None:
         """Backwards; what was taken back is forgotten, so that being killed here is harmless, too."""
         journal["complete"] = False
         while journal["done"]:
             entry = journal["done"][-1]
-            self._undo(kernel, entry["kind"], entry["before"])
+            with resisted.trying(f"take back {entry.get('kind')!r}"):
+                self._undo(kernel, entry["kind"], entry["before"], resisted)
             journal["done"].pop()
             self._write(journal)
 
@@ -147,13 +157,13 @@ class Applying:
                 return {"name": arguments["name"]}
             case "up":
                 link = kernel.link(arguments["name"])
-                return {"name": arguments["name"], "was_up": link is not None and link["is_up"]}
+                return {**kernel.mark(arguments["name"]), "was_up": link is not None and link["is_up"]}
             case "enslave":
-                return {"name": arguments["name"]}
+                return kernel.mark(arguments["name"])
             case "keep":
                 addresses, routes = kernel.addresses(arguments["name"]), kernel.routes(arguments["name"])
                 document = {"addresses": [asdict(one) for one in addresses], "routes": [asdict(one) for one in routes]}
-                return {"name": arguments["name"], "at": time.time(), **document}
+                return {**kernel.mark(arguments["name"]), "at": time.time(), **document}
         return {}  # what is given to the bridge goes with it; what the card had is kept before
 
     def _do(self, kernel: Kernel, step: Step) -> None:
@@ -184,7 +194,7 @@ class Applying:
             case "dhcp":
                 self._dhcp.ensure()
 
-    def _undo(self, kernel: Kernel, kind: str, before: dict[str, Any]) -> None:
+    def _undo(self, kernel: Kernel, kind: str, before: dict[str, Any], resisted: Resisted) -> None:
         """Each works whether the step was made, half made or not made at all."""
         match kind:
             case "rules":
@@ -197,53 +207,18 @@ class Applying:
                 forwarding.end(self._shared, self.spec.id)
             case "up":
                 if not before["was_up"]:
-                    kernel.set_up(before["name"], False)
+                    kernel.set_up(kernel.name_now(before) or before["name"], False)
             case "enslave":
-                kernel.set_master(before["name"], None)
+                if (name := kernel.name_now(before)) is not None:
+                    kernel.set_master(name, None)
             case "keep":
-                name = before["name"] if kernel.index(before["name"]) is not None else self._heir
-                if name is not None:  # else the card was taken out, and what it had with it
-                    _put_back(kernel, {**before, "name": name})
+                name = kernel.name_now(before) or self._heir
+                if name is not None:
+                    restoring.put_back(kernel, {**before, "name": name}, resisted)
+                else:  # the card was taken out, and what it had with it
+                    resisted.words += restoring.lost(before)
             case "dhcp":
                 self._dhcp.stop()
-
-
-def _put_back(kernel: Kernel, before: dict[str, Any]) -> None:
-    """Addresses in their old order, which the choice of a source depends on, then the routes.
-
-    Routes come in the kernel's order, in which the one through a gateway may stand before the way to the gateway: what
-    is refused is tried again after the others. One that stays refused keeps no other from coming back.
-    """
-    name = before["name"]
-    wanted = [Address(**one) for one in before["addresses"]]
-    present = [replace(one, valid_seconds=None) for one in kernel.addresses(name)]
-    if present != [replace(one, valid_seconds=None) for one in wanted]:
-        for one in wanted:
-            kernel.remove_address(name, one)
-        for one in wanted:
-            left = one.valid_seconds
-            if left is not None:
-                left = max(1, int(left - (time.time() - before["at"])))
-            kernel.add_address(name, replace(one, valid_seconds=left))
-    have = kernel.routes(name)
-    missing = [one for one in map(_route, before["routes"]) if one not in have]
-    while missing:
-        refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
-        if len(refused) == len(missing):
-            raise refused[missing[0]]
-        missing = list(refused)
-
-
-def _route(document: dict[str, Any]) -> Route:
-    return Route(**{**document, "metrics": tuple((key, value) for key, value in document.get("metrics", ()))})
-
-
-def _refusal(kernel: Kernel, name: str, route: Route) -> errors.VmmError | None:
-    try:
-        kernel.add_route(name, route)
-    except errors.VmmError as error:
-        return error
-    return None
 
 
 def _hint(reasons: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -65,6 +65,22 @@ class Kernel:
         """The number of a link; None when there is none of that name."""
         found = self._netlink.link_lookup(ifname=name)
         return int(found[0]) if found else None
+
+    def mark(self, name: str) -> dict[str, Any]:
+        """What a link is found by later, under whatever name (`name_now`): its name, number and address."""
+        link = self.link(name) or {}
+        return {"name": name, "index": link.get("index"), "mac": link.get("mac")}
+
+    def name_now(self, mark: Mapping[str, Any]) -> str | None:
+        """The name that a marked link has now; None when it is gone. Earlier versions marked the name alone."""
+        name, index, mac = mark["name"], mark.get("index"), mark.get("mac")
+        if index is None:
+            return name if self.index(name) is not None else None
+        for message in self._netlink.get_links():
+            if message["index"] == index:
+                return str(message.get_attr("IFLA_IFNAME"))
+        link = self.link(name)  # its driver may have been loaded again
+        return name if link is not None and link["mac"] == mac else None
 
     def _need(self, name: str) -> int:
         index = self.index(name)
@@ -274,7 +290,7 @@ class Kernel:
         try:
             self._netlink.route("replace", **settings)
         except NetlinkError as error:
-            raise refused(error, f"lead {route.destination} through {name}") from error
+            raise refused(error, f"lead {route} through {name}") from error
 
     # -- looking around -----------------------------------------------------------------------------------------
 
@@ -294,7 +310,9 @@ class Kernel:
                 shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
                 ipv6_settings=ipv6_settings.of_card(spec.uplink),
             )
-        return HostFacts(has_vlan_filtering(), uplink, tuple(self.networks(spec.bridge_name)))
+        return HostFacts(
+            has_vlan_filtering(), uplink, tuple(self.networks(spec.bridge_name)), tuple(self.routed(spec.bridge_name))
+        )
 
     def networks(self, besides: str | None = None) -> list[str]:
         """Every IPv4 network that the host has an address in, as "10.0.0.1/24"; but those on the link `besides`."""
@@ -304,6 +322,21 @@ class Kernel:
             for message in self._netlink.get_addr(family=socket.AF_INET)
             if index is None or message["index"] != index
         ]
+
+    def routed(self, besides: str | None = None) -> list[str]:
+        """Every IPv4 network that a route leads to, in any table, but through the link `besides`.
+
+        Not those to a quarter of all addresses or more: they stand for a default route (0.0.0.0/1 and 128.0.0.0/1).
+        """
+        index = None if besides is None else self.index(besides)
+        found = {
+            f"{message.get_attr('RTA_DST')}/{message['dst_len']}"
+            for message in self._netlink.get_routes(family=socket.AF_INET)
+            if message["dst_len"] > 2
+            and message["type"] not in _MULTICAST_OR_LOCAL
+            and (index is None or message.get_attr("RTA_OIF") != index)
+        }
+        return sorted(found)
 
     def answers(self, name: str, neighbour: str, seconds: float) -> bool:
         """True when a neighbour on the link answers (ARP or neighbour discovery) within that time."""

@@ -33,7 +33,7 @@ SwitchType = Literal["private", "internal", "external"]
 Backend = Literal["user", "bridge"]
 MAX_INTERFACE_CHARACTERS = 15
 MAX_LEASES = 1024
-DEFAULT_NETWORKS = ipaddress.IPv4Network("10.77.0.0/16")
+DEFAULT_NETWORKS = tuple(map(ipaddress.IPv4Network, ("10.77.0.0/16", "172.27.0.0/16", "192.168.128.0/17")))
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})?")
@@ -224,12 +224,16 @@ def make_switch(**settings: object) -> SwitchSpec:
 
 
 def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interface:
-    """The host's address in the first /24 of DEFAULT_NETWORKS that overlaps with none that is taken."""
+    """The host's address in the first /24 of DEFAULT_NETWORKS that overlaps with none that is taken.
+
+    What is taken are networks of the host's and those that it has routes to: a VPN's would be cut off.
+    """
     taken = list(taken)
-    for network in DEFAULT_NETWORKS.subnets(new_prefix=24):
+    for network in (one for networks in DEFAULT_NETWORKS for one in networks.subnets(new_prefix=24)):
         if not any(network.overlaps(other) for other in taken):
             return ipaddress.IPv4Interface(f"{network.network_address + 1}/24")
-    raise errors.NoSpace(f"every network in {DEFAULT_NETWORKS} is in use", hint="choose one with --address")
+    words = ", ".join(map(str, DEFAULT_NETWORKS))
+    raise errors.NoSpace(f"every network in {words} is in use, or has a route", hint="choose one with --address")
 
 
 # -- the host ---------------------------------------------------------------------------------------------------
@@ -270,6 +274,9 @@ class Route:
     on_link: bool = False  # the gateway is reached directly, whatever the addresses say
     metrics: tuple[tuple[str, int], ...] = ()  # such as ("mtu", 1400)
 
+    def __str__(self) -> str:
+        return self.destination + (f" via {self.gateway}" if self.gateway else "")
+
 
 @dataclass(frozen=True, slots=True)
 class UplinkFacts:
@@ -294,6 +301,7 @@ class HostFacts:
     has_vlan_filtering: bool = False
     uplink: UplinkFacts | None = None
     networks: tuple[str, ...] = ()  # in which the host has an address, as "10.0.0.1/24"
+    routed: tuple[str, ...] = ()  # to which it has a route that is not the default one, as "10.8.0.0/16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,14 +428,16 @@ def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> 
         todo.append(Step("address", arguments, f"give {bridge} the address {one}"))
         todo.append(Step("drop-address", {"name": uplink.name, "one": one}, f"take {one} from {uplink.name}"))
     for route in sorted(uplink.routes, key=lambda one: one.gateway is not None):  # the way to gateways first
-        via = f" via {route.gateway}" if route.gateway else ""
-        todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route.destination}{via} through {bridge}"))
+        todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route} through {bridge}"))
     return todo
 
 
 def warnings(spec: SwitchSpec, facts: HostFacts) -> list[str]:
     """What a person should know before the steps are made."""
     uplink = facts.uplink
+    if spec.type == "internal":
+        over = [one for one in facts.routed if ipaddress.IPv4Network(one).overlaps(spec.network)]
+        return [f"{spec.network} lies over this host's route to {one}, whose part it takes" for one in over]
     if spec.type != "external" or uplink is None:
         return []
     told = []

@@ -124,8 +124,11 @@ def create(spec: SwitchSpec) -> None:
             raise
 
 
-def delete(name: str, *, force: bool = False) -> None:
-    """Take a switch away, and put the host back. Raises InUse while guests are plugged in, unless forced."""
+def delete(name: str, *, force: bool = False) -> list[str]:
+    """Take a switch away, and put the host back; what could not be put back, in words: of a card that is gone.
+
+    Raises InUse while guests are plugged in, VmmError for what resists. Forced it ends with neither.
+    """
     load(name)  # said before a folder for a lock is missed
     with locked(os.path.join(_folder(), ".lock")):
         spec = load(name)
@@ -135,8 +138,14 @@ def delete(name: str, *, force: bool = False) -> None:
             raise errors.InUse(
                 f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
             )
-        host.remove()
+        try:
+            left = host.remove(give_up=force)
+        except errors.VmmError as error:
+            if spec.backend == "bridge" and error.hint is None:
+                error.hint = "what cannot be put back is left as it is, and told, with --force"
+            raise
         _forget(spec)
+    return left
 
 
 def _forget(spec: SwitchSpec) -> None:
@@ -207,12 +216,11 @@ def lease_path(spec: SwitchSpec) -> str:
 
 def free_address() -> str:
     """The host's address for a new internal switch, in a network that nobody here uses."""
-    taken = [spec.network for spec in load_all() if spec.address]
-    if os.geteuid() == 0:
-        from vmm.net.bridge import Kernel
+    from vmm.net.bridge import Kernel
 
-        with Kernel() as kernel:
-            taken += [ipaddress.IPv4Interface(one).network for one in kernel.networks()]
+    taken = [spec.network for spec in load_all() if spec.address]
+    with Kernel() as kernel:
+        taken += [ipaddress.IPv4Interface(one).network for one in (*kernel.networks(), *kernel.routed())]
     return str(plan.free_network(taken))
 
 
@@ -312,17 +320,18 @@ class HostSide:
         words = [] if reasons else [step.words for step in plan.steps(self.spec, facts)]
         return words, plan.warnings(self.spec, facts), reasons
 
-    def remove(self) -> None:
-        """Put the host back, end the process."""
+    def remove(self, *, give_up: bool = False) -> list[str]:
+        """Put the host back, end the process; what could not be put back, as `Applying.undo`."""
         if self.spec.backend == "bridge":
             from vmm.net.applying import Applying
 
             need_root(self.spec)
             with self.changing():
-                Applying(self.spec, self.folder, lease_path(self.spec)).undo()
+                left = Applying(self.spec, self.folder, lease_path(self.spec)).undo(give_up=give_up)
             shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            self.user.stop()
+            return left
+        self.user.stop()
+        return []
 
     # -- ports of a bridge: a file each, so that the rules can be made anew at any time ---------------------------
 

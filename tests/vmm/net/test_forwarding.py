@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def test_guests_follow_the_hosts_routes(host: BridgeHost) -> None:
     assert host.ping(guest, "10.8.0.254")
     host.run("ip link set up0 down; ip route add default via 10.8.0.254")
     assert host.ping(guest, "192.0.2.1")
+
+
+def test_a_default_network_lies_over_no_route(host: BridgeHost) -> None:
+    """A VPN's network and one of another table are left alone; its two halves of everything are a default route."""
+    host.link("tun0", "vpn", "10.66.0.1/30")
+    host.run("ip addr add 10.66.0.2/30 dev tun0")
+    host.run("ip route add 10.77.0.0/24 via 10.66.0.1; ip route add 10.77.1.0/24 via 10.66.0.1 table 99")
+    host.run("ip route add 0.0.0.0/1 via 10.66.0.1; ip route add 128.0.0.0/1 via 10.66.0.1")
+    program = "from vmm.net import switches; print(switches.free_address())"
+    done = host.execute(["env", f"VMM_HOME={host.folder}", sys.executable, "-c", program])
+    assert done.stdout == "10.77.2.1/24\n", done.stderr
 
 
 def test_the_host_is_no_router_between_its_networks(host: BridgeHost) -> None:

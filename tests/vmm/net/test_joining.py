@@ -141,7 +141,7 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
         assert adapters.connection(small, nic) == (None, "machine is off")
         manager.start("small")
         assert adapters.connection(small, nic) == (True, "connected")
-        assert adapters.delete_switch("lab", force=True) == ["small/nic-0"]
+        assert adapters.delete_switch("lab", force=True).disconnected == ["small/nic-0"]
         wait_until(lambda: events("adapter-disconnected"), "the machine hears of it")
         is_connected, words = adapters.connection(small, nic)
         assert is_connected is False and "there is no switch 'lab'" in words

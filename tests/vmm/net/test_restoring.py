@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deleting an external switch ends, whatever became of its card, and says what it could not put back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vmm.net.hosts import BridgeHost, bridge_host
+from vmm import errors
+from vmm.net.restoring import Resisted
+
+pytestmark = [pytest.mark.netns]
+
+
+class Scene:
+    """A host with an external switch `lan` on the card up0, made by the command."""
+
+    def __init__(self, host: BridgeHost, folder: Path) -> None:
+        self.host = host
+        self.environment = [f"VMM_HOME={folder / 'home'}", f"VMM_RUNTIME={folder / 'rt'}"]
+        host.link("up0", "lan", "10.9.0.254/24")
+        host.run("ip addr add 10.9.0.2/24 dev up0; ip route add default via 10.9.0.254")
+        made = self.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", "--yes")
+        assert made.returncode == 0, made.stderr
+
+    def vmm(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The command, on the host."""
+        return self.host.execute(["env", *self.environment, sys.executable, "-m", "vmm", *words])
+
+    def bridge_is_there(self) -> bool:
+        """True while the switch has its bridge."""
+        return "vmm" in self.host.run("ip -br link show type bridge")
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    """A host with a switch."""
+    with bridge_host(tmp_path) as made:
+        yield Scene(made, tmp_path)
+
+
+def test_a_card_that_was_renamed_gets_everything_back(scene: Scene) -> None:
+    """It is known by its number while this boot lasts: another card with its old name gets nothing. INV-NET-UNDONE."""
+    scene.host.run("ip link set up0 down; ip link set up0 name up7; ip link set up7 up")
+    scene.host.run("ip link add up0 type veth peer name far0")
+    done = scene.vmm("switch", "delete", "lan")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "10.9.0.2/24" in scene.host.run("ip -4 addr show dev up7")
+    assert "default via 10.9.0.254 dev up7" in scene.host.run("ip route")
+    assert scene.host.run("ip -4 addr show dev up0") == ""
+    assert not scene.bridge_is_there()
+
+
+def test_a_card_that_was_pulled_is_told_with_what_it_had(scene: Scene) -> None:
+    """The switch goes without --force; which addresses and routes went with the card is said, also as JSON."""
+    scene.host.run("ip link del up0")
+    done = scene.vmm("switch", "delete", "lan", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (words,) = document["not_put_back"]
+    assert words == "the network card up0 is gone, which had 10.9.0.2/24, the route to 0.0.0.0/0 via 10.9.0.254"
+    assert not scene.bridge_is_there()
+    assert scene.vmm("switch", "show", "lan").returncode != 0
+
+
+def test_what_resists_is_left_with_force_only(scene: Scene, tmp_path: Path) -> None:
+    """A route that the kernel refuses keeps the switch, with what helps; forced, it goes with the rest put back."""
+    (journal,) = (tmp_path / "rt").glob("sw-*/journal.json")
+    document = json.loads(journal.read_text())
+    keep = next(one for one in document["done"] if one["kind"] == "keep")
+    keep["before"]["routes"].append({**keep["before"]["routes"][0], "gateway": "10.250.0.1", "metric": 7})
+    journal.write_text(json.dumps(document))
+    refused = scene.vmm("switch", "delete", "lan")
+    assert refused.returncode != 0
+    assert "0.0.0.0/0 via 10.250.0.1" in refused.stderr and "--force" in refused.stderr
+    done = scene.vmm("switch", "delete", "lan", "--force")
+    assert done.returncode == 0
+    assert "not put back: could not lead 0.0.0.0/0 via 10.250.0.1 through up0" in done.stderr
+    assert "10.9.0.2/24" in scene.host.run("ip -4 addr show dev up0")
+    assert "default via 10.9.0.254 dev up0" in scene.host.run("ip route")
+    assert not scene.bridge_is_there()
+
+
+@pytest.mark.parametrize("content", ["", '{"done": [7]}', '{"done": [{"kind": "keep", "before": {}}]}'])
+def test_a_damaged_journal_keeps_no_switch(scene: Scene, tmp_path: Path, content: str) -> None:
+    """Without --force it is an error that names it, not a traceback; with it the switch is gone."""
+    (journal,) = (tmp_path / "rt").glob("sw-*/journal.json")
+    if content.endswith("}]}"):
+        content = json.dumps({**json.loads(journal.read_text()), **json.loads(content)})
+    journal.write_text(content)
+    refused = scene.vmm("switch", "delete", "lan")
+    assert refused.returncode != 0 and "Traceback" not in refused.stderr
+    assert "--force" in refused.stderr
+    done = scene.vmm("switch", "delete", "lan", "--force")
+    assert done.returncode == 0, done.stderr
+    assert "not put back: " in done.stderr
+    assert scene.vmm("switch", "show", "lan").returncode != 0
+
+
+def test_one_that_resists_keeps_no_other_from_coming_back() -> None:
+    """Where nobody gives up the first error is raised; else each is noted, and the next one is tried."""
+    with pytest.raises(errors.VmmError, match="refused"), Resisted().trying("do it"):
+        raise errors.VmmError("refused")
+    resisted = Resisted(give_up=True)
+    for error in (errors.VmmError("refused"), KeyError("x")):
+        with resisted.trying("do it"):
+            raise error
+    assert resisted.words == ["refused", "cannot do it: the record of it is damaged ('x')"]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving a card back the addresses and routes that it had, and what is said of those that cannot be given back.
+
+Decides the order, and that one which is refused keeps no other from coming back. Must not know journals or switches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vmm import errors
+from vmm.net.bridge import Kernel
+from vmm.net.plan import Address, Route
+
+
+@dataclass
+class Resisted:
+    """What could not be put back, in words; where nobody gives up, the first such error is raised."""
+
+    give_up: bool = False
+    words: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def trying(self, doing: str) -> Iterator[None]:
+        """Note an error of the block, or raise it. A record that is not as we write it is an error, too."""
+        try:
+            yield
+        except (errors.VmmError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if not isinstance(error, errors.VmmError):
+                error = errors.VmmError(f"cannot {doing}: the record of it is damaged ({error})")
+            if not self.give_up:
+                raise error from None
+            self.words.append(str(error))
+
+
+def lost(before: Mapping[str, Any]) -> list[str]:
+    """What a card had that is gone by now."""
+    had = [str(Address(**one)) for one in before["addresses"]] + [
+        f"the route to {_route(one)}" for one in before["routes"]
+    ]
+    return [f"the network card {before['name']} is gone, which had {', '.join(had)}"] if had else []
+
+
+def put_back(kernel: Kernel, before: Mapping[str, Any], resisted: Resisted) -> None:
+    """Addresses in their old order, which the choice of a source depends on, then the routes.
+
+    Routes come in the kernel's order, in which the one through a gateway may stand before the way to the gateway: what
+    is refused is tried again after the others.
+    """
+    name = before["name"]
+    wanted = [Address(**one) for one in before["addresses"]]
+    present = [replace(one, valid_seconds=None) for one in kernel.addresses(name)]
+    if present != [replace(one, valid_seconds=None) for one in wanted]:
+        for one in wanted:
+            kernel.remove_address(name, one)
+        for one in wanted:
+            left = one.valid_seconds
+            if left is not None:
+                left = max(1, int(left - (time.time() - before["at"])))
+            with resisted.trying(f"give {name} the address {one}"):
+                kernel.add_address(name, replace(one, valid_seconds=left))
+    have = kernel.routes(name)
+    missing = [one for one in map(_route, before["routes"]) if one not in have]
+    while missing:
+        refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
+        if len(refused) == len(missing):
+            for error in refused.values():
+                with resisted.trying("lead a route"):
+                    raise error
+            return
+        missing = list(refused)
+
+
+def _route(document: Mapping[str, Any]) -> Route:
+    return Route(**{**document, "metrics": tuple((key, value) for key, value in document.get("metrics", ()))})
+
+
+def _refusal(kernel: Kernel, name: str, route: Route) -> errors.VmmError | None:
+    try:
+        kernel.add_route(name, route)
+    except errors.VmmError as error:
+        return error
+    return None
