@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import enforcing, forwarding, ipv6_settings, nft, plan, restoring, settings
+from vmm.net import enforcing, forwarding, ipv6, ipv6_settings, nft, plan, restoring, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
 from vmm.net.plan import HostFacts, Step, SwitchSpec
@@ -86,18 +86,14 @@ class Applying:
             facts = kernel.facts(self.spec)
             if reasons := plan.refusals(self.spec, facts):
                 raise errors.Unsupported("; ".join(reasons), hint=_hint(reasons))
-            gateway = self._gateway(kernel, facts)
+            gateways = self._gateways(kernel, facts)
             journal = self._journal()
             try:
                 for step in plan.steps(self.spec, facts):
                     journal["done"].append({"kind": step.kind, "before": self._before(kernel, step)})
                     self._write(journal)
                     self._do(kernel, step)
-                if gateway is not None and not kernel.answers(self.spec.bridge_name, gateway, GATEWAY_SECONDS):
-                    raise errors.VmmError(
-                        f"the gateway {gateway} does not answer through the switch, so all was put back",
-                        hint=f"does the network behind {self.spec.uplink} allow several MAC addresses at one port?",
-                    )
+                self._ask_again(kernel, gateways)
             except BaseException:
                 self._take_back(kernel, journal, Resisted())
                 raise
@@ -133,15 +129,27 @@ class Applying:
             journal["done"].pop()
             self._write(journal)
 
-    def _gateway(self, kernel: Kernel, facts: HostFacts) -> str | None:
-        """The neighbour that must answer afterwards: one that answers now."""
+    def _gateways(self, kernel: Kernel, facts: HostFacts) -> list[str]:
+        """The neighbours that must answer afterwards: of IPv4 and of IPv6 one that answers now."""
         if facts.uplink is None or not self.spec.host or not facts.uplink.is_up:
-            return None
+            return []
+        found: dict[bool, str] = {}
         for route in facts.uplink.routes:
-            is_default = route.gateway is not None and route.destination.endswith("/0")
-            if is_default and kernel.answers(facts.uplink.name, str(route.gateway), 1.0):
-                return route.gateway
-        return None
+            if route.gateway is None or not route.destination.endswith("/0"):
+                continue
+            is_six = ":" in route.gateway
+            if is_six not in found and kernel.answers(facts.uplink.name, route.gateway, 1.0):
+                found[is_six] = route.gateway
+        return list(found.values())
+
+    def _ask_again(self, kernel: Kernel, gateways: Sequence[str]) -> None:
+        deadline = time.monotonic() + GATEWAY_SECONDS
+        for gateway in gateways:
+            if not kernel.answers(self.spec.bridge_name, gateway, max(deadline - time.monotonic(), 0)):
+                raise errors.VmmError(
+                    f"the gateway {gateway} does not answer through the switch, so all was put back",
+                    hint=f"does the network behind {self.spec.uplink} allow several MAC addresses at one port?",
+                )
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
@@ -160,6 +168,8 @@ class Applying:
                 return {**kernel.mark(arguments["name"]), "was_up": link is not None and link["is_up"]}
             case "enslave":
                 return kernel.mark(arguments["name"])
+            case "quiet":
+                return {**kernel.mark(arguments["name"]), "was": ipv6.is_off(arguments["name"])}
             case "keep":
                 addresses, routes = kernel.addresses(arguments["name"]), kernel.routes(arguments["name"])
                 document = {"addresses": [asdict(one) for one in addresses], "routes": [asdict(one) for one in routes]}
@@ -181,6 +191,8 @@ class Applying:
                 ipv6_settings.write(**arguments)
             case "up":
                 kernel.set_up(arguments["name"])
+            case "quiet":
+                ipv6.switch_off(arguments["name"])
             case "enslave":
                 kernel.set_master(arguments["name"], arguments["bridge"])
             case "vlans":
@@ -208,6 +220,9 @@ class Applying:
             case "up":
                 if not before["was_up"]:
                     kernel.set_up(kernel.name_now(before) or before["name"], False)
+            case "quiet":
+                if (name := kernel.name_now(before)) is not None and before["was"] is False:
+                    ipv6.switch_on(name)
             case "enslave":
                 if (name := kernel.name_now(before)) is not None:
                     kernel.set_master(name, None)

@@ -12,28 +12,32 @@ import errno
 import ipaddress
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm import errors
-from vmm.net import frames, ipv6_settings, plan
+from vmm.net import frames, ipv6, ipv6_settings, plan
 from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
 
 FOREVER = 0xFFFFFFFF
 ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the same name
-_KERNEL_PROTOCOLS = (1, 2, 9)  # redirect, kernel, router advertisement: made again by themselves
+_KERNEL_PROTOCOLS = (1, 2)  # redirect, kernel: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
 _PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: what comes untagged is of it; it leaves untagged
 _SELF = 2  # the bridge itself is meant, not the bridge it is a port of
 _NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
 _ON_LINK = 4  # of a route
-_CHOSEN_FLAGS = 0x02 | 0x100 | _NO_ROUTE | 0x400  # of an address: no DAD, temporary ones, no route, joins groups
+_CHOSEN_FLAGS = plan.NO_DETECTION | plan.FROM_ROUTER | _NO_ROUTE | 0x400  # the last one joins groups
+_TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _DISCARD_PORT = 9
+_RA_METRIC = 1024
 _LOOK_SECONDS = 0.05
 _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
 
@@ -203,8 +207,8 @@ class Kernel:
                 continue  # a link-local address follows from the card's own
             cache = message.get_attr("IFA_CACHEINFO") or {}
             valid = int(cache.get("ifa_valid", FOREVER))
-            if not is_four and valid != FOREVER:
-                continue  # from a router's advertisement, and so it will be on the bridge
+            preferred = int(cache.get("ifa_preferred", FOREVER))
+            flags = int(message.get_attr("IFA_FLAGS") or 0)
             other = message.get_attr("IFA_ADDRESS")
             own = message.get_attr("IFA_LOCAL") or other
             label = message.get_attr("IFA_LABEL")
@@ -212,19 +216,25 @@ class Kernel:
                 f"{own}/{message['prefixlen']}",
                 message.get_attr("IFA_BROADCAST") if is_four else None,
                 None if valid == FOREVER else valid,
-                int(message.get_attr("IFA_FLAGS") or 0) & _CHOSEN_FLAGS,
+                flags & (_CHOSEN_FLAGS if is_four else _CHOSEN_FLAGS | plan.TEMPORARY),
                 other if other != own else None,
                 label if label != self._name(index) else None,
                 int(message["scope"]),
                 int(message.get_attr("IFA_RT_PRIORITY") or 0),
+                None if is_four or preferred == FOREVER else preferred,
             )
 
     def add_address(self, name: str, one: Address) -> None:
         """Give a link an address; fine when it has it."""
         settings = {"index": self._need(name), **_place(one)}
         optional: dict[str, Any] = {"broadcast": one.broadcast, "label": one.label}
-        optional |= {"flags": one.flags or None, "scope": one.scope or None, "rt_priority": one.metric or None}
-        optional |= {"valid_lft": one.valid_seconds, "preferred_lft": one.valid_seconds}
+        optional |= {
+            "flags": one.flags & ~plan.TEMPORARY or None,
+            "scope": one.scope or None,
+            "rt_priority": one.metric or None,
+        }
+        preferred = one.valid_seconds if one.preferred_seconds is None else one.preferred_seconds
+        optional |= {"valid_lft": one.valid_seconds, "preferred_lft": preferred}
         settings |= {key: value for key, value in optional.items() if value is not None}
         try:
             self._netlink.addr("replace", **settings)
@@ -272,6 +282,8 @@ class Kernel:
                     message["scope"],
                     bool(message["flags"] & _ON_LINK),
                     tuple((key.removeprefix("RTAX_").lower(), value) for key, value in metrics),
+                    _expiry(message) if family == socket.AF_INET6 else None,
+                    message.get_attr("RTA_PREF"),
                 )
 
     def _shared_routes(self, index: int) -> Iterator[str]:
@@ -280,12 +292,22 @@ class Kernel:
                 yield f"{message.get_attr('RTA_DST') or 'anywhere'}"
 
     def add_route(self, name: str, route: Route) -> None:
-        """Lead packets through a link; fine when they are."""
+        """Lead packets through a link; fine when they are.
+
+        One from a router's advertisement gets another metric where the kernel hears those: it believes nothing of the
+        next one when there is a route of the same metric that it did not make itself.
+        """
+        if route.is_advertised and ipv6.hears_routers(name):
+            route = replace(route, metric=(route.metric or _RA_METRIC) + 1)
         settings: dict[str, Any] = {"dst": route.destination, "oif": self._need(name), "table": route.table}
         settings |= {"proto": route.protocol, "scope": route.scope}
         optional: dict[str, Any] = {"gateway": route.gateway, "prefsrc": route.source}
         optional |= {"priority": route.metric or None, "metrics": dict(route.metrics) or None}
         optional["flags"] = _ON_LINK if route.on_link else None
+        if route.expires_seconds is not None:  # pyroute2 knows no type for it
+            optional["expires"] = struct.pack("=I", route.expires_seconds)
+        if route.preference:
+            optional["pref"] = route.preference
         settings |= {key: value for key, value in optional.items() if value is not None}
         try:
             self._netlink.route("replace", **settings)
@@ -342,12 +364,15 @@ class Kernel:
         """True when a neighbour on the link answers (ARP or neighbour discovery) within that time."""
         index = self._need(name)
         family = socket.AF_INET6 if ":" in neighbour else socket.AF_INET
+        place: tuple[Any, ...] = (neighbour, _DISCARD_PORT)
+        if family == socket.AF_INET6:
+            place += (0, index)  # a link-local one is one of this link
         deadline = time.monotonic() + seconds
         while True:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 try:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
-                    probe.sendto(b"", socket.MSG_DONTWAIT, (neighbour, _DISCARD_PORT))
+                    probe.sendto(b"", socket.MSG_DONTWAIT, place)
                 except OSError:
                     pass  # no route yet, or the last try failed: ask again
             for message in self._netlink.get_neighbours(ifindex=index, family=family):
@@ -361,6 +386,12 @@ class Kernel:
         """The address of a link."""
         link = self.link(name)
         return None if link is None or not link["mac"] else frames.parse_mac(link["mac"])
+
+
+def _expiry(message: Any) -> int | None:
+    """In how many seconds a route ends; None: never."""
+    ticks = int((message.get_attr("RTA_CACHEINFO") or {}).get("rta_expires", 0))
+    return None if ticks == 0 else max(1, ticks // _TICKS_A_SECOND)
 
 
 def _place(one: Address) -> dict[str, Any]:

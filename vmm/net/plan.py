@@ -239,9 +239,16 @@ def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interf
 # -- the host ---------------------------------------------------------------------------------------------------
 
 
+# Of an address (linux/if_addr.h): privacy's, which only the kernel makes; without duplicate detection; made from a
+# router's advertisement.
+TEMPORARY, NO_DETECTION, FROM_ROUTER = 0x01, 0x02, 0x100
+FROM_ADVERTISEMENT = 9  # a route's protocol (linux/rtnetlink.h)
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router.
+    """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router. It is
+    used for new connections for `preferred_seconds` (None: while it is valid).
 
     `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own. `peer` is the
     other end of a point-to-point address, `metric` that of the route that the kernel makes from it (0: its choice).
@@ -255,6 +262,17 @@ class Address:
     label: str | None = None  # None: the interface's name
     scope: int = 0
     metric: int = 0
+    preferred_seconds: int | None = None
+
+    @property
+    def is_six(self) -> bool:
+        """True for IPv6."""
+        return ":" in self.address
+
+    @property
+    def is_renewed(self) -> bool:
+        """True when the kernel itself prolongs it, as a router says; what it made of such a one is temporary."""
+        return self.is_six and bool(self.flags & (FROM_ROUTER | TEMPORARY))
 
     def __str__(self) -> str:
         return self.address if self.peer is None else f"{self.address} (peer {self.peer})"
@@ -273,6 +291,13 @@ class Route:
     scope: int = 0
     on_link: bool = False  # the gateway is reached directly, whatever the addresses say
     metrics: tuple[tuple[str, int], ...] = ()  # such as ("mtu", 1400)
+    expires_seconds: int | None = None  # from a router's advertisement
+    preference: int | None = None  # of IPv6, as the advertisement had it
+
+    @property
+    def is_advertised(self) -> bool:
+        """True when a router said it, and says it again."""
+        return self.protocol == FROM_ADVERTISEMENT and self.gateway is not None
 
     def __str__(self) -> str:
         return self.destination + (f" via {self.gateway}" if self.gateway else "")
@@ -411,7 +436,12 @@ def _internal_steps(spec: SwitchSpec) -> list[Step]:
 def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> list[Step]:
     bridge = spec.bridge_name
     remember = Step("keep", {"name": uplink.name}, f"write down the addresses and routes of {uplink.name}")
-    todo = [remember, Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}")]
+    quiet = Step("quiet", {"name": uplink.name}, f"no IPv6 of the host on {uplink.name} while it is part of {bridge}")
+    todo = [
+        remember,
+        quiet,
+        Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}"),
+    ]
     if facts.has_vlan_filtering:  # or frames of VLANs would end at the card
         tagged = frozenset(range(1, frames.MAX_VLAN + 1)) - {BRIDGE_VLAN}
         arguments = {"name": uplink.name, "untagged": BRIDGE_VLAN, "tagged": tagged}
@@ -423,13 +453,25 @@ def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> 
             words = f"take {one} from {uplink.name}: the host has no adapter on this switch"
             todo.append(Step("drop-address", {"name": uplink.name, "one": one}, words))
         return todo
-    for one in uplink.addresses:
-        arguments = {"name": bridge, "one": replace(one, label=None, valid_seconds=None)}
-        todo.append(Step("address", arguments, f"give {bridge} the address {one}"))
+    for one in in_order(uplink.addresses):
+        todo.append(Step("address", {"name": bridge, "one": _moved(one)}, f"give {bridge} the address {one}"))
         todo.append(Step("drop-address", {"name": uplink.name, "one": one}, f"take {one} from {uplink.name}"))
     for route in sorted(uplink.routes, key=lambda one: one.gateway is not None):  # the way to gateways first
         todo.append(Step("route", {"name": bridge, "route": route}, f"lead {route} through {bridge}"))
     return todo
+
+
+def in_order(addresses: Iterable[Address]) -> list[Address]:
+    """In which order they are given, so that they are listed as here: the kernel puts a new one of IPv6 first."""
+    found = list(addresses)
+    return [one for one in found if not one.is_six] + [one for one in reversed(found) if one.is_six]
+
+
+def _moved(one: Address) -> Address:
+    """As the bridge gets it. An IPv4 address stays when its lease ends; one of IPv6 is proved to be ours alone."""
+    if not one.is_six:
+        return replace(one, label=None, valid_seconds=None)
+    return replace(one, flags=one.flags & ~TEMPORARY | NO_DETECTION)
 
 
 def warnings(spec: SwitchSpec, facts: HostFacts) -> list[str]:
@@ -443,10 +485,10 @@ def warnings(spec: SwitchSpec, facts: HostFacts) -> list[str]:
     told = []
     if uplink.addresses and not spec.host:
         told.append(f"the host loses its addresses on {uplink.name}: do not do this over a connection through it")
-    lent = [one.address for one in uplink.addresses if one.valid_seconds is not None]
+    lent = [one.address for one in uplink.addresses if one.valid_seconds is not None and not one.is_renewed]
     if lent:
         told.append(
-            f"{', '.join(lent)} came from a DHCP client or a router: let that client use {spec.bridge_name} from now "
+            f"{', '.join(lent)} came from a DHCP client: let that client use {spec.bridge_name} from now "
             f"on, or the address is lost when its lease ends"
         )
     return told

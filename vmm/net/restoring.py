@@ -14,7 +14,7 @@ from typing import Any
 
 from vmm import errors
 from vmm.net.bridge import Kernel
-from vmm.net.plan import Address, Route
+from vmm.net.plan import Address, Route, in_order
 
 
 @dataclass
@@ -53,26 +53,48 @@ def put_back(kernel: Kernel, before: Mapping[str, Any], resisted: Resisted) -> N
     """
     name = before["name"]
     wanted = [Address(**one) for one in before["addresses"]]
-    present = [replace(one, valid_seconds=None) for one in kernel.addresses(name)]
-    if present != [replace(one, valid_seconds=None) for one in wanted]:
+    if list(map(_lasting, kernel.addresses(name))) != list(map(_lasting, wanted)):
         for one in wanted:
             kernel.remove_address(name, one)
-        for one in wanted:
-            left = one.valid_seconds
-            if left is not None:
-                left = max(1, int(left - (time.time() - before["at"])))
+        for one in in_order(wanted):
+            valid, preferred = _left(one.valid_seconds, before, 1), _left(one.preferred_seconds, before, 0)
             with resisted.trying(f"give {name} the address {one}"):
-                kernel.add_address(name, replace(one, valid_seconds=left))
-    have = kernel.routes(name)
-    missing = [one for one in map(_route, before["routes"]) if one not in have]
+                kernel.add_address(name, replace(one, valid_seconds=valid, preferred_seconds=preferred))
+    have = list(map(_known, kernel.routes(name)))
+    missing = [
+        replace(one, expires_seconds=_left(one.expires_seconds, before, 1))
+        for one in map(_route, before["routes"])
+        if _known(one) not in have
+    ]
     while missing:
         refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
-        if len(refused) == len(missing):
+        if len(refused) == len(missing):  # a gateway whose own network was gone before: it was reached, so it is there
+            refused = {
+                one: error
+                for one, error in refused.items()
+                if one.gateway is None or _refusal(kernel, name, replace(one, on_link=True)) is not None
+            }
             for error in refused.values():
                 with resisted.trying("lead a route"):
                     raise error
             return
         missing = list(refused)
+
+
+def _lasting(one: Address) -> Address:
+    return replace(one, valid_seconds=None, preferred_seconds=None)
+
+
+def _known(one: Route) -> Route:
+    """Without what changes; of one that routers say all but where it leads, since it is made again by itself."""
+    if one.is_advertised:
+        return Route(one.destination, one.gateway, table=one.table, protocol=one.protocol)
+    return replace(one, expires_seconds=None)
+
+
+def _left(seconds: int | None, before: Mapping[str, Any], least: int) -> int | None:
+    """Of a time that was left when it was written down: what is left of it now."""
+    return None if seconds is None else max(least, int(seconds - (time.time() - before["at"])))
 
 
 def _route(document: Mapping[str, Any]) -> Route:

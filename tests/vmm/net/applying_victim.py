@@ -27,7 +27,7 @@ from vmm.net.plan import SwitchSpec
 # Everything that must be as before. Lifetimes run on, counters count, and names of groups are no state.
 STATE = r"""
 ip -j addr | sed -E 's/"(valid|preferred)_life_time":[0-9]+//g'
-ip -4 route show table all; ip -6 route show table all | grep -v fe80
+ip -4 route show table all; ip -6 route show table all | grep -v ^fe80 | sed -E 's/expires [0-9]+sec//'
 nft -s list ruleset
 head -v /proc/sys/net/ipv4/conf/*/forwarding /proc/sys/net/ipv6/conf/*/disable_ipv6
 ps -o args= -p "$(ip netns pids $(ip netns identify) | tr '\n' ',')0" | grep dnsmasq

@@ -35,6 +35,10 @@ class Host:
         spaces.run(self.here, "ip addr add 10.9.0.2/24 brd + dev up0 && ip addr add 10.9.1.2/24 dev up0")
         spaces.run(self.here, "ip addr add 2001:db8::2/64 dev up0 nodad && ip link set up0 up")
         spaces.run(self.here, "ip addr add 10.9.2.2/24 valid_lft 3000 preferred_lft 3000 dev up0")
+        spaces.run(self.there, "ip addr add 2001:db8::fe/64 dev lan0 nodad")
+        spaces.run(self.here, "sysctl -qw net.ipv6.conf.up0.accept_ra=0")  # as where a program listens to routers
+        spaces.run(self.here, "ip addr add 2001:db8:7::2/128 dev up0 nodad valid_lft 3000 preferred_lft 2000")
+        spaces.run(self.here, "ip route add default via 2001:db8::fe dev up0 proto ra metric 1024 expires 1800")
         spaces.run(self.here, "ip route add default via 10.9.0.254 metric 100 src 10.9.0.2")
         spaces.run(
             self.here, "ip route add 192.168.50.0/24 via 10.9.0.254 && ip route add 10.60.0.0/16 dev up0 table 77"
@@ -120,7 +124,10 @@ CARDS = {
 @pytest.mark.parametrize("card", CARDS)
 def test_cards_as_hosts_have_them(host: Host, card: str) -> None:
     """Addresses and routes move to the bridge and back with all that belongs to them; the host keeps its network."""
-    host.spaces.run(host.here, "ip addr flush dev up0; ip route flush dev up0 table 77")
+    host.spaces.run(host.here, "ip -4 addr flush dev up0; ip addr flush dev up0 scope global")
+    host.spaces.run(
+        host.here, "ip route flush dev up0 table 77; ip -6 route flush default; ip -6 route flush root 2001:db8::/32"
+    )
     host.spaces.run(host.there, "ip route add 10.55.0.9 dev lan0")
     host.spaces.run(host.here, f"set -e{CARDS[card]}")
     host.spaces.run(host.here, "ping -c 1 -w 5 10.9.0.254")
@@ -198,13 +205,18 @@ def test_killed_anywhere_it_is_undone(host: Host, verb: str, name: str, stride: 
     assert int(done.stdout) > 10
 
 
-def test_a_gateway_that_stops_answering_brings_all_back(host: Host) -> None:
-    """A network that refuses the bridge: the error says so, and the host is as it was and on its network."""
+@pytest.mark.parametrize(("gateway", "rule"), [("10.9.0.254", "drop"), ("2001:db8::fe", "meta protocol ip6 drop")])
+def test_a_gateway_that_stops_answering_brings_all_back(host: Host, gateway: str, rule: str) -> None:
+    """A network that refuses the bridge, or its IPv6: the error says so, and the host is as it was, on its network.
+
+    INV-SIX-MOVES.
+    """
     # The network lets nothing but the first few frames of the card pass, as a port with a MAC limit would.
     host.spaces.run(
         host.there, "nft 'table netdev t { chain c { type filter hook ingress device lan0 priority 0; }; }'"
     )
     before = host.state()
+    host.spaces.run(host.here, "ping -c 1 -w 10 2001:db8::fe")
     program = (
         "import subprocess, sys\n"
         "from vmm.net import applying\n"
@@ -214,22 +226,23 @@ def test_a_gateway_that_stops_answering_brings_all_back(host: Host) -> None:
         "usual = Kernel.add_route\n"
         "def cut(self, name, route):\n"
         "    usual(self, name, route)\n"
-        "    subprocess.run(['ip', 'netns', 'exec', sys.argv.pop(), 'nft', 'add', 'rule', 'netdev', 't', 'c', 'drop'])"
-        " if len(sys.argv) > 4 else None\n"
+        "    if len(sys.argv) > 5:\n"
+        "        drop = ['nft', 'add', 'rule', 'netdev', 't', 'c', sys.argv.pop(-2)]\n"
+        "        subprocess.run(['ip', 'netns', 'exec', sys.argv.pop(), *drop])\n"
         "Kernel.add_route = cut\n"
         "victim.main()\n"
     )
     command = host.command("apply", EXTERNAL)
     at = command.index("-m")
     done = subprocess.run(
-        [*command[:at], "-c", program, *command[at + 2 :], host.there],
+        [*command[:at], "-c", program, *command[at + 2 :], rule, host.there],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert "does not answer through the switch, so all was put back" in done.stderr
+    assert f"the gateway {gateway} does not answer through the switch, so all was put back" in done.stderr
     assert host.state() == before
     host.spaces.run(host.there, "nft delete table netdev t")
     host.spaces.run(host.here, "ping -c 1 -w 10 10.9.0.254")

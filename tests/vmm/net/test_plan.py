@@ -67,8 +67,10 @@ def test_external_steps() -> None:
     steps = plan.steps(spec, facts)
     assert steps[1].arguments["mac"] == UPLINK.mac
     assert steps[1].arguments["mtu_bytes"] == 9000
-    assert [step.words for step in steps][3:] == [
+    assert [step.words for step in steps][2:] == [
+        "switch vmm01234567 on",
         "write down the addresses and routes of eth0",
+        "no IPv6 of the host on eth0 while it is part of vmm01234567",
         "put eth0 into vmm01234567",
         "give vmm01234567 the address 10.0.0.5/24",
         "take 10.0.0.5/24 from eth0",
@@ -122,11 +124,12 @@ def test_the_hosts_vlan() -> None:
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host_vlan=30)
     assert plan.refusals(spec, facts) == []
     steps = plan.steps(spec, facts)
-    assert [step.words for step in steps][1:7] == [
+    assert [step.words for step in steps][1:8] == [
         "make the bridge vmm01234567",
         "put the host's adapter into VLAN 30",
         "switch vmm01234567 on",
         "write down the addresses and routes of eth0",
+        "no IPv6 of the host on eth0 while it is part of vmm01234567",
         "put eth0 into vmm01234567",
         "let eth0 carry every VLAN, tagged",
     ]
@@ -164,7 +167,7 @@ def test_external_without_the_host() -> None:
     """The host's addresses are taken away, and that is said beforehand."""
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host=False)
     kinds = [step.kind for step in plan.steps(spec, HostFacts(uplink=UPLINK))]
-    assert kinds == ["rules", "bridge", "ipv6", "up", "keep", "enslave", "drop-address", "drop-address"]
+    assert kinds == ["rules", "bridge", "ipv6", "up", "keep", "quiet", "enslave", "drop-address", "drop-address"]
     assert plan.warnings(spec, HostFacts(uplink=UPLINK))[0].startswith("the host loses its addresses on eth0")
 
 
