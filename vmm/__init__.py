@@ -10,7 +10,7 @@ This page of names is the whole public interface; everything else may change.
     manager.start("web")
 
 Sizes are bytes. Every error is a `VmmError` with `machine`, `path`, `hint` and `exit_code`. Each name is imported when
-it is first used, so that who only starts a machine or catches errors pays for no more.
+it is first used, so a program that only starts a machine or catches errors loads nothing else.
 """
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this

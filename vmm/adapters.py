@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's adapters as its definition has them, whether it runs or not: added, changed, taken away.
+"""Changing the adapters in a machine's definition, whether it runs or not: adding, changing, removing.
 
-Decides which MAC address an adapter gets (the host's pool, or a free one that was typed), and whether a change is made
-by the running machine's worker or in its file. How an adapter is plugged in: `wiring`.
+Decides which MAC address an adapter gets (from the host's pool, or the given one if it is free), and whether a change
+is made by the running machine's worker or in its file. How an adapter is plugged in is decided in `wiring`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that is to become a machine, looked at: what it holds, and what of that may be.
+"""A folder that is to become a machine, examined: what it contains, and what of that is acceptable.
 
-Nothing in the folder is believed. Decides which names it may have for its files, how large those may be, that all
-definitions are judged (`foreign`), those of snapshots too, and that every chain lies in the folder. Makes nothing:
-that is `importing`.
+Nothing in the folder is trusted. Decides which names its files may have, how large they may be, that all
+definitions are judged (`foreign`), including those of snapshots, and that every chain lies in the folder. Creates
+nothing: `importing` does.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest is asked to shut itself down until it does: by its agent, else by the power button.
+"""Asking a guest to shut itself down until it does: by its agent, otherwise by the power button.
 
-Decides when it is worth while to ask again. A guest that has just begun to boot hears neither: a button that is
-pressed before somebody listens is lost, and the agent comes last. So it is asked again when an agent comes, and the
-button is pressed again now and then while the guest is young; in an older one, which heard it, pressing might be taken
-for something else. Must not know what follows when the guest does not obey.
+Decides when it is worth asking again. A guest that has just begun to boot hears neither: if the button is
+pressed before the guest listens, that is lost, and the agent starts last. So the guest is asked again when an agent
+starts, and the button is pressed again from time to time while the guest is young. An older guest has heard it, and
+might take a second press for something else. Must not know what follows if the guest does not obey.
 """
 
 from __future__ import annotations

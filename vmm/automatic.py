@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to machines when their host starts and stops, each as its automatic actions say.
+"""What happens to machines when their host starts and stops, according to their automatic actions.
 
 Decides which machines start and stop with the host, and in which order. How one stops is decided by its worker
-(`leaving`), which hears of the host's end by signals, too. One machine's failure is no other's. Must not know how it
-is called (the unit that `host.autostart` installs does).
+(`leaving`), which also learns by signals that the host stops. The failure of one machine does not affect others. Must
+not know by what it is called (the unit that `host.autostart` installs).
 
 That a machine was running when the host stopped is a file in its folder, which its worker makes and removes: a host
 that lost its power had no time to write anything.

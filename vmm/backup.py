@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A copy of all disks of a machine at one moment, while it runs or not.
 
-Decides the order in which a snapshot is taken, copied and merged away again, and what is left to be done by whoever
-comes after a crash. The machine's definition does not change meanwhile: a note in its folder (`backup.json`) says that
-the newest image on each disk is the one to serve, until it has been merged away.
+Decides the order in which a snapshot is taken, copied and merged away again, and what is left to do after a crash. The
+machine's definition does not change meanwhile: a note in its folder (`backup.json`) says that the newest image on each
+disk is the one to serve, until it has been merged away.
 
     note -> guest's file systems frozen -> all disks frozen at one moment (new children take the writes) -> thawed
          -> the frozen chains copied -> children merged into the frozen images while the guest runs -> note removed
 
-The copies appear in their folder whole or not at all. Must not know how an image is copied: `vhdkit convert` does it,
-as a process of its own, so that the worker stays small.
+The copies appear in their folder whole or not at all. Must not know how an image is copied: `vhdkit convert` does this
+in a process of its own, so that the worker stays small.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The note of a backup under way: which new image stands on each disk meanwhile.
+"""The note of a backup in progress: which new image stands on each disk meanwhile.
 
     MACHINE-FOLDER/backup.json        {disk id: {"frozen": image, "child": the one that takes the writes}}
 
-Decides what it says and what is believed of it: it is untrusted, and images are merged by its word, so a child lies
-beside the image that it stands on and has a name that `vmm backup` gives. Light: every command looks for it.
+Decides what it says and what is believed of it. It is untrusted, and images are merged because of it, so a child must
+lie beside the image on which it stands and have a name as `vmm backup` gives it. Light: every command looks for it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's clock, which stood still while its machine did: set to the host's when the guest goes on.
+"""A guest's clock, which stands still while its machine does: set to the host's time when the guest continues.
 
-Decides for how long that is tried, and that it is an event when it cannot be: after memory that was restored, a
-pause, disks that had failed, a save that did not come about. Through the agent, and only where the integration service
+Decides for how long this is tried, and that a failure is an event: after memory was restored, a
+pause, a failure of disks, or a save that failed. Through the agent, and only if the integration service
 `time_sync` is on. Must not know what pauses a machine.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with settings, in words for people: the checker of the models has its own, which are a programmer's.
+"""What is wrong with settings, worded for users: the messages of the models' validator are for programmers.
 
 Decides the sentence for each kind of complaint. A kind without one gets a sentence that is true of all of them.
 """

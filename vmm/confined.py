@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a program that cannot look into other processes: a small system call filter of ours, then exec.
+"""Starts a program that cannot look into other processes: sets a small system call filter, then calls exec.
 
-Decides which system calls QEMU never needs and an escaped guest would: those that read or write another process's
-memory, take its descriptors or watch it (they are what CAP_SYS_PTRACE, and rootless the same user, would allow).
-QEMU's own filter does not name them. It is set before exec, so it holds from QEMU's first instruction, and for all
-that comes between (`unshare`, `setpriv`). Imports nothing of ours: it runs as a script, isolated.
+Decides which system calls QEMU never needs but an escaped guest would: those that read or write another process's
+memory, take its descriptors or trace it (CAP_SYS_PTRACE would allow this, and without root the common user).
+QEMU's own filter does not include them. The filter is set before exec, so it is in force from QEMU's first
+instruction, and for the programs in between (`unshare`, `setpriv`). Imports nothing of ours: it runs as an isolated
+script.
 
     python -I -S confined.py [--required] -- COMMAND...
 
-Without `--required` a kernel that knows no filters gets a warning in QEMU's log, with it an error. What stays open is
-what goes by files: /proc/PID/mem is root's for root's processes, and QEMU's user has no right to pass that by.
+If the kernel has no filters, there is a warning in QEMU's log, or, with `--required`, an error. Access through files
+is not filtered: /proc/PID/mem of root's processes belongs to root, and QEMU's user has no right to open it.
 
 Sources: seccomp(2), Linux's Documentation/userspace-api/seccomp_filter.rst, audit.h, filter.h and seccomp.h of
 include/uapi/linux, and the tables of system calls in arch/*/.
 
-INV-CONFINED: no QEMU of a machine runs with these system calls, whatever other rights it has.
+INV-CONFINED: no machine's QEMU can use these system calls, whatever other rights it has.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How somebody outside finds a machine's worker: the one that listens, one to be started, or one to come back.
+"""How other processes reach a machine's worker: one that is listening, one to be started, or one to be brought back.
 
-Decides whether a machine runs, and repairs what was killed: where QEMU lives and nobody looks after it a keeper is
-started, which brings the rest; where nobody lives what is left is taken away. Light (the command line starts machines
-with it): it reads a definition's id and leaves the rest of it to the worker.
+Decides whether a machine runs, and repairs what was killed: if QEMU is alive but unattended, a keeper is started,
+which starts the rest; if nothing is alive, what is left over is removed. Light (the command line starts machines with
+it): it reads a definition's id and leaves the rest of it to the worker.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two machines of one id, of which one is a copied folder: which one is the copy.
+"""Two machines with one id, one of which is a copied folder: which one is the copy.
 
 An id leads to a machine's processes, images and snapshots, so a copy with the id of another machine would stop that
-machine's guest and remove its snapshots. Decides which machine is a copy, and what is said to whoever uses it; a copy
-becomes a machine of its own by `new_id`. Light: every command comes by here.
+machine's guest and remove its snapshots. Decides which machine is a copy, and what its users are told; a copy
+becomes a machine of its own by `new_id`. Light: every command uses this.
 
-The original is the one whose processes run, else the one whose definition has the name that it is found by. Where
-that is said of several or of none, each is a copy of another: nothing is done with any of them.
+The original is the one whose processes run, otherwise the one whose definition has the name under which it is found.
+If that applies to several of them or to none, each counts as a copy of another: nothing is done with any of them.
 
 `INV-COPY-APART`: a machine that is a copy reaches no process, image or memory of its original.
 """

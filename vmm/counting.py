@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far copying is, in bytes: adds up what is to be copied and what has been.
+"""The progress of copying, in bytes: adds up what is to be copied and what has been copied.
 
-Decides how often somebody is told. Files count as much as they take up, since holes are not copied. Must not know what
-is copied.
+Decides how often progress is reported. A file counts as much as the space that it takes up, because holes are not
+copied. Must not know what is copied.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that are no files of vmm's: devices of the host and LUNs, which a machine gets whole.
+"""Disks that are not files of vmm's: devices of the host and LUNs, which a machine gets whole.
 
-Decides when such a disk is looked at (when it is defined, so that what cannot be is refused at once) and when it is
-taken (when QEMU starts or the disk is plugged in, and for as long as QEMU lives), and what cannot be done with a
-machine that has one: there is no layer of ours under it, so nothing of it can be kept while the guest goes on writing.
-What may be given, and the claim, are `kvm.passthrough`'s and `kvm.iscsi`'s; which machines there are, `registry`'s.
+Decides when such a disk is examined (when it is defined, so that an unsuitable one is refused at once) and when it is
+claimed (when QEMU starts or the disk is plugged in, and for as long as QEMU lives), and what cannot be done with a
+machine that has one: there is no image of ours beneath it, so its content cannot be preserved while the guest goes on
+writing. What may be given away, and the claim, are decided in `kvm.passthrough` and `kvm.iscsi`; which machines there
+are, in `registry`.
 """
 
 from __future__ import annotations

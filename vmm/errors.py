@@ -2,10 +2,10 @@
 """Every error of the machine manager, with the exit code of the command line.
 
 Decides how a failure is named and worded: one line with the machine, the file, what happened and what to do next.
-Knows nothing of machines. A caller catches `VmmError`, or the class whose cause it can handle. An error crosses the
-worker's control socket as `to_document` and comes back, of the same class, from `from_document`.
+Knows nothing about machines. A caller catches `VmmError`, or the class whose cause it can handle. `to_document` and
+`from_document` carry an error, with its class, across the worker's control socket.
 
-Exit codes: 1 failed, 2 the request cannot be, 5 in use or in the wrong state, 6 refused for safety, 7 no space,
+Exit codes: 1 failed, 2 an impossible request, 5 in use or in the wrong state, 6 refused for safety, 7 no space,
 8 the host lacks something, 9 it took too long.
 """
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to a machine: a file of JSON lines in its folder, there whether it runs or not.
+"""What happened to a machine: a file of JSON lines in its folder, which exists whether it runs or not.
 
-Decides how an event is written and that the file stays small: the last `MAX_BYTES` and the ones before under `.1`.
-Events are for people and scripts; nothing of vmm depends on them. Must not know what happens.
+Decides how an event is written and that the file stays small: the last `MAX_BYTES`, and those before under `.1`.
+Events are for people and scripts; nothing in vmm depends on them, except that `revert` counts recent ones. Must not
+know what happens.
 """
 
 from __future__ import annotations

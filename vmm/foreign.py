@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a stranger's definition a machine on this host may have, and what its user must allow first.
+"""Which settings of a stranger's definition a machine on this host may have, and what its user must allow first.
 
-A definition in an exported folder was written by somebody else. Whoever imports it as root would let that author
-choose which files of this host a guest reads and writes. So every setting has a decision here:
+A definition in an exported folder was written by somebody else. If root imported it as it is, that author could
+choose which files of this host a guest reads and writes. So there is a decision for every setting:
 
     allowed     it concerns the guest alone: memory, processors, its own controllers
-    confined    it leads into the imported folder, or the user says what it is here (`--map OLD=NEW`, `--switch`)
-    asked       it gives the guest, or QEMU, more than the user may expect: the user allows it by name (`--allow`)
-    dropped     it is found out anew on this host
+    confined    it leads into the imported folder, or the user replaces it (`--map OLD=NEW`, `--switch`)
+    asked       it gives the guest, or QEMU, more than the user may expect: the user must allow it by name (`--allow`)
+    dropped     it is determined anew on this host
     nested      its own settings are decided one by one
 
 `INV-IMPORT-CONFINED`: no path of an imported definition leads out of the imported folder unless the user named it.
 
-Pure: nothing here looks at files. Must not know where the folder lies or how it is read.
+Pure: no files are examined here. Must not know where the folder lies or how it is read.
 """
 
 from __future__ import annotations

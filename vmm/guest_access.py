@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inside of a machine, for programs and the command line: console, screen, agent, exchanged items.
 
-Decides which of these need a running machine, and that exchanged items can be read and set while it is off, too. The
-other end in the worker is `guest_services`. Must not know terminals. Synchronous, and light to import.
+Decides which of these need a running machine, and that exchanged items can also be read and set while it is off. The
+counterpart in the worker is `guest_services`. Must not know terminals. Synchronous, and light to import.
 
     guest = Manager().guest("web")
     guest.screen()                          # a PNG

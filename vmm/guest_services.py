@@ -2,7 +2,7 @@
 """What the worker offers about the inside of its machine: its screen, its agent, the key-value exchange.
 
 Decides the names, parameters and results of these methods of the control socket; what they do is decided in
-`kvm.guest_agent`, `kvm.key_value` and `kvm.screen`. Results are JSON; a picture is base64.
+`kvm.guest_agent`, `kvm.key_value` and `kvm.screen`. Results are JSON; a picture is encoded in base64.
 """
 
 from __future__ import annotations

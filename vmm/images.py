@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images that machines use, looked at before a machine gets them.
+"""The images that machines use, examined before a machine gets them.
 
 Decides what a path on the command line means and which image may become a disk: it is opened as the machine will open
-it, so that what stands in the way is said at once. Everything about images themselves is vhdkit's.
+it, so that problems are reported at once. Everything about images themselves is left to vhdkit.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines out of folders that `transfer.export` wrote, or that somebody says it wrote.
+"""Making machines from folders that `transfer.export` wrote, or is said to have written.
 
-Decides in which order a machine is made of a folder, so that it appears whole or not at all. What may be in the
-folder is decided in `arrival`; between that and here somebody may have changed it.
+Decides in which order a folder becomes a machine, so that it appears whole or not at all. What may be in the
+folder is decided in `arrival`; somebody may have changed it since then.
 
-    look     the manifest and all definitions are read once, and everything that is refused is said at once
+    look     the manifest and all definitions are read once, and everything that is refused is reported at once
     copy     files go into a private folder, under the names that the manifest has for them and no others
-    check    the chains of the copies lie in that folder; what is registered in place, nobody else may change
+    check    the chains of the copies lie in that folder; nobody else may be able to change what is registered in place
     add      the machine appears in the registry, with its snapshots and its memory
 """
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a folder that somebody else wrote, reached without ever leaving it.
 
-Decides that a file is one of the folder's: its name leads there through real folders only, from a descriptor of the
-folder that was opened once; it is a regular file, of the size that was said, and no second name of a file of somebody
-else's. What was opened is what was checked, so that nothing can be put in its place in between. Must not know what
-the files mean.
+Decides that a file belongs to the folder: its name leads there through real folders only, from a descriptor of the
+folder that was opened once; it is a regular file, of the stated size, and not a second name of somebody else's file.
+What was opened is what was checked, so nothing can be substituted in between. Must not know what the files mean.
 """
 
 from __future__ import annotations

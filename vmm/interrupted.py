@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a verb whose command is interrupted (Ctrl-C): said in a note of the KeyboardInterrupt.
+"""What becomes of a verb whose command is interrupted (Ctrl-C): a note of the KeyboardInterrupt says so.
 
-Decides only the words. A request that a machine's worker has taken is carried out although nobody waits for it any
+Decides only the wording. A request that a machine's worker has accepted is carried out even if nobody waits for it any
 more; what a command does itself ends with it, and leaves nothing half done. The command line prints the notes.
 """
 

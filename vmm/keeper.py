@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keeper of a running machine: a small process that keeps the disks' server and the worker alive.
+"""The keeper of a running machine: a small process that keeps the disk server and the worker alive.
 
-Decides when which of the two is started again. It is started by whoever starts the machine, starts the server at
-once (which takes longest) and the worker, and from then on only waits for one of them to end (pidfd). The worker
-watches the keeper in turn: each of the three may be killed, and any two. What is found running is taken over, not
-started anew.
+Decides when each of the two is started again. The command that starts the machine starts it. The keeper starts the
+server at once (which takes longest) and the worker, and from then on only waits for one of them to end (pidfd). The
+worker watches the keeper in turn: any one or two of the three may be killed. What is found running is taken over
+instead of being started again.
 
     command line --> keeper --> vhdkit serve (the disks)        the listening socket of the disks is the keeper's, so a
                        ^  `---> worker --> QEMU                 new server finds QEMU waiting in the same queue
                        '--------- watches
 
-A signal that asks for the end (the host stops, a login ends) has the machine do what its automatic stop action says:
-the keeper passes it on to the worker and keeps both alive until that is done (`leaving`).
+A signal that asks it to end (the host stops, a login ends) makes the machine carry out its automatic stop action: the
+keeper passes the signal on to the worker and keeps both alive until that is done (`leaving`).
 
-It ends last: when the worker has noted that the machine is to be off, the server is ended (which flushes), the runtime
-folder is removed, and its lock is given back. Must not know what the worker does. Imports little: it stays small.
+It ends last: when the worker has noted that the machine is off, the server is ended (which flushes), the runtime
+folder is removed, and its lock is released. Must not know what the worker does. Imports little, to stay small.
 
     python -m vmm.keeper MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 """

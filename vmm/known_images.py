@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image that vmm knows of: those of all machines, of their snapshots, and of backups under way.
+"""Every image that vmm knows of: those of all machines, of their snapshots, and of backups in progress.
 
-vhdkit looks for children of an image where its own rules lead. A clone in a folder of its own is where they may not:
-whoever opens an image for writing, makes it larger, merges into it or removes it says what is known here besides
+vhdkit looks for children of an image by its own rules. They may miss a clone in a folder of its own, so code that
+opens an image for writing, enlarges it, merges into it or removes it also passes on what is known here
 (`INV-PARENT-READ-ONLY`).
 
-Decides what counts as an image of a machine. Reads the machines' files as plain JSON, because the keeper comes by here
-and must stay small; says which machines could not be read. Must not know what stands on what.
+Decides what counts as an image of a machine. Reads the machines' files as plain JSON, because the keeper uses this
+and must stay small; reports which machines could not be read. Must not know which image stands on which.
 """
 
 from __future__ import annotations

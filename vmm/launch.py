@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that QEMU is given when it starts: sockets, descriptors, copies of files, and the command line of it all.
+"""Everything that QEMU is given when it starts: sockets, descriptors, copies of files, and the command line.
 
-Decides what a definition needs from this host, and that all of it is checked and held open before QEMU is there. What
-is opened here is QEMU's by descriptor, so neither its user nor a later change of names matters. Must not know states.
+Decides what a definition needs from this host, and that all of it is checked and held open before QEMU starts. What
+is opened here reaches QEMU as a descriptor, so neither its user nor later changes of names matter. Must not know
+states.
 """
 
 from __future__ import annotations

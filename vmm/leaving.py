@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running machine whose host stops: its automatic stop action, in bounded time, whoever asks for it.
+"""A running machine whose host stops: its automatic stop action, in bounded time, whatever the request comes from.
 
-Decides which way is tried after one that fails (a machine that cannot be saved is asked to shut down, one that does
-neither is powered off), how much of the time each may take, and that the work is done once: a signal to the worker or
-the keeper, and `vmm host autostart --stop-machines`, all come here, at once or one after the other. Must not know how
-any of them is heard, nor what becomes of the disks.
+Decides what is tried if one way fails (a machine that cannot be saved is asked to shut down, and if it does not, it is
+powered off), how much of the time each may take, and that the work is done once: a signal to the worker or
+the keeper, and `vmm host autostart --stop-machines`, all lead here, at once or one after the other. Must not know how
+these requests arrive, nor what becomes of the disks.
 
-INV-STOP-ACTION: SIGTERM to any set of a machine's processes, all of them together too, carries out its stop action.
-QEMU and the disks' server do not end by it (`running`, `keeper`), and a mark in the runtime folder has the next worker
-go on with it when this one is killed.
+INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action.
+QEMU and the disk server do not end by it (`running`, `keeper`), and because of a mark in the runtime folder the next
+worker continues if this one is killed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's front door: every verb of vmm as a method, synchronous and typed.
+"""The library's entry point: the verbs of machines, disks, adapters and backups as methods, synchronous and typed.
 
-Decides which verb is for the machine's files, which for its worker, and what is refused beforehand. Keeps nothing: the
+Decides which verbs concern the machine's files, which its worker, and what is refused beforehand. Keeps no state: the
 truth is in the machines' folders and workers, so any number of managers may be used at once, in any process.
 
     manager = vmm.Manager()

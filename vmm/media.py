@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The media in a machine's drives: what one is known by, and whether what lies there now is what a guest had.
+"""The media in a machine's drives: how one is recognised, and whether the present one is the one that a guest had.
 
-Decides that a medium is known by its content and not by its name: a guest that goes on with another one in the drive
-must be told, else it takes old directories and pages for the new medium's. An image that was moved is the same one; a
-newer one under the old name is not. Content is looked at in samples, which tells images that were made apart: those
-differ in their volume descriptors and in where files lie.
+Decides that a medium is recognised by its content and not by its name: a guest that continues with another one in the
+drive must be told, otherwise it takes old directories and pages for those of the new medium. An image that was moved
+is the same one; a newer one under the old name is not. Content is compared by samples, which distinguish images that
+were made separately: those differ in their volume descriptors and in where files lie.
 
 Must not know QEMU's commands, nor where a saved machine's description lies. Light: the command line starts machines
 with it.

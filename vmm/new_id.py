@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copied machine becomes a machine of its own: what of it stays, and what is its original's.
+"""A copied machine becomes a machine of its own: what it keeps, and what belongs to its original.
 
     id, MAC addresses          new ones
-    disks                      an image that was copied along with the folder is the copy's own; one that the original
+    disks                      an image that was copied with the folder is the copy's own; one that the original
                                or another machine or snapshot names is taken out of the definition, and left alone
-    snapshots, saved memory    they are the original's, or fit its disks: put aside in the folder `of-FORMER-ID`
+    snapshots, saved memory    they belong to the original, or fit its disks: put aside in the folder `of-FORMER-ID`
 
-Decides what a copy may keep. Removes nothing. The id changes last: cut short before, the machine is a copy still, and
-doing it again finishes it.
+Decides what a copy may keep. Removes nothing. The id changes last: if this is interrupted, the machine is still a
+copy, and repeating it finishes it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things lie: the state home, the runtime folder, the folders of a machine, and their names inside.
 
-Decides every path of vmm, and that a runtime folder is private: it is ours, nobody else may enter it, and it is no
+Decides every path of vmm, and that a runtime folder is private: it is ours, nobody else may enter it, and it is not a
 link. Must not know what is in the files.
 
     home ($VMM_HOME, /var/lib/vmm for root, else ~/.local/share/vmm)
       host.json                 settings of the host: default folders
-      machines/NAME/            a machine: its folder, or a link to it where it lies elsewhere
+      machines/NAME/            a machine: its folder, or a link to it if it lies elsewhere
         machine.json            its definition
         was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
-      disks/  snapshots/        where new ones are put unless somebody says otherwise
+      disks/  snapshots/        where new ones are put by default
     runtime ($VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
       FIRST-12-OF-ID/           a running machine: sockets (a unix socket's path has at most 107 bytes) and state.json
 """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that come, go and grow while the machine runs, and a copy of all of them at one moment.
+"""Disks that are added, removed or enlarged while the machine runs, and a copy of all of them at one moment.
 
-Decides what may be changed in a running machine (SCSI only), and in which order the change reaches QEMU, the
-definition that runs and the one that is stored: a disk is written down before the guest can use it, so that it is
-served again whoever is killed, and forgotten after the guest let go of it. How QEMU is told: `kvm.drives`.
+Decides what may be changed in a running machine (disks on SCSI; those on virtio can grow), and in which order the
+change reaches QEMU, the running definition and the stored one: a disk is recorded before the guest can use it, so that
+it is served again whatever is killed, and forgotten after the guest has released it. How QEMU is told is decided in
+`kvm.drives`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host and its QEMU cannot give a machine, looked at when that is asked for and not first when it starts.
+"""What this host and its QEMU cannot provide, checked when it is requested and not only when the machine starts.
 
 Decides what can be known at that time: whether QEMU has the processor model and the machine type, whether the host
-ever has so much memory, whether a target that answers has the LUN. What cannot be known, such as what a target says
-that is away now, is accepted, and said by the start.
+can ever have so much memory, whether a target that answers has the LUN. What cannot be known, such as the answer of a
+target that is away now, is accepted; starting the machine then reports it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that outlive whoever started them: known by number and start time, watched by pidfd, started detached.
+"""Processes that outlive their starter: identified by number and start time, watched by pidfd, started detached.
 
-Decides when a number that was written down still means the same process, and how a program of ours is started so that
-it neither dies with its starter nor hears its terminal. Must not know what the programs do. Light: the command line
-imports it, and so does the keeper, which is to stay small.
+Decides when a recorded process number still means the same process, and how a program of ours is started so that
+it neither dies with its starter nor gets signals from its terminal. Must not know what the programs do. Light: the
+command line imports it, and so does the keeper, which must stay small.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machines of this host, as files: which there are, their definitions, and who may change them.
 
-Decides how a machine is added, found, changed and taken away so that it is there whole or not at all, that one command
-changes a machine at a time, and that no two machines write to one image. Must not know what runs.
+Decides how a machine is added, found, changed and removed so that it exists whole or not at all, that one command
+changes a machine at a time, and that no two machines write to one image. Must not know what is running.
 
-    home/machines/NAME/machine.json      or home/machines/NAME -> FOLDER/NAME where the machine lies elsewhere
+    home/machines/NAME/machine.json      or home/machines/NAME -> FOLDER/NAME if the machine lies elsewhere
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in which an image is removed: only when nothing names it or stands on it, and no process has it open.
+"""The only way in which an image is removed: only if nothing names it or stands on it, and no process has it open.
 
-Decides whether a file may go. A machine's definition, the definition that a running one runs with, a snapshot, or the
-note of a backup names it; a process has it open, or holds a lock on it as QEMU and vhdkit do; or a loop device stands
-on it. All of this is looked at while nobody can write a definition (`registry.standing_still`), so an image that was
-free when it was looked at is free when it goes. Must not know why somebody wants it removed.
+Decides whether a file may be removed. A machine's definition, the definition with which a machine runs, a snapshot, or
+the note of a backup names it; a process has it open, or holds a lock on it as QEMU and vhdkit do; or a loop device
+uses it. All of this is checked while nobody can write a definition (`registry.standing_still`), so an image that was
+unused at the check is unused when it is removed. Must not know why it is to be removed.
 
 `INV-REMOVED-UNUSED`: vmm removes no image that something names, stands on or has open, whatever its caller believed.
 """

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's control socket, both ends: JSON-RPC 2.0, one message a line.
+"""Both ends of the worker's control socket: JSON-RPC 2.0, one message a line.
 
-Decides how a request, its progress and its result are spelled, and that both sides are bounded. A request that was
-taken is carried out even when whoever asked goes away. Progress is told by notifications {"method": "progress"} before
+Decides how a request, its progress and its result are encoded, and that both sides are bounded. A request that was
+accepted is carried out even if the client disconnects. Progress is sent in notifications {"method": "progress"} before
 the result. Errors are `vmm.errors` on both sides. Must not know what the methods do.
 
-The client is synchronous and light (the command line uses it); asyncio is imported with the server only.
+The client is synchronous and light (the command line uses it); asyncio is imported only with the server.
 """
 
 from __future__ import annotations

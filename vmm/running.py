@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One QEMU and its machine, from start to end, as the worker sees it.
 
-Decides in which state a machine is, which verbs it obeys in that state, and what an event of QEMU's means for it:
+Decides in which state a machine is, which verbs are allowed in that state, and what an event of QEMU means for it:
 
     starting --> running <--> paused          pause, resume; save from either
                  |  ^  `----> stopping        the guest was asked to shut down, or QEMU was told to quit
                  v  |
-            paused-critical                   a disk failed: it goes on by itself when the cause is gone
+            paused-critical                   a disk failed: it continues by itself when the cause is gone
 
-QEMU stays when the guest powers off (-no-shutdown) until it is told to quit, so an end that was not asked for is a
-crash, whether a worker was there to see it or not. Must not know who asks, nor what happens after the end.
+QEMU stays when the guest powers off (-no-shutdown) until it is told to quit, so an unrequested end is a
+crash, whether or not a worker saw it. Must not know who asks, nor what happens after the end.
 """
 
 from __future__ import annotations

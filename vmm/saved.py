@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saved machine: its memory and devices in a folder, which is there whole or not at all.
+"""A saved machine: its memory and devices in a folder that exists whole or not at all.
 
     saved/memory.bin    what QEMU wrote (its migration stream)
     saved/state.json    our description: QEMU, machine type, CPU, accelerator, the definition, the size of memory.bin
     saved/disks.json    how the disks' files looked when all was written to them; it comes last
 
-Decides what belongs to a saved state, what is compared before it is restored, and the order in which it comes and
-goes: nothing is renamed to `saved` before it is complete and synced, and it goes before the guest runs again, because
-memory and disks that do not belong together destroy file systems. Must not know QEMU's commands.
+Decides what belongs to a saved state, what is compared before it is restored, and the order in which it is made and
+removed: nothing is renamed to `saved` before it is complete and synced, and it is removed before the guest runs again,
+because memory and disks that do not belong together destroy file systems. Must not know QEMU's commands.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine starts, with its saved memory where there is some, and is saved: memory and devices to disk and back.
+"""Starting a machine, with its saved memory if there is any, and saving it: memory and devices to disk and back.
 
-Decides the order of it: what can fail comes before the guest stops, a state is whole before QEMU is told to quit, and
-used up before the guest goes on. What belongs to a saved state and what is compared is decided in `saved`.
+Decides the order: what can fail comes before the guest stops, a state is complete before QEMU is told to quit, and
+used up before the guest continues. What belongs to a saved state and what is compared is decided in `saved`.
 """
 
 from __future__ import annotations

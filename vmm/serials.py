@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The serial number by which a guest knows a disk, kept with what the disk is made of.
+"""The serial number by which a guest identifies a disk, kept with the image or device.
 
-Guests find a disk by it (`/dev/disk/by-id` on Linux), so an image that is taken away from a machine and given back, or
-given to another machine, has the number that it had. An image bears it in an extended attribute, where the file system
-has those; that of a device comes from what the device is known by.
+Guests find a disk by it (`/dev/disk/by-id` on Linux), so an image that is removed from a machine and added again, or
+given to another machine, keeps its number. It is kept in an extended attribute of the image, on file systems that
+have those; the number of a device comes from the device's identity.
 
-What an image bears may be written by anybody who may write the image: it is believed only where it could be a serial
+Anybody who can write to an image can write its attribute: it is believed only if it could be a serial
 number, and never twice in one machine.
 """
 

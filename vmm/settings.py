@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a machine that `Manager.create` and `Manager.set` take, as types.
 
-Decides nothing: names and meaning are `spec.MachineSpec`'s, and a test compares the two. It is here so that a type
-checker refuses a misspelt setting and a value of the wrong kind before the program runs.
+Decides nothing: names and meaning are those of `spec.MachineSpec`, and a test compares the two. It exists so that a
+type checker refuses a misspelt setting, or a value of the wrong type, before the program runs.
 """
 
 from __future__ import annotations

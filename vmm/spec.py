@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a machine is: its definition, the limits it keeps, and how it is written down.
 
-Decides the names and meaning of every setting and which settings cannot go together. Pure: nothing here looks at
-files, devices or processes. A definition that was loaded or made is valid; `changed` gives a new one, or InvalidSpec.
+Decides the names and meaning of every setting and which settings exclude each other. Pure: no files, devices or
+processes are examined here. A definition that was loaded or made is valid; `changed` returns a new one, or raises
+InvalidSpec.
 
 The limits are Hyper-V's (Windows Server 2008 R2): two IDE controllers with two units each, four SCSI controllers with
 64 units, no boot from SCSI, eight synthetic and four legacy adapters.

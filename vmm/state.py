@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notes that keeper and worker leave in the runtime folder, so that whoever comes next can go on.
+"""The notes that keeper and worker leave in the runtime folder, so that their successors can continue.
 
-Decides what is written down about running processes. Each file has one writer: `state.json` the worker, `keeper.json`
-the keeper. A process in a note is believed only while its number and its start time fit. Light: the keeper and the
+Decides what is recorded about running processes. Each file has one writer: `state.json` the worker, `keeper.json`
+the keeper. A process in a note is believed only while its number and its start time match. Light: the keeper and the
 command line import it.
 """
 

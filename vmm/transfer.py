@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines on their way to another host: a folder that holds all of one.
+"""Machines on their way to another host: a folder that contains a whole machine.
 
     DIR/vmm-export.json        the definition, the tree of snapshots, and every file with its size; paths are relative
         disks/                 all images in one folder, each naming its parent beside it
@@ -7,8 +7,8 @@
         snapshots/ID/          the folders of the snapshots
         saved/  uefi-vars.fd   memory of a saved machine, UEFI variables
 
-Decides what goes along, and that a folder appears whole or not at all, for nobody else to read. How a machine is made
-of one: `importing`.
+Decides what is exported, and that the folder appears whole or not at all, readable for nobody else. How it becomes a
+machine again is decided in `importing`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters of a running machine: plugged in when it starts, while it runs, and pulled out when it is off.
+"""The adapters of a running machine: plugged in when it starts or while it runs, and unplugged when it is off.
 
 Decides in which order an adapter reaches the switch, QEMU and the definition, and that the machines that use a switch
 start its process again when it dies, and join it again when it was deleted and made anew. Joins `net`, which knows
-switches, with `kvm`, which knows QEMU; neither knows the other. What an adapter is made of: `net.adapter`, imported
-when there is one: a machine without adapters starts without it.
+switches, with `kvm`, which knows QEMU; neither knows the other. What an adapter is made of is decided in
+`net.adapter`, which is imported only if there is one, so a machine without adapters starts without it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk or drive that somebody wishes for, and the disk that a machine gets.
+"""A disk or drive that is requested, and the disk that a machine gets.
 
-Decides what is chosen where nothing was said (controller, place, serial), what a file or device is taken for, and what
-could never start and is therefore refused now: QEMU has no read-only disk on IDE, and an ISO image is no hard disk.
+Decides the defaults (controller, place, serial), what a file or device is taken for, and what
+could never start and is therefore refused now: QEMU has no read-only disk on IDE, and an ISO image is not a hard disk.
 Must not know whether the machine runs.
 """
 

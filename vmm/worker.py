@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker: one process for each running machine, from its start until it is off and everything is put away.
 
-Decides what the control socket offers, what happens after QEMU's end (recovery, or off), how a worker that was killed
-is followed by one that goes on, and how the keeper is watched. What a verb means for QEMU is decided in `running`,
+Decides what the control socket offers, what happens after QEMU ends (recovery, or off), how the successor of a killed
+worker continues, and how the keeper is watched. What a verb means for QEMU is decided in `running`,
 what it means for disks in `plugging`.
 
     python -m vmm.worker MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 
-On the ready descriptor it tells, a JSON object a line, how starting goes: {"progress": ...}, and at last
+On the ready descriptor it reports the progress of starting, one JSON object a line: {"progress": ...}, and at last
 {"result": ...} or {"error": ...}.
 """
 

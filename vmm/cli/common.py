@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs have in common: options, sizes, tables, JSON, and a line that shows how far something is.
+"""What the verbs have in common: options, sizes, tables, JSON, and a line that shows progress.
 
-Decides layout and style, nothing about content. Every text that comes from outside passes `printable`.
+Decides layout and style, nothing about content. Every text that comes from outside passes through `printable`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm console` and `vmm screen`: at a machine's serial console, and a look at its screen.
+"""`vmm console` and `vmm screen`: using a machine's serial console, and seeing its screen.
 
-Decides what people are told when they come and when they leave, and which viewer is started where there is a display.
-How a terminal is joined is in `terminal`.
+Decides what people are told when they connect and leave, and which viewer is started if there is a display.
+How a terminal is connected is decided in `terminal`.
 """
 
 from __future__ import annotations

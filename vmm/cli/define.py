@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`create`, `set` and `delete`: which machines there are and what they are made of.
 
-Decides how options become settings. What can be is `spec`'s decision.
+Decides how options become settings. Which settings are valid is decided in `spec`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`disk add`, `remove`, `change`, `list`, `resize`: a machine's disks, while it runs or not.
 
-Decides how a disk is written in one word: IMAGE[,OPTION=VALUE...]. An image's name may hold commas: what follows one
-is an option only when it looks like one.
+Decides how a disk is written as one argument: IMAGE[,OPTION=VALUE...]. The name of an image may contain commas: the
+text after one is an option only if it looks like one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the command `vmm` begins.
 
-Decides what a Ctrl-C means while Python still imports the rest: the process ends by it, without a traceback, since
-nothing was begun. Imports nothing of ours before that is settled. What it means from then on is in `failure`.
+Decides what a Ctrl-C means while Python is still importing modules: the process ends without a traceback, because
+nothing has been done yet. Imports nothing of ours before that is set up. What it means later is decided in `failure`.
 """
 
 from __future__ import annotations

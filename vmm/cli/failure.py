@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a failure reaches the user: one line on standard error and an exit code that tells the cause.
+"""How a failure reaches the user: one line on standard error, and an exit code for the cause.
 
-Decides the wording around an error. The sentence and the code of a library error come from `vmm.errors`. With `--json`
+Decides the text around an error. The sentence and the code of a library error come from `vmm.errors`. With `--json`
 the line is {"error": {"kind", "exit_code", "message", "problem", "machine", "path", "hint"}}.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vmm host`: what this host is and has, its disks, its default folders, and what starts with it.
 
-Decides how that is shown. Every verb has `--json`, whose documents are the library's facts under their own names.
-What is imported only by one verb is imported in it: `vmm start` reads this module too.
+Decides how this is shown. Every verb has `--json`, whose documents are the library's facts under their own names.
+Modules that only one verb needs are imported in that verb, because `vmm start` reads this module, too.
 """
 
 from __future__ import annotations

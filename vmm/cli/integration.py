@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm agent` and `vmm kvp`: what a machine's guest says of itself, and what the two sides leave for each other.
+"""`vmm agent` and `vmm kvp`: what a machine's guest says about itself, and the items that guest and host exchange.
 
 Decides how this is shown. What it means is in `vmm.guest_access`.
 """

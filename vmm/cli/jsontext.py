@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents as JSON that every reader takes.
+"""Documents as JSON that every program can read.
 
-Decides how that is written for which JSON has no form: bytes of a name that are no UTF-8 become `\\xNN`, as they do
-in what people read, and numbers that are none become null.
+Decides how values without a form in JSON are written: bytes of a name that are not UTF-8 become `\\xNN`, as they do
+in output for people, and NaN and infinities become null.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`start`, `shutdown`, `stop`, `reset`, `pause`, `resume`, `save`: what a machine does next.
 
-Decides how these words become calls. It imports what a start needs and no more: most of a start's time is imports.
+Decides how these commands become calls. It imports only what a start needs, because most of a start's time is imports.
 """
 
 from __future__ import annotations

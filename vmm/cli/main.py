@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vmm`: its verbs, its help, and the one place where it ends.
+"""The command `vmm`: its verbs, its help, and the only place where it exits.
 
-Decides which module each verb is in, so that only that one is imported, and how every failure becomes an exit code.
+Decides which module contains each verb, so that only that one is imported, and how every failure becomes an exit code.
 Verbs only raise.
 """
 

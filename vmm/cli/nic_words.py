@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an adapter is written in one word: SWITCH[,OPTION=VALUE...], and how a bandwidth is.
+"""How an adapter is written as one argument, SWITCH[,OPTION=VALUE...], and how a bandwidth is written.
 
-Decides spelling only; what can be is `spec`'s decision. Imports little: `create` needs it, too.
+Decides spelling only; which values are valid is decided in `spec`. Imports little, because `create` needs it, too.
 """
 
 from __future__ import annotations

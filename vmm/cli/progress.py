@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A line that says how far something is: bytes, rate, and how long it takes from here.
+"""A line that shows progress: bytes, rate, and the remaining time.
 
-Decides what is said and what is left out where the terminal is narrow. Pure but for the clock that it is given.
+Decides what is shown and what is left out on a narrow terminal. Pure, apart from the clock that it is given.
 """
 
 from __future__ import annotations

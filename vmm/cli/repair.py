@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`repair`: a machine that lost sight of its newest image finds it again.
+"""`repair`: helps a machine that has lost track of its newest image to find it again.
 
-Decides how what was found is told, and that it is agreed to. What is wrong and what helps is `vmm.snapshots.repair`'s.
+Decides how the result is reported, and that the user must agree. What is wrong and what helps is decided in
+`vmm.snapshots.repair`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`snapshot ...`: taking snapshots, going back, the tree, deleting, merging.
 
-Decides how the tree is drawn and what is told of a merge. Everything else is `vmm.snapshots`'.
+Decides how the tree is drawn and what is reported about a merge. Everything else is decided in `vmm.snapshots`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This terminal, joined to a machine's console: keys one way, output the other.
+"""This terminal, connected to a machine's console: keys one way, output the other.
 
-Decides how a terminal is made raw and surely given back as it was, which key leaves, when a script's console ends (its
-input is used up and the guest is quiet, a text has come, or the time is over), and that a console whose worker died is
-found again. Must not know what the console is: `connect` gives a connected socket, or fails with a VmmError.
+Decides how a terminal is made raw and reliably restored, which key leaves, when a script's console ends (its
+input is used up and the guest is quiet, a text has appeared, or the time is over), and that a console whose worker
+died is found again. Must not know what the console is: `connect` returns a connected socket, or raises a VmmError.
 """
 
 from __future__ import annotations

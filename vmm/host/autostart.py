@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines that start with the host: the systemd unit, and how it is put in place and taken away.
+"""Machines that start with the host: the systemd unit, and how it is installed and removed.
 
-Decides what stands in the unit and where it lies: for the whole system where root installs it, else for the user's
-own service manager. The unit calls the command line, which does what each machine's automatic start and stop actions
-say (`vmm host autostart --start-machines`, `--stop-machines`); this room does not know machines.
+Decides the content of the unit and where it lies: for the whole system if root installs it, otherwise for the user's
+own service manager. The unit calls the command line, which carries out each machine's automatic start and stop actions
+(`vmm host autostart --start-machines`, `--stop-machines`); this room does not know machines.
 
-A unit is checked by systemd-analyze before it has its name. The stop is a command of the unit and not the kill of its
-processes, so that a machine is saved or shut down first; what is left after that is killed by systemd.
+A unit is checked by systemd-analyze before it gets its name. It is stopped by a command and not by killing its
+processes, so that machines are saved or shut down first; systemd kills what is left after that.
 
 Sources: systemd.service(5), systemd.unit(5), systemd.exec(5), "COMMAND LINES" for the quoting, loginctl(1).
 """

@@ -2,12 +2,12 @@
 """Every block device of this host: what it is, how it is attached, who uses it.
 
 Decides how a device's kind, transport and identity are read from the kernel's own files, and whether it is attached
-directly (DAS) or over a network of storage (SAN). What may be done with a device is not decided here
-(`kvm.passthrough`). Needs no device to be opened, so no rights; everything is read below one root folder, which is
+directly (DAS) or through a storage network (SAN). What may be done with a device is decided in
+`kvm.passthrough`. Opens no device, so it needs no rights; everything is read below one root folder, which is
 another one in the tests.
 
-The identity is what stays the same when the kernel numbers its devices anew: a WWN, a serial number, the id of a
-volume, the file behind a loop device. A device without any has none; its name is never taken for one.
+The identity is what stays the same when the kernel renumbers its devices: a WWN, a serial number, the id of a
+volume, the file behind a loop device. A device without any of these has none; its name never serves as one.
 
 Sources: Linux Documentation/ABI/{stable,testing}/sysfs-block, sysfs-class-* and sysfs-devices-*;
 proc_pid_mountinfo(5) and swapon(8); udev's 60-persistent-storage.rules for the order in which identities are believed.

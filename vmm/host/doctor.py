@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is missing on this host, what stops working without it, and the command that brings it.
+"""What this host lacks, what does not work without it, and the command that installs it.
 
-Decides what vmm can use, in which order it matters, and the words about each. Whether something is there is found out
-by `kernel`, by looking for programs, and by what the accelerator's trial saw; every check may be asked alone and
+Decides what vmm can use, in which order it matters, and how each is described. Whether something is there is found out
+by `kernel`, by looking for programs, and by what the accelerator's trial saw; each check can be run by itself and
 changes nothing. Must not know machines.
 """
 

@@ -2,7 +2,7 @@
 """What this host is: system, processors, memory.
 
 Decides which of the kernel's files say so. Everything is read below one root folder, which is another one in the
-tests; a fact that is not told is None, never made up.
+tests; an unknown fact is None, never a guess.
 
 Sources: os-release(5), proc_cpuinfo(5), proc_meminfo(5), sysfs-devices-system-cpu.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host's kernel lets us do, found out by doing it where that leaves no trace.
+"""What this host's kernel lets us do, found out by trying where that leaves no trace.
 
 Decides how a feature is tried: in a network namespace that ends with the process that made it, with a system call on
-a descriptor that is closed again, by opening a device. What follows from the answers is `doctor`'s matter. Every
-answer is None when the feature works, else why it does not, in words.
+a descriptor that is closed again, by opening a device. What follows from the answers is decided in `doctor`. Every
+answer is None if the feature works, otherwise the reason in words.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), unshare(1), ip-link(8), nft(8).
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which file lies behind a loop device, by its inode: a file may have several names, and none any more.
+"""Which file is behind a loop device, by its inode: a file may have several names, or none any more.
 
-Decides only how that is asked: of the kernel, by the device, where we may open it; else by the name that the kernel
-tells. Must not know what follows from it. Source: loop(4).
+Decides only how this is asked: from the kernel, through the device, if we may open it; otherwise by the name that the
+kernel reports. Must not know what follows. Source: loop(4).
 """
 
 from __future__ import annotations

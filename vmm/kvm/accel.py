@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which accelerator machines get, and the proof that it runs a guest.
 
-Decides between KVM (the processor runs the guest) and TCG (QEMU translates it), and in which words that is reported.
-A device node proves nothing: this room has small guests run. `trial` runs some on /dev/kvm by itself, in a process
-that is killed when it takes too long, and QEMU itself runs one with the accelerator that was chosen.
+Decides between KVM (the processor runs the guest) and TCG (QEMU translates it), and how this is reported.
+The existence of a device node proves nothing, so small guests are run: `trial` runs some on /dev/kvm directly, in a
+process that is killed if it takes too long, and QEMU itself runs one with the chosen accelerator.
 
-KVM is chosen by itself only where it did *every* step of the trial. A KVM that emulates kernel code boots a BIOS
-and boot sectors and then no common 64-bit kernel: there TCG is the better choice, and the user may insist on KVM
-(`wanted="kvm"`), which then needs only the real-mode guest. What was seen is remembered in a file of the runtime
-folder until the kernel is booted again, QEMU or the node's access changes, or the trial itself does.
-No CPU flags are decided here, and none for Hyper-V's interface (`hv_*`): some KVMs make QEMU crash with them.
+KVM is chosen automatically only if it passed *every* step of the trial. A KVM that emulates kernel code boots a BIOS
+and boot sectors, but no common 64-bit kernel: TCG is the better choice there. The user may insist on KVM
+(`wanted="kvm"`), which then needs only the real-mode guest. The result is kept in a file of the runtime
+folder until the host reboots, or QEMU, the node's access rights or the trial itself change.
+Processor flags are not decided here. Those of Hyper-V's interface (`hv_*`) are never set: with some KVMs they make
+QEMU crash.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running guest's memory into a file, with one moment in it at which the disks are exchanged.
+"""Writing a running guest's memory into a file, with the disks exchanged at one moment of it.
 
-Decides how QEMU is told, which of three ways is used, and what is true when one fails:
+Decides how QEMU is told, which of three ways is used, and what state a failure leaves:
 
-    background   stop -> disks -> migrate with background-snapshot: the guest goes on at once, and a page that it is
+    background   stop -> disks -> migrate with background-snapshot: the guest continues at once, and a page that it is
                  about to change is written first (userfaultfd). The memory is that of the stop. The shortest pause
-    switchover   migrate while the guest runs -> it stands still at the end -> disks -> the rest -> it goes on.
+    switchover   migrate while the guest runs -> it stands still at the end -> disks -> the rest -> it continues.
                  The memory is that of the end
-    stop         stop -> disks -> migrate -> it goes on. It stands still for all of it
+    stop         stop -> disks -> migrate -> it continues. It stands still all the time
 
-Background capture is never cancelled and writes into a regular file in which room for everything was taken: in QEMU
+Background capture is never cancelled and writes into a regular file in which all the space is reserved: in QEMU
 7.2 a failed one leaves the guest's memory write-protected, and the guest hangs for good. It needs userfaultfd, by one
 of the rights in `userfault`.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a machine's definition to QEMU's command line. Pure: the same definition and facts give the same words.
+"""From a machine's definition to QEMU's command line. Pure: the same definition and facts give the same command line.
 
 Decides which device a setting becomes, its id, and its place on a bus: saved memory can be restored only into the same
 devices in the same places, so what is here changes only with a new machine type. What a device is called:
@@ -9,7 +9,7 @@ devices in the same places, so what is here changes only with a new machine type
     channels     agent (org.qemu.guest_agent.0), kvp (org.vmm.kvp.0), on the bus serialbus
     chardevs     qmp, serial, agent, kvp
 
-Must not open, bind or start anything: descriptors and paths are facts that it is given.
+Must not open, bind or start anything: it gets descriptors and paths as facts.
 """
 
 from __future__ import annotations

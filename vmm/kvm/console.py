@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's serial console: one hub in the worker that many may watch, and what they need to get there.
+"""A machine's serial console: a hub in the worker to which several watchers can connect, and their way there.
 
-Decides who may type, what somebody who comes later sees of before, how long the log may grow, and what happens to a
-watcher who does not keep up (he misses output and is told so; the guest and the others never wait for him). Must not
+Decides who may type, how much earlier output a new watcher sees, how long the log may become, and what happens to a
+watcher that does not keep up (it misses output and is told so; the guest and the others never wait for it). Must not
 know terminals (vmm/cli/console.py) or why a machine starts and ends.
 
     QEMU's serial.sock  <->  ConsoleHub  ->  console.log, console.log.1          (bounded; the scroll-back)
@@ -11,14 +11,14 @@ know terminals (vmm/cli/console.py) or why a machine starts and ends.
                               watchers
 
 A watcher's line: {"type": "alone" | "shared" | "take" | "never", "scrollback": BYTES}. The answer: {"ok": true,
-"typing": true | false, "machine": NAME} or {"ok": false, "error": ...}. `alone` may type when nobody else does,
-`shared` together with others who share, `take` ends the others' typing. One who may not type still watches.
+"typing": true | false, "machine": NAME} or {"ok": false, "error": ...}. `alone` may type if nobody else does,
+`shared` together with others who share, `take` ends the others' typing. A watcher that may not type still watches.
 
-The hub outlives QEMU's restarts (it connects again) and a worker's death (the log is a file; the next worker opens
-console.sock anew, and watchers come back to it). While no hub is connected QEMU throws the guest's output away.
+The hub survives QEMU's restarts (it connects again) and a worker's death (the log is a file; the next worker opens
+console.sock again, and watchers reconnect). While no hub is connected, QEMU discards the guest's output.
 
-Each start of the machine is marked in the log, and scroll-back goes no further than to the last: who waits for
-"login:" wants this start's.
+Each start of the machine is marked in the log, and scroll-back does not go back beyond the last one: a script that
+waits for "login:" wants that of this start.
 """
 
 from __future__ import annotations

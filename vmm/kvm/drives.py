@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks of a running machine: the server that serves them, the nodes and devices that QEMU makes of them.
+"""The disks of a running machine: the server that serves them, and QEMU's nodes and devices.
 
-Decides the order in which a disk is added, taken away and resized, so that a failure half way leaves it as it was, and
-when it is worth while to let a machine go on whose disks had failed. Must not know machines' states.
+Decides the order in which a disk is added, removed and resized, so that a failure half-way leaves it as it was, and
+when it is worth continuing a machine whose disks had failed. Must not know machines' states.
 
-Adding:   the server takes the image -> QEMU connects (a node) -> a device on a SCSI controller
-Removing: the device (the guest is asked, and agrees) -> the node -> the server gives the image back
-Growing:  QEMU can read -> the chain grows -> QEMU is sent away and comes again, with the new size -> the guest is told
+Adding:   the server opens the image -> QEMU connects (a node) -> a device on a SCSI controller
+Removing: the device (the guest is asked, and agrees) -> the node -> the server closes the image
+Growing:  QEMU can read -> the chain grows -> QEMU is disconnected and connects again, with the new size -> the guest
+          is told
 """
 
 from __future__ import annotations

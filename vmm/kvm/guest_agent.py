@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The integration services that qemu's guest agent offers: heartbeat, what the guest is, shutdown, freezing, time.
 
-Decides which service a question belongs to and refuses it where that is switched off, how long each may take, what a
+Decides to which service a request belongs, and refuses it if that is switched off; how long each may take, what a
 guest's answer may look like, and that file systems never stay frozen. Must not know who asks, or what else QEMU does:
 the worker says when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
 
-INV-THAWED: whoever has a guest freeze sees to the thaw. Only an agent that has just answered is asked to freeze; that
-a thaw is owed is noted before (`owes`), and the note goes when the guest has answered a thaw that was asked for after
-it. Until then it is asked again and again, however long the agent is silent, by the next worker too. An agent answers
-in the order in which it was asked, so a freeze that it finds late comes before that thaw. The caller waits for none of
-this longer than FREEZE_ANSWER_SECONDS and a few seconds before and after.
+INV-THAWED: every freeze is followed by a thaw. Only an agent that has just answered is asked to freeze. Before, it is
+noted that a thaw is owed (`owes`), and the note is removed when the guest has answered a thaw that was requested after
+the freeze. Until then the thaw is requested again and again, however long the agent is silent, by the next worker,
+too. An agent answers in the order of the requests, so a freeze that it reads late comes before that thaw. The caller
+waits for none of this longer than FREEZE_ANSWER_SECONDS and a few seconds before and after.
 
-The guest is not trusted: its answers are looked at field by field, cut to a length, and bounded in number. It is asked
-one thing at a time; what is not answered ends the connection, and the next begins by synchronising (`guest-sync`).
+The guest is not trusted: its answers are checked field by field, cut to a length, and bounded in number. There is one
+request at a time; one that is not answered ends the connection, and the next begins by synchronising (`guest-sync`).
 
-Hyper-V counts names and addresses to the data exchange, so `key_value` switches them. Source of the commands: qga's
-schema in QEMU's documentation (interop/qemu-ga-ref).
+In Hyper-V, names and addresses belong to the data exchange, so `key_value` switches them. Source of the commands:
+qga's schema in QEMU's documentation (interop/qemu-ga-ref).
 """
 
 from __future__ import annotations

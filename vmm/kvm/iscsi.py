@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """LUNs that QEMU itself reaches over the network: what an iscsi:// URL says and how QEMU is told.
 
-Decides how a URL is read, which LUN it names whatever portal it is reached by, and when it must not be given to a
-machine. Pure but for `host_sessions`, which reads where this host itself is logged in. A password never stands in a
-URL, because URLs are stored in a machine's definition and shown: it is in a file whose name stands there.
+Decides how a URL is read, which LUN it names, whatever the portal, and when the LUN must not be given to a
+machine. Pure except for `host_sessions`, which reads where this host itself is logged in. A URL never contains a
+password, because URLs are stored in a machine's definition and shown: it names a file with the password.
 
     iscsi://[USER@]HOST[:PORT]/TARGET/LUN[?password-file=PATH]
 
-While the target does not answer the guest's requests wait and libiscsi connects again and again; no time-out is set,
-because a request that was given up may be done by the target all the same.
+While the target does not answer, the guest's requests wait and libiscsi reconnects again and again; no time-out is
+set, because the target may still carry out a request that was given up.
 
-No claim keeps other hosts from a LUN: that is the target's matter (its access rules, or reservations).
+No claim of ours keeps other hosts away from a LUN: that is up to the target (its access rules, or reservations).
 
 Sources: libiscsi's README (URLs), RFC 3721 (names of targets), RFC 7143, QEMU's BlockdevOptionsIscsi.
 """

@@ -2,8 +2,8 @@
 """The key-value data exchange: small texts that a machine and its host leave for each other.
 
 Decides what an item may be, who may change which pool, how the two sides talk on the machine's virtio port
-`org.vmm.kvp.0`, and that the host has both pools: they are there while the guest is down, and a guest that comes up is
-told the host's items. Must not know what items mean, or who asks on the host.
+`org.vmm.kvp.0`, and that the host keeps both pools: they exist while the guest is down, and a guest that starts is
+sent the host's items. Must not know what items mean, or who asks on the host.
 
     pool "host"     the host sets, the guest reads          pool "guest"    the guest sets, the host reads
 
@@ -18,11 +18,11 @@ A message is a JSON object on a line of its own, at most MAX_LINE_BYTES with its
     anything else                                      -> {"id": ID or null, "ok": false, "error": "why"}
 
 From the host, when an item of its pool changes: {"id": 5, "op": "set", "key": K, "value": V} and {"id": 6, "op":
-"delete", "key": K}, which the guest answers with {"id": 5, "ok": true} when it has taken it. A worker that begins says
-{"op": "hello"}, which asks the guest to say it, too.
+"delete", "key": K}, which the guest answers with {"id": 5, "ok": true} when it has accepted it. A worker that starts
+sends {"op": "hello"}, which asks the guest to do the same.
 
-The guest is not trusted: lines, keys, values and items are bounded (Hyper-V's limits where it has one), a guest that
-does not read is not read from, and what it sets is written to the host's disk at most once a second.
+The guest is not trusted: lines, keys, values and items are bounded (by Hyper-V's limits where there are any), a guest
+that does not read is not read from, and what it sets is written to the host's disk at most once a second.
 """
 
 from __future__ import annotations

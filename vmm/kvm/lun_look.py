@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a LUN holds, as far as it can be told in a moment: for saved memory, which would not fit another content.
+"""What a LUN contains, as far as that can be seen quickly: for saved memory, which would not fit other content.
 
-A target counts no writes, and other hosts may reach it, so its content is looked at: its size, its first 2 MiB, where
-partition tables, volume groups and most file systems have what changes when they are used, and 64 KiB at each power of
-two behind. Reading is left to QEMU's own tool, which speaks iSCSI. Decides what is read and how long it may take; must
-not know what follows from it.
+A target does not count writes, and other hosts may reach it, so samples of its content are compared: its size, its
+first 2 MiB, where partition tables, volume groups and most file systems keep what changes when they are used, and
+64 KiB at each power of two after that. QEMU's own tool, which speaks iSCSI, does the reading. Decides what is read and
+how long it may take; must not know what follows.
 """
 
 from __future__ import annotations

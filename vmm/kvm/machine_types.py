@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The versioned machine types and the processor models that this host's QEMU has.
 
-Decides nothing but which version a family's name stands for today: a machine keeps it for life, because its saved
-memory and its guest's idea of the hardware depend on it.
+Decides only which version a family's name means today: a machine keeps it for life, because its saved
+memory and its guest's view of the hardware depend on it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file with the memory and devices of a machine, as QEMU wrote it (its migration stream).
 
-Decides what such a file must look like at least: that it begins as a migration stream does, and is not shorter than
-what QEMU says that it wrote of the memory. Must not know who writes or reads it, nor where it lies.
+Decides the minimum requirements for such a file: that it begins like a migration stream, and is not shorter than
+the amount of memory that QEMU reports to have written. Must not know who writes or reads it, nor where it lies.
 
-INV-MEMORY-WHOLE: no memory is said to be saved or captured, and none is restored, before its file was looked at here.
+INV-MEMORY-WHOLE: no memory is reported as saved or captured, and none is restored, before its file is examined here.
 
 Source: QEMU's migration/savevm.c (QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION, which is 3 since 2006).
 """

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices of the host, and LUNs, that a machine gets whole.
 
-Decides which device may be given away, how it is claimed and known again, and how QEMU is told. What devices there
+Decides which device may be given away, how it is claimed and recognised, and how QEMU is told. Which devices there
 are, and who uses them, is read by `host.block`.
 
 - INV-DEVICE-CLAIMED: as long as a guest can write to a device, its open file description holds the kernel's exclusive
-  claim (O_EXCL): nobody can mount it, swap to it, or make a file system on it. QEMU alone takes no such claim. The
-  descriptor is opened here and handed to QEMU, so the claim lives as long as the last of both, and needs no rights in
-  QEMU.
-- INV-DEVICE-IDENTITY: what is claimed is what was asked for: the identity is read of the device that is already open,
-  after the claim, and a name like /dev/sdb alone is never enough.
+  claim (O_EXCL): nobody can mount it, swap to it, or make a file system on it. QEMU by itself takes no such claim. The
+  descriptor is opened here and handed to QEMU, so the claim lasts as long as either of them has it, and needs no
+  rights in QEMU.
+- INV-DEVICE-IDENTITY: what is claimed is what was requested: the identity is read from the device that is already
+  open, after the claim, and a name like /dev/sdb alone is never enough.
 
-Refusals are reasons in words, pure over facts, all at once. The claim itself has the last word: a container's mounts
-are in no table that we can read. A LUN has no claim that other hosts would respect: only what this host knows of it,
-and the target's own access rules, keep it to one machine.
+Refusals list all reasons at once and are pure functions of facts. The claim itself is decisive: the mounts of a
+container are in no table that we can read. A LUN has no claim that other hosts would respect: only what this host
+knows about it, and the target's own access rules, keep it to one machine.
 
 Sources: open(2); block/bdev.c of Linux (exclusive claims of a disk and its partitions exclude each other); QEMU's
 qapi/block-core.json (BlockdevOptionsFile, BlockdevOptionsIscsi); RFC 3721 and libiscsi's README (URLs).

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU as a process: whose rights it has, how it is started, and what it said when it ended.
+"""QEMU as a process: which rights it has, how it is started, and what it said when it ended.
 
-Decides which signals QEMU does not hear, and its privileges. It is untrusted: as root it gets a user of the machine's
-own, no capabilities, no way to gain any (no-new-privs), its own system call filter and one of ours (`confined`); where
-the host's /dev/kvm is for root alone it sees one of its own, in a mount namespace of its own, and the host's node
+Decides which signals QEMU ignores, and its privileges. It is untrusted: if we are root, it gets a user of its own, no
+capabilities, no way to gain any (no-new-privs), its own system call filter and one of ours (`confined`). If only root
+may use the host's /dev/kvm, QEMU gets a node of its own in a mount namespace of its own, and the host's node
 stays as it is. Must not know what the command line means.
 """
 

@@ -2,7 +2,7 @@
 """Which QEMU there is: where it lies, its version, what this build of it has.
 
 Decides where QEMU is looked for and what is asked of it before any machine starts. Must not know machines. Everything
-is asked of the program itself with a time limit, and an answer holds for the file it came from (`identity`).
+is asked of the program itself, with a time limit, and an answer is valid for the file from which it came (`identity`).
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 """A conversation with QEMU's monitor, or with the guest agent, which speaks nearly the same.
 
 Decides that every command has a time-out, that failures are errors of ours, and what happens to a connection on which
-an answer is still missing: it is closed, because a late answer must not be taken for another's. The only file that
-knows qemu.qmp. Must not know what the commands mean.
+an answer is still missing: it is closed, because a late answer must not be taken for that to another command. The only
+file that knows qemu.qmp. Must not know what the commands mean.
 
-INV-DESCRIPTOR-NAMED: a descriptor gets the name that it was sent for. QEMU keeps only the newest descriptor that came
-without a name, so one is sent only after the one before has its name (source: chardev/char-socket.c, `read_msgfds`).
+INV-DESCRIPTOR-NAMED: a descriptor gets the name for which it was sent. QEMU keeps only the newest unnamed descriptor,
+so one is sent only after the previous one has its name (source: chardev/char-socket.c, `read_msgfds`).
 
     qmp = await Qmp.connect("/run/vmm/0123456789ab/qmp.sock")
     status = await qmp.execute("query-status")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU, and the libraries in it, say, in words for people.
+"""What QEMU, and the libraries in it, complain about, worded for users.
 
-Decides which of their complaints are known, and what to do about each. One that is not known stays in the log that it
-came in by: whoever reports it names that log. Pure.
+Decides which of their complaints are known, and what to do about each. An unknown one stays in the log in which it was
+found, and the report names that log. Pure.
 
 Sources: complaints of QEMU 7.2 to 10 (`block/iscsi.c`, `softmmu`, `target/i386/cpu.c`), libiscsi's `login.c` and
 `socket.c`, as they were seen.

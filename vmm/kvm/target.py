@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A look at a LUN before a machine has it, by a QEMU without a machine: whether the target has it.
+"""Looking at a LUN before a machine gets it, by a QEMU without a machine: whether the target has it.
 
-Decides how long that may take, and what is sure enough to refuse the LUN for: that the target lets us log in and has
-no such LUN, and that the password is wrong. Anything else may be otherwise when the machine starts: the target may be
-away, and does not know the machine yet that it is to let in.
+Decides how long this may take, and what is certain enough to refuse the LUN: that the target lets us log in and has
+no such LUN, or that the password is wrong. Anything else may be different when the machine starts: the target may be
+away, or may not yet admit the machine's initiator.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drive of a running machine gets another medium or none.
+"""Giving a drive of a running machine another medium, or none.
 
-Decides the order, in which a failure leaves the drive as it was or empty, and never with two media:
+Decides the order, so that a failure leaves the drive as it was, or empty:
 
     the tray opens (the guest may have locked it) -> the new medium is opened -> the old one goes -> the new one comes
     -> the tray closes
 
-Opening and closing is how a guest learns that it is another medium. Must not know where media come from.
+A guest learns from opening and closing that the medium has changed. Must not know where media come from.
 Sources: QEMU's qapi/block.json (blockdev-open-tray and its like), MMC-6 6.18 (a locked tray).
 """
 

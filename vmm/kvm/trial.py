@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the trial guests on /dev/kvm, by KVM's own ioctls: no QEMU, some milliseconds.
 
-Decides how a virtual processor is set up and what its exits mean. What the guests do is `trial_guest`'s matter; what
-follows from the outcome is `accel`'s. A KVM that misbehaves may block its caller, so `accel` runs `main` here in a
+Decides how a virtual processor is set up and what its exits mean. What the guests do is decided in `trial_guest`, what
+follows from the outcome in `accel`. A KVM that misbehaves may block its caller, so `accel` runs `main` in a
 process of its own, which it can kill; `main` answers with one line of JSON on its standard output (the descriptor: the
-library never prints). Imports nothing of ours but the guests and nothing foreign, so that the process starts at once.
+library never prints). Imports only the guests and Python's own modules, so that the process starts quickly.
 
 Sources: Linux Documentation/virt/kvm/api.rst and include/uapi/linux/kvm.h (ABI version 12, fixed since Linux 2.6.22).
 """

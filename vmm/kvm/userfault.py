@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what right a machine's QEMU may protect its guest's memory from writes (userfaultfd), to capture it meanwhile.
+"""Which right lets a machine's QEMU protect its guest's memory from writes (userfaultfd) while capturing it.
 
-Decides which of three ways a machine with background capture goes, the least right first:
+Decides which of three ways a machine with background capture uses, the one with the fewest rights first:
 
     everybody     vm.unprivileged_userfaultfd is 1: QEMU needs nothing
-    device        /dev/userfaultfd, a node of the machine's own, for a QEMU that knows it (8.0 and newer)
+    device        /dev/userfaultfd, a node of the machine's own, for a QEMU that supports it (8.0 and newer)
     capability    CAP_SYS_PTRACE, with which the kernel would let QEMU into every process of the host; `confined` takes
-                  the system calls for that away again
+                  away the system calls for that
 
 Must not know how a right is given. Sources: userfaultfd(2); Linux's Documentation/admin-guide/mm/userfaultfd.rst;
 QEMU's util/userfaultfd.c.

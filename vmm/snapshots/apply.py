@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going back to a snapshot: its configuration, its disks and its memory are the machine's again.
+"""Going back to a snapshot: the machine gets its configuration, its disks and its memory.
 
 The disks are new leaves on the images that the snapshot froze, so the snapshot stays, and another one taken now
-begins a branch. With memory the machine is saved then, and goes on from there when it is started; else it is off.
-What the present state had written since its last snapshot is dropped. The name, the id and the folders of the machine
-stay as they are: they say what and where it is, not how it was.
+begins a branch. If the snapshot has memory, the machine is saved afterwards and continues from it when it is started;
+otherwise it is off. What the present state had written since its last snapshot is dropped. The name, the id and the
+folders of the machine stay as they are: they say what and where it is, not how it was.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be looked at before something is destroyed: before a guest is powered off, before memory is thrown away.
+"""What can be checked before something is destroyed: before a guest is powered off, before memory is thrown away.
 
-Decides what must be there for a snapshot to be applied, and for a machine to start without its saved memory. Looking
-changes nothing and takes no lock, so whoever acts afterwards looks again under his own. What is in use by the machine
-itself is not held against it: it will not be in use then.
+Decides what must be there for a snapshot to be applied, and for a machine to start without its saved memory. The
+checks change nothing and take no lock, so the code that acts afterwards checks again under its own. Use by the machine
+itself is no obstacle, because it will have ended by then.
 
-INV-LOOK-FIRST: a verb that destroys something refuses before that for every reason that can be seen beforehand.
+INV-LOOK-FIRST: a verb that destroys something first refuses for every reason that can be known beforehand.
 
 Must not know how a machine is stopped.
 """

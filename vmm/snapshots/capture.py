@@ -2,17 +2,17 @@
 """Snapshots of a machine that runs, in its worker: memory, devices and all disks of one moment.
 
     lock, journal: prepare   the snapshot's folder, its configuration, a file with room for all the memory
-    (agent: freeze)          only when asked for; thawed in any case
+    (agent: freeze)          only on request; thawed in any case
     the guest stands still   all disks get their new leaves, in one call of their server
-    it goes on               definitions follow; QEMU writes memory in the background
-    all is written           the folder gets its name, and the tree the snapshot: from here on it is there
+    it continues             definitions follow; QEMU writes memory in the background
+    all is written           the folder gets its name, and the tree the snapshot: from here on it exists
 
-Decides the order, and what is left when it ends early: before the disks nothing; after them the guest goes on on its
-new leaves, and the images below, on which no snapshot is, are merged when the machine is off. Killed, the worker's
-follower finishes it (`recover`): QEMU goes on writing by itself. How QEMU is told is `kvm.background`'s
-decision.
+Decides the order, and what an early end leaves: before the disks are exchanged nothing; after that the guest continues
+on its new leaves, and the images below, which belong to no snapshot, are merged when the machine is off. If the worker
+is killed, its successor finishes the snapshot (`recover`), because QEMU goes on writing by itself. How QEMU is told is
+decided in `kvm.background`.
 
-No numpy here: the worker stays small. What needs it is done by the command that asks, or by `fold`.
+No numpy here, so that the worker stays small. What needs it is done by the command that asks, or by `fold`.
 """
 
 from __future__ import annotations

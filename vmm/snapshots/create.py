@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking a snapshot: what is refused, and all of it for a machine that does not run.
+"""Taking a snapshot: what is refused, and the whole of it for a machine that does not run.
 
     off      new leaves for all disks, a copy of the configuration
     saved    the same; the saved memory becomes the snapshot's, too, and the machine stays saved
 
-A machine that runs is `capture`'s, in its worker; what it has in common with these is here.
+A machine that runs is handled by `capture`, in its worker; what both have in common is here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking snapshots away: they leave the tree and their memory goes at once, whatever the machine does meanwhile.
+"""Deleting snapshots: they leave the tree and their memory is removed at once, whatever the machine is doing.
 
-What becomes of the images is the rule's decision; merges wait until the machine is off (`fold`) or somebody asks for
+What becomes of the images is decided by the rule; merges wait until the machine is off (`fold`) or somebody requests
 them.
 """
 

@@ -5,7 +5,7 @@
     before = snapshots.create("before the update")
     snapshots.apply(before.id, discard_current=True)
 
-Decides which verb is for files and which for the machine's worker, and what is refused before anything is done.
+Decides which verbs concern files and which the machine's worker, and what is refused before anything is done.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 
     python -m vmm.snapshots.fold MACHINE-FOLDER RUNTIME-FOLDER
 
-It is started when the machine has been switched off, and after a snapshot of one that is off was deleted. Whoever
-wants to work on the machine ends it (SIGTERM): it puts down what it copied, and the next one goes on from there.
-Killed at any point it leaves what `vhdkit.merge` leaves, which the next one finishes, too. Which merges: the rule
-decides.
+It is started when the machine has been switched off, and after a snapshot of a machine that is off was deleted. A
+command that needs the machine ends it (SIGTERM): it records what it has copied, and the next one continues from there.
+If it is killed, it leaves what `vhdkit.merge` leaves, which the next one finishes, too. The rule decides which merges
+are made.
 """
 
 from __future__ import annotations

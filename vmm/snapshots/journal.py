@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation on a machine's snapshots writes down before it does anything, so that it can be settled when cut.
+"""What an operation on a machine's snapshots records before it acts, so that it can be settled if interrupted.
 
     CreateOff, Apply    new leaves are being made, which no guest has seen
     CreateLive          the same while the guest runs: it may have written to the new leaves
-    Commit              it counts: this definition, saved state and UEFI variables are put in place
-    Delete              these snapshots have left the tree, their folders go
+    Commit              it takes effect: this definition, saved state and UEFI variables are put in place
+    Delete              these snapshots have left the tree, their folders are removed
     MergeOff, MergeLive these layers, newest first, go into the target
 
-Decides what each says, how it is written as JSON, and what is believed of it. A journal is untrusted: whoever can
-write the machine's folder can put anything there, and settling it removes files. So a new leaf lies beside the image
-that it stands on and has a name of vmm's making, and a folder bears a snapshot's id; anything else is damaged. vmm
-0.1.0 wrote the same documents. What is done about a journal is decided in `settle`, and whether a file is really what
-its record says in `proof`. Pure.
+Decides what each says, how it is written as JSON, and what is believed of it. A journal is untrusted: anybody who can
+write to the machine's folder can put anything there, and settling it removes files. So a new leaf must lie beside the
+image on which it stands and have a name as vmm gives it, and a folder must have a snapshot's id as its name; anything
+else is damaged. vmm 0.1.0 wrote the same documents. What is done about a journal is decided in `settle`, and whether a
+file is really what its record says in `proof`. Pure.
 """
 
 from __future__ import annotations

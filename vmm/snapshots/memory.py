@@ -6,10 +6,10 @@
     ID.vsv         which machine they fit: QEMU, machine type, devices, size of the .bin
     ID.nvram       the UEFI variables, where the machine has them
 
-Decides that a folder appears whole or not at all, that room for all the memory is taken before anything is touched
-(QEMU hangs a guest whose background capture meets a full disk), and how memory goes from a saved machine into a
-snapshot and back. A memory file never changes once it is complete, so it has two names rather than two copies where
-it can.
+Decides that a folder appears whole or not at all, that space for all the memory is reserved before anything is touched
+(QEMU hangs a guest if the disk becomes full during its background capture), and how memory goes from a saved machine
+into a snapshot and back. A memory file never changes once it is complete, so it gets a second name instead of a copy
+where possible.
 """
 
 from __future__ import annotations

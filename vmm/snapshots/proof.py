@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file is what a record of ours says that it is, looked at before it is removed, merged or followed.
+"""Whether a file is what a record of ours says, checked before it is removed, merged or followed.
 
-Decides what counts as proof. Records are untrusted, and images are precious: an image is ours to remove when it is a
-regular file beside the image that it stands on, and has the id that was recorded when it was made. A record of vmm
-0.1.0 knows no id: then the name must be one that vmm gives, and the image must really stand on what the record says.
-What fails is listed with the reason, and left. Must not know what is done then.
+Decides what counts as proof (`INV-PROVEN-OURS`). Records are untrusted, and images are precious: an image is ours to
+remove if it is a regular file beside the image on which it stands, and has the id that was recorded when it was made.
+A record of vmm 0.1.0 has no id: in that case the name must be one that vmm gives, and the image must really stand on
+what the record says. What fails is listed with the reason, and left. Must not know what is done afterwards.
 """
 
 from __future__ import annotations

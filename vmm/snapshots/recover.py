@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was cut short while the machine runs, settled by its worker: the one that comes back, or the one that is asked.
+"""What was interrupted while the machine runs, settled by its worker: the one that is started again, or the one asked.
 
-    CreateLive        QEMU goes on writing memory by itself: it is waited for, and the snapshot finished; else the new
-                      leaves that are served are the machine's disks, and there is no snapshot
-    MergeLive         goes on in the disks' server: it is waited for, and what is served then is the machine's disk
-    Delete, MergeOff  settled as when the machine is off: no guest uses what they are about
+    CreateLive        QEMU goes on writing memory by itself: it is waited for, and the snapshot is finished; otherwise
+                      the new leaves that are served are the machine's disks, and there is no snapshot
+    MergeLive         continues in the disk server: it is waited for, and what is served then is the machine's disk
+    Delete, MergeOff  settled as when the machine is off: no guest uses the files concerned
     a backup's note   its images are merged away
 
-Decides that the disks' server has the last word on which image takes a guest's writes, whether QEMU lives or not. The
-journal is this module's from the moment it takes it over; no snapshot or merge begins before it is settled.
+Decides that the disk server is the authority on which image takes a guest's writes, whether or not QEMU lives. From
+the moment at which this module takes over a journal, no snapshot or merge begins before it is settled.
 
-No numpy here: the worker stays small. What needs it is done by the command that asks (`door`).
+No numpy here, so that the worker stays small. What needs it is done by the command that asks (`door`).
 """
 
 from __future__ import annotations

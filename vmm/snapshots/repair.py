@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A machine whose definition names an image that is not its newest: what is found, and what would be done.
 
-    operation   something was cut short: it is settled, as any command does
-    adopt       images stand on the one that the definition names, and nothing else uses them: the newest is taken on
+    operation   something was interrupted: it is settled, as any command does
+    adopt       images stand on the one that the definition names, and nothing else uses them: the newest becomes the
+                machine's disk
     new leaf    the definition names an image that a snapshot keeps: a new leaf is put on it
-    give up     the image that the definition names is missing: one goes on from what is below it, only when asked to
+    give up     the image that the definition names is missing: the one below it becomes the disk, only on request
 
-Decides which image is the newest, and that it is never guessed: where two lead away from an image somebody must say
-which one it is. Nothing is removed or moved here. The machine does not run.
+Decides which image is the newest, and never guesses: if two images stand on the same one, the user must say
+which it is. Nothing is removed or moved here. The machine does not run.
 """
 
 from __future__ import annotations

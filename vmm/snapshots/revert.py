@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recovery action `revert`: a machine whose QEMU died goes back to the snapshot that it came from, and on from it.
+"""The recovery action `revert`: a machine whose QEMU died returns to the snapshot it was based on and continues there.
 
     python -m vmm.snapshots.revert MACHINE-FOLDER
 
 Started by the worker of a machine that crashed, as the last thing it does; waits until the machine is off. Decides how
-often that makes sense. What going back means is decided in `apply`, starting in `manager`.
+often this is done. How a machine goes back is decided in `apply`, how it starts in `manager`.
 """
 
 from __future__ import annotations

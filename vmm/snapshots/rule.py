@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delete rule: which image goes, which is merged into which, which stays. A pure function over files.
 
-The rule is Hyper-V's. Dependants of an image are files that stand on it, whoever made them. An image that no snapshot
-froze, that the machine does not write to, and that no other machine uses, is judged by how many it has:
+The rule is Hyper-V's. The dependants of an image are the files that stand on it, whoever made them. For an image that
+no snapshot froze, to which the machine does not write and that no other machine uses, their number decides:
 
-    none           it is removed now, when it was made for this machine; a user's own image is never removed
+    none           it is removed now if it was made for this machine; a user's own image is never removed
     exactly one    that one is merged down INTO it, and takes its place under its name:
 
                        A <- (B) <- C        B was deleted        A <- B'        B' reads as C did
@@ -12,13 +12,13 @@ froze, that the machine does not write to, and that no other machine uses, is ju
 
     two or more    it stays, hidden: two merges would need the space twice. It is judged again when one of them goes
 
-What stands on an image that the machine writes to may be newer than its definition (`repair`): it stays as it is.
+What stands on an image to which the machine writes may be newer than its definition (`repair`): it stays as it is.
 
-So nothing is ever merged into an image that anybody still needs as it is. Merges follow each other in one step: where
-(B) and (C) both are deleted, D goes into B.
+So nothing is ever merged into an image that anything still needs as it is. Merges are combined into one step: if
+(B) and (C) are both deleted, D goes into B.
 
-`INV-DELETE-RULE`: whatever is done by a plan, every frozen image, the one written to, and everything on top of foreign
-images reads the same bytes, under the paths that `Tree.merged` says; only images that are `ours` are removed.
+`INV-DELETE-RULE`: whatever a plan does, every frozen image, the one written to, and everything on top of foreign
+images reads the same bytes, under the paths that `Tree.merged` gives; only images that are `ours` are removed.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation was in the middle of when it was cut short: finished, or taken back.
+"""What becomes of an interrupted operation when the machine is off: it is finished, or taken back.
 
-    CreateOff, Apply    the new leaves were never used: they go, and so do unfinished folders
+    CreateOff, Apply    the new leaves were never used: they are removed, and so are unfinished folders
     CreateLive          the guest may have written to the new leaves: they are the machine's disks now, and the images
-                        below them, on which no snapshot is, are merged when it is off
-    Commit              put in place again what it says
-    Delete              the folders that are left go
-    MergeOff            when its data is complete it is finished; else it goes on at the next chance
+                        below them, which belong to no snapshot, are merged when it is off
+    Commit              what it says is put in place again
+    Delete              the remaining folders are removed
+    MergeOff            if its data is complete it is finished; otherwise it continues at the next opportunity
     MergeLive           the newest image in the line that the merge left is the machine's disk
     the note of a backup    the new images are the machine's disks, as after CreateLive
 
-Decides nothing about images that are not in the journal, and removes none that holds something. The machine does not
-run, and nobody else is at its tree. What runs is settled by its worker (`recover`).
+Decides nothing about images that are not in the journal, and removes none that contains anything. The machine does not
+run, and its tree is locked. The operations of a running machine are settled by its worker (`recover`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A snapshot and an image of a machine's tree, as values and as JSON.
 
-Decides what is written down of each, and what is believed of what was: paths are absolute, ids are ids, a snapshot's
-folder bears its id. Pure: nothing here looks at files.
+Decides what is recorded about each, and what is believed of a record: paths must be absolute, ids must be ids, and a
+snapshot's folder must have its id as its name. Pure: no files are examined here.
 """
 
 from __future__ import annotations

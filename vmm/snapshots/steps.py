@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps that taking and applying a snapshot have in common: new leaves, the one moment at which it counts,
-tidying.
+"""The steps that taking and applying a snapshot have in common: new leaves, the moment at which it takes effect,
+and tidying up.
 
-    journal: prepare     new images and folders are made; whatever ends here is taken back
-    journal: commit      it counts: definition, saved memory and UEFI variables are put in place, any number of times
-    no journal           what nobody needs any more goes, as the rule says
+    journal: prepare     new images and folders are made; an operation that ends here is taken back
+    journal: commit      it takes effect: definition, saved memory and UEFI variables are put in place, repeatably
+    no journal           what is no longer needed is removed, as the rule says
 
-Decides what a new leaf is called and how a disk's definition changes with it. A new leaf lies beside the image that it
-stands on, as Hyper-V 2008 R2 puts it: whoever opens that image for writing looks there for children, and is refused.
+Decides what a new leaf is called and how a disk's definition changes with it. A new leaf lies beside the image on
+which it stands, as with Hyper-V 2008 R2: programs of ours that open that image for writing look there for children,
+and refuse.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 """A machine's tree of snapshots on disk: one file, one lock, and the note of the process that merges.
 
     MACHINE-FOLDER/snapshots.json        the tree and its journal (`tree`), replaced as a whole
-                   .snapshots.lock       held (flock) by whoever changes it, for as long as that takes
-                   merging.json          who merges, and how far it is (`fold`)
+                   .snapshots.lock       held (flock) by the process that changes it, for as long as that takes
+                   merging.json          which process merges, and how far it is (`fold`)
     SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what it belongs to
 
-Decides who may change a tree: one at a time, and whoever wants to gets a merge in the background out of the way, which
-goes on later. Light: starting a machine comes by here.
+Decides who may change a tree: one process at a time, which first stops a merge in the background; that continues
+later. Light: starting a machine uses this.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else needs a machine's images: files that stand on them, and other machines that use them.
+"""What else needs a machine's images: files that stand on them, and other machines that use them.
 
 Decides where dependants are looked for: beside the images, in every folder in which any registered machine or snapshot
-has images, and in those that it allows parents in. What is done about them is the rule's decision.
+has images, and in those in which it allows parents. What is done about them is decided by the rule.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of a machine's snapshots, as a value: which there are, what they stand on, where the machine is now.
+"""The tree of a machine's snapshots, as a value: the snapshots, the images they stand on, where the machine is now.
 
     base.vhd <- base_1.avhd <- base_3.avhd            images: each stands on the one to its left
        |            |              '-- the machine writes here ("now")
        |            '-- frozen by snapshot B
        '-- frozen by snapshot A                       tree: A <- B <- now
 
-Decides what a snapshot is, how names are chosen and found, and what happens to the tree when a snapshot comes, goes,
-or is gone back to. An image that a snapshot froze is never written again, so a snapshot's disks are the paths of such
-images. `images` are those that a merge may fill: made for this machine (`ours`: it may be removed, too), or a user's
-own that a snapshot froze. Pure: nothing here looks at files.
+Decides what a snapshot is, how names are chosen and found, and what happens to the tree when a snapshot is taken,
+deleted or applied. An image that a snapshot froze is never written again, so a snapshot's disks are the paths of such
+images. `images` are those that a merge may fill: made for this machine (`ours`: it may also be removed), or a user's
+own that a snapshot froze. Pure: no files are examined here.
 """
 
 from __future__ import annotations
