@@ -59,8 +59,8 @@ class _WriteLock:
 class Disk:
     """An open disk. Close it, or use it in a `with` block: closing flushes.
 
-    One that is dropped without being closed gives its files and locks back when it is collected, with a
-    ResourceWarning; what was written since the last flush is lost then, as in a power cut.
+    If it is garbage-collected without having been closed, its files and locks are released, with a
+    ResourceWarning; what was written since the last flush is lost, as in a power cut.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -125,14 +125,14 @@ class Disk:
             self._read_sectors(offset_bytes // SECTOR_SIZE, view)
 
     def try_read_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """As `read_into` when no device has to be waited for; False (and `buffer` undefined) when one may.
+        """As `read_into` if this need not wait for a device; otherwise False, and `buffer` is undefined.
 
         Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed, InvalidArgument.
         """
         return self.try_read_flat(offset_bytes, _flat(buffer, writable=True))
 
     def try_read_flat(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """`try_read_into` for the quickest of callers, whose buffer is one row of bytes."""
+        """`try_read_into` for fast callers, whose buffer is one row of bytes."""
         size = len(buffer)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -141,7 +141,7 @@ class Disk:
         return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
     def _read_unaligned(self, offset: int, view: memoryview) -> None:
-        """Whole sectors go straight into the caller's buffer, the edges through one sector of our own."""
+        """Read whole sectors straight into the caller's buffer, and the edges through a sector of our own."""
         end = offset + len(view)
         inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
         if inner_end > inner_start:
@@ -196,14 +196,14 @@ class Disk:
             self.chain.flush()
 
     def try_write(self, offset_bytes: int, data: memoryview) -> bool:
-        """As `write` of whole sectors, unless it would wait for another writer or for a flush: False, nothing done.
+        """As `write` of whole sectors; if it would wait for another writer or a flush, False, and nothing is done.
 
         Raises as `write` does.
         """
         return self.try_write_flat(offset_bytes, _flat(data))
 
     def try_write_flat(self, offset_bytes: int, data: memoryview) -> bool:
-        """`try_write` for the quickest of callers, whose data is one row of bytes."""
+        """`try_write` for fast callers, whose data is one row of bytes."""
         size = len(data)
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
@@ -234,7 +234,7 @@ class Disk:
             self.chain.write(whole_sectors(inner_start), view[inner_start - offset : inner_end - offset])
 
     def write_zeroes(self, offset_bytes: Size, size_bytes: Size, *, fua: bool = False) -> None:
-        """Make a range read as zeros, cheaply where that is possible. Raises as `write` does."""
+        """Make a range read as zeros, without writing them where possible. Raises as `write` does."""
         offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
@@ -249,7 +249,7 @@ class Disk:
             self.chain.flush()
 
     def trim(self, offset_bytes: Size, size_bytes: Size, *, fua: bool = False) -> None:
-        """Say that a range is no longer needed: whole sectors the leaf owns read as zeros, the rest stays.
+        """Discard a range: whole sectors that the leaf owns read as zeros afterwards, the rest stays.
 
         Raises OutOfRange, ReadOnly, IoFailed, SyncFailed, InvalidArgument.
         """
@@ -271,7 +271,7 @@ class Disk:
         self.chain.flush()
 
     def known_holes(self, offset_bytes: int, size_bytes: int) -> list[tuple[int, int, bool]]:
-        """The range as (offset, size, certainly zeros that nobody owns), by what is known without reading anything.
+        """The range as (offset, size, True if it is certainly zeros that no layer owns), without reading anything.
 
         Coarser than `extents`, and never waits. The range lies inside the disk and is not empty.
         """
@@ -292,17 +292,17 @@ class Disk:
 
     @property
     def layer_ids(self) -> tuple[str | None, ...]:
-        """The unique id of each layer, leaf first, as people write it; None for a raw one."""
+        """The unique id of each layer as text, leaf first; None for a raw one."""
         ids = (layer.unique_id for layer in self.chain.layers)
         return tuple(None if one is None else str(uuid.UUID(bytes=one)) for one in ids)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What opening the images noticed, leaf first, as that a parent was written after its child was made."""
+        """What opening the images found, leaf first, such as a parent that was written to after its child was made."""
         return tuple(one for layer in self.chain.layers for one in getattr(layer, "findings", ()))
 
     def zeroes_are_fast(self) -> bool:
-        """True when `write_zeroes` gives space back instead of writing zeros."""
+        """True if `write_zeroes` releases space instead of writing zeros."""
         return self.chain.leaf.store.punches()
 
     def extents(
@@ -436,7 +436,7 @@ def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
 
 @checked
 def open_disk(path: AnyPath, *, writable: bool = False, options: OpenOptions | None = None) -> Disk:
-    """Open an image and, when it is differencing, all its parents, as one disk.
+    """Open an image and, if it is differencing, all its parents, as one disk.
 
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage, ImageInUse, HasChildren,
     ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open and nothing was changed; but a writable

@@ -113,14 +113,14 @@ def quoted(path: str) -> str:
 
 
 class InvalidArgument(VhdkitError):
-    """The caller asked for something that cannot be: a bad size, a bad option, two that exclude each other."""
+    """The caller asked for something impossible: a bad size, a bad option, two that exclude each other."""
 
     errno = errnos.EINVAL
     exit_code = 2
 
 
 class DiskClosed(InvalidArgument):
-    """The disk was closed, by this thread or another one, or belongs to the process that this one is a fork of."""
+    """The disk was closed, by this thread or another one, or it belongs to the process of which this one is a fork."""
 
     errno = errnos.EBADF
 
@@ -156,7 +156,7 @@ class AccessDenied(VhdkitError):
 
 
 class UnsupportedFormat(VhdkitError):
-    """A file that is no disk image vhdkit reads."""
+    """A file that is not a disk image vhdkit can read."""
 
     errno = errnos.ENOTSUP
 
@@ -172,7 +172,7 @@ class SyncFailed(IoFailed):
 
 
 class Cancelled(VhdkitError):
-    """Somebody asked to stop work under way; everything reads as before."""
+    """Work in progress was stopped on request; everything reads as before."""
 
     errno = errnos.ECANCELED
     exit_code = 130

@@ -36,9 +36,9 @@ class ExtentKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A run of sectors with one answer.
+    """A run of sectors of one kind.
 
-    `layer_index` counts from the leaf (0); -1 where no layer of the chain owns the run.
+    `layer_index` counts from the leaf (0); -1 if no layer of the chain owns the run.
     `store_offset_bytes` is where a DATA run begins in that layer's file, else None.
     """
 

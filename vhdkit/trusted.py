@@ -34,7 +34,7 @@ _KNOWN_KEYS = {"parent_dirs"}
 
 @dataclass(frozen=True, slots=True)
 class TrustedFolder:
-    """A folder that parents may lie in. `source` says who allows it: the variable's name, or the file's path."""
+    """A folder in which parents may lie. `source` says what allows it: the variable's name, or the file's path."""
 
     path: str
     source: str
@@ -57,8 +57,8 @@ class TrustedFolders:
 def trusted_parent_dirs() -> TrustedFolders:
     """The folders that `VHDKIT_PARENT_DIRS` and the configuration files of the user and the system name.
 
-    A file is believed when it, its folder and all folders above belong to root or this user and nobody else may write
-    to them. What is not believed, not understood, or no absolute path is ignored, and told in `findings`.
+    A file counts if it, its folder and all folders above belong to root or this user, and nobody else may write
+    to them. Files that do not count, errors in them, and relative paths are ignored, and reported in `findings`.
     """
     folders: list[TrustedFolder] = []
     findings: list[Finding] = []

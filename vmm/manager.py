@@ -70,11 +70,11 @@ LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
 
 @dataclass(frozen=True, slots=True)
 class MachineInfo:
-    """A machine as `list` and `show` tell it. `problem` says why nothing more is known of it.
+    """A machine as `list` and `show` report it. `problem` says why nothing more is known about it.
 
-    `copy_of` is the machine that has the same id, of which this one is a copied folder: nothing can be done with it
-    before `new_id`. `spec` is the definition, `running` the one that it runs with; what they differ in holds from the
-    next start on (`at_next_start`).
+    `copy_of` is the machine with the same id, of which this one is a copied folder: it must get an id of its own
+    (`new_id`) before anything else. `spec` is the definition, `running` the one with which it runs; the differences
+    take effect at the next start (`at_next_start`).
     """
 
     name: str
@@ -94,7 +94,7 @@ class MachineInfo:
 
     @property
     def at_next_start(self) -> dict[str, object]:
-        """The settings that are others from the next start on, with their new values; none of what does not run."""
+        """The settings that change at the next start, with their new values; empty if the machine does not run."""
         if self.spec is None or self.running is None:
             return {}
         before, after = self.running.model_dump(mode="json"), self.spec.model_dump(mode="json")
@@ -120,7 +120,7 @@ class Manager:
         return registry.names()
 
     def machines(self, *, guest: bool = False) -> list[MachineInfo]:
-        """All machines; `guest` asks their agents, too. One that cannot be looked at is there, with its problem."""
+        """All machines; `guest` asks their agents, too. One that cannot be examined is listed with its problem."""
         ids = AllIds()
         return [self._info_or_problem(name, ids, guest=guest) for name in registry.names()]
 
@@ -161,7 +161,7 @@ class Manager:
         )
 
     def state(self, name: str) -> MachineState:
-        """What a machine is doing. Raises NotFound, TimedOut."""
+        """The state of a machine. Raises NotFound, TimedOut."""
         return MachineState(contact.state_of(Place.of(name))["state"])
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -169,11 +169,11 @@ class Manager:
         return read_events(Place.of(name).machine.events)
 
     def follow_events(self, name: str, *, past: bool = False) -> Iterator[dict[str, Any] | None]:
-        """What happens to a machine (with `past`: what happened, too) until it is deleted; None now and then."""
+        """Each new event of a machine, with `past` after the earlier ones, until it is deleted; sometimes None."""
         return follow_events(Place.of(name).machine.events, past=past)
 
     def log_path(self, name: str, log: LogName) -> str:
-        """Where a program's log lies; it may not be there yet."""
+        """The path of a program's log, which may not exist yet."""
         machine = Place.of(name).machine
         return machine.console_log if log == "console" else machine.log(log)
 
@@ -193,7 +193,7 @@ class Manager:
         folder: str | None = None,
         **settings: Unpack[MachineSettings],
     ) -> MachineInfo:
-        """Define a machine; `settings` are those of `MachineSpec`, `folder` where its own folder is made.
+        """Define a machine; `settings` are those of `MachineSpec`; its own folder is made in `folder`.
 
         `adapters` have settings of `AdapterSpec`; one without a MAC address gets one from the host's pool.
 
@@ -223,7 +223,7 @@ class Manager:
         return self.show(name)
 
     def set(self, name: str, /, **settings: Unpack[ChangedSettings]) -> bool:
-        """Change settings of `MachineSpec`; True when it takes effect only with the next start.
+        """Change settings of `MachineSpec`; True if the change takes effect only at the next start.
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
         """
@@ -253,7 +253,7 @@ class Manager:
     def new_id(self, name: str) -> NewId:
         """Make a machine of its own out of a copied folder, which is off. See `NewId` for what becomes of its disks.
 
-        Raises WrongState for a machine that is no copy.
+        Raises WrongState for a machine that is not a copy.
         """
         from vmm.new_id import give_new_id
 
@@ -311,10 +311,10 @@ class Manager:
         return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
 
     def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
-        """Remove a machine, its saved state and logs; with its images, those of its snapshots too, where asked for.
+        """Remove a machine, its saved state and logs; on request also its images and snapshots.
 
-        Never a parent that was not the machine's own. Raises WrongState while it runs or, unless `with_snapshots`, has
-        snapshots, and nothing is removed then.
+        Parents that are not the machine's own always stay. Raises WrongState, before anything is removed, while it
+        runs or, unless `with_snapshots`, has snapshots.
         """
         with contact.changing(name) as (machine, _):
             plan = self._plan_delete(machine, with_disks=with_disks, with_snapshots=with_snapshots)
@@ -347,46 +347,46 @@ class Manager:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self, name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> MachineState:
-        """Start a machine, with its saved memory where there is some. Raises WrongState, InUse, what is missing."""
+        """Start a machine, with its saved memory if any. Raises WrongState, InUse, and for what is missing."""
         return MachineState(contact.start(name, discard_saved=discard_saved, progress=progress)["state"])
 
     def shutdown(
         self, name: str, *, timeout_seconds: float = SHUTDOWN_SECONDS, progress: Progress | None = None
     ) -> None:
-        """Have the guest shut itself down, and wait. Raises TimedOut when it does not, WrongState."""
+        """Have the guest shut itself down, and wait. Raises TimedOut if it does not, WrongState."""
         self._call_until_off(name, "shutdown", progress, seconds=timeout_seconds)
 
     def stop(self, name: str, *, progress: Progress | None = None) -> None:
-        """Power off. Raises WrongState when it is off."""
+        """Power off. Raises WrongState if it is off."""
         self._call_until_off(name, "stop", progress)
 
     def save(self, name: str, *, progress: Progress | None = None) -> None:
-        """Memory and devices to disk, then off. Raises WrongState, NoSpace; then the machine goes on."""
+        """Save memory and devices to disk, and power off. After WrongState or NoSpace the machine runs on."""
         self._call_until_off(name, "save", progress)
 
     def stop_with_host(self, name: str, *, progress: Progress | None = None) -> str:
-        """What its automatic stop action says, and what follows where that fails; what was done, in words.
+        """Carry out its automatic stop action, or the next one if that fails; returns what was done, in words.
 
-        Joins what a signal to its processes has begun already. Raises WrongState when it is off.
+        If a signal to its processes has begun this already, waits for that. Raises WrongState if it is off.
         """
         done: str = self._call(name, "leave", progress)["done"]
         contact.wait_put_away(Place.of(name))
         return done
 
     def reset(self, name: str) -> None:
-        """As the reset button."""
+        """Press the reset button."""
         self._call(name, "reset")
 
     def pause(self, name: str) -> None:
-        """Stand still."""
+        """Stop the processors until `resume`."""
         self._call(name, "pause")
 
     def resume(self, name: str) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         self._call(name, "resume")
 
     def discard_saved(self, name: str) -> None:
-        """Throw a saved machine's memory away. Raises WrongState where there is none."""
+        """Discard a saved machine's memory. Raises WrongState if there is none."""
         with contact.changing(name, stop_merge=False) as (machine, _):
             if not saved.is_saved(machine.paths):
                 raise WrongState("is not saved", machine=name)
@@ -396,19 +396,19 @@ class Manager:
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, **settings: Any) -> AdapterSpec:
-        """Give a machine an adapter, at once when it runs. Raises InvalidSpec, NotFound, AlreadyExists, NoSpace."""
+        """Give a machine an adapter, at once if it runs. Raises InvalidSpec, NotFound, AlreadyExists, NoSpace."""
         from vmm import adapters
 
         return adapters.add(name, settings)
 
     def remove_adapter(self, name: str, adapter_id: str) -> AdapterSpec:
-        """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut when the guest keeps it."""
+        """Remove an adapter, at once if the machine runs. Raises NotFound, TimedOut if the guest keeps it."""
         from vmm import adapters
 
         return adapters.remove(name, adapter_id)
 
     def change_adapter(self, name: str, adapter_id: str, **settings: Any) -> AdapterSpec:
-        """Other settings for an adapter; of a running machine rules, limits and the link. Raises WrongState."""
+        """Change an adapter; while the machine runs only its rules, limits and link. Raises WrongState."""
         from vmm import adapters
 
         return adapters.change(name, adapter_id, settings)
@@ -416,7 +416,7 @@ class Manager:
     # -- disks --------------------------------------------------------------------------------------------------------
 
     def add_disk(self, name: str, wish: DiskWish) -> DiskSpec:
-        """Give a machine a disk; a running one on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
+        """Give a machine a disk; if it runs, on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
         with contact.changing(name) as (machine, client):
             saved.refuse_when_saved(machine.paths, name, "adding a disk")
             if client is not None and wish.controller is None and wish.kind != "iso":
@@ -434,7 +434,7 @@ class Manager:
         return disk
 
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
-        """Take a disk away from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
+        """Remove a disk from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
         with contact.changing(name) as (machine, client):
             disk = find_disk(machine, disk_id)
             saved.refuse_when_saved(machine.paths, name, "removing a disk")
@@ -448,10 +448,10 @@ class Manager:
         return disk
 
     def change_medium(self, name: str, drive_id: str, path: str | None, *, force: bool = False) -> DiskSpec:
-        """Put another medium into a drive, or none (None), whatever the machine does; the drive as it is then.
+        """Put another medium, or none, into a drive, in any state of the machine; returns the changed drive.
 
-        `force`: a running guest that has locked the drive loses its medium all the same. A saved guest finds that its
-        medium was changed when it goes on. Raises NotFound, InvalidSpec, WrongState, Refused for a locked drive.
+        `force`: take the medium out even if a running guest has locked the drive. A saved guest notices the change
+        when it continues. Raises NotFound, InvalidSpec, WrongState, Refused for a locked drive.
         """
         with contact.changing(name, stop_merge=False) as (machine, client):
             drive = find_disk(machine, drive_id)
@@ -475,7 +475,7 @@ class Manager:
         return changed
 
     def resize_disk(self, name: str, disk_id: str, size_bytes: int, *, shrink: bool = False) -> int:
-        """Give a disk another size; the size it has then. Smaller only with `shrink`, and when the machine is off.
+        """Resize a disk; returns its new size. It gets smaller only with `shrink`, and while the machine is off.
 
         Raises StoreFailed, WrongState, InvalidSpec.
         """
@@ -492,7 +492,7 @@ class Manager:
             return resize_image(disk, size_bytes, shrink=shrink)
 
     def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
-        """The disks of a machine: (disk, size in bytes, what is wrong with it)."""
+        """The disks of a machine: (disk, size in bytes or None, problem or None)."""
         rows: list[tuple[DiskSpec, int | None, str | None]] = []
         for disk in contact.look(name).spec.disks:
             try:
@@ -534,9 +534,9 @@ class Manager:
     def repair(
         self, name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
     ) -> list[RepairStep]:
-        """Take on the newest images of a machine that does not run; what was found, and done unless `dry_run`.
+        """Find the newest images of a machine that does not run; unless `dry_run`, make them its disks.
 
-        `leaf` says which one is the newest where that cannot be told; `give_up_missing` goes on without one that is
+        `leaf` names the newest one if there are several candidates; `give_up_missing` continues without one that is
         lost. Raises WrongState while it runs, NotFound, InUse, StoreFailed.
         """
         from vmm.snapshots.repair import repair

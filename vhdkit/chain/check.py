@@ -25,9 +25,9 @@ from vhdkit.store import FileStore, opened_again
 
 @checked
 def check(path: AnyPath, *, options: OpenOptions | None = None, progress: Progress | None = None) -> list[Finding]:
-    """Examine an image and all its parents, leaf first; an empty list means nothing to say.
+    """Examine an image and all its parents, leaf first; an empty list means that nothing was found.
 
-    `progress` is told of a layer more when it comes to it: parents are found on the way.
+    `progress` gets a larger total with each layer, because parents are found on the way.
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
     with the images is a finding. Nothing is changed.
     """

@@ -48,7 +48,7 @@ _MIN_HOLE_BYTES = 64 * KIB  # a shorter hole in a fixed or raw image costs more 
 
 @dataclass(frozen=True, slots=True)
 class CompactResult:
-    """What compacting did, or would do. Sizes in bytes; `allocated` leaves out the file's holes.
+    """What compacting did, or would do. Sizes in bytes; `allocated` does not count the file's holes.
 
     `punched_bytes` are zeros that became holes (fixed and raw images).
     """
@@ -73,8 +73,9 @@ def compact(
 ) -> CompactResult:
     """Drop blocks of zeros, fill the gaps and cut the file, or punch holes; `dry_run` only says what it would do.
 
-    At any cut or Ctrl-C the disk reads as before, and compacting again goes on. Raises what opening the chain
-    raises, ImageInUse when anybody has the image open, InvalidArgument for a device, NoSpace, IoFailed, SyncFailed.
+    After a power cut or Ctrl-C at any moment the disk reads as before, and compacting can be repeated. Raises what
+    opening the chain raises, ImageInUse if the image is open anywhere, InvalidArgument for a device, NoSpace,
+    IoFailed, SyncFailed.
     """
     if dry_run:
         return _compacted(path, options, True, progress)

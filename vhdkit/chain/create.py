@@ -50,8 +50,8 @@ def create_image(
 ) -> int:
     """Create an image of zeros; returns its virtual size in bytes.
 
-    `preallocate` sets the space of a fixed or raw image aside. `azure` makes a fixed VHD whose size is rounded up
-    to whole MiB, as Azure wants it. Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
+    `preallocate` reserves the space of a fixed or raw image. `azure` makes a fixed VHD whose size is rounded up
+    to whole MiB, as Azure requires. Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
     """
     size_bytes, block_size_bytes = byte_size("size_bytes", size_bytes), byte_size("block_size_bytes", block_size_bytes)
     disk_format = DiskFormat(disk_format)
@@ -162,7 +162,7 @@ def create_child(
 ) -> int:
     """Create an empty differencing image on `parent_path`; returns its virtual size in bytes.
 
-    The whole chain below must open and is held while the child is made, so nobody writes to it meanwhile. The
+    The whole chain below must open and is locked while the child is made, so nobody writes to it meanwhile. The
     child has the parent's size unless a larger one is given, and the parent's block size.
     Raises what opening the parent raises, and what `create_image` raises.
     """

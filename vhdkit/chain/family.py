@@ -49,8 +49,8 @@ def chain_paths(path: AnyPath, *, options: OpenOptions | None = None) -> list[st
 def chain_held(path: AnyPath, *, options: OpenOptions | None = None) -> Iterator[list[str]]:
     """The real paths of an image and all that it stands on, leaf first; none is written to meanwhile.
 
-    For programs that copy the files as they are. Raises InvalidArgument where a change to one of them did not finish,
-    so that the file alone is not what the image reads as, ImageInUse, and what opening the chain raises.
+    For programs that copy the files as they are. Raises InvalidArgument if a change to one of them did not finish,
+    so that the file alone does not have the image's content, ImageInUse, and what opening the chain raises.
     """
     layers = open_layers(path, options=options)
     try:
@@ -70,7 +70,7 @@ def chain_held(path: AnyPath, *, options: OpenOptions | None = None) -> Iterator
 
 @checked
 def image_id(path: AnyPath) -> str | None:
-    """The unique id of an image, 8-4-4-4-12, by which its children and records know it; None where it has none.
+    """The unique id of an image, 8-4-4-4-12, by which its children and records refer to it; None if it has none.
 
     Raises NotFound and what reading the image raises.
     """
@@ -81,10 +81,10 @@ def image_id(path: AnyPath) -> str | None:
 
 @checked
 def mark_parents(path: AnyPath, *, options: OpenOptions | None = None) -> list[Finding]:
-    """Leave the mark of each image of a chain at its parent in another folder, as whoever makes a child does.
+    """Leave a mark for each image of a chain whose parent is in another folder, as is done when a child is made.
 
-    For programs that take over images which others made: from then on no parent is changed by accident. Returns what
-    could not be marked. Raises what opening the chain raises.
+    For programs that take over images of other programs: from then on vhdkit does not change the parents. Returns
+    what could not be marked. Raises what opening the chain raises.
     """
     layers = open_layers(path, options=options)
     found = []
@@ -109,9 +109,9 @@ def find_children(
 ) -> dict[str, list[str]]:
     """For each image, by the path given, the real paths of the images that stand on it.
 
-    They are looked for beside each image and in `folders`; each file is looked at once, and damaged ones are passed
-    over. With `everywhere` they are looked for as before an image is opened for writing: also above it, among those
-    that `options` names, and wherever children left their marks; what is marked and cannot be looked at counts then.
+    They are looked for beside each image and in `folders`; each file is examined once, and damaged ones are
+    skipped. With `everywhere` the search is that before an image is opened for writing: also above it, among those
+    that `options` names, and wherever children left marks; a marked child that cannot be examined then counts.
     Raises NotFound and what reading the images raises.
     """
     names = [os.fsdecode(path) for path in paths]

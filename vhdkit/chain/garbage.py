@@ -56,7 +56,7 @@ class GarbageKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GarbageItem:
-    """One file that nobody reaches. `kept` says why it stays all the same; None: it goes, or went (`removed`)."""
+    """One file that no chain reaches. `kept` says why it stays; None if it is removed, or was (`removed`)."""
 
     path: str
     kind: GarbageKind
@@ -113,8 +113,8 @@ def collect_garbage(
 
     Children come before their parents. Other folders whose images may stand on these are the folder above, the
     folders below, and those of the options. Raises NotFound, InvalidArgument, and what opening the chains of the
-    leaves raises: while one of them is not whole, nobody can tell what it needs. With `delete` also CorruptImage
-    when a damaged image in the folder does not say which layer it stands on.
+    leaves raises: if one of them is incomplete, it is unknown what it needs. With `delete` also CorruptImage
+    if a damaged image in the folder does not say on which layer it stands.
     """
     options = options or OpenOptions()
     place = real_path(directory)

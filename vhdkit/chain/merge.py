@@ -62,9 +62,9 @@ from vhdkit.store import FileStore, close_all
 class Merge:
     """What a merge does, or has done. Paths are absolute; sizes are bytes.
 
-    `removed` are the layers that went (or, with `to`, none), leaf first; `relinked` the images that stand on `target`
-    now. `data_bytes` are copied, `zero_bytes` become holes. `left` are files with the names of layers that were to go,
-    which stay: they are not provably those layers.
+    `removed` are the removed layers (with `to`, none), leaf first; `relinked` the images that stand on `target`
+    now. `data_bytes` are copied, `zero_bytes` become holes. `left` are files with the names of layers that were to be
+    removed; they stay, because they are not provably those layers.
     """
 
     target: str
@@ -89,14 +89,14 @@ def merge(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Merge:
-    """Fold `leaf` and the layers below it down to its ancestor `into` (its parent when None) into that ancestor.
+    """Merge `leaf`, and the layers between it and its ancestor `into` (if None, its parent), into that ancestor.
 
     The ancestor then has the leaf's content and size, and the others are removed. With `to` the result is a new file
     and the chain stays. Every image of the chain is held meanwhile. `relink_children` repoints the leaf's children to
-    the result; no other image may stand on any of the files that change. `dry_run` only tells what would be done.
+    the result; no other image may stand on any of the files that change. `dry_run` only reports what would be done.
 
     Raises InvalidArgument, HasChildren, ImageInUse, NoSpace, IoFailed and what opening raises. On error every image
-    reads as before; `resume_merge`, or the same call, goes on.
+    reads as before; `resume_merge`, or the same call, continues.
     """
     options = options or OpenOptions()
     layers = open_layers(leaf, options=options)

@@ -19,14 +19,14 @@ from vhdkit.formats.probe import FormatName
 
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
-    """What a user may say about opening a chain.
+    """Options for opening a chain.
 
-    `parent_dirs` are further folders parents may lie in. `allow_raw_parent` accepts a raw base under a child that
-    records no id. `ignore_bitmaps` reads a dynamic disk's sectors under clear bits as data. `format_name` says
-    what the leaf is instead of looking. `lock` False opens without holding the files: for `info` and `chain`, and
-    for writing on a file system that has no locks, by a program that keeps others away by itself.
-    `known_images` are paths of images, wherever they lie, that may stand on the one that is opened: if one of
-    them does, that one is not opened for writing, merged, resized, moved or replaced.
+    `parent_dirs` are further folders in which parents may lie. `allow_raw_parent` accepts a raw base under a child
+    that records no id. `ignore_bitmaps` reads a dynamic disk's sectors under clear bits as data. `format_name` is
+    the leaf's format, which is then not detected. `lock` False opens without locking the files: for `info` and
+    `chain`, and for writing on a file system without locks, in a program that keeps others away by itself.
+    `known_images` are paths of images, in any folder, that may stand on the opened one: if one of them does, the
+    opened one is not opened for writing, merged, resized, moved or replaced.
 
     Raises InvalidArgument for values of another type, a single path where several are meant, and an empty one.
     `format_name` may be a plain "raw" or "vhd".

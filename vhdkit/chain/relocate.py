@@ -53,7 +53,7 @@ _PIECE_BYTES = 64 * MIB  # copied at once, between two words about progress
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One layer: where it was and where it is now; the same where it lay in the folder already."""
+    """One layer: where it was and where it is now; the same path if it was in the folder already."""
 
     old_path: str
     new_path: str
@@ -70,10 +70,10 @@ def relocate(
 ) -> list[Move]:
     """Move the chain of `leaf`, all its layers, into the folder `directory`; returns the moves, leaf first.
 
-    Names stay; relative and absolute locators are written anew. On an error the chain is where it was, but for one
-    while locators are written: it says that the chain has moved. Raises AlreadyExists, NotFound, InvalidArgument (two
-    layers of one name, a device, unfinished work), HasChildren for an image that others stand on, ImageInUse, NoSpace,
-    and what opening the chain raises.
+    Names stay; relative and absolute locators are rewritten. After an error the chain is where it was, except for an
+    error while locators are written, which says that the chain has moved. Raises AlreadyExists, NotFound,
+    InvalidArgument (two layers of one name, a device, unfinished work), HasChildren for an image that others stand on,
+    ImageInUse, NoSpace, and what opening the chain raises.
     """
     options = options or OpenOptions()
     place = real_path(directory)

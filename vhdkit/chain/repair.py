@@ -79,14 +79,14 @@ def repair(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Repair:
-    """Put right what can be in one image (its parents are left alone); returns what was done, and what is left.
+    """Repair one image as far as possible (its parents are left alone); returns what was done, and what remains.
 
-    `accept_data_loss` allows to clear BAT entries that cannot be true: the ranges of the disk that lose their content
-    are written to `report`, by default beside the image. `writer_is_dead` allows to take off the mark of another
-    program. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` is that of the
+    `accept_data_loss` allows impossible BAT entries to be cleared: the ranges of the disk that lose their content
+    are written to `report`, by default beside the image. `writer_is_dead` allows the mark of another program to be
+    removed. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` is that of the
     examinations before and after.
-    Raises ImageInUse while anybody has the image open, InvalidArgument for what is no VHD, one on a device, or
-    a repair that is too large, AlreadyExists for a backup or report that is there, NoSpace, IoFailed, and what `check`
+    Raises ImageInUse if the image is open anywhere, InvalidArgument for a file that is not a VHD, one on a device, or
+    a repair that is too large, AlreadyExists for a backup or report that exists, NoSpace, IoFailed, and what `check`
     raises.
     """
     options = options or OpenOptions()
@@ -127,9 +127,9 @@ def repair(
 
 @checked
 def restore(path: AnyPath, undo: AnyPath) -> int:
-    """Take a repair back with the backup it wrote; returns how many bytes were put back.
+    """Undo a repair with the backup it wrote; returns how many bytes were restored.
 
-    Raises InvalidArgument for a file that is no backup, or one of another image or of one that was changed since;
+    Raises InvalidArgument for a file that is not a backup, or if the image is another one or was changed since;
     ImageInUse, NoSpace, IoFailed.
     """
     image_path, undo_path = os.fsdecode(path), os.fsdecode(undo)

@@ -68,12 +68,12 @@ def resize(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ResizeResult:
-    """Give an image another virtual size; new space reads as zeros. `dry_run` checks all and changes nothing.
+    """Change the virtual size of an image; new space reads as zeros. `dry_run` checks everything and changes nothing.
 
-    A size smaller than the present one is refused unless `shrink`. At any cut or Ctrl-C the disk has its old size or
-    the new one. Raises InvalidArgument for that, for a size that cannot be, for data, a partition or a file system
-    behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed,
-    and what opening the chain raises.
+    A size smaller than the present one is refused unless `shrink`. After a power cut or Ctrl-C the disk has its old
+    size or the new one. Raises InvalidArgument for that, for an impossible size, for data, a partition or a file
+    system behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed, and what
+    opening the chain raises.
     """
     if dry_run:
         layers = open_layers(path, options=options)

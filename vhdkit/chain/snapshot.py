@@ -57,11 +57,11 @@ class _Wanted:
 def snapshot(
     leaf: AnyPath, new: AnyPath | None = None, *, options: OpenOptions | None = None, dry_run: bool = False
 ) -> str:
-    """Freeze `leaf`: create an empty child, which everything written from now on goes to; returns the child's path.
+    """Freeze `leaf`: create an empty child that takes all further writes; returns the child's path.
 
     Without `new` the child lies beside the leaf under the next free name (`default_name`). The child is on the device
-    when this returns. With `dry_run` everything is looked at and nothing made.
-    Raises HasChildren for a leaf that is none, ImageInUse while somebody writes to it, AlreadyExists, NoSpace, and
+    when this returns. With `dry_run` everything is checked and nothing made.
+    Raises HasChildren if `leaf` has children, ImageInUse if a program is writing to it, AlreadyExists, NoSpace, and
     what opening the chain raises.
     """
     return snapshot_many([(leaf, new)], options=options, dry_run=dry_run)[0]
@@ -109,7 +109,7 @@ def clone(
 ) -> list[str]:
     """Create several empty children of one base, all or none; returns their paths.
 
-    The base may have children already. Raises ImageInUse while somebody writes to it, AlreadyExists, NoSpace,
+    The base may have children already. Raises ImageInUse if a program is writing to it, AlreadyExists, NoSpace,
     InvalidArgument, and what opening the chain raises.
     """
     options = options or OpenOptions()
