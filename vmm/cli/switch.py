@@ -79,13 +79,14 @@ def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bo
     first, and taken back at once should the gateway not answer any more. Deleting the switch puts everything back.
     """
     spec = _spec_of(name, words)
+    warnings: list[str] = []
     if spec.backend == "bridge":
         steps, warnings, reasons = HostSide(spec).plan()
         if reasons:
             hint = plan.VLAN_HINT if plan.VLAN_REFUSAL in reasons else None
             raise Unsupported(f"this host cannot have switch {name}: {'; '.join(reasons)}", hint=hint)
-        if not as_json and not quiet and (dry_run or spec.type == "external"):
-            for step in steps:
+        if not as_json and not quiet:
+            for step in steps if dry_run or spec.type == "external" else ():
                 print_line(f"{'would ' if dry_run else 'will '}{step}")
             for warning in warnings:
                 print_line(f"warning: {warning}")
@@ -94,7 +95,7 @@ def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bo
     if not dry_run:
         switches.create(spec)
     if as_json:
-        print_json(spec.model_dump(mode="json"))
+        print_json({**spec.model_dump(mode="json"), "warnings": warnings})
     elif not quiet and not dry_run:
         print_line(f"{name}: {_words(spec)}")
 
@@ -184,9 +185,11 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     status = host.user.status() if spec.backend == "user" else None
     leases = _leases(spec)
     wrong = watching.faults(host)
+    in_the_way = host.in_the_way()
     if as_json:
         faults = [{"what": one.what, "problem": one.problem} for one in wrong]
-        print_json({**spec.model_dump(mode="json"), "status": status, "leases": leases, "faults": faults})
+        document = {"status": status, "leases": leases, "faults": faults, "in_the_way": in_the_way}
+        print_json({**spec.model_dump(mode="json"), **document})
         return
     if quiet:
         return
@@ -208,7 +211,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("ports", str(len(host.guests()))),
         ("wrong", "; ".join(one.problem for one in wrong if one.what != "gateway")),
     ]
-    print_pairs(pairs)
+    print_pairs([*pairs, *(("in the way", words) for words in in_the_way)])
     if leases:
         print_table(
             ("ADDRESS", "MAC", "NAME"), [[str(x["address"]), str(x["mac"]), str(x["name"] or "-")] for x in leases]

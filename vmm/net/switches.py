@@ -318,7 +318,15 @@ class HostSide:
             facts = kernel.facts(self.spec)
         reasons = plan.refusals(self.spec, facts)
         words = [] if reasons else [step.words for step in plan.steps(self.spec, facts)]
-        return words, plan.warnings(self.spec, facts), reasons
+        return words, [*plan.warnings(self.spec, facts), *self.in_the_way()], reasons
+
+    def in_the_way(self) -> list[str]:
+        """Which rules of other programs drop what it needs, and what helps; of the bridge back end, for root."""
+        from vmm.net import firewalls
+
+        if self.spec.backend != "bridge" or os.geteuid() != 0:
+            return []
+        return [str(one) for one in firewalls.obstacles(self.spec, firewalls.present())]
 
     def remove(self, *, give_up: bool = False) -> list[str]:
         """Put the host back, end the process; what could not be put back, as `Applying.undo`."""
