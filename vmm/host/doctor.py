@@ -369,7 +369,7 @@ def _check_switches() -> Iterator[Check]:
             "switches",
             "; ".join(f"{name}: {problem}" for name, problem in wrong) or None,
             found=", ".join(spec.name for spec in found),
-            without="guests on that switch get no address, no names or no way out",
+            without="guests on that switch get no address, no names or no way out, or do what is forbidden to them",
             remedy="a machine on the switch that runs puts it right within a second; see vmm switch show",
             worst=State.LIMITED,
         )

@@ -16,16 +16,19 @@ from vmm.net.nft import GuestPort
 from vmm.net.plan import SwitchSpec
 
 
-def enforce(spec: SwitchSpec, ports: Sequence[GuestPort]) -> None:
-    """Have the rules and limits of these ports, whose taps are there, and no others. Raises Unsupported, VmmError."""
+def enforce(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) -> None:
+    """Have the rules and limits of these ports, whose taps are there, and no others; `anew` as of `nft.load`.
+
+    Raises Unsupported, VmmError.
+    """
     limited = {port.interface: port.rate_bits_per_second for port in ports if port.is_shaped}
     there = shaping.ensure(spec, limited) if limited else frozenset()
     try:
-        nft.load(spec, [port for port in ports if not port.is_shaped or port.interface in there])
+        nft.load(spec, [port for port in ports if not port.is_shaped or port.interface in there], anew=anew)
     except errors.VmmError:  # the kernel takes no rules for a tap that went just now
         if not limited or shaping.ensure(spec, limited) == there:
             raise
-        enforce(spec, ports)
+        enforce(spec, ports, anew=anew)
         return
     shaping.drop_others(spec, limited)
 

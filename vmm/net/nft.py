@@ -13,6 +13,7 @@ what limits stays as it is, so that a change at one port gives no other port new
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ NFT_HINT = "apt-get install nftables"
 _LLC, _SNAP = 0x0004, 0xAAAA  # the kernel's ETH_P_802_2; the service access points of SNAP
 MAX_RATE_BITS = 30_000_000_000  # what is more fits into no 32 bits of bytes, and through no tap
 _LIMIT = "storm-limit"
+_DIGEST_CHARACTERS = 12
 _SENDING, _RECEIVING, _HIDDEN = "sending", "receiving", "hidden"  # chains: of all ports, and TAP.NAME of one
 
 Rule = list[dict[str, Any]]
@@ -226,7 +228,13 @@ def _chain(family: str, table: str, name: str, kind: str, hook: str, priority: i
 
 
 def _rules(family: str, table: str, chain: str, rules: Sequence[Rule]) -> list[dict[str, Any]]:
-    return [{"add": {"rule": {"family": family, "table": table, "chain": chain, "expr": rule}}} for rule in rules]
+    """Each with the digest of what it says as its comment, by which it is known again (`rule_check`)."""
+    place = {"family": family, "table": table, "chain": chain}
+    return [{"add": {"rule": {**place, "comment": _digest(rule), "expr": rule}}} for rule in rules]
+
+
+def _digest(rule: Rule) -> str:
+    return hashlib.sha256(json.dumps(rule, sort_keys=True).encode()).hexdigest()[:_DIGEST_CHARACTERS]
 
 
 def document(
@@ -335,15 +343,21 @@ def removal(spec: SwitchSpec) -> dict[str, Any]:
     return {"nftables": commands}
 
 
-def load(spec: SwitchSpec, ports: Sequence[GuestPort]) -> None:
-    """Have the kernel enforce the rules of these ports. Raises Unsupported, VmmError. One caller at a time."""
-    run(document(spec, ports, [(kind, str(one["name"])) for kind, one in _listed(spec) if kind in _KEPT]))
+def load(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) -> None:
+    """Have the kernel enforce the rules of these ports; `anew`: whatever became of the tables, and of what they count.
+
+    Raises Unsupported, VmmError. One caller at a time.
+    """
+    if anew:
+        run({"nftables": [*removal(spec)["nftables"], *document(spec, ports)["nftables"]]})
+        return
+    run(document(spec, ports, [(kind, str(one["name"])) for kind, one in _own(spec) if kind in _KEPT]))
 
 
 def drops(spec: SwitchSpec) -> dict[str, dict[str, int]]:
     """Frames dropped so far: interface -> reason -> how many. Raises Unsupported, VmmError."""
     found: dict[str, dict[str, int]] = {}
-    for kind, one in _listed(spec):
+    for kind, one in _own(spec):
         if kind == "counter" and one["packets"]:
             interface, _, reason = str(one["name"]).partition(".")
             found.setdefault(interface, {})[reason] = int(one["packets"])
@@ -353,9 +367,13 @@ def drops(spec: SwitchSpec) -> dict[str, dict[str, int]]:
 _KEPT = ("chain", "counter", "limit")
 
 
-def _listed(spec: SwitchSpec) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, facts) of everything in the switch's table; nothing where there is no such table."""
-    done = _nft("-j", "list", "table", "bridge", spec.table_name)
+def _own(spec: SwitchSpec) -> list[tuple[str, dict[str, Any]]]:
+    return listed("bridge", spec.table_name)
+
+
+def listed(family: str, table: str) -> list[tuple[str, dict[str, Any]]]:
+    """(kind, facts) of everything in a table; nothing where there is no such table."""
+    done = _nft("-j", "list", "table", family, table)
     if done.returncode != 0:
         return []
     return [(kind, facts) for one in json.loads(done.stdout)["nftables"] for kind, facts in one.items()]

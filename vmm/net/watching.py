@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from vmm.net import switches
+from vmm.net import rule_watch, switches
 from vmm.net.dhcp import DhcpServer
 from vmm.net.switches import HostSide
 
@@ -27,7 +27,15 @@ class Fault:
 
 
 def faults(host: HostSide) -> list[Fault]:
-    """All that is wrong with a switch that is on the host; nothing for one that is not."""
+    """All that is wrong with a switch that is on the host; nothing for one that is not. Raises VmmError."""
+    found = _dead(host)
+    if wrong := rule_watch.differences(host):
+        found.append(Fault("rules", f"its nftables rules are not as planned: {'; '.join(wrong)}"))
+    return found
+
+
+def _dead(host: HostSide) -> list[Fault]:
+    """What should run and does not."""
     spec = host.spec
     if spec.type != "internal":
         return []
@@ -50,14 +58,17 @@ def put_right(host: HostSide) -> list[str]:
         return []
     if host.spec.type == "internal" and host.spec.dhcp:
         _dhcp(host).refresh()
-    if not faults(host):
+    if not _dead(host) and rule_watch.is_verified(host):
         return []
     with switches.staying(host.spec.name) as current, current.changing():
-        found = faults(current) if current.spec.id == host.spec.id else []
-        for one in found:
+        if current.spec.id != host.spec.id:
+            return []
+        mended = ["rules"] if rule_watch.restore(current) else []
+        for one in _dead(current):
             if one.what == "dhcp":
                 _dhcp(current).ensure()
-    return [one.what for one in found]
+            mended.append(one.what)
+    return mended
 
 
 def _is_there(host: HostSide) -> bool:

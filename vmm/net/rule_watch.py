@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of a bridge that somebody took away, such as `nft flush ruleset`: noticed and loaded again.
+
+Decides what a look costs while nothing happens: one question to the kernel, for the number of the state of all rules
+(`rule_check.generation`), which is compared with the one for which the switch's were last found as planned. Whoever
+finds another compares them, under the switch's lock, which falls when its holder is killed; the others see that it is
+done. Who looks, and when: `watching`.
+
+    FOLDER/rules.json   {"boot_id": ..., "generation": 17}
+
+`INV-RULES-BACK`: while a machine that is on a bridge runs, the switch's rules are as planned again within a second,
+whoever took or changed them, and one of those who look tells it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from vmm import errors, paths
+from vmm.net import enforcing, rule_check, settings
+from vmm.net.switches import HostSide
+
+_NAME = "rules.json"
+
+
+def differences(host: HostSide) -> list[str]:
+    """What of a bridge's rules is otherwise than planned; only root can tell. Raises VmmError."""
+    if host.spec.backend != "bridge" or os.geteuid() != 0 or not _is_there(host):
+        return []
+    with host.changing():
+        return rule_check.differences(host.spec, host.bridge_ports())
+
+
+def is_verified(host: HostSide) -> bool:
+    """True when the rules are known to be as planned, or when nothing can be said."""
+    try:
+        return not _is_there(host) or rule_check.generation() == _verified(host)
+    except errors.VmmError:
+        return True
+
+
+def restore(host: HostSide) -> list[str]:
+    """Have the rules as planned; in words what was not. The caller holds the switch's lock. Raises VmmError."""
+    if not _is_there(host):
+        return []
+    generation, ports = rule_check.generation(), host.bridge_ports()
+    if generation == _verified(host):
+        return []
+    found = rule_check.differences(host.spec, ports)
+    if found:
+        enforcing.enforce(host.spec, ports, anew=True)  # which is another state, to be looked at again
+    else:
+        document = {"boot_id": settings.boot_id(), "generation": generation}
+        paths.write_whole(os.path.join(host.folder, _NAME), json.dumps(document).encode(), durable=False)
+    return found
+
+
+def _is_there(host: HostSide) -> bool:
+    return os.path.isdir(f"/sys/class/net/{host.spec.bridge_name}")
+
+
+def _verified(host: HostSide) -> int | None:
+    """The state in which somebody found the rules as planned."""
+    try:
+        with open(os.path.join(host.folder, _NAME), encoding="utf-8") as file:
+            document = json.load(file)
+        return int(document["generation"]) if document["boot_id"] == settings.boot_id() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
