@@ -22,7 +22,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm import errors
-from vmm.net import frames, ipv6, ipv6_settings, plan
+from vmm.net import frames, ipv6, ipv6_settings, plan, uplinks
 from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
 
 FOREVER = 0xFFFFFFFF
@@ -38,6 +38,8 @@ _CHOSEN_FLAGS = plan.NO_DETECTION | plan.FROM_ROUTER | _NO_ROUTE | 0x400  # the 
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _DISCARD_PORT = 9
 _RA_METRIC = 1024
+_ETHERNET = 1  # ARPHRD_ETHER
+_WIRELESS = ("wireless", "phy80211")
 _LOOK_SECONDS = 0.05
 _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
 
@@ -108,6 +110,7 @@ class Kernel:
             "master": None if master is None else self._name(master),
             "alias": message.get_attr("IFLA_IFALIAS"),
             "kind": None if info is None else info.get_attr("IFLA_INFO_KIND"),
+            "is_ethernet": message["ifi_type"] == _ETHERNET,
         }
 
     def _name(self, index: int) -> str:
@@ -320,21 +323,37 @@ class Kernel:
         """What the plan of a switch depends on."""
         uplink = None
         if spec.uplink is not None and (link := self.link(spec.uplink)) is not None:
+            master = None if link["master"] is None else self.link(link["master"])
             uplink = UplinkFacts(
                 name=spec.uplink,
-                mac=link["mac"],
+                mac=link["mac"] or "",
                 mtu_bytes=link["mtu_bytes"],
                 is_up=link["is_up"],
                 master=link["master"],
-                is_wireless=os.path.isdir(f"/sys/class/net/{spec.uplink}/wireless"),
+                is_wireless=any(os.path.exists(f"/sys/class/net/{spec.uplink}/{one}") for one in _WIRELESS),
                 addresses=self.addresses(spec.uplink),
                 routes=self.routes(spec.uplink),
                 shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
                 ipv6_settings=ipv6_settings.of_card(spec.uplink),
+                kind=uplinks.Kind(
+                    link["kind"],
+                    None if master is None else master["kind"],
+                    link["is_ethernet"],
+                    tuple(self._on_top(link["index"])),
+                ),
             )
         return HostFacts(
             has_vlan_filtering(), uplink, tuple(self.networks(spec.bridge_name)), tuple(self.routed(spec.bridge_name))
         )
+
+    def _on_top(self, index: int) -> Iterator[str]:
+        """What stands on a card so that a bridge gets none of its frames, by name."""
+        for message in self._netlink.get_links():
+            info = message.get_attr("IFLA_LINKINFO")
+            kind = None if info is None else info.get_attr("IFLA_INFO_KIND")
+            elsewhere = message.get_attr("IFLA_LINK_NETNSID") is not None  # its number is another namespace's
+            if kind in uplinks.ON_TOP and message.get_attr("IFLA_LINK") == index and not elsewhere:
+                yield str(message.get_attr("IFLA_IFNAME"))
 
     def networks(self, besides: str | None = None) -> list[str]:
         """Every IPv4 network that the host has an address in, as "10.0.0.1/24"; but those on the link `besides`."""

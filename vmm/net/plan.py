@@ -28,6 +28,7 @@ from vmm.complaints import words_of
 from vmm.net import frames, ipv6_settings
 from vmm.net.dhcp_server import LEASE_SECONDS, DhcpSetup
 from vmm.net.gateway import GatewaySetup
+from vmm.net.uplinks import CARD, Candidate, Kind, refusal
 
 SwitchType = Literal["private", "internal", "external"]
 Backend = Literal["user", "bridge"]
@@ -317,6 +318,12 @@ class UplinkFacts:
     routes: tuple[Route, ...] = ()
     shared_routes: tuple[str, ...] = ()  # destinations that are led through several interfaces at once
     ipv6_settings: tuple[tuple[str, str], ...] = ()  # in which it is not as new interfaces are
+    kind: Kind = CARD
+
+    @property
+    def candidate(self) -> Candidate:
+        """What decides whether it can be a switch's card."""
+        return Candidate(self.name, self.mac, self.master, self.is_wireless, self.shared_routes, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,15 +382,8 @@ def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
         uplink = facts.uplink
         if uplink is None:
             reasons.append(f"there is no network card {spec.uplink}")
-        elif uplink.mac.strip("0:") == "":  # a bridge takes none without an address, such as lo
-            reasons.append(f"{uplink.name} is no network card: it has no Ethernet address")
-        elif uplink.master not in (None, spec.bridge_name):
-            reasons.append(f"{uplink.name} is part of {uplink.master} already")
-        elif uplink.is_wireless:
-            reasons.append(f"{uplink.name} is wireless: an access point takes frames from the card's own address only")
-        elif uplink.shared_routes:
-            ways = ", ".join(uplink.shared_routes)
-            reasons.append(f"the way to {ways} leads through {uplink.name} and other cards: it cannot be moved")
+        elif (reason := refusal(uplink.candidate, spec.bridge_name)) is not None:
+            reasons.append(reason)
     return reasons
 
 

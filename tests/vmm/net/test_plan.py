@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vmm import errors
 from vmm.net import plan
 from vmm.net.plan import Address, HostFacts, Route, UplinkFacts, make_switch
+from vmm.net.uplinks import Kind
 
 ID = "01234567-89ab-cdef-0123-456789abcdef"
 UPLINK = UplinkFacts(
@@ -176,7 +177,15 @@ def test_external_without_the_host() -> None:
     [
         ({"master": "br0"}, "eth0 is part of br0 already"),
         ({"is_wireless": True}, "eth0 is wireless"),
+        ({"master": "bond0", "kind": Kind(master="bond")}, "eth0 is part of bond0 already: take bond0"),
         ({"mac": "00:00:00:00:00:00"}, "eth0 is no network card"),
+        ({"mac": "", "kind": Kind(is_ethernet=False)}, "eth0 is no network card"),
+        (
+            {"kind": Kind("bridge")},
+            "eth0 is a bridge: a bridge is part of no other; take the card that is part of eth0",
+        ),
+        ({"kind": Kind(on_top=("mv0", "mv1"))}, "mv0, mv1 stand on eth0 and take its frames"),
+        ({"kind": Kind("macvlan")}, "eth0 is of kind macvlan: it gets the frames for its own address only"),
     ],
 )
 def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> None:
