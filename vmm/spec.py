@@ -30,6 +30,7 @@ MAX_CPU_COUNT = 255  # of QEMU's pc machine
 IDE_CONTROLLERS, IDE_UNITS = 2, 2
 SCSI_CONTROLLERS, SCSI_UNITS = 4, 64
 VIRTIO_UNITS = 12  # each takes a PCI slot, of which a machine has 32
+DEFAULT_STORM_FRAMES = 1000  # a second: what guests flood in peace is a hundredth of it
 MIN_BANDWIDTH_BITS = 64_000  # below that a single frame is a burst of seconds
 MAX_SYNTHETIC_ADAPTERS, MAX_LEGACY_ADAPTERS = 8, 4
 MAX_SERIAL_CHARACTERS = 20  # of an IDE and a virtio disk
@@ -121,7 +122,7 @@ class AdapterSpec(_Settings):
     dhcp_guard: bool = False
     router_guard: bool = False
     bandwidth_bits_per_second: int = Field(default=0, ge=0, le=10**12)
-    storm_frames_per_second: int = Field(default=0, ge=0, le=10**9)
+    storm_frames_per_second: int = Field(default=DEFAULT_STORM_FRAMES, ge=0, le=10**9)
     mirror: Literal["none", "source", "destination"] = "none"
     link_up: bool = True
 

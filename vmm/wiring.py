@@ -127,6 +127,8 @@ class Wiring:
 
     def __init__(self, running: Running) -> None:
         self._running = running
+        self._ends: dict[str, int] = {}  # by the adapter's id: readable once its switch's process has ended
+        self._woken = asyncio.Event()
         self._joined: dict[str, Joined] = {}  # by the adapter's id: where it was at the last look
         running.plug_adapters = self._plug_all
 
@@ -240,6 +242,7 @@ class Wiring:
                 await qmp.execute("netdev_del", id=wire_id(adapter.id))
             await asyncio.to_thread(unplug, adapter, self.owner)
             self._joined.pop(adapter.id, None)
+            self._forget_end(adapter.id)
             self._write_down(after)
         self._running.tell("adapter-removed", adapter=adapter.id)
         return {"adapter": adapter.id}
@@ -297,7 +300,9 @@ class Wiring:
     async def watch(self) -> None:
         """As long as the machine runs, keep its adapters on their switches."""
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), WATCH_SECONDS)
+            self._woken.clear()
             for adapter in self._running.spec.adapters:
                 if adapter.switch is not None and self._running.state in (*_LIVE, MachineState.CRITICAL):
                     with contextlib.suppress(VmmError, OSError):  # the next look tries again
@@ -310,6 +315,7 @@ class Wiring:
         before = self._joined.get(adapter.id)
         now = await asyncio.to_thread(join, adapter, self.owner, None if before is None else before.switch_id, lives)
         self._joined[adapter.id] = now
+        await self._watch_end(adapter)
         if now.was_restarted:
             self._running.tell("switch-restarted", switch=adapter.switch)
         for what in now.mended:
@@ -321,7 +327,29 @@ class Wiring:
             self._running.tell("adapter-connected", adapter=adapter.id, switch=adapter.switch)
             await self._set_link(adapter.id, adapter.link_up)
 
+    async def _watch_end(self, adapter: AdapterSpec) -> None:
+        """Have the end of the switch's process wake `watch`: guests are cut off until it is started again."""
+        from vmm.net.joining import end_descriptor
+
+        if adapter.id not in self._ends:
+            descriptor = await asyncio.to_thread(end_descriptor, adapter)
+            if descriptor is not None:
+                self._ends[adapter.id] = descriptor
+                asyncio.get_running_loop().add_reader(descriptor, self._switch_ended, adapter.id)
+
+    def _switch_ended(self, adapter_id: str) -> None:
+        self._forget_end(adapter_id)
+        self._woken.set()
+
+    def _forget_end(self, adapter_id: str) -> None:
+        descriptor = self._ends.pop(adapter_id, None)
+        if descriptor is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+
     async def put_away(self) -> None:
         """The machine is off."""
+        for adapter_id in list(self._ends):
+            self._forget_end(adapter_id)
         if self._running.spec.adapters:
             await asyncio.to_thread(unplug_all, self._running.spec, self.owner)

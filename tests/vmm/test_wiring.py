@@ -4,13 +4,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
+import pytest
+
 from vmm import wiring
+from vmm.net import switches
 from vmm.net.adapter import Plugged
 from vmm.net.joining import Joined
+from vmm.net.plan import make_switch
 from vmm.running import Running
 from vmm.spec import MachineSpec, make_adapter, make_spec
+from vmm.state import MachineState
 
 
 def test_places_on_the_bus_follow_from_ids() -> None:
@@ -33,8 +44,19 @@ def test_only_legacy_adapters_are_booted_from() -> None:
     assert devices[1] == {"driver": "d", "bus": "pci.0", "addr": "0x15", "bootindex": 2}
 
 
+@dataclass
+class Folder:
+    """Where a machine runs."""
+
+    folder: str
+
+
 class Told:
     """A running machine, as far as the wiring tells it and its QEMU something."""
+
+    state: MachineState
+    identity: None
+    runtime: Folder
 
     def __init__(self, spec: MachineSpec) -> None:
         self.spec, self.qmp = spec, self
@@ -64,3 +86,41 @@ def test_every_link_is_set_after_a_start() -> None:
     found = {"adapter": "nic-2", "switch": "gone", "problem": "there is no switch"}
     assert wires.disconnected() == [found]
     assert running.events == [{"event": "adapter-disconnected", **found}]
+
+
+def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`INV-SWITCH-NOTICED`: its end wakes the machine's worker, whose next look is a day off."""
+    folder = Path(tempfile.mkdtemp(prefix="vmm-wires-"))
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
+    monkeypatch.setattr(wiring, "WATCH_SECONDS", 86400.0)
+    running = Told(make_spec(name="x", adapters=[make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")]))
+    running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(folder / "m"))
+    (folder / "m" / "nic-0").mkdir(parents=True)
+    switches.create(make_switch(name="lab"))
+    host = switches.HostSide(switches.load("lab"))
+
+    async def go_through() -> None:
+        wires = wiring.Wiring(cast(Running, running))
+        wires._woken.set()  # the first look
+        watching = asyncio.create_task(wires.watch())
+        for _ in range(2):
+            while not wires._ends:
+                wires._woken.set()  # its process may not have said its number yet
+                await asyncio.sleep(0.01)
+            status = host.user.status()
+            assert status is not None
+            seen = len(running.events)
+            wires._woken.clear()
+            os.kill(status["pid"], signal.SIGKILL)
+            while not any(one["event"] == "switch-restarted" for one in running.events[seen:]):
+                await asyncio.sleep(0.01)
+        watching.cancel()
+        await wires.put_away()
+        assert not wires._ends
+
+    try:
+        asyncio.run(asyncio.wait_for(go_through(), 60))
+    finally:
+        switches.delete("lab", force=True)
+        shutil.rmtree(folder)

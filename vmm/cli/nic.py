@@ -158,7 +158,7 @@ def _pairs(adapter: AdapterSpec, path: str, status: dict[str, Any] | None, words
         ("spoofing", "allowed" if adapter.spoofing else "dropped"),
         ("guards", ", ".join(guards).replace("_", " ")),
         ("bandwidth", f"{bandwidth / 1e6:g} Mbit/s" if bandwidth else ""),
-        ("storm limit", f"{storm} frames/s" if storm else ""),
+        ("storm limit", f"{storm} frames/s" if storm else "off"),
         ("mirror", adapter.mirror if adapter.mirror != "none" else ""),
     ]
     if status is not None:

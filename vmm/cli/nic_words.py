@@ -15,7 +15,7 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:bit(?:/s)?)?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 OPTIONS_HELP = (
     "type=synthetic|legacy, mac=ADDRESS, vlan=N, trunk=N+N-N, native=N, queues=N, spoofing=on|off, dhcp-guard=on|off, "
-    "router-guard=on|off, bandwidth=RATE (such as 100M, in bits/s), storm=FRAMES-PER-SECOND, "
+    "router-guard=on|off, bandwidth=RATE (such as 100M, in bits/s), storm=FRAMES-PER-SECOND|off, "
     "mirror=none|source|destination, link=up|down"
 )
 
@@ -54,6 +54,10 @@ def _flag(text: str) -> bool:
     return text == "on"
 
 
+def _storm(text: str) -> int:
+    return 0 if text == "off" else _number(text)
+
+
 def _link(text: str) -> bool:
     if text not in ("up", "down"):
         raise click.BadParameter(f"{text!r} is neither up nor down")
@@ -75,7 +79,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "dhcp-guard": ("dhcp_guard", _flag),
     "router-guard": ("router_guard", _flag),
     "bandwidth": ("bandwidth_bits_per_second", parse_rate),
-    "storm": ("storm_frames_per_second", _number),
+    "storm": ("storm_frames_per_second", _storm),
     "mirror": ("mirror", str),
     "link": ("link_up", _link),
 }

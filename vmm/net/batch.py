@@ -101,12 +101,15 @@ class Batch:
         self._gathered_longs = memoryview(self._gathered).cast("B").cast("Q")
         self._changed_longs = memoryview(self._changed).cast("B").cast("Q")
         self.lengths: list[int] = []
+        self._copies: dict[tuple[int, object], bytes] = {}
 
     def receive(self, descriptor: int, limit: int = BATCH_FRAMES) -> int:
         """Take up to `limit` frames that are there; how many. 0: none is. Raises OSError.
 
         Afterwards `lengths` has their sizes; a size above MAX_FRAME_BYTES stands for anything longer.
         """
+        if self._copies:
+            self._copies.clear()
         count: int = _recvmmsg(descriptor, self._incoming_address, limit, _MSG_DONTWAIT, None)
         if count <= 0:
             return _nothing()
@@ -134,6 +137,17 @@ class Batch:
     def frame(self, slot: int) -> bytes:
         """A copy of the frame."""
         return self.beginning(slot, STRIDE_BYTES)
+
+    def kept(self, slot: int, skip_bytes: int = 0, tag: bytes | None = None) -> bytes:
+        """A copy of the frame, as it came or (`tag` given) changed; one for all who ask, until the next `receive`."""
+        key = (slot, tag)
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = self.frame(slot)
+            if tag is not None:
+                copy = copy[: frames.ADDRESSES_BYTES] + tag + copy[skip_bytes:]
+            self._copies[key] = copy
+        return copy
 
     def send_all(self, descriptor: int, first: int, end: int) -> int:
         """Send the slots from `first` up to `end`, as they came; how many the receiver took. Raises OSError."""

@@ -8,7 +8,7 @@ clocks or buffers: time is an argument, and frames are moved by `user_switch`.
 A frame's way depends on its port and its first `frames.KEY_BYTES` bytes only, so whoever moves frames keeps what
 `decide` answered in `Port.flows` and asks again only for what is not there: one look-up a frame. Every change here
 empties those tables. What depends on more is marked in the decision: `inspect` (a guard must see into it),
-`flooded` (the storm limit counts it).
+`flooded` (the storm limit counts it, and nobody waits for its receivers).
 
 `INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
 `INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN, and no tag within a tag becomes the
@@ -270,7 +270,7 @@ class Engine:
             and port is not self.way_out
             and destination in (frames.BROADCAST, self.dhcp.mac)
         )
-        flooded = known is None and port.storm is not None
+        flooded = known is None
         return self._decision(tuple(outputs), None, inspect, flooded, must_be_last, asks)
 
     def _mirrored(self, port: Port, outputs: list[Output]) -> list[Output]:

@@ -52,7 +52,7 @@ def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = 
     assert adapter.switch is not None
     try:
         host = HostSide(switches.load(adapter.switch))
-        if host.spec.id == before and _is_up(host):
+        if host.spec.id == before and _is_up(host) and _is_in(adapter, owner, host):
             return Joined(before, mended=tuple(watching.put_right(host)))
         with switches.staying(adapter.switch) as host:
             return _joined(adapter, owner, host, before, lives)
@@ -65,7 +65,7 @@ def _joined(adapter: AdapterSpec, owner: Owner, host: HostSide, before: str | No
         words = "the switch of that name has another back end than the one that the machine was started on"
         return Joined(None, words)
     was_up = _is_up(host)
-    if was_up and is_plugged(adapter, owner.machine_id, host):
+    if was_up and is_plugged(adapter, owner.machine_id, host) and _is_in(adapter, owner, host):
         return Joined(host.spec.id)
     try:
         refuse_same_address(adapter, owner, host, lives)
@@ -79,6 +79,16 @@ def _joined(adapter: AdapterSpec, owner: Owner, host: HostSide, before: str | No
     return Joined(host.spec.id, None, host.spec.id != before, host.spec.id == before and not was_up)
 
 
+def end_descriptor(adapter: AdapterSpec) -> int | None:
+    """A descriptor that is readable once the process of the adapter's switch has ended; None where none runs."""
+    assert adapter.switch is not None
+    try:
+        host = HostSide(switches.load(adapter.switch))
+    except errors.VmmError:
+        return None
+    return host.user.end_descriptor() if host.spec.backend == "user" else None
+
+
 def is_plugged(adapter: AdapterSpec, machine_id: str, host: HostSide) -> bool:
     """True when the switch has a port for the adapter."""
     name = port_name(machine_id, adapter.id)
@@ -90,6 +100,11 @@ def _fits(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
     if host.spec.backend == "bridge":
         return os.path.isdir(f"/sys/class/net/{interface_name(owner.machine_id, adapter.id)}")
     return os.path.isdir(folder_of(adapter, owner))
+
+
+def _is_in(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
+    """False for a tap that is in no bridge, or another: its own was removed by somebody, and made anew."""
+    return host.spec.backend == "user" or host.has_tap(interface_name(owner.machine_id, adapter.id))
 
 
 def _is_up(host: HostSide) -> bool:

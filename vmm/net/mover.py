@@ -155,13 +155,15 @@ class Mover:
             if DHCP_WORD in self._batch.words(dhcp_message.PORT_AT + tag_bytes):
                 slots = self._asked(port, decision, slots, now)
         if slots:
+            may_wait = not decision.flooded
             for output in decision.outputs:
                 if output.port is self.engine.way_out and self.engine.loopback is not None:
-                    self._send_out(port, output, slots, now)
+                    self._send_out(port, output, slots, now, may_wait=may_wait)
                 else:
-                    self._send(output, slots, now)
+                    self._send(output, slots, now, may_wait=may_wait)
+                may_wait = False  # the others are of a flood, or mirrors: a slow one holds up nobody
 
-    def _send_out(self, port: Port, output: Output, slots: Sequence[int], now: float) -> None:
+    def _send_out(self, port: Port, output: Output, slots: Sequence[int], now: float, *, may_wait: bool) -> None:
         """To the gateway, but what would reach the host's loopback there."""
         leads, beginning = self.engine.leads_to_loopback, self._batch.beginning
         passed = [slot for slot in slots if not leads(output.port, beginning(slot, frames.INSPECT_BYTES))]
@@ -169,7 +171,7 @@ class Mover:
             port.counters.drops[Drop.LOOPBACK] += len(slots) - len(passed)
             slots = passed
         if slots:
-            self._send(output, slots, now)
+            self._send(output, slots, now, may_wait=may_wait)
 
     def _asked(self, port: Port, decision: Decision, slots: Sequence[int], now: float) -> Sequence[int]:
         """Have DHCP clients answered, and their frames sent to all but the gateway; the slots of other frames."""
@@ -181,7 +183,7 @@ class Mover:
                 self.questions.append((port, message))
         for output in decision.outputs if asked else ():
             if output.port is not self.engine.way_out:
-                self._send(output, asked, now)
+                self._send(output, asked, now, may_wait=False)
         return [slot for slot in slots if slot not in asked] if asked else slots
 
     def send_own(self, port: Port, frame: bytes, now: float) -> None:
@@ -211,7 +213,7 @@ class Mover:
                 port.counters.drops[drop] += 1
         return slots if len(passed) == len(slots) else passed
 
-    def _send(self, output: Output, slots: Sequence[int], now: float) -> None:
+    def _send(self, output: Output, slots: Sequence[int], now: float, *, may_wait: bool) -> None:
         port, change = output
         target = self._by_port[port]
         had_backlog = bool(target.backlog)
@@ -232,7 +234,7 @@ class Mover:
             if not had_backlog:
                 target.taken_at = now
                 self.full.append(target)
-            self.congested = self.congested or target.is_congested(now)
+            self.congested = self.congested or (may_wait and target.is_congested(now))
 
     # -- captures -----------------------------------------------------------------------------------------------
 

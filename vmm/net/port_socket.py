@@ -163,8 +163,7 @@ class PortSocket:
         room = MAX_BACKLOG_FRAMES - len(self.backlog)
         kept = slots[sent : sent + room]
         for slot in kept:
-            frame = batch.frame(slot)
-            self.backlog.append(frame if change is None else frame[:12] + change.tag + frame[change.skip_bytes :])
+            self.backlog.append(batch.kept(slot) if change is None else batch.kept(slot, *change))
         return sent + len(kept)
 
     def _send_now(self, batch: Batch, slots: Sequence[int], change: Change | None) -> int:

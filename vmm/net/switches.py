@@ -259,7 +259,9 @@ class HostSide:
         """As `switches.ensure`."""
         if self.spec.backend == "bridge":
             with self.changing():
-                self._apply()
+                was_made = self._apply()
+            if was_made:  # somebody had removed it: taps that are still there go into the new one
+                self.plug_again()
             return
         self.user.ensure_running()
         if self.spec.type == "internal":
@@ -398,6 +400,13 @@ class HostSide:
             if _is_there(document):
                 self.plug_tap(str(document["interface"]), ports.from_document(document["port"]))
 
+    def has_tap(self, interface: str) -> bool:
+        """True while a tap is part of the bridge, which anybody with the right to may remove."""
+        try:
+            return os.path.basename(os.readlink(f"/sys/class/net/{interface}/master")) == self.spec.bridge_name
+        except OSError:
+            return False
+
     def unplug_tap(self, interface: str) -> None:
         """Forget a port; its tap goes with its descriptors."""
         from vmm.net import enforcing
@@ -426,7 +435,7 @@ class HostSide:
 
             drops = enforcing.drops(self.spec)
         return [
-            _tap_status(one["interface"], one["port"], drops.get(one["interface"], {}))
+            _tap_status(one["interface"], one["port"], drops.get(one["interface"], {}), self.has_tap(one["interface"]))
             for one in self._port_documents()
             if _is_there(one)
         ]
@@ -436,7 +445,7 @@ def _is_there(document: dict[str, Any]) -> bool:
     return os.path.exists(f"/sys/class/net/{document['interface']}")
 
 
-def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int]) -> dict[str, Any]:
+def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int], is_in: bool) -> dict[str, Any]:
     """Counters as the guest sees them: the kernel's are the other way round."""
 
     def counter(name: str) -> int:
@@ -449,7 +458,7 @@ def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int]) -> 
     return {
         **port,
         "interface": interface,
-        "connected": True,
+        "connected": is_in,
         "received_frames": counter("rx_packets"),
         "received_bytes": counter("rx_bytes"),
         "transmitted_frames": counter("tx_packets"),

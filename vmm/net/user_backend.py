@@ -27,7 +27,7 @@ from vmm.net import ports
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-_LOCK, _START_LOCK, _CONTROL, _LOG = "switch.lock", "start.lock", "control.sock", "switch.log"
+_LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _PROBE_SECONDS = 0.01
 # All that a switch of root's needs of root's rights: guests' folders and sockets belong to the guests' users.
 _CAPABILITIES = "-all,+dac_override,+chown,+fowner"
@@ -57,6 +57,21 @@ class UserBackend:
     def is_running(self) -> bool:
         """True while its process lives."""
         return proc.is_locked(os.path.join(self.folder, _LOCK))
+
+    def end_descriptor(self) -> int | None:
+        """A descriptor that is readable once the process that runs now has ended; None when there is none.
+
+        Also in the moment of its start, and where the kernel or its limits give no such descriptor.
+        """
+        try:
+            with open(os.path.join(self.folder, _PID), encoding="ascii") as file:
+                descriptor = os.pidfd_open(int(file.read()))
+        except (OSError, ValueError):
+            return None
+        if self.is_running():
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def ensure_running(self) -> bool:
         """Start the process unless it runs; True when it had to be started. Raises VmmError."""

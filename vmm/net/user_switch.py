@@ -45,7 +45,7 @@ TICK_SECONDS = 1.0
 CONGESTION_SECONDS = 0.001  # how long a sender waits at most, each time, for a receiver that is behind
 AGEING_TICKS = 10  # between two looks at old addresses
 MAX_CAPTURES = 8
-STATE_NAME, CONTROL_NAME = "ports.json", "control.sock"
+STATE_NAME, CONTROL_NAME, PID_NAME = "ports.json", "control.sock", "pid"
 _log = logging.getLogger(__name__)
 
 
@@ -351,6 +351,7 @@ def _port_status(sock: PortSocket) -> dict[str, Any]:
 def main() -> None:
     """Run the switch whose folder, name and listening control socket are given."""
     folder, name, descriptor = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    paths.write_whole(os.path.join(folder, PID_NAME), str(os.getpid()).encode(), durable=False)
     switch = UserSwitch(folder, name, socket.socket(fileno=descriptor))
     signal.signal(signal.SIGTERM, lambda number, frame: switch.ask_to_stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody's terminal

@@ -7,6 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,47 @@ def test_empty_datagrams_reach_nobody(lab: Lab) -> None:
     """QEMU takes an empty datagram for the end of the network: none is ever passed on."""
     lab.send("p0", b"", packets.ethernet(TWO, ONE), b"")
     assert lab.received("p1") == [packets.ethernet(TWO, ONE)]
+
+
+def test_only_its_own_sender_waits_for_a_slow_receiver(lab: Lab) -> None:
+    """`INV-FLOOD-FREE`: who floods, or is mirrored, is held up by nobody; who sends to a slow station waits for it."""
+    lab.plug("slow", PortRules(mirror_destination=True), connected=False)
+    lab.mover.change("p1", replace(lab.mover.sockets["p1"].setup, rules=PortRules(mirror_source=True)))
+    slow = lab.mover.sockets["slow"]
+
+    def fill(destination: bytes) -> bool:
+        was_congested = False
+        for _ in range(4):
+            lab.guests["p0"].send(packets.ethernet(destination, ONE, bytes(1000)))
+        while lab.mover.pump(lab.mover.sockets["p0"], 0.0):
+            was_congested = was_congested or lab.mover.congested
+        for name in ("p1", "p2"):
+            lab.received(name)
+        return was_congested
+
+    lab.send("p1", packets.ethernet(ONE, TWO))
+    while len(slow.backlog) < port_socket.CONGESTED_FRAMES:
+        assert not fill(TWO)
+    assert slow.is_congested(0.0)
+    assert not fill(frames.BROADCAST)
+    assert not fill(THREE)  # nobody knows it
+    lab.guests["slow"].sendto(packets.ethernet(ONE, THREE), slow.setup.address)
+    lab.mover.pump(slow, 0.0)
+    assert fill(THREE)
+
+
+def test_a_flood_is_kept_once(lab: Lab) -> None:
+    """However many receivers are behind: memory under a storm does not grow with the number of ports."""
+    for number in range(5):
+        lab.plug(f"slow{number}", PortRules(), connected=False)
+    lab.plug("tagged", PortRules(mode=VlanMode.TRUNK, allowed=frozenset({5})), connected=False)
+    for number in range(100):
+        lab.send("p0", packets.ethernet(frames.BROADCAST, ONE, number.to_bytes(2, "big") + bytes(1000)))
+    kept = [lab.mover.sockets[f"slow{number}"].backlog for number in range(5)]
+    assert len({len(one) for one in kept}) == 1
+    assert len(kept[0]) > 50
+    for copies in zip(*kept, strict=True):
+        assert len({id(one) for one in copies}) == 1
 
 
 def test_a_slow_receiver_gets_a_backlog_and_then_loses(lab: Lab) -> None:

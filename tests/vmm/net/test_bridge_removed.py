@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bridge that somebody removes under the machines on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, require_root_and_namespaces, require_tool
+from tests.vmm.net.machines import Namespaces
+
+pytestmark = [pytest.mark.netns]
+
+_STORY = """
+import json, subprocess
+from vmm.net import switches
+from vmm.net.adapter import Owner, interface_name, setup_of
+from vmm.net.joining import join
+from vmm.net.plan import make_switch
+from vmm.spec import make_adapter
+
+def ip(words): subprocess.run(["ip", *words.split()], check=True)
+def connected(): return sum(one["connected"] for one in host.port_status())
+
+switches.create(make_switch(name="lab", backend="bridge"))
+host, told = switches.HostSide(switches.load("lab")), []
+adapters = [make_adapter(id=f"nic-{n}", switch="lab", mac=f"02:00:00:00:00:0{n}") for n in range(3)]
+owners = [Owner(f"machine-{n}", "/nowhere") for n in range(3)]
+for adapter, owner in zip(adapters, owners):
+    name = interface_name(owner.machine_id, adapter.id)
+    ip(f"tuntap add {name} mode tap")
+    host.plug_tap(name, setup_of(adapter, owner))
+told.append(connected())
+ip(f"link del {host.spec.bridge_name}")
+told.append(connected())
+first = join(adapters[0], owners[0], host.spec.id)
+told += [first.switch_id == host.spec.id, connected()]
+ip(f"link set {interface_name(owners[1].machine_id, 'nic-1')} nomaster")
+told.append(connected())
+second = join(adapters[1], owners[1], host.spec.id)
+told += [second.switch_id == host.spec.id, connected()]
+ip(f"link del {host.spec.bridge_name}")
+switches.delete("lab", force=False)
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture
+def spaces() -> Iterator[Namespaces]:
+    """Namespaces of this test."""
+    require_root_and_namespaces()
+    require_tool("nft")
+    one = Namespaces()
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def test_ports_are_told_as_they_are_and_come_back(spaces: Namespaces, tmp_path: Path) -> None:
+    """Without the bridge nobody is connected; the first machine that looks makes it again, with all taps in it.
+
+    One tap that somebody took out comes back alone. A switch whose bridge is gone holds up no `delete`.
+    """
+    here = spaces.add("host")
+    told = subprocess.run(
+        ["ip", "netns", "exec", here, "env", f"VMM_HOME={tmp_path}/h", f"VMM_RUNTIME={tmp_path}/r",
+         sys.executable, "-c", _STORY],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout) == [3, 0, True, 3, 2, True, 3]
