@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from vmm.cli import failure
 from vmm.cli.common import print_aside, progress_line
 from vmm.cli.failure import settle_standard_error
+from vmm.cli.main import main
 
 _CTRL_C_IN_VERB = """
 import os, signal, sys
@@ -45,19 +47,19 @@ def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_words_that_nobody_takes(is_full: bool, tmp_path: Path) -> None:
+def test_words_that_nobody_takes(is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verb that did what it should has succeeded, though standard error is broken, or full."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path))
     reading, writing = os.pipe()
     os.close(reading)
-    try:
-        with open("/dev/full", "w") as full:
-            ended = subprocess.run(
-                [sys.executable, "-m", "vmm", "list"], env=os.environ | {"VMM_HOME": str(tmp_path)},
-                stdout=subprocess.PIPE, stderr=full if is_full else writing, check=False, timeout=60,
-            )  # fmt: skip
-    finally:
-        os.close(writing)
-    assert (ended.returncode, ended.stdout) == (0, b"")
+    with open(writing, "w") as broken, open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full if is_full else broken)
+        with pytest.raises(SystemExit) as ended:
+            main.main(["list"])
+        for stream in (broken, full):
+            with contextlib.suppress(OSError):  # what it did not take
+                stream.close()
+    assert ended.value.code == 0
 
 
 def test_a_terminal_that_is_gone_ends_no_verb(monkeypatch: pytest.MonkeyPatch) -> None:
