@@ -37,7 +37,9 @@ def target(data: bytes) -> None:
     for number, one in enumerate(rules):
         switch.add_port(f"p{number}", one)
         guarded.add_port(f"p{number}", _guarded(one))
-        model.ports[f"p{number}"] = ModelPort(one.vlan, set(one.allowed), set(one.addresses))
+        model.ports[f"p{number}"] = ModelPort(
+            one.vlan, set(one.allowed), set(one.addresses), one.mode is VlanMode.TRUNK
+        )
     now = 0.0
     for port, pause, frame in frames_in(data[1:]):
         now += pause

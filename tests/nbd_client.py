@@ -20,7 +20,7 @@ from vhdkit.serve.export import Export
 from vhdkit.serve.nbd_options import TlsMode
 from vhdkit.serve.nbd_server import NbdServer
 
-PATIENCE_SECONDS = 20.0  # nothing here takes longer on any machine
+PATIENCE_SECONDS = 60.0  # nothing here takes longer on any machine
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META, EXTENDED = (
     1,
     2,

@@ -168,6 +168,12 @@ def modules() -> frozenset[str]:
     return frozenset(module_of(path) for path, _ in python_files("vhdkit", "vmm"))
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    """The syntax tree, which several rules look at."""
+    return ast.parse(source)
+
+
 def imports_of(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     """(line, module, name) of every import, inside functions too; the name is empty for `import module`.
 
@@ -176,7 +182,7 @@ def imports_of(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     package = module_of(path).split(".")
     if not path.endswith("__init__.py"):
         package.pop()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name, ""
@@ -263,7 +269,7 @@ def check_public_door(path: str, source: str) -> Iterator[str]:
             for one, other in (pair, pair[::-1]):
                 if is_in(here, one) and is_in(f"{module}.{name}", other):
                     yield f"{path}:{line}: {one} and {other} do not see each other"
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
             continue
         if node.value.id == "vhdkit" and node.attr not in public_names():
@@ -321,7 +327,7 @@ def check_files(path: str, source: str) -> Iterator[str]:
     """In vhdkit only the file rooms touch files."""
     if not path.startswith("vhdkit/") or path in (*FILE_ROOMS, *KERNEL_ROOMS):
         return
-    tree = ast.parse(source)
+    tree = parsed(source)
     rooms = " and ".join(FILE_ROOMS)
     allowed = OS_EVERYWHERE.union(*(names for room, names in OS_OF_ROOM.items() if path.startswith(room)))
     for line, module, _ in imports_of(path, source):
@@ -348,7 +354,7 @@ def check_silent(path: str, source: str) -> Iterator[str]:
     """Outside the command line nothing prints, exits or configures logging."""
     if not path.startswith(("vhdkit/", "vmm/")) or any(fnmatch.fnmatch(path, room) for room in TALKING_ROOMS):
         return
-    tree = ast.parse(source)
+    tree = parsed(source)
     for line, name in builtin_calls(tree):
         if name in TALKING_CALLS:
             yield f"{path}:{line}: a library does not {name}(); only {', '.join(TALKING_ROOMS)} may"

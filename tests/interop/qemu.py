@@ -16,7 +16,7 @@ import pytest
 
 from tests.support import require_tool, run
 
-_PATIENCE_SECONDS = 20
+_PATIENCE_SECONDS = 60
 
 
 def qemu_content(image: Path, scratch: Path, *, offset: int = 0, size: int | None = None) -> bytes:

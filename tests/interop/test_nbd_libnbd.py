@@ -161,7 +161,7 @@ def test_nbdfuse(tmp_path: Path) -> None:
         pid_file = tmp_path / "pid"
         fuse = subprocess.Popen([require_tool("nbdfuse"), "-P", str(pid_file), str(mount), server.uri])
         try:
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while not (pid_file.exists() and (mount / "nbd").exists()):
                 if fuse.poll() is not None or time.monotonic() > until:
                     not_available("nbdfuse cannot mount here")
@@ -174,7 +174,7 @@ def test_nbdfuse(tmp_path: Path) -> None:
         finally:
             subprocess.run([*umount, str(mount)], capture_output=True, check=False)
             try:
-                fuse.wait(15)
+                fuse.wait(60)
             finally:
                 fuse.kill()
                 fuse.wait(5)

@@ -18,7 +18,7 @@ from vmm.proc import ProcessRef
 from vmm.state import MachineState, processes_of
 
 MIB = 1 << 20
-SECONDS = 20.0
+SECONDS = 60.0
 PARTS = ("keeper", "worker", "server", "qemu")
 
 

@@ -56,8 +56,14 @@ def has_written(leaf: Path) -> bool:
         return disk.read(at, len(text)) == text and base.read(at, len(text)) != text
 
 
-@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
-@pytest.mark.parametrize("parts", SETS, ids="+".join)
+@pytest.mark.parametrize(
+    ("parts", "paused"),
+    [
+        pytest.param(parts, paused, marks=[pytest.mark.nightly] if paused and len(parts) == 2 else [])
+        for parts, paused in itertools.product(SETS, (False, True))
+    ],
+    ids=lambda one: "+".join(one) if isinstance(one, tuple) else ("paused" if one else "running"),
+)
 def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, ...], paused: bool) -> None:
     """Whatever looks after it is killed comes back by itself or with the next command; QEMU stays the same one."""
     leaf = make_machine(manager, tmp_path)

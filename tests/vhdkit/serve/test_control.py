@@ -34,7 +34,7 @@ from vhdkit.serve.control import (
 from vhdkit.serve.control_client import ControlClient
 from vhdkit.serve.loop import Loop
 
-SECONDS = 20
+SECONDS = 60
 
 
 class Bench:

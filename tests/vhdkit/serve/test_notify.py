@@ -18,7 +18,7 @@ def test_the_manager_hears(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     name = str(tmp_path / "n.sock") if kind == "path" else f"@vhdkit-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name[1:] if kind == "abstract" else name)
-        manager.settimeout(5)
+        manager.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         assert notify(READY)
         assert manager.recv(100) == b"READY=1"

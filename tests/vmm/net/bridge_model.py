@@ -17,7 +17,7 @@ class ModelPort:
     native: int
     tagged: set[int]
     only_from: set[bytes]
-    is_trunk: bool = False
+    is_trunk: bool
 
 
 @dataclass

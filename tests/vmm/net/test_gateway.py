@@ -46,7 +46,7 @@ def arp_request(station: bytes, target: str) -> bytes:
 
 def is_answered(lab: SwitchLab, guest: socket.socket) -> bool:
     """True when the gateway answers within seconds."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     guest.settimeout(0.5)
     while time.monotonic() < deadline:
         try:
@@ -76,7 +76,7 @@ def test_the_gateway_answers_and_is_started_again(lab: SwitchLab) -> None:
     with open(children, encoding="ascii") as file:
         (child,) = map(int, file.read().split())
     os.kill(status["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while os.path.exists(f"/proc/{child}"):
         assert time.monotonic() < deadline, "the helper outlives its switch"
         time.sleep(0.05)
@@ -142,7 +142,7 @@ def test_a_gateway_that_cannot_be_is_told(lab: SwitchLab) -> None:
     """Its status says that it does not run, and why."""
     lab.backend.ensure_running()
     lab.backend.ask("set_gateway", gateway=asdict(replace(SETUP, first="10.0.7.1")), dhcp=None)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while (status := lab.backend.status()) is not None and status["gateway"]["running"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -73,7 +73,7 @@ class ClientLab(MachineLab):
 
 def wait_for(happened: Callable[[], bool]) -> None:
     """Look until it has happened."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)

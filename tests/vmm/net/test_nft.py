@@ -172,7 +172,7 @@ def _bridged(spaces: Namespaces, here: str) -> tuple[str, str]:
         spaces.run(here, f"ip link add vt{number} type veth peer name eth0 netns {name}")
         spaces.run(here, f"ip link set vt{number} master br0 up")
         spaces.run(name, "ip link set eth0 up")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while spaces.run(here, "bridge link").count("state forwarding") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     return one, other

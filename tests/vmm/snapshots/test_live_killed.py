@@ -141,8 +141,15 @@ def put_away(manager: Manager) -> None:
     wait_until(lambda: manager.state("small") is MachineState.OFF and not os.path.exists(runtime), "it is off")
 
 
-@pytest.mark.parametrize("doomed", ["bc", "cd"], ids=["middle", "leaf"])
-@pytest.mark.parametrize("part", ["server", "qemu"])
+@pytest.mark.parametrize(
+    ("part", "doomed"),
+    [
+        pytest.param("server", "bc", id="server-middle"),
+        pytest.param("server", "cd", id="server-leaf", marks=pytest.mark.nightly),
+        pytest.param("qemu", "bc", id="qemu-middle", marks=pytest.mark.nightly),
+        pytest.param("qemu", "cd", id="qemu-leaf"),
+    ],
+)
 def test_one_killed_in_a_live_merge(manager: Manager, folder: Path, part: str, doomed: str) -> None:
     """The guest goes on, or can be started; no state has changed; the next merge finishes; nothing is left over."""
     small, expected = grown(manager, folder)
