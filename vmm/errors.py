@@ -21,7 +21,7 @@ EXIT_FAILED = 1
 class VmmError(Exception):
     """Base of all errors of vmm.
 
-    `problem` says what happened, `machine` to whom, `path` to which file or device, `hint` what a person can do next.
+    `problem` says what happened, `machine` and `path` to which machine, file or device, `hint` what to do next.
     """
 
     exit_code: int = EXIT_FAILED
@@ -52,7 +52,7 @@ def printable(text: str) -> str:
 
 
 class InvalidSpec(VmmError):
-    """A machine, or a change to one, that cannot be: a bad name, a limit passed, options that exclude each other."""
+    """An impossible machine or change to one: a bad name, a limit exceeded, options that exclude each other."""
 
     exit_code = 2
 
@@ -82,19 +82,19 @@ class AccessDenied(VmmError):
 
 
 class Refused(VmmError):
-    """It could be done but would endanger data, so it is not."""
+    """It is possible, but would endanger data, so it is refused."""
 
     exit_code = 6
 
 
 class Unsupported(VmmError):
-    """The host lacks something; the hint is the command that installs it or switches it on."""
+    """The host lacks something; the hint is the command that installs or enables it."""
 
     exit_code = 8
 
 
 class QemuFailed(VmmError):
-    """QEMU refused a command, ended by itself, or does not answer as it should."""
+    """QEMU refused a command, ended unexpectedly, or does not answer as it should."""
 
 
 class AgentUnavailable(VmmError):
@@ -102,7 +102,7 @@ class AgentUnavailable(VmmError):
 
 
 class TimedOut(VmmError):
-    """It did not happen in the time that was given."""
+    """It did not happen within the time limit."""
 
     exit_code = 9
 

@@ -54,9 +54,9 @@ class GuestAccess:
     def open_console(
         self, *, typing: Typing = "alone", scrollback_bytes: int | None = None
     ) -> tuple[socket.socket, bool]:
-        """A connection to the serial console, on which bytes go both ways, and whether what is sent is taken.
+        """A two-way connection to the serial console, and whether input on it is accepted.
 
-        Raises WrongState when the machine is off, InUse when too many watch.
+        Raises WrongState if the machine is off, InUse if too many people watch.
         """
         from vmm.kvm import console
 
@@ -72,11 +72,11 @@ class GuestAccess:
         return link, answer["typing"] is True
 
     def has_console(self) -> bool:
-        """True while there is a console, or one whose worker has died and is being followed by another."""
+        """True while there is a console, also while a new worker replaces one that died."""
         return os.path.exists(self._place.runtime.console)
 
     def console_log(self) -> bytes:
-        """All that is kept of what the guest wrote to its console, whether it runs or not."""
+        """What is kept of the guest's console output, whether the machine runs or not."""
         from vmm.kvm.console import read_log
 
         return read_log(self._place.machine.console_log)
@@ -96,7 +96,7 @@ class GuestAccess:
     # -- agent ------------------------------------------------------------------------------------------------------
 
     def ping(self) -> dict[str, Any]:
-        """The heartbeat, asked for now: {"state", "seen_seconds_ago"}. Raises AgentUnavailable, TimedOut."""
+        """The heartbeat, requested now: {"state", "seen_seconds_ago"}. Raises AgentUnavailable, TimedOut."""
         answer: dict[str, Any] = self._call("agent-ping")
         return answer
 
@@ -106,12 +106,12 @@ class GuestAccess:
         return answer
 
     def freeze(self, max_seconds: float = FREEZE_SECONDS) -> int:
-        """Write out and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`."""
+        """Flush and freeze the guest's file systems; returns how many. They thaw by themselves after `max_seconds`."""
         answer = self._call("agent-freeze", max_seconds=max_seconds, timeout_seconds=_FREEZING_SECONDS)
         return int(answer["count"])
 
     def thaw(self) -> int:
-        """Thaw them; how many. Raises TimedOut when they had to thaw before."""
+        """Thaw them; returns how many. Raises TimedOut if they had to be thawed earlier."""
         return int(self._call("agent-thaw", timeout_seconds=_FREEZING_SECONDS)["count"])
 
     def set_time(self) -> None:
@@ -140,14 +140,14 @@ class GuestAccess:
             return find_item(self._store().get, key, pool_named(pool))
 
     def set_item(self, key: str, value: str) -> bool:
-        """Set an item of the host's pool; True when the guest has taken it already. Raises InvalidSpec."""
+        """Set an item of the host's pool; True if the guest has accepted it already. Raises InvalidSpec."""
         try:
             return bool(self._call("kvp-set", key=key, value=value)["taken"])
         except WrongState:
             return self._change(lambda store, pool: store.set(pool, key, value))
 
     def delete_item(self, key: str) -> bool:
-        """Remove an item of the host's pool; True when the guest has heard of it already. Raises NotFound."""
+        """Remove an item of the host's pool; True if the guest has been told already. Raises NotFound."""
         try:
             return bool(self._call("kvp-delete", key=key)["taken"])
         except WrongState:

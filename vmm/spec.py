@@ -55,7 +55,7 @@ class DiskSpec(_Settings):
     """A disk, or a drive with an ISO image in it.
 
     `path`: an image (the leaf of its chain), a block device or `iscsi://` URL, or an ISO image (None: no medium).
-    `serial` is what the guest knows the disk by. `parent_dirs` are folders, besides its own, that parents may lie in.
+    The guest identifies the disk by `serial`. `parent_dirs` are further folders in which parents may lie.
     """
 
     id: DeviceId
@@ -106,8 +106,8 @@ VlanId = Annotated[int, Field(ge=1, le=4094)]
 class AdapterSpec(_Settings):
     """A network adapter, plugged into a switch or into none.
 
-    Either no VLAN, or `vlan` (untagged frames are of that one), or `trunk` (the guest tags frames with these; those
-    that it does not tag are of `native_vlan`, 0 being no VLAN). Limits of 0 are none.
+    Either no VLAN, or `vlan` (untagged frames belong to it), or `trunk` (the guest tags frames with these; frames
+    that it does not tag belong to `native_vlan`, where 0 means no VLAN). A limit of 0 means no limit.
     """
 
     id: DeviceId

@@ -24,10 +24,10 @@ from vmm.spec import Controller, DiskSpec, MachineSpec, make_disk
 
 @dataclass(frozen=True, slots=True)
 class DiskWish:
-    """A disk that a machine is to have. `controller` None: IDE while there is room, then SCSI; `unit` None: any.
+    """A disk for a machine. `controller` None: IDE while there is room, then SCSI; `unit` None: any.
 
-    `path` None is an empty drive, of kind "iso" alone. `format` says what an image is, where that is not to be found
-    out: "raw" also for a file that holds an ISO image and is meant as a hard disk.
+    `path` None is an empty drive, only with kind "iso". `format` is the image's format if it is not to be detected:
+    "raw" also for a file that holds an ISO image and is meant as a hard disk.
     """
 
     path: str | None

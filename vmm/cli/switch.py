@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`switch create`, `list`, `show`, `ports`, `addresses`, `capture`, `lease`, `delete`: virtual network switches.
+"""`switch create`, `set`, `list`, `show`, `ports`, `addresses`, `lease`, `delete`: virtual network switches.
 
-Decides how switches are spoken of. What can be is `net.plan`'s decision, what happens on the host `net.switches`'s.
+Decides how switches are described. Which settings are valid is decided in `net.plan`, what happens on the host in
+`net.switches`.
 """
 
 from __future__ import annotations

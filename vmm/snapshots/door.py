@@ -62,7 +62,7 @@ class MachineSnapshots:
     # -- looking -------------------------------------------------------------------------------------------------
 
     def tree(self) -> Tree:
-        """All of them. Raises NotFound for a machine that is not there, VmmError."""
+        """The tree of all snapshots. Raises NotFound for a machine that does not exist, VmmError."""
         return load_tree(contact.look(self.name).paths)
 
     def find(self, word: str) -> Snapshot:
@@ -71,7 +71,7 @@ class MachineSnapshots:
             return self.tree().find(word)
 
     def merging(self) -> Merging | None:
-        """The merge in the background that is under way, if any."""
+        """The merge in progress in the background, if any."""
         return read_merging(registry.load(self.name).paths)
 
     def merges_due(self) -> int:
@@ -80,11 +80,11 @@ class MachineSnapshots:
         return len(judge(machine, load_tree(machine.paths)).merges)
 
     def hidden(self) -> dict[str, str]:
-        """Images that no snapshot is on any more and that stay all the same, with the reason. Raises VmmError."""
+        """Images that belong to no snapshot any more but stay, each with the reason. Raises VmmError."""
         return hidden_images(contact.look(self.name))
 
     def sizes(self, snapshot: Snapshot) -> Sizes:
-        """What it takes up: the images that it froze, and its memory."""
+        """The sizes of the images that it froze, and of its memory."""
         disk = sum(_allocated(path) for path in snapshot.disks.values())
         memory = 0
         with contextlib.suppress(OSError), os.scandir(snapshot.folder) as entries:
@@ -92,7 +92,7 @@ class MachineSnapshots:
         return Sizes(disk, memory)
 
     def size_of_now(self) -> int:
-        """What the present state has written since, in bytes on the file system."""
+        """What the present state has written since its snapshot, in bytes on the file system."""
         machine = contact.look(self.name)
         return sum(_allocated(path) for path in images_of(machine.spec).values())
 
@@ -109,7 +109,7 @@ class MachineSnapshots:
     ) -> Snapshot:
         """Take a snapshot of the machine in whatever state it is.
 
-        `consistent`: the guest's file systems are frozen meanwhile, by its agent. `mode`: how memory is captured, one
+        `consistent`: its agent freezes the guest's file systems meanwhile. `mode`: how memory is captured, one
         of `MODES`; None is the best that the host allows. Raises Refused, AlreadyExists, InvalidSpec, NoSpace,
         AgentUnavailable, WrongState, InUse, StoreFailed, QemuFailed; then there is no snapshot.
         """
@@ -137,9 +137,9 @@ class MachineSnapshots:
         snapshot_current: str | bool = False,
         progress: Progress | None = None,
     ) -> Applied:
-        """Make the machine what it was. One that runs is switched off for it.
+        """Return the machine to a snapshot. If it runs, it is switched off first.
 
-        The present state is dropped, which `discard_current` says that one knows, or kept as a snapshot first
+        The present state is dropped (confirm this with `discard_current`), or kept as a snapshot first
         (`snapshot_current`: True, or its name). Raises NotFound, Refused, WrongState, InUse, NoSpace, StoreFailed.
         """
         refuse_copy(self.name)
@@ -173,9 +173,9 @@ class MachineSnapshots:
     # -- taking away -----------------------------------------------------------------------------------------------
 
     def delete(self, word: str, *, subtree: bool = False) -> Deleted:
-        """Take one away, with `subtree` all that came of it, too, in whatever state the machine is. Raises NotFound.
+        """Delete one, with `subtree` also all that descend from it, in any state of the machine. Raises NotFound.
 
-        What must be merged for it is merged when the machine is off: at once in the background when it is.
+        The merges that this needs are made when the machine is off: at once, in the background, if it is.
         """
         with self._changing() as (machine, client), self._holding(machine, client) as held:
             deleted = delete(held, word, subtree=subtree)
@@ -202,7 +202,7 @@ class MachineSnapshots:
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def merge(self, *, progress: Progress | None = None) -> int:
-        """Do the merges that are due for a machine that is off, and wait for them; how many were done.
+        """Make the merges that are due for a machine that is off, and wait for them; returns how many were made.
 
         Raises WrongState while it runs or is saved, and what stopped them.
         """
@@ -225,9 +225,9 @@ class MachineSnapshots:
     def merge_live(
         self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
     ) -> list[dict[str, Any]]:
-        """Do the merges that are due while the machine runs; what each came to.
+        """Make the merges that are due while the machine runs; returns the result of each.
 
-        `max_rate_bytes`: so many a second at most. Raises WrongState when it does not run, InUse for a disk that grows
+        `max_rate_bytes`: the limit per second. Raises WrongState if it does not run, InUse for a disk that grows
         faster than it is merged; what was merged by then stays merged.
         """
         done = []
@@ -271,7 +271,7 @@ class MachineSnapshots:
         return {"target": merge.target, "passes": 1, "held_seconds": 0.0}
 
     def cancel_merge(self) -> bool:
-        """Stop a merge, live or in the background; nothing is lost, and it goes on from there.
+        """Stop a merge, live or in the background; nothing is lost, and it can continue from there.
 
         False: there is none.
         """
@@ -300,7 +300,7 @@ class MachineSnapshots:
             held.save()
 
     def set_limit(self, limit: int) -> None:
-        """How many the machine may have. Raises InvalidSpec."""
+        """Set how many the machine may have. Raises InvalidSpec."""
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidSpec(f"a machine may have 1 to {MAX_LIMIT} snapshots")
         with self._changing_tree() as held:
