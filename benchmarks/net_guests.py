@@ -9,9 +9,13 @@ costs. Needs root; everything happens in a network namespace of its own.
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tests.vmm.guests.shell import GuestShell
@@ -37,10 +41,10 @@ class _Environment:
 
 
 @contextmanager
-def guests(backend: str, queues: int) -> Iterator[tuple[GuestShell, GuestShell]]:
-    """Two guests on a switch of that kind."""
+def guests(backend: str, queues: int, lab: BridgeLab | None = None) -> Iterator[tuple[GuestShell, GuestShell]]:
+    """Two guests on a switch of that kind; without `lab` in one of their own."""
     environment: Any = _Environment()
-    lab = BridgeLab(environment)
+    lab = lab or BridgeLab(environment)
     try:
         lab.vmm("switch", "create", "bench", "--type", "private", "--backend", backend)
         for name in ("one", "two"):
@@ -85,3 +89,66 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
                 "ping_milliseconds": ping_milliseconds(one),
             }
     return results
+
+
+@contextmanager
+def plain_guests(lab: BridgeLab) -> Iterator[tuple[GuestShell, GuestShell]]:
+    """Two guests of a QEMU that nobody manages, on a bridge that has nothing but their taps."""
+    from tests.vmm.guests.linux import linux_guest
+
+    guest = linux_guest()
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        lab.spaces.run(lab.here, "ip link add plain0 type bridge && ip link set plain0 up")
+        shells = []
+        for number in range(2):
+            lab.spaces.run(lab.here, f"ip tuntap add tp{number} mode tap && ip link set tp{number} master plain0 up")
+            serial = lab.folder / f"{number}.serial"
+            command = (
+                f"ip netns exec {lab.here} qemu-system-x86_64 -nodefaults -display none -accel tcg -m 192 "
+                f"-kernel {guest.kernel} -initrd {guest.initrd} -serial unix:{serial},server=on,wait=off "
+                f"-netdev tap,id=n0,ifname=tp{number},script=no,downscript=no "
+                f"-device virtio-net-pci,netdev=n0,mac=02:00:00:00:00:0{number + 1} -append"
+            )
+            started.append(subprocess.Popen([*command.split(), guest.append]))
+            shells.append(_shell(serial))
+            address(shells[-1], f"10.5.0.{number + 1}/24")
+        shells[1].check(f"dd if=/dev/zero of=/tmp/file bs=1M count={FILE_MIB} 2>/dev/null; httpd -p 5000 -h /tmp")
+        yield shells[0], shells[1]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _shell(serial: Path) -> GuestShell:
+    link = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            link.connect(str(serial))
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    shell = GuestShell(link)
+    shell.wait_ready()
+    return shell
+
+
+def beside_a_plain_bridge(rounds: int = 5) -> dict[str, float]:
+    """Our bridge's medians divided by a plain one's, both pairs of guests running, measured in turn."""
+    environment: Any = _Environment()
+    lab = BridgeLab(environment)
+    with guests("bridge", 1, lab) as (ours, _), plain_guests(lab) as (plain, _):
+        rates: dict[str, list[float]] = {"plain": [], "ours": []}
+        pings: dict[str, list[float]] = {"plain": [], "ours": []}
+        for number in range(rounds + 1):
+            for name, one in (("plain", plain), ("ours", ours)):
+                rate, ping = transfer(one, 1), ping_milliseconds(one)
+                if number:  # the first round does not count
+                    rates[name].append(rate)
+                    pings[name].append(ping)
+    ratios = [median(one["ours"]) / median(one["plain"]) for one in (rates, pings)]
+    return {"tcp": ratios[0], "ping": ratios[1]}
