@@ -29,6 +29,7 @@ from vmm.cli.common import (
 from vmm.cli.switch_capture import capture_command
 from vmm.errors import Unsupported
 from vmm.net import plan, switches, watching
+from vmm.net.frames import MAX_MTU_BYTES
 from vmm.net.plan import SwitchSpec
 from vmm.net.switches import HostSide
 
@@ -58,6 +59,8 @@ switch_command.add_command(capture_command)
 @click.option("--backend", type=click.Choice(["user", "bridge"]),
               help="user: a process, without root. bridge: the kernel's, for root."
                    " Default: user for private switches and without root.")  # fmt: skip
+@click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES",
+              help="The most bytes of a frame behind its header. Default: the card's; 1500 without one.")  # fmt: skip
 @click.option("--host/--no-host", "host", default=True, help="External: whether this host stays on the network, too.")
 @click.option("--host-vlan", type=int, metavar="N", help="The VLAN of this host's adapter on the switch.")
 @click.option("--address", metavar="ADDRESS/PREFIX", help="Internal: this host's address. Default: a free network.")
@@ -107,6 +110,7 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
     backend = words["backend"] or ("user" if kind == "private" or (kind == "internal" and not root) else "bridge")
     settings: dict[str, Any] = {"name": name, "type": kind, "backend": backend, "uplink": words["uplink"]}
     settings |= {"host": words["host"], "host_vlan": words["host_vlan"], "nat": words["nat"]}
+    settings["mtu_bytes"] = words["mtu_bytes"]
     settings |= {"dhcp": words["dhcp"], "forwards": words["forwards"], "host_loopback": words["host_loopback"]}
     if words["domain"]:
         settings["domain"] = words["domain"]
@@ -122,24 +126,37 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
     return plan.make_switch(**settings)
 
 
-@switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0"))
+@switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0", "vmm switch set lab --mtu 9000"))
 @click.argument("name")
-@click.option("--nic", "uplink", metavar="INTERFACE", required=True, help="The network card that it is to have.")
+@click.option("--nic", "uplink", metavar="INTERFACE", help="The network card that it is to have.")
+@click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES", help="The most bytes of a frame behind its header.")
 @click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
 @output_options
-def set_command(name: str, uplink: str, yes: bool, as_json: bool, quiet: bool) -> None:
+def set_command(name: str, uplink: str | None, mtu_bytes: int | None, yes: bool, as_json: bool, quiet: bool) -> None:
     """Give the external switch NAME another network card, or its own one that has another name by now.
 
     The old card gets its addresses back before the new one's move to the switch; where the old one is gone the new one
     gets them. Machines on the switch stay on it.
+
+    With --mtu any switch carries longer or shorter frames from now on. Adapters of machines that run keep theirs until
+    they start again; set it in the guest, too.
     """
-    switches.load(name)
-    confirm("Change this host's network?", yes=yes)
-    changed = switches.set_uplink(name, uplink)
+    if uplink is None and mtu_bytes is None:
+        raise click.UsageError("say what is to change: --nic or --mtu")
+    changed = switches.load(name)
+    old: list[str] = []
+    if uplink is not None:
+        confirm("Change this host's network?", yes=yes)
+        changed = switches.set_uplink(name, uplink)
+    if mtu_bytes is not None:
+        changed, old = switches.set_mtu(name, mtu_bytes)
+    old = ["/".join(filter(None, _of({"name": one}))) for one in old]
     if as_json:
-        print_json(changed.model_dump(mode="json"))
+        print_json({**changed.model_dump(mode="json"), "guests_with_old_mtu": old})
     elif not quiet:
         print_line(f"{name}: {_words(changed)}")
+        if old:
+            print_line(f"until they start again these keep their MTU, unless it is set in the guest: {', '.join(old)}")
 
 
 def _words(spec: SwitchSpec) -> str:
@@ -204,6 +221,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         ("type", spec.type),
         ("back end", f"{spec.backend}: {running}"),
         ("uplink", (spec.uplink or "") + (f" ({spec.uplink_mac})" if spec.uplink_mac else "")),
+        ("mtu", str(host.mtu_bytes() or f"what guests choose, up to {MAX_MTU_BYTES}")),
         ("address", spec.address or ""),
         ("host's vlan", str(spec.host_vlan or "")),
         ("dhcp", " to ".join(map(str, spec.dhcp_range)) if spec.type == "internal" and spec.dhcp else ""),

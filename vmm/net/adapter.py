@@ -22,7 +22,7 @@ from typing import Any
 from vmm import errors, paths
 from vmm.net import frames, switches, taps
 from vmm.net.engine import PortRules, VlanMode
-from vmm.net.plan import Backend
+from vmm.net.plan import USUAL_MTU_BYTES, Backend
 from vmm.net.ports import PortSetup
 from vmm.net.switches import HostSide
 from vmm.spec import AdapterSpec
@@ -113,13 +113,15 @@ def folder_of(adapter: AdapterSpec, owner: Owner) -> str:
     return os.path.join(owner.runtime_folder, adapter.id)
 
 
-def device_of(adapter: AdapterSpec, queues: int = 1) -> dict[str, Any]:
-    """The guest's side: only a legacy adapter boots from the network. Pure."""
+def device_of(adapter: AdapterSpec, queues: int = 1, mtu_bytes: int | None = None) -> dict[str, Any]:
+    """The guest's side: only a legacy adapter boots from the network, and a synthetic one is told its MTU. Pure."""
     device: dict[str, Any] = {"id": adapter.id, "netdev": wire_id(adapter.id)}
     if adapter.kind == "legacy":
         device = {"driver": LEGACY_DRIVER, **device}
     else:
         device = {"driver": SYNTHETIC_DRIVER, **device, "romfile": ""}
+        if mtu_bytes is not None:
+            device["host_mtu"] = mtu_bytes
         if queues > 1:  # two vectors a queue, one for configuration, one for control
             device |= {"mq": True, "vectors": 2 * queues + 2}
     if adapter.mac is not None:
@@ -203,7 +205,8 @@ def _sockets(adapter: AdapterSpec, owner: Owner, host: HostSide | None) -> Plugg
         "local": {"type": "unix", "path": setup.peer},
         "remote": {"type": "unix", "path": setup.address},
     }
-    return Plugged(netdev, device_of(adapter), data_path(adapter, "user"), "user")
+    device = device_of(adapter, mtu_bytes=None if host is None else host.mtu_bytes())
+    return Plugged(netdev, device, data_path(adapter, "user"), "user")
 
 
 def _tap(adapter: AdapterSpec, owner: Owner, host: HostSide | None, give: Give) -> Plugged:
@@ -226,7 +229,7 @@ def _tap(adapter: AdapterSpec, owner: Owner, host: HostSide | None, give: Give) 
     netdev["fds" if many else "fd"] = ":".join(str(give(one)) for one in descriptors)
     if vhost:
         netdev["vhostfds" if many else "vhostfd"] = ":".join(str(give(one)) for one in vhost)
-    device = device_of(adapter, adapter.queues)
+    device = device_of(adapter, adapter.queues, USUAL_MTU_BYTES if host is None else host.mtu_bytes())
     return Plugged(netdev, device, data_path(adapter, "bridge"), "bridge")
 
 

@@ -148,6 +148,12 @@ class Kernel:
         if index is not None or up:
             self._change(f"switch {name} on", "set", self._need(name), state="up" if up else "down")
 
+    def set_mtu(self, name: str, mtu_bytes: int) -> None:
+        """The most bytes of a frame behind its header; fine when it is so."""
+        link = self.link(name)
+        if link is None or link["mtu_bytes"] != mtu_bytes:
+            self._change(f"set the MTU of {name} to {mtu_bytes}", "set", self._need(name), mtu=mtu_bytes)
+
     def set_master(self, name: str, bridge: str | None) -> None:
         """Put a link into a bridge, or take it out; out of one it is not in is fine."""
         present = self.link(name)

@@ -37,6 +37,12 @@ def found(spec: SwitchSpec) -> SwitchSpec:
     )
 
 
+def mtu_bytes(name: str) -> int | None:
+    """The most bytes of a frame of an interface behind its header; None for one that is not there."""
+    found = _read(name, "mtu")
+    return int(found) if found.isdecimal() else None
+
+
 def _names() -> list[str]:
     try:
         return sorted(os.listdir(ROOT))

@@ -60,6 +60,8 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
     lines += (
         [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
     )
+    if spec.mtu_bytes is not None:  # legacy adapters hear of it in no other way
+        lines.append(f"dhcp-option=option:mtu,{spec.mtu_bytes}")
     for lease in spec.leases:
         name = f",{lease.name}" if lease.name else ""
         lines.append(f"dhcp-host={lease.mac},{lease.address}{name}")

@@ -34,6 +34,7 @@ SwitchType = Literal["private", "internal", "external"]
 Backend = Literal["user", "bridge"]
 MAX_INTERFACE_CHARACTERS = 15
 MAX_LEASES = 1024
+USUAL_MTU_BYTES, MIN_MTU_BYTES = 1500, 576  # Ethernet's; what every host of IPv4 takes (RFC 791)
 DEFAULT_NETWORKS = tuple(map(ipaddress.IPv4Network, ("10.77.0.0/16", "172.27.0.0/16", "192.168.128.0/17")))
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
@@ -69,6 +70,7 @@ class SwitchSpec(_Settings):
     backend: Backend = "user"
     uplink: str | None = Field(default=None, pattern=r"^[^/\s]{1,15}$")
     uplink_mac: str | None = Field(default=None, pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")  # of the card
+    mtu_bytes: int | None = Field(default=None, ge=MIN_MTU_BYTES, le=frames.MAX_MTU_BYTES)  # None: the card's, or 1500
     host: bool = True  # external: the host has an adapter on the switch, too
     host_vlan: int | None = Field(default=None, ge=1, le=frames.MAX_VLAN)
     address: str | None = None
@@ -110,6 +112,8 @@ class SwitchSpec(_Settings):
             raise ValueError("an internal switch, and no other, has an address of the host's")
         if self.host_vlan is not None and (self.type == "private" or self.backend == "user"):
             raise ValueError("only a host's adapter on the bridge back end has a VLAN")
+        if self.type == "internal" and self.backend == "user" and (self.mtu_bytes or 0) > USUAL_MTU_BYTES:
+            raise ValueError(f"the user back end's gateway carries {USUAL_MTU_BYTES} bytes at most: use a lower MTU")
         if not _DOMAIN.fullmatch(self.domain):
             raise ValueError(f"{self.domain!r} is no domain")
         if self.host_loopback and (self.type != "internal" or self.backend != "user"):
@@ -212,6 +216,7 @@ class SwitchSpec(_Settings):
             name_server=self.gateway().name_server,
             domain=self.domain,
             lease_seconds=LEASE_SECONDS,
+            mtu_bytes=self.mtu_bytes or 0,
             fixed=tuple((one.mac, one.address, one.name or "") for one in self.leases),
         )
 
@@ -384,6 +389,9 @@ def refusals(spec: SwitchSpec, facts: HostFacts) -> list[str]:
             reasons.append(f"there is no network card {spec.uplink}")
         elif (reason := refusal(uplink.candidate, spec.bridge_name)) is not None:
             reasons.append(reason)
+        elif (spec.mtu_bytes or 0) > uplink.mtu_bytes:
+            more = f"ip link set {uplink.name} mtu {spec.mtu_bytes}"
+            reasons.append(f"{uplink.name} carries {uplink.mtu_bytes} bytes at most (MTU): first {more}")
     return reasons
 
 
@@ -398,7 +406,7 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
             {
                 "name": bridge,
                 "mac": uplink.mac if uplink is not None else spec.bridge_mac,
-                "mtu_bytes": uplink.mtu_bytes if uplink is not None else None,
+                "mtu_bytes": spec.mtu_bytes or (uplink.mtu_bytes if uplink is not None else None),
                 "vlan_filtering": facts.has_vlan_filtering,
             },
             f"make the bridge {bridge}",

@@ -209,6 +209,26 @@ def set_uplink(name: str, interface: str) -> SwitchSpec:
         return changed
 
 
+def set_mtu(name: str, mtu_bytes: int) -> tuple[SwitchSpec, list[str]]:
+    """Have a switch carry other frames; it, and the ports whose guests keep theirs until they start again.
+
+    Raises NotFound, InvalidSpec, Unsupported for more than the card carries, and as `ensure` does: all is as before.
+    """
+    with staying(name) as host:
+        changed = plan.make_switch(**{**host.spec.model_dump(), "mtu_bytes": mtu_bytes})
+        if changed.backend == "bridge" and (reasons := HostSide(changed).plan()[2]):
+            raise errors.Unsupported("; ".join(reasons))
+        paths.write_whole(_path(name), changed.to_json())
+        try:
+            HostSide(changed).ensure()
+        except BaseException:
+            paths.write_whole(_path(name), host.spec.to_json())
+            with contextlib.suppress(errors.VmmError):
+                host.ensure()
+            raise
+        return changed, [one["name"] for one in host.guests() if one["connected"]]
+
+
 def lease_path(spec: SwitchSpec) -> str:
     """Where the leases of a switch are kept."""
     return os.path.join(_folder(), f"{spec.id}.leases")
@@ -260,6 +280,7 @@ class HostSide:
         if self.spec.backend == "bridge":
             with self.changing():
                 was_made = self._apply()
+                self._follow_mtu()
             if was_made:  # somebody had removed it: taps that are still there go into the new one
                 self.plug_again()
             return
@@ -300,6 +321,27 @@ class HostSide:
             paths.write_whole(_path(spec.name), spec.to_json())
             applying = Applying(spec, self.folder, lease_path(spec), self.bridge_ports())
         return applying.apply()
+
+    def mtu_bytes(self) -> int | None:
+        """The most bytes of a frame behind its header: what was set, the card's, or Ethernet's.
+
+        None on the user back end where nothing was set: it carries whatever guests choose, up to 9216.
+        """
+        if self.spec.mtu_bytes is not None or self.spec.backend == "user":
+            return self.spec.mtu_bytes
+        card = None if self.spec.uplink is None else cards.mtu_bytes(self.spec.uplink)
+        return card or plan.USUAL_MTU_BYTES
+
+    def _follow_mtu(self) -> None:
+        """Have bridge and taps carry what the switch does by now."""
+        from vmm.net import bridge
+
+        wanted = self.mtu_bytes() or plan.USUAL_MTU_BYTES
+        names = [self.spec.bridge_name, *(one.interface for one in self.bridge_ports())]
+        if any(cards.mtu_bytes(name) not in (None, wanted) for name in names):
+            with bridge.Kernel() as kernel:
+                for name in reversed(names):
+                    kernel.set_mtu(name, wanted)
 
     def is_half_made(self) -> bool:
         """True when something on the host could not be put back."""
@@ -389,6 +431,7 @@ class HostSide:
             enforcing.enforce(self.spec, self.bridge_ports())
             ipv6_settings.close_tap(interface)
             with bridge.Kernel() as kernel:
+                kernel.set_mtu(interface, self.mtu_bytes() or plan.USUAL_MTU_BYTES)
                 kernel.set_master(interface, self.spec.bridge_name)
                 if filters:  # also without a VLAN: it may have had one
                     kernel.set_vlans(interface, *plan.port_vlans(rules.vlan, rules.allowed))

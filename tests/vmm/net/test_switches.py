@@ -123,7 +123,7 @@ def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch
     """A switch that was made in part, and taken back in part, keeps its file: or nobody could take the rest back."""
     spec = make_switch(name="lab", backend="bridge")
 
-    def fails(self: HostSide) -> None:
+    def fails(self: HostSide, **given: bool) -> None:
         paths.make_private(self.folder)
         Path(self.folder, "journal.json").write_text('{"boot_id": "x", "complete": false, "done": [{"kind": "up"}]}')
         raise errors.VmmError("no")
@@ -135,7 +135,7 @@ def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch
             switches.create(spec)
     assert switches.names() == ["lab"]
     Path(HostSide(spec).folder, "journal.json").unlink()
-    monkeypatch.setattr(HostSide, "remove", lambda self: None)
+    monkeypatch.setattr(HostSide, "remove", lambda self, **given: [])
     switches.delete("lab")
 
 
@@ -147,7 +147,7 @@ def test_a_change_is_made_to_what_the_switch_is_by_then(home: Path, monkeypatch:
     removed: list[str] = []
     monkeypatch.setattr(HostSide, "ensure", lambda self: None)
     monkeypatch.setattr(HostSide, "guests", lambda self: [])
-    monkeypatch.setattr(HostSide, "remove", lambda self: removed.append(self.spec.id))
+    monkeypatch.setattr(HostSide, "remove", lambda self, **given: removed.append(self.spec.id))
     first = make_switch(name="lab", type="internal", backend="bridge", address="10.77.250.1/24")
     switches.create(first)
     leases = [{"mac": f"02:00:00:00:00:0{n}", "address": f"10.77.250.{n}"} for n in (2, 3)]
