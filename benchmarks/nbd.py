@@ -405,7 +405,7 @@ def main() -> None:
     options = parser().parse_args()
     parts = [part for part in options.only.split(",") if part]
     if unknown := set(parts) - set(PARTS):
-        raise SystemExit(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+        raise SystemExit(f"--only: {', '.join(sorted(unknown))} is not one of {', '.join(PARTS)}")
     if not has("fio"):
         raise SystemExit("fio is not installed; run script/setup")
     if missing := peers.missing():

@@ -41,9 +41,9 @@ def check_removable(path: str) -> None:
         problem = "belongs to somebody else, in a folder where only owners remove files"
     if problem is not None:
         raise errors.AccessDenied(
-            f"{problem}: it cannot be removed, so nothing is begun that ends with that",
+            f"{problem}: it could not be removed in the end, so nothing is begun",
             path=path,
-            hint="give yourself that right first",
+            hint="get the right to remove it first",
         )
 
 
@@ -57,14 +57,14 @@ def check_folder(folder: str, path: str) -> None:
         folder_bytes = len(os.fsencode(os.path.realpath(folder or os.curdir)))
     if folder_bytes + 1 + _MAX_NAME_BYTES >= _MAX_PATH_BYTES:
         raise errors.InvalidArgument(
-            f"its folder's path has {folder_bytes} bytes, too many for the {_MAX_PATH_BYTES} that the system takes of"
-            " a path with the longest name",
+            f"the path of its folder has {folder_bytes} bytes, which leaves no room for a file name: a path has at"
+            f" most {_MAX_PATH_BYTES}",
             path=path,
-            hint="choose a folder less deep",
+            hint="choose a folder that is not so deep",
         )
     if _flags_of(folder or os.curdir) & (_IMMUTABLE | _APPEND_ONLY):
         raise errors.AccessDenied(
-            "its folder is marked as one in which nothing is renamed or removed (see `lsattr -d`)",
+            "nothing in its folder may be renamed or removed (see `lsattr -d`)",
             path=path,
             hint="choose another folder",
         )

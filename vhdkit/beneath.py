@@ -61,7 +61,7 @@ def open_regular(path: str) -> FileStore:
     except OSError as error:
         raise translate(error, path, "open") from error
     except ValueError as error:
-        raise errors.InvalidArgument("is no file name: it holds a zero byte", path=path) from error
+        raise errors.InvalidArgument("is not a file name: it holds a zero byte", path=path) from error
 
 
 def find_beneath(path: str, folders: Sequence[str]) -> Place:
@@ -189,7 +189,7 @@ def _opened(looked: int, path: str, folder: int | None) -> FileStore:
     """The very file that `looked` leads to, which must be a regular one, open for reading."""
     status = os.fstat(looked)
     if not stat.S_ISREG(status.st_mode):
-        raise errors.InvalidArgument("is no regular file", path=path)
+        raise errors.InvalidArgument("is not a regular file", path=path)
     try:
         owned = opened(f"/proc/self/fd/{looked}", _READ)
     except FileNotFoundError:  # no /proc here: by its name, which may have become another file's

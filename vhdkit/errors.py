@@ -107,6 +107,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
+def as_clause(problem: str) -> str:
+    """A problem for the middle of a sentence: "is a device" is "it is a device", for there the name comes before."""
+    return f"it {problem}" if problem.partition(" ")[0] in ("is", "has", "was", "lies", "belongs") else problem
+
+
 def quoted(path: str) -> str:
     """A path as it is typed on a command line, for hints."""
     return shlex.quote(printable(path))

@@ -119,7 +119,7 @@ class NewFile:
     def _checked(self) -> os.stat_result | None:
         name = os.path.basename(self.path)
         if not name or name in (os.curdir, os.pardir) or os.path.isdir(self.path):
-            raise errors.InvalidArgument("is a directory; name a file", path=self.path)
+            raise errors.InvalidArgument("is a folder; name a file", path=self.path)
         self._check_directory()
         return self._check_destination()
 
@@ -144,7 +144,7 @@ class NewFile:
             raise errors.AlreadyExists("already exists", path=self.path, hint="choose another name")
         if not stat.S_ISREG(status.st_mode):
             raise errors.InvalidArgument(
-                "exists and is no regular file: it is not replaced",
+                "exists and is not a regular file: it is not replaced",
                 path=self.path,
                 hint="to fill a device, write to standard output and pipe that to dd",
             )
@@ -317,7 +317,7 @@ class SocketFile:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(status.st_mode):
-            raise errors.AlreadyExists("exists and is no socket: it is not replaced", path=self.path)
+            raise errors.AlreadyExists("exists and is not a socket: it is not replaced", path=self.path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:

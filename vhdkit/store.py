@@ -175,16 +175,16 @@ class FileStore(Descriptor):
             owned = opened(name, flags)
             mode = os.fstat(owned[0]).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                what = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
+                what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
                 raise errors.InvalidArgument(f"is {what}, not a disk image", path=name)
             return cls(owned, name, writable=writable)
         except OSError as error:
             close_owned(owned)
             if error.errno == errno.EISDIR:
-                raise errors.InvalidArgument("is a directory, not a disk image", path=name) from error
+                raise errors.InvalidArgument("is a folder, not a disk image", path=name) from error
             raise translate(error, name, "open for writing" if writable else "open") from error
         except ValueError as error:
-            raise errors.InvalidArgument("is no file name: it holds a zero byte", path=name) from error
+            raise errors.InvalidArgument("is not a file name: it holds a zero byte", path=name) from error
         except BaseException:
             close_owned(owned)
             raise
@@ -459,7 +459,7 @@ class FileStore(Descriptor):
     @held
     def still_named(self) -> bool:
         """True while the name that the file was opened by leads to it. Raises AccessDenied, IoFailed."""
-        with translated(self._path, "look whether the name still leads to this file"):
+        with translated(self._path, "check whether the name still leads to this file"):
             try:
                 found = os.stat(self._place)
             except (FileNotFoundError, NotADirectoryError):

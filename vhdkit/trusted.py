@@ -73,7 +73,8 @@ def trusted_parent_dirs() -> TrustedFolders:
         if os.path.isabs(path) and "\0" not in path:
             folders.append(TrustedFolder(os.path.normpath(path), source))
         else:
-            findings.append(_warning(f"{source} names {printable(path)!r}, which is no absolute path: ignored", None))
+            problem = f"{source} names {printable(path)!r}, which is not an absolute path: ignored"
+            findings.append(_warning(problem, None))
     return TrustedFolders(tuple(dict.fromkeys(folders)), tuple(findings))
 
 
@@ -111,15 +112,13 @@ def _folders_of(config: str) -> list[str]:
         return []
     raw = read_whole(real, MAX_CONFIG_BYTES)
     if raw is None:
-        raise errors.InvalidArgument(f"it is no regular file of at most {MAX_CONFIG_BYTES} bytes")
+        raise errors.InvalidArgument(f"it is not a regular file of at most {MAX_CONFIG_BYTES} bytes")
     try:
         document = tomllib.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise errors.InvalidArgument(f"it is no TOML: {printable(str(error))}") from error
+        raise errors.InvalidArgument(f"it is not TOML: {printable(str(error))}") from error
     if unknown := sorted(set(document) - _KNOWN_KEYS):
-        raise errors.InvalidArgument(
-            f"it has {', '.join(map(printable, unknown))}, and nothing but parent_dirs is known"
-        )
+        raise errors.InvalidArgument(f"it sets {', '.join(map(printable, unknown))}, but only parent_dirs is known")
     folders = document.get("parent_dirs", [])
     if not isinstance(folders, list) or not all(isinstance(one, str) and one for one in folders):
         raise errors.InvalidArgument("parent_dirs is a list of folders")

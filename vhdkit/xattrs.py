@@ -56,7 +56,7 @@ def record_held(path: str) -> Iterator[None]:
     """No other process of ours changes the record at `path` meanwhile. It is there, empty where there was none.
 
     An empty one is removed in the end. Raises ImageInUse when another takes too long, AccessDenied, NoSpace, IoFailed,
-    InvalidArgument for what is no regular file.
+    InvalidArgument for what is not a regular file.
     """
     with translated(path, "hold"):
         owned = _held(path)
@@ -77,7 +77,7 @@ def _held(path: str) -> Owned:
         owned = opened(path, flags, _PRIVATE)
         try:
             if not stat.S_ISREG(os.fstat(owned[0]).st_mode):
-                raise errors.InvalidArgument("is no regular file", path=path)
+                raise errors.InvalidArgument("is not a regular file", path=path)
             if _locked(owned[0]) and _is_named(owned[0], path):
                 return owned
         except BaseException:
@@ -85,7 +85,7 @@ def _held(path: str) -> Owned:
             raise
         close_owned(owned)
         time.sleep(_TRY_SECONDS)
-    raise errors.ImageInUse("another program is at this record", path=path)
+    raise errors.ImageInUse("another program is using this record", path=path)
 
 
 def _locked(fd: int) -> bool:

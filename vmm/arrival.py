@@ -71,7 +71,7 @@ def look_at_export(inside: Inside) -> Arrival:
     try:
         content = inside.read(MANIFEST, _MAX_MANIFEST_BYTES)
     except NotFound as error:
-        raise NotFound("is no export: it holds no vmm-export.json", path=inside.root) from error
+        raise NotFound("is not an export: it holds no vmm-export.json", path=inside.root) from error
     try:
         document = json.loads(content)
         if document["format"] != FORMAT:
@@ -144,7 +144,7 @@ def check_chains(arrival: Arrival, disks: str) -> None:
         path = os.path.join(disks, os.path.basename(leaf))
         for image in chain_of(path, arrival):
             if os.path.dirname(image) != real or f"disks/{os.path.basename(image)}" not in arrival.files:
-                raise Refused("stands on an image that is none of the import's", path=path)
+                raise Refused("stands on an image that is not part of the import", path=path)
 
 
 def chain_of(path: str, arrival: Arrival) -> list[str]:

@@ -43,7 +43,10 @@ class VmmError(Exception):
     def __str__(self) -> str:
         place = [printable(part) for part in (self.machine, self.path) if part is not None]
         text = printable(": ".join([*place, self.problem]))
-        return f"{text} ({printable(self.hint)})" if self.hint else text
+        if not self.hint:
+            return text
+        hint = printable(self.hint)
+        return f"{text}; {hint}" if "(" in hint else f"{text} ({hint})"  # no brackets in brackets
 
 
 def printable(text: str) -> str:
@@ -117,11 +120,13 @@ class StoreFailed(VmmError):
     """A disk image or its server failed; what vhdkit said is the problem."""
 
 
-_DISK_OPTION = "give the disk that option: take it away (vmm disk remove) and add it again, as IMAGE"
 _OWN_WORDS = {  # options of vhdkit's command line, as they are said to vmm
-    "--allow-parent-dir": f"if you trust it, {_DISK_OPTION},parent-dir=FOLDER",
-    "--allow-raw-parent": f"if you trust it, {_DISK_OPTION},allow-raw-parent",
+    "--allow-parent-dir": "add the disk as IMAGE,parent-dir=FOLDER (first: vmm disk remove, where the machine has"
+    " it already)",
+    "--allow-raw-parent": "add the disk as IMAGE,allow-raw-parent (first: vmm disk remove, where the machine has"
+    " it already)",
 }
+_TRUST = "if you trust it, "
 _COMMAND = re.compile(r"\bvhdkit (?!for\b)[a-z]+")  # "vhdkit check FILE --repair"; not "install vhdkit for ..."
 _BARE_VERB = re.compile(r"`(?!vmm )[a-z-]+(?: --[a-z-]+)*`")  # "`status` says how far it is"
 _ON_THE_CHILD = "work on the child instead"  # of an image that is the parent of another
@@ -148,7 +153,8 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
     for option, words in _OWN_WORDS.items():
         if option in options:
             folder = hint.partition(f"{option} ")[2]
-            return words.replace("FOLDER", folder) if folder else words
+            words = words.replace("FOLDER", folder) if folder else words
+            return _TRUST + words if hint.startswith(_TRUST) else words
     return hint if all(option in _SHARED_OPTIONS for option in options) else None
 
 

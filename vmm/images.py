@@ -112,7 +112,7 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
             else:
                 with opened:
                     if opened.size_bytes < MIN_DISK_BYTES:
-                        raise InvalidSpec(f"is no disk: it holds {opened.size_bytes} bytes", path=disk.path)
+                        raise InvalidSpec(f"is not a disk: it holds {opened.size_bytes} bytes", path=disk.path)
                     if kind is vhdkit.FormatName.RAW and disk.format is None and is_cd_image(opened):
                         raise InvalidSpec(
                             "holds the file system of a CD or DVD", path=disk.path,

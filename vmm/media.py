@@ -82,7 +82,7 @@ def open_medium(path: str) -> int:
     facts = os.fstat(descriptor)
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISBLK(facts.st_mode)) or not os.lseek(descriptor, 0, os.SEEK_END):
         os.close(descriptor)
-        raise InvalidSpec("is no image: neither a file with content nor a block device", path=path)
+        raise InvalidSpec("is not an image: neither a file with content nor a block device", path=path)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 

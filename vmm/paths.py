@@ -207,7 +207,7 @@ def is_id(machine_id: object) -> bool:
 def runtime_of(machine_id: str) -> RuntimePaths:
     """The runtime paths of a machine by its id. Raises InvalidSpec for no id, or too long sockets."""
     if not is_id(machine_id):  # the folder is emptied when nobody lives in it: a wrong id must lead nowhere
-        raise InvalidSpec(f"{machine_id!r} is no id of a machine")
+        raise InvalidSpec(f"{machine_id!r} is not the id of a machine")
     folder = os.path.join(runtime_home(), machine_id.replace("-", "")[:RUNTIME_ID_CHARACTERS])
     longest = os.path.join(folder, _LONGEST_SOCKET_NAME)
     if len(os.fsencode(longest)) > MAX_SOCKET_PATH_BYTES:
@@ -279,8 +279,8 @@ def check_name(name: str) -> None:
     """Raise ValueError for a name that no machine can have: it is a folder's name and a word on command lines."""
     if not _NAME.fullmatch(name) or name != name.strip() or len(name) > MAX_NAME_CHARACTERS or name.endswith("."):
         raise ValueError(
-            f"{name!r} is no name for a machine: letters, digits, space, '.', '_' and '-', a letter or digit first, "
-            f"at most {MAX_NAME_CHARACTERS} characters"
+            f"{name!r} cannot be the name of a machine: use letters, digits, space, '.', '_' and '-', a letter or "
+            f"digit first, at most {MAX_NAME_CHARACTERS} characters"
         )
 
 

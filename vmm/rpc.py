@@ -141,7 +141,7 @@ def parameter(params: dict[str, Any], name: str, kind: type | UnionType, default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InvalidSpec(f"the parameter {name!r} is not of the kind {getattr(kind, '__name__', kind)}")
     if isinstance(value, float) and math.isnan(value):  # no time would ever be over
-        raise InvalidSpec(f"the parameter {name!r} is no number")
+        raise InvalidSpec(f"the parameter {name!r} is not a number")
     return value
 
 
@@ -227,14 +227,14 @@ class ControlClient:
                 raise VmmError(f"the worker ended during {method}", machine=self.machine)
             self._received += piece
             if len(self._received) > 4 * MAX_LINE_BYTES:
-                raise VmmError("what answers there is no worker", machine=self.machine, path=self.path)
+                raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path)
         line, _, self._received = self._received.partition(b"\n")
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise VmmError("what answers there is no worker", machine=self.machine, path=self.path) from error
+            raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path) from error
         if not isinstance(answer, dict):
-            raise VmmError("what answers there is no worker", machine=self.machine, path=self.path)
+            raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path)
         return answer
 
     def close(self) -> None:

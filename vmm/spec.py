@@ -309,9 +309,9 @@ def read_spec(content: bytes, path: str) -> MachineSpec:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidSpec("is no machine definition: it holds no JSON", path=path) from error
+        raise InvalidSpec("is not a machine definition: it holds no JSON", path=path) from error
     if not isinstance(document, dict):
-        raise InvalidSpec("is no machine definition: it holds no JSON object", path=path)
+        raise InvalidSpec("is not a machine definition: it holds no JSON object", path=path)
     version = document.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InvalidSpec(
@@ -322,7 +322,7 @@ def read_spec(content: bytes, path: str) -> MachineSpec:
     try:
         return MachineSpec.model_validate(document)
     except ValidationError as error:
-        raise InvalidSpec(f"is no machine definition: {words_of(error)}", path=path) from error
+        raise InvalidSpec(f"is not a machine definition: {words_of(error)}", path=path) from error
 
 
 def _validated(settings: dict[str, Any], machine: str | None) -> MachineSpec:

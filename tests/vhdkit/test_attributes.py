@@ -153,7 +153,7 @@ def test_a_folder_too_deep(tmp_path: Path) -> None:
             lambda: vhdkit.clone(tmp_path / "base.vhd", ["a.avhd"]),
             lambda: vhdkit.convert(tmp_path / "base.vhd", "a.raw", "raw"),
         ):
-            with pytest.raises(errors.InvalidArgument, match="its folder's path has"):
+            with pytest.raises(errors.InvalidArgument, match="the path of its folder has"):
                 make()
         assert os.listdir() == []
         while len(os.getcwd()) + 1 + 255 >= 4096:

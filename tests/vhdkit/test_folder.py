@@ -123,7 +123,7 @@ def test_a_link_is_never_written_through(replace: bool, tmp_path: Path) -> None:
 
 def test_a_device_is_not_replaced() -> None:
     """`--force` onto a device would put a file in its place."""
-    with pytest.raises(errors.InvalidArgument, match="no regular file"):
+    with pytest.raises(errors.InvalidArgument, match="not a regular file"):
         NewFile("/dev/null", whatever=True)
     with pytest.raises(errors.AlreadyExists):
         NewFile("/dev/null")

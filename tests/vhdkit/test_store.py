@@ -249,7 +249,7 @@ def test_what_is_no_image_file_is_refused(writable: bool, tmp_path: Path) -> Non
     cases: list[tuple[str, type[errors.VhdkitError], str]] = [
         (str(tmp_path / "none"), errors.NotFound, "No such file"),
         (str(tmp_path / "file" / "x"), errors.NotFound, "Not a directory"),
-        (str(tmp_path), errors.InvalidArgument, "is a directory"),
+        (str(tmp_path), errors.InvalidArgument, "is a folder"),
         ("/dev/null", errors.InvalidArgument, "character device"),
         ("a\0b", errors.InvalidArgument, "zero byte"),
         (str(tmp_path / ("x" * 300)), errors.InvalidArgument, "too long"),

@@ -114,13 +114,13 @@ def test_a_file_of_another_user_is_ignored(config: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("parent_dirs = [", "no TOML"),
-        ("\udcff", "no TOML"),
+        ("parent_dirs = [", "not TOML"),
+        ("\udcff", "not TOML"),
         ('parent_dirs = "/srv/a"', "list of folders"),
         ("parent_dirs = [5]", "list of folders"),
-        ('parent_dir = ["/srv/a"]', "nothing but parent_dirs is known"),
-        ('parent_dirs = ["bases"]', "no absolute path"),
-        ('parent_dirs = ["/a\\u0000b"]', "no absolute path"),
+        ('parent_dir = ["/srv/a"]', "only parent_dirs is known"),
+        ('parent_dirs = ["bases"]', "not an absolute path"),
+        ('parent_dirs = ["/a\\u0000b"]', "not an absolute path"),
         ("#" * (1 << 17), "at most 65536 bytes"),
     ],
 )

@@ -29,7 +29,7 @@ _THEIR_WORDS = ("Input should", "Extra inputs", "Field required", "permitted", "
         ({"firmware": "efi"}, "firmware: must be 'bios' or 'uefi'"),
         ({"boot_order": "disk"}, "boot_order: must be a list"),
         ({"screen": "maybe"}, "screen: must be true or false"),
-        ({"notes": 5}, "notes: must be a text"),
+        ({"notes": 5}, "notes: must be text"),
         ({"notes": "x" * 70000}, "notes: must have at most 65536 characters"),
         ({"automatic": "always"}, "automatic: must be a group of settings"),
         ({"automatic": {"stop": "now"}}, "automatic.stop: must be 'save', 'turn-off' or 'shut-down'"),
@@ -54,7 +54,7 @@ def test_wrong_settings_of_anything_else() -> None:
         make_adapter(id="nic-0", queues=9)
     with pytest.raises(InvalidSpec, match="host_vlan: must be 4094 or less"):
         make_switch(name="lab", host_vlan=5000)
-    with pytest.raises(InvalidSpec, match=r"/x: is no machine definition: it holds no JSON"):
+    with pytest.raises(InvalidSpec, match=r"/x: is not a machine definition: it holds no JSON"):
         read_spec(b"{", "/x")
 
 

@@ -49,7 +49,7 @@ def test_id_that_is_none(tmp_path: Path, machine_id: object) -> None:
     path = Path(registry.add(make_spec(name="web")).paths.definition)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id": machine_id}))
     for verb in (contact.Place.of, contact.start):
-        with pytest.raises(InvalidSpec, match="no machine definition: id"):
+        with pytest.raises(InvalidSpec, match="not a machine definition: id"):
             verb("web")
     assert (victim / "file").read_text() == "precious"
 
@@ -59,7 +59,7 @@ def test_no_definition_at_all(text: str) -> None:
     """What is no definition is told as that, however deep it is."""
     path = Path(registry.add(make_spec(name="web")).paths.definition)
     path.write_text(text)
-    with pytest.raises(InvalidSpec, match="is no machine definition"):
+    with pytest.raises(InvalidSpec, match="is not a machine definition"):
         contact.start("web")
     assert not Path(paths.runtime_home()).exists()
 

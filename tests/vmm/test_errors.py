@@ -52,10 +52,13 @@ def test_system_errors_keep_their_meaning() -> None:
 def test_hints_name_no_option_that_vmm_does_not_have() -> None:
     """An option of vhdkit's beside a whole command of vhdkit's is said in vmm's words; the command stays."""
     said = (
-        "name the folder it is in with --allow-parent-dir FOLDER, or repoint it: vhdkit rebase a.avhd --parent PARENT"
+        "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint it:"
+        " vhdkit rebase a.avhd --parent PARENT"
     )
     hint = errors.hint_of_vhdkit(said)
-    assert hint is not None and "--allow-parent-dir" not in hint and "parent-dir=FOLDER" in hint
+    assert (
+        hint is not None and "--allow-parent-dir" not in hint and "parent-dir=FOLDER" in hint and "trust" not in hint
+    )
     assert hint.endswith("repoint it: vhdkit rebase a.avhd --parent PARENT")
     assert errors.hint_of_vhdkit("finish it: vhdkit merge a, or wait") == "finish it: vhdkit merge a, or wait"
 

@@ -55,7 +55,7 @@ def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:
         manager.change_medium("small", "disk-0", str(leaf))
     with pytest.raises(NotFound):
         manager.change_medium("small", "disk-1", str(tmp_path / "absent.iso"))
-    with pytest.raises(InvalidSpec, match="is no image"):
+    with pytest.raises(InvalidSpec, match="is not an image"):
         manager.change_medium("small", "disk-1", str(tmp_path))
     good("disk", "add", "small", one, "--cdrom")
     good("disk", "add", "small", one, "--cdrom")

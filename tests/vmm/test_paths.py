@@ -43,7 +43,7 @@ def test_runtime_folder_is_named_by_the_id() -> None:
 @pytest.mark.parametrize("machine_id", ["", "../../../../etc", "zzz", ID.upper(), ID + "\n", ID.replace("-", "/")])
 def test_what_is_no_id_leads_nowhere(machine_id: str) -> None:
     """A runtime folder is removed with all in it, so an id that was edited by hand never leads to another folder."""
-    with pytest.raises(InvalidSpec, match="no id"):
+    with pytest.raises(InvalidSpec, match="not the id"):
         paths.runtime_of(machine_id)
 
 

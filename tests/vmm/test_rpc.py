@@ -147,7 +147,7 @@ def test_who_is_no_worker(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
         path = os.path.join(folder, "s")
         with bind_private(path) as listener:
-            for said, words in ((b"garbage\n", "no worker"), (b"5\n", "no worker"), (b"", "ended during")):
+            for said, words in ((b"garbage\n", "not a worker"), (b"5\n", "not a worker"), (b"", "ended during")):
                 with ControlClient(path) as client:
                     other, _ = listener.accept()
                     other.sendall(said)
@@ -172,7 +172,7 @@ def test_sockets_are_private(tmp_path: Path) -> None:
 
 
 def test_parameters_are_looked_at() -> None:
-    """A parameter of another kind is refused; true is no number."""
+    """A parameter of another kind is refused; true is not a number."""
     assert parameter({"a": 1}, "a", int) == 1 and parameter({}, "a", int, 5) == 5
     wrong: tuple[object, ...] = ("1", True, [], 1.5)
     for value in wrong:
@@ -182,6 +182,6 @@ def test_parameters_are_looked_at() -> None:
 
 def test_what_is_no_number_is_no_time() -> None:
     """NaN, which Python's JSON and the command line take for a number, is refused: waiting for it would never end."""
-    with pytest.raises(InvalidSpec, match="'seconds' is no number"):
+    with pytest.raises(InvalidSpec, match="'seconds' is not a number"):
         parameter({"seconds": float("nan")}, "seconds", int | float)
     assert parameter({"seconds": 0.5}, "seconds", int | float) == 0.5

@@ -40,7 +40,7 @@ def test_written_down_and_read_back() -> None:
 )
 def test_bad_names(name: str) -> None:
     """A name is a folder's name and a word on command lines."""
-    with pytest.raises(InvalidSpec, match="no name for a machine"):
+    with pytest.raises(InvalidSpec, match="cannot be the name of a machine"):
         make_spec(name=name)
 
 
@@ -108,7 +108,7 @@ def test_changes_are_looked_at_like_everything() -> None:
 )
 def test_no_definition_is_a_clear_error(content: bytes) -> None:
     """Whatever is in the file, it is a machine or an InvalidSpec with the path."""
-    with pytest.raises(InvalidSpec, match="no machine definition") as caught:
+    with pytest.raises(InvalidSpec, match="not a machine definition") as caught:
         read_spec(content, "/m/machine.json")
     assert caught.value.path == "/m/machine.json"
 

@@ -109,7 +109,7 @@ def replacing(
         try:
             held(tidy=False).close()
         except errors.VhdkitError as refusal:
-            error.problem += f", and cannot be replaced ({refusal.problem})"
+            error.problem += f", and cannot be replaced: {errors.as_clause(refusal.problem)}"
         else:
             error.hint = "choose another name, or --force (replace=True in the library)"
         raise
@@ -187,7 +187,7 @@ def create_child(
 def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:
     """The virtual size of a new child of `parent`, the parent's own where none is asked for.
 
-    Raises InvalidArgument for a smaller one, and for a parent that is no regular file.
+    Raises InvalidArgument for a smaller one, and for a parent that is not a regular file.
     """
     if not is_regular(parent.store.name):
         raise errors.InvalidArgument(
@@ -228,7 +228,8 @@ def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> Parent
     folder = os.path.dirname(real_path(child))
     if "\\" in parent_real:
         raise errors.InvalidArgument(
-            "has a backslash in its path, which a VHD can only store as a folder; rename it", path=parent
+            "has a backslash in its path, which a VHD would take for the end of a folder's name; rename it",
+            path=parent,
         )
     relative = os.path.relpath(parent_real, folder).replace(os.sep, "\\")
     if not relative.startswith(".."):

@@ -115,10 +115,10 @@ def has_children(path: str, children: Sequence[Dependent], danger: str, hint: st
     original = _original(path, children[0].path)
     if original is not None:
         return errors.HasChildren(
-            f"has the id of a parent, the one of {children[0]}, which finds {printable(original)} now",
+            f"has the same id as the parent of {children[0]}, which is {printable(original)} now",
             path=path,
-            hint=f"an id is all that children know their parent by, so a copy is not changed beside them: move it to a"
-            f" folder of its own, or make an image with an id of its own (vhdkit convert {quoted(path)} NEW)",
+            hint=f"children know their parent by its id alone, so a copy is not changed beside them: move it to a"
+            f" folder of its own, or make an image with another id: vhdkit convert {quoted(path)} NEW --to dynamic",
         )
     others = f" and {len(children) - 1} more" if len(children) > 1 else ""
     return errors.HasChildren(
@@ -142,6 +142,11 @@ def _original(path: str, child_path: str) -> str | None:
         return None
 
 
+def _advised(one: Dependent) -> str:
+    """What is wrong with a child, and what helps, where something does."""
+    return f"{one.problem}; {one.hint}" if one.hint else str(one.problem)
+
+
 def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]:
     """What the marks beside an image say, as far as it is worth telling."""
     if store.is_device or not exists(marks.record_path(store.name)):
@@ -154,9 +159,9 @@ def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]
         message = f"{seen[0]}{more} stand{'' if more else 's'} on it, in other folders: it must not be changed"
         found.append(Finding(Severity.NOTE, "children-elsewhere", message, store.name))
     for one in [one for one in parent.children.values() if one.problem is not None][:_MAX_TOLD]:
-        message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {one.problem}; {one.hint}"
+        message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {_advised(one)}"
         if one.path == marks.record_path(store.name):
-            message = f"its record of children {printable(one.path)} cannot be believed: {one.problem}; {one.hint}"
+            message = f"its record of children {printable(one.path)} cannot be believed: {_advised(one)}"
         message = left_by_repair(message, "it changes this image alone")
         found.append(Finding(Severity.WARNING, "children-unseen", message, store.name))
     if parent.dropped and not parent.children:
@@ -352,7 +357,7 @@ class _Search:
                 return len(parent.children) > before
             self._unseen(mark, parent, "it is not there, and may be on a file system that is not mounted")
             return True
-        except errors.InvalidArgument:  # something that is no image by now
+        except errors.InvalidArgument:  # something that is not an image by now
             return False
         except errors.VhdkitError as error:
             self._unseen(mark, parent, error.problem)

@@ -119,7 +119,8 @@ def collect_garbage(
     options = options or OpenOptions()
     place = real_path(directory)
     if not is_folder(place):
-        raise errors.NotFound("is no folder", path=os.fsdecode(directory))
+        problem = "is not a folder" if exists(place) else "there is no such folder"
+        raise errors.NotFound(problem, path=os.fsdecode(directory))
     if not keep:
         raise errors.InvalidArgument("name the leaves to keep: without any, every image would go")
     reached = _reached([os.fsdecode(leaf) for leaf in keep], place, options)

@@ -172,10 +172,10 @@ def demand_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | N
         return None
     raw = read_whole(record_path, MAX_RECORD_BYTES)
     if raw is None:
-        raise _damaged("it is no regular file, or too long", record_path)
+        raise _damaged("it is not a regular file, or too long", record_path)
     intent = decode(raw, os.path.dirname(record_path), allowed, path=record_path)
     if sidecar_path(intent.target.path, KIND) != record_path:
-        raise _damaged("it lies beside another image than it is about", record_path)
+        raise _damaged("it lies beside an image that it is not about", record_path)
     return intent
 
 
@@ -211,7 +211,9 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
         return ()
     leaf = printable(intent.leaf.path)
     if in_use:
-        message = f"is taking in {leaf} in another program; until that is over it is whole through {leaf} alone"
+        message = (
+            f"{leaf} is being merged into it by another program; until that ends, only {leaf} shows the whole disk"
+        )
         return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
     rest = f"`{resume_command(intent, image_path)}` finishes it (`check --repair` leaves it: it merges nothing)"
     if intent.phase is Phase.COPY:

@@ -176,8 +176,8 @@ def timestamp_finding(metadata: Metadata, parent: Store) -> Finding | None:
     if recorded in (0, found, _written_at(parent)):
         return None
     message = (
-        f"records that {printable(parent.name)} was made at {recorded}, which says {found}; tools that touch parents"
-        " change this"
+        f"records {recorded} as the time stamp of {printable(parent.name)}, which has {found}; tools that write to"
+        " parents change it"
     )
     return Finding(Severity.NOTE, "parent-timestamp", message, metadata.path, "dynamic header")
 

@@ -222,7 +222,7 @@ class LiveMerge:
         return Chain([*above, child, *below]), problem
 
     def _repoint(self, child: Layer) -> None:
-        """The parent's names in the layer above the merge; where it is no leaf, through an opening of its own."""
+        """The parent's names in the layer above the merge; where it is not a leaf, through an opening of its own."""
         target = self._chain.layers[self._target]
         timestamp = target.metadata.footer.timestamp if isinstance(target, DynamicImage | FixedImage) else 0
         file, named_ = _file(child), self._intent.target

@@ -89,7 +89,7 @@ def read_file(path: str) -> Record | None:
     if raw is None:
         if not exists(path):
             return None
-        raise _damaged(path, "is no regular file, or too long")
+        raise _damaged(path, "is not a regular file, or too long")
     if not raw:  # being made: see `record_held`
         return None
     try:

@@ -104,7 +104,7 @@ def merge(
         index = _index_of(layers, into)
         if to is not None:
             if relink_children:
-                raise errors.InvalidArgument("with a new file as the result nothing is repointed to it")
+                raise errors.InvalidArgument("children cannot be repointed to a new file: leave out --to or --relink")
             return _merge_to(layers, index, os.fsdecode(to), dry_run, progress)
         return InPlace(layers, index, relink_children, options).run(dry_run, progress)
 
@@ -321,7 +321,7 @@ def _index_of(layers: Sequence[Layer], into: AnyPath | None) -> int:
                 if index == 0:
                     raise errors.InvalidArgument("cannot be merged into itself", path=leaf)
                 return index
-    raise errors.InvalidArgument(f"is no ancestor of {errors.printable(leaf)}", path=os.fsdecode(into))
+    raise errors.InvalidArgument(f"is not an ancestor of {errors.printable(leaf)}", path=os.fsdecode(into))
 
 
 def _count(plan: MergePlan) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def resume_merge(
     found = _found(path, options)
     if found is None:
         demand_intent(record_of(os.fsdecode(path)), allowed_folders(os.fsdecode(path), options.parent_dirs))
-        raise errors.InvalidArgument("no interrupted merge of this image is known", path=os.fsdecode(path))
+        raise errors.InvalidArgument("there is no interrupted merge of this image", path=os.fsdecode(path))
     if only_complete and found.phase is Phase.COPY:
         raise errors.InvalidArgument(
             f"not all of {printable(found.leaf.path)} has been copied into it yet",
@@ -129,8 +129,8 @@ def finish(
         raise errors.NotFound(
             "is the leaf of an interrupted merge and is not there",
             path=intent.leaf.path,
-            hint=f"put it back: {printable(intent.target.path)} alone holds a part of it only; if you want it as it"
-            f" is, move {record} away",
+            hint=f"put it back: {printable(intent.target.path)} holds only a part of it; to keep that as it is, move"
+            f" {record} away",
         )
     layers = open_layers(intent.leaf.path, options=options)
     with closing(layers):
@@ -139,7 +139,7 @@ def finish(
             raise errors.InvalidArgument(
                 "the chain is not the one whose merge was interrupted",
                 path=intent.leaf.path,
-                hint=f"see that each image reads as it should, and move {record} away; then merge it anew",
+                hint=f"make sure that each image reads as it should, and move {record} away; then merge again",
             )
         merging = InPlace(layers, index, intent.relink, options, intent.phase)
         if only_compare and merging.phase is Phase.COPY:

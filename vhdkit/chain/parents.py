@@ -258,7 +258,7 @@ def _shortened(text: str) -> str:
 def _repoint(child: Metadata) -> str:
     """What to do about a parent that is somewhere else."""
     return (
-        "name the folder it is in with --allow-parent-dir FOLDER, or repoint the image for good:"
+        "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint the image for good:"
         f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT"
     )
 

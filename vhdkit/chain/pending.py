@@ -219,11 +219,11 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
     except errors.NotFound:  # removed since: the change is made
         return None, ()
     except errors.InvalidArgument as error:
-        return None, (_ignored(store, path, f"is no regular file ({error.problem})"),)
+        return None, (_ignored(store, path, f"is not a regular file ({error.problem})"),)
     if log is None and _was_being_removed(path):
         return None, ()
     if log is None:
-        why = "is no whole undo log of this image as it is: the change was not begun, or is of another image"
+        why = "is not a whole undo log of this image as it is: the change was not begun, or is of another image"
         return None, (_ignored(store, path, why),)
     if not belongs(store, log):
         return None, (_ignored(store, path, "is an undo log of another image, or this one was changed since"),)
@@ -233,7 +233,7 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
 def _load(path: str, image: FileStore | None = None) -> UndoLog | None:
     """The log under this name, or None; see `read_log`.
 
-    Raises InvalidArgument for what is no regular file, a link too.
+    Raises InvalidArgument for what is not a regular file, a link too.
     """
     with FileStore.open(path, follow_links=False) as record:
         if record.is_device:

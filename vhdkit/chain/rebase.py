@@ -93,9 +93,9 @@ def rebase(
                 path=store.name,
                 hint="if you are sure, say --allow-raw-parent",
             )
-        _check_ids(store.name, new_path, recorded, found, unsafe_new_id, accept_parent_id)
         with _opened(new_path, found, options) as layers:
-            _refuse_loop(store, layers)
+            _refuse_loop(store, layers)  # first: no option helps there
+            _check_ids(store.name, new_path, recorded, found, unsafe_new_id, accept_parent_id)
             if found != recorded:
                 if accept_parent_id is None:
                     _check_content(store, metadata, layers, options, progress)
@@ -143,7 +143,7 @@ def _parsed_id(text: str) -> bytes:
         return uuid.UUID(text).bytes
     except ValueError:
         raise errors.InvalidArgument(
-            f"{errors.printable(text)!r} is no id, such as {format_id(bytes(range(16)))}"
+            f"{errors.printable(text)!r} is not an id such as {format_id(bytes(range(16)))}"
         ) from None
 
 

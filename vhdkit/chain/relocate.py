@@ -78,7 +78,8 @@ def relocate(
     options = options or OpenOptions()
     place = real_path(directory)
     if not is_folder(place):
-        raise errors.NotFound("is no folder", path=os.fsdecode(directory))
+        problem = "is not a folder" if exists(place) else "there is no such folder"
+        raise errors.NotFound(problem, path=os.fsdecode(directory))
     with contextlib.ExitStack() as stack:
         paths = _paths_of(os.fsdecode(leaf), options)
         stores = [
@@ -98,9 +99,9 @@ def relocate(
         staying = [index for index, move in enumerate(moves) if move.old_path == move.new_path]
         if staying and not by_name:
             raise errors.InvalidArgument(
-                "lies in the folder already, and does not call its parent by its name",
+                "lies in the folder already, and records another name for its parent",
                 path=moves[staying[0]].old_path,
-                hint="first write its names anew: vhdkit check FILE --repair",
+                hint="write the names anew first: vhdkit check FILE --repair",
             )
         if by_name and _second_names(moves, stores, options):
             _take_away(moves, stores)

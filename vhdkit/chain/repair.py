@@ -136,13 +136,13 @@ def restore(path: AnyPath, undo: AnyPath) -> int:
     with FileStore.open(undo_path) as record:
         log = read_log(record)
     if log is None:
-        raise errors.InvalidArgument("is no whole backup of a repair", path=undo_path)
+        raise errors.InvalidArgument("is not a whole backup of a repair", path=undo_path)
     with FileStore.open_held(image_path, writable=True) as store:
         pending.settle(store)
         if not _is_repaired(store, log):
             raise errors.InvalidArgument(
-                f"is not as the repair left it that {printable(undo_path)} is the backup of: it was changed since,"
-                " or is another image",
+                f"is not as the repair left it whose backup is {printable(undo_path)}: it was changed since, or is"
+                " another image",
                 path=image_path,
             )
         writes = [(change.offset_bytes, change.before) for change in log.changes]
@@ -151,7 +151,7 @@ def restore(path: AnyPath, undo: AnyPath) -> int:
 
 
 def _refuse_other_formats(store: Store, options: OpenOptions) -> None:
-    """Raise for what is no VHD; one without any good footer is taken for one by its name or the user's word."""
+    """Raise for what is not a VHD; one without any good footer is taken for one by its name or the user's word."""
     try:
         name = options.format_name or identify(store)
     except errors.CorruptImage:

@@ -189,14 +189,14 @@ def _settle(leaf: str, options: OpenOptions) -> None:
 
 
 def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | None) -> None:
-    """Raise for an image that is no leaf any more, or that another program may be writing to."""
+    """Raise for an image that is not a leaf any more, or that another program may be writing to."""
     store = pending.file_of(one.layers[0].store)
     assert store is not None
     _refuse_foreign_writer(one.layers[0])
     refuse_with_children(
         store,
         options,
-        "it is no leaf, and a snapshot of it would begin a second branch",
+        "it is not a leaf, and a snapshot of it would begin a second branch",
         apart_from=apart_from,
         hint=f"take the snapshot of the leaf, or begin a branch with `vhdkit clone {errors.quoted(one.parent)} NEW`",
     )

@@ -49,7 +49,7 @@ _STATUS = {
 @click.option("--report", metavar="FILE", type=PATH,
               help="Where lost ranges are listed; IMAGE.lost.json when not given.")  # fmt: skip
 @click.option("--writer-is-dead", is_flag=True,
-              help="With --repair: take off another program's mark (0xC7, v_poison): it is not running.")  # fmt: skip
+              help="With --repair: remove the mark of another program (0xC7, v_poison) that is dead.")  # fmt: skip
 @click.option("--restore", "undo_to_apply", metavar="FILE", type=PATH, help="Take a repair back with its backup.")
 @dry_run_option
 @image_options()
@@ -65,9 +65,10 @@ def check_command(
     An error means that bytes are read wrong or not at all; a warning, that others may read them differently
     or that space is lost.
 
-    --repair changes IMAGE alone, all at once or, at a power cut, not at all: lost footers, the header's checksum,
-    impossible BAT entries, blocks that lie over each other (they are moved apart), lost space and garbage, the
-    geometry, and names that do not lead to the parent.
+    --repair changes IMAGE alone, all at once or, at a power cut, not at all. It mends footers, their checksums and
+    their geometry, the header's checksum, BAT entries that cannot be, blocks that lie over one another, a last block
+    that is cut short, bits behind the end of the disk, wrong bits of a batmap, the names of the parent (blank,
+    outside the file, behind the blocks, or leading elsewhere), lost space, and garbage or zeros behind the footer.
 
     \b
     With --json: {"path", "status": "clean" | "warnings" | "errors",

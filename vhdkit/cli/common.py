@@ -77,7 +77,7 @@ class PathType(click.Path):
         if not text:
             self.fail("a file name cannot be empty", param, ctx)
         if "\0" in text:
-            raise InvalidArgument("is no file name: it holds a zero byte", path=text)
+            raise InvalidArgument("is not a file name: it holds a zero byte", path=text)
         return text
 
 
@@ -130,17 +130,17 @@ def _options(leaf_format: bool) -> list[Callable[[Any], Any]]:
     options = [
         click.option("--allow-parent-dir", metavar="DIR", type=_FOLDER, multiple=True,
                      help="Parents may lie in DIR too, not only in the image's own folder. Repeatable;"
-                          " VHDKIT_PARENT_DIRS, and parent_dirs in ~/.config/vhdkit/config.toml or"
-                          " /etc/vhdkit/config.toml, say it for good."),
+                          " VHDKIT_PARENT_DIRS, or parent_dirs in ~/.config/vhdkit/config.toml or"
+                          " /etc/vhdkit/config.toml, does it for every command."),
         click.option("--allow-raw-parent", is_flag=True,
                      help="Accept a raw parent: the image records no id to know it by."),
         click.option("--dynamic-bitmap", type=click.Choice(["spec", "ignore"]), default="spec", show_default=True,
-                     help="A clear bit in a dynamic disk's bitmap means zeros (spec), or bitmaps are not looked at."),
+                     help="A clear bit in a dynamic disk's bitmap means zeros (spec), or bitmaps are ignored."),
     ]  # fmt: skip
     if leaf_format:
         options.append(
             click.option("--format", "image_format", type=click.Choice([one.value for one in FormatName]),
-                         help="What the image is, instead of looking.")
+                         help="The format of the image, instead of detecting it.")
         )  # fmt: skip
     return [
         *options,
@@ -154,7 +154,7 @@ def progress_option(verb: Verb) -> Verb:
     """`--progress/--no-progress` for verbs that may take long."""
     return click.option(
         "--progress/--no-progress", default=None,
-        help="Show how far it is. Default: when standard error is a terminal.",
+        help="Show progress. Default: when standard error is a terminal.",
     )(verb)  # fmt: skip
 
 
@@ -183,6 +183,13 @@ class VerbGroup(click.Group):
                 rows.append((name, command.get_short_help_str(limit=1000)))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without a verb: the help, as the program alone prints it."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
 
 def epilog(*examples: str, codes: str = "") -> str:

@@ -27,10 +27,10 @@ from vhdkit.units import format_size
 def compact_command(image: str, dry_run: bool, common: Common, progress: bool | None) -> None:
     """Drop the blocks of IMAGE that hold nothing but zeros, close the gaps, and cut the file.
 
-    Zeros that hide data of a parent stay. In a fixed or raw image, whose size is given, runs of zeros become holes.
-    The disk reads the same at every moment: Ctrl-C or a power cut loses nothing, and compacting again goes on. An
-    image that others stand on is compacted too; nobody may have it open. Before, let the guest write zeros over what
-    it has deleted (fstrim, sdelete -z).
+    Zeros that hide data of a parent stay. In a fixed or raw image, whose file keeps its size, runs of zeros become
+    holes. The disk reads the same at every moment: Ctrl-C or a power cut loses nothing, and compacting again goes
+    on. An image that others stand on is compacted too; nobody may have it open. Have the guest write zeros over
+    what it has deleted before (fstrim, sdelete -z).
 
     \b
     With --json: {"path", "file_size_before_bytes", "file_size_after_bytes",

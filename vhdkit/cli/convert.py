@@ -83,7 +83,7 @@ def convert_command(
         raise click.UsageError("say what to make with --to raw, --to fixed or --to dynamic")
     target = DiskFormat(kind or DiskFormat.FIXED)
     if block_size is not None and target is not DiskFormat.DYNAMIC:
-        raise click.UsageError(f"a {target} image has no blocks: no --block-size")
+        raise click.UsageError(f"a {target} image has no blocks: leave out --block-size")
     if destination == STREAM and common.json:
         raise click.UsageError("standard output cannot be both the disk and the JSON document")
     job = _Job(source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, force, not no_sync)

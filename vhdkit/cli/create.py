@@ -53,7 +53,9 @@ def create_command(
     """
     if parent is not None:
         if disk_format is not None or preallocate or azure:
-            raise click.UsageError("a child is always a differencing VHD: no --format, --preallocate or --azure")
+            raise click.UsageError(
+                "a child is always a differencing VHD: leave out --format, --preallocate and --azure"
+            )
         made = vhdkit.create_child(
             path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
         )  # fmt: skip
@@ -68,7 +70,7 @@ def create_command(
         refuse_other_name(path)
     kind = DiskFormat(disk_format or (DiskFormat.FIXED if azure else DiskFormat.DYNAMIC))
     if block_size is not None and kind is not DiskFormat.DYNAMIC:
-        raise click.UsageError(f"a {kind} image has no blocks: no --block-size")
+        raise click.UsageError(f"a {kind} image has no blocks: leave out --block-size")
     sizes = {} if block_size is None else {"block_size_bytes": block_size}
     made = vhdkit.create_image(
         path, size, disk_format=kind, preallocate=preallocate, azure=azure, replace=force, **sizes

@@ -256,7 +256,9 @@ def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, q
 @click.argument("export", metavar="NAME=IMAGE")
 @click.option("--read-only", is_flag=True, help="Nobody may write; the image is opened for reading.")
 @click.option("--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE.")
-@click.option("--format", "image_format", type=click.Choice(["raw", "vhd"]), help="What it is, instead of looking.")
+@click.option(
+    "--format", "image_format", type=click.Choice(["raw", "vhd"]), help="The format of IMAGE, instead of detecting it."
+)
 @click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Parents may lie in DIR too. Repeatable.")
 @click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent: the image records no id to know it by.")
 @click.option("--description", metavar="TEXT", help="What clients that list the exports are told about it.")

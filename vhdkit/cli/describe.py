@@ -220,7 +220,7 @@ def _short(path: str, home: str) -> str:
 @click.argument("image", type=PATH)
 @image_options()
 def dump_command(image: str, common: Common) -> None:
-    """Show the raw structures of a VHD field by field with their offsets, whatever they are worth.
+    """Show the raw structures of a VHD field by field with their offsets, even where they are damaged.
 
     For looking into damaged files: both footers, the dynamic header, the parent locators, a batmap header.
 

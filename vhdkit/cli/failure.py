@@ -13,6 +13,7 @@ Kinds are the names of the library's error classes, and UsageError, Interrupted 
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,13 @@ from vhdkit.errors import CorruptImage, VhdkitError, printable
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_SIGNAL_BASE = 128  # and the signal's number, as shells count
+_WORDS_OF_NUMBERS = {
+    r"is not a valid integer( range)?": "is not a whole number",
+    r"is not a valid float( range)?": "is not a number",
+    r"is not in the range x>=(\S+)": r"must be \1 or more",
+    r"is not in the range x>(\S+)": r"must be more than \1",
+    r"is not in the range (\S+)<=x<=(\S+)": r"must be from \1 to \2",
+}
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -117,13 +125,21 @@ def _facts_of_library(error: VhdkitError) -> dict[str, Any]:
 
 
 def _facts_of_usage(error: click.ClickException) -> dict[str, Any]:
-    message = printable(error.format_message()).rstrip(".")
+    message = _words_of_usage(error)
     if isinstance(error, click.UsageError) and error.ctx is not None:
         path = error.ctx.command_path
         verb = path.removeprefix("vhdkit").strip()
         message = f"{verb}: {message}" if verb else message
-        message += f"; see `{path} --help`"
+        message += f"{' See' if message.endswith('?') else '; see'} `{path} --help`"
     return _facts("UsageError", error.exit_code, message)
+
+
+def _words_of_usage(error: click.ClickException) -> str:
+    """What is wrong with the words of a command line: click's sentence, without a programmer's names of numbers."""
+    words = printable(error.format_message())
+    for theirs, ours in _WORDS_OF_NUMBERS.items():
+        words = re.sub(theirs, ours, words)
+    return words if words.endswith("..") else words.removesuffix(".")
 
 
 def silence_standard_output() -> None:

@@ -69,7 +69,7 @@ def map_command(
     out where there is none).
     """
     if common.json and extents:
-        raise click.UsageError("--json and --extents are two ways to say the same: choose one")
+        raise click.UsageError("either --json or --extents")
     with vhdkit.open_disk(image, options=common.options) as disk:
         names = [layer.store.name for layer in disk.chain.layers]
         with progress_shown(common, progress, "looking") as show:

@@ -44,8 +44,8 @@ def merge_command(
 ) -> None:  # fmt: skip
     """Fold LEAF, and every layer between, into its ancestor in one pass.
 
-    The ancestor then holds what LEAF held and has its size; LEAF and the layers between are removed. Sector by sector,
-    zeros included. No other image may stand on a file that changes.
+    The ancestor then holds what LEAF held and has its size; LEAF and the layers between are removed. The merge
+    is exact to the sector, zeros included. No other image may stand on a file that changes.
 
     Ctrl-C, a full disk or a power cut leave LEAF as it was; --resume goes on from there.
 
@@ -55,7 +55,7 @@ def merge_command(
       "seconds", "bytes_per_second", "left"}
     """
     if resume and (into or to or relink or dry_run):
-        raise click.UsageError("--resume goes on as the merge began: no other option")
+        raise click.UsageError("--resume goes on as the merge began: leave out the other options")
     begin = time.monotonic()
     try:
         with progress_shown(common, progress, "merging") as show:
@@ -120,4 +120,6 @@ def _tell(done: vhdkit.Merge, dry_run: bool, seconds: float) -> None:
     for path in done.relinked:
         print_text(f"{printable(path)} stands on it now")
     for path in done.left:
-        print_text(f"left {printable(path)}: it has the name of a merged layer, and is not provably that layer")
+        print_text(
+            f"kept {printable(path)}: it has the name of a merged layer, but nothing proves that it is that layer"
+        )

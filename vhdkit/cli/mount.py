@@ -66,9 +66,9 @@ class _Words:
 )
 @click.argument("image", type=PATH)
 @click.argument("mountpoint", type=PATH)
-@click.option("--rw", is_flag=True, help="What is written there is written to the image.")
+@click.option("--rw", is_flag=True, help="Write to the image what is written there.")
 @click.option("--overlay", is_flag=True,
-              help="One may write there, but the image stays as it is: changes are thrown away.")  # fmt: skip
+              help="Allow writing, but leave the image as it is: changes are thrown away.")  # fmt: skip
 @click.option("--keep-overlay", metavar="FILE", type=PATH,
               help="With --overlay: keep the changes as FILE, a new child of the image.")  # fmt: skip
 @click.option("--file", "as_file", is_flag=True,
@@ -76,7 +76,7 @@ class _Words:
 @click.option("--partition", metavar="N", type=click.IntRange(min=1), help="With --fs or --file: this partition.")
 @click.option("--fs", "file_system", is_flag=True,
               help="Mount the file system in it: as root by the kernel, else by fuse2fs or ntfs-3g.")  # fmt: skip
-@click.option("--allow-other", is_flag=True, help="Other users may look, too.")
+@click.option("--allow-other", is_flag=True, help="Let other users look at it, too.")
 @click.option("--foreground", is_flag=True, help="Stay until it is unmounted, or until Ctrl-C unmounts it.")
 @click.option("-o", "fstab", metavar="OPTIONS", multiple=True,
               help="As in /etc/fstab: rw, ro, overlay, fs, partition=N, allow_other and more.")  # fmt: skip
@@ -125,13 +125,13 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
 def _check(words: _Words) -> None:
     """Raise UsageError for options that exclude each other."""
     if words.rw and words.overlay:
-        raise click.UsageError("either --rw or --overlay: they are two ways to write")
+        raise click.UsageError("either --rw or --overlay")
     if words.keep_overlay is not None and not words.overlay:
-        raise click.UsageError("--keep-overlay is for --overlay")
+        raise click.UsageError("--keep-overlay goes with --overlay")
     if words.as_file and words.file_system:
-        raise click.UsageError("either --file or --fs: a file system is no file")
+        raise click.UsageError("either --file or --fs")
     if words.partition is not None and not (words.as_file or words.file_system):
-        raise click.UsageError("--partition says which one --fs or --file is about; without them all are there")
+        raise click.UsageError("--partition goes with --fs or --file; without these all partitions are shown")
 
 
 def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Common]:
@@ -154,7 +154,7 @@ def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Commo
         elif name == "allow_raw_parent" and not sign:
             common = replace(common, options=replace(common.options, allow_raw_parent=True))
         elif option and name not in _OF_MOUNT and not name.startswith(("x-", "X-", "comment")):
-            raise click.UsageError(f"-o {option!r} is no option of mount")
+            raise click.UsageError(f"-o {option!r} is not an option of mount")
     if words.overlay:
         words = replace(words, rw=False)  # mount(8) says rw unless the line says ro
     return words, common
@@ -235,9 +235,9 @@ def _stay(mounted: Mounted, common: Common) -> None:
     "--lazy", is_flag=True, help="Do not wait for programs that use it: it disappears when the last one is done."
 )
 @click.option("--force", is_flag=True,
-              help="As root, for a mount that hangs: all waiting ends with errors, the rest is lost.")  # fmt: skip
+              help="As root, for a mount that hangs: what waits for it fails, unwritten data is lost.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="An error is a JSON object, too.")
-@click.option("-q", "--quiet", is_flag=True, help="Accepted for scripts: it says nothing anyway.")
+@click.option("-q", "--quiet", is_flag=True, help="Accepted for scripts: the command prints nothing anyway.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")
 def umount_command(mountpoint: str, lazy: bool, force: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Take away what `vhdkit mount` put at MOUNTPOINT, with all that belongs to it, in the right order.

@@ -48,10 +48,10 @@ def refuse_other_name(path: str) -> None:
         return
     name = printable(path)
     if called is _RAW:
-        raise click.UsageError(f"{name} is called a raw disk: say --format raw, or --format dynamic for a VHD")
+        raise click.UsageError(f"{name} has the name of a raw disk: say --format raw, or --format dynamic for a VHD")
     raise click.UsageError(
-        f"{name} is called a {called}, which is not made here: call it .vhd, or say --format dynamic for a VHD"
-        " under this name"
+        f"{name} has the name of a {called}, which vhdkit does not make: call it .vhd, or say --format dynamic"
+        " for a VHD under this name"
     )
 
 

@@ -105,7 +105,7 @@ def note_rounding(common: Common, size: DiskSize | None) -> None:
 
 def rounding(size: DiskSize) -> str:
     """The sentence about a size that was rounded up."""
-    return f"{size.asked} is no whole number of {SECTOR_SIZE}-byte sectors: rounded up to {int(size)} bytes"
+    return f"{size.asked} is not a whole number of {SECTOR_SIZE}-byte sectors: rounded up to {int(size)} bytes"
 
 
 def exact_size(size_bytes: int) -> str:

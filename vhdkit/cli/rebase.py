@@ -24,7 +24,7 @@ from vhdkit.errors import printable
 @click.argument("image", type=PATH)
 @click.option("--parent", required=True, metavar="PARENT", type=PATH, help="Where the parent lies now.")
 @click.option("--unsafe-new-id", is_flag=True,
-              help="Accept a PARENT with another id when the disk reads the same on it as on the old.")  # fmt: skip
+              help="Accept a PARENT with another id if the disk reads the same on it as on the old one.")  # fmt: skip
 @click.option("--accept-parent-id", metavar="ID",
               help="Accept a PARENT of this other id without a comparison, where the old parent is gone.")  # fmt: skip
 @click.option("--accept-parent-size", metavar="SIZE", type=parsed_size,
@@ -42,7 +42,7 @@ def rebase_command(
     common: Common,
     progress: bool | None,
 ) -> None:
-    """Let a differencing image find its parent after that was moved or renamed.
+    """Write down where the parent of a differencing image is, after it was moved or renamed.
 
     The parent must be the one the image was made on: its id is compared. Only the names of the parent change, the
     relative and the absolute one together; the disk stays as it is.

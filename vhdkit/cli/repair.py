@@ -58,7 +58,7 @@ def tell_repair(done: Repair, *, dry_run: bool) -> None:
         print_text(f"the ranges are listed in {printable(done.report_path)}")
     if done.undo_path is not None:
         image, undo = vhdkit.errors.quoted(done.path), vhdkit.errors.quoted(done.undo_path)
-        print_text(f"taken back with: vhdkit check {image} --restore {undo}")
+        print_text(f"to take it back: vhdkit check {image} --restore {undo}")
 
 
 def restore(image: str, undo: str, common: Common) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def resize_command(
 ) -> None:
     """Give IMAGE, a fixed, dynamic or differencing VHD or a raw file, the virtual size SIZE.
 
-    SIZE is rounded up to whole sectors of 512 bytes, and that is said.
+    SIZE is rounded up to whole sectors of 512 bytes, and the command says so.
 
     What is added reads as zeros; partitions and file systems grow in the guest. A disk becomes smaller only with
     --shrink, and even then nothing is cut off: not a partition, not a file system (or LVM, LUKS, swap) that lies on

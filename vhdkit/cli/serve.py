@@ -27,7 +27,7 @@ from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable
-from vhdkit.folder import NewFile, SocketFile, is_regular, read_whole, remove_file, write_whole
+from vhdkit.folder import NewFile, SocketFile, is_folder, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
 from vhdkit.serve.confinement import Confinement
 from vhdkit.serve.control import Control
@@ -147,16 +147,16 @@ class Wish:
 @click.option("--socket-owner", metavar="USER[:GROUP]",
               help="Who may use the unix socket instead of you (as root): the clients, not --control.")  # fmt: skip
 @click.option("--exit-last", is_flag=True, help="End when the last client has gone.")
-@click.option("--pid-file", metavar="FILE", type=PATH, help="Write the process's number there when it is ready.")
-@click.option("--stats", is_flag=True, help="Show on the terminal what is going on.")
+@click.option("--pid-file", metavar="FILE", type=PATH, help="Write the server's process id to FILE when it is ready.")
+@click.option("--stats", is_flag=True, help="Show clients, requests and times on the terminal.")
 @click.option("--engine", type=click.Choice(["builtin", "nbdkit"]), default="builtin", show_default=True,
               help="The server: our own, which is faster, or nbdkit with our plugin, for its filters. What follows "
                    "-- is then for nbdkit.")  # fmt: skip
 @image_options()
 def serve_command(common: Common, **words: Any) -> None:
-    """Serve IMAGE, a chain's leaf or a single image, as an NBD export called like the file, until Ctrl-C or SIGTERM.
+    """Serve IMAGE, a chain's leaf or a single image, as an NBD export named after its file, until Ctrl-C or SIGTERM.
 
-    The first export is the default one. Clients get along with several connections, and what one flushes is flushed
+    The first export is the default one. A client may use several connections: what one of them flushes is flushed
     for all. The address is printed on standard output when clients can connect; sockets that a service manager passes
     (LISTEN_FDS) are used as they are.
 
@@ -178,15 +178,17 @@ def _check(wish: Wish) -> None:
     if not wish.image and not wish.export and wish.exports is None:
         raise click.UsageError("name an IMAGE to serve")
     if wish.exports is not None and (wish.overlay or wish.read_only or wish.engine != "builtin"):
-        raise click.UsageError("--exports says for each image how it is opened: no --read-only, --overlay or --engine")
+        raise click.UsageError(
+            "--exports says for each image how it is opened: leave out --read-only, --overlay and --engine"
+        )
     if wish.description is not None and (wish.exports is not None or len(wish.image) + len(wish.export) != 1):
         raise click.UsageError('--description is for one image; in a file for --exports each may have a "description"')
     if wish.overlay and wish.read_only:
-        raise click.UsageError("--overlay is for writing: no --read-only")
+        raise click.UsageError("either --read-only or --overlay")
     if is_activated() and (wish.socket or wish.listen):
-        raise click.UsageError("sockets were passed by LISTEN_FDS: no --socket and no --listen")
+        raise click.UsageError("sockets were passed by LISTEN_FDS: leave out --socket and --listen")
     if wish.keep_overlay is not None and (not wish.overlay or len(wish.image) + len(wish.export) != 1):
-        raise click.UsageError("--keep-overlay is for --overlay and one image")
+        raise click.UsageError("--keep-overlay goes with --overlay and one image")
     if wish.tls_certs and wish.tls_psk:
         raise click.UsageError("either --tls-certs or --tls-psk")
     if wish.tls_required and not (wish.tls_certs or wish.tls_psk):
@@ -267,6 +269,8 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
 def _note_changes(wish: Wish) -> None:
     """Have changes of images noted; those that are thrown away at the end need no notes. Raises NotFound."""
     if wish.remember is not None:
+        if not is_folder(wish.remember):
+            raise vhdkit.NotFound("there is no such folder", path=wish.remember, hint="make it first")
         NewFile.check(os.path.join(wish.remember, "notes"))  # now, not with the first write
     use_folder(None if wish.overlay and wish.keep_overlay is None else wish.remember)
 
@@ -310,7 +314,7 @@ def _remove_quietly(path: str) -> None:
 def _serve_nbdkit(wish: Wish, common: Common) -> None:
     """Look whether all images can be served, which says best what is wrong with one; then leave them to nbdkit."""
     if wish.control or wish.keep_overlay or wish.stats:
-        raise click.UsageError("nbdkit has no --control, --keep-overlay and --stats: leave out --engine nbdkit")
+        raise click.UsageError("--control, --keep-overlay and --stats are not for nbdkit: leave out --engine nbdkit")
     program = find_nbdkit()
     launch = Launch(
         (), common.options, wish.read_only, wish.overlay, wish.exit_last,
@@ -389,7 +393,7 @@ def _pid_file(path: str) -> Iterator[None]:
     """A file with our number in it while the block runs."""
     text = f"{os.getpid()}\n".encode()
     if is_regular(path) and not _is_pid_file(path):
-        raise vhdkit.AlreadyExists("exists and is no pid file: it is not replaced", path=path)
+        raise vhdkit.AlreadyExists("exists and is not a pid file: it is not replaced", path=path)
     write_whole(path, text, mode=0o644)
     try:
         yield

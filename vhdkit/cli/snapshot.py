@@ -64,8 +64,8 @@ def clone_command(base: str, new: tuple[str, ...], dry_run: bool, common: Common
     """Create empty children NEW of one BASE, all or none. BASE is only read, and must not change from now on.
 
     vhdkit does not change it while a child stands on it. A child in another folder is written down beside BASE, in
-    .BASE.vhdkit-children, so that it is found from there; one that you move away with mv, and programs that know
-    nothing of this, are not kept in mind: make BASE read-only too (chmod a-w).
+    .BASE.vhdkit-children, so that it is found from there; a child that you move away with mv, and programs
+    that know nothing of this, are not covered: make BASE read-only too (chmod a-w).
 
     \b
     With --json: {"clones": [{"leaf", "new", "open_with"}], "dry_run"}

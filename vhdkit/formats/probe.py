@@ -47,7 +47,7 @@ def identify(store: Store, *, by_name: bool = True) -> FormatName:
             f"is {foreign.name}; vhdkit reads VHD, AVHD and raw images",
             path=store.name,
             hint=foreign.hint.format(path=errors.quoted(store.name) if by_name else "FILE")
-            + "; if it is a raw disk that only begins so, say --format raw",
+            + "; if it is a raw disk that only begins like one, say --format raw",
         )
     if by_name and store.name.lower().endswith(VHD_SUFFIXES):
         tail, _ = read_footers(store)
@@ -59,7 +59,7 @@ def identify(store: Store, *, by_name: bool = True) -> FormatName:
             path=store.name,
             structure=tail.structure,
             offset_bytes=tail.offset_bytes,
-            hint="the file is cut short or is no VHD; if it is a raw disk, say --format raw",
+            hint="the file is cut short or is not a VHD; if it is a raw disk, say --format raw",
         )
     return FormatName.RAW
 

@@ -45,6 +45,6 @@ def examine_raw(store: Store) -> list[Finding]:
     if size == 0:
         return [Finding(Severity.ERROR, "empty", "is empty: not a disk image", store.name)]
     if size % SECTOR_SIZE:
-        message = f"{size} bytes is no whole number of sectors; the rest of the last one reads as zeros"
+        message = f"{size} bytes is not a whole number of sectors; the rest of the last one reads as zeros"
         return [Finding(Severity.NOTE, "size-odd", message, store.name)]
     return []

@@ -40,7 +40,7 @@ class Confinement:
         if place.outcome is Outcome.MISSING:
             raise errors.NotFound("is not there", path=path)
         if place.outcome is Outcome.SPECIAL:
-            raise errors.InvalidArgument("is no regular file", path=path)
+            raise errors.InvalidArgument("is not a regular file", path=path)
         self._require_guarded(os.path.dirname(place.path), path)
         return place.path
 
@@ -53,7 +53,7 @@ class Confinement:
             place = find_beneath(wanted, self._folders)
             if place.store is not None:
                 place.store.close()
-                raise errors.InvalidArgument("is no folder", path=path)
+                raise errors.InvalidArgument("is not a folder", path=path)
             if place.outcome is Outcome.OUTSIDE:
                 raise self._outside(path)
             real = place.path
@@ -73,7 +73,7 @@ class Confinement:
 
     def _absolute(self, path: str) -> str:
         if not os.path.isabs(path) or "\0" in path:
-            raise errors.InvalidArgument("is no absolute path, as a control owner has to give it", path=path)
+            raise errors.InvalidArgument("is not an absolute path, as a control owner has to give it", path=path)
         path = os.path.normpath(path)
         for named, real in self._named.items():  # as it was spelled at the start, whatever that leads to by now
             if path == named or path.startswith(named.rstrip(os.sep) + os.sep):

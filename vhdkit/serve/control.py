@@ -113,7 +113,7 @@ class Control:
             try:
                 request = json.loads(raw)
             except (ValueError, RecursionError) as error:
-                raise _Refused(PARSE_ERROR, "this is no JSON") from error
+                raise _Refused(PARSE_ERROR, "this is not JSON") from error
             if not isinstance(request, dict):
                 raise _Refused(INVALID_REQUEST, "a request is one JSON object on one line")
             number = request.get("id")

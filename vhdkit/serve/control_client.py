@@ -19,6 +19,7 @@ from vhdkit.units import KIB, MIB
 
 MAX_ANSWER_BYTES = 16 * MIB
 ANSWER_SECONDS = 600.0  # flushing a slow disk takes long
+_START = "start one: vhdkit serve IMAGE --control PATH"
 
 
 class ControlClient:
@@ -38,15 +39,11 @@ class ControlClient:
             self._socket.settimeout(timeout_seconds)
         except errors.NotFound as error:
             self._socket.close()
-            raise errors.NotFound(
-                "no server is listening there", path=path, hint="start one: vhdkit serve IMAGE --control PATH"
-            ) from error
+            raise errors.NotFound("no server is listening there", path=path, hint=_START) from error
         except errors.IoFailed as error:
             self._socket.close()
             if isinstance(error.__cause__, ConnectionRefusedError):
-                raise errors.NotFound(
-                    "no server is listening there any more", path=path, hint="start it again"
-                ) from error
+                raise errors.NotFound("no server is listening there", path=path, hint=_START) from error
             raise
         except BaseException:
             self._socket.close()
@@ -66,7 +63,7 @@ class ControlClient:
                 return answer["result"]
             raise _error_of(problem)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise errors.IoFailed("what answers there is no vhdkit server", path=self.path) from error
+            raise errors.IoFailed("what answers there is not a vhdkit server", path=self.path) from error
 
     def _receive_line(self) -> bytes:
         received = bytearray()
@@ -76,7 +73,7 @@ class ControlClient:
                 raise errors.IoFailed("the server went away without an answer", path=self.path)
             received += piece
             if len(received) > MAX_ANSWER_BYTES:
-                raise errors.IoFailed("what answers there is no vhdkit server", path=self.path)
+                raise errors.IoFailed("what answers there is not a vhdkit server", path=self.path)
         return bytes(received)
 
     def close(self) -> None:

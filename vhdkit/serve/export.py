@@ -215,7 +215,7 @@ def check_text(what: str, text: str) -> None:
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
-        raise errors.InvalidArgument(f"the export's {what} {errors.printable(text)!r} is no UTF-8 text") from error
+        raise errors.InvalidArgument(f"the export's {what} {errors.printable(text)!r} is not UTF-8 text") from error
     if b"\0" in raw or len(raw) > wire.MAX_STRING_BYTES:
         raise errors.InvalidArgument(f"the {what} of an export has at most {wire.MAX_STRING_BYTES} bytes, none zero")
 

@@ -101,9 +101,9 @@ class Listeners:
                 sock = socket.socket(fileno=fd)
                 listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             except OSError as error:
-                raise errors.InvalidArgument(f"LISTEN_FDS: descriptor {fd} is no socket") from error
+                raise errors.InvalidArgument(f"LISTEN_FDS: descriptor {fd} is not a socket") from error
             if not listens or sock.type != socket.SOCK_STREAM:
-                raise errors.InvalidArgument(f"LISTEN_FDS: descriptor {fd} is no listening stream socket")
+                raise errors.InvalidArgument(f"LISTEN_FDS: descriptor {fd} is not a listening stream socket")
             sock.set_inheritable(False)
             self._made.callback(sock.close)
             self._add(sock, _address_of(sock))
@@ -167,7 +167,7 @@ def parse_address(text: str) -> tuple[str, int]:
     if not port and not text.endswith(":"):
         return host, DEFAULT_PORT
     if not (port.isascii() and port.isdecimal() and int(port) <= _MAX_PORT):
-        raise ValueError(f"{port!r} is no port number (0 to {_MAX_PORT})")
+        raise ValueError(f"{port!r} is not a port number (0 to {_MAX_PORT})")
     return host, int(port)
 
 
@@ -193,8 +193,8 @@ def _resolved(host: str, port: int, place: str) -> list[tuple[socket.AddressFami
             None if host in ("", "*") else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else "is no host name"
-        raise errors.NotFound(f"{place}: the address is not known: {reason}") from error
+        reason = error.strerror if isinstance(error, socket.gaierror) else "is not a host name"
+        raise errors.NotFound(f"{place}: the host cannot be looked up: {reason}") from error
     return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 

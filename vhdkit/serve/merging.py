@@ -172,7 +172,7 @@ class Merging:
             if index >= top and real_path(_path(layer)) == real_path(path):
                 return index
         names = ", ".join(errors.printable(_path(layer)) for layer in layers[top:])
-        raise errors.InvalidArgument(f"is no layer of export {self._export.name!r}; there are {names}", path=path)
+        raise errors.InvalidArgument(f"is not a layer of export {self._export.name!r}; there are {names}", path=path)
 
     # -- pace ---------------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ def is_verdict(said: str) -> bool:
 def advice(found: FileSystem | None, *, is_root: bool, file: str) -> str:
     """What a person can do when there is nothing that mounts it."""
     if found is None:
-        return f"no file system is known there; `file -s {file}` may know more"
+        return f"mount it without --fs, and see what `file -s {file}` says there"
     if found.kind in CONTAINERS:
         return CONTAINERS[found.kind]
     driver = _FUSE.get(found.kind)

@@ -143,7 +143,7 @@ def check_fuse() -> None:
             hint="load the kernel's module (modprobe fuse); in a container, pass the device in (--device /dev/fuse)",
         ) from error  # fmt: skip
     if not stat.S_ISCHR(mode):
-        raise NotFound("is no device: this system cannot mount with FUSE", path=FUSE_DEVICE)
+        raise NotFound("is not a device: this system cannot mount with FUSE", path=FUSE_DEVICE)
     if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
         raise AccessDenied(
             "may not be opened by you", path=FUSE_DEVICE,

@@ -143,10 +143,10 @@ def check_mountpoint(wish: Wish) -> str:
             hint="`vhdkit mounts` lists what vhdkit mounted, `vhdkit umount` takes it away",
         )
     if wish.as_file and kind != "file":
-        raise errors.InvalidArgument("is no file: --file mounts the disk over a regular file", path=path)
+        raise errors.InvalidArgument("is not a file: --file mounts the disk over a regular file", path=path)
     if not wish.as_file and kind != "folder":
         raise errors.InvalidArgument(
-            "is no folder", path=path, hint="to mount the disk over a regular file say --file"
+            "is not a folder", path=path, hint="to mount the disk over a regular file say --file"
         )
     if not wish.as_file and not host.is_empty(path):
         raise errors.InvalidArgument(
@@ -452,7 +452,9 @@ def _not_ours(path: str, real: str) -> errors.VhdkitError:
     if there is None:
         return errors.NotFound("nothing is mounted there", path=path, hint="`vhdkit mounts` lists what is")
     return errors.InvalidArgument(
-        f"is a mount of {there.file_system}, not of vhdkit", path=path, hint="`vhdkit umount` takes it away"
+        f"is a mount of {there.file_system}, not of vhdkit",
+        path=path,
+        hint="use the system's own umount, as for any other mount",
     )
 
 

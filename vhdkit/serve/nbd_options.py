@@ -378,7 +378,7 @@ def _text_of(raw: bytes, *, strict: bool = True) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text and strict:
-        raise _Invalid("a name is no UTF-8 text")
+        raise _Invalid("a name is not UTF-8 text")
     return text
 
 

@@ -149,7 +149,7 @@ def _check_order(key: str, waiting: str | None) -> None:
 
 def _one_of(key: str, value: str, *known: str) -> str:
     if value not in known:
-        raise errors.InvalidArgument(f"{key}={value} is none of {', '.join(known)}")
+        raise errors.InvalidArgument(f"{key}={value} is not one of {', '.join(known)}")
     return value
 
 

@@ -19,7 +19,7 @@ from vhdkit.chain.newest import newest_leaf
 from vhdkit.chain.resolve import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
-from vhdkit.folder import read_whole, real_path, remove_file
+from vhdkit.folder import exists, read_whole, real_path, remove_file
 from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
@@ -123,7 +123,7 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             raise errors.InvalidArgument(
-                "has a name that is no UTF-8 text, as the names of exports are",
+                "has a name that is not UTF-8 text, as the names of exports are",
                 path=one.path,
                 hint="give it another: --export NAME=IMAGE",
             ) from error
@@ -152,7 +152,7 @@ def wanted_of_document(document: object) -> Wanted:
         raise errors.InvalidArgument("an export is a JSON object")
     unknown = [name for name in document if name not in _ENTRY_KINDS]
     if unknown:
-        raise errors.InvalidArgument(f"an export has no {', '.join(map(repr, unknown))}")
+        raise errors.InvalidArgument(f"{', '.join(map(repr, unknown))} is not a setting of an export")
     for name, (kind, what) in _ENTRY_KINDS.items():
         value = document.get(name)
         if not isinstance(value, kind) and (value is not None or name in ("name", "path")):
@@ -180,14 +180,16 @@ def wanted_of_document(document: object) -> Wanted:
 
 
 def wanted_of_file(path: str) -> list[Wanted]:
-    """The exports that a file lists. Raises InvalidArgument, AccessDenied.
+    """The exports that a file lists. Raises NotFound, InvalidArgument, AccessDenied.
 
     A JSON array, or {"exports": the array, "known_images": []} where all have them in common.
     """
     raw = read_whole(path, MAX_EXPORTS_FILE_BYTES)
+    if raw is None and not exists(path):
+        raise errors.NotFound("there is no such list of exports", path=path)
     if raw is None:
         raise errors.InvalidArgument(
-            f"is no list of exports: not a regular file of at most {MAX_EXPORTS_FILE_BYTES} bytes", path=path
+            f"is not a list of exports: not a regular file of at most {MAX_EXPORTS_FILE_BYTES} bytes", path=path
         )
     try:
         document = json.loads(raw)
@@ -196,11 +198,11 @@ def wanted_of_file(path: str) -> list[Wanted]:
             raise errors.InvalidArgument(f"a list of exports has no {', '.join(map(repr, unknown))}")
         entries, known = shared.get("exports"), shared.get("known_images")
         if not isinstance(entries, list):
-            raise errors.InvalidArgument("is no list of exports")
+            raise errors.InvalidArgument("is not a list of exports")
         common = {} if known is None else {"known_images": known}
         return [wanted_of_document({**common, **entry} if isinstance(entry, dict) else entry) for entry in entries]
     except (ValueError, RecursionError) as error:
-        raise errors.InvalidArgument("is no list of exports: it is not JSON", path=path) from error
+        raise errors.InvalidArgument("is not a list of exports: it is not JSON", path=path) from error
     except errors.InvalidArgument as error:
         error.path = path
         raise

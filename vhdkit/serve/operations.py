@@ -377,7 +377,7 @@ def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
     assert wanted.manner is not None
     if wanted.manner.follow_leaf:
         raise errors.AccessDenied(
-            "a control owner names the image itself, not one that is to be followed", path=wanted.path
+            "a control owner names the newest image itself, and cannot have it looked for", path=wanted.path
         )
     options = wanted.manner.options
     folders = tuple(confined.folder(folder) for folder in options.parent_dirs)

@@ -92,7 +92,11 @@ def read_keys(path: str) -> dict[str, bytes]:
     """User and key of every line. Raises NotFound, InvalidArgument with the number of a bad line."""
     raw = read_whole(path, _MAX_KEYS_BYTES)
     if raw is None:
-        raise errors.NotFound("there is no such file of keys (or it is too large)", path=path)
+        if not exists(path):
+            raise errors.NotFound("there is no such file of keys", path=path)
+        raise errors.InvalidArgument(
+            f"is not a file of keys: not a regular file of at most {_MAX_KEYS_BYTES} bytes", path=path
+        )
     keys: dict[str, bytes] = {}
     for number, line in enumerate(raw.decode(errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):

@@ -105,7 +105,7 @@ def _boot_order(text: str) -> list[str]:
     unknown = [word for word in order if word not in get_args(BootDevice)]
     if unknown:
         raise click.BadParameter(
-            f"{unknown[0]!r} is none of {', '.join(get_args(BootDevice))}", param_hint="--boot-order"
+            f"{unknown[0]!r} is not one of {', '.join(get_args(BootDevice))}", param_hint="--boot-order"
         )
     return order
 
@@ -211,7 +211,7 @@ def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
     done = manager.new_id(name)
     if quiet:
         return
-    print_line(f"{name} is no copy of {done.original} any more: its id is {done.id}")
+    print_line(f"{name} is no longer a copy of {done.original}: its id is {done.id}")
     for disk, path in done.disks:
         print_line(f"keeps    {disk}: {path}")
     for disk, path, reason in done.taken_out:

@@ -45,7 +45,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
             settings[option.replace("-", "_")] = True
         elif name not in _VALUED or not sign or not value:
             raise click.BadParameter(
-                f"{option!r} in {word!r} is no option; there are {', '.join((*_VALUED, *_FLAGS))}"
+                f"{option!r} in {word!r} is not an option; there are {', '.join((*_VALUED, *_FLAGS))}"
             )
         elif name == "parent-dir":
             settings["parent_dirs"] += (value,)
@@ -57,7 +57,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
             settings[name] = value
     for name, known in (("controller", tuple(UNITS)), ("format", _FORMATS)):
         if settings.get(name) not in (None, *known):
-            raise click.BadParameter(f"{settings[name]!r} is no {name}; there are {', '.join(known)}")
+            raise click.BadParameter(f"{settings[name]!r} is not a {name}; there are {', '.join(known)}")
     if kind != "vhd":
         for option in rest:
             if option.partition("=")[0] in _ONLY_FOR_IMAGES:
@@ -183,6 +183,6 @@ def resize_command(name: str, disk: str, size: vhdkit.DiskSize, shrink: bool, as
         print_json({"disk": disk, "size_bytes": size_bytes})
     elif not quiet:
         rounded = (
-            f" ({size.asked} is no whole number of sectors: rounded up to {int(size)} bytes)" if size.asked else ""
+            f" ({size.asked} is not a whole number of sectors: rounded up to {int(size)} bytes)" if size.asked else ""
         )
         print_line(f"{name}: {disk} has {format_size(size_bytes)}{rounded}")

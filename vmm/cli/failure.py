@@ -8,6 +8,7 @@ the line is {"error": {"kind", "exit_code", "message", "problem", "machine", "pa
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,13 @@ from vmm.cli.jsontext import json_text
 from vmm.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
 EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
+_WORDS_OF_NUMBERS = {
+    r"is not a valid integer( range)?": "is not a whole number",
+    r"is not a valid float( range)?": "is not a number",
+    r"is not in the range x>=(\S+)": r"must be \1 or more",
+    r"is not in the range x>(\S+)": r"must be more than \1",
+    r"is not in the range (\S+)<=x<=(\S+)": r"must be from \1 to \2",
+}
 __all__ = ["EXIT_FAILED", "interruptible", "report", "settle_standard_error", "silence_standard_output"]
 
 
@@ -73,13 +81,21 @@ def _plain(kind: str, exit_code: int, message: str) -> dict[str, Any]:
 
 
 def _of_usage(error: click.ClickException) -> dict[str, Any]:
-    message = printable(error.format_message()).rstrip(".")
+    message = _words_of_usage(error)
     if isinstance(error, click.UsageError) and error.ctx is not None:
         path = error.ctx.command_path
         verb = path.removeprefix("vmm").strip()
         message = f"{verb}: {message}" if verb else message
-        message += f"; see `{path} --help`"
+        message += f"{' See' if message.endswith('?') else '; see'} `{path} --help`"
     return _plain("UsageError", error.exit_code, message)
+
+
+def _words_of_usage(error: click.ClickException) -> str:
+    """What is wrong with the words of a command line: click's sentence, without a programmer's names of numbers."""
+    words = printable(error.format_message())
+    for theirs, ours in _WORDS_OF_NUMBERS.items():
+        words = re.sub(theirs, ours, words)
+    return words if words.endswith("..") else words.removesuffix(".")
 
 
 def silence_standard_output() -> None:

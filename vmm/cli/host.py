@@ -26,12 +26,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 _STYLES = {"ok": "green", "limited": "yellow", "missing": "red"}
 
 
-@click.group("host", cls=VerbGroup, invoke_without_command=True)
-@click.pass_context
-def host_group(context: click.Context) -> None:
+@click.group("host", cls=VerbGroup)
+def host_group() -> None:
     """This host: what it is, what it lacks, its disks and folders, and what starts with it."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
 
 
 # -- info ---------------------------------------------------------------------------------------------------------

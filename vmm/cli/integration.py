@@ -152,7 +152,7 @@ def set_item(name: str, key: str, value: str, as_json: bool, quiet: bool) -> Non
         try:
             value = sys.stdin.buffer.read(MAX_INPUT_BYTES).decode()
         except UnicodeDecodeError:
-            raise InvalidSpec("the value on standard input is no text in UTF-8") from None
+            raise InvalidSpec("the value on standard input is not text in UTF-8") from None
     _told(name, Manager().guest(name).set_item(key, value), as_json, quiet)
 
 

@@ -360,7 +360,7 @@ def find(path: str, *, root: str = "/") -> BlockDevice:
     except OSError as error:
         raise NotFound(f"there is no such device: {error.strerror}", path=path, hint=LIST_HINT) from error
     if not _is_block(facts.st_mode):
-        raise InvalidSpec(f"is {_what(facts.st_mode)}, no block device", path=path, hint=LIST_HINT)
+        raise InvalidSpec(f"is {_what(facts.st_mode)}, not a block device", path=path, hint=LIST_HINT)
     number = name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev))
     try:
         return Host(root).device_of_number(number)

@@ -204,7 +204,7 @@ def _check_folders() -> Iterator[Check]:
         while not os.path.lexists(place) and place != os.path.dirname(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place):
-            problem: str | None = f"{place} is no folder"
+            problem: str | None = f"{place} is not a folder"
         elif not os.access(place, os.W_OK | os.X_OK):
             problem = f"{place} may not be written by us"
         else:

@@ -318,7 +318,7 @@ def _read_request(line: bytes) -> tuple[Typing, int]:
         request = json.loads(line)
         typing, scrollback = request.get("type", "alone"), request.get("scrollback", SCROLLBACK_BYTES)
     except (ValueError, AttributeError, RecursionError):
-        raise VmmError("the request is no JSON object") from None
+        raise VmmError("the request is not a JSON object") from None
     if typing not in get_args(Typing) or type(scrollback) is not int or scrollback < 0:
         raise VmmError('the request has "type" alone, shared, take or never, and "scrollback" in bytes')
     return typing, min(scrollback, 2 * LOG_BYTES)
@@ -376,7 +376,7 @@ def open_console(
         link.close()
         if isinstance(error, OSError):
             raise of_os_error(error, "reach the console", path=path) from error
-        raise VmmError("what answers there is no console", path=path) from error
+        raise VmmError("what answers there is not a console", path=path) from error
     except BaseException:
         link.close()
         raise

@@ -89,7 +89,7 @@ def parse(url: str) -> Lun:
     if not _TARGET.fullmatch(target) or len(target.encode()) > MAX_NAME_BYTES:
         raise _wrong(url, f"names a target {path[0]!r} that cannot be", "targets are called iqn.YYYY-MM.DOMAIN:NAME")
     if not (number.isascii() and number.isdigit() and int(number) <= MAX_LUN):
-        raise _wrong(url, f"names the LUN {number!r}, which is no number from 0 to {MAX_LUN}")
+        raise _wrong(url, f"names the LUN {number!r}, which is not a number from 0 to {MAX_LUN}")
     user, file = parts.username or None, _password_file(url, parts.query)
     if (user is None) != (file is None) or parts.fragment:
         raise _wrong(url, "a user and a file with the password go together")

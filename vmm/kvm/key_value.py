@@ -105,7 +105,7 @@ def check_item(key: str, value: str) -> None:
         try:
             length = len(text.encode())
         except UnicodeEncodeError:
-            raise InvalidSpec(f"the {what} is no text") from None
+            raise InvalidSpec(f"the {what} is not text") from None
         if length > limit:
             raise InvalidSpec(f"the {what} has {length} bytes, the limit is {limit}")
         if "\0" in text:
@@ -262,7 +262,7 @@ class KeyValueChannel:
         except VmmError as error:
             self._refuse(number, error.problem)
         except (ValueError, RecursionError):
-            self._refuse(number, "this is no JSON")
+            self._refuse(number, "this is not JSON")
 
     def _obey(self, message: dict[str, Any], number: int | None) -> None:
         operation = message.get("op")

@@ -312,7 +312,7 @@ def _open_exclusively(path: str, *, read_only: bool) -> int:
 def _device_of(fd: int, path: str, root: str) -> BlockDevice:
     facts = os.fstat(fd)
     if not stat.S_ISBLK(facts.st_mode):
-        raise InvalidSpec("is no block device", path=path)
+        raise InvalidSpec("is not a block device", path=path)
     return Host(root).device_of_number(
         block.name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev)),
     )

@@ -74,7 +74,7 @@ def forget_memory(held: Held, word: str) -> Snapshot:
     held.save()
     left = SnapshotFolder(snapshot.folder).discard_memory()
     if left:
-        raise Refused("the memory is forgotten, and stays: it is no regular file", machine=held.name, path=left[0])
+        raise Refused("the memory is forgotten, and stays: it is not a regular file", machine=held.name, path=left[0])
     return held.tree.snapshots[snapshot.id]
 
 

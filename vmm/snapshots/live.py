@@ -88,7 +88,7 @@ class LiveMerges:
             real = [os.path.realpath(path) for path in chain]
             if any(real[start : start + len(wanted)] == wanted for start in range(len(real))):
                 return disk
-        raise InvalidSpec("is no part of a disk of the running machine", path=layers[0])
+        raise InvalidSpec("is not part of a disk of the running machine", path=layers[0])
 
     async def _served_merge(
         self, disk: str, target: str, layers: list[str], rate: int | None, progress: Progress

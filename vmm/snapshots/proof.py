@@ -32,7 +32,7 @@ def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
     except OSError as error:
         return f"it cannot be looked at: {error.strerror}"
     if not stat.S_ISREG(facts.st_mode):
-        return "it is no regular file"
+        return "it is not a regular file"
     if image.parent is None or os.path.dirname(path) != os.path.dirname(image.parent):
         return "it does not lie beside the image that it stands on"
     try:

@@ -142,7 +142,7 @@ def discard(held: Held, folder: str) -> None:
         return
     left = SnapshotFolder(folder).discard()
     if left:
-        add_event(held.machine.events, "snapshot-left", problem="is no file of a snapshot's, and stays", path=left[0])
+        add_event(held.machine.events, "snapshot-left", problem="is not a file of a snapshot, and stays", path=left[0])
 
 
 # -- new leaves ------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _settle_merge(held: Held, journal: MergeOff) -> None:
     for path in reversed(journal.layers):
         image = held.tree.images.get(path)
         if image is None or not image.ours or image.parent != step or step not in held.tree.images:
-            raise _damaged(held, "the merge that it says was begun is none of its images")
+            raise _damaged(held, "the merge that it says was begun is not one of its images")
         step = path
     _finish_complete(registry.load_for_change(held), target)
     if os.path.lexists(journal.layers[0]):
@@ -268,7 +268,7 @@ def _follow(held: Held, journal: MergeLive) -> None:
     path = disk.path
     if not os.path.exists(path):  # merged away: its target took its place
         if path not in journal.layers or _known(held, journal.target) not in held.tree.images:
-            raise _damaged(held, "the merge that it says was begun is none of its images")
+            raise _damaged(held, "the merge that it says was begun is not one of its images")
         path = _known(held, journal.target)
     while children := [one for one in vhdkit.find_children([path])[path] if one not in held.tree.images]:
         if len(children) > 1:

@@ -110,8 +110,8 @@ class Tree:
         """Raise InvalidSpec for a name that no snapshot can have, AlreadyExists for one that is taken."""
         if not name.strip() or len(name) > MAX_NAME_CHARACTERS or not name.isprintable() or name != name.strip():
             raise InvalidSpec(
-                f"{name!r} is no name for a snapshot: 1 to {MAX_NAME_CHARACTERS} printable characters, none of them a "
-                "space at its ends"
+                f"{name!r} cannot be the name of a snapshot: use 1 to {MAX_NAME_CHARACTERS} printable "
+                "characters, without a space at either end"
             )
         if any(name == one.name for one in self.snapshots.values()):
             raise AlreadyExists(f"has a snapshot {name!r} already")

@@ -290,7 +290,7 @@ def test_progress_ends_where_it_says(tmp_path: Path) -> None:
 
 
 def test_an_empty_store_is_no_image() -> None:
-    """Nothing is planned for what is no image."""
+    """Nothing is planned for what is not an image."""
     with pytest.raises(errors.VhdkitError):
         plan_compact([open_dynamic(MemStore())])
 

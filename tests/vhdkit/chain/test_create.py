@@ -165,7 +165,7 @@ def test_a_child_never_replaces_its_own_chain(tmp_path: Path) -> None:
 
 
 def test_a_parents_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    """A name with bytes that are no UTF-8 cannot be stored in a VHD: a clear error, and no file."""
+    """A name with bytes that are not UTF-8 cannot be stored in a VHD: a clear error, and no file."""
     base = os.fsencode(tmp_path) + b"/b\xff.vhd"
     vhdkit.create_image(os.fsdecode(base), MIB)
     with pytest.raises(errors.InvalidArgument, match="rename"):

@@ -551,8 +551,8 @@ def test_a_copy_beside_children_is_said_to_have_the_id(tmp_path: Path) -> None:
     shutil.copyfile(base, copy)
     with pytest.raises(errors.HasChildren) as failure:
         vhdkit.open_disk(copy, writable=True)
-    assert failure.value.problem == f"has the id of a parent, the one of {child}, which finds {base} now"
-    assert f"(vhdkit convert {copy} NEW)" in str(failure.value.hint)
+    assert failure.value.problem == f"has the same id as the parent of {child}, which is {base} now"
+    assert f": vhdkit convert {copy} NEW --to " in str(failure.value.hint)
     with pytest.raises(errors.HasChildren, match=r"base\.vhd: is the parent of .*child\.avhd"):
         vhdkit.open_disk(base, writable=True)
     vhdkit.convert(copy, tmp_path / "new.vhd", "dynamic")

@@ -326,9 +326,9 @@ def test_what_is_no_merge() -> None:
     """No parent, itself, no ancestor, children to be repointed to a new file: each a clear error."""
     names = make_chain(2)
     vhdkit.create_image("other.vhd", SIZE)
-    refused(errors.InvalidArgument, "is no ancestor", into="other.vhd")
+    refused(errors.InvalidArgument, "is not an ancestor", into="other.vhd")
     refused(errors.InvalidArgument, "into itself", into=names[0])
-    refused(errors.InvalidArgument, "nothing is repointed", to="new.vhd", relink_children=True)
+    refused(errors.InvalidArgument, "cannot be repointed", to="new.vhd", relink_children=True)
     with pytest.raises(errors.InvalidArgument, match="has no parent"):
         vhdkit.merge("other.vhd")
     with pytest.raises(errors.NotFound):

@@ -176,7 +176,7 @@ def test_restoring_what_was_changed_since(tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     torn.write_bytes(undo.read_bytes()[:-1])
     for bad in (torn, image):
-        with pytest.raises(errors.InvalidArgument, match="no whole backup"):
+        with pytest.raises(errors.InvalidArgument, match="not a whole backup"):
             vhdkit.restore(image, bad)
     with vhdkit.open_disk(image) as disk:
         assert disk.read(3 * MIB, 9) == b"new block"

@@ -187,7 +187,7 @@ def test_merging_while_serving(folder: Path) -> None:
         assert line.startswith("leaf.avhd: merged 1 layer into leaf.avhd, 0 B in 1 pass; clients waited ")
         assert "leaf-1.avhd" not in names(folder)
         assert good("ctl", "c", "cancel") == "nothing is being merged\n"
-        assert "is no layer of export" in failure("ctl", "c", "merge", "leaf.avhd", "--into", "other.vhd", code=2)
+        assert "is not a layer of export" in failure("ctl", "c", "merge", "leaf.avhd", "--into", "other.vhd", code=2)
         done = document("ctl", "c", "merge", "leaf.avhd", "--into", "base.vhd")
         assert done["leaf"].endswith("base.vhd") and len(done["merged"]) == 3 and done["held_seconds"] < 30
         assert [name for name in names(folder) if name.endswith("vhd")] == ["base.vhd"]

@@ -181,7 +181,7 @@ def test_info_says_which_folder_allowed_a_parent(folder: Path, monkeypatch: pyte
     assert (parent["allowed_folder"], parent["allowed_by"]) == (f"{folder}/bases", "VHDKIT_PARENT_DIRS")
     warned = run("check", "leaves/leaf.avhd")
     assert warned.exit_code == 0
-    named = "VHDKIT_PARENT_DIRS names 'elsewhere', which is no absolute path"
+    named = "VHDKIT_PARENT_DIRS names 'elsewhere', which is not an absolute path"
     assert warned.stderr == f"vhdkit: warning: {named}: ignored\n"
     good("create", "bases/near.avhd", "--parent", "bases/base.vhd")
     assert document("info", "bases/near.avhd")["parent"]["allowed_by"] == "the image's own folder"

@@ -24,10 +24,10 @@ from vhdkit.cli.jsontext import json_text
     ],
 )
 def test_what_json_has_no_form_for(value: object, read: object) -> None:
-    """Bytes that are no UTF-8 become visible, numbers that are none null; the text is strict JSON in UTF-8."""
+    """Bytes that are not UTF-8 become visible, numbers that are none null; the text is strict JSON in UTF-8."""
 
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     text = json_text({"value": value})
     found = json.loads(text, parse_constant=refuse)["value"]

@@ -86,7 +86,7 @@ def test_errors_as_json() -> None:
         ("gone.vhd", 1, "No such file"),
         ("gone/x.vhd", 1, "No such file"),
         ("file/x.vhd", 1, "Not a directory"),
-        ("folder", 2, "is a directory"),
+        ("folder", 2, "is a folder"),
         ("empty.vhd", 2, "is empty"),
         ("empty.raw", 2, "is empty"),
         ("fifo", 2, "is a pipe"),

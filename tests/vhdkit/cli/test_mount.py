@@ -30,11 +30,11 @@ NOBODY = 65534
     ("words", "text"),
     [
         (("--rw", "--overlay"), "either --rw or --overlay"),
-        (("--keep-overlay", "x"), "--keep-overlay is for --overlay"),
+        (("--keep-overlay", "x"), "--keep-overlay goes with --overlay"),
         (("--file", "--fs"), "either --file or --fs"),
-        (("--partition", "1"), "--partition says which one"),
-        (("-o", "bogus"), "'bogus' is no option of mount"),
-        (("-o", "partition=x"), "'partition=x' is no option"),
+        (("--partition", "1"), "--partition goes with --fs or --file"),
+        (("-o", "bogus"), "'bogus' is not an option of mount"),
+        (("-o", "partition=x"), "'partition=x' is not an option"),
         (("--partition", "0", "--fs"), "--partition"),
     ],
 )

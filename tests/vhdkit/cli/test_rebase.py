@@ -77,7 +77,7 @@ def test_a_parent_that_is_gone_can_be_replaced() -> None:
     other = "00010203-0405-0607-0809-0a0b0c0d0e0f"
     told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", other, code=6)
     assert f"expected id {other}, found id {found}" in told
-    assert "is no id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", "x", code=2)
+    assert "is not an id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", "x", code=2)
     assert Path("leaf.avhd").read_bytes() == before
     words = ("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found))
     assert "would stand" in good(*words, "--dry-run") and Path("leaf.avhd").read_bytes() == before

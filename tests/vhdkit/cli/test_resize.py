@@ -45,7 +45,7 @@ def test_a_size_is_rounded_up_to_whole_sectors() -> None:
     """Any size works, and that it was rounded is said on standard error, not in JSON or with --quiet."""
     good("create", "disk.vhd", "--size", "8M")
     result = run("resize", "disk.vhd", "0.1G")
-    assert result.exit_code == 0 and "0.1G is no whole number of 512-byte sectors" in result.stderr
+    assert result.exit_code == 0 and "0.1G is not a whole number of 512-byte sectors" in result.stderr
     assert document("info", "disk.vhd")["virtual_size_bytes"] == 107374592
     assert document("resize", "disk.vhd", "107374593")["virtual_size_after_bytes"] == 107374592 + 512
     assert run("resize", "disk.vhd", "0.3G", "--quiet").output == ""

@@ -48,7 +48,7 @@ def test_a_device_that_is_missing_or_closed_is_named(tmp_path: Path, monkeypatch
     with pytest.raises(NotFound, match="modprobe fuse"):
         host.check_fuse()
     (tmp_path / "fuse").touch()
-    with pytest.raises(NotFound, match="is no device"):
+    with pytest.raises(NotFound, match="is not a device"):
         host.check_fuse()
     monkeypatch.setattr(stat, "S_ISCHR", lambda mode: True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)

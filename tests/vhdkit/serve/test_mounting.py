@@ -81,9 +81,9 @@ def test_mount_points_that_cannot_be(image: Path, tmp_path: Path) -> None:
         (tmp_path / "no", (), 1, "run: mkdir"),
         (tmp_path / "no", ("--file",), 1, "run: touch"),
         (file, (), 2, "say --file"),
-        (empty, ("--file",), 2, "is no file"),
+        (empty, ("--file",), 2, "is not a file"),
         (full, (), 2, "choose an empty folder"),
-        ("/dev/null", ("--file",), 2, "is no file"),
+        ("/dev/null", ("--file",), 2, "is not a file"),
     ):
         assert text in failure(code, "mount", image, point, *words)
     assert "no file system that vhdkit knows" in failure(1, "mount", _empty(tmp_path), empty, "--fs")

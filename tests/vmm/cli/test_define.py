@@ -60,25 +60,25 @@ def test_create_with_everything(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["a/b"], 2, "no name for a machine"),
-        ([".."], 2, "no name for a machine"),
+        (["a/b"], 2, "cannot be the name of a machine"),
+        ([".."], 2, "cannot be the name of a machine"),
         (["x", "--memory", "lots"], 2, "not a size"),
         (["x", "--memory", "1K"], 2, "memory_bytes"),
         (["x", "--cpus", "0"], 2, "cpu_count"),
         (["x", "--disk", "absent.vhd"], 1, "no such image"),
         (["x", "--disk", ""], 2, "names no image"),
-        (["x", "--disk", "cd.iso,controller=floppy"], 2, "no controller"),
+        (["x", "--disk", "cd.iso,controller=floppy"], 2, "not a controller"),
         (["x", "--disk", "a.avhd,unit=x"], 2, "not a number"),
         (["x", "--disk", "a.avhd,unit=2"], 2, "there is no ide0:2"),
-        (["x", "--disk", "a.avhd,serial="], 2, "no option"),
+        (["x", "--disk", "a.avhd,serial="], 2, "not an option"),
         (["x", "--disk", "a.avhd,controller=scsi"], 2, "does not boot from SCSI"),
         (["x", "--disk", "a.avhd", "--disk", "./a.avhd"], 5, "twice"),
-        (["x", "--disk", "kernel"], 2, "is no disk: it holds"),
+        (["x", "--disk", "kernel"], 2, "is not a disk: it holds"),
         (["x", "--cdrom", "absent.iso"], 1, "could not open"),
-        (["x", "--cdrom", "."], 2, "no image"),
+        (["x", "--cdrom", "."], 2, "not an image"),
         (["x", "--kernel", "absent"], 1, "could not open"),
         (["x", "--initrd", "kernel"], 2, "kernel only"),
-        (["x", "--boot-order", "floppy"], 2, "none of disk"),
+        (["x", "--boot-order", "floppy"], 2, "not one of disk"),
         (["x", "--service", "coffee=on"], 2, "heartbeat"),
         (["x", "--service", "heartbeat=maybe"], 2, "NAME=on|off"),
         (["x", "--service", "tea=on"], 2, "time-sync, key-value, backup"),
@@ -156,9 +156,9 @@ def test_damaged_definition(folder: Path, manager: Manager) -> None:
     """A machine that cannot be read is listed with what is wrong with it."""
     good("create", "web", "--disk", "a.avhd")
     Path(manager.show("web").folder or "").joinpath("machine.json").write_text('{"name": 5}')
-    assert "unknown" in good("list") and "no machine definition" in good("list")
-    assert "no machine definition" in failure("show", "web", code=2)
-    assert "no machine definition" in failure("start", "web", code=2)
+    assert "unknown" in good("list") and "not a machine definition" in good("list")
+    assert "not a machine definition" in failure("show", "web", code=2)
+    assert "not a machine definition" in failure("start", "web", code=2)
 
 
 def test_help_of_every_verb(manager: Manager) -> None:

@@ -52,7 +52,7 @@ def test_a_drive_in_one_word() -> None:
     for word in ("x.iso,format=raw", "x.iso,parent-dir=/p", "x.iso,allow-raw-parent"):
         with pytest.raises(click.BadParameter, match="hard disks"):
             parse_disk(word, kind="iso")
-    with pytest.raises(click.BadParameter, match="no format"):
+    with pytest.raises(click.BadParameter, match="not a format"):
         parse_disk("x.vhd,format=qcow2")
 
 
@@ -78,7 +78,7 @@ def test_session(manager: Manager, tmp_path: Path) -> None:
 def test_a_size_is_rounded_up_to_whole_sectors(manager: Manager, tmp_path: Path) -> None:
     """Any size works for a disk, and that it was rounded is said."""
     make_machine(manager, tmp_path)
-    assert "0.1G is no whole number of sectors: rounded up to 107374592 bytes" in good(
+    assert "0.1G is not a whole number of sectors: rounded up to 107374592 bytes" in good(
         "disk", "resize", "small", "disk-0", "0.1G"
     )
     assert document("disk", "resize", "small", "disk-0", "107374593")["size_bytes"] == 107374592 + 512

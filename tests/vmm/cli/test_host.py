@@ -99,7 +99,7 @@ def test_disks(tmp_path: Path) -> None:
 
 
 def test_paths() -> None:
-    """Default folders are shown, set, and set back; what is no folder is refused."""
+    """Default folders are shown, set, and set back; what is not a folder is refused."""
     folders = document("paths")
     other = Path(folders["home"]).parent / "other"
     assert folders["disks"] == f"{folders['home']}/disks"

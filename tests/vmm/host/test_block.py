@@ -246,7 +246,7 @@ def test_find_says_what_a_path_is(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     for path, what in ((file, "a file"), (tmp_path, "a folder"), (Path("/dev/null"), "a character device")):
-        with pytest.raises(InvalidSpec, match=f"is {what}, no block device.*vmm host disks"):
+        with pytest.raises(InvalidSpec, match=f"is {what}, not a block device.*vmm host disks"):
             block.find(str(path))
     with pytest.raises(NotFound, match="no such device"):
         block.find(str(tmp_path / "none"))

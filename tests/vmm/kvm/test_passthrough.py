@@ -280,7 +280,7 @@ def test_what_is_no_device(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"")
     for path in (str(file), str(tmp_path), "/dev/null"):
-        with pytest.raises(InvalidSpec, match="no block device"):
+        with pytest.raises(InvalidSpec, match="not a block device"):
             passthrough.claim(path)
     with pytest.raises(NotFound):
         passthrough.claim(str(tmp_path / "none"))

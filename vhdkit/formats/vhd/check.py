@@ -184,7 +184,7 @@ def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
     if metadata.is_differencing and not metadata.parent_name and not any(one.text for one in metadata.locators):
         yield Finding(Severity.ERROR, "parent-unnamed", "nothing names the parent", metadata.path, "dynamic header")
     elif metadata.is_differencing and not metadata.parent_name:
-        message = "the header's name of the parent is blank, a locator has one: XenServer refuses such an image"
+        message = "the header has no name for the parent, but a locator has: XenServer refuses such an image"
         yield _warning(metadata, "parent-name", message, "dynamic header", metadata.footer.data_offset)
     table_end = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
     padding = store.pread(table_end, round_up(table_end, SECTOR_SIZE) - table_end)

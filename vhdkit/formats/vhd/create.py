@@ -49,7 +49,9 @@ class ParentLink:
 def check_size(size_bytes: int, *, fixed: bool = False) -> None:
     """Raise InvalidArgument for a virtual size no VHD can have."""
     if size_bytes % SECTOR_SIZE:
-        raise errors.InvalidArgument(f"a disk of {size_bytes} bytes is no whole number of {SECTOR_SIZE}-byte sectors")
+        raise errors.InvalidArgument(
+            f"a disk of {size_bytes} bytes is not a whole number of {SECTOR_SIZE}-byte sectors"
+        )
     if size_bytes <= 0:
         raise errors.InvalidArgument("a disk needs at least one sector")
     if size_bytes > geometry.MAX_CREATE_BYTES:

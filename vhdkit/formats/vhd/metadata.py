@@ -252,7 +252,7 @@ def _choose(path: str, tail: FooterPlace, copy: FooterPlace) -> FooterPlace:
         hint = "finish or revert the resize with the tool that began it"
     problem = "there is no VHD footer here and no good copy at the beginning of the file"
     if fault.state is not FooterState.ABSENT:
-        problem = f"no usable footer: {fault.state}, and the other one is no help"
+        problem = f"no usable footer: {fault.state}, and the other one cannot be used either"
     raise CorruptImage(
         _REASON[fault.state],
         problem,
@@ -488,7 +488,7 @@ def _footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foo
                 Severity.WARNING,
                 "size-odd",
                 left_by_repair(
-                    f"current size {stated} is no whole number of sectors",
+                    f"current size {stated} is not a whole number of sectors",
                     "some programs have the rest of the last one, others do not; a copy that `vhdkit convert` makes"
                     " is read alike by all",
                 ),

@@ -114,7 +114,7 @@ def _mend_footers(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
     if marked and not _is_guests(tail, copy):
         said = f"the {marked[0].structure} is {marked[0].state}"
         if not consent.writer_is_dead:
-            yield Fix("footer-mark", f"{said}; only when that program is dead may this be taken off", DEAD)
+            yield Fix("footer-mark", f"{said}; remove this only when that program is dead", DEAD)
             return
         if not (tail.state.usable or copy.state.usable):
             yield from _take_off_poison(draft, tail, copy)
@@ -264,7 +264,7 @@ def _mend_header(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
         )
         return
     draft.pwrite(offset, raw)
-    said = "the rest of the file agrees with it" if sure else "taken as it is, by your word"
+    said = "the rest of the file agrees with it" if sure else "taken as it is, as you asked"
     yield Fix("header-checksum", f"the header's checksum is made right: {said}")
 
 
@@ -377,7 +377,7 @@ def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
         yield Fix("bits-behind-end", f"{bits.count} bits behind the end of the disk are cleared")
     blocks = wrong_batmap_bits(draft, metadata, bat)
     if len(blocks) and batmap_lies_apart(metadata, bat) and batmap.clear_bits(draft, metadata, blocks):
-        yield Fix("batmap", f"the batmap calls {len(blocks)} blocks full no more that are not")
+        yield Fix("batmap", f"the batmap no longer calls {len(blocks)} blocks full that are not")
 
 
 # -- space ------------------------------------------------------------------------------------------------------------

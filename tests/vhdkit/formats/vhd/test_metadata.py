@@ -294,7 +294,7 @@ def test_quirk_size_of_creators_meaning_chs_is_explained() -> None:
 
 
 def test_an_odd_current_size_is_noticed() -> None:
-    """A size that is no whole number of sectors is cut and reported."""
+    """A size that is not a whole number of sectors is cut and reported."""
     found = read_metadata(Vhd(size=4 * MIB + 100).build().store())
     assert found.size_bytes == 4 * MIB
     assert [one.code for one in found.findings] == ["size-odd"]
