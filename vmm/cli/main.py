@@ -154,7 +154,7 @@ def main(context: click.Context) -> None:
     """Virtual machines on KVM and QEMU whose disks are chains of virtual hard disks.
 
     Disks are made with the command vhdkit. Sizes are written as 512M, 4G or 1.5T. Every verb takes --json, except
-    console and switch capture.
+    console.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
