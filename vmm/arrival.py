@@ -247,7 +247,7 @@ def _refusal(folder: str, refused: dict[str, str]) -> VmmError:
     things = [f"{what} [{option}]" for what, option in refused.items()]
     more = f"; and {len(things) - _MAX_TOLD} more" if len(things) > _MAX_TOLD else ""
     return Refused(
-        f"reaches outside of itself: {'; '.join(things[:_MAX_TOLD])}{more}",
+        f"would reach outside of the export: {'; '.join(things[:_MAX_TOLD])}{more}",
         path=folder,
-        hint="what you trust, allow by the options in brackets; NEW is the file to use here, or empty for none",
+        hint="allow what you trust with the options in brackets; NEW is what to use instead, or empty for nothing",
     )

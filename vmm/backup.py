@@ -44,7 +44,7 @@ def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
     """The images of a machine. Raises Refused for one whose disks cannot be frozen."""
     from vmm.devices import refuse_passed_through
 
-    refuse_passed_through(spec, "backup", hint="back those up from inside the guest")
+    refuse_passed_through(spec, "a backup", hint="back those up from inside the guest")
     return [disk for disk in spec.disks if disk.kind == "vhd"]
 
 

@@ -39,7 +39,7 @@ _KINDS = (  # of the checker's names: what the value should have been
     ("list_", "must be a list"),
     ("dict_", "must be a group of settings"),
     ("model_", "must be a group of settings"),
-    ("none_", "must be nothing"),
+    ("none_", "must be empty"),
 )
 
 
@@ -61,7 +61,9 @@ def _sentence(kind: str, where: str, one: Any) -> str:
     if (sentence := _SENTENCES.get(kind)) is not None:
         with contextlib.suppress(KeyError):  # another version of the checker calls its limits otherwise
             return sentence.format(**facts)
-    return next((words for beginning, words in _KINDS if kind.startswith(beginning)), "cannot be that")
+    return next(
+        (words for beginning, words in _KINDS if kind.startswith(beginning)), "has a value that is not allowed"
+    )
 
 
 def _amount(where: str, value: object) -> object:

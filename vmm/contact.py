@@ -390,7 +390,7 @@ def wait_put_away(place: Place) -> None:
     deadline = time.monotonic() + END_SECONDS
     while os.path.isdir(place.runtime.folder) and is_locked(place.runtime.lock("keeper")):
         if time.monotonic() > deadline:
-            raise TimedOut("something of the machine is left", machine=place.name, path=place.runtime.folder)
+            raise TimedOut("processes of the machine are still running", machine=place.name, path=place.runtime.folder)
         time.sleep(_LOOK_SECONDS)
 
 

@@ -132,14 +132,14 @@ def size_bytes_of(disk: DiskSpec) -> int | None:
 
 
 def refuse_passed_through(spec: MachineSpec, what: str, *, hint: str | None = None) -> None:
-    """Raise Refused when the machine has a device or LUN, of which `what` ("snapshot") could hold nothing."""
+    """Raise Refused when the machine has a device or LUN, of which `what` ("a snapshot") could hold nothing."""
     found = [disk for disk in spec.disks if disk.kind == "pass-through"]
     if found:
         names = ", ".join(f"{disk.id} ({disk.path})" for disk in found)
         raise Refused(
-            f"has disks that are passed through, of which there is no {what}: {names}",
+            f"has passed-through disks, which {what} cannot contain: {names}",
             machine=spec.name,
-            hint=hint or f"take them away first: vmm disk remove {spec.name} {found[0].id}",
+            hint=hint or f"remove them first: vmm disk remove {spec.name} {found[0].id}",
         )
 
 

@@ -42,7 +42,7 @@ class GuestAccess:
         if client is None:
             state = contact.state_of(self._place)["state"]
             name = self._place.name
-            raise WrongState(f"is {state}: nobody is inside", machine=name, hint=f"start it: vmm start {name}")
+            raise WrongState(f"is {state}: no guest is running", machine=name, hint=f"start it: vmm start {name}")
         return client
 
     def _call(self, method: str, timeout_seconds: float = ANSWER_SECONDS, **params: object) -> Any:

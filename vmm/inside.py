@@ -52,7 +52,7 @@ class Inside:
             if not stat.S_ISREG(facts.st_mode):
                 raise InvalidSpec(f"is {_kind_of(facts.st_mode)}: an import holds files and folders only", path=path)
             if facts.st_nlink > 1 and facts.st_uid != self._owner:
-                raise Refused("is another name of a file of another user's", path=path)
+                raise Refused("is a hard link to another user's file", path=path)
             # The kernel's own link to what was looked at: nothing is opened that was not, and a device never is.
             return os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -77,7 +77,7 @@ class Inside:
         except (FileNotFoundError, ValueError) as error:
             raise NotFound("is missing from the import", path=path) from error
         except NotADirectoryError as error:  # a link is none, either
-            raise NotFound("is missing from the import: a folder on the way to it is none", path=path) from error
+            raise NotFound("is missing from the import: a part of its path is not a folder", path=path) from error
         except OSError as error:
             raise of_os_error(error, "read the file", path=path) from error
         finally:
@@ -143,7 +143,7 @@ class Inside:
             facts = os.lstat(path)
             if facts.st_nlink > 1 and name.startswith("disks/"):
                 raise Refused(
-                    "has another name, too: what is written to it would change that file", path=path, hint=_COPY
+                    "has a second name (hard link): writing to it would change that file", path=path, hint=_COPY
                 )
             while path not in seen:
                 seen.add(path)

@@ -268,8 +268,8 @@ class Manager:
         self._refuse_running(machine, "delete it")
         if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
             raise WrongState(
-                f"has {count} snapshot{'s' if count > 1 else ''}", machine=name,
-                hint=f"vmm delete {name} --with-snapshots takes them along",
+                f"has {count} snapshot{'s' if count > 1 else ''}, which would be deleted with it", machine=name,
+                hint=f"vmm delete {name} --with-snapshots agrees to that",
             )  # fmt: skip
         disks, kept = [], []
         unread = known_images.look().unread
@@ -457,7 +457,7 @@ class Manager:
             drive = find_disk(machine, drive_id)
             if drive.kind != "iso":
                 raise WrongState(
-                    f"{drive.id} is a disk, and no drive with a medium", machine=name, path=drive.path,
+                    f"{drive.id} is a hard disk, not a drive with a medium", machine=name, path=drive.path,
                     hint=f"vmm disk list {name} shows which drives there are",
                 )  # fmt: skip
             if path is not None:
@@ -555,7 +555,7 @@ class Manager:
         client = contact.contact(place)
         if client is None:
             state = contact.state_of(place)["state"]
-            raise WrongState(f"is {state}: cannot {method} it now", machine=name)
+            raise WrongState(f"is {state}: cannot {_verb(method)} now", machine=name)
         with client, goes_on_without_us(f"the {method}", name) if method in _LONG else contextlib.nullcontext():
             return client.call(method, timeout_seconds=_PATIENCE_SECONDS, progress=progress, **params)
 
@@ -563,6 +563,11 @@ class Manager:
         """Ask for something that ends the machine, and return when nothing of it is left."""
         self._call(name, method, progress, **params)
         contact.wait_put_away(Place.of(name))
+
+
+def _verb(method: str) -> str:
+    """What the worker's method does to the machine, after "cannot"."""
+    return "shut it down" if method == "shutdown" else f"{method} it"
 
 
 def _place(machine: Machine) -> Place:

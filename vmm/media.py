@@ -78,11 +78,11 @@ def open_medium(path: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise of_os_error(error, "open the image", path=path) from error
+        raise of_os_error(error, "open the file", path=path) from error
     facts = os.fstat(descriptor)
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISBLK(facts.st_mode)) or not os.lseek(descriptor, 0, os.SEEK_END):
         os.close(descriptor)
-        raise InvalidSpec("is not an image: neither a file with content nor a block device", path=path)
+        raise InvalidSpec("is neither a file with content nor a block device", path=path)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 

@@ -51,7 +51,7 @@ def give_new_id(name: str) -> NewId:
     with machine_turn(machine_folder(name), name) as lock:
         original = original_of(name)
         if original is None:
-            raise WrongState("is the only machine of its id, and keeps it", machine=name)
+            raise WrongState("is the only machine with its id, and needs no other", machine=name)
         machine = registry.load_for_change(lock)
         aside = _put_aside(machine)
         done = _renewed(machine, lock, original, aside)

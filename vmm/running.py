@@ -191,7 +191,7 @@ class Running:
 
     def need(self, verb: str, *states: MachineState) -> None:
         if self.state not in states:
-            raise WrongState(f"is {self.state.value}: cannot {verb} it now")
+            raise WrongState(f"is {self.state.value}: cannot {verb} now")
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -457,7 +457,7 @@ class Running:
 
     async def pause(self) -> None:
         """Stand still. Raises WrongState, InUse, QemuFailed, TimedOut."""
-        self.need("pause", MachineState.RUNNING, MachineState.CRITICAL)
+        self.need("pause it", MachineState.RUNNING, MachineState.CRITICAL)
         with self.busy("pause"):
             self.note.details["paused"] = True
             try:
@@ -477,7 +477,7 @@ class Running:
 
     async def resume(self) -> None:
         """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
-        self.need("resume", MachineState.PAUSED, MachineState.CRITICAL)
+        self.need("resume it", MachineState.PAUSED, MachineState.CRITICAL)
         with self.busy("resume"):
             self.note.details.pop("paused", None)
             await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
@@ -490,7 +490,7 @@ class Running:
 
     async def reset(self) -> None:
         """As the reset button. Raises WrongState, InUse, QemuFailed."""
-        self.need("reset", MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL)
+        self.need("reset it", MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL)
         with self.busy("reset"):
             await self.qmp.execute("system_reset")
 
@@ -506,7 +506,7 @@ class Running:
 
         Raises InUse beside another operation, unless `beside_others`: a guest may do so at any time, too.
         """
-        self.need("shut down", MachineState.RUNNING)
+        self.need("shut it down", MachineState.RUNNING)
         if self.note.operation is not None and not beside_others:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self._is_stopping = True

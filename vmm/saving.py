@@ -120,7 +120,7 @@ class Saving:
 
         `give_up_at` (of the monotonic clock): memory that is not written by then is not saved. Raises TimedOut.
         """
-        self._running.need("save", MachineState.RUNNING, MachineState.PAUSED)
+        self._running.need("save it", MachineState.RUNNING, MachineState.PAUSED)
         with self._running.busy("save"):
             await self._running.refresh()
             was_running = self._running.status == "running"

@@ -329,7 +329,8 @@ def _validated(settings: dict[str, Any], machine: str | None) -> MachineSpec:
     try:
         return MachineSpec.model_validate(settings)
     except ValidationError as error:
-        raise InvalidSpec(words_of(error), machine=machine) from error
+        is_of_name = any(one["loc"] == ("name",) for one in error.errors(include_url=False))  # it says the name itself
+        raise InvalidSpec(words_of(error), machine=None if is_of_name else machine) from error
 
 
 def _check_unique(what: str, values: Sequence[object]) -> None:

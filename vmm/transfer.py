@@ -74,7 +74,7 @@ def export(
     """
     target = check_target(folder)
     with contact.changing(name) as (machine, _):
-        refuse_passed_through(machine.spec, "export")
+        refuse_passed_through(machine.spec, "an export")
         state = contact.state_of(Place(machine.name, machine.paths, machine.runtime))["state"]
         is_still = state in (MachineState.OFF, MachineState.SAVED)
         if snapshot is None and not is_still:
@@ -90,7 +90,7 @@ def export(
             try:
                 with contextlib.ExitStack() as stack:
                     work = _Export(machine, held.tree, part, progress or (lambda document: None), stack)
-                    counted = work.one(held.tree.find(snapshot), flat) if snapshot is not None else work.whole(flat)
+                    counted = work.one(held.find(snapshot), flat) if snapshot is not None else work.whole(flat)
                 os.rename(part, target)
                 sync_folder(os.path.dirname(target))
             except (OSError, vhdkit.VhdkitError) as error:

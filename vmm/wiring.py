@@ -236,7 +236,8 @@ class Wiring:
             if not await self._is_gone(adapter.id):
                 raise TimedOut(
                     f"the guest did not let go of {adapter.id} within {UNPLUG_SECONDS:.0f} s",
-                    hint="try again when the guest has booted, or take the cable out with: vmm nic set --link down",
+                    hint="try again when the guest has booted, or take the cable out:"
+                    " vmm nic set MACHINE ADAPTER link=down",
                 )
             with contextlib.suppress(QemuFailed):
                 await qmp.execute("netdev_del", id=wire_id(adapter.id))

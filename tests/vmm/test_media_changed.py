@@ -51,11 +51,11 @@ def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:
     after = document("disk", "change", "small", one, "--eject")
     assert after == before
     assert "empty" in good("disk", "list", "small")
-    with pytest.raises(WrongState, match="is a disk, and no drive"):
+    with pytest.raises(WrongState, match="is a hard disk, not a drive"):
         manager.change_medium("small", "disk-0", str(leaf))
     with pytest.raises(NotFound):
         manager.change_medium("small", "disk-1", str(tmp_path / "absent.iso"))
-    with pytest.raises(InvalidSpec, match="is not an image"):
+    with pytest.raises(InvalidSpec, match="is neither a file"):
         manager.change_medium("small", "disk-1", str(tmp_path))
     good("disk", "add", "small", one, "--cdrom")
     good("disk", "add", "small", one, "--cdrom")

@@ -43,7 +43,7 @@ def test_disks_of_the_original_are_taken_out(home: Path) -> None:
     assert copy.adapters[0].mac != web.adapters[0].mac
     assert files_of(home / "home" / "machines" / "web") == before
     assert original_of("copy") is None and done.aside is None
-    with pytest.raises(WrongState, match="only machine of its id"):
+    with pytest.raises(WrongState, match="only machine with its id"):
         Manager().new_id("copy")
 
 

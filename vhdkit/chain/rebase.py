@@ -256,9 +256,9 @@ def _refuse_unseen(child: DynamicImage, new: Layer, cause: errors.VhdkitError) -
     if through:
         raise errors.ParentMissing(
             f"{format_size(through)} of the disk are read through the recorded parent, which cannot be read"
-            f" ({cause.problem}): there is nothing to compare the new one with",
+            f" ({cause.problem}): there is nothing to compare with",
             path=child.store.name,
-            hint="bring the recorded parent back, from a backup if need be, and name its folder with"
-            " --allow-parent-dir; if it is gone for good and you are sure that the new one holds its content, say"
+            hint="bring that one back, from a backup if need be, and name its folder with --allow-parent-dir; if it is"
+            " gone for good and you are sure that the new parent has the same content, say"
             f" --accept-parent-id {format_id(new.unique_id or NULL_ID)}",
         )

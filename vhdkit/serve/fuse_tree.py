@@ -240,7 +240,7 @@ class Model:
         raise InvalidArgument(
             f"has no partition {number}",
             path=self.export.image_path,
-            hint=f"it has {there}" if there else "it has no partition table; leave out --partition",
+            hint=f"it has {there}" if there else "it is not partitioned: leave out --partition",
         )
 
     def partition_view(self, found: FoundPartition) -> View:

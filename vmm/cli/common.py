@@ -70,7 +70,7 @@ class SecondsType(click.ParamType[float]):
         except ValueError:
             seconds = 0.0
         if not math.isfinite(seconds) or seconds <= 0:
-            self.fail(f"{value!r} is no number of seconds above 0", param, ctx)
+            self.fail(f"{value!r} is not a number of seconds above 0", param, ctx)
         return seconds
 
 

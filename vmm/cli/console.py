@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "--log", "wants_log", is_flag=True, help="Print what is kept of the past, and end; works when it is off."
 )
 @click.option("--watch", is_flag=True, help="Only look; nothing is typed.")
-@click.option("--shared", is_flag=True, help="Let everybody who uses --shared type.")
+@click.option("--shared", is_flag=True, help="Share the keyboard with everybody else who uses --shared.")
 @click.option("--take", is_flag=True, help="Take the keyboard over from whoever has it.")
 @click.option("--expect", metavar="TEXT", help="End when the guest has printed this.")
 @click.option("--timeout", type=SECONDS, metavar="SECONDS", help="End after so long; exit code 9 with --expect.")
@@ -57,13 +57,13 @@ def console_command(
 ) -> None:
     """Join this terminal to the serial console of the machine NAME. Ctrl-] leaves; the machine runs on.
 
-    Many may watch, one types. Without a terminal the input is sent as it is, and the command ends when that is used up
-    and the guest has been quiet for a second.
+    Many can watch, one can type. Without a terminal the input is sent as it is, and the command ends when that is
+    used up and the guest has been quiet for a second.
     """
     if watch + shared + take > 1:
         raise InvalidSpec("--watch, --shared and --take exclude each other")
     if expect == "":
-        raise InvalidSpec("--expect wants a text")
+        raise InvalidSpec("--expect needs the text to wait for")
     guest = Manager().guest(name)
     if wants_log:
         sys.stdout.buffer.write(guest.console_log())
@@ -89,7 +89,9 @@ def _join(
         link, may_type = guest.open_console(typing=typing, scrollback_bytes=size)
         if not is_again:
             if not may_type and typing != "never":
-                print_aside(f"{name}: somebody else types; this only shows (--take to type, --shared)")
+                print_aside(
+                    f"{name}: somebody else has the keyboard; this only watches (to type: --take, or --shared in both)"
+                )
             elif is_terminal:
                 print_aside(f"{name}: this is its console; Ctrl-] leaves")
         return link

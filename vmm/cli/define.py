@@ -53,7 +53,7 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
                      help=f"Switch an integration service: {', '.join(_SERVICES)}. Repeatable."),
         click.option("--automatic-start", type=click.Choice(_choices(AutomaticSpec, "start")),
                      help="What happens when the host starts."),
-        click.option("--start-delay", type=int, metavar="SECONDS", help="How long that waits."),
+        click.option("--start-delay", type=int, metavar="SECONDS", help="How many seconds it waits before that."),
         click.option("--automatic-stop", type=click.Choice(_choices(AutomaticSpec, "stop")),
                      help="What happens when the host stops."),
         click.option("--automatic-recovery", type=click.Choice(_choices(AutomaticSpec, "recovery")),
@@ -64,7 +64,7 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Give QEMU what it needs to save memory while the guest runs: nothing with "
                           "vm.unprivileged_userfaultfd=1, /dev/userfaultfd for QEMU 8 and newer, else CAP_SYS_PTRACE, "
                           "a right over the host's processes that a guest which escapes from QEMU would have."),
-        click.option("--notes", metavar="TEXT", help="What you want to remember about it."),
+        click.option("--notes", metavar="TEXT", help="Notes of your own."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)

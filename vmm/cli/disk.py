@@ -7,6 +7,7 @@ text after one is an option only if it looks like one.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import click
@@ -34,7 +35,9 @@ _ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
 def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskWish:
     """IMAGE[,OPTION=VALUE...] as a wish; of a drive ("iso") the image may be missing. Raises BadParameter."""
     path, *rest = word.split(",")
-    while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:
+    while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:  # of the name, most likely
+        if os.path.lexists(path) and not os.path.lexists(f"{path},{rest[0]}"):
+            break
         path += "," + rest.pop(0)
     if not path and kind != "iso":
         raise click.BadParameter(f"{word!r} names no image")
@@ -92,7 +95,7 @@ def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as
     if pass_through and cdrom:
         raise click.UsageError("either --pass-through or --cdrom")
     if disk is None and not cdrom:
-        raise click.UsageError("which image? Only a drive (--cdrom) may be empty")
+        raise click.UsageError("name an IMAGE; only a drive (--cdrom) may be empty")
     added = Manager().add_disk(
         name, parse_disk(disk or "", kind="iso" if cdrom else "pass-through" if pass_through else "vhd")
     )

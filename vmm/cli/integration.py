@@ -50,7 +50,7 @@ def show_agent(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def ping(name: str, as_json: bool, quiet: bool) -> None:
-    """Ask the guest of the machine NAME for a sign of life; exit code 0 when it came."""
+    """Ask the guest of the machine NAME for a sign of life; exit code 0 when it answers."""
     beat = Manager().guest(name).ping()
     if as_json:
         print_json(beat)
@@ -77,7 +77,7 @@ def freeze(name: str, seconds: float, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def thaw(name: str, as_json: bool, quiet: bool) -> None:
-    """Thaw what `freeze` froze; fails when it had to thaw before, so that a copy is not of one moment."""
+    """Thaw what `freeze` froze; fails when they had thawed before, so that a copy is not of one moment."""
     count = Manager().guest(name).thaw()
     if as_json:
         print_json({"count": count})

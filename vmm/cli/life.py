@@ -108,7 +108,7 @@ def reset_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def pause_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Let NAME stand still, with its memory in place."""
+    """Pause NAME: it stands still, with its memory in place."""
     _manager().pause(name)
     _told(name, "paused", as_json=as_json, quiet=quiet)
 
@@ -117,6 +117,6 @@ def pause_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def resume_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Let NAME go on after `pause`."""
+    """Let NAME go on after a pause."""
     _manager().resume(name)
     _told(name, "running", as_json=as_json, quiet=quiet)

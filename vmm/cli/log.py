@@ -28,7 +28,7 @@ _FOLLOW_HELP = "Go on with what comes from now on, until Ctrl-C, or the machine 
 def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
     """What happened to the machine NAME, the oldest first.
 
-    With --json one list, with --json --follow an object a line: {"time_unix_seconds", "event", ...what it tells}.
+    With --json one list, with --json --follow an object a line: {"time_unix_seconds", "event", ...its fields}.
     """
     manager = Manager()
     if as_json and not follow:

@@ -18,7 +18,7 @@ from vmm.spec import AdapterSpec, MachineSpec
 @click.command("list", epilog=epilog("vmm list", "vmm list --json"))
 @output_options
 def list_command(as_json: bool, quiet: bool) -> None:
-    """All machines and what they are doing, and the addresses that their guests have by their agents' word.
+    """All machines and what they are doing, and the addresses that their guest agents report.
 
     A machine whose definition cannot be read is listed with what is wrong with it. With --json: a list of what `vmm
     show --json` prints.

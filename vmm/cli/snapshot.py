@@ -321,7 +321,7 @@ def rename_command(
 @click.argument("number", type=int)
 @output_options
 def limit_command(machine: str, number: int, as_json: bool, quiet: bool) -> None:
-    """Let MACHINE have at most NUMBER snapshots; 50 unless somebody says otherwise."""
+    """Let MACHINE have at most NUMBER snapshots; 50 by default."""
     _of(machine).set_limit(number)
     if as_json:
         print_json({"name": machine, "limit": number})
@@ -377,7 +377,7 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
     if as_json:
         print_json({"merged": len(done) - len(failed), "merges": [one for one in done if one]})
     elif not quiet:
-        print_line(f"{machine}: {len(done) - len(failed)} merged" if done else f"{machine}: nothing is to be merged")
+        print_line(f"{machine}: {len(done) - len(failed)} merged" if done else f"{machine}: there is nothing to merge")
         for one in done:
             if one.get("held_seconds"):
                 print_line(

@@ -15,6 +15,7 @@ proc_pid_mountinfo(5) and swapon(8); udev's 60-persistent-storage.rules for the 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import defaultdict
@@ -358,7 +359,7 @@ def find(path: str, *, root: str = "/") -> BlockDevice:
     try:
         facts = os.stat(path)
     except OSError as error:
-        raise NotFound(f"there is no such device: {error.strerror}", path=path, hint=LIST_HINT) from error
+        raise NotFound(_unseen(error), path=path, hint=LIST_HINT) from error
     if not _is_block(facts.st_mode):
         raise InvalidSpec(f"is {_what(facts.st_mode)}, not a block device", path=path, hint=LIST_HINT)
     number = name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev))
@@ -380,6 +381,12 @@ def write_mark(path: str, *, root: str = "/") -> list[str | int | None]:
 
 
 LIST_HINT = "vmm host disks lists the disks of this host"
+
+
+def _unseen(error: OSError) -> str:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "there is no such device"
+    return f"the device cannot be looked at: {error.strerror}"
 
 
 def _is_block(mode: int) -> bool:

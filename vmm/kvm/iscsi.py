@@ -87,7 +87,9 @@ def parse(url: str) -> Lun:
         raise _wrong(url, "does not end with /TARGET/LUN")
     target, number = path[0].lower(), path[1]
     if not _TARGET.fullmatch(target) or len(target.encode()) > MAX_NAME_BYTES:
-        raise _wrong(url, f"names a target {path[0]!r} that cannot be", "targets are called iqn.YYYY-MM.DOMAIN:NAME")
+        raise _wrong(
+            url, f"names a target {path[0]!r} that is not a valid name", "targets are called iqn.YYYY-MM.DOMAIN:NAME"
+        )
     if not (number.isascii() and number.isdigit() and int(number) <= MAX_LUN):
         raise _wrong(url, f"names the LUN {number!r}, which is not a number from 0 to {MAX_LUN}")
     user, file = parts.username or None, _password_file(url, parts.query)

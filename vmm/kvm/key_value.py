@@ -78,7 +78,7 @@ class KeyValueStore:
         try:
             return self._pools[pool][key]
         except KeyError:
-            raise NotFound(f"there is no item {key[:MAX_KEY_BYTES]!r} of the {pool}'s") from None
+            raise NotFound(f"the {pool} has no item {key[:MAX_KEY_BYTES]!r}") from None
 
     def set(self, pool: Pool, key: str, value: str) -> None:
         """Add or replace an item, in memory. Raises InvalidSpec for one that cannot be."""

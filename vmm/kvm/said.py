@@ -39,7 +39,7 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     ),
     (
         r"Can not resolv",
-        "the target's host name leads nowhere: nothing to connect to",
+        "the target's host name is not known",
         None,
     ),
     (

@@ -49,7 +49,7 @@ def apply(machine: Changing, word: str) -> Applied:
     """
     with holding(machine.paths, machine.name) as held:
         machine = settle(held)
-        snapshot = held.tree.find(word)
+        snapshot = held.find(word)
         folder = SnapshotFolder(snapshot.folder)
         frozen, pivots = look_before_apply(machine, held.tree, snapshot)
         spec = pivoted(frozen, pivots)

@@ -44,7 +44,7 @@ def begin(held: Held, spec: MachineSpec, wish: Wish, taken_in: TakenIn) -> tuple
 
     Raises Refused, AlreadyExists, InvalidSpec.
     """
-    refuse_passed_through(spec, "snapshot")
+    refuse_passed_through(spec, "a snapshot")
     tree, now = held.tree, time.time()
     name = wish.name if wish.name is not None else tree.free_name(now)
     tree.check_new(name)

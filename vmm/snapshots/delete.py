@@ -40,7 +40,7 @@ def delete(held: Held, word: str, *, subtree: bool = False) -> Deleted:
 
     Nothing that was cut short is left to settle. Raises NotFound, InUse, VmmError.
     """
-    snapshot = held.tree.find(word)
+    snapshot = held.find(word)
     gone = tuple(held.tree.subtree(snapshot.id) if subtree else [snapshot])
     _take_away(held, gone)
     tidied = tidy(held)
@@ -66,7 +66,7 @@ def _take_away(held: Held, gone: Sequence[Snapshot]) -> None:
 def forget_memory(held: Held, word: str) -> Snapshot:
     """Keep a snapshot's disks and configuration without its memory. Raises NotFound, WrongState, Refused, InUse."""
     held.need_settled()
-    snapshot = held.tree.find(word)
+    snapshot = held.find(word)
     if snapshot.memory_bytes is None:
         raise WrongState(f"{snapshot.name} has no memory", machine=held.name)
     refuse_needed_folder(snapshot.folder, held)
@@ -74,7 +74,11 @@ def forget_memory(held: Held, word: str) -> Snapshot:
     held.save()
     left = SnapshotFolder(snapshot.folder).discard_memory()
     if left:
-        raise Refused("the memory is forgotten, and stays: it is not a regular file", machine=held.name, path=left[0])
+        raise Refused(
+            "the snapshot has no memory any more, but its file stays: it is not a regular file",
+            machine=held.name,
+            path=left[0],
+        )
     return held.tree.snapshots[snapshot.id]
 
 

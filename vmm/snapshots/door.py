@@ -233,7 +233,7 @@ class MachineSnapshots:
         done = []
         with self._changing() as (machine, client):
             if client is None:
-                raise WrongState("does not run", hint=f"vmm snapshot merge {self.name}")
+                raise WrongState("does not run", hint=f"without --live: vmm snapshot merge {self.name}")
             passed_over: set[str] = set()
             while (merge := self._next_live(machine, passed_over)) is not None:
                 try:
@@ -290,13 +290,13 @@ class MachineSnapshots:
     def rename(self, word: str, name: str) -> None:
         """Give one another name. Raises NotFound, AlreadyExists, InvalidSpec."""
         with self._changing_tree() as held:
-            held.tree.rename(held.tree.find(word), name)
+            held.tree.rename(held.find(word), name)
             held.save()
 
     def annotate(self, word: str, notes: str) -> None:
         """Give one other notes. Raises NotFound, InvalidSpec."""
         with self._changing_tree() as held:
-            held.tree.annotate(held.tree.find(word), notes)
+            held.tree.annotate(held.find(word), notes)
             held.save()
 
     def set_limit(self, limit: int) -> None:

@@ -24,7 +24,7 @@ from vmm.errors import InUse, VmmError, of_os_error
 from vmm.paths import MachinePaths, write_whole
 from vmm.proc import HeldLock, Lock, ProcessRef, machine_lock
 from vmm.snapshots.journal import Journal, words_of
-from vmm.snapshots.tree import MAX_DOCUMENT_BYTES, Tree, read_tree
+from vmm.snapshots.tree import MAX_DOCUMENT_BYTES, Snapshot, Tree, read_tree
 
 MERGE_STOP_SECONDS = 60.0  # for a merge to put down what it holds; it looks up after each piece
 BUSY_SECONDS = 1.0  # for another command to end
@@ -104,6 +104,14 @@ class Held(HeldLock):
     def reload(self) -> None:
         """The tree as it is stored, when what is in memory got ahead of it. Raises VmmError."""
         self.tree = load_tree(self.machine)
+
+    def find(self, word: str) -> Snapshot:
+        """A snapshot, as `Tree.find`. Raises NotFound, which says whose it should be."""
+        try:
+            return self.tree.find(word)
+        except VmmError as error:
+            error.machine = self.name
+            raise
 
     def need_settled(self) -> None:
         """Raise InUse while a journal stands that is nobody's yet: what it says must be settled first."""

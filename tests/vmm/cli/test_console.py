@@ -97,7 +97,7 @@ def test_terminal(web: Manager) -> None:
         first.type("\x03")
         first.see("key \x03")
         second = Terminal("--no-scrollback")
-        assert "READY" not in second.see("somebody else types")
+        assert "READY" not in second.see("somebody else has the keyboard")
         first.type("z")
         second.see("key z")
         second.type("\x1d")
@@ -166,7 +166,7 @@ def test_wrong_words(web: Manager) -> None:
     for words, code, text in (
         (("--shared", "--take"), 2, "exclude each other"),
         *((("--timeout", text), 2, "above 0") for text in ("0", "nan", "inf", "soon")),
-        (("--expect", ""), 2, "wants a text"),
+        (("--expect", ""), 2, "needs the text"),
     ):
         done = vmm("console", "web", *words)
         assert done.returncode == code and text in done.stderr and done.stderr.count("\n") == 1

@@ -75,7 +75,7 @@ def test_create_with_everything(folder: Path) -> None:
         (["x", "--disk", "a.avhd", "--disk", "./a.avhd"], 5, "twice"),
         (["x", "--disk", "kernel"], 2, "is not a disk: it holds"),
         (["x", "--cdrom", "absent.iso"], 1, "could not open"),
-        (["x", "--cdrom", "."], 2, "not an image"),
+        (["x", "--cdrom", "."], 2, "neither a file"),
         (["x", "--kernel", "absent"], 1, "could not open"),
         (["x", "--initrd", "kernel"], 2, "kernel only"),
         (["x", "--boot-order", "floppy"], 2, "not one of disk"),

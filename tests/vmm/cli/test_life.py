@@ -43,7 +43,7 @@ def test_session(manager: Manager, tmp_path: Path) -> None:
     assert good("reset", "small") == "small is running\n"
     wait_until(lambda: console(manager).count("READY") == 2, "it boots again")
     assert good("shutdown", "small", "--timeout", "60") == "small is off\n"
-    assert "is off: cannot shutdown" in failure("shutdown", "small", code=5)
+    assert "is off: cannot shut it down" in failure("shutdown", "small", code=5)
     good("start", "small")
     assert good("stop", "small") == "small is off\n"
     for verb in ("start", "stop", "shutdown", "pause", "resume", "reset", "save", "events", "logs"):

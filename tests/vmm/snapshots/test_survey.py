@@ -30,7 +30,7 @@ def test_images_of_a_copy_hold_back_the_deletion_of_snapshots(machines: Machines
     web.apply("one", discard_current=True)
     web.delete("two")
     assert os.path.exists(frozen) and frozen in load_tree(registry.load("web").paths).images
-    with pytest.raises(WrongState, match="only machine of its id"):
+    with pytest.raises(WrongState, match="only machine with its id"):
         Manager().new_id("web")
     Manager().new_id("copy")
     web.merge()
