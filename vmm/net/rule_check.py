@@ -27,7 +27,7 @@ _REQUEST = struct.pack("=IHHII", 20, _GET_GENERATION, 1, 0, 0) + bytes(4)  # nlm
 _HEADERS_BYTES, _ERROR = 20, 2
 _SECONDS = 5.0
 _ORDER = sys.byteorder
-_HOOKED = ("type", "hook", "prio", "policy", "dev")
+_HOOKED = ("type", "hook", "prio", "policy")
 
 Place = tuple[str, str]  # family, table
 

@@ -6,7 +6,10 @@ Decides what a look costs while nothing happens: one question to the kernel, for
 finds another compares them, under the switch's lock, which falls when its holder is killed; the others see that it is
 done. Who looks, and when: `watching`.
 
-    FOLDER/rules.json   {"boot_id": ..., "generation": 17}
+    FOLDER/rules.json   {"boot_id": ..., "generation": 17, "attempts": 0}
+
+Should the kernel never show the rules as they were loaded, as with an nft of another make, they are loaded a few times
+and then only when somebody changed some.
 
 `INV-RULES-BACK`: while a machine that is on a bridge runs, the switch's rules are as planned again within a second,
 whoever took or changed them, and one of those who look tells it.
@@ -21,6 +24,7 @@ from vmm import errors, paths
 from vmm.net import enforcing, rule_check, settings
 from vmm.net.switches import HostSide
 
+MAX_ATTEMPTS = 3
 _NAME = "rules.json"
 
 
@@ -48,11 +52,12 @@ def restore(host: HostSide) -> list[str]:
     if generation == _verified(host):
         return []
     found = rule_check.differences(host.spec, ports)
-    if found:
-        enforcing.enforce(host.spec, ports, anew=True)  # which is another state, to be looked at again
-    else:
-        document = {"boot_id": settings.boot_id(), "generation": generation}
-        paths.write_whole(os.path.join(host.folder, _NAME), json.dumps(document).encode(), durable=False)
+    if not found:
+        _note(host, generation, 0)
+        return []
+    enforcing.enforce(host.spec, ports, anew=True)  # which is another state, to be looked at again
+    attempts = _noted(host).get("attempts", 0) + 1
+    _note(host, rule_check.generation() if attempts >= MAX_ATTEMPTS else None, attempts)
     return found
 
 
@@ -60,11 +65,23 @@ def _is_there(host: HostSide) -> bool:
     return os.path.isdir(f"/sys/class/net/{host.spec.bridge_name}")
 
 
-def _verified(host: HostSide) -> int | None:
-    """The state in which somebody found the rules as planned."""
+def _note(host: HostSide, generation: int | None, attempts: int) -> None:
+    document = {"boot_id": settings.boot_id(), "generation": generation, "attempts": attempts}
+    paths.write_whole(os.path.join(host.folder, _NAME), json.dumps(document).encode(), durable=False)
+
+
+def _noted(host: HostSide) -> dict[str, int]:
+    """What was noted since the host started; nothing where that cannot be read."""
     try:
         with open(os.path.join(host.folder, _NAME), encoding="utf-8") as file:
             document = json.load(file)
-        return int(document["generation"]) if document["boot_id"] == settings.boot_id() else None
+        if document["boot_id"] == settings.boot_id():
+            return {key: int(document[key]) for key in ("generation", "attempts") if document[key] is not None}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        pass
+    return {}
+
+
+def _verified(host: HostSide) -> int | None:
+    """The state in which somebody found the rules as planned, or gave up."""
+    return _noted(host).get("generation")

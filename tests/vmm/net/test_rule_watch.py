@@ -16,12 +16,13 @@ import pytest
 from tests.support import ROOT
 from tests.vmm.net.hosts import BridgeHost, bridge_host
 from tests.vmm.small_guests import wait_until
+from vmm.net import enforcing, rule_check, rule_watch
 from vmm.net.plan import make_switch
-
-pytestmark = [pytest.mark.netns]
+from vmm.net.switches import HostSide
 
 LAB = make_switch(name="lab", type="internal", backend="bridge", address="10.77.9.1/24", nat=True, dhcp=False)
 TABLE = LAB.table_name
+SECONDS = 120.0  # two programs start, beside whatever else the machine does
 
 _MAKE = """
 import sys
@@ -117,6 +118,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.netns
 def test_whatever_is_changed_is_found_and_put_right(lab: RuleHost) -> None:
     """`INV-RULES-BACK`: tables, chains, rules and their order; what is as planned is not touched."""
     before = lab.rules()
@@ -131,6 +133,7 @@ def test_whatever_is_changed_is_found_and_put_right(lab: RuleHost) -> None:
     assert lab.rules() == before
 
 
+@pytest.mark.netns
 def test_what_differs_is_shown(lab: RuleHost) -> None:
     """`vmm switch show` and `vmm host doctor` compare the kernel with the plan."""
     done = lab.execute(_SHOW, f"nft delete table bridge {TABLE}")
@@ -143,6 +146,7 @@ def test_what_differs_is_shown(lab: RuleHost) -> None:
     assert check == ["switches", "limited", f"lab: {problem}"]
 
 
+@pytest.mark.netns
 def test_rules_of_others_are_no_difference(lab: RuleHost) -> None:
     """Another program's tables come and go; the switch's are left as they are."""
     other = "nft 'table inet firewall { chain c { type filter hook input priority 0; }; }'"
@@ -151,6 +155,7 @@ def test_rules_of_others_are_no_difference(lab: RuleHost) -> None:
     assert lab.host.run(f"nft list counters table bridge {TABLE}")
 
 
+@pytest.mark.netns
 def test_two_watchers_of_which_one_is_killed(lab: RuleHost, tmp_path: Path) -> None:
     """`INV-RULES-BACK`: one of them restores and tells it, and the one that is left goes on."""
     before = lab.rules()
@@ -164,17 +169,49 @@ def test_two_watchers_of_which_one_is_killed(lab: RuleHost, tmp_path: Path) -> N
         def told() -> list[str]:
             return [line for path in files for line in path.read_text().splitlines() if line.startswith("[")]
 
-        wait_until(lambda: all("ready" in path.read_text() for path in files), "two watchers")
+        wait_until(lambda: all("ready" in path.read_text() for path in files), "two watchers", SECONDS)
         lab.host.run("nft flush ruleset")
-        wait_until(lambda: len(told()) == 1, "somebody who tells it")
+        wait_until(lambda: len(told()) == 1, "somebody who tells it", SECONDS)
         assert lab.rules() == before
         watchers[0].send_signal(signal.SIGKILL)
         watchers[0].wait()
         lab.host.run("nft flush ruleset")
-        wait_until(lambda: len(told()) == 2, "the other one")
+        wait_until(lambda: len(told()) == 2, "the other one", SECONDS)
         assert lab.rules() == before
         assert told() == ['["rules"]'] * 2
     finally:
         for one in watchers:
             one.kill()
             one.wait()
+
+
+def test_rules_that_never_look_as_planned_are_not_loaded_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few times, and then once for each change that somebody makes; what can be read again is as before."""
+    state = {"generation": 7, "loaded": 0}
+
+    def load(*arguments: object, anew: bool) -> None:
+        assert anew
+        state["generation"] += 1
+        state["loaded"] += 1
+
+    monkeypatch.setattr(rule_watch, "_is_there", lambda host: True)
+    monkeypatch.setattr(rule_check, "generation", lambda: state["generation"])
+    monkeypatch.setattr(rule_check, "differences", lambda *arguments: ["another spelling"])
+    monkeypatch.setattr(enforcing, "enforce", load)
+    monkeypatch.setattr(HostSide, "folder", str(tmp_path))
+    host = HostSide(LAB)
+    for _ in range(10):
+        if not rule_watch.is_verified(host):
+            assert rule_watch.restore(host) == ["another spelling"]
+    assert state["loaded"] == rule_watch.MAX_ATTEMPTS
+    state["generation"] += 1
+    assert not rule_watch.is_verified(host)
+    rule_watch.restore(host)
+    assert rule_watch.is_verified(host)
+    (tmp_path / "rules.json").write_text("rubbish")
+    assert not rule_watch.is_verified(host)
+    monkeypatch.setattr(rule_check, "differences", lambda *arguments: [])
+    assert rule_watch.restore(host) == []
+    assert rule_watch.is_verified(host)
