@@ -40,12 +40,12 @@ USER_NAME = "vmm"  # of the user and group that a helper with a root of its own 
 # mount(2)
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _SLAVE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 19
 _DETACH = 2
+_PIVOT_ROOT = {"x86_64": 155}  # 41 on all newer architectures
 _NEWNS, _NEWUTS, _NEWIPC = 0x20000, 0x4000000, 0x8000000
 # prctl(2)
 _PDEATHSIG, _KEEPCAPS, _CAPBSET_DROP, _NO_NEW_PRIVS, _CAP_AMBIENT = 1, 8, 24, 38, 47
 _AMBIENT_RAISE, _AMBIENT_CLEAR = 2, 4
 _CAPABILITY_VERSION_3 = 0x20080522
-_CAPGET_CAPSET = {"x86_64": 126, "aarch64": 91}  # capset
 # landlock(7); the numbers are the same on all architectures
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _VERSION = 444, 445, 446, 1
 _LANDLOCK_EXECUTE, _LANDLOCK_WRITE, _LANDLOCK_READ, _LANDLOCK_LIST = 1, 2, 4, 8
@@ -87,7 +87,7 @@ def limit_capabilities(kept: Iterable[int], user: int | None = None, group: int 
     # Inherited only by one that becomes another program as another user.
     inherited = (low, high) if user is not None else (0, 0)
     data = struct.pack("=6I", low, low, inherited[0], high, high, inherited[1])
-    _check(_libc.syscall(ctypes.c_long(_CAPGET_CAPSET[os.uname().machine]), head, data), "set capabilities")
+    _check(_libc.capset(head, data), "set capabilities")
     if user is not None:
         for one in wanted:
             _check(_libc.prctl(_CAP_AMBIENT, _AMBIENT_RAISE, one, 0, 0), "keep a capability")
@@ -137,7 +137,7 @@ def enter_root(
             file.write(line)
     os.mkdir(f"{root}/.old")
     os.chdir(root)
-    if _libc.syscall(ctypes.c_long({"x86_64": 155, "aarch64": 41}[os.uname().machine]), b".", b".old") == 0:
+    if _libc.syscall(ctypes.c_long(_PIVOT_ROOT.get(os.uname().machine, 41)), b".", b".old") == 0:
         os.chdir("/")
         _check(_libc.umount2(b"/.old", _DETACH), "leave the host's files")
         os.rmdir("/.old")
@@ -186,6 +186,13 @@ def landlock(read: Sequence[str], folders: Sequence[str]) -> str | None:
 # -- the process -------------------------------------------------------------------------------------------------
 
 
+def end_with(parent: int, number: int) -> None:
+    """Get this signal when the process that started us ends. Raises OSError."""
+    _check(_libc.prctl(_PDEATHSIG, number, 0, 0, 0), "end with its starter")
+    if os.getppid() != parent:
+        raise OSError(errno.ESRCH, "its starter has ended")
+
+
 def main() -> None:
     """Becomes the command."""
     end = sys.argv.index("--")
@@ -206,11 +213,9 @@ def main() -> None:
             if problem is not None:
                 os.write(2, f"vmm: warning: {problem}\n".encode())
         if "--parent" in options:
-            _check(_libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0), "end with its starter")
-            if os.getppid() != int(options["--parent"][0]):
-                _end("vmm: its starter has ended")
+            end_with(int(options["--parent"][0]), signal.SIGTERM)
         os.execve(command[0], command, environment)
-    except (OSError, KeyError) as error:  # KeyError: an architecture whose system calls we do not know
+    except OSError as error:
         _end(f"vmm: {command[0]} cannot be enclosed: {error}")
 
 

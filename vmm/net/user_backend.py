@@ -29,8 +29,6 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _PROBE_SECONDS = 0.01
-# All that a switch of root's needs of root's rights: guests' folders and sockets belong to the guests' users.
-_CAPABILITIES = "-all,+dac_override,+chown,+fowner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class UserBackend:
     def of(cls, switch_id: str, name: str) -> UserBackend:
         """By the switch's id. Raises InvalidSpec where sockets would have too long names."""
         folder = os.path.join(paths.runtime_home(), "sw-" + switch_id.replace("-", "")[: paths.RUNTIME_ID_CHARACTERS])
-        if len(os.fsencode(os.path.join(folder, "gateway-port.sock"))) > paths.MAX_SOCKET_PATH_BYTES:
+        if len(os.fsencode(os.path.join(folder, "gateway", "port.sock"))) > paths.MAX_SOCKET_PATH_BYTES:
             raise errors.InvalidSpec(
                 f"is too long for sockets, whose names have at most {paths.MAX_SOCKET_PATH_BYTES} bytes",
                 path=paths.runtime_home(),
@@ -96,8 +94,6 @@ class UserBackend:
         try:
             listener = self._listener()
             command = proc.python_command("vmm.net.user_switch", self.folder, self.name, "3")
-            if os.geteuid() == 0 and (setpriv := shutil.which("setpriv")) is not None:
-                command = [setpriv, "--no-new-privs", f"--bounding-set={_CAPABILITIES}", "--inh-caps=-all", *command]
             with listener:
                 proc.spawn_detached(
                     command,

@@ -2,8 +2,8 @@
 """The process of one `user` switch: `python -m vmm.net.user_switch FOLDER NAME CONTROL_FD`.
 
 Decides when frames are moved, when a port that sends too fast is let wait, when addresses age, and when the process
-ends: told to, or when for IDLE_SECONDS it has had neither ports nor clients. Needs no privileges. How it is started,
-found and restarted is decided in `user_backend`; what happens to a frame in `engine`.
+ends: told to, or when for IDLE_SECONDS it has had neither ports nor clients. Needs no privileges; root's it gives away
+at once. How it is started, found and restarted is decided in `user_backend`; what happens to a frame in `engine`.
 
     port sockets ──> Mover ──> port sockets          FOLDER/control.sock   requests, captures
                       │  asks                        FOLDER/ports.json     the ports, for a restart
@@ -29,10 +29,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmm import errors, paths
-from vmm.net import engine, frames, ports
+from vmm.net import enclosed, engine, frames, ports
 from vmm.net.capture import MAX_SNAP_BYTES, Capture
 from vmm.net.dhcp_server import DhcpSetup
-from vmm.net.gateway import PORT_NAME, Gateway
+from vmm.net.gateway import PORT_NAME, GatewaySetup
+from vmm.net.gateway_process import KEPT_CAPABILITIES, ForkedStarter, Gateway, LocalStarter, Starter
 from vmm.net.host_loopback import LoopbackFilter
 from vmm.net.kept_dhcp import KeptDhcp
 from vmm.net.mover import Mover
@@ -45,6 +46,7 @@ TICK_SECONDS = 1.0
 CONGESTION_SECONDS = 0.001  # how long a sender waits at most, each time, for a receiver that is behind
 AGEING_TICKS = 10  # between two looks at old addresses
 MAX_CAPTURES = 8
+LOCK_DESCRIPTOR = 4  # the lock that says that we run: whoever starts us leaves it open
 STATE_NAME, CONTROL_NAME, PID_NAME = "ports.json", "control.sock", "pid"
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ _log = logging.getLogger(__name__)
 class UserSwitch:
     """The switch of a folder, from its start to its end."""
 
-    def __init__(self, folder: str, name: str, listener: socket.socket) -> None:
+    def __init__(self, folder: str, name: str, listener: socket.socket, starter: Starter | None = None) -> None:
         self.folder = folder
         self.name = name
         self.started = time.time()
@@ -66,6 +68,7 @@ class UserSwitch:
         self._waiting: list[PortSocket] = []  # for a congested receiver
         self._captures: list[Capture] = []
         self._gateway: Gateway | None = None
+        self._starter = starter or LocalStarter(folder)
         self._dhcp: KeptDhcp | None = None
         methods: dict[str, Method] = {
             "status": self._status,
@@ -108,6 +111,9 @@ class UserSwitch:
             self.mover.engine.age(now)
         if self._gateway is not None:
             self._gateway.keep_alive()
+            self._stopping = (
+                self._stopping or self._gateway.is_lost
+            )  # the machines on it start it again, with all it had
         if any(True for _ in self._guests()) or self._control.clients:
             self._idle_since = now
         elif now - self._idle_since > IDLE_SECONDS:
@@ -217,7 +223,9 @@ class UserSwitch:
     def _set_gateway(self, params: dict[str, Any]) -> object:
         """The way out of an internal switch, or none; and its DHCP server, or none, with the file of its leases."""
         wanted = params.get("gateway")
-        gateway = None if wanted is None else Gateway.from_document(wanted, self.folder)
+        gateway = None
+        if wanted is not None:
+            gateway = Gateway(GatewaySetup.from_document(wanted), self.folder, self._starter)
         dhcp = None
         if params.get("dhcp") is not None:
             dhcp = KeptDhcp(DhcpSetup.from_document(params["dhcp"]), str(params.get("leases", "")))
@@ -229,8 +237,9 @@ class UserSwitch:
         if self._gateway is None and gateway is not None:
             # Its own user-mode network answers DHCP, too, and cannot be told not to.
             rules = engine.PortRules(dhcp_guard=True)
-            self._add_port(ports.to_document(PortSetup(PORT_NAME, gateway.address, gateway.peer, rules)))
-            gateway.start()
+            gateway.start()  # it makes the folder for both sockets
+            setup = PortSetup(PORT_NAME, gateway.address, gateway.peer, rules, owner=gateway.owner)
+            self._add_port(ports.to_document(setup))
             self._gateway = gateway
         self._dhcp = dhcp
         server = None if dhcp is None else dhcp.server
@@ -295,7 +304,7 @@ class UserSwitch:
     def _save(self) -> None:
         document = {
             "ports": [ports.to_document(sock.setup) for sock in self._guests()],
-            "gateway": None if self._gateway is None else self._gateway.to_document(),
+            "gateway": None if self._gateway is None else self._gateway.setup.to_document(),
             "dhcp": self._dhcp_document(),
             "leases": None if self._dhcp is None else self._dhcp.path,
         }
@@ -352,7 +361,11 @@ def main() -> None:
     """Run the switch whose folder, name and listening control socket are given."""
     folder, name, descriptor = sys.argv[1], sys.argv[2], int(sys.argv[3])
     paths.write_whole(os.path.join(folder, PID_NAME), str(os.getpid()).encode(), durable=False)
-    switch = UserSwitch(folder, name, socket.socket(fileno=descriptor))
+    starter: Starter | None = None
+    if os.geteuid() == 0:
+        starter = ForkedStarter(folder, (descriptor, LOCK_DESCRIPTOR))
+        enclosed.limit_capabilities(KEPT_CAPABILITIES)
+    switch = UserSwitch(folder, name, socket.socket(fileno=descriptor), starter)
     signal.signal(signal.SIGTERM, lambda number, frame: switch.ask_to_stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody's terminal
     try:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway's helper as a process: its rights, and whoever dies before or after it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_qemu, require_root
+from tests.vmm.net.lab import SwitchLab
+from tests.vmm.net.test_gateway import SETUP, is_answered
+from vmm import errors
+from vmm.net import gateway_process
+from vmm.net.gateway_process import ForkedStarter, Gateway, LocalStarter
+from vmm.proc import ProcessRef
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwitchLab]:
+    """A switch that is not started yet."""
+    require_qemu()
+    one = SwitchLab(monkeypatch)
+    yield one
+    one.close()
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Look until it has happened."""
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def facts(pid: int) -> dict[str, str]:
+    """What the kernel says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it started."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_rights_of_roots_gateway(lab: SwitchLab) -> None:
+    """`INV-ENCLOSED`: a user of its own, no capability, no file; the switch that starts it has three capabilities."""
+    require_root()
+    guest = lab.plug("a")
+    lab.backend.ask("set_gateway", gateway=asdict(SETUP))
+    assert is_answered(lab, guest)
+    status = lab.backend.status()
+    assert status is not None
+    helper, switch = facts(status["gateway"]["pid"]), facts(status["pid"])
+    assert "0" not in (helper["Uid"] + helper["Gid"]).split()
+    assert {int(helper[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert (helper["NoNewPrivs"], helper["Seccomp"], helper["Groups"]) == ("1", "2", "")
+    seen = set(os.listdir(f"/proc/{status['gateway']['pid']}/root"))
+    assert {"own", "usr"} <= seen
+    assert not {"home", "root", "proc", "sys", "var", "run"} & seen
+    assert {int(switch[f"Cap{kind}"], 16) for kind in ("Prm", "Eff", "Bnd")} == {0b1011}
+    assert switch["NoNewPrivs"] == "1"
+
+
+def test_a_switch_whose_starter_died_ends(lab: SwitchLab) -> None:
+    """So that the machines on it start both again; killed itself, it takes starter and helper with it."""
+    require_root()
+    guest = lab.plug("a")
+    lab.backend.ask("set_gateway", gateway=asdict(SETUP))
+    assert is_answered(lab, guest)
+    status = lab.backend.status()
+    assert status is not None
+    helper = ProcessRef.of(status["gateway"]["pid"])
+    (starter,) = children(status["pid"])
+    os.kill(starter, signal.SIGKILL)
+    assert helper is not None
+    assert helper.wait(20)
+    wait_for(lambda: not lab.backend.is_running())
+    lab.backend.ensure_running()
+    assert lab.backend.status() is not None  # it has its ports
+    assert is_answered(lab, guest)
+    again = lab.backend.status()
+    assert again is not None
+    refs = [ProcessRef.of(pid) for pid in (again["gateway"]["pid"], *children(again["pid"]))]
+    os.kill(again["pid"], signal.SIGKILL)
+    for ref in refs:
+        assert ref is None or ref.wait(20)
+    wait_for(lambda: not lab.backend.is_running())  # nobody holds its lock for it
+
+
+def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The helper starts, confined, in its folder, and is ended; twice is fine."""
+    require_qemu()
+    monkeypatch.setattr(gateway_process, "owner_of", lambda folder: None)
+    with tempfile.TemporaryDirectory(prefix="vmm-gw-") as folder:
+        starter = LocalStarter(folder)
+        gateway = Gateway(SETUP, folder, starter)
+        gateway.start()
+        try:
+            wait_for(lambda: os.path.exists(gateway.peer))
+            pid = starter.pid()
+            assert pid is not None
+            assert (facts(pid)["NoNewPrivs"], facts(pid)["Seccomp"]) == ("1", "2")
+            assert gateway.status(True)["ready"]
+        finally:
+            gateway.stop()
+            gateway.stop()
+        assert gateway.status(True)["running"] is False
+        assert not os.path.exists(gateway.peer)
+
+
+def test_low_ports_of_the_host_can_be_forwarded() -> None:
+    """A gateway that forwards one has the capability to bind it, and no other gateway has any."""
+    forwards = ("tcp:127.0.0.1:2222-10.0.7.9:22",)
+    assert gateway_process.capabilities_for(replace(SETUP, forwards=forwards)) == ()
+    low = replace(SETUP, forwards=(*forwards, "tcp::80-10.0.7.9:8080"))
+    assert gateway_process.capabilities_for(low) == (10,)
+
+
+def test_the_starter_takes_only_what_is_a_gateway(tmp_path: Path) -> None:
+    """A setup that cannot be is refused by the process that has root's rights; what is no request does nothing."""
+    require_root()
+    starter = ForkedStarter(str(tmp_path / "sw-0123456789ab"), ())
+    with pytest.raises(errors.InvalidSpec, match="no gateway"):
+        starter.start(replace(SETUP, network="rubbish"))
+    assert starter._ask("anything", words=["/bin/sh"]) is None
+    assert starter.pid() is None
+    assert starter.is_lost is False
+    starter._channel.close()
+    assert starter.pid() is None
+    assert starter.is_lost
+    os.wait()

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A gateway's helper as a process: how it is kept alive, and who starts it.
+
+Decides that it ends with the switch (PR_SET_PDEATHSIG), is started again when it ends by itself, and that a switch of
+root has no rights to start it as another user, in a root of its own: it gives them away before it sees a frame, and a
+process that was forked off before does nothing but that. What it starts follows from a setup that is checked there, so
+that a switch that was taken over cannot have anything else started.
+
+    switch ── {"do": "start", "setup": {...}} / "pid" / "stop" ──> starter ──> confined, enclosed ──> QEMU
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from typing import Any, Protocol
+
+from vmm import errors
+from vmm.net import enclosed
+from vmm.net.enclosing import Enclosure
+from vmm.net.gateway import QEMU, GatewaySetup, command
+from vmm.users import user_of
+
+FOLDER_NAME, PEER_NAME, ADDRESS_NAME, LOG_NAME = "gateway", "gate.sock", "port.sock", "gateway.log"
+_ROOT_NAME = "gateway-root"
+_AGAIN_SECONDS = 2.0
+_STOP_SECONDS = 2.0
+_REFRESH_SECONDS = 1.0
+_MAX_BYTES = 64 << 10
+_CAP_NET_BIND_SERVICE, _FIRST_FREE_PORT = 10, 1024
+# What a switch of root's keeps: guests' folders and sockets belong to the guests' users.
+KEPT_CAPABILITIES = (0, 1, 3)  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER
+
+
+def capabilities_for(setup: GatewaySetup) -> tuple[int, ...]:
+    """What root's helper needs: nothing, but where a low port of the host is forwarded."""
+    ports = [int(one.partition("-")[0].rpartition(":")[2]) for one in setup.forwards]
+    return (_CAP_NET_BIND_SERVICE,) if any(port < _FIRST_FREE_PORT for port in ports) else ()
+
+
+class Starter(Protocol):
+    """Starts the helper of one switch. `is_lost`: nobody is there any more who could."""
+
+    is_lost: bool
+
+    def start(self, setup: GatewaySetup) -> None:
+        """Start it; it does not run. Raises VmmError."""
+
+    def pid(self) -> int | None:
+        """Its number while it runs."""
+
+    def stop(self) -> None:
+        """End it; fine when it does not run."""
+
+
+def owner_of(folder: str) -> int | None:
+    """The user of the gateway of the switch with this runtime folder; None: our own."""
+    return user_of(os.path.basename(folder).removeprefix("sw-"))
+
+
+class Gateway:
+    """The helper of one switch; its sockets lie in a folder of its own in the switch's."""
+
+    def __init__(self, setup: GatewaySetup, folder: str, starter: Starter) -> None:
+        self.setup = setup
+        self.peer = os.path.join(folder, FOLDER_NAME, PEER_NAME)
+        self.address = os.path.join(folder, FOLDER_NAME, ADDRESS_NAME)
+        self.owner = owner_of(folder)
+        self._log = os.path.join(folder, LOG_NAME)
+        self._starter = starter
+        self._started_at = 0.0
+
+    def start(self) -> None:
+        """Start the helper. Raises Unsupported where QEMU is not installed."""
+        self._starter.start(self.setup)
+        self._started_at = time.monotonic()
+
+    def keep_alive(self) -> None:
+        """Start it again if it ended, not more often than every few seconds."""
+        if time.monotonic() - self._started_at > _AGAIN_SECONDS and self._starter.pid() is None:
+            with contextlib.suppress(errors.VmmError):
+                self.start()
+
+    def status(self, connected: bool) -> dict[str, Any]:
+        """Whether it runs, and takes frames; and what it said when it does not run."""
+        pid = self._starter.pid()
+        said = ""
+        if pid is None:
+            with contextlib.suppress(OSError), open(self._log, encoding="utf-8", errors="replace") as log:
+                said = log.read(2000).strip()
+        state = {"pid": pid, "running": pid is not None, "ready": pid is not None and connected, "said": said}
+        return {**state, **self.setup.to_document()}
+
+    @property
+    def is_lost(self) -> bool:
+        """True when nobody is there any more who could start it."""
+        return self._starter.is_lost
+
+    def stop(self) -> None:
+        """End the helper and take its socket away."""
+        self._starter.stop()
+        with contextlib.suppress(OSError):
+            os.unlink(self.peer)
+
+
+class LocalStarter:
+    """Starts it from this process."""
+
+    is_lost = False
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _place(self) -> Enclosure:
+        folder = os.path.join(self._folder, FOLDER_NAME)
+        return Enclosure(folder, owner_of(self._folder), os.path.join(self._folder, _ROOT_NAME))
+
+    def start(self, setup: GatewaySetup) -> None:
+        """As `Starter.start`. Raises Unsupported where QEMU is not installed."""
+        program = shutil.which(QEMU)
+        if program is None:
+            raise errors.Unsupported(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86")
+        place = self._place()
+        try:
+            place.make()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(place.folder, PEER_NAME))
+            words = [program, *command(setup, place.seen(PEER_NAME), place.seen(ADDRESS_NAME))[1:]]
+            with open(os.path.join(self._folder, LOG_NAME), "wb") as log:
+                self._process = subprocess.Popen(
+                    place.command(words, parent=os.getpid(), keep=capabilities_for(setup)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise errors.of_os_error(error, "start the gateway", path=place.folder) from error
+
+    def pid(self) -> int | None:
+        """As `Starter.pid`."""
+        return None if self._process is None or self._process.poll() is not None else self._process.pid
+
+    def refresh(self) -> None:
+        """Show it the host's name servers of now."""
+        if self.pid() is not None:
+            self._place().refresh()
+
+    def stop(self) -> None:
+        """As `Starter.stop`."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class ForkedStarter:
+    """Has it started by another process. Of root alone; nothing else may run in this process yet."""
+
+    def __init__(self, folder: str, closed: tuple[int, ...]) -> None:
+        """`closed`: our descriptors that the other process is not to keep open."""
+        self.is_lost = False
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        if os.fork() == 0:
+            try:
+                self._channel.close()
+                for one in closed:
+                    with contextlib.suppress(OSError):
+                        os.close(one)
+                enclosed.end_with(parent, signal.SIGKILL)
+                _serve(theirs, LocalStarter(folder))
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)  # whatever happened, nothing of the switch goes on here
+        theirs.close()
+
+    def _ask(self, what: str, **more: object) -> object:
+        try:
+            self._channel.send(json.dumps({"do": what, **more}).encode())
+            answer = json.loads(self._channel.recv(_MAX_BYTES))
+        except (OSError, ValueError) as error:
+            self.is_lost = True
+            raise errors.VmmError("the process that starts the gateway has ended") from error
+        if "error" in answer:
+            raise errors.from_document(answer["error"])
+        return answer["result"]
+
+    def start(self, setup: GatewaySetup) -> None:
+        """As `Starter.start`."""
+        self._ask("start", setup=setup.to_document())
+
+    def pid(self) -> int | None:
+        """As `Starter.pid`."""
+        try:
+            pid = self._ask("pid")
+        except errors.VmmError:
+            return None
+        return pid if isinstance(pid, int) else None
+
+    def stop(self) -> None:
+        """As `Starter.stop`."""
+        with contextlib.suppress(errors.VmmError):
+            self._ask("stop")
+
+
+def _serve(channel: socket.socket, starter: LocalStarter) -> None:
+    """Do what the switch asks for, until it is gone."""
+    channel.settimeout(_REFRESH_SECONDS)
+    while True:
+        try:
+            request = channel.recv(_MAX_BYTES)
+        except TimeoutError:
+            starter.refresh()
+            continue
+        if not request:
+            starter.stop()
+            return
+        answer: dict[str, object]
+        try:
+            answer = {"result": _done(json.loads(request), starter)}
+        except errors.VmmError as error:
+            answer = {"error": errors.to_document(error)}
+        channel.send(json.dumps(answer).encode())
+
+
+def _done(request: dict[str, object], starter: LocalStarter) -> object:
+    match request:
+        case {"do": "start", "setup": dict(setup)}:
+            starter.stop()
+            starter.start(GatewaySetup.from_document(setup))
+        case {"do": "pid"}:
+            return starter.pid()
+        case {"do": "stop"}:
+            starter.stop()
+    return None
