@@ -103,7 +103,7 @@ def test_a_switch_of_the_other_back_end(guest: Guest, monkeypatch: pytest.Monkey
     """A machine that has sockets cannot join a bridge before its next start, and is told so."""
     switches.delete("lab", force=True)
     monkeypatch.setattr(HostSide, "ensure", lambda self: None)
-    monkeypatch.setattr(HostSide, "remove", lambda self: None)
+    monkeypatch.setattr(HostSide, "remove", lambda self, **given: [])
     switches.create(make_switch(name="lab", backend="bridge"))
     assert "another back end" in str(join(guest.adapter, guest.owner, None).problem)
 
