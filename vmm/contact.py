@@ -89,9 +89,10 @@ def _id_in(machine: MachinePaths) -> str | None:
     return None
 
 
-def contact(place: Place, ids: AllIds | None = None) -> ControlClient | None:
+def contact(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> ControlClient | None:
     """A connection to the machine's worker; None where the machine does not run. `ids`: those that were read already.
 
+    `holds_lock`: the caller has the machine's lock, under which what is left of a dead one is taken away.
     Raises TimedOut when somebody should be there and is not, AccessDenied, Refused for a copy of another machine.
     """
     refuse_copy(place.name, ids)
@@ -104,7 +105,9 @@ def contact(place: Place, ids: AllIds | None = None) -> ControlClient | None:
             return None
         if not is_looked_after(place.runtime):
             if "qemu" not in processes_of(place.runtime):
-                if _clean_up(place):
+                if holds_lock:
+                    _take_away_dead(place)
+                elif _clean_up(place):
                     return None
             elif not called:
                 called = True
@@ -123,12 +126,12 @@ def is_looked_after(runtime: RuntimePaths) -> bool:
     return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
 
 
-def state_of(place: Place, ids: AllIds | None = None) -> dict[str, Any]:
-    """What the worker says about the machine; of a machine that does not run its state alone. Raises as `contact`."""
+def state_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> dict[str, Any]:
+    """What the worker says about the machine; of a machine that does not run its state alone. As `contact`."""
     for _ in range(_TRIES):
         if original_of(place.name, ids) is not None:  # the processes of its id are the original's
             break
-        client = contact(place, ids)
+        client = contact(place, ids, holds_lock=holds_lock)
         if client is None:
             break
         try:
@@ -162,17 +165,15 @@ def changing(
     What was cut short on one that does not run is settled first (`settle_left`), unless `settles` is off.
 
     The machine is read last: after the lock was taken, and after it was seen whether it runs, since a worker changes
-    the definition too. What is left of one of which nobody lives any more is taken away first, because `contact`
-    cannot while the lock is held. Raises as `registry.changing` and `contact`.
+    the definition too. What is left of one of which nobody lives any more is taken away first. Raises as
+    `registry.changing` and `contact`.
     """
     from vmm import registry
 
     with registry.changing(name) as machine:
         refuse_copy(name)
         place = Place(machine.name, machine.paths, machine.runtime)
-        if os.path.isdir(place.runtime.folder):
-            _take_away_dead(place)
-        client = contact(place)
+        client = contact(place, holds_lock=True)
         with client if client is not None else contextlib.nullcontext():
             if client is None and settles:
                 settle_left(machine.lock, place.machine, stop_merge=stop_merge)
@@ -185,9 +186,7 @@ def has_settled(machine: Changing) -> bool:
     Raises as `contact`, and what stands in the way.
     """
     place = Place(machine.name, machine.paths, machine.runtime)
-    if os.path.isdir(place.runtime.folder):
-        _take_away_dead(place)
-    client = contact(place)
+    client = contact(place, holds_lock=True)
     if client is None:
         return False
     with client:
@@ -239,7 +238,7 @@ def _runs(place: Place) -> bool:
 
 
 def _take_away_dead(place: Place) -> None:
-    """The same for who has the machine's lock already.
+    """The same for who has the machine's lock already. Nothing happens while somebody looks after the machine.
 
     The locks of keeper and worker are taken meanwhile: a keeper that a dead worker had just started finds them taken,
     or later a folder without notes, and ends.
@@ -335,7 +334,7 @@ def _refuse_running(place: Place) -> None:
         return
     client = None
     if is_looked_after(place.runtime) or "qemu" in processes_of(place.runtime):
-        client = contact(place)
+        client = contact(place, holds_lock=True)
     if client is not None:
         with client:
             state = client.call("status", timeout_seconds=5)["state"]
@@ -371,13 +370,15 @@ def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict
 
 
 def _after_all(place: Place) -> dict[str, Any]:
-    """The worker was killed before it said anything: the keeper has started another, or nobody lives."""
-    _take_away_dead(place)
-    result = state_of(place)
+    """The worker was killed before it said anything: the keeper has started another, or nobody lives.
+
+    Who was killed may still be ending: its end of the pipe closes before its lock is free.
+    """
+    result = state_of(place, holds_lock=True)
     deadline = time.monotonic() + START_SECONDS
     while result["state"] == MachineState.STARTING and time.monotonic() < deadline:
         time.sleep(_LOOK_SECONDS)
-        result = state_of(place)
+        result = state_of(place, holds_lock=True)
     if result["state"] in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
         raise QemuFailed(
             "its worker ended before the machine ran", machine=place.name, hint=f"vmm logs {place.name}"

@@ -13,6 +13,7 @@ import pytest
 
 from vmm import contact, paths, registry
 from vmm.errors import AccessDenied, InvalidSpec
+from vmm.proc import Lock
 from vmm.spec import make_spec
 
 
@@ -71,3 +72,25 @@ def test_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     with as_ordinary_user(tmp_path), pytest.raises(AccessDenied, match="look for the machine"):
         contact.Place.of("web")
+
+
+@pytest.mark.parametrize("part", ["keeper", "worker"])
+def test_who_is_just_ending_leaves_nothing_behind(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that holds the machine's lock waits until a killed process has ended, and takes away what it left."""
+    runtime = registry.add(make_spec(name="web")).runtime
+    os.makedirs(runtime.folder)
+    ending = Lock(runtime.lock(part))
+    assert ending.try_take()
+    looked = contact.is_looked_after
+
+    def is_looked_after(runtime: paths.RuntimePaths) -> bool:
+        found = looked(runtime)
+        ending.release()
+        return found
+
+    monkeypatch.setattr(contact, "is_looked_after", is_looked_after)
+    monkeypatch.setattr(contact, "COME_BACK_SECONDS", 5.0)
+    with contact.changing("web") as (_, client):
+        assert client is None
+    assert not os.path.exists(runtime.folder)
+    assert contact.state_of(contact.Place.of("web")) == {"state": "off"}
