@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from vmm import errors
 from vmm.net import adapter, taps
 from vmm.net.adapter import Owner
 from vmm.net.engine import PortRules, VlanMode
@@ -84,3 +87,22 @@ def test_without_a_cable() -> None:
     assert one.netdev["hubid"] != other.netdev["hubid"]
     assert one.data_path == "not plugged into any switch"
     assert not given
+
+
+def test_without_its_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is prepared for the back end that it was on last: a tap with its queues, or sockets."""
+    owner = Owner(OWNER.machine_id, str(tmp_path / "run"))
+    one = make_adapter(id="nic-0", mac=MAC, switch="gone", queues=2)
+    monkeypatch.setattr(taps, "open_tap", lambda name, queues: list(range(50, 50 + queues)))
+    monkeypatch.setattr(taps, "open_vhost", lambda queues: [])
+    tap = adapter.prepare(one, owner, str, back_end="bridge", problem="it is gone")
+    assert (tap.netdev["type"], tap.netdev["fds"], tap.problem) == ("tap", "50:51", "it is gone")
+    assert tap.device["mq"] is True and tap.back_end == "bridge"
+    sockets = adapter.prepare(one, owner, str, back_end="user", problem="it is gone")
+    assert (sockets.netdev["type"], sockets.problem, sockets.back_end) == ("dgram", "it is gone", "user")
+
+    def refused(name: str, queues: int) -> list[int]:
+        raise errors.AccessDenied("a tap interface needs root")
+
+    monkeypatch.setattr(taps, "open_tap", refused)
+    assert adapter.prepare(one, owner, str, back_end="bridge", problem="it is gone") == sockets
