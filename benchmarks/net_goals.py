@@ -81,8 +81,11 @@ class Stations:
         self.setups: dict[str, PortSetup] = {}
         self.socks: dict[str, socket.socket] = {}
 
-    def plug(self, name: str, number: int, rate: int = 0) -> socket.socket:
-        """A station with that address, and the rules of an adapter that nobody changed."""
+    def plug(self, name: str, number: int, rate: int = 0, *, as_qemu: bool = False) -> socket.socket:
+        """A station with that address, and the rules of an adapter that nobody changed.
+
+        `as_qemu`: its socket is connected to nothing, so another process may take the switch's place.
+        """
         rules = PortRules(frozenset({mac(number)}), storm_frames_per_second=DEFAULT_STORM_FRAMES)
         setup = PortSetup(name, str(self.folder / f"{name}.s"), str(self.folder / f"{name}.g"), rules, rate)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -90,7 +93,8 @@ class Stations:
         sock.bind(setup.peer)
         self.backend.plug(setup)
         self.setups[name], self.socks[name] = setup, sock
-        sock.connect(setup.address)
+        if not as_qemu:
+            sock.connect(setup.address)
         return sock
 
     def close(self) -> None:
@@ -204,10 +208,10 @@ def killed_seconds() -> float:
             time.sleep(2)  # until its worker has looked at the switch
             here = Stations(lab.folder)
             here.backend = switches.HostSide(switches.load("bench")).user
-            here.plug("a", 11)
-            receiver = here.plug("b", 12)
+            here.plug("a", 11, as_qemu=True)
+            receiver = here.plug("b", 12, as_qemu=True)
             done = threading.Event()
-            sender = threading.Thread(target=_send_by_path, args=(here.setups["a"].address, done))
+            sender = threading.Thread(target=_send_by_path, args=(here.socks["a"], here.setups["a"].address, done))
             sender.start()
             status = here.backend.status()
             assert status is not None
@@ -219,14 +223,13 @@ def killed_seconds() -> float:
             lab.close()
 
 
-def _send_by_path(address: str, done: threading.Event) -> None:
+def _send_by_path(sock: socket.socket, address: str, done: threading.Event) -> None:
     """As QEMU: whoever is bound there gets it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        while not done.is_set():
-            with suppress(OSError):
-                sock.sendto(ethernet(mac(12), mac(11), bytes(46)), address)
-            time.sleep(0.001)
+    sock.setblocking(False)
+    while not done.is_set():
+        with suppress(OSError):
+            sock.sendto(ethernet(mac(12), mac(11), bytes(46)), address)
+        time.sleep(0.001)
 
 
 def _longest_pause(receiver: socket.socket, kill: Callable[[], None]) -> float:
