@@ -23,6 +23,7 @@ from vmm.net.plan import make_switch
 
 SETUP = GatewaySetup("10.0.7.0/24", "10.0.7.1", "10.0.7.3", "10.0.7.4", forwards=("udp:127.0.0.1:99-10.0.7.9:53",))
 GUEST = "10.0.7.9"
+SECONDS = 120.0  # a QEMU starts, beside whatever else the machine does
 SYN, ACK, SYN_ACK, FIN = 0x02, 0x10, 0x12, 0x01
 
 
@@ -151,7 +152,7 @@ def test_a_program_on_127_0_0_1(lab: SwitchLab, allowed: bool) -> None:
             lab.send("a", arp("10.0.7.1"))
             return bool(received(guest, b"\x08\x06"))
 
-        wait_until(is_known, "the gateway")
+        wait_until(is_known, "the gateway", SECONDS)
         targets = ["10.0.7.1", "127.0.0.1", "0.0.0.0", "255.255.255.255"]
         if allowed:
 
@@ -159,13 +160,13 @@ def test_a_program_on_127_0_0_1(lab: SwitchLab, allowed: bool) -> None:
                 lab.send("a", tcp("10.0.7.1", port))
                 return any(one[47] & SYN_ACK == SYN_ACK for one in received(guest, b"\x08\x00"))
 
-            wait_until(is_answered, "the answer of 127.0.0.1")
+            wait_until(is_answered, "the answer of 127.0.0.1", SECONDS)
             assert drops(lab) == 0
         else:
             for target in targets:
                 lab.send("a", tcp(target, port))
-            wait_until(lambda: drops(lab) == len(targets), "four drops")
-            wait_until(is_known, "the gateway's next answer")
+            wait_until(lambda: drops(lab) == len(targets), "four drops", SECONDS)
+            wait_until(is_known, "the gateway's next answer", SECONDS)
             assert received(guest, b"\x08\x00") == []
 
 

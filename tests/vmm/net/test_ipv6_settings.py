@@ -20,6 +20,8 @@ PRIVATE = make_switch(name="prv", type="private", backend="bridge")
 EXTERNAL = make_switch(name="ext", type="external", backend="bridge", uplink="up0")
 ALONE = make_switch(name="alone", type="external", backend="bridge", uplink="up0", host=False)
 
+SECONDS = 120.0  # programs start, beside whatever else the machine does
+
 # A router for half an hour, with a network for addresses (RFC 4861, 4.2 and 4.6.2). The kernel adds the checksum.
 _ADVERTISE = """
 import socket, struct, sys
@@ -40,7 +42,11 @@ def host(tmp_path: Path) -> Iterator[BridgeHost]:
 
 def advertise(host: BridgeHost, guest: str, interface: str) -> None:
     """Once; it is sent when the interface has its own address."""
-    wait_until(lambda: "fe80::" in host.spaces.run(guest, f"ip -6 addr show dev {interface} -tentative"), "an address")
+    wait_until(
+        lambda: "fe80::" in host.spaces.run(guest, f"ip -6 addr show dev {interface} -tentative"),
+        "an address",
+        SECONDS,
+    )
     host.spaces.run(guest, f"{sys.executable} -c '{_ADVERTISE}' {interface}")
 
 
@@ -75,7 +81,7 @@ def test_no_guest_is_the_hosts_router(host: BridgeHost, spec: SwitchSpec) -> Non
     if spec is INTERNAL:  # the rules of the others keep guests from the host altogether
         before = heard(host, bridge)
         advertise(host, guest, "eth0")
-        wait_until(lambda: heard(host, bridge) > before, "the advertisement")
+        wait_until(lambda: heard(host, bridge) > before, "the advertisement", SECONDS)
     else:
         advertise(host, guest, "eth0")
     assert learned(host) == ""
@@ -98,9 +104,9 @@ def test_the_host_hears_routers_on_an_external_switch_as_on_its_card(host: Bridg
     assert setting(host, EXTERNAL, "temp_valid_lft") == "4711"
     before = heard(host, bridge)
     advertise(host, there, "far")
-    wait_until(lambda: heard(host, bridge) > before, "the advertisement")
+    wait_until(lambda: heard(host, bridge) > before, "the advertisement", SECONDS)
     if accepts == "2":
-        wait_until(lambda: f"dev {bridge} " in host.run("ip -6 route show default"), "its route")
+        wait_until(lambda: f"dev {bridge} " in host.run("ip -6 route show default"), "its route", SECONDS)
         assert "2001:db8:bad:" in learned(host)
     else:
         assert learned(host) == ""
