@@ -32,6 +32,7 @@ _ROOT_NAME = "gateway-root"
 _AGAIN_SECONDS = 2.0
 _STOP_SECONDS = 2.0
 _REFRESH_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0  # of the starter: no frame is moved meanwhile
 _MAX_BYTES = 64 << 10
 _CAP_NET_BIND_SERVICE, _FIRST_FREE_PORT = 10, 1024
 # What a switch of root's keeps: guests' folders and sockets belong to the guests' users.
@@ -97,11 +98,6 @@ class Gateway:
         state = {"pid": pid, "running": pid is not None, "ready": pid is not None and connected, "said": said}
         return {**state, **self.setup.to_document()}
 
-    @property
-    def is_lost(self) -> bool:
-        """True when nobody is there any more who could start it."""
-        return self._starter.is_lost
-
     def stop(self) -> None:
         """End the helper and take its socket away."""
         self._starter.stop()
@@ -124,12 +120,12 @@ class LocalStarter:
 
     def start(self, setup: GatewaySetup) -> None:
         """As `Starter.start`. Raises Unsupported where QEMU is not installed."""
-        program = shutil.which(QEMU)
-        if program is None:
-            raise errors.Unsupported(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86")
         place = self._place()
         try:
-            place.make()
+            place.make()  # first: where the helper does not start now, the switch has its port there all the same
+            program = shutil.which(QEMU)
+            if program is None:
+                raise errors.Unsupported(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(place.folder, PEER_NAME))
             words = [program, *command(setup, place.seen(PEER_NAME), place.seen(ADDRESS_NAME))[1:]]
@@ -183,14 +179,17 @@ class ForkedStarter:
             finally:
                 os.kill(os.getpid(), signal.SIGKILL)  # whatever happened, nothing of the switch goes on here
         theirs.close()
+        self._channel.settimeout(_ANSWER_SECONDS)
 
     def _ask(self, what: str, **more: object) -> object:
         try:
+            if self.is_lost:
+                raise BrokenPipeError
             self._channel.send(json.dumps({"do": what, **more}).encode())
             answer = json.loads(self._channel.recv(_MAX_BYTES))
         except (OSError, ValueError) as error:
-            self.is_lost = True
-            raise errors.VmmError("the process that starts the gateway has ended") from error
+            self.is_lost = True  # a late answer would be taken for that of the next question
+            raise errors.VmmError("the process that starts the gateway has ended, or does not answer") from error
         if "error" in answer:
             raise errors.from_document(answer["error"])
         return answer["result"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import os
 import shutil
@@ -28,7 +29,9 @@ from vmm.net import ports
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
+_MODULE = "vmm.net.user_switch"
 _PROBE_SECONDS = 0.01
+_KILLED_SECONDS = 30.0  # a busy host buries its dead slowly
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class UserBackend:
         lock = self._lock()
         try:
             listener = self._listener()
-            command = proc.python_command("vmm.net.user_switch", self.folder, self.name, "3")
+            command = proc.python_command(_MODULE, self.folder, self.name, "3")
             with listener:
                 proc.spawn_detached(
                     command,
@@ -135,16 +138,33 @@ class UserBackend:
         return listener
 
     def stop(self, grace_seconds: float = 5.0) -> None:
-        """End the process, if it runs, and forget its ports."""
+        """End the process, if it runs, and forget its ports. One that does not end when asked is killed."""
         with contextlib.suppress(errors.VmmError):
             if self.is_running():
                 self.ask("stop")
-        deadline = time.monotonic() + grace_seconds
+        if not self._has_ended(grace_seconds):
+            for ref in self._processes():
+                with contextlib.suppress(PermissionError):
+                    ref.kill()
+        if not self._has_ended(_KILLED_SECONDS):
+            raise errors.TimedOut(f"switch {self.name} does not end", hint=f"see {self.folder}/{_LOG}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _processes(self) -> list[proc.ProcessRef]:
+        """The switch's process and its starter, known by their command: also before it could say its number."""
+        sign = [_MODULE, self.folder]
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        words = ((pid, proc.command_words(pid)) for pid in pids)
+        found = [pid for pid, said in words if sign in ([*pair] for pair in itertools.pairwise(said))]
+        return [ref for pid in found if (ref := proc.ProcessRef.of(pid)) is not None]
+
+    def _has_ended(self, timeout_seconds: float) -> bool:
+        deadline = time.monotonic() + timeout_seconds
         while self.is_running():
             if time.monotonic() > deadline:
-                raise errors.TimedOut(f"switch {self.name} does not end", hint=f"see {self.folder}/{_LOG}")
+                return False
             time.sleep(_PROBE_SECONDS)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        return True
 
     # -- asking -------------------------------------------------------------------------------------------------
 
@@ -180,9 +200,7 @@ class UserBackend:
 
     def _wait_for_end(self) -> None:
         """It hung up: give its lock the moment it needs to fall."""
-        deadline = time.monotonic() + 1.0
-        while self.is_running() and time.monotonic() < deadline:
-            time.sleep(_PROBE_SECONDS)
+        self._has_ended(1.0)
 
     def plug(self, setup: ports.PortSetup) -> bool:
         """Add a port, or change it; True when its other side is there already. Raises VmmError."""

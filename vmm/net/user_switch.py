@@ -111,9 +111,8 @@ class UserSwitch:
             self.mover.engine.age(now)
         if self._gateway is not None:
             self._gateway.keep_alive()
-            self._stopping = (
-                self._stopping or self._gateway.is_lost
-            )  # the machines on it start it again, with all it had
+        if self._starter.is_lost:
+            self._stopping = True  # the machines on it start it again, with all it had
         if any(True for _ in self._guests()) or self._control.clients:
             self._idle_since = now
         elif now - self._idle_since > IDLE_SECONDS:
@@ -220,8 +219,11 @@ class UserSwitch:
         self._save()
         return {}
 
-    def _set_gateway(self, params: dict[str, Any]) -> object:
-        """The way out of an internal switch, or none; and its DHCP server, or none, with the file of its leases."""
+    def _set_gateway(self, params: dict[str, Any], *, starts_later: bool = False) -> object:
+        """The way out of an internal switch, or none; and its DHCP server, or none, with the file of its leases.
+
+        `starts_later`: where the helper does not start now, `keep_alive` tries again.
+        """
         wanted = params.get("gateway")
         gateway = None
         if wanted is not None:
@@ -237,7 +239,12 @@ class UserSwitch:
         if self._gateway is None and gateway is not None:
             # Its own user-mode network answers DHCP, too, and cannot be told not to.
             rules = engine.PortRules(dhcp_guard=True)
-            gateway.start()  # it makes the folder for both sockets
+            try:
+                gateway.start()  # it makes the folder for both sockets
+            except errors.VmmError as error:
+                if not starts_later:
+                    raise
+                _log.error("the gateway does not start: %s", error)
             setup = PortSetup(PORT_NAME, gateway.address, gateway.peer, rules, owner=gateway.owner)
             self._add_port(ports.to_document(setup))
             self._gateway = gateway
@@ -316,6 +323,8 @@ class UserSwitch:
         try:
             with open(os.path.join(self.folder, STATE_NAME), encoding="utf-8") as file:
                 document = json.load(file)
+            if not isinstance(document, dict):
+                raise ValueError("they are no JSON object")
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -327,7 +336,11 @@ class UserSwitch:
             except errors.VmmError as error:
                 _log.error("port %s: %s", one.get("name"), error)
         if document.get("gateway"):
-            self._set_gateway({key: document.get(key) for key in ("gateway", "dhcp", "leases")})
+            try:
+                setup = {key: document.get(key) for key in ("gateway", "dhcp", "leases")}
+                self._set_gateway(setup, starts_later=True)
+            except errors.VmmError as error:  # guests talk among themselves without it
+                _log.error("the gateway is lost: %s", error)
 
     def close(self) -> None:
         """Take everything away; the state stays."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import socket
 import tempfile
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,13 @@ class SwitchLab:
     def send(self, name: str, frame: bytes) -> None:
         """As QEMU sends."""
         self.guests[name].sendto(frame, self.setup(name).address)
+
+    def wait_for_end(self) -> None:
+        """Until the process that was told to end has."""
+        deadline = time.monotonic() + 20
+        while self.backend.is_running():
+            assert time.monotonic() < deadline, "the switch runs on"
+            time.sleep(0.02)
 
     def close(self) -> None:
         """End the switch and take everything away."""

@@ -137,3 +137,23 @@ def test_the_starter_takes_only_what_is_a_gateway(tmp_path: Path) -> None:
     assert starter.pid() is None
     assert starter.is_lost
     os.wait()
+
+
+def test_a_starter_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch, which moves no frame while it waits, does not wait for ever, and takes no late answer."""
+    require_root()
+    monkeypatch.setattr(gateway_process, "_ANSWER_SECONDS", 0.2)
+    before = set(children(os.getpid()))
+    starter = ForkedStarter(str(tmp_path / "sw-0123456789ab"), ())
+    (pid,) = set(children(os.getpid())) - before
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        assert starter.pid() is None
+        assert starter.is_lost
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(errors.VmmError, match="does not answer"):
+            starter.start(SETUP)
+    finally:
+        starter._channel.close()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -10,17 +10,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tests.support import require_tool
+from tests.support import require_qemu, require_tool
 from tests.vmm.net import packets
 from tests.vmm.net.lab import SwitchLab
+from tests.vmm.net.test_gateway import SETUP
 from vmm import errors
-from vmm.net import frames, user_switch
+from vmm.net import frames, user_backend, user_switch
 from vmm.net.engine import PortRules, VlanMode
 from vmm.net.user_switch import UserSwitch
+from vmm.proc import ProcessRef
 
 ONE, TWO = packets.mac(1), packets.mac(2)
 HELLO, BACK = packets.ethernet(TWO, ONE), packets.ethernet(ONE, TWO)
@@ -81,6 +84,37 @@ def test_killed_under_traffic_it_comes_back_unnoticed(lab: SwitchLab) -> None:
     assert got_after == 5
     assert [port_status(lab, name)["vlan"] for name in "abc"] == [5, 5, 0]
     assert lab.backend.status() != status
+
+
+def test_a_switch_that_does_not_answer_is_ended(lab: SwitchLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever removes a switch is not refused because its process hangs: it is killed, and nothing of it stays."""
+    lab.plug("a")
+    status = lab.backend.status()
+    assert status is not None
+    ref = ProcessRef.of(status["pid"])
+    assert ref is not None
+    assert ref.send(signal.SIGSTOP)
+    monkeypatch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
+    lab.backend.stop(grace_seconds=0.2)
+    assert not ref.is_alive()
+    assert not os.path.exists(lab.backend.folder)
+
+
+def test_without_its_gateway_it_starts_again(lab: SwitchLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests talk among themselves where the gateway's program is gone after a restart; it is tried again later."""
+    require_qemu()
+    lab.plug("a")
+    other = lab.plug("b")
+    lab.backend.ask("set_gateway", gateway=asdict(SETUP))
+    lab.backend.ask("stop")
+    lab.wait_for_end()
+    monkeypatch.setenv("PATH", "/nowhere")
+    lab.backend.ensure_running()
+    status = lab.backend.status()
+    assert status is not None
+    assert status["gateway"]["running"] is False
+    lab.send("a", HELLO)
+    assert other.recv(2000) == HELLO
 
 
 def test_many_starters_start_one(lab: SwitchLab) -> None:
