@@ -7,7 +7,8 @@ that the file is on; who owns the file and who holds it are questions for the ca
 
     this boot, this PID namespace       dead if no process has that number, or the one that has it started later
     this boot, another PID namespace    unknown
-    another boot, a local file system   dead: this host has restarted, and no other host writes there
+    another boot, a local file system   dead if the file is from before this boot: this host has restarted, and no
+                                        other host writes there. A container may have a boot id of its own
     another boot, any other             unknown: on a file server or a cluster file system it may be another host's
 
 A file system counts as local if its type is one that a single host mounts at a time (`_LOCAL`) and the kernel mounts
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from functools import cache
 
 _BOOT_CHARACTERS = 12
@@ -32,22 +34,22 @@ _STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat after the process's name
 def maker_word() -> str | None:
     """The word for this process; None on a host that does not let us find it out."""
     pid = os.getpid()
-    place, ticks = _place(), _start_ticks(pid)
+    place, ticks = _place(pid), _start_ticks(pid)
     return None if place is None or ticks is None else f"{place[0]}-{place[1]}-{pid}-{ticks}"
 
 
-def is_maker_dead(word: str, device: int) -> bool:
+def is_maker_dead(word: str, facts: os.stat_result) -> bool:
     """True if the process that the word identifies cannot be alive.
 
-    `word`: as `maker_word` gives it, from an untrusted name. `device`: the `st_dev` of the file that has the name.
+    `word`: as `maker_word` gives it, from an untrusted name. `facts`: of the file that has the name (lstat).
     """
-    here = _place()
+    here = _place(os.getpid())
     if here is None or re.fullmatch(MAKER_PATTERN, word) is None:
         return False
     boot, *numbers = word.split("-")
     namespace, pid, ticks = map(int, numbers)
     if boot != here[0]:
-        return _is_local(device)
+        return facts.st_ctime < _booted_unix_seconds() and _is_local(facts.st_dev)
     if namespace != here[1] or not 0 < pid < 1 << 31:
         return False
     try:
@@ -58,6 +60,11 @@ def is_maker_dead(word: str, device: int) -> bool:
         return False
     started = _start_ticks(pid)
     return started is not None and started != ticks
+
+
+def _booted_unix_seconds() -> float:
+    """When this host started, by the clock of today."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _is_local(device: int) -> bool:
@@ -77,9 +84,11 @@ def _is_local(device: int) -> bool:
 
 
 @cache
-def _place() -> tuple[str, int] | None:
-    """This boot of this host and our PID namespace; None if either is unknown."""
+def _place(pid: int) -> tuple[str, int] | None:
+    """This boot of this host and the PID namespace of `pid`, which is ours; None if either is unknown."""
     try:
+        if os.readlink("/proc/self") != str(pid):
+            return None  # /proc is of another PID namespace (`unshare --pid`): its numbers mean other processes
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = re.sub(r"[^0-9a-f]", "", file.read())[:_BOOT_CHARACTERS]
         namespace = os.stat("/proc/self/ns/pid").st_ino

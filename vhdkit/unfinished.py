@@ -65,4 +65,4 @@ def sweep(directory: str) -> None:
 
 def _is_dead(name: str, facts: os.stat_result) -> bool:
     found = _PART.fullmatch(name)
-    return found is not None and found[1] is not None and is_maker_dead(found[1], facts.st_dev)
+    return found is not None and found[1] is not None and is_maker_dead(found[1], facts)

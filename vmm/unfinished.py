@@ -65,4 +65,4 @@ def _token() -> str:
 
 def _is_dead(name: str, facts: os.stat_result) -> bool:
     found = _LEFT.fullmatch(name)
-    return found is not None and vhdkit.is_maker_dead(found[1], facts.st_dev)
+    return found is not None and vhdkit.is_maker_dead(found[1], facts)

@@ -8,15 +8,22 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.support import require_root
 from vhdkit import maker
 
-_DEVICE = os.makedev(253, 7)
 _OTHER_BOOT = "0123456789ab-4026531836-1-1"
+
+
+def facts(device: int = os.makedev(253, 7), changed_unix_seconds: float = 0) -> os.stat_result:
+    """Of a file; from before every boot, unless told otherwise."""
+    times = (0, 0, changed_unix_seconds)
+    return os.stat_result((0o100600, 1, device, 1, 0, 0, 0, *times))
 
 
 @pytest.fixture
@@ -42,24 +49,24 @@ def mount(kind: str, number: str = "253:7", tags: str = "shared:1 ") -> str:
 def test_a_process_that_lives_and_one_that_ended() -> None:
     """Our own word identifies a living process, and that of a child identifies a dead one once the child has ended."""
     word = maker.maker_word()
-    assert word is not None and not maker.is_maker_dead(word, _DEVICE)
+    assert word is not None and not maker.is_maker_dead(word, facts())
     program = "import vhdkit; print(vhdkit.maker_word())"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert maker.is_maker_dead(done.stdout.strip(), _DEVICE)
+    assert maker.is_maker_dead(done.stdout.strip(), facts())
 
 
 def test_a_number_that_was_given_again() -> None:
     """A process that has the number but started at another time is not the maker."""
     boot, namespace, pid, ticks = (maker.maker_word() or "").split("-")
-    assert maker.is_maker_dead(f"{boot}-{namespace}-{pid}-{int(ticks) + 1}", _DEVICE)
-    assert not maker.is_maker_dead(f"{boot}-{int(namespace) + 1}-{pid}-{int(ticks) + 1}", _DEVICE)
+    assert maker.is_maker_dead(f"{boot}-{namespace}-{pid}-{int(ticks) + 1}", facts())
+    assert not maker.is_maker_dead(f"{boot}-{int(namespace) + 1}-{pid}-{int(ticks) + 1}", facts())
 
 
 @pytest.mark.parametrize("word", ["", "-", "x" * 500, "0123456789ab-1-1", "0123456789AB-1-1-1", "0123456789ab-1-١-1"])
 def test_words_that_are_none(word: str, mounted: Callable[[str], None]) -> None:
     """Any other text identifies nobody."""
     mounted(mount("ext4"))
-    assert not maker.is_maker_dead(word, _DEVICE)
+    assert not maker.is_maker_dead(word, facts())
 
 
 @pytest.mark.parametrize(
@@ -81,14 +88,30 @@ def test_another_boot(table: str, is_dead: bool, mounted: Callable[[str], None])
     """A maker of another boot is dead only on a file system that a single host mounts: a cluster file system on a
     shared disk has other hosts' files."""
     mounted(table)
-    assert maker.is_maker_dead(_OTHER_BOOT, _DEVICE) is is_dead
+    assert maker.is_maker_dead(_OTHER_BOOT, facts()) is is_dead
+
+
+def test_another_boot_of_a_file_that_is_younger(mounted: Callable[[str], None]) -> None:
+    """A file that was written to since this host started is another's, as of a container with a boot id of its own."""
+    mounted(mount("ext4"))
+    booted_seconds_ago = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert not maker.is_maker_dead(_OTHER_BOOT, facts(changed_unix_seconds=time.time() - booted_seconds_ago / 2))
+    assert maker.is_maker_dead(_OTHER_BOOT, facts(changed_unix_seconds=time.time() - booted_seconds_ago - 60))
+
+
+def test_processes_of_another_namespace_in_proc() -> None:
+    """Where /proc shows the processes of another PID namespace, a number in it means another process than ours."""
+    require_root()
+    program = "import vhdkit; print(vhdkit.maker_word())"
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", program]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "None\n"
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "tmpfs", "ext4"])
 def test_another_boot_without_a_block_device(kind: str, mounted: Callable[[str], None]) -> None:
     """A file system without a block device is a server's, or in memory: nothing is known."""
     mounted(mount(kind, number="0:45"))
-    assert not maker.is_maker_dead(_OTHER_BOOT, os.makedev(0, 45))
+    assert not maker.is_maker_dead(_OTHER_BOOT, facts(os.makedev(0, 45)))
 
 
 def test_a_host_without_a_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,4 +122,4 @@ def test_a_host_without_a_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
     maker.maker_word()  # what this host is called was read before
     monkeypatch.setattr(maker, "open", refuse, raising=False)
-    assert not maker.is_maker_dead(_OTHER_BOOT, _DEVICE)
+    assert not maker.is_maker_dead(_OTHER_BOOT, facts())
