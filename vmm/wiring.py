@@ -321,6 +321,8 @@ class Wiring:
             self._running.tell("switch-restarted", switch=adapter.switch)
         for what in now.mended:
             self._running.tell("switch-mended", switch=adapter.switch, what=what)
+        for fault in now.failed:
+            self._running.tell("switch-impaired", switch=adapter.switch, what=fault.what, problem=fault.problem)
         if now.switch_id is None and (before is None or before.problem != now.problem):
             self._running.tell("adapter-disconnected", adapter=adapter.id, switch=adapter.switch, problem=now.problem)
             await self._set_link(adapter.id, False)

@@ -15,10 +15,11 @@ from typing import cast
 import pytest
 
 from vmm import wiring
-from vmm.net import switches
+from vmm.net import joining, switches
 from vmm.net.adapter import Plugged
 from vmm.net.joining import Joined
 from vmm.net.plan import make_switch
+from vmm.net.watching import Fault
 from vmm.running import Running
 from vmm.spec import MachineSpec, make_adapter, make_spec
 from vmm.state import MachineState
@@ -86,6 +87,23 @@ def test_every_link_is_set_after_a_start() -> None:
     found = {"adapter": "nic-2", "switch": "gone", "problem": "there is no switch"}
     assert wires.disconnected() == [found]
     assert running.events == [{"event": "adapter-disconnected", **found}]
+
+
+def test_what_was_done_about_a_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was put right is an event, and so is what cannot be, with the reason."""
+    adapter = make_adapter(id="nic-0", switch="lab")
+    found = Joined("1", mended=("rules",), failed=(Fault("dhcp", "it does not start"),))
+    monkeypatch.setattr(joining, "join", lambda *settings: found)
+    monkeypatch.setattr(joining, "end_descriptor", lambda adapter: None)
+    running = Told(make_spec(name="x", adapters=[adapter]))
+    running.identity, running.runtime = None, Folder("/nowhere")
+    wires = wiring.Wiring(cast(Running, running))
+    wires._joined["nic-0"] = Joined("1")
+    asyncio.run(wires._look_at(adapter))
+    assert running.events == [
+        {"event": "switch-mended", "switch": "lab", "what": "rules"},
+        {"event": "switch-impaired", "switch": "lab", "what": "dhcp", "problem": "it does not start"},
+    ]
 
 
 def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,16 @@ _CAPABILITIES = (
     12,
     13,
 )  # CAP_NET_BIND_SERVICE, _NET_ADMIN (ARP for clients), _NET_RAW (on the bridge alone; ping)
+_started: set[int] = set()  # by this process, whose children they stay: their numbers are theirs until they are buried
+
+
+def _bury() -> None:
+    """Leave nothing of servers that this process started and that have ended."""
+    for pid in list(_started):
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                continue
+        _started.discard(pid)
 
 
 def configuration(spec: SwitchSpec, lease_path: str) -> str:
@@ -118,8 +128,9 @@ class DhcpServer:
         user = "root" if self._place.user is None else enclosed.USER_NAME  # it is that already, and looks the name up
         words = [program, *options, f"--user={user}", f"--group={user}"]
         pid = spawn_detached(self._enclosed(words), log_path=self._in(_LOG))
+        _started.add(pid)
         ref = ProcessRef.of(pid)
-        if ref is None or self._ended_at_once(pid, ref):
+        if ref is None or self._ended_at_once(ref):
             with open(self._in(_LOG), encoding="utf-8", errors="replace") as log:
                 said = log.read().strip().splitlines() or ["nothing"]
             raise errors.VmmError(f"the DHCP server did not start: {said[-1].strip().removeprefix('dnsmasq: ')}")
@@ -146,15 +157,14 @@ class DhcpServer:
         """Tell it of the host's name servers of now."""
         self._place.refresh()
 
-    def _ended_at_once(self, pid: int, ref: ProcessRef) -> bool:
+    def _ended_at_once(self, ref: ProcessRef) -> bool:
         """It says that it is there once its sockets are bound: what goes wrong does so before."""
         ready = os.path.join(self._place.folder, _READY)
         deadline = time.monotonic() + _START_SECONDS
         ended = False
         while not ended and not os.path.lexists(ready) and time.monotonic() < deadline:
             ended = ref.wait(_LOOK_SECONDS)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+        _bury()
         return ended
 
     def leases(self) -> list[dict[str, Any]]:
@@ -165,7 +175,6 @@ class DhcpServer:
         """End it; fine when it does not run."""
         for ref in self._all():
             ref.end(_GRACE_SECONDS)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(ref.pid, os.WNOHANG)
+        _bury()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._in(_NOTE))

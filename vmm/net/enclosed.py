@@ -216,7 +216,7 @@ def main() -> None:
             end_with(int(options["--parent"][0]), signal.SIGTERM)
         os.execve(command[0], command, environment)
     except OSError as error:
-        _end(f"vmm: {command[0]} cannot be enclosed: {error}")
+        _end(f"vmm: {command[0]} cannot be enclosed: {error.strerror or error}")
 
 
 def _end(words: str) -> NoReturn:

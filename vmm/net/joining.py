@@ -32,7 +32,7 @@ class Joined:
     """The id of the switch that the adapter is on; None: `problem` says why it is on none.
 
     `has_come`: it was plugged in just now. `was_restarted`: its switch's process had died. `mended`: what else of the
-    switch was put right (`watching`).
+    switch was put right (`watching`), `failed`: what could not be.
     """
 
     switch_id: str | None
@@ -40,6 +40,7 @@ class Joined:
     has_come: bool = False
     was_restarted: bool = False
     mended: tuple[str, ...] = ()
+    failed: tuple[watching.Fault, ...] = ()
 
 
 def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = is_connected) -> Joined:
@@ -53,7 +54,8 @@ def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = 
     try:
         host = HostSide(switches.load(adapter.switch))
         if host.spec.id == before and _is_up(host) and _is_in(adapter, owner, host):
-            return Joined(before, mended=tuple(watching.put_right(host)))
+            outcome = watching.put_right(host)
+            return Joined(before, mended=outcome.mended, failed=outcome.failed)
         with switches.staying(adapter.switch) as host:
             return _joined(adapter, owner, host, before, lives)
     except errors.NotFound as error:

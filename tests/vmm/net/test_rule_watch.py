@@ -43,7 +43,7 @@ host = switches.HostSide(switches.load("lab"))
 watching.put_right(host)
 print("ready", flush=True)
 while True:
-    if found := watching.put_right(host): print(json.dumps(found), flush=True)
+    if found := watching.put_right(host).mended: print(json.dumps(found), flush=True)
     time.sleep(0.05)
 """
 _SHOW = """
@@ -66,7 +66,7 @@ host = switches.HostSide(switches.load("lab"))
 def faults(): return [one.problem for one in watching.faults(host)]
 for command in sys.argv[1:]:
     subprocess.run(["sh", "-ec", command], check=True)
-    told.append([faults(), watching.put_right(host), faults()])
+    told.append([faults(), watching.put_right(host).mended, faults()])
 print(json.dumps(told))
 """
 

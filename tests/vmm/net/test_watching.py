@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ def look():
     (check,) = _check_switches()
     return [one.what for one in watching.faults(host)], check.state, check.found
 first = server.process()
-said = {"before": look(), "quiet": watching.put_right(host)}
+said = {"before": look(), "quiet": watching.put_right(host).mended}
 with open(f"/proc/{first.pid}/status") as file:
     facts = dict(line.split(":", 1) for line in file)
 said["user"] = facts["Uid"].split()
@@ -38,14 +39,53 @@ said["capabilities"] = facts["CapBnd"].strip(), facts["CapEff"].strip()
 said["root"] = sorted(os.listdir(f"/proc/{first.pid}/root"))
 first.send(signal.SIGKILL)
 first.wait(10)
-os.waitpid(first.pid, 0)
-said |= {"dead": look(), "mended": watching.put_right(host), "twice": watching.put_right(host), "after": look()}
+said |= {"dead": look(), "mended": watching.put_right(host).mended}
+said |= {"twice": watching.put_right(host).mended, "after": look()}
+try:
+    said["zombie"] = bool(os.waitpid(first.pid, os.WNOHANG))
+except ChildProcessError:
+    said["zombie"] = False
 said["another"] = server.process() not in (None, first)
 if "client" in sys.argv:
     print(json.dumps(said), flush=True)
     input()
 switches.delete("nat")
 said["gone"] = [one for one in watching.faults(host)]
+print(json.dumps(said))
+"""
+
+# Runs on a host of its own: a switch whose DHCP server can never be started again.
+HOPELESS = """
+import json, signal, time
+from vmm import errors
+from vmm.net import dhcp, switches, watching
+from vmm.net.plan import make_switch
+switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
+host = switches.HostSide(switches.load("nat"))
+server = dhcp.DhcpServer(host.spec, host.folder, switches.lease_path(host.spec))
+server.stop()
+clock, tries = [1000.0], []
+watching.time.clock_gettime = lambda which: clock[0]
+def ensure(self):
+    tries.append(clock[0])
+    raise errors.VmmError("it is broken")
+kept, dhcp.DhcpServer.ensure = dhcp.DhcpServer.ensure, ensure
+failed = []
+for second in range(300):
+    clock[0] += 1.0
+    failed += watching.put_right(host).failed
+said = {"tries": tries, "failed": [[one.what, one.problem] for one in failed]}
+dhcp.DhcpServer.ensure = kept
+clock[0] += 60.0
+said["mended"] = watching.put_right(host).mended
+switches.delete("nat")
+clock[0] += 1000.0
+watching._is_there = lambda host: True  # it was deleted right after the look
+try:
+    watching.put_right(host)
+except errors.NotFound:
+    said["gone"] = True
+said["runs"] = bool(server._all())
 print(json.dumps(said))
 """
 
@@ -83,6 +123,7 @@ def test_a_dhcp_server_that_died_is_started_again(space: str) -> None:
         assert (said["quiet"], said["mended"], said["twice"]) == ([], ["dhcp"], [])
         assert said["dead"][:2] == [["dhcp"], "limited"]
         assert "nat: its DHCP and name server (dnsmasq) does not run" in said["dead"][2]
+        assert said["zombie"] is False
         assert (said["after"], said["another"]) == ([[], "ok", "nat"], True)
         assert "0" not in said["user"]
         kept = f"{1 << 10 | 1 << 12 | 1 << 13:016x}"
@@ -99,6 +140,21 @@ def test_a_dhcp_server_that_died_is_started_again(space: str) -> None:
         for stream in (victim.stdin, victim.stdout):
             if stream is not None:
                 stream.close()
+
+
+def test_a_dhcp_server_that_never_starts_is_tried_rarely_and_told_once(space: str) -> None:
+    """Each try waits longer than the last, up to a minute; what can start then does, but not on a deleted switch."""
+    done = subprocess.run(
+        ["ip", "netns", "exec", space, sys.executable, "-c", HOPELESS],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    assert said["tries"][0] == 1001.0
+    pauses = [later - earlier for earlier, later in itertools.pairwise(said["tries"])]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    ((what, problem),) = said["failed"]
+    assert (what, "cannot be started, and is tried again: it is broken" in problem) == ("dhcp", True)
+    assert (said["mended"], said["gone"], said["runs"]) == (["dhcp"], True, False)
 
 
 def lease_of_a_client(space: str) -> str:
