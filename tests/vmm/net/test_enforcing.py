@@ -135,12 +135,12 @@ def test_a_tap_that_is_gone_is_left_out(bridge: Bridge, monkeypatch: pytest.Monk
     load = nft.load
     calls: list[list[GuestPort]] = []
 
-    def end_meanwhile(spec: SwitchSpec, ports: list[GuestPort]) -> None:
+    def end_meanwhile(spec: SwitchSpec, ports: list[GuestPort], *, anew: bool) -> None:
         calls.append(ports)
         if len(calls) == 1:
             bridge.spaces.run(bridge.here, "ip link del vt0")
             raise errors.VmmError("there is no vt0")  # as kernels before 6.16 say
-        load(spec, ports)
+        load(spec, ports, anew=anew)
 
     monkeypatch.setattr(nft, "load", end_meanwhile)
     bridge.enforce(*limited)
