@@ -74,14 +74,14 @@ def test_what_resists_is_left_with_force_only(scene: Scene, tmp_path: Path) -> N
     (journal,) = (tmp_path / "rt").glob("sw-*/journal.json")
     document = json.loads(journal.read_text())
     keep = next(one for one in document["done"] if one["kind"] == "keep")
-    keep["before"]["routes"].append({**keep["before"]["routes"][0], "gateway": "240.0.0.1", "metric": 7})
+    keep["before"]["routes"].append({**keep["before"]["routes"][0], "gateway": "224.0.0.1", "metric": 7})
     journal.write_text(json.dumps(document))
     refused = scene.vmm("switch", "delete", "lan")
     assert refused.returncode != 0
-    assert "0.0.0.0/0 via 240.0.0.1" in refused.stderr and "--force" in refused.stderr
+    assert "0.0.0.0/0 via 224.0.0.1" in refused.stderr and "--force" in refused.stderr
     done = scene.vmm("switch", "delete", "lan", "--force")
     assert done.returncode == 0
-    assert "not put back: could not lead 0.0.0.0/0 via 240.0.0.1 through up0" in done.stderr
+    assert "not put back: could not lead 0.0.0.0/0 via 224.0.0.1 through up0" in done.stderr
     assert "10.9.0.2/24" in scene.host.run("ip -4 addr show dev up0")
     assert "default via 10.9.0.254 dev up0" in scene.host.run("ip route")
     assert not scene.bridge_is_there()
