@@ -19,7 +19,7 @@ from typing import Any
 from vmm import errors, paths
 from vmm.net import enclosed, lease_file
 from vmm.net.dhcp_server import LEASE_SECONDS
-from vmm.net.enclosing import Enclosure
+from vmm.net.enclosing import Enclosure, hint_for
 from vmm.net.plan import SwitchSpec
 from vmm.proc import ProcessRef, command_words, spawn_detached
 from vmm.users import user_of
@@ -133,7 +133,8 @@ class DhcpServer:
         if ref is None or self._ended_at_once(ref):
             with open(self._in(_LOG), encoding="utf-8", errors="replace") as log:
                 said = log.read().strip().splitlines() or ["nothing"]
-            raise errors.VmmError(f"the DHCP server did not start: {said[-1].strip().removeprefix('dnsmasq: ')}")
+            problem = said[-1].strip().removeprefix("dnsmasq: ")
+            raise errors.VmmError(f"the DHCP server did not start: {problem}", hint=hint_for(problem))
         paths.write_whole(self._in(_NOTE), json.dumps(ref.to_document()).encode(), durable=False)
 
     def _enclosed(self, words: list[str]) -> list[str]:

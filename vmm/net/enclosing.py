@@ -28,6 +28,13 @@ OWN = "/own"  # where a helper with a root of its own sees its folder
 RESOLVER, RESOLVER_NAME = "/etc/resolv.conf", "resolv.conf"
 
 
+def hint_for(said: str) -> str | None:
+    """What helps where this is what a helper said when it did not start."""
+    if "cannot be enclosed" not in said or not said.endswith("Operation not permitted"):
+        return None
+    return "give this container CAP_SYS_ADMIN, which root needs for it; a user without root needs no capability"
+
+
 @dataclass(frozen=True, slots=True)
 class Enclosure:
     """A helper's place. `user` None: it runs as we do, in the host's file system. `folder` is the helper's own."""

@@ -29,7 +29,8 @@ from vmm.users import user_of
 
 FOLDER_NAME, PEER_NAME, ADDRESS_NAME, LOG_NAME = "gateway", "gate.sock", "port.sock", "gateway.log"
 _ROOT_NAME = "gateway-root"
-_AGAIN_SECONDS = 2.0
+_AGAIN_SECONDS, _MAX_AGAIN_SECONDS = 2.0, 60.0  # between two starts: doubled each time
+_STEADY_SECONDS = 30.0  # one that ran for so long starts well
 _STOP_SECONDS = 2.0
 _REFRESH_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0  # of the starter: no frame is moved meanwhile
@@ -76,17 +77,24 @@ class Gateway:
         self._log = os.path.join(folder, LOG_NAME)
         self._starter = starter
         self._started_at = 0.0
+        self._again_seconds = _AGAIN_SECONDS
 
     def start(self) -> None:
         """Start the helper. Raises Unsupported where QEMU is not installed."""
-        self._starter.start(self.setup)
         self._started_at = time.monotonic()
+        self._starter.start(self.setup)
 
     def keep_alive(self) -> None:
-        """Start it again if it ended, not more often than every few seconds."""
-        if time.monotonic() - self._started_at > _AGAIN_SECONDS and self._starter.pid() is None:
+        """Start it again if it ended: after a few seconds, and after ever more where it ends each time."""
+        age = time.monotonic() - self._started_at
+        if age <= self._again_seconds:
+            return
+        if self._starter.pid() is None:
+            self._again_seconds = min(2 * self._again_seconds, _MAX_AGAIN_SECONDS)
             with contextlib.suppress(errors.VmmError):
                 self.start()
+        elif age > _STEADY_SECONDS:
+            self._again_seconds = _AGAIN_SECONDS
 
     def status(self, connected: bool) -> dict[str, Any]:
         """Whether it runs, and takes frames; and what it said when it does not run."""

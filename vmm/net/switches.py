@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from vmm import errors, paths
 from vmm.complaints import words_of
 from vmm.net import cards, guest_addresses, ipv6_settings, nft, plan, ports
+from vmm.net.enclosing import hint_for
 from vmm.net.gateway import PORT_NAME, QEMU
 from vmm.net.plan import SwitchSpec
 from vmm.net.user_backend import UserBackend
@@ -133,7 +134,13 @@ def delete(name: str, *, force: bool = False) -> list[str]:
     with locked(os.path.join(_folder(), ".lock")):
         spec = load(name)
         host = HostSide(spec)
-        in_use = [one["name"] for one in host.guests() if one["connected"]]
+        try:
+            in_use = [one["name"] for one in host.guests() if one["connected"]]
+        except errors.TimedOut as error:  # its process hangs, and is killed in the end
+            if not force:
+                error.hint = error.hint or "with --force it is ended and deleted, whoever is plugged in"
+                raise
+            in_use = []
         if in_use and not force:
             raise errors.InUse(
                 f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
@@ -309,7 +316,9 @@ class HostSide:
             if not gateway["running"]:
                 said = str(gateway["said"]).strip().splitlines() or ["it says nothing"]
                 problem = said[-1].removeprefix(f"{QEMU}: ").rpartition("}: ")[2]  # of the option that it is about
-                raise errors.VmmError(f"the gateway of switch {self.spec.name!r} does not start: {problem}")
+                raise errors.VmmError(
+                    f"the gateway of switch {self.spec.name!r} does not start: {problem}", hint=hint_for(problem)
+                )
             time.sleep(_LOOK_SECONDS)
 
     def _apply(self) -> bool:

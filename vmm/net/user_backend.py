@@ -28,6 +28,7 @@ from vmm.net import ports
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
+GRACE_SECONDS = 5.0  # to end when told to
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _MODULE = "vmm.net.user_switch"
 _PROBE_SECONDS = 0.01
@@ -137,12 +138,12 @@ class UserBackend:
             raise errors.of_os_error(error, "listen", path=address) from error
         return listener
 
-    def stop(self, grace_seconds: float = 5.0) -> None:
+    def stop(self) -> None:
         """End the process, if it runs, and forget its ports. One that does not end when asked is killed."""
         with contextlib.suppress(errors.VmmError):
             if self.is_running():
                 self.ask("stop")
-        if not self._has_ended(grace_seconds):
+        if not self._has_ended(GRACE_SECONDS):
             for ref in self._processes():
                 with contextlib.suppress(PermissionError):
                     ref.kill()

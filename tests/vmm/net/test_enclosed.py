@@ -125,7 +125,17 @@ def test_what_cannot_be_enclosed_is_told(rooted: Enclosure) -> None:
     rooted.make()
     done = subprocess.run(rooted.command(["/usr/bin/no-such-program"]), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "no-such-program cannot be enclosed" in done.stderr
+    assert "no-such-program cannot be enclosed: No such file" in done.stderr
+    assert enclosing.hint_for(done.stderr.strip()) is None
+
+
+def test_root_without_the_right_to_mount_is_told_what_helps(rooted: Enclosure) -> None:
+    """As in a container; it is not started unenclosed."""
+    rooted.make()
+    words = ["setpriv", "--bounding-set", "-sys_admin", *rooted.command([require_tool("busybox"), "echo", "started"])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "CAP_SYS_ADMIN" in str(enclosing.hint_for(done.stderr.strip()))
 
 
 def test_name_servers_are_shown_again(rooted: Enclosure, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP, is_answered
 from vmm import errors
 from vmm.net import gateway_process
+from vmm.net.gateway import GatewaySetup
 from vmm.net.gateway_process import ForkedStarter, Gateway, LocalStarter
 from vmm.proc import ProcessRef
 
@@ -114,6 +115,50 @@ def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
             gateway.stop()
         assert gateway.status(True)["running"] is False
         assert not os.path.exists(gateway.peer)
+
+
+class NoStarter:
+    """Nothing that it starts runs, unless told."""
+
+    is_lost = False
+
+    def __init__(self) -> None:
+        self.tries = 0
+        self.number: int | None = None
+
+    def start(self, setup: GatewaySetup) -> None:
+        """One more try."""
+        self.tries += 1
+        raise errors.Unsupported("it is not installed")
+
+    def pid(self) -> int | None:
+        """As told."""
+        return self.number
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+
+def test_a_gateway_that_never_starts_is_tried_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch does not spend its time on it: a try a minute in the end, and soon again after one that ran."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    starter = NoStarter()
+    gateway = Gateway(SETUP, "/nowhere/sw-0123456789ab", starter)
+
+    def tries_in(seconds: int) -> int:
+        before = starter.tries
+        for _ in range(seconds):
+            clock[0] += 1.0
+            gateway.keep_alive()
+        return starter.tries - before
+
+    assert tries_in(120) in range(5, 8)
+    assert tries_in(600) in range(9, 12)
+    starter.number = 1
+    assert tries_in(100) == 0
+    starter.number = None
+    assert tries_in(6) == 2
 
 
 def test_low_ports_of_the_host_can_be_forwarded() -> None:

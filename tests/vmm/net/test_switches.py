@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import pytest
 
 from tests.support import require_qemu
 from vmm import errors, paths
-from vmm.net import switches
+from vmm.net import switches, user_backend
 from vmm.net.plan import SwitchSpec, make_switch
 from vmm.net.ports import PortSetup
 from vmm.net.switches import HostSide
@@ -117,6 +119,23 @@ def test_dhcp_follows_the_switchs_file(home: Path) -> None:
     wide = make_switch(name="wide", type="internal", address="10.77.251.1/24", dhcp_last="10.77.251.255")
     with pytest.raises(errors.InvalidSpec, match="broadcast"):
         switches.create(wide)
+
+
+def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows who is plugged in, so it takes force, which the error names."""
+    switches.create(make_switch(name="lab"))
+    user = HostSide(switches.load("lab")).user
+    status = user.status()
+    assert status is not None
+    os.kill(status["pid"], signal.SIGSTOP)
+    monkeypatch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(user_backend, "GRACE_SECONDS", 0.2)
+    with pytest.raises(errors.TimedOut, match="lab does not answer") as caught:
+        switches.delete("lab")
+    assert "--force" in str(caught.value.hint)
+    switches.delete("lab", force=True)
+    assert switches.names() == []
+    assert not user.is_running()
 
 
 def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

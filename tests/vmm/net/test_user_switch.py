@@ -95,7 +95,8 @@ def test_a_switch_that_does_not_answer_is_ended(lab: SwitchLab, monkeypatch: pyt
     assert ref is not None
     assert ref.send(signal.SIGSTOP)
     monkeypatch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
-    lab.backend.stop(grace_seconds=0.2)
+    monkeypatch.setattr(user_backend, "GRACE_SECONDS", 0.2)
+    lab.backend.stop()
     assert not ref.is_alive()
     assert not os.path.exists(lab.backend.folder)
 
