@@ -191,6 +191,8 @@ class Wiring:
 
             try:
                 plugged = await asyncio.to_thread(plugged_in, adapter, self.owner, give)
+                if plugged.back_end is not None:
+                    note_back_ends(self._running.machine, {adapter.id: plugged.back_end})
                 await self._tell_qemu(described(adapter, after, plugged), given)
                 self._write_down(after)
             except BaseException:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,11 +17,13 @@ from typing import cast
 import pytest
 
 from vmm import wiring
+from vmm.back_ends import last_back_ends
 from vmm.net import joining, switches
 from vmm.net.adapter import Plugged
 from vmm.net.joining import Joined
 from vmm.net.plan import make_switch
 from vmm.net.watching import Fault
+from vmm.paths import MachinePaths
 from vmm.running import Running
 from vmm.spec import MachineSpec, make_adapter, make_spec
 from vmm.state import MachineState
@@ -58,6 +62,7 @@ class Told:
     state: MachineState
     identity: None
     runtime: Folder
+    machine: MachinePaths
 
     def __init__(self, spec: MachineSpec) -> None:
         self.spec, self.qmp = spec, self
@@ -69,6 +74,11 @@ class Told:
         """A command of the monitor."""
         assert command == "set_link"
         self.links[name] = up
+
+    @contextlib.contextmanager
+    def busy(self, operation: str) -> Iterator[None]:
+        """One operation at a time."""
+        yield
 
     def tell(self, event: str, **details: object) -> None:
         """An event."""
@@ -104,6 +114,24 @@ def test_what_was_done_about_a_switch_is_told(monkeypatch: pytest.MonkeyPatch) -
         {"event": "switch-mended", "switch": "lab", "what": "rules"},
         {"event": "switch-impaired", "switch": "lab", "what": "dhcp", "problem": "it does not start"},
     ]
+
+
+def test_the_back_end_of_an_adapter_that_is_added_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is saved with it can be restored on the same data path when its switch is gone by then."""
+    running = Told(make_spec(name="x"))
+    running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(tmp_path))
+    running.machine = MachinePaths(str(tmp_path))
+    wires = wiring.Wiring(cast(Running, running))
+
+    async def told(*args: object) -> None:
+        return None
+
+    monkeypatch.setattr(wiring, "plugged_in", lambda *args: Plugged({"id": "w"}, {"driver": "d"}, "", "bridge"))
+    monkeypatch.setattr(wires, "_tell_qemu", told)
+    monkeypatch.setattr(wires, "_write_down", lambda spec: None)
+    adapter = make_adapter(id="nic-3", switch="lab").model_dump(mode="json")
+    asyncio.run(wires._add({"adapter": adapter}, lambda document: None))
+    assert last_back_ends(running.machine) == {"nic-3": "bridge"}
 
 
 def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
