@@ -17,7 +17,7 @@ from typing import Any
 from vmm import paths
 from vmm.net import frames
 from vmm.net.dhcp_message import text
-from vmm.net.dhcp_server import DhcpServer, Record
+from vmm.net.dhcp_server import SAVE_AGAIN, DhcpServer, Record
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -43,11 +43,16 @@ def _unlinked(path: str, flags: int) -> int:
 
 
 def records(path: str, now: float, lease_seconds: int) -> list[tuple[bytes, Record]]:
-    """What `write` wrote. None ends later than one that is given now: the clock may have been wrong."""
+    """What `write` wrote. None ends later than one that is given now: the clock may have been wrong.
+
+    Each is held for as long as a renewal that was not worth a write may have made it.
+    """
     found = []
     for one in read(path):
         expires = min(float(one["expires"]), now + lease_seconds)
-        record = Record(int(ipaddress.IPv4Address(one["address"])), expires, expires, one["name"] or "", saved=expires)
+        held_until = expires + lease_seconds / SAVE_AGAIN
+        address = int(ipaddress.IPv4Address(one["address"]))
+        record = Record(address, expires, held_until, one["name"] or "", saved=expires)
         found.append((frames.parse_mac(one["mac"]), record))
     return found
 

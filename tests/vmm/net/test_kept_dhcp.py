@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
+
+import pytest
 
 from tests.vmm.net import dhcp_client, packets
 from tests.vmm.net.dhcp_client import ACK, DISCOVER, REQUEST
@@ -40,6 +43,25 @@ def test_a_lease_is_kept_before_it_is_told(tmp_path: Path) -> None:
     refused = said(again, port, TWO, REQUEST, "10.0.7.200")
     assert refused is not None
     assert refused.kind == dhcp_client.NAK
+
+
+def test_a_renewal_that_was_not_written_down_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`INV-DHCP-ONE-HOLDER`: the next server does not know of it, and gives nobody the address before it has ended."""
+    path, port, clock = str(tmp_path / "leases"), Port("one", PortRules()), [1_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    kept = KeptDhcp(SETUP, path)
+    assert said(kept, port, ONE, REQUEST, "10.0.7.200") is not None
+    clock[0] += SETUP.lease_seconds / dhcp_server.SAVE_AGAIN - 1
+    assert said(kept, port, ONE, REQUEST, "10.0.7.200") is not None
+    ends = clock[0] + SETUP.lease_seconds
+    clock[0] = ends - 2
+    refused = said(KeptDhcp(SETUP, path), port, TWO, REQUEST, "10.0.7.200")
+    assert refused is not None
+    assert refused.kind == dhcp_client.NAK
+    clock[0] = ends + 2
+    given = said(KeptDhcp(SETUP, path), port, TWO, REQUEST, "10.0.7.200")
+    assert given is not None
+    assert given.kind == ACK
 
 
 def test_what_cannot_be_kept_is_not_told(tmp_path: Path) -> None:
