@@ -115,6 +115,8 @@ def _folders_of(config: str) -> list[str]:
         raise errors.InvalidArgument(f"it is not a regular file of at most {MAX_CONFIG_BYTES} bytes")
     try:
         document = tomllib.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise errors.InvalidArgument(f"it is not TOML: byte {error.start} is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise errors.InvalidArgument(f"it is not TOML: {printable(str(error))}") from error
     if unknown := sorted(set(document) - _KNOWN_KEYS):

@@ -115,7 +115,7 @@ def test_a_file_of_another_user_is_ignored(config: Path) -> None:
     ("text", "words"),
     [
         ("parent_dirs = [", "not TOML"),
-        ("\udcff", "not TOML"),
+        ("#\udcff", "is ignored: it is not TOML: byte 1 is not UTF-8"),
         ('parent_dirs = "/srv/a"', "list of folders"),
         ("parent_dirs = [5]", "list of folders"),
         ('parent_dir = ["/srv/a"]', "only parent_dirs is known"),

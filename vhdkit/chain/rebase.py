@@ -63,10 +63,12 @@ def rebase(
     `accept_parent_id`, the new parent's id, accepts it by the caller's word: nothing is compared but its size, which
     must be the image's own, now or when it was made, unless `accept_parent_size_bytes` is the new parent's.
     The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
-    image without a parent and for one on a device, ParentMismatch for another parent, ParentMissing where there is
-    nothing to compare with, ImageInUse when the image is open anywhere, and what opening the two raises. On error the
-    image has its old names.
+    image without a parent, for one on a device and for a size without an id, ParentMismatch for another parent,
+    ParentMissing where there is nothing to compare with, ImageInUse when the image is open anywhere, and what opening
+    the two raises. On error the image has its old names.
     """
+    if accept_parent_size_bytes is not None and accept_parent_id is None:
+        raise errors.InvalidArgument("accept_parent_size_bytes goes with accept_parent_id")
     options = options or OpenOptions()
     image_path, new_path = real_path(path), os.fsdecode(parent_path)
     with FileStore.open_held(image_path, writable=not dry_run) as store:

@@ -177,3 +177,9 @@ def test_killed_anywhere_it_stands_on_the_old_parent_or_the_new(moved: tuple[Pat
             assert (disk.read(0, 13), disk.read(3 * MIB, 14)) == (b"from the base", b"from the child")
         child.write_bytes(before)
     assert seen == {str(parent), str(copy)}
+
+
+def test_a_size_without_an_id(tmp_path: Path) -> None:
+    """A size is accepted only beside the parent's id; alone it would be ignored."""
+    with pytest.raises(vhdkit.InvalidArgument, match="goes with accept_parent_id"):
+        vhdkit.rebase(tmp_path / "child.vhd", tmp_path / "parent.vhd", accept_parent_size_bytes="4M")
