@@ -16,7 +16,9 @@ from vmm.net import firewalls
 from vmm.net.firewalls import Ruleset
 from vmm.net.plan import SwitchSpec, make_switch
 
-NAT = make_switch(name="nat", type="internal", backend="bridge", address="10.77.9.1/24", nat=True, dhcp=False)
+# The names of tests contain what follows from the id, and must be the same in every worker.
+_ID = "01234567-0000-4000-8000-000000000000"
+NAT = make_switch(id=_ID, name="nat", type="internal", backend="bridge", address="10.77.9.1/24", nat=True, dhcp=False)
 LAN = make_switch(name="lan", type="external", backend="bridge", uplink="up0")
 PRIVATE = make_switch(name="prv", backend="bridge")
 
