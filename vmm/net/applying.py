@@ -229,7 +229,7 @@ class Applying:
             case "keep":
                 name = kernel.name_now(before) or self._heir
                 if name is not None:
-                    restoring.put_back(kernel, {**before, "name": name}, resisted)
+                    restoring.put_back(kernel, {**before, "name": name}, self.spec.bridge_name, resisted)
                 else:  # the card was taken out, and what it had with it
                     resisted.words += restoring.lost(before)
             case "dhcp":

@@ -34,6 +34,7 @@ _PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: what comes untagged is of it; it lea
 _SELF = 2  # the bridge itself is meant, not the bridge it is a port of
 _NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
 _ON_LINK = 4  # of a route
+_UNPROVEN = 0x08 | 0x40  # of an address of IPv6: another host has it; nobody answered yet
 _CHOSEN_FLAGS = plan.NO_DETECTION | plan.FROM_ROUTER | _NO_ROUTE | 0x400  # the last one joins groups
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _DISCARD_PORT = 9
@@ -231,6 +232,7 @@ class Kernel:
                 int(message["scope"]),
                 int(message.get_attr("IFA_RT_PRIORITY") or 0),
                 None if is_four or preferred == FOREVER else preferred,
+                not is_four and bool(flags & _UNPROVEN),
             )
 
     def add_address(self, name: str, one: Address) -> None:

@@ -348,10 +348,20 @@ def load(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) ->
 
     Raises Unsupported, VmmError. One caller at a time.
     """
-    if anew:
-        run({"nftables": [*removal(spec)["nftables"], *document(spec, ports)["nftables"]]})
-        return
-    run(document(spec, ports, [(kind, str(one["name"])) for kind, one in _own(spec) if kind in _KEPT]))
+    if not anew:
+        present = _present(spec)
+        try:
+            run(document(spec, ports, present))
+            return
+        except errors.VmmError:
+            if _present(spec) == present:
+                raise
+    run({"nftables": [*removal(spec)["nftables"], *document(spec, ports)["nftables"]]})
+
+
+def _present(spec: SwitchSpec) -> list[Kept]:
+    """What a document may leave as it is. Somebody may take it away at any time, as `nft flush ruleset` does."""
+    return [(kind, str(one["name"])) for kind, one in _own(spec) if kind in _KEPT]
 
 
 def drops(spec: SwitchSpec) -> dict[str, dict[str, int]]:

@@ -269,6 +269,7 @@ class Address:
     scope: int = 0
     metric: int = 0
     preferred_seconds: int | None = None
+    is_unproven: bool = False  # IPv6: duplicate detection has not ended, or found that another host has the address
 
     @property
     def is_six(self) -> bool:
@@ -412,7 +413,7 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
             f"make the bridge {bridge}",
         ),
     ]
-    words = f"no IPv6 address for the host on {bridge}, and no router among the guests"
+    words = f"keep the host's IPv6 off {bridge}, and believe no router there"
     values: tuple[tuple[str, str], ...] = ipv6_settings.NONE
     if spec.moves_host and uplink is not None:
         words, values = f"set IPv6 of {bridge} as it is on {spec.uplink}", uplink.ipv6_settings
@@ -444,7 +445,9 @@ def _internal_steps(spec: SwitchSpec) -> list[Step]:
 def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> list[Step]:
     bridge = spec.bridge_name
     remember = Step("keep", {"name": uplink.name}, f"write down the addresses and routes of {uplink.name}")
-    quiet = Step("quiet", {"name": uplink.name}, f"no IPv6 of the host on {uplink.name} while it is part of {bridge}")
+    quiet = Step(
+        "quiet", {"name": uplink.name}, f"keep the host's IPv6 off {uplink.name} while it is part of {bridge}"
+    )
     todo = [
         remember,
         quiet,
@@ -476,10 +479,12 @@ def in_order(addresses: Iterable[Address]) -> list[Address]:
 
 
 def _moved(one: Address) -> Address:
-    """As the bridge gets it. An IPv4 address stays when its lease ends; one of IPv6 is proved to be ours alone."""
+    """As the bridge gets it. An IPv4 address stays when its lease ends; one of IPv6 that is proved to be ours alone is
+    used at once.
+    """
     if not one.is_six:
         return replace(one, label=None, valid_seconds=None)
-    return replace(one, flags=one.flags & ~TEMPORARY | NO_DETECTION)
+    return replace(one, flags=one.flags & ~TEMPORARY | (0 if one.is_unproven else NO_DETECTION))
 
 
 def warnings(spec: SwitchSpec, facts: HostFacts) -> list[str]:

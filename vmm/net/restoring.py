@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,19 +45,24 @@ def lost(before: Mapping[str, Any]) -> list[str]:
     return [f"the network card {before['name']} is gone, which had {', '.join(had)}"] if had else []
 
 
-def put_back(kernel: Kernel, before: Mapping[str, Any], resisted: Resisted) -> None:
-    """Addresses in their old order, which the choice of a source depends on, then the routes.
+def put_back(kernel: Kernel, before: Mapping[str, Any], bridge: str, resisted: Resisted) -> None:
+    """Addresses in their old order, which the choice of a source depends on, then the routes. They end when they
+    did on `bridge`, where they may have been prolonged.
 
     Routes come in the kernel's order, in which the one through a gateway may stand before the way to the gateway: what
     is refused is tried again after the others.
     """
     name = before["name"]
     wanted = [Address(**one) for one in before["addresses"]]
-    if list(map(_lasting, kernel.addresses(name))) != list(map(_lasting, wanted)):
+    present = kernel.addresses(name)
+    if list(map(_lasting, present)) != list(map(_lasting, wanted)):
+        prolonged = _prolonged((*present, *kernel.addresses(bridge)))
         for one in wanted:
             kernel.remove_address(name, one)
         for one in in_order(wanted):
             valid, preferred = _left(one.valid_seconds, before, 1), _left(one.preferred_seconds, before, 0)
+            if valid is not None and (newer := prolonged.get(one.address)) is not None:
+                valid, preferred = newer.valid_seconds, newer.preferred_seconds
             with resisted.trying(f"give {name} the address {one}"):
                 kernel.add_address(name, replace(one, valid_seconds=valid, preferred_seconds=preferred))
     have = list(map(_known, kernel.routes(name)))
@@ -82,7 +87,13 @@ def put_back(kernel: Kernel, before: Mapping[str, Any], resisted: Resisted) -> N
 
 
 def _lasting(one: Address) -> Address:
-    return replace(one, valid_seconds=None, preferred_seconds=None)
+    return replace(one, valid_seconds=None, preferred_seconds=None, is_unproven=False)
+
+
+def _prolonged(now: Iterable[Address]) -> dict[str, Address]:
+    """By their addresses those that end, with the longest time that each has."""
+    lent = (one for one in now if one.valid_seconds is not None)
+    return {one.address: one for one in sorted(lent, key=lambda one: one.valid_seconds or 0)}
 
 
 def _known(one: Route) -> Route:

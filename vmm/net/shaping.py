@@ -14,6 +14,7 @@ home of pyroute2. Must not know rules, nor when a limit changes.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ QUEUE_SECONDS = 0.1  # what waits longer is lost, which is how TCP learns of the
 MIN_QUEUE_BYTES = 16 << 10
 HINT = "modprobe -a ifb sch_tbf nft_fwd_netdev"
 _ALIAS = "vmm bandwidth limit of "
+_SHAPER = re.compile(r"vb[0-9a-f]{12}")
 _UNKNOWN = (errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
 
 
@@ -61,9 +63,11 @@ def _ensure(netlink: IPRoute, spec: SwitchSpec, name: str, bytes_per_second: int
     if not found:
         netlink.link("add", ifname=name, kind="ifb")
         found = netlink.link_lookup(ifname=name)
-        netlink.link("set", index=found[0], ifalias=_ALIAS + spec.id)
     index = found[0]
-    has_mtu = netlink.get_links(index)[0].get_attr("IFLA_MTU") == mtu_bytes
+    link = netlink.get_links(index)[0]
+    if link.get_attr("IFLA_IFALIAS") != _ALIAS + spec.id:  # its maker was killed, or the tap was another switch's
+        netlink.link("set", index=index, ifalias=_ALIAS + spec.id)
+    has_mtu = link.get_attr("IFLA_MTU") == mtu_bytes
     if not has_mtu or _rate(netlink, index) != bytes_per_second:
         burst = max(2 * (mtu_bytes + frames.HEADER_BYTES + frames.TAG_BYTES), int(bytes_per_second * BURST_SECONDS))
         limit = max(MIN_QUEUE_BYTES, int(bytes_per_second * QUEUE_SECONDS)) + burst
@@ -92,12 +96,18 @@ def drop_others(spec: SwitchSpec, interfaces: Mapping[str, object]) -> None:
     kept = {shaper_name(one) for one in interfaces}
     with IPRoute() as netlink:
         for message in netlink.get_links(kind="ifb"):
-            if message.get_attr("IFLA_IFALIAS") == _ALIAS + spec.id and message.get_attr("IFLA_IFNAME") not in kept:
+            name, alias = message.get_attr("IFLA_IFNAME"), message.get_attr("IFLA_IFALIAS")
+            if name not in kept and (alias == _ALIAS + spec.id or (not alias and _is_orphan(netlink, name))):
                 try:
                     netlink.link("del", index=message["index"])
                 except NetlinkError as error:
                     if error.code != errno.ENODEV:
                         raise refused(error, "end a bandwidth limit") from error
+
+
+def _is_orphan(netlink: IPRoute, name: str) -> bool:
+    """True for a queue whose maker was killed before it wrote down for whom it is, and whose tap is gone, too."""
+    return _SHAPER.fullmatch(name) is not None and not netlink.link_lookup(ifname="vt" + name.removeprefix("vb"))
 
 
 def drops(spec: SwitchSpec) -> dict[str, int]:

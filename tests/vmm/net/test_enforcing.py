@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from pyroute2.netlink.exceptions import NetlinkError
@@ -128,6 +129,29 @@ def test_a_limit_that_changes_and_goes(bridge: Bridge) -> None:
     assert bridge.spaces.run(bridge.here, "nft list ruleset") == ""
 
 
+def test_a_queue_whose_maker_was_killed_goes_with_the_switch(bridge: Bridge) -> None:
+    """Also one that does not say yet for whom it is, whether its tap is there or gone; nobody else's goes."""
+    for name in ("vb0", "vb0123456789ab", "ifb7"):
+        bridge.spaces.run(bridge.here, f"ip link add {name} type ifb")
+    bridge.enforce(GuestPort("vt0", ANY, RATE))
+    with bridge.spaces.inside(bridge.here):
+        enforcing.end(SPEC)
+    links = bridge.spaces.run(bridge.here, "ip -br link show type ifb")
+    assert "ifb7" in links and "vb" not in links
+
+
+def test_a_queue_stays_when_its_tap_left_another_switch(bridge: Bridge) -> None:
+    """The switch that had the tap before takes away its own queues only."""
+    other = make_switch(name="y", type="external", uplink="e1", backend="bridge")
+    bridge.enforce(GuestPort("vt0", ANY, RATE))
+    with bridge.spaces.inside(bridge.here):
+        enforcing.enforce(other, [GuestPort("vt0", ANY, RATE)])
+        enforcing.end(SPEC)
+        assert "vb0" in bridge.spaces.run(bridge.here, "ip -br link show type ifb")
+        enforcing.end(other)
+    assert "vb0" not in bridge.spaces.run(bridge.here, "ip -br link show type ifb")
+
+
 def test_a_tap_that_is_gone_is_left_out(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that ends while the rules of all are made keeps none of the others from having theirs."""
     limited = GuestPort("vt0", ANY, RATE), GuestPort("vt1", ANY, RATE)
@@ -170,6 +194,26 @@ def test_a_change_at_a_port_leaves_counters_and_limits_alone(bridge: Bridge) -> 
     bridge.enforce(GuestPort("vt0", stormy, RATE))
     assert [one for one in kept() if one not in before] == []
     assert bridge.drops() == {"vt0": {"vlan": 7}}
+
+
+def test_rules_that_are_taken_away_while_a_port_changes(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nft flush ruleset` between a look at the rules and the next ones is no error, and all of them are there."""
+    stormy = PortRules(spoofing=True, storm_frames_per_second=10)
+    bridge.enforce(GuestPort("vt0", stormy), GuestPort("vt1", stormy))
+    own, looks = nft._own, []
+
+    def flushed(spec: SwitchSpec) -> list[tuple[str, dict[str, Any]]]:
+        found = own(spec)
+        looks.append(len(found))
+        if len(looks) == 1:
+            bridge.spaces.run(bridge.here, "nft flush ruleset")
+        return found
+
+    monkeypatch.setattr(nft, "_own", flushed)
+    bridge.enforce(GuestPort("vt0", stormy))
+    assert len(looks) == 2
+    listed = bridge.spaces.run(bridge.here, "nft list ruleset")
+    assert "vt0.sending" in listed and "vt1" not in listed
 
 
 def test_every_reason_is_counted(bridge: Bridge) -> None:

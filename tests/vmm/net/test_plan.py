@@ -30,7 +30,7 @@ UPLINK = UplinkFacts(
 )
 
 
-NO_IPV6 = "no IPv6 address for the host on vmm01234567, and no router among the guests"
+NO_IPV6 = "keep the host's IPv6 off vmm01234567, and believe no router there"
 
 
 def words(settings: dict[str, Any], facts: HostFacts) -> list[str]:
@@ -71,7 +71,7 @@ def test_external_steps() -> None:
     assert [step.words for step in steps][2:] == [
         "switch vmm01234567 on",
         "write down the addresses and routes of eth0",
-        "no IPv6 of the host on eth0 while it is part of vmm01234567",
+        "keep the host's IPv6 off eth0 while it is part of vmm01234567",
         "put eth0 into vmm01234567",
         "give vmm01234567 the address 10.0.0.5/24",
         "take 10.0.0.5/24 from eth0",
@@ -130,7 +130,7 @@ def test_the_hosts_vlan() -> None:
         "put the host's adapter into VLAN 30",
         "switch vmm01234567 on",
         "write down the addresses and routes of eth0",
-        "no IPv6 of the host on eth0 while it is part of vmm01234567",
+        "keep the host's IPv6 off eth0 while it is part of vmm01234567",
         "put eth0 into vmm01234567",
         "let eth0 carry every VLAN, tagged",
     ]
