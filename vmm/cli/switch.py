@@ -27,7 +27,7 @@ from vmm.cli.common import (
     print_table,
 )
 from vmm.cli.switch_capture import capture_command
-from vmm.errors import Unsupported
+from vmm.errors import TimedOut, Unsupported
 from vmm.net import plan, switches, watching
 from vmm.net.frames import MAX_MTU_BYTES
 from vmm.net.plan import SwitchSpec
@@ -183,7 +183,7 @@ def list_command(as_json: bool, quiet: bool) -> None:
                 spec.type,
                 spec.backend,
                 spec.address or spec.uplink or "-",
-                str(len(HostSide(spec).guests())),
+                _port_count(spec),
             ]
             for spec in found
         ]
@@ -191,6 +191,14 @@ def list_command(as_json: bool, quiet: bool) -> None:
             print_table(("SWITCH", "TYPE", "BACK END", "NETWORK", "PORTS"), rows)
         else:
             print_aside("there are no switches: vmm switch create NAME")
+
+
+def _port_count(spec: SwitchSpec) -> str:
+    """How many ports it has, or that its process hangs: the other switches are listed all the same."""
+    try:
+        return str(len(HostSide(spec).guests()))
+    except TimedOut:
+        return "does not answer"
 
 
 @switch_command.command("show", epilog=epilog("vmm switch show nat"))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmm import paths
-from vmm.errors import Unsupported, VmmError
+from vmm.errors import TimedOut, Unsupported, VmmError
 from vmm.host import kernel
 from vmm.kvm import accel, program, userfault
 from vmm.kvm.userfault import Way
@@ -361,8 +361,12 @@ def _check_switches() -> Iterator[Check]:
     wrong = []
     found = switches.load_all()
     for spec in found:
-        with contextlib.suppress(VmmError):
+        try:
             wrong += [(spec.name, one.problem) for one in watching.faults(switches.HostSide(spec))]
+        except TimedOut as error:
+            wrong.append((spec.name, error.problem))
+        except VmmError:
+            pass
     if found:
         yield _judge(
             "switches",

@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.support import require_qemu
 from vmm import errors, paths
+from vmm.cli.switch import list_command
 from vmm.net import switches, user_backend
 from vmm.net.plan import SwitchSpec, make_switch
 from vmm.net.ports import PortSetup
@@ -122,7 +124,7 @@ def test_dhcp_follows_the_switchs_file(home: Path) -> None:
 
 
 def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows who is plugged in, so it takes force, which the error names."""
+    """Nobody knows who is plugged in, so it takes force, which the error names; the list tells it, too."""
     switches.create(make_switch(name="lab"))
     user = HostSide(switches.load("lab")).user
     status = user.status()
@@ -130,6 +132,8 @@ def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.Monk
     os.kill(status["pid"], signal.SIGSTOP)
     monkeypatch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(user_backend, "GRACE_SECONDS", 0.2)
+    listed = CliRunner().invoke(list_command, [], catch_exceptions=False)
+    assert (listed.exit_code, "does not answer" in listed.output) == (0, True)
     with pytest.raises(errors.TimedOut, match="lab does not answer") as caught:
         switches.delete("lab")
     assert "--force" in str(caught.value.hint)
