@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -62,14 +62,21 @@ def spaces() -> Iterator[Namespaces]:
         one.close()
 
 
-def test_ports_are_told_as_they_are_and_come_back(spaces: Namespaces, tmp_path: Path) -> None:
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """A folder with a name short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="vmm-") as made:
+        yield made
+
+
+def test_ports_are_told_as_they_are_and_come_back(spaces: Namespaces, folder: str) -> None:
     """Without the bridge nobody is connected; the first machine that looks makes it again, with all taps in it.
 
     One tap that somebody took out comes back alone. A switch whose bridge is gone holds up no `delete`.
     """
     here = spaces.add("host")
     told = subprocess.run(
-        ["ip", "netns", "exec", here, "env", f"VMM_HOME={tmp_path}/h", f"VMM_RUNTIME={tmp_path}/r",
+        ["ip", "netns", "exec", here, "env", f"VMM_HOME={folder}/h", f"VMM_RUNTIME={folder}/r",
          sys.executable, "-c", _STORY],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
