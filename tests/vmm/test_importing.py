@@ -222,7 +222,7 @@ def test_registered_files_are_ours_alone(machines: Machines, out: Path) -> None:
     (out / "disks").chmod(0o700)
     image = next((out / "disks").iterdir())
     os.link(image, machines.folder / "other.vhd")
-    with pytest.raises(Refused, match="another name"):
+    with pytest.raises(Refused, match="second name"):
         import_machine(str(out), register=True)
     assert nothing_made(machines)
     import_machine(str(out), name="copy")

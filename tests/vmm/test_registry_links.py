@@ -147,8 +147,8 @@ def test_a_saved_state_of_a_linked_disk(machines: Machines, linked: Path) -> Non
 def test_hints_name_options_of_vmm() -> None:
     """What vhdkit says to do next is said in vmm's words, or not at all where it is an option of vhdkit's alone."""
     assert hint_of_vhdkit("if you trust it, say --allow-parent-dir '/a b'") == (
-        "if you trust it, give the disk that option: take it away (vmm disk remove) and add it again, as "
-        "IMAGE,parent-dir='/a b'"
+        "if you trust it, add the disk as IMAGE,parent-dir='/a b' "
+        "(first: vmm disk remove, where the machine has it already)"
     )
     assert "allow-raw-parent" in str(hint_of_vhdkit("if you trust it, say --allow-raw-parent"))
     assert hint_of_vhdkit("repair it (`vhdkit check --repair`)") == "repair it (`vhdkit check --repair`)"

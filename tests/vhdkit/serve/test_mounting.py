@@ -87,9 +87,7 @@ def test_mount_points_that_cannot_be(image: Path, tmp_path: Path) -> None:
     ):
         assert text in failure(code, "mount", image, point, *words)
     assert "no file system that vhdkit knows" in failure(1, "mount", _empty(tmp_path), empty, "--fs")
-    assert "has no partition 3; it has no partition table" in failure(
-        2, "mount", image, empty, "--fs", "--partition=3"
-    )
+    assert "has no partition 3; it is not partitioned" in failure(2, "mount", image, empty, "--fs", "--partition=3")
     assert not is_mounted(empty)
 
 

@@ -290,7 +290,7 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
         ([("image", "a"), ("description", "b")], "description=b has no image=PATH after it"),
         ([("name", "x" * 4097)], "at most 4096 bytes"),
         ([("colour", "red")], "colour= is not known"),
-        ([("access", "maybe")], "access=maybe is none of read, write"),
+        ([("access", "maybe")], "access=maybe is not one of read, write"),
         ([("format", "qcow2")], "format=qcow2"),
         ([("allow-raw-parent", "perhaps")], "allow-raw-parent=perhaps"),
         ([("dynamic-bitmap", "x")], "dynamic-bitmap=x"),

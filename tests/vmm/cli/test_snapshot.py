@@ -63,7 +63,7 @@ def test_delete_and_merge(web: Machines) -> None:
     assert "a is deleted" in said and "2 merges in the background" in said
     assert "2 merges waiting" in vmm("snapshot", "tree", "web")
     assert vmm("snapshot", "merge", "web") == "web: 2 merged\n"
-    assert vmm("snapshot", "merge", "web") == "web: nothing is to be merged\n"
+    assert vmm("snapshot", "merge", "web") == "web: there is nothing to merge\n"
     assert vmm_json("snapshot", "merge", "web") == {"merged": 0, "merges": []}
     assert "nothing is being merged" in vmm("snapshot", "merge", "web", "--cancel")
     assert "no snapshots" in vmm("snapshot", "list", "web")
@@ -103,7 +103,7 @@ def test_names_and_limit(web: Machines) -> None:
         (("snapshot", "create", "nobody"), 1, "no machine 'nobody'"),
         (("snapshot", "show", "web", "zzz"), 1, "no snapshot 'zzz'"),
         (("snapshot", "create", "web", "--name", "a"), 1, "already"),
-        (("snapshot", "create", "web", "--name", ""), 2, "no name"),
+        (("snapshot", "create", "web", "--name", ""), 2, "cannot be the name"),
         (("snapshot", "create", "web", "--mode", "x"), 2, "--mode"),
         (("snapshot", "create", "web", "--consistent"), 5, "does not run"),
         (("snapshot", "merge", "web", "--live"), 5, "does not run"),

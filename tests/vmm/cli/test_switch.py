@@ -159,7 +159,7 @@ def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
     [
         (("--files", "3"), "--files needs --max-size and a FILE"),
         (("--max-size", "1K"), "64K or more"),
-        (("--max-size", "1M", "--files", "1"), "is not in the range"),
+        (("--max-size", "1M", "--files", "1"), "must be from 2 to 10000"),
     ],
 )
 def test_limits_of_a_capture_that_cannot_be(vmm: Terminal, words: tuple[str, ...], said: str) -> None:

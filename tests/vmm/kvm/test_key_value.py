@@ -259,7 +259,7 @@ def test_real_guest(tmp_path: Path) -> None:
             assert '"value":"10.0.0.5"' in await in_guest(shell.check, "kvp list guest")
             assert '"value":"set while it was off"' in await in_guest(shell.check, "kvp get before")
             refused = await in_guest(shell.run, "kvp get nothing")
-            assert refused.exit_code != 0 and "there is no item" in refused.output
+            assert refused.exit_code != 0 and "has no item" in refused.output
             assert await channel.delete("say") is True
             assert (await in_guest(shell.run, "cat /run/kvp/host/say")).exit_code != 0
             running.cancel()

@@ -48,7 +48,7 @@ def test_ports() -> None:
 def test_rules() -> None:
     """Each setting reaches the switch."""
     plain = adapter.rules_of(make_adapter(id="nic-0", mac=MAC))
-    assert plain == PortRules(addresses=frozenset({bytes.fromhex("00155d000001")}))
+    assert plain == PortRules(addresses=frozenset({bytes.fromhex("00155d000001")}), storm_frames_per_second=1000)
     access = adapter.rules_of(
         make_adapter(id="nic-0", mac=MAC, vlan=7, spoofing=True, dhcp_guard=True, mirror="source")
     )
