@@ -387,6 +387,6 @@ def test_no_snapshot_of_what_is_passed_through() -> None:
     """Machines with a device or LUN are refused what needs a layer of ours under every disk; others are not."""
     chain = disk_spec(id="disk-0", path="/images/a.vhd")
     device = disk_spec(id="disk-1", kind="pass-through", path="/dev/sdb", unit=1)
-    devices.refuse_passed_through(make_spec(name="web", disks=[chain]), "snapshot")
-    with pytest.raises(Refused, match=r"no snapshot: disk-1 \(/dev/sdb\).*vmm disk remove web disk-1"):
-        devices.refuse_passed_through(make_spec(name="web", disks=[chain, device]), "snapshot")
+    devices.refuse_passed_through(make_spec(name="web", disks=[chain]), "a snapshot")
+    with pytest.raises(Refused, match=r"a snapshot cannot contain: disk-1 \(/dev/sdb\).*disk remove web disk-1"):
+        devices.refuse_passed_through(make_spec(name="web", disks=[chain, device]), "a snapshot")

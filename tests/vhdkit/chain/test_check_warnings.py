@@ -27,7 +27,7 @@ PARENT_ID = child().parent_id
 # Warnings about what is beside an image, or about programs: their messages say what helps, and that a repair does not.
 BESIDE = {
     "parent-written", "children-unseen", "no-locks", "undo-log-ignored", "merge-record-ignored", "merge-unfinished",
-    "notes-unwritten",
+    "notes-unwritten", "image-inside",
 }  # fmt: skip
 # A repair takes these back or forgets them, as docs/recovery.md shows and tests/test_recovery.py types.
 TYPED = {"change-unfinished", "notes-left-out"}

@@ -454,6 +454,7 @@ def _image_inside(store: Store, copy: FooterPlace) -> list[Finding]:
         "an image begins here, and at its end the device has the footer of a fixed disk, which counts: the guest of a"
         " fixed disk can write an image here. If it was copied over an old disk, clear the last sector of the device"
     )
+    message = left_by_repair(message, "it cannot know which of the two is meant")
     return [Finding(Severity.WARNING, "image-inside", message, store.name, copy.structure, copy.offset_bytes)]
 
 
