@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_qemu
+from vmm.net.user_backend import UserBackend
 
 
 class Terminal:
@@ -37,6 +39,16 @@ class Terminal:
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout, done.stderr
+
+    @contextlib.contextmanager
+    def client_of_the_switch(self) -> Iterator[None]:
+        """The only switch has a client, and runs; it is started where it has ended."""
+        name = json.loads(self.good("switch", "list", "--json"))[0]["name"]
+        (folder,) = (self.folder / "run").glob("sw-*")
+        backend = UserBackend(str(folder), name)
+        backend.ensure("status")
+        with backend._connected():
+            yield
 
     def good(self, *words: str) -> str:
         """The output of what must succeed."""
@@ -62,9 +74,10 @@ def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
     code, _, said = vmm.run("switch", "create", "lab")
     assert (code, said.count("\n")) == (1, 1)
     assert "lab  " in vmm.good("switch", "list")
-    assert "user: runs" in vmm.good("switch", "show", "lab")
-    assert json.loads(vmm.good("switch", "ports", "lab", "--json")) == []
-    assert json.loads(vmm.good("switch", "addresses", "lab", "--json")) == []
+    with vmm.client_of_the_switch():  # it ends when for ten seconds nobody needs it
+        assert json.loads(vmm.good("switch", "ports", "lab", "--json")) == []
+        assert "user: runs" in vmm.good("switch", "show", "lab")
+        assert json.loads(vmm.good("switch", "addresses", "lab", "--json")) == []
     assert vmm.good("switch", "delete", "lab") == "lab is deleted\n"
     code, _, said = vmm.run("switch", "delete", "lab")
     assert code == 1
