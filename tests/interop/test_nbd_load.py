@@ -26,7 +26,17 @@ FIRST = 5 * MIB  # fio has what lies before
 
 def fio(uri: str, *words: str) -> list[str]:
     """A command line of fio on the first 4 MiB of an export."""
-    return [require_tool("fio"), "--name=v", "--ioengine=nbd", f"--uri={uri}", "--size=4m", "--rw=randwrite", *words]
+    # In a thread: a job that is a process of its own outlives the program when that is killed.
+    return [
+        require_tool("fio"),
+        "--name=v",
+        "--thread",
+        "--ioengine=nbd",
+        f"--uri={uri}",
+        "--size=4m",
+        "--rw=randwrite",
+        *words,
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,9 +91,9 @@ def test_wrong_words(words: list[str]) -> None:
 def fio(server: Server, seconds: int) -> subprocess.Popen[str]:
     """A client that writes at random and reads back what it wrote."""
     command = [
-        require_tool("fio"), "--name=live", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randwrite", "--size=6m",
-        "--bsrange=512-64k", "--iodepth=8", "--time_based", f"--runtime={seconds}", "--rate=4m,4m", "--fsync=50",
-        "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=32", "--verify_state_save=0",
+        require_tool("fio"), "--name=live", "--thread", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randwrite",
+        "--size=6m", "--bsrange=512-64k", "--iodepth=8", "--time_based", f"--runtime={seconds}", "--rate=4m,4m",
+        "--fsync=50", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=32", "--verify_state_save=0",
     ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
