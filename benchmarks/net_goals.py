@@ -33,7 +33,7 @@ from vmm.net.user_backend import UserBackend
 from vmm.spec import DEFAULT_STORM_FRAMES
 
 SECONDS = 4.0
-RATE = 20_000_000
+RATE = 100_000_000
 PORTS = 200
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On which back end each adapter of a machine was last.
+"""The back end that each adapter of a machine used last.
 
-Decides what is written down of it, and which of it is believed: a machine starts although a switch is gone, and gets
-the data path with which it can join the next switch of that name. Saved memory fits one data path alone. Must not know
-switches.
+Decides what is recorded about it and how much of the record is believed. With it, a machine whose switch is gone
+starts with the data path that lets the adapter join the next switch of that name; saved memory fits only one data
+path. Must not know switches.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ _MAX_FILE_BYTES = 1 << 16
 def last_back_ends(machine: MachinePaths) -> dict[str, Backend]:
     """By the adapter's id, as far as it is known: what cannot be read says nothing."""
     try:
-        with open(machine.back_ends, "rb") as file:
+        # Not to wait for the other end of a pipe that has this name.
+        descriptor = os.open(machine.back_ends, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
             document = json.loads(file.read(_MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,12 @@ def test_nonsense(content: str, tmp_path: Path) -> None:
     machine = MachinePaths(str(tmp_path))
     Path(machine.back_ends).write_text(content)
     assert last_back_ends(machine) == {}
+
+
+def test_a_pipe_of_that_name(tmp_path: Path) -> None:
+    """A pipe that nobody writes to says nothing, and nobody waits for it."""
+    machine = MachinePaths(str(tmp_path))
+    os.mkfifo(machine.back_ends)
+    assert last_back_ends(machine) == {}
+    note_back_ends(machine, {"nic-0": "user"})
+    assert last_back_ends(machine) == {"nic-0": "user"}
