@@ -72,12 +72,11 @@ def environment() -> Iterator[Any]:
 
 
 class Stations:
-    """A `user` switch with sockets as guests."""
+    """Sockets as the guests of a `user` switch: of the one given, or of one in the folder."""
 
-    def __init__(self, folder: Path) -> None:
-        os.environ["VMM_RUNTIME"] = str(folder / "rt")
+    def __init__(self, folder: Path, backend: UserBackend | None = None) -> None:
         self.folder = folder
-        self.backend = UserBackend(str(folder / "rt" / "sw"), "bench")
+        self.backend = backend or UserBackend(str(folder / "rt" / "sw"), "bench")
         self.setups: dict[str, PortSetup] = {}
         self.socks: dict[str, socket.socket] = {}
 
@@ -107,7 +106,8 @@ class Stations:
 @contextmanager
 def stations() -> Iterator[Stations]:
     """A switch in a folder of its own."""
-    with environment(), tempfile.TemporaryDirectory(prefix="vmm-net-") as folder:
+    with environment() as variables, tempfile.TemporaryDirectory(prefix="vmm-net-") as folder:
+        variables.setenv("VMM_RUNTIME", str(Path(folder) / "rt"))
         one = Stations(Path(folder))
         try:
             yield one
@@ -206,8 +206,7 @@ def killed_seconds() -> float:
             lab.define("idle", {"switch": "bench"}, kernel=None, initrd=None, append=None, memory_bytes=64 << 20)
             lab.manager.start("idle")
             time.sleep(2)  # until its worker has looked at the switch
-            here = Stations(lab.folder)
-            here.backend = switches.HostSide(switches.load("bench")).user
+            here = Stations(lab.folder, switches.HostSide(switches.load("bench")).user)
             here.plug("a", 11, as_qemu=True)
             receiver = here.plug("b", 12, as_qemu=True)
             done = threading.Event()
