@@ -27,8 +27,9 @@ from tests.vmm.net.machines import MachineLab
 from tests.vmm.net.packets import ethernet, mac
 from vmm.net import switches
 from vmm.net.engine import PortRules
-from vmm.net.plan import make_switch
+from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
+from vmm.net.switch_spec import make_switch
 from vmm.net.user_backend import UserBackend
 from vmm.spec import DEFAULT_STORM_FRAMES
 
@@ -206,7 +207,7 @@ def killed_seconds() -> float:
             lab.define("idle", {"switch": "bench"}, kernel=None, initrd=None, append=None, memory_bytes=64 << 20)
             lab.manager.start("idle")
             time.sleep(2)  # until its worker has looked at the switch
-            here = Stations(lab.folder, switches.HostSide(switches.load("bench")).user)
+            here = Stations(lab.folder, HostSide(switches.load("bench")).user)
             here.plug("a", 11, as_qemu=True)
             receiver = here.plug("b", 12, as_qemu=True)
             done = threading.Event()

@@ -19,8 +19,8 @@ from vmm.contact import Place
 from vmm.errors import InUse, InvalidSpec, NotFound, VmmError
 from vmm.events import add_event
 from vmm.net import frames, mac, switches
+from vmm.net.host_side import HostSide
 from vmm.net.joining import is_plugged
-from vmm.net.switches import HostSide
 from vmm.paths import write_whole
 from vmm.proc import locked
 from vmm.registry import Machine

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vmm.paths import MachinePaths, write_whole
 
 if TYPE_CHECKING:
-    from vmm.net.plan import Backend
+    from vmm.net.switch_spec import Backend
 
 _BACK_ENDS: tuple[Backend, ...] = ("user", "bridge")
 _MAX_FILE_BYTES = 1 << 16

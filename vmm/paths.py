@@ -9,9 +9,11 @@ link. Must not know what is in the files.
       machines/NAME/            a machine: its folder, or a link to it if it lies elsewhere
         machine.json            its definition
         was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
+      switches/                 NAME.json, ID.leases: the virtual switches
       disks/  snapshots/        where new ones are put by default
     runtime ($VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
       FIRST-12-OF-ID/           a running machine: sockets (a unix socket's path has at most 107 bytes) and state.json
+      sw-FIRST-12-OF-ID/        a switch that is on the host: its sockets, its ports, its journal
 """
 
 from __future__ import annotations
@@ -273,6 +275,23 @@ def _settings_path() -> str:
 def registry_folder() -> str:
     """Where every machine has its folder, or a link to it."""
     return os.path.join(home(), "machines")
+
+
+def switches_folder() -> str:
+    """Where the definitions of all switches and the leases of their guests are."""
+    return os.path.join(home(), "switches")
+
+
+def switch_file(name: str) -> str:
+    """The definition of the switch of that name (`vmm.net.switch_spec`), as JSON. Raises NotFound."""
+    if "/" in name or "\0" in name or name.startswith("."):
+        raise NotFound(f"there is no switch {name!r}")
+    return os.path.join(switches_folder(), f"{name}.json")
+
+
+def switch_leases(switch_id: str) -> str:
+    """The addresses that guests of an internal switch were given (`vmm.net.lease_file`)."""
+    return os.path.join(switches_folder(), f"{switch_id}.leases")
 
 
 def check_name(name: str) -> None:

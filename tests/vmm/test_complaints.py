@@ -11,7 +11,7 @@ from pydantic_core.core_schema import ErrorType
 
 from vmm.complaints import words_of
 from vmm.errors import InvalidSpec
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 from vmm.spec import make_adapter, make_disk, make_spec, read_spec
 
 _THEIR_WORDS = ("Input should", "Extra inputs", "Field required", "permitted", "should be", "String should", "valid ")

@@ -20,8 +20,9 @@ from vmm import wiring
 from vmm.back_ends import last_back_ends
 from vmm.net import joining, switches
 from vmm.net.adapter import Plugged
+from vmm.net.host_side import HostSide
 from vmm.net.joining import Joined
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 from vmm.net.watching import Fault
 from vmm.paths import MachinePaths
 from vmm.running import Running
@@ -144,7 +145,7 @@ def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyP
     running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(folder / "m"))
     (folder / "m" / "nic-0").mkdir(parents=True)
     switches.create(make_switch(name="lab"))
-    host = switches.HostSide(switches.load("lab"))
+    host = HostSide(switches.load("lab"))
 
     async def go_through() -> None:
         wires = wiring.Wiring(cast(Running, running))

@@ -186,11 +186,12 @@ def _data_path(adapter: AdapterSpec) -> str:
 def _port_status(spec: MachineSpec, adapter: AdapterSpec) -> dict[str, Any] | None:
     from vmm.net import switches
     from vmm.net.adapter import port_name
+    from vmm.net.host_side import HostSide
 
     if adapter.switch is None:
         return None
     try:
-        ports = switches.HostSide(switches.load(adapter.switch)).port_status()
+        ports = HostSide(switches.load(adapter.switch)).port_status()
     except VmmError:
         return None
     return next((one for one in ports if one["name"] == port_name(spec.id, adapter.id)), None)

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from vmm import paths
 from vmm.cli.common import (
     VerbGroup,
     confirm,
@@ -28,10 +29,10 @@ from vmm.cli.common import (
 )
 from vmm.cli.switch_capture import capture_command
 from vmm.errors import TimedOut, Unsupported
-from vmm.net import plan, switches, watching
+from vmm.net import plan, switch_spec, switches, watching
 from vmm.net.frames import MAX_MTU_BYTES
-from vmm.net.plan import SwitchSpec
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
+from vmm.net.switch_spec import SwitchSpec
 
 WATCH_SECONDS = 1.0
 
@@ -123,7 +124,7 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
         settings["address"] = words["address"] or switches.free_address()
     elif words["address"]:
         settings["address"] = words["address"]
-    return plan.make_switch(**settings)
+    return switch_spec.make_switch(**settings)
 
 
 @switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0", "vmm switch set lab --mtu 9000"))
@@ -257,7 +258,7 @@ def _way_out(spec: SwitchSpec) -> str:
 def _leases(spec: SwitchSpec) -> list[dict[str, Any]]:
     from vmm.net import lease_file
 
-    return lease_file.read(switches.lease_path(spec)) if spec.type == "internal" else []
+    return lease_file.read(paths.switch_leases(spec.id)) if spec.type == "internal" else []
 
 
 @switch_command.command("ports", epilog=epilog("vmm switch ports lab", "vmm switch ports lab --watch"))
@@ -346,11 +347,11 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
     mac = adapters.find(found, adapter_id).mac
     assert mac is not None
 
-    def with_lease(spec: plan.SwitchSpec) -> plan.SwitchSpec:
+    def with_lease(spec: switch_spec.SwitchSpec) -> switch_spec.SwitchSpec:
         if address is None:
             return guest_addresses.without_fixed(spec, mac, adapter)
         host_name = "".join(c if c.isalnum() and c.isascii() else "-" for c in machine.lower()).strip("-") or None
-        held = lease_file.read(switches.lease_path(spec))
+        held = lease_file.read(paths.switch_leases(spec.id))
         return guest_addresses.with_fixed(spec, mac, address, host_name, held, time.time())
 
     changed = switches.change(name, with_lease)

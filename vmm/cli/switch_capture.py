@@ -15,7 +15,7 @@ from vmm.cli.common import SIZE, epilog, output_options, print_json, print_line
 from vmm.errors import Unsupported, WrongState, of_os_error
 from vmm.net import switches
 from vmm.net.capture_files import MAX_FILES, MIN_SIZE_BYTES, CaptureFiles
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
 
 
 @click.command(

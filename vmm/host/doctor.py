@@ -357,12 +357,13 @@ def _check_network() -> Iterator[Check]:
 def _check_switches() -> Iterator[Check]:
     """The switches that there are; only where there are any."""
     from vmm.net import switches, watching
+    from vmm.net.host_side import HostSide
 
     wrong = []
     found = switches.load_all()
     for spec in found:
         try:
-            wrong += [(spec.name, one.problem) for one in watching.faults(switches.HostSide(spec))]
+            wrong += [(spec.name, one.problem) for one in watching.faults(HostSide(spec))]
         except TimedOut as error:
             wrong.append((spec.name, error.problem))
         except VmmError:

@@ -22,9 +22,9 @@ from typing import Any
 from vmm import errors, paths
 from vmm.net import frames, switches, taps
 from vmm.net.engine import PortRules, VlanMode
-from vmm.net.plan import USUAL_MTU_BYTES, Backend
+from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
-from vmm.net.switches import HostSide
+from vmm.net.switch_spec import USUAL_MTU_BYTES, Backend
 from vmm.spec import AdapterSpec
 
 SYNTHETIC_DRIVER, LEGACY_DRIVER = "virtio-net-pci", "rtl8139"

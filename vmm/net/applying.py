@@ -25,8 +25,9 @@ from vmm import errors, paths
 from vmm.net import enforcing, forwarding, ipv6, ipv6_settings, nft, plan, restoring, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
-from vmm.net.plan import HostFacts, Step, SwitchSpec
+from vmm.net.plan import HostFacts, Step
 from vmm.net.restoring import Resisted
+from vmm.net.switch_spec import SwitchSpec
 
 GATEWAY_SECONDS = 5.0
 JOURNAL_NAME = "journal.json"

@@ -23,7 +23,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm import errors
 from vmm.net import frames, ipv6, ipv6_settings, plan, uplinks
-from vmm.net.plan import Address, HostFacts, Route, SwitchSpec, UplinkFacts
+from vmm.net.plan import Address, HostFacts, Route, UplinkFacts
+from vmm.net.switch_spec import SwitchSpec
 
 FOREVER = 0xFFFFFFFF
 ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the same name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from vmm import errors
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 ROOT = "/sys/class/net"
 _RANDOM = "1"  # of addr_assign_type: made up when the interface was (Documentation/ABI/testing/sysfs-class-net)

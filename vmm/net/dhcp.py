@@ -20,7 +20,7 @@ from vmm import errors, paths
 from vmm.net import enclosed, lease_file
 from vmm.net.dhcp_server import LEASE_SECONDS
 from vmm.net.enclosing import Enclosure, hint_for
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 from vmm.proc import ProcessRef, command_words, spawn_detached
 from vmm.users import user_of
 

@@ -13,7 +13,7 @@ from vmm import errors
 from vmm.net import nft, shaping
 from vmm.net.engine import Drop
 from vmm.net.nft import GuestPort
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 
 def enforce(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) -> None:

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vmm.net import settings
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _SECONDS = 10.0

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vmm import errors
-from vmm.net import plan
-from vmm.net.plan import SwitchSpec
+from vmm.net import switch_spec
+from vmm.net.switch_spec import SwitchSpec
 
 
 def with_fixed(
@@ -40,7 +40,7 @@ def with_fixed(
                 hint=f"choose an address outside of {spec.dhcp_range[0]} to {spec.dhcp_range[1]}",
             )
     leases = [*(one.model_dump() for one in rest), {"mac": mac, "address": address, "name": name}]
-    return plan.make_switch(**{**spec.model_dump(), "leases": leases})
+    return switch_spec.make_switch(**{**spec.model_dump(), "leases": leases})
 
 
 def refuse(spec: SwitchSpec, address: str) -> None:
@@ -67,7 +67,7 @@ def without_fixed(spec: SwitchSpec, mac: str, adapter: str) -> SwitchSpec:
     rest = [one.model_dump() for one in spec.leases if one.mac != mac]
     if len(rest) == len(spec.leases):
         raise errors.NotFound(f"{adapter} has no fixed address on switch {spec.name}")
-    return plan.make_switch(**{**spec.model_dump(), "leases": rest})
+    return switch_spec.make_switch(**{**spec.model_dump(), "leases": rest})
 
 
 def refuse_range(spec: SwitchSpec) -> None:

@@ -23,7 +23,7 @@ from vmm.net.adapter import (
     refuse_same_address,
     setup_of,
 )
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
 from vmm.spec import AdapterSpec
 
 

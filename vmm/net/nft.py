@@ -25,7 +25,7 @@ from vmm import errors, paths
 from vmm.net import forwarding, frames
 from vmm.net.engine import Drop, PortRules, VlanMode
 from vmm.net.forwarding import Guard
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 NFT_SECONDS = 20.0
 NFT_HINT = "apt-get install nftables"

@@ -20,7 +20,7 @@ from typing import Any
 from vmm import errors
 from vmm.net import nft
 from vmm.net.nft import GuestPort
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 _NETFILTER, _GET_GENERATION, _GENERATION_ID = 12, 10 << 8 | 16, 1
 _REQUEST = struct.pack("=IHHII", 20, _GET_GENERATION, 1, 0, 0) + bytes(4)  # nlmsghdr with NLM_F_REQUEST, nfgenmsg

@@ -22,7 +22,7 @@ import os
 
 from vmm import errors, paths
 from vmm.net import enforcing, rule_check, settings
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
 
 MAX_ATTEMPTS = 3
 _NAME = "rules.json"

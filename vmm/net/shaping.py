@@ -25,7 +25,7 @@ from vmm import errors
 from vmm.net import frames
 from vmm.net.bridge import refused
 from vmm.net.nft import shaper_name
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 BURST_SECONDS = 0.01  # and two whole frames at least
 QUEUE_SECONDS = 0.1  # what waits longer is lost, which is how TCP learns of the limit

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from vmm import errors, paths
 from vmm.net import rule_watch, settings, switches
 from vmm.net.dhcp import DhcpServer
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
 
 MAX_PAUSE_SECONDS = 60.0  # between two tries
 _TRIES_NAME = "dhcp-tries.json"
@@ -133,4 +133,4 @@ def _is_there(host: HostSide) -> bool:
 
 
 def _dhcp(host: HostSide) -> DhcpServer:
-    return DhcpServer(host.spec, host.folder, switches.lease_path(host.spec))
+    return DhcpServer(host.spec, host.folder, host.lease_path)

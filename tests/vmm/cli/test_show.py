@@ -14,7 +14,7 @@ from vmm.cli.main import main
 from vmm.cli.show import _duration, addresses_of
 from vmm.manager import MachineInfo, Manager
 from vmm.net import switches
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 from vmm.spec import make_adapter, make_spec
 from vmm.state import MachineState
 

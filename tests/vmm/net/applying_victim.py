@@ -22,7 +22,7 @@ from vmm.net import dhcp, nft, settings
 from vmm.net.applying import Applying
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 # Everything that must be as before. Lifetimes run on, counters count, and names of groups are no state.
 STATE = r"""

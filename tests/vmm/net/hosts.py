@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.machines import Namespaces
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 
 
 class BridgeHost:

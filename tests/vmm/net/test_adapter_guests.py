@@ -16,7 +16,8 @@ from tests.vmm.net.machines import MachineLab, address, lease, ping
 from vmm import registry
 from vmm.net import switches
 from vmm.net.adapter import port_name
-from vmm.net.plan import make_switch
+from vmm.net.host_side import HostSide
+from vmm.net.switch_spec import make_switch
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 
@@ -35,7 +36,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineLab]:
 def drops(lab: MachineLab, switch: str, machine: str, adapter: str = "nic-0") -> dict[str, int]:
     """What the switch dropped of an adapter's frames."""
     name = port_name(registry.load(machine).spec.id, adapter)
-    ports = switches.HostSide(switches.load(switch)).port_status()
+    ports = HostSide(switches.load(switch)).port_status()
     found: dict[str, int] = next(one["drops"] for one in ports if one["name"] == name)
     return found
 
@@ -61,7 +62,7 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     assert ping(three, "10.5.0.1").exit_code == 0
     assert fetched(one, two, "10.5.0.2")
     # The switch is killed: the machines start it again, and the guests notice nothing but a pause.
-    status = switches.HostSide(switches.load("lab")).user.status()
+    status = HostSide(switches.load("lab")).user.status()
     assert status is not None
     two.check("(ping 10.5.0.1 >/tmp/pings 2>&1 &)")
     os.kill(status["pid"], signal.SIGKILL)
@@ -127,5 +128,5 @@ def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
     lab.manager.remove_adapter("one", "nic-1")
     assert one.run("test -e /sys/class/net/eth1").exit_code != 0
     assert [adapter.id for adapter in registry.load("one").spec.adapters] == ["nic-0"]
-    ports = switches.HostSide(switches.load("b")).port_status()
+    ports = HostSide(switches.load("b")).port_status()
     assert [one["name"] for one in ports] == [port_name(registry.load("two").spec.id, "nic-1")]

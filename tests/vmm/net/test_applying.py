@@ -16,7 +16,7 @@ import pytest
 from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.applying_victim import STATE
 from tests.vmm.net.machines import Namespaces
-from vmm.net import plan
+from vmm.net import switch_spec
 
 pytestmark = [pytest.mark.netns]
 
@@ -51,14 +51,14 @@ class Host:
         """Everything that must be as before."""
         return self.spaces.run(self.here, STATE)
 
-    def command(self, verb: str, spec: plan.SwitchSpec, *more: str) -> list[str]:
+    def command(self, verb: str, spec: switch_spec.SwitchSpec, *more: str) -> list[str]:
         """The program that applies or takes back."""
         path = self.folder / f"{spec.name}.json"
         path.write_bytes(spec.to_json())
         program = [sys.executable, "-m", "tests.vmm.net.applying_victim"]
         return ["ip", "netns", "exec", self.here, *program, verb, str(path), str(self.folder / "rt"), *more]
 
-    def do(self, verb: str, spec: plan.SwitchSpec, *more: str) -> subprocess.CompletedProcess[str]:
+    def do(self, verb: str, spec: switch_spec.SwitchSpec, *more: str) -> subprocess.CompletedProcess[str]:
         """Run it."""
         return subprocess.run(
             self.command(verb, spec, *more), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
@@ -78,10 +78,10 @@ def host(tmp_path: Path) -> Iterator[Host]:
         spaces.close()
 
 
-EXTERNAL = plan.make_switch(name="ext", type="external", backend="bridge", uplink="up0")
-ALONE = plan.make_switch(name="alone", type="external", backend="bridge", uplink="up0", host=False)
-INTERNAL = plan.make_switch(name="int", type="internal", backend="bridge", address="10.77.9.1/24", nat=True)
-PRIVATE = plan.make_switch(name="prv", type="private", backend="bridge")
+EXTERNAL = switch_spec.make_switch(name="ext", type="external", backend="bridge", uplink="up0")
+ALONE = switch_spec.make_switch(name="alone", type="external", backend="bridge", uplink="up0", host=False)
+INTERNAL = switch_spec.make_switch(name="int", type="internal", backend="bridge", address="10.77.9.1/24", nat=True)
+PRIVATE = switch_spec.make_switch(name="prv", type="private", backend="bridge")
 ALL = {spec.name: spec for spec in (EXTERNAL, ALONE, INTERNAL, PRIVATE)}
 
 
@@ -147,11 +147,13 @@ def test_switches_that_share_a_setting(host: Host, first_away: int) -> None:
     """Two with NAT need the card's forwarding: it stays while one is there, and is as before when both are gone."""
     before = host.state()
     two = [
-        plan.make_switch(name=f"nat{one}", type="internal", backend="bridge", address=f"10.77.{one}.1/24", nat=True)
+        switch_spec.make_switch(
+            name=f"nat{one}", type="internal", backend="bridge", address=f"10.77.{one}.1/24", nat=True
+        )
         for one in range(2)
     ]
 
-    def do(verb: str, spec: plan.SwitchSpec) -> None:
+    def do(verb: str, spec: switch_spec.SwitchSpec) -> None:
         command = host.command(verb, spec)
         command[-1] = str(host.folder / "rt" / spec.name)
         Path(command[-1]).mkdir(parents=True, exist_ok=True)
@@ -266,7 +268,7 @@ def test_a_foreign_interface_in_the_way_is_left_alone(host: Host) -> None:
 )
 def test_refusals_change_nothing(host: Host, settings: dict[str, object], words: str) -> None:
     """What the host cannot have is said before anything is touched."""
-    spec = plan.make_switch(name="no", backend="bridge", **settings)
+    spec = switch_spec.make_switch(name="no", backend="bridge", **settings)
     if "host_vlan" in settings and Path("/proc/config.gz").exists() is False:
         pytest.skip("the kernel does not tell its configuration")
     before = host.state()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 
 pytestmark = [pytest.mark.netns]
 

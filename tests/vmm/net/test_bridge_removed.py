@@ -19,16 +19,17 @@ pytestmark = [pytest.mark.netns]
 _STORY = """
 import json, subprocess
 from vmm.net import switches
+from vmm.net.host_side import HostSide
 from vmm.net.adapter import Owner, interface_name, setup_of
 from vmm.net.joining import join
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 from vmm.spec import make_adapter
 
 def ip(words): subprocess.run(["ip", *words.split()], check=True)
 def connected(): return sum(one["connected"] for one in host.port_status())
 
 switches.create(make_switch(name="lab", backend="bridge"))
-host, told = switches.HostSide(switches.load("lab")), []
+host, told = HostSide(switches.load("lab")), []
 adapters = [make_adapter(id=f"nic-{n}", switch="lab", mac=f"02:00:00:00:00:0{n}") for n in range(3)]
 owners = [Owner(f"machine-{n}", "/nowhere") for n in range(3)]
 for adapter, owner in zip(adapters, owners):

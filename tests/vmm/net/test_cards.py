@@ -14,7 +14,7 @@ from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.machines import Namespaces
 from vmm import errors
 from vmm.net import cards
-from vmm.net.plan import SwitchSpec, make_switch
+from vmm.net.switch_spec import SwitchSpec, make_switch
 
 MAC, OTHER = "02:00:00:00:00:01", "02:00:00:00:00:02"
 
@@ -75,8 +75,8 @@ _SCENE = """
 import os, shutil, subprocess, sys
 from vmm import paths
 from vmm.net import switches
-from vmm.net.plan import make_switch
-from vmm.net.switches import HostSide
+from vmm.net.switch_spec import make_switch
+from vmm.net.host_side import HostSide
 
 def run(command):
     subprocess.run(command, shell=True, check=True)
@@ -88,7 +88,7 @@ switches.create(make_switch(name="lan", type="external", backend="bridge", uplin
 spec = switches.load("lan")
 assert spec.uplink_mac == "02:00:00:00:00:01" and "10.9.0.2/24" in addresses(spec.bridge_name)
 # As after another boot, in which the names were given the other way round.
-switches.HostSide(spec).remove()
+HostSide(spec).remove()
 run("ip link set up0 down; ip link set up0 name tmp0; ip link set up1 name up0; ip link set tmp0 name up1")
 run("ip link set up1 up")
 switches.ensure(switches.load("lan"))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import require_tool
 from vmm.net import dhcp
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 
 PLAIN = make_switch(
     id="01234567-89ab-cdef-0123-456789abcdef",

@@ -22,7 +22,7 @@ from vmm import errors
 from vmm.net import enforcing, nft, shaping
 from vmm.net.engine import PortRules
 from vmm.net.nft import GuestPort
-from vmm.net.plan import SwitchSpec, make_switch
+from vmm.net.switch_spec import SwitchSpec, make_switch
 
 pytestmark = [pytest.mark.netns]
 SPEC = make_switch(name="x", type="external", uplink="e0", backend="bridge")

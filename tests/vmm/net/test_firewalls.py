@@ -14,7 +14,7 @@ import pytest
 from tests.vmm.net.hosts import BridgeHost, bridge_host
 from vmm.net import firewalls
 from vmm.net.firewalls import Ruleset
-from vmm.net.plan import SwitchSpec, make_switch
+from vmm.net.switch_spec import SwitchSpec, make_switch
 
 # The names of tests contain what follows from the id, and must be the same in every worker.
 _ID = "01234567-0000-4000-8000-000000000000"
@@ -35,7 +35,7 @@ def host(tmp_path: Path) -> Iterator[BridgeHost]:
 def told(host: BridgeHost, spec: SwitchSpec) -> list[list[str]]:
     """What is said to stand in the way, and to help."""
     program = (
-        "import json, sys\nfrom vmm.net import firewalls\nfrom vmm.net.plan import SwitchSpec\n"
+        "import json, sys\nfrom vmm.net import firewalls\nfrom vmm.net.switch_spec import SwitchSpec\n"
         "spec = SwitchSpec.model_validate_json(sys.argv[1])\n"
         "found = firewalls.obstacles(spec, firewalls.present())\n"
         "print(json.dumps([[one.words, one.remedy] for one in found]))"

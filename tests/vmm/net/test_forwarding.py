@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from vmm.net.plan import SwitchSpec, make_switch
+from vmm.net.switch_spec import SwitchSpec, make_switch
 
 pytestmark = [pytest.mark.netns]
 

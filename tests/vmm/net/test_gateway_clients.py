@@ -16,8 +16,9 @@ from tests.support import require_qemu, require_root_and_namespaces, require_too
 from tests.vmm.net.machines import MachineLab, Namespaces
 from vmm.net import frames, lease_file, switches
 from vmm.net.engine import PortRules
-from vmm.net.plan import make_switch
+from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
+from vmm.net.switch_spec import make_switch
 
 pytestmark = [pytest.mark.netns]
 MACS = {"one": "02:00:00:00:00:01", "two": "02:00:00:00:00:02"}
@@ -43,7 +44,7 @@ class ClientLab(MachineLab):
         self.processes.append(subprocess.Popen(words, text=True, stderr=subprocess.DEVNULL))
         wait_for(lambda: os.path.exists(peer))
         rules = PortRules(addresses=frozenset({frames.parse_mac(MACS[name])}))
-        switches.HostSide(switches.load(switch)).user.plug(PortSetup(name, address, peer, rules))
+        HostSide(switches.load(switch)).user.plug(PortSetup(name, address, peer, rules))
         return space
 
     def client(self, space: str) -> subprocess.Popen[str]:
@@ -112,7 +113,7 @@ def test_a_client_of_another_hand(lab: ClientLab) -> None:
     assert said(one, "^bound ") == "bound 10.0.7.4 10.0.7.1 10.0.7.2 3600"
     lab.spaces.run(first, "ping -c 1 -w 20 10.0.7.1")
     assert said(lab.client(second), "^bound ").split()[1] == "10.0.7.9"
-    host = switches.HostSide(switches.load("nat"))
+    host = HostSide(switches.load("nat"))
     for restarted in (False, True):
         if restarted:
             status = host.user.status()
@@ -122,7 +123,7 @@ def test_a_client_of_another_hand(lab: ClientLab) -> None:
             host.ensure()
         one.send_signal(signal.SIGUSR1)
         assert said(one, "^(renew|bound|nak) ") == "renew 10.0.7.4 10.0.7.1 10.0.7.2 3600"
-    path = switches.lease_path(host.spec)
+    path = host.lease_path
     one.send_signal(signal.SIGUSR2)
     said(one, "^deconfig")
     wait_for(lambda: {one["address"]: one["expires"] for one in lease_file.read(path)}["10.0.7.4"] <= time.time())

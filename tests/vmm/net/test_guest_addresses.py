@@ -9,7 +9,7 @@ import pytest
 
 from vmm import errors
 from vmm.net.guest_addresses import refuse_range, with_fixed, without_fixed
-from vmm.net.plan import SwitchSpec, make_switch
+from vmm.net.switch_spec import SwitchSpec, make_switch
 
 ONE, TWO = "02:00:00:00:00:01", "02:00:00:00:00:02"
 

@@ -19,7 +19,7 @@ from vmm.net import frames
 from vmm.net.engine import Drop, Engine, PortRules
 from vmm.net.gateway import GatewaySetup
 from vmm.net.host_loopback import LoopbackFilter
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 
 SETUP = GatewaySetup("10.0.7.0/24", "10.0.7.1", "10.0.7.3", "10.0.7.4", forwards=("udp:127.0.0.1:99-10.0.7.9:53",))
 GUEST = "10.0.7.9"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
 from tests.vmm.small_guests import wait_until
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 
 pytestmark = [pytest.mark.netns]
 

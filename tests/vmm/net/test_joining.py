@@ -23,9 +23,9 @@ from vmm import adapters, errors, registry
 from vmm.manager import Manager
 from vmm.net import switches
 from vmm.net.adapter import Owner, plug, setup_of
+from vmm.net.host_side import HostSide
 from vmm.net.joining import Joined, is_plugged, join
-from vmm.net.plan import make_switch
-from vmm.net.switches import HostSide
+from vmm.net.switch_spec import make_switch
 from vmm.spec import AdapterSpec, make_adapter
 
 MACHINE_ID = "01234567-89ab-cdef-0123-456789abcdef"

@@ -20,7 +20,7 @@ from vmm.net import frames, nft
 from vmm.net.engine import Engine, PortRules, VlanMode
 from vmm.net.forwarding import Guard
 from vmm.net.nft import GuestPort
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 
 ID = "01234567-89ab-cdef-0123-456789abcdef"
 GUARDED = GuestPort(

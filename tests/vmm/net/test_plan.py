@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm import errors
-from vmm.net import plan
-from vmm.net.plan import Address, HostFacts, Route, UplinkFacts, make_switch
+from vmm.net import plan, switch_spec
+from vmm.net.plan import Address, HostFacts, Route, UplinkFacts
+from vmm.net.switch_spec import make_switch
 from vmm.net.uplinks import Kind
 
 ID = "01234567-89ab-cdef-0123-456789abcdef"
@@ -91,32 +91,6 @@ def test_a_network_of_the_hosts_is_refused(address: str) -> None:
     (reason,) = plan.refusals(spec, HostFacts(networks=("127.0.0.1/8", "10.0.0.5/24")))
     assert "10.0.0.5/24" in reason
     assert plan.refusals(spec, HostFacts(networks=("192.168.0.1/24",))) == []
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        "nonsense",
-        "tcp:127.0.0.1:0-10.77.0.9:22",
-        "tcp:1.2.3:80-10.77.0.9:22",
-        "tcp:127.0.0.1:80-10.77.0.9:99999",
-        "tcp::80-:22,restrict=on",
-        "sctp::80-:22",
-    ],
-)
-def test_forwarded_ports_are_judged(word: str) -> None:
-    """What QEMU would not take is refused when the switch is made, not found out by its helper again and again."""
-    with pytest.raises(errors.InvalidSpec):
-        make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=(word,))
-    good = make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=("udp::53-:53",))
-    assert good.forwards == ("udp::53-:53",)
-
-
-def test_a_lease_names_a_host() -> None:
-    """A name that is more than a name would be more than one line of dnsmasq's configuration."""
-    lease = {"mac": "00:15:5d:00:00:01", "address": "10.77.0.9", "name": "x\naddn-hosts=/a"}
-    with pytest.raises(errors.InvalidSpec, match="name"):
-        make_switch(name="x", type="internal", backend="bridge", address="10.77.0.1/24", leases=(lease,))
 
 
 def test_the_hosts_vlan() -> None:
@@ -198,98 +172,10 @@ def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> N
     assert plan.refusals(spec, HostFacts(uplink=UPLINK)) == []
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"name": "a/b"}, "no name for a switch"),
-        ({"name": "-x"}, "no name for a switch"),
-        ({"name": ""}, "no name for a switch"),
-        ({"type": "external"}, "an external switch, and no other"),
-        ({"uplink": "eth0"}, "an external switch, and no other"),
-        ({"type": "external", "uplink": "eth0"}, "needs the bridge back end"),
-        ({"type": "internal"}, "an internal switch, and no other"),
-        ({"address": "10.0.0.1/24"}, "an internal switch, and no other"),
-        ({"type": "internal", "address": "10.0.0.0/24"}, "not a host's"),
-        ({"type": "internal", "address": "10.0.0.1/30"}, "from /8 to /29"),
-        ({"type": "internal", "address": "nonsense"}, "nonsense"),
-        ({"type": "internal", "address": "10.0.0.1/24", "dhcp_first": "10.0.1.5"}, "DHCP range"),
-        ({"type": "internal", "address": "10.0.0.1/24", "dhcp_first": "10.0.0.9", "dhcp_last": "10.0.0.5"}, "range"),
-        ({"type": "internal", "address": "10.0.0.1/24", "domain": "Bad_"}, "no domain"),
-        ({"nat": True}, "only an internal switch"),
-        ({"host_vlan": 5}, "only a host's adapter"),
-        ({"colour": "red"}, "colour"),
-        (
-            {
-                "type": "internal", "address": "10.0.0.1/24", "backend": "bridge",
-                "leases": [{"mac": "02:00:00:00:00:01", "address": "10.0.9.9"}],
-            },
-            "does not lie in",
-        ),
-        (
-            {
-                "type": "internal", "address": "10.0.0.1/24", "backend": "bridge",
-                "leases": [{"mac": f"02:00:00:00:00:0{n}", "address": "10.0.0.9"} for n in (1, 2)],
-            },
-            "the same address",
-        ),
-    ],
-)  # fmt: skip
-def test_switches_that_cannot_be(settings: dict[str, Any], words: str) -> None:
-    """Each is refused with what is wrong with it."""
-    with pytest.raises(errors.InvalidSpec, match=words):
-        make_switch(**{"name": "x", **settings})
-
-
-@given(st.sets(st.integers(0, 255), max_size=255))
-def test_free_networks_are_free(taken: set[int]) -> None:
-    """The network for a new switch overlaps with none that is in use."""
-    networks = [ipaddress.IPv4Network(f"10.77.{one}.0/24") for one in taken]
-    interface = plan.free_network(networks)
-    assert not any(interface.network.overlaps(one) for one in networks)
-    assert interface.ip == interface.network.network_address + 1
-
-
 def test_a_default_network_lies_over_no_route() -> None:
     """Where a VPN leads to all of 10.0.0.0/8 the default is elsewhere; one of one's own choice there is warned of."""
-    interface = plan.free_network([ipaddress.IPv4Network("10.0.0.0/8")])
+    interface = switch_spec.free_network([ipaddress.IPv4Network("10.0.0.0/8")])
     assert str(interface) == "172.27.0.1/24"
     spec = make_switch(name="x", type="internal", backend="bridge", address="10.8.3.1/24")
     (warning,) = plan.warnings(spec, HostFacts(routed=("10.8.0.0/16", "172.16.0.0/12")))
     assert "10.8.3.0/24 lies over this host's route to 10.8.0.0/16" in warning
-
-
-def test_no_free_network() -> None:
-    """A host that has all of it gets an error with a way out."""
-    with pytest.raises(errors.NoSpace, match="--address"):
-        plan.free_network(plan.DEFAULT_NETWORKS)
-
-
-def test_gateways_follow_from_the_switch() -> None:
-    """The user back end's way out: the host's address, a name server that is another; also of a /8 at once."""
-    setup = make_switch(name="x", type="internal", address="10.0.0.1/24").gateway()
-    assert (setup.network, setup.host, setup.name_server, setup.first) == (
-        "10.0.0.0/24",
-        "10.0.0.1",
-        "10.0.0.2",
-        "10.0.0.3",
-    )
-    other = make_switch(name="x", type="internal", address="10.0.0.2/24").gateway()
-    assert other.name_server != other.host
-    assert make_switch(name="x", type="internal", address="10.0.0.1/8").gateway().network == "10.0.0.0/8"
-
-
-def test_the_user_back_ends_dhcp_follows_from_the_switch() -> None:
-    """The range with its end and the fixed addresses; nothing where there is to be no DHCP."""
-    lease = {"mac": "02:00:00:00:00:01", "address": "10.0.0.9", "name": "web"}
-    settings = {
-        "name": "x",
-        "type": "internal",
-        "address": "10.0.0.1/24",
-        "dhcp_first": "10.0.0.4",
-        "dhcp_last": "10.0.0.7",
-    }
-    setup = make_switch(**settings, leases=[lease]).dhcp_setup()
-    assert setup is not None
-    assert (setup.first, setup.last, setup.server) == ("10.0.0.4", "10.0.0.7", "10.0.0.1")
-    assert setup.fixed == (("02:00:00:00:00:01", "10.0.0.9", "web"),)
-    assert make_switch(**settings, dhcp=False).dhcp_setup() is None

@@ -17,8 +17,8 @@ from tests.support import ROOT
 from tests.vmm.net.hosts import BridgeHost, bridge_host
 from tests.vmm.small_guests import wait_until
 from vmm.net import enforcing, rule_check, rule_watch
-from vmm.net.plan import make_switch
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
+from vmm.net.switch_spec import make_switch
 
 LAB = make_switch(name="lab", type="internal", backend="bridge", address="10.77.9.1/24", nat=True, dhcp=False)
 TABLE = LAB.table_name
@@ -28,9 +28,9 @@ _MAKE = """
 import sys
 from vmm.net import switches
 from vmm.net.engine import PortRules
-from vmm.net.plan import SwitchSpec
+from vmm.net.switch_spec import SwitchSpec
 from vmm.net.ports import PortSetup
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
 spec = SwitchSpec.model_validate_json(sys.argv[1])
 switches.create(spec)
 rules = PortRules(addresses=frozenset({bytes.fromhex("020000000001")}), dhcp_guard=True, storm_frames_per_second=500)
@@ -39,7 +39,8 @@ HostSide(spec).plug_tap("vt0", PortSetup("0.nic-0", "/switch", "/guest", rules=r
 _WATCH = """
 import json, time
 from vmm.net import switches, watching
-host = switches.HostSide(switches.load("lab"))
+from vmm.net.host_side import HostSide
+host = HostSide(switches.load("lab"))
 watching.put_right(host)
 print("ready", flush=True)
 while True:
@@ -61,8 +62,9 @@ print(json.dumps([before, after, show(), [[one.key, one.state, one.found] for on
 _TRY = """
 import json, subprocess, sys
 from vmm.net import switches, watching
+from vmm.net.host_side import HostSide
 told = []
-host = switches.HostSide(switches.load("lab"))
+host = HostSide(switches.load("lab"))
 def faults(): return [one.problem for one in watching.faults(host)]
 for command in sys.argv[1:]:
     subprocess.run(["sh", "-ec", command], check=True)

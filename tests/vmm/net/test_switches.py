@@ -20,9 +20,9 @@ from tests.support import require_qemu
 from vmm import errors, paths
 from vmm.cli.switch import list_command
 from vmm.net import switches, user_backend
-from vmm.net.plan import SwitchSpec, make_switch
+from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
-from vmm.net.switches import HostSide
+from vmm.net.switch_spec import SwitchSpec, make_switch
 from vmm.proc import locked
 
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.Monk
 
     def fails(self: HostSide) -> None:
         self.user.ensure_running()
-        Path(switches.lease_path(spec)).touch()
+        Path(paths.switch_leases(spec.id)).touch()
         raise errors.Unsupported("no")
 
     spec = make_switch(name="lab")

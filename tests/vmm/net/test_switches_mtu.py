@@ -16,8 +16,9 @@ from vmm import errors
 from vmm.net import plan
 from vmm.net.adapter import device_of
 from vmm.net.dhcp import configuration
-from vmm.net.plan import HostFacts, UplinkFacts, make_switch
-from vmm.net.switches import HostSide
+from vmm.net.host_side import HostSide
+from vmm.net.plan import HostFacts, UplinkFacts
+from vmm.net.switch_spec import make_switch
 from vmm.spec import make_adapter
 
 
@@ -38,8 +39,9 @@ class Scene:
         """A tap that stays, with the rules and the MTU of a port of the switch."""
         self.host.run(f"ip tuntap add {tap} mode tap")
         program = (
-            "import sys\nfrom vmm.net import switches\nfrom vmm.net.ports import PortSetup\n"
-            f"switches.HostSide(switches.load('{switch}')).plug_tap('{tap}', PortSetup('vm.nic-0', '-', '-'))"
+            "import sys\nfrom vmm.net import switches\nfrom vmm.net.host_side import HostSide\n"
+            "from vmm.net.ports import PortSetup\n"
+            f"HostSide(switches.load('{switch}')).plug_tap('{tap}', PortSetup('vm.nic-0', '-', '-'))"
         )
         done = self.host.execute(["env", *self.environment, sys.executable, "-c", program])
         assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from tests.support import require_root_and_namespaces
 from tests.vmm.net.machines import Namespaces
 from vmm.net import plan
 from vmm.net.bridge import Kernel
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 
 pytestmark = [pytest.mark.netns]
 

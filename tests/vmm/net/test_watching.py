@@ -21,12 +21,13 @@ from tests.vmm.net.machines import Namespaces
 VICTIM = """
 import json, os, signal, sys
 from vmm.net import switches, watching
+from vmm.net.host_side import HostSide
 from vmm.net.dhcp import DhcpServer
-from vmm.net.plan import make_switch
+from vmm.net.switch_spec import make_switch
 from vmm.host.doctor import _check_switches
 switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
-host = switches.HostSide(switches.load("nat"))
-server = DhcpServer(host.spec, host.folder, switches.lease_path(host.spec))
+host = HostSide(switches.load("nat"))
+server = DhcpServer(host.spec, host.folder, host.lease_path)
 def look():
     (check,) = _check_switches()
     return [one.what for one in watching.faults(host)], check.state, check.found
@@ -59,10 +60,11 @@ HOPELESS = """
 import json, signal, time
 from vmm import errors
 from vmm.net import dhcp, switches, watching
-from vmm.net.plan import make_switch
+from vmm.net.host_side import HostSide
+from vmm.net.switch_spec import make_switch
 switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
-host = switches.HostSide(switches.load("nat"))
-server = dhcp.DhcpServer(host.spec, host.folder, switches.lease_path(host.spec))
+host = HostSide(switches.load("nat"))
+server = dhcp.DhcpServer(host.spec, host.folder, host.lease_path)
 server.stop()
 clock, tries = [1000.0], []
 watching.time.clock_gettime = lambda which: clock[0]

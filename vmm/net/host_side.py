@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is of one switch on the running host: its process or its bridge, and the ports on it.
+
+Decides that all of it follows from the switch's file at any time (`HostSide.ensure`), that one process at a time
+changes a bridge, and in which order a tap is put into it: its rules come first. Must not know machines, nor how
+switches are made and deleted: that is `switches`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vmm import errors, paths
+from vmm.net import cards, ipv6_settings, nft, plan, ports, switch_spec
+from vmm.net.enclosing import hint_for
+from vmm.net.gateway import PORT_NAME, QEMU
+from vmm.net.switch_spec import SwitchSpec
+from vmm.net.user_backend import UserBackend
+from vmm.proc import locked
+
+GATEWAY_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class HostSide:
+    """What there is of a switch on the running host."""
+
+    spec: SwitchSpec
+
+    @property
+    def user(self) -> UserBackend:
+        """Its process; of the user back end."""
+        return UserBackend.of(self.spec.id, self.spec.name)
+
+    @property
+    def folder(self) -> str:
+        """Its runtime folder."""
+        return self.user.folder
+
+    @property
+    def lease_path(self) -> str:
+        """Where the leases of an internal switch are kept."""
+        return paths.switch_leases(self.spec.id)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Nobody else changes its bridge meanwhile."""
+        paths.make_private(self.folder)
+        with locked(os.path.join(self.folder, "change.lock")):
+            yield
+
+    def ensure(self) -> None:
+        """Have the switch on this host now: rules, bridge and addresses, or its process. Doing it twice is fine."""
+        if self.spec.backend == "bridge":
+            with self.changing():
+                was_made = self._apply()
+                self._follow_mtu()
+            if was_made:  # somebody had removed it: taps that are still there go into the new one
+                self.plug_again()
+            return
+        self.user.ensure_running()
+        if self.spec.type == "internal":
+            self._ensure_way_out()
+
+    def _ensure_way_out(self) -> None:
+        """Its gateway and its DHCP server, as its file has them."""
+        setup, dhcp = self.spec.gateway(), self.spec.dhcp_setup()
+        gateway = {**asdict(setup), "forwards": list(setup.forwards)}
+        lent = None if dhcp is None else dhcp.to_document()
+        status = self.user.status() or {}
+        present = status.get("gateway") or {}
+        if {key: present.get(key) for key in gateway} != gateway or status.get("dhcp") != lent:
+            self.user.ensure("set_gateway", gateway=gateway, dhcp=lent, leases=self.lease_path)
+
+    def check_way_out(self) -> None:
+        """Wait until the gateway of a `user` switch answers. Raises VmmError with what it said when it ended."""
+        deadline = time.monotonic() + GATEWAY_SECONDS
+        while time.monotonic() < deadline:
+            status = self.user.status()
+            if status is None or status["gateway"] is None or status["gateway"]["ready"]:
+                return
+            gateway = status["gateway"]
+            if not gateway["running"]:
+                said = str(gateway["said"]).strip().splitlines() or ["it says nothing"]
+                problem = said[-1].removeprefix(f"{QEMU}: ").rpartition("}: ")[2]  # of the option that it is about
+                raise errors.VmmError(
+                    f"the gateway of switch {self.spec.name!r} does not start: {problem}", hint=hint_for(problem)
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def _apply(self) -> bool:
+        from vmm.net.applying import Applying
+
+        need_root(self.spec)
+        applying = Applying(self.spec, self.folder, self.lease_path, self.bridge_ports())
+        if not applying.is_applied() and (spec := cards.found(self.spec)) != self.spec:  # its card has another name
+            paths.write_whole(paths.switch_file(spec.name), spec.to_json())
+            applying = Applying(spec, self.folder, paths.switch_leases(spec.id), self.bridge_ports())
+        return applying.apply()
+
+    def mtu_bytes(self) -> int | None:
+        """The most bytes of a frame behind its header: what was set, the card's, or Ethernet's.
+
+        None on the user back end where nothing was set: it carries whatever guests choose, up to 9216.
+        """
+        if self.spec.mtu_bytes is not None or self.spec.backend == "user":
+            return self.spec.mtu_bytes
+        card = None if self.spec.uplink is None else cards.mtu_bytes(self.spec.uplink)
+        return card or switch_spec.USUAL_MTU_BYTES
+
+    def _follow_mtu(self) -> None:
+        """Have bridge and taps carry what the switch does by now."""
+        from vmm.net import bridge
+
+        wanted = self.mtu_bytes() or switch_spec.USUAL_MTU_BYTES
+        names = [self.spec.bridge_name, *(one.interface for one in self.bridge_ports())]
+        if any(cards.mtu_bytes(name) not in (None, wanted) for name in names):
+            with bridge.Kernel() as kernel:
+                for name in reversed(names):
+                    kernel.set_mtu(name, wanted)
+
+    def is_half_made(self) -> bool:
+        """True when something on the host could not be put back."""
+        from vmm.net.applying import JOURNAL_NAME
+
+        try:
+            with open(os.path.join(self.folder, JOURNAL_NAME), encoding="utf-8") as file:
+                return bool(json.load(file)["done"])
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def plan(self) -> tuple[list[str], list[str], list[str]]:
+        """(steps, warnings, refusals) in words; of the bridge back end. Changes nothing."""
+        from vmm.net.bridge import Kernel
+
+        need_root(self.spec)
+        with Kernel() as kernel:
+            facts = kernel.facts(self.spec)
+        reasons = plan.refusals(self.spec, facts)
+        words = [] if reasons else [step.words for step in plan.steps(self.spec, facts)]
+        return words, [*plan.warnings(self.spec, facts), *self.in_the_way()], reasons
+
+    def in_the_way(self) -> list[str]:
+        """Which rules of other programs drop what it needs, and what helps; of the bridge back end, for root."""
+        from vmm.net import firewalls
+
+        if self.spec.backend != "bridge" or os.geteuid() != 0:
+            return []
+        return [str(one) for one in firewalls.obstacles(self.spec, firewalls.present())]
+
+    def remove(self, *, give_up: bool = False) -> list[str]:
+        """Put the host back, end the process; what could not be put back, as `Applying.undo`."""
+        if self.spec.backend == "bridge":
+            from vmm.net.applying import Applying
+
+            need_root(self.spec)
+            with self.changing():
+                left = Applying(self.spec, self.folder, self.lease_path).undo(give_up=give_up)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return left
+        self.user.stop()
+        return []
+
+    # -- ports of a bridge: a file each, so that the rules can be made anew at any time ---------------------------
+
+    def _ports_folder(self) -> str:
+        return os.path.join(self.folder, "ports")
+
+    def bridge_ports(self) -> list[nft.GuestPort]:
+        """The ports whose taps are there; files of others are removed."""
+        found = []
+        for document in self._port_documents():
+            interface = str(document["interface"])
+            if not os.path.exists(f"/sys/class/net/{interface}"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
+                continue
+            setup = ports.from_document(document["port"])
+            found.append(nft.GuestPort(interface, setup.rules, setup.rate_bits_per_second))
+        return found
+
+    def _port_documents(self) -> list[dict[str, Any]]:
+        documents = []
+        with contextlib.suppress(FileNotFoundError):
+            for name in sorted(os.listdir(self._ports_folder())):
+                if name.endswith(".json"):
+                    with open(os.path.join(self._ports_folder(), name), encoding="utf-8") as file:
+                        documents.append(json.load(file))
+        return documents
+
+    def plug_tap(self, interface: str, setup: ports.PortSetup) -> None:
+        """Put a tap that is there into the bridge, with its rules first. Raises VmmError."""
+        from vmm.net import bridge, enforcing
+        from vmm.net.engine import VlanMode
+
+        with self.changing():
+            rules = setup.rules
+            filters = os.path.exists(f"/sys/class/net/{self.spec.bridge_name}/bridge/vlan_filtering")
+            if rules.mode is not VlanMode.UNTAGGED and not filters:
+                raise errors.Unsupported(plan.VLAN_REFUSAL, hint=plan.VLAN_HINT)
+            if rules.mirror_source or rules.mirror_destination:
+                raise errors.Unsupported("the bridge back end mirrors no ports", hint="use the user back end")
+            paths.make_private(self._ports_folder())
+            document = {"interface": interface, "port": ports.to_document(setup)}
+            path = os.path.join(self._ports_folder(), f"{interface}.json")
+            paths.write_whole(path, json.dumps(document).encode(), durable=False)
+            enforcing.enforce(self.spec, self.bridge_ports())
+            ipv6_settings.close_tap(interface)
+            with bridge.Kernel() as kernel:
+                kernel.set_mtu(interface, self.mtu_bytes() or switch_spec.USUAL_MTU_BYTES)
+                kernel.set_master(interface, self.spec.bridge_name)
+                if filters:  # also without a VLAN: it may have had one
+                    kernel.set_vlans(interface, *plan.port_vlans(rules.vlan, rules.allowed))
+                kernel.set_up(interface, setup.link_up)
+
+    def plug_again(self) -> None:
+        """Put the taps that are there into the bridge, which was made anew. Raises VmmError."""
+        for document in self._port_documents():
+            if _is_there(document):
+                self.plug_tap(str(document["interface"]), ports.from_document(document["port"]))
+
+    def has_tap(self, interface: str) -> bool:
+        """True while a tap is part of the bridge, which anybody with the right to may remove."""
+        try:
+            return os.path.basename(os.readlink(f"/sys/class/net/{interface}/master")) == self.spec.bridge_name
+        except OSError:
+            return False
+
+    def unplug_tap(self, interface: str) -> None:
+        """Forget a port; its tap goes with its descriptors."""
+        from vmm.net import enforcing
+
+        with self.changing():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
+            if os.path.exists(f"/sys/class/net/{self.spec.bridge_name}"):
+                enforcing.enforce(self.spec, self.bridge_ports())
+
+    def guests(self) -> list[dict[str, Any]]:
+        """The ports of machines, as `port_status` tells them."""
+        return [one for one in self.port_status(with_drops=False) if one["name"] != PORT_NAME]
+
+    def port_status(self, *, with_drops: bool = True) -> list[dict[str, Any]]:
+        """What is plugged where, with counters, in one form for both back ends.
+
+        Without the drops of a bridge's ports it is cheap.
+        """
+        if self.spec.backend == "user":
+            status = self.user.status()
+            return [] if status is None else list(status["ports"])
+        drops: dict[str, dict[str, int]] = {}
+        if with_drops and os.geteuid() == 0:  # nobody else may ask the kernel
+            from vmm.net import enforcing
+
+            drops = enforcing.drops(self.spec)
+        return [
+            _tap_status(one["interface"], one["port"], drops.get(one["interface"], {}), self.has_tap(one["interface"]))
+            for one in self._port_documents()
+            if _is_there(one)
+        ]
+
+
+def _is_there(document: dict[str, Any]) -> bool:
+    return os.path.exists(f"/sys/class/net/{document['interface']}")
+
+
+def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int], is_in: bool) -> dict[str, Any]:
+    """Counters as the guest sees them: the kernel's are the other way round."""
+
+    def counter(name: str) -> int:
+        try:
+            with open(f"/sys/class/net/{interface}/statistics/{name}", encoding="ascii") as file:
+                return int(file.read())
+        except OSError:
+            return 0
+
+    return {
+        **port,
+        "interface": interface,
+        "connected": is_in,
+        "received_frames": counter("rx_packets"),
+        "received_bytes": counter("rx_bytes"),
+        "transmitted_frames": counter("tx_packets"),
+        "transmitted_bytes": counter("tx_bytes"),
+        "backlog_frames": 0,
+        "drops": {**drops, **({"full": dropped} if (dropped := counter("tx_dropped")) else {})},
+    }
+
+
+def need_root(spec: SwitchSpec) -> None:
+    """Raise AccessDenied where the bridge back end cannot work."""
+    if os.geteuid() != 0:
+        raise errors.AccessDenied(
+            f"switch {spec.name!r} is of the bridge back end, which needs root",
+            hint="use sudo" + ("" if spec.type == "external" else ", or make it with --backend user"),
+        )
