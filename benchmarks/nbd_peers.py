@@ -34,7 +34,7 @@ QEMU_FLAGS = (
     ("--aio=native", "--cache=none"),
     ("--aio=io_uring", "--cache=none"),
 )  # fmt: skip
-_PLUGIN = ROOT / "vhdkit" / "serve" / "nbdkit_plugin.py"
+_PLUGIN = ROOT / "vhdkit" / "serve" / "nbdkit" / "plugin.py"
 _OUR_MODULES = ("vhdkit", "numpy", "construct")  # what the plugin needs to be found by nbdkit's Python
 
 

@@ -29,9 +29,9 @@ from fuzz import recipe
 from fuzz.loop import main
 from fuzz.mutate import mutate_bytes
 from vhdkit import VhdkitError, check, clone, collect_garbage, open_disk, repair, snapshot
-from vhdkit.chain import marks
-from vhdkit.chain.describe import describe_chain
-from vhdkit.chain.resolve import OpenOptions
+from vhdkit.chain.names import marks
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.verbs.describe import describe_chain
 from vhdkit.units import KIB
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

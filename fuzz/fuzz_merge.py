@@ -27,13 +27,13 @@ from tests.model import ParsedVhd, walk_read
 from tests.power import LINK
 from tests.stores import MemStore
 from vhdkit import VhdkitError
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.create import create_child, create_image
-from vhdkit.chain.intent import KIND, decode
-from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.merge_settle import resume_merge
-from vhdkit.chain.merge_steps import is_complete
-from vhdkit.chain.resolve import OpenOptions
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records.intent import KIND, decode
+from vhdkit.chain.verbs.create import create_child, create_image
+from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_recovery import resume_merge
+from vhdkit.chain.verbs.merge_steps import is_complete
 from vhdkit.disk import open_disk
 from vhdkit.errors import InvalidArgument
 from vhdkit.folder import sidecar_path

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Sequence
 
 from fuzz.loop import main
 from fuzz.mutate import extreme, mutate_bytes
-from vhdkit.serve import nbd_options, nbd_protocol
-from vhdkit.serve.nbd_options import ExportInfo, Handshake, Session, State, TlsMode
-from vhdkit.serve.nbd_protocol import BrokenClient, Request, Transmission
-from vhdkit.serve.nbd_wire import MAX_STRING_BYTES, Command, TransmissionFlag
+from vhdkit.serve.nbd import options as nbd_options
+from vhdkit.serve.nbd import protocol as nbd_protocol
+from vhdkit.serve.nbd.options import ExportInfo, Handshake, Session, State, TlsMode
+from vhdkit.serve.nbd.protocol import BrokenClient, Request, Transmission
+from vhdkit.serve.nbd.wire import MAX_STRING_BYTES, Command, TransmissionFlag
 from vhdkit.units import KIB, TIB
 
 _ALL = TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA | TransmissionFlag.CAN_MULTI_CONN

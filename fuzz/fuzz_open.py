@@ -20,7 +20,7 @@ import zlib
 from fuzz.loop import main
 from fuzz.mutate import mutate_image
 from fuzz.sparse import FuzzStore, decode
-from vhdkit.chain.chain import Chain
+from vhdkit.chain.engine.chain import Chain
 from vhdkit.errors import CorruptImage, VhdkitError
 from vhdkit.finding import Severity
 from vhdkit.formats.probe import FormatName, open_layer

@@ -46,7 +46,7 @@ from tests.vhd_builder import (
     relative,
 )  # fmt: skip
 from tests.vmm.net import packets
-from vhdkit.chain.intent import Intent, Named, Phase
+from vhdkit.chain.records.intent import Intent, Named, Phase
 
 MAX_SEED_BYTES = 8 * KIB
 W2RU, W2KU, MACX, WI2R = range(4)

@@ -22,10 +22,10 @@ from tests.model import ParsedVhd
 from tests.power import BLOCK_SIZE, DISK_SIZE, Violation
 from tests.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.intent import Intent, Named, Phase
-from vhdkit.chain.merge_plan import MergePlan
-from vhdkit.chain.merge_steps import carry_out, drop_earlier_try, fill_target, is_complete, remove_sources
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.records.intent import Intent, Named, Phase
+from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_steps import carry_out, drop_earlier_try, fill_target, is_complete, remove_sources
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic, create_fixed
@@ -195,7 +195,7 @@ class World:
         return [self.files[name] for name in self.order if name in self.files]
 
     def merge(self, intent: Intent) -> None:
-        """The merge, as `chain.merge` does it with real files."""
+        """The merge, as `chain.verbs.merge` does it with real files."""
         stores = self.chain()
         layers = [layer_of(store) for store in stores]
         index = self.index

@@ -2,7 +2,7 @@
 """A raw NBD client for the tests, and a server in a thread for it to talk to.
 
 The client speaks simple, structured and extended headers and sends illegal things as willingly as legal ones. Numbers
-and layouts are written down once more here, from the protocol document, so that a slip in `nbd_wire` shows.
+and layouts are written down once more here, from the protocol document, so that a slip in `nbd.wire` shows.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vhdkit.serve.export import Export
-from vhdkit.serve.nbd_options import TlsMode
-from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.nbd.export import Export
+from vhdkit.serve.nbd.options import TlsMode
+from vhdkit.serve.nbd.server import NbdServer
 
 PATIENCE_SECONDS = 60.0  # nothing here takes longer on any machine
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META, EXTENDED = (

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from tests.model import ParsedVhd, SectorModel
 from tests.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
-from vhdkit.chain.chain import Chain
+from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.raw import create_raw

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import vhdkit
 from vhdkit import errors
-from vhdkit.serve.merging import MergeWish, Merging
-from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.control.merging import MergeWish, Merging
+from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ImageExport, Manner
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 

@@ -21,9 +21,9 @@ import vhdkit
 from tests.soak_live import pattern
 from vhdkit import errors
 from vhdkit.formats.vhd.remember import use_folder
-from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.control.operations import Operations
+from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
-from vhdkit.serve.operations import Operations
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 DISK = 8 * MIB

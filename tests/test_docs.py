@@ -112,15 +112,15 @@ def test_invariants_named_in_the_code_are_listed() -> None:
 def test_architecture_names_every_room() -> None:
     """Each module of the engine stands in architecture.md's table of rooms or is plainly a part of one."""
     text = (ROOT / "docs/architecture.md").read_text()
-    for path in (ROOT / "vhdkit/chain").glob("*.py"):
+    for path in (ROOT / "vhdkit/chain").rglob("*.py"):
         if path.stem != "__init__":
-            assert f"`{path.stem}`" in text or f"chain/{path.stem}" in text, path
+            assert f"`{path.stem}`" in text or f"chain/{path.parent.name}/{path.stem}" in text, path
 
 
 def nbd_tests() -> dict[str, str]:
     """Docstrings of the tests of the NBD server, by `file::test`."""
     found = {}
-    paths = [*(ROOT / "tests/vhdkit/serve").glob("test_*.py"), *(ROOT / "tests/interop").glob("test_nbd_*.py")]
+    paths = [*(ROOT / "tests/vhdkit/serve").rglob("test_*.py"), *(ROOT / "tests/interop").glob("test_nbd_*.py")]
     for path in [*paths, ROOT / "tests/test_fuzz_replay.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):

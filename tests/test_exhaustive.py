@@ -14,7 +14,7 @@ from tests.exhaustive import Explorer, Wrong, main, scratch
 from tests.exhaustive_verbs import VERBS
 from tests.folder_power import FolderPower
 from vhdkit import folder
-from vhdkit.chain import relocate
+from vhdkit.chain.verbs import relocate
 from vhdkit.store import FileStore
 
 

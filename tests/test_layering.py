@@ -37,21 +37,26 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.image",
     ),
     ("vhdkit.formats",),
-    ("vhdkit.chain",),
+    ("vhdkit.chain.records",),
+    ("vhdkit.chain.names",),
+    ("vhdkit.chain.engine",),
+    ("vhdkit.chain", "vhdkit.chain.verbs"),
     ("vhdkit.disk",),
-    ("vhdkit.serve",),
+    ("vhdkit.serve.nbd", "vhdkit.serve.notify"),
+    ("vhdkit.serve.opening",),
+    ("vhdkit.serve", "vhdkit.serve.control", "vhdkit.serve.mount", "vhdkit.serve.nbdkit"),
     ("vhdkit", "vhdkit.__main__", "vhdkit.cli"),
 )
 # These see nothing of vhdkit but what is listed, and none of these modules of Python.
 SANS_IO = {
-    "vhdkit.serve.nbd_wire": {"vhdkit.units", "vhdkit.errors"},
-    "vhdkit.serve.nbd_options": {"vhdkit.units", "vhdkit.errors", "vhdkit.serve", "vhdkit.serve.nbd_wire"},
-    "vhdkit.serve.nbd_protocol": {
+    "vhdkit.serve.nbd.wire": {"vhdkit.units", "vhdkit.errors"},
+    "vhdkit.serve.nbd.options": {"vhdkit.units", "vhdkit.errors", "vhdkit.serve", "vhdkit.serve.nbd.wire"},
+    "vhdkit.serve.nbd.protocol": {
         "vhdkit.units",
         "vhdkit.errors",
         "vhdkit.serve",
-        "vhdkit.serve.nbd_options",
-        "vhdkit.serve.nbd_wire",
+        "vhdkit.serve.nbd.options",
+        "vhdkit.serve.nbd.wire",
     },
 }
 NOT_SANS_IO = {"asyncio", "os", "select", "selectors", "socket", "ssl", "threading"}
@@ -61,9 +66,9 @@ STRANGERS = (("vmm.kvm", "vmm.net"),)
 FOREIGN_HOMES = {
     "PIL": ("vhdkit/cli/*",),
     "click": ("vhdkit/cli/*", "vmm/cli/*"),
-    "construct": ("vhdkit/formats/*/layout.py", "vhdkit/serve/nbd_wire.py"),
-    "mfusepy": ("vhdkit/serve/fuse_mount.py",),
-    "nbdkit": ("vhdkit/serve/nbdkit_plugin.py",),
+    "construct": ("vhdkit/formats/*/layout.py", "vhdkit/serve/nbd/wire.py"),
+    "mfusepy": ("vhdkit/serve/mount/fuse.py",),
+    "nbdkit": ("vhdkit/serve/nbdkit/plugin.py",),
     "pyroute2": ("vmm/net/bridge.py", "vmm/net/shaping.py"),
     "qemu": ("vmm/kvm/qmp.py",),
     "rich": ("vhdkit/cli/*", "vmm/cli/*"),
@@ -84,9 +89,9 @@ FILE_ROOMS = (
     "vhdkit/attributes.py",
 )
 # Beside them, files that are the kernel's and no bytes of a disk: its tables of mounts, its switches.
-KERNEL_ROOMS = ("vhdkit/serve/mount_host.py",)
+KERNEL_ROOMS = ("vhdkit/serve/mount/host.py",)
 FILE_MODULES = {"ctypes", "fcntl", "fileinput", "glob", "mmap", "shutil", "tempfile"}
-MODULES_OF_ROOM = {"vhdkit/serve/fuse_mount.py": {"ctypes"}}  # libfuse's buffers, no files
+MODULES_OF_ROOM = {"vhdkit/serve/mount/fuse.py": {"ctypes"}}  # libfuse's buffers, no files
 FILE_METHODS = {"fromfile", "memmap", "tofile"}  # numpy's own ways to a file
 OS_EVERYWHERE = {
     "PathLike",
@@ -142,8 +147,8 @@ OS_OF_ROOM = {
         "waitpid",
         "waitstatus_to_exitcode",
     },
-    "vhdkit/serve/fuse_mount.py": {"O_DSYNC", "O_RDWR", "O_WRONLY"},
-    "vhdkit/serve/nbdkit_command.py": {"defpath", "pathsep"},
+    "vhdkit/serve/mount/fuse.py": {"O_DSYNC", "O_RDWR", "O_WRONLY"},
+    "vhdkit/serve/nbdkit/command.py": {"defpath", "pathsep"},
     "vhdkit/serve/": {"environ", "getegid", "geteuid", "getgid", "getpid", "getuid", "kill", "pidfd_open"},
 }
 # The library never prints, exits or configures logging. Only these do.
@@ -380,52 +385,52 @@ RULES: tuple[Rule, ...] = (
 # One bad line for every way a rule can be broken.
 BAD: tuple[tuple[Rule, str, str], ...] = (
     (check_layers, "vhdkit/store.py", "import vhdkit.formats.raw"),
-    (check_layers, "vhdkit/formats/raw.py", "from vhdkit.chain import chain"),
+    (check_layers, "vhdkit/formats/raw.py", "from vhdkit.chain.engine import chain"),
     (check_layers, "vhdkit/formats/raw.py", "from vhdkit import disk"),
     (check_layers, "vhdkit/formats/vhd/bat.py", "from ...serve.control import Control"),
-    (check_layers, "vhdkit/chain/merge.py", "def later():\n    from vhdkit.disk import Disk"),
+    (check_layers, "vhdkit/chain/verbs/merge.py", "def later():\n    from vhdkit.disk import Disk"),
     (check_layers, "vhdkit/disk.py", "from vhdkit import Disk"),
     (check_layers, "vhdkit/cli/main.py", "import vmm"),
     (check_layers, "vhdkit/stray.py", ""),
-    (check_sans_io, "vhdkit/serve/nbd_wire.py", "import socket"),
-    (check_sans_io, "vhdkit/serve/nbd_protocol.py", "from asyncio import Queue"),
-    (check_sans_io, "vhdkit/serve/nbd_protocol.py", "from vhdkit.disk import Disk"),
-    (check_sans_io, "vhdkit/serve/nbd_wire.py", "from vhdkit.serve import nbd_protocol"),
+    (check_sans_io, "vhdkit/serve/nbd/wire.py", "import socket"),
+    (check_sans_io, "vhdkit/serve/nbd/protocol.py", "from asyncio import Queue"),
+    (check_sans_io, "vhdkit/serve/nbd/protocol.py", "from vhdkit.disk import Disk"),
+    (check_sans_io, "vhdkit/serve/nbd/wire.py", "from vhdkit.serve.nbd import protocol"),
     (check_public_door, "vmm/manager.py", "from vhdkit.store import FileStore"),
     (check_public_door, "vmm/manager.py", "from vhdkit import _private"),
     (check_public_door, "vmm/manager.py", "import vhdkit\nvhdkit._private"),
     (check_public_door, "vmm/kvm/cmdline.py", "from vmm.net.plan import Plan"),
     (check_public_door, "vmm/net/plan.py", "from vmm import kvm"),
     (check_foreign, "vhdkit/formats/vhd/bat.py", "from construct import Int32ub"),
-    (check_foreign, "vhdkit/chain/chain.py", "import click.testing"),
+    (check_foreign, "vhdkit/chain/engine/chain.py", "import click.testing"),
     (check_foreign, "vmm/kvm/drives.py", "from qemu.qmp import QMPClient"),
     (check_foreign, "vhdkit/serve/map.py", "from PIL import Image"),
     (check_files, "vhdkit/disk.py", "open('x')"),
     (check_files, "vhdkit/cli/main.py", "import os\nos.unlink('x')"),
-    (check_files, "vhdkit/serve/fuse_view.py", "import ctypes"),
-    (check_files, "vhdkit/serve/fuse_mount.py", "import mmap"),
+    (check_files, "vhdkit/serve/mount/view.py", "import ctypes"),
+    (check_files, "vhdkit/serve/mount/fuse.py", "import mmap"),
     (check_files, "vhdkit/disk.py", "import os as system\nsystem.path.exists('x')"),
     (check_files, "vhdkit/disk.py", "from os.path import getsize"),
-    (check_files, "vhdkit/chain/merge.py", "from pathlib import Path"),
-    (check_files, "vhdkit/chain/merge.py", "import shutil"),
+    (check_files, "vhdkit/chain/verbs/merge.py", "from pathlib import Path"),
+    (check_files, "vhdkit/chain/verbs/merge.py", "import shutil"),
     (check_files, "vhdkit/formats/vhd/bat.py", "import numpy as np\nnp.fromfile('x')"),
     (check_silent, "vhdkit/disk.py", "print('x')"),
     (check_silent, "vhdkit/disk.py", "import sys\nsys.exit(1)"),
     (check_silent, "vhdkit/disk.py", "from sys import stdout"),
     (check_silent, "vmm/manager.py", "raise SystemExit"),
     (check_silent, "vmm/manager.py", "import logging\nlogging.basicConfig()"),
-    (check_silent, "vhdkit/serve/nbd_server.py", "log.setLevel(10)"),
+    (check_silent, "vhdkit/serve/nbd/server.py", "log.setLevel(10)"),
 )
 GOOD: tuple[tuple[str, str], ...] = (
     (
         "vhdkit/cli/main.py",
         "import os, sys, click\nfrom vhdkit import disk\nprint(os.environ, file=sys.stderr)",
     ),
-    ("vhdkit/chain/resolve.py", "import os\nfrom pathlib import PureWindowsPath\nos.path.join('a', 'b')"),
+    ("vhdkit/chain/names/resolve.py", "import os\nfrom pathlib import PureWindowsPath\nos.path.join('a', 'b')"),
     ("vhdkit/store.py", "import os, fcntl\nfrom vhdkit.units import MIB\nos.open('x', 0)"),
     ("vhdkit/formats/vhd/layout.py", "from construct import Struct"),
-    ("vhdkit/serve/nbd_protocol.py", "from vhdkit.serve.nbd_wire import MAGIC"),
-    ("vhdkit/chain/chain.py", "def open(path): ...\nopen('x')"),
+    ("vhdkit/serve/nbd/protocol.py", "from vhdkit.serve.nbd.wire import MAGIC"),
+    ("vhdkit/chain/engine/chain.py", "def open(path): ...\nopen('x')"),
     ("vmm/kvm/cmdline.py", "import vhdkit\nfrom vmm.errors import VmmError"),
 )
 

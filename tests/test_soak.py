@@ -15,7 +15,7 @@ from tests import soak, soak_cut, soak_interrupted, soak_remember, soak_running,
 from tests.plain_reader import read_chain
 from tests.soak import SCENES, Scene, Work
 from tests.support import daily_or_nightly, require_boot_sector_guest
-from vhdkit.chain import pending
+from vhdkit.chain.records import pending
 from vmm.snapshots import door
 
 

@@ -29,8 +29,8 @@ OVERSIZE: dict[str, int] = {}
 NO_MIRROR: dict[str, str] = {
     "tests/vhdkit/test_conformance.py": "one suite for every kind of layer",
     "tests/vhdkit/test_corrupt_reasons.py": "every way to be wrong, whichever file finds it",
-    "tests/vhdkit/chain/test_power_cut.py": "the promise of the whole engine at a power cut",
-    "tests/vhdkit/chain/test_power_sabotage.py": "proves that test_power_cut can fail",
+    "tests/vhdkit/chain/engine/test_chain_power_cut.py": "the promise of the whole engine at a power cut",
+    "tests/vhdkit/chain/engine/test_chain_power_sabotage.py": "proves that test_power_cut can fail",
 }
 
 # The specification has one word for each thing (docs/glossary.md); these are other programs' words.

@@ -13,9 +13,9 @@ import pytest
 import vhdkit
 from tests.vhd_builder import Block, Locator, Vhd, absolute, bits_of, child, pattern, relative
 from tests.xenserver import faults_of
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.live_merge import LiveMerge
-from vhdkit.chain.resolve import open_layers
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names.resolve import open_layers
+from vhdkit.chain.verbs.live_merge import LiveMerge
 from vhdkit.finding import Severity
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 

@@ -102,7 +102,7 @@ def _load() -> None:
     """Import every verb of both commands, and what they import when they are used."""
     for package in ("vhdkit", "vmm"):
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-            if not module.name.endswith((".__main__", "nbdkit_plugin")):
+            if not module.name.endswith((".__main__", "nbdkit.plugin")):
                 importlib.import_module(module.name)
 
 

@@ -17,22 +17,22 @@ load numpy.
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
-    from vhdkit.chain.chain import Progress
-    from vhdkit.chain.check import check
-    from vhdkit.chain.compact import CompactResult, compact
-    from vhdkit.chain.compare import Comparison, compare
-    from vhdkit.chain.convert import convert
-    from vhdkit.chain.create import DiskFormat, create_child, create_image
-    from vhdkit.chain.family import chain_held, chain_paths, find_children, image_id, mark_parents
-    from vhdkit.chain.garbage import GarbageItem, GarbageKind, collect_garbage
-    from vhdkit.chain.merge import Merge, merge
-    from vhdkit.chain.merge_settle import merge_under_way, resume_merge
-    from vhdkit.chain.options import OpenOptions
-    from vhdkit.chain.rebase import rebase
-    from vhdkit.chain.relocate import Move, relocate
-    from vhdkit.chain.repair import Repair, repair, restore
-    from vhdkit.chain.resize import ResizeResult, resize
-    from vhdkit.chain.snapshot import clone, snapshot, snapshot_many
+    from vhdkit.chain.engine.chain import Progress
+    from vhdkit.chain.names.family import chain_held, chain_paths, find_children, image_id, mark_parents
+    from vhdkit.chain.names.options import OpenOptions
+    from vhdkit.chain.verbs.check import check
+    from vhdkit.chain.verbs.compact import CompactResult, compact
+    from vhdkit.chain.verbs.compare import Comparison, compare
+    from vhdkit.chain.verbs.convert import convert
+    from vhdkit.chain.verbs.create import DiskFormat, create_child, create_image
+    from vhdkit.chain.verbs.garbage import GarbageItem, GarbageKind, collect_garbage
+    from vhdkit.chain.verbs.merge import Merge, merge
+    from vhdkit.chain.verbs.merge_recovery import merge_under_way, resume_merge
+    from vhdkit.chain.verbs.rebase import rebase
+    from vhdkit.chain.verbs.relocate import Move, relocate
+    from vhdkit.chain.verbs.repair import Repair, repair, restore
+    from vhdkit.chain.verbs.resize import ResizeResult, resize
+    from vhdkit.chain.verbs.snapshot import clone, snapshot, snapshot_many
     from vhdkit.disk import Disk, open_disk
     from vhdkit.errors import (
         AccessDenied,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from vhdkit.formats.vhd.repair import Fix
     from vhdkit.image import Extent, ExtentKind
     from vhdkit.maker import is_maker_dead, maker_word
-    from vhdkit.serve.control_client import ControlClient
+    from vhdkit.serve.control.client import ControlClient
     from vhdkit.trusted import TrustedFolder, TrustedFolders, trusted_parent_dirs
     from vhdkit.units import DiskSize, parse_disk_size
 
@@ -151,22 +151,22 @@ __all__ = [
 
 # Where each name lives, for the first use of it; the imports above say the same to type checkers.
 _HOMES = {
-    "vhdkit.chain.chain": "Progress",
-    "vhdkit.chain.check": "check",
-    "vhdkit.chain.compact": "CompactResult compact",
-    "vhdkit.chain.compare": "Comparison compare",
-    "vhdkit.chain.convert": "convert",
-    "vhdkit.chain.create": "DiskFormat create_child create_image",
-    "vhdkit.chain.family": "chain_held chain_paths find_children image_id mark_parents",
-    "vhdkit.chain.garbage": "GarbageItem GarbageKind collect_garbage",
-    "vhdkit.chain.merge": "Merge merge",
-    "vhdkit.chain.merge_settle": "merge_under_way resume_merge",
-    "vhdkit.chain.rebase": "rebase",
-    "vhdkit.chain.relocate": "Move relocate",
-    "vhdkit.chain.repair": "Repair repair restore",
-    "vhdkit.chain.resize": "ResizeResult resize",
-    "vhdkit.chain.options": "OpenOptions",
-    "vhdkit.chain.snapshot": "clone snapshot snapshot_many",
+    "vhdkit.chain.engine.chain": "Progress",
+    "vhdkit.chain.verbs.check": "check",
+    "vhdkit.chain.verbs.compact": "CompactResult compact",
+    "vhdkit.chain.verbs.compare": "Comparison compare",
+    "vhdkit.chain.verbs.convert": "convert",
+    "vhdkit.chain.verbs.create": "DiskFormat create_child create_image",
+    "vhdkit.chain.names.family": "chain_held chain_paths find_children image_id mark_parents",
+    "vhdkit.chain.verbs.garbage": "GarbageItem GarbageKind collect_garbage",
+    "vhdkit.chain.verbs.merge": "Merge merge",
+    "vhdkit.chain.verbs.merge_recovery": "merge_under_way resume_merge",
+    "vhdkit.chain.verbs.rebase": "rebase",
+    "vhdkit.chain.verbs.relocate": "Move relocate",
+    "vhdkit.chain.verbs.repair": "Repair repair restore",
+    "vhdkit.chain.verbs.resize": "ResizeResult resize",
+    "vhdkit.chain.names.options": "OpenOptions",
+    "vhdkit.chain.verbs.snapshot": "clone snapshot snapshot_many",
     "vhdkit.trusted": "TrustedFolder TrustedFolders trusted_parent_dirs",
     "vhdkit.disk": "Disk open_disk",
     "vhdkit.errors": (
@@ -180,7 +180,7 @@ _HOMES = {
     "vhdkit.formats.vhd.repair": "Fix",
     "vhdkit.image": "Extent ExtentKind",
     "vhdkit.maker": "is_maker_dead maker_word",
-    "vhdkit.serve.control_client": "ControlClient",
+    "vhdkit.serve.control.client": "ControlClient",
     "vhdkit.units": "DiskSize parse_disk_size",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -31,10 +31,10 @@ import numpy as np
 
 from vhdkit import errors
 from vhdkit.arguments import AnyPath, Size, byte_size, checked, flag
-from vhdkit.chain import pending
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.merge_settle import open_settled
-from vhdkit.chain.resolve import OpenOptions
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records import pending
+from vhdkit.chain.verbs.merge_recovery import open_settled
 from vhdkit.descriptor import when_forked
 from vhdkit.finding import Finding
 from vhdkit.image import Extent

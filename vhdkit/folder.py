@@ -2,7 +2,7 @@
 """The names of files: new files that appear whole or not at all, sockets, and folder listings.
 
 Decides how a new file or a socket gets its name and how names are looked up. Must not know formats or chains; where a
-parent may lie is decided in `chain.parents`.
+parent may lie is decided in `chain.names.parents`.
 """
 
 from __future__ import annotations

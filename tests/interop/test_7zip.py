@@ -28,7 +28,7 @@ from tests.interop.disks import (
 from tests.support import require_tool, run, sample
 from tests.vhd_builder import Block, Vhd, bits_of, child, pattern
 from vhdkit import DiskFormat
-from vhdkit.chain.describe import describe_image
+from vhdkit.chain.verbs.describe import describe_image
 
 pytestmark = pytest.mark.interop
 

@@ -16,7 +16,7 @@ import vhdkit
 from tests.interop import disks
 from tests.interop.disks import KIB, MIB, Shape, sha256
 from tests.support import require_nbdkit, require_tool
-from vhdkit.serve.nbdkit_command import PLUGIN, check_python, nbdkit_environment
+from vhdkit.serve.nbdkit.command import PLUGIN, check_python, nbdkit_environment
 
 pytestmark = pytest.mark.interop
 DEPTH = 4

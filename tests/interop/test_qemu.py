@@ -23,7 +23,7 @@ from tests.interop.qemu import held_by_qemu, qemu_content, qemu_create, qemu_io,
 from tests.support import require_tool, run
 from tests.vhd_builder import DYNAMIC as DYNAMIC_TYPE
 from tests.vhd_builder import FIXED, Vhd
-from vhdkit.chain.describe import describe_image
+from vhdkit.chain.verbs.describe import describe_image
 
 pytestmark = pytest.mark.interop
 

@@ -20,7 +20,7 @@ from tests.interop.test_libvhdi import PROGRAM
 from tests.interop.test_samples_verbs import ORPHANS_PARENT, ORPHANS_PARENT_ID
 from tests.support import require_pyvhdi, run, sample
 from tests.vhd_builder import Block, Vhd, pattern
-from vhdkit.chain.describe import describe_image
+from vhdkit.chain.verbs.describe import describe_image
 from vhdkit.units import GIB, KIB, MIB
 
 pytestmark = pytest.mark.interop

@@ -22,8 +22,8 @@ import vhdkit
 from tests.interop.disks import MIB, SECTOR, content_of, content_sha256, unpack_tar
 from tests.interop.qemu import qemu_content
 from tests.support import expected_samples, sample
-from vhdkit.chain.describe import describe_chain, describe_image
-from vhdkit.chain.stream import export_stream, import_stream
+from vhdkit.chain.verbs.describe import describe_chain, describe_image
+from vhdkit.chain.verbs.stream import export_stream, import_stream
 from vhdkit.formats.vhd.dump import dump_vhd
 from vhdkit.store import FileStore
 

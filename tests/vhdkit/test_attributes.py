@@ -14,11 +14,11 @@ import pytest
 
 import vhdkit
 from tests.support import not_available, require_root, require_tool
-from tests.vhdkit.chain.test_merge import content, make_chain
+from tests.vhdkit.chain.verbs.test_merge import content, make_chain
 from vhdkit import errors
 from vhdkit.attributes import check_removable
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.live_merge import LiveMerge
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.verbs.live_merge import LiveMerge
 
 
 def as_user(work: Callable[[], None]) -> None:

@@ -29,7 +29,7 @@ from tests.vhd_builder import (
     seal_footer,
     seal_header,
 )
-from vhdkit.chain import resolve
+from vhdkit.chain.names import resolve
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.store import FileStore

@@ -18,7 +18,7 @@ from tests.model import SectorModel
 from tests.power import BLOCK_SIZE, child_scene, dynamic_scene, open_mem
 from tests.stores import MemStore
 from vhdkit import errors
-from vhdkit.chain.create import DiskFormat, create_child, create_image
+from vhdkit.chain.verbs.create import DiskFormat, create_child, create_image
 from vhdkit.disk import Disk, open_disk
 from vhdkit.image import ExtentKind
 from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors

@@ -16,8 +16,8 @@ from tests.power import BLOCK_SIZE, Scene, child_scene, dynamic_scene, open_mem,
 from tests.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space, sync_failed
 from tests.support import not_available, require_tool
 from vhdkit import errors
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.create import create_child, create_image
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.verbs.create import create_child, create_image
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from tests.model import ParsedVhd, SectorModel
 from tests.power import LINK
 from tests.stores import CrashStore, MemStore
-from vhdkit.chain.chain import Chain
+from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed

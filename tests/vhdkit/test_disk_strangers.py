@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import vhdkit
 from tests.stores import MemStore
-from vhdkit.chain.chain import Chain
+from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.create import create_dynamic

@@ -12,8 +12,8 @@ import pytest
 
 import vhdkit
 from tests.vhd_builder import KIB, MIB, Block, Vhd, pattern
-from vhdkit.chain.live import Freezing
-from vhdkit.chain.stream import import_stream
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.stream import import_stream
 from vhdkit.folder import NewFile, write_whole
 
 UMASKS = (0, 0o022, 0o777)
@@ -183,7 +183,7 @@ def test_merge_records_are_like_the_target(room: Path, parent: Path, monkeypatch
         disk.write(MIB, b"more" * 100)
     parent.chmod(0o640)
     seen: list[int] = []
-    monkeypatch.setattr("vhdkit.chain.merge_steps.RealNames.remove", _looking(seen, room))
+    monkeypatch.setattr("vhdkit.chain.verbs.merge_steps.RealNames.remove", _looking(seen, room))
     vhdkit.merge(leaf)
     assert seen and set(seen) == {0o640}
 

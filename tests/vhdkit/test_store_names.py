@@ -17,11 +17,12 @@ import pytest
 
 import vhdkit
 from vhdkit import errors, locks
-from vhdkit.chain import garbage, merge_steps, pending, rebase, relocate, snapshot
-from vhdkit.chain.chain import Chain
-from vhdkit.chain.live import Freezing
-from vhdkit.chain.live_merge import LiveMerge
-from vhdkit.chain.resolve import OpenOptions
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records import pending
+from vhdkit.chain.verbs import garbage, merge_steps, rebase, relocate, snapshot
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live_merge import LiveMerge
 from vhdkit.folder import NewFile
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 from vhdkit.store import FileStore

@@ -10,7 +10,7 @@ import pytest
 import vhdkit
 from tests.vmm.snapshots.conftest import machines as machines_fixture
 from tests.vmm.snapshots.machines import Machines
-from vhdkit.chain import pending
+from vhdkit.chain.records import pending
 from vhdkit.formats.undo import apply_change, plan_change
 from vhdkit.formats.vhd.metadata import image_id
 from vhdkit.store import FileStore

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeAlias
 
 from vhdkit.cli.unmeant import ignore_unmeant
 from vhdkit.descriptor import passing_on
-from vhdkit.serve.mount_host import Child, become_flusher
+from vhdkit.serve.mount.host import Child, become_flusher
 from vhdkit.units import KIB
 
 Body: TypeAlias = Callable[[Callable[[], None]], int]  # gets what it calls when it is ready; returns an exit code

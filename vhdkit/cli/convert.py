@@ -16,9 +16,9 @@ import click
 
 import vhdkit
 from vhdkit import DiskFormat, InvalidArgument
-from vhdkit.chain.convert import convert_chain
-from vhdkit.chain.pending import file_of
-from vhdkit.chain.stream import export_stream, import_stream, pass_stream
+from vhdkit.chain.records.pending import file_of
+from vhdkit.chain.verbs.convert import convert_chain
+from vhdkit.chain.verbs.stream import export_stream, import_stream, pass_stream
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, STREAM, Common, epilog, image_options, progress_option
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.naming import tell_other_name

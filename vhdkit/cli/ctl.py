@@ -20,7 +20,7 @@ from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, console, count, print_json, print_text, rounding
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
-from vhdkit.serve.control_client import ControlClient
+from vhdkit.serve.control.client import ControlClient
 from vhdkit.units import DiskSize, format_size
 
 _LOOK_SECONDS = 0.25  # between looks how far a merge is

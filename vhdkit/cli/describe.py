@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from vhdkit import CorruptImage, FormatName, ParentMissing, UnsupportedFormat
-from vhdkit.chain.describe import ChainInfo, ImageInfo, ParentInfo, describe_chain, describe_image
+from vhdkit.chain.verbs.describe import ChainInfo, ImageInfo, ParentInfo, describe_chain, describe_image
 from vhdkit.cli.common import PATH, Common, epilog, image_options, print_aside
 from vhdkit.cli.output import (
     columns,

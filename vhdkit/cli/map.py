@@ -18,8 +18,8 @@ from rich.text import Text
 
 import vhdkit
 from vhdkit import Disk, Extent, ExtentKind, Progress
-from vhdkit.chain.create import replacing
-from vhdkit.chain.pending import files_of
+from vhdkit.chain.records.pending import files_of
+from vhdkit.chain.verbs.create import replacing
 from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
 from vhdkit.cli.jsontext import json_text
 from vhdkit.cli.output import console, is_unicode, print_text

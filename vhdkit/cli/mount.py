@@ -2,7 +2,7 @@
 """`mount`, `umount`, `mounts`: an image as files, or the files in it.
 
 Decides which options exclude each other, what the options of /etc/fstab mean, what is printed, and that `--foreground`
-unmounts properly after Ctrl-C. How mounts are made and removed is decided in `vhdkit.serve.mounting`.
+unmounts properly after Ctrl-C. How mounts are made and removed is decided in `vhdkit.serve.mount.mounting`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vhdkit.cli.output import columns, note, print_json, print_text
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable, quoted
 from vhdkit.folder import exists
-from vhdkit.serve.mounting import Listed, Mounted, Wish, listed, mount, umount
+from vhdkit.serve.mount.mounting import Listed, Mounted, Wish, listed, mount, umount
 from vhdkit.serve.opening import Manner
 from vhdkit.units import format_size
 

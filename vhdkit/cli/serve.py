@@ -29,16 +29,16 @@ from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile, SocketFile, is_folder, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
-from vhdkit.serve.confinement import Confinement
-from vhdkit.serve.control import Control
-from vhdkit.serve.listen import Listeners, is_activated, parse_address, parse_owner
-from vhdkit.serve.nbd_options import TlsMode
-from vhdkit.serve.nbd_server import NbdServer
-from vhdkit.serve.nbdkit_command import Launch, writes
+from vhdkit.serve.control.confinement import Confinement
+from vhdkit.serve.control.operations import Operations
+from vhdkit.serve.control.server import Control
+from vhdkit.serve.nbd.listen import Listeners, is_activated, parse_address, parse_owner
+from vhdkit.serve.nbd.options import TlsMode
+from vhdkit.serve.nbd.server import NbdServer
+from vhdkit.serve.nbd.tls import certificate_context, psk_context
+from vhdkit.serve.nbdkit.command import Launch, writes
 from vhdkit.serve.notify import READY, STOPPING, notify
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports, wanted_of_file
-from vhdkit.serve.operations import Operations
-from vhdkit.serve.tls import certificate_context, psk_context
 from vhdkit.units import KIB
 
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)

@@ -2,7 +2,7 @@
 """nbdkit as the engine of `serve`: found, examined, started with our sockets, and watched until it ends.
 
 Decides which nbdkit is used and how signals and the exit code are passed on. Its command line and environment are
-decided in `serve.nbdkit_command`.
+decided in `serve.nbdkit.command`.
 
 We make the sockets: they are private, replace stale ones and are removed at the end, as with our own server. nbdkit
 gets them in the way a service manager passes sockets (LISTEN_FDS).
@@ -25,7 +25,7 @@ import click
 
 from vhdkit import IoFailed
 from vhdkit.folder import PrivateFolder, exists, is_regular, remove_file
-from vhdkit.serve.nbdkit_command import Launch, check_python, missing, nbdkit_command, nbdkit_environment
+from vhdkit.serve.nbdkit.command import Launch, check_python, missing, nbdkit_command, nbdkit_environment
 
 ARGUMENTS = "vhdkit.nbdkit.arguments"  # where the command line keeps what follows "--"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)

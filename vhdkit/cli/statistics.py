@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from vhdkit.cli.output import console
-from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.nbd.server import NbdServer
 
 _SECONDS = 1.0
 

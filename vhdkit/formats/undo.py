@@ -2,7 +2,7 @@
 """The undo log: what a file held before a change that no order of writes can make safe.
 
 Decides the format of the log, when it belongs to an image, and how a change is made and taken back. Where the log
-lies and who acts on it is `chain.pending`'s decision.
+lies and who acts on it is `chain.records.pending`'s decision.
 
     1  the log, whole, under its name              sync    nothing has changed yet
     2  the change, in any order                    sync    a cut from here on is taken back by the log

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vhdkit import errors
-from vhdkit.chain.create import create_child
-from vhdkit.chain.live import scratch_child
-from vhdkit.chain.newest import newest_leaf
-from vhdkit.chain.resolve import OpenOptions
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.verbs.create import create_child
+from vhdkit.chain.verbs.live import scratch_child
+from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
 from vhdkit.folder import exists, read_whole, real_path, remove_file
@@ -24,7 +24,7 @@ from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
-from vhdkit.serve.export import Export, check_text
+from vhdkit.serve.nbd.export import Export, check_text
 from vhdkit.store import opened_again
 from vhdkit.units import MIB, format_size
 

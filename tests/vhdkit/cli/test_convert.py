@@ -26,7 +26,7 @@ from tests.vhdkit.cli.running import (
     start,
     wait_for_part,
 )
-from vhdkit.chain.chain import Chain
+from vhdkit.chain.engine.chain import Chain
 
 KINDS = ("raw", "fixed", "dynamic")
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.servers import serving
 from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, run
-from vhdkit.chain.describe import ImageInfo
+from vhdkit.chain.verbs.describe import ImageInfo
 from vhdkit.formats.vhd import layout
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, interrupt, make_chain, names, run, start
-from vhdkit.chain.intent import KIND
+from vhdkit.chain.records.intent import KIND
 from vhdkit.folder import sidecar_path
 
 HERE = Path()

@@ -231,5 +231,5 @@ class Reachable:
 
 def test_fuse_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the device the message says how to get it, before anything is opened."""
-    monkeypatch.setattr("vhdkit.serve.mount_host.FUSE_DEVICE", str(folder / "fuse"))
+    monkeypatch.setattr("vhdkit.serve.mount.host.FUSE_DEVICE", str(folder / "fuse"))
     assert "modprobe fuse" in failure("mount", "no.vhd", "mnt", code=1)

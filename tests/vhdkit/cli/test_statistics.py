@@ -11,7 +11,7 @@ import time
 from tests.servers import serving
 from tests.vhdkit.cli.running import good
 from vhdkit.cli.statistics import stats_line
-from vhdkit.serve.nbd_server import NbdServer
+from vhdkit.serve.nbd.server import NbdServer
 
 
 def test_line() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.power import DISK_SIZE, Scene, child_scene, dynamic_scene, open_mem
 from tests.stores import MemStore
 from vhdkit.formats.vhd.create import create_dynamic
-from vhdkit.serve.export import Export
+from vhdkit.serve.nbd.export import Export
 from vhdkit.units import MIB
 
 SIZE = DISK_SIZE  # of the disks of all scenes: 1.5 MiB and a bit

@@ -3,7 +3,7 @@
 
 Decides what is an error (bytes will be read wrong or not at all), what a warning (we read it correctly, but other
 programs may not, or space is lost) and what a note. Changes nothing and raises only for I/O errors. Parents are
-checked in `chain.check`.
+checked in `chain.verbs.check`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Parent locators: the text by which a differencing image names its parent.
 
 Decides how the eight entries and the header's parent name are decoded and written. Where the text points on this
-machine is decided in `chain.parents`; nothing here looks at a file.
+machine is decided in `chain.names.parents`; nothing here looks at a file.
 
 Source: specification, "Parent Locator Entry"; the encodings found in files of Hyper-V, Virtual PC for Mac and
 XenServer. W2ru and W2ku are UTF-16 little-endian (the header's name is big-endian), MacX a UTF-8 file URL.

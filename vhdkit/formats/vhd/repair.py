@@ -2,7 +2,7 @@
 """What a damaged VHD needs to be sound again: the writes, made to a draft of it.
 
 Decides what may be repaired, what needs consent, and what cannot be repaired. Writes nothing into the file: how the
-draft gets there, whole or not at all, is decided in `chain.repair`, and so is everything about parents.
+draft gets there, whole or not at all, is decided in `chain.verbs.repair`, and so is everything about parents.
 
     footers -> header -> locators -> BAT -> space and trailing footer -> geometry      each builds on those before
 

@@ -2,7 +2,7 @@
 """Giving a VHD another virtual size.
 
 Decides what the footers and the header say for another size, where a longer BAT goes, and the order. Must not judge
-whether a disk may shrink: the caller (`chain.resize`) ensures that nothing of value lies after the new end.
+whether a disk may shrink: the caller (`chain.verbs.resize`) ensures that nothing of value lies after the new end.
 
 A dynamic or differencing image (blocks move by `move`, header and footers change by `switch`):
 
@@ -17,7 +17,8 @@ The BAT grows where it is if only blocks are in its way; otherwise it is moved t
 are (after the locators, say). Moving the few blocks there costs little, while a BAT at the end of the file
 would keep the file from ever becoming shorter.
 
-A fixed image has one footer, so no order is safe: `fixed_writes` says what changes, `chain.pending` makes it atomic.
+A fixed image has one footer, so no order is safe: `fixed_writes` says what changes, and `chain.records.pending`
+makes it atomic.
 """
 
 from __future__ import annotations

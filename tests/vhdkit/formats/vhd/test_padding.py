@@ -12,7 +12,7 @@ import vhdkit
 from tests.stores import MemStore
 from tests.vhd_builder import DYNAMIC, FIXED, Vhd, pattern, put
 from vhdkit import DiskFormat, errors
-from vhdkit.chain.describe import describe_image
+from vhdkit.chain.verbs.describe import describe_image
 from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.vhd.padding import MAX_PADDING_BYTES
 from vhdkit.units import MIB

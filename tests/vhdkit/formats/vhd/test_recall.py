@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.vhdkit.formats.vhd.test_remember import content, found_in, image, killed, notes, opened
-from vhdkit.chain.check import check
-from vhdkit.chain.create import create_child
-from vhdkit.chain.live import Freezing
-from vhdkit.chain.repair import repair
+from vhdkit.chain.verbs.check import check
+from vhdkit.chain.verbs.create import create_child
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.repair import repair
 from vhdkit.disk import open_disk
 from vhdkit.errors import ImageInUse
 from vhdkit.formats.vhd import remember

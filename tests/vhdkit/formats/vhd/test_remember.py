@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vhdkit.chain.check import check
-from vhdkit.chain.compact import compact
-from vhdkit.chain.create import create_child, create_image
-from vhdkit.chain.live import seal
+from vhdkit.chain.verbs.check import check
+from vhdkit.chain.verbs.compact import compact
+from vhdkit.chain.verbs.create import create_child, create_image
+from vhdkit.chain.verbs.live import seal
 from vhdkit.disk import open_disk
 from vhdkit.formats.vhd import remember
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic

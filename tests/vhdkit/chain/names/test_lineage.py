@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What another program does to a parent is noticed; what we do to it without changing its children is not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.killing import killings
+from vhdkit import DiskFormat, OpenOptions, Severity
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names import lineage
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.units import MIB
+
+RAW = OpenOptions(allow_raw_parent=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose files can carry notes."""
+    probe = tmp_path / "probe"
+    probe.touch()
+    try:
+        os.setxattr(probe, "user.vhdkit.probe", b"x")
+    except OSError:
+        pytest.skip("no extended attributes in the folder for temporary files")
+    probe.unlink()
+    return tmp_path
+
+
+def pair(folder: Path, disk_format: DiskFormat = DiskFormat.DYNAMIC) -> tuple[Path, Path]:
+    """A base with some data, and a child of it that was written to."""
+    base, child = folder / "base.vhd", folder / "child.avhd"
+    if disk_format is DiskFormat.RAW:
+        base = folder / "base.img"
+    vhdkit.create_image(base, 4 * MIB, disk_format=disk_format)
+    write(base, 0)
+    vhdkit.create_child(child, base, options=RAW)
+    write(child, 8192)
+    return base, child
+
+
+def write(path: Path, offset: int) -> None:
+    """Write to a disk."""
+    with vhdkit.open_disk(path, writable=True, options=RAW) as disk:
+        disk.write(offset, b"x" * 4096)
+
+
+def digest(path: Path) -> bytes:
+    """The hash of all that a disk reads as."""
+    with vhdkit.open_disk(path, options=RAW) as disk:
+        return hashlib.sha256(disk.read(0, disk.size_bytes)).digest()
+
+
+def touch(path: Path) -> None:
+    """Change a byte of a file as another program would, to what it is, at another time."""
+    with path.open("r+b") as file:
+        byte = file.read(1)
+        file.seek(0)
+        file.write(byte)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def codes(path: Path) -> set[str]:
+    """The warnings about the chain: of `check`, `info` and `open`, which say the same."""
+    wanted = {"parent-written"}
+    checked = {one.code for one in vhdkit.check(path, options=RAW) if one.severity >= Severity.WARNING}
+    described = {one.code for one in vhdkit_info(path)}
+    with vhdkit.open_disk(path, options=RAW) as disk:
+        opened = {one.code for one in disk.findings}
+    with vhdkit.open_disk(path, writable=True, options=RAW) as disk:
+        assert {one.code for one in disk.findings} & wanted == opened & wanted
+    assert checked & wanted == described & wanted == opened & wanted
+    return checked
+
+
+def vhdkit_info(path: Path) -> tuple[vhdkit.Finding, ...]:
+    """What `info` says."""
+    from vhdkit.chain.verbs.describe import describe_image
+
+    return describe_image(path, options=RAW).findings
+
+
+@pytest.mark.parametrize("disk_format", [DiskFormat.RAW, DiskFormat.FIXED, DiskFormat.DYNAMIC])
+def test_a_parent_that_another_program_wrote_is_noticed(folder: Path, disk_format: DiskFormat) -> None:
+    """`check`, `info` and `open` warn of it, and the command that the warning names ends that."""
+    base, child = pair(folder, disk_format)
+    assert codes(child) == set()
+    touch(base)
+    assert codes(child) == {"parent-written"}
+    (finding,) = (one for one in vhdkit.check(child, options=RAW) if one.code == "parent-written")
+    assert f"vhdkit rebase {child} --parent {base}" in finding.message
+    vhdkit.rebase(child, base, options=RAW)
+    assert codes(child) == set()
+
+
+def _compact(base: Path, child: Path) -> None:
+    vhdkit.compact(base)
+
+
+def _repair(base: Path, child: Path) -> None:
+    with base.open("r+b") as file:
+        file.seek(-512, os.SEEK_END)
+        file.write(bytes(512))
+    status = base.stat()
+    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
+    vhdkit.rebase(child, base)  # the damage was there when the parent was looked at last
+    assert vhdkit.repair(base).fixes
+
+
+def _merge(base: Path, child: Path) -> None:
+    top = child.with_name("top.avhd")
+    vhdkit.snapshot(child, top)
+    write(top, 16384)
+    vhdkit.merge(child, relink_children=True)
+    top.rename(child)
+
+
+def _relocate(base: Path, child: Path) -> None:
+    place = child.parent / "place"
+    place.mkdir()
+    vhdkit.relocate(child, place)
+    assert codes(place / child.name) == set()
+    vhdkit.relocate(place / child.name, child.parent)
+
+
+def _rebase_middle(base: Path, child: Path) -> None:
+    top = child.with_name("top.avhd")
+    vhdkit.snapshot(child, top)
+    vhdkit.rebase(child, base)
+    assert codes(top) == set()
+    top.unlink()
+
+
+def _second_child(base: Path, child: Path) -> None:
+    vhdkit.clone(base, [base.with_name("second.avhd")])
+    assert codes(base.with_name("second.avhd")) == set()
+
+
+OURS: dict[str, Callable[[Path, Path], None]] = {
+    "compact": _compact,
+    "repair": _repair,
+    "merge": _merge,
+    "relocate": _relocate,
+    "rebase of a layer between": _rebase_middle,
+    "second child": _second_child,
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_own_changes_of_a_parent_are_no_news(folder: Path, name: str) -> None:
+    """What changes a parent's file, and nothing that its children read, raises no warning."""
+    base, child = pair(folder)
+    OURS[name](base, child)
+    assert codes(child) == set()
+
+
+@pytest.mark.parametrize("name", ["compact", "second child"])
+def test_our_own_changes_hide_no_foreign_one(folder: Path, name: str) -> None:
+    """A parent that was written by another program stays so for its old children."""
+    base, child = pair(folder)
+    touch(base)
+    OURS[name](base, child)
+    assert codes(child) == {"parent-written"}
+
+
+def test_a_change_of_ours_that_is_killed_or_interrupted_is_no_news(folder: Path) -> None:
+    """Wherever a compaction of a parent ends, also when it is made again, its children read the same."""
+    base, child = folder / "base.vhd", folder / "child.avhd"
+    vhdkit.create_image(base, 4 * MIB, block_size_bytes=512 << 10)
+    with vhdkit.open_disk(base, writable=True) as disk:
+        for block in range(3):  # the first one is to go
+            disk.write(block << 19, b"x" * 4096)
+        disk.write(0, bytes(4096))
+    vhdkit.create_child(child, base)
+    before, size = digest(child), base.stat().st_size
+    for _ in killings(lambda: vhdkit.compact(base)):
+        assert codes(child) <= {"change-unfinished"}
+    vhdkit.compact(base)
+    assert codes(child) == set() and base.stat().st_size < size
+    touch(base)
+    assert codes(child) == {"parent-written"}
+    vhdkit.rebase(child, base)
+
+    with pytest.raises(KeyboardInterrupt), lineage.same_content(str(base)):
+        touch(base)
+        raise KeyboardInterrupt
+    assert codes(child) == set() and digest(child) == before
+
+
+def test_a_live_snapshot_takes_the_leaf_as_it_was_frozen(folder: Path) -> None:
+    """What is written between the making of the child and the freezing of its parent is no news."""
+    base, _ = folder / "leaf.vhd", vhdkit.create_image(folder / "leaf.vhd", 4 * MIB)
+    chain = Chain.open(base, writable=True)
+    with Freezing([(chain, None)]) as freezing:
+        chain.write(0, memoryview(b"x" * 4096))
+        (grown,) = freezing.freeze()
+        freezing.done()
+    grown.close()
+    child = Path(freezing.paths[0])
+    assert codes(child) == set()
+    touch(base)
+    assert codes(child) == {"parent-written"}
+
+
+def test_copies_say_nothing(folder: Path) -> None:
+    """A chain that was copied, or whose parent is another file by now, gives no false alarm."""
+    base, child = pair(folder)
+    copy = folder / "copy"
+    copy.mkdir()
+    for path in (base, child):
+        shutil.copy2(path, copy)  # with its notes
+    assert codes(copy / child.name) == set()
+    shutil.copy(base, folder / "again.vhd")
+    (folder / "again.vhd").replace(base)
+    assert codes(child) == set()
+
+
+def test_a_foreign_time_stamp_is_a_note(folder: Path) -> None:
+    """A child of another program that records another time stamp for its parent gets a note, and no warning."""
+    from tests.vhd_builder import PARENT_ID, Vhd
+    from tests.vhd_builder import child as child_of
+
+    Vhd(unique_id=PARENT_ID, timestamp=1000).build().write(folder / "parent.vhd")
+    path = child_of(parent_timestamp=2000).build().write(folder / "child.vhd")
+    assert [(one.code, one.severity) for one in vhdkit_info(path)] == [("parent-timestamp", Severity.NOTE)]
+    assert "parent-timestamp" not in codes(path)

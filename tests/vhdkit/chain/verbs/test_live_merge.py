@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging under an open chain: every read gives what it gave, every write stays, an end anywhere leaves a chain."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vhdkit
+from tests.chains import pattern
+from tests.killing import CHANGING, killings
+from tests.merging import unaligned
+from tests.stores import MemStore
+from tests.support import daily_or_nightly
+from vhdkit import DiskFormat, errors
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records.intent import KIND, Phase
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.merge_steps import RealNames
+from vhdkit.disk import Disk
+from vhdkit.folder import sidecar_path
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
+
+SIZE = 4 * MIB
+SECTORS = SIZE // SECTOR_SIZE
+BLOCK = 512 * KIB
+
+
+def write_some(chain: Chain, model: bytearray, rng: random.Random, count: int) -> None:
+    """Random writes, zeros and trims to the leaf, kept in the model too."""
+    for _ in range(count):
+        first = rng.choice([rng.randrange(SECTORS), rng.randrange(SECTORS // 1024) * 1024])
+        size = min(rng.choice([1, 8, 31, 300, 1024, 1500]), SECTORS - first)
+        start, end = first * SECTOR_SIZE, (first + size) * SECTOR_SIZE
+        if rng.random() < 0.2:
+            chain.write_zeroes(first, size)
+            model[start:end] = bytes(end - start)
+        else:
+            data = pattern(first, size, rng.randrange(1 << 16))
+            chain.write(first, memoryview(data))
+            model[start:end] = data
+
+
+def make_chain(folder: Path, depth: int, base: str, rng: random.Random) -> tuple[list[Path], bytearray]:
+    """Images, leaf first, with random content, some of whose blocks lie on no page boundary; and what they read as."""
+    paths = [folder / f"{number}.avhd" for number in range(depth - 1)]
+    paths.append(folder / ("base.img" if base == "raw" else "base.vhd"))
+    model = bytearray(SIZE)
+    options = OpenOptions(allow_raw_parent=True)
+    for number in reversed(range(depth)):
+        if number < depth - 1:
+            vhdkit.create_child(paths[number], paths[number + 1], block_size_bytes=BLOCK, options=options)
+        elif base == "dynamic":
+            vhdkit.create_image(paths[number], SIZE, disk_format=DiskFormat.DYNAMIC, block_size_bytes=BLOCK)
+        else:
+            vhdkit.create_image(paths[number], SIZE, disk_format=DiskFormat(base))
+        chain = Chain.open(paths[number], writable=True, options=options)
+        write_some(chain, model, rng, rng.randrange(5))
+        chain.close()
+        has_table = number < depth - 1 or base == "dynamic"
+        if has_table and paths[number].stat().st_size > BLOCK and rng.random() < 0.4:
+            store = MemStore(str(paths[number]))
+            store.pwrite(0, paths[number].read_bytes())
+            moved = unaligned(store)
+            paths[number].write_bytes(moved.pread(0, moved.size()))
+    return paths, model
+
+
+def content(chain: Chain) -> bytes:
+    """The whole disk."""
+    return Disk(chain).read(0, SIZE)
+
+
+def on_disk(path: Path) -> bytes:
+    """The whole disk as who opens it now reads it."""
+    with vhdkit.open_disk(path, options=OpenOptions(allow_raw_parent=True, lock=False)) as disk:
+        return disk.read(0, SIZE)
+
+
+@given(depth=st.integers(3, 6), base=st.sampled_from(["dynamic", "fixed", "raw"]), seed=st.integers(0, 1 << 30))
+@settings(max_examples=daily_or_nightly(20, 60), deadline=None)
+def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """INV-MERGE-PRESERVES: while layers below the leaf are merged the disk reads and takes writes as if nothing
+    happened, the layers below the target are not touched, and the sources are gone in the end."""
+    folder = tmp_path_factory.mktemp("live")
+    rng = random.Random(seed)
+    paths, model = make_chain(folder, depth, base, rng)
+    target = rng.randrange(2, depth)
+    first = rng.randrange(1, target)
+    below = {path: path.read_bytes() for path in paths[target + 1 :]}
+    options = OpenOptions(allow_raw_parent=True)
+    chain = Chain.open(paths[0], writable=True, options=options)
+
+    def meanwhile(done: int, total: int) -> None:
+        assert 0 < done <= total
+        place = rng.randrange(SECTORS - 64)
+        buffer = bytearray(64 * SECTOR_SIZE)
+        chain.read_into(place, memoryview(buffer))
+        assert buffer == model[place * SECTOR_SIZE :][: len(buffer)]
+        write_some(chain, model, rng, 1)
+        if rng.random() < 0.3:
+            chain.flush()
+
+    with LiveMerge(chain, first, target, options) as merging:
+        merging.copy(meanwhile)
+        assert content(chain) == model
+        new, problem = merging.exchange()
+        assert problem is None
+        write_some(new, model, rng, 2)
+        merging.done()
+    assert content(new) == model
+    write_some(new, model, rng, 2)
+    new.close()
+    kept = [*paths[:first], *paths[target:]]
+    assert sorted(os.listdir(folder)) == sorted(path.name for path in kept)
+    assert {path: path.read_bytes() for path in below} == below
+    assert on_disk(paths[0]) == model
+    assert [one for one in vhdkit.check(paths[0], options=options) if one.severity is vhdkit.Severity.ERROR] == []
+
+
+@given(base=st.sampled_from(["dynamic", "fixed"]), deeper=st.booleans(), seed=st.integers(0, 1 << 30))
+@settings(max_examples=daily_or_nightly(15, 40), deadline=None)
+def test_the_leaf_goes_into_its_parent(
+    base: str, deeper: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The parent takes the leaf's content and the writes that follow, and holds the lock of a writer."""
+    folder = tmp_path_factory.mktemp("leaf")
+    rng = random.Random(seed)
+    paths, model = make_chain(folder, 3 if deeper else 2, base, rng)
+    chain = Chain.open(paths[0], writable=True)
+    write_some(chain, model, rng, 3)
+    with LiveMerge(chain, 0, 1) as merging:
+        merging.copy()
+        new, problem = merging.exchange()
+        assert problem is None
+        merging.done()
+    assert content(new) == model and not paths[0].exists()
+    with pytest.raises(errors.ImageInUse):
+        vhdkit.open_disk(paths[1])
+    write_some(new, model, rng, 3)
+    new.close()
+    assert sorted(os.listdir(folder)) == sorted(path.name for path in paths[1:])
+    assert on_disk(paths[1]) == model
+    vhdkit.open_disk(paths[1], writable=True).close()
+
+
+def merge_while_writing(paths: list[Path], seed: int) -> Chain:
+    """Merge layers 1 and 2 into layer 3 with writes in between, then the leaf into that; the chain that is left."""
+    rng = random.Random(seed)
+    chain = Chain.open(paths[0], writable=True)
+    model = bytearray(content(chain))
+    with LiveMerge(chain, 1, 3) as merging:
+        merging.copy(lambda done, total: write_some(chain, model, rng, 1))
+        new, problem = merging.exchange()
+        if problem is not None:
+            raise problem
+        merging.done()
+    write_some(new, model, rng, 1)
+    with LiveMerge(new, 0, 1) as merging:
+        merging.copy()
+        last, problem = merging.exchange()
+        if problem is not None:
+            raise problem
+        merging.done()
+    return last
+
+
+def test_killed_at_every_call(tmp_path: Path) -> None:
+    """INV-MERGE-PRESERVES: killed before any call that changes a file, every sector reads as it did or as it was
+    written since, by the leaf while it is there, by the target afterwards; resuming finishes it."""
+    rng = random.Random(5)
+    master = tmp_path / "master"
+    master.mkdir()
+    paths, model = make_chain(master, 5, "dynamic", rng)
+    names = [path.name for path in paths]
+    work = tmp_path / "work"
+    states = set()
+    shutil.copytree(master, work)
+
+    def served() -> None:
+        merge_while_writing([work / name for name in names], 9).close()
+
+    for number in killings(served, step=daily_or_nightly(3, 1)):
+        here = [work / name for name in names]
+        top = here[0] if here[0].exists() else here[3]
+        states.add((top.name, Path(sidecar_path(here[3], KIND)).exists()))
+        seen = on_disk(top)
+        assert _explained(seen, model, number), f"killed at call {number}"
+        for _ in range(2):
+            with _settled(top) as disk:
+                assert _explained(disk.read(0, SIZE), model, number)
+                top = Path(disk.path)
+        if vhdkit.merge_under_way(here[3]):
+            vhdkit.resume_merge(here[3])
+        top = here[0] if here[0].exists() else here[3]
+        assert _explained(on_disk(top), model, number)
+        assert not vhdkit.merge_under_way(here[3])
+        shutil.rmtree(work)
+        shutil.copytree(master, work)
+    complete = {(names[0], False), (names[0], True), (names[3], True), (names[3], False)}
+    assert states >= complete if daily_or_nightly(False, True) else states >= {(names[0], True), (names[3], False)}
+
+
+def _settled(top: Path) -> vhdkit.Disk:
+    """Opened for writing: that may finish the merge of the leaf and say where to go on."""
+    try:
+        return vhdkit.open_disk(top, writable=True)
+    except errors.NotFound as error:
+        return vhdkit.open_disk(error.problem.split("merged into ")[1].split(":")[0], writable=True)
+
+
+def _explained(seen: bytes, before: bytearray, number: int) -> bool:
+    """Every sector is as it was, or zeros, or what some write put there: patterns say for which sector they are."""
+    for index in range(SECTORS):
+        sector = seen[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE]
+        if sector in (before[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE], bytes(SECTOR_SIZE)):
+            continue
+        word = int.from_bytes(sector[:8], "little")
+        if word & 0xFFFFFFFFFF != index or sector != sector[:8] * (SECTOR_SIZE // 8):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that fails is an error, and what is served then, the old chain or the new one, reads as it should, with
+    what was written before and never flushed."""
+    rng = random.Random(6)
+    master, work = tmp_path / "master", tmp_path / "work"
+    master.mkdir()
+    paths, model = make_chain(master, 4, "dynamic", rng)
+    failures = 0
+    for number in range(1, 200):
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(master, work)
+        chain = Chain.open(work / paths[0].name, writable=True)
+        written = bytearray(model)
+        write_some(chain, written, random.Random(number), 4)
+        with monkeypatch.context() as patch:
+            failing = _Failing(number, code)
+            for name in CHANGING:
+                patch.setattr(os, name, failing.around(getattr(os, name)))
+            chain, failed = _try_to_merge(chain, 1, 2)
+        assert content(chain) == written, f"call {number} failed"
+        try:
+            chain.flush()
+            whole = True
+        except errors.SyncFailed:  # then nobody was told that the last writes are safe
+            whole = False
+        with _quiet():
+            chain.close()
+        assert not whole or on_disk(work / paths[0].name) == written
+        failures += failed
+        if not failing.struck:
+            break
+    assert failing.left > 0 and failures > 10
+
+
+@pytest.mark.parametrize("base", ["dynamic", "fixed", "raw"])
+def test_nothing_is_written_that_an_old_leaf_may_hide(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody knows whether the leaf is gone for good, the target reads as it did and takes no write."""
+    paths, model = make_chain(tmp_path, 2, base, random.Random(3))
+    options = OpenOptions(allow_raw_parent=True)
+    chain = Chain.open(paths[0], writable=True, options=options)
+
+    def remove(self: RealNames, path: str) -> None:
+        os.unlink(path)
+        raise errors.IoFailed("the folder was not synced", path=path)
+
+    monkeypatch.setattr(RealNames, "remove", remove)
+    with LiveMerge(chain, 0, 1, options) as merging:
+        merging.copy()
+        chain, problem = merging.exchange()
+    assert isinstance(problem, errors.IoFailed) and content(chain) == model
+    with pytest.raises(errors.SyncFailed):
+        chain.write(0, memoryview(bytes(SECTOR_SIZE)))
+    chain.close()
+    assert on_disk(paths[1]) == model
+
+
+class _Failing:
+    """The n-th call fails, all others are made."""
+
+    def __init__(self, number: int, code: int) -> None:
+        self.left = number
+        self.struck = False
+        self._code = code
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                self.struck = True
+                raise OSError(self._code, os.strerror(self._code))
+            return call(*args, **options)
+
+        return counted
+
+
+def _try_to_merge(chain: Chain, first: int, target: int) -> tuple[Chain, bool]:
+    """The chain to be served then, and whether it failed."""
+    try:
+        with LiveMerge(chain, first, target) as merging:
+            merging.copy()
+            chain, problem = merging.exchange()
+            if problem is not None:
+                return chain, True
+            merging.done()
+    except errors.VhdkitError:
+        return chain, True
+    return chain, False
+
+
+class _quiet:
+    """A close after a failed flush may say so again."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        return isinstance(error, errors.VhdkitError)
+
+
+def test_stopping_leaves_the_chain_as_it_was_and_the_next_try_goes_on(tmp_path: Path) -> None:
+    """Whoever stops a merge by an error from its progress loses nothing; locks are a reader's again."""
+    rng = random.Random(8)
+    paths, model = make_chain(tmp_path, 4, "dynamic", rng)
+    chain = Chain.open(paths[0], writable=True)
+    for number in range(3, 6):  # every block of the middle layers is in use
+        write_some(chain, model, rng, number)
+    with Freezing([(chain, str(tmp_path / "new.avhd"))]) as freezing:
+        [chain] = freezing.freeze()
+        freezing.done()
+
+    def stop(done: int, total: int) -> None:
+        raise errors.Cancelled("enough")
+
+    with pytest.raises(errors.Cancelled), LiveMerge(chain, 1, 3) as merging:
+        merging.copy(stop)
+    assert content(chain) == model
+    with Chain.open(paths[2]):  # a second reader is welcome
+        assert vhdkit.merge_under_way(paths[2]) == str(paths[2])
+        with pytest.raises(errors.ImageInUse), LiveMerge(chain, 1, 3):
+            pass
+    with LiveMerge(chain, 1, 3) as merging:
+        merging.copy()
+        chain, problem = merging.exchange()
+        assert problem is None
+        merging.done()
+    assert content(chain) == model and vhdkit.merge_under_way(paths[2]) is None
+    chain.close()
+
+
+def test_the_next_open_finishes_what_a_dead_server_left(tmp_path: Path) -> None:
+    """Where only the merged files are left to be removed, the next writable open of the leaf does it: else no later
+    merge under clients would find the target without other children."""
+    paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(4))
+    for relinked in (True, False):
+        chain = Chain.open(paths[0], writable=True)
+        with LiveMerge(chain, 1, 2) as merging:
+            merging.copy()
+            if relinked:
+                chain, problem = merging.exchange()
+                assert problem is None
+            else:
+                RealNames(str(paths[2])).write(merging._intent.in_phase(Phase.RELINK))
+        chain.close()
+        assert vhdkit.merge_under_way(paths[2]) is not None and paths[1].exists()
+        with vhdkit.open_disk(paths[0], writable=True) as disk:
+            assert disk.read(0, SIZE) == model and disk.chain.layers[1].store.name == str(paths[2])
+        assert vhdkit.merge_under_way(paths[2]) is None and not paths[1].exists()
+        paths = [tmp_path / f"above-{paths[0].name}", paths[0], *paths[2:]]
+        vhdkit.create_child(paths[0], paths[1])
+
+
+def test_what_others_stand_on_is_not_merged(tmp_path: Path) -> None:
+    """A child outside the chain, of the target or of a source, is named and nothing changes."""
+    rng = random.Random(9)
+    paths, model = make_chain(tmp_path, 4, "dynamic", rng)
+    for number in (1, 2):
+        other = tmp_path / f"other{number}.avhd"
+        vhdkit.create_child(other, paths[number])
+        before = {path: path.read_bytes() for path in paths}
+        chain = Chain.open(paths[0], writable=True)
+        with pytest.raises(errors.HasChildren, match=f"other{number}"), LiveMerge(chain, 1, 2):
+            pass
+        assert content(chain) == model
+        chain.close()
+        assert {path: path.read_bytes() for path in paths} == before
+        other.unlink()
+
+
+def test_layers_of_another_size_are_left_for_later(tmp_path: Path) -> None:
+    """A layer that is smaller than the disk would have to grow under its reader: refused, with what to do."""
+    vhdkit.create_image(tmp_path / "base.vhd", SIZE)
+    vhdkit.create_child(tmp_path / "a.avhd", tmp_path / "base.vhd")
+    vhdkit.create_child(tmp_path / "b.avhd", tmp_path / "a.avhd")
+    vhdkit.resize(tmp_path / "b.avhd", 2 * SIZE)
+    chain = Chain.open(tmp_path / "b.avhd", writable=True)
+    with pytest.raises(errors.InvalidArgument, match="another size"), LiveMerge(chain, 1, 2):
+        pass
+    chain.close()

@@ -1,0 +1,577 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges of real files: what is refused, what is left, and going on after a failure at every step."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.merging import unaligned
+from tests.model import ParsedVhd
+from tests.stores import MemStore
+from tests.vhd_builder import seal_footer
+from vhdkit import DiskFormat, errors
+from vhdkit.chain.records.intent import KIND
+from vhdkit.chain.verbs import merge_steps
+from vhdkit.chain.verbs.describe import describe_image
+from vhdkit.chain.verbs.merge_steps import RealNames
+from vhdkit.folder import sidecar_path
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.image import Piece
+from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
+
+SIZE = 6 * MIB + 37 * SECTOR_SIZE
+BLOCK = 512 * KIB
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path: str, seed: int, *, writes: int = 12, zeros: int = 3) -> None:
+    """Random data and zeros into the image's own disk."""
+    rng = random.Random(seed)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for _ in range(writes):
+            size = rng.choice((SECTOR_SIZE, 5000, 70_000, BLOCK))
+            disk.write(rng.randrange(disk.size_bytes - size), rng.randbytes(size))
+        for _ in range(zeros):
+            size = rng.choice((SECTOR_SIZE, 9000, BLOCK))
+            disk.write_zeroes(rng.randrange(disk.size_bytes - size), size)
+
+
+def make_chain(depth: int, *, base: DiskFormat = DiskFormat.DYNAMIC, size: int = SIZE) -> list[str]:
+    """`layer0` (the leaf) to the base, each with data of its own; the paths, leaf first."""
+    names = [f"layer{n}.avhd" for n in range(depth - 1)]
+    names.append("base.img" if base is DiskFormat.RAW else "base.vhd")
+    vhdkit.create_image(names[-1], size, disk_format=base, block_size_bytes=BLOCK)
+    write(names[-1], depth)
+    for number in reversed(range(depth - 1)):
+        vhdkit.create_child(names[number], names[number + 1], block_size_bytes=BLOCK, options=RAW)
+        write_with_raw(names[number], number)
+    return names
+
+
+RAW = vhdkit.OpenOptions(allow_raw_parent=True)
+
+
+def write_with_raw(path: str, seed: int) -> None:
+    """`write` for a child of a raw base too."""
+    rng = random.Random(f"child {seed}")
+    with vhdkit.open_disk(path, writable=True, options=RAW) as disk:
+        for _ in range(12):
+            size = rng.choice((SECTOR_SIZE, 5000, 70_000, BLOCK))
+            disk.write(rng.randrange(disk.size_bytes - size), rng.randbytes(size))
+        disk.write_zeroes(rng.randrange(disk.size_bytes - BLOCK), BLOCK)
+
+
+def content(path: str | Path) -> bytes:
+    """Everything on the disk."""
+    with vhdkit.open_disk(path, options=RAW) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
+def files() -> list[str]:
+    """Every name in the folder, hidden ones too."""
+    return sorted(os.listdir())
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", list(DiskFormat))
+def test_a_child_goes_into_its_parent(base: DiskFormat) -> None:
+    """INV-MERGE-PRESERVES: the parent reads as the child did; the child, and nothing else, is gone."""
+    leaf, parent = make_chain(2, base=base)
+    before = content(leaf)
+    done = vhdkit.merge(leaf, options=RAW)
+    assert files() == [parent]
+    assert content(parent) == before
+    assert (done.target, done.removed) == (os.path.realpath(parent), (os.path.realpath(leaf),))
+    assert done.size_bytes == SIZE and done.data_bytes > 0 and done.zero_bytes > 0
+    assert not [one for one in vhdkit.check(parent) if one.severity > vhdkit.Severity.NOTE]
+
+
+def test_merges_multiple_children_in_one_pass() -> None:
+    """XO 'merges multiple children in one pass': five layers into the base at once; only the base is left."""
+    names = make_chain(6)
+    before = content(names[0])
+    done = vhdkit.merge(names[0], into=names[-1])
+    assert files() == [names[-1]] and content(names[-1]) == before
+    assert len(done.merged) == 5
+
+
+def test_into_a_layer_in_the_middle() -> None:
+    """A differencing ancestor takes the layers in and keeps its own parent, which does not change."""
+    names = make_chain(5)
+    before, base = content(names[0]), Path(names[-1]).read_bytes()
+    vhdkit.merge(names[0], into=names[2])
+    assert files() == sorted([names[2], names[3], names[4]])
+    assert content(names[2]) == before and Path(names[-1]).read_bytes() == base
+
+
+@pytest.mark.parametrize("base", list(DiskFormat))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_to_a_new_file(base: DiskFormat, depth: int) -> None:
+    """The result lies beside the chain, of its ancestor's kind and, where that has one, on its parent; no file of
+    the chain changes."""
+    names = make_chain(3, base=base)
+    before = {name: Path(name).read_bytes() for name in names}
+    new = "new.img" if depth == 2 and base is DiskFormat.RAW else "new.vhd"
+    done = vhdkit.merge(names[0], into=names[depth], to=new, options=RAW)
+    assert content(new) == content(names[0]) and done.removed == ()
+    assert {name: Path(name).read_bytes() for name in names} == before
+    kind = describe_image(new, options=RAW)
+    assert kind.kind == (base.value if depth == 2 else "differencing")
+    if depth == 1:
+        assert kind.parent is not None and kind.parent.path == os.path.realpath(names[2])
+    with pytest.raises(errors.AlreadyExists):
+        vhdkit.merge(names[0], to=new, options=RAW)
+
+
+def test_a_dry_run_changes_nothing() -> None:
+    """It says what the merge will say, and no byte and no name changes."""
+    names = make_chain(3)
+    before = {name: Path(name).read_bytes() for name in names}
+    told = vhdkit.merge(names[0], into=names[2], dry_run=True)
+    vhdkit.merge(names[0], into=names[2], to="new.vhd", dry_run=True)
+    assert {name: Path(name).read_bytes() for name in files()} == before
+    assert vhdkit.merge(names[0], into=names[2]) == told
+
+
+def test_a_raw_base_that_ends_inside_a_sector() -> None:
+    """Its last sector counts as a whole one that ends in zeros, in the target too."""
+    Path("base.img").write_bytes(os.urandom(2 * MIB - 100))
+    vhdkit.create_child("leaf.avhd", "base.img", block_size_bytes=BLOCK, options=RAW)
+    before = content("leaf.avhd")
+    vhdkit.merge("leaf.avhd", to="new.img", options=RAW)
+    assert content("new.img") == before and len(before) == 2 * MIB
+    vhdkit.merge("leaf.avhd", options=RAW)
+    assert content("base.img") == before
+
+
+def test_blocks_can_be_moved() -> None:
+    """XO 'blocks can be moved': a block on no page boundary that ends whole moves to one; where it was is a hole."""
+    leaf, base = make_chain(2)
+    store = MemStore("base.vhd")
+    store.pwrite(0, Path(base).read_bytes())
+    Path(base).write_bytes(unaligned(store).contents())
+    before, aligned = content(leaf), 0
+    vhdkit.merge(leaf)
+    store = MemStore("base.vhd")
+    store.pwrite(0, Path(base).read_bytes())
+    parsed = ParsedVhd.parse(store)
+    for entry in parsed.entries:
+        aligned += entry != 0xFFFFFFFF and (entry * SECTOR_SIZE + parsed.bitmap_bytes) % 4096 == 0
+    assert aligned > 3 and content(base) == before and not parsed.overlaps()
+
+
+def test_does_not_use_the_bat_msb_for_sign() -> None:
+    """XO 'does not use the BAT MSB for sign': a target with a block behind 1 TiB of its file."""
+    leaf, base = make_chain(2)
+    before = content(leaf)
+    raw = bytearray(Path(base).read_bytes())
+    footer, place = raw[:SECTOR_SIZE], 1536 * GIB
+    store = MemStore("base.vhd")
+    store.pwrite(0, raw)
+    parsed = ParsedVhd.parse(store)
+    block = next(number for number, entry in enumerate(parsed.entries) if entry != 0xFFFFFFFF)
+    start = parsed.entries[block] * SECTOR_SIZE
+    try:
+        with open(base, "r+b") as file:
+            file.seek(place)
+            file.write(raw[start : start + parsed.bitmap_bytes + BLOCK] + footer)
+            file.seek(parsed.table_offset_bytes + 4 * block)
+            file.write((place // SECTOR_SIZE).to_bytes(4, "big"))
+    except OSError:
+        pytest.skip("this file system has no files of 1.5 TiB")
+    assert content(leaf) == before
+    vhdkit.merge(leaf)
+    assert content(base) == before
+
+
+def test_last_block_is_trimmed_when_the_size_is_no_multiple_of_the_block_size() -> None:
+    """XO 'last block is trimmed when virtualSize is not a multiple of blockSize': data up to the last sector."""
+    leaf, base = make_chain(2)
+    with vhdkit.open_disk(leaf, writable=True) as disk:
+        disk.write(SIZE - 40 * SECTOR_SIZE, b"end!" * 128 * 40)
+    before = content(leaf)
+    vhdkit.merge(leaf)
+    assert content(base) == before and before.endswith(b"end!")
+
+
+def test_an_ancestor_that_lost_its_footer() -> None:
+    """XO 'resumes an interrupted merge whose ancestor lost its footer': the copy at the beginning is enough."""
+    leaf, base = make_chain(2)
+    before = content(leaf)
+    os.truncate(base, os.path.getsize(base) - SECTOR_SIZE)
+    vhdkit.merge(leaf)
+    assert content(base) == before and vhdkit.check(base) == []
+
+
+@pytest.mark.parametrize("base", list(DiskFormat))
+@pytest.mark.parametrize("grown", [SECTOR_SIZE, 5 * MIB + 3 * SECTOR_SIZE, 3 * GIB])
+def test_merge_a_bigger_child_into_a_parent(base: DiskFormat, grown: int) -> None:
+    """XO 'merge a bigger child into a parent': the parent gets the leaf's size first, and its data."""
+    vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=BLOCK)
+    write("base", 3)
+    vhdkit.create_child("leaf.avhd", "base", size_bytes=SIZE + grown, block_size_bytes=BLOCK, options=RAW)
+    with vhdkit.open_disk("leaf.avhd", writable=True, options=RAW) as disk:
+        disk.write(SIZE - 5000, b"over the old end" * 300)
+        disk.write(SIZE + grown - SECTOR_SIZE, b"last" * 128)
+        head, tail = disk.read(0, SIZE), disk.read(SIZE, grown if grown < GIB else MIB)
+    done = vhdkit.merge("leaf.avhd", options=RAW)
+    assert files() == ["base"] and done.size_bytes == SIZE + grown
+    with vhdkit.open_disk("base") as disk:
+        assert disk.size_bytes == SIZE + grown
+        assert disk.read(0, SIZE) == head and disk.read(SIZE, len(tail)) == tail
+        assert disk.read(SIZE + grown - SECTOR_SIZE, SECTOR_SIZE) == b"last" * 128
+    assert not [one for one in vhdkit.check("base") if one.severity is vhdkit.Severity.ERROR]
+
+
+def smaller_leaf(base: DiskFormat, size: int) -> bytes:
+    """A chain of two whose leaf is smaller than its base, as some programs make them; what the leaf reads."""
+    vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=BLOCK)
+    write("base", 3)
+    vhdkit.create_child("leaf.avhd", "base", block_size_bytes=BLOCK, options=RAW)
+    write_with_raw("leaf.avhd", 4)
+    with open("leaf.avhd", "r+b") as file:
+        footer = bytearray(file.read(SECTOR_SIZE))
+        footer[48:56] = size.to_bytes(8, "big")
+        for place in (0, os.path.getsize("leaf.avhd") - SECTOR_SIZE):
+            file.seek(place)
+            file.write(seal_footer(bytes(footer)))
+    return content("leaf.avhd")
+
+
+@pytest.mark.parametrize("base", list(DiskFormat))
+def test_a_smaller_child_makes_its_parent_smaller(base: DiskFormat) -> None:
+    """The result has the leaf's size also where that is smaller: what the leaf does not see is not kept."""
+    before = smaller_leaf(base, 2 * MIB + 5 * SECTOR_SIZE)
+    vhdkit.merge("leaf.avhd", options=RAW)
+    assert files() == ["base"] and content("base") == before
+    assert not [one for one in vhdkit.check("base") if one.severity is vhdkit.Severity.ERROR]
+
+
+def test_a_parent_that_hides_its_own_does_not_grow() -> None:
+    """A target smaller than its parent and the leaf would show what its parent has behind its end: refused."""
+    smaller_leaf(DiskFormat.DYNAMIC, 2 * MIB)
+    os.rename("leaf.avhd", "target.avhd")
+    vhdkit.create_child("layer0.avhd", "target.avhd", size_bytes=SIZE)
+    refused(errors.InvalidArgument, "would appear")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------
+
+
+def refused(kind: type[errors.VhdkitError], match: str, **words: object) -> None:
+    """The merge of layer0 raises this, and nothing changes."""
+    before = {name: Path(name).read_bytes() for name in files()}
+    with pytest.raises(kind, match=match):
+        vhdkit.merge("layer0.avhd", **words)  # type: ignore[arg-type]
+    assert {name: Path(name).read_bytes() for name in files()} == before
+
+
+@pytest.mark.parametrize("parent", [0, 1, 2, 3])
+def test_another_child_is_a_reason_to_refuse(parent: int) -> None:
+    """An image that stands on the leaf, a source or the target would be broken: it is named, and nothing happens."""
+    names = make_chain(4)
+    vhdkit.create_child("other.avhd", names[parent])
+    refused(errors.HasChildren, "other.avhd", into=names[3])
+
+
+def test_a_child_in_another_folder_is_found_where_the_user_says() -> None:
+    """Children are looked for in the folders of all the images and in those the user names."""
+    names = make_chain(2)
+    os.mkdir("elsewhere")
+    here = vhdkit.OpenOptions(parent_dirs=("elsewhere", "."))
+    vhdkit.create_child("elsewhere/other.avhd", names[1])
+    with pytest.raises(errors.HasChildren, match="other"):
+        vhdkit.merge(names[0], options=here)
+
+
+def test_children_of_the_leaf_are_repointed_when_asked_for() -> None:
+    """With relink_children they stand on the target afterwards and read as before."""
+    names = make_chain(3)
+    children = ["child1.avhd", "child2.avhd"]
+    for child in children:
+        vhdkit.create_child(child, names[0])
+        write(child, len(child))
+    before = {child: content(child) for child in children}
+    refused(errors.HasChildren, "relink")
+    done = vhdkit.merge(names[0], into=names[2], relink_children=True)
+    assert files() == sorted([names[2], *children])
+    assert {child: content(child) for child in children} == before
+    assert [os.path.basename(path) for path in done.relinked] == children
+
+
+def test_an_image_in_use_is_not_merged() -> None:
+    """Any image of the chain that is open anywhere keeps the merge away, and so does an open child to be repointed."""
+    names = make_chain(3)
+    for name in names:
+        with vhdkit.open_disk(name):
+            refused(errors.ImageInUse, "another program", into=names[2])
+    vhdkit.create_child("child.avhd", names[0])
+    with vhdkit.open_disk("child.avhd", writable=True), pytest.raises(errors.ImageInUse):
+        vhdkit.merge(names[0], relink_children=True)
+
+
+def test_what_is_no_merge() -> None:
+    """No parent, itself, no ancestor, children to be repointed to a new file: each a clear error."""
+    names = make_chain(2)
+    vhdkit.create_image("other.vhd", SIZE)
+    refused(errors.InvalidArgument, "is not an ancestor", into="other.vhd")
+    refused(errors.InvalidArgument, "into itself", into=names[0])
+    refused(errors.InvalidArgument, "cannot be repointed", to="new.vhd", relink_children=True)
+    with pytest.raises(errors.InvalidArgument, match="has no parent"):
+        vhdkit.merge("other.vhd")
+    with pytest.raises(errors.NotFound):
+        vhdkit.merge("gone.avhd")
+
+
+# -- stopped on the way -----------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """The process ends here; no `Exception`, so nothing takes it for a failure to handle."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The merge stops before its n-th change of a name or the record."""
+    seen = 0
+
+    def counted(honest: Callable[..., None]) -> Callable[..., None]:
+        def step(*words: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                raise Stopped
+            honest(*words)
+
+        return step
+
+    for name in ("write", "remove_record", "remove"):
+        monkeypatch.setattr(RealNames, name, counted(getattr(RealNames, name)))
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_can_resume_after_each_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-MERGE-PRESERVES: stopped before any step (SM's fist points coalescing_VHD_data, before_create_relink,
+    before_delete, after_delete, before_remove_j; XO 'can resume a simple merge', 'can resume a multiple merge', 'can
+    resume a failed renaming'), the leaf or the target reads as before, and the merge can be finished."""
+    names = make_chain(4)
+    before = content(names[0])
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        try:
+            vhdkit.merge(names[0], into=names[3])
+            assert step == 7, "there is a step that was not stopped"
+        except Stopped:
+            assert step < 7
+    assert content(names[0] if os.path.exists(names[0]) else names[3]) == before
+    if step == 1:
+        assert vhdkit.merge_under_way(names[0]) is None
+        with pytest.raises(errors.InvalidArgument, match="no interrupted merge"):
+            vhdkit.resume_merge(names[0])
+        vhdkit.merge(names[0], into=names[3])
+    elif step < 7:
+        assert vhdkit.merge_under_way(names[step % 4]) == os.path.realpath(names[3])
+        vhdkit.resume_merge(names[step % 4])
+    assert files() == [names[3]] and content(names[3]) == before
+
+
+@pytest.mark.parametrize("step", range(2, 6))
+def test_can_resume_a_merge_that_relinks(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SM's fist point relinking_grandchildren: children of the leaf read the same wherever it stopped."""
+    names = make_chain(2)
+    for child in ("child1.avhd", "child2.avhd"):
+        vhdkit.create_child(child, names[0])
+        write(child, 4)
+    before = content("child1.avhd")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, step)
+        vhdkit.merge(names[0], relink_children=True)
+    assert content("child1.avhd") == content("child2.avhd") == before
+    vhdkit.resume_merge(names[1])
+    assert files() == ["base.vhd", "child1.avhd", "child2.avhd"]
+    assert content("child1.avhd") == content("child2.avhd") == before
+
+
+@pytest.mark.parametrize("block", [0, 1, 5])
+def test_can_resume_in_the_middle_of_the_data(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XO 'mergeRemoteDisk resumes after interruption': what was written to the leaf meanwhile is merged too."""
+    names = make_chain(3)
+    seen = 0
+    honest = DynamicImage.copy_in
+
+    def copy_in(self: DynamicImage, pieces: Sequence[Piece]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > block:
+            raise errors.NoSpace("full")
+        honest(self, pieces)
+
+    before = content(names[0])
+    with monkeypatch.context() as patch, pytest.raises(errors.NoSpace):
+        patch.setattr(DynamicImage, "copy_in", copy_in)
+        vhdkit.merge(names[0], into=names[2])
+    assert content(names[0]) == before
+    write(names[0], 77)
+    before = content(names[0])
+    vhdkit.resume_merge(names[2])
+    assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_a_child_made_after_the_interruption_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the leaf got a child before the merge was resumed, that is refused, and the child reads on."""
+    names = make_chain(2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3)
+        vhdkit.merge(names[0])
+    vhdkit.create_child("new.avhd", names[0])
+    before = content("new.avhd")
+    with pytest.raises(errors.HasChildren, match="new"):
+        vhdkit.resume_merge(names[0])
+    assert content("new.avhd") == before
+
+
+def test_a_record_that_is_not_ours_is_not_acted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torn or foreign records, XO's 'currentBlock = -1' among them, and ids that are not those of the files: nothing
+    is removed."""
+    names = make_chain(3)
+    before = content(names[0])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4)  # the leaf is gone
+        vhdkit.merge(names[0], into=names[2])
+    record = Path(sidecar_path(names[2], KIND))
+    good = record.read_bytes()
+    for raw in (good[:50], b"", b'{"currentBlock": -1}\n', good.replace(b"remove", b"copy  "), good + b"x"):
+        record.write_bytes(raw)
+        assert vhdkit.merge_under_way(names[2]) is None or raw == good + b"x"
+    record.write_bytes(good)
+    os.rename(names[1], "kept.avhd")
+    vhdkit.create_child(names[1], names[2])
+    done = vhdkit.resume_merge(names[2])
+    assert done.left == (os.path.realpath(names[1]),) and done.removed == ()
+    assert names[1] in files() and "kept.avhd" in files() and not record.exists()
+    assert content(names[2]) == content(names[1]) == before
+
+
+def test_a_failing_folder_leaves_a_merge_to_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the layers cannot be removed the target is complete, the error says so, and the next try removes them."""
+    names = make_chain(2)
+    before = content(names[0])
+
+    def refuse(path: str) -> None:
+        raise errors.AccessDenied("cannot remove", path=path)
+
+    with monkeypatch.context() as patch, pytest.raises(errors.AccessDenied):
+        patch.setattr(merge_steps, "remove_file", refuse)
+        vhdkit.merge(names[0])
+    assert content(names[0]) == before
+    vhdkit.resume_merge(names[0])
+    assert files() == [names[1]] and content(names[1]) == before
+
+
+# -- what an open does about it ---------------------------------------------------------------------------------
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, names: list[str], step: int) -> None:
+    """A merge of the whole chain that stopped before its n-th step."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, step)
+        vhdkit.merge(names[0], into=names[-1])
+
+
+def codes(path: str) -> list[str]:
+    """What `check` says of the chain."""
+    return [finding.code for finding in vhdkit.check(path)]
+
+
+def test_a_source_of_a_copying_merge_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the record says copy the leaf is as good as ever; check says what state the folder is in, and the target
+    alone is not opened for writing, even when the leaf is elsewhere."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 2)
+    assert "merge-unfinished" in codes(names[0]) and "merge-unfinished" in codes(names[2])
+    write(names[0], 5)
+    before = content(names[0])
+    os.mkdir("away")
+    for name in names[:2]:
+        os.rename(name, f"away/{name}")
+    with pytest.raises(errors.ImageInUse, match="interrupted"):
+        vhdkit.open_disk(names[2], writable=True)
+    for name in names[:2]:
+        os.rename(f"away/{name}", name)
+    vhdkit.resume_merge(names[1])
+    assert content(names[2]) == before and codes(names[2]) == []
+
+
+@pytest.mark.parametrize("opened", [0, 2])
+def test_a_writable_open_finishes_a_complete_merge(opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the data in place a writable open of leaf or target removes what is to be removed: the target opens, the
+    leaf is said to have gone into it. A read-only open changes nothing."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 3)
+    before, there = content(names[0]), files()
+    assert content(names[opened]) and files() == there
+    assert "merge-unfinished" in codes(names[opened])
+    if opened == 2:
+        vhdkit.open_disk(names[2], writable=True).close()
+    else:
+        with pytest.raises(errors.NotFound, match="was merged into"):
+            vhdkit.open_disk(names[opened], writable=True)
+    assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_a_false_record_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that says complete beside a target that is not: the open that would finish it refuses, all stays."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 3)
+    with vhdkit.open_disk(names[0]) as disk:
+        places = [one.store_offset_bytes for one in disk.extents() if one.layer_index == 0]
+    with open(names[0], "r+b") as leaf:  # as another program would
+        leaf.seek(next(place for place in places if place is not None))
+        leaf.write(b"changed behind our back")
+    there, before = files(), content(names[0])
+    with pytest.raises(errors.InvalidArgument, match="does not hold"):
+        vhdkit.open_disk(names[2], writable=True)
+    assert files() == there and content(names[0]) == before
+    vhdkit.resume_merge(names[0])
+    assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_layers_left_over_are_not_removed_by_an_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the leaf gone nothing can be compared: the user is told to say --resume. With all gone the record goes."""
+    names = make_chain(3)
+    stopped(monkeypatch, names, 4)
+    before = content(names[2])
+    with pytest.raises(errors.ImageInUse, match="resume"):
+        vhdkit.open_disk(names[2], writable=True)
+    os.unlink(names[1])
+    vhdkit.open_disk(names[2], writable=True).close()
+    assert files() == [names[2]] and content(names[2]) == before
+
+
+def test_interrupted_tries_do_not_pile_up_in_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed merge copied without anything pointing at it is given back by the next try."""
+    vhdkit.create_image("base.vhd", SIZE, block_size_bytes=BLOCK)
+    vhdkit.create_child("leaf.avhd", "base.vhd", block_size_bytes=BLOCK)
+    write("leaf.avhd", 1)
+
+    def killed(self: DynamicImage) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(DynamicImage, "close", killed)
+            vhdkit.merge("leaf.avhd")
+    leaked = os.path.getsize("base.vhd")
+    vhdkit.merge("leaf.avhd")
+    assert os.path.getsize("base.vhd") <= leaked and not vhdkit.check("base.vhd")

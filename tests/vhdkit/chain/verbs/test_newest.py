@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The newest image of a line after a server's end: found by the same command line, whatever the server was at."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vhdkit.chain.verbs.test_live_merge import SIZE, make_chain, on_disk, write_some
+from tests.vhdkit.chain.verbs.test_merge_recovery import GONE, crafted, id_of
+from tests.vhdkit.formats.vhd.test_remember import killed
+from vhdkit import errors
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records.intent import KIND
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.merge_steps import RealNames
+from vhdkit.chain.verbs.newest import newest_leaf
+from vhdkit.folder import sidecar_path
+from vhdkit.formats.vhd import remember
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.serve.opening import Manner, Wanted, open_exports
+
+
+class Killed(BaseException):
+    """The server ends here."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """It does before its n-th change of a name or a record."""
+    seen = 0
+
+    def counted(honest: Callable[..., None]) -> Callable[..., None]:
+        def step(*words: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                raise Killed
+            honest(*words)
+
+        return step
+
+    for name in ("write", "remove_record", "remove"):
+        monkeypatch.setattr(RealNames, name, counted(getattr(RealNames, name)))
+
+
+def let_go(chain: Chain) -> None:
+    """What the kernel does to the files of a killed process."""
+    for layer in chain.layers:
+        if isinstance(layer, DynamicImage):
+            killed(layer)
+        else:
+            layer.store.close()
+
+
+def merged_live(chain: Chain, first: int, target: int) -> Chain:
+    """A pass of a live merge."""
+    with LiveMerge(chain, first, target) as merging:
+        merging.copy()
+        chain, problem = merging.exchange()
+        assert problem is None
+        merging.done()
+    return chain
+
+
+def served(path: Path) -> bytes:
+    """What clients read when it is served by this command line again: `serve PATH --follow-leaf`."""
+    [export] = open_exports([Wanted(str(path))], Manner(OpenOptions(), follow_leaf=True))
+    try:
+        assert export.disk.writable
+        export.disk.write(0, export.disk.read(0, 512))
+        return export.disk.read(0, SIZE)
+    finally:
+        export.disk.close()
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+@pytest.mark.parametrize("step", range(1, 6))
+def test_killed_in_a_live_merge(step: int, named: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-MERGE-PRESERVES: killed at any step of a merge of lower layers, the server goes on with the leaf, whichever
+    image of the line its command line names, as long as that is there."""
+    paths, model = make_chain(tmp_path, 3, "dynamic", random.Random(step))
+    chain = Chain.open(paths[0], writable=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, step)
+        merged_live(chain, 1, 2)
+    let_go(chain)
+    if paths[named].exists():
+        assert newest_leaf(paths[named], OpenOptions()) == str(paths[0])
+        assert served(paths[named]) == model
+    assert on_disk(paths[0]) == model
+    if step > 2:  # all was copied
+        served(paths[2])
+        assert not paths[1].exists() and not os.path.exists(sidecar_path(paths[2], KIND))
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+@pytest.mark.parametrize("step", range(1, 5))
+def test_killed_in_a_live_merge_of_the_leaf(
+    step: int, named: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-MERGE-PRESERVES: the leaf has writes that were not flushed when its own merge begins; killed at any step, a
+    restart by the same command line finishes the merge and goes on serving."""
+    rng = random.Random(step)
+    paths, model = make_chain(tmp_path, 3, "dynamic", rng)
+    chain = Chain.open(paths[0], writable=True)
+    write_some(chain, model, rng, 4)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, step)
+        merged_live(chain, 0, 1)
+    let_go(chain)
+    if step == 1:
+        return  # nothing was begun, and nothing was flushed
+    assert served(paths[named]) == model
+    assert paths[0].exists() == (step == 2)
+
+
+def test_merges_of_different_ages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of three merges, stopped at three phases in three lives of a server, are told apart."""
+    rng = random.Random(7)
+    paths, model = make_chain(tmp_path, 8, "dynamic", rng)
+    for first, target, step in ((6, 7, 2), (4, 5, 3), (1, 2, 4)):
+        chain = Chain.open(paths[0], writable=True)
+        write_some(chain, model, rng, 2)
+        chain.flush()
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, step)
+            merged_live(chain, first, target)
+        let_go(chain)
+    assert len([name for name in os.listdir(tmp_path) if name.endswith("merge")]) > 1
+    for path in paths:
+        if path.exists():
+            assert newest_leaf(path, OpenOptions()) == str(paths[0])
+    assert served(paths[7]) == model
+    assert served(paths[7]) == model
+    assert on_disk(paths[0]) == model
+
+
+def test_killed_while_the_merged_leaf_is_frozen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf is merged in passes, frozen anew for each. Killed after a relink, there are new names above it."""
+    rng = random.Random(3)
+    paths, model = make_chain(tmp_path, 2, "dynamic", rng)
+    chain = Chain.open(paths[0], writable=True)
+    for name in ("second.avhd", "third.avhd"):
+        with Freezing([(chain, str(tmp_path / name))]) as freezing:
+            [chain] = freezing.freeze()
+            freezing.done()
+        write_some(chain, model, rng, 2)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, 4)  # relinked, not removed
+            merged_live(chain, 1, len(chain.layers) - 1)
+        let_go(chain)
+        assert newest_leaf(paths[1], OpenOptions()) == str(tmp_path / name)
+        assert served(paths[1]) == model
+        chain = Chain.open(tmp_path / name, writable=True)
+    chain.close()
+
+
+def test_crafted_record_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that says the image was merged into a foreign one is no reason to serve that."""
+    monkeypatch.chdir(tmp_path)
+    vhdkit.create_image("disk.vhd", 1 << 20)
+    vhdkit.create_image("evil.vhd", 1 << 20)
+    Path(sidecar_path("evil.vhd", KIND)).write_bytes(crafted("evil.vhd", [GONE, ("disk.vhd", id_of("disk.vhd"))]))
+    assert newest_leaf("disk.vhd", OpenOptions()) == "disk.vhd"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Iterator[Path]:
+    """A folder for notes, in use while the test runs."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    remember.use_folder(str(folder))
+    yield folder
+    remember.use_folder(None)
+
+
+def test_merging_the_leaf_leaves_no_notes(notes: Path, tmp_path: Path) -> None:
+    """A live merge of the leaf under `--remember` leaves neither descriptors nor files of its notes."""
+    rng = random.Random(5)
+    paths, model = make_chain(tmp_path, 5, "dynamic", rng)
+    chain = Chain.open(paths[0], writable=True)
+    before = None
+    for _ in range(3):
+        write_some(chain, model, rng, 3)
+        chain = merged_live(chain, 0, 1)
+        assert list(notes.iterdir()) == []
+        opened = len(os.listdir("/proc/self/fd")) - len(chain.layers)
+        assert before in (None, opened)
+        before = opened
+    write_some(chain, model, rng, 3)
+    let_go(chain)  # killed
+    assert served(paths[3]) == model
+
+
+def test_an_image_that_is_gone(tmp_path: Path) -> None:
+    """An image that is gone, and of which no record says where it went, is not found."""
+    with pytest.raises(errors.NotFound):
+        newest_leaf(tmp_path / "gone.vhd", OpenOptions())

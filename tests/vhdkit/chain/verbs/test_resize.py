@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resizing whole images: what stands in the way, and what becomes of files of every kind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.killing import killings
+from tests.stores import MemStore
+from tests.support import require_tool, run
+from tests.vhd_builder import Block, Vhd, child, pattern
+from tests.vhdkit.formats.test_partitions import mbr, write_gpt
+from vhdkit.chain.names.resolve import unique_id
+from vhdkit.chain.records.pending import undo_path
+from vhdkit.store import FileStore
+from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
+
+SIZE = 4 * MIB
+# What makes it, in MiB how large, and what the refusal to cut it says.
+FILE_SYSTEMS = {
+    "ext2": (["mke2fs", "-q", "-F", "-t", "ext2"], 8, "resize2fs"),
+    "ext4": (["mke2fs", "-q", "-F", "-t", "ext4"], 16, "resize2fs"),
+    "xfs": (["mkfs.xfs", "-q"], 320, "copy the files"),
+    "vfat": (["mkfs.fat"], 8, "fatresize"),
+    "ntfs": (["mkntfs", "-Q", "-F"], 8, "ntfsresize"),
+    "swap": (["mkswap"], 8, "mkswap"),
+    "swap-of-large-pages": (["mkswap", "-p", "65536"], 8, "mkswap"),
+}
+FORMATS = {"fixed": vhdkit.DiskFormat.FIXED, "dynamic": vhdkit.DiskFormat.DYNAMIC, "raw": vhdkit.DiskFormat.RAW}
+
+
+def make(folder: Path, kind: str, content: bytes, name: str = "disk") -> Path:
+    """An image of a kind, with content; a differencing one over a base of the same size with data of its own."""
+    path = folder / f"{name}.{'img' if kind == 'raw' else 'vhd'}"
+    if kind == "differencing":
+        vhdkit.create_image(folder / "base.vhd", len(content), block_size_bytes=512 * KIB)
+        with vhdkit.open_disk(folder / "base.vhd", writable=True) as disk:
+            disk.write(0, b"base" * 1000)
+        vhdkit.create_child(path, folder / "base.vhd")
+    elif kind == "dynamic":
+        vhdkit.create_image(path, len(content), block_size_bytes=512 * KIB)
+    else:
+        vhdkit.create_image(path, len(content), disk_format=FORMATS[kind])
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for offset in range(0, len(content), 64 * KIB):
+            piece = content[offset : offset + 64 * KIB]
+            if kind == "differencing" or any(piece):
+                disk.write(offset, piece)
+    return path
+
+
+def read(path: Path) -> bytes:
+    """The whole disk."""
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
+def some(size: int = SIZE, data: int = SIZE // 2, seed: int = 1) -> bytes:
+    """Content: data in the beginning, zeros behind."""
+    return random.Random(seed).randbytes(data).ljust(size, b"\0")
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "differencing"])
+@pytest.mark.parametrize("size", [SIZE + SECTOR_SIZE, 3 * SIZE])
+def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, size: int) -> None:
+    """INV-RESIZE-WHOLE: the disk keeps its bytes and ends in zeros; check finds nothing; no record is left."""
+    content = some()
+    path = make(tmp_path, kind, content)
+    plan = vhdkit.resize(path, size, dry_run=True)
+    assert read(path) == content and plan.file_size_after_bytes is None
+    done = vhdkit.resize(path, size, shrink=True)
+    assert read(path) == content.ljust(size, b"\0")
+    assert (done.virtual_size_before_bytes, done.virtual_size_after_bytes) == (SIZE, size)
+    assert done.moved_block_count == plan.moved_block_count
+    assert done.file_size_after_bytes == path.stat().st_size
+    assert [one.code for one in vhdkit.check(path) if one.code != "chain-size"] == []
+    assert not os.path.lexists(undo_path(str(path)))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw"])
+def test_every_kind_shrinks_to_its_data(tmp_path: Path, kind: str) -> None:
+    """INV-RESIZE-WHOLE: down to the last byte that is not zero, and not a sector further."""
+    content = some(data=SIZE // 2 - 3 * SECTOR_SIZE + 1)
+    least = SIZE // 2 - 2 * SECTOR_SIZE
+    path = make(tmp_path, kind, content)
+    before = path.read_bytes()
+    with pytest.raises(vhdkit.InvalidArgument, match=f"cut off data: there is some at byte {least - SECTOR_SIZE}"):
+        vhdkit.resize(path, least - SECTOR_SIZE, shrink=True)
+    assert path.read_bytes() == before
+    vhdkit.resize(path, least, shrink=True)
+    assert read(path) == content[:least] and vhdkit.check(path) == []
+    assert path.stat().st_size < least + MIB
+
+
+def test_data_in_a_parent_is_seen_too(tmp_path: Path) -> None:
+    """What a child would cut off may be its parent's; and a child is not made smaller than its parent."""
+    content = some(data=KIB)
+    path = make(tmp_path, "differencing", content)
+    vhdkit.resize(path, 2 * SIZE)
+    with pytest.raises(vhdkit.InvalidArgument, match="smaller than its parent"):
+        vhdkit.resize(path, SIZE - SECTOR_SIZE, shrink=True)
+    vhdkit.resize(path, SIZE + MIB, shrink=True)
+    assert read(path) == content.ljust(SIZE + MIB, b"\0")
+    vhdkit.resize(path, SIZE, shrink=True)
+    assert read(path) == content
+
+
+def test_a_parent_keeps_its_size(tmp_path: Path) -> None:
+    """An image that others stand on is not resized, and the error names one of them."""
+    path = make(tmp_path, "differencing", some())
+    before = (tmp_path / "base.vhd").read_bytes()
+    with pytest.raises(vhdkit.HasChildren, match=r"disk.vhd; resizing it would change"):
+        vhdkit.resize(tmp_path / "base.vhd", 2 * SIZE)
+    assert (tmp_path / "base.vhd").read_bytes() == before
+    with vhdkit.open_disk(path), pytest.raises(vhdkit.ImageInUse):
+        vhdkit.resize(path, 2 * SIZE)
+
+
+def test_a_larger_parents_data_does_not_appear(tmp_path: Path) -> None:
+    """A child that is smaller than its parent does not grow over data of the parent."""
+    base = Vhd(size=4 * MIB, block_size=MIB, blocks={0: Block(pattern(MIB)), 2: Block(pattern(MIB))})
+    base.build().write(tmp_path / "parent.vhd")
+    with FileStore.open(tmp_path / "parent.vhd") as store:
+        parent_id = unique_id(store)
+    small = child(size=MIB + MIB // 2, block_size=MIB, parent_id=parent_id)
+    path = small.build().write(tmp_path / "small.vhd")
+    before = read(path)
+    with pytest.raises(vhdkit.InvalidArgument, match="would appear"):
+        vhdkit.resize(path, 4 * MIB)
+    with pytest.raises(vhdkit.InvalidArgument, match="smaller than its parent"):
+        vhdkit.resize(path, 2 * MIB, shrink=True)
+    assert read(path) == before
+
+
+# -- partitions ---------------------------------------------------------------------------------------------------
+
+
+def with_gpt(size: int, *partitions: tuple[int, int, str], primary: bool = True) -> bytes:
+    """The content of a disk with a GPT."""
+    store = MemStore()
+    store.truncate(size)
+    write_gpt(store, size, *partitions, primary=primary)
+    return store.contents()
+
+
+def test_a_partition_is_not_cut_off(tmp_path: Path) -> None:
+    """Empty as it may be: the error names number, name and bytes of the partition, and the least size."""
+    path = make(tmp_path, "dynamic", with_gpt(SIZE, (40, 99, "boot"), (100, 5000, "données")))
+    with pytest.raises(vhdkit.InvalidArgument) as caught:
+        vhdkit.resize(path, 2 * MIB, shrink=True)
+    assert "partition 2 'données'" in str(caught.value) and f"at least {5001 * SECTOR_SIZE} bytes" in str(caught.value)
+    marked = make(tmp_path, "fixed", mbr((0x83, 64, 100), (0x07, 4000, 4000)).ljust(SIZE, b"\0"), "mbr")
+    with pytest.raises(vhdkit.InvalidArgument, match=r"partition 2 \(type 0x07"):
+        vhdkit.resize(marked, 7999 * SECTOR_SIZE, shrink=True)
+    vhdkit.resize(marked, 8000 * SECTOR_SIZE, shrink=True)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw"])
+@pytest.mark.parametrize("size", [2 * MIB, SIZE - 20 * SECTOR_SIZE, SIZE - SECTOR_SIZE, 2 * SIZE])
+def test_the_second_gpt_may_go_when_the_first_is_whole(tmp_path: Path, kind: str, size: int) -> None:
+    """The copy at the old end is in nobody's way, and it is said how to put it at the new one."""
+    content = with_gpt(SIZE, (40, 99, "boot"))
+    path = make(tmp_path, kind, content)
+    done = vhdkit.resize(path, size, shrink=True)
+    assert any("sgdisk -e" in note for note in done.notes)
+    assert read(path) == content[:size].ljust(size, b"\0")
+
+
+def test_the_only_gpt_is_data(tmp_path: Path) -> None:
+    """Where the first copy is damaged, the second one is what the disk lives by: it is not cut off."""
+    path = make(tmp_path, "dynamic", with_gpt(SIZE, (40, 99, "boot"), primary=False))
+    with pytest.raises(vhdkit.InvalidArgument, match="cut off data"):
+        vhdkit.resize(path, 2 * MIB, shrink=True)
+
+
+# -- file systems without a table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image", ["fixed", "dynamic", "raw"])
+@pytest.mark.parametrize("kind", FILE_SYSTEMS)
+def test_a_file_system_is_not_cut_off(tmp_path: Path, kind: str, image: str) -> None:
+    """INV-SHRINK-KEEPS: empty at its end as it may be: the error names it, its last byte and the tool that helps."""
+    words, size, hint = FILE_SYSTEMS[kind]
+    flat = tmp_path / "flat.raw"
+    with flat.open("wb") as file:
+        file.truncate(size * MIB)
+    run([require_tool(words[0]), *words[1:], str(flat)])
+    with flat.open("rb") as file:
+        content = file.read(8 * MIB)
+    path = flat
+    if image != "raw":
+        path = tmp_path / "disk.vhd"
+        vhdkit.convert(flat, path, disk_format=FORMATS[image])
+    vhdkit.resize(path, (size + 8) * MIB)
+    with path.open("rb") as file:
+        before = hashlib.file_digest(file, "sha256").digest()
+    with pytest.raises(vhdkit.InvalidArgument) as caught:
+        vhdkit.resize(path, size * MIB - SECTOR_SIZE, shrink=True)
+    assert caught.value.hint is not None and hint in caught.value.hint
+    assert f"{kind.split('-')[0]}, which reaches up to byte {size * MIB}" in str(caught.value)
+    with path.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").digest() == before
+    vhdkit.resize(path, size * MIB, shrink=True)
+    with vhdkit.open_disk(path) as disk:
+        assert disk.size_bytes == size * MIB and disk.read(0, 8 * MIB) == content
+
+
+def test_what_does_not_say_how_far_it_reaches_is_not_cut(tmp_path: Path) -> None:
+    """INV-SHRINK-KEEPS: LUKS and BitLocker keep no size: a disk with one of them does not become smaller at all."""
+    path = make(tmp_path, "dynamic", b"LUKS\xba\xbe".ljust(SIZE, b"\0"))
+    with pytest.raises(vhdkit.InvalidArgument, match="holds luks, which may reach up to its end"):
+        vhdkit.resize(path, SIZE // 2, shrink=True)
+
+
+def test_shrinking_is_asked_for(tmp_path: Path) -> None:
+    """INV-SHRINK-KEEPS: a smaller size without the word for it is refused, also in a trial, and no byte changes."""
+    path = make(tmp_path, "dynamic", some(data=KIB))
+    before = path.read_bytes()
+    for dry_run in (True, False):
+        with pytest.raises(vhdkit.InvalidArgument, match="less than") as caught:
+            vhdkit.resize(path, SIZE // 2, dry_run=dry_run)
+        assert caught.value.hint is not None and "--shrink" in caught.value.hint
+    assert path.read_bytes() == before
+    assert vhdkit.resize(path, SIZE // 2, shrink=True).virtual_size_after_bytes == SIZE // 2
+
+
+# -- sizes, limits, other files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "differencing"])
+def test_sizes_that_cannot_be(tmp_path: Path, kind: str) -> None:
+    """Nothing, part sectors, more than 2040 GiB, of a raw disk more than files have: refused, and no byte changes."""
+    path = make(tmp_path, kind, some())
+    before = path.read_bytes()
+    for size in (0, -512, SIZE + 1, 1 << 70 if kind == "raw" else 2041 * GIB):
+        with pytest.raises(vhdkit.InvalidArgument):
+            vhdkit.resize(path, size, shrink=True)
+    assert path.read_bytes() == before
+    assert vhdkit.resize(path, SIZE, shrink=True).notes == () and path.read_bytes() == before
+
+
+def test_grown_to_the_limit(tmp_path: Path) -> None:
+    """2040 GiB are possible, for a dynamic image and a fixed one with holes."""
+    for kind in ("dynamic", "fixed"):
+        path = make(tmp_path, kind, some(), kind)
+        vhdkit.resize(path, 2040 * GIB)
+        with vhdkit.open_disk(path) as disk:
+            assert disk.size_bytes == 2040 * GIB and disk.read(2040 * GIB - 10, 10) == bytes(10)
+        assert path.stat().st_blocks * 512 < 40 * MIB
+
+
+def test_bytes_before_a_fixed_footer_do_not_appear(tmp_path: Path) -> None:
+    """What other producers left between the end of a fixed disk and its footer is neither shown nor lost."""
+    image = Vhd(size=SIZE, disk_type=2, data=pattern(SIZE + 3 * SECTOR_SIZE), data_size=SIZE + 4 * SECTOR_SIZE)
+    path = image.build().write(tmp_path / "odd.vhd")
+    before = path.read_bytes()
+    for size in (SIZE + MIB, SIZE - SECTOR_SIZE):
+        with pytest.raises(vhdkit.InvalidArgument):
+            vhdkit.resize(path, size, shrink=True)
+    assert path.read_bytes() == before
+    blank = Vhd(size=SIZE, disk_type=2, data=pattern(SIZE), data_size=SIZE + 4 * SECTOR_SIZE)
+    path = blank.build().write(tmp_path / "blank.vhd")
+    vhdkit.resize(path, SIZE + MIB, shrink=True)
+    assert read(path) == pattern(SIZE).ljust(SIZE + MIB, b"\0")
+
+
+# -- killed -------------------------------------------------------------------------------------------------------
+
+
+def reset(saved: Path, folder: Path) -> None:
+    """Put the files back as they were, and take away what was not there."""
+    for path in folder.iterdir():
+        path.unlink()
+    for path in saved.iterdir():
+        shutil.copy(path, folder / path.name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("fixed", 2 * SIZE),
+        ("fixed", SIZE - MIB),
+        ("dynamic", 200 * SIZE),
+        ("dynamic", SIZE - MIB),
+        ("raw", SIZE - MIB),
+    ],
+)
+def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, size: int) -> None:
+    """INV-RESIZE-WHOLE: kill -9 before any call that changes a file leaves the old size or the new; then it works."""
+    content = with_gpt(SIZE, (40, 99, "boot"))
+    folder, saved = tmp_path / "here", tmp_path / "saved"
+    folder.mkdir()
+    saved.mkdir()
+    path = make(folder, kind, content)
+    shutil.copy(path, saved / path.name)
+    states = {SIZE: content, size: content[:size].ljust(size, b"\0")} if size < 10 * SIZE else {}
+    seen = set()
+    for number in killings(lambda: vhdkit.resize(path, size, shrink=True)):
+        with vhdkit.open_disk(path) as disk:
+            seen.add(disk.size_bytes)
+            if states:
+                assert disk.read(0, disk.size_bytes) == states[disk.size_bytes], number
+            else:
+                assert disk.size_bytes in (SIZE, size) and disk.read(0, SIZE) == content
+        if number > 0:
+            vhdkit.resize(path, size, shrink=True)
+            with vhdkit.open_disk(path) as disk:
+                assert disk.size_bytes == size and disk.read(0, min(SIZE, size)) == content[:size]
+            assert not os.path.lexists(undo_path(str(path)))
+            reset(saved, folder)
+    assert seen == {SIZE, size}
+
+
+def test_compacting_killed_at_every_call(tmp_path: Path) -> None:
+    """INV-COMPACT-PRESERVES: the same for compact: the disk reads the same after each kill, and it goes on."""
+    folder, saved = tmp_path / "here", tmp_path / "saved"
+    folder.mkdir()
+    saved.mkdir()
+    path = folder / "disk.vhd"
+    blocks = {number: Block(pattern(512 * KIB, number) if number % 2 else b"") for number in range(8)}
+    Vhd(size=4 * MIB, block_size=512 * KIB, blocks=blocks).build().write(path)
+    shutil.copy(path, saved / path.name)
+    content = read(path)
+    for number in killings(lambda: vhdkit.compact(path)):
+        assert read(path) == content
+        if number > 0:
+            vhdkit.compact(path)
+            assert read(path) == content and {one.code for one in vhdkit.check(path)} <= {"geometry"}
+            reset(saved, folder)
+
+
+def check_failing(path: Path, work: Callable[[], object]) -> None:
+    """`work` fails with a VhdkitError and leaves every byte of the file."""
+    before = path.read_bytes()
+    with pytest.raises(vhdkit.VhdkitError):
+        work()
+    assert path.read_bytes() == before
+
+
+def test_what_cannot_be_resized(tmp_path: Path) -> None:
+    """A folder, nothing, an empty file, a damaged image: typed errors."""
+    (tmp_path / "empty.vhd").touch()
+    broken = Vhd(entries={0: 0}, blocks={0: Block(pattern(KIB))}).build().write(tmp_path / "broken.vhd")
+    check_failing(broken, lambda: vhdkit.resize(broken, 8 * MIB))
+    check_failing(broken, lambda: vhdkit.resize(tmp_path / "empty.vhd", 8 * MIB))
+    check_failing(broken, lambda: vhdkit.resize(tmp_path, 8 * MIB))
+    check_failing(broken, lambda: vhdkit.resize(tmp_path / "gone.vhd", 8 * MIB))

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging under clients: nothing they write is lost, they wait for moments only, and it can be stopped at any time."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vhdkit.serve.control.test_operations import SIZE, Bench, Writer, bench_in, wait_for
+from vhdkit import errors
+from vhdkit.disk import open_disk
+from vhdkit.serve.control import merging
+from vhdkit.serve.control.server import BadParams
+from vhdkit.serve.nbd.wire import Command
+
+HALF = SIZE // 2
+
+
+def frozen_often(bench: Bench, times: int, writers: list[Writer]) -> list[str]:
+    """Freeze export a so often while the writers write; its layers, leaf first."""
+    for _ in range(times):
+        goal = [writer.rounds + 3 for writer in writers]
+        wait_for(lambda goal=goal: all(w.rounds >= least or w.failure for w, least in zip(writers, goal, strict=True)))  # type: ignore[misc]
+        bench.do("snapshot", exports={"a": None})
+    return [layer.store.name for layer in bench.exports[0].disk.chain.layers]
+
+
+def writers_of(bench: Bench) -> list[Writer]:
+    """Two clients of export a, each with its half."""
+    writers = [Writer(bench.running.client("a"), first, HALF, index) for index, first in enumerate((0, HALF))]
+    for writer in writers:
+        writer.start()
+    return writers
+
+
+def finished(bench: Bench, writers: list[Writer], leaf: str, depth: int) -> None:
+    """What the writers wrote is in the files, in so many layers."""
+    model = b"".join(bytes(writer.finish()) for writer in writers)
+    bench.running.end()
+    with open_disk(leaf, writable=True) as disk:
+        assert disk.read(0, SIZE) == model and len(disk.chain.layers) == depth
+    assert [one for one in vhdkit.check(leaf) if one.severity is vhdkit.Severity.ERROR] == []
+
+
+def test_middle_layers_under_writing_clients(tmp_path: Path) -> None:
+    """INV-MERGE-PRESERVES: layers below the leaf become one while clients write and compare; their files are gone."""
+    with bench_in(tmp_path) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 4, writers)
+        below = Path(layers[4]).read_bytes()
+        done = bench.do("merge", export="a", layer=layers[1], into=layers[3])
+        assert done["merged"] == layers[1:3] and done["into"] == layers[3] and done["leaf"] == layers[0]
+        assert 0 < done["held_seconds"] < 30 and done["passes"] == 1  # type: ignore[operator]
+        assert [layer.store.name for layer in bench.exports[0].disk.chain.layers] == [layers[0], *layers[3:]]
+        assert not Path(layers[1]).exists() and not Path(layers[2]).exists()
+        assert Path(layers[4]).read_bytes() == below
+        finished(bench, writers, layers[0], 3)
+
+
+def test_a_leaf_under_writing_clients(tmp_path: Path) -> None:
+    """The whole chain becomes one image while clients write: passes, then a moment in which they wait."""
+    with bench_in(tmp_path) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 2, writers)
+        done = bench.do("merge", export="a", into=layers[-1])
+        assert done["leaf"] == layers[-1] and done["into"] == layers[-1]
+        goal = [writer.rounds + 3 for writer in writers]
+        wait_for(lambda: all(w.rounds >= least or w.failure for w, least in zip(writers, goal, strict=True)))
+        bench.do("snapshot", exports={"a": None})  # what took the writes over is a leaf like any other
+        leaf = bench.exports[0].image_path
+        finished(bench, writers, leaf, 2)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.avhd", "a.vhd", "b.vhd"]
+
+
+def test_a_leaf_that_grows_too_fast_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written faster than it is merged stays a leaf, with a sentence that says so; nothing is lost."""
+    monkeypatch.setattr(merging, "LAST_PASS_BYTES", -1)
+    monkeypatch.setattr(merging, "PATIENT_BYTES", -1)
+    monkeypatch.setattr(merging, "MAX_PASSES", 2)
+    with bench_in(tmp_path) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 1, writers)
+        with pytest.raises(errors.ImageInUse, match="grows faster"):
+            bench.do("merge", export="a", into=layers[-1])
+        finished(bench, writers, bench.exports[0].image_path, 2)
+
+
+def test_stopped_in_the_middle(tmp_path: Path) -> None:
+    """A slow merge is seen by status, keeps others from the chain, and stops at once when asked; the next finishes."""
+    with bench_in(tmp_path) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 3, writers)
+        failures: list[BaseException] = []
+
+        def merge() -> None:
+            try:
+                bench.do("merge", export="a", layer=layers[1], into=layers[2], max_rate_bytes=1)
+            except errors.VhdkitError as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=merge)
+        thread.start()
+        wait_for(lambda: (bench.do("status")["exports"][0]["merge"] or {}).get("done_bytes", 0) > 0)  # type: ignore[index]
+        refused: list[tuple[str, dict[str, object]]] = [
+            ("snapshot", {}),
+            ("resize", {"export": "a", "size_bytes": 2 * SIZE}),
+            ("merge", {"export": "a"}),
+            ("remove", {"export": "a"}),
+        ]
+        for method, params in refused:
+            with pytest.raises(errors.ImageInUse, match="being merged"):
+                bench.do(method, **params)
+        bench.do("snapshot", exports={"b": None})
+        assert bench.do("cancel") == {"exports": ["a"]} and bench.do("cancel", export="b") == {"exports": []}
+        thread.join(30)
+        assert [type(one) for one in failures] == [errors.Cancelled]
+        assert bench.do("status")["exports"][0]["merge"] is None  # type: ignore[index]
+        bench.do("merge", export="a", layer=layers[1], into=layers[2])
+        finished(bench, writers, layers[0], 3)
+
+
+def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that comes in the middle of a snapshot merges below the new leaf; nothing written to that is lost."""
+    with bench_in(tmp_path) as bench:
+        client = bench.running.client("a")
+        client.call(Command.WRITE, 0, 3, payload=b"old")
+        for _ in range(2):
+            bench.do("snapshot", exports={"a": None})
+        layers = [layer.store.name for layer in bench.exports[0].disk.chain.layers]
+        leaf = bench.exports[0].disk.chain.leaf
+        flush, entered, gate = leaf.flush, threading.Event(), threading.Event()
+
+        def slow() -> None:
+            entered.set()
+            assert gate.wait(30)
+            flush()
+
+        monkeypatch.setattr(leaf, "flush", slow)
+        freezing = threading.Thread(target=lambda: bench.do("snapshot", exports={"a": None}))
+        freezing.start()
+        assert entered.wait(30)
+        done: list[dict[str, object]] = []
+        merge = threading.Thread(target=lambda: done.append(bench.do("merge", export="a", layer=layers[1])))
+        merge.start()
+        merge.join(0.3)
+        gate.set()
+        freezing.join(30)
+        client.call(Command.WRITE, 0, 3, payload=b"new")
+        merge.join(30)
+        assert done and client.read(0, 3) == b"new"
+        newest = bench.exports[0].image_path
+        assert done[0]["leaf"] == newest and newest not in layers
+        bench.running.end()
+    with open_disk(newest, writable=True) as disk:
+        assert disk.read(0, 3) == b"new" and len(disk.chain.layers) == 3
+
+
+def test_a_server_that_ends_stops_its_merge(tmp_path: Path) -> None:
+    """The end of the server does not wait for a slow merge, and closes no file under it."""
+    with bench_in(tmp_path) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 2, writers)
+        model = b"".join(bytes(writer.finish()) for writer in writers)
+        failures: list[BaseException] = []
+
+        def merge() -> None:
+            try:
+                bench.do("merge", export="a", layer=layers[1], max_rate_bytes=1)
+            except errors.VhdkitError as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=merge)
+        thread.start()
+        wait_for(lambda: (bench.do("status")["exports"][0]["merge"] or {}).get("done_bytes", 0) > 0)  # type: ignore[index]
+        bench.running.end()
+        thread.join(30)
+        assert [type(one) for one in failures] == [errors.Cancelled]
+    with open_disk(layers[0], writable=True) as disk:
+        assert disk.read(0, SIZE) == model
+    assert vhdkit.resume_merge(layers[1]).target == layers[2]
+
+
+def test_what_cannot_be_merged(tmp_path: Path) -> None:
+    """Layers that are not there or the wrong way round, a lone image, wrong parameters, read-only exports."""
+    with bench_in(tmp_path) as bench:
+        client = bench.running.client("a")
+        client.call(Command.WRITE, 0, 5, payload=b"hello")
+        with pytest.raises(errors.InvalidArgument, match="no parent"):
+            bench.do("merge", export="a")
+        bench.do("snapshot", exports={"a": None})
+        layers = [layer.store.name for layer in bench.exports[0].disk.chain.layers]
+        for params, kind in (
+            ({"export": "nope"}, errors.NotFound),
+            ({"export": "a", "layer": "/nowhere"}, errors.InvalidArgument),
+            ({"export": "a", "layer": layers[1]}, errors.InvalidArgument),
+            ({"export": "a", "layer": layers[1], "into": layers[0]}, errors.InvalidArgument),
+            ({"export": "a", "into": layers[0]}, errors.InvalidArgument),
+            ({"export": "a", "max_rate_bytes": 0}, BadParams),
+            ({"export": "a", "max_rate_bytes": True}, BadParams),
+            ({"export": "a", "layer": 7}, BadParams),
+            ({"export": "a", "speed": 7}, BadParams),
+        ):
+            with pytest.raises(kind):
+                bench.do("merge", **params)
+        assert client.read(0, 5) == b"hello"
+        bench.do("set-read-only", export="a")
+        bench.do("merge", export="a", into=layers[1])  # the files are still ours to change
+        assert client.read(0, 5) == b"hello" and bench.files() == ["a.vhd", "b.vhd"]

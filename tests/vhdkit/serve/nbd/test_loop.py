@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The event loop: posts, timers, jobs and their order."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from vhdkit.serve.nbd.loop import Lane, Loop
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_jobs_run_elsewhere_and_are_told_here() -> None:
+    """A job runs on a worker, its result or exception comes back on the loop's thread, whichever exception it is."""
+    loop, seen = Loop(), list[object]()
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    def done(result: object) -> None:
+        seen.append((type(result), threading.current_thread()))
+        if len(seen) == 2:
+            loop.stop()
+
+    loop.submit(fail, done)
+    loop.submit(threading.current_thread, done)
+    loop.call_later(20, loop.stop)
+    loop.run()
+    here = threading.current_thread()
+    assert sorted(str(one) for one in seen) == sorted(
+        str(one) for one in [(KeyboardInterrupt, here), (threading.Thread, here)]
+    )
+    loop.close()
+
+
+def test_lanes_do_not_wait_for_one_another() -> None:
+    """Jobs that fill one lane leave the others free."""
+    loop, gate, seen = Loop(), threading.Event(), list[str]()
+
+    def flushed(result: object) -> None:
+        seen.append("flush")
+        gate.set()
+
+    def worked(result: object) -> None:
+        seen.append("work")
+        if seen.count("work") == 3 * Lane.WORK.value:
+            loop.stop()
+
+    for _ in range(3 * Lane.WORK.value):
+        loop.submit(gate.wait, worked)
+    loop.submit(bool, flushed, Lane.FLUSH)
+    loop.call_later(20, loop.stop)
+    loop.run()
+    assert seen == ["flush", *["work"] * 3 * Lane.WORK.value]
+    loop.close()
+
+
+def test_timers_come_in_order() -> None:
+    """Timers run by their time, those of one time in the order they were set."""
+    loop, seen = Loop(), list[int]()
+    loop.call_later(0.02, lambda: seen.append(3))
+    loop.call_later(0.0, lambda: seen.append(1))
+    loop.call_later(0.0, lambda: seen.append(2))
+    loop.call_later(0.03, loop.stop)
+    loop.run()
+    assert seen == [1, 2, 3]
+    loop.close()
+
+
+def test_posts_from_many_threads() -> None:
+    """Nothing that is posted is lost, from however many threads; and after the end a post does no harm."""
+    loop, seen = Loop(), list[int]()
+
+    def post(number: int) -> None:
+        for _ in range(500):
+            loop.post(lambda: seen.append(number))
+
+    threads = [threading.Thread(target=post, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+
+    def look() -> None:
+        if len(seen) == 2000:
+            loop.stop()
+        else:
+            loop.call_later(0.005, look)
+
+    loop.call_later(0, look)
+    loop.run()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 2000
+    loop.close()
+    loop.post(lambda: None)

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images stand on an image: the one place that answers this.
+
+Decides where children of an image are looked for, and what counts as one. Everything that opens an image for writing,
+or changes, moves, replaces or removes it, asks here first (`INV-PARENT-READ-ONLY`).
+
+    its own folder, folders the user named    every image that records its id
+    the folders above it                      every image that finds it from there: a parent may lie below its child
+    images that the caller knows              the same
+    the marks beside it (`marks`)             the same, wherever the child lies; a child that cannot be examined
+                                              counts, and if it is gone, its folder is searched for its new name
+
+Each file is examined once, with three reads; only those that name the wanted id are read as images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from vhdkit import errors
+from vhdkit.beneath import open_regular, was_removed
+from vhdkit.chain.names import marks
+from vhdkit.chain.names.marks import Mark
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import (
+    NULL_ID,
+    allowed_folders,
+    find_parent,
+    names_lead_to,
+    recorded_parent_id,
+    unique_id,
+)
+from vhdkit.chain.records import pending
+from vhdkit.errors import printable, quoted
+from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.folder import exists, is_file_name, real_path, regular_files
+from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_footers, read_metadata
+from vhdkit.formats.vhd.peek import parent_ids
+from vhdkit.store import FileStore
+
+MAX_LEVELS_ABOVE = 16
+_MAX_TOLD = 8
+MAX_FILES_ELSEWHERE = 4096  # looked at in a folder above, or in one that a mark names
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent:
+    """An image that stands on another; with a `problem`, one that is said to and cannot be looked at."""
+
+    path: str
+    problem: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return printable(self.path) + (f" (which cannot be looked at: {self.problem})" if self.problem else "")
+
+
+@dataclass(slots=True)
+class _Parent:
+    """An image whose children are looked for, and those found so far, by their real paths."""
+
+    path: str
+    unique_id: bytes
+    identity: tuple[int, int] | None
+    children: dict[str, Dependent] = field(default_factory=dict)
+    kept: list[Mark] = field(default_factory=list)  # marks that hold, or may
+    dropped: int = 0
+    marked: int = 0  # children that the record names
+
+
+def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
+    """The real folders in which children of an image are looked for first: those parents may lie in, and the one of
+    the name it was given by, which may be a link: who made a child through that name put it there.
+    """
+    here = real_path(os.path.dirname(path) or os.curdir)
+    return tuple(dict.fromkeys(real_path(one) for one in (*allowed_folders(path, parent_dirs), here)))
+
+
+def standing_on(
+    images: Sequence[tuple[bytes, str]], options: OpenOptions, *, folders: Sequence[str] = ()
+) -> list[list[Dependent]]:
+    """For each image, (unique id, path), all that stands on it, as far as that can be known. Nothing is changed.
+
+    `folders` are further ones to look in. Raises AccessDenied and IoFailed for the images themselves.
+    """
+    return [list(parent.children.values()) for parent in _searched(images, options, folders)]
+
+
+def refuse_with_children(
+    store: FileStore,
+    options: OpenOptions,
+    danger: str,
+    *,
+    apart_from: str | None = None,
+    hint: str = "work on the child instead: it may hold what was written last",
+    tidy: bool = False,
+) -> None:
+    """Raise HasChildren when an image stands on this one: see `standing_on`.
+
+    `danger` says what would happen to it, `hint` what to do; the child at `apart_from` does not count. With `tidy`,
+    for who holds the writer's lock, marks that do not hold any more are dropped.
+    """
+    (parent,) = _searched([(unique_id(store), store.name)], options, ())
+    own = None if apart_from is None else real_path(apart_from)
+    children = [one for one in parent.children.values() if one.path != own]
+    if children:
+        raise has_children(store.name, children, danger, hint)
+    if tidy and parent.dropped:
+        tidy_marks(parent.path, parent.kept)
+
+
+def has_children(path: str, children: Sequence[Dependent], danger: str, hint: str | None) -> errors.HasChildren:
+    """The error for an image that others stand on, or may: `danger` is what would happen to them."""
+    original = _original(path, children[0].path)
+    if original is not None:
+        return errors.HasChildren(
+            f"has the same id as the parent of {children[0]}, which is {printable(original)} now",
+            path=path,
+            hint=f"children know their parent by its id alone, so a copy is not changed beside them: move it to a"
+            f" folder of its own, or make an image with another id: vhdkit convert {quoted(path)} NEW --to dynamic",
+        )
+    others = f" and {len(children) - 1} more" if len(children) > 1 else ""
+    return errors.HasChildren(
+        f"is the parent of {children[0]}{others}{danger if danger.startswith(',') else f'; {danger}'}",
+        path=path,
+        hint=children[0].hint or hint,
+    )
+
+
+def _original(path: str, child_path: str) -> str | None:
+    """The other file that a child stands on where the one at `path` only has its parent's id, else None."""
+    try:
+        with open_regular(child_path) as store:
+            child = read_metadata(pending.view(store))
+        if not child.is_differencing:
+            return None
+        folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(real_path(path))))
+        with find_parent(child, tuple(folders), OpenOptions()) as found:
+            return found.name if found.identity != _identity(real_path(path)) else None
+    except errors.VhdkitError:
+        return None
+
+
+def _advised(one: Dependent) -> str:
+    """What is wrong with a child, and what helps, where something does."""
+    return f"{one.problem}; {one.hint}" if one.hint else str(one.problem)
+
+
+def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]:
+    """What the marks beside an image say, as far as it is worth telling."""
+    if store.is_device or not exists(marks.record_path(store.name)):
+        return ()
+    parent = _Parent(real_path(store.name), unique_id(store), store.identity)
+    _Search([parent], options).look_at_marks(parent)
+    found, seen = [], [one for one in parent.children.values() if one.problem is None]
+    if seen:
+        more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
+        message = f"{seen[0]}{more} stand{'' if more else 's'} on it, in other folders: it must not be changed"
+        found.append(Finding(Severity.NOTE, "children-elsewhere", message, store.name))
+    for one in [one for one in parent.children.values() if one.problem is not None][:_MAX_TOLD]:
+        message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {_advised(one)}"
+        if one.path == marks.record_path(store.name):
+            message = f"its record of children {printable(one.path)} cannot be believed: {_advised(one)}"
+        message = left_by_repair(message, "it changes this image alone")
+        found.append(Finding(Severity.WARNING, "children-unseen", message, store.name))
+    if parent.dropped and not parent.children:
+        message = "no image stands on it any more of those that were marked; the next writable open drops the marks"
+        found.append(Finding(Severity.NOTE, "children-gone", message, store.name))
+    return tuple(found)
+
+
+def tidy_marks(path: str, kept: Sequence[Mark]) -> None:
+    """Drop all marks beside an image but these. What cannot be written stays as it is: it harms nothing."""
+    try:
+        marks.keep_only(path, kept)
+    except errors.VhdkitError:
+        return
+
+
+def drop_stale_marks(path: str, options: OpenOptions | None = None) -> None:
+    """Drop the marks beside an image, which is held as a writer holds it, that do not hold any more."""
+    if exists(marks.record_path(path)):
+        with FileStore.open(path) as store:
+            (parent,) = _searched([(unique_id(store), path)], options or OpenOptions(), ())
+        if parent.dropped or not (parent.kept or parent.children):
+            tidy_marks(path, parent.kept)
+
+
+def find_children(
+    parent_id: bytes,
+    folders: Sequence[str],
+    *,
+    apart_from: tuple[int, int] | None = None,
+    raw_parent: str | None = None,
+) -> list[str]:
+    """Paths of the differencing images directly in `folders` whose parent has this id. Damaged ones are passed over.
+
+    Children of raw disks record no id; with `raw_parent` those count whose names lead to that path.
+    """
+    parent = _Parent(raw_parent or "", parent_id, apart_from)
+    _Search([parent], OpenOptions()).look_in(folders)
+    return list(parent.children)
+
+
+def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:
+    """For each parent, (unique id, real path), what `find_children` finds; every file is looked at once."""
+    wanted = [_Parent(path, parent_id, _identity(path)) for parent_id, path in parents]
+    _Search(wanted, OpenOptions()).look_in(folders)
+    return [list(one.children) for one in wanted]
+
+
+def _searched(images: Sequence[tuple[bytes, str]], options: OpenOptions, folders: Sequence[str]) -> Sequence[_Parent]:
+    parents = [_Parent(real_path(path), parent_id, _identity(path)) for parent_id, path in images]
+    search = _Search(parents, options)
+    near = [*(one for _, path in images for one in folders_of_children(path, options.parent_dirs)), *folders]
+    search.look_in(near)
+    search.look_in([above for parent in parents for above in _above(parent.path)], nearby=False)
+    for path in options.known_images:
+        search.look_at(path)
+    for parent in parents:
+        search.look_at_marks(parent)
+    return parents
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        with open_regular(path) as store:
+            return store.identity
+    except errors.VhdkitError:
+        return None
+
+
+def _above(path: str) -> list[str]:
+    """The folders above that of the image, nearest first."""
+    folder = os.path.dirname(path)
+    found: list[str] = []
+    while folder != os.path.dirname(folder) and len(found) < MAX_LEVELS_ABOVE:
+        folder = os.path.dirname(folder)
+        found.append(folder)
+    return found
+
+
+class _Search:
+    """One look for the children of some images. Files that were looked at are passed over when they come again."""
+
+    def __init__(self, parents: Sequence[_Parent], options: OpenOptions) -> None:
+        self._parents = parents
+        self._ids = frozenset(parent.unique_id for parent in parents)
+        self._options = replace(options, allow_raw_parent=True)
+        self._folders: set[str] = set()
+        self._seen: set[str] = set()
+
+    def look_in(self, folders: Iterable[str], *, nearby: bool = True) -> None:
+        """Look at the files directly in `folders`; those elsewhere than `nearby` count when they find the image."""
+        for folder in dict.fromkeys(real_path(folder) for folder in folders):
+            if folder in self._folders:
+                continue
+            self._folders.add(folder)
+            paths = list(regular_files(folder, None if nearby else MAX_FILES_ELSEWHERE))
+            there = set(paths)
+            for path in paths:
+                if path not in self._seen:
+                    self._seen.add(path)
+                    self._look(path, nearby, pending.undo_path_beside(path) in there)
+
+    def look_at(self, path: str) -> None:
+        """Look at one image that the caller knows; one that is not there, or cannot be read, says nothing."""
+        if is_file_name(path) and (real := real_path(path)) not in self._seen:
+            self._seen.add(real)
+            self._look(real, False, True)
+
+    def _look(self, path: str, nearby: bool, may_have_log: bool) -> None:
+        try:
+            with open_regular(path) as store:
+                child = self._child(store, may_have_log)
+                identity = store.identity
+        except errors.VhdkitError:
+            return
+        if child is not None:
+            self._add(child, identity, nearby)
+
+    def _child(self, store: FileStore, may_have_log: bool) -> Metadata | None:
+        """What a differencing image that may stand on one of the parents says of itself. Raises CorruptImage."""
+        found = parent_ids(store)
+        if (
+            NULL_ID not in found
+            and not self._ids & found
+            and not (may_have_log and pending.log_mentions(store.name, self._ids))
+        ):
+            return None
+        image = pending.view(store)
+        if not any(place.state.usable for place in read_footers(image)):
+            return None
+        metadata = read_metadata(image)
+        return metadata if metadata.is_differencing else None
+
+    def _add(self, child: Metadata, identity: tuple[int, int], nearby: bool) -> bool:
+        """Count the image as a child of those parents that it stands on; True if there is one."""
+        added = False
+        for parent in self._parents:
+            # A child of a raw disk records no id, whatever the guest has written into that disk since, a footer too.
+            recorded = recorded_parent_id(child)
+            if recorded not in (parent.unique_id, NULL_ID) or identity == parent.identity:
+                continue
+            if recorded == NULL_ID and nearby:
+                stands = names_lead_to(child, parent.path)
+            else:
+                stands = nearby or self._finds(child, parent)
+            if stands:
+                parent.children.setdefault(child.path, Dependent(child.path))
+                added = True
+        return added
+
+    def _finds(self, child: Metadata, parent: _Parent) -> bool:
+        """False for an image that stands on another file of this id: a copy of the parent."""
+        folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(parent.path)))
+        more = (real_path(one) for one in self._options.parent_dirs)
+        try:
+            with find_parent(child, tuple(dict.fromkeys((*folders, *more))), self._options) as found:
+                return found.identity == parent.identity
+        except errors.VhdkitError:
+            return recorded_parent_id(child) != NULL_ID
+
+    # -- marks --------------------------------------------------------------------------------------------------
+
+    def look_at_marks(self, parent: _Parent) -> None:
+        """Look at the children that left a mark beside the image. A record that cannot be read counts as one."""
+        try:
+            found, is_of_here = marks.marks_about(parent.path)
+        except errors.VhdkitError as error:
+            path = error.path or marks.record_path(parent.path)
+            parent.children[path] = Dependent(path, error.problem, error.hint)
+            return
+        parent.dropped += not is_of_here
+        parent.marked = len(found)
+        for mark in found:
+            if mark.parent_id == parent.unique_id and self._holds(mark, parent):
+                parent.kept.append(mark)
+            else:
+                parent.dropped += 1
+
+    def _holds(self, mark: Mark, parent: _Parent) -> bool:
+        """Look at the child that a mark names; False when it does not stand on the image any more."""
+        before = len(parent.children)
+        try:
+            with open_regular(mark.path) as store:
+                child = self._child(store, True)
+                if child is None and looks_like_vhd(store):
+                    read_metadata(pending.view(store))  # one that is damaged may be repaired
+                identity = store.identity
+            if child is not None and self._add(child, identity, False):
+                return any(one.path == mark.path for one in parent.children.values())
+        except errors.NotFound:
+            if was_removed(os.path.dirname(mark.path), mark.trail):
+                self.look_in([os.path.dirname(mark.path)], nearby=False)
+                return len(parent.children) > before
+            self._unseen(mark, parent, "it is not there, and may be on a file system that is not mounted")
+            return True
+        except errors.InvalidArgument:  # something that is not an image by now
+            return False
+        except errors.VhdkitError as error:
+            self._unseen(mark, parent, error.problem)
+            return True
+        return False
+
+    def _unseen(self, mark: Mark, parent: _Parent, problem: str) -> None:
+        record = quoted(marks.record_path(parent.path))
+        hint = f"make it readable, so that it can be looked at; if it is gone for good, remove the record: rm {record}"
+        if parent.marked > 1:
+            hint += "; the other images that it names are written down again by `vhdkit rebase IMAGE --parent"
+            hint += f" {quoted(parent.path)}`"
+        parent.children.setdefault(mark.path, Dependent(mark.path, problem, hint))

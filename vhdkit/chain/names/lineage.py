@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a parent was written to after its child was made; locks and marks do not stop other programs from doing so.
+
+Decides what is recorded about a parent's state, and what is concluded from it. Notes in extended attributes:
+
+    at the child     the parent's id, its generation, its state then: length, time of the last write, inode
+    at the parent    a generation, and the state in which the parent is that generation
+
+A child is fine if its parent is in the state that it recorded, or if the parent's note says that its present state is
+still the child's generation: any command of ours that changes a parent without changing what its children read
+(`same_content`) notes the new state under the old generation. While it does so, and after it was killed, there is no
+state to compare with. If a note is missing, as after most ways of copying, or the parent is a different file by now,
+nothing is concluded. Nothing is written into the images themselves. The notes are no protection against anybody with
+bad intentions; they are for accidents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vhdkit import errors
+from vhdkit.chain.records.pending import file_of, view
+from vhdkit.errors import printable, quoted
+from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.formats.vhd.layout import EPOCH_UNIX_SECONDS, UUID_SIZE
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.store import FileStore, Store
+from vhdkit.xattrs import drop_attribute, read_attribute, write_attribute
+
+_CHILD, _PARENT = "parent", "generation"  # names of the notes
+_GENERATION_SIZE = 16
+_NO_GENERATION = bytes(_GENERATION_SIZE)  # where the parent could not be given one
+_STATE = struct.Struct(">QqQ")
+_AT_CHILD = struct.Struct(f">B{UUID_SIZE}s{_GENERATION_SIZE}s")
+_AT_PARENT = struct.Struct(f">B{_GENERATION_SIZE}s")
+_VERSION = 1
+_NANOSECONDS = 1_000_000_000
+WRITTEN = "parent-written"  # the code of its finding
+
+
+class _State(NamedTuple):
+    """By what an unwritten file is known again."""
+
+    size_bytes: int
+    modified_ns: int
+    inode: int
+
+
+# In place of a parent's state: a program of ours is changing the file, or was killed while it did.
+_CHANGING = _State(0, 0, 0)
+
+
+def _state_of(store: FileStore) -> _State:
+    return _State(store.size(), store.modified_ns(), store.identity[1])
+
+
+def _generation_of(store: FileStore) -> tuple[bytes, _State] | None:
+    """The parent's note: its generation, and the state in which it is that."""
+    raw = read_attribute(store, _PARENT, _AT_PARENT.size + _STATE.size)
+    if raw is None or len(raw) != _AT_PARENT.size + _STATE.size:
+        return None
+    version, generation = _AT_PARENT.unpack_from(raw)
+    return (generation, _State(*_STATE.unpack_from(raw, _AT_PARENT.size))) if version == _VERSION else None
+
+
+def _note_generation(store: FileStore, generation: bytes, state: _State | None = None) -> bool:
+    noted = _state_of(store) if state is None else state
+    return write_attribute(store, _PARENT, _AT_PARENT.pack(_VERSION, generation) + _STATE.pack(*noted))
+
+
+def record_parent(child: Store, parent: Store, parent_id: bytes) -> None:
+    """Note at the child in which state its parent is now. Nobody writes to the parent meanwhile.
+
+    Where notes cannot be left there is none, not an old one either.
+    """
+    image, base = file_of(child), file_of(parent)
+    if image is None or base is None:
+        return
+    state = _state_of(base)
+    known = _generation_of(base)
+    is_known = known is not None and known[1] in (state, _CHANGING)
+    generation = known[0] if known is not None and is_known else secrets.token_bytes(_GENERATION_SIZE)
+    if known is None or known[1] != state:
+        generation = generation if _note_generation(base, generation) else _NO_GENERATION
+    if not write_attribute(image, _CHILD, _AT_CHILD.pack(_VERSION, parent_id, generation) + _STATE.pack(*state)):
+        drop_attribute(image, _CHILD)
+
+
+def forget_parent(child: Store) -> None:
+    """There is nothing known about the parent's state."""
+    image = file_of(child)
+    if image is not None:
+        drop_attribute(image, _CHILD)
+
+
+def record_parents(path: str, parent_path: str, parent_id: bytes) -> None:
+    """As `record_parent`, for files that may be open elsewhere too. What cannot be opened has no notes then."""
+    with (
+        contextlib.suppress(errors.VhdkitError),
+        FileStore.open(path) as child,
+        FileStore.open(parent_path) as parent,
+    ):
+        record_parent(child, parent, parent_id)
+
+
+def was_written_since(child: Store, parent: Store, parent_id: bytes) -> bool:
+    """True when the parent was written after the child, which records this id, was made; False also where unknown."""
+    image, base = file_of(child), file_of(parent)
+    if image is None or base is None:
+        return False
+    raw = read_attribute(image, _CHILD, _AT_CHILD.size + _STATE.size)
+    if raw is None or len(raw) != _AT_CHILD.size + _STATE.size:
+        return False
+    version, noted_id, generation = _AT_CHILD.unpack_from(raw)
+    noted, state = _State(*_STATE.unpack_from(raw, _AT_CHILD.size)), _state_of(base)
+    if version != _VERSION or noted_id != parent_id or noted == state or noted.inode != state.inode:
+        return False
+    if generation != _NO_GENERATION and _generation_of(base) in ((generation, state), (generation, _CHANGING)):
+        return False
+    return not _is_half_changed(base)
+
+
+def _is_half_changed(store: FileStore) -> bool:
+    """A change of ours did not finish: the image reads as before it, and is so again once that is taken back."""
+    return view(store) is not store
+
+
+@contextlib.contextmanager
+def same_content(path: str) -> Iterator[None]:
+    """The block changes the file at `path`, but not what images that stand on it read: they need not be warned.
+
+    Whether it ends well, is interrupted or is killed: the note says so before the file changes.
+    """
+    generation = None
+    with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
+        known = _generation_of(store)
+        if known is not None and (known[1] in (_state_of(store), _CHANGING) or _is_half_changed(store)):
+            generation = known[0] if _note_generation(store, known[0], _CHANGING) else None
+    try:
+        yield
+    finally:
+        if generation is not None:
+            with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
+                _note_generation(store, generation)
+
+
+def finding_of(child: Store, metadata: Metadata, parent: Store) -> Finding | None:
+    """The warning about a parent that was written after its child was made."""
+    assert metadata.header is not None
+    if not was_written_since(child, parent, metadata.header.parent_unique_id):
+        return None
+    message = left_by_repair(
+        f"its parent {printable(parent.name)} was written after this image was made, so what is read through it may"
+        " have changed",
+        "it cannot know whether it has; if you know that it has not,"
+        f" vhdkit rebase {quoted(metadata.path)} --parent {quoted(parent.name)} takes the parent as it is now",
+    )
+    return Finding(Severity.WARNING, WRITTEN, message, metadata.path)
+
+
+def timestamp_finding(metadata: Metadata, parent: Store) -> Finding | None:
+    """The note about a parent of another time stamp than its child recorded: a hint at best.
+
+    XenServer records when the parent's file was written, others when the parent was made.
+    """
+    assert metadata.header is not None
+    recorded = metadata.header.parent_timestamp
+    try:
+        found = read_metadata(view_of(parent)).footer.timestamp
+    except errors.CorruptImage:
+        return None
+    if recorded in (0, found, _written_at(parent)):
+        return None
+    message = (
+        f"records {recorded} as the time stamp of {printable(parent.name)}, which has {found}; tools that write to"
+        " parents change it"
+    )
+    return Finding(Severity.NOTE, "parent-timestamp", message, metadata.path, "dynamic header")
+
+
+def _written_at(parent: Store) -> int | None:
+    """When the parent's file was written last, as XenServer records it."""
+    file = file_of(parent)
+    return None if file is None else file.modified_ns() // _NANOSECONDS - EPOCH_UNIX_SECONDS
+
+
+def findings_about(child: Store, metadata: Metadata, parent: Store) -> list[Finding]:
+    """All there is to say about the state of the parent."""
+    found = (timestamp_finding(metadata, parent), finding_of(child, metadata, parent))
+    return [one for one in found if one is not None]
+
+
+def view_of(store: Store) -> Store:
+    """The parent as it is read."""
+    file = file_of(store)
+    return store if file is None else view(file)

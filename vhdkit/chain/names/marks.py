@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record that children in other folders leave beside their parent, so that vhdkit knows what stands on it.
+
+Decides where the record lies, what it contains, and that two processes writing it at once lose nothing. Nothing in it
+is believed: code that reads a mark examines the child that it names (`dependents`).
+
+A child beside its parent needs no mark, because that folder is searched anyway. The mark is on the device before the
+child has its name, so a power cut leaves at most a mark without a child, which counts for nothing. A mark that cannot
+be written is not a failure; it is logged.
+
+    .NAME.vhdkit-children    {"format", "parent", "children": [{"path", "id", "parent_id", "trail"}, ...]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vhdkit import errors
+from vhdkit.beneath import open_regular, trail_of
+from vhdkit.chain.records.pending import view
+from vhdkit.errors import printable
+from vhdkit.folder import (
+    NewFile,
+    exists,
+    is_file_name,
+    read_whole,
+    real_path,
+    regular_files,
+    remove_file,
+    sidecar_path,
+    sidecars_of,
+)
+from vhdkit.formats.vhd.layout import UUID_SIZE
+from vhdkit.formats.vhd.metadata import image_id, read_metadata
+from vhdkit.store import FileStore, Store
+from vhdkit.units import MIB
+from vhdkit.xattrs import record_held
+
+KIND = "children"
+MAX_MARKS = 4096  # each is looked at before the parent is written to
+MAX_RECORD_BYTES = 4 * MIB  # 4096 children with paths of 800 letters
+_FORMAT = "vhdkit children record 1"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A child: its real path, its id, its parent's, and by what the folders that lead to it are known."""
+
+    path: str
+    unique_id: bytes
+    parent_id: bytes
+    trail: tuple[tuple[int, bool], ...]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """As it stands in the record."""
+        return {"path": self.path, "id": self.unique_id.hex(), "parent_id": self.parent_id.hex(), "trail": self.trail}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All marks beside an image, and the path that it had when they were left."""
+
+    parent_path: str
+    marks: tuple[Mark, ...] = ()
+
+
+def record_path(parent_path: str) -> str:
+    """Where the record about an image lies."""
+    return sidecar_path(parent_path, KIND)
+
+
+def read_record(parent_path: str) -> Record:
+    """The marks beside an image. Raises InvalidArgument for a record that is damaged, AccessDenied, IoFailed."""
+    return read_file(record_path(parent_path)) or Record(real_path(parent_path))
+
+
+def read_file(path: str) -> Record | None:
+    """The record that lies at `path`, None where there is none; raises as `read_record` does."""
+    raw = read_whole(path, MAX_RECORD_BYTES) if exists(path) else None
+    if raw is None:
+        if not exists(path):
+            return None
+        raise _damaged(path, "is not a regular file, or too long")
+    if not raw:  # being made: see `record_held`
+        return None
+    try:
+        document = json.loads(raw)
+        if document["format"] != _FORMAT:
+            raise ValueError("it is of an unknown kind")
+        record = Record(_path(document["parent"]), tuple(_mark(one) for one in document["children"]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise _damaged(path, "is damaged") from error
+    if len(record.marks) > MAX_MARKS:
+        raise _damaged(path, f"names more than {MAX_MARKS} images")
+    return record
+
+
+def _mark(document: Any) -> Mark:
+    ids = bytes.fromhex(document["id"]), bytes.fromhex(document["parent_id"])
+    trail = tuple((int(inode), begins is True) for inode, begins in document["trail"])
+    if any(len(one) != UUID_SIZE for one in ids):
+        raise ValueError("no id")
+    return Mark(_path(document["path"]), ids[0], ids[1], trail)
+
+
+def _path(text: Any) -> str:
+    if not isinstance(text, str) or not is_file_name(text) or not os.path.isabs(text):
+        raise ValueError("no absolute path")
+    return os.path.normpath(text)
+
+
+def _damaged(path: str, problem: str) -> errors.InvalidArgument:
+    return errors.InvalidArgument(
+        f"{problem}: it should name the images that stand on the one beside it",
+        path=path,
+        hint=f"if you know that none stands on it, remove the record: rm {errors.quoted(path)}",
+    )
+
+
+@contextlib.contextmanager
+def marked(children: Sequence[tuple[str, Store, str]]) -> Iterator[None]:
+    """Leave marks for children, (path, the new image, its parent's path), around the block that names them."""
+    marks = [(parent, mark) for path, image, parent in children if (mark := _mark_of(path, image, parent)) is not None]
+    left = [(parent, mark) for parent, mark in marks if _leave(parent, mark) is None]
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for parent, mark in left:
+            _take_back(parent, mark)
+        raise
+    for parent, mark in left:  # once more: whoever tidied the record meanwhile found no child yet
+        _leave(parent, mark)
+
+
+def mark_child(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> str | None:
+    """Leave the mark of a child that has its name already; says, and logs, why that could not be.
+
+    `parent_id` is the id that it is about to record for its parent.
+    """
+    mark = _mark_of(path, image, parent_path, parent_id)
+    return None if mark is None else _leave(parent_path, mark)
+
+
+def _mark_of(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> Mark | None:
+    """The mark that the child needs, None for one that lies beside its parent."""
+    real = real_path(path)
+    folder = os.path.dirname(real)
+    if folder == os.path.dirname(real_path(parent_path)):
+        return None
+    if parent_id is None:
+        header = read_metadata(image).header
+        assert header is not None
+        parent_id = header.parent_unique_id
+    return Mark(real, image_id(image), parent_id, trail_of(folder))
+
+
+def _leave(parent_path: str, mark: Mark) -> str | None:
+    """Put the mark in the parent's record, on the device; says, and logs, why that could not be."""
+    path = record_path(parent_path)
+    problem = None
+    try:
+        with record_held(path):
+            marks, _ = marks_about(parent_path)
+            if mark not in marks:
+                marks = [one for one in marks if (one.path, one.parent_id) != (mark.path, mark.parent_id)]
+                if len(marks) >= MAX_MARKS:
+                    raise errors.NoSpace(f"names {MAX_MARKS} images already", path=path)
+                _write(parent_path, [*marks, mark])
+    except errors.VhdkitError as error:
+        problem = (
+            f"that {printable(mark.path)} stands on {printable(parent_path)} could not be written down beside that"
+            f" ({error.problem}): nothing will keep vhdkit from changing it"
+        )
+        _log.warning("%s", problem)
+    return problem
+
+
+def _take_back(parent_path: str, mark: Mark) -> None:
+    with contextlib.suppress(errors.VhdkitError), record_held(record_path(parent_path)):
+        _replace(parent_path, [one for one in marks_about(parent_path)[0] if one != mark])
+
+
+def marks_about(parent_path: str) -> tuple[list[Mark], bool]:
+    """The marks that may be about the image at `parent_path`, and whether its record was left for that very place.
+
+    Where the image was moved, or copied, its children may have come along: they are sought where they now lie to it as
+    they did before. The children of the original are none of a copy's. Raises as `read_record` does.
+    """
+    record, real = read_record(parent_path), real_path(parent_path)
+    if record.parent_path == real:
+        return list(record.marks), True
+    is_copy, found = _is_copy(record.parent_path, real), []
+    for mark in record.marks:
+        came = _came_along(mark, record.parent_path, real)
+        if not is_copy and (came is None or exists(mark.path)):
+            found.append(mark)
+        found += [came] if came is not None else []
+    return found, False
+
+
+def _is_copy(original: str, parent_path: str) -> bool:
+    """True when the image that the marks were left at is there still, and the one at `parent_path` is another file."""
+    try:
+        with open_regular(original) as store, open_regular(parent_path) as parent:
+            return store.identity != parent.identity and image_id(view(store)) == image_id(view(parent))
+    except errors.VhdkitError:
+        return False
+
+
+def _came_along(mark: Mark, old_parent: str, new_parent: str) -> Mark | None:
+    """The mark of a child that lies to the parent's new place as it did to the old one; None where there is none."""
+    path = os.path.relpath(mark.path, os.path.dirname(old_parent))
+    path = os.path.normpath(os.path.join(os.path.dirname(new_parent), path))
+    if path == mark.path or not is_file_name(path):
+        return None
+    try:
+        with open_regular(path) as store:
+            is_it = image_id(view(store)) == mark.unique_id
+        return replace(mark, path=path, trail=trail_of(os.path.dirname(path))) if is_it else None
+    except errors.VhdkitError:
+        return None
+
+
+def keep_only(parent_path: str, wanted: Sequence[Mark]) -> None:
+    """Drop the other marks; the record goes with the last one.
+
+    Nobody makes a child meanwhile: the parent's writer's lock is held. Raises AccessDenied, NoSpace, IoFailed.
+    """
+    with record_held(record_path(parent_path)):
+        _replace(parent_path, wanted)
+
+
+def other_records(image_path: str) -> list[str]:
+    """The records beside an image that are about unfinished work."""
+    return [path for path in sidecars_of(image_path) if not path.endswith(f".vhdkit-{KIND}")]
+
+
+def marked_images(directory: str) -> list[str]:
+    """The images directly in a folder that have a record of children beside them."""
+    return [path for path in regular_files(directory) if exists(sidecar_path(path, KIND, is_real=True))]
+
+
+def orphans(directory: str) -> list[str]:
+    """The records of children in a folder whose image is gone from there."""
+    beside = {sidecar_path(path, KIND, is_real=True) for path in regular_files(directory)}
+    records = [path for path in regular_files(directory) if path.endswith(f".vhdkit-{KIND}")]
+    return [path for path in records if path not in beside and _is_record(path)]
+
+
+def _is_record(path: str) -> bool:
+    try:
+        return read_file(path) is not None
+    except errors.VhdkitError:
+        return False
+
+
+def forget(parent_path: str) -> None:
+    """The image is gone, or moved away: its record goes too. What cannot be removed is left."""
+    with contextlib.suppress(errors.VhdkitError):
+        path = record_path(parent_path)
+        if exists(path):
+            remove_file(path)
+
+
+def _replace(parent_path: str, marks: Sequence[Mark]) -> None:
+    """Let these be all marks; no record is left without any."""
+    path = record_path(parent_path)
+    if marks:
+        _write(parent_path, marks)
+    elif exists(path):
+        remove_file(path)
+
+
+def _write(parent_path: str, marks: Sequence[Mark]) -> None:
+    """Replace the record, readable for whoever may read the image."""
+    path = record_path(parent_path)
+    document = {"format": _FORMAT, "parent": real_path(parent_path), "children": [one.document for one in marks]}
+    raw = json.dumps(document, indent=1).encode() + b"\n"
+    if len(raw) > MAX_RECORD_BYTES:
+        raise errors.NoSpace("would become too long", path=path)
+    with FileStore.open(parent_path) as parent, NewFile(path, whatever=True, like=parent) as new:
+        new.store.pwrite(0, raw)
+        new.commit()

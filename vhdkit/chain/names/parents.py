@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the parent of an image is looked for, and which file may be it.
+
+Decides how the text of a locator becomes a path on this machine, which places are searched in which order, and
+what an untrusted image may point at. Must not know blocks or bitmaps.
+
+- `INV-PARENT-ID`: a file is a parent only if its unique id is the one that the child recorded. A child that recorded
+  none has a raw parent, which is opened only if the caller allows it.
+- A parent lies in the leaf's own folder or below it, or in a folder the user named, after links are followed.
+"""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from vhdkit import errors
+from vhdkit.beneath import Outcome, find_beneath
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.records import pending
+from vhdkit.folder import is_file_name, real_path, regular_files
+from vhdkit.formats.probe import FormatName
+from vhdkit.formats.vhd import layout
+from vhdkit.formats.vhd.locator import ABSOLUTE, MAC, OLD_ABSOLUTE, OLD_RELATIVE, RELATIVE, Locator
+from vhdkit.formats.vhd.metadata import Metadata, image_id
+from vhdkit.store import FileStore
+
+_MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
+_MAX_NAME_TOLD = 500  # letters
+NULL_ID = bytes(layout.UUID_SIZE)  # XenServer writes it for a raw parent
+_LOCATOR_ORDER = (RELATIVE, ABSOLUTE, MAC, OLD_RELATIVE, OLD_ABSOLUTE)
+
+
+@dataclass(slots=True)
+class _Search:
+    """What was looked at while searching one parent, for the error that says so."""
+
+    places: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, bytes]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # where links in the folders lead
+    outside: list[str] = field(default_factory=list)  # where names in the child lead
+    unreadable: list[errors.VhdkitError] = field(default_factory=list)
+
+    def note(self, place: str) -> None:
+        """A place inside the folders was looked at."""
+        if place not in self.places:
+            self.places.append(place)
+
+
+def parent_format(child: Metadata) -> FormatName:
+    """What the parent of `child` is taken for, whatever it looks like: a child of a raw disk records no id."""
+    return FormatName.RAW if recorded_parent_id(child) == NULL_ID else FormatName.VHD
+
+
+def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
+    """The folders parents may lie in: the leaf's own first, without links; then those that are called otherwise."""
+    here = os.path.dirname(real_path(leaf_path))
+    real = [here, *(real_path(folder) for folder in parent_dirs)]
+    called = [os.path.abspath(folder or os.curdir) for folder in (os.path.dirname(leaf_path), *parent_dirs)]
+    if real_path(called[0]) != here:  # the leaf was named by a link that lies elsewhere
+        called.pop(0)
+    return tuple(dict.fromkeys([*real, *called]))
+
+
+def recorded_parent_id(child: Metadata) -> bytes:
+    """The id that a differencing image has for its parent."""
+    assert child.header is not None
+    return child.header.parent_unique_id
+
+
+def find_parent(child: Metadata, folders: tuple[str, ...], options: OpenOptions) -> FileStore:
+    """The open file of the parent of `child`, whose `path` says where it lies.
+
+    Raises ParentMissing, ParentMismatch, ParentRefused, each naming every place that was searched.
+    """
+    if recorded_parent_id(child) == NULL_ID and not options.allow_raw_parent:
+        raise errors.ParentRefused(
+            "the image records no id of its parent, which may be any raw file",
+            path=child.path,
+            hint="if you trust it, say --allow-raw-parent",
+        )
+    search = _Search()
+    for candidate in dict.fromkeys(candidates(child, folders)):
+        store = _try(candidate, child, folders, search)
+        if store is not None:
+            return store
+    raise _not_found(child, search)
+
+
+def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Search) -> FileStore | None:
+    """Open the candidate when it is the parent; else note why not. Outside the folders nothing is looked at."""
+    if not is_file_name(candidate):
+        search.note(candidate)
+        return None
+    try:
+        place = find_beneath(candidate, folders)
+    except errors.VhdkitError as error:
+        search.note(candidate)
+        search.unreadable.append(error)
+        return None
+    if place.outcome is Outcome.OUTSIDE:
+        (search.outside if place.path == candidate else search.refused).append(place.path)
+        return None
+    if place.store is None:
+        search.note(candidate)
+        return None
+    search.note(place.path)
+    if recorded_parent_id(child) == NULL_ID:
+        return place.store  # raw by the child's word: what its guest wrote into it, a footer too, says nothing
+    try:
+        parent_id = unique_id(place.store)
+    except BaseException:
+        place.store.close()
+        raise
+    if parent_id == recorded_parent_id(child):
+        return place.store
+    search.mismatched.append((place.path, parent_id))
+    place.store.close()
+    return None
+
+
+def unique_id(store: FileStore) -> bytes:
+    """The id other images know this one by: its footer's, or all zeros for a raw image."""
+    return image_id(pending.view(store))
+
+
+def candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
+    """Paths to try, in order: locators by kind, the header's name, then the bare names in every folder."""
+    here = os.path.dirname(real_path(child.path))
+    texts = [text for _, text in _ordered_texts(child)]
+    for text in texts:
+        yield from _paths_of(text, here)
+    names = bare_names(child)
+    for folder in (here, *folders):
+        for name in names:
+            if name not in ("", os.curdir, os.pardir):
+                yield os.path.join(folder, name)
+
+
+def bare_names(child: Metadata) -> list[str]:
+    """The names of the file that the child has for its parent, without folders."""
+    return list(dict.fromkeys(ntpath.basename(text.rstrip("\\/")) for _, text in _ordered_texts(child)))
+
+
+def leads_to(child: Metadata, parent_path: str, folders: tuple[str, ...]) -> bool:
+    """True when a locator of the child leads to this file by itself: others do not look for its bare name."""
+    here, parent = os.path.dirname(real_path(child.path)), real_path(parent_path)
+    paths = [path for locator in child.locators for path in _paths_of(locator.text or "", here)]
+    return any(_place_of(path, folders) == parent for path in paths)
+
+
+def names_lead_to(child: Metadata, parent_path: str) -> bool:
+    """True when any name that the child has for its parent leads to this file: all that one on a raw disk has."""
+    parent = real_path(parent_path)
+    folder = os.path.dirname(parent)
+    here = os.path.dirname(real_path(child.path))
+    return any(_place_of(one, (folder, here)) == parent for one in candidates(child, (here,)))
+
+
+def _place_of(path: str, folders: Sequence[str]) -> str | None:
+    """The regular file that a path leads to, all of the way beneath the folders."""
+    if not is_file_name(path):
+        return None
+    try:
+        place = find_beneath(path, folders)
+    except errors.VhdkitError:
+        return None
+    if place.store is None:
+        return None
+    place.store.close()
+    return place.path
+
+
+def _ordered_texts(child: Metadata) -> list[tuple[str, str]]:
+    """(structure, text) of every name the child has for its parent, the most telling first."""
+
+    def rank(locator: Locator) -> int:
+        return _LOCATOR_ORDER.index(locator.platform_code)
+
+    known = [one for one in child.locators if one.platform_code in _LOCATOR_ORDER and one.text]
+    texts = [(one.structure, one.text or "") for one in sorted(known, key=rank)]
+    if child.parent_name:
+        texts.append(("parent name", child.parent_name))
+    return texts
+
+
+def _paths_of(text: str, here: str) -> Iterator[str]:
+    """Where a locator's text can point on this machine.
+
+    A path with a drive letter or a server points nowhere here; its bare name is tried later.
+    """
+    drive, rest = ntpath.splitdrive(text)
+    if drive:
+        return
+    path = rest.replace("\\", "/")
+    yield os.path.normpath(path if path.startswith("/") else os.path.join(here, path))
+
+
+def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
+    """The error that says where the parent was sought and what to do."""
+    names = [text for _, text in _ordered_texts(child)]
+    name = names[0] if names else "(unnamed)"
+    quoted = _shortened(name)
+    if not search.refused and not search.unreadable and not search.mismatched and _leads_out(child, search):
+        search.refused = search.outside
+    if search.refused:
+        place = search.refused[0]
+        return errors.ParentRefused(
+            f"its parent {quoted} leads to {errors.printable(place)}, outside the image's folder",
+            path=child.path,
+            hint=f"if you trust it, say --allow-parent-dir {shlex.quote(os.path.dirname(place))}",
+        )
+    if search.unreadable:
+        unreadable = search.unreadable[0]
+        where = f"{errors.printable(unreadable.path)}: " if unreadable.path else ""
+        return errors.ParentMissing(
+            f"its parent {quoted} cannot be read: {where}{unreadable.problem}", path=child.path, hint=unreadable.hint
+        )
+    if search.mismatched:
+        place, found = search.mismatched[0]
+        return errors.ParentMismatch(
+            f"{errors.printable(place)} has the name of its parent but is another disk",
+            path=child.path,
+            expected=f"id {format_id(recorded_parent_id(child))}",
+            found=f"id {format_id(found)}" if found != NULL_ID else "no id",
+            hint=_repoint(child),
+        )
+    if search.outside:
+        search.places.append(f"not {_shortened(search.outside[0])}, which lies outside these folders")
+    places = ", ".join(_shortened(place) for place in search.places[:_MAX_PLACES_TOLD])
+    if len(search.places) > _MAX_PLACES_TOLD:
+        places += f" and {len(search.places) - _MAX_PLACES_TOLD} more"
+    return errors.ParentMissing(
+        f"its parent {quoted} (id {format_id(recorded_parent_id(child))}) was not found;"
+        f" searched {places or 'nowhere: it has no usable name'}",
+        path=child.path,
+        hint=_repoint(child),
+    )
+
+
+def _leads_out(child: Metadata, search: _Search) -> bool:
+    """True when the most telling of the child's names leads out of the allowed folders."""
+    here = os.path.dirname(real_path(child.path))
+    first = next((path for _, text in _ordered_texts(child) for path in _paths_of(text, here)), None)
+    return first is not None and first in search.outside
+
+
+def _shortened(text: str) -> str:
+    """`text` for a message: a hostile name may be as long as a book."""
+    if len(text) > _MAX_NAME_TOLD:
+        text = text[: _MAX_NAME_TOLD // 2] + "..." + text[-_MAX_NAME_TOLD // 2 :]
+    return errors.printable(text)
+
+
+def _repoint(child: Metadata) -> str:
+    """What to do about a parent that is somewhere else."""
+    return (
+        "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint the image for good:"
+        f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT"
+    )
+
+
+def format_id(unique_id_bytes: bytes) -> str:
+    """A unique id as people write it, 8-4-4-4-12."""
+    text = unique_id_bytes.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def find_by_id(wanted_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None) -> list[str]:
+    """Paths of the files directly in `folders` that are the image with this id, whatever they are called.
+
+    More than one is a copy: which one is meant, nobody can tell. Hard links count once. A null id is nobody's.
+    """
+    found: dict[tuple[int, int], str] = {}
+    if wanted_id == NULL_ID:
+        return []
+    for folder in dict.fromkeys(real_path(folder) for folder in folders):
+        for path in regular_files(folder):
+            try:
+                with FileStore.open(path, follow_links=False) as store:
+                    if store.identity != apart_from and unique_id(store) == wanted_id:
+                        found.setdefault(store.identity, path)
+            except errors.VhdkitError:
+                continue
+    return list(found.values())

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a merge in progress: what is being merged into what, and how far it is.
+
+Decides what the record contains and which records are believed. It is a hidden file beside the target, is replaced as
+a whole at each step, and says what must happen next if the machine stops. Moves no data and removes no files.
+
+    copy     the target takes over what the sources own; the leaf reads the same all the time
+    relink   the target is complete; children of the leaf are being repointed to it
+    remove   only the target is still needed: the sources are being removed
+
+A record is untrusted input like an image. A record that vhdkit cannot have written is damaged (`DamagedRecord`).
+Names are confined to the target's folder, what lies below it, and the folders that the user allowed (`RecordRefused`).
+A source always has an id, and a file without that id is not the source. Code that acts on a record compares the ids
+first, and removes nothing else (`chain.verbs.merge_recovery`, `INV-RECORD-PROVEN`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from vhdkit import errors
+from vhdkit.errors import printable
+from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.folder import exists, is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
+from vhdkit.formats.vhd.layout import UUID_SIZE
+from vhdkit.units import MIB
+
+KIND = "merge"
+MAX_RECORD_BYTES = MIB  # 254 layers with the longest paths there are
+_FORMAT = "vhdkit merge record 1"
+
+
+class DamagedRecord(errors.InvalidArgument):
+    """The file is no record that we could have written."""
+
+
+class RecordRefused(errors.InvalidArgument):
+    """The record names files where the user did not allow any."""
+
+
+class Phase(StrEnum):
+    """How far a merge is; see above."""
+
+    COPY = "copy"
+    RELINK = "relink"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A file of the merge: its absolute path, and the unique id by which it is known."""
+
+    path: str
+    unique_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What is merged into what. `sources` are leaf first; `relink`: the children of the leaf are to be repointed."""
+
+    phase: Phase
+    target: Named
+    sources: tuple[Named, ...]
+    relink: bool
+
+    @property
+    def leaf(self) -> Named:
+        """The image whose content the target gets."""
+        return self.sources[0]
+
+    def in_phase(self, phase: Phase) -> Intent:
+        """The same merge, further on."""
+        return replace(self, phase=phase)
+
+    def encode(self) -> bytes:
+        """The bytes of the record: a line of JSON, with paths from the target's folder, and a line of its digest."""
+        folder = os.path.dirname(self.target.path)
+        document = {
+            "format": _FORMAT,
+            "phase": self.phase.value,
+            "target": _named_document(self.target, folder),
+            "sources": [_named_document(one, folder) for one in self.sources],
+            "relink": self.relink,
+        }
+        line = json.dumps(document).encode() + b"\n"
+        return line + hashlib.sha256(line).hexdigest().encode() + b"\n"
+
+
+def _named_document(one: Named, folder: str) -> dict[str, str]:
+    return {"path": os.path.relpath(one.path, folder), "unique_id": one.unique_id.hex()}
+
+
+def decode(raw: bytes, folder: str, allowed: tuple[str, ...], *, path: str | None = None) -> Intent:
+    """The intent in the record `raw` that lies in `folder`, at `path`.
+
+    Every file it names lies in `folder` or below it, or in one of the `allowed` folders or below. Raises DamagedRecord
+    for what is none, RecordRefused for one that names others.
+    """
+    line, _, digest = raw.partition(b"\n")
+    if digest.strip() != hashlib.sha256(line + b"\n").hexdigest().encode():
+        raise _damaged("it is not whole", path)
+    try:
+        document = json.loads(line)
+        if document["format"] != _FORMAT:
+            raise _damaged("it is of another kind", path)
+        phase, relink = Phase(document["phase"]), document["relink"]
+        target = _named(document["target"], folder)
+        sources = tuple(_named(one, folder) for one in document["sources"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged("something in it is missing, or of a wrong kind", path) from error
+    names = [target, *sources]
+    ids = [one.unique_id for one in names if any(one.unique_id)]
+    if not sources or not isinstance(relink, bool) or len({one.path for one in names}) != len(names):
+        raise _damaged("it names no layers, or one of them twice", path)
+    if not all(any(one.unique_id) for one in sources) or len(set(ids)) != len(ids):
+        raise _damaged("a layer to be removed has no id in it, or the same as another one", path)
+    for one in names:
+        if not is_within(one.path, (folder, *allowed)):
+            raise RecordRefused(
+                f"the record of a merge names {printable(one.path)}, which lies outside its folder",
+                path=path,
+                hint=f"if you trust it, say --allow-parent-dir {shlex.quote(printable(os.path.dirname(one.path)))};"
+                " else move the record away",
+            )
+    return Intent(phase, target, sources, relink)
+
+
+def _damaged(problem: str, path: str | None) -> DamagedRecord:
+    return DamagedRecord(
+        f"damaged: {problem}; as the record of a merge it is ignored",
+        path=path,
+        hint="move it away; `vhdkit check` says whether the images beside it are whole",
+    )
+
+
+def _named(document: Any, folder: str) -> Named:
+    unique_id, path = bytes.fromhex(document["unique_id"]), document["path"]
+    if len(unique_id) != UUID_SIZE or os.path.basename(path) in ("", os.curdir, os.pardir):
+        raise ValueError("no such name")
+    path = os.path.join(folder, path)
+    if not is_file_name(path):
+        raise ValueError("no such name")
+    return Named(os.path.join(real_path(os.path.dirname(path)), os.path.basename(path)), unique_id)  # no link itself
+
+
+def intent_of(target_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
+    """The merge into this image that is under way, or None. Raises IoFailed, AccessDenied."""
+    return read_intent(sidecar_path(target_path, KIND), allowed)
+
+
+def read_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
+    """What a record says, or None where there is none to be believed. Raises IoFailed, AccessDenied."""
+    try:
+        return demand_intent(record_path, allowed)
+    except (DamagedRecord, RecordRefused):
+        return None
+
+
+def demand_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
+    """What a record says, or None where there is no file of that name: it must lie beside its own target.
+
+    Raises DamagedRecord, RecordRefused, IoFailed, AccessDenied.
+    """
+    if not exists(record_path):
+        return None
+    raw = read_whole(record_path, MAX_RECORD_BYTES)
+    if raw is None:
+        raise _damaged("it is not a regular file, or too long", record_path)
+    intent = decode(raw, os.path.dirname(record_path), allowed, path=record_path)
+    if sidecar_path(intent.target.path, KIND) != record_path:
+        raise _damaged("it lies beside an image that it is not about", record_path)
+    return intent
+
+
+def record_of(target_path: str) -> str:
+    """Where the record of a merge into this image lies."""
+    return sidecar_path(target_path, KIND)
+
+
+def resume_command(intent: Intent, image_path: str) -> str:
+    """The command that goes on with the merge, given this image of it."""
+    here = os.path.dirname(real_path(image_path))
+    places = [os.path.dirname(one.path) for one in (intent.target, *intent.sources)]
+    more = dict.fromkeys(place for place in places if place != here)
+    words = ["vhdkit", "merge", "--resume", printable(image_path)]
+    for place in more:
+        words += ["--allow-parent-dir", printable(place)]
+    return shlex.join(words)
+
+
+def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
+    """What there is to say about a merge into this image: under way, unfinished, or a record not to be believed."""
+    record = sidecar_path(image_path, KIND)
+    if not exists(record):
+        return ()
+    try:
+        intent = demand_intent(record, (os.sep,))  # only to be told
+    except DamagedRecord as error:
+        message = left_by_repair(
+            f"{printable(record)} is {error.problem}", "it removes no file; remove it where nobody needs it"
+        )
+        return (Finding(Severity.WARNING, "merge-record-ignored", message, image_path),)
+    if intent is None:  # gone by now
+        return ()
+    leaf = printable(intent.leaf.path)
+    if in_use:
+        message = (
+            f"{leaf} is being merged into it by another program; until that ends, only {leaf} shows the whole disk"
+        )
+        return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
+    rest = f"`{resume_command(intent, image_path)}` finishes it (`check --repair` leaves it: it merges nothing)"
+    if intent.phase is Phase.COPY:
+        message = (
+            f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, this image alone is a"
+            f" mixture; {rest}"
+        )
+    else:
+        left = "children to be repointed" if intent.phase is Phase.RELINK else "merged files to be removed"
+        message = f"a merge of {leaf} into it is complete but for {left}; the next writable open, or {rest}"
+    return (Finding(Severity.WARNING, "merge-unfinished", message, image_path),)
+
+
+def intents_about(path: str, folders: tuple[str, ...]) -> list[Intent]:
+    """The merges under way in these folders that have the image at `path`, which may be gone, as target or source."""
+    place = real_path(path)
+    found = []
+    for folder in folders:
+        for record in regular_files(folder):
+            if record.endswith(f".vhdkit-{KIND}"):
+                intent = read_intent(record, folders)
+                if intent is not None and place in (intent.target.path, *(one.path for one in intent.sources)):
+                    found.append(intent)
+    return found
+
+
+def refuse_sources(images: Sequence[Named], intents: Iterable[Intent]) -> None:
+    """Raise ImageInUse where one of these images is about to go because its merge into another one is complete.
+
+    What it stands on must not change then: the merge could not be finished any more.
+    """
+    for intent in intents:
+        found = next((one for one in images if one in intent.sources), None)
+        if intent.phase is not Phase.COPY and found is not None:
+            raise errors.ImageInUse(
+                f"its merge into {printable(intent.target.path)} was interrupted",
+                path=found.path,
+                hint=f"finish it first: {resume_command(intent, found.path)}",
+            )

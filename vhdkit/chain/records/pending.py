@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of unfinished work beside an image, and what opening the image does about them.
+
+Decides where an undo log lies, whether it is acted on, and what is reported about it. This is the only place that
+does: every opener passes the file that it has just opened, and continues with what it gets back.
+
+    read-only open   ->  the image as it was before the change; nothing is written
+    writable open    ->  the change is undone in the file, then its log removed (the writer's lock is held)
+
+The record of a merge is reported here, too; a writable open of a `Disk` acts on it (`chain.verbs.merge_recovery`).
+
+A log that is not whole, or not of this image in its present state, is left alone and reported as a finding, because
+nobody asked for what it would do. It is never followed as a link, and must be a regular file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from vhdkit import errors
+from vhdkit.chain.records.intent import merge_findings
+from vhdkit.errors import printable
+from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
+from vhdkit.formats.probe import FormatName, open_layer
+from vhdkit.formats.undo import (
+    UndoLog,
+    UndoneStore,
+    apply_change,
+    belongs,
+    encode,
+    mentions,
+    plan_change,
+    read_log,
+    roll_back,
+)
+from vhdkit.formats.vhd import recall, remember
+from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.image import Layer
+from vhdkit.store import Buffer, FileStore, Store
+
+_UNDO = "undo"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an image is to be read, and what there is to say about records beside it."""
+
+    store: Store
+    findings: tuple[Finding, ...]
+
+
+def undo_path(image_path: str) -> str:
+    """Where the undo log of an image lies."""
+    return sidecar_path(image_path, _UNDO)
+
+
+def undo_path_beside(image_path: str) -> str:
+    """The same for a path without links, which is not looked at."""
+    return sidecar_path(image_path, _UNDO, is_real=True)
+
+
+def log_mentions(image_path: str, ids: Collection[bytes]) -> bool:
+    """True when what looks like an undo log lies beside the image and holds one of these ids anywhere.
+
+    Then the image may stand on another parent once the change is taken back. One read through memory, no parsing.
+    """
+    try:
+        with FileStore.open(undo_path(image_path), follow_links=False) as record:
+            return not record.is_device and mentions(record, ids)
+    except errors.VhdkitError:
+        return False
+
+
+def look(store: FileStore) -> Look:
+    """The image as it is to be read, whether or not its lock is held. Nothing is changed.
+
+    Raises AccessDenied or IoFailed for a log that cannot be read: the image may be half changed.
+    """
+    log, findings = _find(store)
+    if not store.is_device:
+        findings += merge_findings(store.name, store.in_use()) + recall.findings(store)
+    if store.lacks_locks():
+        message = left_by_repair(
+            "its file system has no locks: nothing keeps other programs from writing to it while it is read",
+            "no image has a part in that",
+        )
+        findings += (Finding(Severity.WARNING, "no-locks", message, store.name),)
+    return Look(store if log is None else UndoneStore(store, log), findings)
+
+
+def view(store: FileStore) -> Store:
+    """The image as it is to be read: `look` without its findings."""
+    return look(store).store
+
+
+def settle(store: FileStore) -> None:
+    """Take back a change to the image that did not finish. The writer's lock is held, and writing is what comes next.
+
+    Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log is still there then, and the next open tries again.
+    """
+    remember.disown(store)
+    log, _ = _find(store)
+    if log is not None:
+        roll_back(store, log)
+        _remove(undo_path(store.name))
+    elif not store.is_device and _was_being_removed(undo_path(store.name)):
+        remove_file(undo_path(store.name))
+
+
+def write_noted(store: FileStore) -> None:
+    """Write into the image, which is not locked yet, what a killed server had noted of it: before anybody reads it.
+
+    Such a server may have died between giving its leaf a child and flushing that leaf, which is a parent from then on
+    and never opened for writing again. Does nothing in a process that has no notes. Raises ImageInUse while another
+    program holds the image, and what opening it for writing raises.
+    """
+    if not recall.has_notes(store, image_id(view(store))):
+        return
+    with FileStore.open(store.name, writable=True) as own:
+        if own.identity != store.identity:
+            raise errors.Replaced("was replaced while it was opened", path=store.name)
+        own.lock(writer=True)
+        settle(own)
+        open_layer(own, format_name=FormatName.VHD, writable=True).close()
+
+
+def file_of(store: Store) -> FileStore | None:
+    """The file behind a store that `look` gave, or None for a store that is none."""
+    if isinstance(store, UndoneStore):
+        store = store.store
+    return store if isinstance(store, FileStore) else None
+
+
+def files_of(layers: Sequence[Layer]) -> list[FileStore]:
+    """The files of these layers, as far as they have any."""
+    return [file for layer in layers if (file := file_of(layer.store)) is not None]
+
+
+def change(
+    store: FileStore,
+    writes: Sequence[tuple[int, Buffer]],
+    size_after_bytes: int | None = None,
+    *,
+    unique_id: bytes | None = None,
+) -> None:
+    """Put `writes`, (offset, bytes), into the image and give it a size: all of it or, after a power cut, nothing.
+
+    `unique_id` is the id the image will have where its footer says none now.
+
+    The writer's lock is held and `settle` was called. Raises InvalidArgument (too large a change, or a record of
+    another one lies there), `Replaced`, NoSpace, IoFailed, SyncFailed; the file then holds what it held.
+    """
+    store.require_name()  # the log lies beside what has that name
+    log = plan_change(store, image_id(store) if unique_id is None else unique_id, writes, size_after_bytes)
+    with _logged(store, log):
+        apply_change(store, log)
+
+
+@contextlib.contextmanager
+def _logged(store: FileStore, log: UndoLog) -> Iterator[None]:
+    """The log lies beside the image while the block runs; a block that fails is taken back."""
+    path = undo_path(store.name)
+    write_log(path, log, like=store)
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        with contextlib.suppress(errors.VhdkitError):  # else the log stays, and the next open tries again
+            roll_back(store, log)
+            _remove(path)
+        raise
+    _remove(path)
+
+
+def _remove(path: str) -> None:
+    """Take the log away for good: empty first, so that it is no log any more should its name come back."""
+    with FileStore.open(path, writable=True, follow_links=False) as record:
+        record.truncate(0)
+        record.sync()
+    remove_file(path)
+
+
+def _was_being_removed(path: str) -> bool:
+    """True for the empty file that is left of a log when the machine stopped in `_remove`."""
+    try:
+        with FileStore.open(path, follow_links=False) as record:
+            return not record.is_device and record.size() == 0
+    except errors.VhdkitError:
+        return False
+
+
+def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
+    """Put the log, readable for whom `like` is, under its name; it is on the device when this returns.
+
+    Raises InvalidArgument when a whole log, or no regular file, lies there already; NoSpace, IoFailed.
+    """
+    if exists(path) and _load(path) is not None:
+        raise errors.InvalidArgument(
+            f"a record of an earlier change lies at {printable(path)}",
+            path=like.name,
+            hint="see what `vhdkit check` says of it; move it away if this image is well without it",
+        )
+    with NewFile(path, whatever=True, like=like) as new:
+        new.store.pwrite(0, encode(log))
+        new.commit()
+
+
+def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
+    """The log to act on, and what to say."""
+    if store.is_device:
+        return None, ()
+    path = undo_path(store.name)
+    if not exists(path):
+        return None, ()
+    try:
+        log = _load(path, store)
+    except errors.NotFound:  # removed since: the change is made
+        return None, ()
+    except errors.InvalidArgument as error:
+        return None, (_ignored(store, path, f"is not a regular file ({error.problem})"),)
+    if log is None and _was_being_removed(path):
+        return None, ()
+    if log is None:
+        why = "is not a whole undo log of this image as it is: the change was not begun, or is of another image"
+        return None, (_ignored(store, path, why),)
+    if not belongs(store, log):
+        return None, (_ignored(store, path, "is an undo log of another image, or this one was changed since"),)
+    return log, (_unfinished(store, path),)
+
+
+def _load(path: str, image: FileStore | None = None) -> UndoLog | None:
+    """The log under this name, or None; see `read_log`.
+
+    Raises InvalidArgument for what is not a regular file, a link too.
+    """
+    with FileStore.open(path, follow_links=False) as record:
+        if record.is_device:
+            raise errors.InvalidArgument("is a device", path=path)
+        return read_log(record, image)
+
+
+def _ignored(store: FileStore, path: str, problem: str) -> Finding:
+    message = left_by_repair(
+        f"{printable(path)} {problem}; it is ignored", "it removes no file; remove it where nobody needs it"
+    )
+    return Finding(Severity.WARNING, "undo-log-ignored", message, store.name)
+
+
+def _unfinished(store: FileStore, path: str) -> Finding:
+    if store.in_use():
+        message = "is being changed by another program; it reads as it was before"
+        return Finding(Severity.NOTE, "change-under-way", message, store.name)
+    message = (
+        f"a change did not finish and is taken back at the next writable open (undo log {printable(path)});"
+        " until then it reads as it was before"
+    )
+    return Finding(Severity.WARNING, "change-unfinished", message, store.name)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examining a whole chain: every file of it, and whether they belong together.
+
+Decides what can be wrong between a child and its parent. What can be wrong inside one file is decided by its format.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, checked
+from vhdkit.chain.engine.chain import Progress
+from vhdkit.chain.names import lineage
+from vhdkit.chain.names.dependents import mark_findings
+from vhdkit.chain.names.resolve import (
+    MAX_CHAIN_DEPTH,
+    OpenOptions,
+    allowed_folders,
+    find_parent,
+    leads_to,
+    parent_format,
+)
+from vhdkit.chain.records import pending
+from vhdkit.errors import CorruptReason
+from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.formats.probe import FormatName, identify
+from vhdkit.formats.raw import examine_raw
+from vhdkit.formats.vhd.check import check_vhd
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.store import FileStore, opened_again
+
+
+@checked
+def check(path: AnyPath, *, options: OpenOptions | None = None, progress: Progress | None = None) -> list[Finding]:
+    """Examine an image and all its parents, leaf first; an empty list means that nothing was found.
+
+    `progress` gets a larger total with each layer, because parents are found on the way.
+    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
+    with the images is a finding. Nothing is changed.
+    """
+    return opened_again(lambda: _checked(os.fsdecode(path), options or OpenOptions(), progress))
+
+
+def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) -> list[Finding]:
+    folders = allowed_folders(leaf_path, options.parent_dirs)
+    findings: list[Finding] = []
+    examined_bytes = 0
+    stores = [FileStore.open(leaf_path)]
+    format_name = options.format_name
+    try:
+        findings += mark_findings(stores[0], options)
+        while True:
+            store = stores[-1]
+            if options.lock:
+                store.lock(writer=False)
+            metadata = _check_one(store, findings, options, format_name, _after(progress, examined_bytes))
+            if metadata is None or not metadata.is_differencing:
+                return findings
+            examined_bytes += metadata.size_bytes
+            parent = _parent_of(metadata, folders, options, findings)
+            if parent is None:
+                return findings
+            stores.append(parent)
+            format_name = parent_format(metadata)
+            if _closes_loop(stores, metadata, findings):
+                return findings
+            _check_link(metadata, parent, folders, findings)
+            findings += lineage.findings_about(store, metadata, parent)
+    finally:
+        for store in stores:
+            store.close()
+
+
+def _after(progress: Progress | None, before_bytes: int) -> Progress | None:
+    """A layer's progress as that of all layers so far."""
+    return None if progress is None else lambda done, total: progress(before_bytes + done, before_bytes + total)
+
+
+def _check_one(
+    store: FileStore,
+    findings: list[Finding],
+    options: OpenOptions,
+    format_name: FormatName | None,
+    progress: Progress | None,
+) -> Metadata | None:
+    """Examine one file; returns its metadata when it is a VHD sound enough to have a parent.
+
+    `format_name` is what its user or its child says it is, None where only the file itself tells.
+    """
+    seen = pending.look(store)
+    findings += seen.findings
+    try:
+        format_name = format_name or identify(seen.store)
+    except errors.CorruptImage as error:
+        findings.append(_finding(error, error.reason.value, store.name))
+        return None
+    if format_name is FormatName.RAW:
+        findings += examine_raw(seen.store)
+        return None
+    findings += check_vhd(seen.store, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
+    try:
+        return read_metadata(seen.store)
+    except errors.CorruptImage:
+        return None  # check_vhd has said so
+
+
+def _parent_of(
+    child: Metadata, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding]
+) -> FileStore | None:
+    codes = {
+        errors.ParentMissing: "parent-missing",
+        errors.ParentMismatch: "parent-mismatch",
+        errors.ParentRefused: "parent-refused",
+    }
+    try:
+        return find_parent(child, folders, options)
+    except errors.ParentError as error:
+        findings.append(_finding(error, codes[type(error)], child.path))
+        return None
+
+
+def _finding(error: errors.VhdkitError, code: str, path: str) -> Finding:
+    message = (
+        error.problem + errors.difference(error.expected, error.found) + (f"; {error.hint}" if error.hint else "")
+    )
+    return Finding(Severity.ERROR, code, message, path, error.structure, error.offset_bytes)
+
+
+def _closes_loop(stores: list[FileStore], child: Metadata, findings: list[Finding]) -> bool:
+    if stores[-1].identity in [store.identity for store in stores[:-1]]:
+        reason, message = CorruptReason.CHAIN_LOOP, "the chain of parents leads back to itself"
+    elif len(stores) > MAX_CHAIN_DEPTH:
+        reason, message = CorruptReason.CHAIN_DEPTH, f"the chain has more than {MAX_CHAIN_DEPTH} layers"
+    else:
+        return False
+    findings.append(Finding(Severity.ERROR, reason.value, message, child.path))
+    return True
+
+
+def _check_link(child: Metadata, store: FileStore, folders: tuple[str, ...], findings: list[Finding]) -> None:
+    """What a child and its parent may disagree on without being wrong."""
+    assert child.header is not None
+    if not leads_to(child, store.name, folders):
+        message = (
+            f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
+            " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` write the names anew)"
+        )
+        findings.append(Finding(Severity.WARNING, "parent-names", message, child.path, "dynamic header"))
+    try:
+        parent = read_metadata(pending.view(store))
+    except errors.CorruptImage:
+        return
+    if child.size_bytes != parent.size_bytes:
+        severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
+        message = f"holds {child.size_bytes} bytes, its parent {parent.size_bytes}"
+        if severity is Severity.WARNING:
+            message = left_by_repair(
+                message,
+                "it changes no disk; `vhdkit resize` makes it as large as its parent, unless something would appear",
+            )
+        findings.append(Finding(severity, "chain-size", message, child.path))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing the content of two disks of any kinds, depths and block sizes.
+
+Decides what counts as a difference: a byte that reads differently; if one disk is longer, its rest is compared with
+zeros. Ranges that are zeros in both, or the same bytes of the same file, are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain as joined
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.arguments import AnyPath, checked
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.image import Extent, ExtentKind
+from vhdkit.store import FileStore
+from vhdkit.units import MIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
+
+_PIECE_SECTORS = whole_sectors(MIB)
+_WORDS_PER_SECTOR = SECTOR_SIZE // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison found."""
+
+    first_size_bytes: int
+    second_size_bytes: int
+    first_difference_bytes: int | None  # offset of the first byte that differs; None when there is none
+    different_sector_count: int
+
+    @property
+    def same_content(self) -> bool:
+        """True when no byte differs (the sizes may, where the longer one ends in zeros)."""
+        return self.different_sector_count == 0
+
+
+@checked
+def compare(
+    first: AnyPath,
+    second: AnyPath,
+    *,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two images, each with its parents. Raises what `open_disk` raises, and IoFailed."""
+    with Chain.open(first, options=options) as one, Chain.open(second, options=options) as other:
+        return compare_chains(one, other, progress)
+
+
+def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -> Comparison:
+    """Compare two open chains."""
+    size = max(one.size_bytes, other.size_bytes)
+    first_difference, different = None, 0
+    for chain in (one, other):
+        chain.map.walked_once()
+    buffers = [memoryview(bytearray(sectors_to_bytes(_PIECE_SECTORS))) for _ in range(2)]
+    for position, count, alike in _pieces(one, other):
+        if not alike:
+            views = [
+                _read(chain, position, buffer[: sectors_to_bytes(count)])
+                for chain, buffer in zip((one, other), buffers, strict=True)
+            ]
+            bad = np.flatnonzero((views[0] != views[1]).any(axis=1))
+            if len(bad):
+                different += len(bad)
+                if first_difference is None:
+                    sector = int(bad[0])
+                    within = np.flatnonzero(views[0][sector].view(np.uint8) != views[1][sector].view(np.uint8))
+                    first_difference = sectors_to_bytes(position + sector) + int(within[0])
+        if progress is not None:
+            progress(sectors_to_bytes(position + count), size)
+    return Comparison(one.size_bytes, other.size_bytes, first_difference, different)
+
+
+def _read(chain: Chain, position: int, view: memoryview) -> NDArray[np.uint64]:
+    """Sectors as rows of words; zeros past the end of the disk."""
+    inside = min(max(chain.size_bytes - sectors_to_bytes(position), 0), len(view))
+    if inside:
+        chain.read_into(position, view[:inside])
+    view[inside:] = bytes(len(view) - inside)
+    return np.frombuffer(view, dtype=np.uint64).reshape(-1, _WORDS_PER_SECTOR)
+
+
+def _pieces(one: Chain, other: Chain) -> Iterator[tuple[int, int, bool]]:
+    """The longer disk as (first sector, count, known to be alike), pieces that may differ of a bounded size."""
+    end = whole_sectors(max(one.size_bytes, other.size_bytes))
+    runs, others = _runs(one, end), _runs(other, end)
+    a, b = next(runs), next(others)
+    position = 0
+    while position < end:
+        stop = min(a.end_sector, b.end_sector)
+        alike = _alike(one, a, other, b)
+        while position < stop:
+            count = stop - position if alike else min(stop - position, _PIECE_SECTORS)
+            yield position, count, alike
+            position += count
+        if position < end:
+            a = next(runs) if a.end_sector == stop else a
+            b = next(others) if b.end_sector == stop else b
+
+
+def _runs(chain: Chain, end: int) -> Iterator[Extent]:
+    """The chain's extents, and zeros from its end to `end`."""
+    size = whole_sectors(chain.size_bytes)
+    rest = [Extent(size, end - size, ExtentKind.ZERO, -1)] if end > size else []
+    return joined(chain.extents(0, size, find_holes=True), rest)
+
+
+def _alike(one: Chain, a: Extent, other: Chain, b: Extent) -> bool:
+    if a.store_offset_bytes is None or b.store_offset_bytes is None:
+        return a.store_offset_bytes is b.store_offset_bytes
+    mine, theirs = one.layers[a.layer_index].store, other.layers[b.layer_index].store
+    if not (isinstance(mine, FileStore) and isinstance(theirs, FileStore) and mine.identity == theirs.identity):
+        return False
+    return a.store_offset_bytes - b.store_offset_bytes == sectors_to_bytes(a.sector_index - b.sector_index)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converting a disk, with all its parents, to a new image of another kind.
+
+Decides what is copied, what becomes a hole, and what must not be overwritten. The result appears whole or not
+at all; the source is only read.
+
+    source extents (holes left out) --> pieces --> workers: read, look for zeros, write what is not --> new file
+
+Workers run in parallel because reading and writing release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, Size, byte_size, checked
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records import pending
+from vhdkit.chain.verbs.create import DiskFormat, check_new_size, replacing, write_empty
+from vhdkit.folder import NewFile
+from vhdkit.formats.probe import FormatName, open_layer
+from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, check_block_size
+from vhdkit.formats.vhd.geometry import azure_size
+from vhdkit.image import ExtentKind
+from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
+
+_PIECE_BYTES = MIB  # measured best: larger leaves the cache, smaller pays for its calls
+_WORKERS = 2
+_PIECES_IN_FLIGHT = 4 * _WORKERS
+_MIN_HOLE_PAGES = 4  # a shorter run of zero pages is written: a hole that small costs more than it saves
+_WORDS_PER_PAGE = PAGE_SIZE // 8
+
+
+class _Target(Protocol):
+    def write(self, sector_index: int, data: memoryview) -> object: ...
+
+
+@checked
+def convert(
+    source: AnyPath,
+    destination: AnyPath,
+    disk_format: DiskFormat | str,
+    *,
+    block_size_bytes: Size = DEFAULT_BLOCK_SIZE,
+    azure: bool = False,
+    replace: bool = False,
+    sync: bool = True,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write the content of `source` to a new image; returns its virtual size in bytes.
+
+    Zeros become holes. With `sync` the result is on the device when this returns. `azure` rounds a fixed VHD up to
+    whole MiB. `replace` allows an existing file, but never one of the source's own, one in use, or a parent.
+    Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
+    """
+    block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
+    check_block_size(block_size_bytes)
+    with Chain.open(source, options=options) as chain:
+        return convert_chain(
+            chain,
+            destination,
+            disk_format,
+            block_size_bytes=block_size_bytes,
+            azure=azure,
+            replace=replace,
+            sync=sync,
+            options=options,
+            progress=progress,
+        )
+
+
+def convert_chain(
+    chain: Chain,
+    destination: AnyPath,
+    disk_format: DiskFormat,
+    *,
+    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    azure: bool = False,
+    replace: bool = False,
+    sync: bool = True,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """`convert` for a chain that is already open."""
+    size = converted_size(chain.size_bytes, disk_format, azure=azure)
+    held = replacing(os.fsdecode(destination), chain.layers, replace=replace, options=options)
+    like = pending.files_of(chain.layers)
+    with held as old, NewFile(destination, replace=replace, old=old, like=like) as new:
+        write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)
+        name = FormatName.RAW if disk_format is DiskFormat.RAW else FormatName.VHD
+        target = open_layer(new.store, format_name=name, writable=True)
+        copy_content(chain, target, one_writer=disk_format is DiskFormat.DYNAMIC, progress=progress)
+        target.flush()
+        new.commit(sync=sync)
+    return size
+
+
+def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> int:
+    """The virtual size the result will have. Raises InvalidArgument when it cannot be."""
+    if azure:
+        if disk_format is not DiskFormat.FIXED:
+            raise errors.InvalidArgument("Azure takes fixed VHDs only", hint="say --to fixed")
+        size_bytes = azure_size(size_bytes)
+    check_new_size(size_bytes, disk_format)
+    return size_bytes
+
+
+def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None) -> None:
+    """Write everything in `chain` that is not zeros to `target`, which reads as zeros.
+
+    `one_writer` keeps writes apart, as a layer that allocates needs it. Raises IoFailed, NoSpace.
+    """
+    mover = _Mover(chain, target, one_writer)
+    running: deque[tuple[int, Future[None]]] = deque()
+
+    def finish(keep: int) -> None:
+        while len(running) > keep:
+            end_bytes, job = running.popleft()
+            job.result()
+            if progress is not None:
+                progress(end_bytes, chain.size_bytes)
+
+    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhdkit-convert") as pool:
+        try:
+            for sector_index, sector_count in _pieces(chain):
+                finish(_PIECES_IN_FLIGHT - 1)
+                end_bytes = sectors_to_bytes(sector_index + sector_count)
+                running.append((end_bytes, pool.submit(mover.move, sector_index, sector_count)))
+            finish(0)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if progress is not None:
+        progress(chain.size_bytes, chain.size_bytes)
+
+
+def _pieces(chain: Chain) -> Iterator[tuple[int, int]]:
+    """The parts of the disk that may hold data as (first sector, count), cut at multiples of the piece size.
+
+    Whose data it is does not matter here: in a chain a piece often has runs of several layers.
+    """
+    step = whole_sectors(_PIECE_BYTES)
+    start = end = 0
+    for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
+        if extent.kind is not ExtentKind.DATA:
+            continue
+        if extent.sector_index > end:
+            yield from _cut(start, end, step)
+            start = extent.sector_index
+        end = extent.end_sector
+        while end - start >= 2 * step:  # what is whole already need not wait for the end of the run
+            stop = (start // step + 1) * step
+            yield start, stop - start
+            start = stop
+    yield from _cut(start, end, step)
+
+
+def _cut(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    while start < end:
+        stop = min((start // step + 1) * step, end)
+        yield start, stop - start
+        start = stop
+
+
+class _Mover:
+    """Moves one piece at a time; each thread has its own buffer."""
+
+    def __init__(self, chain: Chain, target: _Target, one_writer: bool) -> None:
+        self._chain = chain
+        self._target = target
+        self._lock = threading.Lock() if one_writer else None
+        self._own = threading.local()
+
+    def move(self, sector_index: int, sector_count: int) -> None:
+        """Read the piece and write its parts that are not zeros."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(_PIECE_BYTES))
+        view: memoryview = self._own.buffer[: sectors_to_bytes(sector_count)]
+        self._chain.read_into(sector_index, view)
+        for start, stop in data_ranges(view):
+            first = sector_index + whole_sectors(start)
+            if self._lock is None:
+                self._target.write(first, view[start:stop])
+            else:
+                with self._lock:
+                    self._target.write(first, view[start:stop])
+
+
+def data_ranges(view: memoryview) -> list[tuple[int, int]]:
+    """The byte ranges of `view` (whole sectors) that are not zeros, on pages from its start."""
+    size = len(view)
+    page_count = size // PAGE_SIZE
+    words = np.frombuffer(view, dtype=np.uint64, count=page_count * _WORDS_PER_PAGE).reshape(
+        page_count, _WORDS_PER_PAGE
+    )
+    # Most pages with data show it in their first word; only the others are looked at whole.
+    has_data = words[:, 0] != 0
+    quiet = np.flatnonzero(~has_data)
+    if 0 < len(quiet) < page_count:
+        has_data[quiet] = words[quiet].any(axis=1)
+    elif page_count and len(quiet) == page_count and words.max():  # else zeros throughout, the usual case here
+        has_data = words.any(axis=1)
+    pages = np.flatnonzero(has_data)
+    ranges: list[tuple[int, int]] = []
+    if len(pages):
+        breaks = np.flatnonzero(pages[1:] - pages[:-1] > _MIN_HOLE_PAGES)
+        starts = [pages[0], *pages[breaks + 1]]
+        stops = [*pages[breaks], pages[-1]]
+        ranges = [(int(a) * PAGE_SIZE, (int(b) + 1) * PAGE_SIZE) for a, b in zip(starts, stops, strict=True)]
+    tail = page_count * PAGE_SIZE
+    if tail < size and any(view[tail:]):
+        if ranges and ranges[-1][1] == tail:
+            ranges[-1] = (ranges[-1][0], size)
+        else:
+            ranges.append((tail, size))
+    return ranges

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Creating images under a name, and children of existing images.
+
+Decides how a child names its parent, and that a new image appears whole or not at all. The content of a new VHD is
+decided in `formats.vhd.create`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, NewSize, Size, byte_size, checked
+from vhdkit.chain.names.lineage import record_parent
+from vhdkit.chain.names.marks import marked
+from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
+from vhdkit.chain.records import pending
+from vhdkit.folder import NewFile, folders_held, is_regular, real_path
+from vhdkit.formats.raw import check_raw_size, create_raw
+from vhdkit.formats.vhd import create
+from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.geometry import azure_size
+from vhdkit.image import Layer
+from vhdkit.store import FileStore, Store, opened_again
+
+
+class DiskFormat(StrEnum):
+    """What can be created or converted to."""
+
+    RAW = "raw"
+    FIXED = "fixed"
+    DYNAMIC = "dynamic"
+
+
+@checked
+def create_image(
+    path: AnyPath,
+    size_bytes: NewSize,
+    *,
+    disk_format: DiskFormat | str = DiskFormat.DYNAMIC,
+    block_size_bytes: Size = DEFAULT_BLOCK_SIZE,
+    preallocate: bool = False,
+    azure: bool = False,
+    replace: bool = False,
+) -> int:
+    """Create an image of zeros; returns its virtual size in bytes.
+
+    `preallocate` reserves the space of a fixed or raw image. `azure` makes a fixed VHD whose size is rounded up
+    to whole MiB, as Azure requires. Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
+    """
+    size_bytes, block_size_bytes = byte_size("size_bytes", size_bytes), byte_size("block_size_bytes", block_size_bytes)
+    disk_format = DiskFormat(disk_format)
+    if azure:
+        if disk_format is not DiskFormat.FIXED:
+            raise errors.InvalidArgument("Azure takes fixed VHDs only")
+        size_bytes = azure_size(size_bytes)
+    if preallocate and disk_format is DiskFormat.DYNAMIC:
+        raise errors.InvalidArgument("only fixed and raw images can be preallocated")
+    check_new_size(size_bytes, disk_format)
+    create.check_block_size(block_size_bytes)
+    held = replacing(os.fsdecode(path), replace=replace)
+    with held as old, NewFile(path, replace=replace, old=old) as new:
+        write_empty(new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate)
+        new.commit()
+    return size_bytes
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str, layers: Sequence[Layer] = (), *, replace: bool, options: OpenOptions | None = None
+) -> Iterator[FileStore | None]:
+    """Hold the file that is to be replaced until it is, so that nobody opens it meanwhile and loses what he writes.
+
+    Yields it for `NewFile`, which replaces this file and no other; None where there is none.
+
+    A file of the chain `layers`, an image in use, or one that other images stand on is not replaced: raises
+    InvalidArgument, ImageInUse, HasChildren. Where there is no file yet, this does nothing. Without `replace` only the
+    hint of the block's AlreadyExists is its matter: --force is named where it would be obeyed.
+    """
+    if not is_regular(path):
+        yield None
+        return
+
+    def held(*, tidy: bool = True) -> FileStore:
+        store = FileStore.open(path)
+        try:
+            files = [pending.file_of(layer.store) for layer in layers]
+            if any(file is not None and file.identity == store.identity for file in files):
+                raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
+            store.lock(writer=True)
+            refuse_with_children(store, options or OpenOptions(), "replacing it would destroy that image", tidy=tidy)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    if replace:
+        with opened_again(held) as store:
+            yield store
+        return
+    try:
+        yield None
+    except errors.AlreadyExists as error:
+        try:
+            held(tidy=False).close()
+        except errors.VhdkitError as refusal:
+            error.problem += f", and cannot be replaced: {errors.as_clause(refusal.problem)}"
+        else:
+            error.hint = "choose another name, or --force (replace=True in the library)"
+        raise
+
+
+def require_names(layers: Sequence[Layer]) -> None:
+    """Raise `Replaced` unless the names of these layers still lead to the files that are open (`INV-NAME-HELD`)."""
+    for layer in layers:
+        file = pending.file_of(layer.store)
+        if file is not None:
+            file.require_name()
+
+
+def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
+    """Raise InvalidArgument for a size that an image of this format cannot have."""
+    if disk_format is not DiskFormat.RAW:
+        create.check_size(size_bytes, fixed=disk_format is DiskFormat.FIXED)
+    else:
+        check_raw_size(size_bytes)
+
+
+def write_empty(
+    store: Store,
+    size_bytes: int,
+    disk_format: DiskFormat,
+    *,
+    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    preallocate: bool = False,
+) -> None:
+    """Make the empty `store` an image of zeros. Raises InvalidArgument, NoSpace."""
+    if disk_format is DiskFormat.DYNAMIC:
+        create.create_dynamic(store, size_bytes, block_size_bytes=block_size_bytes)
+    elif disk_format is DiskFormat.FIXED:
+        create.create_fixed(store, size_bytes, preallocate=preallocate)
+    else:
+        create_raw(store, size_bytes)
+        if preallocate:
+            store.reserve(0, size_bytes)
+
+
+@checked
+def create_child(
+    path: AnyPath,
+    parent_path: AnyPath,
+    *,
+    size_bytes: NewSize | None = None,
+    block_size_bytes: Size | None = None,
+    options: OpenOptions | None = None,
+    replace: bool = False,
+) -> int:
+    """Create an empty differencing image on `parent_path`; returns its virtual size in bytes.
+
+    The whole chain below must open and is locked while the child is made, so nobody writes to it meanwhile. The
+    child has the parent's size unless a larger one is given, and the parent's block size.
+    Raises what opening the parent raises, and what `create_image` raises.
+    """
+    child = os.fsdecode(path)
+    if block_size_bytes is not None:
+        block_size_bytes = byte_size("block_size_bytes", block_size_bytes)
+    with folders_held([os.path.dirname(real_path(parent_path))]), contextlib.ExitStack() as stack:
+        layers = open_layers(parent_path, options=options)
+        for layer in layers:
+            stack.callback(layer.close)
+        new_size = child_size(child, layers[0], None if size_bytes is None else byte_size("size_bytes", size_bytes))
+        old = stack.enter_context(replacing(child, layers, replace=replace, options=options))
+        like = pending.files_of(layers[:1])
+        new = stack.enter_context(NewFile(child, replace=replace, old=old, like=like))
+        write_child(new.store, child, layers[0], new_size, block_size_bytes=block_size_bytes)
+        with marked([(child, new.store, layers[0].store.name)]):
+            require_names(layers[:1])
+            new.commit()
+    return new_size
+
+
+def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:
+    """The virtual size of a new child of `parent`, the parent's own where none is asked for.
+
+    Raises InvalidArgument for a smaller one, and for a parent that is not a regular file.
+    """
+    if not is_regular(parent.store.name):
+        raise errors.InvalidArgument(
+            "a parent must be a regular file", path=parent.store.name, hint="copy the device to a file"
+        )
+    size = parent.size_bytes if size_bytes is None else size_bytes
+    if size < parent.size_bytes:
+        raise errors.InvalidArgument(
+            f"a child of {size} bytes is smaller than its parent of {parent.size_bytes} bytes",
+            path=child,
+        )
+    return size
+
+
+def write_child(
+    store: Store, child: str, parent: Layer, size_bytes: int, *, block_size_bytes: int | None = None
+) -> None:
+    """Make the empty `store`, to be named `child`, an empty differencing image on `parent`.
+
+    It has the parent's block size unless another is given. Raises InvalidArgument, NoSpace.
+    """
+    if block_size_bytes is None:
+        block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
+    unique_id, timestamp = NULL_ID, 0
+    if isinstance(parent, DynamicImage | FixedImage):
+        unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
+    link = link_to(child, parent.store.name, unique_id, timestamp)
+    create.create_differencing(store, size_bytes, link, block_size_bytes=block_size_bytes)
+    record_parent(store, parent.store, unique_id)
+
+
+def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> ParentLink:
+    """How `child` names `parent`: a path relative to its own folder and an absolute one, in Windows' spelling.
+
+    Raises InvalidArgument for a path that cannot be spelled so.
+    """
+    parent_real = real_path(parent)
+    folder = os.path.dirname(real_path(child))
+    if "\\" in parent_real:
+        raise errors.InvalidArgument(
+            "has a backslash in its path, which a VHD would take for the end of a folder's name; rename it",
+            path=parent,
+        )
+    relative = os.path.relpath(parent_real, folder).replace(os.sep, "\\")
+    if not relative.startswith(".."):
+        relative = ".\\" + relative
+    return ParentLink(
+        unique_id=unique_id,
+        timestamp=timestamp,
+        name=os.path.basename(parent_real),
+        relative=relative,
+        absolute=parent_real.replace(os.sep, "\\"),
+    )

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers in a folder that nothing needs any more: found, reported, and removed on request.
+
+Decides what is garbage and in which order it is removed. It is careful by design: whatever might be needed stays.
+
+    reached from the given leaves                     stays, and is not listed
+    damaged, in use, with a record of unfinished work stays, and so does every parent of it
+    the parent of an image anywhere near              stays
+    every other VHD in the folder                     removed, children before parents, syncing the folder in between
+
+So after a power cut no child is without its parent. Only regular files directly in the folder are considered, no link
+is followed, and what is not a VHD (a raw disk, for example) is never touched. A half-made file is removed if its maker
+is dead, the record of a merge if neither its target nor any of its sources exists: as long as one does, the record
+says what that file is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ntpath
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, Several, checked
+from vhdkit.chain.names import marks
+from vhdkit.chain.names.dependents import Dependent, drop_stale_marks, standing_on
+from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, open_layers
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import KIND, intents_about, read_intent
+from vhdkit.errors import CorruptImage, CorruptReason, printable
+from vhdkit.folder import (
+    exists,
+    is_folder,
+    real_path,
+    regular_files,
+    subfolders,
+    sync_directory,
+    unlink,
+)
+from vhdkit.formats.probe import VHD_SUFFIXES, open_layer
+from vhdkit.formats.vhd import layout
+from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_metadata
+from vhdkit.store import FileStore, Store, leads_to
+from vhdkit.unfinished import parts
+
+
+class GarbageKind(StrEnum):
+    """What an item of garbage is."""
+
+    IMAGE = "image"
+    PART = "part"  # a file under construction whose maker died
+    RECORD = "record"  # of a merge, or of children, of which no file is there any more
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageItem:
+    """One file that no chain reaches. `kept` says why it stays; None if it is removed, or was (`removed`)."""
+
+    path: str
+    kind: GarbageKind
+    size_bytes: int
+    allocated_bytes: int
+    kept: str | None
+    removed: bool = False
+
+
+@dataclass(slots=True)
+class _Node:
+    """A VHD in the folder. `parent_id` is None for one without a parent; `problem` is why it stays."""
+
+    path: str
+    identity: tuple[int, int]
+    size_bytes: int
+    allocated_bytes: int
+    unique_id: bytes = NULL_ID
+    parent_id: bytes | None = None
+    parent_names: frozenset[str] = frozenset()
+    knows_parent: bool = True
+    problem: str | None = None
+    removed: bool = False
+
+    def stands_on(self, other: _Node) -> bool:
+        """True when `other` may be its parent. A child of a raw disk knows only its name."""
+        if self.parent_id is None or self is other:
+            return False
+        if self.parent_id == NULL_ID:
+            return os.path.basename(other.path).casefold() in self.parent_names
+        return other.unique_id == self.parent_id
+
+
+@dataclass(slots=True)
+class _Scan:
+    """The folder as it was looked at."""
+
+    directory: str
+    neighbours: tuple[str, ...]
+    kept: tuple[str, ...]  # the leaves, by their names: other files may have them by now
+    options: OpenOptions
+    nodes: list[_Node] = field(default_factory=list)
+
+
+@checked
+def collect_garbage(
+    directory: AnyPath,
+    keep: Several[AnyPath],
+    *,
+    delete: bool = False,
+    options: OpenOptions | None = None,
+) -> list[GarbageItem]:
+    """Find the images directly in `directory` that none of the leaves in `keep` reaches; with `delete` remove them.
+
+    Children come before their parents. Other folders whose images may stand on these are the folder above, the
+    folders below, and those of the options. Raises NotFound, InvalidArgument, and what opening the chains of the
+    leaves raises: if one of them is incomplete, it is unknown what it needs. With `delete` also CorruptImage
+    if a damaged image in the folder does not say on which layer it stands.
+    """
+    options = options or OpenOptions()
+    place = real_path(directory)
+    if not is_folder(place):
+        problem = "is not a folder" if exists(place) else "there is no such folder"
+        raise errors.NotFound(problem, path=os.fsdecode(directory))
+    if not keep:
+        raise errors.InvalidArgument("name the leaves to keep: without any, every image would go")
+    reached = _reached([os.fsdecode(leaf) for leaf in keep], place, options)
+    scan = _scanned(place, tuple(map(os.fsdecode, keep)), options)
+    doomed = _doomed(scan, reached)
+    if delete:
+        _refuse_unknown(scan, reached)
+        _remove(scan, doomed)
+        _tidy(scan)
+    items = [_item(node) for node in _children_first([one for one in scan.nodes if one.identity not in reached])]
+    items += [_part(path, delete=delete) for path in parts(place)]
+    return items + [_record(path, delete=delete) for path in _orphaned_records(place)]
+
+
+def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tuple[int, int]]:
+    """The files that the leaves stand on, with themselves. Nothing is locked: they may well be in use."""
+    reached = set()
+    look = replace(options, parent_dirs=(*options.parent_dirs, place), lock=False)
+    for leaf in leaves:
+        layers = open_layers(leaf, options=look)
+        for layer in layers:
+            file = pending.file_of(layer.store)
+            assert file is not None
+            reached.add(file.identity)
+            layer.close()
+    return reached
+
+
+def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
+    near = [os.path.dirname(place), *subfolders(place), *(real_path(folder) for folder in options.parent_dirs)]
+    scan = _Scan(place, tuple(one for one in dict.fromkeys(near) if one != place), kept, options)
+    for path in regular_files(place):
+        try:
+            with FileStore.open(path, follow_links=False) as store:
+                node = _node(store)
+        except errors.VhdkitError as error:
+            node = _Node(
+                path, (-1, len(scan.nodes)), 0, 0, knows_parent=False, problem=f"cannot be read: {error.problem}"
+            )
+            if not path.lower().endswith(VHD_SUFFIXES):
+                continue
+        if node is not None:
+            scan.nodes.append(node)
+    return scan
+
+
+def _node(store: FileStore) -> _Node | None:
+    """What is to be known of one file, or None for one that is no VHD."""
+    if store.size() == 0 or not (looks_like_vhd(store) or store.name.lower().endswith(VHD_SUFFIXES)):
+        return None
+    node = _Node(store.name, store.identity, store.size(), store.allocated_bytes())
+    view = pending.view(store)
+    try:
+        metadata = read_metadata(view)
+    except CorruptImage as error:
+        node.problem = f"damaged: {error.problem}"
+        node.parent_id, node.knows_parent = _claimed_parent(view)
+        return node
+    node.unique_id = metadata.footer.unique_id
+    if metadata.header is not None and metadata.is_differencing:
+        node.parent_id, node.parent_names = metadata.header.parent_unique_id, _names(metadata)
+    try:
+        open_layer(view)
+    except CorruptImage as error:
+        node.problem = f"damaged: {error.problem}"
+    records = marks.other_records(store.name)
+    if records:
+        node.problem = f"has a record of unfinished work: {printable(records[0])}"
+    elif intents_about(store.name, (os.path.dirname(store.name),)):
+        node.problem = "is part of a merge that did not finish"
+    return node
+
+
+def _names(metadata: Metadata) -> frozenset[str]:
+    texts = [metadata.parent_name, *(one.text or "" for one in metadata.locators)]
+    return frozenset(ntpath.basename(text).casefold() for text in texts)
+
+
+def _claimed_parent(store: Store) -> tuple[bytes | None, bool]:
+    """The parent id in a header nobody should believe, and whether there is one: enough to keep what it may need."""
+    raw = store.pread(layout.FOOTER_SIZE, layout.HEADER_SIZE)
+    if len(raw) < layout.HEADER_SIZE or not raw.startswith(layout.HEADER_COOKIE):
+        return None, False
+    parent_id = layout.parse_header(raw).parent_unique_id
+    return (parent_id, True) if any(parent_id) else (None, True)
+
+
+def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
+    """What goes: no reason to stay of its own, nor of a child that stays. Gives every other node its reason."""
+    doubtful = [node for node in scan.nodes if node.identity not in reached]
+    for node in doubtful:
+        if node.problem is None and _is_held(node.path):
+            node.problem = "in use"
+    for node, others in _standing_on(scan, [one for one in doubtful if one.problem is None]):
+        elsewhere = [one for one in others if os.path.dirname(one.path) != scan.directory or one.problem]
+        node.problem = f"the parent of {elsewhere[0]}" if elsewhere else None
+    staying = [node for node in scan.nodes if node.identity in reached or node.problem is not None]
+    while staying:
+        child = staying.pop()
+        for node in doubtful:
+            if node.problem is None and child.stands_on(node):
+                node.problem = f"the parent of {printable(child.path)}, which stays"
+                staying.append(node)
+    return [node for node in doubtful if node.problem is None]
+
+
+def _standing_on(scan: _Scan, nodes: Sequence[_Node]) -> Iterator[tuple[_Node, list[Dependent]]]:
+    """All that stands on these images, wherever it can be found."""
+    known = [node for node in nodes if node.unique_id != NULL_ID]
+    images = [(node.unique_id, node.path) for node in known]
+    yield from zip(known, standing_on(images, scan.options, folders=scan.neighbours), strict=True)
+
+
+def _is_held(path: str) -> bool:
+    """True when any program has the file open; also where nobody can tell."""
+    try:
+        FileStore.open_held(path, follow_links=False).close()
+    except errors.VhdkitError:
+        return True
+    return False
+
+
+def _refuse_unknown(scan: _Scan, reached: set[tuple[int, int]]) -> None:
+    for node in scan.nodes:
+        if not node.knows_parent and node.identity not in reached:
+            raise CorruptImage(
+                CorruptReason.NO_FOOTER,
+                f"{node.problem}; nobody can tell which layer it stands on, so nothing is removed from its folder",
+                path=node.path,
+                hint="repair it (`vhdkit check --repair`), or move it away",
+            )
+
+
+def _children_first(nodes: Sequence[_Node]) -> list[_Node]:
+    """The nodes so that none comes after one it stands on; a loop of hostile images comes last, in any order."""
+    return [node for generation in _generations(nodes) for node in generation]
+
+
+def _generations(nodes: Sequence[_Node]) -> Iterator[list[_Node]]:
+    left = list(nodes)
+    while left:
+        first = [node for node in left if not any(other.stands_on(node) for other in left)] or left
+        yield first
+        left = [node for node in left if node not in first]
+
+
+def _remove(scan: _Scan, doomed: list[_Node]) -> None:
+    """Remove generation after generation; what turns out to be used by now stays, with everything below it."""
+    for generation in _generations(doomed):
+        for node in generation:
+            node.problem = _removed(scan, node, doomed)
+            node.removed = node.problem is None
+        if any(node.removed for node in generation):
+            sync_directory(scan.directory)
+
+
+def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
+    """Why a node stays after all: a child of it that was not removed, or has come since."""
+    staying = [printable(one.path) for one in doomed if not one.removed and one.stands_on(node)]
+    if not staying:
+        staying = [str(child) for _, others in _standing_on(scan, [node]) for child in others]
+    return f"the parent of {staying[0]}, which stays" if staying else None
+
+
+def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
+    """Remove the file while no program can open it; or why not. Whoever makes a child of it holds it, so children are
+    looked for when the lock is held."""
+    try:
+        with FileStore.open_held(node.path, follow_links=False) as store:
+            if store.identity != node.identity:
+                return "another file by now"
+            if any(leads_to(path, node.identity) for path in scan.kept):
+                return "one of the leaves to keep by now"
+            reason = _reason_by_now(scan, node, doomed)
+            if reason is None:
+                store.require_name()
+                unlink(node.path)
+                marks.forget(node.path)
+            return reason
+    except errors.VhdkitError as error:
+        return error.problem
+
+
+def _tidy(scan: _Scan) -> None:
+    """Drop the marks of children that are gone, here and nearby. An image in use keeps its own."""
+    for folder in (scan.directory, *scan.neighbours):
+        for path in marks.marked_images(folder):
+            with contextlib.suppress(errors.VhdkitError), FileStore.open_held(path, follow_links=False):
+                drop_stale_marks(path, scan.options)
+
+
+def _item(node: _Node) -> GarbageItem:
+    return GarbageItem(node.path, GarbageKind.IMAGE, node.size_bytes, node.allocated_bytes, node.problem, node.removed)
+
+
+def _part(path: str, *, delete: bool) -> GarbageItem:
+    """A half-made file: listed, and removed unless its maker, or another program, holds it."""
+    size = allocated = 0
+    kept: str | None = None
+    removed = False
+    try:
+        with FileStore.open(path, follow_links=False) as store:
+            size, allocated = store.size(), store.allocated_bytes()
+            store.lock(writer=True)
+            if delete:
+                unlink(path)
+                removed = True
+    except errors.ImageInUse:
+        kept = "being made by a running program"
+    except errors.VhdkitError as error:
+        kept = error.problem
+    return GarbageItem(path, GarbageKind.PART, size, allocated, kept, removed)
+
+
+def _orphaned_records(directory: str) -> Iterator[str]:
+    """The records of merges whose target and sources are all gone, and of children of images that are."""
+    for path in regular_files(directory):
+        if path.endswith(f".vhdkit-{KIND}"):
+            intent = read_intent(path, (os.sep,))  # only to see whether its files are there
+            if intent is not None and not any(exists(one.path) for one in (intent.target, *intent.sources)):
+                yield path
+    yield from marks.orphans(directory)
+
+
+def _record(path: str, *, delete: bool) -> GarbageItem:
+    with FileStore.open(path, follow_links=False) as store:
+        size, allocated = store.size(), store.allocated_bytes()
+    if delete:
+        unlink(path)
+    return GarbageItem(path, GarbageKind.RECORD, size, allocated, None, delete)

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging layers of an open chain while somebody reads and writes the disk.
+
+Decides in which order files and the open chain change, so that reads in between give the same results as before, and
+that an interruption at any point leaves what an interrupted offline merge leaves (`INV-MERGE-PRESERVES`). The caller
+ensures that no request is in flight during `exchange`. What is moved is decided in `merge_plan`.
+
+    index 0     the leaf                             takes all writes
+    ...         layers above the merge
+    first       the newest layer that is merged      only read
+    ...
+    target      what they are merged into            read where nothing above owns a sector; those sectors stay
+
+    1  locks of first..target become a writer's, record: copy
+    2  the sources' sectors go into the target       nobody waits; none of its blocks moves, as the open chain reads it
+    3  requests held: record: relink, the layer above points to the target, a new chain without the sources
+    4  record: remove, the sources go, no record
+
+The leaf itself is merged into its parent (`first` is 0) with requests held from 2 on, so it should be small by then.
+Therefore, to merge a leaf, a caller freezes it (`live.Freezing`), merges what was frozen, and repeats this until
+little is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Self
+
+from vhdkit import errors
+from vhdkit.attributes import check_removable
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names.dependents import drop_stale_marks, standing_on
+from vhdkit.chain.names.lineage import record_parents, same_content
+from vhdkit.chain.names.marks import mark_child
+from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import Intent, Named, Phase
+from vhdkit.chain.verbs.create import link_to, require_names
+from vhdkit.chain.verbs.live import reopened, seal
+from vhdkit.chain.verbs.merge import merge_would_break, named
+from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_steps import RealNames, drop_earlier_try, fold, remove_sources
+from vhdkit.folder import exists, real_path
+from vhdkit.formats.linear import LinearImage
+from vhdkit.formats.vhd.create import ParentLink
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.relink import relink
+from vhdkit.image import Layer
+from vhdkit.store import FileStore, close_all
+
+
+class LiveMerge:
+    """One merge of the layers `first` up to, and into, `target` of an open chain. Use it in a `with` block.
+
+    with LiveMerge(chain, 1, 3) as merging:   locks and record
+        merging.copy()                        the long part, on a thread of its own
+        (hold all requests)
+        chain, problem = merging.exchange()
+        (serve the chain; release; raise the problem)
+        merging.done()                        the merged files go
+
+    Leaving early changes nothing that is served; what was copied stays, and the next merge, or `vhdkit merge --resume`
+    when nobody serves the disk, goes on from the record.
+    """
+
+    def __init__(self, chain: Chain, first: int, target: int, options: OpenOptions | None = None) -> None:
+        """Raises InvalidArgument, HasChildren, ImageInUse, AccessDenied, NoSpace, IoFailed: nothing has changed."""
+        assert 0 <= first < target < len(chain.layers)
+        self._chain = chain
+        self._first, self._target = first, target
+        self._options = options or OpenOptions()
+        self._files = [_file(layer) for layer in chain.layers[: target + 1]]
+        self._refuse_sizes()
+        self._intent = self._intended()
+        going = zip(self._intent.sources, self._files[first:], strict=False)
+        self._names = RealNames(self._intent.target.path, {one.path: file for one, file in going})
+        self._exchanged = False
+        self._store: FileStore | None = None  # the target, open for writing
+        self._upgraded: list[FileStore] = []
+        try:
+            self._take_locks()
+            self._refuse_children()
+            for one in self._intent.sources:
+                check_removable(one.path)
+            self._store = self._open_target()
+            self._names.write(self._intent)
+        except BaseException:
+            self._let_go()
+            raise
+
+    # -- what is refused ----------------------------------------------------------------------------------------
+
+    def _refuse_sizes(self) -> None:
+        """Sizes that differ are merged offline only: what lies behind an end would have to change, or move blocks."""
+        sizes = {layer.size_bytes for layer in self._chain.layers[: self._target + 1]}
+        if len(sizes) > 1:
+            raise errors.InvalidArgument(
+                "is of another size than the disk: such layers are not merged while they are served",
+                path=self._files[self._target].name,
+                hint="merge them when the disk is not in use: vhdkit merge",
+            )
+
+    def _intended(self) -> Intent:
+        names = [named(layer) for layer in self._chain.layers[self._first : self._target + 1]]
+        return Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=self._first > 0)
+
+    def _refuse_children(self) -> None:
+        """Raise HasChildren when an image outside the chain stands on a layer that changes or goes."""
+        inside = {real_path(file.name) for file in self._files}
+        folders = [real_path(os.path.dirname(file.name)) for file in self._files[self._first :]]
+        names: Sequence[Named] = (*self._intent.sources, self._intent.target)
+        families = standing_on([(it.unique_id, it.path) for it in names], self._options, folders=folders)
+        for one, family in zip(names, families, strict=True):
+            outside = [child for child in family if child.path not in inside]
+            if outside:
+                raise merge_would_break(one.path, outside)
+
+    # -- the files ----------------------------------------------------------------------------------------------
+
+    def _take_locks(self) -> None:
+        for index, file in enumerate(self._files[self._first :], self._first):
+            if file.is_device:
+                raise errors.InvalidArgument("is a device: it cannot be merged", path=file.name)
+            if file is not self._chain.layers[index].store:
+                raise errors.ImageInUse(
+                    "has a change that did not finish", path=file.name, hint="finish it first: vhdkit check says how"
+                )
+            if index > 0:  # the leaf's is a writer's already
+                file.become_writer()
+                self._upgraded.append(file)
+        require_names(self._chain.layers[: self._target + 1])
+
+    def _open_target(self) -> FileStore:
+        """The target's file for writing; the lock stays with the chain's own opening."""
+        file = self._files[self._target]
+        store = FileStore.open(file.name, writable=True, follow_links=False)
+        try:
+            _check_same(store, file)
+            drop_earlier_try(self._opened(store))  # and what cannot be written to is found out before anything changes
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _opened(self, store: FileStore) -> Layer:
+        """The target as it is filled: the open chain goes on reading it, so no block of it moves."""
+        layer = reopened(self._chain.layers[self._target], writable=True, store=store)
+        if isinstance(layer, DynamicImage):
+            layer.keeps_places = True
+        return layer
+
+    def _let_go(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        for file in self._upgraded:
+            file.become_reader()
+
+    # -- the steps ----------------------------------------------------------------------------------------------
+
+    def copy(self, progress: Progress | None = None) -> tuple[int, int]:
+        """Make the target complete and durable; returns the bytes of data and of zeros that it took.
+
+        `progress` may raise a VhdkitError to stop: see the class. Raises NoSpace, IoFailed, SyncFailed.
+        """
+        assert self._store is not None
+        if self._first == 0:  # what is copied is in the file then, for whoever compares the two
+            seal(self._chain.leaf)
+            self._chain.leaf.store.sync()
+        target = self._opened(self._store)
+        sources = self._chain.layers[self._first : self._target]
+        below = self._chain.layers[self._target + 1 :]
+        plan = MergePlan(sources, target, below_bytes=below[0].size_bytes if below else 0)
+        try:
+            done = fold(plan, target, progress)
+        except errors.VhdkitError:
+            with contextlib.suppress(errors.VhdkitError):  # what is copied is found again, not copied twice
+                target.flush()
+            raise
+        seal(target)
+        target.store.sync()  # the trailing footer, too
+        return done
+
+    def exchange(self) -> tuple[Chain, errors.VhdkitError | None]:
+        """A chain to serve instead of the old one, which nobody uses meanwhile; its other files belong to the new one.
+
+        Without the sources, or, with an error, as it was; then the merge may be tried again. Raises where the leaf
+        cannot be opened again: the old chain reads as before, and refuses to write.
+        """
+        try:
+            require_names(self._chain.layers[: self._target + 1])
+        except errors.VhdkitError as error:
+            return self._chain, error
+        return self._with_leaf_gone() if self._first == 0 else self._with_layer_relinked()
+
+    def _with_layer_relinked(self) -> tuple[Chain, errors.VhdkitError | None]:
+        layers = self._chain.layers
+        child, above = layers[self._first - 1], layers[: self._first - 1]
+        problem: errors.VhdkitError | None = None
+        below = layers[self._first :]
+        try:
+            if child.writable:
+                seal(child)
+            target = reopened(layers[self._target], writable=False)
+            self._names.write(self._intent.in_phase(Phase.RELINK))
+        except errors.VhdkitError as error:  # what clients wrote may be in the open child alone: it is kept
+            return self._chain, error
+        try:
+            self._repoint(child)
+            below = (target, *layers[self._target + 1 :])
+            self._exchanged = True
+        except errors.VhdkitError as error:
+            problem = error
+        try:  # also after a failure its header may be at another place
+            child = reopened(child, writable=child.writable)
+        except BaseException:
+            if isinstance(child, DynamicImage) and child.writable:
+                child.refuse_writing()
+            raise
+        return Chain([*above, child, *below]), problem
+
+    def _repoint(self, child: Layer) -> None:
+        """The parent's names in the layer above the merge; where it is not a leaf, through an opening of its own."""
+        target = self._chain.layers[self._target]
+        timestamp = target.metadata.footer.timestamp if isinstance(target, DynamicImage | FixedImage) else 0
+        file, named_ = _file(child), self._intent.target
+        link = link_to(file.name, named_.path, named_.unique_id, timestamp)
+        mark_child(file.name, child.store, named_.path, named_.unique_id)
+        with same_content(file.name):
+            self._relink(child, link)
+
+    def _relink(self, child: Layer, link: ParentLink) -> None:
+        file = _file(child)
+        if child.writable:
+            relink(open_dynamic(file, writable=True), link)
+            return
+        file.become_writer()
+        try:
+            with FileStore.open(file.name, writable=True, follow_links=False) as store:
+                _check_same(store, file)
+                relink(open_dynamic(store, writable=True), link)
+        finally:
+            file.become_reader()
+
+    def _with_leaf_gone(self) -> tuple[Chain, errors.VhdkitError | None]:
+        """The target takes the writes from now on, so the leaf is gone for good before it does: nothing hides them."""
+        assert self._store is not None
+        store = self._store
+        target = self._chain.layers[self._target]
+        leaf = reopened(target, writable=True, store=store)
+        problem: errors.VhdkitError | None = None
+        try:
+            self._names.write(self._intent.in_phase(Phase.REMOVE))
+            remove_sources(self._intent, self._names)
+            drop_stale_marks(self._intent.target.path)
+        except errors.VhdkitError as error:
+            if exists(self._intent.leaf.path):  # it will be written to: the target is not complete for long
+                self._names.write(self._intent)
+                return self._chain, error
+            problem = error
+            if isinstance(leaf, DynamicImage | LinearImage):  # after a power cut the old leaf may be there again
+                leaf.refuse_writing()
+        store.inherit_lock(self._files[self._target])
+        self._exchanged = True
+        return Chain([leaf, *self._chain.layers[self._target + 1 :]]), problem
+
+    def done(self) -> None:
+        """The new chain is in use: the merged files go. Raises AccessDenied, IoFailed; `merge --resume` goes on."""
+        assert self._exchanged
+        if self._first > 0:
+            self._names.write(self._intent.in_phase(Phase.REMOVE))
+            remove_sources(self._intent, self._names)
+            drop_stale_marks(self._intent.target.path)
+            child = self._chain.layers[self._first - 1]
+            record_parents(_file(child).name, self._intent.target.path, self._intent.target.unique_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self._exchanged:
+            self._let_go()
+            return
+        gone = self._files[self._first : self._target]
+        if self._first == 0:
+            gone.append(self._files[self._target])  # the new leaf has a lock and a descriptor of its own
+        elif self._store is not None:
+            self._store.close()
+            self._files[self._target].become_reader()
+        close_all(gone)
+
+
+def _check_same(store: FileStore, file: FileStore) -> None:
+    if store.identity != file.identity:
+        raise errors.Replaced("was replaced while it was opened", path=store.name)
+
+
+def _file(layer: Layer) -> FileStore:
+    file = pending.file_of(layer.store)
+    assert file is not None
+    return file

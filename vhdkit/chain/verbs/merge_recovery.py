@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges that were interrupted: continuing one, and what opening an image of it for writing does about it.
+
+Decides what is done about the record of a merge, and which files are removed because of one (`INV-RECORD-PROVEN`). A
+record may have been written by anybody (`intent`):
+
+    the leaf is there     the chain opened through it must be the recorded one, and the target must read as the
+                          leaf does wherever a source owns anything; otherwise it is copied again, on request
+    the leaf is gone      a file is removed only if it is a differencing image in the record's folder, or in one that
+                          the user named, has the id of the record, and stands on the next image of the record; every
+                          other one is left where it is, and reported
+
+A file with the name of a source and another id is not that source: by then the name belongs to another image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, checked
+from vhdkit.chain.engine.chain import Progress
+from vhdkit.chain.names.dependents import drop_stale_marks, standing_on
+from vhdkit.chain.names.resolve import OpenOptions, allowed_folders, open_layers, unique_id
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import (
+    DamagedRecord,
+    Intent,
+    Named,
+    Phase,
+    demand_intent,
+    intent_of,
+    intents_about,
+    record_of,
+    resume_command,
+)
+from vhdkit.chain.verbs.merge import InPlace, Merge, closing, file_of_layer, merge_would_break, named
+from vhdkit.chain.verbs.merge_steps import RealNames, remove_sources
+from vhdkit.errors import printable
+from vhdkit.folder import exists, real_path
+from vhdkit.formats.probe import open_layer
+from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.image import Layer
+from vhdkit.store import FileStore
+
+
+@checked
+def resume_merge(
+    path: AnyPath,
+    *,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+    only_complete: bool = False,
+) -> Merge:
+    """Finish the merge that was interrupted and has the image at `path` as its leaf, its target or in between.
+
+    With `only_complete` a merge whose data must still be copied is left as it is: InvalidArgument. Raises that also
+    when there is no merge, or its record is damaged, and what `merge` raises.
+    """
+    options = options or OpenOptions()
+    found = _found(path, options)
+    if found is None:
+        demand_intent(record_of(os.fsdecode(path)), allowed_folders(os.fsdecode(path), options.parent_dirs))
+        raise errors.InvalidArgument("there is no interrupted merge of this image", path=os.fsdecode(path))
+    if only_complete and found.phase is Phase.COPY:
+        raise errors.InvalidArgument(
+            f"not all of {printable(found.leaf.path)} has been copied into it yet",
+            path=found.target.path,
+            hint=f"have it copied: {resume_command(found, found.target.path)}",
+        )
+    return finish(found, options, progress, only_compare=only_complete)
+
+
+@checked
+def merge_under_way(path: AnyPath, *, options: OpenOptions | None = None) -> str | None:
+    """The target of an interrupted merge that has the image at `path` as its leaf, its target or in between."""
+    found = _found(path, options or OpenOptions())
+    return found.target.path if found is not None else None
+
+
+def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
+    """The merge that this image is part of; its record may lie in a folder below, beside a layer of its chain."""
+    folders = allowed_folders(os.fsdecode(path), options.parent_dirs)
+    found = intents_about(os.fsdecode(path), folders)
+    if found:
+        return found[0]
+    place = real_path(path)
+    for below in _layers_below(path, options):
+        intent = intent_of(below, folders)
+        if intent is not None and place in [one.path for one in intent.sources]:
+            return intent
+    return None
+
+
+def _layers_below(path: AnyPath, options: OpenOptions) -> list[str]:
+    """The real paths of the layers that an image stands on, as far as they can be found."""
+    try:
+        layers = open_layers(path, options=replace(options, lock=False))
+    except errors.VhdkitError:
+        return []
+    with closing(layers):
+        return [real_path(file_of_layer(layer).name) for layer in layers[1:]]
+
+
+def is_there(one: Named) -> bool:
+    """True when the file under this name is the image that is meant. Raises AccessDenied, IoFailed."""
+    try:
+        with FileStore.open(one.path, follow_links=False) as store:
+            return not store.is_device and unique_id(store) == one.unique_id
+    except (errors.NotFound, errors.InvalidArgument):
+        return False
+
+
+def finish(
+    intent: Intent, options: OpenOptions, progress: Progress | None = None, *, only_compare: bool = False
+) -> Merge:
+    """Do what is left of a merge. What was copied is compared, and copied again where it is not there.
+
+    With `only_compare` that raises InvalidArgument instead.
+    """
+    record = printable(record_of(intent.target.path))
+    if not is_there(intent.leaf):
+        if intent.phase is Phase.REMOVE:
+            return _remove_rest(intent, options)
+        raise errors.NotFound(
+            "is the leaf of an interrupted merge and is not there",
+            path=intent.leaf.path,
+            hint=f"put it back: {printable(intent.target.path)} holds only a part of it; to keep that as it is, move"
+            f" {record} away",
+        )
+    layers = open_layers(intent.leaf.path, options=options)
+    with closing(layers):
+        index = len(intent.sources)
+        if [named(layer) for layer in layers[: index + 1]] != [*intent.sources, intent.target]:
+            raise errors.InvalidArgument(
+                "the chain is not the one whose merge was interrupted",
+                path=intent.leaf.path,
+                hint=f"make sure that each image reads as it should, and move {record} away; then merge again",
+            )
+        merging = InPlace(layers, index, intent.relink, options, intent.phase)
+        if only_compare and merging.phase is Phase.COPY:
+            raise errors.InvalidArgument(
+                f"does not hold all of {printable(intent.leaf.path)}, though its merge record says so",
+                path=intent.target.path,
+                hint=f"have it copied again: {resume_command(intent, intent.target.path)}",
+            )
+        return merging.run(False, progress)
+
+
+def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
+    """Before the image at `path` is opened for writing, or frozen: finish a merge into it whose data is complete.
+
+    That is compared first: a record alone removes nothing. Raises ImageInUse for a target that is not whole,
+    RecordRefused for one that nobody may look at whether it is, and what `merge` raises.
+    """
+    image = real_path(path)
+    try:
+        intent = demand_intent(record_of(image), allowed_folders(image, options.parent_dirs))
+    except DamagedRecord:
+        return
+    if intent is None:
+        return
+    if intent.phase is Phase.REMOVE and not any(is_there(one) for one in intent.sources):
+        _remove_rest(intent, options)  # nothing but the record, and names that are other images' by now
+    else:
+        _finish_complete(intent, image, options)
+
+
+def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
+    """After the chain `layers` was opened for writing: finish merges into its lower layers whose data is complete.
+
+    True where the layers were closed for that: the chain is to be opened again. A merge that was still copying does
+    not matter to the leaf. One of layers below the leaf (a server's, that died) is finished if it can be: the leaf
+    reads the same without that. Raises NotFound where the leaf was merged and is gone then; whatever is raised, the
+    layers are closed.
+    """
+    paths = [real_path(file_of_layer(layer).name) for layer in layers]
+    allowed = allowed_folders(paths[0], options.parent_dirs)
+    leaf_id = layers[0].unique_id
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.close)
+        for below in paths[1:]:
+            intent = intent_of(below, allowed)
+            if intent is None or intent.phase is Phase.COPY:
+                continue
+            stack.close()
+            if (paths[0], leaf_id) in [(one.path, one.unique_id) for one in intent.sources]:
+                _finish_complete(intent, paths[0], options)
+                raise errors.NotFound(f"was merged into {printable(below)}: open that", path=paths[0])
+            with contextlib.suppress(errors.VhdkitError):
+                finish(intent, options, only_compare=True)
+            return True
+        stack.pop_all()
+    return False
+
+
+def open_settled(
+    path: AnyPath, options: OpenOptions, danger: str = "writing to it would corrupt that image"
+) -> list[Layer]:
+    """Open a chain whose leaf's content is about to change, leaf first, with every merge of its layers finished first.
+
+    A leaf that changes after its merge was recorded as complete would make that record untrue. Raises what
+    `open_layers`, `settle_merge_into` and `settle_merge_of` raise; nothing stays open then.
+    """
+    settle_merge_into(path, options)
+    layers = open_layers(path, writable=True, options=options, danger=danger)
+    if settle_merge_of(layers, options):
+        layers = open_layers(path, writable=True, options=options, danger=danger)
+    return layers
+
+
+def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:
+    if intent.phase is Phase.COPY or not is_there(intent.leaf):
+        raise errors.ImageInUse(
+            f"a merge of {printable(intent.leaf.path)} into {printable(intent.target.path)} was interrupted",
+            path=image,
+            hint=f"finish it first: {resume_command(intent, image)}",
+        )
+    finish(intent, options, only_compare=True)
+
+
+def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
+    """The target is complete and the leaf is gone: remove the layers in between, and the record."""
+    with contextlib.ExitStack() as held:
+        target = held.enter_context(FileStore.open_held(intent.target.path))
+        if intent_of(intent.target.path, (os.sep,)) != intent:
+            raise errors.Replaced("is being merged into by another program", path=intent.target.path)
+        if unique_id(target) != intent.target.unique_id:
+            raise errors.InvalidArgument(
+                "is not the image that was merged into",
+                path=intent.target.path,
+                hint=f"that record is no longer true: move {printable(record_of(intent.target.path))} away",
+            )
+        size = open_layer(pending.view(target)).size_bytes
+        rest: dict[str, FileStore] = {}
+        left: list[str] = []
+        chain = [*intent.sources, intent.target]
+        places = allowed_folders(intent.target.path, options.parent_dirs)
+        for one, below in itertools.pairwise(chain):
+            if os.path.dirname(one.path) in places and is_there(one) and stands_on(one, below):
+                rest[one.path] = held.enter_context(FileStore.open_held(one.path, follow_links=False))
+            elif exists(one.path):
+                left.append(one.path)
+        folders = (*places, *map(os.path.dirname, rest))
+        going = [one for one in intent.sources if one.path in rest]
+        families = standing_on([(one.unique_id, one.path) for one in going], options, folders=folders)
+        for one, family in zip(going, families, strict=True):
+            if unique_id(rest[one.path]) != one.unique_id:
+                raise errors.Replaced("was replaced while it was looked at", path=one.path)
+            children = [child for child in family if child.path not in rest]
+            if children:
+                raise merge_would_break(one.path, children)
+        names = RealNames(intent.target.path, rest)
+        remove_sources(replace(intent, sources=tuple(going)), names)
+        drop_stale_marks(intent.target.path)
+    merged = tuple(one.path for one in intent.sources)
+    return Merge(intent.target.path, merged, tuple(rest), (), size, 0, 0, 0, left=tuple(left))
+
+
+def stands_on(one: Named, below: Named) -> bool:
+    """True when the file is a differencing image on the one that the record says it was on."""
+    try:
+        with FileStore.open(one.path, follow_links=False) as store:
+            metadata = read_metadata(pending.view(store))
+    except errors.VhdkitError:
+        return False
+    return (
+        metadata.is_differencing
+        and metadata.header is not None
+        and metadata.header.parent_unique_id == below.unique_id
+    )

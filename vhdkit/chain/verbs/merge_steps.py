@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a merge, apart from where its files come from: moving the data, and changing the names.
+
+Decides how the plan's pieces reach the target and in which order record and names change. `Names` is the interface to
+the folder, so that the power-cut tests can use a folder of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from vhdkit import errors
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names import marks
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import KIND, Intent, Phase, intent_of
+from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.move import cut_end
+from vhdkit.formats.vhd.places import end_of_structures
+from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, shrink_dynamic
+from vhdkit.image import Layer, Piece
+from vhdkit.store import FileStore
+from vhdkit.units import MIB, sectors_to_bytes, whole_sectors
+
+_PIECE_BYTES = MIB
+_FLUSH_BYTES = 256 * MIB  # copied between two flushes: bounds what the page cache and the metadata have to hold
+
+
+class Names(Protocol):
+    """What a merge does to the folder; each step is durable when it returns."""
+
+    def write(self, intent: Intent) -> None:
+        """Make this the merge's record, whatever was there before."""
+        ...
+
+    def remove_record(self) -> None:
+        """The merge is over."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Take a merged layer away; one that is gone already is fine."""
+        ...
+
+
+class RealNames:
+    """`Names` in the file system."""
+
+    def __init__(self, target_path: str, held: Mapping[str, FileStore] | None = None) -> None:
+        """`held` are the files that go, open and locked, by their paths: no other file is removed by their names."""
+        self._target = target_path
+        self._record = sidecar_path(target_path, KIND)
+        self._held = held or {}
+
+    def write(self, intent: Intent) -> None:
+        """See `Names.write`. Raises AccessDenied, NoSpace, IoFailed."""
+        with FileStore.open(self._target) as target:  # whoever may read the image may read what becomes of it
+            write_whole(self._record, intent.encode(), like=target)
+
+    def remove_record(self) -> None:
+        """See `Names.remove_record`. Raises AccessDenied, IoFailed."""
+        remove_file(self._record)
+
+    def remove(self, path: str) -> None:
+        """See `Names.remove`; a record of another unfinished change to it goes too, also of a merge into it that was
+        stopped while it copied. Raises AccessDenied, IoFailed, `Replaced` when another file has that name by now.
+        """
+        if path in self._held and exists(path):
+            self._held[path].require_name()
+        remove_file(path)
+        marks.forget(path)
+        if exists(pending.undo_path(path)):
+            remove_file(pending.undo_path(path))
+        earlier = intent_of(path)
+        if earlier is not None and earlier.phase is Phase.COPY:
+            remove_file(sidecar_path(path, KIND))
+
+
+def drop_earlier_try(target: Layer) -> None:
+    """Give back what an interrupted merge copied behind everything else, and what nothing points at yet.
+
+    Else each new try would leave more of it. Raises IoFailed, NoSpace, SyncFailed.
+    """
+    if isinstance(target, DynamicImage):
+        cut_end(target, end_of_structures(target.metadata, target.bat))
+
+
+def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
+    """Move everything in the plan into the open target; returns the bytes of data and of zeros.
+
+    What was moved is on the device when the target has been closed. Raises NoSpace, IoFailed, SyncFailed.
+    """
+    data = zeros = unsynced = done = 0
+    total = plan.touched_bytes
+    for pieces in plan.blocks():
+        done += plan.unit_bytes
+        if not pieces:
+            continue
+        target.copy_in(pieces)
+        moved = sum(piece.size_bytes for piece in pieces if piece.source is not None)
+        data += moved
+        zeros += sum(piece.size_bytes for piece in pieces) - moved
+        unsynced += moved
+        if unsynced >= _FLUSH_BYTES:
+            target.flush()
+            unsynced = 0
+        if progress is not None:
+            progress(done, total)
+    return data, zeros
+
+
+def fill_target(
+    sources: Sequence[Layer],
+    open_target: Callable[[], Layer],
+    below_bytes: int,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Make the target complete and durable, at the leaf's size, and close it; returns what `fold` does.
+
+    `open_target` opens it for writing, each time anew; `below_bytes` is how much its parents answer for.
+    """
+    size = sources[0].size_bytes
+    target = open_target()
+    if target.size_bytes < size:
+        set_size(target, size)
+        target = open_target()
+    try:
+        done = fold(MergePlan(sources, target, below_bytes=below_bytes), target, progress)
+    except errors.VhdkitError:
+        with contextlib.suppress(errors.VhdkitError):  # what is copied is found again then, not copied twice
+            target.flush()
+        raise
+    if target.size_bytes > size:
+        target.flush()
+        target = open_target()
+        set_size(target, size)
+    target.close()
+    return done
+
+
+def set_size(target: Layer, size_bytes: int) -> None:
+    """Give the target, open for writing, another virtual size; it is durable and the open layer of no use any more.
+
+    What appears is zeros. What goes is not seen through the leaf: it is behind its end. Raises NoSpace, IoFailed,
+    SyncFailed; the target then has one size or the other.
+    """
+    if isinstance(target, DynamicImage):
+        if size_bytes > target.size_bytes:
+            grow_dynamic(target, size_bytes, plan_grow(target, size_bytes))
+        else:
+            shrink_dynamic(target, size_bytes)
+        return
+    store, kept = target.store, min(size_bytes, target.size_bytes)
+    if isinstance(target, FixedImage):
+        assert isinstance(store, FileStore)
+        store.punch(kept, target.metadata.tail.offset_bytes - kept)  # as a part of the disk it is zeros
+        store.sync()
+        pending.change(store, *fixed_writes(target.metadata, size_bytes))
+    else:
+        store.truncate(size_bytes)
+        store.sync()
+
+
+def is_complete(plan: MergePlan, leaf: Chain, target: Chain) -> bool:
+    """True when the target reads as the leaf does wherever a source owns something. Reads all of that."""
+    ours, theirs = memoryview(bytearray(_PIECE_BYTES)), memoryview(bytearray(_PIECE_BYTES))
+    step = whole_sectors(_PIECE_BYTES)
+    for pieces in plan.blocks():
+        for first, end in _joined(pieces):
+            for position in range(first, end, step):
+                size = sectors_to_bytes(min(step, end - position))
+                leaf.read_into(position, ours[:size])
+                target.read_into(position, theirs[:size])
+                if ours[:size] != theirs[:size]:
+                    return False
+    return True
+
+
+def _joined(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    """(first sector, end sector) of pieces that follow one another."""
+    start = end = -1
+    for piece in pieces:
+        if piece.sector_index != end:
+            if end > start:
+                yield start, end
+            start = piece.sector_index
+        end = piece.sector_index + piece.sector_count
+    if end > start:
+        yield start, end
+
+
+def carry_out(
+    intent: Intent,
+    names: Names,
+    fill: Callable[[], tuple[int, int]],
+    repoint: Iterable[Callable[[], None]] = (),
+) -> tuple[int, int]:
+    """The whole merge, or what is left of it, in its order; returns what `fill` does, (0, 0) where the target is full.
+
+    `fill` makes the target complete, and durable when it returns; each of `repoint` moves one child of the leaf to it.
+    Whatever is raised in between, the leaf, or the target where the leaf is gone, reads as before.
+    """
+    done = (0, 0)
+    if intent.phase is Phase.COPY:
+        names.write(intent)
+        done = fill()
+    if intent.relink:
+        names.write(intent.in_phase(Phase.RELINK))
+        for step in repoint:
+            step()
+    names.write(intent.in_phase(Phase.REMOVE))
+    remove_sources(intent, names)
+    return done
+
+
+def remove_sources(intent: Intent, names: Names) -> None:
+    """Take the merged layers away, the leaf first: it cannot be read without the others."""
+    for one in intent.sources:
+        names.remove(one.path)
+    names.remove_record()

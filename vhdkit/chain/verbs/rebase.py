@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repointing a differencing image: to where its parent lies now, or to another image that reads the same.
+
+Decides that this never changes the disk: the names of the parent change freely, its identity (`INV-PARENT-ID`) only
+if every sector that is read through the parent was found equal under the old and the new one, or if the user vouches
+for it. The order in which the names reach the device is decided in `formats.vhd.switch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, Size, checked
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names.lineage import record_parents, same_content
+from vhdkit.chain.names.marks import mark_child
+from vhdkit.chain.names.resolve import (
+    NULL_ID,
+    OpenOptions,
+    allowed_folders,
+    find_by_id,
+    find_parent,
+    format_id,
+    open_layers,
+    unique_id,
+)
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import Named, intents_about, refuse_sources
+from vhdkit.chain.verbs.compare import compare_chains
+from vhdkit.chain.verbs.create import link_to, require_names
+from vhdkit.folder import real_path
+from vhdkit.formats.probe import FormatName
+from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.formats.vhd.relink import relink
+from vhdkit.image import ExtentKind, Layer
+from vhdkit.store import FileStore
+from vhdkit.units import format_size, whole_sectors
+
+
+@checked
+def rebase(
+    path: AnyPath,
+    parent_path: AnyPath,
+    *,
+    unsafe_new_id: bool = False,
+    accept_parent_id: str | None = None,
+    accept_parent_size_bytes: Size | None = None,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Let the differencing image at `path` name `parent_path` as its parent, which it must be by its id.
+
+    With `unsafe_new_id` an image with another id is accepted, and its id recorded, when the disk reads the same on it
+    as on the recorded parent: the whole content is compared, so both must be there. Where the recorded parent is gone,
+    `accept_parent_id`, the new parent's id, accepts it by the caller's word: nothing is compared but its size, which
+    must be the image's own, now or when it was made, unless `accept_parent_size_bytes` is the new parent's.
+    The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
+    image without a parent, for one on a device and for a size without an id, ParentMismatch for another parent,
+    ParentMissing where there is nothing to compare with, ImageInUse when the image is open anywhere, and what opening
+    the two raises. On error the image has its old names.
+    """
+    if accept_parent_size_bytes is not None and accept_parent_id is None:
+        raise errors.InvalidArgument("accept_parent_size_bytes goes with accept_parent_id")
+    options = options or OpenOptions()
+    image_path, new_path = real_path(path), os.fsdecode(parent_path)
+    with FileStore.open_held(image_path, writable=not dry_run) as store:
+        if store.is_device:
+            raise errors.InvalidArgument(
+                "is a device, which has no room behind the image to change its parent safely",
+                path=image_path,
+                hint="copy it to a file, and repoint that",
+            )
+        if not dry_run:
+            pending.settle(store)
+        metadata = read_metadata(pending.view(store))
+        if metadata.header is None or not metadata.is_differencing:
+            raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fsdecode(path))
+        intents = intents_about(image_path, allowed_folders(image_path, options.parent_dirs))
+        refuse_sources([Named(image_path, metadata.footer.unique_id)], intents)
+        recorded, timestamp = metadata.header.parent_unique_id, metadata.header.parent_timestamp
+        found = _id_of(store, new_path)
+        if NULL_ID in (recorded, found) and not options.allow_raw_parent:
+            raise errors.ParentRefused(
+                "the image records no id of its parent, which may be any raw file"
+                if recorded == NULL_ID
+                else f"{errors.printable(new_path)} has no id that could be recorded: any raw file would fit then",
+                path=store.name,
+                hint="if you are sure, say --allow-raw-parent",
+            )
+        with _opened(new_path, found, options) as layers:
+            _refuse_loop(store, layers)  # first: no option helps there
+            _check_ids(store.name, new_path, recorded, found, unsafe_new_id, accept_parent_id)
+            if found != recorded:
+                if accept_parent_id is None:
+                    _check_content(store, metadata, layers, options, progress)
+                else:
+                    _refuse_comparable(store, metadata, options)
+                    _check_size(store.name, metadata, layers[0], accept_parent_size_bytes)
+                timestamp = _timestamp(layers[0])
+            link = link_to(image_path, new_path, found, timestamp)
+            if not dry_run:
+                require_names(layers[:1])
+                store.require_name()
+                mark_child(image_path, store, new_path, found)
+                with same_content(image_path):
+                    relink(open_dynamic(store, writable=True), link)
+                record_parents(image_path, new_path, found)
+
+
+def _check_ids(
+    path: str, new_path: str, recorded: bytes, found: bytes, unsafe_new_id: bool, accept_parent_id: str | None
+) -> None:
+    """Raise ParentMismatch unless the new parent is the recorded one by its id, or may be another."""
+    if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
+        raise errors.ParentMismatch(
+            f"{errors.printable(new_path)} is not the parent that is to be accepted",
+            path=path,
+            expected=f"id {accept_parent_id}",
+            found=_shown_id(found),
+        )
+    if found != recorded and not unsafe_new_id and accept_parent_id is None:
+        raise errors.ParentMismatch(
+            f"{errors.printable(new_path)} is not its parent",
+            path=path,
+            expected=f"id {format_id(recorded)}",
+            found=_shown_id(found),
+            hint="if it holds the same disk, say --unsafe-new-id: the content is compared then",
+        )
+
+
+def _shown_id(unique_id_bytes: bytes) -> str:
+    return f"id {format_id(unique_id_bytes)}" if unique_id_bytes != NULL_ID else "no id"
+
+
+def _parsed_id(text: str) -> bytes:
+    try:
+        return uuid.UUID(text).bytes
+    except ValueError:
+        raise errors.InvalidArgument(
+            f"{errors.printable(text)!r} is not an id such as {format_id(bytes(range(16)))}"
+        ) from None
+
+
+def _id_of(store: FileStore, parent_path: str) -> bytes:
+    with FileStore.open(parent_path) as parent:
+        if parent.identity == store.identity:
+            raise errors.InvalidArgument("cannot be its own parent", path=store.name)
+        return unique_id(parent)
+
+
+def _timestamp(parent: Layer) -> int:
+    return parent.metadata.footer.timestamp if isinstance(parent, DynamicImage | FixedImage) else 0
+
+
+@contextlib.contextmanager
+def _opened(path: str, parent_id: bytes, options: OpenOptions) -> Iterator[list[Layer]]:
+    """The layers of a parent, leaf first, held while the block runs."""
+    as_raw = FormatName.RAW if parent_id == NULL_ID else None
+    layers = open_layers(path, options=replace(options, format_name=as_raw))
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def _refuse_loop(store: FileStore, layers: list[Layer]) -> None:
+    for layer in layers:
+        file = pending.file_of(layer.store)
+        if file is not None and file.identity == store.identity:
+            raise errors.InvalidArgument(
+                f"would stand on itself: {errors.printable(layers[0].store.name)} is one of its children",
+                path=store.name,
+            )
+
+
+def _check_content(
+    store: FileStore, metadata: Metadata, new: list[Layer], options: OpenOptions, progress: Progress | None
+) -> None:
+    """Raise unless the disk reads the same on the new parent as on the recorded one."""
+    child = open_dynamic(pending.view(store))  # not closed: the store is the caller's
+    folders = allowed_folders(store.name, options.parent_dirs)
+    try:
+        old_path, old_id = _recorded_parent(metadata, folders, options)
+        with _opened(old_path, old_id, replace(options, parent_dirs=folders)) as old:
+            result = compare_chains(Chain([child, *old]), Chain([child, *new]), progress)
+    except (errors.ParentError, errors.CorruptImage) as error:
+        _refuse_unseen(child, new[0], error)
+        return
+    if not result.same_content:
+        raise errors.ParentMismatch(
+            f"the disk would read differently on {errors.printable(new[0].store.name)}, in"
+            f" {result.different_sector_count} sectors, first at byte {result.first_difference_bytes:#x}",
+            path=store.name,
+            hint="it is another disk, or was written to: the image keeps its parent",
+        )
+
+
+def _refuse_comparable(store: FileStore, metadata: Metadata, options: OpenOptions) -> None:
+    """Raise where the recorded parent can be read: then a comparison says more than anybody's word."""
+    folders = allowed_folders(store.name, options.parent_dirs)
+    try:
+        old_path, old_id = _recorded_parent(metadata, folders, options)
+        with _opened(old_path, old_id, replace(options, parent_dirs=folders)):
+            pass
+    except (errors.ParentError, errors.CorruptImage):
+        return
+    raise errors.InvalidArgument(
+        f"stands on {errors.printable(old_path)}, which is there: only what cannot be compared is accepted by its id",
+        path=store.name,
+        hint="say --unsafe-new-id instead of --accept-parent-id: the content is compared then",
+    )
+
+
+def _check_size(path: str, metadata: Metadata, parent: Layer, accepted_bytes: object) -> None:
+    """Raise ParentMismatch for a parent of another size than the image has and had, unless that size was accepted.
+
+    No image records its parent's size. A child is made as large as its parent, unless somebody asked for more.
+    """
+    sizes = {metadata.size_bytes, metadata.footer.original_size, accepted_bytes}
+    if parent.size_bytes not in sizes:
+        raise errors.ParentMismatch(
+            f"{errors.printable(parent.store.name)} has another size than the disk that the image was made on",
+            path=path,
+            expected=f"{metadata.size_bytes} bytes, as the image has",
+            found=f"{parent.size_bytes} bytes",
+            hint=f"if it is all the same, say --accept-parent-size {parent.size_bytes} as well",
+        )
+
+
+def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:
+    """(path, id) of the parent as the image knows it: by its names, or in the folders under another name."""
+    assert metadata.header is not None
+    parent_id = metadata.header.parent_unique_id
+    try:
+        with find_parent(metadata, folders, options) as store:
+            return store.name, parent_id
+    except errors.ParentError:
+        renamed = find_by_id(parent_id, folders)
+        if not renamed:
+            raise
+        return renamed[0], parent_id
+
+
+def _refuse_unseen(child: DynamicImage, new: Layer, cause: errors.VhdkitError) -> None:
+    """Without the old parent nothing can be compared, and nothing needs to be where nothing is read through it."""
+    through = sum(
+        one.size_bytes for one in child.extents(0, whole_sectors(child.size_bytes)) if one.kind is ExtentKind.ABSENT
+    )
+    if through:
+        raise errors.ParentMissing(
+            f"{format_size(through)} of the disk are read through the recorded parent, which cannot be read"
+            f" ({cause.problem}): there is nothing to compare with",
+            path=child.store.name,
+            hint="bring that one back, from a backup if need be, and name its folder with --allow-parent-dir; if it is"
+            " gone for good and you are sure that the new parent has the same content, say"
+            f" --accept-parent-id {format_id(new.unique_id or NULL_ID)}",
+        )

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moving a whole chain into another folder.
+
+Decides which chains may move and the order in which names appear and disappear, so that at every moment the chain
+opens in its old place or in its new one (`INV-CHAIN-SOMEWHERE`). How names reach a header is decided in
+`formats.vhd.relink`.
+
+    one file system    second names, base first -> folder synced -> old names away, leaf first -> synced
+                       -> locators rewritten (until then every parent is found by its bare name beside its child)
+    several            copies under temporary names, with new locators, synced -> named, base first -> folder synced
+                       -> the new chain opened and compared by its ids -> old names away, leaf first -> synced
+
+All layers are locked against readers and writers meanwhile, and no image outside the chain may stand on any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, checked
+from vhdkit.chain.engine.chain import Progress
+from vhdkit.chain.names.dependents import drop_stale_marks, has_children, standing_on
+from vhdkit.chain.names.lineage import record_parents, was_written_since
+from vhdkit.chain.names.marks import forget, other_records
+from vhdkit.chain.names.resolve import OpenOptions, bare_names, open_layers
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import intents_about
+from vhdkit.chain.verbs.create import link_to
+from vhdkit.errors import printable
+from vhdkit.folder import (
+    NewFile,
+    commit_all,
+    exists,
+    hard_link,
+    is_folder,
+    real_path,
+    sync_directory,
+    unlink,
+)
+from vhdkit.formats.vhd.dynamic import open_dynamic
+from vhdkit.formats.vhd.metadata import image_id, read_metadata
+from vhdkit.formats.vhd.relink import relink
+from vhdkit.store import FileStore, Store
+from vhdkit.units import MIB
+
+_PIECE_BYTES = 64 * MIB  # copied at once, between two words about progress
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One layer: where it was and where it is now; the same path if it was in the folder already."""
+
+    old_path: str
+    new_path: str
+
+
+@checked
+def relocate(
+    leaf: AnyPath,
+    directory: AnyPath,
+    *,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> list[Move]:
+    """Move the chain of `leaf`, all its layers, into the folder `directory`; returns the moves, leaf first.
+
+    Names stay; relative and absolute locators are rewritten. After an error the chain is where it was, except for an
+    error while locators are written, which says that the chain has moved. Raises AlreadyExists, NotFound,
+    InvalidArgument (two layers of one name, a device, unfinished work), HasChildren for an image that others stand on,
+    ImageInUse, NoSpace, and what opening the chain raises.
+    """
+    options = options or OpenOptions()
+    place = real_path(directory)
+    if not is_folder(place):
+        problem = "is not a folder" if exists(place) else "there is no such folder"
+        raise errors.NotFound(problem, path=os.fsdecode(directory))
+    with contextlib.ExitStack() as stack:
+        paths = _paths_of(os.fsdecode(leaf), options)
+        stores = [
+            stack.enter_context(FileStore.open_held(path, writable=not dry_run, follow_links=False)) for path in paths
+        ]
+        for store in stores:
+            if not dry_run:
+                pending.settle(store)
+        if _paths_of(paths[0], replace(options, lock=False)) != paths:
+            raise errors.ImageInUse("the chain changed while it was about to move", path=paths[0])
+        moves = [Move(path, os.path.join(place, os.path.basename(path))) for path in paths]
+        _check(moves, stores, options)
+        if dry_run or all(move.old_path == move.new_path for move in moves):
+            return moves
+        fine = _unwritten(stores)
+        by_name = _is_found_by_name(moves, stores)
+        staying = [index for index, move in enumerate(moves) if move.old_path == move.new_path]
+        if staying and not by_name:
+            raise errors.InvalidArgument(
+                "lies in the folder already, and records another name for its parent",
+                path=moves[staying[0]].old_path,
+                hint="write the names anew first: vhdkit check FILE --repair",
+            )
+        if by_name and _second_names(moves, stores, options):
+            _take_away(moves, stores)
+            _rewrite_names(moves, stores, range(len(moves) - 1))
+        else:
+            _copy(moves, stores, options, progress)
+            _take_away(moves, stores)
+            _rewrite_names(moves, stores, [index for index in staying if index + 1 < len(moves)])
+        for index in staying:
+            drop_stale_marks(moves[index].new_path)
+        for index, parent_id in fine:
+            record_parents(moves[index].new_path, moves[index + 1].new_path, parent_id)
+    return moves
+
+
+def _paths_of(leaf: str, options: OpenOptions) -> list[str]:
+    """The real paths of the chain's files, leaf first; the chain opens."""
+    layers = open_layers(real_path(leaf), options=options)
+    try:
+        files = [pending.file_of(layer.store) for layer in layers]
+        if any(file is None or file.is_device for file in files):
+            raise errors.InvalidArgument("is a device: it cannot be moved to a folder", path=leaf)
+        return [real_path(file.name) for file in files if file is not None]
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions) -> None:
+    """Raise for a chain that may not move, or a place it cannot move to."""
+    seen = set()
+    for move in moves:
+        if move.new_path in seen:
+            name = printable(os.path.basename(move.new_path))
+            raise errors.InvalidArgument(f"two layers of the chain are called {name}; rename one", path=move.old_path)
+        seen.add(move.new_path)
+        if move.old_path != move.new_path and exists(move.new_path):
+            raise errors.AlreadyExists(
+                "already exists", path=move.new_path, hint="move it away, or choose another folder"
+            )
+    folders = [os.path.dirname(path) for move in moves for path in (move.old_path, move.new_path)]
+    folders += [real_path(folder) for folder in options.parent_dirs]
+    own = {store.identity for store in stores}
+    for store in stores:
+        if other_records(store.name) or intents_about(store.name, tuple(dict.fromkeys(folders))):
+            raise errors.InvalidArgument(
+                "has a record of unfinished work beside it", path=store.name, hint="`vhdkit check` says what it is"
+            )
+    images = [(image_id(store), store.name) for store in stores]
+    for store, family in zip(stores, standing_on(images, options, folders=folders), strict=True):
+        outside = [child for child in family if child.problem is not None or _identity(child.path) not in own]
+        if outside:
+            hint = "move that chain too, by hand, or merge it first"
+            raise has_children(store.name, outside, ", which does not move with it", hint)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    with FileStore.open(path, follow_links=False) as store:
+        return store.identity
+
+
+def _unwritten(stores: Sequence[FileStore]) -> list[tuple[int, bytes]]:
+    """(index, id of its parent) of the children whose parent was not written after they were made."""
+    found = []
+    for index, (child, parent) in enumerate(itertools.pairwise(stores)):
+        header = read_metadata(child).header
+        assert header is not None
+        if not was_written_since(child, parent, header.parent_unique_id):
+            found.append((index, header.parent_unique_id))
+    return found
+
+
+def _is_found_by_name(moves: Sequence[Move], stores: Sequence[FileStore]) -> bool:
+    """True when every child finds its parent by its bare name alone, whatever else its locators say."""
+    for store, parent in zip(stores, moves[1:], strict=False):
+        names = {name.casefold() for name in bare_names(read_metadata(store))}
+        if os.path.basename(parent.new_path).casefold() not in names:
+            return False
+    return True
+
+
+def _second_names(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions) -> bool:
+    """Give every layer its new name beside the old one; False, and no new name, where file systems cannot."""
+    made: list[str] = []
+    try:
+        for move in reversed(moves):
+            if move.old_path != move.new_path:
+                if not hard_link(move.old_path, move.new_path):
+                    _forget(made)
+                    return False
+                made.append(move.new_path)
+        sync_directory(os.path.dirname(moves[0].new_path))
+        _check_new(moves, stores, options, same_files=True)
+    except BaseException:  # Ctrl-C too
+        _forget(made)
+        raise
+    return True
+
+
+def _forget(made: Sequence[str]) -> None:
+    for path in reversed(made):
+        with contextlib.suppress(errors.VhdkitError):
+            unlink(path)
+
+
+def _check_new(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions, *, same_files: bool) -> None:
+    """Raise unless the chain opens in its new place, made of the layers that moved."""
+    wanted = replace(options, parent_dirs=(), lock=False)
+    layers = open_layers(moves[0].new_path, options=wanted)
+    try:
+        files = [pending.file_of(layer.store) for layer in layers]
+        found = [(image_id(file), file.identity if same_files else None) for file in files if file is not None]
+        if found != [(image_id(store), store.identity if same_files else None) for store in stores]:
+            raise errors.IoFailed("does not lead to the layers that were to move with it", path=moves[0].new_path)
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
+    """Remove the old names, leaf first, and sync their folders. A name that leads to another file by now stays."""
+    for move, store in zip(moves, stores, strict=True):
+        if move.old_path != move.new_path:
+            store.require_name()
+            unlink(move.old_path)
+            forget(move.old_path)
+    for folder in dict.fromkeys(os.path.dirname(move.old_path) for move in moves):
+        sync_directory(folder)
+
+
+def _rewrite_names(moves: Sequence[Move], stores: Sequence[FileStore], children: Iterable[int]) -> None:
+    """Write the locators of these children anew; the chain opens without that, too."""
+    for index in children:
+        try:
+            _relink(stores[index], moves[index].new_path, moves[index + 1].new_path)
+        except errors.VhdkitError as error:
+            error.problem = f"the chain has moved and opens there, but not all names of parents: {error.problem}"
+            error.path = moves[index].new_path
+            error.hint = f"later: vhdkit check {errors.quoted(moves[index].new_path)} --repair"
+            raise
+
+
+def _relink(store: Store, path: str, parent_path: str) -> None:
+    image = open_dynamic(store, writable=True)
+    assert image.metadata.header is not None
+    header = image.metadata.header
+    relink(image, link_to(path, parent_path, header.parent_unique_id, header.parent_timestamp))
+
+
+def _copy(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions, progress: Progress | None) -> None:
+    """Copy the layers that are elsewhere, with new locators, and name the copies; on an error none is left."""
+    total, done = sum(store.size() for store in stores), 0
+    with contextlib.ExitStack() as stack:
+        files = []
+        for index in reversed(range(len(moves))):
+            move, store = moves[index], stores[index]
+            if move.old_path == move.new_path:
+                continue
+            new = stack.enter_context(NewFile(move.new_path, like=store))
+            new.store.truncate(store.size())
+            for offset, size, is_data in store.data_runs(0, store.size()):
+                for position in range(offset, offset + size, _PIECE_BYTES) if is_data else ():
+                    piece = min(_PIECE_BYTES, offset + size - position)
+                    new.store.copy_from(store, position, position, piece)
+                    if progress is not None:
+                        progress(done + position + piece, total)
+            done += store.size()
+            if index + 1 < len(moves):
+                _relink(new.store, move.new_path, moves[index + 1].new_path)
+            files.append(new)
+        commit_all(files)
+    named = [file.path for file in files]
+    try:
+        _check_new(moves, stores, options, same_files=False)
+    except BaseException:
+        _forget(named)
+        raise

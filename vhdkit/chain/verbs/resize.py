@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing the virtual size of an image.
+
+Decides what may be resized and what prevents it. A disk becomes smaller only if the caller says so (`shrink`),
+and even then nothing of value is cut off (`INV-SHRINK-KEEPS`): a disk does not become smaller than a partition or a
+file system on it, nor than its last byte other than zero, as seen through the whole chain; nothing overrides that.
+What becomes visible when a disk grows is zeros. How a format changes its size is decided by the format
+(`formats.vhd.resize`), how far a file system reaches in `formats.filesystems`.
+
+An image on which others stand keeps its size: otherwise they would show other bytes after its end. A child does not
+become smaller than its parent; XenServer's tools refuse such a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vhdkit.arguments import AnyPath, NewSize, byte_size, checked
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names.resolve import OpenOptions, open_layers
+from vhdkit.chain.records import pending
+from vhdkit.chain.verbs.live import reopened, seal
+from vhdkit.chain.verbs.merge_recovery import open_settled
+from vhdkit.chain.verbs.report import Report
+from vhdkit.chain.verbs.zeros import data_of_disk, first_data_in_store
+from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
+from vhdkit.formats.filesystems import end_of, identify, shrink_hint
+from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
+from vhdkit.formats.raw import check_raw_size
+from vhdkit.formats.vhd.create import check_size
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.move import block_space
+from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, plan_shrink, shrink_dynamic
+from vhdkit.image import Layer
+from vhdkit.store import FileStore
+from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
+
+_MAX_NAMED = 3  # partitions in one message
+_NOTE_GPT = (
+    "the second copy of the GPT is not at the end of the disk any more: `sgdisk -e` on the disk (or the guest's own"
+    " tool) puts it there"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeResult:
+    """What resizing did, or would do. Sizes in bytes; `notes` say what is left to do, in sentences."""
+
+    path: str
+    virtual_size_before_bytes: int
+    virtual_size_after_bytes: int
+    file_size_before_bytes: int
+    file_size_after_bytes: int | None  # None: not known before it is done
+    moved_block_count: int
+    dropped_block_count: int
+    notes: tuple[str, ...]
+
+
+@checked
+def resize(
+    path: AnyPath,
+    size_bytes: NewSize,
+    *,
+    shrink: bool = False,
+    options: OpenOptions | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ResizeResult:
+    """Change the virtual size of an image; new space reads as zeros. `dry_run` checks everything and changes nothing.
+
+    A size smaller than the present one is refused unless `shrink`. After a power cut or Ctrl-C the disk has its old
+    size or the new one. Raises InvalidArgument for that, for an impossible size, for data, a partition or a file
+    system behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed, and what
+    opening the chain raises.
+    """
+    if dry_run:
+        layers = open_layers(path, options=options)
+    else:
+        danger = "resizing it would change what that image shows"
+        layers = open_settled(path, options or OpenOptions(), danger)
+    try:
+        job = _Job(layers, byte_size("size_bytes", size_bytes), Report(progress), shrink=shrink)
+        result = job.run(dry_run)
+        job.report.finish()
+        return result
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def resize_open(chain: Chain, size_bytes: int, *, shrink: bool = False) -> tuple[Chain, ResizeResult | VhdkitError]:
+    """Resize the leaf of an open chain that nobody uses meanwhile; its files stay open and locked.
+
+    Refuses what `resize` refuses.
+
+    The files belong to the new chain from now on, also where the second value is the error that left the disk as it
+    was. Raises ReadOnly, and what flushing the leaf and opening it anew raises.
+    """
+    if not chain.writable:
+        raise ReadOnly("was opened for reading only", path=chain.leaf.store.name)
+    seal(chain.leaf)
+    outcome: ResizeResult | VhdkitError
+    try:
+        layers = [reopened(chain.leaf, writable=True), *chain.layers[1:]]
+        outcome = _Job(layers, size_bytes, Report(None), shrink=shrink).run(False)
+    except VhdkitError as error:
+        outcome = error
+    return Chain([reopened(chain.leaf, writable=True), *chain.layers[1:]]), outcome
+
+
+class _Job:
+    """One resize of the first of the open layers."""
+
+    def __init__(self, layers: list[Layer], size_bytes: int, report: Report, *, shrink: bool) -> None:
+        self.image = layers[0]
+        self.chain = Chain(layers)
+        self.parents = Chain(layers[1:]) if len(layers) > 1 else None
+        self.size_bytes = size_bytes
+        self.shrink = shrink
+        self.report = report
+        self.path = self.image.store.name
+
+    def run(self, dry_run: bool) -> ResizeResult:
+        """Check, and do it."""
+        before, file_before = self.image.size_bytes, self.image.store.size()
+        self._check_size()
+        table = read_partitions(self._read, before)
+        moved = dropped = 0
+        if self.size_bytes < before:
+            self._check_meant()
+            self._check_cut(table)
+        elif self.size_bytes > before:
+            self._check_appearing()
+        if self.size_bytes != before:
+            moved, dropped = self._change(dry_run, table)
+        notes = (_NOTE_GPT,) if table is not None and table.scheme == "gpt" and self.size_bytes != before else ()
+        file_after = None if dry_run else self.image.store.size()
+        return ResizeResult(self.path, before, self.size_bytes, file_before, file_after, moved, dropped, notes)
+
+    # -- what stands in the way ---------------------------------------------------------------------------------
+
+    def _check_size(self) -> None:
+        store = pending.file_of(self.image.store)
+        if store is not None and store.is_device:
+            raise InvalidArgument("is a device: its size is given", path=self.path)
+        if isinstance(self.image, DynamicImage | FixedImage):
+            check_size(self.size_bytes, fixed=isinstance(self.image, FixedImage))
+        else:
+            check_raw_size(self.size_bytes)
+        if self.parents is not None and self.size_bytes < self.parents.size_bytes:
+            raise InvalidArgument(
+                f"a child of {self.size_bytes} bytes would be smaller than its parent of"
+                f" {self.parents.size_bytes} bytes, which other tools refuse",
+                path=self.path,
+                hint="convert the chain to one image and resize that",
+            )
+
+    def _check_meant(self) -> None:
+        """Refuse a smaller size that was not asked for in so many words."""
+        if not self.shrink:
+            raise InvalidArgument(
+                f"{self.size_bytes} bytes are less than the {self.image.size_bytes} bytes that the disk has now",
+                path=self.path,
+                hint="a larger size grows it; to make it smaller, say so: --shrink (shrink=True in the library)",
+            )
+
+    def _check_cut(self, table: PartitionTable | None) -> None:
+        """Refuse to cut off a partition, or anything that is not zero but the second copy of a whole GPT."""
+        lost = [one for one in table.partitions if one.end_bytes > self.size_bytes] if table is not None else []
+        if lost:
+            names = ", ".join(_partition_name(one) for one in lost[:_MAX_NAMED])
+            more = f" and {len(lost) - _MAX_NAMED} more" if len(lost) > _MAX_NAMED else ""
+            end = max(one.end_bytes for one in lost)
+            raise InvalidArgument(
+                f"a disk of {self.size_bytes} bytes would cut off {names}{more}",
+                path=self.path,
+                hint=f"shrink it in the guest first, or ask for at least {end} bytes",
+            )
+        self._check_file_system(table)
+        end = self.image.size_bytes
+        self.report.expect(end - self.size_bytes)
+        for offset, size in data_of_disk(self.chain, self.size_bytes, end - self.size_bytes, self.report.did):
+            for start, stop in _without(offset, offset + size, table.backup_ranges if table is not None else ()):
+                if self._first_data(start, stop) is not None:
+                    raise InvalidArgument(
+                        f"a disk of {self.size_bytes} bytes would cut off data: there is some at byte"
+                        f" {self._first_data(start, stop)} ({format_size(start)})",
+                        path=self.path,
+                        hint="move or delete it in the guest and let it write zeros there, or ask for a larger size",
+                    )
+        self._check_gap()
+
+    def _check_file_system(self, table: PartitionTable | None) -> None:
+        """Refuse to cut a file system, or a container of one, that lies on the disk without a partition table."""
+        found = identify(self._read)
+        if found is None or (table is not None and table.partitions and not found.in_first_sector):
+            return
+        name = f"{found.kind} {printable(found.label)!r}" if found.label else found.kind
+        end = end_of(self._read, found.kind)
+        if end is None:
+            raise InvalidArgument(
+                f"the disk holds {name}, which may reach up to its end",
+                path=self.path,
+                hint=shrink_hint(found.kind),
+            )
+        if end > self.size_bytes:
+            raise InvalidArgument(
+                f"a disk of {self.size_bytes} bytes would cut off the end of {name}, which reaches up to byte {end}",
+                path=self.path,
+                hint=f"{shrink_hint(found.kind)}; or ask for at least {round_up(end, SECTOR_SIZE)} bytes",
+            )
+
+    def _first_data(self, start: int, stop: int) -> int | None:
+        raw = self._read(start, stop - start)
+        return start + len(raw) - len(raw.lstrip(b"\0")) if raw.strip(b"\0") else None
+
+    def _check_gap(self) -> None:
+        """Refuse what lies between the end of a fixed disk and its footer: it would appear, or be lost."""
+        if not isinstance(self.image, FixedImage):
+            return
+        start, end = self.image.size_bytes, self.image.metadata.tail.offset_bytes
+        found = first_data_in_store(self.image.store, start, end - start)
+        if found is not None:
+            raise InvalidArgument(
+                f"there are {end - start} bytes between the end of the disk and the footer, and not all are zeros",
+                path=self.path,
+                offset_bytes=found,
+                structure="data",
+                hint="convert it to a new image and resize that",
+            )
+
+    def _check_appearing(self) -> None:
+        """Refuse to show what a larger parent has behind the end of the disk."""
+        self._check_gap()
+        if self.parents is None or self.parents.size_bytes <= self.image.size_bytes:
+            return
+        start = self.image.size_bytes
+        stop = min(self.parents.size_bytes, self.size_bytes)
+        found = next(data_of_disk(self.parents, start, stop - start), None)
+        if found is not None:
+            raise InvalidArgument(
+                f"its parent is larger and has data behind the end of this disk, at byte {found[0]}: it would appear",
+                path=self.path,
+                hint="convert the chain to one image and resize that",
+            )
+
+    def _read(self, offset: int, size: int) -> bytes:
+        """Bytes of the disk, fewer at its end."""
+        start, stop = round_down(offset, SECTOR_SIZE), min(round_up(offset + size, SECTOR_SIZE), self.chain.size_bytes)
+        if stop <= start:
+            return b""
+        buffer = bytearray(stop - start)
+        self.chain.read_into(start // SECTOR_SIZE, memoryview(buffer))
+        return bytes(buffer[offset - start : offset - start + size])
+
+    # -- doing it -----------------------------------------------------------------------------------------------
+
+    def _change(self, dry_run: bool, table: PartitionTable | None) -> tuple[int, int]:
+        """The new size; returns how many blocks moved and how many went."""
+        image, size = self.image, self.size_bytes
+        if isinstance(image, DynamicImage):
+            return self._change_dynamic(image, dry_run)
+        if dry_run:
+            return 0, 0
+        store = image.store
+        if isinstance(image, FixedImage):
+            assert isinstance(store, FileStore)
+            writes, file_size = fixed_writes(image.metadata, size)
+            # A smaller file loses the second GPT: it is given back with the rest if that does not finish.
+            taken = [(offset, len(data)) for offset, data in writes]
+            for offset, count in table.backup_ranges if table is not None and size < image.size_bytes else ():
+                pieces = _without(max(offset, size), offset + count, taken)
+                writes += [(start, bytes(stop - start)) for start, stop in pieces]
+            pending.change(store, writes, file_size)
+        else:
+            store.truncate(size)
+            store.sync()
+        return 0, 0
+
+    def _change_dynamic(self, image: DynamicImage, dry_run: bool) -> tuple[int, int]:
+        size, moved = self.size_bytes, self.report.did
+        if size > image.size_bytes:
+            plan = plan_grow(image, size)
+            count = len(plan.packing.blocks)
+            self.report.expect(count * block_space(image))
+            if not dry_run:
+                grow_dynamic(image, size, plan, moved)
+            return count, 0
+        dropped, count, _ = plan_shrink(image, size)
+        self.report.expect(count * block_space(image))
+        if not dry_run:
+            shrink_dynamic(image, size, moved)
+        return count, dropped
+
+
+def _partition_name(one: Partition) -> str:
+    name = f" {printable(one.name)!r}" if one.name else ""
+    return f"partition {one.number}{name} (type {one.kind}, bytes {one.offset_bytes} to {one.end_bytes})"
+
+
+def _without(start: int, stop: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of [start, stop) outside `ranges`, which are (offset, size)."""
+    parts = []
+    for offset, size in sorted(ranges):
+        if offset > start:
+            parts.append((start, min(offset, stop)))
+        start = max(start, offset + size)
+    parts.append((start, stop))
+    return [(low, high) for low, high in parts if low < high]

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freezing leaves by giving them children: one, several at once, or several children of one base.
+
+Decides the names of the new children, which images may be frozen, and that a set of children is made whole or
+not at all (`INV-SET-HARMLESS`). The content of a child is decided in `chain.verbs.create`, how a set of files gets its
+names in `folder`.
+
+    all chains open and locked -> every child written under a temporary name, all synced
+                               -> named one after the other -> folders synced
+
+After an error or Ctrl-C anywhere the names are taken back. A power cut (or `kill -9`) between two names leaves the
+first few children of the set. They are empty, so every disk reads as before, through its leaf and through its child,
+and no record is needed: the same command, given again, adopts them and finishes the set. Clones are not adopted like
+this, because an empty clone may be in use by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath, Several, checked
+from vhdkit.chain.names.marks import marked
+from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, allowed_folders, open_layers, refuse_with_children
+from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import Phase, intent_of
+from vhdkit.chain.verbs.create import child_size, require_names, write_child
+from vhdkit.chain.verbs.merge_recovery import settle_merge_into
+from vhdkit.folder import NewFile, commit_all, exists, folders_held, real_path
+from vhdkit.formats.vhd.bat import Bat
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhd.metadata import FooterState, image_id, read_metadata
+from vhdkit.image import Layer
+from vhdkit.store import FileStore
+
+CHILD_SUFFIX = ".avhd"
+MAX_SET = 64  # children made at once: each holds its whole chain open, and a process has about a thousand descriptors
+_NUMBERED = re.compile(r"(.*)-(\d{1,9})")
+_MAX_NUMBER = 1_000_000
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A child to make, and the open chain it is to stand on, leaf first."""
+
+    parent: str
+    path: str
+    layers: list[Layer]
+
+
+@checked
+def snapshot(
+    leaf: AnyPath, new: AnyPath | None = None, *, options: OpenOptions | None = None, dry_run: bool = False
+) -> str:
+    """Freeze `leaf`: create an empty child that takes all further writes; returns the child's path.
+
+    Without `new` the child lies beside the leaf under the next free name (`default_name`). The child is on the device
+    when this returns. With `dry_run` everything is checked and nothing made.
+    Raises HasChildren if `leaf` has children, ImageInUse if a program is writing to it, AlreadyExists, NoSpace, and
+    what opening the chain raises.
+    """
+    return snapshot_many([(leaf, new)], options=options, dry_run=dry_run)[0]
+
+
+@checked
+def snapshot_many(
+    pairs: Several[tuple[AnyPath, AnyPath | None]], *, options: OpenOptions | None = None, dry_run: bool = False
+) -> list[str]:
+    """Freeze several leaves, all or none: (leaf, new) pairs as for `snapshot`; returns the children's paths.
+
+    A set that a power cut left half-made is finished by the same call. Raises what `snapshot` raises, and
+    InvalidArgument for a set that names something twice.
+    """
+    options = options or OpenOptions()
+    if not all(map(_is_pair, pairs)):
+        raise errors.InvalidArgument("pairs are (leaf, new) each, where new may be None")
+    leaves = [os.fsdecode(leaf) for leaf, _ in pairs]
+    # Of two snapshots of one leaf the second looks when the first has made its child.
+    with folders_held(os.path.dirname(real_path(leaf)) for leaf in leaves):
+        return _snapshot_set(leaves, [new for _, new in pairs], options, dry_run)
+
+
+def _snapshot_set(leaves: list[str], wished: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
+    """`snapshot_many`, with nobody else at it."""
+    pairs = zip(leaves, wished, strict=True)
+    named = [(leaf, os.fsdecode(new) if new is not None else default_name(leaf)) for leaf, new in pairs]
+    check_names([leaf for leaf, _ in named], [new for _, new in named])
+    with _held(named, options, dry_run=dry_run) as wanted:
+        left_over = [one for one in wanted if _is_left_over(one)]
+        if len(left_over) == len(wanted):
+            left_over = []  # a finished set is no unfinished one: its names are taken
+        for one in wanted:
+            if one not in left_over:
+                NewFile.check(one.path)
+        for one in wanted:
+            _refuse_to_freeze(one, options, apart_from=one.path if one in left_over else None)
+        _make([one for one in wanted if one not in left_over], dry_run=dry_run)
+    return [new for _, new in named]
+
+
+@checked
+def clone(
+    base: AnyPath, paths: Several[AnyPath], *, options: OpenOptions | None = None, dry_run: bool = False
+) -> list[str]:
+    """Create several empty children of one base, all or none; returns their paths.
+
+    The base may have children already. Raises ImageInUse if a program is writing to it, AlreadyExists, NoSpace,
+    InvalidArgument, and what opening the chain raises.
+    """
+    options = options or OpenOptions()
+    parent, names = os.fsdecode(base), [os.fsdecode(path) for path in paths]
+    check_names([parent], names)
+    with folders_held([os.path.dirname(real_path(parent))]):
+        layers = open_layers(parent, options=options)
+        try:
+            _refuse_foreign_writer(layers[0])
+            _make([_Wanted(parent, name, layers) for name in names], dry_run=dry_run)
+        finally:
+            for layer in layers:
+                layer.close()
+    return names
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+def default_name(leaf: str) -> str:
+    """The next free name for a child beside `leaf`: disk.vhd, disk.avhd, disk-1.avhd, disk-2.avhd, ..."""
+    folder, name = os.path.split(leaf)
+    stem, suffix = os.path.splitext(name)
+    number = 0
+    if suffix.lower() == CHILD_SUFFIX:
+        numbered = _NUMBERED.fullmatch(stem)
+        stem, number = (numbered[1], int(numbered[2]) + 1) if numbered else (stem, 1)
+    for one in range(number, number + _MAX_NUMBER):
+        path = os.path.join(folder, f"{stem}-{one}{CHILD_SUFFIX}" if one else stem + CHILD_SUFFIX)
+        if not exists(path):
+            return path
+    raise errors.AlreadyExists("every name for a child is taken", path=leaf, hint="say what to call it")
+
+
+def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
+    """Raise InvalidArgument for a set that is none."""
+    if not children or len(children) > MAX_SET:
+        raise errors.InvalidArgument(f"a set has 1 to {MAX_SET} images, not {len(children)}")
+    seen: dict[str, str] = {}
+    for path in [*leaves, *children]:
+        real = real_path(path)
+        if real in seen:
+            raise errors.InvalidArgument("is named twice", path=path)
+        seen[real] = path
+
+
+@contextlib.contextmanager
+def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bool) -> Iterator[list[_Wanted]]:
+    """All chains of the set, open and held so that nobody writes to them."""
+    with contextlib.ExitStack() as stack:
+        wanted = []
+        for leaf, new in named:
+            if not dry_run:
+                _settle(leaf, options)
+            layers = open_layers(leaf, options=options)
+            for layer in layers:
+                stack.callback(layer.close)
+            wanted.append(_Wanted(leaf, new, layers))
+        yield wanted
+
+
+def _settle(leaf: str, options: OpenOptions) -> None:
+    """Finish or take back a change that did not finish: once frozen, the leaf is not opened for writing any more.
+
+    Of a merge into it whose data is complete only names are left to go: while others read it, it can be frozen so.
+    """
+    intent = intent_of(leaf, allowed_folders(leaf, options.parent_dirs))
+    is_complete = intent is not None and intent.phase is not Phase.COPY
+    with contextlib.suppress(*(errors.ImageInUse, errors.HasChildren) if is_complete else ()):
+        settle_merge_into(leaf, options)
+    with FileStore.open(leaf) as store:
+        if pending.view(store) is store:
+            return
+    with FileStore.open_held(leaf, writable=True) as store:
+        pending.settle(store)
+
+
+def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | None) -> None:
+    """Raise for an image that is not a leaf any more, or that another program may be writing to."""
+    store = pending.file_of(one.layers[0].store)
+    assert store is not None
+    _refuse_foreign_writer(one.layers[0])
+    refuse_with_children(
+        store,
+        options,
+        "it is not a leaf, and a snapshot of it would begin a second branch",
+        apart_from=apart_from,
+        hint=f"take the snapshot of the leaf, or begin a branch with `vhdkit clone {errors.quoted(one.parent)} NEW`",
+    )
+
+
+def _refuse_foreign_writer(leaf: Layer) -> None:
+    """Raise ImageInUse where a footer says that a program without our locks is at work."""
+    if isinstance(leaf, DynamicImage | FixedImage):
+        for place in (leaf.metadata.tail, leaf.metadata.copy):
+            if place is not None and place.state in (FooterState.KILLED, FooterState.POISONED):
+                raise errors.ImageInUse(
+                    str(place.state),
+                    path=leaf.store.name,
+                    structure=place.structure,
+                    hint="close it there; if that program is dead, see `vhdkit check --repair --help`",
+                )
+
+
+def _is_left_over(one: _Wanted) -> bool:
+    """True for an empty child of this very parent under the wanted name: what a cut left of the same set."""
+    parent = one.layers[0]
+    if not exists(one.path):
+        return False
+    try:
+        with FileStore.open(one.path, follow_links=False) as store:
+            metadata = read_metadata(store)
+            if metadata.header is None or not metadata.is_differencing or metadata.size_bytes != parent.size_bytes:
+                return False
+            parent_id = image_id(parent.store)
+            if parent_id == NULL_ID or metadata.header.parent_unique_id != parent_id:
+                return False
+            return not Bat.load(store, metadata.header.table_offset, metadata.block_count).allocated().any()
+    except errors.VhdkitError:
+        return False
+
+
+def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
+    """Create the children, all or none."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for one in wanted:
+            size = child_size(one.path, one.layers[0], None)
+            if dry_run:
+                NewFile.check(one.path)
+                continue
+            new = stack.enter_context(NewFile(one.path, like=pending.files_of(one.layers[:1])))
+            write_child(new.store, one.path, one.layers[0], size)
+            files.append(new)
+        for one in wanted:
+            require_names(one.layers[:1])
+        parents = [one.layers[0].store.name for one in wanted[: len(files)]]
+        with marked([(new.path, new.store, parent) for new, parent in zip(files, parents, strict=True)]):
+            commit_all(files)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks as streams of bytes: a raw or fixed image read from, or written to, a pipe.
+
+Decides how a stream of unknown length becomes an image. The pipe itself belongs to the caller, who hands over a
+function that reads or writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from vhdkit import errors
+from vhdkit.arguments import AnyPath
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.verbs.convert import convert_chain, converted_size, data_ranges
+from vhdkit.chain.verbs.create import DiskFormat, replacing
+from vhdkit.folder import NewFile, scratch_store
+from vhdkit.formats.probe import FormatName, identify
+from vhdkit.formats.raw import open_raw
+from vhdkit.formats.vhd import create, layout
+from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
+from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.image import ExtentKind
+from vhdkit.store import FileStore
+from vhdkit.units import MIB, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
+
+_PIECE_BYTES = MIB
+_STREAM = "standard input"
+_ZEROS = bytes(_PIECE_BYTES)
+
+
+def export_stream(
+    chain: Chain,
+    write: Callable[[memoryview], object],
+    disk_format: DiskFormat,
+    *,
+    azure: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Hand the whole disk to `write`, piece by piece in order; returns its virtual size in bytes.
+
+    Raises InvalidArgument for a format that cannot be streamed, IoFailed, and what `write` raises.
+    """
+    if disk_format is DiskFormat.DYNAMIC:
+        raise errors.InvalidArgument("a dynamic VHD cannot be written to a pipe", hint="say --to raw or --to fixed")
+    size = converted_size(chain.size_bytes, disk_format, azure=azure)
+    buffer, zeros = memoryview(bytearray(_PIECE_BYTES)), memoryview(_ZEROS)
+    for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
+        step = whole_sectors(_PIECE_BYTES)
+        for position in range(extent.sector_index, extent.end_sector, step):
+            piece_bytes = sectors_to_bytes(min(step, extent.end_sector - position))
+            if extent.kind is ExtentKind.DATA:
+                chain.read_into(position, buffer[:piece_bytes])
+                write(buffer[:piece_bytes])
+            else:
+                write(zeros[:piece_bytes])
+            if progress is not None:
+                progress(sectors_to_bytes(position) + piece_bytes, chain.size_bytes)
+    for position in range(chain.size_bytes, size, _PIECE_BYTES):
+        write(zeros[: min(_PIECE_BYTES, size - position)])
+    if disk_format is DiskFormat.FIXED:
+        write(memoryview(layout.build_footer(create.new_footer(layout.DISK_TYPE_FIXED, size))))
+    return size
+
+
+def import_stream(
+    read: Callable[[int], bytes],
+    destination: AnyPath,
+    disk_format: DiskFormat,
+    *,
+    source_format: FormatName | None = None,
+    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
+    azure: bool = False,
+    replace: bool = False,
+    sync: bool = True,
+    progress: Progress | None = None,
+) -> int:
+    """Make an image of what `read` gives until it gives nothing; returns its virtual size in bytes.
+
+    A stream that ends in the footer of a fixed VHD of just that length is taken as one, unless `source_format` is
+    RAW. For a raw or fixed result the bytes go straight into it; a dynamic one needs the length first, so they
+    wait in a nameless file beside the destination. Raises InvalidArgument, AlreadyExists, NoSpace, IoFailed.
+    """
+    path = os.fsdecode(destination)
+    create.check_block_size(block_size_bytes)
+    if disk_format is DiskFormat.DYNAMIC:
+        NewFile(path, replace=replace).discard()  # a destination that cannot be is refused before the stream is read
+        with scratch_store(os.path.dirname(path)) as spool:
+            receive(read, spool, source_format, progress)
+            return convert_chain(
+                Chain([open_raw(spool)]),
+                path,
+                disk_format,
+                block_size_bytes=block_size_bytes,
+                azure=azure,
+                replace=replace,
+                sync=sync,
+            )
+    with replacing(path, replace=replace) as old, NewFile(path, replace=replace, old=old) as new:
+        size = converted_size(receive(read, new.store, source_format, progress), disk_format, azure=azure)
+        new.store.truncate(size)
+        if disk_format is DiskFormat.FIXED:
+            footer = create.new_footer(layout.DISK_TYPE_FIXED, size)
+            new.store.pwrite(size, layout.build_footer(footer))
+        new.commit(sync=sync)
+    return size
+
+
+def pass_stream(
+    read: Callable[[int], bytes],
+    write: Callable[[memoryview], object],
+    disk_format: DiskFormat,
+    *,
+    source_format: FormatName | None = None,
+    azure: bool = False,
+) -> int:
+    """From pipe to pipe; the bytes wait in a temporary file until the end is known."""
+    with scratch_store(None) as spool:
+        receive(read, spool, source_format, None)
+        return export_stream(Chain([open_raw(spool)]), write, disk_format, azure=azure)
+
+
+def receive(
+    read: Callable[[int], bytes],
+    store: FileStore,
+    source_format: FormatName | None,
+    progress: Progress | None,
+) -> int:
+    """Fill the empty `store` with the stream's disk, zeros left out; returns its size in bytes, whole sectors."""
+    size, pending = 0, bytearray()
+    while True:
+        piece = read(_PIECE_BYTES)
+        pending += piece
+        if piece and len(pending) < _PIECE_BYTES:
+            continue
+        whole = pending if not piece else pending[: len(pending) // SECTOR_SIZE * SECTOR_SIZE]
+        _place(store, size, bytes(whole))
+        size += len(whole)
+        del pending[: len(whole)]
+        if progress is not None:
+            progress(size, size)
+        if not piece:
+            break
+    if size == 0:
+        raise errors.InvalidArgument("is empty: not a disk image", path=_STREAM)
+    store.truncate(size)
+    size = round_up(_disk_size(store, size, source_format), SECTOR_SIZE)
+    store.truncate(size)
+    return size
+
+
+def _place(store: FileStore, offset_bytes: int, data: bytes) -> None:
+    padded = memoryview(data.ljust(round_up(len(data), SECTOR_SIZE), b"\0"))
+    for start, stop in data_ranges(padded):
+        store.pwrite(offset_bytes + start, padded[start : min(stop, len(data))])
+
+
+def _disk_size(store: FileStore, size_bytes: int, source_format: FormatName | None) -> int:
+    """Bytes of the disk in what was received: all of it, or what stands before a fixed VHD's footer.
+
+    Judged as a file would be. Raises InvalidArgument for a VHD that is not fixed, CorruptImage, UnsupportedFormat.
+    """
+    try:
+        if (source_format or identify(store, by_name=False)) is FormatName.RAW:
+            return size_bytes
+        metadata = read_metadata(store)
+    except errors.VhdkitError as error:
+        error.path = _STREAM  # the store has the name of what is made of it
+        raise
+    if metadata.header is not None:
+        raise errors.InvalidArgument(
+            "a dynamic or differencing VHD cannot be read from a pipe", path=_STREAM, hint="name its file"
+        )
+    return metadata.size_bytes

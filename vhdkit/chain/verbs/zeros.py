@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a disk, or a file, contains only zeros.
+
+Decides how zeros are found: holes are never read, the rest is read in pieces until the first byte other than zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.image import ExtentKind
+from vhdkit.store import Store
+from vhdkit.units import KIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
+
+_PIECE_BYTES = 256 * KIB  # stays in the cache
+_ZEROS = bytes(_PIECE_BYTES)
+
+
+def first_data_in_store(store: Store, offset_bytes: int, size_bytes: int) -> int | None:
+    """Offset of the first byte of a range of the file that is not zero, or None. Raises IoFailed."""
+    for offset, size, may_hold_data in store.data_runs(offset_bytes, size_bytes):
+        if may_hold_data:
+            found = _first_data(store.pread, offset, size)
+            if found is not None:
+                return found
+    return None
+
+
+def _first_data(read: Callable[[int, int], bytes], offset: int, size: int) -> int | None:
+    """The first byte that is not zero; the first page apart, since most data shows there."""
+    end, step = offset + size, PAGE_SIZE
+    while offset < end:
+        raw = read(offset, min(step, end - offset))
+        if not raw:
+            return None
+        if raw != (_ZEROS if len(raw) == len(_ZEROS) else _ZEROS[: len(raw)]):
+            return offset + len(raw) - len(raw.lstrip(b"\0"))
+        offset, step = offset + len(raw), _PIECE_BYTES
+    return None
+
+
+def data_of_disk(
+    chain: Chain, offset_bytes: int, size_bytes: int, looked: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the parts of a range of the disk that are not zeros, in pieces of at most 256 KiB.
+
+    The range is whole sectors. `looked` is called with the bytes that were looked at. Raises IoFailed.
+    """
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    for extent in chain.extents(whole_sectors(offset_bytes), whole_sectors(size_bytes), find_holes=True):
+        if extent.kind is not ExtentKind.DATA:
+            if looked is not None:
+                looked(extent.size_bytes)
+            continue
+        step = whole_sectors(_PIECE_BYTES)
+        for sector in range(extent.sector_index, extent.end_sector, step):
+            piece = buffer[: sectors_to_bytes(min(step, extent.end_sector - sector))]
+            chain.read_into(sector, piece)
+            raw = bytes(piece)
+            if raw != _ZEROS[: len(raw)]:
+                start = len(raw) - len(raw.lstrip(b"\0"))
+                yield sectors_to_bytes(sector) + start, len(raw.rstrip(b"\0")) - start
+            if looked is not None:
+                looked(len(raw))
+
+
+def is_zero_in_disk(chain: Chain, offset_bytes: int, size_bytes: int) -> bool:
+    """True when the disk holds zeros there; what lies behind its end counts as zeros. Raises IoFailed."""
+    inside = max(0, min(size_bytes, chain.size_bytes - offset_bytes))
+    return inside == 0 or next(data_of_disk(chain, offset_bytes, inside), None) is None

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging the layers of an export while clients use it.
+
+Decides in how many passes a chain is merged, how fast, when to give up, and what is reported meanwhile. The order in
+which files change is decided in `chain.verbs.live_merge`, how an export is held in `nbd.server`.
+
+    layers below the leaf     one pass; clients wait for the exchange only
+    the leaf too              freeze it, merge what was frozen, repeat while that becomes smaller; then, when little is
+                              left, a last pass with the clients held
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vhdkit import errors
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.disk import Disk
+from vhdkit.folder import real_path
+from vhdkit.image import Layer
+from vhdkit.serve.nbd.server import NbdServer
+from vhdkit.serve.opening import ImageExport
+from vhdkit.units import MIB, format_size, sectors_to_bytes, whole_sectors
+
+LAST_PASS_BYTES = 8 * MIB  # copied while clients wait: some tens of milliseconds
+MAX_PASSES = 8
+PATIENT_BYTES = 64 * MIB  # what a disk that is written to all the time may have left after the last of them
+_REST = 1.0  # of the time that copying took; with no rest clients kept 0.4 of their rate, with twice as much 0.5, too
+_NAP_SECONDS = 0.05  # the longest wait without a look whether to stop
+
+
+@dataclass(frozen=True, slots=True)
+class MergeWish:
+    """`layer` and those below it go into `into`, its parent when None; `layer` is the leaf when None.
+
+    Paths are as the user has them. `max_rate_bytes`: so many a second at most.
+    """
+
+    layer: str | None = None
+    into: str | None = None
+    max_rate_bytes: int | None = None
+
+
+class Merging:
+    """One merge of one export, on a thread that is not the loop's."""
+
+    def __init__(self, server: NbdServer, export: ImageExport, wish: MergeWish) -> None:
+        """Raises InvalidArgument for layers that are not there, ReadOnly when the leaf is not written here."""
+        self._server = server
+        self._export = export
+        self._wish = wish
+        self._stop = threading.Event()
+        self._done_bytes = self._total_bytes = 0
+        self._passes = 0
+        self._held_seconds = 0.0
+        self._copied = 0
+        layers = export.disk.chain.layers
+        top = 1 if export.is_temporary else 0
+        first = self._index_of(wish.layer, top) if wish.layer is not None else top
+        target = self._index_of(wish.into, top) if wish.into is not None else first + 1
+        if target >= len(layers):
+            raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=_path(layers[first]))
+        if target <= first:
+            raise errors.InvalidArgument(
+                f"does not lie below {errors.printable(_path(layers[first]))}", path=_path(layers[target])
+            )
+        self._with_leaf = first == 0
+        if not export.disk.chain.writable and not export.is_temporary:
+            raise errors.ReadOnly(
+                "is served for reading only; its layers are merged by `vhdkit merge`", path=export.image_path
+            )
+        if (self._with_leaf and export.is_temporary) or first < top:
+            raise errors.InvalidArgument("lies under a temporary overlay", path=export.image_path)
+        self._merged = [_path(layer) for layer in layers[first:target]]
+        self._first, self._into = _path(layers[first]), _path(layers[target])
+
+    # -- from the outside ---------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Stop soon; what was copied is found again by the next merge."""
+        self._stop.set()
+
+    def document(self) -> dict[str, Any]:
+        """How far it is."""
+        return {
+            "layer": self._first,
+            "into": self._into,
+            "pass": self._passes,
+            "done_bytes": self._done_bytes,
+            "total_bytes": self._total_bytes,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Merge; what was done. Raises Cancelled, and ImageInUse for a leaf that grows faster than it is merged."""
+        if self._with_leaf:
+            self._converge()
+            with LiveMerge(self._export.disk.chain, 0, 1, self._export.manner.options) as merging:
+                with self._server.hold([self._export]):
+                    began = time.monotonic()
+                    self._copied += sum(merging.copy())
+                    self._exchange(merging)
+                    self._held_seconds = max(self._held_seconds, time.monotonic() - began)
+                merging.done()
+        else:
+            self._pass_over(self._index_of(self._first), self._index_of(self._into))
+        return {
+            "export": self._export.name,
+            "merged": self._merged,
+            "into": self._into,
+            "leaf": self._export.image_path,
+            "copied_bytes": self._copied,
+            "passes": self._passes,
+            "held_seconds": round(self._held_seconds, 6),
+        }
+
+    # -- passes -------------------------------------------------------------------------------------------------
+
+    def _converge(self) -> None:
+        """Until the leaf is small and stands on the target."""
+        before = None
+        while True:
+            layers = self._export.disk.chain.layers
+            size = owned_bytes(layers[0])
+            on_target = self._index_of(self._into) == 1
+            if on_target and size <= LAST_PASS_BYTES:
+                return
+            if on_target and before is not None and (self._passes >= MAX_PASSES or size >= before):
+                if size <= PATIENT_BYTES:
+                    return
+                raise errors.ImageInUse(
+                    f"grows faster than it is merged: {format_size(size)} are left after {self._passes} passes",
+                    path=_path(layers[0]),
+                    hint="try again when the disk is less busy, or merge it when it is not in use",
+                )
+            before = size
+            self._freeze()
+            self._pass_over(1, self._index_of(self._into))
+
+    def _freeze(self) -> None:
+        with Freezing([(self._export.disk.chain, None)]) as freezing, self._server.hold([self._export]):
+            began = time.monotonic()
+            [chain] = freezing.freeze()
+            self._export.exchange(Disk(chain))
+            freezing.done()
+            self._held_seconds = max(self._held_seconds, time.monotonic() - began)
+
+    def _pass_over(self, first: int, target: int) -> None:
+        self._passes += 1
+        with LiveMerge(self._export.disk.chain, first, target, self._export.manner.options) as merging:
+            self._copied += sum(merging.copy(_Pace(self)))
+            with self._server.hold([self._export]):
+                began = time.monotonic()
+                self._exchange(merging)
+                self._held_seconds = max(self._held_seconds, time.monotonic() - began)
+            merging.done()
+
+    def _exchange(self, merging: LiveMerge) -> None:
+        chain, problem = merging.exchange()
+        self._export.exchange(Disk(chain))
+        if problem is not None:
+            raise problem
+
+    def _index_of(self, path: str, top: int = 0) -> int:
+        layers = self._export.disk.chain.layers
+        for index, layer in enumerate(layers):
+            if index >= top and real_path(_path(layer)) == real_path(path):
+                return index
+        names = ", ".join(errors.printable(_path(layer)) for layer in layers[top:])
+        raise errors.InvalidArgument(f"is not a layer of export {self._export.name!r}; there are {names}", path=path)
+
+    # -- pace ---------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Raise Cancelled when somebody wants us to stop, or the server ends."""
+        if self._stop.is_set() or self._server.has_ended():
+            raise errors.Cancelled(
+                f"the merge into {errors.printable(self._into)} was stopped: the disk reads as before",
+                hint="merging again goes on where it stopped",
+            )
+
+    def note(self, done_bytes: int, total_bytes: int) -> None:
+        """How far this pass is."""
+        self._done_bytes, self._total_bytes = done_bytes, total_bytes
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes a second at most."""
+        return self._wish.max_rate_bytes
+
+
+class _Pace:
+    """The progress of one pass: told, slowed down, stopped."""
+
+    def __init__(self, merging: Merging) -> None:
+        self._merging = merging
+        self._began = self._resumed = time.monotonic()
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        self._merging.note(done_bytes, total_bytes)
+        self._merging.look()
+        if self._merging.rate is None:  # half of the time the clients have the processors and the device alone
+            time.sleep(min(_REST * (time.monotonic() - self._resumed), _NAP_SECONDS))
+            self._resumed = time.monotonic()
+        while self._merging.rate is not None:
+            ahead = done_bytes / self._merging.rate - (time.monotonic() - self._began)
+            if ahead <= 0:
+                return
+            time.sleep(min(ahead, _NAP_SECONDS))
+            self._merging.look()
+
+
+def owned_bytes(layer: Layer) -> int:
+    """How much of the disk a layer owns."""
+    if not layer.block_size_bytes:
+        return layer.size_bytes
+    per_block = whole_sectors(layer.block_size_bytes)
+    sectors, end = 0, whole_sectors(layer.size_bytes)
+    for block in np.flatnonzero(layer.allocated_blocks()).tolist():
+        owned, inside = layer.owned_sectors(block), min(per_block, end - block * per_block)
+        sectors += inside if owned is None else int(np.count_nonzero(owned[:inside]))
+    return sectors_to_bytes(sectors)
+
+
+def _path(layer: Layer) -> str:
+    return layer.store.name

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the control socket can do: report the server's state, freeze disks, change exports, disconnect clients, end it.
+
+Decides what each method takes and answers. How requests are encoded is decided in `control`, in which order a leaf
+becomes a parent in `chain.verbs.live`. A method that holds exports, or reads files, is marked as taking long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from vhdkit import errors
+from vhdkit.chain.names.resolve import allowed_folders
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.resize import resize_open
+from vhdkit.disk import Disk
+from vhdkit.folder import real_path
+from vhdkit.serve.control.confinement import Confinement
+from vhdkit.serve.control.merging import MergeWish, Merging
+from vhdkit.serve.control.server import BadParams, Method, Params
+from vhdkit.serve.nbd.connection import Connection
+from vhdkit.serve.nbd.server import NbdServer
+from vhdkit.serve.opening import ImageExport, Wanted, kind_of, open_exports, wanted_of_document
+
+
+class Operations:
+    """The methods of one server. `started` is when it began to serve, in seconds since the epoch."""
+
+    def __init__(self, server: NbdServer, exports: list[ImageExport]) -> None:
+        self._server = server
+        self._exports = exports
+        self._started = time.time()
+        self._merges: dict[str, Merging] = {}  # under way, by export
+        self._changing = threading.Lock()  # who changes a chain that no merge has in hand, or takes one in hand
+        self._prepared: Freezing | None = None  # new leaves that are made, for the next snapshot
+
+    def methods(self, confined: Confinement | None = None) -> dict[str, Method]:
+        """By the names they are called by. `confined`: for askers who may not have files opened and made anywhere."""
+        return {
+            "status": Method(self._status),
+            "prepare": Method(partial(self._prepare, confined), takes_long=True),
+            "snapshot": Method(partial(self._snapshot, confined), takes_long=True),
+            "merge": Method(self._merge, takes_minutes=True),
+            "cancel": Method(self._cancel),
+            "resize": Method(self._resize, takes_long=True),
+            "set-read-only": Method(self._set_read_only, takes_long=True),
+            "add": Method(partial(self._add, confined), takes_long=True),
+            "remove": Method(self._remove, takes_long=True),
+            "disconnect": Method(self._disconnect),
+            "shutdown": Method(self._shutdown),
+        }
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def _find(self, name: object) -> ImageExport:
+        for export in self._exports:
+            if export.name == name:
+                return export
+        names = ", ".join(repr(export.name) for export in self._exports)
+        raise errors.NotFound(f"there is no export {name!r}; there are {names}")
+
+    def _one_or_all(self, params: Params) -> list[ImageExport]:
+        """The export that `export` names, or all of them."""
+        name = _text(params, "export")
+        return list(self._exports) if name is None else [self._find(name)]
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def _status(self, params: Params) -> object:
+        """Exports with their layers, clients, counters. On the loop: it waits for nothing."""
+        _only(params)
+        stats = self._server.stats
+        return {
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.time() - self._started, 3),
+            "exports": [_export_document(export) | self._merge_document(export) for export in self._exports],
+            "clients": [_client_document(connection) for connection in self._server.connections],
+            "requests": stats.requests,
+            "errors": stats.errors,
+            "bytes_received": stats.bytes_received,
+            "bytes_sent": stats.bytes_sent,
+            "latency_us": [[limit, count] for limit, count in stats.histogram_us().items()],
+        }
+
+    def _merge_document(self, export: ImageExport) -> dict[str, Any]:
+        merging = self._merges.get(export.name)
+        return {"merge": None if merging is None else merging.document()}
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def _merge(self, params: Params) -> object:
+        """Fold layers of one export into one of them while clients go on.
+
+        {"export", "layer": path or null (the leaf), "into": path or null (its parent), "max_rate_bytes": or null}
+        """
+        _only(params, "export", "layer", "into", "max_rate_bytes")
+        name = _text(params, "export")
+        rate = params.get("max_rate_bytes")
+        if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
+            raise BadParams('"max_rate_bytes" is a positive number')
+        wish = MergeWish(_text(params, "layer"), _text(params, "into"), rate)
+        with self._changing:  # a snapshot under way ends first: the chain it leaves is merged
+            export = self._find(name)
+            self._forget_prepared()
+            self._refuse_merging([export])
+            merging = Merging(self._server, export, wish)
+            self._merges[export.name] = merging
+        try:
+            with self._server.using():
+                return merging.run()
+        finally:
+            del self._merges[export.name]
+
+    def _cancel(self, params: Params) -> object:
+        """Stop the merge of an export, or all; what it copied is not lost. {"export": name or null}"""
+        _only(params, "export")
+        exports = self._one_or_all(params)
+        stopped = [export.name for export in exports if export.name in self._merges]
+        for name in stopped:
+            self._merges[name].cancel()
+        return {"exports": stopped}
+
+    def _refuse_merging(self, exports: list[ImageExport]) -> None:
+        """Raise ImageInUse for an export whose layers are being merged: its chain is in somebody else's hands."""
+        for export in exports:
+            if export.name in self._merges:
+                raise errors.ImageInUse(
+                    f"the layers of export {export.name!r} are being merged",
+                    path=export.image_path,
+                    hint="wait for it (`status` says how far it is), or stop it: cancel",
+                )
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    def _prepare(self, confined: Confinement | None, params: Params) -> object:
+        """Make the new leaves of a snapshot, so that taking it is short; parameters as `snapshot`'s.
+
+        They go when another is prepared or taken, and with {"exports": {}} or the server's end.
+        """
+        pairs = [] if params == {"exports": {}} else self._pairs(confined, params)
+        with self._changing:
+            self._forget_prepared()
+            if not pairs:
+                return {"exports": {}}
+            self._refuse_merging([export for export, _ in pairs])
+            self._prepared = Freezing([(export.disk.chain, path) for export, path in pairs])
+            paths = self._prepared.paths
+        return {"exports": {export.name: path for (export, _), path in zip(pairs, paths, strict=True)}}
+
+    def _forget_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            with contextlib.suppress(errors.VhdkitError):  # somebody removed them already
+                prepared.__exit__()
+
+    def close(self) -> None:
+        """The server has ended: what was only prepared goes."""
+        with self._changing:
+            self._forget_prepared()
+
+    def _freezing(self, pairs: list[tuple[ImageExport, str | None]]) -> Freezing:
+        """New leaves: those that were prepared for just this, or others."""
+        chains = [(export.disk.chain, path) for export, path in pairs]
+        prepared = self._prepared
+        if prepared is not None and prepared.is_for(chains):
+            self._prepared = None
+            return prepared
+        self._forget_prepared()
+        return Freezing(chains)
+
+    def _pairs(self, confined: Confinement | None, params: Params) -> list[tuple[ImageExport, str | None]]:
+        """What is to be frozen, and where its new leaf goes. Raises BadParams and what stands against it."""
+        _only(params, "exports")
+        wanted = params.get("exports")
+        if wanted is None:
+            wanted = {export.name: None for export in self._exports}
+        if not isinstance(wanted, dict) or not wanted:
+            raise BadParams('"exports" is an object: {export: path of the new leaf or null}')
+        pairs = [(self._find(name), _new_path(path)) for name, path in wanted.items()]
+        for export, _ in pairs:
+            if export.is_temporary:
+                raise errors.InvalidArgument(
+                    f"export {export.name!r} is a temporary overlay: there is no image to freeze",
+                    path=export.image_path,
+                )
+        if confined is not None:
+            pairs = [(export, _confined_place(confined, export, path)) for export, path in pairs]
+        for export, path in pairs:
+            _check_place(export, path)
+        return pairs
+
+    def _snapshot(self, confined: Confinement | None, params: Params) -> object:
+        """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}, without it all exports."""
+        pairs = self._pairs(confined, params)
+        exports = [export for export, _ in pairs]
+        with self._changing:
+            self._refuse_merging(exports)
+            frozen = [export.disk.path for export in exports]
+            with self._freezing(pairs) as freezing, self._server.hold(exports):
+                began = time.monotonic()
+                disks = [Disk(chain) for chain in freezing.freeze()]
+                for export, disk in zip(exports, disks, strict=True):
+                    export.exchange(disk)
+                freezing.done()
+                held = time.monotonic() - began
+        rows = [
+            {"export": export.name, "frozen": old, "leaf": new}
+            for export, old, new in zip(exports, frozen, freezing.paths, strict=True)
+        ]
+        return {"snapshots": rows, "held_seconds": round(held, 6)}
+
+    def _resize(self, params: Params) -> object:
+        """Give the disk of one export another size; {"export", "size_bytes", "shrink", "under_clients"}.
+
+        Clients that are connected keep the size they were told; those that come anew see the new one. So a smaller
+        size, which wants `shrink`, is refused while clients are connected, unless `under_clients` is true.
+        """
+        _only(params, "export", "size_bytes", "shrink", "under_clients")
+        shrink, under_clients = _flag(params, "shrink"), _flag(params, "under_clients")
+        export, size = self._find(_text(params, "export")), params.get("size_bytes")
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise BadParams('"size_bytes" is a positive number')
+        if export.manner.overlay:
+            raise errors.InvalidArgument("lies under an overlay and is not changed", path=export.image_path)
+        if export.read_only:
+            raise errors.ReadOnly("is served for reading only", path=export.image_path)
+        with self._changing:
+            self._refuse_merging([export])
+            self._forget_prepared()
+            with self._server.hold([export]):
+                if size < export.disk.size_bytes and not under_clients:
+                    self._refuse_clients(export)
+                chain, outcome = resize_open(export.disk.chain, size, shrink=shrink)
+                export.exchange(Disk(chain))
+        if isinstance(outcome, errors.VhdkitError):
+            raise outcome
+        return {
+            "export": export.name,
+            "size_before_bytes": outcome.virtual_size_before_bytes,
+            "size_bytes": outcome.virtual_size_after_bytes,
+            "notes": list(outcome.notes),
+        }
+
+    def _refuse_clients(self, export: ImageExport) -> None:
+        """Raise ImageInUse while clients are connected, who would go on using what is cut off."""
+        clients = [one for one in self._server.connections if one.export is export]
+        if clients:
+            raise errors.ImageInUse(
+                f"{len(clients)} clients are connected to {export.name!r} and would keep the larger size",
+                path=export.image_path,
+                hint="disconnect them first (`disconnect --export`), or say --under-clients",
+            )
+
+    def _set_read_only(self, params: Params) -> object:
+        """What was written is on the device, and no more is written; {"export", "read_only": true}."""
+        _only(params, "export", "read_only")
+        exports = self._one_or_all(params)
+        read_only = params.get("read_only", True)
+        if not isinstance(read_only, bool):
+            raise BadParams('"read_only" is true or false')
+        for export in exports:
+            if not read_only and not export.disk.chain.writable:
+                raise errors.ReadOnly("was opened for reading only", path=export.image_path)
+        with self._server.hold(exports):
+            for export in exports:
+                export.disk.flush()
+            for export in exports:
+                export.set_read_only(read_only)
+        return {"exports": [export.name for export in exports], "read_only": read_only}
+
+    def _add(self, confined: Confinement | None, params: Params) -> object:
+        """Serve one more image; the parameters are those of an entry of an exports file (`opening`)."""
+        try:
+            wanted = wanted_of_document(params)
+        except errors.InvalidArgument as error:
+            raise BadParams(error.problem) from error
+        if confined is not None:
+            wanted = _confined_image(confined, wanted)
+        held = next((one for one in self._exports if real_path(one.image_path) == real_path(wanted.path)), None)
+        if held is not None:
+            raise errors.ImageInUse(f"is served already, as {held.name!r}", path=wanted.path)
+        assert wanted.manner is not None
+        [export] = open_exports([wanted], wanted.manner)
+        try:
+            self._server.add_export(export)
+        except BaseException:
+            export.disk.close()
+            raise
+        self._exports.append(export)
+        return {"export": _export_document(export)}
+
+    def _remove(self, params: Params) -> object:
+        """Serve an export no longer; what was written is on the device then. {"export", "disconnect": false}
+
+        Refused while it has clients, unless `disconnect` hangs up on them first; they do not find it again.
+        """
+        _only(params, "export", "disconnect")
+        export, disconnect = self._find(_text(params, "export")), _flag(params, "disconnect")
+        with self._changing, self._server.using():  # the server's end leaves the disk to us
+            self._refuse_merging([export])
+            self._server.remove_export(export, disconnect=disconnect)
+            self._exports.remove(export)
+            export.disk.close()
+        return {"export": export.name}
+
+    def _disconnect(self, params: Params) -> object:
+        """Send away one client, by its number, or all clients of an export; {"client"} or {"export"}."""
+        _only(params, "client", "export")
+        number = params.get("client")
+        if ("client" in params) == ("export" in params):
+            raise BadParams('either "client", a number, or "export", a name')
+        if "export" in params:
+            export = self._find(_text(params, "export"))
+            leaving = [one for one in self._server.connections if one.export is export]
+        elif isinstance(number, int) and not isinstance(number, bool):
+            leaving = [one for one in self._server.connections if one.number == number]
+            if not leaving:
+                raise errors.NotFound(f"there is no client {number}")
+        else:
+            raise BadParams('"client" is a number')
+        self._server.disconnect(leaving)
+        return {"clients": [one.number for one in leaving]}
+
+    def _shutdown(self, params: Params) -> object:
+        """End as SIGTERM does."""
+        _only(params)
+        self._server.stop()
+        return {}
+
+
+def _only(params: Params, *names: str) -> None:
+    """Raise BadParams for a parameter that the method does not know: it may be a slip of the pen."""
+    unknown = [name for name in params if name not in names]
+    if unknown:
+        raise BadParams(f"unknown parameters: {', '.join(unknown)}")
+
+
+def _text(params: Params, name: str) -> str | None:
+    value = params.get(name)
+    if value is not None and not isinstance(value, str):
+        raise BadParams(f'"{name}" is a text')
+    return value
+
+
+def _flag(params: Params, name: str) -> bool:
+    value = params.get(name, False)
+    if not isinstance(value, bool):
+        raise BadParams(f'"{name}" is true or false')
+    return value
+
+
+def _new_path(path: object) -> str | None:
+    """Where a child is to lie. The server's own folder is nobody's business, so it is said in full."""
+    if path is None:
+        return None
+    if not isinstance(path, str) or not path.startswith(os.sep) or "\0" in path:
+        raise BadParams("the path of a new leaf is absolute, or null for the usual name")
+    return path
+
+
+def _confined_place(confined: Confinement, export: ImageExport, path: str | None) -> str | None:
+    """Where a stranger has a new leaf made."""
+    if path is None:
+        confined.beside(export.image_path)
+        return None
+    return confined.new_file(path)
+
+
+def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
+    """What a stranger wants served, with real paths. Which image is the newest, and where, is not for him to ask."""
+    assert wanted.manner is not None
+    if wanted.manner.follow_leaf:
+        raise errors.AccessDenied(
+            "a control owner names the newest image itself, and cannot have it looked for", path=wanted.path
+        )
+    options = wanted.manner.options
+    folders = tuple(confined.folder(folder) for folder in options.parent_dirs)
+    known = tuple(confined.image(image) for image in options.known_images)  # each of them is opened, too
+    manner = replace(wanted.manner, options=replace(options, parent_dirs=folders, known_images=known))
+    return replace(wanted, path=confined.image(wanted.path), manner=manner)
+
+
+def _check_place(export: ImageExport, path: str | None) -> None:
+    """Refuse a new leaf that nobody would find who opens the frozen one: its data would be written over unseen."""
+    folders = allowed_folders(export.image_path, export.manner.options.parent_dirs)
+    if path is not None and os.path.dirname(real_path(path)) not in folders:
+        raise errors.InvalidArgument(
+            f"the new leaf {errors.printable(path)} would lie where nobody looks for children of the frozen image",
+            path=export.image_path,
+            hint="put it into the same folder, or start the server with --allow-parent-dir and that folder",
+        )
+
+
+def _export_document(export: ImageExport) -> dict[str, Any]:
+    """An export as `status` tells it. Layers are listed leaf first."""
+    disk = export.disk
+    layers = [
+        {"path": layer.store.name, "kind": kind_of(layer), "unique_id": unique_id, "writable": layer.writable}
+        for layer, unique_id in zip(disk.chain.layers, disk.layer_ids, strict=True)
+    ]
+    return {
+        "name": export.name,
+        "description": export.description,
+        "path": export.image_path,
+        "size_bytes": disk.size_bytes,
+        "read_only": export.read_only,
+        "overlay": export.is_temporary,
+        "jobs": export.jobs,
+        "layers": layers,
+    }
+
+
+def _client_document(connection: Connection) -> dict[str, Any]:
+    return {
+        "client": connection.number,
+        "peer": connection.peer,
+        "export": connection.export.name if connection.export is not None else None,
+        "tls": connection.is_secure,
+        "connected_seconds": round(time.time() - connection.opened, 3),
+    }

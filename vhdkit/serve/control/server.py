@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket: JSON-RPC 2.0, one message a line, on the same loop as the NBD clients.
+
+Decides how requests and answers are encoded, and that a client is bounded: a line has at most `MAX_LINE_BYTES`, one
+request of a client is processed at a time, and nothing more is read from it meanwhile. What a method does is decided
+in `operations`. Methods that may take long run one after the other on a thread of their own, never on the loop's
+workers, because holding an export waits for those; methods that take minutes get a thread each. The kernel says which
+user asks (SO_PEERCRED): clients of other users can call only some methods, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from vhdkit import errors
+from vhdkit.serve.nbd.channel import Channel
+from vhdkit.serve.nbd.loop import READABLE, WRITABLE, Loop
+from vhdkit.units import KIB
+
+MAX_LINE_BYTES = 64 * KIB
+MAX_CLIENTS = 32
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
+_ACCEPT_AGAIN_SECONDS = 0.2
+_PEER = struct.Struct("3i")  # struct ucred: process, user, group
+FAILED = -32000  # the operation failed: `data` says how
+_log = logging.getLogger(__name__)
+
+Params: TypeAlias = dict[str, Any]
+Reply: TypeAlias = Callable[[bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Something that can be asked for. `work` raises VhdkitError, or BadParams for wrong parameters."""
+
+    work: Callable[[Params], object]
+    takes_long: bool = False
+    takes_minutes: bool = False  # nothing else waits for it: a thread of its own, one a client at most
+
+
+class BadParams(Exception):
+    """The parameters of a request are not what the method takes."""
+
+
+class _Refused(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        self.code = code
+        super().__init__(text)
+
+
+class Control:
+    """The control socket of one server. All methods run on the loop's thread, `close` after the loop has ended."""
+
+    def __init__(
+        self, loop: Loop, methods: dict[str, Method], strangers_methods: dict[str, Method] | None = None
+    ) -> None:
+        """`strangers_methods` are for peers who are neither our user nor root; without them they are sent away."""
+        self.loop = loop
+        self._methods = methods
+        self._strangers_methods = strangers_methods
+        self._clients: set[_Client] = set()
+        self._long: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._minutes: list[threading.Thread] = []
+
+    def listen(self, sock: socket.socket) -> None:
+        """Take clients from a listening socket, which stays the caller's."""
+        sock.setblocking(False)
+        self.loop.watch(sock.fileno(), READABLE, lambda events: self._accept(sock))
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors: not again and again
+            _log.error("control: cannot take a client: %s", error)
+            self.loop.unwatch(listener.fileno())
+            self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self.listen(listener))
+            return
+        methods = self._methods if _is_ours(sock) else self._strangers_methods
+        if len(self._clients) >= MAX_CLIENTS or methods is None:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._clients.add(_Client(self, sock, methods, self._clients.discard))
+
+    def close(self) -> None:
+        """Wait for what is being done, and hang up. Work of minutes sees by itself that the server has ended."""
+        for thread in self._minutes:
+            thread.join()
+        if self._worker is not None:
+            self._long.put(None)
+            self._worker.join()
+        for client in list(self._clients):
+            client.forget()
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def call(self, raw: bytes, methods: dict[str, Method], reply: Reply) -> None:
+        """Do what the line asks for, by one of `methods`; `reply` gets the answer's line, now or later, or nothing."""
+        number: object = None
+        try:
+            try:
+                request = json.loads(raw)
+            except (ValueError, RecursionError) as error:
+                raise _Refused(PARSE_ERROR, "this is not JSON") from error
+            if not isinstance(request, dict):
+                raise _Refused(INVALID_REQUEST, "a request is one JSON object on one line")
+            number = request.get("id")
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | str)):
+                number = None
+                raise _Refused(INVALID_REQUEST, "an id is a number or a text")
+            method, params = _parsed(request, methods)
+        except _Refused as problem:
+            reply(_failure(number, problem.code, str(problem)))
+            return
+        answered = "id" in request  # else it is a notification: nobody waits for an answer
+
+        def run() -> bytes:
+            answer = _answer(number, method, params)
+            return answer if answered else b""
+
+        if method.takes_minutes:
+            thread = threading.Thread(target=self._run_long, args=(run, reply), name="control-minutes", daemon=True)
+            self._minutes = [one for one in self._minutes if one.is_alive()] + [thread]
+            thread.start()
+            return
+        if not method.takes_long:
+            reply(run())
+            return
+        self._start_worker()
+        self._long.put(lambda: self._run_long(run, reply))
+
+    def _run_long(self, run: Callable[[], bytes], reply: Reply) -> None:
+        answer = run()
+        self.loop.post(lambda: reply(answer))
+
+    def _start_worker(self) -> None:
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="control", daemon=True)
+            self._worker.start()
+
+    def _work(self) -> None:
+        while (job := self._long.get()) is not None:
+            job()
+
+
+def _parsed(request: dict[str, Any], methods: dict[str, Method]) -> tuple[Method, Params]:
+    name, params = request.get("method"), request.get("params", {})
+    if request.get("jsonrpc") != "2.0" or not isinstance(name, str):
+        raise _Refused(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
+    if not isinstance(params, dict):
+        raise _Refused(INVALID_PARAMS, "parameters are given by name")
+    method = methods.get(name)
+    if method is None:
+        raise _Refused(NO_METHOD, f"there is no such method; there are {', '.join(methods)}")
+    return method, params
+
+
+def _is_ours(sock: socket.socket) -> bool:
+    """True for a peer with our user's power over files, as the kernel noted when it connected."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    _, user_id, _ = _PEER.unpack(raw)
+    return user_id in (0, os.geteuid())
+
+
+def _answer(number: object, method: Method, params: Params) -> bytes:
+    """Run the method; the line that tells its result or its failure."""
+    try:
+        return _line({"jsonrpc": "2.0", "id": number, "result": method.work(params)})
+    except BadParams as problem:
+        return _failure(number, INVALID_PARAMS, str(problem))
+    except errors.VhdkitError as error:
+        data = {
+            "kind": type(error).__name__,
+            "exit_code": error.exit_code,
+            "problem": error.problem,
+            "path": error.path,
+            "hint": error.hint,
+        }
+        return _failure(number, FAILED, str(error), data)
+    except Exception as error:  # a mistake of ours: the disks are served on
+        _log.exception("control: an internal error")
+        return _failure(number, INTERNAL, f"internal error: {type(error).__name__}")
+
+
+def _failure(number: object, code: int, text: str, data: object = None) -> bytes:
+    problem: dict[str, object] = {"code": code, "message": text}
+    if data is not None:
+        problem["data"] = data
+    return _line({"jsonrpc": "2.0", "id": number, "error": problem})
+
+
+def _line(document: object) -> bytes:
+    return json.dumps(document).encode() + b"\n"
+
+
+class _Client:
+    """Somebody at the control socket."""
+
+    def __init__(
+        self, control: Control, sock: socket.socket, methods: dict[str, Method], left: Callable[[_Client], None]
+    ) -> None:
+        self._control = control
+        self._methods = methods
+        self._left = left
+        self._channel = Channel(control.loop, sock, self._proceed)
+        self._room = memoryview(bytearray(MAX_LINE_BYTES + 1))
+        self._input = bytearray()
+        self._busy = False  # with a request
+        self._ended = False  # it sends nothing more, or is not listened to any more
+
+    def _proceed(self, events: int = 0) -> None:
+        try:
+            self._channel.ready_to_send(events)
+            if events & ~WRITABLE and not self._blocked():
+                self._receive()
+            while not self._blocked() and self._take_line():
+                pass
+        except OSError:
+            self._channel.close()
+        done = self._ended and not (self._busy or self._channel.unsent or b"\n" in self._input)
+        if done or self._channel.is_closed():
+            self._channel.close()
+            self._left(self)
+        else:
+            self._channel.watch(reading=not self._blocked() and not self._ended)
+
+    def _blocked(self) -> bool:
+        return self._busy or bool(self._channel.unsent) or self._channel.is_closed()
+
+    def _receive(self) -> None:
+        received = self._channel.receive_into(self._room)
+        if received == 0:
+            self._ended = True
+        elif received:
+            self._input += self._room[:received]
+
+    def _take_line(self) -> bool:
+        """Serve the next whole line; False when there is none."""
+        end = self._input.find(b"\n")
+        if end > MAX_LINE_BYTES or (end < 0 and len(self._input) > MAX_LINE_BYTES):
+            self._input.clear()
+            self._ended = True
+            text = f"a line has at most {MAX_LINE_BYTES} bytes"
+            self._channel.send(_failure(None, INVALID_REQUEST, text))
+            return False
+        if end < 0:
+            return False
+        raw = bytes(self._input[:end])
+        del self._input[: end + 1]
+        if raw.strip():
+            self._busy = True
+            self._control.call(raw, self._methods, self._reply)
+        return True
+
+    def _reply(self, answer: bytes) -> None:
+        later = self._busy
+        self._busy = False
+        self._channel.send(answer)
+        if later:
+            self._control.loop.post(self._proceed)
+
+    def forget(self) -> None:
+        """The loop has ended."""
+        self._channel.close()

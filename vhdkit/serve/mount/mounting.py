@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mounting and unmounting: in which order things are mounted on top of one another, and unmounted again.
+
+Decides what is refused before anything is opened, that a mount is usable when `mount` returns, and that a failure
+leaves nothing behind. Must not know libfuse (`fuse`), how the kernel is asked (`host`), nor the drivers'
+options (`drivers`).
+
+    image -> server process -> FUSE mount                              a folder, or one file
+                                   -> loop device -> file system       --fs as root: direct I/O
+                                   -> FUSE driver -> file system       --fs otherwise
+
+Unmounting goes the other way: file system, loop device, FUSE mount; then it waits for the server, which flushes and
+closes the image last. What is mounted is read from the kernel's tables, so a mount whose server was killed is found
+and removed like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from vhdkit import errors
+from vhdkit.folder import PrivateFolder, real_path, remove_file
+from vhdkit.formats.filesystems import FileSystem
+from vhdkit.serve.mount import drivers, host, table
+from vhdkit.serve.mount import fuse as fuse_mount
+from vhdkit.serve.mount.tree import DISK_NAME, INFO_NAME, PARTITIONS, Model, Tree, build_file, build_folder
+from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+
+log = logging.getLogger(__name__)
+
+# Runs what it is given in a process of its own, and returns when that is ready or has ended: (body, whether it talks).
+Start: TypeAlias = Callable[[Callable[[Callable[[], None]], int], bool], host.Child]
+
+_WITHOUT_JOURNAL = (
+    "the file system was not unmounted: it is shown as it stands, without what its journal holds (--overlay has the"
+    " journal replayed, and throws that away at the end)"
+)
+_BUSY_SECONDS = 120.0  # a FUSE driver may still be writing after its mount is gone
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to be mounted where. `partition` and `file_system` as the command line's --partition and --fs.
+
+    `stays`: the caller waits for the server, which then writes to its standard error.
+    """
+
+    image: str
+    mountpoint: str
+    manner: Manner
+    as_file: bool = False
+    partition: int | None = None
+    file_system: bool = False
+    allow_other: bool = False
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount that can be used. `base` is the FUSE mount, elsewhere than `mountpoint` when a file system is."""
+
+    mountpoint: str
+    base: str
+    image: str
+    size_bytes: int
+    writable: bool
+    child: host.Child
+    driver: str | None = None
+    file_system: FileSystem | None = None
+    notes: tuple[str, ...] = ()
+
+
+def mount(wish: Wish, start: Start) -> Mounted:
+    """Mount an image; returns when it can be used. `start` makes the server's process.
+
+    Raises what opening the image raises, InvalidArgument, NotFound, AccessDenied, AlreadyExists (something is mounted
+    there), UnsupportedFormat (no file system, or no driver for it), IoFailed.
+    """
+    host.check_fuse()
+    mountpoint = check_mountpoint(wish)
+    fuse_mount.load()
+    export = open_exports([Wanted(wish.image, "disk")], wish.manner)[0]
+    with contextlib.ExitStack() as undo:
+        if wish.manner.keep_overlay is not None:
+            undo.callback(_remove_quietly, wish.manner.keep_overlay)
+        undo.callback(_let_go, export)
+        model = Model(export, time.time_ns())
+        found = _wanted_file_system(wish, model) if wish.file_system else None
+        base = mountpoint
+        if found is not None:
+            folder = PrivateFolder()
+            undo.callback(folder.close)
+            base = real_path(folder.path)
+        tree = _tree(wish, model, mountpoint)
+        plan = _plan(wish, found, model.writable) if found is not None else []
+        child = _start(start, wish, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
+        undo.callback(_take_down, base)
+        if device := _device(base):
+            host.read_ahead(device)
+        driver: str | None = None
+        notes: tuple[str, ...] = ()
+        if found is not None:
+            driver, notes = _mount_inside(plan, found, _file_of(wish, base), mountpoint, export)
+        undo.pop_all()
+    _let_go(export)
+    return Mounted(
+        mountpoint,
+        base,
+        os.path.abspath(export.image_path),
+        tree.size_bytes,
+        model.writable,
+        child,
+        driver,
+        found,
+        notes,
+    )
+
+
+def check_mountpoint(wish: Wish) -> str:
+    """The real path of the mount point, which can be mounted on. Raises NotFound, InvalidArgument, AlreadyExists."""
+    path = wish.mountpoint
+    kind = host.kind_of_place(path)
+    real = real_path(path)
+    if kind == "dead":
+        raise errors.AlreadyExists(
+            "a mount is there whose server is gone", path=path, hint=f"run: vhdkit umount {errors.quoted(path)}"
+        )
+    if kind == "missing":
+        made = "touch" if wish.as_file else "mkdir"
+        raise errors.NotFound("the mount point is not there", path=path, hint=f"run: {made} {errors.quoted(path)}")
+    if table.top_at(host.mounts(), real) is not None:
+        raise errors.AlreadyExists(
+            "something is mounted there already",
+            path=path,
+            hint="`vhdkit mounts` lists what vhdkit mounted, `vhdkit umount` takes it away",
+        )
+    if wish.as_file and kind != "file":
+        raise errors.InvalidArgument("is not a file: --file mounts the disk over a regular file", path=path)
+    if not wish.as_file and kind != "folder":
+        raise errors.InvalidArgument(
+            "is not a folder", path=path, hint="to mount the disk over a regular file say --file"
+        )
+    if not wish.as_file and not host.is_empty(path):
+        raise errors.InvalidArgument(
+            "is not empty: what is in it could not be seen while it is mounted on", path=path,
+            hint="choose an empty folder",
+        )  # fmt: skip
+    return real
+
+
+def _wanted_file_system(wish: Wish, model: Model) -> FileSystem:
+    path = model.export.image_path
+    if wish.partition is not None:
+        partition = model.partition(wish.partition)
+        found, file = partition.file_system, f"{PARTITIONS}/{partition.file_name}"
+    elif model.table is not None and model.partitions:
+        numbers = ", ".join(str(one.partition.number) for one in model.partitions)
+        raise errors.InvalidArgument(
+            "has partitions, and --fs is for one of them", path=path, hint=f"say which: --partition {numbers}"
+        )
+    else:
+        found, file = model.whole, DISK_NAME
+    if found is not None and any(drivers.attempts(found, writable=False, is_root=host.is_root())):
+        return found
+    what = "no file system that vhdkit knows" if found is None else f"{found.kind}, which cannot be mounted here"
+    raise errors.UnsupportedFormat(
+        f"{file} holds {what}", path=path, hint=drivers.advice(found, is_root=host.is_root(), file=file)
+    )
+
+
+def _plan(wish: Wish, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
+    """The drivers that are here, in the order in which they are tried. Raises UnsupportedFormat when none is."""
+    is_root, safe_loop = host.is_root(), host.loop_writes_are_safe()
+    possible = list(
+        drivers.attempts(found, writable=writable, is_root=is_root, allow_other=wish.allow_other, safe_loop=safe_loop)
+    )
+    here = [one for one in possible if host.find_program(one.words[0]) is not None]
+    if here:
+        return here
+    if not possible:
+        hint = (
+            "the memory of this process is limited in a way (cgroup version 1) in which the kernel's driver could wait"
+            " for itself: mount outside of that limit, with CAP_SYS_RESOURCE, or read-only"
+        )
+    else:
+        hint = drivers.advice(found, is_root=is_root, file=DISK_NAME)
+    raise errors.UnsupportedFormat(f"no driver for its {found.kind} is here", path=wish.image, hint=hint)
+
+
+def _tree(wish: Wish, model: Model, mountpoint: str) -> Tree:
+    if wish.as_file:
+        return build_file(model, wish.partition)
+    facts: dict[str, Any] = {"mounted_at": mountpoint}
+    return build_folder(model, facts)
+
+
+def _file_of(wish: Wish, base: str) -> str:
+    if wish.partition is None:
+        return os.path.join(base, DISK_NAME)
+    return os.path.join(base, PARTITIONS, f"{wish.partition}.raw")
+
+
+def _device(path: str) -> str | None:
+    found = table.top_at(host.mounts(), path)
+    return found.device if found is not None else None
+
+
+# -- the server ---------------------------------------------------------------------------------------------------
+
+
+def _let_go(export: ImageExport) -> None:
+    """Close the files, without a word to the image: it is the server's, or nobody has written to it."""
+    for layer in export.disk.chain.layers:
+        layer.store.close()
+
+
+def _remove_quietly(path: str) -> None:
+    """Take back a child that nobody came to use."""
+    with contextlib.suppress(errors.VhdkitError):
+        remove_file(path)
+
+
+def _start(start: Start, wish: Wish, export: ImageExport, tree: Tree, base: str, *, root_needed: bool) -> host.Child:
+    others = wish.allow_other or (root_needed and not host.is_root())  # the base is in a folder of our own then
+    options = table.option_text(
+        {
+            "fsname": os.path.abspath(export.image_path),
+            "subtype": table.OUR_TYPE.partition(".")[2],
+            "ro": not tree.is_writable,
+            "default_permissions": True,
+            "allow_other": others,
+        }
+    )
+    child = start(lambda ready: _serve(export, tree, base, options, ready), wish.stays)
+    if not child.is_ready:
+        child.wait()
+        raise _refused(child.said, base, others_wanted=wish.allow_other)
+    return child
+
+
+def _serve(export: ImageExport, tree: Tree, base: str, options: str, ready: Callable[[], None]) -> int:
+    """The server's life: in its own process, to the last flush."""
+    presence = host.Presence()
+
+    def usable() -> None:
+        presence.show(base)
+        ready()
+
+    code = fuse_mount.serve(tree, base, options, usable)
+    presence.leave()
+    try:
+        export.disk.close()
+    except errors.VhdkitError as error:
+        log.error("%s", error)
+        presence.tell(str(error))
+        return error.exit_code
+    return code
+
+
+def _refused(said: str, mountpoint: str, *, others_wanted: bool) -> errors.VhdkitError:
+    """Why libfuse did not mount, by what it said."""
+    words = " ".join(line.strip() for line in said.splitlines() if "max threads" not in line)
+    if "allow_other" in words or "allow_root" in words:
+        what = "others may" if others_wanted else "the driver of this file system runs as root, which may"
+        otherwise = ", or leave out --allow-other" if others_wanted else ", or mount as root"
+        return errors.AccessDenied(
+            f"{what} not be let in by an ordinary user here", path=mountpoint,
+            hint=f"have root write the line user_allow_other into /etc/fuse.conf{otherwise}",
+        )  # fmt: skip
+    if "Permission denied" in words or "not permitted" in words or "no write access" in words:
+        hint = "an ordinary user mounts on folders that are his own"
+        return errors.AccessDenied(f"cannot be mounted on: {words}", path=mountpoint, hint=hint)
+    return errors.IoFailed(f"cannot be mounted on: {words or 'libfuse did not say why'}", path=mountpoint)
+
+
+# -- a file system in it ------------------------------------------------------------------------------------------
+
+
+def _mount_inside(
+    plan: list[drivers.Attempt], found: FileSystem, file: str, mountpoint: str, export: ImageExport
+) -> tuple[str, tuple[str, ...]]:
+    """Mount the file system in `file`; (the driver's name, what the user should know). Raises UnsupportedFormat.
+
+    A file system that the kernel has looked at and refused is not written to by another driver, which may be less
+    careful. Read-only, or over an overlay, the next one is tried, and what the kernel said is a note.
+    """
+    said: list[str] = []
+    refusals: list[str] = []
+    unknown = True
+    may_destroy = export.disk.writable and not export.is_temporary
+    for attempt in plan:
+        told = _try(attempt, file, mountpoint, export.disk.writable)
+        if told is None:
+            notes = [f"another driver refused it, {one}" for one in dict.fromkeys(refusals)]
+            return attempt.name, (*([_WITHOUT_JOURNAL] if attempt.leaves_journal else []), *notes)
+        said.append(f"{attempt.name}: {told.text}")
+        unknown = unknown and "unknown filesystem type" in told.text
+        if told.is_verdict and not attempt.leaves_journal:
+            refusals.append(said[-1])
+            if may_destroy:
+                raise errors.UnsupportedFormat(
+                    f"its {found.kind} was refused by {said[-1]}",
+                    path=export.image_path,
+                    hint="`dmesg` says why. Check it with its own tools, on a copy or a child; without --rw it may be"
+                    " read as it stands",
+                )
+    hint = drivers.advice(found, is_root=host.is_root(), file=file) if unknown else None
+    raise errors.UnsupportedFormat(
+        f"its {found.kind} cannot be mounted: {'; '.join(dict.fromkeys(said))}", path=export.image_path, hint=hint
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why an attempt came to nothing. `is_verdict`: a driver has looked at the file system and refused it."""
+
+    text: str
+    is_verdict: bool = False
+
+
+def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -> _Failure | None:
+    """One attempt: None when it is mounted, else why it is not; nothing is left then."""
+    source = file
+    if attempt.needs_loop:
+        told = host.run(
+            ["losetup", "--find", "--show", "--direct-io=on", *([] if writable else ["--read-only"]), file]
+        )
+        if told.code != 0:
+            return _Failure(told.text or "no loop device")
+        source = told.text
+        if writable and not host.loop_is_direct(source):
+            host.run(["losetup", "--detach", source])
+            return _Failure(
+                "the loop device has no direct I/O here, without which a writable mount could run into itself"
+            )
+    try:
+        told = host.run(attempt.command(source, mountpoint))
+    finally:
+        if attempt.needs_loop:
+            host.run(["losetup", "--detach", source])  # it stays for as long as it is mounted
+    if told.code == 0 and table.top_at(host.mounts(), mountpoint) is not None:
+        return None
+    text = told.text.removeprefix(f"mount: {mountpoint}: ").partition("; dmesg(1)")[0]
+    text = text.rstrip(".") or f"exit code {told.code}"
+    return _Failure(text, is_verdict=attempt.needs_loop and drivers.is_verdict(text))
+
+
+# -- unmounting ---------------------------------------------------------------------------------------------------
+
+
+def found_stacks() -> list[table.Stack]:
+    """Everything of ours that is mounted, oldest first."""
+    return list(table.stacks(host.mounts(), host.loop_files()))
+
+
+def umount(path: str, *, lazy: bool = False, force: bool = False) -> str | None:
+    """Take away a mount of ours with all that stands on it, and wait until the image is closed.
+
+    `lazy`: at once, whoever uses it; the image is closed when the last of them is done, which is not waited for.
+    `force` (root): whoever waits for it gets an error, and what was not flushed is lost; for a server that hangs.
+    Returns what went wrong when the image was closed, if anything did.
+    Raises NotFound, InvalidArgument, ImageInUse, AccessDenied, IoFailed.
+    """
+    real = _real_mountpoint(path)
+    found = found_stacks()
+    stack = table.stack_at(found, real) or _left_behind(found, real)
+    if stack is None:
+        raise _not_ours(path, real)
+    server = host.find_server(stack.base)
+    lazy = lazy or force
+    if force:  # ends all waiting; whether it unmounts, too, is of no matter
+        host.run(["umount", "-i", "-f", stack.base.mountpoint])
+    try:
+        for mounted, _ in reversed(stack.inside):
+            _umount_one(mounted.mountpoint, lazy=lazy)
+        if not force or table.top_at(host.mounts(), stack.base.mountpoint) is not None:
+            _umount_base(stack, patient=stack.base.mountpoint != real, lazy=lazy)
+    except BaseException:
+        if server is not None:
+            server.close()
+        raise
+    if server is None or lazy:
+        return None
+    return server.wait()
+
+
+def _left_behind(found: list[table.Stack], real: str) -> table.Stack | None:
+    """The mount under a file system that was at this path, and was unmounted without us."""
+    for stack in found:
+        if not stack.inside and host.find_server(stack.base) is not None:
+            facts = host.read_json(os.path.join(stack.base.mountpoint, INFO_NAME))
+            if facts.get("mounted_at") == real:
+                return stack
+    return None
+
+
+def _umount_base(stack: table.Stack, *, patient: bool, lazy: bool) -> None:
+    base = stack.base.mountpoint
+    deadline = time.monotonic() + (_BUSY_SECONDS if patient else 0)
+    while True:
+        try:
+            _umount_one(base, lazy=lazy)
+            break
+        except errors.ImageInUse:
+            if time.monotonic() >= deadline:
+                raise
+            host.pause()
+    if patient:
+        host.remove_folder(base)
+
+
+def _umount_one(mountpoint: str, *, lazy: bool) -> None:
+    if host.is_root():
+        command = ["umount", "-i", *(["-l"] if lazy else []), mountpoint]
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    told = host.run(command)
+    if told.code == 0:
+        return
+    if "busy" in told.text:
+        users = host.users_of(mountpoint)
+        by = f" by {', '.join(users[:3])}" if users else ""
+        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+        raise errors.ImageInUse(
+            f"is in use{by}{more}", path=mountpoint,
+            hint="close what is open there, or say --lazy: it goes when the last of them is done",
+        )  # fmt: skip
+    if "not permitted" in told.text or "must be superuser" in told.text or "not found in /etc/mtab" in told.text:
+        raise errors.AccessDenied(f"cannot be unmounted: {told.text}", path=mountpoint)
+    raise errors.IoFailed(f"cannot be unmounted: {told.text or f'exit code {told.code}'}", path=mountpoint)
+
+
+def _real_mountpoint(path: str) -> str:
+    """The real path, without looking at what is mounted there: its server may be dead."""
+    folder, name = os.path.split(os.path.abspath(path))
+    plain = os.path.join(real_path(folder), name)
+    if table.top_at(host.mounts(), plain) is not None:
+        return plain
+    return real_path(path)
+
+
+def _not_ours(path: str, real: str) -> errors.VhdkitError:
+    there = table.top_at(host.mounts(), real)
+    if there is None:
+        return errors.NotFound("nothing is mounted there", path=path, hint="`vhdkit mounts` lists what is")
+    return errors.InvalidArgument(
+        f"is a mount of {there.file_system}, not of vhdkit",
+        path=path,
+        hint="use the system's own umount, as for any other mount",
+    )
+
+
+def _take_down(base: str) -> None:
+    """Take away a FUSE mount that did not come to be used."""
+    with contextlib.suppress(errors.VhdkitError):
+        umount(base)
+
+
+# -- what there is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A mount of ours as it is now. `driver` mounts a file system in it; `pid` is None when the server is dead."""
+
+    mountpoint: str
+    base: str
+    image: str
+    writable: bool
+    driver: str | None
+    loop: str | None
+    pid: int | None
+
+
+def listed() -> list[Listed]:
+    """All of ours, oldest first; a file system in a mount stands for the mount."""
+    found = []
+    for stack in found_stacks():
+        base = stack.base
+        server = host.find_server(base)
+        pid = None if server is None else server.pid
+        if server is not None:
+            server.close()
+        if not stack.inside:
+            found.append(Listed(base.mountpoint, base.mountpoint, base.source, base.is_writable, None, None, pid))
+        for one, loop in stack.inside:
+            writable = base.is_writable and one.is_writable
+            found.append(
+                Listed(one.mountpoint, base.mountpoint, base.source, writable, table.driver_name(one), loop, pid)
+            )
+    return found

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A range of a disk as a file: what reading, writing, seeking and punching holes in it mean.
+
+Decides the errno of what cannot be done to a file of fixed size, how many of its bytes count as allocated, and when
+the disk of an older layer is opened. Must not know FUSE, names or mounts.
+
+    read, write     inside the range; a write that extends past the end is short, one that begins there gets ENOSPC,
+                    as on a block device
+    zero            both modes of `fallocate` that we support make zeros, which hide what parents have there
+    seek            the chain's extents, and the holes in its files
+    close           what was written is on the device when the file is closed, since the mount may end by a kill -9
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import OrderedDict
+from typing import Protocol
+
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.disk import Disk
+from vhdkit.image import ExtentKind
+from vhdkit.units import MIB
+
+SEEK_DATA, SEEK_HOLE = 3, 4  # of lseek(2) on Linux
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # of fallocate(2)
+MAX_OPEN_LAYERS = 8  # maps of older layers that are kept: one of a large disk has up to 40 MiB
+MAX_COUNTED_BLOCKS = 1 << 10  # of a disk whose bytes are counted exactly: each may cost a read of its bitmap
+_COUNT_RARELY = 20  # times as long as counting took until it is done again while the disk is written to
+_MAX_ZERO_BYTES = 64 * MIB  # in one go: others may write in between
+
+
+class Source(Protocol):
+    """Where the bytes of a view come from."""
+
+    written_ns: int  # when it was last written to, or the image itself was
+    changes: int  # how often it was written to while mounted
+
+    def disk(self) -> Disk:
+        """The disk, which stays open as long as somebody holds it."""
+        ...
+
+
+class LiveSource:
+    """The disk that is mounted, with what has been written to it."""
+
+    def __init__(self, disk: Disk, written_ns: int) -> None:
+        self._disk = disk
+        self.written_ns = written_ns
+        self.changes = 0
+
+    def disk(self) -> Disk:
+        """See `Source`."""
+        return self._disk
+
+    def touch(self) -> None:
+        """It was written to."""
+        self.changes += 1
+        self.written_ns = time.time_ns()
+
+
+class LayerDisks:
+    """The disk as of each layer of a chain, leaf first: opened when first used, over the files that are open anyway.
+
+    A few that were used last are kept. None is ever closed: the files are the mounted chain's.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self._layers = chain.layers
+        self._kept: OrderedDict[int, Disk] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, index: int) -> Disk:
+        """The disk that begins at that layer, which nobody writes to. Raises IoFailed, CorruptImage."""
+        with self._lock:
+            disk = self._kept.pop(index, None)
+            if disk is None:
+                disk = Disk(Chain(self._layers[index:]))
+            self._kept[index] = disk
+            while len(self._kept) > MAX_OPEN_LAYERS:
+                self._kept.popitem(last=False)
+            return disk
+
+
+class LayerSource:
+    """The disk as of one layer."""
+
+    def __init__(self, disks: LayerDisks, index: int, written_ns: int) -> None:
+        self._disks, self._index = disks, index
+        self.written_ns = written_ns
+        self.changes = 0
+
+    def disk(self) -> Disk:
+        """See `Source`."""
+        return self._disks.get(self._index)
+
+
+class View:
+    """A file: `size_bytes` bytes of a disk from `offset_bytes` on. Nobody but `live` ones can be `writable`."""
+
+    def __init__(
+        self, source: Source, size_bytes: int, *, offset_bytes: int = 0, writable: bool = False, settled: bool = False
+    ) -> None:
+        """`settled`: nothing can change it while it is mounted, so the kernel may keep what it has read."""
+        self.source = source
+        self.offset_bytes = offset_bytes
+        self.size_bytes = size_bytes
+        self.writable = writable
+        self.settled = settled
+        self._counted = -1
+        self._counted_at = -1  # number of changes
+        self._count_again = 0.0
+
+    def open(self, *, write: bool) -> Handle:
+        """An open file. Raises PermissionError (EACCES) for writing to what is read-only, and what opening raises."""
+        if write and not self.writable:
+            raise PermissionError(errno.EACCES, "may only be read")
+        return Handle(self, self.source.disk(), writable=write)
+
+    def allocated_bytes(self) -> int:
+        """How many bytes take space: for a disk of many pieces those of its blocks, else exactly those of its data."""
+        now = time.monotonic()
+        if self._counted < 0 or (self._counted_at != self.source.changes and now >= self._count_again):
+            changes = self.source.changes
+            self._counted = count_allocated(self.source.disk(), self.offset_bytes, self.size_bytes)
+            self._counted_at = changes
+            self._count_again = now + _COUNT_RARELY * (time.monotonic() - now)
+        return self._counted
+
+    def truncate(self, size_bytes: int) -> None:
+        """Nothing when it has that size; else EPERM, as ftruncate(2) says of file systems that cannot."""
+        if size_bytes != self.size_bytes:
+            raise OSError(errno.EPERM, "a disk has a fixed size")
+
+
+def count_allocated(disk: Disk, offset_bytes: int, size_bytes: int) -> int:
+    """Bytes of a range that some layer has data for."""
+    if size_bytes == 0:
+        return 0
+    blocks = [size for _, size, is_hole in disk.known_holes(offset_bytes, size_bytes) if not is_hole]
+    if sum(blocks) > MAX_COUNTED_BLOCKS * disk.chain.map.grain_bytes:
+        return sum(blocks)
+    runs = disk.extents(offset_bytes, size_bytes, find_holes=True)
+    return min(sum(run.size_bytes for run in runs if run.kind is ExtentKind.DATA), size_bytes)
+
+
+class Handle:
+    """An open file. Offsets count from the beginning of the view. Any thread."""
+
+    __slots__ = ("_base", "_disk", "_read", "_size", "_unflushed", "node", "settled", "writable")
+
+    def __init__(self, view: View, disk: Disk, *, writable: bool) -> None:
+        self.node = view
+        self._disk = disk
+        self._base = view.offset_bytes
+        self._size = view.size_bytes
+        self._read = disk.read_into
+        self._unflushed = False
+        self.writable = writable
+        self.settled = view.settled
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer`; returns how much there is, less than asked for only at the end. Raises IoFailed."""
+        size = len(buffer)
+        if offset + size > self._size:
+            size = max(self._size - offset, 0)
+            if size == 0:
+                return 0
+            buffer = buffer[:size]
+        self._read(self._base + offset, buffer)
+        return size
+
+    def write(self, offset: int, data: memoryview) -> int:
+        """Write what lies inside. Raises OSError (EBADF, ENOSPC), NoSpace, IoFailed, SyncFailed."""
+        self._check_writable()
+        size = len(data)
+        if offset + size > self._size:
+            size = self._size - offset
+            if size <= 0:
+                raise OSError(errno.ENOSPC, "the disk ends before")
+            data = data[:size]
+        try:
+            self._disk.write(self._base + offset, data)
+        finally:
+            self._touch()
+        return size
+
+    def zero(self, mode: int, offset: int, size: int) -> None:
+        """`fallocate`: punch a hole or zero a range. Raises OSError (EOPNOTSUPP, ENOSPC, EBADF), and as `write`."""
+        self._check_writable()
+        if mode not in (
+            FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE,
+            FALLOC_ZERO_RANGE,
+            FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE,
+        ):
+            raise OSError(errno.EOPNOTSUPP, "no such way of fallocate")
+        end = offset + size
+        if end > self._size and not mode & FALLOC_KEEP_SIZE:
+            raise OSError(errno.ENOSPC, "the disk ends before")
+        try:
+            for start in range(offset, min(end, self._size), _MAX_ZERO_BYTES):
+                piece = min(_MAX_ZERO_BYTES, min(end, self._size) - start)
+                self._disk.write_zeroes(self._base + start, piece)
+        finally:
+            self._touch()
+
+    def seek(self, offset: int, whence: int) -> int:
+        """The next data or hole from `offset` on. Raises OSError (ENXIO, EINVAL), IoFailed."""
+        if whence not in (SEEK_DATA, SEEK_HOLE):
+            raise OSError(errno.EINVAL, "no such way of seeking")
+        if not 0 <= offset < self._size:
+            raise OSError(errno.ENXIO, "behind the end")
+        first = self._base + offset
+        for extent in self._disk.extents(first, self._size - offset, find_holes=True):
+            if (extent.kind is ExtentKind.DATA) == (whence == SEEK_DATA):
+                return max(extent.offset_bytes, first) - self._base
+        if whence == SEEK_DATA:
+            raise OSError(errno.ENXIO, "nothing but a hole up to the end")
+        return self._size
+
+    def flush(self) -> None:
+        """Return when what was written is on the device. Raises SyncFailed, NoSpace, IoFailed."""
+        if self._disk.writable:
+            self._unflushed = False
+            try:
+                self._disk.flush()
+            except BaseException:
+                self._unflushed = True  # whoever closes it next is told, too
+                raise
+
+    def closing(self) -> None:
+        """Somebody closes the file: as `flush`, when something was written through it."""
+        if self._unflushed:
+            self.flush()
+
+    def truncate(self, size_bytes: int) -> None:
+        """See `View.truncate`."""
+        self.node.truncate(size_bytes)
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise OSError(errno.EBADF, "was not opened for writing")
+
+    def _touch(self) -> None:
+        source = self.node.source
+        assert isinstance(source, LiveSource)
+        source.touch()
+        self._unflushed = True  # only now: a flush that began during the write does not cover it

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's socket on the loop: non-blocking, plain or TLS, with the output that the client has not taken yet.
+
+Decides which events of a socket the loop watches, and what happens to bytes that it does not take at once. Must not
+know what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+
+from vhdkit.serve.nbd.loop import HANGUP, READABLE, WRITABLE, Loop
+from vhdkit.serve.nbd.stats import Stats
+
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Channel:
+    """Bytes to and from one client. Methods raise OSError (SSLError too) when it is gone."""
+
+    def __init__(
+        self, loop: Loop, sock: socket.socket, ready: Callable[[int], None], stats: Stats | None = None
+    ) -> None:
+        """Take over a connected, non-blocking socket; `ready(events)` is called when something can be done."""
+        self._loop = loop
+        self._stats = stats or Stats()  # what passes is counted there
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._ready = ready
+        self._events = READABLE
+        self.unsent: list[memoryview] = []
+        self._closed = False
+        loop.watch(self._fd, READABLE, ready)
+
+    def is_closed(self) -> bool:
+        """True after `close`."""
+        return self._closed
+
+    @property
+    def is_secure(self) -> bool:
+        """True once it is encrypted."""
+        return isinstance(self._sock, ssl.SSLSocket)
+
+    def has_pending(self) -> bool:
+        """True when decrypted bytes wait that the loop cannot see."""
+        return isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
+
+    def receive_into(self, buffer: memoryview) -> int | None:
+        """How many bytes came; 0 at the end, None when there are none yet."""
+        try:
+            received = self._sock.recv_into(buffer)
+        except _WOULD_BLOCK:
+            return None
+        self._stats.bytes_received += received
+        return received
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send now what the socket takes and keep a copy of the rest: `data` is the caller's again.
+
+        A client that is gone is hung up on, without an error.
+        """
+        if self._closed or not data:
+            return
+        sent = 0
+        if not self.unsent:
+            try:
+                sent = self._sock.send(data)
+            except _WOULD_BLOCK:
+                pass
+            except OSError:
+                self.close()
+                return
+            self._stats.bytes_sent += sent
+            if sent == len(data):
+                return
+        self.unsent.append(memoryview(bytes(memoryview(data)[sent:])))
+
+    def send_unsent(self) -> None:
+        """Send what was kept, as much as the socket takes."""
+        while self.unsent:
+            data = self.unsent[0]
+            try:
+                sent = self._sock.send(data)
+            except _WOULD_BLOCK:
+                return
+            self._stats.bytes_sent += sent
+            if sent < len(data):
+                self.unsent[0] = data[sent:]
+            else:
+                self.unsent.pop(0)
+
+    def ready_to_send(self, events: int) -> None:
+        """Send what was kept when `events` say that there is room, or that the client hung up.
+
+        Who hung up takes nothing more: when that cannot be sent it is hung up on too, or the loop would tell of it for
+        ever.
+        """
+        if self.unsent and events & (WRITABLE | HANGUP):
+            self.send_unsent()
+            if self.unsent and events & HANGUP:
+                self.close()
+
+    def watch(self, *, reading: bool) -> None:
+        """Wait for bytes to come when `reading`, and for room when something is unsent."""
+        events = (READABLE if reading else 0) | (WRITABLE if self.unsent else 0)
+        if events == self._events:
+            return
+        if not events:  # the loop tells of a client that hung up even then, again and again
+            self._loop.unwatch(self._fd)
+        elif not self._events:
+            self._loop.watch(self._fd, events, self._ready)
+        else:
+            self._loop.change(self._fd, events)
+        self._events = events
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """Begin to encrypt, as the server; call `shake_hands` until it is done. Nothing may be unsent."""
+        assert not self.unsent
+        self._loop.unwatch(self._fd)
+        self._sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+        self._fd = self._sock.fileno()
+        self._events = READABLE
+        self._loop.watch(self._fd, READABLE, self._ready)
+
+    def shake_hands(self) -> bool:
+        """Go on with the TLS handshake; True when it is done."""
+        assert isinstance(self._sock, ssl.SSLSocket)
+        self._events = READABLE
+        done = False
+        try:
+            self._sock.do_handshake()
+            done = True
+        except ssl.SSLWantWriteError:
+            self._events = WRITABLE
+        except ssl.SSLWantReadError:
+            pass
+        self._loop.change(self._fd, self._events)
+        return done
+
+    def close(self) -> None:
+        """Hang up. Closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        self.unsent.clear()
+        self._loop.unwatch(self._fd)
+        if isinstance(self._sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):  # say that TLS ends here, if that can still be said
+                self._sock.unwrap()
+        self._sock.close()

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client from accept to close: handshake, TLS, transmission, end.
+
+Decides when a client is read from, in which phase its input is processed, and when the connection is closed. Must
+not know the meaning of options (`nbd.options`) or requests (`serving`). A client that does not read its answers is
+not read from.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+from vhdkit.serve.nbd.channel import Channel
+from vhdkit.serve.nbd.export import Export
+from vhdkit.serve.nbd.host import Host
+from vhdkit.serve.nbd.loop import READABLE, WRITABLE
+from vhdkit.serve.nbd.options import Handshake, State
+from vhdkit.serve.nbd.protocol import BrokenClient, Transmission
+from vhdkit.serve.nbd.serving import Serving
+
+_log = logging.getLogger(__name__)
+
+
+class Connection:
+    """A client. All methods run on the loop's thread."""
+
+    def __init__(self, host: Host, sock: socket.socket, peer: str, left: Callable[[Connection], None]) -> None:
+        """Take over a connected, non-blocking socket; `left` is called once it is closed."""
+        self.peer = peer
+        self.number = 0  # of this client, in this server
+        self.opened = time.time()
+        self._began = time.monotonic()
+        self._host = host
+        self._left = left
+        self._channel = Channel(host.loop, sock, self.proceed, host.stats)
+        self._handshake = Handshake(host.catalog, tls=host.tls_mode)
+        self._serving: Serving | None = None  # from the transmission phase on
+        self._securing = False
+        self._kept = b""  # received, not served yet
+        self._ending = False  # what is in flight is finished, then it is closed
+        self._send_handshake()
+
+    @property
+    def is_secure(self) -> bool:
+        """True once the connection is encrypted."""
+        return self._channel.is_secure
+
+    @property
+    def export(self) -> Export | None:
+        """What the client has chosen, once it has."""
+        return self._serving.export if self._serving is not None else None
+
+    def is_undecided(self, seconds: float) -> bool:
+        """True when it has been connected for longer than that and has not chosen an export."""
+        return self._serving is None and time.monotonic() - self._began >= seconds
+
+    # -- moving on ----------------------------------------------------------------------------------------------
+
+    def proceed(self, events: int = 0) -> None:
+        """Go on as far as possible, then watch for what is needed next. `events`: what the socket is ready for."""
+        try:
+            self._react(events)
+            while self._step():
+                pass
+        except BrokenClient as problem:
+            _log.info("%s: %s", self.peer, problem)
+            self.close()
+        except OSError as error:
+            _log.debug("%s: %s", self.peer, error)
+            self.close()
+        except Exception:  # a mistake of ours: it must not end the other connections
+            _log.exception("%s: hanging up", self.peer)
+            self.close()
+        if self._channel.is_closed():
+            self.close()
+        elif not self._securing:
+            if self._is_done() and not self._channel.unsent and not (self._serving and self._serving.jobs):
+                self.close()
+            else:
+                self._channel.watch(reading=not self._blocked())
+
+    def _react(self, events: int) -> None:
+        if self._channel.is_closed():
+            return
+        if self._securing:
+            self._secure()
+            return
+        self._channel.ready_to_send(events)
+        if events & ~WRITABLE and not self._blocked():
+            self._receive()
+
+    def _is_done(self) -> bool:
+        return self._ending or (self._serving is not None and self._serving.ended)
+
+    def _blocked(self) -> bool:
+        """True while nothing more is taken from this client."""
+        if self._ending or self._channel.unsent:
+            return True
+        return self._handshake.is_held_back if self._serving is None else self._serving.blocked()
+
+    def _step(self) -> bool:
+        """Do one thing that needs nothing new from the client; False when there is none."""
+        if self._securing or self._channel.is_closed():
+            return False
+        if self._serving is not None and self._serving.step():
+            return True
+        if self._handshake.is_held_back and not self._ending and not self._channel.unsent:
+            self._handshake.receive(b"")
+            self._send_handshake()
+            return True
+        if self._blocked():
+            return False
+        if self._kept:
+            size = len(self._kept)
+            self._host.buffer[:size] = self._kept
+            self._kept = b""
+            self._process(size)
+            if len(self._kept) != size:
+                return True
+        if self._channel.has_pending():
+            self._receive()
+            return True
+        return False
+
+    def _receive(self) -> None:
+        buffer, kept = self._host.buffer, len(self._kept)
+        received = self._channel.receive_into(buffer[kept:])
+        if received is None:
+            return
+        if not received:
+            self.end()
+            return
+        buffer[:kept] = self._kept
+        self._kept = b""
+        self._process(kept + received)
+
+    def _process(self, size: int) -> None:
+        """Look at what lies in the host's buffer, and keep what cannot be served yet."""
+        buffer = self._host.buffer
+        if self._serving is None:
+            self._handshake.receive(buffer[:size])
+            self._send_handshake()
+            return
+        position = self._serving.serve(buffer, size)
+        if position < size:
+            self._kept = bytes(buffer[position:size])
+
+    # -- handshake ----------------------------------------------------------------------------------------------
+
+    def _send_handshake(self) -> None:
+        handshake = self._handshake
+        self._channel.send(handshake.take_output())
+        if handshake.state is State.CLOSED:
+            self.end()
+        elif handshake.state is State.TLS:
+            self._start_tls()
+        elif handshake.state is State.TRANSMISSION:
+            session = handshake.session
+            assert session is not None
+            self._kept = handshake.take_rest()
+            export = self._host.enter(session)
+            rules = Transmission(session)
+            self._serving = Serving(self._host, self._channel, rules, export, peer=self.peer, proceed=self.proceed)
+            _log.info("%s: export %r%s", self.peer, session.export.name, " over TLS" if self.is_secure else "")
+
+    def _start_tls(self) -> None:
+        context = self._host.tls_context
+        assert context is not None
+        if self._channel.unsent:  # the answer in plain text must leave first; it is twenty bytes
+            raise BrokenClient("does not read the answer to STARTTLS")
+        self._channel.start_tls(context)
+        self._securing = True
+        self._secure()
+
+    def _secure(self) -> None:
+        if self._channel.shake_hands():
+            self._securing = False
+            self._handshake.secured()
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Take nothing more from the client; it is closed when all that is in flight is answered."""
+        self._ending = True
+
+    def shut_down(self) -> None:
+        """The server ends: `end`, after an option that has come already was answered so (row 41)."""
+        self._handshake.shut_down()
+        if self._securing:
+            self.close()
+            return
+        if self._serving is None:
+            self.proceed(READABLE)
+        self.end()
+        self.proceed()
+
+    def close(self) -> None:
+        """Hang up. What jobs still bring is dropped."""
+        self._channel.close()
+        self._kept = b""
+        left, self._left = self._left, _forgotten
+        left(self)
+
+
+def _forgotten(connection: Connection) -> None:
+    """It is closed already."""

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NBD server: listening sockets, connections, exports, and the order of shutting down.
+
+Decides who is let in, when an export is held (`hold`), and that at the end all requests in flight are answered, and
+the disks flushed and closed. Must not know the protocol (`connection`) nor what a command does (`export`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from vhdkit import errors
+from vhdkit.serve.nbd.connection import Connection
+from vhdkit.serve.nbd.export import PIECE_BYTES, Export
+from vhdkit.serve.nbd.loop import READABLE, Loop
+from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
+from vhdkit.serve.nbd.stats import Stats
+from vhdkit.units import KIB, MIB
+
+BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of what a client sent
+_REPLY_ROOM_BYTES = PIECE_BYTES + 64 * KIB
+SOCKET_BUFFER_BYTES = 2 * MIB
+MAX_CONNECTIONS = 1024
+HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; somebody may be typing options by hand
+GRACE_SECONDS = 10.0  # for clients to take their last answers
+HANG_UP_SECONDS = 2.0
+_ACCEPT_AGAIN_SECONDS = 0.2
+_LOOK_SECONDS = 0.2  # between looks whether the server has ended
+_log = logging.getLogger(__name__)
+
+
+class NbdServer:
+    """Serves exports until `stop`. `run` is the loop; other threads use `stop` and `hold` only."""
+
+    def __init__(
+        self,
+        exports: Sequence[Export],
+        *,
+        tls_context: ssl.SSLContext | None = None,
+        tls_mode: TlsMode = TlsMode.OFF,
+        exit_last: bool = False,
+    ) -> None:
+        """Take over open disks; the first is the default export. `exit_last`: end when the last client has gone.
+
+        Raises InvalidArgument when two exports have one name.
+        """
+        self.exports = list(exports)
+        names = [export.name for export in exports]
+        if len(set(names)) != len(names):
+            raise errors.InvalidArgument("two exports have the same name")
+        self.tls_context = tls_context
+        self.tls_mode = tls_mode
+        self.loop = Loop()
+        self.stats = Stats()
+        self.job_bytes = 0
+        self.buffer = memoryview(
+            bytearray(BUFFER_BYTES)
+        )  # both are shared by all connections: one at a time is served
+        self.replies = memoryview(bytearray(_REPLY_ROOM_BYTES))
+        self.connections: list[Connection] = []
+        self._on_leaving: list[Callable[[], None]] = []  # called when a client has gone
+        self._exit_last = exit_last
+        self._listeners: list[socket.socket] = []
+        self._ending = False
+        self._closed = False
+        self._numbers = itertools.count(1)
+        self._drained: Callable[[], None] | None = None
+        self._holding = threading.Lock()
+        self._ended = threading.Event()
+        self._users = 0  # threads that work on disks of exports beside the requests
+        self._left_alone = threading.Condition()
+        self._judging = False  # a look at undecided clients is due
+
+    def catalog(self) -> list[ExportInfo]:
+        """The exports as they are now."""
+        return [export.info() for export in self.exports]
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    def listen(self, sock: socket.socket) -> None:
+        """Take connections from a bound socket."""
+        sock.listen(128)
+        sock.setblocking(False)
+        self._listeners.append(sock)
+        self.loop.watch(sock.fileno(), READABLE, lambda events: self._accept(sock))
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors: let some clients go before the next try
+            self._make_room()
+            _log.error("cannot take a connection: %s", error)
+            self.loop.unwatch(listener.fileno())
+            self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
+            return
+        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room():
+            _log.warning("more than %d clients: one is sent away", MAX_CONNECTIONS)
+            sock.close()
+            return
+        self.adopt(sock, _peer_name(sock, address))
+
+    def _watch_again(self, listener: socket.socket) -> None:
+        if not self._ending:
+            self.loop.watch(listener.fileno(), READABLE, lambda events: self._accept(listener))
+
+    def adopt(self, sock: socket.socket, peer: str) -> None:
+        """Serve a connected socket."""
+        sock.setblocking(False)
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # row 42
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        except OSError as error:  # gone already
+            _log.debug("%s: %s", peer, error)
+            sock.close()
+            return
+        connection = Connection(self, sock, peer, self._left)
+        connection.number = next(self._numbers)
+        self.connections.append(connection)
+        self._judge_later()
+        connection.proceed()  # it may have hung up before it was greeted
+
+    def _make_room(self) -> bool:
+        """Send away the oldest client that has chosen no export: who only connects may not keep others out."""
+        undecided = next((one for one in self.connections if one.is_undecided(0)), None)
+        if undecided is not None:
+            _log.warning("more than %d clients: one that has chosen no export is sent away", MAX_CONNECTIONS)
+            undecided.close()
+        return undecided is not None
+
+    def _judge_later(self) -> None:
+        if not self._judging:
+            self._judging = True
+            self.loop.call_later(HANDSHAKE_SECONDS / 4, self._judge)
+
+    def _judge(self) -> None:
+        """Send away who does not decide."""
+        self._judging = False
+        for connection in list(self.connections):
+            if connection.is_undecided(HANDSHAKE_SECONDS):
+                _log.info("%s: chose no export in %.0f seconds", connection.peer, HANDSHAKE_SECONDS)
+                connection.close()
+        if any(connection.is_undecided(0) for connection in self.connections):
+            self._judge_later()
+
+    def enter(self, session: Session) -> Export:
+        """The export a client has chosen."""
+        return next(export for export in self.exports if export.name == session.export.name)
+
+    def add_export(self, export: Export) -> None:
+        """Offer one more, from a thread that is not the loop's. Raises InvalidArgument for a name that is taken."""
+
+        def add() -> None:
+            if any(one.name == export.name for one in self.exports):
+                raise errors.InvalidArgument(f"there is an export {export.name!r} already")
+            self.exports.append(export)
+
+        self._on_loop(add)
+
+    def remove_export(self, export: Export, *, disconnect: bool = False) -> None:
+        """Offer one less, from a thread that is not the loop's; its disk is the caller's again.
+
+        Raises ImageInUse while clients use it, unless they are to be hung up on (`disconnect`): as the export is not
+        offered any more by then, those that come again do not find it.
+        """
+        gone = threading.Event()
+
+        def look() -> None:
+            if not any(one.export is export for one in self.connections):
+                gone.set()
+
+        def remove() -> None:
+            users = [one for one in self.connections if one.export is export]
+            if users and not disconnect:
+                raise errors.ImageInUse(
+                    f"export {export.name!r} is used by client {', '.join(str(one.number) for one in users)}",
+                    hint="`remove --disconnect` hangs up on its clients",
+                )
+            self.exports.remove(export)
+            self._on_leaving.append(look)
+            self.disconnect(users)
+            look()
+
+        try:
+            self._on_loop(remove)
+            while not gone.wait(_LOOK_SECONDS) and not self._ended.is_set():
+                pass  # at its end the server has no clients at all
+        finally:
+            self.loop.post(lambda: self._on_leaving.remove(look) if look in self._on_leaving else None)
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """While the block runs, on a thread that is not the loop's, no disk is closed: the server's end waits for it.
+
+        Look at `has_ended` now and then. Raises InvalidArgument when the server has ended.
+        """
+        with self._left_alone:
+            if self._ended.is_set():
+                raise errors.InvalidArgument("the server has ended")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._left_alone:
+                self._users -= 1
+                self._left_alone.notify_all()
+
+    def has_ended(self) -> bool:
+        """True when no client is served any more; for threads that are not the loop's."""
+        return self._ended.is_set()
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        """Run this between requests; raises what it raises."""
+        done = threading.Event()
+        failures: list[errors.VhdkitError] = []
+
+        def run() -> None:
+            try:
+                work()
+            except errors.VhdkitError as failure:
+                failures.append(failure)
+            done.set()
+
+        self.loop.post(run)
+        while not done.wait(_LOOK_SECONDS):
+            if self._ended.is_set():
+                raise errors.InvalidArgument("the server has ended")
+        if failures:
+            raise failures[0]
+
+    def disconnect(self, connections: Sequence[Connection]) -> None:
+        """Hang up on clients when what they have in flight is answered, and soon even when they do not take that."""
+
+        def give_up() -> None:
+            for connection in connections:
+                connection.close()
+
+        for connection in connections:
+            connection.end()
+            connection.proceed()
+        self.loop.call_later(HANG_UP_SECONDS, give_up)
+
+    def _left(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+        for look in list(self._on_leaving):
+            look()
+        if not self.connections and (self._ending or (self._exit_last and connection.export is not None)):
+            self.loop.stop()
+
+    # -- holding still ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hold(self, exports: Sequence[Export]) -> Iterator[None]:
+        """While the block runs, on a thread that is not the loop's, these exports have no request in flight.
+
+        New requests wait; no client is told. One such block runs at a time. Raises InvalidArgument when the server has
+        ended.
+        """
+        with self._holding, self._held(exports):
+            yield
+
+    @contextlib.contextmanager
+    def _held(self, exports: Sequence[Export]) -> Iterator[None]:
+        still = threading.Event()
+
+        def begin() -> None:
+            for export in exports:
+                export.held = True
+            self._drained = lambda: None if any(export.jobs for export in exports) else still.set()
+            self._drained()
+
+        def end() -> None:
+            self._drained = None
+            for export in exports:
+                export.held = False
+                parked, export.parked = export.parked, []
+                for go_on in parked:
+                    go_on()
+            for connection in list(self.connections):
+                connection.proceed()
+
+        self.loop.post(begin)
+        while not still.wait(_LOOK_SECONDS):
+            if self._ended.is_set():
+                raise errors.InvalidArgument("the server has ended")
+        try:
+            yield
+        finally:
+            self.loop.post(end)
+
+    def drained(self, export: Export) -> None:
+        """A held export has no job in flight any more; unless what ended now begins another, such as a flush."""
+        self.loop.post(self._look_if_still)
+
+    def _look_if_still(self) -> None:
+        if self._drained is not None:
+            self._drained()
+
+    # -- running and ending -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop` (or the last client has gone, where that was asked for), then flush and close all disks.
+
+        Raises the first error of that last flush.
+        """
+        try:
+            self.loop.run()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Take no more clients and requests, answer what is in flight, end. From any thread or signal handler."""
+        self.loop.post(self._stop)
+
+    def _stop(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._close_listeners()
+        for connection in list(self.connections):
+            connection.shut_down()
+        if not self.connections:
+            self.loop.stop()
+        self.loop.call_later(GRACE_SECONDS, self.loop.stop)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            self.loop.unwatch(listener.fileno())
+            listener.close()
+        self._listeners.clear()
+
+    def close(self) -> None:
+        """Hang up on everybody, flush and close all disks. Closing twice is fine. Raises as `run` does."""
+        if self._closed:
+            return
+        self._closed = self._ending = True
+        self._close_listeners()
+        for connection in list(self.connections):
+            connection.close()
+        self.loop.close()  # ends the workers: nobody uses a disk any more
+        with self._left_alone:
+            self._ended.set()
+            self._left_alone.wait_for(lambda: not self._users)
+        with self._holding:  # who holds an export is done with its disk first
+            self._close_disks()
+
+    def _close_disks(self) -> None:
+        failures: list[errors.VhdkitError] = []
+        for export in self.exports:
+            try:
+                export.disk.close()
+            except errors.VhdkitError as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+
+def _peer_name(sock: socket.socket, address: object) -> str:
+    if isinstance(address, tuple):
+        return f"{address[0]}:{address[1]}"
+    return f"unix client {sock.fileno()}"

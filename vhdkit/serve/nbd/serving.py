@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transmission phase of one client: which requests are served at once, and which become jobs.
+
+The hot path takes every whole request out of one batch of received bytes, serves reads and writes that need no waiting
+straight from and into shared buffers, and answers with one `send`. Must not know what the other commands do (`export`)
+nor how they are encoded (`nbd.protocol`).
+
+Payloads reach the disk in pieces as they arrive, and long reads leave in pieces, so memory is never allocated by a
+size that a client chooses. A client has at most `MAX_JOBS` small jobs and one batch of answers that it has not taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from vhdkit import errors
+from vhdkit.serve.nbd.channel import Channel
+from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
+from vhdkit.serve.nbd.host import Host
+from vhdkit.serve.nbd.loop import Lane
+from vhdkit.serve.nbd.protocol import Request, Transmission
+from vhdkit.serve.nbd.wire import Command, CommandFlag
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down
+
+MAX_JOBS = 64  # of one client at once
+MAX_JOB_BYTES = 4 * MIB  # of data in one client's jobs
+MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond it each has one job at a time
+_LAST_HEADER_BYTES = 64  # the longest header before data
+_KEPT_BYTES = 64 * KIB  # payloads up to here are looked at once they are all there
+_WORTH_WRITING_BYTES = 16 * KIB  # what arrives of a longer one is collected up to here before it is written
+SLICE_BYTES = 64 * MIB  # of a long command at once
+_CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
+_SLICED = frozenset({Command.WRITE_ZEROES, Command.TRIM})
+_SLOW = frozenset({Command.BLOCK_STATUS, Command.CACHE})
+_READ, _WRITE = int(Command.READ), int(Command.WRITE)
+_log = logging.getLogger(__name__)
+
+
+class _Payload:
+    """What is still to come of a payload that did not arrive whole."""
+
+    __slots__ = ("began", "left", "offset", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.began = time.perf_counter_ns()
+        self.offset = request.offset
+        self.left = request.payload_bytes
+
+
+class _LongRead:
+    """A read that leaves in pieces: chunks of their own, or the one body of a simple reply."""
+
+    __slots__ = ("began", "offset", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.began = time.perf_counter_ns()
+        self.offset = request.offset
+
+    @property
+    def end(self) -> int:
+        return self.request.offset + self.request.length
+
+
+class Serving:
+    """One client's requests. All methods run on the loop's thread."""
+
+    def __init__(
+        self,
+        host: Host,
+        channel: Channel,
+        rules: Transmission,
+        export: Export,
+        *,
+        peer: str,
+        proceed: Callable[[], None],
+    ) -> None:
+        """`proceed` is called when a job is done: more can be served, or the connection ended."""
+        self.export = export
+        self.ended = False  # the client said that it is done
+        self.jobs = 0
+        self._job_bytes = 0
+        self._host = host
+        self._loop = host.loop
+        self._channel = channel
+        self._rules = rules
+        self._peer = peer
+        self._proceed = proceed
+        self._late: list[bytes | bytearray] = []  # answers that wait for the end of a long read
+        self._payload: _Payload | None = None
+        self._long_read: _LongRead | None = None
+        self._waiting = False  # for a job without which nothing more can be served
+
+    def blocked(self) -> bool:
+        """True while no more requests are taken."""
+        return bool(
+            self._channel.unsent
+            or self._waiting
+            or self.ended
+            or self.jobs >= MAX_JOBS
+            or self._job_bytes >= MAX_JOB_BYTES
+            or (self.jobs and self._host.job_bytes >= MAX_ALL_JOB_BYTES)
+            or self._long_read is not None
+            or self.export.held
+        )
+
+    def step(self) -> bool:
+        """Go on with a long read; False when there is none, or it cannot go on now."""
+        if self._long_read is None or self._channel.unsent or self._waiting or self.export.held:
+            return False
+        self._continue_long_read(self._long_read)
+        return True
+
+    def serve(self, buffer: memoryview, end: int) -> int:
+        """Serve what lies before `end`; returns where what could not be served begins."""
+        position = 0
+        if self._payload is not None:
+            position = self._take_payload(buffer, 0, end)
+        while not self._must_wait():
+            position = self._serve_usual(buffer, position, end)
+            if self._channel.unsent:
+                break
+            request = self._rules.next_request(buffer, position, end)
+            if request is None:
+                break
+            if position + self._rules.request_size + min(request.payload_bytes, _KEPT_BYTES) > end:
+                break  # it is kept until it is all there, or enough of it to be written in pieces
+            position = self._begin(request, buffer, position + self._rules.request_size, end)
+            if self._payload is not None:
+                position = self._take_payload(buffer, position, end)
+        return position
+
+    def _serve_usual(self, buffer: memoryview, position: int, end: int) -> int:
+        """The hot path: plain reads and writes that need no waiting. Returns where the first other request begins."""
+        rules, disk = self._rules, self.export.disk
+        unpack, magic, request_size, size_bytes = rules.unpack, rules.magic, rules.request_size, rules.size_bytes
+        try_read, try_write, has_holes = disk.try_read_flat, disk.try_write_flat, disk.has_known_holes
+        put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
+        header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
+        replies, room = self._host.replies, len(self._host.replies) - _LAST_HEADER_BYTES
+        began, filled, served = time.perf_counter_ns(), 0, 0
+        try:
+            while end - position >= request_size:
+                found, flags, command, cookie, offset, length = unpack(buffer, position)
+                if found != magic or not 0 < length <= PIECE_BYTES or offset + length > size_bytes:
+                    break
+                if command == _READ and flags == 0:
+                    start = filled + header_size
+                    stop = start + length
+                    if stop > room:
+                        self._channel.send(replies[:filled])
+                        filled = 0
+                        if self._channel.unsent:
+                            break
+                        continue
+                    if (length >= hole_worth and has_holes(offset, length)) or not try_read(
+                        offset, replies[start:stop]
+                    ):
+                        break
+                    put_read_header(replies, filled, cookie, offset, length)
+                    filled = stop
+                    position += request_size
+                elif command == _WRITE and flags == write_flags:
+                    start = position + request_size
+                    stop = start + length
+                    if stop > end or filled > room or not try_write(offset, buffer[start:stop]):
+                        break
+                    filled += put_done(replies, filled, cookie, offset)
+                    position = stop
+                else:
+                    break
+                served += 1
+        except errors.VhdkitError as problem:  # the request is told so when it is done again, as a job
+            _log.debug("%s: %s", self._peer, problem)
+        if filled:
+            self._channel.send(replies[:filled])
+        if served:
+            self._host.stats.batch(served, time.perf_counter_ns() - began)
+        return position
+
+    def _must_wait(self) -> bool:
+        """True when the next request cannot be looked at yet."""
+        return self._payload is not None or self.blocked()
+
+    def _begin(self, request: Request, buffer: memoryview, start: int, end: int) -> int:
+        """Deal with a request that is not served at once; returns where the next one begins."""
+        rules = self._rules
+        if request.command == Command.DISC:  # row 31
+            self.ended = True
+            return end
+        stop = start + request.payload_bytes
+        if request.payload_bytes > _KEPT_BYTES:
+            self._payload = _Payload(request)
+            return start
+        if request.error:
+            self._channel.send(rules.error(request, request.error))
+        elif request.command == Command.READ and request.length > PIECE_BYTES:
+            self._long_read = _LongRead(request)
+            if not rules.structured:
+                self._channel.send(rules.begin_simple_read(request))
+        elif request.command == Command.FLUSH:
+            self._flush_then(rules.done(request), request)
+        else:
+            self._submit(request, bytes(buffer[start:stop]) if request.payload_bytes else None)
+        return stop
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def _submit(self, request: Request, payload: bytes | None) -> None:
+        """Let a worker do it, and answer when it is done; with FUA, when that is durable (row 31)."""
+        rules = self._rules
+        size = request.length if request.command in (Command.READ, Command.WRITE) else 0
+        if request.command in _SLOW:
+            size = MAX_JOB_BYTES // 2  # so that no client has more than two of them at once
+        self._job_begins(size)
+        began = time.perf_counter_ns()
+
+        def done(answer: bytes | bytearray | BaseException) -> None:
+            self._host.stats.batch(1, time.perf_counter_ns() - began)
+            if isinstance(answer, BaseException):
+                self._log_failure(request, answer)
+                answer = error_reply(rules, request, answer)
+            elif request.flags & CommandFlag.FUA and request.command in _CHANGING:
+                self._flush_then(answer, request)  # first: between two jobs a held export would seem to be still
+                self._job_ends(size)
+                return
+            self._job_ends(size)
+            self._answer(answer)
+
+        self._work(request, payload, done)
+
+    def _work(
+        self, request: Request, payload: bytes | None, done: Callable[[bytes | bytearray | BaseException], None]
+    ) -> None:
+        """Run a command on workers, a long one slice by slice: between two slices it is the others' turn."""
+        rules, export, loop = self._rules, self.export, self._loop
+        if request.command not in _SLICED or request.length <= SLICE_BYTES:
+            lane = Lane.LISTING if request.command == Command.BLOCK_STATUS else Lane.WORK
+            loop.submit(lambda: export.run(rules, request, payload), done, lane)
+            return
+        left = request
+
+        def next_slice(result: bytes | bytearray | BaseException) -> None:
+            nonlocal left
+            if isinstance(result, BaseException) or not left.length or self._channel.is_closed():
+                done(result if isinstance(result, BaseException) else rules.done(request))
+                return
+            if export.held:  # between two slices a held export need not wait for the rest
+                export.parked.append(go_on)
+                self._pause(True)
+                return
+            size = min(left.length, SLICE_BYTES)
+            piece = left._replace(length=size)
+            left = left._replace(offset=left.offset + size, length=left.length - size)
+            loop.submit(lambda: export.run(rules, piece), next_slice)
+
+        def go_on() -> None:
+            self._pause(False)
+            next_slice(b"")
+
+        next_slice(b"")
+
+    def _pause(self, pause: bool) -> None:
+        """A job of ours is not in flight for a while, or is again."""
+        self.export.jobs += -1 if pause else 1
+        if pause and not self.export.jobs:
+            self._host.drained(self.export)
+
+    def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
+        """Send `answer` when everything so far is durable."""
+        rules, export = self._rules, self.export
+        self._job_begins()
+        began = time.perf_counter_ns()
+
+        def done(failure: BaseException | None) -> None:
+            self._job_ends()
+            if request.command == Command.FLUSH:
+                self._host.stats.batch(1, time.perf_counter_ns() - began)
+            if failure is not None:
+                self._log_failure(request, failure)
+            self._answer(answer if failure is None else error_reply(rules, request, failure))
+
+        export.flush(self._loop, done)
+
+    def _job_begins(self, size_bytes: int = 0) -> None:
+        self._job_bytes += size_bytes
+        self._host.job_bytes += size_bytes
+        self.jobs += 1
+        self.export.jobs += 1
+
+    def _job_ends(self, size_bytes: int = 0) -> None:
+        self._job_bytes -= size_bytes
+        self._host.job_bytes -= size_bytes
+        self.jobs -= 1
+        self.export.jobs -= 1
+        if self.export.held and not self.export.jobs:
+            self._host.drained(self.export)
+
+    def _answer(self, answer: bytes | bytearray) -> None:
+        """An answer from a job. It may not stand inside the chunk of a long read."""
+        if self._channel.is_closed():
+            return
+        if self._long_read is not None:
+            self._late.append(answer)
+        else:
+            self._channel.send(answer)
+        self._proceed()
+
+    # -- payloads that arrive in pieces -------------------------------------------------------------------------
+
+    def _take_payload(self, buffer: memoryview, position: int, end: int) -> int:
+        """Serve what is here of the payload; returns where the rest begins."""
+        payload = self._payload
+        assert payload is not None
+        request = payload.request
+        size = min(payload.left, end - position)
+        if request.error:  # row 25: drained
+            payload.left -= size
+        else:
+            if size < payload.left:  # cut where a sector ends, so that no sector is written in two parts
+                size = round_down(payload.offset + size, SECTOR_SIZE) - payload.offset
+                if size < min(payload.left, _WORTH_WRITING_BYTES):
+                    return position
+            size = min(size, PIECE_BYTES)
+            self._write_piece(payload, buffer[position : position + size])
+        if not payload.left and not self._waiting:
+            self._end_payload(payload)
+        return position + size
+
+    def _write_piece(self, payload: _Payload, piece: memoryview) -> None:
+        export = self.export
+        offset = payload.offset
+        payload.offset += len(piece)
+        payload.left -= len(piece)
+        try:
+            if export.disk.try_write_flat(offset, piece):
+                return
+        except errors.VhdkitError as problem:
+            self._fail_payload(payload, problem)
+            return
+        data = bytes(piece)
+        self._waiting = True
+        self._job_begins()
+
+        def done(result: object) -> None:
+            self._waiting = False
+            if isinstance(result, BaseException):
+                self._fail_payload(payload, result)
+            if not payload.left:
+                self._end_payload(payload)
+            self._job_ends()
+            self._proceed()
+
+        self._loop.submit(lambda: export.disk.write(offset, data), done)
+
+    def _fail_payload(self, payload: _Payload, problem: BaseException) -> None:
+        """The rest is drained, and the answer is the first error."""
+        self._log_failure(payload.request, problem)
+        payload.request = payload.request._replace(error=error_number(problem))
+
+    def _end_payload(self, payload: _Payload) -> None:
+        rules, request = self._rules, payload.request
+        self._payload = None
+        if self._channel.is_closed():
+            return
+        self._host.stats.batch(1, time.perf_counter_ns() - payload.began)
+        if request.error:
+            self._channel.send(rules.error(request, request.error))
+        elif request.flags & CommandFlag.FUA:
+            self._flush_then(rules.done(request), request)
+        else:
+            self._channel.send(rules.done(request))
+
+    # -- long reads ---------------------------------------------------------------------------------------------
+
+    def _continue_long_read(self, reading: _LongRead) -> None:
+        """Send the next piece: at once when it needs no waiting, else when a worker has it."""
+        rules, export = self._rules, self.export
+        request, offset = reading.request, reading.offset
+        if offset == reading.end:
+            self._end_long_read(rules.done(request) if rules.structured else b"")
+            return
+        size = min(reading.end - offset, PIECE_BYTES)
+        reading.offset += size
+        head = rules.data_chunk(request, offset, size) if rules.structured else b""
+        reply = self._host.replies[: len(head) + size]
+        try:
+            has_holes = rules.structured and export.disk.has_known_holes(offset, size)
+            if not has_holes and export.disk.try_read_flat(offset, reply[len(head) :]):
+                reply[: len(head)] = head
+                self._channel.send(reply)
+                return
+        except errors.VhdkitError as problem:
+            self._fail_long_read(request, problem)
+            return
+        self._waiting = True
+        self._job_begins()
+
+        def done(result: bytes | BaseException) -> None:
+            self._job_ends()
+            self._waiting = False
+            if isinstance(result, BaseException):
+                self._fail_long_read(request, result)
+            else:
+                self._channel.send(result)
+            self._proceed()
+
+        self._loop.submit(lambda: export.run_read_piece(rules, request, offset, size), done)
+
+    def _fail_long_read(self, request: Request, problem: BaseException) -> None:
+        """Rows 33 and 34: no chunk is cut short, and a simple reply that promised success cannot be saved."""
+        rules = self._rules
+        self._log_failure(request, problem)
+        if rules.structured:
+            self._end_long_read(error_reply(rules, request, problem))
+        else:
+            self._channel.close()
+
+    def _end_long_read(self, last: bytes) -> None:
+        if self._long_read is not None:
+            self._host.stats.batch(1, time.perf_counter_ns() - self._long_read.began)
+        self._long_read = None
+        self._channel.send(last)
+        late, self._late = self._late, []
+        for answer in late:
+            self._channel.send(answer)
+
+    def _log_failure(self, request: Request, problem: BaseException) -> None:
+        self._host.stats.errors += 1
+        name = Command(request.command).name if request.command in list(Command) else str(request.command)
+        _log.warning("%s: %s of %d bytes at byte %d: %s", self._peer, name, request.length, request.offset, problem)
