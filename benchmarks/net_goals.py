@@ -25,13 +25,13 @@ from typing import Any
 from benchmarks import net_stations
 from tests.vmm.net.machines import MachineLab
 from tests.vmm.net.packets import ethernet, mac
+from vmm.model.spec import DEFAULT_STORM_FRAMES
 from vmm.net import switches
 from vmm.net.engine import PortRules
 from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
 from vmm.net.switch_spec import make_switch
 from vmm.net.user_backend import UserBackend
-from vmm.spec import DEFAULT_STORM_FRAMES
 
 SECONDS = 4.0
 RATE = 100_000_000

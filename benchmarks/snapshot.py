@@ -36,9 +36,9 @@ from benchmarks.vmm import QEMU, reads_per_second
 from tests.vmm.guests import boot_sector, linux
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.guests.tools import GuestUnavailable
-from vmm.contact import Place
-from vmm.manager import DiskWish, Manager
-from vmm.snapshots.door import MachineSnapshots
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.manager import DiskWish, Manager
+from vmm.processes.worker_connection import Place
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -24,7 +24,7 @@ from tests.support import (
 )
 from tests.vmm.guests import boot_sector
 from tests.vmm.net.machines import Namespaces
-from vmm.manager import DiskWish, Manager
+from vmm.api.manager import DiskWish, Manager
 
 MIB = 1 << 20
 _PARTITION = (MIB, 16 * MIB)  # where it begins, its size

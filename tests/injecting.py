@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.killing import CHANGING
-from vmm import paths
-from vmm.snapshots import store
+from vmm.model import paths
+from vmm.store.snapshots import store
 
 KILLED = 42
 _CALLS = (*CHANGING, "mkdir", "rmdir", "replace", "symlink")

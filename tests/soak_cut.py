@@ -30,14 +30,15 @@ from tests.plain_reader import read_chain
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import MIB, console, make_disk, processes, wait_until
 from tests.vmm.stage import machine_stage
-from vmm import registry, transfer
-from vmm.backup_note import has_note
-from vmm.contact import Place
-from vmm.errors import VmmError
-from vmm.manager import DiskWish, Manager
-from vmm.snapshots.settle import settle
-from vmm.snapshots.store import holding, load_tree
-from vmm.state import MachineState
+from vmm.api.export_import import exporting as transfer
+from vmm.api.manager import DiskWish, Manager
+from vmm.model.errors import VmmError
+from vmm.processes.worker_connection import Place
+from vmm.snapshots.recovery import settle
+from vmm.store import registry
+from vmm.store.backup_note import has_note
+from vmm.store.snapshots.store import holding, load_tree
+from vmm.store.state import MachineState
 
 NAME = "small"
 _BOOTS = re.compile(r"\[vmm: started|BOOT-OK")

@@ -29,13 +29,14 @@ from tests.vmm.guests.boot_sector import COUNT_LBA, BootOptions
 from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes, wait_until
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
-from vmm import contact, registry
-from vmm.contact import Place
-from vmm.errors import InUse, VmmError
-from vmm.manager import DiskWish, Manager
-from vmm.snapshots.store import holding
-from vmm.spec import DiskSpec
-from vmm.state import MachineState
+from vmm.api.manager import DiskWish, Manager
+from vmm.model.errors import InUse, VmmError
+from vmm.model.spec import DiskSpec
+from vmm.processes import worker_connection as contact
+from vmm.processes.worker_connection import Place
+from vmm.store import registry
+from vmm.store.snapshots.store import holding
+from vmm.store.state import MachineState
 
 NAME = "small"
 MANY = 8  # snapshots, from which on one goes in each round

@@ -26,14 +26,14 @@ import vhdkit
 from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes, wait_until
 from tests.vmm.snapshots.machines import Machines
-from tests.vmm.snapshots.test_capture import settled
 from tests.vmm.stage import machine_stage
-from vmm import registry
-from vmm.contact import Place
-from vmm.errors import VmmError
-from vmm.manager import DiskWish, Manager
-from vmm.snapshots.door import MachineSnapshots
-from vmm.state import MachineState
+from tests.vmm.worker.test_capture import settled
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.manager import DiskWish, Manager
+from vmm.model.errors import VmmError
+from vmm.processes.worker_connection import Place
+from vmm.store import registry
+from vmm.store.state import MachineState
 
 NAME = "small"
 _VERBS = ("create", "apply", "delete", "merge")

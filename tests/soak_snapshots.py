@@ -42,9 +42,9 @@ from tests.vmm.guests import boot_sector
 from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import console, processes, wait_until
 from tests.vmm.stage import kill_all, machine_stage
-from vmm.errors import VmmError
-from vmm.snapshots.door import MachineSnapshots
-from vmm.state import MachineState
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.model.errors import VmmError
+from vmm.store.state import MachineState
 
 NAME = "soak"
 _DISK = 1 << 20

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 from tests.doc_commands import blocks, pages
-from tests.test_layering import FILE_ROOMS, LAYERS
+from tests.test_layering import FILE_ROOMS, LAYERS, VMM_LAYERS
 from vhdkit.formats.vhd.layout import STRUCTURES
 
 ROOT = Path(__file__).parent.parent
@@ -96,10 +96,11 @@ def test_no_row_stands_twice() -> None:
 
 def test_architecture_draws_the_layers_that_are_tested() -> None:
     """The order of the rooms in architecture.md is that of test_layering."""
-    drawn = (ROOT / "docs/architecture.md").read_text().split("```text\n")[1].split("```")[0]
-    layers = [[name.removeprefix("vhdkit.") for name in layer if "__main__" not in name] for layer in LAYERS]
-    layers[-1].remove("vhdkit")
-    assert [one.split() for one in drawn.split("<")] == layers
+    pages = (ROOT / "docs/architecture.md").read_text().split("```text\n")
+    for drawn, layers, package in ((pages[1], LAYERS, "vhdkit"), (pages[2], VMM_LAYERS, "vmm")):
+        rooms = [[one.removeprefix(f"{package}.") for one in row if "__main__" not in one] for row in layers]
+        rooms[-1].remove(package)
+        assert [row.split() for row in drawn.split("```")[0].split("<")] == rooms
 
 
 def test_invariants_named_in_the_code_are_listed() -> None:
@@ -109,12 +110,33 @@ def test_invariants_named_in_the_code_are_listed() -> None:
         assert set(INVARIANT.findall(path.read_text())) <= listed, path
 
 
+def rooms_of_architecture() -> list[str]:
+    """The modules that the tables of architecture.md name: "vmm/store/registry"; whole packages as well."""
+    found = []
+    package = "vhdkit"
+    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
+        if heading := re.match(r"\*\*`(vmm/[a-z_/]+)`\*\*: |The rooms of `(vmm\.net)`", line):
+            package = (heading[1] or heading[2]).replace(".", "/")
+        if line.startswith("| `"):
+            folder = ""
+            for name in re.findall(r"`([a-z0-9_/]+)`", line.split(" | ")[0]):
+                folder = name.rpartition("/")[0] or folder
+                found.append("/".join(filter(None, (package, folder, name.rpartition("/")[2]))))
+    return found
+
+
 def test_architecture_names_every_room() -> None:
-    """Each module of the engine stands in architecture.md's table of rooms or is plainly a part of one."""
-    text = (ROOT / "docs/architecture.md").read_text()
-    for path in (ROOT / "vhdkit/chain").rglob("*.py"):
-        if path.stem != "__init__":
-            assert f"`{path.stem}`" in text or f"chain/{path.parent.name}/{path.stem}" in text, path
+    """The tables of architecture.md name each module of both packages once, and none that is not there."""
+    tree = {
+        path.relative_to(ROOT).with_suffix("").as_posix()
+        for package in ("vhdkit", "vmm")
+        for path in (ROOT / package).rglob("*.py")
+        if path.stem not in ("__init__", "__main__") and path.relative_to(ROOT).parts[1] != "cli"
+    }
+    named = rooms_of_architecture()
+    assert sorted(tree - set(named)) == []
+    assert [one for one in named if one not in tree and not (ROOT / one).is_dir()] == []
+    assert sorted({one for one in named if named.count(one) > 1}) == []
 
 
 def nbd_tests() -> dict[str, str]:

@@ -22,7 +22,7 @@ from tests.vhdkit.cli.running import run as run_vhdkit
 from tests.vmm.cli.running import run as run_vmm
 from tests.vmm.small_guests import make_machine
 from tests.vmm.stage import machine_stage
-from vmm.manager import Manager
+from vmm.api.manager import Manager
 
 MIB = 1 << 20
 LONG = "n" * 300

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import vmm
-from tests.vmm.snapshots.conftest import machines as machines  # the fixture
+from tests.vmm.conftest import machines as machines  # the fixture
 from tests.vmm.snapshots.machines import Machines
-from vmm import registry
-from vmm.errors import VmmError
-from vmm.state import KeeperNote, WorkerNote
+from vmm.model.errors import VmmError
+from vmm.store import registry
+from vmm.store.state import KeeperNote, WorkerNote
 
 manager = vmm.Manager()
 VERBS: list[Callable[[Path], object]] = [

@@ -16,7 +16,7 @@ from tests.plain_reader import read_chain
 from tests.soak import SCENES, Scene, Work
 from tests.support import daily_or_nightly, require_boot_sector_guest
 from vhdkit.chain.records import pending
-from vmm.snapshots import door
+from vmm.api import machine_snapshots as door
 
 
 @pytest.mark.parametrize("name", SCENES)

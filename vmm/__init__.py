@@ -15,7 +15,10 @@ it is first used, so a program that only starts a machine or catches errors load
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
-    from vmm.errors import (
+    from vmm.api.guest_access import GuestAccess
+    from vmm.api.machine_snapshots import MachineSnapshots
+    from vmm.api.manager import Deletion, DiskWish, MachineInfo, Manager
+    from vmm.model.errors import (
         AccessDenied,
         AgentUnavailable,
         AlreadyExists,
@@ -31,14 +34,11 @@ if TYPE_CHECKING:
         VmmError,
         WrongState,
     )
-    from vmm.guest_access import GuestAccess
-    from vmm.manager import Deletion, DiskWish, MachineInfo, Manager
+    from vmm.model.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
     from vmm.snapshots.apply import Applied
     from vmm.snapshots.delete import Deleted
-    from vmm.snapshots.door import MachineSnapshots
-    from vmm.snapshots.tree import Snapshot
-    from vmm.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
-    from vmm.state import MachineState
+    from vmm.store.snapshots.tree import Snapshot
+    from vmm.store.state import MachineState
 
 __all__ = [
     "AccessDenied",
@@ -75,18 +75,18 @@ __all__ = [
 
 # Where each name lives, for the first use of it; the imports above say the same to type checkers.
 _HOMES = {
-    "vmm.errors": (
+    "vmm.model.errors": (
         "AccessDenied AgentUnavailable AlreadyExists InUse InvalidSpec NoSpace NotFound QemuFailed Refused "
         "StoreFailed TimedOut Unsupported VmmError WrongState"
     ),
-    "vmm.guest_access": "GuestAccess",
-    "vmm.manager": "Deletion DiskWish MachineInfo Manager",
+    "vmm.api.guest_access": "GuestAccess",
+    "vmm.api.manager": "Deletion DiskWish MachineInfo Manager",
     "vmm.snapshots.apply": "Applied",
     "vmm.snapshots.delete": "Deleted",
-    "vmm.snapshots.door": "MachineSnapshots",
-    "vmm.snapshots.tree": "Snapshot",
-    "vmm.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
-    "vmm.state": "MachineState",
+    "vmm.api.machine_snapshots": "MachineSnapshots",
+    "vmm.store.snapshots.tree": "Snapshot",
+    "vmm.model.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
+    "vmm.store.state": "MachineState",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

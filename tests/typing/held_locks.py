@@ -6,12 +6,12 @@ Nobody runs this. Where mypy stopped refusing a line, it would complain about th
 
 from __future__ import annotations
 
-from vmm import registry
 from vmm.snapshots.apply import apply
 from vmm.snapshots.create import Wish, create
 from vmm.snapshots.delete import delete
-from vmm.snapshots.settle import settle
+from vmm.snapshots.recovery import settle
 from vmm.snapshots.steps import tidy
+from vmm.store import registry
 
 
 def decide_too_early() -> None:

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import require_tool
+from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
-from vmm.manager import Manager
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.manager import Manager
 
 
 @pytest.fixture
@@ -19,3 +24,20 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
     require_tool("qemu-system-x86_64")
     with machine_stage(tmp_path, monkeypatch) as one:
         yield one
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
+    """Machines of this test; whatever of them runs at its end is killed."""
+    # In memory: all of it is synced again and again. A short name: sockets lie in there.
+    folder = Path(tempfile.mkdtemp(prefix="snap-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"))
+    folder.chmod(0o755)
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
+    monkeypatch.setattr(MachineSnapshots, "_merge_in_background", lambda self: None)  # unless a test asks for it
+    made = Machines(folder)
+    try:
+        yield made
+    finally:
+        made.end()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import vhdkit
 from tests.vmm.guests import boot_sector
-from vmm.contact import Place
-from vmm.manager import DiskWish, Manager
-from vmm.proc import ProcessRef
-from vmm.state import MachineState, processes_of
+from vmm.api.manager import DiskWish, Manager
+from vmm.host.proc import ProcessRef
+from vmm.processes.worker_connection import Place
+from vmm.store.state import MachineState, processes_of
 
 MIB = 1 << 20
 SECONDS = 60.0

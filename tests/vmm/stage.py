@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from vmm.manager import Manager
-from vmm.paths import RuntimePaths
-from vmm.proc import ProcessRef, command_words
-from vmm.state import processes_of
+from vmm.api.manager import Manager
+from vmm.host.proc import ProcessRef, command_words
+from vmm.model.paths import RuntimePaths
+from vmm.store.state import processes_of
 
 SECONDS = 60.0
 

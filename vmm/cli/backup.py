@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import click
 
+from vmm.api.manager import Manager
 from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
-from vmm.manager import Manager
 
 
 @click.command("backup", epilog=epilog("vmm backup web /backups/web-monday"))

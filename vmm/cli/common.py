@@ -19,7 +19,7 @@ import click
 import vhdkit
 from vmm.cli.jsontext import json_text
 from vmm.cli.progress import ProgressText
-from vmm.errors import printable
+from vmm.model.errors import printable
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)

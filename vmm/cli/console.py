@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vmm.api.guest_access import GuestAccess
+from vmm.api.manager import Manager
 from vmm.cli.common import SECONDS, epilog, output_options, print_aside, print_json, print_line
 from vmm.cli.terminal import Ended, Join
-from vmm.errors import InvalidSpec, TimedOut, VmmError
-from vmm.guest_access import GuestAccess
-from vmm.manager import Manager
+from vmm.model.errors import InvalidSpec, TimedOut, VmmError
 
 if TYPE_CHECKING:
     from vmm.kvm.console import Typing
@@ -167,7 +167,7 @@ def _take_picture(guest: GuestAccess, path: str) -> int:
         with open(path, "wb") as file:
             file.write(picture)
     else:
-        from vmm.paths import write_whole
+        from vmm.model.paths import write_whole
 
         write_whole(os.path.realpath(path), picture, mode=0o644, durable=False)
     return len(picture)

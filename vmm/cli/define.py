@@ -11,13 +11,13 @@ from typing import Any, get_args
 
 import click
 
+from vmm.api.manager import Manager
 from vmm.cli.common import SIZE, confirm, epilog, format_size, output_options, print_json, print_line
 from vmm.cli.disk import parse_disk
 from vmm.cli.nic_words import parse_nic
 from vmm.cli.show import document_of
-from vmm.manager import Manager
-from vmm.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
-from vmm.state import MachineState
+from vmm.model.spec import AutomaticSpec, BootDevice, IntegrationSpec, MachineSpec
+from vmm.store.state import MachineState
 
 _SERVICES = tuple(name.replace("_", "-") for name in IntegrationSpec.model_fields)
 _SET_HELP = {

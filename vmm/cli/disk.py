@@ -13,6 +13,7 @@ from typing import Any, Literal
 import click
 
 import vhdkit
+from vmm.api.manager import DiskWish, Manager
 from vmm.cli.common import (
     DISK_SIZE,
     VerbGroup,
@@ -23,8 +24,7 @@ from vmm.cli.common import (
     print_line,
     print_table,
 )
-from vmm.manager import DiskWish, Manager
-from vmm.spec import UNITS
+from vmm.model.spec import UNITS
 
 _VALUED = ("controller", "index", "unit", "serial", "format", "parent-dir")
 _FLAGS = ("read-only", "allow-raw-parent")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a failure reaches the user: one line on standard error, and an exit code for the cause.
 
-Decides the text around an error. The sentence and the code of a library error come from `vmm.errors`. With `--json`
-the line is {"error": {"kind", "exit_code", "message", "problem", "machine", "path", "hint"}}.
+Decides the text around an error. The sentence and the code of a library error come from `vmm.model.errors`. With
+`--json` the line is {"error": {"kind", "exit_code", "message", "problem", "machine", "path", "hint"}}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from vmm.cli.jsontext import json_text
-from vmm.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
+from vmm.model.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
 EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
 _WORDS_OF_NUMBERS = {

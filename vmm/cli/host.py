@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmm.cli.common import VerbGroup, epilog, format_size, print_json, print_line, print_pairs, print_table
-from vmm.errors import InvalidSpec, NotFound, VmmError, printable, to_document
+from vmm.model.errors import InvalidSpec, NotFound, VmmError, printable, to_document
 
 if TYPE_CHECKING:
     from vmm.host.block import BlockDevice, Host
@@ -39,7 +39,8 @@ def host_group() -> None:
 @_json_option
 def info_command(refresh: bool, as_json: bool) -> None:
     """Processors, memory, QEMU, features, and the accelerator with the proof that it runs a guest."""
-    from vmm.host import doctor, info
+    from vmm.api import doctor
+    from vmm.host import info
 
     facts = info.gather()
     checks = doctor.examine()
@@ -78,7 +79,7 @@ def info_command(refresh: bool, as_json: bool) -> None:
 
 
 def _accelerator(refresh: bool) -> tuple[dict[str, Any] | None, str | None]:
-    from vmm.host import doctor
+    from vmm.api import doctor
     from vmm.kvm import accel
 
     try:
@@ -98,7 +99,7 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
 
     Ends with 1 when no machine can run on this host.
     """
-    from vmm.host import doctor
+    from vmm.api import doctor
 
     checks = doctor.examine()
     able = doctor.is_able(checks)
@@ -176,8 +177,8 @@ def _used_by(host: Host, device: BlockDevice) -> list[str]:
 def _given() -> Given:
     """What machines have already. Neither machines that cannot be read nor storage that does not answer is a reason
     to show no disks, so image files are taken by their names."""
-    from vmm import registry
     from vmm.kvm.passthrough import given_of
+    from vmm.store import registry
 
     try:
         machines, _ = registry.load_all()
@@ -207,7 +208,7 @@ def paths_group(context: click.Context, as_json: bool) -> None:
 
 
 def _show_paths(as_json: bool) -> None:
-    from vmm import paths
+    from vmm.model import paths
 
     folders = paths.default_folders()
     places = {"home": paths.home(), "runtime": paths.runtime_home(), **folders}
@@ -224,7 +225,7 @@ def _show_paths(as_json: bool) -> None:
 @_json_option
 def set_path_command(key: str, folder: str | None, reset: bool, as_json: bool) -> None:
     """Put new machines, disks or snapshots (KEY) into FOLDER. What is there already stays where it is."""
-    from vmm import paths
+    from vmm.model import paths
 
     if reset == (folder is not None):
         raise InvalidSpec("give a folder, or --default", hint=f"vmm host paths set {key} FOLDER")
@@ -275,8 +276,8 @@ def autostart_command(action: str | None, for_user: bool | None, as_json: bool) 
 
 
 def _run_automatic(action: str, *, as_json: bool) -> None:
-    from vmm.automatic import Outcome, start_machines, stop_machines
-    from vmm.manager import Manager
+    from vmm.api.automatic import Outcome, start_machines, stop_machines
+    from vmm.api.manager import Manager
 
     def tell(outcome: Outcome) -> None:
         if not as_json:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vmm agent` and `vmm kvp`: what a machine's guest says about itself, and the items that guest and host exchange.
 
-Decides how this is shown. What it means is in `vmm.guest_access`.
+Decides how this is shown. What it means is in `vmm.api.guest_access`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from vmm.api.guest_access import FREEZE_SECONDS
+from vmm.api.manager import Manager
 from vmm.cli.common import (
     SECONDS,
     VerbGroup,
@@ -22,9 +24,7 @@ from vmm.cli.common import (
     print_pairs,
     print_table,
 )
-from vmm.errors import InvalidSpec, printable
-from vmm.guest_access import FREEZE_SECONDS
-from vmm.manager import Manager
+from vmm.model.errors import InvalidSpec, printable
 
 MAX_INPUT_BYTES = 1 << 20  # of standard input; what an item may hold is less
 

@@ -13,11 +13,11 @@ import click
 from vmm.cli.common import SECONDS, epilog, output_options, print_disconnected, print_json, print_line, progress_line
 
 if TYPE_CHECKING:
-    from vmm.manager import Manager
+    from vmm.api.manager import Manager
 
 
 def _manager() -> Manager:
-    from vmm.manager import Manager
+    from vmm.api.manager import Manager
 
     return Manager()
 
@@ -39,7 +39,7 @@ def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) ->
     A saved machine goes on where it was saved. When that is not possible the saved memory is kept and nothing is
     started. An adapter whose switch is gone is disconnected; it joins the next switch of that name.
     """
-    from vmm import contact
+    from vmm.processes import worker_connection as contact
 
     with progress_line(shown=not quiet and not as_json) as progress:
         started = contact.start(name, discard_saved=discard_saved, progress=progress)
@@ -58,7 +58,7 @@ def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) ->
 @output_options
 def shutdown_command(name: str, timeout: float, force: bool, as_json: bool, quiet: bool) -> None:
     """Have the guest of NAME shut itself down, by its agent or else by the power button, and wait until it is off."""
-    from vmm.errors import TimedOut
+    from vmm.model.errors import TimedOut
 
     with progress_line(shown=not quiet and not as_json) as progress:
         manager = _manager()

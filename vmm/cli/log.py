@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
+from vmm.api.manager import Manager
 from vmm.cli.common import epilog, output_options, print_json, print_line
 from vmm.cli.jsontext import json_text
-from vmm.errors import of_os_error, printable
-from vmm.events import Followed
-from vmm.manager import Manager
+from vmm.model.errors import of_os_error, printable
+from vmm.model.events import Followed
 
 _LOGS = ("worker", "keeper", "qemu", "disks", "console")
 _LOOK_SECONDS = 0.2

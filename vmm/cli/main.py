@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from vmm.cli.failure import EXIT_FAILED, interruptible, report, settle_standard_error, silence_standard_output
-from vmm.errors import Unsupported
+from vmm.model.errors import Unsupported
 
 _EPILOG = """\b
 Examples:

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from vmm import registry
+from vmm.api.manager import Manager
 from vmm.cli.common import VerbGroup, epilog, output_options, print_json, print_line, print_pairs, print_table
 from vmm.cli.nic_words import OPTIONS_HELP, parse_nic, parse_options
-from vmm.errors import VmmError
-from vmm.manager import Manager
-from vmm.spec import AdapterSpec, MachineSpec
+from vmm.model.errors import VmmError
+from vmm.model.spec import AdapterSpec, MachineSpec
+from vmm.store import registry
 
 
 @click.group("nic", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,7 +94,7 @@ def set_command(
 @output_options
 def list_command(name: str, as_json: bool, quiet: bool) -> None:
     """The adapters of the machine NAME."""
-    from vmm.adapters import connection
+    from vmm.api.adapters import connection
 
     machine = registry.load(name)
     found = [(one, *connection(machine, one)) for one in machine.spec.adapters]
@@ -114,7 +114,7 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
 @output_options
 def show_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
     """Everything about ADAPTER of the machine NAME: its rules, its data path and why that one, its counters."""
-    from vmm import adapters
+    from vmm.api import adapters
 
     machine = registry.load(name)
     found = adapters.find(machine, adapter)

@@ -2,7 +2,7 @@
 """`repair`: helps a machine that has lost track of its newest image to find it again.
 
 Decides how the result is reported, and that the user must agree. What is wrong and what helps is decided in
-`vmm.snapshots.repair`.
+`vmm.api.repair`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import dataclasses
 
 import click
 
+from vmm.api.manager import Manager
+from vmm.api.repair import RepairStep
 from vmm.cli.common import confirm, epilog, output_options, print_json, print_line
-from vmm.manager import Manager
-from vmm.snapshots.repair import RepairStep
 
 
 @click.command("repair", epilog=epilog("vmm repair web --dry-run", "vmm repair web --yes"))

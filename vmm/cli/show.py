@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from vmm.api.manager import MachineInfo, Manager
 from vmm.cli.common import epilog, format_size, output_options, print_aside, print_json, print_pairs, print_table
 from vmm.cli.integration import guest_pairs
-from vmm.errors import to_document
-from vmm.manager import MachineInfo, Manager
-from vmm.spec import AdapterSpec, MachineSpec
+from vmm.model.errors import to_document
+from vmm.model.spec import AdapterSpec, MachineSpec
 
 
 @click.command("list", epilog=epilog("vmm list", "vmm list --json"))
@@ -139,8 +139,8 @@ def _adapter_documents(one: MachineInfo) -> list[dict[str, Any]]:
 
 def _connections(one: MachineInfo) -> list[tuple[AdapterSpec, bool | None, str]]:
     """Each adapter, whether it is on its switch, and the same in words."""
-    from vmm import registry
-    from vmm.adapters import connection
+    from vmm.api.adapters import connection
+    from vmm.store import registry
 
     assert one.spec is not None
     machine = registry.load(one.name)

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from vmm import contact
+from vmm.api.machine_snapshots import MODES, MachineSnapshots
+from vmm.api.manager import Manager
 from vmm.cli.common import (
     SIZE,
     VerbGroup,
@@ -27,10 +28,9 @@ from vmm.cli.common import (
     print_table,
     progress_line,
 )
-from vmm.manager import Manager
-from vmm.snapshots.door import MODES, MachineSnapshots
+from vmm.processes import worker_connection as contact
 from vmm.snapshots.steps import Tidied
-from vmm.snapshots.tree import Snapshot, Tree, snapshot_document
+from vmm.store.snapshots.tree import Snapshot, Tree, snapshot_document
 
 _BRANCH, _LAST, _DOWN, _SPACE = "├─ ", "└─ ", "│  ", "   "
 _PLAIN = str.maketrans("├└│─●○", "||| *o")
@@ -395,8 +395,8 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
 @output_options
 def export_command(machine: str, snapshot: str, folder: str, flat: bool, as_json: bool, quiet: bool) -> None:
     """Put MACHINE as it was at SNAPSHOT into the new FOLDER, whatever it is doing now. See `vmm export`."""
+    from vmm.api.export_import.exporting import export
     from vmm.cli.transfer import told
-    from vmm.transfer import export
 
     one = _of(machine).find(snapshot)
     with progress_line(shown=not quiet and not as_json) as progress:

@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 
-from vmm import paths
 from vmm.cli.common import (
     VerbGroup,
     confirm,
@@ -28,7 +27,8 @@ from vmm.cli.common import (
     print_table,
 )
 from vmm.cli.switch_capture import capture_command
-from vmm.errors import TimedOut, Unsupported
+from vmm.model import paths
+from vmm.model.errors import TimedOut, Unsupported
 from vmm.net import plan, switch_spec, switches, watching
 from vmm.net.frames import MAX_MTU_BYTES
 from vmm.net.host_side import HostSide
@@ -286,7 +286,7 @@ def ports_command(name: str, watch: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _of(port: dict[str, Any]) -> tuple[str, str]:
-    from vmm.adapters import machine_of_port
+    from vmm.store.registry import machine_of_port
 
     return machine_of_port(port["name"])
 
@@ -336,8 +336,9 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 
     The address lies in the switch's network, and is neither this host's nor one that another adapter has.
     """
-    from vmm import adapters, registry
+    from vmm.api import adapters
     from vmm.net import guest_addresses, lease_file
+    from vmm.store import registry
 
     if (address is None) != remove:
         raise click.UsageError("give an address, or --remove")
@@ -374,7 +375,7 @@ def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
     A switch that machines are plugged into, running or not, is not removed without --force; nor is one while something
     of the network cannot be put back. What a card had that is gone by now is told.
     """
-    from vmm.adapters import delete_switch
+    from vmm.api.adapters import delete_switch
 
     done = delete_switch(name, force=force)
     if as_json:

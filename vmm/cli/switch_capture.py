@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from vmm.cli.common import SIZE, epilog, output_options, print_json, print_line
-from vmm.errors import Unsupported, WrongState, of_os_error
+from vmm.model.errors import Unsupported, WrongState, of_os_error
 from vmm.net import switches
 from vmm.net.capture_files import MAX_FILES, MIN_SIZE_BYTES, CaptureFiles
 from vmm.net.host_side import HostSide
@@ -93,8 +93,9 @@ def _copy(stream: Any, taken: CaptureFiles, name: str) -> None:
 
 
 def _port_of(words: str) -> str:
-    from vmm import adapters, registry
+    from vmm.api import adapters
     from vmm.net.adapter import port_name
+    from vmm.store import registry
 
     machine, sign, adapter = words.partition("/")
     if not sign:

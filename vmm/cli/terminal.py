@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from vmm.errors import VmmError
+from vmm.model.errors import VmmError
 
 LEAVE_KEY: Final = b"\x1d"  # Ctrl-]
 LINGER_SECONDS: Final = 1.0

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import click
 
+from vmm.api.export_import.exporting import Transfer, export
+from vmm.api.export_import.foreign import ALLOWANCES, Consent
+from vmm.api.export_import.importing import import_machine
 from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
-from vmm.foreign import ALLOWANCES, Consent
-from vmm.importing import import_machine
-from vmm.transfer import Transfer, export
 
 
 def told(done: Transfer, words: str, *, as_json: bool, quiet: bool) -> None:

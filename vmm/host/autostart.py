@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vmm import unfinished
-from vmm.errors import AccessDenied, InvalidSpec, Unsupported, VmmError, of_os_error
 from vmm.host.kernel import program_path
+from vmm.model import unfinished
+from vmm.model.errors import AccessDenied, InvalidSpec, Unsupported, VmmError, of_os_error
 
 Scope = Literal["system", "user"]
 UNIT = "vmm-machines.service"

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vmm.errors import InvalidSpec, NotFound
 from vmm.host import loops
 from vmm.host.loops import Inode
+from vmm.model.errors import InvalidSpec, NotFound
 
 Kind = Literal["disk", "partition", "cd-rom", "loop", "raid", "mapper", "multipath", "memory", "network"]
 Attachment = Literal["DAS", "SAN"]

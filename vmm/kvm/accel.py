@@ -25,9 +25,9 @@ import tempfile
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from vmm.errors import InvalidSpec, Unsupported
 from vmm.kvm import program, trial_guest
 from vmm.kvm.trial import Outcome
+from vmm.model.errors import InvalidSpec, Unsupported
 
 KVM_DEVICE = "/dev/kvm"
 CACHE_NAME = "accelerator.json"

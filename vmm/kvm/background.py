@@ -27,10 +27,10 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Any
 
-from vmm.errors import QemuFailed, TimedOut, Unsupported, VmmError
 from vmm.kvm import memory_file
 from vmm.kvm.qmp import Qmp
 from vmm.kvm.said import reason_of
+from vmm.model.errors import QemuFailed, TimedOut, Unsupported, VmmError
 
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
 RESUME_SECONDS = 20.0

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmm.spec import DiskSpec, MachineSpec
+from vmm.model.spec import DiskSpec, MachineSpec
 
 MIB = 1 << 20
 RECONNECT_SECONDS = 5  # QEMU's main loop can be held up for so long while the disks' server is away

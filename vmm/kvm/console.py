@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
-from vmm.errors import InUse, VmmError, of_os_error
+from vmm.model.errors import InUse, VmmError, of_os_error
 
 Typing = Literal["alone", "shared", "take", "never"]
 

@@ -21,11 +21,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import vhdkit
-from vmm.errors import InUse, NoSpace, QemuFailed, StoreFailed, TimedOut, VmmError, hint_of_vhdkit, of_os_error
 from vmm.kvm.cmdline import RECONNECT_SECONDS, Medium, chain_node, disk_device
 from vmm.kvm.qmp import Qmp
-from vmm.paths import RuntimePaths
-from vmm.spec import DiskSpec
+from vmm.model.errors import InUse, NoSpace, QemuFailed, StoreFailed, TimedOut, VmmError, hint_of_vhdkit, of_os_error
+from vmm.model.paths import RuntimePaths
+from vmm.model.spec import DiskSpec
 
 SERVER_SECONDS = 60.0  # an answer of the server's: it may flush a slow disk
 UNPLUG_SECONDS = 20.0  # for the guest to let go of a disk

@@ -27,8 +27,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, Protocol
 
-from vmm.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
 from vmm.kvm.qmp import ConnectionEnded, Qmp
+from vmm.model.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
 
 Service = Literal["heartbeat", "shutdown", "time_sync", "key_value", "backup"]
 HeartbeatState = Literal["off", "no contact", "ok", "lost"]
@@ -54,7 +54,7 @@ MAX_ADDRESSES: Final = 32  # of an interface
 
 
 class Switches(Protocol):
-    """Which services are on; `vmm.spec.IntegrationSpec` is one."""
+    """Which services are on; `vmm.model.spec.IntegrationSpec` is one."""
 
     @property
     def heartbeat(self) -> bool: ...

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from vmm.errors import InvalidSpec
+from vmm.model.errors import InvalidSpec
 
 SCHEME = "iscsi://"
 DEFAULT_PORT = 3260

@@ -34,8 +34,8 @@ import os
 from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
-from vmm.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError, of_os_error
-from vmm.paths import write_whole
+from vmm.model.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError, of_os_error
+from vmm.model.paths import write_whole
 
 Pool = Literal["host", "guest"]
 POOLS: Final[tuple[Pool, ...]] = get_args(Pool)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
-from vmm.errors import QemuFailed
 from vmm.kvm import program
+from vmm.model.errors import QemuFailed
 
 _ALIAS = re.compile(r"^(\S+)\s.*\(alias of (\S+)\)")
 

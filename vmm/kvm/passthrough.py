@@ -31,15 +31,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused, VmmError, of_os_error
 from vmm.host import block
 from vmm.host.block import BlockDevice, Host
 from vmm.host.loops import Inode, inode_of
 from vmm.kvm import iscsi
 from vmm.kvm.iscsi import Reason
+from vmm.model.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused, VmmError, of_os_error
 
 if TYPE_CHECKING:
-    from vmm.spec import MachineSpec
+    from vmm.model.spec import MachineSpec
 
 BLKGETSIZE64 = 0x80081272
 RIGHTS_HINT = "run this as root, or let your user have the device: sudo setfacl -m u:$USER:rw "

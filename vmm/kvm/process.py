@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vmm import confined
-from vmm.errors import AccessDenied, QemuFailed, Unsupported, of_os_error
-from vmm.proc import ProcessRef, spawn_detached
-from vmm.users import user_of
+from vmm.host import confined
+from vmm.host.proc import ProcessRef, spawn_detached
+from vmm.host.users import user_of
+from vmm.model.errors import AccessDenied, QemuFailed, Unsupported, of_os_error
 
 if TYPE_CHECKING:
     from vmm.kvm.userfault import Way

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from vmm.errors import QemuFailed, TimedOut, Unsupported
+from vmm.model.errors import QemuFailed, TimedOut, Unsupported
 
 SYSTEM_PROGRAM = "qemu-system-x86_64"
 INSTALL_HINT = "install QEMU: sudo apt install qemu-system-x86"

@@ -26,8 +26,8 @@ from typing import Any, TypeAlias
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 
-from vmm.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
 from vmm.kvm.said import LOG, in_our_words
+from vmm.model.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
 
 CONNECT_SECONDS = 10.0
 COMMAND_SECONDS = 10.0  # a main loop that drains a disk waits for the reconnect delay, see drives

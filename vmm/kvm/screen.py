@@ -12,8 +12,8 @@ import contextlib
 import os
 from typing import Final
 
-from vmm.errors import QemuFailed
 from vmm.kvm.qmp import Qmp
+from vmm.model.errors import QemuFailed
 
 MAX_PICTURE_BYTES: Final = 8 * 1024 * 1024  # a screen of text has about ten KiB
 PICTURE_SECONDS: Final = 20.0

@@ -13,9 +13,9 @@ import json
 import os
 import subprocess
 
-from vmm.errors import NotFound, Refused
 from vmm.kvm import iscsi, program
 from vmm.kvm.said import in_our_words
+from vmm.model.errors import NotFound, Refused
 
 LOOK_SECONDS = 5.0
 _LEAVE = b'{"execute": "qmp_capabilities"} {"execute": "quit"}\n'

@@ -16,10 +16,10 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from vmm.errors import Refused
 from vmm.kvm.cmdline import Medium
 from vmm.kvm.drives import NODE_SECONDS, take_back
 from vmm.kvm.qmp import Qmp
+from vmm.model.errors import Refused
 
 EJECT_SECONDS = 5.0  # for a guest that locked the tray: it is asked, and may let go
 _LOOK_SECONDS = 0.05

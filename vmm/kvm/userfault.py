@@ -18,8 +18,8 @@ import fcntl
 import os
 from enum import StrEnum
 
-from vmm.errors import VmmError
 from vmm.kvm import program
+from vmm.model.errors import VmmError
 
 DEVICE = "/dev/userfaultfd"
 UNPRIVILEGED = "/proc/sys/vm/unprivileged_userfaultfd"

@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vmm import errors, paths
+from vmm.model import errors, paths
+from vmm.model.spec import AdapterSpec
 from vmm.net import frames, switches, taps
 from vmm.net.engine import PortRules, VlanMode
 from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
 from vmm.net.switch_spec import USUAL_MTU_BYTES, Backend
-from vmm.spec import AdapterSpec
 
 SYNTHETIC_DRIVER, LEGACY_DRIVER = "virtio-net-pci", "rtl8139"
 GUEST_SOCKET, SWITCH_SOCKET = "guest.sock", "switch.sock"

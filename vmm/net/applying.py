@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vmm import errors, paths
+from vmm.model import errors, paths
 from vmm.net import enforcing, forwarding, ipv6, ipv6_settings, nft, plan, restoring, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer

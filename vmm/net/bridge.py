@@ -21,7 +21,7 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import frames, ipv6, ipv6_settings, plan, uplinks
 from vmm.net.plan import Address, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import SwitchSpec

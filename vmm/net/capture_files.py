@@ -18,7 +18,7 @@ from collections import deque
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from vmm.errors import VmmError
+from vmm.model.errors import VmmError
 from vmm.net.capture import INTERFACE, PACKET, SECTION
 from vmm.net.frames import MAX_FRAME_BYTES
 

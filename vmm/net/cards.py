@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net.switch_spec import SwitchSpec
 
 ROOT = "/sys/class/net"

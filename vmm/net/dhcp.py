@@ -16,13 +16,13 @@ import subprocess
 import time
 from typing import Any
 
-from vmm import errors, paths
+from vmm.host.proc import ProcessRef, command_words, spawn_detached
+from vmm.host.users import user_of
+from vmm.model import errors, paths
 from vmm.net import enclosed, lease_file
 from vmm.net.dhcp_server import LEASE_SECONDS
 from vmm.net.enclosing import Enclosure, hint_for
 from vmm.net.switch_spec import SwitchSpec
-from vmm.proc import ProcessRef, command_words, spawn_detached
-from vmm.users import user_of
 
 DNSMASQ_HINT = "apt-get install dnsmasq-base"
 _CONFIG, _NOTE, _LOG = "dnsmasq.conf", "dnsmasq.json", "dnsmasq.log"

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import dhcp_message, frames
 from vmm.net.dhcp_message import Kind, Message, Option
 from vmm.net.limits import Bucket

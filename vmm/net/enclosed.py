@@ -2,7 +2,7 @@
 """Start a program that guests talk to in a place without a file system, as nobody in particular: then exec.
 
 Decides what is left to a switch's helper (its user-mode network, its DHCP and name server) when a guest takes it over.
-Imports nothing of ours: it runs as a script, isolated, behind the system call filter of `vmm/confined.py`.
+Imports nothing of ours: it runs as a script, isolated, behind the system call filter of `vmm/host/confined.py`.
 
     python -I -S enclosed.py [OPTION...] -- COMMAND...
         --parent PID          it ends with this process (PR_SET_PDEATHSIG)

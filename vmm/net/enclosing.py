@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vmm import confined, paths
+from vmm.host import confined
+from vmm.model import paths
 from vmm.net import enclosed
 
 # Whatever programs and their libraries are made of; none of it is anybody's secret.

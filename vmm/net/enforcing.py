@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import nft, shaping
 from vmm.net.engine import Drop
 from vmm.net.nft import GuestPort

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vmm import errors
+from vmm.model import errors
 
 QEMU = "qemu-system-x86_64"
 PORT_NAME = "gateway"

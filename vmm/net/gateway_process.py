@@ -21,11 +21,11 @@ import subprocess
 import time
 from typing import Any, Protocol
 
-from vmm import errors
+from vmm.host.users import user_of
+from vmm.model import errors
 from vmm.net import enclosed
 from vmm.net.enclosing import Enclosure
 from vmm.net.gateway import QEMU, GatewaySetup, command
-from vmm.users import user_of
 
 FOLDER_NAME, PEER_NAME, ADDRESS_NAME, LOG_NAME = "gateway", "gate.sock", "port.sock", "gateway.log"
 _ROOT_NAME = "gateway-root"

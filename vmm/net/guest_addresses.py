@@ -11,7 +11,7 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import switch_spec
 from vmm.net.switch_spec import SwitchSpec
 

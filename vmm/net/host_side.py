@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vmm import errors, paths
+from vmm.host.proc import locked
+from vmm.model import errors, paths
 from vmm.net import cards, ipv6_settings, nft, plan, ports, switch_spec
 from vmm.net.enclosing import hint_for
 from vmm.net.gateway import PORT_NAME, QEMU
 from vmm.net.switch_spec import SwitchSpec
 from vmm.net.user_backend import UserBackend
-from vmm.proc import locked
 
 GATEWAY_SECONDS = 10.0
 _LOOK_SECONDS = 0.02

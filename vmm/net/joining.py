@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from vmm import errors
+from vmm.model import errors
+from vmm.model.spec import AdapterSpec
 from vmm.net import switches, watching
 from vmm.net.adapter import (
     Lives,
@@ -24,7 +25,6 @@ from vmm.net.adapter import (
     setup_of,
 )
 from vmm.net.host_side import HostSide
-from vmm.spec import AdapterSpec
 
 
 @dataclass(frozen=True, slots=True)

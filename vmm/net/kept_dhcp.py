@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import lease_file
 from vmm.net.dhcp_message import Kind, Message
 from vmm.net.dhcp_server import DhcpServer, DhcpSetup

@@ -14,7 +14,7 @@ import math
 import os
 from typing import Any
 
-from vmm import paths
+from vmm.model import paths
 from vmm.net import frames
 from vmm.net.dhcp_message import text
 from vmm.net.dhcp_server import SAVE_AGAIN, DhcpServer, Record

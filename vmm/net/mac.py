@@ -16,7 +16,7 @@ import ipaddress
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import frames
 
 VENDOR = bytes.fromhex("00155d")  # Microsoft's, which Hyper-V's pools use

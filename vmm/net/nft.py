@@ -21,7 +21,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmm import errors, paths
+from vmm.model import errors, paths
 from vmm.net import forwarding, frames
 from vmm.net.engine import Drop, PortRules, VlanMode
 from vmm.net.forwarding import Guard

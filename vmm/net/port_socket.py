@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net.batch import BATCH_FRAMES, Batch, tag_buffer
 from vmm.net.limits import Bucket
 

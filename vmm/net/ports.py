@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import frames
 from vmm.net.engine import PortRules, VlanMode
 

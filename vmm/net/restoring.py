@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net.bridge import Kernel
 from vmm.net.plan import Address, Route, in_order
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import nft
 from vmm.net.nft import GuestPort
 from vmm.net.switch_spec import SwitchSpec

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 
-from vmm import errors, paths
+from vmm.model import errors, paths
 from vmm.net import enforcing, rule_check, settings
 from vmm.net.host_side import HostSide
 

@@ -22,8 +22,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmm import errors, paths
-from vmm.proc import locked
+from vmm.host.proc import locked
+from vmm.model import errors, paths
 
 FILE_NAME, _LOCK_NAME = "settings.json", "settings.lock"
 _OF_INTERFACE = re.compile(r"(net/ipv[46]/conf/)([^/]+)(/.+)")

@@ -21,7 +21,7 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import frames
 from vmm.net.bridge import refused
 from vmm.net.nft import shaper_name

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net.capture import Capture
 
 MAX_LINE_BYTES = 192 << 10  # a thousand fixed addresses with long names

@@ -21,8 +21,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vmm import errors
-from vmm.complaints import words_of
+from vmm.model import errors
+from vmm.model.complaints import words_of
 from vmm.net import frames
 from vmm.net.dhcp_server import LEASE_SECONDS, DhcpSetup
 from vmm.net.gateway import GatewaySetup

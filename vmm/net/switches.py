@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
-from vmm import errors, paths
-from vmm.complaints import words_of
+from vmm.host.proc import locked
+from vmm.model import errors, paths
+from vmm.model.complaints import words_of
 from vmm.net import cards, guest_addresses, switch_spec
 from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import SwitchSpec
 from vmm.net.user_backend import UserBackend
-from vmm.proc import locked
 
 MAX_FILE_BYTES = 1 << 20
 

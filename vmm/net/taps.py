@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 
-from vmm import errors
+from vmm.model import errors
 
 _TUNSETIFF = 0x400454CA
 _TAP, _NO_PI, _VNET_HDR, _MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100

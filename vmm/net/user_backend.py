@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vmm import errors, paths, proc
+from vmm.host import proc
+from vmm.model import errors, paths
 from vmm.net import ports
 
 CONNECT_SECONDS = 5.0

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vmm import errors, paths
+from vmm.model import errors, paths
 from vmm.net import enclosed, engine, frames, ports
 from vmm.net.capture import MAX_SNAP_BYTES, Capture
 from vmm.net.dhcp_server import DhcpSetup

@@ -18,7 +18,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from vmm import errors, paths
+from vmm.model import errors, paths
 from vmm.net import rule_watch, settings, switches
 from vmm.net.dhcp import DhcpServer
 from vmm.net.host_side import HostSide

@@ -13,12 +13,9 @@ import os
 from dataclasses import dataclass, replace
 
 import vhdkit
-from vmm.events import add_event
-from vmm.registry import Changing
-from vmm.snapshots.beforehand import look_before_apply
-from vmm.snapshots.journal import NO_VARIABLES, Apply
-from vmm.snapshots.memory import SnapshotFolder
-from vmm.snapshots.settle import settle, taken_back
+from vmm.model.events import add_event
+from vmm.snapshots.preflight import look_before_apply
+from vmm.snapshots.recovery import settle, taken_back
 from vmm.snapshots.steps import (
     Tidied,
     commit,
@@ -27,9 +24,12 @@ from vmm.snapshots.steps import (
     pivoted,
     tidy,
 )
-from vmm.snapshots.store import holding
-from vmm.snapshots.tree import Snapshot
-from vmm.state import note_clean, note_unclean
+from vmm.store.registry import Changing
+from vmm.store.snapshots.journal import NO_VARIABLES, Apply
+from vmm.store.snapshots.memory import SnapshotFolder
+from vmm.store.snapshots.store import holding
+from vmm.store.snapshots.tree import Snapshot
+from vmm.store.state import note_clean, note_unclean
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import vhdkit
-from vmm import saved
-from vmm.devices import refuse_passed_through
-from vmm.errors import InvalidSpec
-from vmm.events import add_event
-from vmm.registry import Changing
-from vmm.snapshots.journal import CreateOff, Pivot
-from vmm.snapshots.memory import SnapshotFolder, folder_of
-from vmm.snapshots.settle import settle, taken_back
+from vmm.model.errors import InvalidSpec
+from vmm.model.events import add_event
+from vmm.model.spec import MachineSpec
+from vmm.snapshots.dependents import images_of, refuse_older
+from vmm.snapshots.recovery import settle, taken_back
 from vmm.snapshots.steps import check_chains, commit, commit_to, options_of_all, pivoted, pivots_for
-from vmm.snapshots.store import Held, holding
-from vmm.snapshots.survey import images_of, refuse_older
-from vmm.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
-from vmm.spec import MachineSpec
-from vmm.state import is_clean
+from vmm.store import saved
+from vmm.store.devices import refuse_passed_through
+from vmm.store.registry import Changing
+from vmm.store.snapshots.journal import CreateOff, Pivot
+from vmm.store.snapshots.memory import SnapshotFolder, folder_of
+from vmm.store.snapshots.store import Held, holding
+from vmm.store.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
+from vmm.store.state import is_clean
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vmm import registry
-from vmm.errors import AccessDenied, Refused, WrongState
-from vmm.events import add_event
-from vmm.registry import Changing, Machine
-from vmm.removal import refuse_needed_folder
-from vmm.snapshots.beforehand import removal_problem
-from vmm.snapshots.journal import Delete
-from vmm.snapshots.memory import SnapshotFolder
-from vmm.snapshots.proof import is_stood_on
-from vmm.snapshots.settle import discard, settle
-from vmm.snapshots.snapshot import Snapshot
+from vmm.model.errors import AccessDenied, Refused, WrongState
+from vmm.model.events import add_event
+from vmm.snapshots.dependents import images_of, judge, parent_folders
+from vmm.snapshots.preflight import removal_problem
+from vmm.snapshots.recovery import discard, settle
 from vmm.snapshots.steps import Tidied, tidy
-from vmm.snapshots.store import Held, holding, load_tree
-from vmm.snapshots.survey import images_of, judge, parent_folders
-from vmm.snapshots.tree import Tree
+from vmm.store import registry
+from vmm.store.registry import Changing, Machine
+from vmm.store.removal import refuse_needed_folder
+from vmm.store.snapshots.journal import Delete
+from vmm.store.snapshots.memory import SnapshotFolder
+from vmm.store.snapshots.proof import is_stood_on
+from vmm.store.snapshots.snapshot import Snapshot
+from vmm.store.snapshots.store import Held, holding, load_tree
+from vmm.store.snapshots.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,19 +22,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import vhdkit
-from vmm import registry
-from vmm.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
-from vmm.known_images import refuse_used_elsewhere
-from vmm.paths import sync_folder, write_whole
-from vmm.registry import Changing
-from vmm.removal import remove_image
-from vmm.snapshots.journal import NO_VARIABLES, Commit, MergeLive, MergeOff, Pivot, SavedStep
-from vmm.snapshots.memory import adapt_saved, drop_saved, put_saved
-from vmm.snapshots.snapshot import Image
-from vmm.snapshots.store import Held, tree_path
-from vmm.snapshots.survey import judge, parent_folders
-from vmm.snapshots.tree import Tree
-from vmm.spec import DiskSpec, MachineSpec, read_spec
+from vmm.model.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
+from vmm.model.paths import sync_folder, write_whole
+from vmm.model.spec import DiskSpec, MachineSpec, read_spec
+from vmm.snapshots.dependents import judge, parent_folders
+from vmm.store import registry
+from vmm.store.known_images import refuse_used_elsewhere
+from vmm.store.registry import Changing
+from vmm.store.removal import remove_image
+from vmm.store.snapshots.journal import NO_VARIABLES, Commit, MergeLive, MergeOff, Pivot, SavedStep
+from vmm.store.snapshots.memory import adapt_saved, drop_saved, put_saved
+from vmm.store.snapshots.snapshot import Image
+from vmm.store.snapshots.store import Held, tree_path
+from vmm.store.snapshots.tree import Tree
 
 _OWN_STEM = re.compile(r"(.+)_[0-9a-f]{8}")
 _MAX_STEM_BYTES = 200  # a name has 255 bytes

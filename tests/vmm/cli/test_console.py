@@ -21,7 +21,7 @@ from tests.pictures import read_png
 from tests.support import require_boot_sector_guest
 from tests.vmm.guests import boot_sector
 from tests.vmm.stage import SECONDS
-from vmm.manager import DiskWish, Manager
+from vmm.api.manager import DiskWish, Manager
 
 pytestmark = pytest.mark.kvm
 MIB = 1 << 20

@@ -10,7 +10,7 @@ import pytest
 
 import vhdkit
 from tests.vmm.cli.running import document, failure, good, run
-from vmm.manager import Manager
+from vmm.api.manager import Manager
 
 MIB = 1 << 20
 

@@ -11,8 +11,8 @@ import pytest
 import vhdkit
 from tests.vmm.cli.running import document, failure, good
 from tests.vmm.small_guests import make_machine
+from vmm.api.manager import DiskWish, Manager
 from vmm.cli.disk import parse_disk
-from vmm.manager import DiskWish, Manager
 
 MIB = 1 << 20
 

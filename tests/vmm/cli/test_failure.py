@@ -19,10 +19,10 @@ from vmm.cli.main import main
 _CTRL_C_IN_VERB = """
 import os, signal, sys
 from vmm.cli import entry
-import vmm.manager
+import vmm.api.manager
 def names(self, **options):
     os.kill(os.getpid(), signal.SIGINT)
-vmm.manager.Manager.machines = names
+vmm.api.manager.Manager.machines = names
 sys.argv = ["vmm", "list"]
 entry.main()
 """

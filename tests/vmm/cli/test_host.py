@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from tests.support import require_tool
 from tests.vmm.kvm.loops import loop_device
+from vmm.api import doctor
+from vmm.api.doctor import Check, State
 from vmm.cli.main import main
-from vmm.host import doctor
-from vmm.host.doctor import Check, State
 
 
 @pytest.fixture(autouse=True)

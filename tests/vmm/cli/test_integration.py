@@ -13,8 +13,8 @@ import pytest
 from tests.support import require_linux_guest
 from tests.vmm.guests import linux
 from tests.vmm.stage import SECONDS
+from vmm.api.manager import Manager
 from vmm.cli.integration import guest_pairs
-from vmm.manager import Manager
 
 
 def test_guest_without_an_agent() -> None:

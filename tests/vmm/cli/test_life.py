@@ -13,8 +13,8 @@ import pytest
 
 from tests.vmm.cli.running import document, failure, good, run
 from tests.vmm.small_guests import console, make_machine, wait_counting, wait_until
-from vmm import contact
-from vmm.manager import Manager
+from vmm.api.manager import Manager
+from vmm.processes import worker_connection as contact
 
 pytestmark = pytest.mark.kvm
 
@@ -79,7 +79,7 @@ def test_events_and_logs(manager: Manager, tmp_path: Path) -> None:
 def test_start_imports_little(manager: Manager, tmp_path: Path) -> None:
     """Most of a start's time is imports: the command needs no models, no numbers, no event loop."""
     program = (
-        "import sys, vmm.cli.life, vmm.contact; "
+        "import sys, vmm.cli.life, vmm.processes.worker_connection; "
         "heavy = ('numpy', 'pydantic', 'rich', 'asyncio', 'pyroute2', 'construct'); "
         "print([one for one in heavy if one in sys.modules])"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vmm import registry
 from vmm.cli.main import main
-from vmm.spec import make_spec
+from vmm.model.spec import make_spec
+from vmm.store import registry
 
 
 @pytest.mark.parametrize("time", ["soon", 1e300, None, [], float("nan"), -1e30])

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from tests.vmm.small_guests import make_machine
+from vmm.api.manager import MachineInfo, Manager
 from vmm.cli.main import main
 from vmm.cli.show import _duration, addresses_of
-from vmm.manager import MachineInfo, Manager
+from vmm.model.spec import make_adapter, make_spec
 from vmm.net import switches
 from vmm.net.switch_spec import make_switch
-from vmm.spec import make_adapter, make_spec
-from vmm.state import MachineState
+from vmm.store.state import MachineState
 
 MIB = 1 << 20
 

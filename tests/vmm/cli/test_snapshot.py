@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.vmm.snapshots.conftest import machines as machines_fixture
 from tests.vmm.snapshots.machines import Machines
 from vmm.cli.main import main
-
-machines = machines_fixture
 
 
 def vmm(*words: str, code: int = 0) -> str:

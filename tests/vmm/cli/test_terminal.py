@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from vmm.cli.terminal import Ended, Join, raw_terminal
-from vmm.errors import NotFound
+from vmm.model.errors import NotFound
 
 SECONDS = 30.0
 

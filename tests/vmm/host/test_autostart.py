@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_tool
-from vmm.errors import AccessDenied, InvalidSpec, Unsupported, VmmError
 from vmm.host import autostart
 from vmm.host.autostart import Scope
+from vmm.model.errors import AccessDenied, InvalidSpec, Unsupported, VmmError
 
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >>"{log}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.host.fake_host import FakeHost
-from vmm.errors import InvalidSpec, NotFound
 from vmm.host import block
+from vmm.model.errors import InvalidSpec, NotFound
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_tool
-from vmm.errors import InvalidSpec, Unsupported
 from vmm.kvm import accel, program
 from vmm.kvm.accel import Evidence
 from vmm.kvm.trial import Outcome
+from vmm.model.errors import InvalidSpec, Unsupported
 
 SOUND = Outcome(None, None, ["SSE2", "page fault"], {}, [], 4000)
 ALL_WELL = Evidence("/usr/bin/qemu", "7.2.22", SOUND, None, None)

@@ -23,7 +23,7 @@ from vmm.kvm.cmdline import (
     file_node,
     qemu_arguments,
 )
-from vmm.spec import UNITS, MachineSpec, make_disk, make_spec
+from vmm.model.spec import UNITS, MachineSpec, make_disk, make_spec
 
 ID = "01234567-89ab-cdef-0123-456789abcdef"
 

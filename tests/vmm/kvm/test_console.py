@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from vmm.errors import InUse, NotFound, VmmError
 from vmm.kvm import console
 from vmm.kvm.console import LOG_BYTES, MAX_WATCHERS, ConsoleHub, ConsoleLog, Typing, open_console, read_log
+from vmm.model.errors import InUse, NotFound, VmmError
 
 
 class Serial:

@@ -16,10 +16,10 @@ import pytest
 from tests.support import require_linux_guest, require_qemu
 from tests.vmm.guests import launch, linux
 from tests.vmm.guests.shell import GuestShell
-from vmm.errors import AgentUnavailable, TimedOut, VmmError
 from vmm.kvm import guest_agent
 from vmm.kvm.guest_agent import GuestAgent
-from vmm.spec import IntegrationSpec
+from vmm.model.errors import AgentUnavailable, TimedOut, VmmError
+from vmm.model.spec import IntegrationSpec
 
 Answer = Callable[[str, dict[str, Any]], Any]
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.support import require_tool, run
 from tests.vmm.host.fake_host import FakeHost
 from tests.vmm.kvm.targets import TARGET, iscsi_target
-from vmm.errors import InvalidSpec
 from vmm.kvm import iscsi
 from vmm.kvm.iscsi import Lun
+from vmm.model.errors import InvalidSpec
 
 IQN = "iqn.2001-04.com.example:store"
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.support import require_linux_guest, require_qemu
 from tests.vmm.guests import launch, linux
 from tests.vmm.guests.shell import GuestShell
-from vmm.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError
 from vmm.kvm import key_value
 from vmm.kvm.key_value import MAX_ITEMS, MAX_KEY_BYTES, MAX_LINE_BYTES, MAX_VALUE_BYTES, KeyValueChannel, KeyValueStore
+from vmm.model.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError
 
 
 class Port:

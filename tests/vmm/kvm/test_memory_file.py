@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from vmm.errors import QemuFailed
 from vmm.kvm import memory_file
 from vmm.kvm.background import Capturing, Mode
 from vmm.kvm.qmp import Qmp
+from vmm.model.errors import QemuFailed
 
 WHOLE = memory_file.HEADER + bytes(1000)
 

@@ -15,11 +15,11 @@ import pytest
 from tests.support import require_root, require_tool, run
 from tests.vmm.host.fake_host import FakeHost
 from tests.vmm.kvm.loops import MIB, loop_device
-from vmm.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused
 from vmm.host import block
 from vmm.kvm import passthrough
 from vmm.kvm.passthrough import Given
-from vmm.spec import make_disk, make_spec
+from vmm.model.errors import AccessDenied, InUse, InvalidSpec, NotFound, Refused
+from vmm.model.spec import make_disk, make_spec
 
 
 @pytest.fixture

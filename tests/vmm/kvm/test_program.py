@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_tool
-from vmm.errors import QemuFailed, TimedOut, Unsupported
 from vmm.kvm import program
+from vmm.model.errors import QemuFailed, TimedOut, Unsupported
 
 
 def fake(path: Path, text: str) -> str:

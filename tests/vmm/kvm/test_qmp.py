@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from tests.support import require_tool
-from vmm.errors import AgentUnavailable, QemuFailed, TimedOut
 from vmm.kvm.qmp import ConnectionEnded, Qmp
+from vmm.model.errors import AgentUnavailable, QemuFailed, TimedOut
 
 Answer = Callable[[dict[str, Any]], list[dict[str, Any]]]
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": []}}

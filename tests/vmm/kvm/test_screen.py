@@ -13,9 +13,9 @@ import pytest
 from tests.pictures import Picture, read_png
 from tests.support import not_available, require_boot_sector_guest, require_qemu
 from tests.vmm.guests import boot_sector, launch
-from vmm.errors import QemuFailed
 from vmm.kvm.qmp import Qmp
 from vmm.kvm.screen import is_png, screendump, viewer_command
+from vmm.model.errors import QemuFailed
 
 pytestmark = pytest.mark.kvm
 OVMF = Path("/usr/share/OVMF")

@@ -12,11 +12,11 @@ import pytest
 from tests.support import require_qemu
 from tests.vmm.discs import make_iso
 from tests.vmm.guests import launch
-from vmm.errors import QemuFailed
 from vmm.kvm import tray
 from vmm.kvm.cmdline import Medium, file_node
 from vmm.kvm.drives import free_set
 from vmm.kvm.qmp import Qmp
+from vmm.model.errors import QemuFailed
 
 pytestmark = pytest.mark.kvm
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.vmm.guests.shell import GuestShell, Result
-from vmm import registry
-from vmm.errors import VmmError
+from vmm.api.manager import Manager
 from vmm.kvm.console import open_console
-from vmm.manager import Manager
+from vmm.model.errors import VmmError
 from vmm.net import switches
-from vmm.state import processes_of
+from vmm.store import registry
+from vmm.store.state import processes_of
 
 _NEW_NET = 0x40000000  # CLONE_NEWNET
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vmm import errors
+from vmm.model import errors
+from vmm.model.spec import make_adapter
 from vmm.net import adapter, taps
 from vmm.net.adapter import Owner
 from vmm.net.engine import PortRules, VlanMode
-from vmm.spec import make_adapter
 
 OWNER = Owner("01234567-89ab-cdef-0123-456789abcdef", "/run/vmm/0123456789ab", (70000, 70000))
 MAC = "00:15:5d:00:00:01"

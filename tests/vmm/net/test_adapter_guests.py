@@ -13,11 +13,11 @@ import pytest
 from tests.support import require_linux_guest
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import MachineLab, address, lease, ping
-from vmm import registry
 from vmm.net import switches
 from vmm.net.adapter import port_name
 from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import make_switch
+from vmm.store import registry
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 

@@ -23,7 +23,7 @@ from vmm.net.host_side import HostSide
 from vmm.net.adapter import Owner, interface_name, setup_of
 from vmm.net.joining import join
 from vmm.net.switch_spec import make_switch
-from vmm.spec import make_adapter
+from vmm.model.spec import make_adapter
 
 def ip(words): subprocess.run(["ip", *words.split()], check=True)
 def connected(): return sum(one["connected"] for one in host.port_status())

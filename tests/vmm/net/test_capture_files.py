@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.vmm.net import packets
 from tests.vmm.net.test_capture import read
-from vmm.errors import VmmError
+from vmm.model.errors import VmmError
 from vmm.net.capture import PACKET, Capture, Direction
 from vmm.net.capture_files import MAX_BLOCK_BYTES, CaptureFiles
 

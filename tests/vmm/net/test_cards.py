@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.machines import Namespaces
-from vmm import errors
+from vmm.model import errors
 from vmm.net import cards
 from vmm.net.switch_spec import SwitchSpec, make_switch
 
@@ -73,7 +73,7 @@ def test_a_card_that_is_not_there(root: Path) -> None:
 
 _SCENE = """
 import os, shutil, subprocess, sys
-from vmm import paths
+from vmm.model import paths
 from vmm.net import switches
 from vmm.net.switch_spec import make_switch
 from vmm.net.host_side import HostSide

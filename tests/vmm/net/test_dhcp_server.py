@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.vmm.net import dhcp_client, packets
 from tests.vmm.net.dhcp_client import ACK, DECLINE, DISCOVER, INFORM, NAK, OFFER, RELEASE, REQUEST, Answer
-from vmm import errors
+from vmm.model import errors
 from vmm.net import dhcp_message, dhcp_server, lease_file
 from vmm.net.dhcp_server import DhcpServer, DhcpSetup
 

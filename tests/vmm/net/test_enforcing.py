@@ -18,7 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.net import packets
 from tests.vmm.net.machines import Namespaces
-from vmm import errors
+from vmm.model import errors
 from vmm.net import enforcing, nft, shaping
 from vmm.net.engine import PortRules
 from vmm.net.nft import GuestPort

@@ -18,12 +18,12 @@ import pytest
 from tests.support import require_qemu
 from tests.vmm.net import dhcp_client, packets
 from tests.vmm.net.lab import SwitchLab
-from vmm import errors
+from vmm.host.proc import ProcessRef
+from vmm.model import errors
 from vmm.net import frames, gateway
 from vmm.net.dhcp_server import DhcpSetup
 from vmm.net.engine import PortRules
 from vmm.net.gateway import GatewaySetup
-from vmm.proc import ProcessRef
 
 SETUP = GatewaySetup("10.0.7.0/24", "10.0.7.1", "10.0.7.3", "10.0.7.50", "vmm.internal")
 

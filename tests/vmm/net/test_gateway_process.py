@@ -16,11 +16,11 @@ import pytest
 from tests.support import require_qemu, require_root
 from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP, is_answered
-from vmm import errors
+from vmm.host.proc import ProcessRef
+from vmm.model import errors
 from vmm.net import gateway_process
 from vmm.net.gateway import GatewaySetup
 from vmm.net.gateway_process import ForkedStarter, Gateway, LocalStarter
-from vmm.proc import ProcessRef
 
 
 @pytest.fixture

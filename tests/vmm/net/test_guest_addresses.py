@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net.guest_addresses import refuse_range, with_fixed, without_fixed
 from vmm.net.switch_spec import SwitchSpec, make_switch
 

@@ -14,7 +14,7 @@ from tests.support import require_qemu
 from tests.vmm.net import packets
 from tests.vmm.net.lab import SwitchLab
 from tests.vmm.small_guests import wait_until
-from vmm import errors
+from vmm.model import errors
 from vmm.net import frames
 from vmm.net.engine import Drop, Engine, PortRules
 from vmm.net.gateway import GatewaySetup

@@ -19,14 +19,16 @@ from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.cli.running import document, good
 from tests.vmm.net.machines import Namespaces
 from tests.vmm.small_guests import make_machine, wait_until
-from vmm import adapters, errors, registry
-from vmm.manager import Manager
+from vmm.api import adapters
+from vmm.api.manager import Manager
+from vmm.model import errors
+from vmm.model.spec import AdapterSpec, make_adapter
 from vmm.net import switches
 from vmm.net.adapter import Owner, plug, setup_of
 from vmm.net.host_side import HostSide
 from vmm.net.joining import Joined, is_plugged, join
 from vmm.net.switch_spec import make_switch
-from vmm.spec import AdapterSpec, make_adapter
+from vmm.store import registry
 
 MACHINE_ID = "01234567-89ab-cdef-0123-456789abcdef"
 

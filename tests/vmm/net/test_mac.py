@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import frames, mac
 
 POOL = mac.pool_of_host("192.168.7.9", "")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_root
-from vmm import errors
+from vmm.model import errors
 from vmm.net.engine import Port, PortRules
 from vmm.net.port_socket import PortSocket
 from vmm.net.ports import PortSetup

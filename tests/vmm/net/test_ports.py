@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vmm.net.test_engine import rules
-from vmm import errors
+from vmm.model import errors
 from vmm.net import ports
 from vmm.net.engine import PortRules
 from vmm.net.ports import PortSetup

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from vmm import errors
+from vmm.model import errors
 from vmm.net.restoring import Resisted
 
 pytestmark = [pytest.mark.netns]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm import errors
+from vmm.model import errors
 from vmm.net import switch_spec
 from vmm.net.switch_spec import make_switch
 

@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support import require_qemu
-from vmm import errors, paths
 from vmm.cli.switch import list_command
+from vmm.host.proc import locked
+from vmm.model import errors, paths
 from vmm.net import switches, user_backend
 from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
 from vmm.net.switch_spec import SwitchSpec, make_switch
-from vmm.proc import locked
 
 
 @pytest.fixture

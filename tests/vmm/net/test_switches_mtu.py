@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from vmm import errors
+from vmm.model import errors
+from vmm.model.spec import make_adapter
 from vmm.net import plan
 from vmm.net.adapter import device_of
 from vmm.net.dhcp import configuration
 from vmm.net.host_side import HostSide
 from vmm.net.plan import HostFacts, UplinkFacts
 from vmm.net.switch_spec import make_switch
-from vmm.spec import make_adapter
 
 
 class Scene:

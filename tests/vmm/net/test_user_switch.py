@@ -19,11 +19,11 @@ from tests.support import require_qemu, require_tool
 from tests.vmm.net import packets
 from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP
-from vmm import errors
+from vmm.host.proc import ProcessRef
+from vmm.model import errors
 from vmm.net import frames, user_backend, user_switch
 from vmm.net.engine import PortRules, VlanMode
 from vmm.net.user_switch import UserSwitch
-from vmm.proc import ProcessRef
 
 ONE, TWO = packets.mac(1), packets.mac(2)
 HELLO, BACK = packets.ethernet(TWO, ONE), packets.ethernet(ONE, TWO)

@@ -24,7 +24,7 @@ from vmm.net import switches, watching
 from vmm.net.host_side import HostSide
 from vmm.net.dhcp import DhcpServer
 from vmm.net.switch_spec import make_switch
-from vmm.host.doctor import _check_switches
+from vmm.api.doctor import _check_switches
 switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
 host = HostSide(switches.load("nat"))
 server = DhcpServer(host.spec, host.folder, host.lease_path)
@@ -58,7 +58,7 @@ print(json.dumps(said))
 # Runs on a host of its own: a switch whose DHCP server can never be started again.
 HOPELESS = """
 import json, signal, time
-from vmm import errors
+from vmm.model import errors
 from vmm.net import dhcp, switches, watching
 from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import make_switch

@@ -14,15 +14,15 @@ from typing import Any
 
 import vhdkit
 import vmm
-from vmm import registry
-from vmm.proc import ProcessRef
-from vmm.snapshots import fold
-from vmm.snapshots.beforehand import definition_of
-from vmm.snapshots.door import MachineSnapshots
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.host.proc import ProcessRef
+from vmm.model.spec import DiskSpec
+from vmm.snapshots import background_merge as fold
+from vmm.snapshots.preflight import definition_of
 from vmm.snapshots.steps import options_of
-from vmm.snapshots.store import load_tree, read_merging
-from vmm.spec import DiskSpec
-from vmm.state import processes_of
+from vmm.store import registry
+from vmm.store.snapshots.store import load_tree, read_merging
+from vmm.store.state import processes_of
 
 DISK_BYTES = 1 << 20
 BLOCK_BYTES = 512 << 10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import vmm
 from tests.vmm.snapshots.machines import Machines
-from vmm import registry
+from vmm.store import registry
 
 
 def test_variables_come_and_go_with_snapshots(machines: Machines) -> None:

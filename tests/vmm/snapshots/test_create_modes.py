@@ -11,10 +11,10 @@ import pytest
 
 import vmm
 from tests.vmm.snapshots.machines import Machines
-from vmm import registry
-from vmm.importing import import_machine
-from vmm.snapshots.survey import images_of
-from vmm.transfer import export
+from vmm.api.export_import.exporting import export
+from vmm.api.export_import.importing import import_machine
+from vmm.snapshots.dependents import images_of
+from vmm.store import registry
 
 
 @pytest.fixture(autouse=True)

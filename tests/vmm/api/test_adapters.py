@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in definitions: addresses from the host's pool, one each, also when many ask at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmm.api import adapters
+from vmm.model import errors
+from vmm.model.spec import make_spec
+from vmm.store import registry
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of this test."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
+    return tmp_path / "home"
+
+
+def test_the_pool_stays_when_the_hosts_address_changes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written down when it is first wanted."""
+    monkeypatch.setattr(adapters, "_first_address", lambda: "192.168.3.4")
+    first = adapters.host_pool()
+    assert str(first) == "00-15-5D-03-04-00 to -FF"
+    monkeypatch.setattr(adapters, "_first_address", lambda: None)
+    assert adapters.host_pool() == first
+    (home / "mac-pool.json").write_text("{}")
+    with pytest.raises(errors.VmmError, match="damaged"):
+        adapters.host_pool()
+
+
+@pytest.mark.parametrize("word", ["nic-0", "00:15:5d:00:00:0a", "00-15-5D-00-00-0A", "00155d00000a"])
+def test_an_adapter_is_found_by_its_address(home: Path, word: str) -> None:
+    """In any spelling, as addresses are taken in."""
+    registry.add(make_spec(name="web"))
+    adapters.add("web", {"switch": None, "mac": "00:15:5d:00:00:0a"})
+    assert adapters.find(registry.load("web"), word).id == "nic-0"
+
+
+def test_many_at_once_get_different_addresses(home: Path) -> None:
+    """Machines that get adapters at the same time never share an address."""
+    names = [f"m{number}" for number in range(4)]
+    for name in names:
+        registry.add(make_spec(name=name))
+    program = "import sys; from vmm.api import adapters; [adapters.add(sys.argv[1], {}) for _ in range(5)]"
+    processes = [subprocess.Popen([sys.executable, "-c", program, name]) for name in names]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    macs = [one.mac for name in names for one in registry.load(name).spec.adapters]
+    assert len(set(macs)) == len(macs) == 20
+
+
+def test_adapters_are_found_changed_and_removed(home: Path) -> None:
+    """By id or address; an address that another has is refused, its own is fine."""
+    for name in ("one", "two"):
+        registry.add(make_spec(name=name))
+    first, second = adapters.add("one", {}), adapters.add("two", {"mac": "02:00:00:00:00:01"})
+    assert first.mac is not None
+    assert adapters.change("one", first.mac, {"mac": first.mac.upper(), "spoofing": True}).spoofing
+    with pytest.raises(errors.AlreadyExists, match="adapter nic-0 of machine one"):
+        adapters.change("two", second.id, {"mac": first.mac})
+    with pytest.raises(errors.NotFound, match="there are nic-0"):
+        adapters.remove("one", "nic-5")
+    adapters.remove("one", "nic-0")
+    assert registry.load("one").spec.adapters == ()
+    spec = registry.load("two").spec
+    assert registry.machine_of_port(f"{spec.id.replace('-', '')[:12]}.nic-0") == ("two", "nic-0")
+    assert registry.machine_of_port("gateway") == ("gateway", "")

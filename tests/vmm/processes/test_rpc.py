@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's control socket: what is asked, what is answered, and what nobody can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm.model.errors import InUse, InvalidSpec, NotFound, TimedOut, VmmError
+from vmm.processes import rpc
+from vmm.processes.rpc import ControlClient, ControlServer, Progress, bind_private, parameter
+
+
+class Server:
+    """A server on a thread of its own, with methods to be asked for."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.crashes: list[str] = []
+        self.finished: list[str] = []
+        self._ready, self._stop = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        methods: dict[str, rpc.Method] = {
+            "echo": self._echo, "fail": self._fail, "crash": self._crash, "slow": self._slow,
+        }  # fmt: skip
+        server = ControlServer(methods, on_crash=self.crashes.append)
+        await server.start(bind_private(self.path))
+        self._ready.set()
+        await self._stop.wait()
+        await server.close()
+
+    async def _echo(self, params: dict[str, Any], progress: Progress) -> object:
+        return params
+
+    async def _fail(self, params: dict[str, Any], progress: Progress) -> object:
+        raise InUse("is busy", hint="wait")
+
+    async def _crash(self, params: dict[str, Any], progress: Progress) -> object:
+        raise ZeroDivisionError("oops")
+
+    async def _slow(self, params: dict[str, Any], progress: Progress) -> object:
+        for number in range(3):
+            progress({"step": "working", "done": number, "total": 3})
+            await asyncio.sleep(0.02)
+        self.finished.append("slow")
+        return "done"
+
+    def close(self) -> None:
+        """End it."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A running server."""
+    with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
+        one = Server(os.path.join(folder, "s"))
+        try:
+            yield one
+        finally:
+            one.close()
+
+
+def test_results_errors_and_crashes(server: Server) -> None:
+    """A result comes back; an error of its class with machine and hint; a crash is told, and the server goes on."""
+    with ControlClient(server.path, machine="web") as client:
+        assert client.call("echo", a=1, b=[None, "ü"]) == {"a": 1, "b": [None, "ü"]}
+        with pytest.raises(InUse, match=r"web: is busy \(wait\)"):
+            client.call("fail")
+        with pytest.raises(VmmError, match="internal error: ZeroDivisionError"):
+            client.call("crash")
+        with pytest.raises(VmmError, match="no such method; there are echo"):
+            client.call("fly")
+        assert client.call("echo") == {}
+    assert "ZeroDivisionError" in server.crashes[0]
+
+
+def test_progress_before_the_result(server: Server) -> None:
+    """Progress comes in its order, and counts as a sign of life."""
+    steps: list[dict[str, Any]] = []
+    with ControlClient(server.path) as client:
+        assert client.call("slow", progress=steps.append, timeout_seconds=5) == "done"
+    assert [step["done"] for step in steps] == [0, 1, 2]
+
+
+def test_who_asked_may_go(server: Server) -> None:
+    """What was asked for is done although nobody waits for the answer."""
+    with ControlClient(server.path) as client, pytest.raises(TimedOut, match="did not answer slow within"):
+        client.call("slow", timeout_seconds=0.001)
+    with ControlClient(server.path) as client:
+        while server.finished != ["slow"]:
+            client.call("echo")
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"garbage\n", rpc.BAD_REQUEST),
+        (b"[]\n", rpc.BAD_REQUEST),
+        (b"\xff\n", rpc.BAD_REQUEST),
+        (b"[" * 100000 + b"\n", rpc.BAD_REQUEST),
+        (b'{"id": 1, "method": "echo", "params": []}\n', rpc.BAD_PARAMS),
+        (b'{"id": 1, "method": {}}\n', rpc.NO_METHOD),
+        (b"x" * (rpc.MAX_LINE_BYTES + 10) + b"\n", rpc.BAD_REQUEST),
+    ],
+)
+def test_bad_requests(server: Server, raw: bytes, code: int) -> None:
+    """What is no request is answered with an error, and others are served on."""
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(10)
+        link.connect(server.path)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            link.sendall(raw)
+        with contextlib.suppress(ConnectionResetError):
+            line = link.makefile("rb").readline()
+            assert json.loads(line)["error"]["code"] == code
+    with ControlClient(server.path) as client:
+        assert client.call("echo", x=1) == {"x": 1}
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    """No socket, and one that nobody listens on, are NotFound."""
+    with pytest.raises(NotFound, match="no worker"):
+        ControlClient(str(tmp_path / "absent"))
+
+
+def test_who_is_no_worker(tmp_path: Path) -> None:
+    """Garbage and a hang-up instead of an answer are clear errors."""
+    with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
+        path = os.path.join(folder, "s")
+        with bind_private(path) as listener:
+            for said, words in ((b"garbage\n", "not a worker"), (b"5\n", "not a worker"), (b"", "ended during")):
+                with ControlClient(path) as client:
+                    other, _ = listener.accept()
+                    other.sendall(said)
+                    other.shutdown(socket.SHUT_WR)
+                    with pytest.raises(VmmError, match=words):
+                        client.call("status")
+                    other.close()
+
+
+def test_sockets_are_private(tmp_path: Path) -> None:
+    """A socket is 0600 from its first moment, replaces an old one, and leaves our umask as it was."""
+    before = os.umask(0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
+            path = os.path.join(folder, "s")
+            bind_private(path).close()
+            with bind_private(path):
+                assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+
+
+def test_parameters_are_looked_at() -> None:
+    """A parameter of another kind is refused; true is not a number."""
+    assert parameter({"a": 1}, "a", int) == 1 and parameter({}, "a", int, 5) == 5
+    wrong: tuple[object, ...] = ("1", True, [], 1.5)
+    for value in wrong:
+        with pytest.raises(InvalidSpec, match="'a'"):
+            parameter({"a": value}, "a", int)
+
+
+def test_what_is_no_number_is_no_time() -> None:
+    """NaN, which Python's JSON and the command line take for a number, is refused: waiting for it would never end."""
+    with pytest.raises(InvalidSpec, match="'seconds' is not a number"):
+        parameter({"seconds": float("nan")}, "seconds", int | float)
+    assert parameter({"seconds": 0.5}, "seconds", int | float) == 0.5

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kill -9 of every part of a running machine and of every set of them: the guest lives on, or the machine is off.
+
+The guest counts aloud, so that it is seen to go on; what it had written is looked for in the chain afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vmm.guests import boot_sector
+from tests.vmm.small_guests import (
+    console,
+    make_machine,
+    press,
+    processes,
+    wait_counting,
+    wait_state,
+    wait_until,
+    wait_whole,
+)
+from tests.vmm.stage import pids_naming
+from vmm.api.manager import Manager
+from vmm.host.proc import ProcessRef
+from vmm.model.errors import QemuFailed, StoreFailed, VmmError
+from vmm.processes.worker_connection import Place
+from vmm.store.state import MachineState
+
+pytestmark = pytest.mark.kvm
+LOOKING_AFTER = ("keeper", "worker", "server")
+SETS = [part for size in (1, 2, 3) for part in itertools.combinations(LOOKING_AFTER, size)]
+
+
+def kill(parts: tuple[str, ...], name: str = "small") -> dict[str, ProcessRef]:
+    """kill -9 of these parts at once."""
+    living = processes(name)
+    victims = {part: living[part] for part in parts}
+    for victim in victims.values():
+        os.kill(victim.pid, 9)
+    return victims
+
+
+def has_written(leaf: Path) -> bool:
+    """True when the guest's text stands in the chain, and the parent does not have it."""
+    at = boot_sector.WRITE_LBA * boot_sector.SECTOR
+    with vhdkit.open_disk(leaf) as disk, vhdkit.open_disk(leaf.with_suffix(".vhd")) as base:
+        text = boot_sector.WRITTEN_TEXT
+        return disk.read(at, len(text)) == text and base.read(at, len(text)) != text
+
+
+@pytest.mark.parametrize(
+    ("parts", "paused"),
+    [
+        pytest.param(parts, paused, marks=[pytest.mark.nightly] if paused and len(parts) == 2 else [])
+        for parts, paused in itertools.product(SETS, (False, True))
+    ],
+    ids=lambda one: "+".join(one) if isinstance(one, tuple) else ("paused" if one else "running"),
+)
+def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, ...], paused: bool) -> None:
+    """Whatever looks after it is killed comes back by itself or with the next command; QEMU stays the same one."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    if paused:
+        manager.pause("small")
+    qemu = processes()["qemu"]
+    victims = kill(parts)
+    if {"keeper", "worker"} <= set(parts):
+        manager.state("small")  # the next command brings them back
+    now = wait_whole(but=victims)
+    assert now["qemu"] == qemu
+    if paused:
+        wait_state(manager, MachineState.PAUSED)
+        manager.resume("small")
+    wait_state(manager, MachineState.RUNNING)
+    wait_counting(manager)
+    press(manager, "w")
+    wait_until(lambda: "written " in console(manager), "the guest writes")
+    manager.stop("small")
+    assert processes() == {} and not os.path.exists(Place.of("small").runtime.folder)
+    assert has_written(leaf)
+    assert vhdkit.check(leaf) == []
+
+
+def test_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
+    """Without a recovery action the machine is off, its disks are free, nothing is left, and it starts again."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    kill(("qemu",))
+    wait_until(lambda: not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    assert manager.state("small") is MachineState.OFF and processes() == {}
+    assert "qemu-died" in [event["event"] for event in manager.events("small")]
+    assert has_written(leaf)
+    vhdkit.open_disk(leaf, writable=True).close()
+    manager.start("small")
+    wait_counting(manager)
+
+
+def test_killed_qemu_recovers(manager: Manager, tmp_path: Path) -> None:
+    """With the recovery action `restart` another QEMU boots the guest; not for ever when it dies at once."""
+    make_machine(manager, tmp_path, automatic={"recovery": "restart"})
+    manager.start("small")
+    wait_counting(manager)
+    for _ in range(3):
+        now = wait_whole(but=kill(("qemu",)))
+        assert set(now) == {"keeper", "worker", "server", "qemu"}
+        wait_state(manager, MachineState.RUNNING)
+    kill(("qemu",))
+    wait_state(manager, MachineState.OFF)
+    assert "recovery-given-up" in [event["event"] for event in manager.events("small")]
+
+
+@pytest.mark.parametrize("parts", [("worker", "qemu"), ("keeper", "worker", "qemu")], ids="+".join)
+def test_qemu_dies_unseen(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """A QEMU that died with its worker is noticed by the next one, or by the next command."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    kill(parts)
+    wait_state(manager, MachineState.OFF)
+    wait_until(lambda: not processes() and not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    manager.start("small")
+
+
+@pytest.mark.parametrize("folder_gone", [False, True], ids=["folder stays", "folder gone"])
+def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> None:
+    """Everything killed at once, as by a power cut, also with the runtime folder gone: off, and it starts."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    runtime = Place.of("small").runtime.folder
+    kill(("keeper", "worker", "server", "qemu"))
+    wait_until(lambda: not processes(), "all is dead")
+    if folder_gone:
+        shutil.rmtree(runtime)
+    assert [(one.name, one.state) for one in manager.machines()] == [("small", MachineState.OFF)]
+    assert not os.path.exists(runtime)
+    manager.start("small")
+    wait_counting(manager)
+    manager.stop("small")
+    assert has_written(leaf)
+
+
+def test_a_change_after_the_host_went_down(manager: Manager, tmp_path: Path) -> None:
+    """The first command after everything was killed may be one that changes the machine: it does not wait in vain."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    runtime = Place.of("small").runtime.folder
+    kill(("keeper", "worker", "server", "qemu"))
+    wait_until(lambda: not processes(), "all is dead")
+    assert os.path.exists(runtime)
+    manager.set("small", name="other", notes="renamed after a power cut")
+    assert not os.path.exists(runtime)
+    assert [(one.name, one.state) for one in manager.machines()] == [("other", MachineState.OFF)]
+
+
+def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
+    """A keeper whose runtime folder is gone does not go on starting workers that cannot work."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    living = processes()
+    shutil.rmtree(Place.of("small").runtime.folder)
+    kill_these = [living[part] for part in ("qemu", "worker")]
+    for victim in kill_these:
+        os.kill(victim.pid, 9)
+    wait_until(lambda: not living["keeper"].is_alive() and not living["server"].is_alive(), "keeper and server end")
+    assert manager.state("small") in (MachineState.OFF, MachineState.SAVED)  # whichever was quicker
+    manager.start("small")
+    wait_counting(manager)
+
+
+def test_runtime_folder_goes(manager: Manager, tmp_path: Path) -> None:
+    """Nobody could reach the machine any more, nor end it: it is saved, nothing of it is left, and it goes on."""
+    make_machine(manager, tmp_path)
+    manager.start("small")
+    count, living = wait_counting(manager), processes()
+    shutil.rmtree(Place.of("small").runtime.folder)
+    wait_until(lambda: not any(one.is_alive() for one in living.values()), "all is put away")
+    assert manager.state("small") is MachineState.SAVED
+    manager.start("small")
+    assert wait_counting(manager) > count
+    manager.stop("small")
+
+
+def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """A worker that is killed as soon as it is there is followed by one that starts the machine."""
+    make_machine(manager, tmp_path)
+    place = Place.of("small")
+    child = os.fork()
+    if child == 0:
+        try:
+            manager.start("small")
+        finally:
+            os._exit(0)
+    wait_until(lambda: "worker" in processes(), "there is a worker")
+    kill(("worker",))
+    os.waitpid(child, 0)
+    wait_state(manager, MachineState.RUNNING)
+    wait_counting(manager)
+    assert os.path.exists(place.runtime.control)
+
+
+def test_all_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """Whoever waits for the start is told at once that nobody is there any more, and nothing is left."""
+    make_machine(manager, tmp_path)
+
+    def kill_all() -> None:
+        wait_until(lambda: {"keeper", "worker"} <= set(processes()), "there is a worker")
+        for part in ("keeper", "worker"):  # neither starts anybody meanwhile
+            os.kill(processes()[part].pid, signal.SIGSTOP)
+        server = processes().get("server")
+        for pid in pids_naming(Path(Place.of("small").runtime.folder).parent):  # a QEMU may not be noted yet
+            if server is None or pid != server.pid:
+                os.kill(pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_all)
+        with pytest.raises(QemuFailed, match="before the machine ran"):
+            manager.start("small")
+        killing.result()
+    assert not os.path.exists(Place.of("small").runtime.folder) and manager.state("small") is MachineState.OFF
+
+
+def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """kill -9 of the command that starts a machine does not matter to the machine."""
+    make_machine(manager, tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            manager.start("small")
+        finally:
+            os._exit(0)
+    wait_until(lambda: "keeper" in processes(), "there is a keeper")
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    wait_state(manager, MachineState.RUNNING)
+    wait_counting(manager)
+
+
+def test_damaged_disk_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
+    """What the disks' server says is the error of `start`, and nothing is left of the machine."""
+    leaf = make_machine(manager, tmp_path)
+    leaf.with_suffix(".vhd").rename(tmp_path / "elsewhere.vhd")
+    with pytest.raises(StoreFailed, match="parent") as caught:
+        manager.start("small")
+    assert [one["event"] for one in manager.events("small")] == ["created", "start-failed", "off"]
+    assert caught.value.machine == "small" and caught.value.exit_code == 6
+    assert manager.state("small") is MachineState.OFF and processes() == {}
+
+
+def test_disk_in_use_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
+    """A disk that another program writes to is refused, by the lock of the image itself."""
+    leaf = make_machine(manager, tmp_path)
+    with vhdkit.open_disk(leaf, writable=True), pytest.raises(VmmError, match="another program is writing") as caught:
+        manager.start("small")
+    assert caught.value.exit_code == 5
+    manager.start("small")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on QEMU's bus and in the order of booting, and their links."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from vmm.model.paths import MachinePaths
+from vmm.model.spec import MachineSpec, make_adapter, make_spec
+from vmm.net import joining, switches
+from vmm.net.adapter import Plugged
+from vmm.net.host_side import HostSide
+from vmm.net.joining import Joined
+from vmm.net.switch_spec import make_switch
+from vmm.net.watching import Fault
+from vmm.store.back_ends import last_back_ends
+from vmm.store.state import MachineState
+from vmm.worker import adapter_hotplug as wiring
+from vmm.worker.running import Running
+
+
+def test_places_on_the_bus_follow_from_ids() -> None:
+    """An adapter keeps its place when others come and go; one with a name of its own has its number's."""
+    spec = make_spec(name="x", adapters=[make_adapter(id=name) for name in ("nic-0", "nic-7", "mine")])
+    slots = [wiring.slot_of(adapter, spec) for adapter in spec.adapters]
+    assert slots == [20, 27, 22]
+    fewer = spec.changed(adapters=spec.adapters[1:])
+    assert wiring.slot_of(fewer.adapters[0], fewer) == 27
+
+
+def test_only_legacy_adapters_are_booted_from() -> None:
+    """They get their number in the order of booting; a synthetic one cannot boot."""
+    spec = make_spec(
+        name="x", boot_order=["network"], adapters=[make_adapter(id="nic-0"), make_adapter(id="nic-1", kind="legacy")]
+    )
+    plugged = Plugged({"id": "w"}, {"driver": "d"}, "")
+    devices = [wiring.described(adapter, spec, plugged).device for adapter in spec.adapters]
+    assert "bootindex" not in devices[0]
+    assert devices[1] == {"driver": "d", "bus": "pci.0", "addr": "0x15", "bootindex": 2}
+
+
+@dataclass
+class Folder:
+    """Where a machine runs."""
+
+    folder: str
+
+
+class Told:
+    """A running machine, as far as the wiring tells it and its QEMU something."""
+
+    state: MachineState
+    identity: None
+    runtime: Folder
+    machine: MachinePaths
+
+    def __init__(self, spec: MachineSpec) -> None:
+        self.spec, self.qmp = spec, self
+        self.plug_adapters: object = None
+        self.links: dict[str, bool] = {}
+        self.events: list[dict[str, object]] = []
+
+    async def execute(self, command: str, *, name: str, up: bool) -> None:
+        """A command of the monitor."""
+        assert command == "set_link"
+        self.links[name] = up
+
+    @contextlib.contextmanager
+    def busy(self, operation: str) -> Iterator[None]:
+        """One operation at a time."""
+        yield
+
+    def tell(self, event: str, **details: object) -> None:
+        """An event."""
+        self.events.append({"event": event, **details})
+
+
+def test_every_link_is_set_after_a_start() -> None:
+    """Up too: memory that was saved while an adapter was disconnected says that its link is down."""
+    adapters = [make_adapter(id="nic-0", switch="lab"), make_adapter(id="nic-1", link_up=False, switch="lab")]
+    adapters.append(make_adapter(id="nic-2", switch="gone"))
+    running = Told(make_spec(name="x", adapters=adapters))
+    wires = wiring.Wiring(cast(Running, running))
+    wires._joined["nic-2"] = Joined(None, "there is no switch")
+    asyncio.run(wires.set_links())
+    assert running.links == {"nic-0": True, "nic-1": False, "nic-2": False}
+    found = {"adapter": "nic-2", "switch": "gone", "problem": "there is no switch"}
+    assert wires.disconnected() == [found]
+    assert running.events == [{"event": "adapter-disconnected", **found}]
+
+
+def test_what_was_done_about_a_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was put right is an event, and so is what cannot be, with the reason."""
+    adapter = make_adapter(id="nic-0", switch="lab")
+    found = Joined("1", mended=("rules",), failed=(Fault("dhcp", "it does not start"),))
+    monkeypatch.setattr(joining, "join", lambda *settings: found)
+    monkeypatch.setattr(joining, "end_descriptor", lambda adapter: None)
+    running = Told(make_spec(name="x", adapters=[adapter]))
+    running.identity, running.runtime = None, Folder("/nowhere")
+    wires = wiring.Wiring(cast(Running, running))
+    wires._joined["nic-0"] = Joined("1")
+    asyncio.run(wires._look_at(adapter))
+    assert running.events == [
+        {"event": "switch-mended", "switch": "lab", "what": "rules"},
+        {"event": "switch-impaired", "switch": "lab", "what": "dhcp", "problem": "it does not start"},
+    ]
+
+
+def test_the_back_end_of_an_adapter_that_is_added_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is saved with it can be restored on the same data path when its switch is gone by then."""
+    running = Told(make_spec(name="x"))
+    running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(tmp_path))
+    running.machine = MachinePaths(str(tmp_path))
+    wires = wiring.Wiring(cast(Running, running))
+
+    async def told(*args: object) -> None:
+        return None
+
+    monkeypatch.setattr(wiring, "plugged_in", lambda *args: Plugged({"id": "w"}, {"driver": "d"}, "", "bridge"))
+    monkeypatch.setattr(wires, "_tell_qemu", told)
+    monkeypatch.setattr(wires, "_write_down", lambda spec: None)
+    adapter = make_adapter(id="nic-3", switch="lab").model_dump(mode="json")
+    asyncio.run(wires._add({"adapter": adapter}, lambda document: None))
+    assert last_back_ends(running.machine) == {"nic-3": "bridge"}
+
+
+def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`INV-SWITCH-NOTICED`: its end wakes the machine's worker, whose next look is a day off."""
+    folder = Path(tempfile.mkdtemp(prefix="vmm-wires-"))
+    monkeypatch.setenv("VMM_HOME", str(folder / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
+    monkeypatch.setattr(wiring, "WATCH_SECONDS", 86400.0)
+    running = Told(make_spec(name="x", adapters=[make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")]))
+    running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(folder / "m"))
+    (folder / "m" / "nic-0").mkdir(parents=True)
+    switches.create(make_switch(name="lab"))
+    host = HostSide(switches.load("lab"))
+
+    async def go_through() -> None:
+        wires = wiring.Wiring(cast(Running, running))
+        wires._woken.set()  # the first look
+        watching = asyncio.create_task(wires.watch())
+        for _ in range(2):
+            while not wires._ends:
+                wires._woken.set()  # its process may not have said its number yet
+                await asyncio.sleep(0.01)
+            status = host.user.status()
+            assert status is not None
+            seen = len(running.events)
+            wires._woken.clear()
+            os.kill(status["pid"], signal.SIGKILL)
+            while not any(one["event"] == "switch-restarted" for one in running.events[seen:]):
+                await asyncio.sleep(0.01)
+        watching.cancel()
+        await wires.put_away()
+        assert not wires._ends
+
+    try:
+        asyncio.run(asyncio.wait_for(go_through(), 60))
+    finally:
+        switches.delete("lab", force=True)
+        shutil.rmtree(folder)

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of machines that run, with a guest that counts in memory and writes what it counted to its disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.support import daily_or_nightly, not_available, require_kvm
+from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
+from tests.vmm.small_guests import (
+    MIB,
+    SECONDS,
+    console,
+    make_disk,
+    press,
+    processes,
+    wait_state,
+    wait_until,
+    wait_whole,
+)
+from tests.vmm.snapshots.machines import Machines
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.store import FileStore
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.manager import DiskWish, Manager
+from vmm.kvm import memory_file
+from vmm.model.errors import InUse, NoSpace, Unsupported, VmmError, WrongState
+from vmm.model.paths import set_default_folder
+from vmm.processes.worker_connection import Place
+from vmm.store import registry
+from vmm.store.snapshots.memory import SnapshotFolder
+from vmm.store.snapshots.store import load_tree, read_merging
+from vmm.store.state import MachineState
+
+pytestmark = pytest.mark.kvm
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where the disks lie; a merge that still runs afterwards is ended."""
+    yield tmp_path
+    for machine in registry.load_all()[0]:
+        if (merging := read_merging(machine.paths)) is not None:
+            merging.ref.kill()
+
+
+def guest(
+    manager: Manager, folder: Path, *, disks: int = 1, start: bool = True, **settings: object
+) -> MachineSnapshots:
+    """A machine that writes its counter to its first disk each second tick, running."""
+    wishes = [DiskWish(str(make_disk(folder, "small", BootOptions(print_every=2, write_every=2))))]
+    wishes += [DiskWish(str(make_disk(folder, f"more-{number}")), controller="scsi") for number in range(1, disks)]
+    chosen: dict[str, object] = {
+        "memory_bytes": 16 * MIB,
+        "accelerator": "tcg",
+        "background_capture": True,
+        **settings,
+    }
+    manager.create("small", disks=wishes, **chosen)  # type: ignore[arg-type]
+    if start:
+        manager.start("small")
+        wait_until(lambda: count(manager) > 4, "it counts")
+    return manager.snapshots("small")
+
+
+def count(manager: Manager) -> int:
+    """What the guest counted to, asked now: it is in its memory alone."""
+    before = len(console(manager))
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        press(manager, "c")  # again: a guest that is still booting hears nothing
+        patience = time.monotonic() + 1
+        while time.monotonic() < patience:
+            if found := re.findall(r"count (\d+)\r?\n", console(manager)[before:]):
+                return int(found[-1])
+            time.sleep(0.02)
+    raise AssertionError(f"it does not answer: {console(manager)[-200:]!r}")
+
+
+def disk_count(machines: Machines, path: str) -> int:
+    """The counter on an image."""
+    with vhdkit.open_disk(path, options=vhdkit.OpenOptions(lock=False)) as disk:
+        return int.from_bytes(disk.read(COUNT_LBA * SECTOR, 4), "little")
+
+
+@pytest.fixture
+def machines(folder: Path) -> Machines:
+    """For hashes of disks."""
+    return Machines(folder)
+
+
+@pytest.mark.parametrize("mode", ["background", "switchover", "stop"])
+def test_memory_and_disks_of_one_moment_come_back(
+    manager: Manager, folder: Path, machines: Machines, mode: str
+) -> None:
+    """Applied and started, the guest goes on counting from the snapshot's moment, on the disk of that moment."""
+    small = guest(manager, folder, disks=2)
+    before = count(manager)
+    snapshot = small.create("moment", mode=mode)
+    after = count(manager)
+    assert snapshot.mode == mode and snapshot.memory_bytes and snapshot.pause_seconds is not None
+    states = machines.of_snapshot("small", "moment")
+    wait_until(lambda: count(manager) > after + 12, "it counts on")
+    assert machines.of_snapshot("small", "moment") == states, "what was frozen is not written any more"
+    on_disk = disk_count(machines, snapshot.disks["disk-0"])
+    assert before - 3 <= on_disk <= after
+    late = count(manager)
+    applied = small.apply("moment", discard_current=True)
+    assert applied.state == "saved" and manager.state("small") is MachineState.SAVED
+    assert len(applied.tidied.removed) == 2
+    manager.start("small")
+    again = count(manager)
+    assert before <= again < late, "it goes on from the snapshot, not from the end"
+    wait_until(lambda: count(manager) > again, "it counts on")
+    assert machines.of_snapshot("small", "moment") == states
+
+
+def test_pictures_beside_snapshots(manager: Manager, folder: Path) -> None:
+    """INV-DESCRIPTOR-NAMED: with pictures of the screen all the while each snapshot has its memory, a whole one."""
+    small = guest(manager, folder, screen=True)
+    ended = threading.Event()
+    pictures: list[bytes] = []
+
+    def watch() -> None:
+        while not ended.is_set():
+            pictures.append(manager.guest("small").screen())
+
+    with ThreadPoolExecutor(3) as pool:
+        watching = [pool.submit(watch) for _ in range(3)]
+        try:
+            snapshots = [small.create(f"number {number}") for number in range(4)]
+        finally:
+            ended.set()
+        for one in watching:
+            one.result()
+    assert len(pictures) > 3
+    for snapshot in snapshots:
+        with open(SnapshotFolder(snapshot.folder).memory, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            assert size == snapshot.memory_bytes and size > MIB // 2
+            assert memory_file.problem_of(file.fileno(), size) is None
+    late = count(manager)
+    small.apply("number 0", discard_current=True)
+    manager.start("small")
+    assert count(manager) < late
+
+
+def test_memory_of_a_kvm_guest_comes_back(manager: Manager, folder: Path, machines: Machines) -> None:
+    """Under KVM, too, counter and disk are those of the snapshot's moment."""
+    require_kvm()
+    small = guest(manager, folder, accelerator="kvm")
+    assert Manager().show("small").accelerator == "kvm"
+    before = count(manager)
+    snapshot = small.create("moment")
+    after = count(manager)
+    assert snapshot.mode == "background" and snapshot.memory_bytes and snapshot.pause_seconds is not None
+    states = machines.of_snapshot("small", "moment")
+    on_disk = disk_count(machines, snapshot.disks["disk-0"])
+    assert before - 3 <= on_disk <= after
+    wait_until(lambda: count(manager) > after + 12, "it counts on")
+    late = count(manager)
+    small.apply("moment", discard_current=True)
+    assert disk_count(machines, str(registry.load("small").spec.disks[0].path)) == on_disk
+    manager.start("small")
+    again = count(manager)
+    assert before <= again < late, "it goes on from the snapshot, not from the end"
+    wait_until(lambda: count(manager) > again, "it counts on")
+    assert machines.of_snapshot("small", "moment") == states
+
+
+def test_paused_and_saved(manager: Manager, folder: Path, machines: Machines) -> None:
+    """A paused machine stays paused, twice; a saved one stays saved; each comes back as it was."""
+    small = guest(manager, folder)
+    manager.pause("small")
+    first, second = small.create("first"), small.create("second")
+    assert (first.taken_in, second.taken_in) == ("paused", "paused") and manager.state("small") is MachineState.PAUSED
+    manager.save("small")
+    third = small.create("third")
+    assert third.taken_in == "saved" and manager.state("small") is MachineState.SAVED and third.memory_bytes
+    manager.start("small")
+    assert manager.state("small") is MachineState.PAUSED
+    manager.resume("small")
+    late = count(manager)
+    for name in ("third", "first"):
+        small.apply(name, discard_current=True)
+        manager.start("small")
+        assert manager.state("small") is MachineState.PAUSED
+        manager.resume("small")
+        assert count(manager) <= late + 30
+    small.delete("second")
+    states = machines.states("small")
+    manager.stop("small")
+    small.merge()
+    assert {one: states[one] for one in states if one} == {
+        one: disks for one, disks in machines.states("small").items() if one
+    }
+
+
+def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, machines: Machines) -> None:
+    """Ten snapshots, while it runs and over resets; deleted in every position, running and off: all others stay."""
+    small = guest(manager, folder)
+    for number in range(6):
+        small.create(str(number))
+        if number == 3:
+            manager.reset("small")
+            wait_until(lambda: console(manager).rstrip().endswith("READY") or count(manager) >= 0, "it is up again")
+    small.apply("2", discard_current=True)
+    manager.start("small")
+    for number in range(6, 10):
+        small.create(str(number))
+    states = {one: disks for one, disks in machines.states("small").items() if one}
+    for name in ("9", "0", "3", "7"):  # before now, the first, in a branch, in the middle
+        del states[small.delete(name).snapshots[0].id]
+        assert {one: machines.of_snapshot("small", one) for one in states} == states
+    count(manager)
+    manager.stop("small")
+    now = machines.now("small")
+    wait_until(lambda: small.merging() is not None or small.merges_due() == 0, "merging begins by itself")
+    small.merge()
+    assert machines.states("small") == states | {None: now} and small.merges_due() == 0
+    assert len(small.tree().snapshots) == 6
+    del states[small.delete("2", subtree=True).snapshots[0].id]
+    small.merge()
+    manager.start("small")
+    assert count(manager) >= 0
+
+
+def test_a_long_chain(manager: Manager, folder: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest on many images, at night 64, reads and writes right, is captured and comes back; a page costs one read
+    of one file."""
+    small, pages = guest(manager, folder, start=False), daily_or_nightly(22, 62)
+    small.set_limit(pages + 2)
+    for number in range(pages):
+        with vhdkit.open_disk(leaf_of_small(), writable=True) as disk:
+            disk.write(MIB + number * 4096, f"page {number:4}".encode() * 10)
+        small.create(str(number))
+    assert len(vhdkit.chain_paths(leaf_of_small())) == pages + 2
+    manager.start("small")
+    wait_until(lambda: count(manager) > 4, "it boots from all of them")
+    small.create("running", mode="stop")
+    states = {one: machines.of_snapshot("small", one) for one in ("0", str(pages // 2), str(pages - 1), "running")}
+    late = count(manager)
+    wait_until(lambda: count(manager) > late + 4, "it writes")
+    manager.stop("small")
+    assert disk_count(machines, leaf_of_small()) >= late
+    check_cost_of_depth(leaf_of_small(), monkeypatch)
+    with vhdkit.open_disk(leaf_of_small()) as disk:
+        assert [disk.read(MIB + number * 4096, 9) for number in range(pages)] == [
+            f"page {number:4}".encode() for number in range(pages)
+        ]
+    small.apply("running", discard_current=True)
+    manager.start("small")
+    assert count(manager) <= late
+    manager.stop("small")
+    going = range(3, pages // 2)
+    for number in going:  # one merge of many layers
+        small.delete(str(number))
+    small.merge()
+    assert len(vhdkit.chain_paths(leaf_of_small())) == pages + 3 - len(going)
+    assert {one: machines.of_snapshot("small", one) for one in states} == states
+
+
+def leaf_of_small() -> str:
+    """The image that takes the machine's writes."""
+    return str(registry.load("small").spec.disks[0].path)
+
+
+def check_cost_of_depth(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the map knows a disk, a page is at most one read of one file, whatever stands below; no bitmap is read."""
+    calls: list[str] = []
+
+    def counted(kind: type, name: str) -> None:
+        plain = getattr(kind, name)
+
+        def call(*words: object) -> object:
+            calls.append(name)
+            return plain(*words)
+
+        monkeypatch.setattr(kind, name, call)
+
+    counted(FileStore, "pread")
+    counted(FileStore, "pread_into")
+    counted(DynamicImage, "owned_sectors")
+    with vhdkit.open_disk(path) as disk:
+        offsets = range(0, disk.size_bytes, 4096)
+        first = [disk.read(offset, 4096) for offset in offsets]
+        assert "owned_sectors" in calls
+        calls.clear()
+        assert [disk.read(offset, 4096) for offset in offsets] == first
+        assert set(calls) == {"pread_into"} and len(calls) <= len(offsets)
+
+
+def test_start_during_a_merge(manager: Manager, folder: Path, machines: Machines) -> None:
+    """A start stops the merge in the background, which goes on when the machine is off again."""
+    small = guest(manager, folder)
+    small.create("a")
+    small.create("b")
+    wait_until(lambda: count(manager) > 8, "it writes")
+    small.delete("a")
+    small.delete("b")
+    assert small.merges_due() == 1
+    for _ in range(2):
+        manager.stop("small")
+        time.sleep(0.3)
+        manager.start("small")  # whatever the merge is doing
+        assert count(manager) >= 0
+    manager.stop("small")
+    now = machines.now("small")
+    small.merge()
+    assert machines.now("small") == now and small.merges_due() == 0
+    spec = registry.load("small").spec
+    assert spec.disks[0].path == str(folder / "small.avhd")
+
+
+def test_live_merge(manager: Manager, folder: Path, machines: Machines) -> None:
+    """Middle layers and the one written to are merged while the guest runs; snapshots and guest do not notice."""
+    small = guest(manager, folder)
+    for name in ("a", "b", "c"):
+        small.create(name)
+        after = count(manager)
+        wait_until(lambda after=after: count(manager) > after + 2, "it writes")  # type: ignore[misc]
+    kept = machines.of_snapshot("small", "a")
+    small.delete("b")  # c's image goes into b's, below the one written to
+    done = small.merge_live()
+    assert [one.get("problem") for one in done] == [None], done
+    assert small.merges_due() == 0 and machines.of_snapshot("small", "a") == kept
+    count(manager)
+    small.delete("c")  # now the one written to goes into it
+    [row] = small.merge_live(max_rate_bytes=50 << 20)
+    assert row["held_seconds"] < 30
+    spec = registry.load("small").spec
+    assert spec.disks[0].path in small.tree().images and Path(str(spec.disks[0].path)).exists()
+    counted = count(manager)
+    manager.reset("small")
+    assert machines.of_snapshot("small", "a") == kept
+    manager.stop("small")
+    assert small.merges_due() == 0
+    assert disk_count(machines, str(spec.disks[0].path)) <= counted + 40
+    manager.start("small")
+    assert count(manager) >= 0
+    small.delete("a")
+    small.merge_live()
+    assert registry.load("small").spec.disks[0].path == str(folder / "small.avhd")
+    assert not small.tree().images
+    manager.stop("small")
+    manager.start("small")
+    count(manager)
+
+
+def test_no_room_for_the_memory(manager: Manager, folder: Path) -> None:
+    """Where the memory does not fit nothing is touched, and the guest goes on."""
+    if os.geteuid() != 0:
+        not_available("needs root, to mount a small file system")
+    place = folder / "small-fs"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "vmm-test", place], check=True)
+    try:
+        set_default_folder("snapshots", str(place))
+        small = guest(manager, folder)
+        before = registry.load("small").spec
+        with pytest.raises(NoSpace, match="no room for the machine's memory"):
+            small.create("a")
+        assert registry.load("small").spec == before and not small.tree().snapshots and small.tree().journal is None
+        assert len(list(folder.glob("*.avhd"))) == 1 and not list(place.rglob("*.part"))
+        assert count(manager) > 0
+        manager.stop("small")
+        small.create("off needs no room")
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_without_the_right_the_way_is_another(manager: Manager, folder: Path) -> None:
+    """Without userfaultfd memory is captured otherwise, and asking for the background says what is missing."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
+        pytest.skip("this host lets everybody use userfaultfd")
+    small = guest(manager, folder, background_capture=False)
+    with pytest.raises(Unsupported, match="background"):
+        small.create("a", mode="background")
+    assert small.tree().journal is None
+    assert small.create("b").mode == "switchover"
+    manager.save("small")  # as ever
+    manager.start("small")
+    assert count(manager) > 0
+
+
+def test_what_is_refused_while_it_runs(manager: Manager, folder: Path) -> None:
+    """Each in its state, with nothing left behind."""
+    small = guest(manager, folder)
+    with pytest.raises(VmmError, match="agent"):
+        small.create("a", consistent=True)  # this guest has no agent
+    assert small.tree().journal is None and count(manager) > 0
+    manager.pause("small")
+    with pytest.raises(WrongState, match="paused"):
+        small.create("a", consistent=True)
+    with pytest.raises(WrongState):
+        small.merge()
+    manager.resume("small")
+    small.create("a")
+    assert small.merge_live() == [] and not small.cancel_merge()
+
+
+@pytest.mark.parametrize("part", ["worker", "server", "qemu"])
+def test_killed_at_any_moment(manager: Manager, folder: Path, machines: Machines, part: str) -> None:
+    """Worker, disks' server or QEMU killed while a snapshot is taken: it is whole or it is not, and the rest lives."""
+    small = guest(manager, folder, memory_bytes=64 * MIB)
+    for number in range(daily_or_nightly(2, 4)):
+        states = {one: disks for one, disks in machines.states("small").items() if one}
+
+        def take(name: str = f"{part} {number}") -> None:
+            with contextlib.suppress(VmmError):
+                small.create(name)
+
+        taking = threading.Thread(target=take)
+        taking.start()
+        time.sleep((0.03, 0.1, 0.06, 0.15)[number])
+        processes()[part].send(signal.SIGKILL)
+        taking.join(60)
+        if part == "qemu":
+            wait_until(lambda: manager.state("small") is MachineState.OFF, "it is off")
+            wait_until(lambda: not Path(Place.of("small").runtime.folder).exists(), "all is put away")
+            manager.start("small")
+        else:
+            wait_whole()
+            wait_state(manager, MachineState.RUNNING)
+        wait_until(lambda: settled(small), "it is settled")
+        before = count(manager)
+        wait_until(lambda before=before: count(manager) > before, "the guest counts on")  # type: ignore[misc]
+        tree = small.tree()
+        assert {one: machines.of_snapshot("small", one) for one in states} == states
+        for one in tree.snapshots.values():
+            assert one.memory_bytes is not None and Path(one.folder).is_dir()
+        folders = (
+            {path.name for path in Path(next(iter(tree.snapshots.values())).folder).parent.iterdir()}
+            if (tree.snapshots)
+            else set()
+        )
+        assert folders == set(tree.snapshots), "nothing of a snapshot that is none is left"
+    newest = small.create("at last")
+    small.apply(newest.id, discard_current=True)
+    manager.start("small")
+    assert count(manager) > 0
+
+
+def settled(small: MachineSnapshots) -> bool:
+    """True when no journal is left, and nobody is at work on the snapshots."""
+    try:
+        small.set_limit(50)
+    except InUse:
+        return False
+    return load_tree(registry.load("small").paths).journal is None

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Linux guest that writes and checks what it wrote, through snapshots, live merges, a cancel, and killed workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.support import require_linux_guest
+from tests.vmm.guests import linux
+from tests.vmm.guests.launch import connect
+from tests.vmm.guests.shell import GuestShell
+from tests.vmm.small_guests import MIB, processes, wait_until, wait_whole
+from tests.vmm.snapshots.machines import Machines
+from vmm.api.manager import DiskWish, Manager
+from vmm.model.errors import VmmError
+from vmm.processes.worker_connection import Place
+from vmm.store import registry
+from vmm.store.snapshots.store import load_tree, read_merging
+from vmm.store.state import MachineState
+
+pytestmark = pytest.mark.kvm
+
+# Writes pages of known content to random places with fsync, and reads each back past the cache; ends with a bad word.
+_VERIFY = """
+n=0
+while [ ! -e /run/stop ]; do
+  n=$((n+1)); place=$((n * 7919 % 3000))
+  yes "page $n" | dd of=/dev/vda bs=4k count=1 seek=$place iflag=fullblock conv=notrunc,fsync 2>/dev/null
+  [ "$(dd if=/dev/vda bs=4k count=1 skip=$place iflag=direct 2>/dev/null | head -n 1)" = "page $n" ] || {
+    echo "lost page $n" >/run/lost; exit 1; }
+  echo $n >/run/new; mv /run/new /run/done  # never empty
+done
+"""
+
+
+@pytest.fixture
+def shell_of(manager: Manager, tmp_path: Path) -> Iterator[Callable[[], GuestShell]]:
+    """A Linux machine "small" with a disk of its own, running; gives shells in it."""
+    guest = require_linux_guest()
+    vhdkit.create_image(tmp_path / "disk.vhd", 16 * MIB, block_size_bytes=512 << 10)
+    manager.create(
+        "small", disks=[DiskWish(str(tmp_path / "disk.vhd"), controller="virtio")], accelerator="tcg",
+        memory_bytes=int(linux.MEMORY) * MIB, kernel=str(guest.kernel), initrd=str(guest.initrd),
+        append=guest.append, background_capture=True,
+    )  # fmt: skip
+    manager.start("small")
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(shell("small"))
+    for machine in registry.load_all()[0]:
+        if (merging := read_merging(machine.paths)) is not None:
+            merging.ref.kill()
+
+
+def shell(name: str) -> GuestShell:
+    """The guest's shell, over the machine's console."""
+    link = connect(Path(Place.of(name).runtime.console))  # a new worker needs a moment until it listens
+    link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
+    while link.recv(1) != b"\n":
+        pass
+    opened = GuestShell(link)
+    opened.wait_ready(120)
+    return opened
+
+
+def rounds(guest: GuestShell) -> int:
+    """How far the writer is; fails when it lost something."""
+    assert guest.run("cat /run/lost").exit_code != 0, "the guest read something else than it had written"
+    return int(guest.check("cat /run/done 2>/dev/null || echo 0"))
+
+
+def goes_on(guest: GuestShell) -> None:
+    """The writer writes."""
+    before = rounds(guest)
+    wait_until(lambda: rounds(guest) > before + 1, "the guest writes on")
+
+
+def test_a_writing_guest_notices_nothing(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:
+    """Snapshots (one with frozen file systems), live merges, a cancelled one, and a worker killed in one."""
+    guest, machines, small = shell_of(), Machines(tmp_path), manager.snapshots("small")
+    guest.check(f"cat >/run/verify <<'END'\n{_VERIFY}\nEND\n(sh /run/verify &)".replace("\n\n", "\n"))
+    goes_on(guest)
+    guest.check("echo before >/run/era")
+    before_first = rounds(guest)
+    first = small.create("first", consistent=True)
+    assert first.consistent and first.mode == "background"
+    guest.check("echo after >/run/era")
+    for name in ("second", "third", "fourth"):
+        goes_on(guest)
+        small.create(name)
+    kept = machines.of_snapshot("small", "first")
+    small.delete("third")
+    assert [one.get("problem") for one in small.merge_live()] == [None]
+    goes_on(guest)
+
+    small.delete("fourth")
+    small.delete("second")
+    failed: list[VmmError] = []
+
+    def merge() -> None:
+        try:
+            small.merge_live(max_rate_bytes=20_000)
+        except VmmError as error:
+            failed.append(error)
+
+    merging = threading.Thread(target=merge)
+    merging.start()
+    wait_until(small.cancel_merge, "it is cancelled", 60)
+    merging.join(60)
+    assert failed and failed[0].exit_code == 130
+    goes_on(guest)
+
+    merging = threading.Thread(target=merge)
+    merging.start()
+    wait_until(lambda: load_tree(registry.load("small").paths).journal is not None, "it merges")
+    before = processes()
+    before["worker"].send(signal.SIGKILL)
+    merging.join(60)
+    wait_whole(but={"worker": before["worker"]})
+    guest = shell_of()
+    goes_on(guest)
+
+    def followed() -> bool:
+        small.cancel_merge()  # where the server is still at it
+        return load_tree(registry.load("small").paths).journal is None
+
+    wait_until(followed, "the new worker followed it", 60)
+    small.merge_live()
+    assert small.merges_due() == 0 and machines.of_snapshot("small", "first") == kept
+    goes_on(guest)
+
+    small.apply("first", discard_current=True)
+    manager.start("small")
+    guest = shell_of()
+    assert guest.check("cat /run/era") == "before" and rounds(guest) >= before_first
+    goes_on(guest)
+    guest.check("touch /run/stop; sleep 1; sync")
+    manager.shutdown("small")
+    assert manager.state("small") is MachineState.OFF and machines.of_snapshot("small", "first") == kept
+    now = machines.now("small")
+    small.delete("first")
+    small.merge()
+    assert machines.now("small") == now and not small.tree().images

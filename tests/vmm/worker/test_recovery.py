@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker, or worker and QEMU, killed in a live snapshot, another command at once: no write of the guest is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.vmm.small_guests import MIB, processes, wait_until
+from tests.vmm.snapshots.machines import Machines
+from tests.vmm.worker.test_capture import count, disk_count, guest
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.manager import Manager
+from vmm.processes.worker_connection import Place
+from vmm.store import registry
+from vmm.store.snapshots.journal import CreateLive
+from vmm.store.snapshots.store import load_tree
+
+pytestmark = pytest.mark.kvm
+
+
+def cut_after_the_pivot(small: MachineSnapshots, victims: tuple[str, ...]) -> str:
+    """Kill these, and the command, once the guest writes to its new leaf; that leaf."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            small.create("cut")
+        os._exit(0)
+    paths, living = registry.load("small").paths, processes()
+
+    def is_pivoted() -> bool:
+        journal = load_tree(paths).journal
+        return isinstance(journal, CreateLive) and journal.pivoted
+
+    wait_until(is_pivoted, "the guest writes to its new leaf")
+    for part in victims:
+        living[part].send(signal.SIGKILL)
+    for part in victims:
+        living[part].wait(20)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    journal = load_tree(paths).journal
+    assert isinstance(journal, CreateLive), "it was cut"
+    return journal.pivots[0].child
+
+
+@pytest.mark.parametrize("recovery", ["none", "restart"])
+@pytest.mark.parametrize("victims", [("worker",), ("worker", "qemu")], ids="+".join)
+def test_delete_right_after_a_cut(manager: Manager, tmp_path: Path, victims: tuple[str, ...], recovery: str) -> None:
+    """INV-ONE-JOURNAL: `snapshot delete` has the cut snapshot settled first; the newest leaf stays the disk."""
+    automatic = {"recovery": recovery} if recovery != "none" else {}
+    small = guest(manager, tmp_path, memory_bytes=256 * MIB, automatic=automatic)
+    small.create("a")
+    counted = count(manager)
+    newest = cut_after_the_pivot(small, victims)
+    small.delete("a")
+    tree, machine = small.tree(), registry.load("small")
+    assert tree.journal is None and newest in tree.images and "a" not in {one.name for one in tree.snapshots.values()}
+    assert machine.spec.disks[0].path == newest and os.path.exists(newest)
+    folders = Path(manager_snapshots(machine.spec.id))
+    assert {one.name for one in folders.iterdir()} == set(tree.snapshots) if folders.exists() else not tree.snapshots
+    if "qemu" not in victims:
+        later = count(manager)
+        wait_until(lambda: count(manager) > later, "the guest counts on")
+        counted = count(manager)
+    runtime = Place.of("small").runtime.folder
+    with contextlib.suppress(Exception):
+        manager.stop("small")
+    wait_until(lambda: not os.path.exists(runtime), "it is off")
+    if recovery == "none":
+        leaf = str(registry.load("small").spec.disks[0].path)
+        assert disk_count(Machines(tmp_path), leaf) >= counted - 3
+
+
+def manager_snapshots(machine_id: str) -> str:
+    """The folder of a machine's snapshots."""
+    return os.path.join(os.environ["VMM_HOME"], "snapshots", machine_id)

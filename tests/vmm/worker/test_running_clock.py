@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done and known when a machine pauses and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm.model.errors import QemuFailed
+from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.model.spec import make_spec
+from vmm.store.state import Phase, WorkerNote
+from vmm.worker.running import Running
+
+
+class Monitor:
+    """QEMU's monitor, as far as it is asked here."""
+
+    is_connected = True
+
+    def __init__(self, *states: str) -> None:
+        self._states = list(states)
+
+    async def execute(self, command: str, **arguments: object) -> dict[str, Any]:
+        """Its answer."""
+        return {"status": self._states.pop(0)} if command == "query-status" else {}
+
+
+@pytest.mark.parametrize(
+    ("before", "verb", "states", "after"),
+    [
+        ("io-error", "refresh", ["running"], ["paused-critical"]),
+        ("paused", "resume", ["running"], ["pause"]),
+        ("running", "refresh", ["running"], []),
+        ("io-error", "refresh", ["io-error"], []),
+    ],
+)
+def test_the_clock_is_set_when_the_guest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, verb: str, states: list[str], after: list[str]
+) -> None:
+    """A guest that stood still, for its user or for a failed disk, has its clock set when it goes on."""
+    told: list[str] = []
+
+    async def scene() -> None:
+        note = WorkerNote(phase=Phase.RUNNING, details={"paused": before == "paused"})
+        running = Running(
+            make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
+            lambda event, **details: None,
+        )  # fmt: skip
+        monkeypatch.setattr(running.clock, "bring_to_now", told.append)
+        monkeypatch.setattr(running, "_qmp", Monitor(*states))
+        monkeypatch.setattr(running, "_is_mending", True)
+        running.status = before
+        await getattr(running, verb)()
+
+    asyncio.run(scene())
+    assert told == after
+
+
+def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-STOP-ACTION: QEMU is asked, not waited for: what is saved at once is saved as it stands."""
+
+    async def scene() -> str:
+        running = Running(
+            make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)),
+            WorkerNote(phase=Phase.RUNNING), lambda event, **details: None,
+        )  # fmt: skip
+        monkeypatch.setattr(running, "_qmp", Monitor("paused"))
+        running.status = "running"
+        await running.pause()
+        return running.status
+
+    assert asyncio.run(scene()) == "paused"
+
+
+@pytest.mark.parametrize(
+    ("before", "verb", "after"), [("running", "pause", "paused"), ("paused", "resume", "running")]
+)
+def test_a_verb_that_was_carried_out_does_not_fail(
+    before: str, verb: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU that dies between doing what it was told and being asked once more has done it."""
+
+    class Dying(Monitor):
+        async def execute(self, command: str, **arguments: object) -> dict[str, Any]:
+            if command == "query-status":
+                raise QemuFailed("it hung up")
+            return {}
+
+    async def scene() -> str:
+        note = WorkerNote(phase=Phase.RUNNING, details={"paused": before == "paused"})
+        told: list[str] = []
+        running = Running(
+            make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
+            lambda event, **details: told.append(event),
+        )  # fmt: skip
+        monkeypatch.setattr(running.clock, "bring_to_now", lambda why: None)
+        monkeypatch.setattr(running, "_qmp", Dying())
+        running.status, running._is_known = before, True
+        await getattr(running, verb)()
+        assert told == [f"{verb}d"]
+        return running.status
+
+    assert asyncio.run(scene()) == after

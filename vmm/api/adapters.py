@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing the adapters in a machine's definition, whether it runs or not: adding, changing, removing.
+
+Decides which MAC address an adapter gets (from the host's pool, or the given one if it is free), and whether a change
+is made by the running machine's worker or in its file. How an adapter is plugged in is decided in `wiring`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from vmm.host.proc import locked
+from vmm.model import paths
+from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError
+from vmm.model.events import add_event
+from vmm.model.paths import write_whole
+from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
+from vmm.net import frames, mac, switches
+from vmm.net.host_side import HostSide
+from vmm.net.joining import is_plugged
+from vmm.processes import worker_connection as contact
+from vmm.processes.worker_connection import Place
+from vmm.store import registry, saved
+from vmm.store.registry import Machine
+from vmm.store.state import processes_of
+
+PATIENCE_SECONDS = 60.0
+_POOL_NAME = "mac-pool.json"
+
+
+def place_of(machine: Machine) -> Place:
+    """Where the machine's files and sockets are."""
+    return Place(machine.name, machine.paths, machine.runtime)
+
+
+def host_pool() -> mac.Pool:
+    """The host's pool, written down when it is first wanted: an address that changes later changes no adapter's."""
+    path = os.path.join(paths.home(), _POOL_NAME)
+    try:
+        with open(path, encoding="ascii") as file:
+            return mac.Pool(bytes.fromhex(json.load(file)["prefix"]))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VmmError("is damaged: it should hold the prefix of the MAC pool", path=path, hint="remove it") from error
+    pool = mac.pool_of_host(_first_address(), _machine_id())
+    paths.make_home()
+    write_whole(path, json.dumps({"prefix": pool.prefix.hex()}).encode() + b"\n")
+    return pool
+
+
+def _first_address() -> str | None:
+    """The IPv4 address that packets to the world would have; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        address = str(sock.getsockname()[0])
+    return None if address == "0.0.0.0" else address
+
+
+def _machine_id() -> str:
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            with open(path, encoding="ascii") as file:
+                return file.read().strip()
+        except OSError:
+            continue
+    return socket.gethostname()
+
+
+def choosing_macs() -> contextlib.AbstractContextManager[None]:
+    """Nobody else gives out an address until the adapter that got one is written down."""
+    paths.make_home()
+    return locked(os.path.join(paths.home(), ".mac.lock"))
+
+
+def mac_owners() -> dict[bytes, str]:
+    """Every MAC address that is in use here, and whose it is."""
+    owners: dict[bytes, str] = {}
+    for machine in registry.load_all()[0]:
+        for adapter in machine.spec.adapters:
+            if adapter.mac is not None:
+                owners[frames.parse_mac(adapter.mac)] = f"adapter {adapter.id} of machine {machine.name}"
+    return owners
+
+
+def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
+    """An adapter for a machine out of what a user said: with an id and a MAC address. Raises VmmError."""
+    owners = mac_owners() | {
+        frames.parse_mac(one.mac): f"adapter {one.id} of this machine" for one in spec.adapters if one.mac is not None
+    }
+    wanted = settings.get("mac")
+    address = mac.pick(host_pool(), owners) if wanted is None else mac.check_static(str(wanted), owners)
+    settings = {**settings, "id": settings.get("id") or spec.free_adapter_id(), "mac": frames.format_mac(address)}
+    adapter = make_adapter(**settings)
+    if adapter.switch is not None:
+        switch = switches.load(adapter.switch)
+        if switch.backend == "bridge" and adapter.mirror != "none":
+            raise InvalidSpec("the bridge back end mirrors no ports", hint="use a switch of the user back end")
+    return adapter
+
+
+def with_new_macs(spec: MachineSpec) -> MachineSpec:
+    """The same adapters with addresses of the host's pool, for a copy of a machine. See `choosing_macs`."""
+    owners, fresh = mac_owners(), []
+    for one in spec.adapters:
+        address = mac.pick(host_pool(), owners)
+        owners[address] = f"adapter {one.id} of machine {spec.name}"
+        fresh.append(one.model_copy(update={"mac": frames.format_mac(address)}))
+    return spec.changed(adapters=fresh)
+
+
+def find(machine: Machine, adapter_id: str) -> AdapterSpec:
+    """An adapter by its id or MAC address. Raises NotFound."""
+    with contextlib.suppress(ValueError):  # an address in any spelling
+        adapter_id = frames.format_mac(frames.parse_mac(adapter_id))
+    for adapter in machine.spec.adapters:
+        if adapter_id in (adapter.id, adapter.mac):
+            return adapter
+    known = ", ".join(one.id for one in machine.spec.adapters) or "none"
+    raise NotFound(f"there is no adapter {adapter_id!r}; there are {known}", machine=machine.name)
+
+
+def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
+    """Give a machine an adapter, at once when it runs. Raises VmmError."""
+    with contact.changing(name, stop_merge=False) as (machine, client), choosing_macs():
+        saved.refuse_when_saved(machine.paths, name, "adding an adapter")
+        adapter = fit(settings, machine.spec)
+        after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
+        if client is None:
+            registry.save(machine, after)
+            add_event(machine.paths.events, "adapter-added", adapter=adapter.id, switch=adapter.switch)
+            return adapter
+        client.call("nic-add", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
+    return adapter
+
+
+def remove(name: str, adapter_id: str) -> AdapterSpec:
+    """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
+    with contact.changing(name, stop_merge=False) as (machine, client):
+        adapter = find(machine, adapter_id)
+        saved.refuse_when_saved(machine.paths, name, "removing an adapter")
+        if client is None:
+            rest = [one for one in machine.spec.adapters if one.id != adapter.id]
+            registry.save(machine, machine.spec.changed(adapters=rest))
+            add_event(machine.paths.events, "adapter-removed", adapter=adapter.id)
+            return adapter
+        client.call("nic-remove", adapter=adapter.id, timeout_seconds=PATIENCE_SECONDS)
+    return adapter
+
+
+def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
+    """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
+    with contact.changing(name, stop_merge=False) as (machine, client), choosing_macs():
+        before = find(machine, adapter_id)
+        if settings.get("mac") is not None:
+            owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}
+            mac.check_static(str(settings["mac"]), owners)
+            settings["mac"] = frames.format_mac(frames.parse_mac(str(settings["mac"])))
+        adapter = make_adapter(**{**before.model_dump(), **settings})
+        if set(settings) & {"kind", "mac"}:
+            saved.refuse_when_saved(machine.paths, name, "changing an adapter")
+        if adapter.switch is not None and adapter.switch != before.switch:
+            switches.load(adapter.switch)
+        if client is None:
+            after = [adapter if one.id == before.id else one for one in machine.spec.adapters]
+            registry.save(machine, machine.spec.changed(adapters=after))
+            add_event(machine.paths.events, "adapter-changed", adapter=adapter.id)
+            return adapter
+        client.call("nic-set", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
+    return adapter
+
+
+def plugged_into(switch: str) -> list[str]:
+    """The adapters of all machines, running or not, that are on the switch of that name, as "web/nic-0"."""
+    machines, _ = registry.load_all()
+    found = [(one.name, adapter) for one in machines for adapter in one.spec.adapters]
+    return [f"{name}/{adapter.id}" for name, adapter in found if adapter.switch == switch]
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedSwitch:
+    """What became of a switch: the adapters that are without one, until there is one of that name again, and what of
+    the host's network could not be put back, in words."""
+
+    disconnected: list[str]
+    not_put_back: list[str]
+
+
+def delete_switch(name: str, *, force: bool = False) -> DeletedSwitch:
+    """Take a switch away.
+
+    Raises NotFound, InUse for a switch that machines are plugged into, unless `force`.
+    """
+    switches.load(name)
+    users = plugged_into(name)
+    if users and not force:
+        raise InUse(
+            f"machines are plugged into switch {name!r}: {', '.join(users)}",
+            hint="plug them elsewhere (vmm nic set MACHINE ADAPTER --switch OTHER); with --force they are"
+            " disconnected until there is a switch of that name again",
+        )
+    return DeletedSwitch(users, switches.delete(name, force=force))
+
+
+def connection(machine: Machine, adapter: AdapterSpec) -> tuple[bool | None, str]:
+    """(whether it is connected, the same in words); None for a machine that is off and whose switch is there."""
+    if adapter.switch is None:
+        return False, "not plugged into any switch"
+    runs = "qemu" in processes_of(machine.runtime)
+    try:
+        host = HostSide(switches.load(adapter.switch))
+        if not runs:
+            return None, "machine is off"
+        if is_plugged(adapter, machine.spec.id, host):
+            return True, "connected"
+        return False, f"disconnected from switch {adapter.switch!r}; vmm events {machine.name} says why"
+    except NotFound as error:
+        return False, f"disconnected: {error.problem}"
+    except VmmError as error:
+        return (False if runs else None), f"disconnected: {error.problem}"

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk or drive that is requested, and the disk that a machine gets.
+
+Decides the defaults (controller, place, serial), what a file or device is taken for, and what
+could never start and is therefore refused now: QEMU has no read-only disk on IDE, and an ISO image is not a hard disk.
+Must not know whether the machine runs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import vhdkit
+from vmm.model.errors import InvalidSpec
+from vmm.model.paths import default_folders
+from vmm.model.serials import kept_serial, serial_of_device
+from vmm.model.spec import Controller, DiskSpec, MachineSpec, make_disk
+from vmm.store import devices
+from vmm.store.images import find_image, look_at, refuse_frozen
+from vmm.store.media import open_medium
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWish:
+    """A disk for a machine. `controller` None: IDE while there is room, then SCSI; `unit` None: any.
+
+    `path` None is an empty drive, only with kind "iso". `format` is the image's format if it is not to be detected:
+    "raw" also for a file that holds an ISO image and is meant as a hard disk.
+    """
+
+    path: str | None
+    controller: Controller | None = None
+    controller_index: int | None = None
+    unit: int | None = None
+    kind: Literal["vhd", "pass-through", "iso"] = "vhd"
+    read_only: bool = False
+    serial: str | None = None
+    parent_dirs: tuple[str, ...] = ()
+    allow_raw_parent: bool = False
+    format: Literal["vhd", "raw"] | None = None
+
+
+def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
+    """A disk for a machine as it is wished for, with what was not said chosen and its image looked at.
+
+    Raises InvalidSpec, NotFound, AccessDenied, StoreFailed, InUse, Refused.
+    """
+    controller = wish.controller or _usual_controller(wish, spec)
+    _refuse_read_only_on_ide(wish, controller)
+    index, unit = wish.controller_index, wish.unit
+    if unit is None:
+        index, unit = spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
+    path = wish.path or None
+    settings: dict[str, object] = {}
+    taken = [disk.serial for disk in spec.disks]
+    serial = wish.serial
+    if path is not None and wish.kind == "pass-through":
+        found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
+        path = found.pop("path")
+        settings |= found
+        serial = serial or serial_of_device(found.get("identity"), taken)
+    elif path is not None:
+        path = find_image(path, spec.paths.disks or default_folders()["disks"])
+        serial = serial or (kept_serial(path, taken) if wish.kind == "vhd" else None)
+    if serial is not None:
+        settings["serial"] = serial
+    folders = tuple(os.path.realpath(one) for one in wish.parent_dirs)
+    if wish.kind == "vhd" and path is not None:
+        folders += _trusted_folders(path, folders)
+    disk = make_disk(
+        id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
+        unit=unit, read_only=wish.read_only or wish.kind == "iso", format=wish.format,
+        parent_dirs=folders,
+        allow_raw_parent=wish.allow_raw_parent, **settings,
+    )  # fmt: skip
+    if disk.kind == "iso" and path is not None:
+        os.close(open_medium(path))
+    if disk.kind == "vhd":
+        disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
+        refuse_frozen(disk)
+    return disk
+
+
+def _trusted_folders(path: str, said: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the folders that the user trusts for good in which parents of this image lie.
+
+    They are written down with the disk: the machine's processes may run in another environment.
+    """
+    trusted = tuple(os.path.realpath(one) for one in vhdkit.trusted_parent_dirs().parent_dirs)
+    if not trusted:
+        return ()
+    options = vhdkit.OpenOptions(parent_dirs=(*said, *trusted), allow_raw_parent=True)
+    try:
+        parents = vhdkit.chain_paths(path, options=options)[1:]
+    except vhdkit.VhdkitError:
+        return ()  # what is wrong with it is said by who opens it
+    near = (os.path.dirname(os.path.realpath(path)), *said)
+    far = [one for one in parents if not _is_beneath_any(one, near)]
+    return tuple(dict.fromkeys(folder for folder in trusted if any(_is_beneath_any(one, (folder,)) for one in far)))
+
+
+def _is_beneath_any(path: str, folders: tuple[str, ...]) -> bool:
+    return any(os.path.commonpath((path, folder)) == folder for folder in folders)
+
+
+def _refuse_read_only_on_ide(wish: DiskWish, controller: Controller) -> None:
+    if controller == "ide" and wish.read_only and wish.kind != "iso":
+        raise InvalidSpec(
+            "is to be read-only, and there is no read-only disk on IDE", path=wish.path,
+            hint="put it on scsi or virtio",
+        )  # fmt: skip
+
+
+def _usual_controller(wish: DiskWish, spec: MachineSpec) -> Controller:
+    if wish.kind == "iso":
+        return "ide"
+    if wish.read_only:  # on virtio where it may be what the machine boots from
+        return "scsi" if any(disk.kind != "iso" and disk.controller != "scsi" for disk in spec.disks) else "virtio"
+    on_ide = sum(disk.controller == "ide" for disk in spec.disks)
+    return "ide" if on_ide < 3 else "scsi"
+
+
+def _free_unit(spec: MachineSpec, controller: Controller, index: int) -> int:
+    taken = {disk.unit for disk in spec.disks if (disk.controller, disk.controller_index) == (controller, index)}
+    return next(unit for unit in range(len(taken) + 1) if unit not in taken)

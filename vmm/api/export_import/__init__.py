@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines as folders: written for another host, examined and taken in."""

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which settings of a stranger's definition a machine on this host may have, and what its user must allow first.
+
+A definition in an exported folder was written by somebody else. If root imported it as it is, that author could
+choose which files of this host a guest reads and writes. So there is a decision for every setting:
+
+    allowed     it concerns the guest alone: memory, processors, its own controllers
+    confined    it leads into the imported folder, or the user replaces it (`--map OLD=NEW`, `--switch`)
+    asked       it gives the guest, or QEMU, more than the user may expect: the user must allow it by name (`--allow`)
+    dropped     it is determined anew on this host
+    nested      its own settings are decided one by one
+
+`INV-IMPORT-CONFINED`: no path of an imported definition leads out of the imported folder unless the user named it.
+
+Pure: no files are examined here. Must not know where the folder lies or how it is read.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from vmm.model.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
+
+Decision = Literal["allowed", "confined", "asked", "dropped", "nested"]
+Allowance = Literal["background-capture", "autostart", "spoofing", "mirror"]
+LEAVE_OUT = ""  # as the new name of a file: the machine goes without it
+UNPLUGGED = "-"  # as the name of a switch
+
+ALLOWANCES: dict[Allowance, str] = {
+    "background-capture": "QEMU gets a right to protect memory, which may be CAP_SYS_PTRACE",
+    "autostart": "the machine starts with this host",
+    "spoofing": "an adapter may send from any MAC address",
+    "mirror": "an adapter takes part in mirroring a switch's frames",
+}
+
+# A setting that is missing here is refused, and a test fails.
+DECISIONS: dict[type[BaseModel], dict[str, Decision]] = {
+    MachineSpec: {
+        "schema_version": "allowed", "id": "allowed", "name": "allowed", "generation": "allowed",
+        "memory_bytes": "allowed", "cpu_count": "allowed", "machine_type": "allowed", "cpu_model": "allowed",
+        "accelerator": "allowed", "firmware": "allowed", "boot_order": "allowed", "kernel": "confined",
+        "initrd": "confined", "append": "allowed", "screen": "allowed", "rtc": "allowed", "disks": "nested",
+        "adapters": "nested", "integration": "nested", "automatic": "nested", "paths": "nested",
+        "background_capture": "asked",
+        "notes": "allowed",
+    },
+    DiskSpec: {
+        "id": "allowed", "kind": "allowed", "path": "confined", "controller": "allowed",
+        "controller_index": "allowed", "unit": "allowed", "read_only": "allowed", "serial": "allowed",
+        "format": "allowed", "parent_dirs": "dropped", "allow_raw_parent": "allowed", "identity": "dropped",
+    },
+    AdapterSpec: {
+        "id": "allowed", "switch": "confined", "kind": "allowed", "mac": "allowed", "vlan": "allowed",
+        "trunk": "allowed", "native_vlan": "allowed", "queues": "allowed", "spoofing": "asked",
+        "dhcp_guard": "allowed", "router_guard": "allowed", "bandwidth_bits_per_second": "allowed",
+        "storm_frames_per_second": "allowed", "mirror": "asked", "link_up": "allowed",
+    },
+    IntegrationSpec: {
+        "heartbeat": "allowed", "shutdown": "allowed", "time_sync": "allowed", "key_value": "allowed",
+        "backup": "allowed",
+    },
+    AutomaticSpec: {
+        "start": "asked", "start_delay_seconds": "allowed", "stop": "allowed", "recovery": "allowed",
+    },
+    PathsSpec: {"disks": "confined", "snapshots": "confined"},
+}  # fmt: skip
+_KINDS = {"vhd": "the image", "iso": "the ISO image", "pass-through": "the device"}
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """What the user of this host allows an import to have.
+
+    `paths`: a path as the definition has it -> the file, device or folder to use here, "" for none. `switches`: the
+    name of a switch -> the one to use here, "-" for none. `allow`: which of `ALLOWANCES`.
+    """
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    switches: Mapping[str, str] = field(default_factory=dict)
+    allow: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class Judged:
+    """A definition after judging. With `refused` the import must not be made; `granted` is what the user allowed.
+
+    `given` are the ids of disks whose file or device the user named: they are not yet looked at. `used` are the words
+    of the consent that something stood for.
+    """
+
+    spec: MachineSpec
+    refused: dict[str, str] = field(default_factory=dict)  # what it is -> the option that allows it
+    granted: list[str] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+
+
+def judge(
+    spec: MachineSpec, *, images: Mapping[str, tuple[str, str]], inside: Mapping[str, str], consent: Consent
+) -> Judged:
+    """The definition as it may be here.
+
+    `images`: disk id -> (path, format) of the images that came along. `inside`: a path as the definition has it -> the
+    file of the import that it means.
+    """
+    judged = Judged(spec)
+    finding = _Finding(judged, inside, consent)
+    disks = [finding.disk(disk, images) for disk in spec.disks]
+    kernel = finding.path("the kernel", spec.kernel)
+    boot: dict[str, Any] = {"kernel": kernel, "initrd": finding.path("the initrd", spec.initrd)}
+    if kernel is None:
+        boot = {"kernel": None, "initrd": None, "append": None}
+    finding.allowed("background-capture", spec.background_capture)
+    finding.allowed("autostart", spec.automatic.start == "always")
+    paths = PathsSpec(
+        disks=finding.path("the folder for disks", spec.paths.disks),
+        snapshots=finding.path("the folder for snapshots", spec.paths.snapshots),
+    )
+    adapters = [finding.adapter(adapter) for adapter in spec.adapters]
+    finding.unknown(spec, spec.integration, spec.automatic, spec.paths, *spec.disks, *spec.adapters)
+    if not judged.refused:  # else it may lack what it needs to be a machine
+        judged.spec = spec.changed(
+            disks=[disk for disk in disks if disk is not None], adapters=adapters, paths=paths, **boot
+        )
+    return judged
+
+
+class _Finding:
+    """One definition being judged."""
+
+    def __init__(self, judged: Judged, inside: Mapping[str, str], consent: Consent) -> None:
+        self._judged = judged
+        self._inside = inside
+        self._consent = consent
+
+    def path(self, what: str, path: str | None) -> str | None:
+        """The file that a path means here; None where there is none, or none that is allowed."""
+        if path is None:
+            return None
+        if path in self._inside:
+            return self._inside[path]
+        if path not in self._consent.paths:
+            self._judged.refused[f"{what} {path}"] = f"--map {shlex.quote(f'{path}=NEW')}"
+            return None
+        self._judged.used.add(path)
+        new = self._consent.paths[path]
+        self._grant(f"{what} {path} is {new}" if new else f"goes without {what} {path}")
+        return new or None
+
+    def disk(self, disk: DiskSpec, images: Mapping[str, tuple[str, str]]) -> DiskSpec | None:
+        """The disk as it may be here; None where the machine goes without it."""
+        changes: dict[str, Any] = {"parent_dirs": (), "identity": None}  # all that it stands on lies beside it
+        if disk.kind == "vhd" and disk.id in images:
+            path, kind = images[disk.id]
+            raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind == "vhd")
+            return disk.model_copy(update={**changes, "path": path, "format": kind, "allow_raw_parent": raw_below})
+        is_device = disk.kind == "pass-through"
+        path_now = _Finding(self._judged, {} if is_device else self._inside, self._consent).path(
+            f"disk {disk.id}: {_KINDS[disk.kind]}", disk.path
+        )
+        if path_now is None and disk.kind != "iso":
+            return None
+        if disk.path in self._consent.paths and path_now is not None:
+            self._judged.given.add(disk.id)
+            changes["format"] = None
+        return disk.model_copy(update={**changes, "path": path_now})
+
+    def adapter(self, adapter: AdapterSpec) -> AdapterSpec:
+        """The adapter on the switch that the user named."""
+        self.allowed("spoofing", adapter.spoofing)
+        self.allowed("mirror", adapter.mirror != "none")
+        if adapter.switch is None:
+            return adapter
+        if adapter.switch not in self._consent.switches:
+            option = f"--switch {shlex.quote(f'{adapter.switch}=NEW')}"
+            self._judged.refused[f"adapter {adapter.id}: the switch {adapter.switch}"] = option
+            return adapter
+        self._judged.used.add(adapter.switch)
+        new = self._consent.switches[adapter.switch]
+        if new in ("", UNPLUGGED):
+            self._grant(f"adapter {adapter.id} is on no switch")
+            return adapter.model_copy(update={"switch": None})
+        lan = f", VLAN {adapter.vlan}" if adapter.vlan is not None else ""
+        if adapter.trunk:
+            lan = f", a trunk of the VLANs {', '.join(map(str, adapter.trunk))}"
+        self._grant(f"adapter {adapter.id} is on the switch {new}{lan}")
+        return adapter.model_copy(update={"switch": new})
+
+    def allowed(self, what: Allowance, is_wanted: bool) -> None:
+        """Note that the definition wants one of `ALLOWANCES`."""
+        if not is_wanted:
+            return
+        if what in self._consent.allow:
+            self._judged.used.add(what)
+            self._grant(ALLOWANCES[what])
+        else:
+            self._judged.refused[ALLOWANCES[what]] = f"--allow {what}"
+
+    def unknown(self, *models: BaseModel) -> None:
+        """Refuse settings about which nothing was decided."""
+        for model in models:
+            for name in sorted(set(type(model).model_fields) - set(DECISIONS[type(model)])):
+                self._judged.refused[f"the setting {name}"] = "export it without that setting"
+
+    def _grant(self, words: str) -> None:
+        if words not in self._judged.granted:
+            self._judged.granted.append(words)

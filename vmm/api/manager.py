@@ -1,0 +1,596 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's entry point: the verbs of machines, disks, adapters and backups as methods, synchronous and typed.
+
+Decides which verbs concern the machine's files, which its worker, and what is refused beforehand. Keeps no state: the
+truth is in the machines' folders and workers, so any number of managers may be used at once, in any process.
+
+    manager = vmm.Manager()
+    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd")])
+    manager.start("web")
+    manager.shutdown("web")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from vmm.api.disk_request import DiskWish as DiskWish
+from vmm.api.disk_request import disk_of
+from vmm.api.guest_access import GuestAccess
+from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.possible import refuse_impossible
+from vmm.kvm import machine_types
+from vmm.model.errors import AccessDenied, InvalidSpec, Refused, VmmError, WrongState
+from vmm.model.events import add_event, follow_events, read_events
+from vmm.model.interrupted import ends_with_us, goes_on_without_us
+from vmm.model.paths import default_folders
+from vmm.model.serials import keep_serials
+from vmm.model.settings import ChangedSettings, MachineSettings
+from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
+from vmm.processes import disk_copies
+from vmm.processes import worker_connection as contact
+from vmm.processes.rpc import Progress
+from vmm.processes.worker_connection import Place
+from vmm.snapshots.delete import delete_all, images_to_delete
+from vmm.snapshots.dependents import refuse_older
+from vmm.snapshots.preflight import removal_problem
+from vmm.store import devices, known_images, registry, saved
+from vmm.store.copies import AllIds, original_of
+from vmm.store.images import (
+    find_disk,
+    find_image,
+    look_at,
+    note_marks,
+    readable,
+    resize_image,
+    settings_with_real_paths,
+)
+from vmm.store.media import look_at_medium, open_medium
+from vmm.store.registry import Machine
+from vmm.store.removal import images_inside, remove_image
+from vmm.store.snapshots.store import has_tree, load_tree, read_merging
+from vmm.store.state import MachineState, is_clean, processes_of
+
+if TYPE_CHECKING:
+    from vmm.api.new_id import NewId
+    from vmm.api.repair import RepairStep
+
+SHUTDOWN_SECONDS = 120.0
+# What a running machine has as it was started; the other settings hold at once, and disks and adapters come and go.
+HARDWARE = set(ChangedSettings.__annotations__) - {"notes", "automatic", "name", "paths"}
+_LONG = ("shutdown", "stop", "save")  # what goes on when nobody waits for it
+_PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
+LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineInfo:
+    """A machine as `list` and `show` report it. `problem` says why nothing more is known about it.
+
+    `copy_of` is the machine with the same id, of which this one is a copied folder: it must get an id of its own
+    (`new_id`) before anything else. `spec` is the definition, `running` the one with which it runs; the differences
+    take effect at the next start (`at_next_start`).
+    """
+
+    name: str
+    state: MachineState | None
+    spec: MachineSpec | None
+    folder: str | None = None
+    accelerator: str | None = None
+    uptime_seconds: float | None = None
+    reason: str | None = None
+    heartbeat: str | None = None
+    operation: str | None = None
+    guest: dict[str, Any] | None = None
+    pids: dict[str, int] | None = None
+    problem: VmmError | None = None
+    copy_of: str | None = None
+    running: MachineSpec | None = None
+
+    @property
+    def at_next_start(self) -> dict[str, object]:
+        """The settings that change at the next start, with their new values; empty if the machine does not run."""
+        if self.spec is None or self.running is None:
+            return {}
+        before, after = self.running.model_dump(mode="json"), self.spec.model_dump(mode="json")
+        return {name: after[name] for name in sorted(HARDWARE) if before[name] != after[name]}
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What deleting a machine removes, and which of its disks stay, with the reason."""
+
+    folder: str
+    disks: tuple[str, ...]
+    kept: tuple[tuple[str, str], ...]
+
+
+class Manager:
+    """All machines of this user on this host."""
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The names of all machines, sorted."""
+        return registry.names()
+
+    def machines(self, *, guest: bool = False) -> list[MachineInfo]:
+        """All machines; `guest` asks their agents, too. One that cannot be examined is listed with its problem."""
+        ids = AllIds()
+        return [self._info_or_problem(name, ids, guest=guest) for name in registry.names()]
+
+    def _info_or_problem(self, name: str, ids: AllIds, *, guest: bool) -> MachineInfo:
+        try:
+            return self._show(name, ids, guest=guest)
+        except VmmError as error:
+            return MachineInfo(name, None, None, problem=error)
+
+    def show(self, name: str, *, guest: bool = False) -> MachineInfo:
+        """One machine; `guest` asks its agent, too. Raises NotFound, InvalidSpec, TimedOut."""
+        return self._show(name, None, guest=guest)
+
+    def _show(self, name: str, ids: AllIds | None, *, guest: bool = False) -> MachineInfo:
+        machine = contact.look(name)
+        place = _place(machine)
+        found = contact.state_of(place, ids)
+        if (original := original_of(name, ids)) is not None:
+            return MachineInfo(
+                name, MachineState(found["state"]), machine.spec, folder=machine.paths.folder, copy_of=original
+            )
+        if guest and found.get("heartbeat") is not None:
+            found |= self._call(name, "status", guest=True)
+        processes = processes_of(place.runtime)
+        return MachineInfo(
+            name=machine.name,
+            state=MachineState(found["state"]),
+            spec=machine.spec,
+            folder=machine.paths.folder,
+            accelerator=found.get("accelerator"),
+            uptime_seconds=found.get("uptime_seconds"),
+            reason=found.get("reason"),
+            heartbeat=found.get("heartbeat"),
+            operation=found.get("operation") or ("merge" if read_merging(machine.paths) is not None else None),
+            guest=found.get("guest"),
+            pids={part: ref.pid for part, ref in processes.items()},
+            running=_running_spec(place) if processes else None,
+        )
+
+    def state(self, name: str) -> MachineState:
+        """The state of a machine. Raises NotFound, TimedOut."""
+        return MachineState(contact.state_of(Place.of(name))["state"])
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What happened to a machine, the oldest first."""
+        return read_events(Place.of(name).machine.events)
+
+    def follow_events(self, name: str, *, past: bool = False) -> Iterator[dict[str, Any] | None]:
+        """Each new event of a machine, with `past` after the earlier ones, until it is deleted; sometimes None."""
+        return follow_events(Place.of(name).machine.events, past=past)
+
+    def log_path(self, name: str, log: LogName) -> str:
+        """The path of a program's log, which may not exist yet."""
+        machine = Place.of(name).machine
+        return machine.console_log if log == "console" else machine.log(log)
+
+    def snapshots(self, name: str) -> MachineSnapshots:
+        """A machine's snapshots: taking them, going back, merging. Raises NotFound."""
+        registry.load(name)
+        return MachineSnapshots(name)
+
+    # -- making and changing ----------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        name: str,
+        *,
+        disks: Sequence[DiskWish] = (),
+        adapters: Sequence[dict[str, Any]] = (),
+        folder: str | None = None,
+        **settings: Unpack[MachineSettings],
+    ) -> MachineInfo:
+        """Define a machine; `settings` are those of `MachineSpec`; its own folder is made in `folder`.
+
+        `adapters` have settings of `AdapterSpec`; one without a MAC address gets one from the host's pool.
+
+        Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
+        Unsupported (there is no QEMU).
+        """
+        asked = set(settings)
+        if "machine_type" not in settings:
+            settings["machine_type"] = machine_types.newest("pc")
+        spec = make_spec(name=name, **settings_with_real_paths(settings))
+        for wish in disks:
+            spec = spec.changed(disks=[*spec.disks, disk_of(wish, spec)])
+        refuse_impossible(spec, asked)
+        if folder is not None and not os.path.isdir(folder):
+            raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+        with contextlib.ExitStack() as held:
+            if adapters:
+                from vmm.api.adapters import choosing_macs, fit
+
+                held.enter_context(choosing_macs())
+                for one in adapters:
+                    spec = spec.changed(adapters=[*spec.adapters, fit(one, spec)])
+            machine = registry.add(spec, folder=folder)
+        add_event(machine.paths.events, "created")
+        note_marks(machine, spec.disks)
+        keep_serials(spec.disks)
+        return self.show(name)
+
+    def set(self, name: str, /, **settings: Unpack[ChangedSettings]) -> bool:
+        """Change settings of `MachineSpec`; True if the change takes effect only at the next start.
+
+        Raises InvalidSpec, WrongState for a name or hardware that must not change now.
+        """
+        with contact.changing(name, stop_merge=False) as (machine, client):
+            fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
+            if fixed:
+                raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
+            hardware = set(settings) & HARDWARE
+            refused = hardware
+            boots = hardware & {"kernel", "initrd", "append"}  # of no use to a guest that goes on
+            if boots and saved.is_saved(machine.paths) and saved.read_description(machine.paths).had_kernel:
+                refused = hardware - boots
+            if refused:
+                saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(refused))}")
+            changes = settings_with_real_paths(settings)
+            if changes.get("kernel", "") is None:  # they go with a kernel only
+                changes = {"initrd": None, "append": None, **changes}
+            refuse_impossible(machine.spec.changed(**changes), settings)
+            if changes.get("name", machine.name) != machine.name:
+                if client is not None:
+                    raise WrongState("is running, and cannot have another name now", machine=name)
+                registry.rename(machine, machine.spec.changed(**changes))
+            else:  # the disks are what the worker says: a snapshot may move them at this moment
+                registry.update(machine.lock, lambda spec: spec.changed(**changes))
+        return client is not None and bool(hardware)
+
+    def new_id(self, name: str) -> NewId:
+        """Make a machine of its own out of a copied folder, which is off. See `NewId` for what becomes of its disks.
+
+        Raises WrongState for a machine that is not a copy.
+        """
+        from vmm.api.new_id import give_new_id
+
+        return give_new_id(name)
+
+    def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
+        """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
+        return self._plan_delete(contact.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
+
+    def _plan_delete(self, machine: Machine, *, with_disks: bool, with_snapshots: bool) -> Deletion:
+        name = machine.name
+        self._refuse_running(machine, "delete it")
+        if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
+            raise WrongState(
+                f"has {count} snapshot{'s' if count > 1 else ''}, which would be deleted with it", machine=name,
+                hint=f"vmm delete {name} --with-snapshots agrees to that",
+            )  # fmt: skip
+        disks, kept = [], []
+        unread = known_images.look().unread
+        for disk in machine.spec.disks:
+            if disk.path is None:
+                continue
+            if disk.kind != "vhd" or disk.read_only:
+                kept.append((disk.path, "it is not the machine's own" if disk.kind == "vhd" else f"it is {disk.kind}"))
+            elif not with_disks:
+                kept.append((disk.path, "disks stay unless --with-disks is given"))
+            elif not os.path.exists(disk.path):
+                kept.append((disk.path, "it is not there"))
+            elif unread:
+                kept.append((disk.path, f"the machine {unread[0]} cannot be read, and may need it"))
+            elif (other := registry.other_user_of(disk, name)) is not None:
+                kept.append((disk.path, f"it is a disk of the machine {other}, too"))
+            else:
+                try:
+                    look_at(disk, writable=True)
+                except VmmError as error:
+                    kept.append((disk.path, error.problem))
+                    continue
+                if (problem := removal_problem(disk.path)) is not None:
+                    kept.append((disk.path, f"it cannot be removed: {problem}"))
+                else:
+                    disks.append(disk.path)
+        if (problem := removal_problem(machine.paths.folder)) is not None:
+            raise AccessDenied(f"cannot be removed: {problem}", machine=name, path=machine.paths.folder)
+        if with_disks:
+            named = {os.path.realpath(path) for path in (*disks, *(path for path, _ in kept))}
+            disks += [path for path in images_to_delete(machine) if os.path.realpath(path) not in named]
+        going = {os.path.realpath(path) for path in disks}
+        for one in images_inside(machine.paths.folder):
+            if os.path.realpath(one.path) not in going:
+                raise Refused(
+                    f"its folder holds an image that would be lost with it: {one.who} needs it", machine=name,
+                    path=one.path, hint="move the image out of the machine's folder first",
+                )  # fmt: skip
+        return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
+
+    def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
+        """Remove a machine, its saved state and logs; on request also its images and snapshots.
+
+        Parents that are not the machine's own always stay. Raises WrongState, before anything is removed, while it
+        runs or, unless `with_snapshots`, has snapshots.
+        """
+        with contact.changing(name) as (machine, _):
+            plan = self._plan_delete(machine, with_disks=with_disks, with_snapshots=with_snapshots)
+            disks, kept = plan.disks, dict(plan.kept)
+            if has_tree(machine.paths):
+                delete_all(machine)
+                machine = registry.load_for_change(machine.lock)  # an unfinished merge may have moved its disks
+                again = self._plan_delete(machine, with_disks=with_disks, with_snapshots=True)
+                disks, kept = again.disks, kept | dict(again.kept)
+            registry.remove(machine)
+            keep_serials([disk for disk in machine.spec.disks if disk.path not in disks])
+            for path in disks:
+                try:
+                    remove_image(path, machine.lock)
+                except VmmError as error:
+                    kept[path] = error.problem
+        gone = tuple(path for path in dict.fromkeys((*plan.disks, *disks)) if not os.path.lexists(path))
+        stays = tuple((path, reason) for path, reason in kept.items() if path not in gone)
+        return replace(plan, disks=gone, kept=stays)
+
+    def _refuse_running(self, machine: Machine, what: str) -> None:
+        state = contact.state_of(_place(machine))["state"]
+        if state not in (MachineState.OFF, MachineState.SAVED):
+            raise WrongState(
+                f"is {state}: cannot {what} now",
+                machine=machine.name,
+                hint=f"shut it down: vmm shutdown {machine.name}",
+            )
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> MachineState:
+        """Start a machine, with its saved memory if any. Raises WrongState, InUse, and for what is missing."""
+        return MachineState(contact.start(name, discard_saved=discard_saved, progress=progress)["state"])
+
+    def shutdown(
+        self, name: str, *, timeout_seconds: float = SHUTDOWN_SECONDS, progress: Progress | None = None
+    ) -> None:
+        """Have the guest shut itself down, and wait. Raises TimedOut if it does not, WrongState."""
+        self._call_until_off(name, "shutdown", progress, seconds=timeout_seconds)
+
+    def stop(self, name: str, *, progress: Progress | None = None) -> None:
+        """Power off. Raises WrongState if it is off."""
+        self._call_until_off(name, "stop", progress)
+
+    def save(self, name: str, *, progress: Progress | None = None) -> None:
+        """Save memory and devices to disk, and power off. After WrongState or NoSpace the machine runs on."""
+        self._call_until_off(name, "save", progress)
+
+    def stop_with_host(self, name: str, *, progress: Progress | None = None) -> str:
+        """Carry out its automatic stop action, or the next one if that fails; returns what was done, in words.
+
+        If a signal to its processes has begun this already, waits for that. Raises WrongState if it is off.
+        """
+        done: str = self._call(name, "leave", progress)["done"]
+        contact.wait_put_away(Place.of(name))
+        return done
+
+    def reset(self, name: str) -> None:
+        """Press the reset button."""
+        self._call(name, "reset")
+
+    def pause(self, name: str) -> None:
+        """Stop the processors until `resume`."""
+        self._call(name, "pause")
+
+    def resume(self, name: str) -> None:
+        """Continue after `pause`."""
+        self._call(name, "resume")
+
+    def discard_saved(self, name: str) -> None:
+        """Discard a saved machine's memory. Raises WrongState if there is none."""
+        with contact.changing(name, stop_merge=False) as (machine, _):
+            if not saved.is_saved(machine.paths):
+                raise WrongState("is not saved", machine=name)
+            saved.discard(machine.paths)
+        add_event(machine.paths.events, "saved-state-discarded")
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, **settings: Any) -> AdapterSpec:
+        """Give a machine an adapter, at once if it runs. Raises InvalidSpec, NotFound, AlreadyExists, NoSpace."""
+        from vmm.api import adapters
+
+        return adapters.add(name, settings)
+
+    def remove_adapter(self, name: str, adapter_id: str) -> AdapterSpec:
+        """Remove an adapter, at once if the machine runs. Raises NotFound, TimedOut if the guest keeps it."""
+        from vmm.api import adapters
+
+        return adapters.remove(name, adapter_id)
+
+    def change_adapter(self, name: str, adapter_id: str, **settings: Any) -> AdapterSpec:
+        """Change an adapter; while the machine runs only its rules, limits and link. Raises WrongState."""
+        from vmm.api import adapters
+
+        return adapters.change(name, adapter_id, settings)
+
+    # -- disks --------------------------------------------------------------------------------------------------------
+
+    def add_disk(self, name: str, wish: DiskWish) -> DiskSpec:
+        """Give a machine a disk; if it runs, on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
+        with contact.changing(name) as (machine, client):
+            saved.refuse_when_saved(machine.paths, name, "adding a disk")
+            if client is not None and wish.controller is None and wish.kind != "iso":
+                wish = replace(wish, controller="scsi")
+            disk = disk_of(wish, machine.spec)
+            spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
+            if client is None:
+                registry.save(machine, spec)
+                add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
+            else:
+                registry.check_disks(spec)
+                client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
+            note_marks(machine, [disk])
+            keep_serials([disk])
+        return disk
+
+    def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
+        """Remove a disk from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
+        with contact.changing(name) as (machine, client):
+            disk = find_disk(machine, disk_id)
+            saved.refuse_when_saved(machine.paths, name, "removing a disk")
+            if client is None:
+                rest = [one for one in machine.spec.disks if one.id != disk.id]
+                registry.save(machine, machine.spec.changed(disks=rest))
+                add_event(machine.paths.events, "disk-removed", disk=disk.id, path=disk.path)
+            else:
+                client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
+            keep_serials([disk])  # it may be a newer leaf than the one that was given
+        return disk
+
+    def change_medium(self, name: str, drive_id: str, path: str | None, *, force: bool = False) -> DiskSpec:
+        """Put another medium, or none, into a drive, in any state of the machine; returns the changed drive.
+
+        `force`: take the medium out even if a running guest has locked the drive. A saved guest notices the change
+        when it continues. Raises NotFound, InvalidSpec, WrongState, Refused for a locked drive.
+        """
+        with contact.changing(name, stop_merge=False) as (machine, client):
+            drive = find_disk(machine, drive_id)
+            if drive.kind != "iso":
+                raise WrongState(
+                    f"{drive.id} is a hard disk, not a drive with a medium", machine=name, path=drive.path,
+                    hint=f"vmm disk list {name} shows which drives there are",
+                )  # fmt: skip
+            if path is not None:
+                path = readable(find_image(path, machine.spec.paths.disks or default_folders()["disks"]))
+            changed = drive.model_copy(update={"path": path})
+            if client is not None:
+                client.call("disk-change", disk=drive.id, path=path, force=force, timeout_seconds=_PATIENCE_SECONDS)
+                return changed
+            if saved.is_saved(machine.paths):
+                identity = None if path is None else look_at_medium(path)
+                saved.accept_media(machine.paths, {drive.id: identity})
+            disks = [changed if one.id == drive.id else one for one in machine.spec.disks]
+            registry.save(machine, machine.spec.changed(disks=disks))
+            add_event(machine.paths.events, "medium-changed", drive=drive.id, path=path)
+        return changed
+
+    def resize_disk(self, name: str, disk_id: str, size_bytes: int, *, shrink: bool = False) -> int:
+        """Resize a disk; returns its new size. It gets smaller only with `shrink`, and while the machine is off.
+
+        Raises StoreFailed, WrongState, InvalidSpec.
+        """
+        with contact.changing(name) as (machine, client):
+            disk = find_disk(machine, disk_id)
+            if disk.kind != "vhd" or disk.read_only or disk.path is None:
+                raise WrongState("only a writable image can be resized", machine=name, path=disk.path)
+            saved.refuse_when_saved(machine.paths, name, "resizing a disk")
+            if client is not None:
+                done = client.call(
+                    "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
+                )
+                return int(done["size_bytes"])
+            return resize_image(disk, size_bytes, shrink=shrink)
+
+    def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
+        """The disks of a machine: (disk, size in bytes or None, problem or None)."""
+        rows: list[tuple[DiskSpec, int | None, str | None]] = []
+        for disk in contact.look(name).spec.disks:
+            try:
+                rows.append((disk, _size_of(disk), None))
+            except VmmError as error:
+                rows.append((disk, None, error.problem))
+        return rows
+
+    def backup(self, name: str, folder: str, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Copy all disks, as they are at one moment, into a new folder, while the machine runs or not.
+
+        {"folder", "disks": {id: path}, "consistent": whether file systems were written out}. Raises AlreadyExists,
+        Refused for passed-through devices, StoreFailed, NoSpace.
+        """
+        target = os.path.abspath(folder)
+        place = Place.of(name)
+        client = contact.contact(place)
+        if client is not None:
+            with client, goes_on_without_us("the backup", name):
+                result: dict[str, Any] = client.call(
+                    "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
+                )
+                return result
+        with contact.changing(name) as (machine, client):
+            if client is not None:
+                raise WrongState("was started just now", machine=name, hint="try again")
+            tell = partial(add_event, machine.paths.events)
+            with disk_copies.told_when_failed(tell, target), ends_with_us("the backup"):
+                disks = disk_copies.disks_to_copy(machine.spec)
+                disk_copies.check_target(target)
+                refuse_older(machine, load_tree(machine.paths))
+                told = progress or (lambda document: None)
+                copied = asyncio.run(disk_copies.copy_disks(machine.paths, machine.spec, disks, target, told))
+            # A saved machine's file systems are in use, and those of one that died were.
+            consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
+            tell("backed-up", folder=target, consistent=consistent)
+        return {**copied, "consistent": consistent}
+
+    def repair(
+        self, name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
+    ) -> list[RepairStep]:
+        """Find the newest images of a machine that does not run; unless `dry_run`, make them its disks.
+
+        `leaf` names the newest one if there are several candidates; `give_up_missing` continues without one that is
+        lost. Raises WrongState while it runs, NotFound, InUse, StoreFailed.
+        """
+        from vmm.api.repair import repair
+
+        return repair(name, dry_run=dry_run, leaf=leaf, give_up_missing=give_up_missing)
+
+    def guest(self, name: str) -> GuestAccess:
+        """The inside of a machine: console, screen, agent, exchanged items. Raises NotFound."""
+        return GuestAccess(Place.of(name))
+
+    # -- asking the worker --------------------------------------------------------------------------------------------
+
+    def _call(self, name: str, method: str, progress: Progress | None = None, **params: object) -> Any:
+        """Ask the machine's worker. Raises WrongState when there is none."""
+        place = Place.of(name)
+        client = contact.contact(place)
+        if client is None:
+            state = contact.state_of(place)["state"]
+            raise WrongState(f"is {state}: cannot {_verb(method)} now", machine=name)
+        with client, goes_on_without_us(f"the {method}", name) if method in _LONG else contextlib.nullcontext():
+            return client.call(method, timeout_seconds=_PATIENCE_SECONDS, progress=progress, **params)
+
+    def _call_until_off(self, name: str, method: str, progress: Progress | None, **params: object) -> None:
+        """Ask for something that ends the machine, and return when nothing of it is left."""
+        self._call(name, method, progress, **params)
+        contact.wait_put_away(Place.of(name))
+
+
+def _verb(method: str) -> str:
+    """What the worker's method does to the machine, after "cannot"."""
+    return "shut it down" if method == "shutdown" else f"{method} it"
+
+
+def _place(machine: Machine) -> Place:
+    return Place(machine.name, machine.paths, machine.runtime)
+
+
+def _running_spec(place: Place) -> MachineSpec | None:
+    with contextlib.suppress(VmmError):
+        return registry.read_definition(place.runtime.running)
+    return None
+
+
+def _size_of(disk: DiskSpec) -> int | None:
+    if disk.path is None:
+        return None
+    if disk.kind == "vhd":
+        return look_at(disk).size_bytes
+    if disk.kind == "pass-through":
+        return devices.size_bytes_of(disk)
+    descriptor = open_medium(disk.path)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copied machine becomes a machine of its own: what it keeps, and what belongs to its original.
+
+    id, MAC addresses          new ones
+    disks                      an image that was copied with the folder is the copy's own; one that the original
+                               or another machine or snapshot names is taken out of the definition, and left alone
+    snapshots, saved memory    they belong to the original, or fit its disks: put aside in the folder `of-FORMER-ID`
+
+Decides what a copy may keep. Removes nothing. The id changes last: if this is interrupted, the machine is still a
+copy, and repeating it finishes it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from dataclasses import dataclass
+
+from vmm.host.proc import HeldLock
+from vmm.model.errors import VmmError, WrongState, of_os_error
+from vmm.model.events import add_event
+from vmm.model.paths import MachinePaths, machine_folder, make_folders, sync_folder
+from vmm.model.spec import DiskSpec, MachineSpec
+from vmm.store import registry
+from vmm.store.copies import original_of
+from vmm.store.registry import Changing
+from vmm.store.removal import uses
+from vmm.store.snapshots.store import machine_turn
+
+_ASIDE = ("snapshots.json", "saved", "saved.part", "saved.used", "saved.applied", "backup.json", "merging.json",
+          "was-running")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NewId:
+    """What became of a copy. `disks` are those it has, (disk, path); `taken_out` those that another machine needs,
+    with the reason; `aside` is the folder with the snapshots and memory that it had, None where it had none.
+    """
+
+    machine: str
+    id: str
+    original: str
+    disks: tuple[tuple[str, str], ...]
+    taken_out: tuple[tuple[str, str, str], ...]
+    aside: str | None
+
+
+def give_new_id(name: str) -> NewId:
+    """Make a copied machine one of its own. Raises WrongState for one that is no copy, InUse, VmmError."""
+    with machine_turn(machine_folder(name), name) as lock:
+        original = original_of(name)
+        if original is None:
+            raise WrongState("is the only machine with its id, and needs no other", machine=name)
+        machine = registry.load_for_change(lock)
+        aside = _put_aside(machine)
+        done = _renewed(machine, lock, original, aside)
+    add_event(machine.paths.events, "new-id", id=done.id, former=machine.spec.id, copy_of=original)
+    return done
+
+
+def _put_aside(machine: Changing) -> str | None:
+    """Snapshots and memory go out of the way; the folder with them."""
+    folder = machine.paths.folder
+    aside = os.path.join(folder, f"of-{machine.spec.id}")
+    there = [one for one in _ASIDE if os.path.lexists(os.path.join(folder, one))]
+    try:
+        if there:
+            make_folders(aside)
+        for one in there:
+            os.rename(os.path.join(folder, one), _free_name(aside, one))
+        if there:
+            sync_folder(aside)
+            sync_folder(folder)
+    except OSError as error:
+        raise of_os_error(error, "put the copy's snapshots aside", machine=machine.name, path=aside) from error
+    return aside if os.path.isdir(aside) else None
+
+
+def _free_name(folder: str, name: str) -> str:
+    """A path in the folder that is free."""
+    names = [name, *(f"{name}.{number}" for number in range(2, 1000))]
+    return next(path for one in names if not os.path.lexists(path := os.path.join(folder, one)))
+
+
+def _renewed(machine: Changing, lock: HeldLock, original: str, aside: str | None) -> NewId:
+    from vmm.api.adapters import choosing_macs, with_new_macs  # only here: they know of switches
+
+    source = machine_folder(original)
+    with choosing_macs():
+        fresh = with_new_macs(machine.spec)
+        kept: list[DiskSpec] = []
+        taken_out: list[tuple[str, str, str]] = []
+
+        def change(spec: MachineSpec) -> MachineSpec:
+            for disk in spec.disks:
+                own = _own(disk, source, machine.paths)
+                problem = _needed_elsewhere(own, lock)
+                if problem is None:
+                    kept.append(own)
+                else:
+                    taken_out.append((disk.id, str(disk.path), problem))
+            return spec.changed(id=str(uuid.uuid4()), disks=kept, adapters=fresh.adapters)
+
+        renewed = registry.update(lock, change)
+    disks = tuple((disk.id, disk.path) for disk in kept if disk.path is not None)
+    return NewId(machine.name, renewed.spec.id, original, disks, tuple(taken_out), aside)
+
+
+def _own(disk: DiskSpec, source: str, machine: MachinePaths) -> DiskSpec:
+    """The disk on the file that was copied with the folder, where its image lay in the original's folder."""
+    if disk.path is None or disk.kind == "pass-through":
+        return disk
+    inside = os.path.relpath(os.path.realpath(disk.path), source)
+    copied = os.path.join(machine.folder, inside)
+    if inside.startswith(os.pardir) or not _is_file(copied) or os.path.samefile(copied, machine.definition):
+        return disk
+    return disk.model_copy(update={"path": copied})
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _needed_elsewhere(disk: DiskSpec, lock: HeldLock) -> str | None:
+    """Who else names the image or device, as a clause; None where it may stay."""
+    if disk.path is None or disk.kind == "iso":
+        return None
+    if disk.kind == "pass-through":
+        other = registry.other_user_of(disk, lock.name)
+        return None if other is None else f"it is given to the machine {other}"
+    if disk.read_only:
+        return None  # whether it may be read beside its writer is asked when the definition is written
+    try:
+        for use in uses(lock.folder, os.path.basename(disk.path), only_others=True):
+            if _is_same(use.path, disk.path):
+                return f"{use.who} needs it"
+    except VmmError as error:
+        return error.problem
+    return None
+
+
+def _is_same(one: str, other: str) -> bool:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

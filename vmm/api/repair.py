@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine whose definition names an image that is not its newest: what is found, and what would be done.
+
+    operation   something was interrupted: it is settled, as any command does
+    adopt       images stand on the one that the definition names, and nothing else uses them: the newest becomes the
+                machine's disk
+    new leaf    the definition names an image that a snapshot keeps: a new leaf is put on it
+    give up     the image that the definition names is missing: the one below it becomes the disk, only on request
+
+Decides which image is the newest, and never guesses: if two images stand on the same one, the user must say
+which it is. Nothing is removed or moved here. The machine does not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import vhdkit
+from vmm.model.errors import InUse, NotFound, VmmError, WrongState
+from vmm.model.events import add_event
+from vmm.model.spec import DiskSpec
+from vmm.processes import worker_connection as contact
+from vmm.snapshots.recovery import is_pending, settle, settle_journal
+from vmm.snapshots.steps import child_path, options_of_all, relocated, store_problem
+from vmm.store import registry
+from vmm.store.backup_note import has_note, is_child_name, remove_note
+from vmm.store.registry import Changing, Machine
+from vmm.store.snapshots.journal import CreateLive, words_of
+from vmm.store.snapshots.store import Held, holding, load_tree
+from vmm.store.snapshots.tree import Tree
+
+RepairKind = Literal["operation", "adopt", "new leaf", "give up"]
+_MAX_DEPTH = 300
+_OWN_NAME = re.compile(r".+_[0-9a-f]{8}(-[0-9]+)?\.avhd")  # of images made for snapshots, or by a merge of one
+
+
+@dataclass(frozen=True, slots=True)
+class RepairStep:
+    """One thing that was found. `remedy` is what is done about it; None: nothing, and `hint` says what helps.
+
+    `chain` are the images that are taken on, the newest last, each on the one before; the first is there already.
+    """
+
+    kind: RepairKind
+    problem: str
+    remedy: str | None
+    disk: str | None = None
+    path: str | None = None
+    chain: tuple[str, ...] = ()
+    hint: str | None = None
+
+
+def look(machine: Machine, *, leaf: str | None = None, give_up_missing: bool = False) -> list[RepairStep]:
+    """What is wrong with a machine's disks, as its files say now. `leaf` says which image is the newest where that
+    cannot be told. Raises NotFound for a leaf that is none of them, StoreFailed, VmmError.
+    """
+    tree = load_tree(machine.paths)
+    found: list[RepairStep] = []
+    if tree.journal is not None or has_note(machine.paths):
+        doing = words_of(tree.journal) if tree.journal is not None else "a backup"
+        found.append(RepairStep("operation", f"{doing} was cut short", "it is settled, as the next command would do"))
+    if isinstance(tree.journal, CreateLive) and tree.journal.pivoted:
+        found += [
+            _missing(one.disk, one.child, one.frozen, (), give_up=give_up_missing)
+            for one in tree.journal.pivots if not os.path.lexists(one.child)
+        ]  # fmt: skip
+    wanted = None if leaf is None else os.path.realpath(leaf)
+    others = _used_by_others(machine)
+    for disk in machine.spec.disks:
+        if disk.is_writable_image and disk.path is not None:
+            step = _look_at(disk, disk.path, tree, others, wanted, give_up_missing)
+            if step is not None:
+                found.append(step)
+    if wanted is not None and not any(step.chain[-1:] == (wanted,) for step in found):
+        raise NotFound("is not one of the newest images of a disk", machine=machine.name, path=leaf)
+    return found
+
+
+def repair(
+    name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
+) -> list[RepairStep]:
+    """Look, and do what helps unless `dry_run`; see `Manager.repair`. Raises WrongState while it runs."""
+    with contact.changing(name, settles=False) as (machine, client):
+        if client is not None:
+            raise WrongState(
+                "runs, and the server of its disks knows the newest images", machine=name,
+                hint=f"any command settles what was cut short; or shut it down: vmm shutdown {name}",
+            )  # fmt: skip
+        if dry_run:
+            return look(machine, leaf=leaf, give_up_missing=give_up_missing)
+        with holding(machine.paths, name) as held:
+            return _repair(held, leaf, give_up_missing)
+
+
+def _repair(held: Held, leaf: str | None, give_up_missing: bool) -> list[RepairStep]:
+    machine = registry.load_for_change(held)
+    steps = look(machine, leaf=leaf, give_up_missing=give_up_missing)
+    problem: VmmError | None = None
+    if is_pending(held):
+        try:
+            settle(held)
+        except VmmError as error:
+            problem = error
+            journal = held.take_over()
+            if give_up_missing and isinstance(journal, CreateLive):
+                settle_journal(held, replace(journal, pivoted=False))
+                problem = None
+    done = [one for one in steps if one.kind == "operation" and problem is None]
+    held.take_over()  # what could not be settled is, once every disk is on its newest image
+    rest = look(registry.load_for_change(held), leaf=None, give_up_missing=give_up_missing)
+    disks = [one for one in (rest if leaf is None else steps) if one.kind != "operation"]
+    for step in disks:
+        if step.remedy is not None:
+            _take_on(held, step)
+    if problem is not None:
+        if not disks or any(one.remedy is None for one in disks):
+            raise problem
+        held.done()
+        remove_note(held.machine)
+    for step in disks:
+        add_event(held.machine.events, "repaired", disk=step.disk, problem=step.problem, path=step.chain[-1:])
+    return [*done, *disks]
+
+
+def _take_on(held: Held, step: RepairStep) -> Changing:
+    assert step.disk is not None and step.chain
+    chain = list(step.chain)
+    disk = registry.load_for_change(held).spec.disk(step.disk)
+    known = held.tree.images.get(chain[0])
+    kind = known.format if known is not None else "raw" if disk is not None and disk.format == "raw" else "vhd"
+    try:
+        if not os.path.exists(chain[-1]):
+            options = options_of_all(registry.load_for_change(held).spec)
+            below = vhdkit.FormatName(kind if len(chain) == 2 else "vhd")
+            vhdkit.create_child(chain[-1], chain[-2], options=replace(options, format_name=below))
+        for parent, child in pairwise(chain):
+            held.tree.grow(parent, child, kind if parent == chain[0] else "vhd", child_id=vhdkit.image_id(child))
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "take the newest image on") from error
+    held.save()  # before the definition: an image that is not known is never removed
+    newest = (chain[-1], "vhd" if len(chain) > 1 else kind)
+    return registry.update(held, lambda spec: relocated(spec, {str(step.disk): newest}), check_images=True)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _look_at(
+    disk: DiskSpec, path: str, tree: Tree, others: set[str], wanted: str | None, give_up: bool
+) -> RepairStep | None:
+    start = path
+    if not os.path.exists(path):
+        below = _below(disk.id, path, tree)
+        if below is None:
+            return RepairStep(
+                "give up", "is missing", None, disk.id, path, hint="put it back; nothing below it is known"
+            )
+        start = below
+    frozen = {os.path.realpath(one) for one in tree.frozen()} | others
+    tips = _tips(start, frozen)
+    if wanted is not None:
+        tips = [one for one in tips if one[-1] == wanted]
+    if len(tips) > 1:
+        names = ", ".join(one[-1] for one in tips)
+        return RepairStep(
+            "adopt", f"{len(tips)} images lead away from it, and which is the newest cannot be told: {names}", None,
+            disk.id, start, hint="say which one: --leaf IMAGE",
+        )  # fmt: skip
+    if tips and wanted is None and not all(one in tree.images or _is_own_name(one) for one in tips[0]):
+        return RepairStep(
+            "adopt", f"{tips[0][-1]} stands on it, and has no name that vmm gives", None, disk.id, start,
+            hint=f"if it is the machine's newest image: --leaf {tips[0][-1]}",
+        )  # fmt: skip
+    if tips:
+        return RepairStep(
+            "adopt", f"is not the newest image: {tips[0][-1]} stands on it, and no machine uses that",
+            f"{tips[0][-1]} is taken on", disk.id, start, (start, *tips[0]),
+        )  # fmt: skip
+    is_frozen = os.path.realpath(start) in frozen
+    chain = (start, child_path(start)) if is_frozen else (start,)
+    if start != path:
+        return _missing(disk.id, path, start, chain, give_up=give_up)
+    if is_frozen and os.path.realpath(start) not in others:
+        return RepairStep(
+            "new leaf", "a snapshot keeps it as it is, and the machine would write to it", f"{chain[-1]} is put on it",
+            disk.id, path, chain,
+        )  # fmt: skip
+    return None
+
+
+def _missing(disk_id: str, path: str, below: str, chain: tuple[str, ...], *, give_up: bool) -> RepairStep:
+    remedy = f"the machine goes on from {below}, without what was written to the missing image"
+    return RepairStep(
+        "give up", "is missing", remedy if give_up else None, disk_id, path, chain,
+        hint=f"put it back; if it is lost: --give-up-missing goes on from {below}",
+    )  # fmt: skip
+
+
+def _is_own_name(path: str) -> bool:
+    return _OWN_NAME.fullmatch(os.path.basename(path)) is not None or is_child_name(path)
+
+
+def _below(disk_id: str, path: str, tree: Tree) -> str | None:
+    """What a missing image stood on, as far as is known, and is there."""
+    step: str | None = path
+    while step is not None and not os.path.exists(step):
+        image = tree.images.get(step)
+        step = image.parent if image is not None else None
+    if step is None and tree.now is not None:
+        step = tree.snapshots[tree.now].disks.get(disk_id)
+    return step if step is not None and os.path.exists(step) else None
+
+
+def _tips(start: str, kept: set[str]) -> list[tuple[str, ...]]:
+    """The ways from an image to the newest of those that stand on it, without images that somebody keeps or uses."""
+    found: list[tuple[str, ...]] = []
+    ways: list[tuple[str, ...]] = [()]
+    while ways:
+        way = ways.pop()
+        here = way[-1] if way else start
+        try:
+            children = vhdkit.find_children([here])[here] if len(way) < _MAX_DEPTH else []
+        except vhdkit.VhdkitError as error:
+            raise store_problem(error, "look for the newest image") from error
+        free = [one for one in children if os.path.realpath(one) not in kept and one not in way]
+        ways += [(*way, one) for one in free]
+        if way and not free:
+            found.append(way)
+    return [one for one in found if not any(_leads_to_kept(image, kept) for image in one)]
+
+
+def _leads_to_kept(path: str, kept: set[str]) -> bool:
+    """True for an image on which one stands that a snapshot keeps: it belongs to that one's branch."""
+    return any(os.path.realpath(one) in kept for one in vhdkit.find_children([path])[path])
+
+
+def _used_by_others(machine: Machine) -> set[str]:
+    """Real paths of all images that other machines' definitions and snapshots name. Raises InUse, VmmError."""
+    machines, failures = registry.load_all()
+    if failures:
+        raise InUse(
+            f"the machine {failures[0].machine} cannot be read, and may use any image: {failures[0].problem}",
+            machine=machine.name,
+        )  # fmt: skip
+    found: set[str] = set()
+    for other in machines:
+        if os.path.realpath(other.paths.folder) != os.path.realpath(machine.paths.folder):
+            tree = load_tree(other.paths)
+            disks = [disk.path for disk in other.spec.disks if disk.path is not None and disk.kind == "vhd"]
+            found.update(os.path.realpath(one) for one in (*disks, *tree.frozen(), *tree.images))
+    return found

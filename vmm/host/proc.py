@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that outlive their starter: identified by number and start time, watched by pidfd, started detached.
+
+Decides when a recorded process number still means the same process, and how a program of ours is started so that
+it neither dies with its starter nor gets signals from its terminal. Must not know what the programs do. Light: the
+command line imports it, and so does the keeper, which must stay small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vmm.model.errors import InUse, of_os_error
+from vmm.model.paths import MachinePaths
+
+_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which may hold anything
+
+BUSY_SECONDS = 1.0  # for another command to end, or what clears up to be done
+_LOOK_SECONDS = 0.02
+_MAX_COMMAND_BYTES = 1 << 20  # more than any command line of ours
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRef:
+    """A process: its number, and when it began in clock ticks since boot, without which a number means nothing."""
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessRef | None:
+        """The living process of this number; None when there is none, or only what is left of a dead one."""
+        fields = _stat(pid)
+        return None if fields is None else cls(pid, int(fields[_START_FIELD]))
+
+    @classmethod
+    def of_self(cls) -> ProcessRef:
+        """This process."""
+        me = cls.of(os.getpid())
+        assert me is not None
+        return me
+
+    @classmethod
+    def from_document(cls, document: object) -> ProcessRef | None:
+        """What `to_document` wrote; None for anything else."""
+        match document:
+            case {"pid": int(pid), "start_ticks": int(ticks)} if pid > 1:
+                return cls(pid, ticks)
+        return None
+
+    def to_document(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"pid": self.pid, "start_ticks": self.start_ticks}
+
+    def is_alive(self) -> bool:
+        """True while the process runs; a zombie does not."""
+        return ProcessRef.of(self.pid) == self
+
+    def open_pidfd(self) -> int | None:
+        """A descriptor that becomes readable when the process ends; None when it has ended."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except (ProcessLookupError, PermissionError):
+            return None
+        if not self.is_alive():  # looked at after opening: the number cannot change hands any more
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def send(self, number: int) -> bool:
+        """Send a signal to this process and surely no other; False when it has ended."""
+        descriptor = self.open_pidfd()
+        if descriptor is None:
+            return False
+        try:
+            signal.pidfd_send_signal(descriptor, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait for its end; False when it still runs then."""
+        descriptor = self.open_pidfd()
+        if descriptor is None:
+            return True
+        try:
+            return bool(select.select([descriptor], [], [], timeout_seconds)[0])
+        finally:
+            os.close(descriptor)
+
+    def end(self, grace_seconds: float, number: int = signal.SIGTERM) -> None:
+        """Ask it to end, wait, and kill it when it does not."""
+        if self.send(number) and not self.wait(grace_seconds):
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill it and wait until it is dead."""
+        if self.send(signal.SIGKILL):
+            self.wait(10.0)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the name; None for no process and for a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            content = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = content[content.rindex(b")") + 1 :].decode().split()
+    return None if fields[_STATE_FIELD] in ("Z", "X", "x") else fields
+
+
+def command_words(pid: int) -> list[str]:
+    """The words that a process was started with; none when there is no such process.
+
+    From execve until the new program has its stack the kernel shows none, and who waited for the start of the program
+    may look just then (proc_pid_cmdline(5)); such a moment is waited for.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    with contextlib.suppress(OSError):
+        while True:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                content = file.read(_MAX_COMMAND_BYTES)
+            if content or time.monotonic() > deadline:
+                return [os.fsdecode(word) for word in content.removesuffix(b"\0").split(b"\0")] if content else []
+            os.readlink(f"/proc/{pid}/exe")  # fails for what will never have words: the kernel's, and the dead
+            time.sleep(_LOOK_SECONDS)
+    return []
+
+
+# -- starting ------------------------------------------------------------------------------------------------------
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours with this Python, whatever the working directory holds."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def python_environment() -> dict[str, str]:
+    """Our environment, with the folder that our own packages were imported from first on Python's path."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    rest = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
+
+
+def spawn_detached(
+    command: Sequence[str],
+    *,
+    log_path: str,
+    environment: Mapping[str, str] | None = None,
+    descriptors: Mapping[int, int] | None = None,
+    blocked_signals: Sequence[int] = (),
+) -> int:
+    """Start a program in a session of its own, with nothing to read and its output appended to a log; its number.
+
+    `descriptors`: number there -> ours. All others stay here. `blocked_signals` it does not hear unless it unblocks
+    them itself. Raises OSError.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    # First out of the way of the numbers that they are to have, else one could be overwritten before it is copied.
+    wanted = {0: null, 1: log, 2: log, **(descriptors or {})}
+    first_free = max(wanted) + 1
+    moved = {number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, first_free) for number, ours in wanted.items()}
+    closed = [(os.POSIX_SPAWN_CLOSE, number) for number in _inheritable()]  # such as a lock that a shell holds
+    try:
+        return os.posix_spawnp(
+            command[0],
+            list(command),
+            dict(os.environ if environment is None else environment),
+            file_actions=[*closed, *((os.POSIX_SPAWN_DUP2, ours, number) for number, ours in moved.items())],
+            setsid=True,
+            setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE],
+            setsigmask=blocked_signals,
+        )
+    finally:
+        for descriptor in (log, null, *moved.values()):
+            os.close(descriptor)
+
+
+def _inheritable() -> list[int]:
+    """Descriptors that a program started by us would get without being given them."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
+
+
+# -- locks ---------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """A lock (flock) that the kernel takes back when its holder dies. `path` keeps lying there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def try_take(self) -> bool:
+        """Take it; False when another process, or another `Lock` of this one, has it. Raises OSError."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except FileNotFoundError:
+            same = False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not same:  # its folder was taken away and made anew meanwhile
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def is_current(self) -> bool:
+        """True while we hold it, and its path still leads to it: its folder was not taken away, nor made anew."""
+        with contextlib.suppress(OSError):
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        return False
+
+    def release(self) -> None:
+        """Give it back; twice is fine."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Nobody else is in such a block with this path; waits for its turn. Raises VmmError."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise of_os_error(error, "lock", path=path) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+class HeldLock:
+    """Proof that the lock of a machine, or of its snapshots, is held. What is to be changed is read with it, so that
+    nothing is decided by what was read before.
+    """
+
+    def __init__(self, folder: str, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.is_held = True
+
+
+@contextlib.contextmanager
+def machine_lock(folder: str, name: str, *, patience_seconds: float = BUSY_SECONDS) -> Iterator[HeldLock]:
+    """While the block runs no other process changes the machine in that folder.
+
+    Waits a moment for one that does: what clears up after a dead machine, or begins a merge in the background, is
+    done quickly. Raises InUse when it is not.
+    """
+    lock = Lock(MachinePaths(folder).lock)
+    deadline = time.monotonic() + patience_seconds
+    try:
+        while not lock.try_take():
+            if time.monotonic() >= deadline:
+                raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
+            time.sleep(_LOOK_SECONDS)
+    except OSError as error:
+        raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
+    held = HeldLock(folder, name)
+    try:
+        yield held
+    finally:
+        held.is_held = False
+        lock.release()
+
+
+def is_locked(path: str) -> bool:
+    """True while somebody holds the lock."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False

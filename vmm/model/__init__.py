@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is and what is said about it, as values and files: no processes."""

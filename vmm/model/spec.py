@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is: its definition, the limits it keeps, and how it is written down.
+
+Decides the names and meaning of every setting and which settings exclude each other. Pure: no files, devices or
+processes are examined here. A definition that was loaded or made is valid; `changed` returns a new one, or raises
+InvalidSpec.
+
+The limits are Hyper-V's (Windows Server 2008 R2): two IDE controllers with two units each, four SCSI controllers with
+64 units, no boot from SCSI, eight synthetic and four legacy adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from vmm.model.complaints import words_of
+from vmm.model.errors import InvalidSpec
+from vmm.model.paths import check_name
+
+SCHEMA_VERSION: Final = 1
+MIB = 1 << 20
+MIN_MEMORY_BYTES = 2 * MIB  # SeaBIOS and a boot sector
+MAX_MEMORY_BYTES = 1 << 40
+MAX_CPU_COUNT = 255  # of QEMU's pc machine
+IDE_CONTROLLERS, IDE_UNITS = 2, 2
+SCSI_CONTROLLERS, SCSI_UNITS = 4, 64
+VIRTIO_UNITS = 12  # each takes a PCI slot, of which a machine has 32
+DEFAULT_STORM_FRAMES = 1000  # a second: what guests flood in peace is a hundredth of it
+MIN_BANDWIDTH_BITS = 64_000  # below that a single frame is a burst of seconds
+MAX_SYNTHETIC_ADAPTERS, MAX_LEGACY_ADAPTERS = 8, 4
+MAX_SERIAL_CHARACTERS = 20  # of an IDE and a virtio disk
+
+DiskKind = Literal["vhd", "pass-through", "iso"]
+Controller = Literal["ide", "scsi", "virtio"]
+BootDevice = Literal["disk", "cdrom", "network"]
+UNITS: dict[Controller, tuple[int, int]] = {
+    "ide": (IDE_CONTROLLERS, IDE_UNITS),
+    "scsi": (SCSI_CONTROLLERS, SCSI_UNITS),
+    "virtio": (1, VIRTIO_UNITS),
+}
+DeviceId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class _Settings(BaseModel):
+    # An unknown setting is a slip of the pen, or comes from a newer vmm: ignoring it would change the machine.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DiskSpec(_Settings):
+    """A disk, or a drive with an ISO image in it.
+
+    `path`: an image (the leaf of its chain), a block device or `iscsi://` URL, or an ISO image (None: no medium).
+    The guest identifies the disk by `serial`. `parent_dirs` are further folders in which parents may lie.
+    """
+
+    id: DeviceId
+    kind: DiskKind = "vhd"
+    path: str | None
+    controller: Controller = "ide"
+    controller_index: int = Field(default=0, ge=0)
+    unit: int = Field(default=0, ge=0)
+    read_only: bool = False
+    serial: str = Field(
+        default_factory=lambda: uuid.uuid4().hex[:MAX_SERIAL_CHARACTERS], pattern=r"^[A-Za-z0-9_-]{1,20}$"
+    )
+    format: Literal["vhd", "raw"] | None = None  # of an image, once looked at: what a guest writes must not change it
+    parent_dirs: tuple[str, ...] = ()
+    allow_raw_parent: bool = False
+    identity: str | None = None  # of a passed-through device: WWN or the like, checked whenever it is opened
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        controllers, units = UNITS[self.controller]
+        if self.controller_index >= controllers or self.unit >= units:
+            raise ValueError(
+                f"{self.controller} has controllers 0 to {controllers - 1} with units 0 to {units - 1}, "
+                f"there is no {self.place}"
+            )
+        if self.kind == "iso" and self.controller != "ide":
+            raise ValueError("an ISO image goes into a drive on IDE")
+        if self.kind != "iso" and self.path is None:
+            raise ValueError("only a drive for ISO images may be empty")
+        if self.path is not None and (not self.path or "\0" in self.path):
+            raise ValueError("a path is not empty and holds no zero byte")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where it is plugged in, as people write it: `ide0:1`."""
+        return f"{self.controller}{self.controller_index}:{self.unit}"
+
+    @property
+    def is_writable_image(self) -> bool:
+        """True for an image that the machine writes to, which therefore no other may use."""
+        return self.kind == "vhd" and not self.read_only
+
+
+VlanId = Annotated[int, Field(ge=1, le=4094)]
+
+
+class AdapterSpec(_Settings):
+    """A network adapter, plugged into a switch or into none.
+
+    Either no VLAN, or `vlan` (untagged frames belong to it), or `trunk` (the guest tags frames with these; frames
+    that it does not tag belong to `native_vlan`, where 0 means no VLAN). A limit of 0 means no limit.
+    """
+
+    id: DeviceId
+    switch: str | None = None
+    kind: Literal["synthetic", "legacy"] = "synthetic"
+    mac: str | None = Field(default=None, pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")
+    vlan: VlanId | None = None
+    trunk: tuple[VlanId, ...] = ()
+    native_vlan: int = Field(default=0, ge=0, le=4094)
+    queues: int = Field(default=1, ge=1, le=8)
+    spoofing: bool = False
+    dhcp_guard: bool = False
+    router_guard: bool = False
+    bandwidth_bits_per_second: int = Field(default=0, ge=0, le=10**12)
+    storm_frames_per_second: int = Field(default=DEFAULT_STORM_FRAMES, ge=0, le=10**9)
+    mirror: Literal["none", "source", "destination"] = "none"
+    link_up: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.vlan is not None and self.trunk:
+            raise ValueError("an adapter has one VLAN or is a trunk, not both")
+        if self.native_vlan and not self.trunk:
+            raise ValueError("only a trunk has a native VLAN")
+        if 0 < self.bandwidth_bits_per_second < MIN_BANDWIDTH_BITS:
+            raise ValueError(f"a bandwidth limit is {MIN_BANDWIDTH_BITS} bits/s or more")
+        if self.kind == "legacy" and self.queues > 1:
+            raise ValueError("a legacy adapter has one queue")
+        return self
+
+
+class IntegrationSpec(_Settings):
+    """Which integration services are offered to the guest."""
+
+    heartbeat: bool = True
+    shutdown: bool = True
+    time_sync: bool = True
+    key_value: bool = True
+    backup: bool = True
+
+
+class AutomaticSpec(_Settings):
+    """What happens to the machine when its host starts and stops, and when QEMU ends by itself."""
+
+    start: Literal["nothing", "if-was-running", "always"] = "if-was-running"
+    start_delay_seconds: int = Field(default=0, ge=0, le=86400)
+    stop: Literal["save", "turn-off", "shut-down"] = "save"
+    recovery: Literal["none", "restart", "revert"] = "none"
+
+
+class PathsSpec(_Settings):
+    """Folders of this machine alone; None: the host's default (`vmm host paths`)."""
+
+    disks: str | None = None
+    snapshots: str | None = None
+
+
+class MachineSpec(_Settings):
+    """The definition of a machine. `machine_type` and `cpu_model` are versioned: saved memory depends on them."""
+
+    schema_version: Literal[1] = 1
+    id: str = Field(default_factory=lambda: str(uuid.uuid4()), pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+    name: str
+    generation: Literal[1] = 1
+    memory_bytes: int = Field(default=512 * MIB, ge=MIN_MEMORY_BYTES, le=MAX_MEMORY_BYTES, multiple_of=MIB)
+    cpu_count: int = Field(default=1, ge=1, le=MAX_CPU_COUNT)
+    machine_type: str = Field(default="pc", pattern=r"^[a-z0-9._-]{1,64}$")
+    cpu_model: str = Field(default="Nehalem-v1", pattern=r"^[A-Za-z0-9._+=,-]{1,256}$")
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    firmware: Literal["bios", "uefi"] = "bios"
+    boot_order: tuple[BootDevice, ...] = ("cdrom", "disk", "network")
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str | None = None
+    screen: bool = True
+    rtc: Literal["utc", "local"] = "utc"  # what the clock on the mainboard shows; Windows takes it for local time
+    disks: tuple[DiskSpec, ...] = ()
+    adapters: tuple[AdapterSpec, ...] = ()
+    integration: IntegrationSpec = IntegrationSpec()
+    automatic: AutomaticSpec = AutomaticSpec()
+    paths: PathsSpec = PathsSpec()
+    background_capture: bool = False  # QEMU gets a right to save memory while the guest runs (`kvm.userfault`)
+    notes: str = Field(default="", max_length=64 * 1024)
+
+    @field_validator("kernel", "initrd", "append")
+    @classmethod
+    def _can_be_passed_on(cls, word: str | None) -> str | None:
+        if word is not None and "\0" in word:
+            raise ValueError("holds a zero byte")
+        return word
+
+    @field_validator("name")
+    @classmethod
+    def _good_name(cls, name: str) -> str:
+        check_name(name)
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        _check_unique("disk id", [disk.id for disk in self.disks])
+        _check_unique("disk serial", [disk.serial for disk in self.disks])
+        _check_unique("place of a disk", [disk.place for disk in self.disks])
+        _check_unique("adapter id", [adapter.id for adapter in self.adapters])
+        _check_unique("MAC address", [adapter.mac for adapter in self.adapters if adapter.mac is not None])
+        _check_unique("boot device", self.boot_order)
+        for kind, limit in (("synthetic", MAX_SYNTHETIC_ADAPTERS), ("legacy", MAX_LEGACY_ADAPTERS)):
+            if sum(adapter.kind == kind for adapter in self.adapters) > limit:
+                raise ValueError(f"a machine has at most {limit} {kind} adapters")
+        if self.kernel is None and (self.initrd is not None or self.append is not None):
+            raise ValueError("an initrd and arguments go with a kernel only")
+        hard_disks = [disk for disk in self.disks if disk.kind != "iso"]
+        if hard_disks and all(disk.controller == "scsi" for disk in hard_disks) and not self._boots_otherwise():
+            raise ValueError("a machine does not boot from SCSI: put the first disk on ide or virtio")
+        return self
+
+    def _boots_otherwise(self) -> bool:
+        """True when something else than a disk can be booted."""
+        return self.kernel is not None or bool(self.adapters) or any(disk.kind == "iso" for disk in self.disks)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def disk(self, disk_id: str) -> DiskSpec | None:
+        """The disk of that id."""
+        return next((disk for disk in self.disks if disk.id == disk_id), None)
+
+    def free_disk_id(self) -> str:
+        """The first `disk-N` that is not taken."""
+        taken = {disk.id for disk in self.disks}
+        return next(name for number in range(len(taken) + 1) if (name := f"disk-{number}") not in taken)
+
+    def adapter(self, adapter_id: str) -> AdapterSpec | None:
+        """The adapter of that id."""
+        return next((one for one in self.adapters if one.id == adapter_id), None)
+
+    def free_adapter_id(self) -> str:
+        """The first `nic-N` that is not taken."""
+        taken = {one.id for one in self.adapters}
+        return next(name for number in range(len(taken) + 1) if (name := f"nic-{number}") not in taken)
+
+    def free_place(self, controller: Controller) -> tuple[int, int]:
+        """(controller, unit) of the first free place. Raises InvalidSpec where all are taken."""
+        taken = {(disk.controller_index, disk.unit) for disk in self.disks if disk.controller == controller}
+        controllers, units = UNITS[controller]
+        for index in range(controllers):
+            for unit in range(units):
+                if (index, unit) not in taken:
+                    return index, unit
+        raise InvalidSpec(
+            f"all {controllers * units} places on {controller} are taken",
+            machine=self.name,
+            hint="put the disk on scsi" if controller != "scsi" else None,
+        )
+
+    # -- changing and writing down -------------------------------------------------------------------------------
+
+    def changed(self, **changes: object) -> MachineSpec:
+        """A definition with other settings. Raises InvalidSpec."""
+        return _validated({**self.model_dump(), **_plain(changes)}, self.name)
+
+    def to_json(self) -> bytes:
+        """The definition as it is stored."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+
+def _plain(changes: dict[str, object]) -> dict[str, object]:
+    """Models among the changes as their values, so that all of it is looked at again."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, BaseModel):
+            return value.model_dump()
+        return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return {name: plain(value) for name, value in changes.items()}
+
+
+def make_spec(**settings: object) -> MachineSpec:
+    """A definition from settings. Raises InvalidSpec with all that is wrong with them."""
+    return _validated(_plain(settings), str(settings.get("name", "")) or None)
+
+
+def make_disk(**settings: object) -> DiskSpec:
+    """A disk from settings. Raises InvalidSpec."""
+    try:
+        return DiskSpec.model_validate(settings)
+    except ValidationError as error:
+        raise InvalidSpec(words_of(error)) from error
+
+
+def make_adapter(**settings: object) -> AdapterSpec:
+    """An adapter from settings. Raises InvalidSpec."""
+    try:
+        return AdapterSpec.model_validate(settings)
+    except ValidationError as error:
+        raise InvalidSpec(words_of(error)) from error
+
+
+def read_spec(content: bytes, path: str) -> MachineSpec:
+    """The definition in a file. Raises InvalidSpec for anything else."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSpec("is not a machine definition: it holds no JSON", path=path) from error
+    if not isinstance(document, dict):
+        raise InvalidSpec("is not a machine definition: it holds no JSON object", path=path)
+    version = document.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InvalidSpec(
+            f"was written by a newer vmm (schema {version}, this one reads {SCHEMA_VERSION})",
+            path=path,
+            hint="use that version",
+        )
+    try:
+        return MachineSpec.model_validate(document)
+    except ValidationError as error:
+        raise InvalidSpec(f"is not a machine definition: {words_of(error)}", path=path) from error
+
+
+def _validated(settings: dict[str, Any], machine: str | None) -> MachineSpec:
+    try:
+        return MachineSpec.model_validate(settings)
+    except ValidationError as error:
+        is_of_name = any(one["loc"] == ("name",) for one in error.errors(include_url=False))  # it says the name itself
+        raise InvalidSpec(words_of(error), machine=None if is_of_name else machine) from error
+
+
+def _check_unique(what: str, values: Sequence[object]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"the {what} {value} is given twice")

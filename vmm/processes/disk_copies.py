@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of a machine's disks in a new folder, which appears whole or not at all.
+
+Decides what the folder contains and how it is named while it is made. Must not know how the disks are kept still
+meanwhile, nor how an image is copied: `vhdkit convert` does this in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vmm.host.proc import python_command, python_environment
+from vmm.model.errors import AlreadyExists, StoreFailed, VmmError, WrongState, hint_of_vhdkit, of_os_error
+from vmm.model.paths import MachinePaths, sync_folder, write_whole
+from vmm.model.spec import DiskSpec, MachineSpec
+from vmm.processes.rpc import Progress
+
+UEFI_VARIABLES = "uefi-vars.fd"  # in a backup
+_MAX_VARIABLES_BYTES = 64 << 20  # of UEFI firmware: some MiB
+_LOOK_SECONDS = 0.2
+
+
+def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
+    """The images of a machine. Raises Refused for one whose disks cannot be frozen."""
+    from vmm.store.devices import refuse_passed_through
+
+    refuse_passed_through(spec, "a backup", hint="back those up from inside the guest")
+    return [disk for disk in spec.disks if disk.kind == "vhd"]
+
+
+def check_target(folder: str) -> str:
+    """The absolute path of a folder that is not there yet, in one that is. Raises AlreadyExists, NotFound."""
+    target = os.path.abspath(folder)
+    if os.path.lexists(target):
+        raise AlreadyExists("is there already", path=target, hint="name a new folder")
+    try:
+        os.stat(os.path.dirname(target))
+    except OSError as error:
+        raise of_os_error(error, "use the folder", path=os.path.dirname(target)) from error
+    return target
+
+
+def make_part(target: str, name: str) -> str:
+    """A new folder beside the target, in which it is made. Raises AlreadyExists, AccessDenied, NoSpace."""
+    part = f"{target}.part"
+    try:
+        os.mkdir(part, 0o700)
+    except FileExistsError as error:  # of somebody else's, or one that is being made: not ours to remove
+        raise AlreadyExists(
+            "is in the way of the new folder", machine=name, path=part,
+            hint="where a backup or export that was interrupted left it: remove it; or name another folder",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise of_os_error(error, "make the folder", machine=name, path=part) from error
+    return part
+
+
+async def copy_disks(
+    machine: MachinePaths,
+    spec: MachineSpec,
+    disks: list[DiskSpec],
+    target: str,
+    progress: Progress,
+    ended: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Copy these images, the definition and the UEFI variables into a new folder; {"folder", "disks": {id: path}}.
+
+    `ended`: give up when this says so. Raises StoreFailed and its like; nothing is left then.
+    """
+    variables = uefi_variables_of(machine, spec)  # of the moment that the disks are of
+    part = make_part(target, spec.name)
+    try:
+        copies = {}
+        for disk in disks:
+            name = f"{disk.id}.vhd"
+            await _convert(disk, os.path.join(part, name), progress, ended)
+            copies[disk.id] = os.path.join(target, name)
+        write_whole(os.path.join(part, "machine.json"), spec.to_json())
+        if variables is not None:
+            write_whole(os.path.join(part, UEFI_VARIABLES), variables)
+        os.rename(part, target)
+        sync_folder(os.path.dirname(target))
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise of_os_error(error, "write the backup", machine=spec.name, path=target) from error
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return {"folder": target, "disks": copies}
+
+
+def uefi_variables_of(machine: MachinePaths, spec: MachineSpec) -> bytes | None:
+    """The UEFI variables as they are now; None where there are none. Raises AccessDenied, VmmError."""
+    if spec.firmware != "uefi":
+        return None
+    try:
+        with open(machine.uefi_variables, "rb") as file:
+            return file.read(_MAX_VARIABLES_BYTES)
+    except FileNotFoundError:
+        return None  # it has never been started
+    except OSError as error:
+        raise of_os_error(error, "read the UEFI variables", path=machine.uefi_variables) from error
+
+
+async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callable[[], bool]) -> None:
+    assert disk.path is not None
+    words = ["convert", disk.path, copy, "--to", "dynamic", "--json"]
+    words += parent_words(disk)
+    words += ["--format", disk.format] if disk.format is not None else []
+    process = await asyncio.create_subprocess_exec(
+        *python_command("vhdkit", *words),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=python_environment(),
+        umask=0o077,  # a copy is ours alone
+    )
+    talking = asyncio.create_task(process.communicate())
+    try:
+        while not talking.done():
+            await asyncio.wait({talking}, timeout=_LOOK_SECONDS)
+            progress({"step": f"copying {disk.id}"})
+            if ended():
+                raise WrongState("was switched off while it was copied, or stops with its host")
+    finally:
+        if not talking.done():
+            process.terminate()
+        _, said = await talking
+    if process.returncode != 0:
+        raise error_in(said, disk)
+
+
+def parent_words(disk: DiskSpec) -> list[str]:
+    """Where vhdkit may find the parents of a disk's image."""
+    words = [word for folder in disk.parent_dirs for word in ("--allow-parent-dir", folder)]
+    return words + (["--allow-raw-parent"] if disk.allow_raw_parent or disk.format == "raw" else [])
+
+
+def error_in(said: bytes, disk: DiskSpec) -> VmmError:
+    """The error that a `vhdkit … --json` process reported on its standard error."""
+    with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
+        told = json.loads(said.strip().splitlines()[-1])["error"]
+        problem, hint = str(told.get("problem") or told["message"]), hint_of_vhdkit(told.get("hint"))
+        error = StoreFailed(problem, path=told.get("path"), hint=hint)
+        error.exit_code = int(told["exit_code"])
+        return error
+    return StoreFailed("could not be copied", path=disk.path)
+
+
+@contextlib.contextmanager
+def told_when_failed(tell: Callable[..., None], target: str) -> Iterator[None]:
+    """An event with the reason when this block ends early, be it by Ctrl-C."""
+    try:
+        yield
+    except VmmError as error:
+        tell("backup-failed", folder=target, problem=str(error))
+        raise
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        tell("backup-failed", folder=target, problem="it was interrupted")
+        raise

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keeper of a running machine: a small process that keeps the disk server and the worker alive.
+
+Decides when each of the two is started again. The command that starts the machine starts it. The keeper starts the
+server at once (which takes longest) and the worker, and from then on only waits for one of them to end (pidfd). The
+worker watches the keeper in turn: any one or two of the three may be killed. What is found running is taken over
+instead of being started again.
+
+    command line --> keeper --> vhdkit serve (the disks)        the listening socket of the disks is the keeper's, so a
+                       ^  `---> worker --> QEMU                 new server finds QEMU waiting in the same queue
+                       '--------- watches
+
+A signal that asks it to end (the host stops, a login ends) makes the machine carry out its automatic stop action: the
+keeper passes the signal on to the worker and keeps both alive until that is done (`leaving`).
+
+It ends last: when the worker has noted that the machine is off, the server is ended (which flushes), the runtime
+folder is removed, and its lock is released. Must not know what the worker does. Imports little, to stay small.
+
+    python -m vmm.processes.supervisor MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from vmm.host.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
+from vmm.model.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_document
+from vmm.model.events import add_event
+from vmm.model.paths import MachinePaths, RuntimePaths, make_folders, write_whole
+from vmm.store.known_images import known_images
+from vmm.store.state import ENDING_SIGNALS, SERVER_END_SIGNAL, KeeperNote, Phase, WorkerNote, mark_leaving
+
+SHORT_LIFE_SECONDS = 5.0  # who lived less than that is started again a little later each time
+PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+SERVER_END_SECONDS = 60.0  # a last flush to a slow disk
+_TAIL_BYTES = 16 << 10
+# The server wants to see its own number in LISTEN_PID, which only it knows. It does not hear what a host that stops
+# sends to all processes: the guest is saved or shut down first. SIGINT ends it.
+_ACTIVATE = 'trap "" TERM HUP; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+
+
+class _Kept:
+    """A process that is kept alive: who it is, and when it may be started next."""
+
+    def __init__(self, ref: ProcessRef | None) -> None:
+        pidfd = None if ref is None else ref.open_pidfd()
+        self.ref, self.pidfd = (None, -1) if pidfd is None else (ref, pidfd)
+        self.started = time.monotonic()
+        self.short_lives = 0
+        self.not_before = 0.0
+
+    def begun(self, pid: int) -> None:
+        """It was started, as our child."""
+        self.ref = ProcessRef.of(pid)
+        self.pidfd = os.pidfd_open(pid)  # a child stays ours to look at until it is waited for
+        self.started = time.monotonic()
+
+    def ended(self) -> int | None:
+        """It has ended: its exit status where it was our child; plans when to start it again."""
+        status = None
+        if self.ref is not None:
+            with contextlib.suppress(ChildProcessError):
+                _, raw = os.waitpid(self.ref.pid, 0)
+                status = os.waitstatus_to_exitcode(raw)
+        os.close(self.pidfd)
+        self.ref, self.pidfd = None, -1
+        now = time.monotonic()
+        self.short_lives = self.short_lives + 1 if now - self.started < SHORT_LIFE_SECONDS else 0
+        self.not_before = now + PAUSES_SECONDS[min(self.short_lives, len(PAUSES_SECONDS) - 1)]
+        return status
+
+    def is_due(self) -> bool:
+        """True when it should be started now."""
+        return self.ref is None and time.monotonic() >= self.not_before
+
+
+class Keeper:
+    """The keeper of one machine."""
+
+    def __init__(self, machine: MachinePaths, runtime: RuntimePaths, ready: int | None, lock: Lock) -> None:
+        self._machine = machine
+        self._runtime = runtime
+        self._ready = ready
+        self._lock = lock
+        self._listener: socket.socket | None = None
+        note = KeeperNote.read(runtime) or KeeperNote()
+        worker = WorkerNote.read(runtime) if ready is None else None  # a first start finds nobody
+        self._is_first_start = note.server is None  # else a snapshot may have moved the leaf meanwhile
+        self._server = _Kept(note.server)
+        self._worker = _Kept(worker.worker if worker is not None else note.worker)
+        self._failure: dict[str, Any] | None = None
+        self._is_given_up = False
+        self._asked, asks = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # readable when a signal came
+        signal.set_wakeup_fd(asks)
+        for number in ENDING_SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+
+    def run(self) -> None:
+        """Keep both alive until the machine is to be off, then put everything away."""
+        if not self._lock.is_current():
+            return  # the folder is another start's by now
+        self._note()
+        while not self._is_over():
+            if self._server.is_due() and not self._is_given_up:
+                self._start_server()
+            if self._worker.is_due():
+                self._start_worker()
+            self._wait()
+        self._end_server()
+        if self._worker.ref is not None:
+            self._worker.ref.wait(SERVER_END_SECONDS)
+        if self._lock.is_current():
+            shutil.rmtree(self._runtime.folder, ignore_errors=True)
+
+    def _is_over(self) -> bool:
+        if self._worker.ref is not None:
+            return False
+        if not self._lock.is_current():
+            return True
+        note = WorkerNote.read(self._runtime)
+        is_gone = not os.path.exists(self._runtime.running)  # nothing can be started again
+        return is_gone or (note is not None and note.phase is Phase.ENDED)
+
+    def _wait(self) -> None:
+        """Until one of them ends, or one is due to be started."""
+        kept = [self._server, self._worker]
+        poll = select.poll()
+        for one in kept:
+            if one.ref is not None:
+                poll.register(one.pidfd, select.POLLIN)
+        waiting = [
+            one.not_before for one in kept if one.ref is None and not (one is self._server and self._is_given_up)
+        ]
+        timeout = None if not waiting else max(1, int((min(waiting) - time.monotonic()) * 1000) + 1)
+        poll.register(self._asked, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(timeout)}
+        if self._asked in ready:
+            self._pass_on_signal()
+        if self._server.pidfd in ready:
+            self._server_ended()
+        if self._worker.pidfd in ready:
+            self._worker.ended()
+            if not self._is_over():
+                add_event(self._machine.events, "worker-died")
+
+    def _pass_on_signal(self) -> None:
+        """The worker carries the stop action out; the next one, when this one is dead, by the mark."""
+        os.read(self._asked, 1 << 10)
+        mark_leaving(self._runtime)
+        if self._worker.ref is not None:
+            self._worker.ref.send(signal.SIGTERM)
+
+    # -- the server ----------------------------------------------------------------------------------------------
+
+    def _start_server(self) -> None:
+        # A live snapshot moves the leaf, and a backup that was interrupted has left one (backup).
+        has_moved = not self._is_first_start or os.path.exists(os.path.join(self._machine.folder, "backup.json"))
+        exports = {"exports": exports_of(self._runtime, follow_leaf=has_moved), "known_images": known_images()}
+        path = os.path.join(self._runtime.folder, "exports.json")
+        write_whole(path, json.dumps(exports).encode(), durable=False)
+        notes = os.path.join(self._runtime.folder, "notes")
+        make_folders(notes)
+        if self._listener is None:
+            self._listener = self._listen()
+        serve = python_command(
+            "vhdkit", "serve", "--exports", path, "--control", self._runtime.nbd_control, "--json",
+            "--remember", notes,
+        )  # fmt: skip
+        pid = spawn_detached(
+            ["/bin/sh", "-c", _ACTIVATE, "vhdkit", *serve],
+            log_path=self._machine.log("disks"),
+            environment=python_environment(),
+            descriptors={3: self._listener.fileno()},
+        )
+        self._server.begun(pid)
+        self._is_first_start = False
+        self._note()
+
+    def _listen(self) -> socket.socket:
+        """The disks' socket: of the user that QEMU runs as, who is the folder's group."""
+        from vmm.processes.rpc import bind_private
+
+        group = os.stat(self._runtime.folder).st_gid
+        return bind_private(self._runtime.nbd, owner=(group, group) if os.geteuid() == 0 else None)
+
+    def _server_ended(self) -> None:
+        status = self._server.ended()
+        note = WorkerNote.read(self._runtime)
+        if note is not None and note.phase is Phase.ENDED:
+            self._is_given_up = True  # it was sent away
+            return
+        self._failure = last_error_in(self._machine.log("disks"), status)
+        # A server that does not get up, such as for an image that is in use, will not the next time either.
+        self._is_given_up = (note is None or note.phase is Phase.STARTING) and status is not None and status > 0
+        if not self._is_given_up:  # else the start fails, and says why
+            add_event(self._machine.events, "disk-server-died", problem=self._failure.get("message"))
+        self._note()
+
+    def _end_server(self) -> None:
+        if self._server.ref is not None:
+            self._server.ref.end(SERVER_END_SECONDS, SERVER_END_SIGNAL)
+
+    # -- the worker ----------------------------------------------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        arguments = [self._machine.folder, self._runtime.folder]
+        descriptors = {}
+        if self._ready is not None:
+            arguments.append("3")
+            descriptors[3] = self._ready
+        pid = spawn_detached(
+            python_command("vmm.worker.worker", *arguments),
+            log_path=self._machine.log("worker"),
+            environment=python_environment(),
+            descriptors=descriptors,
+        )
+        if self._ready is not None:  # a second worker has nobody to report to
+            os.close(self._ready)
+            self._ready = None
+        self._worker.begun(pid)
+        self._note()
+
+    def _note(self) -> None:
+        with contextlib.suppress(VmmError):  # a full file system must not end us
+            if not self._lock.is_current():
+                return
+            KeeperNote(ProcessRef.of_self(), self._worker.ref, self._server.ref, self._failure).write(self._runtime)
+
+
+def exports_of(runtime: RuntimePaths, *, follow_leaf: bool) -> list[dict[str, Any]]:
+    """What the disks' server is to serve, out of the definition that the machine runs with. Raises VmmError."""
+    try:
+        with open(runtime.running, "rb") as file:
+            definition = json.load(file)
+        return [export_of(disk, follow_leaf=follow_leaf) for disk in definition["disks"] if disk["kind"] == "vhd"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VmmError("the machine's definition cannot be read", path=runtime.running) from error
+
+
+def export_of(disk: dict[str, Any], *, follow_leaf: bool) -> dict[str, Any]:
+    """A disk of a definition as an entry of the server's list of exports."""
+    return {
+        "name": disk["id"],
+        "path": os.path.realpath(disk["path"]),
+        "read_only": disk["read_only"],
+        "follow_leaf": follow_leaf,
+        "format": disk["format"],
+        "parent_dirs": disk["parent_dirs"],
+        "allow_raw_parent": disk["allow_raw_parent"],
+    }
+
+
+def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:
+    """The error that the server ended with, as a document: its own words, else what its end looked like."""
+    with contextlib.suppress(OSError, ValueError), open(log_path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        last = json.loads(file.read().strip().split(b"\n")[-1])
+        if status is not None and status > 0 and isinstance(last.get("error"), dict):
+            told = last["error"]
+            error = StoreFailed(str(told.get("problem") or told.get("message")), path=told.get("path"),
+                                hint=hint_of_vhdkit(told.get("hint")))  # fmt: skip
+            return to_document(error) | {"exit_code": told.get("exit_code", error.exit_code)}
+    if status == NoSpace.exit_code:  # it could not even write down why
+        return to_document(NoSpace("the disks' server found no space left", path=log_path))
+    if status is None:
+        words = "ended"
+    elif status < 0:
+        words = f"was ended by {signal.Signals(-status).name}"
+    else:
+        words = f"ended with code {status}"
+    return to_document(StoreFailed(f"the disks' server {words}", path=log_path))
+
+
+def main() -> None:
+    """The process."""
+    machine, runtime = MachinePaths(sys.argv[1]), RuntimePaths(sys.argv[2])
+    ready = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    if ready is not None:
+        os.set_inheritable(ready, False)
+    os.chdir("/")
+    os.umask(0o077)
+    if ready is None and WorkerNote.read(runtime) is None:
+        return  # the machine that we were to look after is gone, and another start has its folder
+    lock = Lock(runtime.lock("keeper"))
+    try:
+        if lock.try_take():  # else there is one already
+            Keeper(machine, runtime, ready, lock).run()
+    except FileNotFoundError:
+        return  # the folder is gone, and so is the machine
+
+
+if __name__ == "__main__":
+    main()

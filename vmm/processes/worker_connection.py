@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How other processes reach a machine's worker: one that is listening, one to be started, or one to be brought back.
+
+Decides whether a machine runs, and repairs what was killed: if QEMU is alive but unattended, a keeper is started,
+which starts the rest; if nothing is alive, what is left over is removed. Light (the command line starts machines with
+it): it reads a definition's id and leaves the rest of it to the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vmm.host.proc import HeldLock, Lock, is_locked, machine_lock, python_command, python_environment, spawn_detached
+from vmm.kvm.process import Identity, identity_of
+from vmm.model.errors import (
+    InUse,
+    NotFound,
+    QemuFailed,
+    TimedOut,
+    VmmError,
+    WrongState,
+    from_document,
+    of_os_error,
+)
+from vmm.model.events import add_event
+from vmm.model.paths import (
+    MachinePaths,
+    RuntimePaths,
+    is_id,
+    machine_folder,
+    make_folders,
+    make_private,
+    runtime_of,
+    write_whole,
+)
+from vmm.processes.rpc import ControlClient, Progress
+from vmm.store import saved
+from vmm.store.backup_note import has_note
+from vmm.store.copies import AllIds, original_of, refuse_copy
+from vmm.store.snapshots.store import has_tree, holding, load_tree, machine_turn, read_merging
+from vmm.store.state import MachineState, end_left, processes_of
+
+if TYPE_CHECKING:
+    from vmm.store.registry import Changing, Machine
+
+COME_BACK_SECONDS = 20.0  # for a worker to be there again
+START_SECONDS = 120.0  # without a word of it
+END_SECONDS = 60.0  # for everything to be put away
+STATUS_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
+_TRIES = 100
+_MAX_DEFINITION_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A machine as far as it must be known to find its worker."""
+
+    name: str
+    machine: MachinePaths
+    runtime: RuntimePaths
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        """By the machine's name. Raises NotFound, InvalidSpec."""
+        machine = MachinePaths(machine_folder(name))
+        machine_id = _id_in(machine)
+        if machine_id is None:
+            from vmm.store.registry import load  # says what is wrong with it
+
+            machine_id = load(name).spec.id
+        return cls(name, machine, runtime_of(machine_id))
+
+
+def _id_in(machine: MachinePaths) -> str | None:
+    """The id in a machine's definition; None where there is none that can be one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with open(machine.definition, "rb") as file:
+            machine_id = json.loads(file.read(_MAX_DEFINITION_BYTES))["id"]
+        return machine_id if is_id(machine_id) else None
+    return None
+
+
+def contact(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> ControlClient | None:
+    """A connection to the machine's worker; None where the machine does not run. `ids`: those that were read already.
+
+    `holds_lock`: the caller has the machine's lock, under which what is left of a dead one is taken away.
+    Raises TimedOut when somebody should be there and is not, AccessDenied, Refused for a copy of another machine.
+    """
+    refuse_copy(place.name, ids)
+    deadline = time.monotonic() + COME_BACK_SECONDS
+    called = False
+    while True:
+        with contextlib.suppress(NotFound):
+            return ControlClient(place.runtime.control, machine=place.name)
+        if not os.path.isdir(place.runtime.folder):
+            return None
+        if not is_looked_after(place.runtime):
+            if "qemu" not in processes_of(place.runtime):
+                if holds_lock:
+                    _take_away_dead(place)
+                elif _clean_up(place):
+                    return None
+            elif not called:
+                called = True
+                add_event(place.machine.events, "orphan-found")
+                _spawn_keeper(place)
+        if time.monotonic() > deadline:
+            raise TimedOut(
+                "its worker does not come back", machine=place.name, path=place.machine.log("worker"),
+                hint=f"vmm logs {place.name}",
+            )  # fmt: skip
+        time.sleep(_LOOK_SECONDS)
+
+
+def is_looked_after(runtime: RuntimePaths) -> bool:
+    """True while a keeper or a worker lives."""
+    return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
+
+
+def state_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> dict[str, Any]:
+    """What the worker says about the machine; of a machine that does not run its state alone. As `contact`."""
+    for _ in range(_TRIES):
+        if original_of(place.name, ids) is not None:  # the processes of its id are the original's
+            break
+        client = contact(place, ids, holds_lock=holds_lock)
+        if client is None:
+            break
+        try:
+            with client:
+                document: dict[str, Any] = client.call("status", timeout_seconds=STATUS_SECONDS)
+                return document
+        except TimedOut:
+            raise
+        except VmmError:
+            time.sleep(_LOOK_SECONDS)  # it ended just now, or was killed: look again
+    else:
+        raise TimedOut("its worker ends whenever it is asked", machine=place.name, hint=f"vmm logs {place.name}")
+    state = MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF
+    return {"state": state.value}
+
+
+def _clean_up(place: Place) -> bool:
+    """Nobody lives any more: take away what is left. False when somebody is at work on the machine."""
+    with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name, patience_seconds=0):
+        _take_away_dead(place)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def changing(
+    name: str, *, stop_merge: bool = True, settles: bool = True
+) -> Iterator[tuple[Changing, ControlClient | None]]:
+    """The machine, which no other command changes while the block runs, and its worker where it runs.
+
+    What was cut short on one that does not run is settled first (`settle_left`), unless `settles` is off.
+
+    The machine is read last: after the lock was taken, and after it was seen whether it runs, since a worker changes
+    the definition too. What is left of one of which nobody lives any more is taken away first. Raises as
+    `registry.changing` and `contact`.
+    """
+    from vmm.store import registry
+
+    with registry.changing(name) as machine:
+        refuse_copy(name)
+        place = Place(machine.name, machine.paths, machine.runtime)
+        client = contact(place, holds_lock=True)
+        with client if client is not None else contextlib.nullcontext():
+            if client is None and settles:
+                settle_left(machine.lock, place.machine, stop_merge=stop_merge)
+            yield registry.load_for_change(machine.lock), client
+
+
+def has_settled(machine: Changing) -> bool:
+    """Have the worker of a machine whose lock is held settle what was cut short; False when there is none any more.
+
+    Raises as `contact`, and what stands in the way.
+    """
+    place = Place(machine.name, machine.paths, machine.runtime)
+    client = contact(place, holds_lock=True)
+    if client is None:
+        return False
+    with client:
+        client.call("snapshot-settle", timeout_seconds=None)
+    return True
+
+
+def settle_left(lock: HeldLock, machine: MachinePaths, *, stop_merge: bool = True) -> None:
+    """Settle what was cut short on a machine that does not run and whose lock is held.
+
+    A merge in the background is stopped for it, unless `stop_merge` is off: then it is let alone. Raises VmmError.
+    """
+    if not is_left(machine):
+        return
+    from vmm.snapshots.recovery import settle
+
+    try:
+        with holding(machine, lock.name, stop_merge=stop_merge) as held:
+            settle(held)
+    except InUse:
+        if stop_merge or read_merging(machine) is None:
+            raise
+
+
+def is_left(machine: MachinePaths) -> bool:
+    """True when something that was cut short is to be settled. Raises VmmError."""
+    return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
+
+
+def look(name: str) -> Machine:
+    """A machine, for looking at it and its disks: where it died in the middle of something that is settled first.
+
+    Not while another command is at work on it. Raises as `registry.load`, and what stands in the way of settling.
+    """
+    from vmm.store import registry
+
+    place = Place.of(name)
+    if is_left(place.machine) and original_of(name) is None and not _runs(place):
+        with contextlib.suppress(InUse), machine_lock(place.machine.folder, name, patience_seconds=0) as lock:
+            if not _runs(place):
+                settle_left(lock, place.machine, stop_merge=False)
+    return registry.load(name)
+
+
+def _runs(place: Place) -> bool:
+    client = contact(place)
+    with client if client is not None else contextlib.nullcontext():
+        return client is not None
+
+
+def _take_away_dead(place: Place) -> None:
+    """The same for who has the machine's lock already. Nothing happens while somebody looks after the machine.
+
+    The locks of keeper and worker are taken meanwhile: a keeper that a dead worker had just started finds them taken,
+    or later a folder without notes, and ends.
+    """
+    locks = [Lock(place.runtime.lock(part)) for part in ("keeper", "worker")]
+    try:
+        taken = all(lock.try_take() for lock in locks)
+    except OSError:
+        taken = False  # the folder is gone
+    try:
+        if taken and "qemu" not in processes_of(place.runtime):
+            end_left(place.runtime, END_SECONDS)
+            saved.discard_part(place.machine)
+            shutil.rmtree(place.runtime.folder, ignore_errors=True)
+            add_event(place.machine.events, "found-dead")
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def _spawn_keeper(place: Place, ready: int | None = None) -> None:
+    words = [place.machine.folder, place.runtime.folder]
+    try:
+        make_folders(place.machine.logs)
+        spawn_detached(
+            python_command("vmm.processes.supervisor", *words, *(() if ready is None else ("3",))),
+            log_path=place.machine.log("keeper"),
+            environment=python_environment(),
+            descriptors={} if ready is None else {3: ready},
+        )
+    except OSError as error:
+        raise of_os_error(error, "start the machine's keeper", machine=place.name) from error
+
+
+# -- starting -------------------------------------------------------------------------------------------------------
+
+
+def start(name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Start a machine, with its saved memory where there is some; returns what its worker says when it runs.
+
+    Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
+    """
+    with machine_turn(machine_folder(name), name), contextlib.ExitStack() as stack:
+        place = Place.of(name)
+        refuse_copy(name)
+        _refuse_running(place)
+        if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
+            held = stack.enter_context(holding(place.machine, name))
+            journal = held.take_over()
+            if journal is not None:
+                from vmm.snapshots.recovery import settle_journal
+
+                settle_journal(held, journal)
+        if discard_saved and saved.is_saved(place.machine):
+            _look_before_discarding(place)
+            saved.discard(place.machine)
+            add_event(place.machine.events, "saved-state-discarded")
+        saved.discard_part(place.machine)
+        make_runtime(place.runtime, identity_of(_id_of(place)))
+        try:
+            with open(place.machine.definition, "rb") as file:
+                write_whole(place.runtime.running, file.read(_MAX_DEFINITION_BYTES), durable=False)
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            raise of_os_error(error, "start the machine", machine=name) from error
+        try:
+            try:
+                _spawn_keeper(place, writing)
+            finally:
+                os.close(writing)
+            return _wait_started(place, reading, progress)
+        finally:
+            os.close(reading)
+
+
+def _look_before_discarding(place: Place) -> None:
+    """Raise what would keep the machine from starting, while its memory is still there."""
+    from vmm.snapshots.preflight import look_before_discarding
+    from vmm.store.registry import load_folder
+
+    look_before_discarding(load_folder(place.machine.folder))
+
+
+def _id_of(place: Place) -> str:
+    machine_id = _id_in(place.machine)
+    if machine_id is not None:
+        return machine_id
+    raise NotFound("the machine's definition cannot be read", machine=place.name, path=place.machine.definition)
+
+
+def _refuse_running(place: Place) -> None:
+    if not os.path.isdir(place.runtime.folder):
+        return
+    client = None
+    if is_looked_after(place.runtime) or "qemu" in processes_of(place.runtime):
+        client = contact(place, holds_lock=True)
+    if client is not None:
+        with client:
+            state = client.call("status", timeout_seconds=5)["state"]
+        raise WrongState(f"is {state} already", machine=place.name)
+    end_left(place.runtime, END_SECONDS)
+
+
+def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict[str, Any]:
+    """Follow what the worker tells. Raises its error, after everything was put away."""
+    received = b""
+    while True:
+        if not select.select([reading], [], [], START_SECONDS)[0]:
+            raise TimedOut(
+                f"did not start within {START_SECONDS:g} s", machine=place.name, hint=f"vmm logs {place.name}"
+            )
+        piece = os.read(reading, 1 << 16)
+        received += piece
+        while b"\n" in received:
+            line, _, received = received.partition(b"\n")
+            document = json.loads(line)
+            if "result" in document:
+                result: dict[str, Any] = document["result"]
+                return result
+            if "error" in document:
+                wait_put_away(place)
+                error = from_document(document["error"])
+                error.machine = error.machine or place.name
+                raise error
+            if progress is not None:
+                progress(document["progress"])
+        if not piece:
+            return _after_all(place)
+
+
+def _after_all(place: Place) -> dict[str, Any]:
+    """The worker was killed before it said anything: the keeper has started another, or nobody lives.
+
+    Who was killed may still be ending: its end of the pipe closes before its lock is free.
+    """
+    result = state_of(place, holds_lock=True)
+    deadline = time.monotonic() + START_SECONDS
+    while result["state"] == MachineState.STARTING and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+        result = state_of(place, holds_lock=True)
+    if result["state"] in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
+        raise QemuFailed(
+            "its worker ended before the machine ran", machine=place.name, hint=f"vmm logs {place.name}"
+        )  # fmt: skip
+    return result
+
+
+def wait_put_away(place: Place) -> None:
+    """Return when nothing of the machine is left: no process, no lock, no socket. Raises TimedOut."""
+    deadline = time.monotonic() + END_SECONDS
+    while os.path.isdir(place.runtime.folder) and is_locked(place.runtime.lock("keeper")):
+        if time.monotonic() > deadline:
+            raise TimedOut("processes of the machine are still running", machine=place.name, path=place.runtime.folder)
+        time.sleep(_LOOK_SECONDS)
+
+
+def make_runtime(runtime: RuntimePaths, identity: Identity | None) -> None:
+    """The machine's runtime folder, empty. QEMU's user may pass through it, and see and write nothing in it.
+
+    Raises AccessDenied, NoSpace.
+    """
+    make_private(os.path.dirname(runtime.folder), mode=0o711 if identity is not None else 0o700)
+    if os.path.lexists(runtime.folder):
+        make_private(runtime.folder)  # a link, or somebody else's, is not emptied
+        shutil.rmtree(runtime.folder, ignore_errors=True)
+    make_private(runtime.folder)
+    if identity is not None:
+        try:
+            os.chown(runtime.folder, 0, identity.user_id)
+            os.chmod(runtime.folder, 0o710)
+        except OSError as error:
+            raise of_os_error(error, "give the folder to QEMU's group", path=runtime.folder) from error

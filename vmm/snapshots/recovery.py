@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of an interrupted operation when the machine is off: it is finished, or taken back.
+
+    CreateOff, Apply    the new leaves were never used: they are removed, and so are unfinished folders
+    CreateLive          the guest may have written to the new leaves: they are the machine's disks now, and the images
+                        below them, which belong to no snapshot, are merged when it is off
+    Commit              what it says is put in place again
+    Delete              the remaining folders are removed
+    MergeOff            if its data is complete it is finished; otherwise it continues at the next opportunity
+    MergeLive           the newest image in the line that the merge left is the machine's disk
+    the note of a backup    the new images are the machine's disks, as after CreateLive
+
+Decides nothing about images that are not in the journal, and removes none that contains anything. The machine does not
+run, and its tree is locked. The operations of a running machine are settled by its worker (`recover`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import assert_never
+
+import vhdkit
+from vmm.model.errors import InUse, Refused, VmmError
+from vmm.model.events import add_event
+from vmm.model.spec import MachineSpec
+from vmm.snapshots.dependents import parent_folders
+from vmm.snapshots.steps import (
+    commit,
+    finish_merge,
+    options_of_all,
+    pivoted,
+    relocated,
+    store_problem,
+)
+from vmm.store import registry
+from vmm.store.backup_note import Stacked, has_note, read_note, remove_note
+from vmm.store.images import guarded
+from vmm.store.registry import Changing, Machine
+from vmm.store.removal import refuse_needed_folder, remove_image
+from vmm.store.snapshots.journal import (
+    Apply,
+    Commit,
+    CreateLive,
+    CreateOff,
+    Delete,
+    Journal,
+    MergeLive,
+    MergeOff,
+    Pivot,
+    words_of,
+)
+from vmm.store.snapshots.memory import SnapshotFolder, applied_folder
+from vmm.store.snapshots.proof import is_unused, options_on, stands_on
+from vmm.store.snapshots.snapshot import Image
+from vmm.store.snapshots.store import Held, tree_path
+
+
+@contextlib.contextmanager
+def taken_back(held: Held, doing: str) -> Iterator[None]:
+    """Whatever fails in the block, Ctrl-C too, is settled at once.
+
+    Raises VmmError for failures of files and images.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(VmmError):  # such as for a full disk: then the next command settles it
+            held.reload()
+            settle(held)
+        if isinstance(error, OSError | vhdkit.VhdkitError):
+            raise store_problem(error, doing) from error
+        raise
+
+
+def is_pending(held: Held) -> bool:
+    """True when something is to be settled."""
+    return held.tree.journal is not None or has_note(held.machine)
+
+
+def settle(held: Held) -> Changing:
+    """Settle what was cut short; the machine as it is then. Raises VmmError, and the next command tries again."""
+    journal = held.take_over()
+    if journal is not None:
+        settle_journal(held, journal)
+    if has_note(held.machine):
+        settle_backup(held)
+    return registry.load_for_change(held)
+
+
+def settle_journal(held: Held, journal: Journal) -> None:
+    """Settle what a journal says that the caller has taken over. Raises VmmError; then it stands as before."""
+    try:
+        match journal:
+            case CreateLive(folder, pivots):
+                adopt(held, pivots, must=journal.pivoted)
+                discard(held, folder)
+                held.done()
+            case CreateOff(folder, pivots):
+                remove_unused(held, pivots)
+                discard(held, folder)
+                held.done()
+            case Apply(pivots):
+                remove_unused(held, pivots)
+                shutil.rmtree(applied_folder(held.machine), ignore_errors=True)
+                held.done()
+            case Commit():
+                commit(held)
+            case Delete(folders):
+                for folder in folders:
+                    discard(held, folder)
+                held.done()
+            case MergeOff():
+                _settle_merge(held, journal)
+            case MergeLive():
+                _follow(held, journal)
+            case _:
+                assert_never(journal)
+    except OSError as error:
+        raise store_problem(error, "settle the machine's snapshots") from error
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "settle the machine's snapshots") from error
+    add_event(held.machine.events, "snapshots-settled", after=words_of(journal))
+
+
+def _damaged(held: Held, problem: str) -> VmmError:
+    return VmmError(f"is damaged: {problem}", machine=held.name, path=tree_path(held.machine))
+
+
+def discard(held: Held, folder: str) -> None:
+    """A snapshot's folder goes, with what is vmm's in it, unless the tree knows it. What is left is told."""
+    if os.path.basename(folder) in held.tree.snapshots:
+        return
+    try:
+        refuse_needed_folder(folder, held)
+    except InUse as error:
+        add_event(held.machine.events, "snapshot-left", problem=error.problem, path=folder)
+        return
+    left = SnapshotFolder(folder).discard()
+    if left:
+        add_event(held.machine.events, "snapshot-left", problem="is not a file of a snapshot, and stays", path=left[0])
+
+
+# -- new leaves ------------------------------------------------------------------------------------------------------
+
+
+def remove_unused(held: Held, pivots: Sequence[Pivot]) -> None:
+    """New leaves that nothing was written to go; one that is anything else stays, and is told."""
+    folders = parent_folders(registry.load_for_change(held).spec)
+    for one in pivots:
+        if not os.path.lexists(one.child):
+            continue
+        problem = None
+        if os.path.islink(one.child) or not stands_on(one.child, one.frozen, folders):
+            problem = f"does not stand on {one.frozen}"
+        elif not is_unused(one.child, options_on(one.frozen, folders)):
+            problem = "holds data"
+        if problem is None:
+            remove_image(one.child, held)
+        else:
+            add_event(held.machine.events, "snapshot-left", problem=f"{problem}, and stays", path=one.child)
+
+
+def adopt(
+    held: Held, pivots: Sequence[Pivot], *, ids: Mapping[str, str | None] | None = None, must: bool = False
+) -> Changing:
+    """The new leaves that are there are the machine's disks. `ids`: those of leaves that are known to be served.
+
+    `must`: the guest wrote to them, so one that is missing is an error. Raises Refused, StoreFailed, VmmError.
+    """
+    there, folders = [], parent_folders(registry.load_for_change(held).spec)
+    for one in pivots:
+        if ids is None and not os.path.lexists(one.child):
+            if must:
+                raise Refused(
+                    f"the newest image of {one.disk} is missing: the guest wrote to it last",
+                    machine=held.name, path=one.child,
+                    hint=f"put it back; vmm repair {held.name} shows what there is",
+                )  # fmt: skip
+            continue
+        if ids is None and (os.path.islink(one.child) or not stands_on(one.child, one.frozen, folders)):
+            raise Refused(
+                f"does not stand on {one.frozen}, though it was made for {one.disk}", machine=held.name,
+                path=one.child, hint=f"vmm repair {held.name} shows what there is",
+            )  # fmt: skip
+        there.append(one)
+    for one in there:
+        child_id = vhdkit.image_id(one.child) if ids is None else ids.get(one.child)
+        held.tree.grow(one.frozen, one.child, one.format, child_id=child_id)
+    held.save()  # before the definition: an image that is not known is never removed
+    return registry.update(held, lambda spec: pivoted(spec, there), check_images=False)
+
+
+def settle_backup(held: Held) -> Changing:
+    """After a backup that was cut short: the newest images are the machine's disks, and are merged in the background.
+
+    Raises StoreFailed for a damaged note, Refused.
+    """
+    note = read_note(held.machine)
+    machine = registry.load_for_change(held)
+    try:
+        for stacked in note.values():
+            _finish_complete(machine, stacked.frozen)
+    except vhdkit.VhdkitError as error:
+        raise store_problem(error, "settle the machine's backup") from error
+    pivots = [
+        Pivot(disk.id, one.frozen, one.child, "raw" if disk.format == "raw" else "vhd")
+        for disk in machine.spec.disks
+        if (one := note.get(disk.id)) is not None and _is_on(disk.path, one)
+    ]
+    adopted = adopt(held, pivots)
+    remove_note(held.machine)
+    add_event(held.machine.events, "backup-settled", disks=[one.disk for one in pivots if os.path.exists(one.child)])
+    return adopted
+
+
+def _is_on(path: str | None, one: Stacked) -> bool:
+    return path is not None and os.path.realpath(path) == os.path.realpath(one.frozen)
+
+
+# -- merges ----------------------------------------------------------------------------------------------------------
+
+
+def _settle_merge(held: Held, journal: MergeOff) -> None:
+    target = _known(held, journal.target)
+    step = target
+    for path in reversed(journal.layers):
+        image = held.tree.images.get(path)
+        if image is None or not image.ours or image.parent != step or step not in held.tree.images:
+            raise _damaged(held, "the merge that it says was begun is not one of its images")
+        step = path
+    _finish_complete(registry.load_for_change(held), target)
+    if os.path.lexists(journal.layers[0]):
+        held.done()
+        return
+    finish_merge(held, target, journal.layers)
+
+
+def _known(held: Held, path: str) -> str:
+    """The name by which the tree knows an image: 0.1.0 wrote down links as they were given."""
+    return path if path in held.tree.images else os.path.realpath(path)
+
+
+def _finish_complete(machine: Machine, target: str) -> None:
+    """A merge whose data is complete is finished, its layers and its record go: whatever opens a leaf above for
+    writing would do so, and the tree would not hear of it. One that still copies goes on at the next chance.
+
+    Raises VhdkitError; then the journal or note stands.
+    """
+    options = guarded(options_of_all(machine.spec))
+    if vhdkit.merge_under_way(target, options=options) is not None:
+        with contextlib.suppress(vhdkit.InvalidArgument):
+            vhdkit.resume_merge(target, options=options, only_complete=True)
+
+
+def _follow(held: Held, journal: MergeLive) -> None:
+    """After a live merge that nobody saw the end of: the disk's newest image, and what it really stands on."""
+    machine = registry.load_for_change(held)
+    disk = machine.spec.disk(journal.disk)
+    if disk is None or disk.path is None:
+        held.done()
+        return
+    _finish_complete(machine, _known(held, journal.target))
+    path = disk.path
+    if not os.path.exists(path):  # merged away: its target took its place
+        if path not in journal.layers or _known(held, journal.target) not in held.tree.images:
+            raise _damaged(held, "the merge that it says was begun is not one of its images")
+        path = _known(held, journal.target)
+    while children := [one for one in vhdkit.find_children([path])[path] if one not in held.tree.images]:
+        if len(children) > 1:
+            raise Refused(
+                f"{len(children)} images stand on it, and which of them is the newest cannot be told",
+                machine=held.name, path=path, hint=f"vmm repair {held.name} lists them",
+            )  # fmt: skip
+        path = children[0]  # a leaf that the merge put on top meanwhile
+    chain = vhdkit.chain_paths(path, options=options_of_all(machine.spec))
+    took_over(held, journal, {one: vhdkit.image_id(one) for one in chain})
+
+
+def took_over(held: Held, journal: MergeLive, chain: Mapping[str, str | None]) -> Changing:
+    """The disk's chain is this one now, leaf first, with their ids: definition and tree say so, and the merge is over.
+
+    The definition comes first: done again by the same journal, it comes to the same.
+    """
+    tree, paths = held.tree, list(chain)
+    if not os.path.lexists(journal.layers[0]):
+        tree.merged(_known(held, journal.target), journal.layers)
+    image = tree.images.get(paths[0])
+    leaf = (paths[0], image.format if image is not None else "vhd")
+    for child, parent in pairwise(paths):
+        known = tree.images.get(child)
+        if known is None and parent in tree.images:
+            tree.images[child] = Image(parent, ours=True, id=chain[child])  # made by the merge
+        elif known is not None and known.ours:
+            tree.images[child] = replace(known, parent=parent, id=known.id or chain[child])
+    for path in [path for path, one in tree.images.items() if one.ours and not os.path.lexists(path)]:
+        tree.forget(path)
+
+    def follow(spec: MachineSpec) -> MachineSpec:
+        disk = spec.disk(journal.disk)
+        if disk is None or disk.path == leaf[0]:
+            return spec
+        return relocated(spec, {journal.disk: leaf})
+
+    machine = registry.update(held, follow, check_images=False)
+    held.done()
+    return machine

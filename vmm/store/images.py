@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images that machines use, examined before a machine gets them.
+
+Decides what a path on the command line means and which image may become a disk: it is opened as the machine will open
+it, so that problems are reported at once. Everything about images themselves is left to vhdkit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import vhdkit
+from vmm.kvm.drives import store_error
+from vmm.model.errors import InvalidSpec, NotFound, Refused
+from vmm.model.events import add_event
+from vmm.model.spec import DiskSpec, PathsSpec
+from vmm.store.known_images import known_images
+from vmm.store.media import open_medium
+from vmm.store.registry import Machine
+
+MIN_DISK_BYTES = 64 << 10  # a file that is shorter was named by mistake
+# The first volume descriptors lie behind a system area of 32 KiB (ECMA-119, 6.2.1; ECMA-167, 2/8.3.1).
+_DESCRIPTORS_AT, _DESCRIPTORS_BYTES, _DESCRIPTOR_STEP = 32 << 10, 16 << 10, 2048
+_CD_MARKS = (b"CD001", b"BEA01")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What is known of an image after looking at it."""
+
+    path: str
+    format: str  # "vhd" or "raw"
+    size_bytes: int
+
+
+def find_image(path: str, folder: str) -> str:
+    """The real path of an image: as it is given, or else in the folder for disks where a bare name is not here.
+
+    Links are followed once, now: snapshots lie beside the image, and where a link leads later changes nothing.
+    """
+    if os.path.exists(path) or os.sep in path:
+        return os.path.realpath(path)
+    elsewhere = os.path.join(folder, path)
+    return os.path.realpath(elsewhere if os.path.exists(elsewhere) else path)
+
+
+def find_disk(machine: Machine, word: str) -> DiskSpec:
+    """A machine's disk by its id, its serial, or its path by whatever name.
+
+    Raises NotFound, and InvalidSpec where several disks have the path.
+    """
+    disks = machine.spec.disks
+    for by in ([one for one in disks if one.id == word], [one for one in disks if one.serial == word]):
+        if by:
+            return by[0]
+    path = os.path.realpath(word)
+    found = [one for one in disks if one.path is not None and os.path.realpath(one.path) == path]
+    if len(found) > 1:
+        names = " and ".join(one.id for one in found)
+        raise InvalidSpec(f"is in {names}", machine=machine.name, path=word, hint="name one of them by its id")
+    if found:
+        return found[0]
+    known = ", ".join(disk.id for disk in disks) or "none"
+    raise NotFound(f"has no disk {word!r}; there are {known}", machine=machine.name)
+
+
+def readable(path: str) -> str:
+    """The real path of a file that can be opened. Raises NotFound, AccessDenied."""
+    os.close(open_medium(path))
+    return os.path.realpath(path)
+
+
+def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings with files and folders as they really are called. Raises NotFound, AccessDenied, InvalidSpec."""
+    found = dict(settings)
+    for key in ("kernel", "initrd"):
+        if isinstance(path := settings.get(key), str):
+            found[key] = readable(path)
+    folders = settings.get("paths")
+    if isinstance(folders, PathsSpec):
+        folders = folders.model_dump()
+    if isinstance(folders, Mapping):
+        for folder in folders.values():
+            if isinstance(folder, str) and not os.path.isdir(folder):
+                raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+        found["paths"] = {
+            key: os.path.realpath(folder) if isinstance(folder, str) else folder for key, folder in folders.items()
+        }
+    return found
+
+
+def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
+    """Open the image of a disk as the machine would, and close it again.
+
+    `writable`: also make sure that nobody else uses it and that no image stands on it. Raises NotFound, StoreFailed,
+    InUse.
+    """
+    assert disk.path is not None
+    kinds = [vhdkit.FormatName(disk.format)] if disk.format is not None else []
+    try:
+        if not kinds:
+            _open(disk, None, lock=False).close()  # it says best what is wrong with a file that is neither
+            kinds = [vhdkit.FormatName.VHD, vhdkit.FormatName.RAW]
+        for kind in kinds:
+            try:
+                opened = _open(disk, kind, lock=writable, writable=writable)
+            except (vhdkit.CorruptImage, vhdkit.UnsupportedFormat):
+                if kind is kinds[-1]:
+                    raise
+            else:
+                with opened:
+                    if opened.size_bytes < MIN_DISK_BYTES:
+                        raise InvalidSpec(f"is not a disk: it holds {opened.size_bytes} bytes", path=disk.path)
+                    if kind is vhdkit.FormatName.RAW and disk.format is None and is_cd_image(opened):
+                        raise InvalidSpec(
+                            "holds the file system of a CD or DVD", path=disk.path,
+                            hint="give it as a medium (--cdrom); as a hard disk all the same with ,format=raw",
+                        )  # fmt: skip
+                    return ImageFacts(disk.path, kind.value, opened.size_bytes)
+    except vhdkit.NotFound as error:
+        raise NotFound(
+            "there is no such image",
+            path=error.path or disk.path,
+            hint=f"make one: vhdkit create {disk.path} --size 10G",
+        ) from error
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+    raise AssertionError("one of two kinds was opened or raised")
+
+
+def is_cd_image(opened: vhdkit.Disk) -> bool:
+    """True for what begins as ISO 9660 or UDF images do."""
+    size = min(_DESCRIPTORS_BYTES, opened.size_bytes - _DESCRIPTORS_AT)
+    content = opened.read(_DESCRIPTORS_AT, size) if size > 0 else b""
+    return any(content[at + 1 : at + 6] in _CD_MARKS for at in range(0, len(content), _DESCRIPTOR_STEP))
+
+
+def refuse_frozen(disk: DiskSpec) -> None:
+    """Raise Refused for an image that another one stands on, where a guest would write to it. Raises StoreFailed."""
+    if disk.read_only or disk.path is None:
+        return
+    children = children_of(disk.path, parent_dirs=disk.parent_dirs)
+    if children:
+        more = f" and {len(children) - 1} more images stand" if len(children) > 1 else " stands"
+        raise Refused(
+            f"{children[0]}{more} on it: it is not the newest image, and must not change", path=disk.path,
+            hint="add the newest one, which holds what was written last, or a child of its own: "
+            f"vhdkit create NEW.avhd --parent {disk.path}",
+        )  # fmt: skip
+
+
+def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writable: bool = False) -> vhdkit.Disk:
+    options = vhdkit.OpenOptions(
+        parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, format_name=kind, lock=lock
+    )
+    assert disk.path is not None
+    return vhdkit.open_disk(disk.path, writable=writable, options=guarded(options) if writable else options)
+
+
+def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
+    """Give the image of a disk that nobody uses another size; the size it has then. Raises StoreFailed."""
+    assert disk.path is not None
+    options = guarded(vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent))
+    try:
+        return vhdkit.resize(disk.path, size_bytes, options=options, shrink=shrink).virtual_size_after_bytes
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+
+
+def guarded(options: vhdkit.OpenOptions) -> vhdkit.OpenOptions:
+    """Options for whatever changes an image: none on which an image of any machine stands is changed.
+
+    Taking a snapshot is not among these: it writes to no image that has a child, and helps who has such a one.
+    """
+    return replace(options, known_images=known_images())
+
+
+def children_of(path: str, *, parent_dirs: Sequence[str] = ()) -> list[str]:
+    """The images that stand on this one: where vhdkit looks, and among those of all machines. Raises StoreFailed."""
+    options = guarded(vhdkit.OpenOptions(parent_dirs=tuple(parent_dirs), allow_raw_parent=True))
+    try:
+        return vhdkit.find_children([path], everywhere=True, options=options)[path]
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
+
+
+def note_marks(machine: Machine, disks: Sequence[DiskSpec]) -> None:
+    """Leave a mark at the parents of disks that lie in other folders, so that vhdkit by itself protects them, too.
+
+    What cannot be marked is an event of the machine and no failure: vmm knows its machines' images all the same.
+    """
+    for disk in disks:
+        if disk.kind != "vhd" or disk.path is None or disk.format == "raw":
+            continue
+        options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, lock=False)
+        try:
+            problems = [finding.message for finding in vhdkit.mark_parents(disk.path, options=options)]
+        except vhdkit.VhdkitError as error:
+            problems = [error.problem]
+        for problem in problems:
+            add_event(machine.paths.events, "parent-not-marked", disk=disk.id, problem=problem)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved machine: its memory and devices in a folder that exists whole or not at all.
+
+    saved/memory.bin    what QEMU wrote (its migration stream)
+    saved/state.json    our description: QEMU, machine type, CPU, accelerator, the definition, the size of memory.bin
+    saved/disks.json    how the disks' files looked when all was written to them; it comes last
+
+Decides what belongs to a saved state, what is compared before it is restored, and the order in which it is made and
+removed: nothing is renamed to `saved` before it is complete and synced, and it is removed before the guest runs again,
+because memory and disks that do not belong together destroy file systems. Must not know QEMU's commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vmm.kvm import memory_file
+from vmm.model.errors import NotFound, Refused, VmmError, WrongState, of_os_error
+from vmm.model.paths import MachinePaths, sync_folder, write_whole
+from vmm.store.media import Media, refuse_other_media
+
+if TYPE_CHECKING:
+    from vmm.model.spec import MachineSpec
+
+FORMAT = 1
+MIB = 1 << 20
+Tell = Callable[..., None]  # tell(event, **details)
+_MAX_DESCRIPTION_BYTES = 8 << 20
+# The guest's memory page by page, the screen's, firmware's and devices' state.
+_PAGES_FACTOR, _OTHER_BYTES = 1.01, 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What `state.json` says."""
+
+    qemu_version: str
+    accelerator: str
+    was_running: bool
+    memory_file_bytes: int
+    definition: dict[str, Any]
+    saved_at: float
+    media: Media | None = None  # what the guest had in its drives; None where nobody wrote it down
+    accepted: Media = field(default_factory=dict)  # and what the user put there since
+    had_kernel: bool = False  # QEMU was started with a kernel
+
+
+def folder_while_saving(machine: MachinePaths) -> str:
+    """Where a state is written before it is complete."""
+    return f"{machine.saved}.part"
+
+
+def is_saved(machine: MachinePaths) -> bool:
+    """True when there is a whole saved state."""
+    return os.path.isdir(machine.saved)
+
+
+def open_memory_file(machine: MachinePaths, spec: MachineSpec) -> int:
+    """A new file for the memory, with room for all of it taken beforehand. Raises NoSpace, AccessDenied."""
+    folder = folder_while_saving(machine)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder, 0o700)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(os.path.join(folder, "memory.bin"), flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, int(spec.memory_bytes * _PAGES_FACTOR) + _OTHER_BYTES)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        discard_part(machine)
+        raise of_os_error(error, "make room for the machine's memory", path=folder) from error
+    return descriptor
+
+
+def complete(
+    machine: MachinePaths,
+    descriptor: int,
+    spec: MachineSpec,
+    *,
+    qemu_version: str,
+    accelerator: str,
+    was_running: bool,
+    media: Media,
+) -> None:
+    """The memory is written: cut the file where the writing ended, sync, describe it, and give it its name.
+
+    Raises VmmError; then there is no saved state, and the machine can go on.
+    """
+    folder = folder_while_saving(machine)
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_CUR)  # QEMU's position: it is the same open file
+        if (problem := memory_file.problem_of(descriptor, size)) is not None:
+            raise VmmError(f"the memory was not saved: {problem}", path=folder)
+        os.ftruncate(descriptor, size)
+        os.fsync(descriptor)
+        document = {
+            "format": FORMAT,
+            "saved_at": time.time(),
+            "qemu_version": qemu_version,
+            "accelerator": accelerator,
+            "was_running": was_running,
+            "memory_file_bytes": size,
+            **machine_document(spec, media),
+        }
+        write_whole(os.path.join(folder, "state.json"), json.dumps(document, indent=2).encode() + b"\n")
+        os.rename(folder, machine.saved)
+        sync_folder(machine.folder)
+    except OSError as error:
+        raise of_os_error(error, "keep the saved state", path=folder) from error
+
+
+def note_disks(machine: MachinePaths, spec: MachineSpec) -> None:
+    """The disks' files are complete and closed: note how they look. Raises VmmError."""
+    if is_saved(machine):
+        write_whole(os.path.join(machine.saved, "disks.json"), json.dumps(_looks_of(spec)).encode() + b"\n")
+
+
+def read_description(machine: MachinePaths) -> Description:
+    """Raises NotFound, and VmmError for a damaged one."""
+    path = os.path.join(machine.saved, "state.json")
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+        if document["format"] != FORMAT:
+            raise VmmError("was saved by another version of vmm", path=path)
+        return Description(
+            str(document["qemu_version"]),
+            str(document["accelerator"]),
+            document["was_running"] is True,
+            int(document["memory_file_bytes"]),
+            dict(document["definition"]),
+            float(document["saved_at"]),
+            _media_in(document["media"]) if document.get("media") is not None else None,
+            _media_in(document.get("accepted", {})),
+            had_kernel(document),
+        )
+    except OSError as error:
+        raise of_os_error(error, "read the saved state", path=path) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise VmmError("is damaged: it describes no saved state", path=path) from error
+
+
+def machine_document(spec: MachineSpec, media: Media) -> dict[str, Any]:
+    """What a description says about the machine whose memory it is."""
+    return {
+        "definition": json.loads(spec.to_json()),
+        "media": dict(media),
+        "had_kernel": spec.kernel is not None,
+    }
+
+
+def had_kernel(document: Mapping[str, Any]) -> bool:
+    """True where QEMU was started with a kernel; what 0.1.0 saved tells it by its definition."""
+    return bool(document.get("had_kernel", document["definition"].get("kernel") is not None))
+
+
+def _media_in(value: Mapping[str, object]) -> Media:
+    """Raises TypeError, AttributeError."""
+    media = {}
+    for drive, identity in value.items():
+        if not (identity is None or isinstance(identity, str)):
+            raise TypeError("identity")
+        media[str(drive)] = identity
+    return media
+
+
+def accept_media(machine: MachinePaths, media: Media) -> None:
+    """The user has put these media into drives of a saved machine: that is where it goes on. Raises VmmError."""
+    description = read_description(machine)
+    path = os.path.join(machine.saved, "state.json")
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VmmError("is damaged: it describes no saved state", path=path) from error
+    document["accepted"] = {**description.accepted, **media}
+    write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
+
+
+def open_saved_memory(
+    machine: MachinePaths, spec: MachineSpec, qemu_version: str, *, tell: Tell = lambda event, **details: None
+) -> tuple[int, Description]:
+    """(the memory's file, its description) after everything was compared. Raises Refused with what does not fit.
+
+    `tell` hears of what could not be compared.
+    """
+    description = read_description(machine)
+    hint = f"vmm start {spec.name} --discard-saved starts without the saved memory, as after a power cut"
+    problem = (
+        _definition_problem(description, spec)
+        or version_problem(description.qemu_version, qemu_version)
+        or _disks_problem(machine, spec, tell)
+    )
+    if problem is not None:
+        raise Refused(f"the saved state does not fit: {problem}", machine=spec.name, hint=hint)
+    refuse_other_media(spec, description.media, description.accepted)
+    path = os.path.join(machine.saved, "memory.bin")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise of_os_error(error, "open the saved memory", path=path) from error
+    found = os.fstat(descriptor).st_size
+    damage = memory_file.problem_of(descriptor, found)
+    if found != description.memory_file_bytes:
+        damage = f"{found} bytes of memory instead of {description.memory_file_bytes}"
+    if damage is not None:
+        os.close(descriptor)
+        raise Refused(f"the saved state is damaged: {damage}", machine=spec.name, path=path, hint=hint)
+    return descriptor, description
+
+
+def _definition_problem(description: Description, spec: MachineSpec) -> str | None:
+    """What of the hardware was changed since."""
+    now = json.loads(spec.to_json())
+    for name in ("id", "memory_bytes", "cpu_count", "machine_type", "cpu_model", "firmware", "screen"):
+        if description.definition.get(name) != now[name]:
+            return f"{name} was {description.definition.get(name)} and is {now[name]}"
+
+    def places(definition: dict[str, Any]) -> list[list[object]]:
+        rows = []
+        for disk in definition.get("disks", []):
+            path = disk.get("path") if disk.get("kind") != "iso" else None  # what is in a drive has its own rule
+            if isinstance(path, str) and disk.get("kind") != "pass-through":
+                path = os.path.realpath(path)
+            keys = ("id", "kind", "controller", "controller_index", "unit", "serial")
+            rows.append([path, *(disk.get(key) for key in keys)])
+        return rows
+
+    if places(description.definition) != places(now):
+        return "its disks were changed"
+    adapters = [[one.get(key) for key in ("id", "kind", "mac")] for one in description.definition.get("adapters", [])]
+    if adapters != [[one[key] for key in ("id", "kind", "mac")] for one in now["adapters"]]:
+        return "its network adapters were changed"
+    return None
+
+
+def version_problem(saved: str, present: str) -> str | None:
+    """Why this QEMU should not restore it: an older one is not promised to read what a newer one wrote."""
+
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in version.split(".") if part.isdecimal()][:2]
+
+    if numbers(saved) > numbers(present):
+        return f"QEMU {saved} wrote it and this is {present}"
+    return None
+
+
+def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str | None:
+    try:
+        with open(os.path.join(machine.saved, "disks.json"), "rb") as file:
+            then = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+    except FileNotFoundError:
+        return None  # the host went down just after saving: nobody had a chance to change a disk in order
+    except (OSError, ValueError, RecursionError):
+        then = None
+    if not isinstance(then, dict):
+        return "the note about its disks is damaged"
+    now = _looks_of(spec)
+    for disk in spec.disks:
+        before, after = then.get(disk.id), now.get(disk.id)
+        if disk.kind == "vhd" and before != after:
+            return f"{disk.path} was changed since"
+        if disk.kind == "pass-through" and (before is None or after is None):
+            tell("saved-disk-not-compared", disk=disk.id, path=disk.path)
+        # What was written to a device is counted anew with each boot of the host.
+        if isinstance(before, list) and isinstance(after, list) and disk.kind == "pass-through":
+            is_same_boot = before[:1] == after[:1]
+            if is_same_boot and before != after:
+                return f"{disk.path} was changed since"
+    return None
+
+
+def _looks_of(spec: MachineSpec) -> dict[str, object]:
+    """Of each image: what changes when somebody writes to it."""
+    from vmm.store.devices import look_of  # who only starts a machine does not pay for it
+
+    looks: dict[str, object] = {}
+    for disk in spec.disks:
+        if disk.kind == "vhd" and disk.path is not None:
+            with contextlib.suppress(OSError):
+                facts = os.stat(disk.path)
+                looks[disk.id] = [facts.st_ino, facts.st_size, facts.st_mtime_ns]
+        elif disk.kind == "pass-through":
+            looks[disk.id] = look_of(disk, spec.id)
+    return looks
+
+
+def use_up(machine: MachinePaths) -> None:
+    """The guest is about to run with this memory: it may never be restored again. Raises VmmError."""
+    try:
+        os.rename(machine.saved, f"{machine.saved}.used")
+        sync_folder(machine.folder)
+    except OSError as error:
+        raise of_os_error(error, "use up the saved state", path=machine.saved) from error
+    shutil.rmtree(f"{machine.saved}.used", ignore_errors=True)
+
+
+def discard(machine: MachinePaths) -> None:
+    """Throw the saved state away. Raises NotFound where there is none."""
+    if not is_saved(machine):
+        raise NotFound("there is no saved state", path=machine.saved)
+    use_up(machine)
+
+
+def discard_part(machine: MachinePaths) -> None:
+    """Remove what an interrupted saving or restoring left."""
+    for folder in (folder_while_saving(machine), f"{machine.saved}.used"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_when_saved(machine: MachinePaths, name: str, what: str) -> None:
+    """Raise WrongState when there is a saved state, which `what` would make useless."""
+    if is_saved(machine):
+        raise WrongState(
+            f"is saved, and {what} would make its saved memory useless",
+            machine=name,
+            hint=f"start it first, or throw the memory away: vmm start {name} --discard-saved",
+        )

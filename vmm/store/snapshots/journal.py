@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operation on a machine's snapshots records before it acts, so that it can be settled if interrupted.
+
+    CreateOff, Apply    new leaves are being made, which no guest has seen
+    CreateLive          the same while the guest runs: it may have written to the new leaves
+    Commit              it takes effect: this definition, saved state and UEFI variables are put in place
+    Delete              these snapshots have left the tree, their folders are removed
+    MergeOff, MergeLive these layers, newest first, go into the target
+
+Decides what each says, how it is written as JSON, and what is believed of it. A journal is untrusted: anybody who can
+write to the machine's folder can put anything there, and settling it removes files. So a new leaf must lie beside the
+image on which it stands and have a name as vmm gives it, and a folder must have a snapshot's id as its name; anything
+else is damaged. vmm 0.1.0 wrote the same documents. What is done about a journal is decided in `settle`, and whether a
+file is really what its record says in `proof`. Pure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, assert_never, get_args
+
+from vmm.store.snapshots.snapshot import Snapshot, absolute_path, folder_path, snapshot_document, snapshot_of
+
+SavedStep = Literal["adapt", "put", "drop"]
+OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}\.avhd")  # of the images that vmm makes for snapshots
+
+
+@dataclass(frozen=True, slots=True)
+class Pivot:
+    """A disk's image that is frozen, and the child that takes the writes from then on."""
+
+    disk: str
+    frozen: str
+    child: str
+    format: Literal["vhd", "raw"]  # of the frozen one
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOff:
+    """A snapshot of a machine that is off or saved is being taken."""
+
+    folder: str
+    pivots: tuple[Pivot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CreateLive:
+    """A snapshot of a machine that runs. `pivoted`: the new leaves take the guest's writes, that much is certain.
+
+    What follows `pivoted` is known once the memory is about to be written.
+    """
+
+    folder: str
+    pivots: tuple[Pivot, ...]
+    pivoted: bool = False
+    mode: str | None = None
+    was_running: bool = False
+    description: Mapping[str, Any] | None = None
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A snapshot is being applied."""
+
+    pivots: tuple[Pivot, ...]
+
+
+NO_VARIABLES = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What is put in place. `saved`: what becomes of the saved state; `uefi`: where the variables come from, or
+    `NO_VARIABLES` for a machine that had not been started yet; None: they stay.
+    """
+
+    definition: Mapping[str, Any]
+    saved: SavedStep | None
+    uefi: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """The folders of snapshots that are in the tree no longer."""
+
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOff:
+    """A merge of images that no guest uses."""
+
+    target: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeLive:
+    """A merge in the disk that a guest uses."""
+
+    disk: str
+    target: str
+    layers: tuple[str, ...]
+
+
+Journal: TypeAlias = CreateOff | CreateLive | Apply | Commit | Delete | MergeOff | MergeLive
+
+
+def words_of(journal: Journal) -> str:
+    """What was being done, for people: `taking a snapshot`."""
+    match journal:
+        case CreateOff() | CreateLive():
+            return "taking a snapshot"
+        case Apply():
+            return "applying a snapshot"
+        case Commit():
+            return "putting a snapshot in place"
+        case Delete():
+            return "deleting a snapshot"
+        case MergeOff() | MergeLive():
+            return "merging images"
+        case _:
+            assert_never(journal)
+
+
+# -- as JSON ---------------------------------------------------------------------------------------------------------
+
+
+def journal_document(journal: Journal) -> dict[str, Any]:
+    """A journal as JSON."""
+    match journal:
+        case CreateOff(folder, pivots):
+            return _prepare("create", folder, pivots, live=False)
+        case Apply(pivots):
+            return _prepare("apply", None, pivots, live=False)
+        case CreateLive():
+            document = _prepare("create", journal.folder, journal.pivots, live=True)
+            document |= {"pivoted": journal.pivoted, "mode": journal.mode, "was_running": journal.was_running}
+            if journal.description is not None and journal.snapshot is not None:
+                document |= {"description": dict(journal.description), "snapshot": snapshot_document(journal.snapshot)}
+            return document
+        case Commit(definition, saved, uefi):
+            return {"op": "commit", "definition": dict(definition), "saved": saved, "uefi": uefi}
+        case Delete(folders):
+            return {"op": "delete", "folders": list(folders)}
+        case MergeOff(target, layers):
+            return {"op": "merge", "target": target, "layers": list(layers)}
+        case MergeLive(disk, target, layers):
+            return {"op": "live-merge", "disk": disk, "target": target, "layers": list(layers)}
+        case _:
+            assert_never(journal)
+
+
+def _prepare(op: str, folder: str | None, pivots: Sequence[Pivot], *, live: bool) -> dict[str, Any]:
+    rows = [[one.disk, one.frozen, one.child, one.format] for one in pivots]
+    return {"op": op, "phase": "prepare", "folder": folder, "children": rows, "live": live}
+
+
+def read_journal(document: object) -> Journal:
+    """What `journal_document` wrote, or vmm 0.1.0. Raises ValueError, KeyError, TypeError for anything else."""
+    if not isinstance(document, dict):
+        raise TypeError("journal")
+    match document["op"]:
+        case "create" if document.get("live") is True:
+            return _create_live(document)
+        case "create":
+            return CreateOff(folder_path(document["folder"]), _pivots(document["children"]))
+        case "apply":
+            return Apply(_pivots(document["children"]))
+        case "commit":
+            return _commit(document)
+        case "delete":
+            return Delete(tuple(folder_path(one) for one in _list(document["folders"])))
+        case "merge":
+            return MergeOff(*_merge(document))
+        case "live-merge":
+            return MergeLive(_text(document["disk"]), *_merge(document))
+    raise ValueError("op")
+
+
+def _create_live(document: dict[str, Any]) -> CreateLive:
+    folder, pivots = folder_path(document["folder"]), _pivots(document["children"])
+    description, snapshot, mode = document.get("description"), None, document.get("mode")
+    if description is not None:
+        if not isinstance(description, dict):
+            raise TypeError("description")
+        snapshot = snapshot_of(document["snapshot"])
+        if snapshot.folder != folder:
+            raise ValueError("snapshot")
+    return CreateLive(
+        folder, pivots, document.get("pivoted") is True, None if mode is None else _text(mode),
+        document.get("was_running") is True, description, snapshot,
+    )  # fmt: skip
+
+
+def _commit(document: dict[str, Any]) -> Commit:
+    definition, saved, uefi = document["definition"], document["saved"], document["uefi"]
+    if not isinstance(definition, dict):
+        raise TypeError("definition")
+    if saved is not None and saved not in get_args(SavedStep):
+        raise ValueError("saved")
+    if uefi is not None and uefi != NO_VARIABLES:  # a file of a snapshot's folder
+        folder = folder_path(os.path.dirname(absolute_path(uefi)))
+        if os.path.basename(uefi) != f"{os.path.basename(folder)}.nvram":
+            raise ValueError("uefi")
+    return Commit(definition, saved, uefi)
+
+
+def _pivots(rows: object) -> tuple[Pivot, ...]:
+    found = []
+    for row in _list(rows):
+        disk, frozen, child, kind = _list(row)
+        frozen, child = absolute_path(frozen), absolute_path(child)
+        if kind not in ("vhd", "raw") or os.path.dirname(child) != os.path.dirname(frozen) or child == frozen:
+            raise ValueError("children")
+        if not OWN_NAME.fullmatch(os.path.basename(child)):
+            raise ValueError("children")
+        found.append(Pivot(_text(disk), frozen, child, kind))
+    if len({one.child for one in found}) < len(found) or len({one.disk for one in found}) < len(found):
+        raise ValueError("children")
+    return tuple(found)
+
+
+def _merge(document: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    target = absolute_path(document["target"])
+    layers = tuple(absolute_path(one) for one in _list(document["layers"]))
+    if not layers or len({target, *layers}) < len(layers) + 1:
+        raise ValueError("layers")
+    return target, layers
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("list")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("text")
+    return value

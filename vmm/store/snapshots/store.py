@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's tree of snapshots on disk: one file, one lock, and the note of the process that merges.
+
+    MACHINE-FOLDER/snapshots.json        the tree and its journal (`tree`), replaced as a whole
+                   .snapshots.lock       held (flock) by the process that changes it, for as long as that takes
+                   merging.json          which process merges, and how far it is (`fold`)
+    SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what it belongs to
+
+Decides who may change a tree: one process at a time, which first stops a merge in the background; that continues
+later. Light: starting a machine uses this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vmm.host.proc import HeldLock, Lock, ProcessRef, machine_lock
+from vmm.model.errors import InUse, VmmError, of_os_error
+from vmm.model.paths import MachinePaths, write_whole
+from vmm.store.snapshots.journal import Journal, words_of
+from vmm.store.snapshots.tree import MAX_DOCUMENT_BYTES, Snapshot, Tree, read_tree
+
+MERGE_STOP_SECONDS = 60.0  # for a merge to put down what it holds; it looks up after each piece
+BUSY_SECONDS = 1.0  # for another command to end
+_LOOK_SECONDS = 0.02
+_MAX_NOTE_BYTES = 1 << 16
+
+
+def tree_path(machine: MachinePaths) -> str:
+    """Where the tree is stored."""
+    return os.path.join(machine.folder, "snapshots.json")
+
+
+def lock_path(machine: MachinePaths) -> str:
+    """Where the lock of who changes the tree lies."""
+    return os.path.join(machine.folder, ".snapshots.lock")
+
+
+def has_tree(machine: MachinePaths) -> bool:
+    """True when the machine has, or had, snapshots."""
+    return os.path.exists(tree_path(machine))
+
+
+def load_tree(machine: MachinePaths) -> Tree:
+    """The tree as it is now, empty where there is none. Raises VmmError, AccessDenied."""
+    path = tree_path(machine)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
+    except FileNotFoundError:
+        return Tree()
+    except OSError as error:
+        raise of_os_error(error, "read the snapshots", path=path) from error
+    tree = read_tree(content[:MAX_DOCUMENT_BYTES], path)
+    tree.rename_users_images(os.path.realpath)  # 0.1.0 wrote down links as they were given
+    return tree
+
+
+class Held(HeldLock):
+    """A tree that nobody else changes now, read after its lock was taken, and its journal, which has one owner.
+
+    An operation is begun, goes on, and is done; none begins while what another one wrote down stands. Whoever settles
+    what was cut short takes it over first. Each of these writes it down; it is on the device when they return.
+    """
+
+    def __init__(self, machine: MachinePaths, name: str, tree: Tree) -> None:
+        super().__init__(machine.folder, name)
+        self.machine = machine
+        self.tree = tree
+        self._is_owner = False
+
+    def save(self) -> None:
+        """Write the tree down, with the journal that stands. Raises NoSpace, AccessDenied."""
+        write_whole(tree_path(self.machine), self.tree.to_json())
+
+    def begin(self, journal: Journal) -> None:
+        """An operation begins. Raises InUse while another one's journal stands, NoSpace, AccessDenied."""
+        self.need_settled()
+        self._is_owner = True
+        self._write(journal)
+
+    def go_on(self, journal: Journal) -> None:
+        """The operation that was begun, or taken over, is at its next step. Raises NoSpace, AccessDenied."""
+        self._need_owner()
+        self._write(journal)
+
+    def done(self) -> None:
+        """The operation that was begun, or taken over, is over. Raises NoSpace, AccessDenied."""
+        self._need_owner()
+        self._write(None)
+        self._is_owner = False
+
+    def take_over(self) -> Journal | None:
+        """What is to be settled now, by the caller; None for nothing."""
+        self._is_owner = self.tree.journal is not None
+        return self.tree.journal
+
+    def reload(self) -> None:
+        """The tree as it is stored, when what is in memory got ahead of it. Raises VmmError."""
+        self.tree = load_tree(self.machine)
+
+    def find(self, word: str) -> Snapshot:
+        """A snapshot, as `Tree.find`. Raises NotFound, which says whose it should be."""
+        try:
+            return self.tree.find(word)
+        except VmmError as error:
+            error.machine = self.name
+            raise
+
+    def need_settled(self) -> None:
+        """Raise InUse while a journal stands that is nobody's yet: what it says must be settled first."""
+        if self.tree.journal is not None:
+            raise InUse(
+                f"{words_of(self.tree.journal)} was cut short, and is not settled yet",
+                machine=self.name, hint=f"vmm repair {self.name} shows what is left, and settles it",
+            )  # fmt: skip
+
+    def _need_owner(self) -> None:
+        if not self._is_owner:
+            raise AssertionError("the journal is another operation's: begin one, or take it over")
+
+    def _write(self, journal: Journal | None) -> None:
+        self.tree.journal = journal
+        self.save()
+
+
+@contextlib.contextmanager
+def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Iterator[Held]:
+    """The tree, for changing. A merge in the background is stopped for it. Raises InUse, VmmError."""
+    lock = Lock(lock_path(machine))
+    try:
+        _take(lock, machine, name, stop_merge=stop_merge)
+    except OSError as error:
+        raise of_os_error(error, "lock the snapshots", machine=name, path=lock.path) from error
+    held: Held | None = None
+    try:
+        yield (held := Held(machine, name, load_tree(machine)))
+    finally:
+        if held is not None:
+            held.is_held = False
+        lock.release()
+
+
+@contextlib.contextmanager
+def machine_turn(folder: str, name: str) -> Iterator[HeldLock]:
+    """The machine's lock, for a command. As `machine_lock`, but where a merge in the background is under way its steps
+    that need the lock, such as writing down what it came to, are waited for. Raises InUse.
+    """
+    deadline = time.monotonic() + MERGE_STOP_SECONDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            merging = read_merging(MachinePaths(folder))
+            try:
+                held = stack.enter_context(machine_lock(folder, name, patience_seconds=BUSY_SECONDS))
+                break
+            except InUse:
+                if merging is None or time.monotonic() > deadline:
+                    raise
+        yield held
+
+
+def _take(lock: Lock, machine: MachinePaths, name: str, *, stop_merge: bool) -> None:
+    asked: ProcessRef | None = None
+    deadline = time.monotonic() + BUSY_SECONDS
+    while not lock.try_take():
+        merging = read_merging(machine)
+        if merging is not None and stop_merge and merging.ref != asked:
+            asked = merging.ref
+            asked.send(signal.SIGTERM)
+            deadline = time.monotonic() + MERGE_STOP_SECONDS
+        if time.monotonic() > deadline:
+            raise InUse(
+                "its snapshots are being worked on by another command" if merging is None else
+                "its snapshots are being merged",
+                machine=name, hint="wait for it to end; vmm snapshot tree shows what is under way",
+            )  # fmt: skip
+        time.sleep(_LOOK_SECONDS)
+
+
+# -- the process that merges -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """A merge in the background: who does it, and how far it is."""
+
+    ref: ProcessRef
+    target: str | None
+    done_bytes: int
+    total_bytes: int
+
+
+def merging_path(machine: MachinePaths) -> str:
+    """Where the merging process leaves its note."""
+    return os.path.join(machine.folder, "merging.json")
+
+
+def write_merging(machine: MachinePaths, merging: Merging) -> None:
+    """Say how far it is. Raises VmmError."""
+    document = {
+        "process": merging.ref.to_document(),
+        "target": merging.target,
+        "done_bytes": merging.done_bytes,
+        "total_bytes": merging.total_bytes,
+    }
+    write_whole(merging_path(machine), json.dumps(document).encode() + b"\n", durable=False)
+
+
+def read_merging(machine: MachinePaths) -> Merging | None:
+    """The merge that is under way; None where nobody merges.
+
+    The note alone is not believed, because its process is sent a signal: it must have the tree's lock open.
+    """
+    try:
+        with open(merging_path(machine), "rb") as file:
+            document = json.loads(file.read(_MAX_NOTE_BYTES))
+        ref, target = ProcessRef.from_document(document["process"]), document["target"]
+        if ref is None or not (target is None or isinstance(target, str)) or not _has_open(ref, lock_path(machine)):
+            return None
+        return Merging(ref, target, int(document["done_bytes"]), int(document["total_bytes"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, VmmError):
+        return None
+
+
+def _has_open(ref: ProcessRef, path: str) -> bool:
+    """True for a living process that has this very file open."""
+    wanted = os.stat(path)
+    folder = f"/proc/{ref.pid}/fd"
+    for number in os.listdir(folder):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.path.samestat(os.stat(os.path.join(folder, number)), wanted):
+                return ref.is_alive()
+    return False

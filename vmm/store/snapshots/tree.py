@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree of a machine's snapshots, as a value: the snapshots, the images they stand on, where the machine is now.
+
+    base.vhd <- base_1.avhd <- base_3.avhd            images: each stands on the one to its left
+       |            |              '-- the machine writes here ("now")
+       |            '-- frozen by snapshot B
+       '-- frozen by snapshot A                       tree: A <- B <- now
+
+Decides what a snapshot is, how names are chosen and found, and what happens to the tree when a snapshot is taken,
+deleted or applied. An image that a snapshot froze is never written again, so a snapshot's disks are the paths of such
+images. `images` are those that a merge may fill: made for this machine (`ours`: it may also be removed), or a user's
+own that a snapshot froze. Pure: no files are examined here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+from vmm.model.errors import AlreadyExists, InvalidSpec, NotFound, Refused, VmmError
+from vmm.store.snapshots.journal import Journal, journal_document, read_journal
+from vmm.store.snapshots.snapshot import (
+    Image,
+    Snapshot,
+    TakenIn,
+    absolute_path,
+    image_document,
+    image_of,
+    snapshot_document,
+    snapshot_of,
+)
+
+__all__ = ["Image", "Snapshot", "TakenIn", "Tree", "read_tree", "snapshot_document", "snapshot_of"]
+
+SCHEMA_VERSION: Final = 1
+DEFAULT_LIMIT, MAX_LIMIT = 50, 1000  # Hyper-V's 50; an image has at most some hundred layers below it
+MAX_NAME_CHARACTERS = 120
+MAX_NOTES_CHARACTERS = 64 * 1024
+MAX_DOCUMENT_BYTES = 16 << 20
+_SHORTEST_ID = 4  # characters of an id that stand for it
+
+
+@dataclass(slots=True)
+class Tree:
+    """All snapshots of a machine. `now` is the one that the present state comes from.
+
+    `journal` is what a command is in the middle of; see `settle`.
+    """
+
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    now: str | None = None
+    images: dict[str, Image] = field(default_factory=dict)
+    limit: int = DEFAULT_LIMIT
+    journal: Journal | None = None
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def find(self, word: str) -> Snapshot:
+        """A snapshot by its name, its id, or the beginning of its id. Raises NotFound."""
+        for snapshot in self.snapshots.values():
+            if word in (snapshot.name, snapshot.id):
+                return snapshot
+        if len(word) >= _SHORTEST_ID:
+            found = [one for one in self.snapshots.values() if one.id.startswith(word.lower())]
+            if len(found) == 1:
+                return found[0]
+        if not self.snapshots:
+            raise NotFound("has no snapshots", hint="vmm snapshot create NAME takes one")
+        raise NotFound(f"has no snapshot {word!r}", hint="vmm snapshot list shows names and ids")
+
+    def children(self, snapshot_id: str | None) -> list[Snapshot]:
+        """The snapshots that were taken next after it, the oldest first; None: those that stand on none."""
+        return sorted(
+            (one for one in self.snapshots.values() if one.parent == snapshot_id), key=lambda one: one.created
+        )
+
+    def subtree(self, snapshot_id: str) -> list[Snapshot]:
+        """The snapshot and all that came of it, parents first."""
+        found = [self.snapshots[snapshot_id]]
+        for one in found:  # grows as it is walked
+            found += self.children(one.id)
+        return found
+
+    def frozen(self) -> Iterator[str]:
+        """The images that snapshots need as they are."""
+        for snapshot in self.snapshots.values():
+            yield from snapshot.disks.values()
+
+    def free_name(self, now: float) -> str:
+        """A name for a snapshot that was given none: the time."""
+        name = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        taken = {one.name for one in self.snapshots.values()}
+        return next(one for number in range(1, len(taken) + 2) if (one := _numbered(name, number)) not in taken)
+
+    # -- changing ------------------------------------------------------------------------------------------------
+
+    def check_new(self, name: str) -> None:
+        """Raise for a snapshot that cannot be added: Refused past the limit, AlreadyExists, InvalidSpec."""
+        if len(self.snapshots) >= self.limit:
+            raise Refused(
+                f"has {len(self.snapshots)} snapshots already, and may have {self.limit}",
+                hint="delete some of them, or allow more: vmm snapshot limit MACHINE NUMBER",
+            )
+        self.check_name(name)
+
+    def check_name(self, name: str) -> None:
+        """Raise InvalidSpec for a name that no snapshot can have, AlreadyExists for one that is taken."""
+        if not name.strip() or len(name) > MAX_NAME_CHARACTERS or not name.isprintable() or name != name.strip():
+            raise InvalidSpec(
+                f"{name!r} cannot be the name of a snapshot: use 1 to {MAX_NAME_CHARACTERS} printable "
+                "characters, without a space at either end"
+            )
+        if any(name == one.name for one in self.snapshots.values()):
+            raise AlreadyExists(f"has a snapshot {name!r} already")
+
+    def add(self, snapshot: Snapshot) -> None:
+        """A snapshot was taken of the present state: it is where the machine is now."""
+        assert snapshot.id not in self.snapshots and snapshot.parent == self.now
+        self.snapshots[snapshot.id] = snapshot
+        self.now = snapshot.id
+
+    def grow(
+        self, frozen: str, child: str, format_name: Literal["vhd", "raw"], *, child_id: str | None = None
+    ) -> None:
+        """An image was frozen, and a child made for it, which has that unique id."""
+        self.images.setdefault(frozen, Image(None, ours=False, format=format_name))
+        self.images[child] = Image(frozen, ours=True, id=child_id)
+
+    def remove(self, snapshots: Iterable[Snapshot]) -> None:
+        """Snapshots go; what came of them stands on their parents from now on. Their images stay for the rule."""
+        for gone in snapshots:
+            parent = self.snapshots.pop(gone.id).parent
+            for one in self.children(gone.id):
+                self.snapshots[one.id] = replace(one, parent=parent)
+            if self.now == gone.id:
+                self.now = parent
+
+    def rename(self, snapshot: Snapshot, name: str) -> None:
+        """Give a snapshot another name. Raises as `check_name`."""
+        if name != snapshot.name:
+            self.check_name(name)
+            self.snapshots[snapshot.id] = replace(snapshot, name=name)
+
+    def annotate(self, snapshot: Snapshot, notes: str) -> None:
+        """Give a snapshot other notes. Raises InvalidSpec."""
+        if len(notes) > MAX_NOTES_CHARACTERS:
+            raise InvalidSpec(f"notes have at most {MAX_NOTES_CHARACTERS} characters")
+        self.snapshots[snapshot.id] = replace(snapshot, notes=notes)
+
+    def forget(self, path: str) -> None:
+        """An image is gone, or is the user's own again."""
+        self.images.pop(path, None)
+
+    def rename_users_images(self, rename: Callable[[str], str]) -> None:
+        """Give the images that were not made for the machine the names that `rename` has for them."""
+        names = {path: new for path, one in self.images.items() if not one.ours and (new := rename(path)) != path}
+        if not names:
+            return
+        self.images = {
+            names.get(path, path): replace(one, parent=names.get(one.parent or "", one.parent))
+            for path, one in self.images.items()
+        }
+        for one in list(self.snapshots.values()):
+            disks = {disk: names.get(path, path) for disk, path in one.disks.items()}
+            self.snapshots[one.id] = replace(one, disks=disks)
+
+    def merged(self, target: str, layers: Iterable[str]) -> None:
+        """`layers`, the newest first, were merged into `target`, which is now what the newest of them was."""
+        gone = list(layers)
+        for path, image in list(self.images.items()):
+            if image.parent == gone[0]:
+                self.images[path] = replace(image, parent=target)
+        for one in list(self.snapshots.values()):
+            disks = {disk: target if path == gone[0] else path for disk, path in one.disks.items()}
+            self.snapshots[one.id] = replace(one, disks=disks)
+        for path in gone:
+            self.forget(path)
+
+    # -- writing down --------------------------------------------------------------------------------------------
+
+    def to_json(self) -> bytes:
+        """The tree as it is stored."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "now": self.now,
+            "limit": self.limit,
+            "snapshots": [snapshot_document(one) for one in self.snapshots.values()],
+            "images": {path: image_document(one) for path, one in self.images.items()},
+            "journal": None if self.journal is None else journal_document(self.journal),
+        }
+        return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} ({number})"
+
+
+def read_tree(content: bytes, path: str) -> Tree:
+    """The tree in a file. Raises VmmError for anything else: guessing could remove what somebody needs."""
+    try:
+        document = json.loads(content)
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise VmmError("was written by another version of vmm", path=path, hint="use that version")
+        snapshots = [snapshot_of(one) for one in document["snapshots"]]
+        images = {absolute_path(name): image_of(one) for name, one in document["images"].items()}
+        journal = None if document["journal"] is None else read_journal(document["journal"])
+        tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
+        _check(tree)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise VmmError(
+            "is damaged: it holds no tree of snapshots", path=path,
+            hint="put a copy of it back; or move it away, which forgets the snapshots and keeps their images, then: "
+            "vmm repair MACHINE",
+        ) from error  # fmt: skip
+    return tree
+
+
+def _check(tree: Tree) -> None:
+    """Raise ValueError for a tree that is none: a parent that is not there, a snapshot that stands on itself."""
+    if tree.now is not None and tree.now not in tree.snapshots:
+        raise ValueError("now")
+    for parents in (
+        {one.id: one.parent for one in tree.snapshots.values()},
+        {path: one.parent if one.parent in tree.images else None for path, one in tree.images.items()},
+    ):
+        good: set[str] = set()
+        for start in parents:
+            way: list[str] = []
+            step: str | None = start
+            while step is not None and step not in good:
+                if step in way or step not in parents:
+                    raise ValueError("parent")
+                way.append(step)
+                step = parents[step]
+            good.update(way)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The notes that keeper and worker leave in the runtime folder, so that their successors can continue.
+
+Decides what is recorded about running processes. Each file has one writer: `state.json` the worker, `keeper.json`
+the keeper. A process in a note is believed only while its number and its start time match. Light: the keeper and the
+command line import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from vmm.host.proc import ProcessRef
+from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
+
+_MAX_NOTE_BYTES = 1 << 20
+
+
+class MachineState(StrEnum):
+    """What a machine is doing, in Hyper-V's terms."""
+
+    OFF = "off"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SAVED = "saved"
+    STOPPING = "stopping"
+    CRITICAL = "paused-critical"
+
+
+class Phase(StrEnum):
+    """How far the worker is: whether its QEMU is being made, runs, or is not wanted any more."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class WorkerNote:
+    """The worker's note. `operation` is what it was in the middle of, `details` what that needs to be undone."""
+
+    phase: Phase = Phase.STARTING
+    worker: ProcessRef | None = None
+    qemu: ProcessRef | None = None
+    accelerator: str | None = None
+    started: float | None = None  # seconds since the epoch
+    operation: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, runtime: RuntimePaths) -> None:
+        """Raises VmmError."""
+        document = {
+            "phase": self.phase.value,
+            "worker": _document(self.worker),
+            "qemu": _document(self.qemu),
+            "accelerator": self.accelerator,
+            "started": self.started,
+            "operation": self.operation,
+            "details": self.details,
+        }
+        _write(runtime.state, document)
+
+    @classmethod
+    def read(cls, runtime: RuntimePaths) -> WorkerNote | None:
+        """The note that is there; None for none and for a damaged one."""
+        document = _read(runtime.state)
+        if document is None:
+            return None
+        try:
+            phase = Phase(str(document.get("phase")))
+        except ValueError:
+            return None
+        details, started = document.get("details"), document.get("started")
+        accelerator, operation = document.get("accelerator"), document.get("operation")
+        return cls(
+            phase,
+            ProcessRef.from_document(document.get("worker")),
+            ProcessRef.from_document(document.get("qemu")),
+            accelerator if isinstance(accelerator, str) else None,
+            float(started) if isinstance(started, int | float) else None,
+            operation if isinstance(operation, str) else None,
+            details if isinstance(details, dict) else {},
+        )
+
+
+@dataclass(slots=True)
+class KeeperNote:
+    """The keeper's note. `failure` is the error document of a disks' server that ended by itself."""
+
+    keeper: ProcessRef | None = None
+    worker: ProcessRef | None = None
+    server: ProcessRef | None = None
+    failure: dict[str, Any] | None = None
+
+    def write(self, runtime: RuntimePaths) -> None:
+        """Raises VmmError."""
+        document = {
+            "keeper": _document(self.keeper),
+            "worker": _document(self.worker),
+            "server": _document(self.server),
+            "failure": self.failure,
+        }
+        _write(keeper_note_path(runtime), document)
+
+    @classmethod
+    def read(cls, runtime: RuntimePaths) -> KeeperNote | None:
+        """The note that is there; None for none and for a damaged one."""
+        document = _read(keeper_note_path(runtime))
+        if document is None:
+            return None
+        failure = document.get("failure")
+        return cls(
+            ProcessRef.from_document(document.get("keeper")),
+            ProcessRef.from_document(document.get("worker")),
+            ProcessRef.from_document(document.get("server")),
+            failure if isinstance(failure, dict) else None,
+        )
+
+
+def keeper_note_path(runtime: RuntimePaths) -> str:
+    """Where the keeper's note lies."""
+    return os.path.join(runtime.folder, "keeper.json")
+
+
+# The disks' server and QEMU do not hear what ends a login's or a host's processes (see `leaving`).
+SERVER_END_SIGNAL = signal.SIGINT
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+def mark_leaving(runtime: RuntimePaths) -> None:
+    """Have the machine's worker, and the one after it, carry out the stop action. Never fails."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(runtime.leaving, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+
+def is_leaving(runtime: RuntimePaths) -> bool:
+    """True when the machine was marked so."""
+    return os.path.lexists(runtime.leaving)
+
+
+def end_left(runtime: RuntimePaths, grace_seconds: float) -> None:
+    """End what is left of a machine that nobody looks after; the disks' server flushes first."""
+    for part, ref in processes_of(runtime).items():
+        ref.end(grace_seconds, SERVER_END_SIGNAL if part == "server" else signal.SIGTERM)
+
+
+def processes_of(runtime: RuntimePaths) -> dict[str, ProcessRef]:
+    """Every process in the notes that lives, by its part: keeper, worker, server, qemu."""
+    worker, keeper = WorkerNote.read(runtime) or WorkerNote(), KeeperNote.read(runtime) or KeeperNote()
+    found = {
+        "keeper": keeper.keeper,
+        "worker": worker.worker if worker.worker and worker.worker.is_alive() else keeper.worker,
+        "server": keeper.server,
+        "qemu": worker.qemu,
+    }
+    return {part: ref for part, ref in found.items() if ref is not None and ref.is_alive()}
+
+
+def _document(ref: ProcessRef | None) -> dict[str, Any] | None:
+    return None if ref is None else ref.to_document()
+
+
+def _write(path: str, document: dict[str, Any]) -> None:
+    # Not durable: after a power cut there is nothing to take over.
+    write_whole(path, json.dumps(document).encode() + b"\n", durable=False)
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(_MAX_NOTE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def note_running(machine: MachinePaths, is_running: bool) -> None:
+    """Write down for the host's next start whether the machine runs. Not being able to is not worth failing for."""
+    with contextlib.suppress(OSError):
+        if is_running:
+            os.close(os.open(machine.was_running, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        else:
+            os.unlink(machine.was_running)
+
+
+def note_unclean(machine: MachinePaths) -> None:
+    """The guest's file systems are in use from now on, or nothing is known of them. Raises VmmError."""
+    if not os.path.exists(machine.unclean):
+        write_whole(machine.unclean, b"")
+
+
+def note_clean(machine: MachinePaths) -> None:
+    """The guest has written its file systems out, and does not run any more. Failing to say so is no error."""
+    with contextlib.suppress(OSError):
+        os.unlink(machine.unclean)
+
+
+def is_clean(machine: MachinePaths) -> bool:
+    """True for a machine that has never run, or whose guest shut itself down; not for one that died or was cut off."""
+    return not os.path.lexists(machine.unclean) and not os.path.lexists(machine.was_running)

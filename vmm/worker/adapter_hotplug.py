@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters of a running machine: plugged in when it starts or while it runs, and unplugged when it is off.
+
+Decides in which order an adapter reaches the switch, QEMU and the definition, and that the machines that use a switch
+start its process again when it dies, and join it again when it was deleted and made anew. Joins `net`, which knows
+switches, with `kvm`, which knows QEMU; neither knows the other. What an adapter is made of is decided in
+`net.adapter`, which is imported only if there is one, so a machine without adapters starts without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vmm.host.proc import is_locked
+from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
+from vmm.kvm.process import Identity
+from vmm.model.errors import AlreadyExists, InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState
+from vmm.model.paths import MachinePaths, write_whole
+from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
+from vmm.processes.rpc import Method, Progress, parameter
+from vmm.store import registry
+from vmm.store.back_ends import last_back_ends, note_back_ends
+from vmm.store.snapshots.store import holding
+from vmm.store.state import MachineState
+from vmm.worker.launch import Launch
+from vmm.worker.running import Running
+
+if TYPE_CHECKING:
+    from vmm.net.adapter import Give, Owner, Plugged
+    from vmm.net.joining import Joined
+
+WATCH_SECONDS = 0.5
+UNPLUG_SECONDS = 20.0  # for the guest to let go of an adapter
+_LOOK_SECONDS = 0.05
+_LIVE = (MachineState.RUNNING, MachineState.PAUSED)
+
+
+def owner_of(spec: MachineSpec, runtime_folder: str, identity: Identity | None) -> Owner:
+    """The machine as the network's rooms know it."""
+    from vmm.net.adapter import Owner
+
+    return Owner(spec.id, runtime_folder, None if identity is None else identity.owner)
+
+
+def slot_of(adapter: AdapterSpec, spec: MachineSpec) -> int:
+    """The adapter's place on the bus: it follows from its id, so that others can come and go."""
+    found = re.fullmatch(r"nic-(\d|1[01])", adapter.id)
+    number = int(found[1]) if found else [one.id for one in spec.adapters].index(adapter.id)
+    return adapter_slot(number)
+
+
+def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adapter:
+    """What QEMU is told, with the adapter's place on the bus and in the order of booting."""
+    device = {**plugged.device, "bus": "pci.0", "addr": f"{slot_of(adapter, spec):#x}"}
+    if adapter.kind == "legacy" and (number := boot_indices(spec).get(adapter.id)) is not None:
+        device["bootindex"] = number
+    return Adapter(plugged.netdev, device)
+
+
+def plug_all(spec: MachineSpec, machine: MachinePaths, runtime_folder: str, launch: Launch) -> dict[str, Plugged]:
+    """Every adapter of a machine that is about to start, by its id. Raises VmmError; then none is plugged in.
+
+    One whose switch is gone is prepared for the next switch of that name, on the back end that it was on last.
+    """
+    from vmm.net.adapter import prepare
+
+    owner = owner_of(spec, runtime_folder, launch.identity)
+    last = last_back_ends(machine)
+    done: dict[str, Plugged] = {}
+    try:
+        for adapter in spec.adapters:
+            try:
+                done[adapter.id] = plugged_in(adapter, owner, launch.give)
+            except NotFound as error:
+                back_end = last.get(adapter.id, "user")
+                done[adapter.id] = prepare(adapter, owner, launch.give, back_end=back_end, problem=error.problem)
+        found = {name: one.back_end for name, one in done.items() if one.back_end and one.problem is None}
+        note_back_ends(machine, found)
+    except BaseException:
+        unplug_all(spec, owner)
+        raise
+    return done
+
+
+def plugged_in(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
+    """The adapter's cable in its switch. Raises VmmError, which names other machines as people know them."""
+    from vmm.net.adapter import SameAddress, plug
+
+    try:
+        return plug(adapter, owner, give, lives=lives)
+    except SameAddress as error:
+        other = "/".join(filter(None, registry.machine_of_port(error.port)))
+        raise InUse(
+            f"{adapter.id} has the MAC address {adapter.mac}, which {other} has, too, and that one is on switch "
+            f"{adapter.switch!r} already", hint="give one of them another: vmm nic set MACHINE ADAPTER mac=ADDRESS",
+        ) from error  # fmt: skip
+
+
+def lives(port: Mapping[str, Any]) -> bool:
+    """True when the machine that a switch's port is of runs, or starts; of one that is not known, when it answers."""
+    with contextlib.suppress(VmmError):
+        runtime = registry.load(registry.machine_of_port(port["name"])[0]).runtime
+        return any(is_locked(runtime.lock(part)) for part in ("keeper", "worker"))
+    return bool(port["connected"])
+
+
+def unplug_all(spec: MachineSpec, owner: Owner) -> None:
+    """Every adapter of a machine that is off; what resists is left."""
+    from vmm.net.adapter import unplug
+
+    for adapter in spec.adapters:
+        with contextlib.suppress(VmmError, OSError):
+            unplug(adapter, owner)
+
+
+class Wiring:
+    """The adapters of a running machine, as its worker offers them."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        self._ends: dict[str, int] = {}  # by the adapter's id: readable once its switch's process has ended
+        self._woken = asyncio.Event()
+        self._joined: dict[str, Joined] = {}  # by the adapter's id: where it was at the last look
+        running.plug_adapters = self._plug_all
+
+    @property
+    def owner(self) -> Owner:
+        """The machine as the network's rooms know it."""
+        running = self._running
+        return owner_of(running.spec, running.runtime.folder, running.identity)
+
+    def _plug_all(self, launch: Launch) -> tuple[Adapter, ...]:
+        """As `plug_all`. In a thread: what is to be told of it is told by `set_links`."""
+        running, self._joined = self._running, {}
+        if not running.spec.adapters:
+            return ()
+        done = plug_all(running.spec, running.machine, running.runtime.folder, launch)
+        from vmm.net.joining import Joined
+
+        self._joined = {name: Joined(None, one.problem) for name, one in done.items() if one.problem is not None}
+        return tuple(described(adapter, running.spec, done[adapter.id]) for adapter in running.spec.adapters)
+
+    def disconnected(self) -> list[dict[str, str | None]]:
+        """The adapters that are on no switch although their definition names one, each with the reason."""
+        found = [(one, self._joined.get(one.id)) for one in self._running.spec.adapters]
+        return [
+            {"adapter": one.id, "switch": one.switch, "problem": joined.problem}
+            for one, joined in found
+            if joined is not None and joined.switch_id is None
+        ]
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers about adapters."""
+        return {"nic-add": self._add, "nic-remove": self._remove, "nic-set": self._set}
+
+    def _check(self, verb: str) -> None:
+        if self._running.state not in _LIVE:
+            raise WrongState(f"is {self._running.state.value}: cannot {verb} now")
+
+    def _adapter(self, params: dict[str, Any]) -> AdapterSpec:
+        adapter_id = parameter(params, "adapter", str, "")
+        adapter = self._running.spec.adapter(adapter_id)
+        if adapter is None:
+            known = ", ".join(one.id for one in self._running.spec.adapters) or "none"
+            raise NotFound(f"there is no adapter {adapter_id!r} in the running machine; there are {known}")
+        return adapter
+
+    async def _add(self, params: dict[str, Any], progress: Progress) -> object:
+        """Plug in an adapter; {"adapter": an adapter's settings}."""
+        adapter = make_adapter(**parameter(params, "adapter", dict, {}))
+        self._check("add an adapter")
+        before = self._running.spec
+        if before.adapter(adapter.id) is not None:
+            raise AlreadyExists(f"there is an adapter {adapter.id!r} already")
+        after = before.changed(adapters=[*before.adapters, adapter])
+        with self._running.busy("nic-add"):
+            given: list[tuple[str, int]] = []
+
+            def give(ours: int) -> str:
+                given.append((f"{adapter.id}.{len(given)}", ours))
+                return given[-1][0]
+
+            try:
+                plugged = await asyncio.to_thread(plugged_in, adapter, self.owner, give)
+                if plugged.back_end is not None:
+                    note_back_ends(self._running.machine, {adapter.id: plugged.back_end})
+                await self._tell_qemu(described(adapter, after, plugged), given)
+                self._write_down(after)
+            except BaseException:
+                await asyncio.to_thread(unplug_all, after.changed(adapters=[adapter]), self.owner)
+                raise
+        self._running.tell("adapter-added", adapter=adapter.id, switch=adapter.switch)
+        return {"adapter": adapter.model_dump(mode="json"), "data_path": plugged.data_path}
+
+    async def _tell_qemu(self, one: Adapter, given: list[tuple[str, int]]) -> None:
+        qmp = self._running.qmp
+        try:
+            for name, descriptor in given:
+                await qmp.send_descriptor(name, descriptor)
+            await qmp.execute("netdev_add", **one.netdev)
+        except BaseException:
+            for name, _ in given:  # a tap that QEMU holds open cannot go
+                await qmp.forget_descriptor(name)
+            raise
+        finally:
+            for _, descriptor in given:
+                os.close(descriptor)
+        try:
+            await qmp.execute("device_add", **one.device)
+            await self._set_link(str(one.device["id"]), True)
+        except BaseException:
+            with contextlib.suppress(VmmError):
+                await qmp.execute("netdev_del", id=one.netdev["id"])
+            raise
+
+    async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
+        """Unplug an adapter; {"adapter": id}."""
+        from vmm.net.adapter import unplug, wire_id
+
+        adapter = self._adapter(params)
+        self._check("remove an adapter")
+        after = self._running.spec.changed(
+            adapters=[one for one in self._running.spec.adapters if one.id != adapter.id]
+        )
+        with self._running.busy("nic-remove"):
+            qmp = self._running.qmp
+            with contextlib.suppress(QemuFailed):  # gone already, after a try that took too long
+                await qmp.execute("device_del", id=adapter.id)
+            if not await self._is_gone(adapter.id):
+                raise TimedOut(
+                    f"the guest did not let go of {adapter.id} within {UNPLUG_SECONDS:.0f} s",
+                    hint="try again when the guest has booted, or take the cable out:"
+                    " vmm nic set MACHINE ADAPTER link=down",
+                )
+            with contextlib.suppress(QemuFailed):
+                await qmp.execute("netdev_del", id=wire_id(adapter.id))
+            await asyncio.to_thread(unplug, adapter, self.owner)
+            self._joined.pop(adapter.id, None)
+            self._forget_end(adapter.id)
+            self._write_down(after)
+        self._running.tell("adapter-removed", adapter=adapter.id)
+        return {"adapter": adapter.id}
+
+    async def _is_gone(self, adapter_id: str) -> bool:
+        deadline = asyncio.get_running_loop().time() + UNPLUG_SECONDS
+        while asyncio.get_running_loop().time() < deadline:
+            present = await self._running.qmp.execute("qom-list", path="/machine/peripheral")
+            if all(one["name"] != adapter_id for one in present):
+                return True
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
+    async def _set(self, params: dict[str, Any], progress: Progress) -> object:
+        """Other rules for an adapter that stays where it is plugged in; {"adapter": its new settings}."""
+        from vmm.net.adapter import replug
+
+        adapter = make_adapter(**parameter(params, "adapter", dict, {}))
+        before = self._adapter({"adapter": adapter.id})
+        fixed = [key for key in ("switch", "kind", "mac", "queues") if getattr(adapter, key) != getattr(before, key)]
+        if fixed:
+            raise WrongState(
+                f"is running: the {fixed[0]} of {adapter.id} cannot change now", hint="remove the adapter and add it"
+            )
+        spec = self._running.spec
+        after = spec.changed(adapters=[adapter if one.id == adapter.id else one for one in spec.adapters])
+        with self._running.busy("nic-set"):
+            await asyncio.to_thread(replug, adapter, self.owner)
+            if adapter.link_up != before.link_up:
+                await self._set_link(adapter.id, adapter.link_up)
+            self._write_down(after)
+        self._running.tell("adapter-changed", adapter=adapter.id)
+        return {"adapter": adapter.model_dump(mode="json")}
+
+    async def _set_link(self, adapter_id: str, up: bool) -> None:
+        """What the guest sees of its cable."""
+        await self._running.qmp.execute("set_link", name=adapter_id, up=up)
+
+    def _write_down(self, spec: MachineSpec) -> None:
+        with holding(self._running.machine, self._running.spec.name) as held:
+            registry.update(held, lambda stored: stored.changed(adapters=list(spec.adapters)))
+        write_whole(self._running.runtime.running, spec.to_json(), durable=False)
+        self._running.spec = spec
+
+    # -- keeping switches alive -----------------------------------------------------------------------------------
+
+    async def set_links(self) -> None:
+        """After a start: what each cable is like. Memory that was restored knows how it was when it was saved."""
+        for one in self.disconnected():
+            self._running.tell("adapter-disconnected", **one)
+        without = {one["adapter"] for one in self.disconnected()}
+        for adapter in self._running.spec.adapters:
+            await self._set_link(adapter.id, adapter.link_up and adapter.id not in without)
+
+    async def watch(self) -> None:
+        """As long as the machine runs, keep its adapters on their switches."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), WATCH_SECONDS)
+            self._woken.clear()
+            for adapter in self._running.spec.adapters:
+                if adapter.switch is not None and self._running.state in (*_LIVE, MachineState.CRITICAL):
+                    with contextlib.suppress(VmmError, OSError):  # the next look tries again
+                        await self._look_at(adapter)
+
+    async def _look_at(self, adapter: AdapterSpec) -> None:
+        """Have an adapter on its switch, and tell the guest, by its link, when that came or went."""
+        from vmm.net.joining import join
+
+        before = self._joined.get(adapter.id)
+        now = await asyncio.to_thread(join, adapter, self.owner, None if before is None else before.switch_id, lives)
+        self._joined[adapter.id] = now
+        await self._watch_end(adapter)
+        if now.was_restarted:
+            self._running.tell("switch-restarted", switch=adapter.switch)
+        for what in now.mended:
+            self._running.tell("switch-mended", switch=adapter.switch, what=what)
+        for fault in now.failed:
+            self._running.tell("switch-impaired", switch=adapter.switch, what=fault.what, problem=fault.problem)
+        if now.switch_id is None and (before is None or before.problem != now.problem):
+            self._running.tell("adapter-disconnected", adapter=adapter.id, switch=adapter.switch, problem=now.problem)
+            await self._set_link(adapter.id, False)
+        elif now.has_come:
+            self._running.tell("adapter-connected", adapter=adapter.id, switch=adapter.switch)
+            await self._set_link(adapter.id, adapter.link_up)
+
+    async def _watch_end(self, adapter: AdapterSpec) -> None:
+        """Have the end of the switch's process wake `watch`: guests are cut off until it is started again."""
+        from vmm.net.joining import end_descriptor
+
+        if adapter.id not in self._ends:
+            descriptor = await asyncio.to_thread(end_descriptor, adapter)
+            if descriptor is not None:
+                self._ends[adapter.id] = descriptor
+                asyncio.get_running_loop().add_reader(descriptor, self._switch_ended, adapter.id)
+
+    def _switch_ended(self, adapter_id: str) -> None:
+        self._forget_end(adapter_id)
+        self._woken.set()
+
+    def _forget_end(self, adapter_id: str) -> None:
+        descriptor = self._ends.pop(adapter_id, None)
+        if descriptor is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+
+    async def put_away(self) -> None:
+        """The machine is off."""
+        for adapter_id in list(self._ends):
+            self._forget_end(adapter_id)
+        if self._running.spec.adapters:
+            await asyncio.to_thread(unplug_all, self._running.spec, self.owner)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking a guest to shut itself down until it does: by its agent, otherwise by the power button.
+
+Decides when it is worth asking again. A guest that has just begun to boot hears neither: if the button is
+pressed before the guest listens, that is lost, and the agent starts last. So the guest is asked again when an agent
+starts, and the button is pressed again from time to time while the guest is young. An older guest has heard it, and
+might take a second press for something else. Must not know what follows if the guest does not obey.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Final, Literal, Protocol
+
+from vmm.kvm.guest_agent import GuestAgent
+from vmm.kvm.qmp import Qmp
+from vmm.model.errors import VmmError
+
+YOUNG_SECONDS: Final = 300.0  # since it was booted: a slow installation medium takes minutes
+AGAIN_SECONDS: Final = 5.0
+_LOOK_SECONDS = 0.1
+
+Way = Literal["agent", "power button"]
+
+
+class Machine(Protocol):
+    """What is needed of a running machine; `running.Running` is one."""
+
+    agent: GuestAgent
+    exited: asyncio.Event
+
+    @property
+    def qmp(self) -> Qmp: ...
+    def tell(self, event: str, **details: object) -> None: ...
+    def boot_age_seconds(self) -> float: ...
+
+
+async def ask_until_off(running: Machine, timeout_seconds: float, *, again_seconds: float = AGAIN_SECONDS) -> None:
+    """Ask until the guest has powered off. Raises TimeoutError; QemuFailed and TimedOut when QEMU cannot be asked.
+
+    The time is looked at between questions: one that is cut off would be answered to whoever asks next.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    told: Way | None = None
+    while not running.exited.is_set():
+        way = await _ask(running)
+        if way != told:
+            running.tell("shutdown-requested", by=way)
+            told = way
+        await _until_worth_asking_again(running, way, again_seconds, deadline)
+
+
+async def _ask(running: Machine) -> Way:
+    with contextlib.suppress(VmmError):
+        await running.agent.shutdown()
+        return "agent"
+    await running.qmp.execute("system_powerdown")
+    return "power button"
+
+
+async def _until_worth_asking_again(running: Machine, way: Way, again_seconds: float, deadline: float) -> None:
+    since = time.monotonic()
+    was_without_agent = not running.agent.is_open
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running.exited.wait(), min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+            return
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        if running.agent.is_open and was_without_agent:
+            return  # it has come, or come again after a restart
+        was_without_agent = was_without_agent or not running.agent.is_open
+        is_time = way == "power button" and time.monotonic() - since > again_seconds
+        if is_time and running.boot_age_seconds() < YOUNG_SECONDS:
+            return

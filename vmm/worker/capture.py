@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of a machine that runs, in its worker: memory, devices and all disks of one moment.
+
+    lock, journal: prepare   the snapshot's folder, its configuration, a file with room for all the memory
+    (agent: freeze)          only on request; thawed in any case
+    the guest stands still   all disks get their new leaves, in one call of their server
+    it continues             definitions follow; QEMU writes memory in the background
+    all is written           the folder gets its name, and the tree the snapshot: from here on it exists
+
+Decides the order, and what an early end leaves: before the disks are exchanged nothing; after that the guest continues
+on its new leaves, and the images below, which belong to no snapshot, are merged when the machine is off. If the worker
+is killed, its successor finishes the snapshot (`recover`), because QEMU goes on writing by itself. How QEMU is told is
+decided in `kvm.background`.
+
+No numpy here, so that the worker stays small. What needs it is done by the command that asks, or by `fold`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vmm.kvm import background
+from vmm.kvm.background import Capturing, Mode
+from vmm.model.errors import InUse, VmmError, WrongState
+from vmm.processes.rpc import Method, Progress, parameter
+from vmm.snapshots.create import Wish, begin
+from vmm.snapshots.steps import pivoted
+from vmm.store.backup_note import has_note
+from vmm.store.snapshots.journal import CreateLive
+from vmm.store.snapshots.memory import SnapshotFolder, description_document
+from vmm.store.snapshots.snapshot import Snapshot
+from vmm.store.snapshots.store import Held, holding
+from vmm.store.state import MachineState
+from vmm.worker.recovery import follow_pivots, served_ids, served_leaves
+
+if TYPE_CHECKING:
+    from vmm.worker.disk_hotplug import Plugging
+    from vmm.worker.running import Running
+
+OPERATION = "snapshot"
+LONG_PAUSE_SECONDS = 1.0  # after which the guest's clock is set: memory is large, and there is no better mode
+FREEZE_SECONDS = 10.0  # the guest's file systems thaw by themselves then
+
+
+class Capture:
+    """The snapshots of one running machine."""
+
+    def __init__(self, running: Running, plugging: Plugging) -> None:
+        self._running = running
+        self._plugging = plugging
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers."""
+        return {"snapshot-create": self._create}
+
+    # -- taking --------------------------------------------------------------------------------------------------
+
+    async def _create(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"name", "notes", "consistent", "mode"}: {"id", "pause_seconds", "mode"}."""
+        running = self._running
+        wish = Wish(parameter(params, "name", str), parameter(params, "notes", str, ""))
+        mode = parameter(params, "mode", str)
+        consistent = bool(parameter(params, "consistent", bool, False))
+        if running.state not in (MachineState.RUNNING, MachineState.PAUSED):
+            raise WrongState(f"is {running.state.value}: no snapshot can be taken now")
+        if consistent and running.state is not MachineState.RUNNING:
+            raise WrongState("is paused: its guest cannot freeze its file systems", hint="without --consistent")
+        with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
+            held.need_settled()
+            if has_note(running.machine):
+                raise InUse("a backup is still being merged away", hint="try again in a moment")
+            taking = _Taking(running, self._plugging, held, wish, Mode(mode) if mode else None, consistent=consistent)
+            try:
+                snapshot = await taking.run(progress)
+            except BaseException:
+                await taking.take_back()
+                raise
+        if (snapshot.pause_seconds or 0.0) > LONG_PAUSE_SECONDS:
+            running.clock.bring_to_now("snapshot")
+        running.tell(
+            "snapshot-created", snapshot=snapshot.name, pause_seconds=snapshot.pause_seconds, mode=snapshot.mode
+        )
+        return {"id": snapshot.id, "pause_seconds": snapshot.pause_seconds, "mode": snapshot.mode}
+
+
+class _Taking:
+    """One snapshot being taken."""
+
+    def __init__(
+        self, running: Running, plugging: Plugging, held: Held, wish: Wish, mode: Mode | None, *, consistent: bool
+    ) -> None:
+        self._running = running
+        self._plugging = plugging
+        self._held = held
+        self._mode = mode
+        self._consistent = consistent
+        self._was_running = running.state is MachineState.RUNNING
+        snapshot, self._pivots = begin(held, running.spec, wish, "running" if self._was_running else "paused")
+        self._snapshot = replace(snapshot, consistent=consistent)
+        self._folder = SnapshotFolder(snapshot.folder)
+        self._journal = CreateLive(snapshot.folder, tuple(self._pivots))
+        self._is_begun = False
+        self._capturing: Capturing | None = None
+
+    async def run(self, progress: Progress) -> Snapshot:
+        """The snapshot. Raises VmmError; `take_back` afterwards."""
+        running, spec = self._running, self._running.spec
+        self._held.begin(self._journal)
+        self._is_begun = True
+        progress({"step": "making room"})
+        await asyncio.to_thread(self._folder.begin, spec)
+        descriptor, room_taken = await asyncio.to_thread(self._folder.open_memory, spec.memory_bytes)
+        try:
+            mode = await background.best_mode(running.qmp, self._mode, room_taken=room_taken, runs=self._was_running)
+            capturing = self._capturing = Capturing(
+                lambda: running.qmp, descriptor, mode, was_running=self._was_running
+            )
+            version = (await running.qmp.execute("query-version"))["qemu"]
+            description = description_document(
+                spec, qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
+                accelerator=str(running.note.accelerator), was_running=self._was_running,
+                media=running.media,
+            )  # fmt: skip
+            self._snapshot = replace(self._snapshot, mode=mode.value)
+            self._journal = replace(
+                self._journal, mode=mode.value, was_running=self._was_running, description=description,
+                snapshot=self._snapshot,
+            )  # fmt: skip
+            self._held.go_on(self._journal)
+            await capturing.prepare()
+            if self._pivots:
+                await running.server.call("prepare", exports=self._leaves())
+            async with contextlib.AsyncExitStack() as frozen:
+                if self._consistent:
+                    await frozen.enter_async_context(running.agent.frozen(max_seconds=FREEZE_SECONDS))
+                await capturing.take(self._pivot, progress)
+            await self._follow()
+            size = await capturing.finish(progress)
+            await asyncio.to_thread(self._folder.complete_memory, descriptor, size, description)
+        finally:
+            os.close(descriptor)
+        self._folder.finish()
+        snapshot = replace(self._snapshot, memory_bytes=size, pause_seconds=capturing.pause_seconds)
+        self._held.tree.add(snapshot)
+        self._held.done()
+        await capturing.reset()
+        return snapshot
+
+    def _leaves(self) -> dict[str, str]:
+        return {one.disk: one.child for one in self._pivots}
+
+    async def _pivot(self) -> None:
+        """All disks at once, and what else QEMU writes to while the guest runs."""
+        if self._pivots:
+            await self._running.server.call("snapshot", exports=self._leaves())
+        self._folder.copy_uefi(self._running.machine, self._running.spec)
+
+    async def _follow(self) -> None:
+        """The definitions say where the disks are now, and the tree knows the images."""
+        self._journal = replace(self._journal, pivoted=True)
+        ids = await served_ids(self._running) if self._pivots else {}
+        for one in self._pivots:
+            self._held.tree.grow(one.frozen, one.child, one.format, child_id=ids.get(one.child))
+        self._held.go_on(self._journal)
+        if self._pivots:
+            await asyncio.to_thread(self._plugging.write_down, self._held, pivoted(self._running.spec, self._pivots))
+
+    async def take_back(self) -> None:
+        """After a failure: what was pivoted stays so, the rest goes. What cannot be put in order now stands in the
+        journal, and is settled before anything else is begun.
+        """
+        running, held = self._running, self._held
+        try:
+            if self._capturing is not None:
+                await self._capturing.reset()
+            held.reload()
+            if not self._is_begun or held.tree.journal is None:
+                return
+            held.take_over()
+            if running.exited.is_set():
+                return  # the leaves are adopted when the machine is off, or before it is started again
+            moved = await served_leaves(running)
+            await follow_pivots(running, held, self._journal.pivots, moved)
+            self._folder.discard()
+            held.done()
+        except (VmmError, OSError) as error:
+            running.tell("snapshot-left", problem=str(error))

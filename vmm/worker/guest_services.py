@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker offers about the inside of its machine: its screen, its agent, the key-value exchange.
+
+Decides the names, parameters and results of these methods of the control socket; what they do is decided in
+`kvm.guest_agent`, `kvm.key_value` and `kvm.screen`. Results are JSON; a picture is encoded in base64.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from vmm.kvm import screen
+from vmm.kvm.key_value import POOLS, find_item, pool_named
+from vmm.model.errors import InvalidSpec, WrongState
+from vmm.processes.rpc import Method, Progress, parameter
+
+if TYPE_CHECKING:
+    from vmm.worker.running import Running
+
+MAX_FREEZE_SECONDS: Final = 300.0
+
+
+class GuestServices:
+    """The methods, for one running machine."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        self._one_picture = asyncio.Lock()
+
+    def methods(self) -> dict[str, Method]:
+        """By name, for the control socket."""
+        return {
+            "screen": self._screen,
+            "agent-ping": self._ping,
+            "agent-info": self._info,
+            "agent-freeze": self._freeze,
+            "agent-thaw": self._thaw,
+            "agent-set-time": self._set_time,
+            "kvp-list": self._list,
+            "kvp-get": self._get,
+            "kvp-set": self._set,
+            "kvp-delete": self._delete,
+        }
+
+    async def _screen(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"png": base64}. Raises WrongState for a machine without a screen."""
+        if not self._running.spec.screen:
+            raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screen, when it is off")
+        async with self._one_picture:
+            picture = await screen.screendump(self._running.qmp)
+        return {"png": base64.b64encode(picture).decode()}
+
+    # -- the agent --------------------------------------------------------------------------------------------------
+
+    async def _ping(self, params: dict[str, Any], progress: Progress) -> object:
+        """The heartbeat, after asking for one."""
+        await self._running.agent.ping()
+        return asdict(self._running.agent.heartbeat())
+
+    async def _info(self, params: dict[str, Any], progress: Progress) -> object:
+        """Heartbeat, system and addresses, asked for now. Raises AgentUnavailable where nobody answers."""
+        agent = self._running.agent
+        info = await agent.os_info()
+        interfaces = await agent.addresses()
+        beat = agent.heartbeat()
+        return {
+            "heartbeat": beat.state,
+            "seen_seconds_ago": beat.seen_seconds_ago,
+            "os": asdict(info),
+            "interfaces": [asdict(one) for one in interfaces],
+        }
+
+    async def _freeze(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"max_seconds": S}: {"count": file systems}; they thaw by themselves after S seconds."""
+        seconds = parameter(params, "max_seconds", int | float, 10.0)
+        if not 0 < seconds <= MAX_FREEZE_SECONDS:
+            raise InvalidSpec(f"file systems stay frozen for at most {MAX_FREEZE_SECONDS:g} seconds")
+        return {"count": await self._running.agent.freeze(max_seconds=seconds), "max_seconds": seconds}
+
+    async def _thaw(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"count": file systems}."""
+        return {"count": await self._running.agent.thaw()}
+
+    async def _set_time(self, params: dict[str, Any], progress: Progress) -> object:
+        """The guest's clock to the host's."""
+        await self._running.agent.set_time()
+        return {}
+
+    # -- the exchange -----------------------------------------------------------------------------------------------
+
+    async def _list(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"items": {pool: {key: value}}, "present": whether somebody in the guest takes part}."""
+        exchange = self._running.exchange
+        return {"items": {pool: exchange.items(pool) for pool in POOLS}, "present": exchange.is_present}
+
+    async def _get(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"key": K, "pool": P or none for the guest's, then the host's}: {"value": V, "pool": P}."""
+        key, pool = _key(params), pool_named(parameter(params, "pool", str))
+        return dict(zip(("value", "pool"), find_item(self._running.exchange.get, key, pool), strict=True))
+
+    async def _set(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"key": K, "value": V}: {"taken": whether the guest has it}."""
+        return {"taken": await self._running.exchange.set(_key(params), parameter(params, "value", str, ""))}
+
+    async def _delete(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"key": K}: {"taken": whether the guest has heard of it}."""
+        return {"taken": await self._running.exchange.delete(_key(params))}
+
+
+def _key(params: dict[str, Any]) -> str:
+    return str(parameter(params, "key", str, ""))

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that QEMU is given when it starts: sockets, descriptors, copies of files, and the command line.
+
+Decides what a definition needs from this host, and that all of it is checked and held open before QEMU starts. What
+is opened here reaches QEMU as a descriptor, so neither its user nor later changes of names matter. Must not know
+states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vmm.kvm import program, userfault
+from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
+from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
+from vmm.model.errors import InvalidSpec, Unsupported, VmmError, of_os_error
+from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.model.spec import DiskSpec, MachineSpec
+from vmm.processes.rpc import bind_private
+from vmm.store.media import is_device, kernel_hint, known_by, open_in_drive
+
+FIRST_DESCRIPTOR = 10  # as QEMU sees the first; those below are everybody's
+# UEFI firmware as distributions install it: code, and an empty store for variables.
+UEFI_PLACES = (
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+)
+_NO_KERNEL_BYTES = 4096  # QEMU reads a header and four sectors of set-up code
+UEFI_HINT = "install UEFI firmware for guests: sudo apt install ovmf"
+
+
+@dataclass(slots=True)
+class Launch:
+    """What QEMU is to be started with. `close` after it was started, or when it is not going to be."""
+
+    identity: Identity | None
+    descriptors: dict[int, int] = field(default_factory=dict)  # as QEMU sees them -> ours
+    media: dict[str, str | None] = field(default_factory=dict)  # drive -> what its medium is known by
+    sets: int = 0
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def give(self, ours: int) -> int:
+        """QEMU gets this descriptor, and sees it under the number returned. Ours is closed by `close`."""
+        number = FIRST_DESCRIPTOR + len(self.descriptors)
+        self.descriptors[number] = ours
+        self._open.callback(os.close, ours)
+        return number
+
+    def give_set(self, ours: int) -> tuple[int, int]:
+        """(set, descriptor as QEMU sees it) of a set of this one descriptor."""
+        self.sets += 1
+        return self.sets, self.give(ours)
+
+    def give_secret(self, secret_id: str, content: bytes) -> Device:
+        """QEMU gets a secret; what object it makes of it."""
+        memory = os.memfd_create(secret_id, os.MFD_CLOEXEC)
+        number = self.give(memory)
+        os.write(memory, content)
+        return {"qom-type": "secret", "id": secret_id, "file": f"/dev/fd/{number}"}
+
+    def listen(self, path: str) -> int:
+        """A listening socket there for QEMU; only we may connect. Raises OSError."""
+        return self.give(bind_private(path).detach())
+
+    def close(self) -> None:
+        """Give up our ends."""
+        self._open.close()
+
+
+def no_adapters(launch: Launch) -> tuple[Adapter, ...]:
+    """What a machine without a network has."""
+    del launch
+    return ()
+
+
+def prepare(
+    spec: MachineSpec,
+    machine: MachinePaths,
+    runtime: RuntimePaths,
+    *,
+    accelerator: str,
+    incoming: bool,
+    identity: Identity | None,
+    had_kernel: bool = False,
+    adapters: Callable[[Launch], tuple[Adapter, ...]] = no_adapters,
+) -> tuple[list[str], Launch]:
+    """(the command, what goes with it). Raises VmmError for whatever is missing; then nothing is left open.
+
+    `adapters` delivers the network adapters. `had_kernel`: what is restored was started with a kernel, so QEMU must
+    have one, whatever it is.
+    """
+    check_reachable(runtime.folder, identity)
+    for disk in spec.disks:
+        if disk.controller == "ide" and disk.read_only and disk.kind != "iso":  # of a definition from elsewhere
+            raise InvalidSpec(
+                f"{disk.id} is read-only, and there is no read-only disk on IDE", machine=spec.name, path=disk.path,
+                hint=f"vmm disk remove {spec.name} {disk.id}, and add it again with ,controller=scsi,read-only",
+            )  # fmt: skip
+    launch = Launch(identity, media={disk.id: None for disk in spec.disks if disk.kind == "iso"})
+    try:
+        media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if disk.kind != "vhd" and disk.path}
+        services = spec.integration
+        wants_agent = services.heartbeat or services.shutdown or services.time_sync or services.backup
+        facts = Facts(
+            accelerator=accelerator,
+            nbd_socket=runtime.nbd,
+            sockets=Sockets(
+                qmp=launch.listen(runtime.qmp),
+                serial=launch.listen(runtime.serial),
+                agent=launch.listen(runtime.agent) if wants_agent else None,
+                key_value=launch.listen(runtime.key_value) if services.key_value else None,
+            ),
+            vnc_socket=_display(runtime, identity) if spec.screen else None,
+            kernel_path=_kernel(spec, runtime, identity, had_kernel=had_kernel),
+            initrd_path=_copied(spec, "initrd", runtime, identity),
+            media=media,
+            adapters=adapters(launch),
+            incoming=incoming,
+            uefi_code_path=find_uefi()[0] if spec.firmware == "uefi" else None,
+            uefi_variables=_uefi_variables(machine, launch) if spec.firmware == "uefi" else None,
+        )
+        scratch = os.path.join(runtime.folder, "dev")
+        os.makedirs(scratch, mode=0o711, exist_ok=True)
+        command = privileged_command(
+            [program.find(), *qemu_arguments(spec, facts)],
+            identity=identity,
+            uses_kvm=accelerator == "kvm",
+            capture=userfault.best_way() if spec.background_capture and identity is not None else None,
+            scratch_folder=scratch,
+        )
+    except OSError as error:
+        launch.close()
+        raise of_os_error(error, "prepare the machine's sockets") from error
+    except BaseException:
+        launch.close()
+        raise
+    return command, launch
+
+
+def _display(runtime: RuntimePaths, identity: Identity | None) -> str:
+    """Where QEMU itself listens for viewers of the screen: the only folder that it may write into."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(runtime.vnc)
+    if not os.path.isdir(runtime.display):
+        os.mkdir(runtime.display, 0o700)
+    if identity is not None:
+        os.chown(runtime.display, *identity.owner, follow_symlinks=False)
+    return runtime.vnc
+
+
+def _copied(
+    spec: MachineSpec, what: Literal["kernel", "initrd"], runtime: RuntimePaths, identity: Identity | None
+) -> str | None:
+    """A file that QEMU opens by its name, where its user may read it."""
+    path = spec.kernel if what == "kernel" else spec.initrd
+    if path is None:
+        return None
+    target = os.path.join(runtime.folder, what)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target)
+    try:
+        return private_copy(path, target, identity)
+    except VmmError as error:
+        error.hint = error.hint or kernel_hint(spec.name, what)
+        raise
+
+
+def _kernel(spec: MachineSpec, runtime: RuntimePaths, identity: Identity | None, *, had_kernel: bool) -> str | None:
+    """The kernel; for memory whose kernel is gone a file of zeros, with which no guest can be booted.
+
+    QEMU restores memory only where there is a kernel as there was one: with it comes a ROM, which is part of memory.
+    """
+    if spec.kernel is not None or not had_kernel:
+        return _copied(spec, "kernel", runtime, identity)
+    target = os.path.join(runtime.folder, "kernel")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target)
+    with open(target, "xb") as file:
+        file.write(bytes(_NO_KERNEL_BYTES))
+    os.chmod(target, 0o444)
+    return target
+
+
+def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
+    if disk.kind == "iso":
+        opened = open_in_drive(spec, disk)
+        launch.media[disk.id] = known_by(opened, disk.path)
+        number, descriptor = launch.give_set(opened)
+        node = file_node(disk.id, number, read_only=True, is_device=is_device(opened))
+        return Medium(node, ((number, descriptor),))
+    from vmm.store.devices import medium_of  # few machines need it, and every start would wait for it
+
+    return medium_of(spec, disk, give_set=launch.give_set, give_secret=launch.give_secret)
+
+
+def find_uefi() -> tuple[str, str]:
+    """(code, empty variables) of the UEFI firmware. Raises Unsupported where there is none."""
+    for code, variables in UEFI_PLACES:
+        if os.path.exists(code) and os.path.exists(variables):
+            return code, variables
+    raise Unsupported("there is no UEFI firmware for guests on this host", hint=UEFI_HINT)
+
+
+def _uefi_variables(machine: MachinePaths, launch: Launch) -> Medium:
+    """The machine's own variables, which are made when it is first started."""
+    path = machine.uefi_variables
+    try:
+        if not os.path.exists(path):
+            part = f"{path}.part"
+            shutil.copyfile(find_uefi()[1], part)
+            os.chmod(part, 0o600)
+            os.rename(part, path)
+        number, descriptor = launch.give_set(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+    except OSError as error:
+        raise of_os_error(error, "open the UEFI variables", path=path) from error
+    return Medium(file_node(UEFI_VARIABLES, number, read_only=False), ((number, descriptor),))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running machine whose host stops: its automatic stop action, in bounded time, whatever the request comes from.
+
+Decides what is tried if one way fails (a machine that cannot be saved is asked to shut down, and if it does not, it is
+powered off), how much of the time each may take, and that the work is done once: a signal to the worker or
+the keeper, and `vmm host autostart --stop-machines`, all lead here, at once or one after the other. Must not know how
+these requests arrive, nor what becomes of the disks.
+
+INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action.
+QEMU and the disk server do not end by it (`running`, `keeper`), and because of a mark in the runtime folder the next
+worker continues if this one is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from vmm.model.errors import InUse, TimedOut, VmmError
+from vmm.store import registry, saved
+from vmm.store.state import Phase, mark_leaving
+from vmm.worker.running import LOOK_SECONDS, End, Running
+
+if TYPE_CHECKING:
+    from vmm.worker.saving import Saving
+
+# systemd kills what is left of a login 90 seconds after it asked its processes to end.
+SIGNAL_SECONDS = 75.0
+HOST_SECONDS = 600.0  # our own unit has 900, for all machines
+_IDLE_SHARE, _SAVE_SHARE = 0.2, 0.6  # of the time: to wait for another operation, and until saving is given up
+_OFF_SECONDS = 10.0  # what is kept for QEMU to write out its disks and end
+
+_GIVING_WAY = ("backup", "snapshot-merge")  # what they merge can be cancelled, and goes on another time
+
+Way = Callable[[float], Awaitable[None]]
+Rest = Callable[[], asyncio.Future[None] | None]
+
+
+class Leaving:
+    """The end of one running machine, by its automatic stop action. For one event loop."""
+
+    def __init__(self, running: Running, saving: Saving) -> None:
+        self._running = running
+        self._saving = saving
+        self._task: asyncio.Task[str] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """True from the first request on."""
+        return self._task is not None
+
+    def begin(self, by: str, seconds: float, after: Rest = lambda: None) -> asyncio.Task[str]:
+        """Begin, or join what has begun; the task's result says what was done.
+
+        `by`: who asked, for the event. `after`: the work on what a worker before us left, once it has begun; it comes
+        first.
+        """
+        if self._task is None:
+            mark_leaving(self._running.runtime)
+            self._task = asyncio.create_task(self._leave(by, seconds, after))
+        return self._task
+
+    async def _leave(self, by: str, seconds: float, after: Rest) -> str:
+        running = self._running
+        began = time.monotonic()
+        action = self._action()
+        running.tell("host-stopping", action=action, by=by)
+        await self._wait_ready(began + seconds * _IDLE_SHARE, after)
+        running.is_leaving = True
+        ways: dict[str, tuple[str, Way]] = {
+            "save": ("saved", self._save),
+            "shut-down": ("shut down", self._shut_down),
+            "turn-off": ("turned off", self._turn_off),
+        }
+        ends = {"save": began + seconds * _SAVE_SHARE, "shut-down": began + seconds - _OFF_SECONDS}
+        for name in list(ways)[list(ways).index(action) :]:
+            word, way = ways[name]
+            if running.exited.is_set():
+                return "saved" if saved.is_saved(running.machine) else "shut down"
+            try:
+                await way(ends.get(name, began + seconds))
+                return word
+            except Exception as error:  # the next way has to be tried whatever this was
+                problem = error.problem if isinstance(error, VmmError) else f"internal error: {error!r}"
+                running.tell("stop-action-failed", action=name, problem=problem)
+        return "failed"
+
+    def _action(self) -> str:
+        """What the definition says now."""
+        with contextlib.suppress(VmmError):
+            return registry.read_definition(self._running.machine.definition).automatic.stop
+        return self._running.spec.automatic.stop
+
+    async def _wait_ready(self, deadline: float, after: Rest) -> None:
+        """Until the machine has started and does nothing else, or the time for that is over.
+
+        Backups and merges, which may take hours, are given up.
+        """
+        running = self._running
+        running.gives_way = True
+        while time.monotonic() < deadline and not running.exited.is_set():
+            if running.note.phase is Phase.ENDED:
+                return
+            rest = after()
+            is_idle = running.note.operation is None and (rest is None or rest.done())
+            if running.note.phase is Phase.RUNNING and is_idle and running.is_reachable:
+                return
+            if running.note.operation in _GIVING_WAY:
+                with contextlib.suppress(VmmError):
+                    await running.server.call("cancel")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _save(self, deadline: float) -> None:
+        while True:
+            try:
+                await self._saving.save(lambda document: None, give_up_at=deadline)
+                return
+            except InUse:  # another operation is not done yet, such as a snapshot whose memory is being written
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _shut_down(self, deadline: float) -> None:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimedOut("there is no time left for the guest to shut down")
+        await self._running.shutdown(seconds, beside_others=True)
+
+    async def _turn_off(self, deadline: float) -> None:
+        running = self._running
+        if saved.is_saved(running.machine):
+            await running.quit(End.SAVED)
+        else:
+            await running.stop()
+        while not running.exited.is_set() and running.note.phase is not Phase.ENDED and time.monotonic() < deadline:
+            await running.kill()  # one that was about to start
+            await asyncio.sleep(LOOK_SECONDS)

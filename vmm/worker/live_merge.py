@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges of a machine's images while it runs, in its worker; the disk server carries them out.
+
+    layers below the one written to     in the background, the guest notices nothing
+    the one written to, too             in passes, then the guest's writes are held for the rest
+
+Decides what is recorded before and after, so that a successor knows which image is the machine's disk: the
+journal names the disk, and the server, or the files themselves, show where its line ended. Which merges are made is
+decided by the command that asks (with `survey`, which needs numpy); here it is checked that nothing else needs what
+changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm.model.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
+from vmm.processes.rpc import Method, Progress, parameter
+from vmm.snapshots.steps import begin_merge
+from vmm.store.backup_note import has_note
+from vmm.store.snapshots.journal import MergeLive
+from vmm.store.snapshots.store import Held, holding
+from vmm.store.state import MachineState
+from vmm.worker.recovery import follow_merge, served_layers
+
+if TYPE_CHECKING:
+    from vmm.worker.running import Running
+
+OPERATION = "snapshot-merge"
+MERGE_SECONDS = 7 * 24 * 3600.0
+_LOOK_SECONDS = 0.2
+
+
+class LiveMerges:
+    """The merges of one running machine."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers."""
+        return {"snapshot-merge": self._merge, "snapshot-merge-cancel": self._cancel}
+
+    async def _merge(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"target", "layers": newest first, "max_rate_bytes"}: {"target", "passes", "held_seconds"}."""
+        running = self._running
+        if running.state not in (MachineState.RUNNING, MachineState.PAUSED):
+            raise WrongState(f"is {running.state.value}: cannot merge its images now")
+        target = parameter(params, "target", str, "")
+        layers = [str(path) for path in parameter(params, "layers", list, [])]
+        rate = parameter(params, "max_rate_bytes", int)
+        with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
+            held.need_settled()
+            if has_note(running.machine):
+                raise InUse("a backup is still being merged away", hint="try again in a moment")
+            self._check(held, target, layers)
+            disk = await self._disk_of(target, layers)
+            journal = MergeLive(disk, target, tuple(layers))
+            begin_merge(held, journal)
+            try:
+                result = await self._served_merge(disk, target, layers, rate, progress)
+            finally:
+                if not running.exited.is_set():
+                    await follow_merge(running, held, journal)
+        running.tell("snapshots-merged", into=target, layers=layers, held_seconds=result["held_seconds"])
+        return {name: result[name] for name in ("passes", "held_seconds", "copied_bytes")} | {"target": target}
+
+    def _check(self, held: Held, target: str, layers: list[str]) -> None:
+        """Raise where the tree has changed since somebody judged it."""
+        tree = held.tree
+        step = target
+        for path in reversed(layers):
+            image = tree.images.get(path)
+            if image is None or not image.ours or image.parent != step:
+                raise InvalidSpec(f"the snapshots have changed meanwhile: {path} does not stand on {step}")
+            step = path
+        if not layers or target not in tree.images:
+            raise InvalidSpec("the snapshots have changed meanwhile", hint="try again")
+        if set(tree.frozen()) & {target, *layers[1:]}:
+            raise Refused("a snapshot needs one of the images as it is")
+
+    async def _disk_of(self, target: str, layers: list[str]) -> str:
+        wanted = [os.path.realpath(path) for path in (*layers, target)]
+        for disk, chain in (await served_layers(self._running)).items():
+            real = [os.path.realpath(path) for path in chain]
+            if any(real[start : start + len(wanted)] == wanted for start in range(len(real))):
+                return disk
+        raise InvalidSpec("is not part of a disk of the running machine", path=layers[0])
+
+    async def _served_merge(
+        self, disk: str, target: str, layers: list[str], rate: int | None, progress: Progress
+    ) -> dict[str, Any]:
+        server = self._running.server
+        chain = (await served_layers(self._running))[disk]
+        wish: dict[str, Any] = {"export": disk, "into": target, "max_rate_bytes": rate}
+        if os.path.realpath(chain[0]) != os.path.realpath(layers[0]):
+            wish["layer"] = layers[0]
+        merging = asyncio.create_task(server.call("merge", timeout_seconds=MERGE_SECONDS, **wish))
+        while not merging.done():
+            await asyncio.wait({merging}, timeout=_LOOK_SECONDS)
+            with contextlib.suppress(VmmError, KeyError, TypeError, StopIteration):
+                status = await server.call("status", timeout_seconds=5)
+                told = next(one["merge"] for one in status["exports"] if one["name"] == disk)
+                if told:
+                    progress({"step": f"merging {disk}", "done": told["done_bytes"], "total": told["total_bytes"]})
+        result: dict[str, Any] = merging.result()
+        return result
+
+    async def _cancel(self, params: dict[str, Any], progress: Progress) -> object:
+        """Stop the merge that is under way; {"cancelled"}. What was copied is found again by the next."""
+        done = await self._running.server.call("cancel")
+        return {"cancelled": bool(done["exports"])}

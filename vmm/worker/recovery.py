@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was interrupted while the machine runs, settled by its worker: the one that is started again, or the one asked.
+
+    CreateLive        QEMU goes on writing memory by itself: it is waited for, and the snapshot is finished; otherwise
+                      the new leaves that are served are the machine's disks, and there is no snapshot
+    MergeLive         continues in the disk server: it is waited for, and what is served then is the machine's disk
+    Delete, MergeOff  settled as when the machine is off: no guest uses the files concerned
+    a backup's note   its images are merged away
+
+Decides that the disk server is the authority on which image takes a guest's writes, whether or not QEMU lives. From
+the moment at which this module takes over a journal, no snapshot or merge begins before it is settled.
+
+No numpy here, so that the worker stays small. What needs it is done by the command that asks (`door`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, assert_never
+
+from vmm.kvm import background
+from vmm.kvm.background import Mode
+from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState
+from vmm.model.paths import write_whole
+from vmm.processes.rpc import Method, Progress
+from vmm.snapshots.recovery import adopt, remove_unused, settle_journal, took_over
+from vmm.snapshots.steps import pivoted
+from vmm.store.backup_note import has_note
+from vmm.store.snapshots.journal import (
+    Apply,
+    Commit,
+    CreateLive,
+    CreateOff,
+    Delete,
+    MergeLive,
+    MergeOff,
+    Pivot,
+    words_of,
+)
+from vmm.store.snapshots.memory import SnapshotFolder
+from vmm.store.snapshots.store import Held, has_tree, holding, load_tree
+from vmm.store.state import Phase
+
+if TYPE_CHECKING:
+    from vmm.model.spec import MachineSpec
+    from vmm.worker.backup import Backup
+    from vmm.worker.running import Running
+
+OPERATION = "settle"
+SERVER_SECONDS = 30.0  # for the disks' server to be back, when it was killed
+_HOLD_SECONDS = 30.0
+_LOOK_SECONDS = 0.1
+
+
+class Recovery:
+    """What was left undone on one running machine."""
+
+    def __init__(self, running: Running, backup: Backup) -> None:
+        self._running = running
+        self._backup = backup
+        self._under_way = asyncio.Lock()
+
+    def methods(self) -> dict[str, Method]:
+        """What the control socket offers."""
+        return {"snapshot-settle": self._asked}
+
+    def before(self, method: Method) -> Method:
+        """The method, called when nothing is left undone on the disks. While another operation is under way it is
+        called at once, and says so.
+        """
+
+        async def called(params: dict[str, Any], progress: Progress) -> object:
+            if self._running.note.operation in (None, OPERATION) and self.is_pending():
+                await self.finish()
+            return await method(params, progress)
+
+        return called
+
+    def is_pending(self) -> bool:
+        """True when something is to be settled. Raises VmmError."""
+        machine = self._running.machine
+        return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
+
+    async def _asked(self, params: dict[str, Any], progress: Progress) -> object:
+        """Settle what there is, for a command that wants to begin something; {"settled": true}."""
+        await self.finish()
+        return {"settled": True}
+
+    async def finish_interrupted(self) -> None:
+        """As `finish`, for a worker that comes back. A failure is told, and the next command tries again."""
+        try:
+            await self.finish()
+        except (VmmError, OSError) as error:
+            self._running.tell("snapshot-left", problem=str(error))
+
+    async def finish(self) -> None:
+        """Settle all that was cut short. Raises InUse while another operation is under way, and what stops it."""
+        async with self._under_way:
+            if not self.is_pending():
+                return
+            async with contextlib.AsyncExitStack() as stack:
+                await self._wait_idle(stack)
+                with contextlib.ExitStack() as locks:
+                    await self.settle(await hold(self._running, locks))
+                if has_note(self._running.machine):
+                    await self._backup.merge_away(lambda document: None)
+                    self._running.tell("backup-cleaned-up", problem="a backup was cut short")
+
+    async def _wait_idle(self, stack: contextlib.AsyncExitStack) -> None:
+        """Nothing else is done to the machine. What another command does ends, and is settled by itself as a rule."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _HOLD_SECONDS
+        while True:
+            try:
+                stack.enter_context(self._running.busy(OPERATION))
+                return
+            except InUse:
+                if loop.time() > deadline:
+                    raise
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def settle(self, held: Held) -> None:
+        """Settle what the journal says. Raises VmmError; then it stands as before."""
+        journal = held.take_over()
+        match journal:
+            case None:
+                return
+            case CreateLive():
+                await self._create(held, journal)
+            case MergeLive():
+                await self._merge(held, journal)
+            case Delete() | MergeOff():
+                await asyncio.to_thread(settle_journal, held, journal)
+                return
+            case CreateOff() | Apply() | Commit():
+                raise WrongState(
+                    f"{words_of(journal)} was cut short before it was started, and can be settled when it is off",
+                    machine=held.name, hint=f"vmm shutdown {held.name}; any command settles it then",
+                )  # fmt: skip
+            case _:
+                assert_never(journal)
+        self._running.tell("snapshots-settled", after=words_of(journal))
+
+    # -- a snapshot --------------------------------------------------------------------------------------------------
+
+    async def _create(self, held: Held, journal: CreateLive) -> None:
+        running = self._running
+        folder = SnapshotFolder(journal.folder)
+        moved = await served_leaves(running)
+        is_pivoted = journal.pivoted or any(moved.get(one.disk) == one.child for one in journal.pivots)
+        try:
+            await self._wait_memory(journal, is_pivoted)
+            assert journal.snapshot is not None
+            await self._complete_found(folder, journal)
+            folder.finish()
+            snapshot = replace(journal.snapshot, memory_bytes=os.stat(folder.memory).st_size)
+        except (VmmError, OSError) as error:
+            snapshot = None
+            running.tell("snapshot-failed", problem=str(error))
+        finally:
+            if has_qemu(running):
+                await self._let_go_on(journal)
+        await follow_pivots(running, held, journal.pivots, moved)
+        if snapshot is None:
+            folder.discard()
+        else:
+            held.tree.add(snapshot)
+        held.done()
+        if snapshot is not None:
+            running.tell("snapshot-created", snapshot=snapshot.name)
+
+    async def _wait_memory(self, journal: CreateLive, is_pivoted: bool) -> None:
+        """Return when QEMU has written all of it. Raises QemuFailed where it has not and will not."""
+        running = self._running
+        lost = QemuFailed("the worker died before the memory was captured")
+        if not has_qemu(running):
+            raise QemuFailed("QEMU died before the memory was captured")
+        await running.wait_reachable()
+        status = await background.status_of(running.qmp)
+        is_background = journal.mode == Mode.BACKGROUND
+        if not is_pivoted or journal.snapshot is None or status == "none" or (
+            not is_background and status != "completed"
+        ):  # fmt: skip
+            if status not in ("none", "completed", "failed", "cancelled") and not is_background:
+                await background.give_up(running.qmp)
+            raise lost
+        await background.wait_written(lambda: running.qmp, lambda document: None)
+
+    async def _complete_found(self, folder: SnapshotFolder, journal: CreateLive) -> None:
+        """The memory file that another worker had begun: its length is what QEMU wrote. Raises VmmError."""
+        path = folder.in_part(folder.memory)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise StoreFailed(f"the memory's file cannot be opened: {error.strerror}", path=path) from error
+        try:
+            size = os.fstat(descriptor).st_size
+            await background.check_written(self._running.qmp, descriptor, size)
+            await asyncio.to_thread(folder.complete_memory, descriptor, size, dict(journal.description or {}))
+        finally:
+            os.close(descriptor)
+
+    async def _let_go_on(self, journal: CreateLive) -> None:
+        running = self._running
+        for capability in ("background-snapshot", "pause-before-switchover"):
+            with contextlib.suppress(VmmError):
+                states = [{"capability": capability, "state": False}]
+                await running.qmp.execute("migrate-set-capabilities", capabilities=states)
+        with contextlib.suppress(VmmError):
+            status = (await running.qmp.execute("query-status"))["status"]
+            if journal.was_running and status in ("paused", "postmigrate", "finish-migrate"):
+                await running.qmp.execute("cont", timeout_seconds=background.STOP_SECONDS)
+
+    # -- a merge -----------------------------------------------------------------------------------------------------
+
+    async def _merge(self, held: Held, journal: MergeLive) -> None:
+        running = self._running
+        await wait_serving(running)
+        while await self._is_merging(journal.disk):
+            await asyncio.sleep(_LOOK_SECONDS)
+        await follow_merge(running, held, journal)
+
+    async def _is_merging(self, disk: str) -> bool:
+        status = await self._running.server.call("status", timeout_seconds=30)
+        return any(one["name"] == disk and one["merge"] for one in status["exports"])
+
+
+# -- what the disks' server says --------------------------------------------------------------------------------------
+
+
+def has_qemu(running: Running) -> bool:
+    """True while QEMU lives. Its disks' server may outlive it, and is asked all the same."""
+    return running.note.qemu is not None and not running.exited.is_set()
+
+
+async def hold(running: Running, stack: contextlib.ExitStack) -> Held:
+    """The tree, when the command that has it is done with it. Raises InUse."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _HOLD_SECONDS
+    while True:
+        try:
+            return stack.enter_context(holding(running.machine, running.spec.name))
+        except InUse:
+            if loop.time() > deadline:
+                raise
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def wait_serving(running: Running) -> None:
+    """Return when the disks' server answers; one that was killed is waited for. Raises TimedOut, WrongState."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + SERVER_SECONDS
+    while not await running.server.is_serving():
+        if running.note.phase is Phase.ENDED:
+            raise WrongState("is being switched off", hint="try again in a moment")
+        if loop.time() > deadline:
+            raise TimedOut(f"the disks' server did not answer within {SERVER_SECONDS:g} s")
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def served_leaves(running: Running) -> dict[str, str]:
+    """Disk id -> the image that takes its writes now. Raises StoreFailed.
+
+    A snapshot that the server is in the middle of is waited for: it does one thing after the other. New leaves that it
+    has only prepared go.
+    """
+    await wait_serving(running)
+    with contextlib.suppress(VmmError):
+        await running.server.call("prepare", exports={})
+    return {disk: layers[0] for disk, layers in (await served_layers(running)).items()}
+
+
+async def served_layers(running: Running) -> dict[str, list[str]]:
+    """Disk id -> the images it is read from, leaf first. Raises StoreFailed."""
+    return {disk: list(layers) for disk, layers in (await _served(running)).items()}
+
+
+async def served_ids(running: Running) -> dict[str, str | None]:
+    """The ids of all images that are served, by their paths. Raises StoreFailed."""
+    return {path: image_id for layers in (await _served(running)).values() for path, image_id in layers.items()}
+
+
+async def _served(running: Running) -> dict[str, dict[str, str | None]]:
+    """Disk id -> its images with their ids, leaf first."""
+    status = await running.server.call("status")
+    return {
+        one["name"]: {layer["path"]: layer["unique_id"] for layer in one["layers"]} for one in status["exports"]
+    }  # fmt: skip
+
+
+async def follow_pivots(running: Running, held: Held, pivots: Sequence[Pivot], moved: dict[str, str]) -> None:
+    """Those new leaves that are served are the machine's disks. Raises VmmError, OSError.
+
+    One that is not served was prepared and never used, or made by a server that was killed before it served it; it
+    goes, unless it holds something.
+    """
+    done = [one for one in pivots if moved.get(one.disk) == one.child]
+    rest = [one for one in pivots if one not in done]
+    if any(os.path.lexists(one.child) for one in rest):
+        await asyncio.to_thread(remove_unused, held, rest)
+    adopt(held, done, ids=await served_ids(running))
+    _follow_in_running(running, pivoted(running.spec, done))
+
+
+async def follow_merge(running: Running, held: Held, journal: MergeLive) -> None:
+    """The tree and the definitions say what the server serves. One that was killed is waited for: the merge died
+    with it, and it is back with the newest image.
+
+    Raises StoreFailed, TimedOut; the journal stays then.
+    """
+    await wait_serving(running)
+    served = (await _served(running)).get(journal.disk)
+    if served is None:
+        raise StoreFailed(f"the disks' server does not serve {journal.disk}", hint=f"vmm repair {held.name}")
+    machine = took_over(held, journal, served)
+    disks = {one.id: one for one in machine.spec.disks}
+    _follow_in_running(running, running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks]))
+
+
+def _follow_in_running(running: Running, spec: MachineSpec) -> None:
+    if spec != running.spec:
+        write_whole(running.runtime.running, spec.to_json(), durable=False)
+        running.spec = spec

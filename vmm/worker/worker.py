@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker: one process for each running machine, from its start until it is off and everything is put away.
+
+Decides what the control socket offers, what happens after QEMU ends (recovery, or off), how the successor of a killed
+worker continues, and how the keeper is watched. What a verb means for QEMU is decided in `running`,
+what it means for disks in `plugging`.
+
+    python -m vmm.worker.worker MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
+
+On the ready descriptor it reports the progress of starting, one JSON object a line: {"progress": ...}, and at last
+{"result": ...} or {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+from vmm.host.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
+from vmm.model.errors import VmmError, of_os_error, to_document
+from vmm.model.events import add_event
+from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.processes.rpc import ControlServer, Method, Progress, bind_private, parameter
+from vmm.snapshots import background_merge as fold
+from vmm.store import registry, saved
+from vmm.store.snapshots.store import has_tree
+from vmm.store.state import (
+    ENDING_SIGNALS,
+    SERVER_END_SIGNAL,
+    KeeperNote,
+    Phase,
+    WorkerNote,
+    is_leaving,
+    note_clean,
+    note_running,
+    note_unclean,
+)
+from vmm.worker.adapter_hotplug import Wiring
+from vmm.worker.backup import Backup, merge_away_offline
+from vmm.worker.capture import Capture
+from vmm.worker.disk_hotplug import Plugging
+from vmm.worker.guest_services import GuestServices
+from vmm.worker.leaving import HOST_SECONDS, SIGNAL_SECONDS, Leaving
+from vmm.worker.live_merge import LiveMerges
+from vmm.worker.recovery import Recovery
+from vmm.worker.running import LOOK_SECONDS, End, Running
+from vmm.worker.saving import Saving
+
+SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
+SERVER_END_SECONDS = 60.0
+KEEPER_AGAIN_SECONDS = 1.0
+FOLDER_LOOK_SECONDS = 2.0
+MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not started for ever
+
+
+class Worker:
+    """The worker of one machine."""
+
+    def __init__(self, machine: MachinePaths, runtime: RuntimePaths, ready: int | None) -> None:
+        self._machine = machine
+        self._runtime = runtime
+        self._ready = ready
+        self._spec = registry.read_definition(runtime.running)
+        self._note = WorkerNote.read(runtime) or WorkerNote()
+        self._found = self._note.qemu if self._note.qemu is not None and self._note.qemu.is_alive() else None
+        self._lost = self._note.qemu is not None and self._found is None and self._note.phase is Phase.RUNNING
+        self._note.worker = ProcessRef.of_self()
+        if self._found is None:
+            self._note.qemu = None
+            self._note.operation = None  # it ended with QEMU and the worker that did it
+        self._running = Running(self._spec, machine, runtime, self._note, self._tell)
+        self._saving = Saving(self._running)
+        self._leaving = Leaving(self._running, self._saving)
+        self._keeper: KeeperNote | None = None  # as it was last seen
+        self._folder = os.stat(runtime.folder)
+        self._plugging = Plugging(self._running)
+        self._backup = Backup(self._running)
+        self._recovery = Recovery(self._running, self._backup)
+        self._capture = Capture(self._running, self._plugging)
+        self._merges = LiveMerges(self._running)
+        self._rest: asyncio.Task[None] | None = None  # of what a worker before this one had begun
+        self._wiring = Wiring(self._running)
+        self._off = asyncio.Event()  # everything of the machine is put away
+        self._problem: VmmError | None = None  # what went wrong with the disks at the end
+        self._recoveries: list[float] = []
+        self._is_clean = False  # the guest shut itself down
+        self._reverts = False  # it goes back to its snapshot when all is put away
+        self._control = ControlServer(self._methods(), on_crash=self._log)
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, **details: object) -> None:
+        add_event(self._machine.events, event, **details)
+
+    def _log(self, text: str) -> None:
+        """Into the worker's own log, which is our standard error."""
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode() + b"\n")
+
+    def _report(self, **document: object) -> None:
+        """To whoever waits for the start."""
+        if self._ready is None:
+            return
+        with contextlib.suppress(OSError):
+            os.write(self._ready, json.dumps(document).encode() + b"\n")
+        if "progress" not in document:
+            os.close(self._ready)
+            self._ready = None
+
+    # -- the whole life ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """From start, or from where another worker was killed, until the machine is off."""
+        for number in ENDING_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._leave_for_signal, signal.Signals(number).name)
+        self._note.write(self._runtime)
+        if is_leaving(self._runtime):
+            self._leave_for_signal("a signal to the worker before")
+        await self._control.start(bind_private(self._runtime.control))
+        watch = asyncio.gather(self._watch_keeper(), self._watch_folder())
+        switches = asyncio.create_task(self._wiring.watch())
+        try:
+            end = await self._first_end()
+            while end is End.CRASHED and self._may_recover():
+                self._tell("recovery", action="restart")
+                await self._recovery.finish_interrupted()  # the disks' server still knows which images are the newest
+                try:
+                    self._note.phase = Phase.STARTING
+                    await self._begin()
+                except VmmError as error:
+                    self._tell("start-failed", problem=str(error))
+                    break
+                end = await self._running.wait_end()
+            self._is_clean = end is End.POWERED_OFF
+            is_lost = end is End.CRASHED and not self._leaving.has_begun
+            self._reverts = is_lost and self._spec.automatic.recovery == "revert"
+        finally:
+            switches.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await switches
+            await self._put_away(watch)
+
+    async def _first_end(self) -> End:
+        """Start or take over, and wait for the end; an end at once where nothing can be started."""
+        try:
+            if self._found is not None:
+                self._tell("taken-over")
+                await self._running.take_over(self._found)
+                await self._plugging.finish_interrupted()
+                await self._saving.finish_interrupted()
+                self._running_now()
+            elif self._lost:
+                self._tell("qemu-died", problem="while no worker was there")
+                return End.CRASHED
+            elif self._note.phase is Phase.ENDED:
+                return End.STOPPED
+            else:
+                await self._begin()
+                self._tell("started", accelerator=self._note.accelerator)
+            self._report(result={**self._running.document(), "disconnected": self._wiring.disconnected()})
+            self._rest = asyncio.create_task(self._recovery.finish_interrupted())
+        except VmmError as error:
+            error.machine = error.machine or self._spec.name
+            self._tell("start-failed", problem=str(error))
+            self._report(error=to_document(error))
+            return End.STOPPED
+        return await self._running.wait_end()
+
+    async def _begin(self) -> None:
+        note_unclean(self._machine)
+        await self._saving.start(lambda document: self._report(progress=document))
+        await self._wiring.set_links()
+        self._running_now()
+
+    def _running_now(self) -> None:
+        note_running(self._machine, True)
+        self._note.phase = Phase.RUNNING
+        with contextlib.suppress(VmmError):
+            self._note.write(self._runtime)
+
+    def _may_recover(self) -> bool:
+        """What the definition says now, and not more often than makes sense; never while the host stops."""
+        if self._leaving.has_begun:
+            return False
+        with contextlib.suppress(VmmError):
+            self._spec = registry.read_definition(self._machine.definition)
+        if self._spec.automatic.recovery != "restart":
+            return False
+        now = time.monotonic()
+        self._recoveries = [then for then in self._recoveries if now - then < RECOVERY_WINDOW_SECONDS] + [now]
+        if len(self._recoveries) > MAX_RECOVERIES:
+            self._tell("recovery-given-up", problem=f"{MAX_RECOVERIES} times within {RECOVERY_WINDOW_SECONDS:.0f} s")
+            return False
+        return True
+
+    async def _put_away(self, watch: asyncio.Future[Any]) -> None:
+        """The disks' server flushes and ends, then those who wait are told, then we end. The keeper does the rest."""
+        note_running(self._machine, self._leaving.has_begun)  # what the host stopped runs again when it starts
+        self._note.phase = Phase.ENDED
+        with contextlib.suppress(VmmError):
+            self._note.write(self._runtime)
+        try:
+            await self._end_server()
+            await merge_away_offline(self._machine, self._running.spec)
+            if self._is_clean:
+                note_clean(self._machine)
+            await asyncio.to_thread(saved.note_disks, self._machine, self._running.spec)
+            await asyncio.to_thread(self._start_merging)
+        except VmmError as error:
+            self._problem = error
+            self._tell("disks-failed", problem=str(error))
+        await self._wiring.put_away()
+        self._tell("off")
+        self._off.set()
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+        await self._running.hub.close()
+        await self._control.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._runtime.control)
+        if self._reverts:
+            with contextlib.suppress(OSError):
+                spawn_detached(
+                    python_command("vmm.api.revert", self._machine.folder),
+                    log_path=self._machine.log("worker"),
+                    environment=python_environment(),
+                )
+
+    def _start_merging(self) -> None:
+        """What snapshots that were deleted meanwhile left to merge, in a process of its own. It waits for our end."""
+        if has_tree(self._machine) and not saved.is_saved(self._machine):
+            with contextlib.suppress(OSError):
+                fold.spawn(self._machine, self._runtime)
+
+    async def _end_server(self) -> None:
+        keeper = KeeperNote.read(self._runtime) or self._keeper
+        server = keeper.server if keeper is not None else None
+        if server is None or not server.is_alive():
+            return
+        try:
+            await self._running.server.call("shutdown")
+        except VmmError:  # it is not that far yet, or ended just now
+            server.send(SERVER_END_SIGNAL)
+        if not await asyncio.to_thread(server.wait, SERVER_END_SECONDS):
+            await asyncio.to_thread(server.end, 1.0, SERVER_END_SIGNAL)
+
+    def _leave_for_signal(self, name: str) -> None:
+        """The host stops, or whoever started us goes: what the definition says for that."""
+        self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
+
+    # -- the keeper ----------------------------------------------------------------------------------------------
+
+    async def _watch_keeper(self) -> None:
+        """Start another when it has died."""
+        loop = asyncio.get_running_loop()
+        while self._has_folder():
+            note = KeeperNote.read(self._runtime)
+            pidfd = note.keeper.open_pidfd() if note is not None and note.keeper is not None else None
+            if pidfd is not None:
+                died = asyncio.Event()
+                loop.add_reader(pidfd, died.set)
+                try:
+                    await died.wait()
+                finally:
+                    loop.remove_reader(pidfd)
+                    os.close(pidfd)
+                self._tell("keeper-died")
+                if not self._has_folder():
+                    return
+            with contextlib.suppress(OSError):
+                pid = spawn_detached(
+                    python_command("vmm.processes.supervisor", self._machine.folder, self._runtime.folder),
+                    log_path=self._machine.log("keeper"),
+                    environment=python_environment(),
+                )
+                await self._wait_for_note(pid)
+            await asyncio.sleep(KEEPER_AGAIN_SECONDS)
+
+    def _has_folder(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(self._runtime.folder), self._folder)
+        return False
+
+    async def _watch_folder(self) -> None:
+        """When the runtime folder is gone nobody finds the machine any more: it is saved, or else powered off.
+
+        A user's last session takes /run/user/ID with it, and /tmp is tidied up.
+        """
+        while self._has_folder():
+            self._keeper = KeeperNote.read(self._runtime) or self._keeper
+            await asyncio.sleep(FOLDER_LOOK_SECONDS)
+        self._tell("runtime-folder-gone", problem="nobody can reach the machine any more: it is saved")
+        try:
+            await self._saving.save(lambda document: None)
+        except VmmError as error:
+            self._tell("save-failed", problem=str(error))
+            await self._running.stop()
+
+    async def _wait_for_note(self, pid: int) -> None:
+        """Until the new keeper has written that it is there, or has ended."""
+        deadline = time.monotonic() + KEEPER_AGAIN_SECONDS * 10
+        while time.monotonic() < deadline and ProcessRef.of(pid) is not None:
+            note = KeeperNote.read(self._runtime)
+            if note is not None and note.keeper is not None and note.keeper.pid == pid:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+    # -- what the control socket offers --------------------------------------------------------------------------
+
+    def _methods(self) -> dict[str, Method]:
+        """All methods; those that need QEMU wait until there is a conversation with it."""
+        methods: dict[str, Method] = {
+            "pause": self._pause,
+            "resume": self._resume,
+            "reset": self._reset,
+            "stop": self._stop,
+            "shutdown": self._shutdown,
+            **self._wiring.methods(),
+            **self._recovery.methods(),
+            **GuestServices(self._running).methods(),
+        }
+        if_settled: dict[str, Method] = {
+            "save": self._save,
+            "leave": self._leave,
+            "backup": self._backup.take,
+            **self._plugging.methods(),
+            **self._capture.methods(),
+            **self._merges.methods(),
+        }
+        for name in ("disk-status", "snapshot-merge-cancel"):  # they look, and end what settling waits for
+            methods[name] = if_settled.pop(name)
+        methods |= {name: self._recovery.before(method) for name, method in if_settled.items()}
+        return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
+
+    def _when_reachable(self, method: Method) -> Method:
+        async def called(params: dict[str, Any], progress: Progress) -> object:
+            await self._running.wait_reachable()
+            return await method(params, progress)
+
+        return called
+
+    async def _status(self, params: dict[str, Any], progress: Progress) -> object:
+        """How the machine is; {"guest": true} asks the guest's agent, too."""
+        await self._running.wait_known()
+        document = self._running.document()
+        if parameter(params, "guest", bool, False) and self._running.agent.is_open:
+            document["guest"] = await self._running.agent.summary()
+        return {**document, "worker_pid": os.getpid()}
+
+    async def _pause(self, params: dict[str, Any], progress: Progress) -> object:
+        await self._running.pause()
+        return self._running.document()
+
+    async def _resume(self, params: dict[str, Any], progress: Progress) -> object:
+        await self._running.resume()
+        return self._running.document()
+
+    async def _reset(self, params: dict[str, Any], progress: Progress) -> object:
+        await self._running.reset()
+        return self._running.document()
+
+    async def _stop(self, params: dict[str, Any], progress: Progress) -> object:
+        await self._running.stop()
+        return await self._when_off(progress)
+
+    async def _shutdown(self, params: dict[str, Any], progress: Progress) -> object:
+        seconds = float(parameter(params, "seconds", int | float, SHUTDOWN_SECONDS))
+        alive = asyncio.create_task(_signs_of_life(progress, "shutting down"))
+        try:
+            await self._running.shutdown(seconds)
+        finally:
+            alive.cancel()
+        return await self._when_off(progress)
+
+    async def _save(self, params: dict[str, Any], progress: Progress) -> object:
+        await self._saving.save(progress)
+        return await self._when_off(progress)
+
+    async def _leave(self, params: dict[str, Any], progress: Progress) -> object:
+        """What the automatic stop action says, because the host stops; {"done": "saved" and the like}."""
+        alive = asyncio.create_task(_signs_of_life(progress, "stopping with the host"))
+        try:
+            done = await asyncio.shield(self._leaving.begin("vmm", HOST_SECONDS, lambda: self._rest))
+        finally:
+            alive.cancel()
+        await self._when_off(progress)
+        return {"done": done}
+
+    async def _when_off(self, progress: Progress) -> object:
+        """Answer when the disks are free. Raises what went wrong with them."""
+        alive = asyncio.create_task(_signs_of_life(progress, "closing the disks"))
+        try:
+            await self._off.wait()
+        finally:
+            alive.cancel()
+        if self._problem is not None:
+            raise self._problem
+        return {"state": "saved" if saved.is_saved(self._machine) else "off"}
+
+
+async def _signs_of_life(progress: Progress, step: str) -> None:
+    """Whoever waits knows that we are there."""
+    while True:
+        await asyncio.sleep(1)
+        progress({"step": step})
+
+
+def _is_keepers(runtime: RuntimePaths) -> bool:
+    """True when the keeper of this folder started us."""
+    note = KeeperNote.read(runtime)
+    return note is not None and note.keeper is not None and note.keeper.pid == os.getppid()
+
+
+def main() -> None:
+    """The process."""
+    machine, runtime = MachinePaths(sys.argv[1]), RuntimePaths(sys.argv[2])
+    ready = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    if ready is not None:
+        os.set_inheritable(ready, False)
+    os.chdir("/")
+    os.umask(0o077)
+    if ready is None and WorkerNote.read(runtime) is None and not _is_keepers(runtime):
+        return  # the machine that we were to run is gone, and another start has its folder
+    lock = Lock(runtime.lock("worker"))
+    try:
+        if not lock.try_take():
+            return  # there is one already
+    except FileNotFoundError:
+        return  # the folder is gone, and so is the machine
+    try:
+        asyncio.run(Worker(machine, runtime, ready).run())
+    except Exception as error:
+        traceback.print_exc()
+        problem = error if isinstance(error, VmmError) else VmmError(f"internal error: {error!r}")
+        if isinstance(error, OSError):
+            problem = of_os_error(error, "run the machine")
+        add_event(machine.events, "worker-failed", problem=str(problem))
+        if ready is not None:
+            with contextlib.suppress(OSError):
+                os.write(ready, json.dumps({"error": to_document(problem)}).encode() + b"\n")
+            note = WorkerNote.read(runtime) or WorkerNote()
+            if note.qemu is None:  # nothing runs: it would fail again
+                note.phase = Phase.ENDED
+                with contextlib.suppress(VmmError):
+                    note.write(runtime)
+
+
+if __name__ == "__main__":
+    main()
