@@ -2,7 +2,7 @@
 """Changing the adapters in a machine's definition, whether it runs or not: adding, changing, removing.
 
 Decides which MAC address an adapter gets (from the host's pool, or the given one if it is free), and whether a change
-is made by the running machine's worker or in its file. How an adapter is plugged in is decided in `wiring`.
+is made by the running machine's worker or in its file. How an adapter is plugged in is decided in `adapter_hotplug`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deleting snapshots: they leave the tree and their memory is removed at once, whatever the machine is doing.
 
-What becomes of the images is decided by the rule; merges wait until the machine is off (`fold`) or somebody requests
-them.
+What becomes of the images is decided by the rule; merges wait until the machine is off (`background_merge`) or
+somebody requests them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@
     the note of a backup    the new images are the machine's disks, as after CreateLive
 
 Decides nothing about images that are not in the journal, and removes none that contains anything. The machine does not
-run, and its tree is locked. The operations of a running machine are settled by its worker (`recover`).
+run, and its tree is locked. The operations of a running machine are settled by its worker (`worker.recovery`).
 """
 
 from __future__ import annotations

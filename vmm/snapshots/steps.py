@@ -152,7 +152,10 @@ def commit(held: Held) -> Changing:
 
 
 def tidy(held: Held) -> Tidied:
-    """Remove what the rule says goes now; merges are left to `fold`. Raises VmmError, InUse while a journal stands."""
+    """Remove what the plan says goes now; merges are left to `background_merge`.
+
+    Raises VmmError, InUse while a journal stands.
+    """
     held.need_settled()
     plan = judge(registry.load_for_change(held), held.tree)
     removed = []

@@ -9,10 +9,11 @@
 
 Decides the order, and what an early end leaves: before the disks are exchanged nothing; after that the guest continues
 on its new leaves, and the images below, which belong to no snapshot, are merged when the machine is off. If the worker
-is killed, its successor finishes the snapshot (`recover`), because QEMU goes on writing by itself. How QEMU is told is
-decided in `kvm.background`.
+is killed, its successor finishes the snapshot (`recovery`), because QEMU goes on writing by itself. How QEMU is told
+is decided in `kvm.background`.
 
-No numpy here, so that the worker stays small. What needs it is done by the command that asks, or by `fold`.
+No numpy here, so that the worker stays small. What needs it is done by the command that asks, or by
+`background_merge`.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ powered off), how much of the time each may take, and that the work is done once
 the keeper, and `vmm host autostart --stop-machines`, all lead here, at once or one after the other. Must not know how
 these requests arrive, nor what becomes of the disks.
 
-INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action.
-QEMU and the disk server do not end by it (`running`, `keeper`), and because of a mark in the runtime folder the next
-worker continues if this one is killed.
+INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action. QEMU and the
+disk server do not end by it (`running`, `supervisor`), and because of a mark in the runtime folder the next worker
+continues if this one is killed.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@
     layers below the one written to     in the background, the guest notices nothing
     the one written to, too             in passes, then the guest's writes are held for the rest
 
-Decides what is recorded before and after, so that a successor knows which image is the machine's disk: the
-journal names the disk, and the server, or the files themselves, show where its line ended. Which merges are made is
-decided by the command that asks (with `survey`, which needs numpy); here it is checked that nothing else needs what
-changes.
+Decides what is recorded before and after, so that a successor knows which image is the machine's disk: the journal
+names the disk, and the server, or the files themselves, show where its line ended. Which merges are made is decided by
+the command that asks (with `dependents`, which needs numpy); here it is checked that nothing else needs what changes.
 """
 
 from __future__ import annotations

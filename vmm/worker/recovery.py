@@ -10,7 +10,7 @@
 Decides that the disk server is the authority on which image takes a guest's writes, whether or not QEMU lives. From
 the moment at which this module takes over a journal, no snapshot or merge begins before it is settled.
 
-No numpy here, so that the worker stays small. What needs it is done by the command that asks (`door`).
+No numpy here, so that the worker stays small. What needs it is done by the command that asks (`machine_snapshots`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Decides what the control socket offers, what happens after QEMU ends (recovery, or off), how the successor of a killed
 worker continues, and how the keeper is watched. What a verb means for QEMU is decided in `running`,
-what it means for disks in `plugging`.
+what it means for disks in `disk_hotplug`.
 
     python -m vmm.worker.worker MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 

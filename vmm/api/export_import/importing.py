@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making machines from folders that `transfer.export` wrote, or is said to have written.
+"""Making machines from folders that `exporting.export` wrote, or is said to have written.
 
 Decides in which order a folder becomes a machine, so that it appears whole or not at all. What may be in the
 folder is decided in `arrival`; somebody may have changed it since then.

@@ -10,8 +10,8 @@
 Decides what each says, how it is written as JSON, and what is believed of it. A journal is untrusted: anybody who can
 write to the machine's folder can put anything there, and settling it removes files. So a new leaf must lie beside the
 image on which it stands and have a name as vmm gives it, and a folder must have a snapshot's id as its name; anything
-else is damaged. vmm 0.1.0 wrote the same documents. What is done about a journal is decided in `settle`, and whether a
-file is really what its record says in `proof`. Pure.
+else is damaged. vmm 0.1.0 wrote the same documents. What is done about a journal is decided in `snapshots.recovery`,
+and whether a file is really what its record says in `proof`. Pure.
 """
 
 from __future__ import annotations

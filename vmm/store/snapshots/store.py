@@ -3,7 +3,7 @@
 
     MACHINE-FOLDER/snapshots.json        the tree and its journal (`tree`), replaced as a whole
                    .snapshots.lock       held (flock) by the process that changes it, for as long as that takes
-                   merging.json          which process merges, and how far it is (`fold`)
+                   merging.json          which process merges, and how far it is (`background_merge`)
     SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what it belongs to
 
 Decides who may change a tree: one process at a time, which first stops a merge in the background; that continues

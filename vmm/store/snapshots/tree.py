@@ -47,7 +47,7 @@ _SHORTEST_ID = 4  # characters of an id that stand for it
 class Tree:
     """All snapshots of a machine. `now` is the one that the present state comes from.
 
-    `journal` is what a command is in the middle of; see `settle`.
+    `journal` is what a command is in the middle of; see `snapshots.recovery`.
     """
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
