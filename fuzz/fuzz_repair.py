@@ -64,7 +64,7 @@ def _round(store: FuzzStore, consent: Consent) -> list[Fix] | None:
     draft = DraftStore(store)
     try:
         fixes = repair_vhd(draft, consent)
-        writes = draft.writes()
+        writes = draft.diff()
         changed = bool(writes) or draft.size() != store.size()
         assert changed == any(fix.needs is None for fix in fixes), fixes
         if not changed:

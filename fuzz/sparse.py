@@ -100,12 +100,12 @@ class FuzzStore(MemStore):
         self._change(offset + count * SECTOR_SIZE, whole[: size - count * SECTOR_SIZE])
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """See `Store.pread`."""
+        """See `ReadStore.pread`."""
         _refuse_overflow(offset_bytes)
         return super().pread(offset_bytes, size_bytes)
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """See `Store.pread_into`."""
+        """See `ReadStore.pread_into`."""
         _refuse_overflow(offset_bytes)
         super().pread_into(offset_bytes, buffer)
 
@@ -125,7 +125,7 @@ class FuzzStore(MemStore):
             raise errors.NoSpace("simulated: larger than the file system can hold", path=self.name)
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-        """See `Store.data_runs`: as `MemStore` has it, but quick over holes of terabytes."""
+        """See `ReadStore.data_runs`: as `MemStore` has it, but quick over holes of terabytes."""
         position, end = offset_bytes, offset_bytes + size_bytes
         known = sorted(self._sectors)
         at = bisect_left(known, position // SECTOR_SIZE)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from vhdkit import errors
 from vhdkit.formats.vhd.metadata import footer_state
-from vhdkit.store import Buffer, Store
+from vhdkit.store import Buffer, ReadStore
 from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors, round_up
 
 _LONG_RANGE = 64 * MIB
@@ -56,22 +56,27 @@ class MemStore:
 
     # -- the Store protocol -------------------------------------------------------------------------------------
 
+    @property
+    def identity(self) -> Hashable:
+        """See `ReadStore.identity`: each store is a file of its own."""
+        return id(self)
+
     def size(self) -> int:
-        """See `Store.size`."""
+        """See `ReadStore.size`."""
         return self._size
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """See `Store.pread`."""
+        """See `ReadStore.pread`."""
         assert offset_bytes >= 0 and size_bytes >= 0
         return self._load(offset_bytes, max(0, min(size_bytes, self._size - offset_bytes)))
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """See `Store.pread_into`."""
+        """See `ReadStore.pread_into`."""
         assert offset_bytes >= 0
         buffer[:] = self._load(offset_bytes, len(buffer))
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """See `Store.try_pread_into`: memory never waits."""
+        """See `ReadStore.try_pread_into`: memory never waits."""
         self.pread_into(offset_bytes, buffer)
         return True
 
@@ -97,7 +102,7 @@ class MemStore:
         if size_bytes > 0:
             self._resize(max(self._size, offset_bytes + size_bytes))
 
-    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+    def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`: a read there and one write here, which may be cut or fail."""
         self.pwrite(offset_bytes, source.pread(source_offset_bytes, size_bytes))
 
@@ -112,7 +117,7 @@ class MemStore:
         """See `Store.sync`: nothing is ever lost here."""
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-        """See `Store.data_runs`: holes are the sectors that are zeros."""
+        """See `ReadStore.data_runs`: holes are the sectors that are zeros."""
         position, end = offset_bytes, offset_bytes + size_bytes
         if size_bytes > _LONG_RANGE:
             yield from self._long_runs(position, end)
@@ -142,7 +147,7 @@ class MemStore:
             position = stop
 
     def close(self) -> None:
-        """See `Store.close`."""
+        """See `ReadStore.close`."""
 
     # -- sectors ------------------------------------------------------------------------------------------------
 
@@ -272,12 +277,12 @@ class CrashStore(MemStore):
         return raw
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """See `Store.pread`: the volatile bytes."""
+        """See `ReadStore.pread`: the volatile bytes."""
         self._refuse_when_dead()
         return super().pread(offset_bytes, size_bytes)
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """See `Store.pread_into`: the volatile bytes."""
+        """See `ReadStore.pread_into`: the volatile bytes."""
         self._refuse_when_dead()
         super().pread_into(offset_bytes, buffer)
 
@@ -398,12 +403,12 @@ class FaultyStore(MemStore):
         return struck[0] if struck else None
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """See `Store.pread`."""
+        """See `ReadStore.pread`."""
         self._check("read", offset_bytes)
         return super().pread(offset_bytes, size_bytes)
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """See `Store.pread_into`."""
+        """See `ReadStore.pread_into`."""
         self._check("read", offset_bytes)
         super().pread_into(offset_bytes, buffer)
 

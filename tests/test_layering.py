@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.locks",
         "vhdkit.descriptor",
         "vhdkit.transfer",
+        "vhdkit.space",
+        "vhdkit.named",
         "vhdkit.store",
         "vhdkit.maker",
         "vhdkit.unfinished",
@@ -86,6 +88,8 @@ FOREIGN_HOMES = {
 # The only file I/O in vhdkit: bytes and names. Elsewhere `os` gives what is listed here and nothing else.
 FILE_ROOMS = (
     "vhdkit/store.py",
+    "vhdkit/named.py",
+    "vhdkit/space.py",
     "vhdkit/folder.py",
     "vhdkit/maker.py",
     "vhdkit/unfinished.py",

@@ -21,7 +21,8 @@ from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.descriptor import Owned, close_owned, opened
-from vhdkit.store import FileStore, identity_of, translate, translated
+from vhdkit.named import identity_of
+from vhdkit.store import FileStore, translate, translated
 
 _MAX_LINKS = 40  # as the kernel has it
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC

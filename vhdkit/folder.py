@@ -26,7 +26,8 @@ from vhdkit import errors, likeness, unfinished
 from vhdkit.arguments import AnyPath
 from vhdkit.attributes import check_folder
 from vhdkit.descriptor import close_owned, opened
-from vhdkit.store import FileStore, opened_again, translated
+from vhdkit.named import opened_again
+from vhdkit.store import FileStore, translated
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.store import Store
+from vhdkit.store import ReadStore, Store
 from vhdkit.units import sectors_to_bytes
 
 
@@ -73,7 +73,7 @@ class Piece:
 
     sector_index: int
     sector_count: int
-    source: Store | None = None
+    source: ReadStore | None = None
     offset_bytes: int = 0
     short_bytes: int = 0
 
@@ -182,7 +182,7 @@ def copy_piece(piece: Piece, store: Store, offset_bytes: int) -> None:
         store.pwrite(offset_bytes + size, bytes(piece.short_bytes))
 
 
-def read_extents(store: Store, extents: Iterable[Extent], buffer: memoryview) -> None:
+def read_extents(store: ReadStore, extents: Iterable[Extent], buffer: memoryview) -> None:
     """Fill `buffer` from one layer's extents; what the layer does not own is zeros."""
     position = 0
     for extent in extents:

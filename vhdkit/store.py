@@ -1,56 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes at offsets: how the content of a file is read and written.
 
-Decides how bytes reach the operating system (`pread`, `pwrite`, `fdatasync`, hole punching, sparse runs), and that a
-file is held only while its name leads to it. Must not know what the bytes mean. There is no shared position: every
-call names its offset. Which locks keep other programs away is decided in `locks`.
-
-`INV-NAME-HELD`: a lock is given only on the file to which its name leads *after* it was locked, and nothing is stacked
-on a name, moved or removed by it, unless it still leads to the file that is open.
+Decides what a store is, for readers (`ReadStore`) and for writers (`Store`), and how the bytes of a file reach the
+operating system (`pread`, `pwrite`, `fdatasync`). Must not know what the bytes mean. There is no shared position:
+every call names its offset. Where a file has holes is decided in `space`, to which file a name leads, and how it is
+held, in `named`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, Self, TypeAlias, TypeVar
+from typing import Protocol, Self, TypeAlias
 
-from vhdkit import errors, locks
+from vhdkit import errors, space
 from vhdkit.arguments import AnyPath
-from vhdkit.descriptor import Descriptor, close_owned, held, opened
+from vhdkit.descriptor import close_owned, held, opened
+from vhdkit.named import NamedFile, opened_again
 from vhdkit.transfer import Transfer, kept_elsewhere
-from vhdkit.units import MIB, SECTOR_SIZE, round_up
+from vhdkit.units import MIB, SECTOR_SIZE
 from vhdkit.wording import translate as translate
 from vhdkit.wording import translated as translated
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-_FALLOC_KEEP_SIZE = 0x01
-_FALLOC_PUNCH_HOLE = 0x02
-_OPENINGS = 20  # of a name that leads to another file each time
 _ZEROS = bytes(MIB)
 _CLOSERS = 8  # files closed at once
-_UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 _preadv = os.preadv
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+class ReadStore(Protocol):
+    """Bytes at offsets, for reading: a file, or a view of one. Take this, and no `Store`, where nothing is written.
 
-class Store(Protocol):
-    """Bytes at offsets. `FileStore` is the real one; tests bring stores in memory that fail and lose power.
-
-    Offsets and sizes are bytes. Every method may raise `IoFailed`, the writing ones `NoSpace`, `sync` `SyncFailed`.
+    Offsets and sizes are bytes. Every method may raise `IoFailed`.
     """
 
     @property
     def name(self) -> str:
-        """The path, for messages and for telling two stores apart."""
+        """The path, for messages."""
+        ...
+
+    @property
+    def identity(self) -> Hashable:
+        """What the bytes lie in: equal for every opening and every view of one file."""
         ...
 
     def size(self) -> int:
@@ -69,6 +65,21 @@ class Store(Protocol):
         """Fill `buffer` when that needs no waiting for a device; False (and `buffer` undefined) when it may."""
         ...
 
+    def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
+        """The range as (offset, size, may hold data) runs, in order, without gaps; False runs read as zeros."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the store and of its locks. Closing twice is fine."""
+        ...
+
+
+class Store(ReadStore, Protocol):
+    """Bytes at offsets. `FileStore` is the real one; tests bring stores in memory that fail and lose power.
+
+    Every method may raise `IoFailed`, the writing ones `NoSpace`, `sync` `SyncFailed`.
+    """
+
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """Write all of `data`, growing the store when it reaches past the end."""
         ...
@@ -85,7 +96,7 @@ class Store(Protocol):
         """Grow the store over a fresh range that reads as zeros and has its space set aside."""
         ...
 
-    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+    def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """Write here what `source` (or this store itself, not overlapping) holds there, without changing it.
 
         The range lies inside the source. The kernel does the copying, or shares the space, where it can.
@@ -100,17 +111,9 @@ class Store(Protocol):
         """Return only when everything written so far is on the device."""
         ...
 
-    def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-        """The range as (offset, size, may hold data) runs, in order, without gaps; False runs read as zeros."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the store and of its locks. Closing twice is fine."""
-        ...
-
 
 def copy_bytes(
-    source: Store, source_offset_bytes: int, destination: Store, offset_bytes: int, size_bytes: int
+    source: ReadStore, source_offset_bytes: int, destination: Store, offset_bytes: int, size_bytes: int
 ) -> None:
     """Copy between any two stores, in pieces of at most 1 MiB. Raises what reading and writing raise."""
     while size_bytes > 0:
@@ -123,38 +126,16 @@ def copy_bytes(
         size_bytes -= len(piece)
 
 
-def _ended(source: Store) -> errors.IoFailed:
+def _ended(source: ReadStore) -> errors.IoFailed:
     return errors.IoFailed("the file ended while it was copied", path=source.name)
 
 
-def _fallocate(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> None:
-    if _libc.fallocate(fd, mode, offset_bytes, size_bytes) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def identity_of(fd: int) -> tuple[int, int]:
-    """Device and inode of an open file: the same for every name and descriptor of it. Raises OSError."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def leads_to(path: str, identity: tuple[int, int]) -> bool:
-    """True when the path leads to the file of this device and inode now."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == identity
-
-
-class FileStore(Descriptor):
+class FileStore(NamedFile):
     """A `Store` over a regular file or a block device. After `close` every method raises DiskClosed."""
 
     def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:
         """Take over the descriptor in the list. Use `FileStore.open` or `NewFile` instead."""
         super().__init__(owned, path, writable=writable)
-        self._place = path  # where it lies, for now
         self._no_wait = os.RWF_NOWAIT
         self._transfer: Transfer | None = None
         self._has_lost_pages = False
@@ -209,27 +190,6 @@ class FileStore(Descriptor):
 
         return opened_again(once)
 
-    @property
-    def name(self) -> str:
-        """The path it was opened by."""
-        return self._path
-
-    @property
-    @held
-    def identity(self) -> tuple[int, int]:
-        """Device and inode: the same for every name of one file."""
-        return identity_of(self._fd)
-
-    @property
-    @held
-    def is_device(self) -> bool:
-        """True for a block device."""
-        return stat.S_ISBLK(os.fstat(self._fd).st_mode)
-
-    def fileno(self) -> int:
-        """The descriptor, for code that hands it to the kernel."""
-        return self._fd
-
     @held
     def size(self) -> int:
         """Length in bytes (of a device, its capacity)."""
@@ -275,7 +235,7 @@ class FileStore(Descriptor):
         return True
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """See `Store.pread`."""
+        """See `ReadStore.pread`."""
         pieces, inside = [], self.inside
         try:
             inside.append(None)
@@ -295,7 +255,7 @@ class FileStore(Descriptor):
         return b"".join(pieces)
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """See `Store.pread_into`."""
+        """See `ReadStore.pread_into`."""
         inside = self.inside
         try:
             inside.append(None)
@@ -316,7 +276,7 @@ class FileStore(Descriptor):
                 self.let_go()
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """See `Store.try_pread_into`: the page cache has it, or the file system has no device to wait for."""
+        """See `ReadStore.try_pread_into`: the page cache has it, or the file system has no device to wait for."""
         inside = self.inside
         try:
             inside.append(None)
@@ -324,7 +284,7 @@ class FileStore(Descriptor):
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in _UNSUPPORTED and self._no_wait:
+            if error.errno in space.UNSUPPORTED and self._no_wait:
                 self._no_wait = 0  # tmpfs, for one, has no such flag and never waits
                 return self.try_pread_into(offset_bytes, buffer)
             raise self._failed(error, "read", offset_bytes) from error
@@ -356,20 +316,16 @@ class FileStore(Descriptor):
         if size_bytes <= 0:
             return
         try:
-            _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset_bytes, size_bytes)
+            is_done = space.punch(self._fd, offset_bytes, size_bytes)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise self._failed(error, "punch a hole", offset_bytes) from error
+            raise self._failed(error, "punch a hole", offset_bytes) from error
+        if not is_done:
             self._write_zeros(offset_bytes, min(size_bytes, max(self.size() - offset_bytes, 0)))
 
     @held
     def punches(self) -> bool:
         """See `Store.punches`."""
-        try:  # behind the end there is nothing to lose
-            _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, round_up(self.size(), MIB), MIB)
-        except OSError:
-            return False
-        return True
+        return space.punches(self._fd)
 
     @held
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
@@ -377,10 +333,10 @@ class FileStore(Descriptor):
         if size_bytes <= 0:
             return
         try:
-            _fallocate(self._fd, 0, offset_bytes, size_bytes)
+            is_done = space.reserve(self._fd, offset_bytes, size_bytes)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise self._failed(error, "reserve space", offset_bytes) from error
+            raise self._failed(error, "reserve space", offset_bytes) from error
+        if not is_done:
             self._write_zeros(offset_bytes, size_bytes)
 
     def _write_zeros(self, offset_bytes: int, size_bytes: int) -> None:
@@ -392,7 +348,7 @@ class FileStore(Descriptor):
             size_bytes -= len(piece)
 
     @held
-    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+    def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`: `transfer` says how."""
         if not isinstance(source, FileStore):
             copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
@@ -431,129 +387,27 @@ class FileStore(Descriptor):
             ) from error
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-        """See `Store.data_runs`. Where the file system cannot tell, everything may hold data."""
+        """See `ReadStore.data_runs`. Where the file system cannot tell, everything may hold data."""
         end = offset_bytes + size_bytes
         while offset_bytes < end:
-            data = self._seek(offset_bytes, os.SEEK_DATA, end)
+            data = self._found(space.next_data, offset_bytes, end)
             if data > offset_bytes:
                 yield offset_bytes, data - offset_bytes, False
             if data >= end:
                 return
-            hole = self._seek(data, os.SEEK_HOLE, end)
+            hole = self._found(space.next_hole, data, end)
             yield data, hole - data, True
             offset_bytes = hole
 
     @held
-    def _seek(self, offset_bytes: int, whence: int, end: int) -> int:
+    def _found(self, find: Callable[[int, int, int], int], offset_bytes: int, end: int) -> int:
         try:
-            return min(os.lseek(self._fd, offset_bytes, whence), end)
+            return find(self._fd, offset_bytes, end)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here to the end of the file
-                return end
-            if error.errno in _UNSUPPORTED:
-                return offset_bytes if whence == os.SEEK_DATA else end
             raise self._failed(error, "look for holes", offset_bytes) from error
 
-    # -- the name and the locks ---------------------------------------------------------------------------------
-
-    @held
-    def still_named(self) -> bool:
-        """True while the name that the file was opened by leads to it. Raises AccessDenied, IoFailed."""
-        with translated(self._path, "check whether the name still leads to this file"):
-            try:
-                found = os.stat(self._place)
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            return (found.st_dev, found.st_ino) == identity_of(self._fd)
-
-    def require_name(self) -> None:
-        """Raise `Replaced` unless the name still leads to this file.
-
-        Called with the lock held, before anything is stacked on the name or is done to it.
-        """
-        if not self.still_named():
-            raise errors.Replaced(
-                "was moved, removed or replaced by another file while it was open",
-                path=self._path,
-                hint="put the file back under this name, or close it everywhere and look which of the two is right",
-            )
-
-    @held
-    def lock(self, *, writer: bool) -> None:
-        """Hold the file as a reader or a writer until it is closed; calling again changes the role.
-
-        Raises ImageInUse when another holds it, and `Replaced`, unlocked, when it had no name, or another's, by then:
-        what would be written to it would be lost. `open_held` tries again then. On a file system without locks a
-        reader holds nothing (`lacks_locks`), and a writer is refused: Unprotected.
-        """
-        try:
-            locks.hold(self._fd, self._path, writer=writer)
-        except OSError as error:
-            if error.errno not in locks.MISSING:
-                raise translate(error, self._path, "lock") from error
-            if writer:
-                raise self._unprotected() from error
-        try:
-            self.require_name()
-        except BaseException:
-            self.unlock()
-            raise
-
-    @held
-    def become_writer(self) -> None:
-        """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, and `Replaced`; who
-        called stays a reader then.
-        """
-        try:
-            locks.become_writer(self._fd, self._path)
-        except OSError as error:
-            raise (
-                self._unprotected() if error.errno in locks.MISSING else translate(error, self._path, "lock")
-            ) from error
-        try:
-            self.require_name()
-        except BaseException:
-            self.become_reader()
-            raise
-
-    @held
-    def inherit_lock(self, holder: FileStore) -> None:
-        """Have the writer's locks that `holder`, another opening of the file, has; it may be closed then."""
-        assert self.identity == holder.identity
-        with translated(self._path, "lock"):
-            locks.inherit(self._fd, self._path)
-
-    @held
-    def become_reader(self) -> None:
-        """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""
-        with translated(self._path, "lock"):
-            locks.become_reader(self._fd, self._path)
-
-    @held
-    def unlock(self) -> None:
-        """Give up every lock of this store."""
-        with translated(self._path, "unlock"):
-            locks.release(self._fd, self._path)
-
-    @held
-    def lacks_locks(self) -> bool:
-        """True on a file system that has none: nothing keeps another program from writing to the file."""
-        return locks.are_missing(self._fd)
-
-    def _unprotected(self) -> errors.Unprotected:
-        return errors.Unprotected(
-            "its file system has no locks: nothing would keep another program from writing to it at the same time",
-            path=self._path,
-            hint="copy it to another file system; a program that sees to it itself says OpenOptions(lock=False)",
-        )
-
-    @held
-    def in_use(self) -> bool:
-        """True when another program, or another open disk of this one, holds the file for writing."""
-        return locks.is_written(self._fd)
-
     def close(self) -> None:
-        """See `Store.close`."""
+        """See `ReadStore.close`."""
         if self._transfer is not None:
             self._transfer.close()
         with translated(self._path, "close"):
@@ -574,23 +428,7 @@ class FileStore(Descriptor):
         return failure
 
 
-_T = TypeVar("_T")
-
-
-def opened_again(once: Callable[[], _T]) -> _T:
-    """What `once` opens; from the beginning when files were replaced under it, but not for ever.
-
-    Raises what it raises: `Replaced` only where the name led to another file each time.
-    """
-    for _ in range(_OPENINGS - 1):
-        try:
-            return once()
-        except errors.Replaced:
-            continue
-    return once()
-
-
-def close_all(stores: Iterable[Store]) -> None:
+def close_all(stores: Iterable[ReadStore]) -> None:
     """Close several stores side by side. Closing the last descriptor of a file without a name gives its space back
     there and then, and a device that is told of it (`discard`) takes its time."""
     with ThreadPoolExecutor(_CLOSERS, thread_name_prefix="vhdkit-close") as pool:

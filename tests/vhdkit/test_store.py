@@ -106,7 +106,7 @@ def test_punching_makes_zeros_and_keeps_the_length(
 ) -> None:
     """A punched range reads as zeros, also where the file system cannot punch and past the end."""
     if not supported:
-        monkeypatch.setattr("vhdkit.store._fallocate", _refusing(errno.EOPNOTSUPP))
+        monkeypatch.setattr("vhdkit.space._fallocate", _refusing(errno.EOPNOTSUPP))
     with _new(tmp_path / "a", b"x" * 3 * MIB) as store:
         store.punch(MIB + 5, MIB)
         store.punch(3 * MIB - 2, 100)
@@ -122,7 +122,7 @@ def test_punching_makes_zeros_and_keeps_the_length(
 def test_reserving_grows_the_file_with_zeros(supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reserved range reads as zeros and has its space, also where it must be written to have it."""
     if not supported:
-        monkeypatch.setattr("vhdkit.store._fallocate", _refusing(errno.EOPNOTSUPP))
+        monkeypatch.setattr("vhdkit.space._fallocate", _refusing(errno.EOPNOTSUPP))
     with _new(tmp_path / "a", b"x") as store:
         store.reserve(1, 2 * MIB)
         store.reserve(9, 0)
@@ -148,7 +148,7 @@ def test_a_failing_device_gives_typed_errors(
 ) -> None:
     """Whatever call fails, the error has the path, and the offset where there is one."""
     with _new(tmp_path / "a", b"x" * 4096) as store:
-        monkeypatch.setattr("vhdkit.store._fallocate", _refusing(code))
+        monkeypatch.setattr("vhdkit.space._fallocate", _refusing(code))
         for name in ("pread", "pwrite", "preadv", "ftruncate"):
             monkeypatch.setattr(os, name, _refusing(code))
         calls: list[Callable[[], Any]] = [

@@ -27,7 +27,8 @@ from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.store import identity_of, translated
+from vhdkit.named import identity_of
+from vhdkit.store import translated
 from vhdkit.units import SECTOR_SIZE, format_size
 
 _EXAMPLES = (

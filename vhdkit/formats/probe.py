@@ -19,7 +19,7 @@ from vhdkit.formats.vhd.fixed import open_fixed
 from vhdkit.formats.vhd.layout import DISK_TYPE_FIXED
 from vhdkit.formats.vhd.metadata import FooterState, looks_like_vhd, read_footers, read_metadata
 from vhdkit.image import Layer
-from vhdkit.store import Store
+from vhdkit.store import ReadStore, Store
 
 VHD_SUFFIXES = (".vhd", ".avhd")
 
@@ -31,7 +31,7 @@ class FormatName(StrEnum):
     VHD = "vhd"
 
 
-def identify(store: Store, *, by_name: bool = True) -> FormatName:
+def identify(store: ReadStore, *, by_name: bool = True) -> FormatName:
     """The format of the file. Without `by_name` the file's name says nothing: it is not the one it came with.
 
     Raises UnsupportedFormat for a known format vhdkit does not read and for what is compressed or an archive,

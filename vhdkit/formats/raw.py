@@ -6,7 +6,7 @@ from __future__ import annotations
 from vhdkit import errors
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.linear import LinearImage
-from vhdkit.store import Store
+from vhdkit.store import ReadStore, Store
 from vhdkit.units import SECTOR_SIZE, round_up
 
 _MAX_RAW_BYTES = 1 << 62  # the system counts a file's bytes in 63 bits
@@ -39,7 +39,7 @@ def create_raw(store: Store, size_bytes: int) -> None:
     store.truncate(size_bytes)
 
 
-def examine_raw(store: Store) -> list[Finding]:
+def examine_raw(store: ReadStore) -> list[Finding]:
     """What there is to say about a raw image."""
     size = store.size()
     if size == 0:

@@ -23,17 +23,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.formats.patched import Patches, ReadOnlyView
 from vhdkit.formats.vhd.geometry import MAX_FIXED_BYTES
 from vhdkit.formats.vhd.layout import FOOTER_COOKIE, FOOTER_SIZE
 from vhdkit.formats.vhd.metadata import footer_state, read_footers
-from vhdkit.store import Buffer, Store
+from vhdkit.store import Buffer, ReadStore, Store
 from vhdkit.units import MIB, SECTOR_SIZE
 
 MAX_LOG_BYTES = 64 * MIB  # the largest BAT, before and after, is 32 MiB; a log is held in memory
@@ -75,7 +75,7 @@ class UndoLog:
 
 
 def plan_change(
-    store: Store, unique_id: bytes, writes: Sequence[tuple[int, Buffer]], size_after_bytes: int | None = None
+    store: ReadStore, unique_id: bytes, writes: Sequence[tuple[int, Buffer]], size_after_bytes: int | None = None
 ) -> UndoLog:
     """The log for putting `writes`, (offset, bytes) apart from each other, into the file and giving it a size.
 
@@ -125,7 +125,7 @@ def encode(log: UndoLog) -> bytes:
     return raw + hashlib.sha256(raw).digest()
 
 
-def read_log(store: Store, image: Store | None = None) -> UndoLog | None:
+def read_log(store: ReadStore, image: ReadStore | None = None) -> UndoLog | None:
     """The log in `store`, or None for anything that is no whole log: torn, of an unknown version, or no log at all.
 
     With `image` also None for one that cannot be of this image as it is now. What is cheap to see is looked at first,
@@ -155,7 +155,7 @@ def read_log(store: Store, image: Store | None = None) -> UndoLog | None:
     return log if encode(log) == raw and _is_possible(log) else None
 
 
-def _read_head(store: Store) -> tuple[int, bytes, int, int] | None:
+def _read_head(store: ReadStore) -> tuple[int, bytes, int, int] | None:
     """(number of changes, image's id, its size before, its size after), None for what is no log."""
     raw = store.pread(0, _HEAD.size)
     if len(raw) < _HEAD.size:
@@ -166,7 +166,7 @@ def _read_head(store: Store) -> tuple[int, bytes, int, int] | None:
     return count, unique_id, size_before, size_after
 
 
-def _read_places(store: Store, count: int, size_bytes: int) -> list[tuple[int, int]] | None:
+def _read_places(store: ReadStore, count: int, size_bytes: int) -> list[tuple[int, int]] | None:
     """(offset, length) of each change, None where they are not such as we write, or do not fill the file."""
     raw = store.pread(_HEAD.size, count * _PLACE.size)
     if len(raw) != count * _PLACE.size:
@@ -177,7 +177,7 @@ def _read_places(store: Store, count: int, size_bytes: int) -> list[tuple[int, i
     return places
 
 
-def _may_belong(image: Store, unique_id: bytes, size_before: int, size_after: int) -> bool:
+def _may_belong(image: ReadStore, unique_id: bytes, size_before: int, size_after: int) -> bool:
     """False when the image is one that a change between these sizes of the image with this id cannot have left."""
     size, sizes = image.size(), (size_before, size_after)
     if not min(sizes) <= size <= max(sizes):
@@ -189,7 +189,7 @@ def _may_belong(image: Store, unique_id: bytes, size_before: int, size_after: in
     return not is_last or (tail.footer.unique_id == unique_id and size in sizes)
 
 
-def mentions(store: Store, ids: Collection[bytes]) -> bool:
+def mentions(store: ReadStore, ids: Collection[bytes]) -> bool:
     """True when the store begins like a log and holds one of these ids anywhere; it need not be a whole log."""
     size = store.size()
     if not _HEAD.size + _DIGEST_SIZE <= size <= MAX_LOG_BYTES or store.pread(0, len(_MAGIC)) != _MAGIC:
@@ -202,7 +202,7 @@ def mentions(store: Store, ids: Collection[bytes]) -> bool:
     return False
 
 
-def belongs(store: Store, log: UndoLog) -> bool:
+def belongs(store: ReadStore, log: UndoLog) -> bool:
     """True when the file is one that this change left behind, at any point of it; else nothing may be taken back.
 
     Raises IoFailed.
@@ -213,7 +213,7 @@ def belongs(store: Store, log: UndoLog) -> bool:
     return all(_is_either(store, size, change) for change in log.changes) and not _has_new_data(store, log)
 
 
-def _has_new_data(store: Store, log: UndoLog) -> bool:
+def _has_new_data(store: ReadStore, log: UndoLog) -> bool:
     """True when behind the file's old end, where the change puts nothing but what it says, somebody wrote since.
 
     That happens when the image had another name for a while, under which nobody saw the log.
@@ -227,7 +227,7 @@ def _has_new_data(store: Store, log: UndoLog) -> bool:
     return False
 
 
-def _has_data(store: Store, start: int, stop: int) -> bool:
+def _has_data(store: ReadStore, start: int, stop: int) -> bool:
     """True when a byte of this part of the file, cut at its end, is not zero."""
     for offset, size, may_hold_data in store.data_runs(start, min(stop, store.size()) - start):
         for position in range(offset, offset + size, MIB) if may_hold_data else ():
@@ -236,7 +236,7 @@ def _has_data(store: Store, start: int, stop: int) -> bool:
     return False
 
 
-def _is_either(store: Store, size_bytes: int, change: Change) -> bool:
+def _is_either(store: ReadStore, size_bytes: int, change: Change) -> bool:
     """True when what stands there came from before the change or from the change."""
     found = store.pread(change.offset_bytes, len(change.before)) if change.offset_bytes < size_bytes else b""
     if found in (change.before, change.after):
@@ -291,105 +291,13 @@ def _put(store: Store, size_bytes: int, writes: list[tuple[int, bytes]]) -> None
     store.sync()
 
 
-class UndoneStore:
+class UndoneStore(ReadOnlyView):
     """A file as it was before a change that did not finish: for reading, nothing is changed. See `store.Store`."""
 
     def __init__(self, store: Store, log: UndoLog) -> None:
+        before = Patches()
+        for change in log.changes:
+            before.lay(change.offset_bytes, change.end_bytes, change.before)
+        why = "is read as it was before a change that did not finish, which takes no writing"
+        super().__init__(store, log.size_before_bytes, before, why)
         self.store = store
-        self._size = log.size_before_bytes
-        self._changes = log.changes
-        self._starts = [change.offset_bytes for change in log.changes]
-
-    @property
-    def name(self) -> str:
-        """See `Store.name`."""
-        return self.store.name
-
-    def size(self) -> int:
-        """See `Store.size`: the size it had."""
-        return self._size
-
-    def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """See `Store.pread`."""
-        buffer = bytearray(max(0, min(size_bytes, self._size - offset_bytes)))
-        self.pread_into(offset_bytes, memoryview(buffer))
-        return bytes(buffer)
-
-    def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """See `Store.pread_into`."""
-        inside = max(0, min(len(buffer), self._size - offset_bytes))
-        buffer[inside:] = bytes(len(buffer) - inside)
-        if inside:
-            self.store.pread_into(offset_bytes, buffer[:inside])
-        for change in self._touching(offset_bytes, offset_bytes + inside):
-            start, stop = max(change.offset_bytes, offset_bytes), min(change.end_bytes, offset_bytes + inside)
-            before = change.before[start - change.offset_bytes : stop - change.offset_bytes]
-            buffer[start - offset_bytes : stop - offset_bytes] = before
-
-    def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """See `Store.try_pread_into`: such a store is rare, so it is never tried."""
-        return False
-
-    def punches(self) -> bool:
-        """See `Store.punches`."""
-        return False
-
-    def _touching(self, start: int, stop: int) -> Iterator[Change]:
-        """The changes that share bytes with a range."""
-        if stop <= start:
-            return
-        for change in self._changes[max(bisect_right(self._starts, start) - 1, 0) :]:
-            if change.offset_bytes >= stop:
-                return
-            if change.end_bytes > start:
-                yield change
-
-    def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-        """See `Store.data_runs`: what the log gives back may hold data."""
-        position, end = offset_bytes, offset_bytes + size_bytes
-        for change in self._touching(position, min(end, self._size)):
-            if change.offset_bytes > position:
-                yield from self._runs_below(position, change.offset_bytes)
-            start, position = max(change.offset_bytes, position), min(change.end_bytes, end, self._size)
-            yield start, position - start, True
-        if position < end:
-            yield from self._runs_below(position, end)
-
-    def _runs_below(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        inside = max(start, min(stop, self._size, self.store.size()))
-        if inside > start:
-            yield from self.store.data_runs(start, inside - start)
-        if stop > inside:
-            yield inside, stop - inside, False
-
-    def pwrite(self, offset_bytes: int, data: Buffer) -> None:
-        """Raises ReadOnly, as everything that would change the file does."""
-        raise self._read_only()
-
-    def punch(self, offset_bytes: int, size_bytes: int) -> None:
-        """Raises ReadOnly."""
-        raise self._read_only()
-
-    def reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """Raises ReadOnly."""
-        raise self._read_only()
-
-    def copy_from(self, source: Store, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
-        """Raises ReadOnly."""
-        raise self._read_only()
-
-    def truncate(self, size_bytes: int) -> None:
-        """Raises ReadOnly."""
-        raise self._read_only()
-
-    def sync(self) -> None:
-        """See `Store.sync`: there is nothing to wait for."""
-
-    def close(self) -> None:
-        """See `Store.close`."""
-        self.store.close()
-
-    def _read_only(self) -> errors.ReadOnly:
-        return errors.ReadOnly(
-            "is read as it was before a change that did not finish, which takes no writing", path=self.name
-        )

@@ -24,8 +24,8 @@ from vhdkit.formats.probe import FormatName
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.image import Layer
+from vhdkit.named import opened_again
 from vhdkit.serve.nbd.export import Export, check_text
-from vhdkit.store import opened_again
 from vhdkit.units import MIB, format_size
 
 MAX_EXPORTS_FILE_BYTES = 16 * MIB  # a thousand exports and ten thousand images with long paths

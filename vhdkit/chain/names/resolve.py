@@ -34,7 +34,8 @@ from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.image import Layer
-from vhdkit.store import FileStore, Store, opened_again
+from vhdkit.named import opened_again
+from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 
 __all__ = [

@@ -28,7 +28,8 @@ from vhdkit.formats.probe import FormatName, identify
 from vhdkit.formats.raw import examine_raw
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
-from vhdkit.store import FileStore, opened_again
+from vhdkit.named import opened_again
+from vhdkit.store import FileStore
 
 
 @checked

@@ -26,7 +26,8 @@ from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.geometry import azure_size
 from vhdkit.image import Layer
-from vhdkit.store import FileStore, Store, opened_again
+from vhdkit.named import opened_again
+from vhdkit.store import FileStore, Store
 
 
 class DiskFormat(StrEnum):

@@ -43,7 +43,8 @@ from vhdkit.folder import (
 from vhdkit.formats.probe import VHD_SUFFIXES, open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_metadata
-from vhdkit.store import FileStore, Store, leads_to
+from vhdkit.named import leads_to
+from vhdkit.store import FileStore, Store
 from vhdkit.unfinished import parts
 
 

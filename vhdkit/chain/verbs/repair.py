@@ -108,7 +108,7 @@ def repair(
         fixes += _repoint(draft, store, options)
         fixes += _bring_to_front(draft)
         left = check_vhd(draft, progress=progress)
-        writes = draft.writes()
+        writes = draft.diff()
         undo_path = report_path = None
         if writes or draft.size() != view.size():
             log = plan_change(view, image_id(draft), writes, draft.size())

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.image import ExtentKind
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import KIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = 256 * KIB  # stays in the cache
 _ZEROS = bytes(_PIECE_BYTES)
 
 
-def first_data_in_store(store: Store, offset_bytes: int, size_bytes: int) -> int | None:
+def first_data_in_store(store: ReadStore, offset_bytes: int, size_bytes: int) -> int | None:
     """Offset of the first byte of a range of the file that is not zero, or None. Raises IoFailed."""
     for offset, size, may_hold_data in store.data_runs(offset_bytes, size_bytes):
         if may_hold_data:

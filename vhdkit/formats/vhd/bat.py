@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED
-from vhdkit.store import Store
+from vhdkit.store import ReadStore, Store
 from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 ENTRIES_PER_SECTOR = SECTOR_SIZE // BAT_ENTRY_SIZE
@@ -34,7 +34,7 @@ class Bat:
         self._dirty: set[int] = set()
 
     @classmethod
-    def load(cls, store: Store, table_offset_bytes: int, block_count: int) -> Bat:
+    def load(cls, store: ReadStore, table_offset_bytes: int, block_count: int) -> Bat:
         """Read the first `block_count` entries; the caller has checked that the file holds them."""
         raw = store.pread(table_offset_bytes, block_count * BAT_ENTRY_SIZE)
         return cls(np.frombuffer(raw, dtype=">u4").astype(np.uint32), table_offset_bytes)

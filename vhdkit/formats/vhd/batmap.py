@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.layout import BatmapHeader
 from vhdkit.formats.vhd.metadata import Metadata, batmap_header_offset
-from vhdkit.store import Store
+from vhdkit.store import ReadStore, Store
 from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors, sectors_to_bytes
 
 MAX_MAP_BYTES = MIB  # twice what the smallest blocks of the largest disk need; a checksum reads it all
@@ -41,7 +41,7 @@ def ranges(metadata: Metadata) -> list[tuple[int, int]]:
     return [(header, header + layout.BATMAP_HEADER_SIZE), (place, place + size)]
 
 
-def read_map(store: Store, metadata: Metadata) -> bytes:
+def read_map(store: ReadStore, metadata: Metadata) -> bytes:
     """The map's bytes for the blocks of the disk; empty where there is no batmap. Raises IoFailed."""
     if metadata.batmap is None:
         return b""

@@ -23,7 +23,7 @@ from vhdkit.formats.vhd.metadata import FooterState, Metadata, read_metadata
 from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.places import block_data_end, block_starts, table_range
 from vhdkit.formats.vhd.room import end_of_room
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, format_size, round_up, sectors_to_bytes, whole_sectors
 
 _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
@@ -35,7 +35,7 @@ _READ_SECTORS = whole_sectors(256 * KIB)
 
 
 def check_vhd(
-    store: Store, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
+    store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Finding]:
     """Examine a VHD file. A missing footer or header is the only finding then; else all are listed.
 
@@ -132,7 +132,7 @@ def _footer_findings(metadata: Metadata) -> Iterator[Finding]:
         yield _warning(metadata, "no-id", message, "footer")
 
 
-def _fixed_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
+def _fixed_findings(store: ReadStore, metadata: Metadata) -> Iterator[Finding]:
     spare = metadata.tail.offset_bytes - metadata.size_bytes
     if not spare:
         return
@@ -153,7 +153,7 @@ def spare_of_fixed(metadata: Metadata) -> int | None:
     return data_end if data_end < metadata.tail.offset_bytes and data_end % SECTOR_SIZE == 0 else None
 
 
-def _header_findings(store: Store, metadata: Metadata) -> Iterator[Finding]:
+def _header_findings(store: ReadStore, metadata: Metadata) -> Iterator[Finding]:
     assert metadata.header is not None
     header = metadata.header
     if header.data_offset != layout.NO_DATA_OFFSET:
@@ -212,12 +212,12 @@ def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
         yield start, int(covered[index] + sizes[index]) - start
 
 
-def is_much(store: Store, offset_bytes: int, size_bytes: int) -> bool:
+def is_much(store: ReadStore, offset_bytes: int, size_bytes: int) -> bool:
     """True when a range holds so much data that a repair does not drop it."""
     return held_bytes(store, offset_bytes, size_bytes, enough=MAX_FREED_BYTES + 1) > MAX_FREED_BYTES
 
 
-def held_bytes(store: Store, offset_bytes: int, size_bytes: int, *, enough: int | None = None) -> int:
+def held_bytes(store: ReadStore, offset_bytes: int, size_bytes: int, *, enough: int | None = None) -> int:
     """How much of a range may hold data, the rest being holes; not counted beyond `enough`."""
     held = 0
     for _, size, may_hold in store.data_runs(offset_bytes, size_bytes):
@@ -227,7 +227,7 @@ def held_bytes(store: Store, offset_bytes: int, size_bytes: int, *, enough: int 
     return held
 
 
-def _space_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
+def _space_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Space that belongs to nothing, and blocks that are stored short."""
     assert metadata.header is not None
     whole, last = used_sizes(metadata)
@@ -283,7 +283,7 @@ def _front_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
         yield _warning(metadata, "behind-blocks", message, structure, offset)
 
 
-def _promise_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
+def _promise_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Bits and batmap entries for more than there is."""
     bits = bits_behind_end(store, metadata, bat)
     if bits is not None:
@@ -302,7 +302,7 @@ def _promise_findings(store: Store, metadata: Metadata, bat: Bat) -> Iterator[Fi
         yield _warning(metadata, "batmap", message, f"bitmap of block {block}", start if start >= 0 else None)
 
 
-def has_spare_entries(store: Store, metadata: Metadata) -> bool:
+def has_spare_entries(store: ReadStore, metadata: Metadata) -> bool:
     """True when the table goes on behind the end of the disk, and not with empty entries: blocks of somebody's."""
     assert metadata.header is not None
     header = metadata.header
@@ -320,7 +320,7 @@ def has_spare_entries(store: Store, metadata: Metadata) -> bool:
 
 
 def _bitmap_findings(
-    store: Store,
+    store: ReadStore,
     metadata: Metadata,
     bat: Bat,
     ignore_bitmaps: bool,
@@ -356,7 +356,7 @@ def _bitmap_findings(
                 break
 
 
-def _first_data(store: Store, offset_bytes: int, sector_count: int) -> int | None:
+def _first_data(store: ReadStore, offset_bytes: int, sector_count: int) -> int | None:
     """Offset of the first sector that is not zeros, or None."""
     for offset, size, may_hold in store.data_runs(offset_bytes, sectors_to_bytes(sector_count)):
         position = offset

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.locator import Locator, read_locators
 from vhdkit.formats.vhd.metadata import batmap_header_offset, read_footers
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 
 _SHOWN_BYTES = 64
 _HEADER_FOLLOWS_BYTES = layout.FOOTER_SIZE
@@ -37,7 +37,7 @@ class StructureDump:
     fields: tuple[FieldValue, ...]
 
 
-def dump_vhd(store: Store) -> list[StructureDump]:
+def dump_vhd(store: ReadStore) -> list[StructureDump]:
     """Everything that could be a structure: both footers, the header the better one points at, its locators.
 
     Raises only IoFailed.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vhdkit.formats.vhd import batmap, bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.metadata import Metadata
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import whole_sectors
 
 
@@ -32,7 +32,7 @@ class BitsBehindEnd:
     cleared: bytes
 
 
-def bits_behind_end(store: Store, metadata: Metadata, bat: Bat) -> BitsBehindEnd | None:
+def bits_behind_end(store: ReadStore, metadata: Metadata, bat: Bat) -> BitsBehindEnd | None:
     """What is set behind the end of the disk in the last block, or None. Raises IoFailed."""
     assert metadata.header is not None
     block, block_size = len(bat) - 1, metadata.header.block_size
@@ -48,7 +48,7 @@ def bits_behind_end(store: Store, metadata: Metadata, bat: Bat) -> BitsBehindEnd
     return BitsBehindEnd(start, block, count, bytes(raw))
 
 
-def wrong_batmap_bits(store: Store, metadata: Metadata, bat: Bat) -> NDArray[np.int64]:
+def wrong_batmap_bits(store: ReadStore, metadata: Metadata, bat: Bat) -> NDArray[np.int64]:
     """The blocks that a batmap calls whole and that are not: they own less, or have no space. Raises IoFailed."""
     if not batmap.ranges(metadata):
         return np.zeros(0, dtype=np.int64)

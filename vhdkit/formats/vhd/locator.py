@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from vhdkit.errors import CorruptReason, printable
 from vhdkit.formats.vhd.layout import LOCATOR_COUNT, PARENT_NAME_SIZE, DynamicHeader, LocatorEntry
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import KIB, SECTOR_SIZE, round_up
 
 RELATIVE = b"W2ru"
@@ -62,7 +62,7 @@ def space_bytes(entry: LocatorEntry) -> int:
     return max(space, entry.data_length)
 
 
-def read_locators(store: Store, header: DynamicHeader) -> tuple[Locator, ...]:
+def read_locators(store: ReadStore, header: DynamicHeader) -> tuple[Locator, ...]:
     """The used entries in slot order, each with its text or the reason it has none."""
     return tuple(
         _read(store, slot, entry)
@@ -71,7 +71,7 @@ def read_locators(store: Store, header: DynamicHeader) -> tuple[Locator, ...]:
     )
 
 
-def _read(store: Store, slot: int, entry: LocatorEntry) -> Locator:
+def _read(store: ReadStore, slot: int, entry: LocatorEntry) -> Locator:
     text, fault = None, None
     if entry.data_length > MAX_LOCATOR_BYTES or (entry.platform_code in _ENCODINGS and entry.data_length == 0):
         fault = CorruptReason.LOCATOR_LENGTH

@@ -27,7 +27,7 @@ from vhdkit.formats.vhd.layout import BatmapHeader, DynamicHeader, Footer
 from vhdkit.formats.vhd.locator import Locator, decode_parent_name, read_locators, space_bytes
 from vhdkit.formats.vhd.padding import footer_before_zeros
 from vhdkit.formats.vhd.room import end_of_room
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import MIB, SECTOR_SIZE, format_size, is_power_of_two, round_up
 
 MIN_BLOCK_SIZE = MIB // 2  # with the largest virtual size this bounds a block map at 4 Mi entries
@@ -181,7 +181,7 @@ def footer_state(raw: bytes) -> FooterState:
     return FooterState.GOOD if len(raw) == layout.FOOTER_SIZE else FooterState.SHORT
 
 
-def read_footers(store: Store) -> tuple[FooterPlace, FooterPlace]:
+def read_footers(store: ReadStore) -> tuple[FooterPlace, FooterPlace]:
     """What stands at the end of the file, or before zeros there, and at its beginning. Raises only for I/O errors."""
     size = store.size()
     offset = max(size - layout.FOOTER_SIZE, 0)
@@ -214,7 +214,7 @@ def _is_stale(tail: FooterPlace, copy: FooterPlace) -> bool:
     return not is_fixed and tail.footer.unique_id != copy.footer.unique_id
 
 
-def image_id(store: Store) -> bytes:
+def image_id(store: ReadStore) -> bytes:
     """The id other images know this one by: its footer's, or all zeros where no footer is good (a raw image)."""
     for place in read_footers(store):
         if place.state.usable:
@@ -222,7 +222,7 @@ def image_id(store: Store) -> bytes:
     return bytes(layout.UUID_SIZE)
 
 
-def looks_like_vhd(store: Store) -> bool:
+def looks_like_vhd(store: ReadStore) -> bool:
     """True when a footer, good or damaged, stands at either place."""
     tail, copy = read_footers(store)
     strange = (FooterState.ABSENT, FooterState.KILLED)  # 0xC7 alone is no proof: any raw disk may end so
@@ -263,7 +263,7 @@ def _choose(path: str, tail: FooterPlace, copy: FooterPlace) -> FooterPlace:
     )
 
 
-def read_metadata(store: Store) -> Metadata:
+def read_metadata(store: ReadStore) -> Metadata:
     """Read and verify footer, header and locators.
 
     Raises CorruptImage. A locator that cannot be read is no error here (another may serve).
@@ -328,7 +328,7 @@ def read_metadata(store: Store) -> Metadata:
     )
 
 
-def _read_header(store: Store, footer: Footer, size_bytes: int) -> DynamicHeader:
+def _read_header(store: ReadStore, footer: Footer, size_bytes: int) -> DynamicHeader:
     path, offset = store.name, footer.data_offset
     where: dict[str, Any] = {"path": path, "structure": "dynamic header", "offset_bytes": offset}
     raw = store.pread(offset, layout.HEADER_SIZE) if offset < store.size() else b""
@@ -375,7 +375,7 @@ def _read_header(store: Store, footer: Footer, size_bytes: int) -> DynamicHeader
     return header
 
 
-def _check_apart(store: Store, header: DynamicHeader, header_offset: int, size_bytes: int) -> None:
+def _check_apart(store: ReadStore, header: DynamicHeader, header_offset: int, size_bytes: int) -> None:
     """Refuse a footer copy, header and BAT that lie over each other: writing one would destroy another."""
     table_size = -(-size_bytes // header.block_size) * layout.BAT_ENTRY_SIZE
     places = [
@@ -394,7 +394,7 @@ def _check_apart(store: Store, header: DynamicHeader, header_offset: int, size_b
             )
 
 
-def _check_table(store: Store, header: DynamicHeader, size_bytes: int) -> None:
+def _check_table(store: ReadStore, header: DynamicHeader, size_bytes: int) -> None:
     """Refuse a BAT that cannot be where and as long as the header says."""
     where: dict[str, Any] = {"path": store.name, "structure": "BAT", "offset_bytes": header.table_offset}
     needed = -(-size_bytes // header.block_size)
@@ -415,7 +415,7 @@ def _check_table(store: Store, header: DynamicHeader, size_bytes: int) -> None:
         )
 
 
-def _read_batmap(store: Store, footer: Footer, header: DynamicHeader) -> BatmapHeader | None:
+def _read_batmap(store: ReadStore, footer: Footer, header: DynamicHeader) -> BatmapHeader | None:
     """XenServer's batmap header, where the creator is one that writes it and it looks right."""
     if footer.creator_application != _TAP_CREATOR or footer.creator_version < _FIRST_VERSION_WITH_BATMAP:
         return None
@@ -429,7 +429,7 @@ def _read_batmap(store: Store, footer: Footer, header: DynamicHeader) -> BatmapH
     return batmap
 
 
-def _padding_findings(store: Store, tail: FooterPlace) -> list[Finding]:
+def _padding_findings(store: ReadStore, tail: FooterPlace) -> list[Finding]:
     """A fixed image that was made longer as if it were a raw disk."""
     padding = store.size() - tail.offset_bytes - len(tail.raw)
     if not padding:
@@ -438,7 +438,7 @@ def _padding_findings(store: Store, tail: FooterPlace) -> list[Finding]:
     return [Finding(Severity.WARNING, "padding", message, store.name, tail.structure, tail.offset_bytes)]
 
 
-def _image_inside(store: Store, copy: FooterPlace) -> list[Finding]:
+def _image_inside(store: ReadStore, copy: FooterPlace) -> list[Finding]:
     """A fixed disk's device that begins like another image, as after that was copied over the disk.
 
     The fixed disk is believed: what it begins with is its guest's, who could else have the host open any parent.

@@ -8,7 +8,7 @@ place, and only zeros may follow. Repair goes further (it also cuts off bytes ot
 from __future__ import annotations
 
 from vhdkit.formats.vhd import geometry, layout
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import MIB, SECTOR_SIZE, round_down
 
 MAX_PADDING_BYTES = 2 * MIB  # behind the footer; programs that round files up use whole MiB
@@ -16,7 +16,7 @@ SEARCH_BYTES = MAX_PADDING_BYTES + layout.FOOTER_SIZE  # before the end of the f
 _READ_BYTES = MIB // 2
 
 
-def footer_before_zeros(store: Store) -> tuple[int, bytes] | None:
+def footer_before_zeros(store: ReadStore) -> tuple[int, bytes] | None:
     """(offset, footer) of a fixed image's footer that only zeros follow, or None. Raises IoFailed."""
     size = store.size()
     end, limit = size, max(size - SEARCH_BYTES, 0)
@@ -29,7 +29,7 @@ def footer_before_zeros(store: Store) -> tuple[int, bytes] | None:
     return None
 
 
-def _footer_at(store: Store, end_of_data: int) -> tuple[int, bytes] | None:
+def _footer_at(store: ReadStore, end_of_data: int) -> tuple[int, bytes] | None:
     """The footer whose last byte that is not zero stands before `end_of_data`. Its last 427 bytes are all reserved."""
     first = round_down(end_of_data - 1, SECTOR_SIZE)
     raw = store.pread(first, layout.FOOTER_SIZE)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import struct
 
 from vhdkit.formats.vhd import layout
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 
 _DATA_OFFSET = struct.Struct(">16xQ")
 _DISK_TYPE = struct.Struct(">60xI")
 _PARENT_ID_OFFSET = 40  # in the dynamic header
 
 
-def parent_ids(store: Store) -> frozenset[bytes]:
+def parent_ids(store: ReadStore) -> frozenset[bytes]:
     """The ids of parents that the headers of a differencing image name, whichever footer is believed.
 
     Empty for anything else. Raises IoFailed.

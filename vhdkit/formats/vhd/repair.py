@@ -43,7 +43,7 @@ from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.padding import SEARCH_BYTES
 from vhdkit.formats.vhd.places import end_of_structures, nominal_end
 from vhdkit.formats.vhd.untangle import Tangle, joined
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
 
 LOSS = "--accept-data-loss"
@@ -148,7 +148,7 @@ def _align_copy(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iter
     )
 
 
-def _is_sound(store: Store) -> bool:
+def _is_sound(store: ReadStore) -> bool:
     """True when the image can be read: its header, and a table without contradictions."""
     try:
         metadata = read_metadata(store)
@@ -212,7 +212,7 @@ def _rescue_footer(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> I
             return
 
 
-def _stray_footer(store: Store) -> tuple[int, bytes] | None:
+def _stray_footer(store: ReadStore) -> tuple[int, bytes] | None:
     """A good footer that other bytes follow: (offset, footer) of the last one, which fits the file up to there."""
     end = store.size()
     for offset in range(round_down(end, SECTOR_SIZE), max(end - SEARCH_BYTES - 1, 0), -SECTOR_SIZE):

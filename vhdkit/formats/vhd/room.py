@@ -7,11 +7,11 @@ Decides where that is. New blocks go into the room before it, which may hold dat
 from __future__ import annotations
 
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
-from vhdkit.store import FileStore, Store
+from vhdkit.store import FileStore, ReadStore
 from vhdkit.units import SECTOR_SIZE, round_down
 
 
-def end_of_room(store: Store) -> int | None:
+def end_of_room(store: ReadStore) -> int | None:
     """Where the trailing footer of an image on a device stands; None for a file, which grows. Raises IoFailed."""
     if not isinstance(store, FileStore) or not store.is_device:
         return None

@@ -24,7 +24,7 @@ from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import used_sizes
 from vhdkit.formats.vhd.metadata import Metadata
-from vhdkit.store import Store
+from vhdkit.store import ReadStore
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up, sectors_to_bytes, whole_sectors
 
 MAX_MOVED_BYTES = 20 * MIB  # of data, which an undo log holds beside the largest BAT
@@ -51,7 +51,7 @@ class Untangling:
 class Tangle:
     """The allocated blocks of one image and what they share. All entries lie inside the file."""
 
-    def __init__(self, store: Store, metadata: Metadata, bat: Bat) -> None:
+    def __init__(self, store: ReadStore, metadata: Metadata, bat: Bat) -> None:
         assert metadata.header is not None
         self._store = store
         self._bat = bat

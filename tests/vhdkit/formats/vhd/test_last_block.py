@@ -118,7 +118,7 @@ def test_bits_behind_the_end_are_told_and_cleared() -> None:
     draft = DraftStore(store)
     fixes = repair_vhd(draft, Consent())
     assert [(fix.code, fix.needs) for fix in fixes] == [("bits-behind-end", None)]
-    for offset, raw in draft.writes():
+    for offset, raw in draft.diff():
         store.pwrite(offset, raw)
     assert set_sectors(store) == list(range(INSIDE)) and check_vhd(store) == [] and faults_in(store) == []
 

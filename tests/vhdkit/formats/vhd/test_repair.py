@@ -57,7 +57,7 @@ def repaired(store: MemStore, consent: Consent = NONE) -> tuple[MemStore, list[F
     draft = DraftStore(store)
     fixes = repair_vhd(draft, consent)
     assert store.contents() == before, "planning a repair wrote something"
-    writes = draft.writes()
+    writes = draft.diff()
     made = store.copy()
     if writes or draft.size() != store.size():
         log = plan_change(made, image_id(draft), writes, draft.size())
@@ -327,7 +327,7 @@ def test_inv_repair_whole_in_memory(case: str) -> None:
     store = HARMLESS[case][0]() if case in HARMLESS else sound(entries={5: 2, 7: 0x7FFFFFFF}).build().store()
     draft = DraftStore(store)
     repair_vhd(draft, ALL)
-    log = plan_change(store, image_id(draft), draft.writes(), draft.size())
+    log = plan_change(store, image_id(draft), draft.diff(), draft.size())
     crash = CrashStore(store)
     cuts = [0]
 
@@ -361,7 +361,7 @@ def test_faults_while_planning_and_writing(operation: str) -> None:
         try:
             draft = DraftStore(faulty)
             repair_vhd(draft, ALL)
-            log = plan_change(faulty, image_id(draft), draft.writes(), draft.size())
+            log = plan_change(faulty, image_id(draft), draft.diff(), draft.size())
             apply_change(faulty, log)
         except errors.VhdkitError:
             faulty.faults.clear()

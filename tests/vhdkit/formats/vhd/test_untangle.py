@@ -111,7 +111,7 @@ def repaired(store: MemStore, *, data_loss: bool = False) -> tuple[MemStore, lis
     draft = DraftStore(store)
     fixes = repair_vhd(draft, Consent(data_loss))
     made = store.copy()
-    log = plan_change(made, image_id(draft), draft.writes(), draft.size())
+    log = plan_change(made, image_id(draft), draft.diff(), draft.size())
     apply_change(made, log)
     undone = made.copy()
     roll_back(undone, log)

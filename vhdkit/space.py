@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a file has space: holes that are punched and found, space that is set aside.
+
+Decides how the system is asked for it, and what counts as "this file system cannot". Must not know what lies there.
+Every function takes an open descriptor, and raises OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from vhdkit.units import MIB, round_up
+
+UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_KEEP_SIZE = 0x01
+_PUNCH_HOLE = 0x02
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _fallocate(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> None:
+    if _libc.fallocate(fd, mode, offset_bytes, size_bytes) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def punch(fd: int, offset_bytes: int, size_bytes: int) -> bool:
+    """Make a hole of the range, which is not empty; False where the file system has no holes."""
+    return _is_done(fd, _PUNCH_HOLE | _KEEP_SIZE, offset_bytes, size_bytes)
+
+
+def reserve(fd: int, offset_bytes: int, size_bytes: int) -> bool:
+    """Set space aside for the range, which is not empty, and let the file reach over it; False where that is not
+    possible.
+    """
+    return _is_done(fd, 0, offset_bytes, size_bytes)
+
+
+def _is_done(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> bool:
+    try:
+        _fallocate(fd, mode, offset_bytes, size_bytes)
+    except OSError as error:
+        if error.errno in UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def punches(fd: int) -> bool:
+    """True when the file system makes holes. Tried behind the end, where there is nothing to lose."""
+    try:
+        return punch(fd, round_up(os.lseek(fd, 0, os.SEEK_END), MIB), MIB)
+    except OSError:
+        return False
+
+
+def next_data(fd: int, offset_bytes: int, end: int) -> int:
+    """Where data begins at or behind an offset, at most `end`; everything may hold data on a file system that does not
+    say.
+    """
+    return _seek(fd, offset_bytes, os.SEEK_DATA, end, offset_bytes)
+
+
+def next_hole(fd: int, offset_bytes: int, end: int) -> int:
+    """Where data ends that lies at an offset, at most `end`."""
+    return _seek(fd, offset_bytes, os.SEEK_HOLE, end, end)
+
+
+def _seek(fd: int, offset_bytes: int, whence: int, end: int, unsupported: int) -> int:
+    try:
+        return min(os.lseek(fd, offset_bytes, whence), end)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole from here to the end of the file
+            return end
+        if error.errno in UNSUPPORTED:
+            return unsupported
+        raise
