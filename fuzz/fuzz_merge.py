@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from fuzz.loop import main
 from fuzz.mutate import mutate_bytes
 from fuzz.recipe import Reader
-from tests.chains import BLOCK_SIZES, ChainPlan, LayerPlan, interesting_sectors, make_store
-from tests.model import ParsedVhd, walk_read
-from tests.power import LINK
-from tests.stores import MemStore
+from tests.harness.chains import BLOCK_SIZES, ChainPlan, LayerPlan, interesting_sectors, make_store
+from tests.harness.model import ParsedVhd, walk_read
+from tests.harness.power import LINK
+from tests.harness.stores import MemStore
 from vhdkit import VhdkitError
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.resolve import OpenOptions

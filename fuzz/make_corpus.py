@@ -29,9 +29,8 @@ from fuzz.recipe import (
 )
 from fuzz.sparse import Sparse
 from tests import nbd_client as nbd
-from tests.chains import ChainPlan, LayerPlan
-from tests.nbd_client import go_data, meta_data, option
-from tests.vhd_builder import (
+from tests.harness.chains import ChainPlan, LayerPlan
+from tests.harness.vhd_builder import (
     FIXED,
     FREE,
     GIB,
@@ -45,6 +44,7 @@ from tests.vhd_builder import (
     child,
     relative,
 )  # fmt: skip
+from tests.nbd_client import go_data, meta_data, option
 from tests.vmm.net import packets
 from vhdkit.chain.records.intent import Intent, Named, Phase
 

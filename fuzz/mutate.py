@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from fuzz.sparse import MAX_OFFSET, Sparse, decode
-from tests.vhd_builder import SECTOR, seal
+from tests.harness.vhd_builder import SECTOR, seal
 
 Field = tuple[int, int]  # offset, size
 

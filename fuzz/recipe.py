@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.vhd_builder import DIFFERENCING, DYNAMIC, FIXED, GIB, KIB, MIB, Block, Locator, Vhd, put, seal
+from tests.harness.vhd_builder import DIFFERENCING, DYNAMIC, FIXED, GIB, KIB, MIB, Block, Locator, Vhd, put, seal
 
 MAX_FILES = 6
 # The leaf is file 0 and always gets the first name. The case of names differs on purpose.

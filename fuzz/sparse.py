@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.stores import MemStore
+from tests.harness.stores import MemStore
 from vhdkit import errors
 from vhdkit.store import Buffer
 from vhdkit.units import MIB, SECTOR_SIZE, TIB

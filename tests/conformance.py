@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import pytest
 
 import vhdkit.formats
-from tests.power import LINK
-from tests.stores import Fault, FaultyStore, MemStore, sync_failed
+from tests.harness.power import LINK
+from tests.harness.stores import Fault, FaultyStore, MemStore, sync_failed
 from vhdkit import errors
 from vhdkit.formats.linear import LinearImage
 from vhdkit.formats.raw import create_raw, open_raw

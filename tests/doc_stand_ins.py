@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import vhdkit
-from tests.killing import killed_at
+from tests.harness.killing import killed_at
 from tests.mounting import require_fuse
 from tests.support import (
     require_boot_sector_guest,

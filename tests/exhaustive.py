@@ -40,7 +40,7 @@ from tests.exhaustive_verbs import (
     World,
     write,
 )
-from tests.folder_power import Cut, Files, FolderPower, files_of, fill, key_of, repeatable
+from tests.harness.folder_power import Cut, Files, FolderPower, files_of, fill, key_of, repeatable
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
 
 

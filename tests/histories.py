@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tests.stores import MemStore
+from tests.harness.stores import MemStore
 from vhdkit.formats.patched import PatchedStore, Patches
 from vhdkit.formats.undo import UndoneStore, apply_change, plan_change, roll_back
 from vhdkit.store import ReadStore, Store

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.plain_reader import read_chain
+from tests.harness.plain_reader import read_chain
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import MIB, console, make_disk, processes, wait_until
 from tests.vmm.stage import machine_stage

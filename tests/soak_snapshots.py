@@ -36,14 +36,15 @@ import pytest
 
 import vhdkit
 import vmm
-from tests.injecting import KILLED, Injection, injected
-from tests.plain_reader import Unreadable, digest_of
+from tests.harness.injecting import KILLED, Injection, Journal, injected
+from tests.harness.plain_reader import Unreadable, digest_of
 from tests.vmm.guests import boot_sector
 from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import console, processes, wait_until
 from tests.vmm.stage import kill_all, machine_stage
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.model.errors import VmmError
+from vmm.store.snapshots import store
 from vmm.store.state import MachineState
 
 NAME = "soak"
@@ -53,6 +54,7 @@ _MANY = 7  # snapshots, from which on some go
 _FIRST = 64 << 10  # below it is the guest's own
 _SESSIONS = 0.08  # of all commands are a start, and what follows while the guest runs
 _VICTIMS = ("nothing", "nothing", "command", "worker", "server", "qemu", "all")
+_JOURNAL = Journal(store, "write_whole", "snapshots.json")
 _ENDS = ("done", "refused", "interrupted", "failed")
 _JOURNAL_SECONDS = 1.0  # for a journal to be there
 
@@ -146,7 +148,7 @@ class Driver:
             end: dict[str, Any] = {"end": "failed", "problem": ""}
             try:
                 os.close(reading)
-                with injected(injection) as count:
+                with injected(injection, _JOURNAL) as count:
                     end |= _outcome(lambda: step.work(vmm.Manager(), _snapshots()))
                 end["calls"] = count[0]
                 os.write(writing, json.dumps(end).encode())

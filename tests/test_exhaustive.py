@@ -12,7 +12,7 @@ import pytest
 
 from tests.exhaustive import Explorer, Wrong, main, scratch
 from tests.exhaustive_verbs import VERBS
-from tests.folder_power import FolderPower
+from tests.harness.folder_power import FolderPower
 from vhdkit import folder
 from vhdkit.chain.verbs import relocate
 from vhdkit.store import FileStore

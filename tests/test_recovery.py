@@ -13,9 +13,9 @@ import pytest
 
 import vhdkit
 from tests.doc_commands import Command, Shell, blocks, reader_environment, type_in
-from tests.killing import killed_at
+from tests.harness.killing import killed_at
+from tests.harness.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
 from tests.support import ROOT
-from tests.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
 from tests.warm_commands import WarmCommands, warm_commands
 from vhdkit import DiskFormat
 from vhdkit.formats.vhd import remember

@@ -12,7 +12,7 @@ import pytest
 
 import vhdkit
 from tests import soak, soak_cut, soak_interrupted, soak_remember, soak_running, soak_snapshots
-from tests.plain_reader import read_chain
+from tests.harness.plain_reader import read_chain
 from tests.soak import SCENES, Scene, Work
 from tests.support import daily_or_nightly, require_boot_sector_guest
 from vhdkit.chain.records import pending

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space, sync_failed
-from tests.vhd_builder import Vhd
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space, sync_failed
+from tests.harness.vhd_builder import Vhd
 from vhdkit import errors
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import vhdkit
-from tests.vhd_builder import Block, Locator, Vhd, absolute, bits_of, child, pattern, relative
+from tests.harness.vhd_builder import Block, Locator, Vhd, absolute, bits_of, child, pattern, relative
 from tests.xenserver import faults_of
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.resolve import open_layers

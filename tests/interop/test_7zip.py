@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern
 from tests.interop.disks import (
     DYNAMIC_SHAPES,
     FIXED_SHAPES,
@@ -26,7 +27,6 @@ from tests.interop.disks import (
     unpack_tar,
 )
 from tests.support import require_tool, run, sample
-from tests.vhd_builder import Block, Vhd, bits_of, child, pattern
 from vhdkit import DiskFormat
 from vhdkit.chain.verbs.describe import describe_image
 

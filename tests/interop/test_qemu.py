@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.harness.vhd_builder import DYNAMIC as DYNAMIC_TYPE
+from tests.harness.vhd_builder import FIXED, Vhd
 from tests.interop.disks import (
     DYNAMIC_SHAPES,
     FIXED_SHAPES,
@@ -21,8 +23,6 @@ from tests.interop.disks import (
 )
 from tests.interop.qemu import held_by_qemu, qemu_content, qemu_create, qemu_io, qemu_virtual_size, refusal, tell
 from tests.support import require_tool, run
-from tests.vhd_builder import DYNAMIC as DYNAMIC_TYPE
-from tests.vhd_builder import FIXED, Vhd
 from vhdkit.chain.verbs.describe import describe_image
 
 pytestmark = pytest.mark.interop

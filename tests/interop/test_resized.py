@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.harness.vhd_builder import Block, Vhd, pattern
 from tests.interop.disks import content_of, unpack_tar
 from tests.interop.qemu import qemu_content, qemu_create, qemu_io, qemu_virtual_size
 from tests.interop.test_libvhdi import PROGRAM
 from tests.interop.test_samples_verbs import ORPHANS_PARENT, ORPHANS_PARENT_ID
 from tests.support import require_pyvhdi, run, sample
-from tests.vhd_builder import Block, Vhd, pattern
 from vhdkit.chain.verbs.describe import describe_image
 from vhdkit.units import GIB, KIB, MIB
 

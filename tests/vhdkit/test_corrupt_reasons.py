@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhd_builder import (
+from tests.harness.vhd_builder import (
     DYNAMIC,
     FIXED,
     GIB,

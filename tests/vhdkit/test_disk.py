@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.model import SectorModel
-from tests.power import BLOCK_SIZE, child_scene, dynamic_scene, open_mem
-from tests.stores import MemStore
+from tests.harness.model import SectorModel
+from tests.harness.power import BLOCK_SIZE, child_scene, dynamic_scene, open_mem
+from tests.harness.stores import MemStore
 from vhdkit import errors
 from vhdkit.chain.verbs.create import DiskFormat, create_child, create_image
 from vhdkit.disk import Disk, open_disk

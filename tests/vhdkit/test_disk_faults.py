@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.model import ParsedVhd, SectorModel
-from tests.power import BLOCK_SIZE, Scene, child_scene, dynamic_scene, open_mem, work
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space, sync_failed
+from tests.harness.model import ParsedVhd, SectorModel
+from tests.harness.power import BLOCK_SIZE, Scene, child_scene, dynamic_scene, open_mem, work
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space, sync_failed
 from tests.support import not_available, require_tool
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain

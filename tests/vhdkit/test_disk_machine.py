@@ -20,9 +20,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.model import ParsedVhd, SectorModel
-from tests.power import LINK
-from tests.stores import CrashStore, MemStore
+from tests.harness.model import ParsedVhd, SectorModel
+from tests.harness.power import LINK
+from tests.harness.stores import CrashStore, MemStore
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import open_layer

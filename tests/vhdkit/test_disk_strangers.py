@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vhdkit
-from tests.stores import MemStore
+from tests.harness.stores import MemStore
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk
 from vhdkit.formats.probe import open_layer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.vhd_builder import KIB, MIB, Block, Vhd, pattern
+from tests.harness.vhd_builder import KIB, MIB, Block, Vhd, pattern
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.chain.verbs.stream import import_stream
 from vhdkit.folder import NewFile, write_whole

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.vhd_builder import KIB, MIB, Block, Vhd, pattern
+from tests.harness.vhd_builder import KIB, MIB, Block, Vhd, pattern
 from tests.vhdkit.cli.running import document, failure, good, names, run
 
 BLOCK = 512 * KIB

@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 
+from tests.harness.stores import MemStore
 from tests.histories import Step, modelled, step, store_of
-from tests.stores import MemStore
 from vhdkit import errors
 from vhdkit.formats.draft import MAX_DRAFT_BYTES, DraftStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE

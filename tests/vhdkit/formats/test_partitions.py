@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stores import MemStore
+from tests.harness.stores import MemStore
 from tests.support import require_tool
 from vhdkit.formats.partitions import MAX_LOGICAL_PARTITIONS, PartitionTable, read_partitions
 from vhdkit.units import KIB, MIB

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed
 from tests.histories import (
     DATA,
     LIMIT,
@@ -21,7 +22,6 @@ from tests.histories import (
     step,
     store_of,
 )
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed
 from vhdkit import errors
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.patched import Patch, PatchedStore, Patches

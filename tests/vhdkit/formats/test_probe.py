@@ -11,8 +11,8 @@ import shlex
 
 import pytest
 
-from tests.stores import MemStore
-from tests.vhd_builder import FIXED, MIB, Block, Vhd, child, pattern
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import FIXED, MIB, Block, Vhd, child, pattern
 from vhdkit.errors import CorruptImage, CorruptReason, InvalidArgument, UnsupportedFormat
 from vhdkit.formats.linear import LinearImage
 from vhdkit.formats.probe import FormatName, identify, open_layer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores import MemStore
-from tests.vhd_builder import MIB, pattern
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import MIB, pattern
 from vhdkit.errors import InvalidArgument
 from vhdkit.finding import Severity
 from vhdkit.formats.raw import create_raw, examine_raw, open_raw

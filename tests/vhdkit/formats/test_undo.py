@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, PowerCut, io_failed, no_space
 from vhdkit import errors
 from vhdkit.formats import undo
 from vhdkit.formats.undo import (

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from tests.power import DISK_SIZE, Scene, child_scene, dynamic_scene, open_mem
-from tests.stores import MemStore
+from tests.harness.power import DISK_SIZE, Scene, child_scene, dynamic_scene, open_mem
+from tests.harness.stores import MemStore
 from vhdkit.formats.vhd.create import create_dynamic
 from vhdkit.serve.nbd.export import Export
 from vhdkit.units import MIB

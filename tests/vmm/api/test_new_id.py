@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
 from tests.vmm.store.test_copies import add, copied, files_of
 from vmm.api.manager import Manager
 from vmm.cli.main import main

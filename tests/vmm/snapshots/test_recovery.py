@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
 from tests.support import daily_or_nightly
 from tests.vmm.snapshots.machines import Machines
 from vmm.api.machine_snapshots import MachineSnapshots

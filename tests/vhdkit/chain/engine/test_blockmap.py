@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.chains import ChainPlan, LayerPlan, build, chain_plans, interesting_sectors, pattern, runs_within
-from tests.model import ParsedVhd, walk_read, walk_sector
-from tests.stores import ZERO_SECTOR, MemStore
+from tests.harness.chains import ChainPlan, LayerPlan, build, chain_plans, interesting_sectors, pattern, runs_within
+from tests.harness.model import ParsedVhd, walk_read, walk_sector
+from tests.harness.stores import ZERO_SECTOR, MemStore
 from tests.support import daily_or_nightly
 from vhdkit.chain.engine import blockmap
 from vhdkit.chain.engine.blockmap import BlockMap, owner_runs

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.chains import ChainPlan, build, chain_plans
-from tests.model import ParsedVhd, SectorModel
-from tests.power import BLOCK_SIZE, child_scene, open_mem, work
-from tests.stores import MemStore
+from tests.harness.chains import ChainPlan, build, chain_plans
+from tests.harness.model import ParsedVhd, SectorModel
+from tests.harness.power import BLOCK_SIZE, child_scene, open_mem, work
+from tests.harness.stores import MemStore
 from tests.support import daily_or_nightly
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain

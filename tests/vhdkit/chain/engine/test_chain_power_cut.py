@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.model import ParsedVhd, SectorModel
-from tests.power import (
+from tests.harness.model import ParsedVhd, SectorModel
+from tests.harness.power import (
     BLOCK_SIZE,
     PowerRun,
     Scene,
@@ -24,7 +24,7 @@ from tests.power import (
     short_block_scene,
     work,
 )
-from tests.stores import CrashStore, MemStore, PowerCut
+from tests.harness.stores import CrashStore, MemStore, PowerCut
 from tests.support import daily_or_nightly
 from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.dynamic import DynamicImage

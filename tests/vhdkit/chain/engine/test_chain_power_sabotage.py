@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.model import SectorModel
-from tests.power import BLOCK_SIZE, PowerRun, Scene, Violation, child_scene, dynamic_scene, short_block_scene
+from tests.harness.model import SectorModel
+from tests.harness.power import BLOCK_SIZE, PowerRun, Scene, Violation, child_scene, dynamic_scene, short_block_scene
 from vhdkit.disk import Disk
 from vhdkit.formats.vhd import dynamic
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vhdkit
-from tests.chains import ChainPlan, build, chain_plans, clear_bits, pattern
-from tests.model import SectorModel, walk_read
-from tests.power import DISK_SIZE, LINK, PowerRun, Scene, open_mem
-from tests.stores import MemStore
+from tests.harness.chains import ChainPlan, build, chain_plans, clear_bits, pattern
+from tests.harness.model import SectorModel, walk_read
+from tests.harness.power import DISK_SIZE, LINK, PowerRun, Scene, open_mem
+from tests.harness.stores import MemStore
 from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.engine.chain import Chain

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
 from vhdkit import OpenOptions, errors, folder
 from vhdkit.chain.names import dependents, marks
 from vhdkit.chain.records import pending

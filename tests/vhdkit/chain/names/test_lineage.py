@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
 from vhdkit import DiskFormat, OpenOptions, Severity
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
@@ -226,8 +226,8 @@ def test_copies_say_nothing(folder: Path) -> None:
 
 def test_a_foreign_time_stamp_is_a_note(folder: Path) -> None:
     """A child of another program that records another time stamp for its parent gets a note, and no warning."""
-    from tests.vhd_builder import PARENT_ID, Vhd
-    from tests.vhd_builder import child as child_of
+    from tests.harness.vhd_builder import PARENT_ID, Vhd
+    from tests.harness.vhd_builder import child as child_of
 
     Vhd(unique_id=PARENT_ID, timestamp=1000).build().write(folder / "parent.vhd")
     path = child_of(parent_timestamp=2000).build().write(folder / "child.vhd")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.vhd_builder import PARENT_ID, Block, Locator, Vhd, absolute, child, pattern, relative
+from tests.harness.vhd_builder import PARENT_ID, Block, Locator, Vhd, absolute, child, pattern, relative
 from vhdkit import errors
 from vhdkit.chain.names.resolve import MAX_CHAIN_DEPTH, OpenOptions, find_children, open_layers, unique_id
 from vhdkit.errors import CorruptReason

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.vhd_builder import PARENT_ID, Block, Vhd, bits_of, child, pattern
+from tests.harness.vhd_builder import PARENT_ID, Block, Vhd, bits_of, child, pattern
 from vhdkit import Severity, errors
 
 CHS = (120, 4, 17)

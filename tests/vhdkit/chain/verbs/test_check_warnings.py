@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
+from tests.harness.vhd_builder import FIXED, FREE, Block, Locator, Vhd, bits_of, child, pattern, put, seal_header
 from tests.support import ROOT
-from tests.vhd_builder import FIXED, FREE, Block, Locator, Vhd, bits_of, child, pattern, put, seal_header
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.vhd.layout import EPOCH_UNIX_SECONDS
 from vhdkit.units import MIB

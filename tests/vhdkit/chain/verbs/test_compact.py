@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import vhdkit
-from tests.chains import clear_bits
-from tests.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, names_behind, sound
-from tests.power import LINK
-from tests.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.harness.chains import clear_bits
+from tests.harness.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, names_behind, sound
+from tests.harness.power import LINK
+from tests.harness.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern
 from tests.support import daily_or_nightly
-from tests.vhd_builder import Block, Vhd, bits_of, child, pattern
 from tests.xenserver import faults_in
 from vhdkit import errors
 from vhdkit.chain.verbs.compact import plan_compact, run_compact

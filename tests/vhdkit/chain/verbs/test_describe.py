@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.vhd_builder import PARENT_ID, Vhd, child
+from tests.harness.vhd_builder import PARENT_ID, Vhd, child
 from vhdkit import errors
 from vhdkit.chain.verbs.describe import describe_chain, describe_image
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings, recorded
-from tests.vhd_builder import MIB, Vhd, child, put
+from tests.harness.killing import killings, recorded
+from tests.harness.vhd_builder import MIB, Vhd, child, put
 from vhdkit import GarbageKind, OpenOptions, errors, folder, unfinished
 from vhdkit.chain.names.marks import record_path
 from vhdkit.chain.records.intent import KIND, Intent, Named, Phase

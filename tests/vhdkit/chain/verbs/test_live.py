@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.chains import ChainPlan, build, chain_plans, pattern
-from tests.killing import killings
-from tests.power import LINK
-from tests.stores import CrashStore, MemStore, PowerCut
+from tests.harness.chains import ChainPlan, build, chain_plans, pattern
+from tests.harness.killing import killings
+from tests.harness.power import LINK
+from tests.harness.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.resolve import OpenOptions

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vhdkit
-from tests.chains import pattern
-from tests.killing import CHANGING, killings
-from tests.merging import unaligned
-from tests.stores import MemStore
+from tests.harness.chains import pattern
+from tests.harness.killing import CHANGING, killings
+from tests.harness.merging import unaligned
+from tests.harness.stores import MemStore
 from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.engine.chain import Chain

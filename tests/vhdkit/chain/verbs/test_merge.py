@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.merging import unaligned
-from tests.model import ParsedVhd
-from tests.stores import MemStore
-from tests.vhd_builder import seal_footer
+from tests.harness.merging import unaligned
+from tests.harness.model import ParsedVhd
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import seal_footer
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.records.intent import KIND
 from vhdkit.chain.verbs import merge_steps

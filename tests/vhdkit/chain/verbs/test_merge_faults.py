@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.merging import Scene, content_of, layer_of
-from tests.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.harness.merging import Scene, content_of, layer_of
+from tests.harness.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from tests.vhdkit.chain.verbs.test_merge_power import many_layers, moving_blocks, raw_base, two_layers
 from tests.vhdkit.test_disk_faults import small_tmpfs
 from vhdkit import errors

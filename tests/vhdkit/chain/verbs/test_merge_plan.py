@@ -10,10 +10,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.chains import ChainPlan, LayerPlan, build, chain_plans, interesting_sectors, make_store
-from tests.model import walk_read
-from tests.power import LINK
-from tests.stores import MemStore
+from tests.harness.chains import ChainPlan, LayerPlan, build, chain_plans, interesting_sectors, make_store
+from tests.harness.model import walk_read
+from tests.harness.power import LINK
+from tests.harness.stores import MemStore
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.chain.verbs.merge_steps import fold

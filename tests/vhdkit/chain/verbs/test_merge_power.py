@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.merging import MergeRun, Scene, World, base_image, child_of, unaligned
-from tests.power import BLOCK_SIZE, Violation
+from tests.harness.merging import MergeRun, Scene, World, base_image, child_of, unaligned
+from tests.harness.power import BLOCK_SIZE, Violation
 from vhdkit.formats.vhd.commit import Commit
 from vhdkit.units import whole_sectors
 
@@ -131,7 +131,7 @@ def sabotage_early_removal(monkeypatch: pytest.MonkeyPatch) -> None:
         names.remove(intent.leaf.path)
         return fill()
 
-    monkeypatch.setattr("tests.merging.carry_out", carry_out)
+    monkeypatch.setattr("tests.harness.merging.carry_out", carry_out)
 
 
 def sabotage_order_of_removal(monkeypatch: pytest.MonkeyPatch) -> None:

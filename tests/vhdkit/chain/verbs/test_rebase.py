@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
 from vhdkit import errors
 from vhdkit.chain.verbs.describe import describe_image
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
+from tests.harness.vhd_builder import Block, Vhd, pattern
 from tests.support import daily_or_nightly, sample
-from tests.vhd_builder import Block, Vhd, pattern
 from vhdkit import OpenOptions, Severity, errors
 from vhdkit.chain.verbs import relocate as relocate_module
 from vhdkit.folder import sidecar_path

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
+from tests.harness.killing import killings
+from tests.harness.vhd_builder import FIXED, KIB, MIB, Block, Vhd, child, pattern, put
 from tests.support import sample
-from tests.vhd_builder import FIXED, KIB, MIB, Block, Vhd, child, pattern, put
 from vhdkit import OpenOptions, Severity, errors
 from vhdkit.chain.records import pending
 from vhdkit.formats.vhd.dynamic import open_dynamic

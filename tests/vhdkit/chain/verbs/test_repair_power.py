@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.folder_power import Files, FolderPower, files_of, fill, repeatable
-from tests.vhd_builder import FIXED, Block, Vhd, bits_of, pattern
+from tests.harness.folder_power import Files, FolderPower, files_of, fill, repeatable
+from tests.harness.vhd_builder import FIXED, Block, Vhd, bits_of, pattern
 from vhdkit.units import KIB, SECTOR_SIZE
 
 BLOCK = 512 * KIB

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings
-from tests.stores import MemStore
+from tests.harness.killing import killings
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import Block, Vhd, child, pattern
 from tests.support import require_tool, run
-from tests.vhd_builder import Block, Vhd, child, pattern
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
 from vhdkit.chain.names.resolve import unique_id
 from vhdkit.chain.records.pending import undo_path

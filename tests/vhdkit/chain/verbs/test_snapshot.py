@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.killing import killings, recorded
-from tests.vhd_builder import Vhd
+from tests.harness.killing import killings, recorded
+from tests.harness.vhd_builder import Vhd
 from vhdkit import OpenOptions, errors, folder
 from vhdkit.chain.verbs.create import write_empty
 from vhdkit.chain.verbs.snapshot import MAX_SET, default_name

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stores import MemStore
-from tests.vhd_builder import FREE, KIB, MIB, Block, Vhd, pattern
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import FREE, KIB, MIB, Block, Vhd, pattern
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import open_dynamic

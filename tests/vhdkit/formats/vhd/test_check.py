@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vhd_builder import FIXED, FREE, Block, Vhd, bits_of, child, pattern
+from tests.harness.vhd_builder import FIXED, FREE, Block, Vhd, bits_of, child, pattern
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.units import MIB

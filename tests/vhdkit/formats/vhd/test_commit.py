@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.stores import MemStore
-from tests.vhd_builder import KIB, pattern
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import KIB, pattern
 from vhdkit.errors import NoSpace, SyncFailed
 from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.create import create_dynamic

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.stores import MemStore
-from tests.vhd_builder import GIB, KIB, MIB, PARENT_ID, checksum
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import GIB, KIB, MIB, PARENT_ID, checksum
 from vhdkit.errors import InvalidArgument
 from vhdkit.formats.vhd import create
 from vhdkit.formats.vhd.create import ParentLink

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 
-from tests.vhd_builder import FIXED, Vhd, child
+from tests.harness.vhd_builder import FIXED, Vhd, child
 from vhdkit.formats.vhd.dump import StructureDump, dump_vhd
 
 

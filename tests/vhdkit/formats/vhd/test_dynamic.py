@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.stores import MemStore
-from tests.vhd_builder import KIB, MIB, TIB, Block, Vhd, bits_of, child, pattern
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import KIB, MIB, TIB, Block, Vhd, bits_of, child, pattern
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Severity
 from vhdkit.formats.vhd.check import check_vhd

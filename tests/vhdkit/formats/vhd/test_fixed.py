@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vhd_builder import FIXED, MIB, Vhd, pattern
+from tests.harness.vhd_builder import FIXED, MIB, Vhd, pattern
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.vhd.fixed import FixedImage, open_fixed
 from vhdkit.image import Extent, ExtentKind, read_extents

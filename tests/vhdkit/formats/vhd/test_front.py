@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.packing import content_of, crowd, names_behind
-from tests.power import BLOCK_SIZE, DISK_SIZE, LINK, child_scene, open_mem
-from tests.stores import CrashStore, MemStore
-from tests.vhd_builder import Block, Locator, Vhd, child, pattern, relative
+from tests.harness.packing import content_of, crowd, names_behind
+from tests.harness.power import BLOCK_SIZE, DISK_SIZE, LINK, child_scene, open_mem
+from tests.harness.stores import CrashStore, MemStore
+from tests.harness.vhd_builder import Block, Locator, Vhd, child, pattern, relative
 from tests.xenserver import faults_in
 from vhdkit.finding import Severity
 from vhdkit.formats.vhd import layout

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vhd_builder import FIXED, GIB, KIB, MIB, TIB, Vhd
+from tests.harness.vhd_builder import FIXED, GIB, KIB, MIB, TIB, Vhd
 from vhdkit.formats.vhd import geometry
 from vhdkit.formats.vhd.layout import Footer, parse_footer
 

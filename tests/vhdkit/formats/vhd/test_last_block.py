@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import vhdkit
-from tests.power import BLOCK_SIZE, DISK_SIZE, LINK
-from tests.stores import MemStore
-from tests.vhd_builder import Block, Vhd, bits_of, child, pattern
+from tests.harness.power import BLOCK_SIZE, DISK_SIZE, LINK
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern
 from tests.xenserver import faults_in, faults_of
 from vhdkit.finding import Severity
 from vhdkit.formats.draft import DraftStore

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vhd_builder import Vhd, checksum, child
+from tests.harness.vhd_builder import Vhd, checksum, child
 from vhdkit.formats.vhd import layout
 
 

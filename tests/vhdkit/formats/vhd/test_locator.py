@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stores import MemStore
-from tests.vhd_builder import GIB, Locator, Vhd, absolute, child, put, relative
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import GIB, Locator, Vhd, absolute, child, put, relative
 from vhdkit.errors import CorruptReason
 from vhdkit.formats.vhd import locator
 from vhdkit.formats.vhd.layout import LocatorEntry

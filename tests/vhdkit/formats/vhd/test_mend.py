@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vhd_builder import KIB, Block, Locator, Vhd, child, pattern, put, relative, seal_footer
+from tests.harness.vhd_builder import KIB, Block, Locator, Vhd, child, pattern, put, relative, seal_footer
 from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace, VhdkitError
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import FooterState

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.stores import MemStore
-from tests.vhd_builder import (
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import (
     DYNAMIC,
     FIXED,
     GIB,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.stores import MemStore
-from tests.vhd_builder import DYNAMIC, FIXED, Vhd, pattern, put
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import DYNAMIC, FIXED, Vhd, pattern, put
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.verbs.describe import describe_image
 from vhdkit.formats.probe import FormatName, identify

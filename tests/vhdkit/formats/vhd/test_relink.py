@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from tests.power import BLOCK_SIZE, LINK, child_scene
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, no_space
+from tests.harness.power import BLOCK_SIZE, LINK, child_scene
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, no_space
 from vhdkit import errors
 from vhdkit.formats.vhd.create import ParentLink
 from vhdkit.formats.vhd.dynamic import open_dynamic

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space
-from tests.vhd_builder import (
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space
+from tests.harness.vhd_builder import (
     DIFFERENCING,
     DYNAMIC,
     FIXED,

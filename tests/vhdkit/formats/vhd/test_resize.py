@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, short, short_content_of, sound
-from tests.power import LINK
-from tests.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.harness.packing import BLOCK, Crowd, content_of, crowd, cut_everywhere, short, short_content_of, sound
+from tests.harness.power import LINK
+from tests.harness.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern, put, seal_header
 from tests.support import daily_or_nightly
-from tests.vhd_builder import Block, Vhd, bits_of, child, pattern, put, seal_header
 from tests.xenserver import faults_in
 from vhdkit import errors
 from vhdkit.formats.vhd import geometry

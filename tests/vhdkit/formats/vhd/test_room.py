@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.model import SectorModel
-from tests.power import BLOCK_SIZE, PowerRun, Scene, child_scene, dynamic_scene
-from tests.vhd_builder import pattern
+from tests.harness.model import SectorModel
+from tests.harness.power import BLOCK_SIZE, PowerRun, Scene, child_scene, dynamic_scene
+from tests.harness.vhd_builder import pattern
 from tests.vmm.kvm.loops import loop_device
 from vhdkit import errors
 from vhdkit.disk import Disk

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.power import BLOCK_SIZE, DISK_SIZE, child_scene, dynamic_scene
-from tests.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
+from tests.harness.power import BLOCK_SIZE, DISK_SIZE, child_scene, dynamic_scene
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from vhdkit import errors
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stores import MemStore
-from tests.vhd_builder import KIB, MIB, PARENT_ID, Vhd, child, pattern, relative
+from tests.harness.stores import MemStore
+from tests.harness.vhd_builder import KIB, MIB, PARENT_ID, Vhd, child, pattern, relative
 from vhdkit.finding import Severity
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.undo import apply_change, plan_change, roll_back

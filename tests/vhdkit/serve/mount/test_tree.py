@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vhdkit
-from tests.stores import MemStore
+from tests.harness.stores import MemStore
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
 from vhdkit.serve.mount.tree import Folder, Link, Model, Text, Tree, build_file, build_folder, safe_name
 from vhdkit.serve.mount.view import View

@@ -10,7 +10,9 @@ import struct
 import pytest
 
 from tests import nbd_client as nbd
-from tests.model import walk_sector
+from tests.harness.model import walk_sector
+from tests.harness.power import DISK_SIZE, LINK, Scene, open_mem
+from tests.harness.stores import MemStore
 from tests.nbd_client import (
     EINVAL,
     ENOTSUP,
@@ -25,8 +27,6 @@ from tests.nbd_client import (
     Client,
     serving,
 )
-from tests.power import DISK_SIZE, LINK, Scene, open_mem
-from tests.stores import MemStore
 from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
 from vhdkit import errors
 from vhdkit.formats.probe import open_layer

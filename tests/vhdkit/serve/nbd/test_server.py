@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests import nbd_client as nbd
+from tests.harness.power import Scene
+from tests.harness.stores import MemStore
 from tests.nbd_client import DISC, FLUSH, FUA, READ, STATUS, WRITE, HungUp, Running, serving
-from tests.power import Scene
-from tests.stores import MemStore
 from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
 from vhdkit import errors
 from vhdkit.serve.nbd import server as nbd_server

@@ -12,6 +12,8 @@ import time
 import pytest
 
 from tests import nbd_client as nbd
+from tests.harness.power import open_mem
+from tests.harness.stores import CrashStore, Fault, FaultyStore, io_failed, no_space, sync_failed
 from tests.nbd_client import (
     CACHE,
     DF,
@@ -32,8 +34,6 @@ from tests.nbd_client import (
     Running,
     serving,
 )
-from tests.power import open_mem
-from tests.stores import CrashStore, Fault, FaultyStore, io_failed, no_space, sync_failed
 from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
 from vhdkit import errors
 from vhdkit.units import KIB, MIB

@@ -13,8 +13,8 @@ import os
 import struct
 from pathlib import Path
 
-from tests.model import ParsedVhd
-from tests.stores import MemStore
+from tests.harness.model import ParsedVhd
+from tests.harness.stores import MemStore
 from vhdkit.units import SECTOR_SIZE
 
 _LOCATOR_SLOTS, _RELATIVE = range(8), b"W2ru"

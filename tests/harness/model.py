@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.stores import ZERO_SECTOR
+from tests.harness.stores import ZERO_SECTOR
 from vhdkit.image import Layer
 from vhdkit.store import Buffer, Store
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes

@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tests.model import ParsedVhd
-from tests.power import open_mem
-from tests.stores import CrashStore, MemStore
-from tests.vhd_builder import Block, Vhd, bitmap_space, bits_of, child, pattern
+from tests.harness.model import ParsedVhd
+from tests.harness.power import open_mem
+from tests.harness.stores import CrashStore, MemStore
+from tests.harness.vhd_builder import Block, Vhd, bitmap_space, bits_of, child, pattern
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.create import ParentLink, linked_header

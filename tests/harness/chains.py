@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from tests.model import ParsedVhd
-from tests.power import LINK
-from tests.stores import MemStore
+from tests.harness.model import ParsedVhd
+from tests.harness.power import LINK
+from tests.harness.stores import MemStore
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tests.model import ParsedVhd
-from tests.power import BLOCK_SIZE, DISK_SIZE, Violation
-from tests.stores import CrashStore, MemStore, PowerCut
+from tests.harness.model import ParsedVhd
+from tests.harness.power import BLOCK_SIZE, DISK_SIZE, Violation
+from tests.harness.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.records.intent import Intent, Named, Phase

@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.stores import MemStore
+from tests.harness.stores import MemStore
 
 SECTOR = 512
 KIB = 1024

@@ -18,8 +18,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.model import ParsedVhd, SectorModel
-from tests.stores import CrashStore, MemStore, PowerCut
+from tests.harness.model import ParsedVhd, SectorModel
+from tests.harness.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk
