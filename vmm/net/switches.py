@@ -123,17 +123,8 @@ def delete(name: str, *, force: bool = False) -> list[str]:
     with _changing():
         spec = load(name)
         host = HostSide(spec)
-        try:
-            in_use = [one["name"] for one in host.guests() if one["connected"]]
-        except errors.TimedOut as error:  # its process hangs, and is killed in the end
-            if not force:
-                error.hint = error.hint or "with --force it is ended and deleted, whoever is plugged in"
-                raise
-            in_use = []
-        if in_use and not force:
-            raise errors.InUse(
-                f"switch {name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
-            )
+        if not force:  # else nothing depends on it, and a process that hangs would be waited for
+            _refuse_in_use(host)
         try:
             left = host.remove(give_up=force)
         except errors.VmmError as error:
@@ -142,6 +133,19 @@ def delete(name: str, *, force: bool = False) -> list[str]:
             raise
         _forget(spec)
     return left
+
+
+def _refuse_in_use(host: HostSide) -> None:
+    """Raise InUse while guests are plugged in, TimedOut where the switch's process does not say it."""
+    try:
+        in_use = [one["name"] for one in host.guests() if one["connected"]]
+    except errors.TimedOut as error:
+        error.hint = error.hint or "with --force it is ended and deleted, whoever is plugged in"
+        raise
+    if in_use:
+        raise errors.InUse(
+            f"switch {host.spec.name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
+        )
 
 
 def _forget(spec: SwitchSpec) -> None:

@@ -29,7 +29,7 @@ from vmm.net import ports
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-GRACE_SECONDS = 5.0  # to end when told to
+GRACE_SECONDS = 4.0  # to answer and to end when told to; it is deleted, so what a kill loses is not needed
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _MODULE = "vmm.net.user_switch"
 _PROBE_SECONDS = 0.01
@@ -141,10 +141,11 @@ class UserBackend:
 
     def stop(self) -> None:
         """End the process, if it runs, and forget its ports. One that does not end when asked is killed."""
+        deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(errors.VmmError):
             if self.is_running():
-                self.ask("stop")
-        if not self._has_ended(GRACE_SECONDS):
+                self._ask("stop", {}, GRACE_SECONDS)
+        if not self._has_ended(deadline - time.monotonic()):
             for ref in self._processes():
                 with contextlib.suppress(PermissionError):
                     ref.kill()
@@ -172,21 +173,24 @@ class UserBackend:
 
     def ask(self, method: str, **params: object) -> Any:
         """One request to the running switch. Raises WrongState when it does not run, TimedOut, what it answers."""
-        with self._connected() as (sock, lines):
+        return self._ask(method, params, ANSWER_SECONDS)
+
+    def _ask(self, method: str, params: dict[str, object], answer_seconds: float) -> Any:
+        with self._connected(answer_seconds) as (sock, lines):
             return _exchange(sock, lines, self.name, method, params)
 
     @contextlib.contextmanager
-    def _connected(self) -> Iterator[tuple[socket.socket, io.RawIOBase]]:
+    def _connected(self, answer_seconds: float) -> Iterator[tuple[socket.socket, io.RawIOBase]]:
         address = os.path.join(self.folder, _CONTROL)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(CONNECT_SECONDS)
+            sock.settimeout(min(CONNECT_SECONDS, answer_seconds))
             try:
                 sock.connect(address)
             except (FileNotFoundError, ConnectionError) as error:
                 raise errors.WrongState(f"switch {self.name} does not run") from error
             except OSError as error:
                 raise errors.of_os_error(error, f"reach switch {self.name}", path=address) from error
-            sock.settimeout(ANSWER_SECONDS)
+            sock.settimeout(answer_seconds)
             with sock.makefile("rb", buffering=0) as lines:
                 yield sock, lines
 
@@ -236,7 +240,7 @@ class UserBackend:
         params: dict[str, object] = {"port": port} if port is not None else {}
         if snap_bytes is not None:
             params["snap_bytes"] = snap_bytes
-        with self._connected() as (sock, lines):
+        with self._connected(ANSWER_SECONDS) as (sock, lines):
             _exchange(sock, lines, self.name, "capture", params)
             sock.settimeout(None)
             yield sock
