@@ -25,7 +25,7 @@ from vmm.net.ports import PortSetup
 from vmm.net.user_backend import UserBackend
 
 SIZES = (64, 1514)
-NEED_ROOT = ("bandwidth-bridge", "guest-tcp", "guest-ping")
+NEED_ROOT = ("bandwidth-bridge", "guest-tcp", "guest-ping", "guest-processor")
 GOALS = {64: 150_000.0, 1514: 1.5e9 / 8 / 1514}
 
 

@@ -4,6 +4,12 @@
 Megabits a second of one TCP transfer and of four at once, and the median of 20 pings, from one guest to the other.
 The guests are emulated (TCG), so the processor is the limit far more than the switch: what is compared is what a path
 costs. Needs root; everything happens in a network namespace of its own.
+
+`beside_a_plain_bridge` compares machines of ours on a bridge switch with a bare QEMU on a bridge that has nothing but
+its taps: no rules, no filter of system calls, no other devices. Both pairs have the same processor model, memory and
+kernel and run all the time. They are measured in turn, each round in the other order, and the result is the median of
+the rounds' ratios. Since whatever else the machine does changes a rate more than a switch does, the processor time
+that the QEMUs use for a MiB (`/proc/PID/task/*/schedstat`, softirqs included) is compared, too.
 """
 
 from __future__ import annotations
@@ -12,8 +18,9 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +28,8 @@ from typing import Any
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import address
 from tests.vmm.net.test_bridge_guests import BridgeLab
+from vmm import registry
+from vmm.state import processes_of
 
 PATHS = {
     "user switch": ("user", 1),
@@ -28,6 +37,7 @@ PATHS = {
     "bridge, 2 queues": ("bridge", 2),
 }
 FILE_MIB = 16
+FILES = 8  # of a sample beside a plain bridge: half a second is the least that can be compared
 
 
 class _Environment:
@@ -68,6 +78,14 @@ def transfer(one: GuestShell, streams: int) -> float:
     return FILE_MIB * streams * 8 * 1.048576 / (time.perf_counter() - start)
 
 
+def in_turn(one: GuestShell, files: int) -> float:
+    """Megabits a second of that many downloads, one after the other."""
+    fetch = "wget -q -O /dev/null http://10.5.0.2:5000/file"
+    start = time.perf_counter()
+    one.check(f"for n in $(seq {files}); do {fetch} || exit 1; done", seconds=300)
+    return FILE_MIB * files * 8 * 1.048576 / (time.perf_counter() - start)
+
+
 def ping_milliseconds(one: GuestShell) -> float:
     """The median of 20 pings."""
     said = one.check("ping -c 20 -i 0.1 10.5.0.2", seconds=120)
@@ -92,8 +110,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def plain_guests(lab: BridgeLab) -> Iterator[tuple[GuestShell, GuestShell]]:
-    """Two guests of a QEMU that nobody manages, on a bridge that has nothing but their taps."""
+def plain_guests(lab: BridgeLab, cpu_model: str) -> Iterator[tuple[GuestShell, GuestShell, list[int]]]:
+    """Two guests of a QEMU that nobody manages, on a bridge that has nothing but their taps; and the QEMUs."""
     from tests.vmm.guests.linux import linux_guest
 
     guest = linux_guest()
@@ -105,8 +123,8 @@ def plain_guests(lab: BridgeLab) -> Iterator[tuple[GuestShell, GuestShell]]:
             lab.spaces.run(lab.here, f"ip tuntap add tp{number} mode tap && ip link set tp{number} master plain0 up")
             serial = lab.folder / f"{number}.serial"
             command = (
-                f"ip netns exec {lab.here} qemu-system-x86_64 -nodefaults -display none -accel tcg -m 192 "
-                f"-kernel {guest.kernel} -initrd {guest.initrd} -serial unix:{serial},server=on,wait=off "
+                f"ip netns exec {lab.here} qemu-system-x86_64 -nodefaults -display none -accel tcg -cpu {cpu_model} "
+                f"-m 192 -kernel {guest.kernel} -initrd {guest.initrd} -serial unix:{serial},server=on,wait=off "
                 f"-netdev tap,id=n0,ifname=tp{number},script=no,downscript=no "
                 f"-device virtio-net-pci,netdev=n0,mac=02:00:00:00:00:0{number + 1} -append"
             )
@@ -114,7 +132,7 @@ def plain_guests(lab: BridgeLab) -> Iterator[tuple[GuestShell, GuestShell]]:
             shells.append(_shell(serial))
             address(shells[-1], f"10.5.0.{number + 1}/24")
         shells[1].check(f"dd if=/dev/zero of=/tmp/file bs=1M count={FILE_MIB} 2>/dev/null; httpd -p 5000 -h /tmp")
-        yield shells[0], shells[1]
+        yield shells[0], shells[1], [process.pid for process in started]
     finally:
         for process in started:
             process.kill()
@@ -137,18 +155,43 @@ def _shell(serial: Path) -> GuestShell:
     return shell
 
 
-def beside_a_plain_bridge(rounds: int = 5) -> dict[str, float]:
-    """Our bridge's medians divided by a plain one's, both pairs of guests running, measured in turn."""
+def _processor_seconds(pids: Sequence[int]) -> float:
+    """What these processes have used so far."""
+    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement of a pair of guests."""
+
+    mbit_per_second: float
+    processor_seconds: float
+    ping_milliseconds: float
+
+
+def _sample(one: GuestShell, pids: Sequence[int]) -> Sample:
+    before = _processor_seconds(pids)
+    rate = in_turn(one, FILES)
+    return Sample(rate, _processor_seconds(pids) - before, ping_milliseconds(one))
+
+
+def beside_a_plain_bridge(rounds: int = 11) -> dict[str, float]:
+    """Our bridge's rate, ping and processor time divided by a plain one's: the medians of the rounds' ratios."""
     environment: Any = _Environment()
     lab = BridgeLab(environment)
-    with guests("bridge", 1, lab) as (ours, _), plain_guests(lab) as (plain, _):
-        rates: dict[str, list[float]] = {"plain": [], "ours": []}
-        pings: dict[str, list[float]] = {"plain": [], "ours": []}
-        for number in range(rounds + 1):
-            for name, one in (("plain", plain), ("ours", ours)):
-                rate, ping = transfer(one, 1), ping_milliseconds(one)
+    ratios: dict[str, list[float]] = {"tcp": [], "ping": [], "processor": []}
+    with guests("bridge", 1, lab) as (ours, _):
+        machines = [registry.load(name) for name in ("one", "two")]
+        our_pids = [processes_of(machine.runtime)["qemu"].pid for machine in machines]
+        with plain_guests(lab, machines[0].spec.cpu_model) as (plain, _, plain_pids):
+            pairs = {"plain": (plain, plain_pids), "ours": (ours, our_pids)}
+            for number in range(rounds + 1):
+                names = sorted(pairs, reverse=number % 2 == 1)
+                found = {name: _sample(*pairs[name]) for name in names}
                 if number:  # the first round does not count
-                    rates[name].append(rate)
-                    pings[name].append(ping)
-    ratios = [median(one["ours"]) / median(one["plain"]) for one in (rates, pings)]
-    return {"tcp": ratios[0], "ping": ratios[1]}
+                    one, other = found["ours"], found["plain"]
+                    ratios["tcp"].append(one.mbit_per_second / other.mbit_per_second)
+                    ratios["ping"].append(one.ping_milliseconds / other.ping_milliseconds)
+                    ratios["processor"].append(one.processor_seconds / other.processor_seconds)
+    return {name: median(found) for name, found in ratios.items()}

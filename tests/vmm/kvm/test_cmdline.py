@@ -71,7 +71,7 @@ GOLDEN = """
 -mon chardev=qmp,mode=control
 -chardev socket,id=serial,fd=11,server=on,wait=on
 -device {"driver":"isa-serial","id":"serial0","chardev":"serial"}
--device {"driver":"virtio-serial-pci","id":"serialbus","bus":"pci.0","addr":"0x3"}
+-device {"driver":"virtio-serial-pci","id":"serialbus","bus":"pci.0","addr":"0x3","ioeventfd":false}
 -chardev socket,id=agent,fd=12,server=on,wait=off
 -device {"driver":"virtserialport","id":"agent","bus":"serialbus.0","nr":1,"chardev":"agent","name":"org.qemu.guest_agent.0"}
 -chardev socket,id=kvp,fd=13,server=on,wait=off

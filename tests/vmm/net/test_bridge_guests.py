@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from tests.support import require_linux_guest, require_root_and_namespaces, require_tool
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import MachineLab, Namespaces, address, lease, ping
+from vmm import registry
+from vmm.state import processes_of
 
 pytestmark = [pytest.mark.kvm, pytest.mark.netns, pytest.mark.slow]
 
@@ -94,6 +97,15 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[BridgeLab]:
         one.close()
 
 
+def eventfds(name: str) -> int:
+    """How many QEMU has."""
+    pid, found = processes_of(registry.load(name).runtime)["qemu"].pid, 0
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed just now
+            found += "eventfd" in os.readlink(one)
+    return found
+
+
 def test_internal_and_private(lab: BridgeLab) -> None:
     """Leases, fixed and not, names, the host both ways, NAT, several queues; a private bridge without the host."""
     before = lab.spaces.run(lab.here, "ip -j addr; ip route; nft -s list ruleset")
@@ -117,6 +129,7 @@ def test_internal_and_private(lab: BridgeLab) -> None:
     lab.spaces.run(lab.here, "ping -c 1 -w 10 10.77.5.10")
     assert "10.77.5.10" in two.check("nslookup one.vmm.internal 10.77.5.1")
     assert ping(two, "10.9.0.254").exit_code == 0
+    assert eventfds("one") < 24, "every one is polled whenever the guest's network moves a frame"
     # A private bridge: guests only.
     address(one, "10.78.0.1/24", "eth1")
     address(two, "10.78.0.2/24", "eth1")
