@@ -28,8 +28,8 @@ from typing import Any
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import address
 from tests.vmm.net.test_bridge_guests import BridgeLab
-from vmm import registry
-from vmm.state import processes_of
+from vmm.store import registry
+from vmm.store.state import processes_of
 
 PATHS = {
     "user switch": ("user", 1),

@@ -62,7 +62,7 @@ class HostSide:
         if self.spec.backend == "bridge":
             with self.changing():
                 was_made = self._apply()
-                self._follow_mtu()
+                self.follow_mtu()
             if was_made:  # somebody had removed it: taps that are still there go into the new one
                 self.plug_again()
             return
@@ -107,17 +107,17 @@ class HostSide:
         return applying.apply()
 
     def mtu_bytes(self) -> int | None:
-        """The most bytes of a frame behind its header: what was set, the card's, or Ethernet's.
+        """The most bytes of a frame behind its header: what was set, but no more than the card's; else Ethernet's.
 
         None on the user back end where nothing was set: it carries whatever guests choose, up to 9216.
         """
-        if self.spec.mtu_bytes is not None or self.spec.backend == "user":
+        if self.spec.backend == "user":
             return self.spec.mtu_bytes
         card = None if self.spec.uplink is None else cards.mtu_bytes(self.spec.uplink)
-        return card or switch_spec.USUAL_MTU_BYTES
+        return min((one for one in (self.spec.mtu_bytes, card) if one), default=switch_spec.USUAL_MTU_BYTES)
 
-    def _follow_mtu(self) -> None:
-        """Have bridge and taps carry what the switch does by now."""
+    def follow_mtu(self) -> None:
+        """Have bridge and taps carry what the switch does by now. The caller holds its lock. Raises VmmError."""
         from vmm.net import bridge
 
         wanted = self.mtu_bytes() or switch_spec.USUAL_MTU_BYTES
@@ -129,13 +129,21 @@ class HostSide:
 
     def is_half_made(self) -> bool:
         """True when something on the host could not be put back."""
+        return bool(self._journal().get("done"))
+
+    def is_half_done(self) -> bool:
+        """True while a command makes or takes back the bridge, and after one that was killed meanwhile."""
+        return self._journal().get("complete") is False
+
+    def _journal(self) -> dict[str, Any]:
+        """What was noted of the host; nothing where that cannot be read."""
         from vmm.net.applying import JOURNAL_NAME
 
         try:
             with open(os.path.join(self.folder, JOURNAL_NAME), encoding="utf-8") as file:
-                return bool(json.load(file)["done"])
-        except (OSError, ValueError, KeyError):
-            return False
+                return dict(json.load(file))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def plan(self) -> tuple[list[str], list[str], list[str]]:
         """(steps, warnings, refusals) in words; of the bridge back end. Changes nothing."""

@@ -136,6 +136,11 @@ def port_vlans(vlan: int, allowed: Iterable[int]) -> tuple[int, frozenset[int]]:
     return untagged, frozenset(allowed) - {untagged}
 
 
+def uplink_vlans() -> tuple[int, frozenset[int]]:
+    """(untagged VLAN, tagged ones) of an external switch's card: all of them."""
+    return port_vlans(0, range(1, frames.MAX_VLAN + 1))
+
+
 def ranges(numbers: Iterable[int]) -> list[str]:
     """Numbers as few words: 1, 2, 3, 7 as "1-3", "7"."""
     found: list[list[int]] = []
@@ -226,8 +231,8 @@ def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> 
         Step("enslave", {"name": uplink.name, "bridge": bridge}, f"put {uplink.name} into {bridge}"),
     ]
     if facts.has_vlan_filtering:  # or frames of VLANs would end at the card
-        tagged = frozenset(range(1, frames.MAX_VLAN + 1)) - {BRIDGE_VLAN}
-        arguments = {"name": uplink.name, "untagged": BRIDGE_VLAN, "tagged": tagged}
+        untagged, tagged = uplink_vlans()
+        arguments = {"name": uplink.name, "untagged": untagged, "tagged": tagged}
         todo.append(Step("vlans", arguments, f"let {uplink.name} carry every VLAN, tagged"))
     if not uplink.is_up:
         todo.append(Step("up", {"name": uplink.name}, f"switch {uplink.name} on"))

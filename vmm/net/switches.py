@@ -144,7 +144,8 @@ def _refuse_in_use(host: HostSide) -> None:
         raise
     if in_use:
         raise errors.InUse(
-            f"switch {host.spec.name!r} has guests on it: {', '.join(in_use)}", hint="unplug them first, or use --force"
+            f"switch {host.spec.name!r} has guests on it: {', '.join(in_use)}",
+            hint="unplug them first, or use --force",
         )
 
 

@@ -173,15 +173,16 @@ class UserBackend:
 
     def ask(self, method: str, **params: object) -> Any:
         """One request to the running switch. Raises WrongState when it does not run, TimedOut, what it answers."""
-        return self._ask(method, params, ANSWER_SECONDS)
+        return self._ask(method, params)
 
-    def _ask(self, method: str, params: dict[str, object], answer_seconds: float) -> Any:
+    def _ask(self, method: str, params: dict[str, object], answer_seconds: float | None = None) -> Any:
         with self._connected(answer_seconds) as (sock, lines):
             return _exchange(sock, lines, self.name, method, params)
 
     @contextlib.contextmanager
-    def _connected(self, answer_seconds: float) -> Iterator[tuple[socket.socket, io.RawIOBase]]:
+    def _connected(self, answer_seconds: float | None = None) -> Iterator[tuple[socket.socket, io.RawIOBase]]:
         address = os.path.join(self.folder, _CONTROL)
+        answer_seconds = ANSWER_SECONDS if answer_seconds is None else answer_seconds
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(min(CONNECT_SECONDS, answer_seconds))
             try:
@@ -240,7 +241,7 @@ class UserBackend:
         params: dict[str, object] = {"port": port} if port is not None else {}
         if snap_bytes is not None:
             params["snap_bytes"] = snap_bytes
-        with self._connected(ANSWER_SECONDS) as (sock, lines):
+        with self._connected() as (sock, lines):
             _exchange(sock, lines, self.name, "capture", params)
             sock.settimeout(None)
             yield sock

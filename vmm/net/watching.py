@@ -6,7 +6,7 @@ Decides what is looked at, which each machine on the switch does every second an
 after another look, so that of many who see it one does it. What does not start, or dies again and again, is tried ever
 more rarely, and told once. Must not know machines, nor who is told.
 
-    FOLDER/dhcp-tries.json   {"boot_id": ..., "count": 3, "at": seconds since boot}
+    FOLDER/dhcp-tries.json, card-tries.json   {"boot_id": ..., "count": 3, "at": seconds since boot, "problem": ...}
 
 `INV-SWITCH-WATCHED`: while a machine is on a switch, what of it dies is back a second later, and told.
 """
@@ -19,12 +19,11 @@ import time
 from dataclasses import dataclass
 
 from vmm.model import errors, paths
-from vmm.net import rule_watch, settings, switches
+from vmm.net import card_watch, rule_watch, settings, switches
 from vmm.net.dhcp import DhcpServer
 from vmm.net.host_side import HostSide
 
 MAX_PAUSE_SECONDS = 60.0  # between two tries
-_TRIES_NAME = "dhcp-tries.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Fault:
 
 def faults(host: HostSide) -> list[Fault]:
     """All that is wrong with a switch that is on the host; nothing for one that is not. Raises VmmError."""
-    found = _dead(host)
+    found = [*_dead(host), *_of_the_card(host)]
     if wrong := rule_watch.differences(host):
         found.append(Fault("rules", f"its nftables rules are not as planned: {'; '.join(wrong)}"))
     return found
@@ -58,6 +57,12 @@ def _dead(host: HostSide) -> list[Fault]:
     return []
 
 
+def _of_the_card(host: HostSide) -> list[Fault]:
+    """What is wrong with an external switch's card, and with the MTU that a bridge has from it."""
+    found = (("card", card_watch.problem(host)), ("mtu", card_watch.mtu_problem(host)))
+    return [Fault(what, problem) for what, problem in found if problem is not None]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What was put right, in words for programs; `failed`: what could not be, the first time that it was tried."""
@@ -75,22 +80,34 @@ def put_right(host: HostSide) -> Outcome:
         return Outcome()
     if host.spec.type == "internal" and host.spec.dhcp:
         _dhcp(host).refresh()
-    if rule_watch.is_verified(host) and (not _dead(host) or _Tries(host).are_over_for_now()):
+    if rule_watch.is_verified(host) and not _to_do(host):
         return Outcome()
     with switches.staying(host.spec.name) as current, current.changing():
         if current.spec.id != host.spec.id:
             return Outcome()
         mended = ["rules"] if rule_watch.restore(current) else []
         failed: list[Fault] = []
-        if _dead(current) and not _Tries(current).are_over_for_now():
-            failed = _start_dhcp(current)
-            mended += [] if _dead(current) else ["dhcp"]
+        for what in _to_do(current):  # another look
+            failures = _TODO[what](current)
+            failed += failures
+            if not _is_wrong(current, what):
+                mended.append(what)
     return Outcome(tuple(mended), tuple(failed))
+
+
+def _to_do(host: HostSide) -> list[str]:
+    """What is wrong, but that of which another try would come too soon."""
+    wrong = [fault.what for fault in (*_dead(host), *_of_the_card(host))]
+    return [what for what in wrong if not _Tries(host, what).are_over_for_now()]
+
+
+def _is_wrong(host: HostSide, what: str) -> bool:
+    return any(fault.what == what for fault in (*_dead(host), *_of_the_card(host)))
 
 
 def _start_dhcp(host: HostSide) -> list[Fault]:
     """Start it; what is to be told where that fails."""
-    is_first = _Tries(host).add() == 1
+    is_first = _Tries(host, "dhcp").add() == 1
     try:
         _dhcp(host).ensure()
     except errors.VmmError as error:
@@ -99,13 +116,45 @@ def _start_dhcp(host: HostSide) -> list[Fault]:
     return []
 
 
-class _Tries:
-    """How often and when a switch's DHCP server was started again lately."""
+def _put_card_back(host: HostSide) -> list[Fault]:
+    """Put it back; what is to be told where that is not possible, once for each reason."""
+    wrong, tries = card_watch.problem(host), _Tries(host, "card")
+    try:
+        card_watch.put_back(host)
+    except errors.VmmError as error:
+        hint = "" if error.hint is None else f"; {error.hint}"
+        problem = f"{wrong}, and it is not put back: {error.problem}{hint}"
+        is_new = problem != tries.problem
+        tries.add(problem)
+        return [Fault("card", problem)] if is_new else []
+    tries.add()
+    return []
 
-    def __init__(self, host: HostSide) -> None:
-        self._path = os.path.join(host.folder, _TRIES_NAME)
+
+def _follow_mtu(host: HostSide) -> list[Fault]:
+    """Have bridge and taps follow; what is to be told where that fails, once for each reason."""
+    tries = _Tries(host, "mtu")
+    try:
+        host.follow_mtu()
+        problem = card_watch.mtu_problem(host)
+    except errors.VmmError as error:
+        problem = f"its MTU cannot be set, and is tried again: {error.problem}"
+    is_new = problem != tries.problem
+    tries.add(problem)
+    return [Fault("mtu", problem)] if problem is not None and is_new else []
+
+
+_TODO = {"dhcp": _start_dhcp, "card": _put_card_back, "mtu": _follow_mtu}
+
+
+class _Tries:
+    """How often and when something of a switch was put right lately, and the last `problem` with that."""
+
+    def __init__(self, host: HostSide, what: str) -> None:
+        self._path = os.path.join(host.folder, f"{what}-tries.json")
         self._now = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._count, self._at = 0, self._now
+        self.problem: str | None = None
         try:
             with open(self._path, encoding="utf-8") as file:
                 document = json.load(file)
@@ -113,7 +162,8 @@ class _Tries:
                 count, at = int(document["count"]), float(document["at"])
                 if count > 0 and 0 <= self._now - at < 2 * MAX_PAUSE_SECONDS:
                     self._count, self._at = count, at
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+                    self.problem = document.get("problem")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             pass
 
     def are_over_for_now(self) -> bool:
@@ -121,9 +171,9 @@ class _Tries:
         pause = min(2.0 ** min(self._count - 1, 10), MAX_PAUSE_SECONDS)
         return self._count > 0 and self._now - self._at < pause
 
-    def add(self) -> int:
-        """Another try begins now; how many there were with it."""
-        document = {"boot_id": settings.boot_id(), "count": self._count + 1, "at": self._now}
+    def add(self, problem: str | None = None) -> int:
+        """Another try begins now, or ended with this problem; how many there were with it."""
+        document = {"boot_id": settings.boot_id(), "count": self._count + 1, "at": self._now, "problem": problem}
         paths.write_whole(self._path, json.dumps(document).encode(), durable=False)
         return self._count + 1
 

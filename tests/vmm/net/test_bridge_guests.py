@@ -17,8 +17,8 @@ import pytest
 from tests.support import require_linux_guest, require_root_and_namespaces, require_tool
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import MachineLab, Namespaces, address, lease, ping
-from vmm import registry
-from vmm.state import processes_of
+from vmm.store import registry
+from vmm.store.state import processes_of
 
 pytestmark = [pytest.mark.kvm, pytest.mark.netns, pytest.mark.slow]
 

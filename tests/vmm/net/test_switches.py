@@ -7,9 +7,9 @@ import contextlib
 import os
 import shutil
 import signal
-import time
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
