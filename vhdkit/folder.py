@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of files: new files that appear whole or not at all, sockets, and folder listings.
+"""The names of files: new files that appear whole or not at all, and folder listings.
 
-Decides how a new file or a socket gets its name and how names are looked up. Must not know formats or chains; where a
+Decides how a new file gets its name and how names are looked up. Must not know formats or chains; where a
 parent may lie is decided in `chain.names.parents`.
 """
 
@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
-import mmap
 import os
 import secrets
-import socket
 import stat
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Self
 
@@ -32,11 +27,7 @@ from vhdkit.store import FileStore, translated
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
-_MAX_SOCKET_BYTES = 107  # sun_path of Linux, without the zero byte at its end
-_SOCKET_MODE, _SHARED_SOCKET_MODE = 0o600, 0o660
 _KEPT_BYTES = 8  # of chance in the name of what is put aside
-_BACKLOG = 128  # clients that wait to be taken
-_TRIES, _LONG_TRIES, _TRY_SECONDS = 250, 3000, 0.02  # for the lock of a folder: 5 s, a minute
 
 
 class _UnnamedStore(FileStore):
@@ -228,7 +219,9 @@ def scratch_store(directory: str | None) -> FileStore:
     """A nameless file in `directory` (None: where the system keeps temporary files) that vanishes when closed."""
     if directory is None:
         with translated("temporary files", "find a folder for"):
-            directory = tempfile.gettempdir()
+            from tempfile import gettempdir  # where it is needed: it takes long to import
+
+            directory = gettempdir()
     directory = directory or os.curdir
     with translated(directory, "create a temporary file in"):
         try:
@@ -265,144 +258,6 @@ def remove_file(path: str) -> None:
     with translated(path, "remove"), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     sync_directory(os.path.dirname(path))
-
-
-class SocketFile:
-    """A unix socket that listens under a name: private from the first moment on, taken away by `close`.
-
-    The name of a socket on which nobody listens any more is taken over; anything else under it is left alone.
-    """
-
-    def __init__(self, path: str, *, owner: tuple[int, int | None] | None = None) -> None:
-        """Only the user may connect, or the `owner`, a user id, and where one is given everybody of a group id.
-
-        Raises AddressInUse, AlreadyExists, InvalidArgument (too long a path), NotFound, AccessDenied.
-        """
-        self.path = path
-        size = len(os.fsencode(path))
-        if size > _MAX_SOCKET_BYTES:
-            raise errors.InvalidArgument(
-                f"the path of a socket has at most {_MAX_SOCKET_BYTES} bytes, not {size}",
-                path=path,
-                hint="choose a shorter one, or change into its folder and give the bare name",
-            )
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._identity: tuple[int, int] | None = None
-        try:
-            with translated(path, "create the socket"), _folder_held(os.path.dirname(path)):
-                self._take_over_name()
-                self._bind(owner)
-        except BaseException:
-            self.close()
-            raise
-
-    def _bind(self, owner: tuple[int, int | None] | None) -> None:
-        shared = owner is not None and owner[1] is not None
-        # The mode that a socket has when it is bound is that of its file: there is no moment with a wider one.
-        os.fchmod(self.socket.fileno(), _SHARED_SOCKET_MODE if shared else _SOCKET_MODE)
-        before = os.umask(0)  # which would take the group's part away again
-        try:
-            self.socket.bind(self.path)
-        finally:
-            os.umask(before)
-        status = os.lstat(self.path)
-        self._identity = status.st_dev, status.st_ino
-        if owner is not None:
-            os.chown(self.path, owner[0], -1 if owner[1] is None else owner[1], follow_symlinks=False)
-        self.socket.listen(_BACKLOG)  # still under the folder's lock: one that does not listen is taken over
-
-    def _take_over_name(self) -> None:
-        """Unlink what is there when it is a socket nobody listens on."""
-        try:
-            status = os.lstat(self.path)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(status.st_mode):
-            raise errors.AlreadyExists("exists and is not a socket: it is not replaced", path=self.path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(self.path)
-            except ConnectionRefusedError:
-                os.unlink(self.path)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):  # somebody is there, busy or of another kind
-                    raise
-        raise errors.AddressInUse("another program is listening there", path=self.path)
-
-    def close(self) -> None:
-        """Take the name away, unless it is another's by now, and close the socket. Closing twice is fine."""
-        if self._identity is not None:
-            with contextlib.suppress(OSError):
-                status = os.lstat(self.path)
-                if (status.st_dev, status.st_ino) == self._identity:
-                    os.unlink(self.path)
-            self._identity = None
-        self.socket.close()
-
-
-@contextlib.contextmanager
-def folders_held(directories: Iterable[str]) -> Iterator[None]:
-    """No other program of ours makes names in these folders meanwhile that depend on what lies there.
-
-    A folder that cannot be locked stops no one. Raises ImageInUse when another program takes too long.
-    """
-    with contextlib.ExitStack() as stack:
-        for directory in sorted({real_path(directory or os.curdir) for directory in directories}):
-            if not stack.enter_context(_folder_held(directory, _LONG_TRIES)):
-                raise errors.ImageInUse(
-                    "another program is making images in this folder", path=directory, hint="wait until it has ended"
-                )
-        yield
-
-
-@contextlib.contextmanager
-def _folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
-    """No other program of ours is here in this folder at the same time; False after so many tries.
-
-    A folder that cannot be locked stops no one.
-    """
-    try:
-        owned = opened(directory or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:  # one may write to it but not read it, or it is not there: that is for others to say
-        yield True
-        return
-    try:
-        for _ in range(tries):
-            try:
-                fcntl.flock(owned[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno != errno.EWOULDBLOCK:
-                    break
-                time.sleep(_TRY_SECONDS)
-        else:
-            yield False
-            return
-        yield True
-    finally:
-        close_owned(owned)
-
-
-class PrivateFolder:
-    """A new folder that only the user (or `owner`) may enter, for sockets; removed by `close` when it is empty."""
-
-    def __init__(self, *, owner: tuple[int, int | None] | None = None) -> None:
-        """In the user's runtime folder, or where temporary files go. Raises AccessDenied, NoSpace, IoFailed."""
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        parent = runtime if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK) else None
-        with translated(parent or "temporary files", "create a private folder in"):
-            self.path = tempfile.mkdtemp(prefix="vhdkit-", dir=parent)
-            if owner is not None:
-                os.chown(self.path, owner[0], -1 if owner[1] is None else owner[1])
-                if owner[1] is not None:
-                    os.chmod(self.path, 0o750)
-
-    def close(self) -> None:
-        """Remove it. Closing twice is fine."""
-        with contextlib.suppress(OSError):
-            os.rmdir(self.path)
 
 
 def real_path(path: AnyPath) -> str:
@@ -460,22 +315,6 @@ def rename_aside(paths: Sequence[str]) -> list[str]:
             os.rename(path, path + ending)
             renamed.append(path + ending)
     return renamed
-
-
-class SharedWords:
-    """A few numbers in a file, changed without a system call: what was put there outlives this process at once.
-
-    On a file system in memory, that is: nothing is ever synced.
-    """
-
-    def __init__(self, path: str, count: int) -> None:
-        """Make the file, all numbers 0. Raises AccessDenied, NoSpace, IoFailed."""
-        with NewFile(path, replace=True) as new:
-            new.store.pwrite(0, bytes(8 * count))
-            new.commit()
-            with translated(path, "share the memory of"):
-                self._mapping = mmap.mmap(new.store.fileno(), 8 * count)
-        self.words = memoryview(self._mapping).cast("Q")
 
 
 def is_within(path: str, directories: tuple[str, ...]) -> bool:

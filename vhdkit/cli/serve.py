@@ -27,7 +27,7 @@ from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable
-from vhdkit.folder import NewFile, SocketFile, is_folder, is_regular, read_whole, remove_file, write_whole
+from vhdkit.folder import NewFile, is_folder, is_regular, read_whole, remove_file, write_whole
 from vhdkit.formats.vhd.remember import use_folder
 from vhdkit.serve.control.confinement import Confinement
 from vhdkit.serve.control.operations import Operations
@@ -39,6 +39,7 @@ from vhdkit.serve.nbd.tls import certificate_context, psk_context
 from vhdkit.serve.nbdkit.command import Launch, writes
 from vhdkit.serve.notify import READY, STOPPING, notify
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports, wanted_of_file
+from vhdkit.sockets import SocketFile
 from vhdkit.units import KIB
 
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 import click
 
 from vhdkit import IoFailed
-from vhdkit.folder import PrivateFolder, exists, is_regular, remove_file
+from vhdkit.folder import exists, is_regular, remove_file
 from vhdkit.serve.nbdkit.command import Launch, check_python, missing, nbdkit_command, nbdkit_environment
+from vhdkit.sockets import PrivateFolder
 
 ARGUMENTS = "vhdkit.nbdkit.arguments"  # where the command line keeps what follows "--"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)

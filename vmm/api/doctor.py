@@ -20,19 +20,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmm.host import kernel
-from vmm.kvm import accel, program, userfault
+from vmm.kvm import accel, program, uefi, userfault
 from vmm.kvm.userfault import Way
 from vmm.model import paths
 from vmm.model.errors import TimedOut, Unsupported, VmmError
 
 OLDEST_QEMU = (7, 2)  # the first with -netdev stream and dgram, which switches are made of
-UEFI_FIRMWARE = (
-    "/usr/share/OVMF/OVMF_CODE_4M.fd",
-    "/usr/share/OVMF/OVMF_CODE.fd",
-    "/usr/share/edk2/ovmf/OVMF_CODE.fd",
-    "/usr/share/edk2/x64/OVMF_CODE.4m.fd",
-    "/usr/share/qemu/ovmf-x86_64-code.bin",
-)
 ISCSI_HINT_PACKAGE = "qemu-block-extra"
 _MODULES = ("pydantic", "qemu.qmp", "pyroute2")
 _PACKAGE_OF = {"fusermount3": "fuse3", "ip": "iproute2", "nft": "nftables", "unshare": "util-linux"}
@@ -236,12 +229,12 @@ def _check_space() -> Iterator[Check]:
 
 
 def _check_firmware() -> Iterator[Check]:
-    path = next((one for one in UEFI_FIRMWARE if os.path.exists(one)), None)
+    firmware = uefi.find()
     yield _judge(
         "uefi",
         "UEFI firmware",
-        None if path else "there is no OVMF",
-        found=path or "",
+        None if firmware else "there is no OVMF",
+        found=firmware[0] if firmware else "",
         without="machines with --firmware uefi cannot be started",
         remedy=install("ovmf"),
     )

@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
+from vmm.host.private_socket import bind_private
 from vmm.model.errors import InUse, VmmError, of_os_error
 
 Typing = Literal["alone", "shared", "take", "never"]
@@ -326,20 +327,11 @@ def _read_request(line: bytes) -> tuple[Typing, int]:
 
 def _listen(path: str) -> socket.socket:
     """A listening socket there that only we may connect to, in place of one whose worker is gone."""
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        before = os.umask(0o177)
-        try:
-            listening.bind(path)
-        finally:
-            os.umask(before)
-        listening.listen(MAX_WATCHERS)
-        listening.setblocking(False)
+        listening = bind_private(path, backlog=MAX_WATCHERS)
     except OSError as error:
-        listening.close()
         raise of_os_error(error, "open the console's socket", path=path) from error
+    listening.setblocking(False)
     return listening
 
 

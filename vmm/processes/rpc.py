@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -246,26 +245,3 @@ class ControlClient:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def bind_private(path: str, *, owner: tuple[int, int] | None = None) -> socket.socket:
-    """A listening unix socket that only its owner may use, in place of what is left of an older one.
-
-    Its rights are never wider, not even for a moment. Raises OSError.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        before = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(before)
-        if owner is not None:
-            os.chown(path, *owner)
-        sock.listen(16)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -187,7 +187,7 @@ class Keeper:
 
     def _listen(self) -> socket.socket:
         """The disks' socket: of the user that QEMU runs as, who is the folder's group."""
-        from vmm.processes.rpc import bind_private
+        from vmm.host.private_socket import bind_private
 
         group = os.stat(self._runtime.folder).st_gid
         return bind_private(self._runtime.nbd, owner=(group, group) if os.geteuid() == 0 else None)

@@ -97,20 +97,17 @@ class Fold:
     def _locked(self) -> Iterator[None]:
         """The machine's lock, when whoever has it is done, unless he wants us to stop."""
         deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            if self.stop:
-                raise _Stopped
-            with contextlib.suppress(InUse):
-                lock = machine_lock(self._machine.folder, self._name, patience_seconds=0)
-                lock.__enter__()
-                break
-            if time.monotonic() > deadline:
-                raise _Stopped
-            time.sleep(_LOOK_SECONDS)
-        try:
+        with contextlib.ExitStack() as held:
+            while True:
+                if self.stop:
+                    raise _Stopped
+                with contextlib.suppress(InUse):
+                    held.enter_context(machine_lock(self._machine.folder, self._name, patience_seconds=0))
+                    break
+                if time.monotonic() > deadline:
+                    raise _Stopped
+                time.sleep(_LOOK_SECONDS)
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def _next(self, held: Held) -> Merge | None:
         tidy(held)

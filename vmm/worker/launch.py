@@ -15,23 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vmm.kvm import program, userfault
+from vmm.host.private_socket import bind_private
+from vmm.kvm import program, uefi, userfault
 from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
 from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
 from vmm.model.errors import InvalidSpec, Unsupported, VmmError, of_os_error
 from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.spec import DiskSpec, MachineSpec
-from vmm.processes.rpc import bind_private
 from vmm.store.media import is_device, kernel_hint, known_by, open_in_drive
 
 FIRST_DESCRIPTOR = 10  # as QEMU sees the first; those below are everybody's
-# UEFI firmware as distributions install it: code, and an empty store for variables.
-UEFI_PLACES = (
-    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
-    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
-    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
-    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
-)
 _NO_KERNEL_BYTES = 4096  # QEMU reads a header and four sectors of set-up code
 UEFI_HINT = "install UEFI firmware for guests: sudo apt install ovmf"
 
@@ -202,9 +195,8 @@ def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
 
 def find_uefi() -> tuple[str, str]:
     """(code, empty variables) of the UEFI firmware. Raises Unsupported where there is none."""
-    for code, variables in UEFI_PLACES:
-        if os.path.exists(code) and os.path.exists(variables):
-            return code, variables
+    if (found := uefi.find()) is not None:
+        return found
     raise Unsupported("there is no UEFI firmware for guests on this host", hint=UEFI_HINT)
 
 

@@ -23,11 +23,12 @@ import time
 import traceback
 from typing import Any
 
+from vmm.host.private_socket import bind_private
 from vmm.host.proc import Lock, ProcessRef, python_command, python_environment, spawn_detached
 from vmm.model.errors import VmmError, of_os_error, to_document
 from vmm.model.events import add_event
 from vmm.model.paths import MachinePaths, RuntimePaths
-from vmm.processes.rpc import ControlServer, Method, Progress, bind_private, parameter
+from vmm.processes.rpc import ControlServer, Method, Progress, parameter
 from vmm.snapshots import background_merge as fold
 from vmm.store import registry, saved
 from vmm.store.snapshots.store import has_tree

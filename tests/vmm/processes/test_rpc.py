@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import socket
-import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from vmm.host.private_socket import bind_private
 from vmm.model.errors import InUse, InvalidSpec, NotFound, TimedOut, VmmError
 from vmm.processes import rpc
-from vmm.processes.rpc import ControlClient, ControlServer, Progress, bind_private, parameter
+from vmm.processes.rpc import ControlClient, ControlServer, Progress, parameter
 
 
 class Server:
@@ -155,20 +155,6 @@ def test_who_is_no_worker(tmp_path: Path) -> None:
                     with pytest.raises(VmmError, match=words):
                         client.call("status")
                     other.close()
-
-
-def test_sockets_are_private(tmp_path: Path) -> None:
-    """A socket is 0600 from its first moment, replaces an old one, and leaves our umask as it was."""
-    before = os.umask(0)
-    try:
-        with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
-            path = os.path.join(folder, "s")
-            bind_private(path).close()
-            with bind_private(path):
-                assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-        assert os.umask(0) == 0
-    finally:
-        os.umask(before)
 
 
 def test_parameters_are_looked_at() -> None:

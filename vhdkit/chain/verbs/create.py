@@ -18,7 +18,8 @@ from vhdkit.chain.names.lineage import record_parent
 from vhdkit.chain.names.marks import marked
 from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
 from vhdkit.chain.records import pending
-from vhdkit.folder import NewFile, folders_held, is_regular, real_path
+from vhdkit.folder import NewFile, is_regular, real_path
+from vhdkit.folder_lock import folders_held
 from vhdkit.formats.raw import check_raw_size, create_raw
 from vhdkit.formats.vhd import create
 from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink

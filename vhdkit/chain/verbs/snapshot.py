@@ -30,7 +30,8 @@ from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Phase, intent_of
 from vhdkit.chain.verbs.create import child_size, require_names, write_child
 from vhdkit.chain.verbs.merge_recovery import settle_merge_into
-from vhdkit.folder import NewFile, commit_all, exists, folders_held, real_path
+from vhdkit.folder import NewFile, commit_all, exists, real_path
+from vhdkit.folder_lock import folders_held
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage

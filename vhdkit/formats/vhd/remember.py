@@ -43,7 +43,8 @@ import zlib
 from collections.abc import Iterator
 
 from vhdkit import errors
-from vhdkit.folder import SharedWords, read_whole, remove_file, write_whole
+from vhdkit.folder import read_whole, remove_file, write_whole
+from vhdkit.shared_words import SharedWords
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 

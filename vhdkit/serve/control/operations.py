@@ -156,8 +156,8 @@ class Operations:
     def _forget_prepared(self) -> None:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
-            with contextlib.suppress(errors.VhdkitError):  # somebody removed them already
-                prepared.__exit__()
+            with contextlib.suppress(errors.VhdkitError), prepared:  # left early: the new leaves go
+                pass
 
     def close(self) -> None:
         """The server has ended: what was only prepared goes."""

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from vhdkit import errors
-from vhdkit.folder import PrivateFolder, real_path, remove_file
+from vhdkit.folder import real_path, remove_file
 from vhdkit.formats.filesystems import FileSystem
 from vhdkit.serve.mount import drivers, host, table
 from vhdkit.serve.mount import fuse as fuse_mount
 from vhdkit.serve.mount.tree import DISK_NAME, INFO_NAME, PARTITIONS, Model, Tree, build_file, build_folder
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.sockets import PrivateFolder
 
 log = logging.getLogger(__name__)
 

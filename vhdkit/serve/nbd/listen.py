@@ -19,7 +19,7 @@ from typing import Self
 from urllib.parse import quote
 
 from vhdkit import errors
-from vhdkit.folder import PrivateFolder, SocketFile
+from vhdkit.sockets import PrivateFolder, SocketFile
 from vhdkit.store import translate
 
 DEFAULT_PORT = 10809  # IANA's for NBD

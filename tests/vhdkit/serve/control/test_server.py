@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vhdkit import errors
-from vhdkit.folder import SocketFile
 from vhdkit.serve.control.client import ControlClient
 from vhdkit.serve.control.server import (
     FAILED,
@@ -33,6 +32,7 @@ from vhdkit.serve.control.server import (
     Params,
 )
 from vhdkit.serve.nbd.loop import Loop
+from vhdkit.sockets import SocketFile
 
 SECONDS = 60
 

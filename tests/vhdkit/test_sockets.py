@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unix sockets under names: who may connect, whatever the umask is. Names of dead sockets: `test_listen`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from vhdkit.sockets import SocketFile
+
+
+@pytest.fixture(params=(0, 0o022, 0o777), ids=("lets everybody in", "usual", "takes everything"))
+def umask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test under each umask. It is the whole process's: whoever changes it for a moment fails."""
+    change = os.umask
+
+    def refuse(mask: int) -> int:
+        raise AssertionError("files that other threads make at this moment get these rights")
+
+    before = change(request.param)
+    monkeypatch.setattr(os, "umask", refuse)
+    yield
+    change(before)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_may_connect(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: None) -> None:
+    """INV-NEW-PRIVATE: a socket is its owner's, and a group's where one is named, and never anybody's more."""
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    seen: list[int] = []
+
+    class Watched(socket.socket):
+        def bind(self, address: object) -> None:
+            super().bind(address)  # type: ignore[arg-type]
+            seen.append(stat.S_IMODE(os.stat("s").st_mode))
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    with closing(SocketFile("s", owner=(os.getuid(), os.getgid()) if shared else None)) as file:
+        assert stat.S_IMODE(os.stat("s").st_mode) == (0o660 if shared else 0o600)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect("s")
+            file.socket.accept()[0].close()
+    assert len(seen) == 1 and seen[0] & ~0o600 == 0
+    assert not os.path.lexists("s")

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets that only their owner may connect to."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmm.host.private_socket import bind_private
+
+
+@pytest.fixture(params=(0, 0o022, 0o777), ids=("lets everybody in", "usual", "takes everything"))
+def umask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test under each umask. It is the whole process's: whoever changes it for a moment fails."""
+    change = os.umask
+
+    def refuse(mask: int) -> int:
+        raise AssertionError("files that other threads make at this moment get these rights")
+
+    before = change(request.param)
+    monkeypatch.setattr(os, "umask", refuse)
+    yield
+    change(before)
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    """A short path: the system allows 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="vmm-sock-") as folder:
+        yield os.path.join(folder, "s")
+
+
+def test_sockets_are_private(path: str, umask: None) -> None:
+    """INV-NEW-PRIVATE: a socket is 0600 whatever the umask, replaces an old one, and leaves the umask alone."""
+    bind_private(path).close()
+    with bind_private(path) as listener, socket.socket(socket.AF_UNIX) as client:
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        client.connect(path)
+        listener.accept()[0].close()
+
+
+def test_never_wider(path: str, umask: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NEW-PRIVATE: when its name appears, a socket has no more rights than it keeps."""
+    seen: list[int] = []
+
+    class Watched(socket.socket):
+        def bind(self, address: object) -> None:
+            super().bind(address)  # type: ignore[arg-type]
+            seen.append(stat.S_IMODE(os.stat(path).st_mode))
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    bind_private(path).close()
+    assert len(seen) == 1 and seen[0] & ~0o600 == 0
+
+
+def test_a_socket_that_cannot_be_made_is_closed(tmp_path: Path) -> None:
+    """A folder that is not there is an OSError, and nothing is left open (warnings are errors)."""
+    with pytest.raises(FileNotFoundError):
+        bind_private(str(tmp_path / "no" / "s"))

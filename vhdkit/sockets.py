@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unix sockets under names, and private folders for them.
+
+Decides who may connect, from which moment on, and when the name of a dead socket is taken over. Must not know what is
+said over them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import tempfile
+
+from vhdkit import errors
+from vhdkit.descriptor import close_owned, opened
+from vhdkit.folder_lock import folder_held
+from vhdkit.wording import translated
+
+_MAX_SOCKET_BYTES = 107  # sun_path of Linux, without the zero byte at its end
+_MODE, _SHARED_MODE = 0o600, 0o660
+_BACKLOG = 128  # clients that wait to be taken
+
+
+class SocketFile:
+    """A unix socket that listens under a name: private from the first moment on, taken away by `close`.
+
+    The name of a socket on which nobody listens any more is taken over; anything else under it is left alone.
+    """
+
+    def __init__(self, path: str, *, owner: tuple[int, int | None] | None = None) -> None:
+        """Only the user may connect, or the `owner`, a user id, and where one is given everybody of a group id.
+
+        Raises AddressInUse, AlreadyExists, InvalidArgument (too long a path), NotFound, AccessDenied.
+        """
+        self.path = path
+        size = len(os.fsencode(path))
+        if size > _MAX_SOCKET_BYTES:
+            raise errors.InvalidArgument(
+                f"the path of a socket has at most {_MAX_SOCKET_BYTES} bytes, not {size}",
+                path=path,
+                hint="choose a shorter one, or change into its folder and give the bare name",
+            )
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._identity: tuple[int, int] | None = None
+        try:
+            with translated(path, "create the socket"), folder_held(os.path.dirname(path)):
+                self._take_over_name()
+                self._bind(owner)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self, owner: tuple[int, int | None] | None) -> None:
+        # The file gets at most the mode that the socket has when it is bound: there is no moment with a wider one, and
+        # the umask, which is the process's and not the thread's, stays as it is.
+        os.fchmod(self.socket.fileno(), _MODE)
+        self.socket.bind(self.path)
+        owned = opened(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # whatever its name leads to by now
+        try:
+            status = os.fstat(owned[0])
+            if not stat.S_ISSOCK(status.st_mode):
+                raise errors.Replaced("was replaced while the socket was made", path=self.path)
+            self._identity = status.st_dev, status.st_ino
+            file = f"/proc/self/fd/{owned[0]}"
+            if owner is not None:
+                os.chown(file, owner[0], -1 if owner[1] is None else owner[1])
+            mode = _MODE if owner is None or owner[1] is None else _SHARED_MODE
+            if stat.S_IMODE(status.st_mode) != mode:
+                os.chmod(file, mode)
+        finally:
+            close_owned(owned)
+        self.socket.listen(_BACKLOG)  # still under the folder's lock: one that does not listen is taken over
+
+    def _take_over_name(self) -> None:
+        """Unlink what is there when it is a socket nobody listens on."""
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(status.st_mode):
+            raise errors.AlreadyExists("exists and is not a socket: it is not replaced", path=self.path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(self.path)
+            except ConnectionRefusedError:
+                os.unlink(self.path)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):  # somebody is there, busy or of another kind
+                    raise
+        raise errors.AddressInUse("another program is listening there", path=self.path)
+
+    def close(self) -> None:
+        """Take the name away, unless it is another's by now, and close the socket. Closing twice is fine."""
+        if self._identity is not None:
+            with contextlib.suppress(OSError):
+                status = os.lstat(self.path)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.path)
+            self._identity = None
+        self.socket.close()
+
+
+class PrivateFolder:
+    """A new folder that only the user (or `owner`) may enter, for sockets; removed by `close` when it is empty."""
+
+    def __init__(self, *, owner: tuple[int, int | None] | None = None) -> None:
+        """In the user's runtime folder, or where temporary files go. Raises AccessDenied, NoSpace, IoFailed."""
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        parent = runtime if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK) else None
+        with translated(parent or "temporary files", "create a private folder in"):
+            self.path = tempfile.mkdtemp(prefix="vhdkit-", dir=parent)
+            if owner is not None:
+                os.chown(self.path, owner[0], -1 if owner[1] is None else owner[1])
+                if owner[1] is not None:
+                    os.chmod(self.path, 0o750)
+
+    def close(self) -> None:
+        """Remove it. Closing twice is fine."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path)
