@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # What the user who runs the tests has set for himself is no part of them.
 os.environ.pop("VHDKIT_PARENT_DIRS", None)
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+# Tests start a thousand processes: without bytecode on disk each would compile all of both packages again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No deadline: the first example pays for imports, and files on a busy disk take what they take.
 # Said outright: where CI is set Hypothesis derandomizes by itself.
