@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -275,8 +274,13 @@ def sidecar_path(path: AnyPath, kind: str, *, is_real: bool = False) -> str:
     folder, name = os.path.split(os.fsdecode(path) if is_real else real_path(path))
     hidden = f".{name}.vhdkit-{kind}"
     if len(os.fsencode(hidden)) > _MAX_NAME_BYTES:
-        hidden = f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.vhdkit-{kind}"
+        hidden = f".{_short(name)}.vhdkit-{kind}"
     return os.path.join(folder, hidden)
+
+
+def _short(name: str) -> str:
+    """What stands for a name that is too long to be part of another."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def read_whole(path: str, limit_bytes: int) -> bytes | None:
@@ -309,7 +313,7 @@ def rename_aside(paths: Sequence[str]) -> list[str]:
 
     Raises AccessDenied, IoFailed.
     """
-    ending, renamed = f".kept-{secrets.token_hex(_KEPT_BYTES)}", []
+    ending, renamed = f".kept-{os.urandom(_KEPT_BYTES).hex()}", []
     for path in paths:
         with translated(path, "rename"), contextlib.suppress(FileNotFoundError):
             os.rename(path, path + ending)
@@ -354,8 +358,7 @@ def subfolders(directory: str) -> list[str]:
 def sidecars_of(path: str) -> list[str]:
     """The records about the image at `path` that lie beside it, of whatever kind."""
     folder, name = os.path.split(real_path(path))
-    short = hashlib.sha256(os.fsencode(name)).hexdigest()  # see sidecar_path
-    beginnings = tuple(os.path.join(folder, f".{one}.vhdkit-") for one in (name, short))
+    beginnings = tuple(os.path.join(folder, f".{one}.vhdkit-") for one in (name, _short(name)))
     return [one for one in _files(folder) if one.startswith(beginnings)]
 
 

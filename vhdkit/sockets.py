@@ -12,7 +12,6 @@ import errno
 import os
 import socket
 import stat
-import tempfile
 
 from vhdkit import errors
 from vhdkit.descriptor import close_owned, opened
@@ -110,10 +109,12 @@ class PrivateFolder:
 
     def __init__(self, *, owner: tuple[int, int | None] | None = None) -> None:
         """In the user's runtime folder, or where temporary files go. Raises AccessDenied, NoSpace, IoFailed."""
+        from tempfile import mkdtemp  # takes long, and few sockets have a folder of their own
+
         runtime = os.environ.get("XDG_RUNTIME_DIR")
         parent = runtime if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK) else None
         with translated(parent or "temporary files", "create a private folder in"):
-            self.path = tempfile.mkdtemp(prefix="vhdkit-", dir=parent)
+            self.path = mkdtemp(prefix="vhdkit-", dir=parent)
             if owner is not None:
                 os.chown(self.path, owner[0], -1 if owner[1] is None else owner[1])
                 if owner[1] is not None:

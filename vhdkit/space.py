@@ -7,9 +7,10 @@ Every function takes an open descriptor, and raises OSError.
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import functools
 import os
+from collections.abc import Callable
 
 from vhdkit.units import MIB, round_up
 
@@ -17,13 +18,19 @@ UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+@functools.cache
+def _system_call() -> Callable[[int, int, int, int], int]:
+    """`fallocate` of the C library, which answers with an errno. Loaded for the first file that is written to."""
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return lambda *arguments: ctypes.get_errno() if call(*arguments) else 0
 
 
 def _fallocate(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> None:
-    if _libc.fallocate(fd, mode, offset_bytes, size_bytes) != 0:
-        code = ctypes.get_errno()
+    if code := _system_call()(fd, mode, offset_bytes, size_bytes):
         raise OSError(code, os.strerror(code))
 
 

@@ -13,7 +13,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeAlias
 
 from vhdkit import errors, space
@@ -431,6 +430,8 @@ class FileStore(NamedFile):
 def close_all(stores: Iterable[ReadStore]) -> None:
     """Close several stores side by side. Closing the last descriptor of a file without a name gives its space back
     there and then, and a device that is told of it (`discard`) takes its time."""
+    from concurrent.futures import ThreadPoolExecutor  # takes long, and few need it
+
     with ThreadPoolExecutor(_CLOSERS, thread_name_prefix="vhdkit-close") as pool:
         for closing in [pool.submit(store.close) for store in stores]:
             closing.result()

@@ -14,7 +14,6 @@ that wants to follow its user's settings passes them in `OpenOptions.parent_dirs
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass
 
 from vhdkit import errors
@@ -113,6 +112,8 @@ def _folders_of(config: str) -> list[str]:
     raw = read_whole(real, MAX_CONFIG_BYTES)
     if raw is None:
         raise errors.InvalidArgument(f"it is not a regular file of at most {MAX_CONFIG_BYTES} bytes")
+    import tomllib  # takes long, and most have no such file
+
     try:
         document = tomllib.loads(raw.decode())
     except UnicodeDecodeError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from itertools import islice
@@ -29,7 +28,7 @@ _MAX_LOOKED_AT = 10_000  # names in a folder: a full folder must not make every 
 def part_name() -> str:
     """The name of a file that has none yet. Without a maker in it where this host does not say who we are."""
     maker = maker_word()
-    return f".vhdkit-{'' if maker is None else f'{maker}-'}{secrets.token_hex(_CHANCE_BYTES)}.part"
+    return f".vhdkit-{'' if maker is None else f'{maker}-'}{os.urandom(_CHANCE_BYTES).hex()}.part"
 
 
 def is_part(name: str) -> bool:

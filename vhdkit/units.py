@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 SECTOR_SHIFT = 9
 SECTOR_SIZE = 1 << SECTOR_SHIFT  # bytes; every VHD structure and every request inside the engine counts in these
@@ -83,6 +86,8 @@ def _exact_size(text: str) -> Fraction:
     if match is None:
         raise ValueError(f"{text!r} is not a size; write a number with K, M, G or T, such as 10G")
     whole, fraction, unit, _ = match.groups()
+    from fractions import Fraction  # takes long, and only sizes that people write need it
+
     return Fraction(f"{whole}.{fraction or 0}") * (1 << _SIZE_SHIFT[unit.lower()])
 
 

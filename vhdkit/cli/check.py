@@ -31,7 +31,6 @@ _STATUS = {
 
 @click.command(
     "check",
-    short_help="Examine an image and its parents, and repair it.",
     epilog=epilog(
         "vhdkit check leaf.avhd",
         "vhdkit check leaf.avhd --repair --dry-run",

@@ -17,7 +17,6 @@ from vhdkit.units import format_size
 
 @click.command(
     "compact",
-    short_help="A smaller file for the same disk.",
     epilog=epilog("vhdkit compact disk.vhd", "vhdkit compact --dry-run disk.vhd"),
 )
 @click.argument("image", type=PATH)

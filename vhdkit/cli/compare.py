@@ -17,7 +17,6 @@ from vhdkit.units import SECTOR_SIZE, format_size
 
 @click.command(
     "compare",
-    short_help="Do two images hold the same disk?",
     epilog=epilog(
         "vhdkit compare leaf.avhd copy.raw",
         codes="Exit code 0 when the content is equal, 1 when it differs (or the comparison failed).",

@@ -52,7 +52,7 @@ class _Job:
     sync: bool
 
 
-@click.command("convert", short_help="Between raw, fixed and dynamic, from whole chains.", epilog=epilog(*_EXAMPLES))
+@click.command("convert", epilog=epilog(*_EXAMPLES))
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("destination", metavar="DST", type=PATH)
 @click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),

@@ -29,7 +29,7 @@ _EXAMPLES = (
 )
 
 
-@click.command("create", short_help="Create an image, or a child of one.", epilog=epilog(*_EXAMPLES))
+@click.command("create", epilog=epilog(*_EXAMPLES))
 @click.argument("path", type=PATH)
 @click.option("--size", type=disk_size,
               help="Virtual size, such as 10G; whole sectors. A child may be larger than its parent.")  # fmt: skip

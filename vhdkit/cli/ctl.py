@@ -17,7 +17,7 @@ import click
 from vhdkit import OpenOptions, Progress
 from vhdkit.cli.common import PATH, Common, VerbGroup, disk_size, epilog, progress_option
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.output import columns, console, count, print_json, print_text, rounding
+from vhdkit.cli.output import columns, count, print_json, print_text, rounding
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.serve.control.client import ControlClient
@@ -52,7 +52,6 @@ _EXAMPLES = (
 @click.group(
     "ctl",
     cls=VerbGroup,
-    short_help="Command a running server.",
     epilog=epilog(*_EXAMPLES),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -110,7 +109,7 @@ def status_verb(server: _Server, json: bool, quiet: bool) -> None:
             [str(number), printable(layer["path"]), layer["kind"]] for number, layer in enumerate(export["layers"])
         ]
         for line in columns(rows, "r"):
-            console().print("  " + line)
+            print_text("  ", line)
     for one in clients:
         where = "still choosing" if one["export"] is None else printable(one["export"])
         tls = ", TLS" if one["tls"] else ""

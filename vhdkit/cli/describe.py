@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,9 +29,11 @@ from vhdkit.cli.output import (
 )
 from vhdkit.errors import printable
 from vhdkit.formats.probe import identify
-from vhdkit.formats.vhd.dump import StructureDump, dump_vhd
 from vhdkit.store import FileStore
 from vhdkit.units import format_size
+
+if TYPE_CHECKING:
+    from vhdkit.formats.vhd.dump import StructureDump
 
 _INDENT, _MAX_INDENTS = "   ", 8  # a deeper tree goes straight down
 UNFINISHED = ("merge-unfinished", "merge-under-way", "change-unfinished", "change-under-way")
@@ -40,7 +42,6 @@ _HOSTS = {"Wi2k": "Windows", "Mac": "Macintosh"}
 
 @click.command(
     "info",
-    short_help="Kind, size, creator and parent of an image.",
     epilog=epilog("vhdkit info disk.vhd", "vhdkit info disk.vhd --json | jq .virtual_size_bytes"),
 )
 @click.argument("image", type=PATH)
@@ -134,7 +135,6 @@ def _parent_rows(facts: ImageInfo, parent: ParentInfo, common: Common) -> list[t
 
 @click.command(
     "chain",
-    short_help="The image and its parents, and what each owns.",
     epilog=epilog(
         "vhdkit chain leaf.avhd", codes="Exit code 6 when a parent is missing or refused, 3 when a file is damaged."
     ),
@@ -214,7 +214,6 @@ def _short(path: str, home: str) -> str:
 
 @click.command(
     "dump",
-    short_help="Raw structures, field by field.",
     epilog=epilog("vhdkit dump disk.vhd", "vhdkit dump --json broken.vhd"),
 )
 @click.argument("image", type=PATH)
@@ -235,6 +234,8 @@ def dump_command(image: str, common: Common) -> None:
                 path=image,
                 hint="if it is a damaged VHD, say --format vhd",
             )
+        from vhdkit.formats.vhd.dump import dump_vhd  # `info` and `chain` start without it
+
         dumps = dump_vhd(store)
     if common.json:
         print_json([asdict(one) for one in dumps])

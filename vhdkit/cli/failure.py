@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -97,6 +96,8 @@ def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
             f"internal error: {what}; this is a bug in vhdkit, please report it with the output of --verbose",
         )
         if verbose:
+            import traceback
+
             traceback.print_exception(error)
     with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
         click.echo(json_text({"error": facts}) if as_json else f"vhdkit: {facts['message']}", err=True)

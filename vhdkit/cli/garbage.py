@@ -20,7 +20,6 @@ from vhdkit.units import format_size
 
 @click.command(
     "gc",
-    short_help="Layers that nobody reaches any more.",
     epilog=epilog("vhdkit gc /srv/disks --keep web.avhd mail.avhd", "vhdkit gc . --keep leaf.avhd --delete"),
 )
 @click.argument("directory", metavar="DIR", type=PATH)

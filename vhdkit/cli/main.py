@@ -18,7 +18,7 @@ import click
 
 import vhdkit
 from vhdkit.cli.failure import EXIT_FAILED, report, settle_standard_error, silence_standard_output, stopped_by_signals
-from vhdkit.store import translate
+from vhdkit.wording import translate
 
 _EPILOG = """\b
 Examples:
@@ -45,29 +45,30 @@ VHDKIT_DEBUG=1 shows where an internal error came from, as --verbose does. NO_CO
 """
 
 
-# Verb -> the module it is in, in the order in which one meets them. Imported when used: a server starts in less time.
+# Verb -> the module it is in, and what it is for, in the order in which one meets them. A module is imported when its
+# verb is used: a server starts in less time, and `--help` loads none.
 _VERBS = {
-    "create": "create",
-    "info": "describe",
-    "chain": "describe",
-    "check": "check",
-    "map": "map",
-    "convert": "convert",
-    "compare": "compare",
-    "snapshot": "snapshot",
-    "clone": "snapshot",
-    "merge": "merge",
-    "rebase": "rebase",
-    "relocate": "relocate",
-    "compact": "compact",
-    "resize": "resize",
-    "serve": "serve",
-    "ctl": "ctl",
-    "mount": "mount",
-    "umount": "mount",
-    "mounts": "mount",
-    "gc": "garbage",
-    "dump": "describe",
+    "create": ("create", "Create an image, or a child of one."),
+    "info": ("describe", "Kind, size, creator and parent of an image."),
+    "chain": ("describe", "The image and its parents, and what each owns."),
+    "check": ("check", "Examine an image and its parents, and repair it."),
+    "map": ("map", "Which layer owns which part of the disk."),
+    "convert": ("convert", "Between raw, fixed and dynamic, from whole chains."),
+    "compare": ("compare", "Do two images hold the same disk?"),
+    "snapshot": ("snapshot", "Freeze a leaf: what follows goes to a new child."),
+    "clone": ("snapshot", "Linked clones: children of one base."),
+    "merge": ("merge", "Fold layers of a chain into one."),
+    "rebase": ("rebase", "Repoint an image to its moved parent."),
+    "relocate": ("relocate", "Move a whole chain into another folder."),
+    "compact": ("compact", "A smaller file for the same disk."),
+    "resize": ("resize", "Another virtual size, larger or smaller."),
+    "serve": ("serve", "Serve images over NBD."),
+    "ctl": ("ctl", "Command a running server."),
+    "mount": ("mount", "Mount an image as files, or the files in it."),
+    "umount": ("mount", "Take a mount away."),
+    "mounts": ("mount", "What is mounted."),
+    "gc": ("garbage", "Layers that nobody reaches any more."),
+    "dump": ("describe", "Raw structures, field by field."),
 }
 
 
@@ -80,11 +81,17 @@ class _Group(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the verb's module."""
-        module = _VERBS.get(cmd_name)
-        if module is None:
+        if cmd_name not in _VERBS:
             return None
+        module, words = _VERBS[cmd_name]
         command: click.Command = getattr(import_module(f"vhdkit.cli.{module}"), f"{cmd_name}_command")
+        command.short_help = words  # for completion
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, out of the table: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in _VERBS.items()])
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         """Run the command line and exit."""

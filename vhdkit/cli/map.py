@@ -40,7 +40,6 @@ _LEVEL_BOUNDS = (0.25, 0.5, 0.95)  # from which share on a lane shows the third,
 
 @click.command(
     "map",
-    short_help="Which layer owns which part of the disk.",
     epilog=epilog(
         "vhdkit map leaf.avhd", "vhdkit map leaf.avhd --json", "vhdkit map leaf.avhd --svg map.svg --png map.png"
     ),

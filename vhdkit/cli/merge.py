@@ -28,7 +28,7 @@ _EXAMPLES = (
 )
 
 
-@click.command("merge", short_help="Fold layers of a chain into one.", epilog=epilog(*_EXAMPLES))
+@click.command("merge", epilog=epilog(*_EXAMPLES))
 @click.argument("leaf", type=PATH)
 @click.option("--into", metavar="ANCESTOR", type=PATH,
               help="The layer that takes the others in; the parent of LEAF when not given.")  # fmt: skip

@@ -56,7 +56,6 @@ class _Words:
 
 @click.command(
     "mount",
-    short_help="Mount an image as files, or the files in it.",
     epilog=epilog(
         "vhdkit mount disk.vhd /mnt/disk",
         "vhdkit mount child.avhd /mnt/files --partition 1 --fs",
@@ -229,7 +228,7 @@ def _stay(mounted: Mounted, common: Common) -> None:
         raise vhdkit.IoFailed(problem or f"the server failed (exit code {code})", path=mounted.image)
 
 
-@click.command("umount", short_help="Take a mount away.", epilog=epilog("vhdkit umount /mnt/disk"))
+@click.command("umount", epilog=epilog("vhdkit umount /mnt/disk"))
 @click.argument("mountpoint", type=PATH)
 @click.option(
     "--lazy", is_flag=True, help="Do not wait for programs that use it: it disappears when the last one is done."
@@ -255,7 +254,7 @@ def umount_command(mountpoint: str, lazy: bool, force: bool, as_json: bool, quie
         print_json({"mountpoint": mountpoint})
 
 
-@click.command("mounts", short_help="What is mounted.", epilog=epilog("vhdkit mounts", "vhdkit mounts --json"))
+@click.command("mounts", epilog=epilog("vhdkit mounts", "vhdkit mounts --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; an error is a JSON object too.")
 @click.option("-q", "--quiet", is_flag=True, help="The mount points alone.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")

@@ -16,10 +16,11 @@ import click
 from vhdkit import Finding, Severity
 from vhdkit.cli.common import Common, print_aside
 from vhdkit.cli.jsontext import json_text
+from vhdkit.cli.styled import Part, line_of
 from vhdkit.errors import printable
 from vhdkit.units import KIB, SECTOR_SIZE, DiskSize, format_size
 
-if TYPE_CHECKING:  # imported where something is shown: a server that prints JSON starts without it
+if TYPE_CHECKING:  # imported for pictures and bars only: it takes long
     from rich.console import Console
 
 STYLE_OF = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
@@ -42,22 +43,17 @@ def print_json(document: object) -> None:
     click.echo(json_text(document, indent=2))
 
 
-def print_text(*parts: str | tuple[str, str]) -> None:
+def print_text(*parts: Part) -> None:
     """One line; a part is text or (text, style)."""
-    from rich.text import Text
-
-    console().print(Text.assemble(*parts))
+    click.echo(line_of(parts), color=True)  # whether there are colours is decided already
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]], indent: str = "  ") -> None:
     """Names and values in two columns."""
-    from rich.text import Text
-
     rows = [(name, value) for name, value in pairs if value]
     width = max((len(name) for name, _ in rows), default=0)
-    screen = console()
     for name, value in rows:
-        screen.print(Text.assemble(indent, (name.ljust(width), "dim"), "  ", printable(value)))
+        print_text(indent, (name.ljust(width), "dim"), "  ", printable(value))
 
 
 def columns(rows: Sequence[Sequence[str]], align: str = "") -> list[str]:

@@ -15,7 +15,6 @@ from vhdkit.errors import printable
 
 @click.command(
     "rebase",
-    short_help="Repoint an image to its moved parent.",
     epilog=epilog(
         "vhdkit rebase child.avhd --parent /srv/bases/base.vhd",
         "vhdkit rebase child.avhd --parent converted.vhd --unsafe-new-id",

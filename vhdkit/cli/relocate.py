@@ -14,7 +14,6 @@ from vhdkit.errors import printable
 
 @click.command(
     "relocate",
-    short_help="Move a whole chain into another folder.",
     epilog=epilog("vhdkit relocate leaf.avhd /srv/disks", "vhdkit relocate leaf.avhd /srv/disks --dry-run"),
 )
 @click.argument("leaf", type=PATH)

@@ -17,7 +17,6 @@ from vhdkit.units import DiskSize
 
 @click.command(
     "resize",
-    short_help="Another virtual size, larger or smaller.",
     epilog=epilog("vhdkit resize disk.vhd 20G", "vhdkit resize --shrink --dry-run disk.vhd 8G"),
 )
 @click.argument("image", type=PATH)

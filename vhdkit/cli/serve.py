@@ -84,7 +84,6 @@ class Wish:
 @click.command(
     "serve",
     cls=EngineCommand,
-    short_help="Serve images over NBD.",
     epilog=epilog(*_EXAMPLES, codes="Ends with 0 after Ctrl-C or SIGTERM, when everything written is on the device."),
 )
 @click.argument("image", nargs=-1, type=PATH)

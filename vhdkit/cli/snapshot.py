@@ -21,7 +21,6 @@ from vhdkit.folder import exists
 
 @click.command(
     "snapshot",
-    short_help="Freeze a leaf: what follows goes to a new child.",
     epilog=epilog(
         "vhdkit snapshot disk.vhd",
         "vhdkit snapshot disk.vhd before-update.avhd",
@@ -53,7 +52,6 @@ def snapshot_command(images: tuple[str, ...], many: bool, dry_run: bool, common:
 
 @click.command(
     "clone",
-    short_help="Linked clones: children of one base.",
     epilog=epilog("vhdkit clone golden.vhd web-1.avhd web-2.avhd web-3.avhd"),
 )
 @click.argument("base", type=PATH)

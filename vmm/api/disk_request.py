@@ -17,7 +17,6 @@ from vmm.model.errors import InvalidSpec
 from vmm.model.paths import default_folders
 from vmm.model.serials import kept_serial, serial_of_device
 from vmm.model.spec import Controller, DiskSpec, MachineSpec, make_disk
-from vmm.store import devices
 from vmm.store.images import find_image, look_at, refuse_frozen
 from vmm.store.media import open_medium
 
@@ -57,6 +56,8 @@ def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
     taken = [disk.serial for disk in spec.disks]
     serial = wish.serial
     if path is not None and wish.kind == "pass-through":
+        from vmm.store import devices  # takes long, and few machines need it
+
         found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
         path = found.pop("path")
         settings |= found

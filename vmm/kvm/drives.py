@@ -23,7 +23,7 @@ from typing import Any
 import vhdkit
 from vmm.kvm.cmdline import RECONNECT_SECONDS, Medium, chain_node, disk_device
 from vmm.kvm.qmp import Qmp
-from vmm.model.errors import InUse, NoSpace, QemuFailed, StoreFailed, TimedOut, VmmError, hint_of_vhdkit, of_os_error
+from vmm.model.errors import InUse, QemuFailed, TimedOut, VmmError, of_os_error, store_error
 from vmm.model.paths import RuntimePaths
 from vmm.model.spec import DiskSpec
 
@@ -68,18 +68,6 @@ class DiskServer:
             if time.monotonic() > deadline:
                 raise TimedOut(f"the disks' server did not answer within {timeout_seconds:g} s")
             await asyncio.sleep(_LOOK_SECONDS)
-
-
-def store_error(error: vhdkit.VhdkitError) -> VmmError:
-    """An error of vhdkit's as one of ours, with its words and its exit code."""
-    kinds: tuple[tuple[type[vhdkit.VhdkitError], type[VmmError]], ...] = (
-        (vhdkit.NoSpace, NoSpace),
-        (vhdkit.ImageInUse, InUse),
-    )
-    kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), StoreFailed)
-    ours = kind(error.problem, path=error.path, hint=hint_of_vhdkit(error.hint))
-    ours.exit_code = error.exit_code
-    return ours
 
 
 # -- adding and taking away ------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import errno
 import re
 from typing import Any
 
+import vhdkit
+
 EXIT_FAILED = 1
 
 
@@ -131,6 +133,18 @@ _COMMAND = re.compile(r"\bvhdkit (?!for\b)[a-z]+")  # "vhdkit check FILE --repai
 _BARE_VERB = re.compile(r"`(?!vmm )[a-z-]+(?: --[a-z-]+)*`")  # "`status` says how far it is"
 _ON_THE_CHILD = "work on the child instead"  # of an image that is the parent of another
 _SHARED_OPTIONS = ("--shrink",)  # which vmm has, too
+
+
+def store_error(error: vhdkit.VhdkitError) -> VmmError:
+    """An error of vhdkit's as one of ours, with its words and its exit code."""
+    kinds: tuple[tuple[type[vhdkit.VhdkitError], type[VmmError]], ...] = (
+        (vhdkit.NoSpace, NoSpace),
+        (vhdkit.ImageInUse, InUse),
+    )
+    kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), StoreFailed)
+    ours = kind(error.problem, path=error.path, hint=hint_of_vhdkit(error.hint))
+    ours.exit_code = error.exit_code
+    return ours
 
 
 def hint_of_vhdkit(hint: str | None) -> str | None:

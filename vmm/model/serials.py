@@ -12,7 +12,6 @@ number, and never twice in one machine.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -47,5 +46,7 @@ def serial_of_device(identity: str | None, taken: Iterable[str]) -> str | None:
     """That of a device or LUN, which is the same whenever it is given to a machine; None where it is not known."""
     if identity is None:
         return None
+    import hashlib  # takes long, and only a new disk needs it
+
     serial = hashlib.sha256(identity.encode()).hexdigest()[:MAX_SERIAL_CHARACTERS]
     return None if serial in set(taken) else serial

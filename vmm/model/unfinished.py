@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
-import shutil
 import stat
 from itertools import islice
 
@@ -55,12 +53,14 @@ def sweep(folder: str, *, folders: bool = False) -> None:
                 if stat.S_ISREG(facts.st_mode):
                     os.unlink(path)
                 elif folders and stat.S_ISDIR(facts.st_mode):
+                    import shutil  # takes long, and is rare
+
                     shutil.rmtree(path)  # follows no link
 
 
 def _token() -> str:
     """Our maker's word and chance; without the word, where this host does not say who we are, it is never swept."""
-    return f"{vhdkit.maker_word() or os.getpid()}-{secrets.token_hex(4)}"
+    return f"{vhdkit.maker_word() or os.getpid()}-{os.urandom(4).hex()}"
 
 
 def _is_dead(name: str, facts: os.stat_result) -> bool:

@@ -95,6 +95,13 @@ async def copy_disks(
     return {"folder": target, "disks": copies}
 
 
+def copy_disks_now(
+    machine: MachinePaths, spec: MachineSpec, disks: list[DiskSpec], target: str, progress: Progress
+) -> dict[str, Any]:
+    """The same for a caller that has no loop."""
+    return asyncio.run(copy_disks(machine, spec, disks, target, progress))
+
+
 def uefi_variables_of(machine: MachinePaths, spec: MachineSpec) -> bytes | None:
     """The UEFI variables as they are now; None where there are none. Raises AccessDenied, VmmError."""
     if spec.firmware != "uefi":

@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import vhdkit
-from vmm.kvm.drives import store_error
-from vmm.model.errors import Refused
+from vmm.model.errors import Refused, store_error
 from vmm.model.spec import MachineSpec
 from vmm.store import known_images, registry
 from vmm.store.backup_note import is_child_name

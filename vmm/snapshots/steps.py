@@ -17,12 +17,11 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import vhdkit
-from vmm.model.errors import Refused, VmmError, hint_of_vhdkit, of_os_error
+from vmm.model.errors import Refused, VmmError, hint_of_vhdkit, of_os_error, store_error
 from vmm.model.paths import sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec, read_spec
 from vmm.snapshots.dependents import judge, parent_folders
@@ -81,7 +80,7 @@ def child_path(frozen: str) -> str:
         stem = ours[1]
     stem = os.fsdecode(os.fsencode(stem)[:_MAX_STEM_BYTES])
     while True:
-        path = os.path.join(folder, f"{stem}_{secrets.token_hex(4)}.avhd")
+        path = os.path.join(folder, f"{stem}_{os.urandom(4).hex()}.avhd")
         if not os.path.lexists(path):
             return path
 
@@ -233,8 +232,6 @@ def finish_merge(held: Held, target: str, layers: Sequence[str]) -> Changing:
 
 def store_problem(error: Exception, doing: str) -> VmmError:
     """A failure of files or images in the middle of something, as one of ours."""
-    from vmm.kvm.drives import store_error
-
     if isinstance(error, VmmError):
         return error
     if isinstance(error, vhdkit.VhdkitError):

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import vhdkit
-from vmm.kvm.drives import store_error
-from vmm.model.errors import InvalidSpec, NotFound, Refused
+from vmm.model.errors import InvalidSpec, NotFound, Refused, store_error
 from vmm.model.events import add_event
 from vmm.model.spec import DiskSpec, PathsSpec
 from vmm.store.known_images import known_images

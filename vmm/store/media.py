@@ -13,7 +13,6 @@ with it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,8 @@ Media = Mapping[str, str | None]  # drive -> what its medium is known by, None f
 
 def identity_of(descriptor: int) -> str:
     """What an open medium is known by: its size, its first and last MiB, and 64 pieces between. Raises OSError."""
+    import hashlib  # takes long, and few machines have media
+
     size = os.lseek(descriptor, 0, os.SEEK_END)
     digest = hashlib.sha256(b"%d" % size)
     for start, length in _samples(size):

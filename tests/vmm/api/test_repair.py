@@ -16,8 +16,7 @@ import vmm
 from tests.vmm.cli.running import document, good, run
 from tests.vmm.snapshots.machines import Machines
 from vmm.api.export_import.exporting import export
-from vmm.kvm.drives import store_error
-from vmm.model.errors import NotFound, Refused, VmmError
+from vmm.model.errors import NotFound, Refused, VmmError, store_error
 from vmm.snapshots.steps import child_path
 from vmm.store import registry
 from vmm.store.snapshots.journal import CreateLive, Pivot

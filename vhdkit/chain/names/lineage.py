@@ -17,7 +17,6 @@ bad intentions; they are for accidents.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -77,13 +76,15 @@ def record_parent(child: Store, parent: Store, parent_id: bytes) -> None:
 
     Where notes cannot be left there is none, not an old one either.
     """
+    from secrets import token_bytes  # takes long, and only new children need it
+
     image, base = file_of(child), file_of(parent)
     if image is None or base is None:
         return
     state = _state_of(base)
     known = _generation_of(base)
     is_known = known is not None and known[1] in (state, _CHANGING)
-    generation = known[0] if known is not None and is_known else secrets.token_bytes(_GENERATION_SIZE)
+    generation = known[0] if known is not None and is_known else token_bytes(_GENERATION_SIZE)
     if known is None or known[1] != state:
         generation = generation if _note_generation(base, generation) else _NO_GENERATION
     if not write_attribute(image, _CHILD, _AT_CHILD.pack(_VERSION, parent_id, generation) + _STATE.pack(*state)):

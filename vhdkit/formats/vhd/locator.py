@@ -11,7 +11,6 @@ XenServer. W2ru and W2ku are UTF-16 little-endian (the header's name is big-endi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import quote, unquote
 
 from vhdkit.errors import CorruptReason, printable
 from vhdkit.formats.vhd.layout import LOCATOR_COUNT, PARENT_NAME_SIZE, DynamicHeader, LocatorEntry
@@ -93,6 +92,8 @@ def decode(platform_code: bytes, raw: bytes) -> str | None:
         return None
     text = text.split("\0", 1)[0]
     if platform_code == MAC and text.lower().startswith(_FILE_URL):
+        from urllib.parse import unquote
+
         text = unquote(text[len(_FILE_URL) :])
         text = text.removeprefix("localhost")
     return text or None
@@ -101,6 +102,8 @@ def decode(platform_code: bytes, raw: bytes) -> str | None:
 def encode(platform_code: bytes, text: str) -> bytes:
     """What is written for `text`, the reverse of `decode`."""
     if platform_code == MAC:
+        from urllib.parse import quote  # takes long, and only such locators need it
+
         text = _FILE_URL + quote(text)
     return text.encode(_ENCODINGS[platform_code])
 

@@ -36,7 +36,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import struct
 import time
 import zlib
@@ -109,11 +108,13 @@ class Notes:
     """
 
     def __init__(self, store: FileStore, unique_id: bytes, folder: str) -> None:
+        from secrets import token_bytes  # takes long, and only servers take notes
+
         self._store = store
         self._about = (boot_id(), unique_id, *store.identity)
         self._folder = folder
         self._paths = note_paths(store, unique_id, folder)
-        self._token = secrets.token_bytes(TOKEN_SIZE)
+        self._token = token_bytes(TOKEN_SIZE)
         self._flags = 0
         self._turn = 0
         self._files: list[FileStore] = []  # none while there is nothing to note

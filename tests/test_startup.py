@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What short commands may not import: start-up is what one waits for. No clocks: names of modules only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+
+# Run the command, then say which modules are loaded, whatever way it ends.
+PROGRAM = """
+import sys
+from {entry} import main
+sys.argv = [{name!r}, *sys.argv[1:]]
+try:
+    main()
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+ENTRIES = {"vhdkit": "vhdkit.cli.entry", "vmm": "vmm.cli.entry"}
+# What takes long and serves none of these commands.
+ALWAYS = ("asyncio", "concurrent", "ctypes", "email", "multiprocessing", "ssl", "xml", "http")
+LARGE = ("construct", "mfusepy", "numpy", "PIL", "pydantic", "pyroute2", "qemu", "rich")
+SMALL = ("fractions", "secrets", "socket", "subprocess", "tempfile", "tomllib", "urllib")
+
+
+def loaded(name: str, *words: str, home: Path) -> set[str]:
+    """The modules that are loaded when the command has ended, which must be well."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(entry=ENTRIES[name], name=name), *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        env={
+            **os.environ,
+            "VMM_HOME": str(home),
+            "VMM_RUNTIME": str(home / "run"),
+            "TERM": "xterm",
+            "FORCE_COLOR": "1",
+        },
+    )
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def found(modules: set[str], *unwanted: str) -> list[str]:
+    """Which of the unwanted modules and packages are among them."""
+    return sorted(one for one in unwanted if any(module == one or module.startswith(f"{one}.") for module in modules))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("word", ["--help", "--version", ""])
+def test_help_loads_no_verb(name: str, word: str, tmp_path: Path) -> None:
+    """The list of verbs and the version need the command line library and nothing of ours but the command line."""
+    modules = loaded(name, *word.split(), home=tmp_path)
+    assert found(modules, *ALWAYS, *LARGE, *SMALL) == []
+    rooms = {module.split(".")[1] for module in modules if module.startswith(f"{name}.")}
+    assert rooms <= {"cli", "model", "errors", "wording"}
+    assert found(modules, *(f"vhdkit.{room}" for room in ("chain", "disk", "formats", "serve", "store"))) == []
+
+
+def test_info_loads_no_rich_and_no_server(tmp_path: Path) -> None:
+    """`info` reads an image and its parents: numpy and the layout's construct, but no bars, sockets or servers."""
+    image, child = tmp_path / "a.vhd", tmp_path / "b.avhd"
+    vhdkit.create_image(image, 1 << 20)
+    vhdkit.create_child(child, image)
+    for verb in ("info", "chain"):
+        modules = loaded("vhdkit", verb, str(child), home=tmp_path)
+        assert found(modules, "rich", "pydantic", "asyncio", "concurrent", "ssl", *SMALL) == []
+        assert found(modules, "vhdkit.serve", "vhdkit.disk", "vhdkit.sockets", "vhdkit.formats.vhd.dump") == []
+
+
+def test_list_loads_no_qemu_and_no_switches(tmp_path: Path) -> None:
+    """`vmm list` reads definitions by pydantic, asks workers by plain sockets: no loop, monitor, switch, disk."""
+    with tempfile.TemporaryDirectory(prefix="vmm-start-") as folder:
+        home = Path(folder)
+        loaded("vmm", "create", "web", "--memory", "64M", home=home)
+        modules = loaded("vmm", "list", home=home)
+    assert found(modules, "asyncio", "concurrent", "numpy", "construct", "pyroute2", "qemu", "rich", "ssl") == []
+    assert found(modules, "vmm.net", "vmm.worker", "vmm.store.devices", "vmm.kvm.qmp", "vmm.kvm.drives") == []
+    assert found(modules, "vhdkit.disk", "vhdkit.chain", "vhdkit.formats", "vhdkit.serve") == []
