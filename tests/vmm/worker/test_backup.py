@@ -31,7 +31,6 @@ from vmm.processes import disk_copies
 from vmm.processes.rpc import ControlClient
 from vmm.processes.worker_connection import Place
 from vmm.store.backup_note import note_path, read_note
-from vmm.worker import backup
 
 pytestmark = pytest.mark.kvm
 
@@ -109,7 +108,7 @@ def test_interrupted_while_it_is_off(manager: Manager, tmp_path: Path, monkeypat
     async def interrupted(*words: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backup, "_convert", interrupted)
+    monkeypatch.setattr(disk_copies, "_convert", interrupted)
     result = run("backup", "small", tmp_path / "copy")
     assert result.exit_code == 130
     assert "vmm: interrupted: the backup was given up, and nothing of it is left" in result.stderr
