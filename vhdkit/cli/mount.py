@@ -25,7 +25,8 @@ from vhdkit.cli.output import columns, note, print_json, print_text
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable, quoted
 from vhdkit.folder import exists
-from vhdkit.serve.mount.mounting import Listed, Mounted, Wish, listed, mount, umount
+from vhdkit.serve.mount.mounting import Mounted, Wish, mount
+from vhdkit.serve.mount.unmounting import Listed, listed, umount
 from vhdkit.serve.opening import Manner
 from vhdkit.units import format_size
 
