@@ -19,7 +19,7 @@ from tests.support import ROOT, python_files
 
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("vhdkit.units", "vhdkit.errors", "vhdkit.arguments", "vhdkit.finding"),
+    ("vhdkit.units", "vhdkit.errors", "vhdkit.arguments", "vhdkit.finding", "vhdkit.jsonrpc", "vhdkit.jsontext"),
     (
         "vhdkit.likeness",
         "vhdkit.wording",
@@ -64,7 +64,8 @@ VMM_LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmm", "vmm.__main__", "vmm.cli"),
 )
 # These see nothing of vhdkit but what is listed, and none of these modules of Python.
-SANS_IO = {
+SANS_IO: dict[str, set[str]] = {
+    "vhdkit.jsonrpc": set(),
     "vhdkit.serve.nbd.wire": {"vhdkit.units", "vhdkit.errors"},
     "vhdkit.serve.nbd.options": {"vhdkit.units", "vhdkit.errors", "vhdkit.serve", "vhdkit.serve.nbd.wire"},
     "vhdkit.serve.nbd.protocol": {
@@ -272,7 +273,7 @@ def check_layers(path: str, source: str) -> Iterator[str]:
 
 
 def check_sans_io(path: str, source: str) -> Iterator[str]:
-    """The NBD wire and protocol know no sockets, threads or disks."""
+    """The protocols know no sockets, threads or disks."""
     allowed = SANS_IO.get(module_of(path))
     if allowed is None:
         return
@@ -429,12 +430,15 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (check_layers, "vmm/stray.py", ""),
     (check_layers, "vmm/model/spec.py", "from vmm.store import registry"),
     (check_layers, "vmm/processes/rpc.py", "def later():\n    from vmm.api.manager import Manager"),
+    (check_sans_io, "vhdkit/jsonrpc.py", "import asyncio"),
+    (check_sans_io, "vhdkit/jsonrpc.py", "from vhdkit import errors"),
     (check_sans_io, "vhdkit/serve/nbd/wire.py", "import socket"),
     (check_sans_io, "vhdkit/serve/nbd/protocol.py", "from asyncio import Queue"),
     (check_sans_io, "vhdkit/serve/nbd/protocol.py", "from vhdkit.disk import Disk"),
     (check_sans_io, "vhdkit/serve/nbd/wire.py", "from vhdkit.serve.nbd import protocol"),
     (check_public_door, "vmm/api/manager.py", "from vhdkit.store import FileStore"),
     (check_public_door, "vmm/api/manager.py", "from vhdkit import _private"),
+    (check_public_door, "vmm/processes/rpc.py", "from vhdkit.jsonrpc import LineBuffer"),
     (check_public_door, "vmm/api/manager.py", "import vhdkit\nvhdkit._private"),
     (check_public_door, "vmm/kvm/cmdline.py", "from vmm.net.plan import Plan"),
     (check_public_door, "vmm/net/plan.py", "from vmm import kvm"),
@@ -478,6 +482,7 @@ GOOD: tuple[tuple[str, str], ...] = (
         "tests/harness/merging.py",
         "import numpy as np\nfrom tests.harness import power\nfrom vhdkit import errors",
     ),
+    ("vmm/processes/rpc.py", "from vhdkit import jsonrpc"),
 )
 
 

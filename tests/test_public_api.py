@@ -19,9 +19,9 @@ Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName Gar
 ImageInUse InvalidArgument IoFailed Merge Move NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch
 ParentMissing ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity SyncFailed TrustedFolder
 TrustedFolders Unprotected UnsupportedFormat VhdkitError __version__ chain_held chain_paths check clone
-collect_garbage compact compare convert create_child create_image find_children image_id is_maker_dead maker_word
-mark_parents merge merge_under_way open_disk parse_disk_size rebase relocate repair resize restore resume_merge
-snapshot snapshot_many trusted_parent_dirs
+collect_garbage compact compare convert create_child create_image find_children image_id is_maker_dead json_text
+jsonrpc maker_word mark_parents merge merge_under_way open_disk parse_disk_size rebase relocate repair resize restore
+resume_merge snapshot snapshot_many trusted_parent_dirs
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec Deleted Deletion DiskSpec DiskWish

@@ -9,7 +9,8 @@ This page of names is the whole public interface; everything else may change.
         boot_sector = disk.read(0, 512)
 
 Sizes and offsets are bytes unless a name says sectors (512 bytes). Chains are listed leaf first. Every error is a
-`VhdkitError` with `path`, `structure`, `offset_bytes`, `errno` and `exit_code`.
+`VhdkitError` with `path`, `structure`, `offset_bytes`, `errno` and `exit_code`; only the module `jsonrpc`, which
+touches no file, has errors of its own.
 
 Each name is imported when it is first used, so a program that only catches errors or talks to a server does not
 load numpy.
@@ -17,6 +18,7 @@ load numpy.
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
+    from vhdkit import jsonrpc
     from vhdkit.chain.engine.chain import Progress
     from vhdkit.chain.names.family import chain_held, chain_paths, find_children, image_id, mark_parents
     from vhdkit.chain.names.options import OpenOptions
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from vhdkit.formats.probe import FormatName
     from vhdkit.formats.vhd.repair import Fix
     from vhdkit.image import Extent, ExtentKind
+    from vhdkit.jsontext import json_text
     from vhdkit.maker import is_maker_dead, maker_word
     from vhdkit.serve.control.client import ControlClient
     from vhdkit.trusted import TrustedFolder, TrustedFolders, trusted_parent_dirs
@@ -132,6 +135,8 @@ __all__ = [
     "find_children",
     "image_id",
     "is_maker_dead",
+    "json_text",
+    "jsonrpc",
     "maker_word",
     "mark_parents",
     "merge",
@@ -179,10 +184,12 @@ _HOMES = {
     "vhdkit.formats.probe": "FormatName",
     "vhdkit.formats.vhd.repair": "Fix",
     "vhdkit.image": "Extent ExtentKind",
+    "vhdkit.jsontext": "json_text",
     "vhdkit.maker": "is_maker_dead maker_word",
     "vhdkit.serve.control.client": "ControlClient",
     "vhdkit.units": "DiskSize parse_disk_size",
 }
+_MODULES = ("jsonrpc",)  # public as wholes
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 if not TYPE_CHECKING:  # type checkers believe the imports above, and refuse what is not there
@@ -190,6 +197,8 @@ if not TYPE_CHECKING:  # type checkers believe the imports above, and refuse wha
     def __getattr__(name: str) -> object:
         from importlib import import_module
 
+        if name in _MODULES:
+            return import_module(f"vhdkit.{name}")
         home = _HOME_OF.get(name)
         if home is None:
             raise AttributeError(f"module 'vhdkit' has no attribute {name!r}")

@@ -23,8 +23,8 @@ from typing import Any
 
 import click
 
-from vhdkit.cli.jsontext import json_text
 from vhdkit.errors import CorruptImage, VhdkitError, printable
+from vhdkit.jsontext import json_text
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

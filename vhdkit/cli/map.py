@@ -21,13 +21,13 @@ from vhdkit import Disk, Extent, ExtentKind, Progress
 from vhdkit.chain.records.pending import files_of
 from vhdkit.chain.verbs.create import replacing
 from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
-from vhdkit.cli.jsontext import json_text
 from vhdkit.cli.output import console, is_unicode, print_text
 from vhdkit.cli.picture import MAX_CELLS, Drawing, as_png, as_svg, colour_of, draw, glyph_of
 from vhdkit.cli.progress import progress_shown
 from vhdkit.cli.tally import NOBODY, Tally, alike, tally
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile
+from vhdkit.jsontext import json_text
 from vhdkit.units import GIB, SECTOR_SIZE, format_size, round_up
 
 _MAX_ROWS = 8

@@ -15,9 +15,9 @@ import click
 
 from vhdkit import Finding, Severity
 from vhdkit.cli.common import Common, print_aside
-from vhdkit.cli.jsontext import json_text
 from vhdkit.cli.styled import Part, line_of
 from vhdkit.errors import printable
+from vhdkit.jsontext import json_text
 from vhdkit.units import KIB, SECTOR_SIZE, DiskSize, format_size
 
 if TYPE_CHECKING:  # imported for pictures and bars only: it takes long

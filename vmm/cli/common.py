@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 
 import vhdkit
-from vmm.cli.jsontext import json_text
+from vhdkit import json_text
 from vmm.cli.progress import ProgressText
 from vmm.model.errors import printable
 

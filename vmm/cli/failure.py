@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from vmm.cli.jsontext import json_text
+from vhdkit import json_text
 from vmm.model.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
 EXIT_INTERRUPTED = 130  # as shells count Ctrl-C

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
+from vhdkit import json_text
 from vmm.api.manager import Manager
 from vmm.cli.common import epilog, output_options, print_json, print_line
-from vmm.cli.jsontext import json_text
 from vmm.model.errors import of_os_error, printable
 from vmm.model.events import Followed
 

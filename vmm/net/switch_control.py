@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control socket of a `user` switch: JSON-RPC 2.0, one message a line, on the switch's own loop.
 
-Decides how requests are spelled, and that a client cannot hold up the switch: a line has at most MAX_LINE_BYTES,
-there are at most MAX_CLIENTS, and who does not read its answers is hung up on. A client that asked for a capture gets
-the answer and from then on the stream of `capture`. What a method does is decided in `user_switch`.
+Decides that a client cannot hold up the switch: a line has at most MAX_LINE_BYTES, there are at most MAX_CLIENTS, and
+a client that does not read its answers is disconnected. A client that asked for a capture gets the answer and then the
+stream of `capture`. How lines are split and messages encoded is decided in `vhdkit.jsonrpc`, what a method does in
+`user_switch`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import select
 import socket
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from vhdkit import jsonrpc
 from vmm.model import errors
 from vmm.net.capture import Capture
 
 MAX_LINE_BYTES = 192 << 10  # a thousand fixed addresses with long names
 MAX_ANSWER_BYTES = 4 << 20
 MAX_CLIENTS = 64
-_FAILED, _PARSE, _INVALID, _NO_METHOD, _INTERNAL = -32000, -32700, -32600, -32601, -32603
+# The codes with which switches of earlier releases refused requests.
+_DIALECT = jsonrpc.Dialect(bad_method=jsonrpc.NO_METHOD, bad_params=jsonrpc.INVALID_REQUEST)
 _log = logging.getLogger(__name__)
 
 Method: TypeAlias = Callable[[dict[str, Any]], object]
@@ -106,51 +108,36 @@ class ControlServer:
         self._listener.close()
 
     def answer(self, line: bytes, client: _Client) -> bytes:
-        """The line that answers `line`; nothing for a notification."""
-        number: object = None
+        """The line that answers `line`, also where it has no id."""
         try:
-            request = json.loads(line)
-            if not isinstance(request, dict) or request.get("jsonrpc") != "2.0":
-                return _failure(None, _INVALID, 'a request is one JSON object with "jsonrpc": "2.0"')
-            number = request.get("id")
-            name, params = request.get("method"), request.get("params", {})
-            if not isinstance(params, dict):
-                return _failure(number, _INVALID, "parameters are given by name")
-            if name == "capture":
-                client.capture = self.start_capture(params)
-                result: object = {}
-            elif isinstance(name, str) and name in self.methods:
-                result = self.methods[name](params)
-            else:
-                return _failure(number, _NO_METHOD, f"there is no method {name!r}")
+            request = jsonrpc.parse_request(line, _DIALECT)
+            if request.method != "capture" and request.method not in self.methods:
+                raise jsonrpc.Refused(jsonrpc.NO_METHOD, f"there is no method {request.method!r}", request.id)
+        except jsonrpc.Refused as problem:
+            return problem.answer()
+        try:
+            return jsonrpc.encode_result(request.id, self._result(request, client))
         except errors.VmmError as error:
-            return _failure(number, _FAILED, str(error), errors.to_document(error))
-        except (ValueError, RecursionError):
-            return _failure(None, _PARSE, "this is no JSON")
+            return jsonrpc.encode_failure(request.id, jsonrpc.FAILED, str(error), errors.to_document(error))
         except Exception as error:  # a mistake of ours: frames are moved on
             _log.exception("control: an internal error")
-            return _failure(number, _INTERNAL, f"internal error: {type(error).__name__}")
-        return _line({"jsonrpc": "2.0", "id": number, "result": result})
+            text = f"internal error: {type(error).__name__}"
+            return jsonrpc.encode_failure(request.id, jsonrpc.INTERNAL, text)
 
-
-def _line(document: object) -> bytes:
-    return json.dumps(document).encode() + b"\n"
-
-
-def _failure(number: object, code: int, text: str, data: object = None) -> bytes:
-    problem: dict[str, object] = {"code": code, "message": text}
-    if data is not None:
-        problem["data"] = data
-    return _line({"jsonrpc": "2.0", "id": number, "error": problem})
+    def _result(self, request: jsonrpc.Request, client: _Client) -> object:
+        if request.method != "capture":
+            return self.methods[request.method](request.params)
+        client.capture = self.start_capture(request.params)
+        return {}
 
 
 class _Client:
-    """Somebody at the control socket."""
+    """A connection to the control socket."""
 
     def __init__(self, server: ControlServer, sock: socket.socket) -> None:
         self._server = server
         self._socket = sock
-        self._input = bytearray()
+        self._lines = jsonrpc.LineBuffer(MAX_LINE_BYTES)
         self._output = bytearray()
         self.capture: Capture | None = None
         server.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
@@ -173,13 +160,15 @@ class _Client:
     def _take(self, received: bytes) -> None:
         if self.capture is not None:
             return  # it has nothing more to say
-        self._input += received
-        while (end := self._input.find(b"\n")) >= 0:
-            line = bytes(self._input[:end])
-            del self._input[: end + 1]
-            if line.strip():
-                self._output += self._server.answer(line, self)
-        if len(self._input) > MAX_LINE_BYTES or len(self._output) > MAX_ANSWER_BYTES:
+        self._lines.feed(received)
+        try:
+            while (line := self._lines.next_line()) is not None:
+                if line.strip():
+                    self._output += self._server.answer(line, self)
+        except jsonrpc.LineTooLong:
+            self.close()
+            return
+        if len(self._output) > MAX_ANSWER_BYTES:
             self.close()
             return
         self._send()

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -23,9 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vhdkit import jsonrpc
 from vmm.host import proc
 from vmm.model import errors, paths
 from vmm.net import ports
+from vmm.net.switch_control import MAX_ANSWER_BYTES
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
@@ -33,6 +33,7 @@ GRACE_SECONDS = 4.0  # to answer and to end when told to; it is deleted, so what
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _MODULE = "vmm.net.user_switch"
 _PROBE_SECONDS = 0.01
+_PIECE_BYTES = 1 << 16
 _KILLED_SECONDS = 30.0  # a busy host buries its dead slowly
 
 
@@ -176,11 +177,11 @@ class UserBackend:
         return self._ask(method, params)
 
     def _ask(self, method: str, params: dict[str, object], answer_seconds: float | None = None) -> Any:
-        with self._connected(answer_seconds) as (sock, lines):
-            return _exchange(sock, lines, self.name, method, params)
+        with self._connected(answer_seconds) as sock:
+            return _exchange(sock, self.name, method, params, piece_bytes=_PIECE_BYTES)
 
     @contextlib.contextmanager
-    def _connected(self, answer_seconds: float | None = None) -> Iterator[tuple[socket.socket, io.RawIOBase]]:
+    def _connected(self, answer_seconds: float | None = None) -> Iterator[socket.socket]:
         address = os.path.join(self.folder, _CONTROL)
         answer_seconds = ANSWER_SECONDS if answer_seconds is None else answer_seconds
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -192,8 +193,7 @@ class UserBackend:
             except OSError as error:
                 raise errors.of_os_error(error, f"reach switch {self.name}", path=address) from error
             sock.settimeout(answer_seconds)
-            with sock.makefile("rb", buffering=0) as lines:
-                yield sock, lines
+            yield sock
 
     def ensure(self, method: str, **params: object) -> Any:
         """As `ask`, starting the switch first when it does not run, even if it ends just now."""
@@ -241,42 +241,30 @@ class UserBackend:
         params: dict[str, object] = {"port": port} if port is not None else {}
         if snap_bytes is not None:
             params["snap_bytes"] = snap_bytes
-        with self._connected() as (sock, lines):
-            _exchange(sock, lines, self.name, "capture", params)
+        with self._connected() as sock:
+            _exchange(sock, self.name, "capture", params, piece_bytes=1)  # the stream follows the answer
             sock.settimeout(None)
             yield sock
 
 
-def _exchange(sock: socket.socket, lines: io.RawIOBase, name: str, method: str, params: dict[str, object]) -> Any:
-    """Send a request and take its answer, byte by byte where a stream may follow it."""
-    request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+def _exchange(sock: socket.socket, name: str, method: str, params: dict[str, object], *, piece_bytes: int) -> Any:
+    """Send a request and receive its answer in pieces; nothing after the answer is read if a piece is one byte."""
+    caller = jsonrpc.Caller(MAX_ANSWER_BYTES)
     try:
-        sock.sendall(json.dumps(request).encode() + b"\n")
-        line = _line(lines) if method == "capture" else _long_line(sock)
+        sock.sendall(caller.request(method, params))
+        while (answer := caller.next_answer()) is None:
+            piece = sock.recv(piece_bytes)
+            if not piece:
+                raise errors.WrongState(f"switch {name} hung up")
+            caller.feed(piece)
     except TimeoutError as error:
         raise errors.TimedOut(f"switch {name} does not answer") from error
     except OSError as error:
         raise errors.WrongState(f"switch {name} hung up") from error
-    if not line.endswith(b"\n"):
-        raise errors.WrongState(f"switch {name} hung up")
-    answer = json.loads(line)
-    if "error" in answer:
-        data = answer["error"].get("data")
-        if isinstance(data, dict):
-            raise errors.from_document(data)
-        raise errors.VmmError(f"switch {name}: {answer['error'].get('message')}")
-    return answer["result"]
-
-
-def _line(lines: io.RawIOBase) -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and (byte := lines.read(1) or b""):
-        line += byte
-    return line
-
-
-def _long_line(sock: socket.socket) -> bytes:
-    line = bytearray()
-    while not line.endswith(b"\n") and (received := sock.recv(1 << 16)):
-        line += received
-    return bytes(line)
+    except jsonrpc.ProtocolError as error:
+        raise errors.VmmError(f"what answers for switch {name} is not a switch") from error
+    if answer.failure is not None:
+        if isinstance(answer.failure.data, dict):
+            raise errors.from_document(answer.failure.data)
+        raise errors.VmmError(f"switch {name}: {answer.failure.message}")
+    return answer.result

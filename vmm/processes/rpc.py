@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both ends of the worker's control socket: JSON-RPC 2.0, one message a line.
 
-Decides how a request, its progress and its result are encoded, and that both sides are bounded. A request that was
-accepted is carried out even if the client disconnects. Progress is sent in notifications {"method": "progress"} before
-the result. Errors are `vmm.model.errors` on both sides. Must not know what the methods do.
+Decides how many clients there may be, how long a line may be, and that a request that was accepted is carried out even
+if the client disconnects. Progress is sent in notifications {"method": "progress"} before the result. Errors are
+`vmm.model.errors` on both sides. How lines are split and messages encoded is decided in `vhdkit.jsonrpc`. Must not
+know what the methods do.
 
 The client is synchronous and light (the command line uses it); asyncio is imported only with the server.
 """
@@ -11,7 +12,6 @@ The client is synchronous and light (the command line uses it); asyncio is impor
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import socket
 import time
@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+from vhdkit import jsonrpc
 from vmm.model.errors import AccessDenied, InvalidSpec, NotFound, TimedOut, VmmError, from_document, to_document
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 4 << 20
 MAX_CLIENTS = 64
 ANSWER_SECONDS = 30.0
-FAILED, BAD_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL = -32000, -32600, -32601, -32602, -32603
+_MAX_ANSWER_BYTES = 4 * MAX_LINE_BYTES
+FAILED, BAD_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL = (
+    jsonrpc.FAILED, jsonrpc.INVALID_REQUEST, jsonrpc.NO_METHOD, jsonrpc.INVALID_PARAMS, jsonrpc.INTERNAL,
+)  # fmt: skip
+# What workers of earlier releases accepted, and the codes of their refusals.
+_DIALECT = jsonrpc.Dialect(needs_version=False, not_json=BAD_REQUEST, bad_method=NO_METHOD)
 _PIECE_BYTES = 1 << 16
 _LAST_WORDS_SECONDS = 2.0
 
@@ -55,7 +61,7 @@ class ControlServer:
             self._clients.add(client)
             client.add_done_callback(self._clients.discard)
 
-        self._server = await asyncio.start_unix_server(take, sock=sock, limit=MAX_LINE_BYTES)
+        self._server = await asyncio.start_unix_server(take, sock=sock, limit=_PIECE_BYTES)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         import asyncio
@@ -64,19 +70,17 @@ class ControlServer:
             writer.close()
             return
         self._writers.add(writer)
+        lines = jsonrpc.LineBuffer(MAX_LINE_BYTES)
         try:
-            while True:
-                try:
-                    line = await reader.readuntil(b"\n")
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    return
-                except asyncio.LimitOverrunError:
-                    _send(writer, _failure(None, BAD_REQUEST, f"a line has at most {MAX_LINE_BYTES} bytes"))
-                    return
+            while (line := await _next_line(reader, lines)) is not None:
                 call = asyncio.create_task(self._answer(line, writer))
                 self._calls.add(call)
                 call.add_done_callback(self._calls.discard)
                 await asyncio.wait({call})  # one at a time; not ended with the connection
+        except ConnectionError:
+            pass
+        except jsonrpc.LineTooLong as problem:
+            _send(writer, jsonrpc.encode_failure(None, BAD_REQUEST, str(problem)))
         finally:
             self._writers.discard(writer)
             with contextlib.suppress(ConnectionError):
@@ -84,37 +88,30 @@ class ControlServer:
             writer.close()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
-        number: object = None
         try:
-            request = json.loads(line)
-            if not isinstance(request, dict):
-                raise ValueError("a request is an object")
-            number = request.get("id")
-            method = self.methods.get(str(request.get("method")))
-            params = request.get("params", {})
-        except (ValueError, RecursionError):
-            _send(writer, _failure(None, BAD_REQUEST, "a request is one JSON object on one line"))
-            return
-        if method is None:
-            _send(writer, _failure(number, NO_METHOD, f"there is no such method; there are {', '.join(self.methods)}"))
-            return
-        if not isinstance(params, dict):
-            _send(writer, _failure(number, BAD_PARAMS, "parameters are given by name"))
+            request = jsonrpc.parse_request(line, _DIALECT)
+            method = self.methods.get(request.method)
+            if method is None:
+                text = f"there is no such method; there are {', '.join(self.methods)}"
+                raise jsonrpc.Refused(NO_METHOD, text, request.id)
+        except jsonrpc.Refused as problem:
+            _send(writer, problem.answer())
             return
 
-        def tell(document: dict[str, Any]) -> None:
-            _send(writer, {"jsonrpc": "2.0", "method": "progress", "params": document})
+        def report(document: dict[str, Any]) -> None:
+            _send(writer, jsonrpc.encode_notification("progress", document))
 
         try:
-            result = await method(params, tell)
-            _send(writer, {"jsonrpc": "2.0", "id": number, "result": result})
+            result = await method(request.params, report)
+            _send(writer, jsonrpc.encode_result(request.id, result))
         except VmmError as error:
-            _send(writer, _failure(number, FAILED, str(error), to_document(error)))
+            _send(writer, jsonrpc.encode_failure(request.id, FAILED, str(error), to_document(error)))
         except Exception as error:  # a mistake of ours: the machine runs on
             import traceback
 
             self._on_crash(traceback.format_exc())
-            _send(writer, _failure(number, INTERNAL, f"internal error: {type(error).__name__}: {error}"))
+            text = f"internal error: {type(error).__name__}: {error}"
+            _send(writer, jsonrpc.encode_failure(request.id, INTERNAL, text))
 
     async def close(self) -> None:
         """Take no more clients, let those that wait have their answers, hang up."""
@@ -144,16 +141,19 @@ def parameter(params: dict[str, Any], name: str, kind: type | UnionType, default
     return value
 
 
-def _send(writer: asyncio.StreamWriter, document: dict[str, Any]) -> None:
+async def _next_line(reader: asyncio.StreamReader, lines: jsonrpc.LineBuffer) -> bytes | None:
+    """The client's next line; None when it has hung up. Raises ConnectionError, LineTooLong."""
+    while (line := lines.next_line()) is None:
+        piece = await reader.read(_PIECE_BYTES)
+        if not piece:
+            return None
+        lines.feed(piece)
+    return line
+
+
+def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
     if not writer.is_closing():
-        writer.write(json.dumps(document).encode() + b"\n")
-
-
-def _failure(number: object, code: int, text: str, data: object = None) -> dict[str, Any]:
-    problem: dict[str, Any] = {"code": code, "message": text}
-    if data is not None:
-        problem["data"] = data
-    return {"jsonrpc": "2.0", "id": number, "error": problem}
+        writer.write(line)
 
 
 # -- the other end --------------------------------------------------------------------------------------------------
@@ -166,8 +166,7 @@ class ControlClient:
         """Connect. Raises NotFound where no worker listens, AccessDenied."""
         self.path = path
         self.machine = machine
-        self._number = 0
-        self._received = b""
+        self._caller = jsonrpc.Caller(_MAX_ANSWER_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.connect(path)
@@ -189,32 +188,30 @@ class ControlClient:
 
         `timeout_seconds` is between two signs of life; None waits for ever.
         """
-        self._number += 1
-        request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
+        request = self._caller.request(method, params)
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-            while True:
-                answer = self._next_message(method, timeout_seconds)
-                if answer.get("method") == "progress":
-                    if progress is not None:
-                        progress(answer["params"])
-                elif answer.get("id") == self._number or answer.get("id") is None:
-                    return self._result(answer)
+            self._socket.sendall(request)
+            while isinstance(message := self._next_message(method, timeout_seconds), jsonrpc.Notification):
+                if message.method == "progress" and progress is not None:
+                    progress(message.params)
+            return self._result(message)
         except OSError as error:
             raise VmmError(f"the worker went away during {method}", machine=self.machine) from error
+        except jsonrpc.ProtocolError as error:
+            raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path) from error
 
-    def _result(self, answer: dict[str, Any]) -> Any:
-        problem = answer.get("error")
-        if problem is None:
-            return answer.get("result")
-        error = from_document(problem.get("data") or {"problem": problem.get("message")})
+    def _result(self, answer: jsonrpc.Answer) -> Any:
+        failure = answer.failure
+        if failure is None:
+            return answer.result
+        error = from_document(failure.data if isinstance(failure.data, dict) else {"problem": failure.message})
         if error.machine is None:
             error.machine = self.machine
         raise error
 
-    def _next_message(self, method: str, timeout_seconds: float | None) -> dict[str, Any]:
+    def _next_message(self, method: str, timeout_seconds: float | None) -> jsonrpc.Answer | jsonrpc.Notification:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while b"\n" not in self._received:
+        while (message := self._caller.next_message()) is None:
             self._socket.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
             try:
                 piece = self._socket.recv(_PIECE_BYTES)
@@ -224,17 +221,8 @@ class ControlClient:
                 ) from error
             if not piece:
                 raise VmmError(f"the worker ended during {method}", machine=self.machine)
-            self._received += piece
-            if len(self._received) > 4 * MAX_LINE_BYTES:
-                raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path)
-        line, _, self._received = self._received.partition(b"\n")
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path) from error
-        if not isinstance(answer, dict):
-            raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path)
-        return answer
+            self._caller.feed(piece)
+        return message
 
     def close(self) -> None:
         """Hang up."""

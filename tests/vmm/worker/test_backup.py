@@ -122,7 +122,7 @@ def test_interrupted_while_it_runs(manager: Manager, tmp_path: Path, monkeypatch
     manager.start("small")
     listen = ControlClient._next_message
 
-    def interrupted(self: ControlClient, method: str, timeout_seconds: float | None) -> dict[str, Any]:
+    def interrupted(self: ControlClient, method: str, timeout_seconds: float | None) -> Any:
         if method == "backup":
             raise KeyboardInterrupt
         return listen(self, method, timeout_seconds)

@@ -7,11 +7,10 @@ client: the size of an answer is bounded.
 
 from __future__ import annotations
 
-import json
 import socket
 from typing import Any, Self
 
-from vhdkit import errors
+from vhdkit import errors, jsonrpc
 from vhdkit.arguments import AnyPath
 from vhdkit.arguments import path as checked_path
 from vhdkit.store import translated
@@ -31,7 +30,7 @@ class ControlClient:
         Raises NotFound where no server listens, AccessDenied, InvalidArgument.
         """
         path = self.path = checked_path("path", path)
-        self._number = 0
+        self._caller = jsonrpc.Caller(MAX_ANSWER_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with translated(path, "reach the server"):
@@ -51,30 +50,24 @@ class ControlClient:
 
     def call(self, method: str, **params: object) -> Any:
         """The method's result. Raises the error that the server met, and IoFailed when it does not answer."""
-        self._number += 1
-        request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
-        with translated(self.path, "talk to the server"):
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-            raw = self._receive_line()
+        request = self._caller.request(method, params)
         try:
-            answer = json.loads(raw)
-            problem = answer.get("error")
-            if problem is None:
-                return answer["result"]
-            raise _error_of(problem)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            with translated(self.path, "talk to the server"):
+                self._socket.sendall(request)
+                answer = self._receive()
+        except jsonrpc.ProtocolError as error:
             raise errors.IoFailed("what answers there is not a vhdkit server", path=self.path) from error
+        if answer.failure is not None:
+            raise _error_of(answer.failure)
+        return answer.result
 
-    def _receive_line(self) -> bytes:
-        received = bytearray()
-        while not received.endswith(b"\n"):
+    def _receive(self) -> jsonrpc.Answer:
+        while (answer := self._caller.next_answer()) is None:
             piece = self._socket.recv(64 * KIB)
             if not piece:
                 raise errors.IoFailed("the server went away without an answer", path=self.path)
-            received += piece
-            if len(received) > MAX_ANSWER_BYTES:
-                raise errors.IoFailed("what answers there is not a vhdkit server", path=self.path)
-        return bytes(received)
+            self._caller.feed(piece)
+        return answer
 
     def close(self) -> None:
         """Hang up."""
@@ -87,14 +80,14 @@ class ControlClient:
         self.close()
 
 
-def _error_of(problem: dict[str, Any]) -> errors.VhdkitError:
+def _error_of(failure: jsonrpc.Failure) -> errors.VhdkitError:
     """The server's error as one of ours: of the same class where it is one that needs no more than words."""
-    data = problem.get("data") or {}
+    data = failure.data if isinstance(failure.data, dict) else {}
     kind = getattr(errors, str(data.get("kind")), None)
     if not (isinstance(kind, type) and issubclass(kind, errors.VhdkitError)) or kind is errors.CorruptImage:
         kind = errors.VhdkitError
-    text = str(data.get("problem") or problem["message"])
+    text = str(data.get("problem") or failure.message)
     error: errors.VhdkitError = kind(text, path=data.get("path"), hint=data.get("hint"))
     code = data.get("exit_code")
-    error.exit_code = code if isinstance(code, int) else 2 if problem["code"] != -32603 else 1
+    error.exit_code = code if isinstance(code, int) else 1 if failure.code == jsonrpc.INTERNAL else 2
     return error

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control socket: JSON-RPC 2.0, one message a line, on the same loop as the NBD clients.
 
-Decides how requests and answers are encoded, and that a client is bounded: a line has at most `MAX_LINE_BYTES`, one
-request of a client is processed at a time, and nothing more is read from it meanwhile. What a method does is decided
-in `operations`. Methods that may take long run one after the other on a thread of their own, never on the loop's
-workers, because holding an export waits for those; methods that take minutes get a thread each. The kernel says which
-user asks (SO_PEERCRED): clients of other users can call only some methods, or none.
+Decides that a client is bounded: a line has at most `MAX_LINE_BYTES`, one request of a client is processed at a time,
+and nothing more is read from it meanwhile. How lines are split and messages encoded is decided in `vhdkit.jsonrpc`,
+what a method does in `operations`. Methods that may take long run one after the other on a thread of their own, never
+on the loop's workers, because holding an export waits for those; methods that take minutes get a thread each. The
+kernel says which user asks (SO_PEERCRED): clients of other users can call only some methods, or none.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -21,17 +20,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from vhdkit import errors
+from vhdkit import errors, jsonrpc
+from vhdkit.jsonrpc import FAILED, INTERNAL, INVALID_PARAMS, INVALID_REQUEST, NO_METHOD
 from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.loop import READABLE, WRITABLE, Loop
 from vhdkit.units import KIB
 
 MAX_LINE_BYTES = 64 * KIB
 MAX_CLIENTS = 32
-PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
 _ACCEPT_AGAIN_SECONDS = 0.2
 _PEER = struct.Struct("3i")  # struct ucred: process, user, group
-FAILED = -32000  # the operation failed: `data` says how
 _log = logging.getLogger(__name__)
 
 Params: TypeAlias = dict[str, Any]
@@ -49,12 +47,6 @@ class Method:
 
 class BadParams(Exception):
     """The parameters of a request are not what the method takes."""
-
-
-class _Refused(Exception):
-    def __init__(self, code: int, text: str) -> None:
-        self.code = code
-        super().__init__(text)
 
 
 class Control:
@@ -108,27 +100,19 @@ class Control:
 
     def call(self, raw: bytes, methods: dict[str, Method], reply: Reply) -> None:
         """Do what the line asks for, by one of `methods`; `reply` gets the answer's line, now or later, or nothing."""
-        number: object = None
         try:
-            try:
-                request = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise _Refused(PARSE_ERROR, "this is not JSON") from error
-            if not isinstance(request, dict):
-                raise _Refused(INVALID_REQUEST, "a request is one JSON object on one line")
-            number = request.get("id")
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | str)):
-                number = None
-                raise _Refused(INVALID_REQUEST, "an id is a number or a text")
-            method, params = _parsed(request, methods)
-        except _Refused as problem:
-            reply(_failure(number, problem.code, str(problem)))
+            request = jsonrpc.parse_request(raw)
+            method = methods.get(request.method)
+            if method is None:
+                text = f"there is no such method; there are {', '.join(methods)}"
+                raise jsonrpc.Refused(NO_METHOD, text, request.id)
+        except jsonrpc.Refused as problem:
+            reply(problem.answer())
             return
-        answered = "id" in request  # else it is a notification: nobody waits for an answer
 
         def run() -> bytes:
-            answer = _answer(number, method, params)
-            return answer if answered else b""
+            answer = _answer(request, method)
+            return b"" if request.is_notification else answer
 
         if method.takes_minutes:
             thread = threading.Thread(target=self._run_long, args=(run, reply), name="control-minutes", daemon=True)
@@ -155,18 +139,6 @@ class Control:
             job()
 
 
-def _parsed(request: dict[str, Any], methods: dict[str, Method]) -> tuple[Method, Params]:
-    name, params = request.get("method"), request.get("params", {})
-    if request.get("jsonrpc") != "2.0" or not isinstance(name, str):
-        raise _Refused(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
-    if not isinstance(params, dict):
-        raise _Refused(INVALID_PARAMS, "parameters are given by name")
-    method = methods.get(name)
-    if method is None:
-        raise _Refused(NO_METHOD, f"there is no such method; there are {', '.join(methods)}")
-    return method, params
-
-
 def _is_ours(sock: socket.socket) -> bool:
     """True for a peer with our user's power over files, as the kernel noted when it connected."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
@@ -174,12 +146,12 @@ def _is_ours(sock: socket.socket) -> bool:
     return user_id in (0, os.geteuid())
 
 
-def _answer(number: object, method: Method, params: Params) -> bytes:
-    """Run the method; the line that tells its result or its failure."""
+def _answer(request: jsonrpc.Request, method: Method) -> bytes:
+    """Run the method; the line with its result or its failure."""
     try:
-        return _line({"jsonrpc": "2.0", "id": number, "result": method.work(params)})
+        return jsonrpc.encode_result(request.id, method.work(request.params))
     except BadParams as problem:
-        return _failure(number, INVALID_PARAMS, str(problem))
+        return jsonrpc.encode_failure(request.id, INVALID_PARAMS, str(problem))
     except errors.VhdkitError as error:
         data = {
             "kind": type(error).__name__,
@@ -188,21 +160,10 @@ def _answer(number: object, method: Method, params: Params) -> bytes:
             "path": error.path,
             "hint": error.hint,
         }
-        return _failure(number, FAILED, str(error), data)
+        return jsonrpc.encode_failure(request.id, FAILED, str(error), data)
     except Exception as error:  # a mistake of ours: the disks are served on
         _log.exception("control: an internal error")
-        return _failure(number, INTERNAL, f"internal error: {type(error).__name__}")
-
-
-def _failure(number: object, code: int, text: str, data: object = None) -> bytes:
-    problem: dict[str, object] = {"code": code, "message": text}
-    if data is not None:
-        problem["data"] = data
-    return _line({"jsonrpc": "2.0", "id": number, "error": problem})
-
-
-def _line(document: object) -> bytes:
-    return json.dumps(document).encode() + b"\n"
+        return jsonrpc.encode_failure(request.id, INTERNAL, f"internal error: {type(error).__name__}")
 
 
 class _Client:
@@ -216,7 +177,7 @@ class _Client:
         self._left = left
         self._channel = Channel(control.loop, sock, self._proceed)
         self._room = memoryview(bytearray(MAX_LINE_BYTES + 1))
-        self._input = bytearray()
+        self._lines = jsonrpc.LineBuffer(MAX_LINE_BYTES)
         self._busy = False  # with a request
         self._ended = False  # it sends nothing more, or is not listened to any more
 
@@ -229,7 +190,7 @@ class _Client:
                 pass
         except OSError:
             self._channel.close()
-        done = self._ended and not (self._busy or self._channel.unsent or b"\n" in self._input)
+        done = self._ended and not (self._busy or self._channel.unsent or self._lines.has_line)
         if done or self._channel.is_closed():
             self._channel.close()
             self._left(self)
@@ -244,21 +205,18 @@ class _Client:
         if received == 0:
             self._ended = True
         elif received:
-            self._input += self._room[:received]
+            self._lines.feed(self._room[:received])
 
     def _take_line(self) -> bool:
         """Serve the next whole line; False when there is none."""
-        end = self._input.find(b"\n")
-        if end > MAX_LINE_BYTES or (end < 0 and len(self._input) > MAX_LINE_BYTES):
-            self._input.clear()
+        try:
+            raw = self._lines.next_line()
+        except jsonrpc.LineTooLong as problem:
             self._ended = True
-            text = f"a line has at most {MAX_LINE_BYTES} bytes"
-            self._channel.send(_failure(None, INVALID_REQUEST, text))
+            self._channel.send(jsonrpc.encode_failure(None, INVALID_REQUEST, str(problem)))
             return False
-        if end < 0:
+        if raw is None:
             return False
-        raw = bytes(self._input[:end])
-        del self._input[: end + 1]
         if raw.strip():
             self._busy = True
             self._control.call(raw, self._methods, self._reply)

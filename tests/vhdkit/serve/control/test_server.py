@@ -16,16 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vhdkit import errors
+from vhdkit.jsonrpc import FAILED, INTERNAL, INVALID_PARAMS, INVALID_REQUEST, NO_METHOD, PARSE_ERROR
 from vhdkit.serve.control.client import ControlClient
 from vhdkit.serve.control.server import (
-    FAILED,
-    INTERNAL,
-    INVALID_PARAMS,
-    INVALID_REQUEST,
     MAX_CLIENTS,
     MAX_LINE_BYTES,
-    NO_METHOD,
-    PARSE_ERROR,
     BadParams,
     Control,
     Method,

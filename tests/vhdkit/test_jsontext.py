@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from vhdkit.cli.jsontext import json_text
+from vhdkit.jsontext import json_text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking a switch's process: what it may answer, and what happens when something else answers in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vhdkit import jsonrpc
+from vmm.model import errors
+from vmm.net.switch_control import MAX_ANSWER_BYTES
+from vmm.net.user_backend import UserBackend
+
+Answering = Callable[[socket.socket], None]
+
+
+@contextlib.contextmanager
+def stand_in(answering: Answering) -> Iterator[UserBackend]:
+    """Something that takes one client where the process of switch `lab` would listen."""
+    with tempfile.TemporaryDirectory(prefix="vmm-sw-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/control.sock")
+        listener.listen()
+
+        def serve() -> None:
+            client, _ = listener.accept()
+            with client, contextlib.suppress(ConnectionError):
+                client.recv(4096)
+                answering(client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield UserBackend(folder, "lab")
+        finally:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as unblocker:
+                unblocker.connect(f"{folder}/control.sock")  # a test that failed before it asked
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def sending(data: bytes) -> Answering:
+    """An answer of these bytes."""
+    return lambda client: client.sendall(data)
+
+
+@pytest.mark.parametrize("answer", [b"garbage\n", b"5\n", b"{}\n", b'{"id": 1, "error": 5}\n', b"[" * 9999 + b"\n"])
+def test_what_is_not_a_switch_is_named(answer: bytes) -> None:
+    """An answer that is not one is an error with the name of the switch, and no other exception."""
+    with stand_in(sending(answer)) as backend, pytest.raises(errors.VmmError, match="for switch lab is not a switch"):
+        backend.ask("status")
+
+
+def test_answers_are_bounded() -> None:
+    """Something that never ends its line is disconnected, and its bytes are not kept."""
+    sent = 0
+
+    def endless(client: socket.socket) -> None:
+        nonlocal sent
+        while sent < 20 * MAX_ANSWER_BYTES:
+            client.sendall(b"x" * (1 << 16))
+            sent += 1 << 16
+
+    with stand_in(endless) as backend, pytest.raises(errors.VmmError, match="for switch lab is not a switch"):
+        backend.ask("status")
+    assert sent < 3 * MAX_ANSWER_BYTES
+
+
+def test_hanging_up_is_not_running() -> None:
+    """A switch that ends instead of answering is one that does not run, so it is started again."""
+    for answer in (b"", b'{"jsonrpc": "2.0", "id": 1,'):
+        with stand_in(sending(answer)) as backend, pytest.raises(errors.WrongState, match="lab hung up"):
+            backend.ask("status")
+
+
+def test_the_stream_after_the_answer_is_left() -> None:
+    """No byte of a capture is swallowed with the answer before it."""
+    with (
+        stand_in(sending(jsonrpc.encode_result(1, {}) + b"\n\nstream")) as backend,
+        backend.capture(None) as stream,
+        stream.makefile("rb") as file,
+    ):
+        assert file.read() == b"\n\nstream"
