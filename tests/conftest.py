@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.leftovers import Run
 from tests.support import in_ci, samples_dir
+from tests.warm_commands import end_shared
 
 _RUN = pytest.StashKey[Run]()
 _LEFT = pytest.StashKey[list[str]]()
@@ -68,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # the workers have ended by then
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run that left something behind has failed."""
+    end_shared()
     run = session.config.stash.get(_RUN, None)
     if run is not None:
         session.config.stash[_LEFT] = left = run.end()

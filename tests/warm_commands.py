@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `vhdkit` and `vmm` without their start: a process that has them loaded forks one for each call.
 
-A shell finds programs of these names in `WarmCommands.bin`; each hands its words, folder, environment and standard
-streams to the loaded process, waits for the exit code of the copy that runs them, and passes signals on to it. What
-the copy runs is what the installed command runs, in a process of its own. For tests that type many commands.
+A shell finds programs of these names in `WarmCommands.bin`; each hands its words, folder, environment, standard
+streams, umask and namespaces (network and mounts) to the loaded process, waits for the exit code of the copy that runs
+them, and passes signals on to it; when it is killed, so is the copy. What the copy runs is what the installed command
+runs, in a process of its own. A user or a group other than the loaded process's is refused.
+
+For tests of what a command does. A test of the process itself, of its start, its terminal or its death, starts the
+real one. `warm("vmm")` gives the words to use in place of `[sys.executable, "-m", "vmm"]`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import os
 import pkgutil
+import select
 import shutil
 import signal
 import socket
@@ -20,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,14 +36,20 @@ from tests.support import ROOT
 
 COMMANDS = ("vhdkit", "vmm")
 SECONDS = 60.0
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 # Without the site packages it starts in 15 ms.
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 link.connect({address!r})
-words = json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-socket.send_fds(link, [len(words).to_bytes(4, "big")], [0, 1, 2])
+umask = os.umask(0)
+os.umask(umask)
+who = [os.getresuid(), os.getresgid()]
+call = [os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ), umask, who]
+words = json.dumps(call).encode()
+spaces = [os.open("/proc/self/ns/" + name, os.O_RDONLY) for name in ("mnt", "net")]
+socket.send_fds(link, [len(words).to_bytes(4, "big")], [0, 1, 2, *spaces])
 link.sendall(words)
 lines = link.makefile("rb")
 pid = int(lines.readline() or b"0")
@@ -98,44 +112,111 @@ def warm_commands(*prefix: str) -> Iterator[WarmCommands]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@cache
+def _shared() -> tuple[contextlib.ExitStack, WarmCommands]:
+    stack = contextlib.ExitStack()
+    return stack, stack.enter_context(warm_commands())
+
+
+def warm(name: str) -> list[str]:
+    """The words that run `vhdkit` or `vmm`; the loaded process lives as long as the tests of this process do."""
+    return [str(_shared()[1].bin / name)]
+
+
+def end_shared() -> None:
+    """End the loaded process of `warm`, if there is one; the end of a test session calls it."""
+    if _shared.cache_info().currsize:
+        _shared()[0].close()
+        _shared.cache_clear()
+
+
 def _load() -> None:
     """Import every verb of both commands, and what they import when they are used."""
     for package in ("vhdkit", "vmm"):
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             if not module.name.endswith((".__main__", "nbdkit.plugin")):
                 importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # the copies share it
 
 
 def _serve(address: str) -> NoReturn:
     _load()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the copies: their callers get the exit code
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the copies' callers get the exit codes
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"{address}.new")
     listener.listen(64)
     os.rename(f"{address}.new", address)
+    ready = select.epoll()
+    ready.register(listener, select.EPOLLIN)
+    pairs: dict[int, tuple[socket.socket, int]] = {}  # of a caller and its copy, by the descriptor of either
     while True:
-        link, _ = listener.accept()
-        head, fds, _, _ = socket.recv_fds(link, 4, 3)
-        if os.fork() == 0:
-            listener.close()
-            _run(link, int.from_bytes(head, "big"), fds)
-        link.close()
-        for fd in fds:
-            os.close(fd)
+        events = [fd for fd, _ in ready.poll()]
+        for fd in events:
+            if fd in pairs:  # one of the two has ended, and so must the other
+                link, copy = pairs[fd]
+                del pairs[copy], pairs[link.fileno()]
+                ready.unregister(copy)
+                ready.unregister(link)  # by hand: it stays as long as a copy of another caller has it open
+                link.close()
+                _kill(copy)
+        if listener.fileno() in events:  # last: it may get a number that is in `events`
+            link, _ = listener.accept()
+            if (new := _copy(link, [listener, ready, *(one for one, _ in pairs.values())])) is None:
+                link.close()
+                continue
+            pairs |= dict.fromkeys((link.fileno(), new), (link, new))
+            ready.register(link, select.EPOLLRDHUP)  # what can be read is the copy's
+            ready.register(new, select.EPOLLIN)
+
+
+def _copy(link: socket.socket, ours: Sequence[socket.socket | select.epoll]) -> int | None:
+    """Fork the copy that runs a call, without `ours`; a descriptor of its process, or None where one has ended."""
+    head, fds, _, _ = socket.recv_fds(link, 4, 5)
+    if not head:
+        return None
+    pid = os.fork()
+    if pid == 0:
+        for one in ours:
+            one.close()
+        _run(link, int.from_bytes(head, "big"), fds)
+    for fd in fds:
+        os.close(fd)
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:  # so quickly
+        return None
+
+
+def _kill(copy: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(copy, signal.SIGKILL)
+    os.close(copy)
+
+
+def _enter(namespaces: list[int]) -> None:
+    """Go where the caller is: its mounts and its network."""
+    for name, fd in zip(("mnt", "net"), namespaces, strict=True):
+        if os.fstat(fd).st_ino != os.stat(f"/proc/self/ns/{name}").st_ino and _LIBC.setns(fd, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the caller's namespace of {name}")
+        os.close(fd)
 
 
 def _run(link: socket.socket, size: int, fds: list[int]) -> NoReturn:
-    """The copy: become the command that was called, and tell its end."""
+    """The copy: become the command that was called, and report its exit code."""
     code = 1
     try:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with link.makefile("rb") as lines:
-            name, words, folder, environment = json.loads(lines.read(size))
-        for target, fd in enumerate(fds):
+            name, words, folder, environment, umask, who = json.loads(lines.read(size))
+        for target, fd in enumerate(fds[:3]):
             os.dup2(fd, target)
             os.close(fd)
+        assert who == [list(os.getresuid()), list(os.getresgid())], "another user starts the real command"
+        _enter(fds[3:])
+        os.umask(umask)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
@@ -152,7 +233,8 @@ def _run(link: socket.socket, size: int, fds: list[int]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        link.sendall(b"%d\n" % code)
+        with contextlib.suppress(BrokenPipeError):
+            link.sendall(b"%d\n" % code)
         os._exit(code)
 
 

@@ -21,6 +21,7 @@ from tests.pictures import read_png
 from tests.support import require_boot_sector_guest
 from tests.vmm.guests import boot_sector
 from tests.vmm.stage import SECONDS
+from tests.warm_commands import warm
 from vmm.api.manager import DiskWish, Manager
 
 pytestmark = pytest.mark.kvm
@@ -30,7 +31,9 @@ VMM = (sys.executable, "-m", "vmm")
 
 def vmm(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command line with that input."""
-    return subprocess.run([*VMM, *words], input=text, capture_output=True, text=True, timeout=SECONDS, check=False)
+    return subprocess.run(
+        [*warm("vmm"), *words], input=text, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
 
 
 @pytest.fixture

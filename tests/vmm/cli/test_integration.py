@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.support import require_linux_guest
 from tests.vmm.guests import linux
 from tests.vmm.stage import SECONDS
+from tests.warm_commands import warm
 from vmm.api.manager import Manager
 from vmm.cli.integration import guest_pairs
 
@@ -42,9 +42,7 @@ def test_agent(manager: Manager) -> None:
     guest = require_linux_guest()
 
     def vmm(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "vmm", *words], capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        return subprocess.run([*warm("vmm"), *words], capture_output=True, text=True, timeout=SECONDS, check=False)
 
     manager.create(
         "web", memory_bytes=int(linux.MEMORY) << 20, accelerator="tcg",

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_qemu
+from tests.warm_commands import warm
 from vmm.net.user_backend import UserBackend
 
 
@@ -35,7 +36,7 @@ class Terminal:
     def run(self, *words: str) -> tuple[int, str, str]:
         """(exit code, output, errors)."""
         done = subprocess.run(
-            self.command(*words), capture_output=True, text=True, env=self.environment, timeout=60, check=False
+            [*warm("vmm"), *words], capture_output=True, text=True, env=self.environment, timeout=60, check=False
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout, done.stderr

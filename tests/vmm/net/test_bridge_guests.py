@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from tests.support import require_linux_guest, require_root_and_namespaces, require_tool
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import MachineLab, Namespaces, address, lease, ping
+from tests.warm_commands import warm
 from vmm.store import registry
 from vmm.store.state import processes_of
 
@@ -51,7 +51,7 @@ class BridgeLab(MachineLab):
     def vmm(self, *words: str, code: int = 0) -> str:
         """The command line, on that host."""
         done = subprocess.run(
-            ["ip", "netns", "exec", self.here, sys.executable, "-m", "vmm", *words],
+            ["ip", "netns", "exec", self.here, *warm("vmm"), *words],
             capture_output=True,
             text=True,
             timeout=120,
@@ -73,7 +73,7 @@ class BridgeLab(MachineLab):
         try:
             for name in self.manager.names():
                 subprocess.run(
-                    ["ip", "netns", "exec", self.here, sys.executable, "-m", "vmm", "stop", name],
+                    ["ip", "netns", "exec", self.here, *warm("vmm"), "stop", name],
                     capture_output=True,
                     timeout=60,
                     check=False,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
+from tests.warm_commands import warm
 from vmm.net import firewalls
 from vmm.net.firewalls import Ruleset
 from vmm.net.switch_spec import SwitchSpec, make_switch
@@ -86,7 +87,7 @@ def test_what_helps_rules_by_the_name_of_a_card(host: BridgeHost) -> None:
 def test_the_plan_says_it(host: BridgeHost, tmp_path: Path) -> None:
     """`switch create --dry-run`, also with --json, and `switch show` of a switch that is there."""
     host.run("nft 'table inet other { chain across { type filter hook forward priority 0; policy drop; }; }'")
-    vmm = ["env", f"VMM_HOME={tmp_path / 'home'}", f"VMM_RUNTIME={tmp_path / 'rt'}", sys.executable, "-m", "vmm"]
+    vmm = ["env", f"VMM_HOME={tmp_path / 'home'}", f"VMM_RUNTIME={tmp_path / 'rt'}", *warm("vmm")]
     create = [*vmm, "switch", "create", "nat", "--type", "internal", "--nat", "--no-dhcp"]
     done = host.execute([*create, "--dry-run"])
     assert "warning: the chain inet other across forwards only what its rules name" in done.stdout

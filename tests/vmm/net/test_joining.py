@@ -7,7 +7,6 @@ import contextlib
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.cli.running import document, good
 from tests.vmm.net.machines import Namespaces
 from tests.vmm.small_guests import make_machine, wait_until
+from tests.warm_commands import warm
 from vmm.api import adapters
 from vmm.api.manager import Manager
 from vmm.model import errors
@@ -205,7 +205,7 @@ def test_saved_on_a_bridge_that_is_gone(manager: Manager, tmp_path: Path) -> Non
 
         def vmm(*words: str) -> str:
             done = subprocess.run(
-                ["ip", "netns", "exec", here, sys.executable, "-m", "vmm", *words],
+                ["ip", "netns", "exec", here, *warm("vmm"), *words],
                 capture_output=True, text=True, timeout=600, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"vmm {' '.join(words)}: {done.stdout}{done.stderr}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
+from tests.warm_commands import warm
 from vmm.model import errors
 from vmm.net.restoring import Resisted
 
@@ -31,7 +31,7 @@ class Scene:
 
     def vmm(self, *words: str) -> subprocess.CompletedProcess[str]:
         """The command, on the host."""
-        return self.host.execute(["env", *self.environment, sys.executable, "-m", "vmm", *words])
+        return self.host.execute(["env", *self.environment, *warm("vmm"), *words])
 
     def bridge_is_there(self) -> bool:
         """True while the switch has its bridge."""

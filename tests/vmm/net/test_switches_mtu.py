@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
+from tests.warm_commands import warm
 from vmm.model import errors
 from vmm.model.spec import make_adapter
 from vmm.net import plan
@@ -33,7 +34,7 @@ class Scene:
 
     def vmm(self, *words: str) -> subprocess.CompletedProcess[str]:
         """The command."""
-        return self.host.execute(["env", *self.environment, sys.executable, "-m", "vmm", *words])
+        return self.host.execute(["env", *self.environment, *warm("vmm"), *words])
 
     def plug(self, switch: str, tap: str) -> None:
         """A tap that stays, with the rules and the MTU of a port of the switch."""

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A warm command is where its caller is, and ends as its caller does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support import require_root_and_namespaces
+from tests.warm_commands import COMMANDS, warm
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_streams_and_exit_codes(name: str) -> None:
+    """Output, errors and exit codes are the real command's."""
+    helped = subprocess.run([*warm(name), "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert helped.returncode == 0 and helped.stdout.startswith("Usage:") and not helped.stderr
+    wrong = subprocess.run([*warm(name), "no-such-verb"], capture_output=True, text=True, timeout=60, check=False)
+    assert wrong.returncode == 2 and "no-such-verb" in wrong.stderr and not wrong.stdout
+
+
+def test_folder_umask_and_environment(tmp_path: Path) -> None:
+    """It works in its caller's folder with its caller's umask and environment."""
+    done = subprocess.run(
+        [*warm("vhdkit"), "create", "new.vhd", "--size", "1M"], cwd=tmp_path, umask=0o077, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "new.vhd").stat().st_mode & 0o777 == 0o600
+    home = {**os.environ, "VMM_HOME": str(tmp_path / "home"), "VMM_RUNTIME": str(tmp_path / "run")}
+    made = [*warm("vmm"), "create", "web", "--memory", "16M"]
+    assert subprocess.run(made, env=home, capture_output=True, timeout=60, check=False).returncode == 0
+    assert (tmp_path / "home" / "machines").is_dir()
+
+
+def test_many_callers_at_once() -> None:
+    """Each gets its own answer."""
+    with ThreadPoolExecutor(4) as pool:
+        words = [[*warm("vhdkit"), f"verb{number}"] for number in range(24)]
+        ended = pool.map(lambda one: subprocess.run(one, capture_output=True, timeout=60, check=False), words)
+        for number, done in enumerate(ended):
+            assert done.returncode == 2 and f"verb{number}'".encode() in done.stderr, done
+
+
+def following(folder: Path) -> subprocess.Popen[bytes]:
+    """A command that runs until it is ended."""
+    home = {**os.environ, "VMM_HOME": str(folder / "home"), "VMM_RUNTIME": str(folder / "run")}
+    made = [*warm("vmm"), "create", "web", "--memory", "16M"]
+    assert subprocess.run(made, env=home, capture_output=True, timeout=60, check=False).returncode == 0
+    process = subprocess.Popen([*warm("vmm"), "events", "web", "--follow"], env=home, stdout=subprocess.PIPE)
+    assert process.stdout is not None and b"created" in process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ends_with_its_caller(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal is passed on, and the copy of a caller that was killed dies: nothing writes any more."""
+    with following(tmp_path) as process:
+        process.send_signal(number)
+        assert process.stdout is not None
+        assert process.stdout.read() == b""  # the copy held the other end
+        assert process.wait(60) in (130, 0, -signal.SIGKILL)
+
+
+def test_a_copy_that_is_killed(tmp_path: Path) -> None:
+    """The caller of a copy that was killed ends with 137."""
+    with following(tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not (copies := _writers_of(process)):
+            assert time.monotonic() < deadline
+        for pid in copies:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 137
+
+
+def _writers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """The processes whose standard output is that process's, without itself."""
+    wanted = os.readlink(f"/proc/{process.pid}/fd/1")
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "fd" / "1") == wanted:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != process.pid]
+
+
+@pytest.mark.netns
+def test_in_a_network_of_its_own() -> None:
+    """It sees the network of the namespace in which it was called: a card of the host is not there."""
+    require_root_and_namespaces()
+    create = ["switch", "create", "lan", "--type", "external", "--nic", "warm0", "--dry-run", "--backend", "bridge"]
+    made = "ip link add warm0 type dummy && ip link set warm0 up && "
+    for before, there in (("", False), (made, True)):
+        shell = ["unshare", "--net", "--mount", "sh", "-c", before + 'mount -t sysfs sysfs /sys && "$@"', "sh"]
+        done = subprocess.run([*shell, *warm("vmm"), *create], capture_output=True, text=True, timeout=60, check=False)
+        assert ("no network card" not in done.stderr + done.stdout) is there, (done.stdout, done.stderr)
