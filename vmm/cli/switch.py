@@ -83,6 +83,7 @@ def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bo
     An external switch takes this host's addresses from the card and gives them to a bridge: what will be done is shown
     first, and taken back at once should the gateway not answer any more. Deleting the switch puts everything back.
     """
+    switches.refuse_existing(name)  # else what it has is in the way of what it is to have
     spec = _spec_of(name, words)
     warnings: list[str] = []
     if spec.backend == "bridge":

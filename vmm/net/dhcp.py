@@ -117,6 +117,7 @@ class DhcpServer:
                 return
         self.stop()
         paths.write_whole(self._in(_CONFIG), wanted, mode=0o644, durable=False)
+        os.chmod(self._in(_CONFIG), 0o644)  # it reads that as its own user, whatever the umask of its starter is
         options = [
             "--keep-in-foreground",
             f"--conf-file={self._in(_CONFIG)}",

@@ -206,7 +206,9 @@ def main() -> None:
         if "--user" in options:
             user, group = (int(options[name][0]) for name in ("--user", "--group"))
             files = [(path, name) for path, _, name in (one.rpartition("=") for one in options.get("--file", []))]
+            before = os.umask(0o022)  # a machine's worker has 077, and then its user could enter no folder of its root
             enter_root(options["--root"][0], read, folders[0] if folders else None, files, user)
+            os.umask(before)
             limit_capabilities(map(int, options.get("--keep", [])), user, group)
         else:
             problem = landlock(read, folders)

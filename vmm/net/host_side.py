@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vmm.host.proc import locked
+from vmm.host.proc import is_locked, locked
 from vmm.model import errors, paths
 from vmm.net import cards, ipv6_settings, nft, plan, ports, switch_spec
 from vmm.net.enclosing import hint_for
@@ -27,6 +27,7 @@ from vmm.net.user_backend import UserBackend
 
 GATEWAY_SECONDS = 10.0
 _LOOK_SECONDS = 0.02
+_CHANGE_LOCK = "change.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class HostSide:
     def changing(self) -> Iterator[None]:
         """Nobody else changes its bridge meanwhile."""
         paths.make_private(self.folder)
-        with locked(os.path.join(self.folder, "change.lock")):
+        with locked(os.path.join(self.folder, _CHANGE_LOCK)):
             yield
 
     def ensure(self) -> None:
@@ -134,6 +135,10 @@ class HostSide:
     def is_half_done(self) -> bool:
         """True while a command makes or takes back the bridge, and after one that was killed meanwhile."""
         return self._journal().get("complete") is False
+
+    def is_unfinished(self) -> bool:
+        """True after a command that was killed while it made or took back the bridge, until another one ends that."""
+        return self.is_half_done() and not is_locked(os.path.join(self.folder, _CHANGE_LOCK))
 
     def _journal(self) -> dict[str, Any]:
         """What was noted of the host; nothing where that cannot be read."""

@@ -93,8 +93,7 @@ def create(spec: SwitchSpec) -> None:
         raise errors.of_os_error(error, "make the folder", path=paths.switches_folder()) from error
     with _changing():
         path = paths.switch_file(spec.name)
-        if os.path.exists(path):
-            raise errors.AlreadyExists(f"there is a switch {spec.name!r} already")
+        refuse_existing(spec.name)
         for other in load_all():
             if spec.uplink is not None and other.uplink == spec.uplink:
                 raise errors.InUse(f"{spec.uplink} is the uplink of switch {other.name!r} already")
@@ -133,6 +132,16 @@ def delete(name: str, *, force: bool = False) -> list[str]:
             raise
         _forget(spec)
     return left
+
+
+def refuse_existing(name: str) -> None:
+    """Raise AlreadyExists where there is a switch of that name, with what helps where its making was cut short."""
+    if os.path.exists(paths.switch_file(name)):
+        hint = None
+        with contextlib.suppress(errors.VmmError):
+            if HostSide(load(name)).is_unfinished():
+                hint = f"it was made or deleted by a command that was killed: first vmm switch delete {name}"
+        raise errors.AlreadyExists(f"there is a switch {name!r} already", hint=hint)
 
 
 def _refuse_in_use(host: HostSide) -> None:

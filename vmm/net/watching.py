@@ -13,6 +13,7 @@ more rarely, and told once. Must not know machines, nor who is told.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import time
@@ -36,7 +37,10 @@ class Fault:
 
 def faults(host: HostSide) -> list[Fault]:
     """All that is wrong with a switch that is on the host; nothing for one that is not. Raises VmmError."""
-    found = [*_dead(host), *_of_the_card(host)]
+    if host.spec.backend == "bridge" and host.is_unfinished():
+        words = "a command that made or deleted it was killed: a machine that starts on it makes it whole"
+        return [Fault("unfinished", f"{words}, and vmm switch delete {host.spec.name} puts this host back")]
+    found = [*_dead(host), *_of_the_card(host), *_routes(host)]
     if wrong := rule_watch.differences(host):
         found.append(Fault("rules", f"its nftables rules are not as planned: {'; '.join(wrong)}"))
     return found
@@ -61,6 +65,22 @@ def _of_the_card(host: HostSide) -> list[Fault]:
     """What is wrong with an external switch's card, and with the MTU that a bridge has from it."""
     found = (("card", card_watch.problem(host)), ("mtu", card_watch.mtu_problem(host)))
     return [Fault(what, problem) for what, problem in found if problem is not None]
+
+
+def _routes(host: HostSide) -> list[Fault]:
+    """Routes into a part of an internal network that others made since, as a VPN does: they win, being narrower."""
+    from vmm.net.bridge import Kernel
+
+    spec = host.spec
+    if spec.type != "internal" or spec.backend != "bridge" or not _is_there(host):
+        return []
+    with Kernel() as kernel:
+        routed = [ipaddress.IPv4Network(one) for one in kernel.routed(spec.bridge_name)]
+    taken = [one for one in routed if one.prefixlen > spec.network.prefixlen and one.subnet_of(spec.network)]
+    if not taken:
+        return []
+    words = f"this host's route to {', '.join(map(str, taken))} takes a part of its network {spec.network}"
+    return [Fault("route", f"{words}, whose guests get no answers: remove it, or make it with another --address")]
 
 
 @dataclass(frozen=True, slots=True)

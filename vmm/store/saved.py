@@ -50,6 +50,7 @@ class Description:
     media: Media | None = None  # what the guest had in its drives; None where nobody wrote it down
     accepted: Media = field(default_factory=dict)  # and what the user put there since
     had_kernel: bool = False  # QEMU was started with a kernel
+    mtus: dict[str, int] = field(default_factory=dict)  # adapter -> its device's `host_mtu`; 0: it tells none
 
 
 def folder_while_saving(machine: MachinePaths) -> str:
@@ -90,6 +91,7 @@ def complete(
     accelerator: str,
     was_running: bool,
     media: Media,
+    mtus: Mapping[str, int],
 ) -> None:
     """The memory is written: cut the file where the writing ended, sync, describe it, and give it its name.
 
@@ -109,7 +111,7 @@ def complete(
             "accelerator": accelerator,
             "was_running": was_running,
             "memory_file_bytes": size,
-            **machine_document(spec, media),
+            **machine_document(spec, media, mtus),
         }
         write_whole(os.path.join(folder, "state.json"), json.dumps(document, indent=2).encode() + b"\n")
         os.rename(folder, machine.saved)
@@ -142,6 +144,7 @@ def read_description(machine: MachinePaths) -> Description:
             _media_in(document["media"]) if document.get("media") is not None else None,
             _media_in(document.get("accepted", {})),
             had_kernel(document),
+            _mtus_in(document.get("mtus", {})),
         )
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
@@ -149,18 +152,33 @@ def read_description(machine: MachinePaths) -> Description:
         raise VmmError("is damaged: it describes no saved state", path=path) from error
 
 
-def machine_document(spec: MachineSpec, media: Media) -> dict[str, Any]:
-    """What a description says about the machine whose memory it is."""
+def machine_document(spec: MachineSpec, media: Media, mtus: Mapping[str, int]) -> dict[str, Any]:
+    """What a description says about the machine whose memory it is.
+
+    A guest goes on with the MTU that its adapters told it when it started: QEMU restores no adapter that told one into
+    an adapter that tells none.
+    """
     return {
         "definition": json.loads(spec.to_json()),
         "media": dict(media),
         "had_kernel": spec.kernel is not None,
+        "mtus": dict(mtus),
     }
 
 
 def had_kernel(document: Mapping[str, Any]) -> bool:
     """True where QEMU was started with a kernel; what 0.1.0 saved tells it by its definition."""
     return bool(document.get("had_kernel", document["definition"].get("kernel") is not None))
+
+
+def _mtus_in(value: Mapping[str, object]) -> dict[str, int]:
+    """Raises TypeError, AttributeError."""
+    found = {}
+    for adapter, mtu_bytes in value.items():
+        if not isinstance(mtu_bytes, int) or not 0 <= mtu_bytes < 1 << 16:
+            raise TypeError("mtu")
+        found[adapter] = mtu_bytes
+    return found
 
 
 def _media_in(value: Mapping[str, object]) -> Media:

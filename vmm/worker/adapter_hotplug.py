@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.host.proc import is_locked
 from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
 from vmm.kvm.process import Identity
+from vmm.kvm.qmp import Qmp
 from vmm.model.errors import AlreadyExists, InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState
 from vmm.model.paths import MachinePaths, write_whole
 from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
@@ -116,6 +117,19 @@ def unplug_all(spec: MachineSpec, owner: Owner) -> None:
     for adapter in spec.adapters:
         with contextlib.suppress(VmmError, OSError):
             unplug(adapter, owner)
+
+
+async def told_mtus(qmp: Qmp, spec: MachineSpec) -> dict[str, int]:
+    """The MTU in bytes that each synthetic adapter of a running QEMU told its guest, by its id; 0 where it tells none.
+
+    It is the one from its start: its switch may carry other frames by now.
+    """
+    found = {}
+    for adapter in spec.adapters:
+        with contextlib.suppress(QemuFailed):  # a legacy adapter tells none, and one may be gone
+            path = f"/machine/peripheral/{adapter.id}"
+            found[adapter.id] = int(await qmp.execute("qom-get", path=path, property="host_mtu"))
+    return found
 
 
 class Wiring:

@@ -36,6 +36,7 @@ from vmm.store.snapshots.memory import SnapshotFolder, description_document
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, holding
 from vmm.store.state import MachineState
+from vmm.worker.adapter_hotplug import told_mtus
 from vmm.worker.recovery import follow_pivots, served_ids, served_leaves
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class _Taking:
             description = description_document(
                 spec, qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
                 accelerator=str(running.note.accelerator), was_running=self._was_running,
-                media=running.media,
+                media=running.media, mtus=await told_mtus(running.qmp, spec),
             )  # fmt: skip
             self._snapshot = replace(self._snapshot, mode=mode.value)
             self._journal = replace(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from vmm.host.private_socket import bind_private
@@ -36,6 +37,7 @@ class Launch:
     identity: Identity | None
     descriptors: dict[int, int] = field(default_factory=dict)  # as QEMU sees them -> ours
     media: dict[str, str | None] = field(default_factory=dict)  # drive -> what its medium is known by
+    kept_mtus: dict[str, tuple[int, int]] = field(default_factory=dict)  # adapter -> (restored, its switch's); 0: none
     sets: int = 0
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -83,11 +85,12 @@ def prepare(
     identity: Identity | None,
     had_kernel: bool = False,
     adapters: Callable[[Launch], tuple[Adapter, ...]] = no_adapters,
+    mtus: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[str], Launch]:
     """(the command, what goes with it). Raises VmmError for whatever is missing; then nothing is left open.
 
     `adapters` delivers the network adapters. `had_kernel`: what is restored was started with a kernel, so QEMU must
-    have one, whatever it is.
+    have one, whatever it is. `mtus`: what adapters told the guest whose memory is restored, by their ids.
     """
     check_reachable(runtime.folder, identity)
     for disk in spec.disks:
@@ -114,7 +117,7 @@ def prepare(
             kernel_path=_kernel(spec, runtime, identity, had_kernel=had_kernel),
             initrd_path=_copied(spec, "initrd", runtime, identity),
             media=media,
-            adapters=adapters(launch),
+            adapters=tuple(_as_saved(one, mtus, launch) for one in adapters(launch)),
             incoming=incoming,
             uefi_code_path=find_uefi()[0] if spec.firmware == "uefi" else None,
             uefi_variables=_uefi_variables(machine, launch) if spec.firmware == "uefi" else None,
@@ -163,6 +166,18 @@ def _copied(
     except VmmError as error:
         error.hint = error.hint or kernel_hint(spec.name, what)
         raise
+
+
+def _as_saved(adapter: Adapter, mtus: Mapping[str, int], launch: Launch) -> Adapter:
+    """The adapter as restored memory knows it, whatever its switch carries by now."""
+    name = str(adapter.device["id"])
+    wanted = int(adapter.device.get("host_mtu", 0))
+    kept = mtus.get(name, wanted)
+    if kept == wanted:
+        return adapter
+    launch.kept_mtus[name] = (kept, wanted)
+    device = {key: value for key, value in adapter.device.items() if key != "host_mtu"}
+    return replace(adapter, device={**device, "host_mtu": kept} if kept else device)
 
 
 def _kernel(spec: MachineSpec, runtime: RuntimePaths, identity: Identity | None, *, had_kernel: bool) -> str | None:

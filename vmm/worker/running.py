@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -195,10 +195,12 @@ class Running:
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    async def launch(self, accelerator: str, *, incoming: bool, had_kernel: bool = False) -> None:
+    async def launch(
+        self, accelerator: str, *, incoming: bool, had_kernel: bool = False, mtus: Mapping[str, int] | None = None
+    ) -> None:
         command, launch = await asyncio.to_thread(
             prepare, self.spec, self.machine, self.runtime, accelerator=accelerator, incoming=incoming,
-            identity=self.identity, had_kernel=had_kernel, adapters=self.plug_adapters,
+            identity=self.identity, had_kernel=had_kernel, adapters=self.plug_adapters, mtus=mtus or {},
         )  # fmt: skip
         try:
             if not incoming:  # else the guest goes on where it was
@@ -215,6 +217,8 @@ class Running:
         self.note.details["booted"] = None if incoming else time.time()
         self.write_note()
         self._adopt(process)
+        for adapter, (kept, wanted) in launch.kept_mtus.items():
+            self.tell("adapter-mtu-kept", adapter=adapter, mtu_bytes=kept or None, switch_mtu_bytes=wanted or None)
         try:
             await self._first_contact()
         except BaseException:

@@ -21,6 +21,7 @@ from vmm.processes.rpc import Progress
 from vmm.store import saved
 from vmm.store.media import changed_drives
 from vmm.store.state import MachineState
+from vmm.worker.adapter_hotplug import told_mtus
 from vmm.worker.running import LOOK_SECONDS, START_SECONDS, STOP_SECONDS, End, Running
 
 _FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
@@ -46,7 +47,9 @@ class Saving:
             )  # fmt: skip
             accelerator = accel.choose(evidence, description.accelerator).name
             self._running.note.details["restoring"] = True
-            await self._running.launch(accelerator, incoming=True, had_kernel=description.had_kernel)
+            await self._running.launch(
+                accelerator, incoming=True, had_kernel=description.had_kernel, mtus=description.mtus
+            )
             await self._restore(descriptor, description, progress)
         except VmmError as error:
             error.hint = error.hint or (
@@ -125,6 +128,7 @@ class Saving:
             await self._running.refresh()
             was_running = self._running.status == "running"
             version = (await self._running.qmp.execute("query-version"))["qemu"]
+            mtus = await told_mtus(self._running.qmp, self._running.spec)
             descriptor = await asyncio.to_thread(saved.open_memory_file, self._running.machine, self._running.spec)
             self._running.note.details["was_running"] = was_running
             self._running.write_note()
@@ -136,7 +140,7 @@ class Saving:
                     saved.complete, self._running.machine, descriptor, self._running.spec,
                     qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
                     accelerator=str(self._running.note.accelerator), was_running=was_running,
-                    media=self._running.media,
+                    media=self._running.media, mtus=mtus,
                 )  # fmt: skip
             except BaseException:
                 saved.discard_part(self._running.machine)

@@ -93,10 +93,8 @@ def kill_everywhere(verb: str, one: Applying, stride: int) -> int:
     raise AssertionError
 
 
-def main() -> None:
-    """See above."""
-    verb, path, folder = sys.argv[1:4]
-    os.environ["VMM_RUNTIME"] = os.path.dirname(os.path.abspath(folder))
+def count_everything() -> None:
+    """Everything that changes the host or the journal is a point."""
     for name in (
         "add_bridge", "remove_bridge", "set_up", "set_master", "add_address", "remove_address", "add_route",
     ):  # fmt: skip
@@ -107,6 +105,13 @@ def main() -> None:
         (settings, "_save"),
     ):  # fmt: skip
         setattr(owner, name, COUNTER.wrapped(getattr(owner, name)))
+
+
+def main() -> None:
+    """See above."""
+    verb, path, folder = sys.argv[1:4]
+    os.environ["VMM_RUNTIME"] = os.path.dirname(os.path.abspath(folder))
+    count_everything()
     with open(path, "rb") as file:
         spec = SwitchSpec.model_validate_json(file.read())
     one = Applying(spec, folder, os.path.join(folder, "leases"))

@@ -130,3 +130,34 @@ def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
     assert [adapter.id for adapter in registry.load("one").spec.adapters] == ["nic-0"]
     ports = HostSide(switches.load("b")).port_status()
     assert [one["name"] for one in ports] == [port_name(registry.load("two").spec.id, "nic-1")]
+
+
+def test_a_guest_keeps_its_mtu_with_its_memory(lab: MachineLab) -> None:
+    """Saved with an MTU and restored on a switch that tells another, or none, it goes on, with an event.
+
+    QEMU restores no adapter that told the guest its MTU into one that tells none. INV-ONE-MTU.
+    """
+
+    def kept() -> list[tuple[object, object]]:
+        found = [one for one in lab.manager.events("one") if one["event"] == "adapter-mtu-kept"]
+        return [(one["mtu_bytes"], one.get("switch_mtu_bytes")) for one in found]
+
+    switches.create(make_switch(name="lab", mtu_bytes=4000))
+    one = lab.start("one", {"switch": "lab"})
+    assert one.check("cat /sys/class/net/eth0/mtu") == "4000"
+    for mtu_bytes, expected in ((2000, [(4000, 2000)]), (None, [(4000, 2000), (4000, None)])):
+        lab.manager.save("one")
+        switches.delete("lab", force=True)
+        switches.create(make_switch(name="lab", mtu_bytes=mtu_bytes))
+        lab.manager.start("one")
+        one = lab.shell("one")
+        assert one.check("cat /sys/class/net/eth0/mtu") == "4000"
+        assert kept() == expected
+    switches.set_mtu("lab", 4000)
+    lab.manager.save("one")
+    lab.manager.start("one")
+    assert len(kept()) == 2, "nothing differs"
+    lab.manager.stop("one")
+    switches.set_mtu("lab", 2000)
+    lab.manager.start("one")
+    assert lab.shell("one").check("cat /sys/class/net/eth0/mtu") == "2000"

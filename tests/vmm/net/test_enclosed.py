@@ -35,8 +35,12 @@ def rooted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enclosure:
     return Enclosure(str(tmp_path / "own"), USER, str(tmp_path / "root"))
 
 
-def test_a_root_of_its_own(rooted: Enclosure, tmp_path: Path) -> None:
-    """`INV-ENCLOSED`: it sees programs, its folder and what it was given, and changes nothing but its own."""
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_root_of_its_own(rooted: Enclosure, tmp_path: Path, umask: int) -> None:
+    """`INV-ENCLOSED`: it sees programs, its folder and what it was given, and changes nothing but its own.
+
+    Whatever the umask of its starter is: a machine's worker gives nothing to others.
+    """
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "leases").write_text("a lease\n")
     (tmp_path / "leases").chmod(0o600)
@@ -49,7 +53,11 @@ def test_a_root_of_its_own(rooted: Enclosure, tmp_path: Path) -> None:
         f"cat {tmp_path}/secret /etc/shadow /proc/1/cmdline 2>/dev/null && echo READ; cat /etc/resolv.conf >/own/copy"
     )
     files, read = [f"{tmp_path}/leases=leases"], [f"{tmp_path}/config"]
-    done = helper(rooted, script, files=files, read=read)
+    before = os.umask(umask)
+    try:
+        done = helper(rooted, script + " && head -c 1 /dev/urandom >/dev/null", files=files, read=read)
+    finally:
+        os.umask(before)
     assert done.stderr == ""
     seen = set(done.stdout.split())
     assert {"own", "leases", "usr", "passwd", str(USER), "lease", "setting"} <= seen

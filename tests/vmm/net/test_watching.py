@@ -25,6 +25,7 @@ from vmm.net.host_side import HostSide
 from vmm.net.dhcp import DhcpServer
 from vmm.net.switch_spec import make_switch
 from vmm.api.doctor import _check_switches
+os.umask(0o077)  # a machine's worker has it
 switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
 host = HostSide(switches.load("nat"))
 server = DhcpServer(host.spec, host.folder, host.lease_path)

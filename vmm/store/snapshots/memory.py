@@ -23,7 +23,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmm.kvm import memory_file
@@ -254,7 +254,13 @@ def drop_saved(machine: MachinePaths) -> None:
 
 
 def description_document(
-    spec: MachineSpec, *, qemu_version: str, accelerator: str, was_running: bool, media: Media
+    spec: MachineSpec,
+    *,
+    qemu_version: str,
+    accelerator: str,
+    was_running: bool,
+    media: Media,
+    mtus: Mapping[str, int],
 ) -> dict[str, Any]:
     """What is written beside a memory file, as `saved` reads it."""
     return {
@@ -263,7 +269,7 @@ def description_document(
         "qemu_version": qemu_version,
         "accelerator": accelerator,
         "was_running": was_running,
-        **saved.machine_document(spec, media),
+        **saved.machine_document(spec, media, mtus),
     }
 
 

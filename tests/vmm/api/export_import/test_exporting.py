@@ -218,7 +218,7 @@ def test_saved_memory_arrives_without_its_medium_and_kernel(machines: Machines, 
     (saved_folder / "memory.bin").write_bytes(memory_file.HEADER + bytes(5992))
     (saved_folder / "state.json").write_text(json.dumps({
         "format": 1, "saved_at": 1.0, "qemu_version": "7.2.0", "accelerator": "tcg", "was_running": True,
-        "memory_file_bytes": 6000, **saved.machine_document(web.spec, known),
+        "memory_file_bytes": 6000, **saved.machine_document(web.spec, known, {}),
     }))  # fmt: skip
     image.unlink()
     kernel.unlink()

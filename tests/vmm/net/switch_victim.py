@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes and deletes a switch by the commands, which are killed at chosen points; run in a network namespace.
+
+    python -m tests.vmm.net.switch_victim create|delete STRIDE WORDS-OF-CREATE...
+
+Points are counted as in `applying_victim`, over the switch's own files too. After each kill the commands must work,
+say what is wrong, and end what was begun. Prints how many points there were, and how often something was unfinished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import click
+from click.testing import CliRunner, Result
+
+from tests.vmm.net.applying_victim import COUNTER, STATE, count_everything, in_child
+from vmm.api import doctor
+from vmm.cli import switch
+from vmm.model import errors, paths
+from vmm.net import switches
+
+
+def run(command: click.Command, *words: str) -> Result:
+    """A command's result; an error of vmm's own is in its `exception`."""
+    done = CliRunner().invoke(command, list(words))
+    assert done.exception is None or isinstance(done.exception, (errors.VmmError, SystemExit)), done.exception
+    return done
+
+
+def good(command: click.Command, *words: str) -> str:
+    """The output of a command that must succeed."""
+    done = run(command, *words)
+    assert done.exit_code == 0, (words, done.output, done.exception)
+    return done.output
+
+
+def look(name: str) -> bool:
+    """After a kill: what there is can be listed and shown, and what is unfinished is told; True when something is."""
+    listed = [one["name"] for one in json.loads(good(switch.list_command, "--json"))]
+    assert listed == switches.names()
+    if name not in listed:
+        return False
+    shown = json.loads(good(switch.show_command, name, "--json"))
+    is_unfinished = any(one["what"] == "unfinished" for one in shown["faults"])
+    (check,) = doctor._check_switches()
+    assert (f"vmm switch delete {name} puts this host back" in str(check.found)) is is_unfinished, check
+    again = run(switch.create_command, name, *sys.argv[4:])
+    assert isinstance(again.exception, errors.AlreadyExists), again
+    assert (again.exception.hint is not None) is is_unfinished, again.exception.hint
+    return is_unfinished
+
+
+def main() -> None:
+    """See above."""
+    verb, stride, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    count_everything()
+    for owner, attribute in ((paths, "write_whole"), (os, "unlink"), (shutil, "rmtree")):
+        setattr(owner, attribute, COUNTER.wrapped(getattr(owner, attribute)))
+
+    def state() -> str:
+        return subprocess.run(["sh", "-c", STATE], capture_output=True, text=True, check=True).stdout
+
+    before, unfinished = state(), 0
+    for point in itertools.count(0, stride):
+        if verb == "delete":
+            good(switch.create_command, name, *sys.argv[4:])
+            ended = in_child(lambda: good(switch.delete_command, name), point)
+        else:
+            ended = in_child(lambda: good(switch.create_command, name, *sys.argv[4:]), point)
+        unfinished += look(name)
+        if name in switches.names():
+            good(switch.delete_command, name)
+        assert switches.names() == []
+        assert os.listdir(paths.switches_folder()) in ([".lock"], [])
+        after = state()
+        assert after == before, f"killed at {point}:\n{before}\nis now:\n{after}"
+        if ended == 0:
+            print(json.dumps([point, unfinished]))
+            return
+        assert ended == signal.SIGKILL, ended
+
+
+if __name__ == "__main__":
+    main()
