@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import click
 from click.testing import CliRunner, Result
@@ -23,8 +24,10 @@ from click.testing import CliRunner, Result
 from tests.vmm.net.applying_victim import COUNTER, STATE, count_everything, in_child
 from vmm.api import doctor
 from vmm.cli import switch
+from vmm.host.proc import is_locked
 from vmm.model import errors, paths
 from vmm.net import switches
+from vmm.net.host_side import HostSide
 
 
 def run(command: click.Command, *words: str) -> Result:
@@ -47,6 +50,9 @@ def look(name: str) -> bool:
     assert listed == switches.names()
     if name not in listed:
         return False
+    lock, deadline = os.path.join(HostSide(switches.load(name)).folder, "change.lock"), time.monotonic() + 60
+    while is_locked(lock) and time.monotonic() < deadline:  # by what the killed one was just starting
+        time.sleep(0.02)
     shown = json.loads(good(switch.show_command, name, "--json"))
     is_unfinished = any(one["what"] == "unfinished" for one in shown["faults"])
     (check,) = doctor._check_switches()

@@ -123,16 +123,29 @@ def test_a_card_that_is_gone_or_renamed(lab: CardHost) -> None:
     assert lab.master("up0") is None
 
 
-def test_nothing_is_wrong_while_a_command_is_at_work(lab: CardHost) -> None:
-    """A switch that is being made or deleted has its card in the bridge only later, or no longer."""
+def test_a_command_is_left_to_do_its_work(lab: CardHost) -> None:
+    """A switch that is being made or deleted has its card in the bridge only later, or no longer: that is no fault.
+
+    One whose command was killed is told as unfinished, and left alone all the same.
+    """
     program = (
         "import json, os; from vmm.net import switches; from vmm.net.host_side import HostSide\n"
         "host = HostSide(switches.load('lan'))\n"
         "path = os.path.join(host.folder, 'journal.json'); journal = json.load(open(path))\n"
-        "journal['complete'] = False; json.dump(journal, open(path, 'w'))"
+        "journal['complete'] = False; json.dump(journal, open(path, 'w')); print(host.folder)"
     )
-    lab.python(program)
-    assert lab.told("ip link set up0 nomaster; ip link set up0 mtu 1400") == [[[], [], [], []]]
+    folder = lab.python(program).strip()
+    look = (
+        "import fcntl, json, sys; from vmm.net import card_watch, switches; from vmm.net.host_side import HostSide\n"
+        "lock = open(sys.argv[1] + '/change.lock'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "host = HostSide(switches.load('lan'))\n"
+        "print(json.dumps([card_watch.problem(host), card_watch.mtu_problem(host), host.is_unfinished()]))"
+    )
+    lab.host.run("ip link set up0 nomaster; ip link set up0 mtu 1400")
+    assert json.loads(lab.python(look, folder)) == [None, None, False]
+    (before, mended, failed, after) = lab.told("true")[0]
+    assert mended == failed == [] and before == after
+    assert "vmm switch delete lan puts this host back" in before[0]
     assert lab.master("up0") is None
 
 
