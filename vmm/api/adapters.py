@@ -20,7 +20,7 @@ from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError
 from vmm.model.events import add_event
 from vmm.model.paths import write_whole
 from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
-from vmm.net import frames, mac, switches
+from vmm.net import frames, mac, records, switches
 from vmm.net.host_side import HostSide
 from vmm.net.joining import is_plugged
 from vmm.processes import worker_connection as contact
@@ -42,12 +42,18 @@ def host_pool() -> mac.Pool:
     """The host's pool, written down when it is first wanted: an address that changes later changes no adapter's."""
     path = os.path.join(paths.home(), _POOL_NAME)
     try:
-        with open(path, encoding="ascii") as file:
-            return mac.Pool(bytes.fromhex(json.load(file)["prefix"]))
+        prefix = bytes.fromhex(records.read_object(path)["prefix"])
+        if len(prefix) != mac.PREFIX_BYTES:
+            raise ValueError(f"the prefix has {len(prefix)} bytes")
+        return mac.Pool(prefix)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VmmError("is damaged: it should hold the prefix of the MAC pool", path=path, hint="remove it") from error
+        raise VmmError(
+            "is damaged: it should hold the prefix of the MAC pool",
+            path=path,
+            hint="remove it; new adapters then get addresses from a new pool, and old ones keep theirs",
+        ) from error
     pool = mac.pool_of_host(_first_address(), _machine_id())
     paths.make_home()
     write_whole(path, json.dumps({"prefix": pool.prefix.hex()}).encode() + b"\n")

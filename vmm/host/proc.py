@@ -294,7 +294,7 @@ def machine_lock(folder: str, name: str, *, patience_seconds: float = BUSY_SECON
 def is_locked(path: str) -> bool:
     """True while somebody holds the lock."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

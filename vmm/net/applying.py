@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vmm.model import errors, paths
-from vmm.net import enforcing, forwarding, ipv6, ipv6_settings, nft, plan, restoring, settings
+from vmm.net import enforcing, forwarding, ipv6, ipv6_settings, nft, plan, records, restoring, settings
 from vmm.net.bridge import Kernel
 from vmm.net.dhcp import DhcpServer
 from vmm.net.plan import HostFacts, Step
@@ -50,16 +50,18 @@ class Applying:
     def _journal(self) -> dict[str, Any]:
         empty = {"boot_id": settings.boot_id(), "complete": False, "done": []}
         try:
-            with open(self._journal_path, encoding="utf-8") as file:
-                journal: Any = json.load(file)
+            journal = records.read_object(self._journal_path)
         except FileNotFoundError:
             return empty
         except (OSError, ValueError) as error:
             raise errors.VmmError(f"the journal cannot be read: {error}", path=self._journal_path) from error
-        if not isinstance(journal, dict) or not all(isinstance(one, dict) for one in journal.get("done", ())):
-            raise errors.VmmError("the journal is damaged", path=self._journal_path)
-        found: dict[str, Any] = journal
-        return found if found.get("boot_id") == empty["boot_id"] else empty
+        boot_id, done = journal.get("boot_id"), journal.get("done")
+        if isinstance(boot_id, str) and boot_id != empty["boot_id"]:
+            return empty
+        is_sound = isinstance(done, list) and all(isinstance(one, dict) for one in done)
+        if not isinstance(boot_id, str) or not is_sound:
+            raise errors.VmmError("the journal is damaged: it does not list the steps", path=self._journal_path)
+        return {**journal, "complete": journal.get("complete") is True}
 
     def _write(self, journal: dict[str, Any]) -> None:
         paths.write_whole(self._journal_path, json.dumps(journal, indent=1).encode(), durable=False)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import time
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from vmm.host.proc import ProcessRef, command_words, spawn_detached
 from vmm.host.users import user_of
 from vmm.model import errors, paths
-from vmm.net import enclosed, lease_file
+from vmm.net import enclosed, lease_file, records
 from vmm.net.dhcp_server import LEASE_SECONDS
 from vmm.net.enclosing import Enclosure, hint_for
 from vmm.net.switch_spec import SwitchSpec
@@ -30,6 +31,7 @@ _READY, _LEASES = "ready", "leases"
 _GRACE_SECONDS = 3.0
 _START_SECONDS = 10.0
 _LOOK_SECONDS = 0.02
+_LOG_BYTES = 64 << 10
 _CAPABILITIES = (
     10,
     12,
@@ -93,8 +95,7 @@ class DhcpServer:
     def process(self) -> ProcessRef | None:
         """The running server."""
         try:
-            with open(self._in(_NOTE), encoding="utf-8") as file:
-                ref = ProcessRef.from_document(json.load(file))
+            ref = ProcessRef.from_document(records.read_object(self._in(_NOTE)))
         except (OSError, ValueError):
             return None
         return ref if ref is not None and ref.is_alive() else None
@@ -112,8 +113,8 @@ class DhcpServer:
             raise errors.Unsupported("dnsmasq is not installed", hint=DNSMASQ_HINT)
         path = self._lease_path if self._place.user is None else f"/{_LEASES}"
         wanted = configuration(self._spec, path).encode()
-        with contextlib.suppress(OSError), open(self._in(_CONFIG), "rb") as file:
-            if file.read() == wanted and self.process() is not None:
+        with contextlib.suppress(OSError, ValueError):
+            if records.read_bytes(self._in(_CONFIG)) == wanted and self.process() is not None:
                 return
         self.stop()
         paths.write_whole(self._in(_CONFIG), wanted, mode=0o644, durable=False)
@@ -132,8 +133,7 @@ class DhcpServer:
         _started.add(pid)
         ref = ProcessRef.of(pid)
         if ref is None or self._ended_at_once(ref):
-            with open(self._in(_LOG), encoding="utf-8", errors="replace") as log:
-                said = log.read().strip().splitlines() or ["nothing"]
+            said = records.read_tail(self._in(_LOG), _LOG_BYTES).splitlines() or ["it gave no reason"]
             problem = said[-1].strip().removeprefix("dnsmasq: ")
             raise errors.VmmError(f"the DHCP server did not start: {problem}", hint=hint_for(problem))
         paths.write_whole(self._in(_NOTE), json.dumps(ref.to_document()).encode(), durable=False)
@@ -146,6 +146,13 @@ class DhcpServer:
                 os.unlink(os.path.join(self._place.folder, _READY))
             leases = os.open(self._lease_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
+                facts = os.fstat(leases)
+                if not stat.S_ISREG(facts.st_mode) or facts.st_size > lease_file.MAX_FILE_BYTES:
+                    raise errors.VmmError(
+                        f"the leases are damaged: not a file of at most {lease_file.MAX_FILE_BYTES} bytes",
+                        path=self._lease_path,
+                        hint="remove it; guests then get new addresses",
+                    )
                 if self._place.user is not None:
                     os.fchown(leases, self._place.user, self._place.user)
             finally:

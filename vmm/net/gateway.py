@@ -64,6 +64,12 @@ class GatewaySetup:
         return {**asdict(self), "forwards": list(self.forwards)}
 
 
+def problem_of(said: str) -> str:
+    """Why the helper ended, from what it wrote: its last line, without its name and the option it was about."""
+    lines = said.strip().splitlines()
+    return lines[-1].removeprefix(f"{QEMU}: ").rpartition("}: ")[2] if lines else "it gave no reason"
+
+
 def command(setup: GatewaySetup, peer: str, address: str) -> list[str]:
     """The helper's command line: it binds `peer` and sends to the switch's socket `address`. Pure."""
     # As JSON it is made in its turn, before the socket: who finds that one knows that all the rest is there.

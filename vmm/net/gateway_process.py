@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 from vmm.host.users import user_of
 from vmm.model import errors
-from vmm.net import enclosed
+from vmm.net import enclosed, gateway_note, records
 from vmm.net.enclosing import Enclosure
-from vmm.net.gateway import QEMU, GatewaySetup, command
+from vmm.net.gateway import QEMU, GatewaySetup, command, problem_of
 
 FOLDER_NAME, PEER_NAME, ADDRESS_NAME, LOG_NAME = "gateway", "gate.sock", "port.sock", "gateway.log"
 _ROOT_NAME = "gateway-root"
@@ -35,6 +35,7 @@ _STOP_SECONDS = 2.0
 _REFRESH_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0  # of the starter: no frame is moved meanwhile
 _MAX_BYTES = 64 << 10
+_SAID_BYTES = 2000
 _CAP_NET_BIND_SERVICE, _FIRST_FREE_PORT = 10, 1024
 # What a switch of root's keeps: guests' folders and sockets belong to the guests' users.
 KEPT_CAPABILITIES = (0, 1, 3)  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER
@@ -74,7 +75,9 @@ class Gateway:
         self.peer = os.path.join(folder, FOLDER_NAME, PEER_NAME)
         self.address = os.path.join(folder, FOLDER_NAME, ADDRESS_NAME)
         self.owner = owner_of(folder)
+        self._folder = folder
         self._log = os.path.join(folder, LOG_NAME)
+        self._refusal = ""  # why it could not even be started
         self._starter = starter
         self._started_at = 0.0
         self._again_seconds = _AGAIN_SECONDS
@@ -82,33 +85,44 @@ class Gateway:
     def start(self) -> None:
         """Start the helper. Raises Unsupported where QEMU is not installed."""
         self._started_at = time.monotonic()
-        self._starter.start(self.setup)
+        self._refusal = ""
+        try:
+            self._starter.start(self.setup)
+        except errors.VmmError as error:
+            self._refusal = error.problem
+            raise
 
-    def keep_alive(self) -> None:
-        """Start it again if it ended: after a few seconds, and after ever more where it ends each time."""
+    def keep_alive(self, connected: bool) -> None:
+        """Start it again if it ended: after a few seconds, and less often each time that it ends soon.
+
+        While it does not run there is a note for the machines on the switch. `connected`: it takes frames.
+        """
         age = time.monotonic() - self._started_at
-        if age <= self._again_seconds:
-            return
-        if self._starter.pid() is None:
-            self._again_seconds = min(2 * self._again_seconds, _MAX_AGAIN_SECONDS)
-            with contextlib.suppress(errors.VmmError):
-                self.start()
-        elif age > _STEADY_SECONDS:
-            self._again_seconds = _AGAIN_SECONDS
+        if age > self._again_seconds:
+            if self._starter.pid() is None:
+                gateway_note.leave(self._folder, self._refusal or problem_of(self._said()))
+                self._again_seconds = min(2 * self._again_seconds, _MAX_AGAIN_SECONDS)
+                with contextlib.suppress(errors.VmmError):
+                    self.start()
+            elif age > _STEADY_SECONDS:
+                self._again_seconds = _AGAIN_SECONDS
+        if connected and gateway_note.is_there(self._folder) and self._starter.pid() is not None:
+            gateway_note.remove(self._folder)
+
+    def _said(self) -> str:
+        return records.read_tail(self._log, _SAID_BYTES)
 
     def status(self, connected: bool) -> dict[str, Any]:
         """Whether it runs, and takes frames; and what it said when it does not run."""
         pid = self._starter.pid()
-        said = ""
-        if pid is None:
-            with contextlib.suppress(OSError), open(self._log, encoding="utf-8", errors="replace") as log:
-                said = log.read(2000).strip()
+        said = (self._refusal or self._said()) if pid is None else ""
         state = {"pid": pid, "running": pid is not None, "ready": pid is not None and connected, "said": said}
         return {**state, **self.setup.to_document()}
 
     def stop(self) -> None:
         """End the helper and take its socket away."""
         self._starter.stop()
+        gateway_note.remove(self._folder)
         with contextlib.suppress(OSError):
             os.unlink(self.peer)
 

@@ -9,7 +9,6 @@ switches are made and deleted: that is `switches`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -19,9 +18,9 @@ from typing import Any
 
 from vmm.host.proc import is_locked, locked
 from vmm.model import errors, paths
-from vmm.net import cards, ipv6_settings, nft, plan, ports, switch_spec
+from vmm.net import cards, ipv6_settings, nft, plan, port_files, ports, records, switch_spec
 from vmm.net.enclosing import hint_for
-from vmm.net.gateway import PORT_NAME, QEMU
+from vmm.net.gateway import PORT_NAME, problem_of
 from vmm.net.switch_spec import SwitchSpec
 from vmm.net.user_backend import UserBackend
 
@@ -90,8 +89,7 @@ class HostSide:
                 return
             gateway = status["gateway"]
             if not gateway["running"]:
-                said = str(gateway["said"]).strip().splitlines() or ["it says nothing"]
-                problem = said[-1].removeprefix(f"{QEMU}: ").rpartition("}: ")[2]  # of the option that it is about
+                problem = problem_of(str(gateway["said"]))
                 raise errors.VmmError(
                     f"the gateway of switch {self.spec.name!r} does not start: {problem}", hint=hint_for(problem)
                 )
@@ -141,14 +139,15 @@ class HostSide:
         return self.is_half_done() and not is_locked(os.path.join(self.folder, _CHANGE_LOCK))
 
     def _journal(self) -> dict[str, Any]:
-        """What was noted of the host; nothing where that cannot be read."""
+        """What was noted of the host; some step where that cannot be read."""
         from vmm.net.applying import JOURNAL_NAME
 
         try:
-            with open(os.path.join(self.folder, JOURNAL_NAME), encoding="utf-8") as file:
-                return dict(json.load(file))
-        except (OSError, ValueError, TypeError):
+            return records.read_object(os.path.join(self.folder, JOURNAL_NAME))
+        except FileNotFoundError:
             return {}
+        except (OSError, ValueError):
+            return {"done": ["unreadable"]}  # not known to be nothing
 
     def plan(self) -> tuple[list[str], list[str], list[str]]:
         """(steps, warnings, refusals) in words; of the bridge back end. Changes nothing."""
@@ -182,32 +181,28 @@ class HostSide:
         self.user.stop()
         return []
 
-    # -- ports of a bridge: a file each, so that the rules can be made anew at any time ---------------------------
+    # -- ports ----------------------------------------------------------------------------------------------------
 
     def _ports_folder(self) -> str:
         return os.path.join(self.folder, "ports")
 
     def bridge_ports(self) -> list[nft.GuestPort]:
-        """The ports whose taps are there; files of others are removed."""
-        found = []
-        for document in self._port_documents():
-            interface = str(document["interface"])
-            if not os.path.exists(f"/sys/class/net/{interface}"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
-                continue
-            setup = ports.from_document(document["port"])
-            found.append(nft.GuestPort(interface, setup.rules, setup.rate_bits_per_second))
-        return found
+        """The ports whose taps are there; one with a damaged record may send nothing. Removes records of other taps.
 
-    def _port_documents(self) -> list[dict[str, Any]]:
-        documents = []
-        with contextlib.suppress(FileNotFoundError):
-            for name in sorted(os.listdir(self._ports_folder())):
-                if name.endswith(".json"):
-                    with open(os.path.join(self._ports_folder(), name), encoding="utf-8") as file:
-                        documents.append(json.load(file))
-        return documents
+        The caller holds the lock of `changing`.
+        """
+        return [
+            nft.GuestPort(one.interface, port_files.CLOSED)
+            if one.setup is None
+            else nft.GuestPort(one.interface, one.setup.rules, one.setup.rate_bits_per_second)
+            for one in port_files.read_all(self._ports_folder(), remove_stale=True)
+            if one.setup is not None or self.has_tap(one.interface)
+        ]
+
+    def damaged_ports(self) -> list[str]:
+        """Which of its taps have a damaged record, in words."""
+        found = [one for one in port_files.read_all(self._ports_folder()) if one.setup is None]
+        return [f"{one.path} is damaged: {one.problem}" for one in found if self.has_tap(one.interface)]
 
     def plug_tap(self, interface: str, setup: ports.PortSetup) -> None:
         """Put a tap that is there into the bridge, with its rules first. Raises VmmError."""
@@ -221,10 +216,7 @@ class HostSide:
                 raise errors.Unsupported(plan.VLAN_REFUSAL, hint=plan.VLAN_HINT)
             if rules.mirror_source or rules.mirror_destination:
                 raise errors.Unsupported("the bridge back end mirrors no ports", hint="use the user back end")
-            paths.make_private(self._ports_folder())
-            document = {"interface": interface, "port": ports.to_document(setup)}
-            path = os.path.join(self._ports_folder(), f"{interface}.json")
-            paths.write_whole(path, json.dumps(document).encode(), durable=False)
+            port_files.write(self._ports_folder(), interface, setup)
             enforcing.enforce(self.spec, self.bridge_ports())
             ipv6_settings.close_tap(interface)
             with bridge.Kernel() as kernel:
@@ -236,9 +228,13 @@ class HostSide:
 
     def plug_again(self) -> None:
         """Put the taps that are there into the bridge, which was made anew. Raises VmmError."""
-        for document in self._port_documents():
-            if _is_there(document):
-                self.plug_tap(str(document["interface"]), ports.from_document(document["port"]))
+        for one in port_files.read_all(self._ports_folder()):
+            if one.setup is not None:
+                self.plug_tap(one.interface, one.setup)
+
+    def has_record(self, interface: str) -> bool:
+        """True while a tap of the bridge has a sound record."""
+        return port_files.is_readable(self._ports_folder(), interface)
 
     def has_tap(self, interface: str) -> bool:
         """True while a tap is part of the bridge, which anybody with the right to may remove."""
@@ -252,8 +248,7 @@ class HostSide:
         from vmm.net import enforcing
 
         with self.changing():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._ports_folder(), f"{interface}.json"))
+            port_files.remove(self._ports_folder(), interface)
             if os.path.exists(f"/sys/class/net/{self.spec.bridge_name}"):
                 enforcing.enforce(self.spec, self.bridge_ports())
 
@@ -275,17 +270,13 @@ class HostSide:
 
             drops = enforcing.drops(self.spec)
         return [
-            _tap_status(one["interface"], one["port"], drops.get(one["interface"], {}), self.has_tap(one["interface"]))
-            for one in self._port_documents()
-            if _is_there(one)
+            _tap_status(one.interface, one.setup, drops.get(one.interface, {}), self.has_tap(one.interface))
+            for one in port_files.read_all(self._ports_folder())
+            if one.setup is not None
         ]
 
 
-def _is_there(document: dict[str, Any]) -> bool:
-    return os.path.exists(f"/sys/class/net/{document['interface']}")
-
-
-def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int], is_in: bool) -> dict[str, Any]:
+def _tap_status(interface: str, setup: ports.PortSetup, drops: dict[str, int], is_in: bool) -> dict[str, Any]:
     """Counters as the guest sees them: the kernel's are the other way round."""
 
     def counter(name: str) -> int:
@@ -296,7 +287,7 @@ def _tap_status(interface: str, port: dict[str, Any], drops: dict[str, int], is_
             return 0
 
     return {
-        **port,
+        **ports.to_document(setup),
         "interface": interface,
         "connected": is_in,
         "received_frames": counter("rx_packets"),

@@ -9,7 +9,7 @@ Hyper-V calls it. Must not know QEMU, nor how the guest is told.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmm.model import errors
 from vmm.model.spec import AdapterSpec
@@ -32,7 +32,7 @@ class Joined:
     """The id of the switch that the adapter is on; None: `problem` says why it is on none.
 
     `has_come`: it was plugged in just now. `was_restarted`: its switch's process had died. `mended`: what else of the
-    switch was put right (`watching`), `failed`: what could not be.
+    switch was put right (`watching`), `failed`: what could not be. `gateway_problem`: why its gateway does not run.
     """
 
     switch_id: str | None
@@ -41,6 +41,7 @@ class Joined:
     was_restarted: bool = False
     mended: tuple[str, ...] = ()
     failed: tuple[watching.Fault, ...] = ()
+    gateway_problem: str | None = None
 
 
 def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = is_connected) -> Joined:
@@ -55,9 +56,12 @@ def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = 
         host = HostSide(switches.load(adapter.switch))
         if host.spec.id == before and _is_up(host) and _is_in(adapter, owner, host):
             outcome = watching.put_right(host)
-            return Joined(before, mended=outcome.mended, failed=outcome.failed)
+            problem = watching.gateway_problem(host)
+            return Joined(before, mended=outcome.mended, failed=outcome.failed, gateway_problem=problem)
         with switches.staying(adapter.switch) as host:
-            return _joined(adapter, owner, host, before, lives)
+            return replace(
+                _joined(adapter, owner, host, before, lives), gateway_problem=watching.gateway_problem(host)
+            )
     except errors.NotFound as error:
         return Joined(None, error.problem)
 
@@ -105,8 +109,9 @@ def _fits(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
 
 
 def _is_in(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
-    """False for a tap that is in no bridge, or another: its own was removed by somebody, and made anew."""
-    return host.spec.backend == "user" or host.has_tap(interface_name(owner.machine_id, adapter.id))
+    """False for a tap that was taken out of its bridge, or whose record is damaged or gone."""
+    name = interface_name(owner.machine_id, adapter.id)
+    return host.spec.backend == "user" or (host.has_tap(name) and host.has_record(name))
 
 
 def _is_up(host: HostSide) -> bool:

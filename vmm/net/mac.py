@@ -21,6 +21,7 @@ from vmm.net import frames
 
 VENDOR = bytes.fromhex("00155d")  # Microsoft's, which Hyper-V's pools use
 POOL_ADDRESSES = 256
+PREFIX_BYTES = 5  # that all addresses of a pool have in common
 
 
 @dataclass(frozen=True, slots=True)

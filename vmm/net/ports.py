@@ -7,6 +7,7 @@ not pydantic, because the switch process is to start in milliseconds. Must not k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,11 +57,13 @@ def to_document(setup: PortSetup) -> dict[str, Any]:
     }
 
 
-def from_document(document: Mapping[str, Any]) -> PortSetup:
-    """What `to_document` wrote; what is left out has its default. Raises InvalidSpec."""
+def from_document(document: object) -> PortSetup:
+    """What `to_document` wrote; a key that is left out has its default. Raises InvalidSpec for anything else."""
+    if not isinstance(document, Mapping):
+        raise errors.InvalidSpec("a port is a JSON object")
     known = set(to_document(PortSetup("", "", "")))
-    if unknown := sorted(set(document) - known):
-        raise errors.InvalidSpec(f"a port has no {unknown[0]!r}")
+    if unknown := sorted(map(repr, set(document) - known)):
+        raise errors.InvalidSpec(f"a port has no setting {unknown[0][:80]}")
     macs = _list(document, "macs", str)
     if len(macs) > MAX_PORT_MACS:
         raise errors.InvalidSpec(f"a port has at most {MAX_PORT_MACS} addresses")
@@ -95,7 +98,9 @@ def from_document(document: Mapping[str, Any]) -> PortSetup:
 
 def _text(document: Mapping[str, Any], key: str, limit: int) -> str:
     value = document.get(key)
-    if not isinstance(value, str) or not value or len(value.encode()) > limit or "\0" in value:
+    # A lone surrogate, which JSON can spell, is no character.
+    is_text = isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= limit
+    if not isinstance(value, str) or not is_text or re.search("[\0\ud800-\udfff]", value):
         raise errors.InvalidSpec(f"a port's {key} is a text of 1 to {limit} bytes")
     return value
 

@@ -7,6 +7,7 @@ Decides the order, and that one which is refused keeps no other from coming back
 from __future__ import annotations
 
 import contextlib
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,9 @@ from typing import Any
 from vmm.model import errors
 from vmm.net.bridge import Kernel
 from vmm.net.plan import Address, Route, in_order
+
+# What reading a record that holds anything but what was written may end in, down to pyroute2's encoding of it.
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
 
 
 @dataclass
@@ -29,7 +33,7 @@ class Resisted:
         """Note an error of the block, or raise it. A record that is not as we write it is an error, too."""
         try:
             yield
-        except (errors.VmmError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (errors.VmmError, *_DAMAGE) as error:
             if not isinstance(error, errors.VmmError):
                 error = errors.VmmError(f"cannot {doing}: the record of it is damaged ({error})")
             if not self.give_up:
@@ -46,31 +50,36 @@ def lost(before: Mapping[str, Any]) -> list[str]:
 
 
 def put_back(kernel: Kernel, before: Mapping[str, Any], bridge: str, resisted: Resisted) -> None:
-    """Addresses in their old order, which the choice of a source depends on, then the routes. They end when they
-    did on `bridge`, where they may have been prolonged.
+    """Addresses in their old order, which the choice of a source depends on, then the routes.
 
-    Routes come in the kernel's order, in which the one through a gateway may stand before the way to the gateway: what
-    is refused is tried again after the others.
+    Each ends when it did on `bridge`, where it may have been renewed; one that has run out there stays away, and the
+    routes that depend on it too.
     """
     name = before["name"]
-    wanted = [Address(**one) for one in before["addresses"]]
-    present = kernel.addresses(name)
+    had = [Address(**one) for one in before["addresses"]]
+    present, on_bridge = kernel.addresses(name), kernel.addresses(bridge)
+    wanted = [now for one in had if (now := _today(one, before, (*present, *on_bridge))) is not None]
     if list(map(_lasting, present)) != list(map(_lasting, wanted)):
-        prolonged = _prolonged((*present, *kernel.addresses(bridge)))
-        for one in wanted:
+        for one in had:
             kernel.remove_address(name, one)
         for one in in_order(wanted):
-            valid, preferred = _left(one.valid_seconds, before, 1), _left(one.preferred_seconds, before, 0)
-            if valid is not None and (newer := prolonged.get(one.address)) is not None:
-                valid, preferred = newer.valid_seconds, newer.preferred_seconds
             with resisted.trying(f"give {name} the address {one}"):
-                kernel.add_address(name, replace(one, valid_seconds=valid, preferred_seconds=preferred))
-    have = list(map(_known, kernel.routes(name)))
+                kernel.add_address(name, one)
+    have, meanwhile = list(map(_known, kernel.routes(name))), kernel.routes(bridge)
     missing = [
-        replace(one, expires_seconds=_left(one.expires_seconds, before, 1))
+        route
         for one in map(_route, before["routes"])
         if _known(one) not in have
+        and not _depends_on_lost(one, had, wanted)
+        and (route := _route_today(one, before, meanwhile)) is not None
     ]
+    _give_routes(kernel, name, missing, resisted)
+
+
+def _give_routes(kernel: Kernel, name: str, missing: list[Route], resisted: Resisted) -> None:
+    """They come in the kernel's order, in which the one through a gateway may stand before the way to the gateway:
+    what is refused is tried again after the others.
+    """
     while missing:
         refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
         if len(refused) == len(missing):  # a gateway whose own network was gone before: it was reached, so it is there
@@ -90,10 +99,41 @@ def _lasting(one: Address) -> Address:
     return replace(one, valid_seconds=None, preferred_seconds=None, is_unproven=False)
 
 
-def _prolonged(now: Iterable[Address]) -> dict[str, Address]:
-    """By their addresses those that end, with the longest time that each has."""
-    lent = (one for one in now if one.valid_seconds is not None)
-    return {one.address: one for one in sorted(lent, key=lambda one: one.valid_seconds or 0)}
+def _today(one: Address, before: Mapping[str, Any], now: Iterable[Address]) -> Address | None:
+    """An address with the lifetime that it has by now: the longest that it was given since, or what is left of its
+    own. None when it has run out.
+    """
+    if one.valid_seconds is None:
+        return one
+    renewed = [other for other in now if other.address == one.address and other.valid_seconds is not None]
+    if renewed:
+        newest = max(renewed, key=lambda other: other.valid_seconds or 0)
+        return replace(one, valid_seconds=newest.valid_seconds, preferred_seconds=newest.preferred_seconds)
+    valid = _left(one.valid_seconds, before)
+    preferred = None if one.preferred_seconds is None else _left(one.preferred_seconds, before)
+    return None if valid == 0 else replace(one, valid_seconds=valid, preferred_seconds=preferred)
+
+
+def _route_today(one: Route, before: Mapping[str, Any], now: Iterable[Route]) -> Route | None:
+    """As `_today`, of a route."""
+    if one.expires_seconds is None:
+        return one
+    renewed = [other for other in now if _known(other) == _known(one)]
+    if renewed:
+        return replace(one, expires_seconds=renewed[0].expires_seconds)
+    left = _left(one.expires_seconds, before)
+    return None if left == 0 else replace(one, expires_seconds=left)
+
+
+def _depends_on_lost(route: Route, had: Iterable[Address], wanted: Iterable[Address]) -> bool:
+    """True for a route that the kernel would have removed with an address that has run out: one from that address,
+    and of IPv4 every route once the interface has no address.
+    """
+    is_six = ":" in route.destination
+    before, left = ({one.address.partition("/")[0] for one in some if one.is_six == is_six} for some in (had, wanted))
+    if route.source is not None and route.source in before - left:
+        return True
+    return not is_six and bool(before) and not left
 
 
 def _known(one: Route) -> Route:
@@ -103,9 +143,9 @@ def _known(one: Route) -> Route:
     return replace(one, expires_seconds=None)
 
 
-def _left(seconds: int | None, before: Mapping[str, Any], least: int) -> int | None:
+def _left(seconds: int, before: Mapping[str, Any]) -> int:
     """Of a time that was left when it was written down: what is left of it now."""
-    return None if seconds is None else max(least, int(seconds - (time.time() - before["at"])))
+    return max(0, int(seconds - (time.time() - before["at"])))
 
 
 def _route(document: Mapping[str, Any]) -> Route:

@@ -17,11 +17,12 @@ whoever took or changed them, and one of those who look tells it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
 from vmm.model import errors, paths
-from vmm.net import enforcing, rule_check, settings
+from vmm.net import enforcing, records, rule_check, settings
 from vmm.net.host_side import HostSide
 
 MAX_ATTEMPTS = 3
@@ -72,13 +73,10 @@ def _note(host: HostSide, generation: int | None, attempts: int) -> None:
 
 def _noted(host: HostSide) -> dict[str, int]:
     """What was noted since the host started; nothing where that cannot be read."""
-    try:
-        with open(os.path.join(host.folder, _NAME), encoding="utf-8") as file:
-            document = json.load(file)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
+        document = records.read_object(os.path.join(host.folder, _NAME))
         if document["boot_id"] == settings.boot_id():
             return {key: int(document[key]) for key in ("generation", "attempts") if document[key] is not None}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return {}
 
 

@@ -24,8 +24,10 @@ from typing import Any
 
 from vmm.host.proc import locked
 from vmm.model import errors, paths
+from vmm.net import records
 
 FILE_NAME, _LOCK_NAME = "settings.json", "settings.lock"
+_SETTING = re.compile(r"net(/[^/\s]+)+")
 _OF_INTERFACE = re.compile(r"(net/ipv[46]/conf/)([^/]+)(/.+)")
 
 
@@ -129,14 +131,34 @@ def interfaces(folder: str = "net/ipv4/conf/") -> list[str]:
 def _load(folder: str) -> dict[str, dict[str, Any]]:
     path = os.path.join(folder, FILE_NAME)
     try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file)
-        held: dict[str, dict[str, Any]] = document["held"]
-        return held if document["boot_id"] == boot_id() else {}
+        document = records.read_object(path)
+        if document.get("boot_id") != boot_id():
+            return {}
+        held = document.get("held")
+        if not isinstance(held, dict):
+            raise ValueError("it does not list the settings")
+        for name, one in held.items():
+            _check(name, one)
+        return held
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise errors.VmmError(f"the settings from before cannot be read: {error}", path=path) from error
+    except (OSError, ValueError) as error:
+        raise errors.VmmError(
+            f"the kernel settings from before the first switch cannot be read: {error}",
+            path=path,
+            hint="remove the file; the settings then stay as they are now",
+        ) from error
+
+
+def _check(name: str, one: object) -> None:
+    """Raise ValueError for what is not a setting of ours: its name becomes a path that is written to."""
+    if not _SETTING.fullmatch(name) or {".", ".."} & set(name.split("/")):
+        raise ValueError(f"{name[:80]!r} is not a setting of the network")
+    texts = [one.get(key) for key in ("before", "value", "everywhere")] if isinstance(one, dict) else [0]
+    by = one.get("by") if isinstance(one, dict) else None
+    is_sound = isinstance(by, list) and all(isinstance(holder, str) for holder in by)
+    if not is_sound or not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"the entry of {name} is damaged")
 
 
 def _save(folder: str, held: dict[str, dict[str, Any]]) -> None:

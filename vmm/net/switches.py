@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import os
 from collections.abc import Callable, Iterator
 
@@ -21,13 +20,10 @@ from pydantic import ValidationError
 from vmm.host.proc import locked
 from vmm.model import errors, paths
 from vmm.model.complaints import words_of
-from vmm.net import cards, guest_addresses, switch_spec
+from vmm.net import cards, guest_addresses, records, switch_spec
 from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import SwitchSpec
 from vmm.net.user_backend import UserBackend
-
-MAX_FILE_BYTES = 1 << 20
-
 
 # -- files ------------------------------------------------------------------------------------------------------
 
@@ -47,9 +43,7 @@ def load(name: str) -> SwitchSpec:
     """A switch by its name. Raises NotFound, InvalidSpec."""
     path = paths.switch_file(name)
     try:
-        with open(path, "rb") as file:
-            document = json.loads(file.read(MAX_FILE_BYTES))
-        return SwitchSpec.model_validate(document)
+        spec = SwitchSpec.model_validate(records.read_object(path))
     except FileNotFoundError as error:
         known = ", ".join(names()) or "none"
         hint = f"make one: vmm switch create {name} --type private"
@@ -57,9 +51,16 @@ def load(name: str) -> SwitchSpec:
     except OSError as error:
         raise errors.of_os_error(error, "read the switch", path=path) from error
     except ValidationError as error:
-        raise errors.InvalidSpec(f"is no switch: {words_of(error)}", path=path) from error
+        raise errors.InvalidSpec(f"is not the definition of a switch: {words_of(error)}", path=path) from error
     except ValueError as error:
-        raise errors.InvalidSpec("is no switch: it holds no JSON", path=path) from error
+        raise errors.InvalidSpec(f"is not the definition of a switch: {error}", path=path) from error
+    if spec.name != name:  # it would be deleted in the place of another
+        raise errors.InvalidSpec(
+            f"is not the definition of switch {name!r}: it holds that of {spec.name!r}",
+            path=path,
+            hint="give the file the name of its switch, or remove it",
+        )
+    return spec
 
 
 def load_all() -> list[SwitchSpec]:
@@ -161,8 +162,12 @@ def _refuse_in_use(host: HostSide) -> None:
 def _forget(spec: SwitchSpec) -> None:
     """Its files; last the one by which it is found."""
     for path in (paths.switch_leases(spec.id), paths.switch_file(spec.name)):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise errors.of_os_error(error, "delete the switch's file", path=path) from error
 
 
 def change(name: str, changed: Callable[[SwitchSpec], SwitchSpec]) -> SwitchSpec:

@@ -24,7 +24,7 @@ from typing import Any
 from vhdkit import jsonrpc
 from vmm.host import proc
 from vmm.model import errors, paths
-from vmm.net import ports
+from vmm.net import ports, records
 from vmm.net.switch_control import MAX_ANSWER_BYTES
 
 CONNECT_SECONDS = 5.0
@@ -34,6 +34,7 @@ _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control
 _MODULE = "vmm.net.user_switch"
 _PROBE_SECONDS = 0.01
 _PIECE_BYTES = 1 << 16
+_PID_BYTES = 64
 _KILLED_SECONDS = 30.0  # a busy host buries its dead slowly
 
 
@@ -68,9 +69,8 @@ class UserBackend:
         Also in the moment of its start, and where the kernel or its limits give no such descriptor.
         """
         try:
-            with open(os.path.join(self.folder, _PID), encoding="ascii") as file:
-                descriptor = os.pidfd_open(int(file.read()))
-        except (OSError, ValueError):
+            descriptor = os.pidfd_open(int(records.read_bytes(os.path.join(self.folder, _PID), _PID_BYTES)))
+        except (OSError, ValueError, OverflowError):
             return None
         if self.is_running():
             return descriptor
@@ -90,8 +90,7 @@ class UserBackend:
 
     @contextlib.contextmanager
     def _starting(self) -> Iterator[None]:
-        with open(os.path.join(self.folder, _START_LOCK), "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with proc.locked(os.path.join(self.folder, _START_LOCK)):
             yield
 
     def _spawn(self) -> None:
@@ -114,7 +113,11 @@ class UserBackend:
 
     def _lock(self) -> int:
         """The lock that says that it runs. Who only looks has it for a moment, so try for a while."""
-        descriptor = os.open(os.path.join(self.folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = os.path.join(self.folder, _LOCK)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise errors.of_os_error(error, "lock the switch", path=path) from error
         deadline = time.monotonic() + CONNECT_SECONDS
         while True:
             try:

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmm.model import errors, paths
-from vmm.net import enclosed, engine, frames, ports
+from vmm.net import enclosed, engine, frames, ports, records
 from vmm.net.capture import MAX_SNAP_BYTES, Capture
 from vmm.net.dhcp_server import DhcpSetup
 from vmm.net.gateway import PORT_NAME, GatewaySetup
@@ -110,7 +110,7 @@ class UserSwitch:
         if self._ticks % AGEING_TICKS == 0:
             self.mover.engine.age(now)
         if self._gateway is not None:
-            self._gateway.keep_alive()
+            self._gateway.keep_alive(self._is_connected(PORT_NAME))
         if self._starter.is_lost:
             self._stopping = True  # the machines on it start it again, with all it had
         if any(True for _ in self._guests()) or self._control.clients:
@@ -321,20 +321,18 @@ class UserSwitch:
     def _load(self) -> None:
         """Take the ports up again; one that cannot be is left out and told of in the log."""
         try:
-            with open(os.path.join(self.folder, STATE_NAME), encoding="utf-8") as file:
-                document = json.load(file)
-            if not isinstance(document, dict):
-                raise ValueError("they are no JSON object")
+            document = records.read_object(os.path.join(self.folder, STATE_NAME))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            _log.error("the ports of the last run are lost: %s", error)
+            _log.error("the ports of the last run are lost, %s cannot be read: %s", STATE_NAME, error)
             return
-        for one in document.get("ports", []):
+        known = document.get("ports")
+        for one in known if isinstance(known, list) else []:
             try:
                 self._watch(self.mover.add(ports.from_document(one)))
             except errors.VmmError as error:
-                _log.error("port %s: %s", one.get("name"), error)
+                _log.error("a port of the last run is lost: %s", error)
         if document.get("gateway"):
             try:
                 setup = {key: document.get(key) for key in ("gateway", "dhcp", "leases")}

@@ -13,6 +13,7 @@ more rarely, and told once. Must not know machines, nor who is told.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -20,8 +21,9 @@ import time
 from dataclasses import dataclass
 
 from vmm.model import errors, paths
-from vmm.net import card_watch, rule_watch, settings, switches
+from vmm.net import card_watch, gateway_note, records, rule_watch, settings, switches
 from vmm.net.dhcp import DhcpServer
+from vmm.net.gateway import problem_of
 from vmm.net.host_side import HostSide
 
 MAX_PAUSE_SECONDS = 60.0  # between two tries
@@ -43,6 +45,9 @@ def faults(host: HostSide) -> list[Fault]:
     found = [*_dead(host), *_of_the_card(host), *_routes(host)]
     if wrong := rule_watch.differences(host):
         found.append(Fault("rules", f"its nftables rules are not as planned: {'; '.join(wrong)}"))
+    if host.spec.backend == "bridge":
+        words = "so the guest on that port can send nothing; remove the file, and the machine writes it again"
+        found += [Fault("port", f"{damage}, {words}") for damage in host.damaged_ports()]
     return found
 
 
@@ -55,7 +60,7 @@ def _dead(host: HostSide) -> list[Fault]:
         gateway = (host.user.status() or {}).get("gateway")
         if gateway is None or gateway["running"]:
             return []
-        return [Fault("gateway", f"its gateway does not run: {gateway['said'] or 'it says nothing'}")]
+        return [Fault("gateway", f"its gateway does not run: {problem_of(str(gateway['said']))}")]
     if spec.dhcp and _is_there(host) and _dhcp(host).process() is None:
         return [Fault("dhcp", "its DHCP and name server (dnsmasq) does not run")]
     return []
@@ -81,6 +86,13 @@ def _routes(host: HostSide) -> list[Fault]:
         return []
     words = f"this host's route to {', '.join(map(str, taken))} takes a part of its network {spec.network}"
     return [Fault("route", f"{words}, whose guests get no answers: remove it, or make it with another --address")]
+
+
+def gateway_problem(host: HostSide) -> str | None:
+    """Why the gateway of a `user` switch does not run, as the switch noted it; None while it does."""
+    if host.spec.backend != "user" or host.spec.type != "internal":
+        return None
+    return gateway_note.read(host.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,16 +187,14 @@ class _Tries:
         self._now = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._count, self._at = 0, self._now
         self.problem: str | None = None
-        try:
-            with open(self._path, encoding="utf-8") as file:
-                document = json.load(file)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
+            document = records.read_object(self._path)
             if document["boot_id"] == settings.boot_id():
                 count, at = int(document["count"]), float(document["at"])
                 if count > 0 and 0 <= self._now - at < 2 * MAX_PAUSE_SECONDS:
                     self._count, self._at = count, at
-                    self.problem = document.get("problem")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            pass
+                    problem = document.get("problem")
+                    self.problem = problem if isinstance(problem, str) else None
 
     def are_over_for_now(self) -> bool:
         """True while another try would come too soon after the last."""

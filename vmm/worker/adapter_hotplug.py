@@ -140,6 +140,10 @@ class Wiring:
         self._ends: dict[str, int] = {}  # by the adapter's id: readable once its switch's process has ended
         self._woken = asyncio.Event()
         self._joined: dict[str, Joined] = {}  # by the adapter's id: where it was at the last look
+        self._without_gateway: set[str] = set()  # switches, by name, whose gateway does not run
+        self._changing = (
+            asyncio.Lock()
+        )  # held while an adapter is changed or looked at: neither sees half of the other
         running.plug_adapters = self._plug_all
 
     @property
@@ -283,10 +287,14 @@ class Wiring:
         spec = self._running.spec
         after = spec.changed(adapters=[adapter if one.id == adapter.id else one for one in spec.adapters])
         with self._running.busy("nic-set"):
-            await asyncio.to_thread(replug, adapter, self.owner)
-            if adapter.link_up != before.link_up:
-                await self._set_link(adapter.id, adapter.link_up)
-            self._write_down(after)
+            async with self._changing:
+                is_connected = all(one["adapter"] != adapter.id for one in self.disconnected())
+                if is_connected:
+                    with contextlib.suppress(NotFound):  # its switch was just deleted: the next one gets the rules
+                        await asyncio.to_thread(replug, adapter, self.owner)
+                    if adapter.link_up != before.link_up:
+                        await self._set_link(adapter.id, adapter.link_up)
+                self._write_down(after)
         self._running.tell("adapter-changed", adapter=adapter.id)
         return {"adapter": adapter.model_dump(mode="json")}
 
@@ -316,15 +324,20 @@ class Wiring:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), WATCH_SECONDS)
             self._woken.clear()
-            for adapter in self._running.spec.adapters:
-                if adapter.switch is not None and self._running.state in (*_LIVE, MachineState.CRITICAL):
-                    with contextlib.suppress(VmmError, OSError):  # the next look tries again
-                        await self._look_at(adapter)
+            for adapter_id in [one.id for one in self._running.spec.adapters]:
+                async with self._changing:
+                    adapter = self._running.spec.adapter(adapter_id)
+                    if adapter is None or adapter.switch is None:
+                        continue
+                    if self._running.state in (*_LIVE, MachineState.CRITICAL):
+                        with contextlib.suppress(VmmError, OSError):  # the next look tries again
+                            await self._look_at(adapter)
 
     async def _look_at(self, adapter: AdapterSpec) -> None:
-        """Have an adapter on its switch, and tell the guest, by its link, when that came or went."""
+        """Have an adapter on its switch, and show the guest by its link when that came or went."""
         from vmm.net.joining import join
 
+        assert adapter.switch is not None
         before = self._joined.get(adapter.id)
         now = await asyncio.to_thread(join, adapter, self.owner, None if before is None else before.switch_id, lives)
         self._joined[adapter.id] = now
@@ -335,12 +348,23 @@ class Wiring:
             self._running.tell("switch-mended", switch=adapter.switch, what=what)
         for fault in now.failed:
             self._running.tell("switch-impaired", switch=adapter.switch, what=fault.what, problem=fault.problem)
+        if now.switch_id is not None:
+            self._note_gateway(adapter.switch, now.gateway_problem)
         if now.switch_id is None and (before is None or before.problem != now.problem):
             self._running.tell("adapter-disconnected", adapter=adapter.id, switch=adapter.switch, problem=now.problem)
             await self._set_link(adapter.id, False)
         elif now.has_come:
             self._running.tell("adapter-connected", adapter=adapter.id, switch=adapter.switch)
             await self._set_link(adapter.id, adapter.link_up)
+
+    def _note_gateway(self, switch: str, problem: str | None) -> None:
+        """An event when the gateway of a switch ended, and one when it is back; none for each failed try between."""
+        if problem is not None and switch not in self._without_gateway:
+            self._without_gateway.add(switch)
+            self._running.tell("switch-impaired", switch=switch, what="gateway", problem=problem)
+        elif problem is None and switch in self._without_gateway:
+            self._without_gateway.remove(switch)
+            self._running.tell("switch-mended", switch=switch, what="gateway")
 
     async def _watch_end(self, adapter: AdapterSpec) -> None:
         """Have the end of the switch's process wake `watch`: guests are cut off until it is started again."""

@@ -18,7 +18,7 @@ from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP, is_answered
 from vmm.host.proc import ProcessRef
 from vmm.model import errors
-from vmm.net import gateway_process
+from vmm.net import gateway_note, gateway_process
 from vmm.net.gateway import GatewaySetup
 from vmm.net.gateway_process import ForkedStarter, Gateway, LocalStarter
 
@@ -150,7 +150,7 @@ def test_a_gateway_that_never_starts_is_tried_rarely(monkeypatch: pytest.MonkeyP
         before = starter.tries
         for _ in range(seconds):
             clock[0] += 1.0
-            gateway.keep_alive()
+            gateway.keep_alive(starter.number is not None)
         return starter.tries - before
 
     assert tries_in(120) in range(5, 8)
@@ -159,6 +159,31 @@ def test_a_gateway_that_never_starts_is_tried_rarely(monkeypatch: pytest.MonkeyP
     assert tries_in(100) == 0
     starter.number = None
     assert tries_in(6) == 2
+
+
+def test_a_gateway_that_does_not_run_leaves_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason, from its first failure until it takes frames again; not while it is only started."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    starter = NoStarter()
+    folder = tmp_path / "sw-0123456789ab"
+    folder.mkdir()
+    gateway = Gateway(SETUP, str(folder), starter)
+    (folder / "gateway.log").write_text("qemu-system-x86_64: -netdev {x}: Could not set up host forwarding\n")
+    assert gateway_note.read(str(folder)) is None
+    gateway.keep_alive(False)
+    assert gateway_note.read(str(folder)) == "Could not set up host forwarding"
+    clock[0] += 10
+    gateway.keep_alive(False)
+    assert gateway_note.read(str(folder)) == "it is not installed"
+    starter.number = 1
+    gateway.keep_alive(False)
+    assert gateway_note.read(str(folder)) is not None
+    gateway.keep_alive(True)
+    assert gateway_note.read(str(folder)) is None
+    gateway_note.leave(str(folder), "old")
+    gateway.stop()
+    assert gateway_note.read(str(folder)) is None
 
 
 def test_low_ports_of_the_host_can_be_forwarded() -> None:

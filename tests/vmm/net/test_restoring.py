@@ -87,6 +87,55 @@ def test_what_resists_is_left_with_force_only(scene: Scene, tmp_path: Path) -> N
     assert not scene.bridge_is_there()
 
 
+def age_journal(folder: Path, seconds: int) -> None:
+    """Have the card's state written down so many seconds earlier than it was."""
+    (journal,) = (folder / "rt").glob("sw-*/journal.json")
+    document = json.loads(journal.read_text())
+    next(one for one in document["done"] if one["kind"] == "keep")["before"]["at"] -= seconds
+    journal.write_text(json.dumps(document))
+
+
+def make_again(scene: Scene, commands: str) -> None:
+    """The switch, of a card with other addresses and routes."""
+    assert scene.vmm("switch", "delete", "lan").returncode == 0
+    scene.host.run(f"ip addr flush dev up0; {commands}")
+    made = scene.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", "--yes")
+    assert made.returncode == 0, made.stderr
+
+
+def test_a_lease_that_ran_out_on_the_bridge_does_not_come_back(scene: Scene, tmp_path: Path) -> None:
+    """Nor do the routes that depended on it; while some of its time is left, all of it comes back."""
+    lease = "ip addr add 10.9.0.7/24 dev up0 valid_lft 3000 preferred_lft 3000; ip route add default via 10.9.0.254"
+    make_again(scene, lease)
+    age_journal(tmp_path, 2000)
+    assert scene.vmm("switch", "delete", "lan").returncode == 0
+    shown = scene.host.run("ip -4 addr show dev up0")
+    assert "10.9.0.7/24" in shown and 900 <= int(shown.split("valid_lft ")[1].split("sec")[0]) <= 1000
+    assert "default via 10.9.0.254 dev up0" in scene.host.run("ip route")
+    scene.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", "--yes")
+    make_again(scene, lease)
+    age_journal(tmp_path, 3001)
+    done = scene.vmm("switch", "delete", "lan")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert scene.host.run("ip -4 addr show dev up0") == ""
+    assert "up0" not in scene.host.run("ip route")
+
+
+def test_what_stands_beside_a_lease_that_ran_out_comes_back(scene: Scene, tmp_path: Path) -> None:
+    """The card's own address with its routes, but no route from the address that was lost."""
+    make_again(
+        scene,
+        "ip addr add 10.9.0.2/24 dev up0; ip addr add 10.9.0.7/24 dev up0 valid_lft 3000 preferred_lft 3000;"
+        " ip route add default via 10.9.0.254; ip route add 10.8.0.0/24 via 10.9.0.254 src 10.9.0.7",
+    )
+    age_journal(tmp_path, 3001)
+    assert scene.vmm("switch", "delete", "lan").returncode == 0
+    shown = scene.host.run("ip addr show dev up0")
+    assert "10.9.0.2/24" in shown and "10.9.0.7" not in shown
+    assert "default via 10.9.0.254 dev up0" in scene.host.run("ip route")
+    assert "10.8.0.0/24" not in scene.host.run("ip route")
+
+
 @pytest.mark.parametrize("content", ["", '{"done": [7]}', '{"done": [{"kind": "keep", "before": {}}]}'])
 def test_a_damaged_journal_keeps_no_switch(scene: Scene, tmp_path: Path, content: str) -> None:
     """Without --force it is an error that names it, not a traceback; with it the switch is gone."""

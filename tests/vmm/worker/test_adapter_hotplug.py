@@ -117,6 +117,45 @@ def test_what_was_done_about_a_switch_is_told(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+def test_a_gateway_that_does_not_run_is_an_event_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One when it ends and one when it is back, however often two adapters of the machine are looked at meanwhile."""
+    adapters = [make_adapter(id=f"nic-{n}", switch="nat") for n in range(2)]
+    problem: list[str | None] = [None]
+    monkeypatch.setattr(joining, "join", lambda *settings: Joined("1", gateway_problem=problem[0]))
+    monkeypatch.setattr(joining, "end_descriptor", lambda adapter: None)
+    running = Told(make_spec(name="x", adapters=adapters))
+    running.identity, running.runtime = None, Folder("/nowhere")
+    wires = wiring.Wiring(cast(Running, running))
+    wires._joined = {one.id: Joined("1") for one in adapters}
+    for problem[0] in (None, "the port is taken", "the port is taken", "it ended again", None, None):
+        for one in adapters:
+            asyncio.run(wires._look_at(one))
+    assert running.events == [
+        {"event": "switch-impaired", "switch": "nat", "what": "gateway", "problem": "the port is taken"},
+        {"event": "switch-mended", "switch": "nat", "what": "gateway"},
+    ]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_disconnected_adapter_can_be_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    """Its link and its rules are kept for the next switch; a link that leads nowhere does not come up."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
+    adapter = make_adapter(id="nic-0", switch="gone", link_up=False)
+    running = Told(make_spec(name="x", adapters=[adapter]))
+    running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(tmp_path))
+    wires = wiring.Wiring(cast(Running, running))
+    wires._joined["nic-0"] = Joined(None, "there is no switch") if is_known else Joined("1")
+    monkeypatch.setattr(wires, "_write_down", lambda spec: setattr(running, "spec", spec))
+    wanted = adapter.model_copy(update={"link_up": True, "vlan": 7}).model_dump(mode="json")
+    asyncio.run(wires._set({"adapter": wanted}, lambda document: None))
+    changed = running.spec.adapters[0]
+    assert (changed.link_up, changed.vlan) == (True, 7)
+    assert running.links == ({} if is_known else {"nic-0": True})
+    assert running.events == [{"event": "adapter-changed", "adapter": "nic-0"}]
+
+
 def test_the_back_end_of_an_adapter_that_is_added_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is saved with it can be restored on the same data path when its switch is gone by then."""
     running = Told(make_spec(name="x"))
