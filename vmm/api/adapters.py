@@ -82,7 +82,7 @@ def _machine_id() -> str:
 
 
 def choosing_macs() -> contextlib.AbstractContextManager[None]:
-    """Nobody else gives out an address until the adapter that got one is written down."""
+    """One process at a time gives out addresses, until the adapter that got one is written down."""
     paths.make_home()
     return locked(os.path.join(paths.home(), ".mac.lock"))
 
@@ -109,7 +109,7 @@ def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
     if adapter.switch is not None:
         switch = switches.load(adapter.switch)
         if switch.backend == "bridge" and adapter.mirror != "none":
-            raise InvalidSpec("the bridge back end mirrors no ports", hint="use a switch of the user back end")
+            raise InvalidSpec("the bridge back end cannot mirror ports", hint="use a switch of the user back end")
     return adapter
 
 

@@ -65,7 +65,7 @@ def remove_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
 @click.option(
     "--switch", "switch", metavar="SWITCH", help="Another switch ('-' for none); only of a machine that is off."
 )
-@click.option("--no-vlan", is_flag=True, help="No VLAN any more.")
+@click.option("--no-vlan", is_flag=True, help="Remove the VLAN.")
 @output_options
 def set_command(
     name: str, adapter: str, options: tuple[str, ...], switch: str | None, no_vlan: bool, as_json: bool, quiet: bool
@@ -81,7 +81,7 @@ def set_command(
     if switch is not None:
         settings["switch"] = None if switch == "-" else switch
     if not settings:
-        raise click.UsageError("say what is to change")
+        raise click.UsageError("say what to change")
     changed = Manager().change_adapter(name, adapter, **settings)
     if as_json:
         print_json(changed.model_dump(mode="json"))

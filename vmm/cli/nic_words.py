@@ -24,7 +24,7 @@ def parse_rate(text: str) -> int:
     """Bits a second: 8000000, 100M, 1.5Gbit. Raises BadParameter."""
     found = _RATE.fullmatch(text.strip())
     if found is None:
-        raise click.BadParameter(f"{text!r} is no bandwidth: write 100M or 1G, in bits per second")
+        raise click.BadParameter(f"{text!r} is not a bandwidth: write 100M or 1G, in bits per second")
     return int(float(found[1]) * _FACTORS[found[2].upper()])
 
 
@@ -35,7 +35,7 @@ def parse_vlans(text: str) -> list[int]:
         first, sign, last = part.partition("-")
         last = last if sign else first
         if not first.isdecimal() or not last.isdecimal():
-            raise click.BadParameter(f"{text!r} is no list of VLANs: write 10+20 or 10-19")
+            raise click.BadParameter(f"{text!r} is not a list of VLANs: write 10+20 or 10-19")
         if not 1 <= int(first) <= int(last) <= 4094:
             raise click.BadParameter(f"{part!r}: VLANs are from 1 to 4094")
         found |= set(range(int(first), int(last) + 1))
@@ -91,7 +91,7 @@ def parse_options(words: list[str]) -> dict[str, Any]:
     for word in words:
         name, sign, value = word.partition("=")
         if name not in _OPTIONS or not sign or not value:
-            raise click.BadParameter(f"{word!r} is no option of an adapter; there are {', '.join(_OPTIONS)}")
+            raise click.BadParameter(f"{word!r} is not an option of an adapter; the options are {', '.join(_OPTIONS)}")
         key, convert = _OPTIONS[name]
         settings[key] = convert(value)
     if settings.get("vlan") is not None and "trunk" not in settings:
@@ -103,5 +103,5 @@ def parse_nic(word: str) -> dict[str, Any]:
     """SWITCH[,OPTION=VALUE...] as settings of `AdapterSpec`; the switch "-" is none. Raises BadParameter."""
     switch, *options = word.split(",")
     if not switch or "=" in switch:
-        raise click.BadParameter(f"{word!r} names no switch ('-' for none)")
+        raise click.BadParameter(f"{word!r} does not name a switch (write - for none)")
     return {"switch": None if switch == "-" else switch, **parse_options(options)}

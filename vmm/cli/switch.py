@@ -62,7 +62,7 @@ switch_command.add_command(capture_command)
                    " Default: user for private switches and without root.")  # fmt: skip
 @click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES",
               help="The most bytes of a frame behind its header. Default: the card's; 1500 without one.")  # fmt: skip
-@click.option("--host/--no-host", "host", default=True, help="External: whether this host stays on the network, too.")
+@click.option("--host/--no-host", "host", default=True, help="External: whether this host stays on the network.")
 @click.option("--host-vlan", type=int, metavar="N", help="The VLAN of this host's adapter on the switch.")
 @click.option("--address", metavar="ADDRESS/PREFIX", help="Internal: this host's address. Default: a free network.")
 @click.option("--dhcp/--no-dhcp", "dhcp", default=True, help="Internal: whether guests get addresses.")
@@ -73,7 +73,7 @@ switch_command.add_command(capture_command)
               help="Internal, user back end: a port of this host that leads to a guest. Repeatable.")  # fmt: skip
 @click.option("--host-loopback", is_flag=True,
               help="Internal, user back end: let guests reach what listens on this host's 127.0.0.1, at the gateway's"
-                   " address. Programs there often trust whoever reaches them.")  # fmt: skip
+                   " address. Programs there often trust every client that reaches them.")  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @output_options
@@ -130,7 +130,7 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
 
 @switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0", "vmm switch set lab --mtu 9000"))
 @click.argument("name")
-@click.option("--nic", "uplink", metavar="INTERFACE", help="The network card that it is to have.")
+@click.option("--nic", "uplink", metavar="INTERFACE", help="Its new network card.")
 @click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES", help="The most bytes of a frame behind its header.")
 @click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
 @output_options
@@ -144,7 +144,7 @@ def set_command(name: str, uplink: str | None, mtu_bytes: int | None, yes: bool,
     they start again; set it in the guest, too.
     """
     if uplink is None and mtu_bytes is None:
-        raise click.UsageError("say what is to change: --nic or --mtu")
+        raise click.UsageError("say what to change: --nic or --mtu")
     changed = switches.load(name)
     old: list[str] = []
     if uplink is not None:
@@ -302,7 +302,7 @@ def _port_row(port: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
 
     machine, adapter = _of(port)
     vlan = "trunk " + "+".join(map(str, port["allowed"])) if port["mode"] == "trunk" else str(port["vlan"] or "-")
-    link = "down" if not port["link_up"] else "up" if port["connected"] else "nobody"
+    link = "down" if not port["link_up"] else "up" if port["connected"] else "none"
     drops = ", ".join(f"{reason} {count}" for reason, count in sorted(port["drops"].items())) or "-"
     return [machine, adapter or "-", vlan, link, counted("received"), counted("transmitted"), drops]
 
@@ -330,7 +330,7 @@ def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @click.argument("adapter", metavar="MACHINE/ADAPTER")
 @click.argument("address", required=False)
-@click.option("--remove", is_flag=True, help="No fixed address any more.")
+@click.option("--remove", is_flag=True, help="Remove the fixed address.")
 @output_options
 def lease_command(name: str, adapter: str, address: str | None, remove: bool, as_json: bool, quiet: bool) -> None:
     """Always give the ADAPTER the same ADDRESS, and its machine's name, on the internal switch NAME.
@@ -368,13 +368,13 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 @switch_command.command("delete", epilog=epilog("vmm switch delete lab"))
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even with machines on it: they are disconnected until there is a switch"
-              " of that name again. What cannot be put back is left as it is, and told.")  # fmt: skip
+              " of that name again. What cannot be put back is listed and left as it is.")  # fmt: skip
 @output_options
 def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
     """Remove the switch NAME, and put this host's network back as it was before.
 
-    A switch that machines are plugged into, running or not, is not removed without --force; nor is one while something
-    of the network cannot be put back. What a card had that is gone by now is told.
+    Two things need --force: a switch that machines are plugged into, running or not, and one of which something
+    cannot be put back. What a card had that is gone by now is listed.
     """
     from vmm.api.adapters import delete_switch
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter of a machine, plugged into its switch: what QEMU is to be told, and the switch's side of it.
+"""One adapter of a machine, plugged into its switch: its description for QEMU, and the switch's side of it.
 
 Decides which data path an adapter gets (and says why), how its port is called on either back end, and that the switch
-is there before QEMU looks for it. QEMU is known here only as somebody who takes a description (`netdev`, `device`) and
+is there before QEMU looks for it. Of QEMU this room knows only that it takes a description (`netdev`, `device`) and
 descriptors. Synchronous: not for a thread that runs an event loop.
 
     user      runtime/MACHINE/ADAPTER/  guest.sock (QEMU's)  switch.sock (the switch's)    a folder of QEMU's user
@@ -46,7 +46,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """What QEMU is told. `data_path` says in words which way frames go, and why.
+    """The description of an adapter for QEMU. `data_path` says in words which way frames go, and why.
 
     `back_end`: of the switches that it can be on. `problem`: why it is on none now, although its definition names one.
     """
@@ -114,7 +114,7 @@ def folder_of(adapter: AdapterSpec, owner: Owner) -> str:
 
 
 def device_of(adapter: AdapterSpec, queues: int = 1, mtu_bytes: int | None = None) -> dict[str, Any]:
-    """The guest's side: only a legacy adapter boots from the network, and a synthetic one is told its MTU. Pure."""
+    """The guest's side: only a legacy adapter boots from the network, and a synthetic one learns its MTU. Pure."""
     device: dict[str, Any] = {"id": adapter.id, "netdev": wire_id(adapter.id)}
     if adapter.kind == "legacy":
         device = {"driver": LEGACY_DRIVER, **device}
@@ -130,7 +130,7 @@ def device_of(adapter: AdapterSpec, queues: int = 1, mtu_bytes: int | None = Non
 
 
 def is_connected(port: Mapping[str, Any]) -> bool:
-    """True when somebody is at a port's other end."""
+    """True when the other end of a port is connected."""
     return bool(port["connected"])
 
 
@@ -169,18 +169,18 @@ class SameAddress(errors.InUse):
 def refuse_same_address(adapter: AdapterSpec, owner: Owner, host: HostSide, lives: Lives) -> None:
     """Raise SameAddress when another port of the switch, whose machine is there, has the adapter's MAC address.
 
-    A switch sends frames for it to whoever spoke last: both guests would lose most of them.
+    A switch sends frames for it to the port that sent last, so both guests would lose most of them.
     """
     own = port_name(owner.machine_id, adapter.id)
     for one in host.guests():
         if one["name"] != own and adapter.mac in one["macs"] and lives(one):
-            error = SameAddress(f"{one['name']} on switch {host.spec.name!r} has the MAC address {adapter.mac}, too")
+            error = SameAddress(f"{one['name']} on switch {host.spec.name!r} also has the MAC address {adapter.mac}")
             error.port = one["name"]
             raise error
 
 
 def _unplugged(adapter: AdapterSpec) -> Plugged:
-    """A card without a cable: QEMU wants something behind it, so it gets a hub with nobody else in it."""
+    """A card without a cable: QEMU wants something behind it, so it gets a hub with no other port."""
     number = int(hashlib.sha256(adapter.id.encode()).hexdigest()[:6], 16)
     netdev = {"type": "hubport", "id": wire_id(adapter.id), "hubid": number}
     return Plugged(netdev, device_of(adapter), "not plugged into any switch")
@@ -247,7 +247,7 @@ def data_path(adapter: AdapterSpec, backend: str) -> str:
 
 
 def replug(adapter: AdapterSpec, owner: Owner) -> None:
-    """Tell the switch other rules, or the state of the link, of an adapter that is plugged in. Raises VmmError."""
+    """Give the switch the new rules and link state of an adapter that is plugged in. Raises VmmError."""
     if adapter.switch is None:
         return
     with switches.staying(adapter.switch) as host:

@@ -2,7 +2,7 @@
 """Making a switch of the bridge back end, and taking it back: steps with a journal.
 
 Decides that the host is changed one step after the other, each written down with what was there before, before it is
-made; so whoever is killed at any point, `undo` leads back to exactly what was. Applying what is applied changes
+made. Wherever a process is killed, `undo` therefore leads back to exactly what was. Applying what is applied changes
 nothing. An external switch whose gateway stops answering is taken back at once. What the steps are: `plan`.
 
     runtime/sw-ID/journal.json   {"boot_id": ..., "complete": false, "done": [{"kind": ..., "before": {...}}, ...]}
@@ -77,7 +77,7 @@ class Applying:
     def apply(self) -> bool:
         """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
         if self.is_applied():
-            if not self.spec.moves_host:  # somebody may have set it on all interfaces
+            if not self.spec.moves_host:  # another program may have set it on all interfaces
                 ipv6_settings.write(self.spec.bridge_name, ipv6_settings.NONE)
             enforcing.enforce(self.spec, self.ports)
             if self.spec.type == "internal" and self.spec.dhcp:
@@ -108,7 +108,7 @@ class Applying:
         """Put everything back; what of it could not be, in words: of a card that is gone, and where `give_up` is set
         whatever resists. Fine when there is nothing to put back. Raises VmmError for what resists.
 
-        `heir` is the card that gets the addresses and routes of one that is gone; without it nobody does.
+        `heir` is the card that gets the addresses and routes of one that is gone; without it they are lost.
         """
         self._heir = heir
         resisted = Resisted(give_up)

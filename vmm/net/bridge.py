@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel's side of the bridge back end, by rtnetlink: links, addresses, routes, neighbours. The home of pyroute2.
 
-Decides how a change is asked of the kernel, that asking twice is no error, and how what was there is read so that it
-can be put back. Must not know which changes a switch needs, nor their order. Works in the network namespace of the
+Decides how a change is asked of the kernel, that asking twice is not an error, and how what was there is read so that
+it can be put back. Must not know which changes a switch needs, nor their order. Works in the network namespace of the
 calling thread. pyroute2 runs an event loop of its own: never call this from a thread that runs another.
 """
 
@@ -27,7 +27,7 @@ from vmm.net.plan import Address, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import SwitchSpec
 
 FOREVER = 0xFFFFFFFF
-ALIAS = "vmm switch"  # how a bridge of ours is known from anybody else's of the same name
+ALIAS = "vmm switch"  # tells a bridge of ours from another program's of the same name
 _KERNEL_PROTOCOLS = (1, 2)  # redirect, kernel: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
@@ -35,7 +35,7 @@ _PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: what comes untagged is of it; it lea
 _SELF = 2  # the bridge itself is meant, not the bridge it is a port of
 _NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
 _ON_LINK = 4  # of a route
-_UNPROVEN = 0x08 | 0x40  # of an address of IPv6: another host has it; nobody answered yet
+_UNPROVEN = 0x08 | 0x40  # of an address of IPv6: another host has it; no answer yet
 _CHOSEN_FLAGS = plan.NO_DETECTION | plan.FROM_ROUTER | _NO_ROUTE | 0x400  # the last one joins groups
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _DISCARD_PORT = 9
@@ -119,7 +119,7 @@ class Kernel:
         return str(self._netlink.get_links(index)[0].get_attr("IFLA_IFNAME"))
 
     def add_bridge(self, name: str, mac: str, mtu_bytes: int | None, vlan_filtering: bool) -> None:
-        """A bridge of ours; fine when it is there. Raises AlreadyExists for somebody else's of that name."""
+        """A bridge of ours; fine when it is there. Raises AlreadyExists for another program's of that name."""
         present = self.link(name)
         if present is not None:
             if present["alias"] != ALIAS:

@@ -2,7 +2,7 @@
 """Captured frames as a pcapng stream (draft-ietf-opsawg-pcapng), which Wireshark and tshark read.
 
 Decides the bytes of the stream and that a reader who is slow loses frames instead of holding up the switch: at most
-MAX_BUFFER_BYTES wait for it, and the number of lost frames is told in the stream when there is room again. Whole
+MAX_BUFFER_BYTES wait for it, and the number of lost frames is written to the stream when there is room again. Whole
 blocks only. Must not know sockets or who reads.
 """
 

@@ -2,7 +2,7 @@
 """Where a captured stream goes: one file, one of limited size, or the newest few of many.
 
 Decides where a pcapng stream may be cut, that every file can be read alone, and which file goes when there are enough.
-A file holds whole blocks only; each begins with the section and the interfaces that were told of before. What stops
+A file holds whole blocks only; each begins with the section and the interfaces described before it. What stops
 short, because the switch ended or the disk is full, keeps what was whole. Must not know sockets.
 
     stream   | section | interface 0 | frame | frame | interface 1 | frame | ...
@@ -32,7 +32,7 @@ class CaptureFiles:
     """Takes a stream bit by bit. `max_bytes` 0: no limit; with `max_files` the oldest of so many files goes.
 
     Without `max_files` the stream is full when its one file is: `write` is False then. Files are readable for their
-    owner alone: what guests say to each other is nobody else's. Raises OSError.
+    owner alone: what guests say to each other is private. Raises OSError.
     """
 
     def __init__(self, path: str, *, max_bytes: int = 0, max_files: int = 0, stream: BinaryIO | None = None) -> None:
@@ -58,14 +58,14 @@ class CaptureFiles:
             self._file.close()
 
     def write(self, received: bytes) -> bool:
-        """Take what came; False when there is no room for more. Raises VmmError for what is no pcapng."""
+        """Take what came; False when there is no room for more. Raises VmmError for anything but pcapng."""
         self._input += received
         at = 0
         has_room = True
         while has_room and len(self._input) - at >= _HEAD.size:
             kind, size = _HEAD.unpack_from(self._input, at)
             if size < 12 or size > MAX_BLOCK_BYTES:
-                raise VmmError(f"the stream is no pcapng: it has a block of {size} bytes")
+                raise VmmError(f"the stream is not pcapng: it has a block of {size} bytes")
             if len(self._input) - at < size:
                 break
             has_room = self._take(kind, bytes(self._input[at : at + size]))

@@ -2,7 +2,7 @@
 """The network card of an external switch: by which name the kernel calls it now.
 
 Decides what a card is known by: its MAC address, since names follow from slots and from the order in which drivers
-load. An address that the kernel makes up anew at each boot is none to know a card by. Reads sysfs, changes nothing.
+load. An address that the kernel makes up at each boot does not identify a card. Reads sysfs, changes nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _is_card(name: str) -> bool:
 
 
 def _address(name: str) -> str | None:
-    """An interface's MAC address; None for one that is not there, or whose address is no mark of it."""
+    """An interface's MAC address; None for one that is not there, or whose address does not identify it."""
     if _read(name, "addr_assign_type") == _RANDOM:
         return None
     return _read(name, "address") or None

@@ -50,7 +50,7 @@ def _bury() -> None:
 
 
 def configuration(spec: SwitchSpec, lease_path: str) -> str:
-    """What dnsmasq is told. It hears and answers on the bridge's address alone."""
+    """The configuration file of dnsmasq. It hears and answers on the bridge's address alone."""
     first, last = spec.dhcp_range
     lines = [
         "no-hosts",
@@ -68,7 +68,7 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
         f"dhcp-lease-max={spec.network.num_addresses}",
         f"host-record=host.{spec.domain},{spec.interface.ip}",
     ]
-    # Without a way out there is nobody to pass questions on to, and no router to tell of.
+    # Without a way out there is no server to pass questions on to, and no router to announce.
     lines += (
         [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
     )
@@ -126,7 +126,7 @@ class DhcpServer:
         ]
         checked = subprocess.run([program, "--test", *options[1:]], capture_output=True, text=True, check=False)
         if checked.returncode != 0:
-            raise errors.VmmError(f"dnsmasq does not take its configuration: {checked.stderr.strip()}")
+            raise errors.VmmError(f"dnsmasq rejects its configuration: {checked.stderr.strip()}")
         user = "root" if self._place.user is None else enclosed.USER_NAME  # it is that already, and looks the name up
         words = [program, *options, f"--user={user}", f"--group={user}"]
         pid = spawn_detached(self._enclosed(words), log_path=self._in(_LOG))
@@ -163,7 +163,7 @@ class DhcpServer:
         return self._place.command(words, keep=_CAPABILITIES, files=files, read=[self._in(_CONFIG)])
 
     def refresh(self) -> None:
-        """Tell it of the host's name servers of now."""
+        """Show it the host's current name servers."""
         self._place.refresh()
 
     def _ended_at_once(self, ref: ProcessRef) -> bool:

@@ -3,15 +3,15 @@
 
 Decides who gets which address, and for how long. A client is its MAC address. It gets, in this order: its fixed
 address; the one it had last; the one it asks for; one that its MAC address leads to. So a table that was lost leads to
-nearly the same addresses, and one that was kept to the very same: whoever runs this keeps `records` before it sends an
+nearly the same addresses, and one that was kept to the very same: the caller keeps `records` before it sends an
 answer that stands on them (`unsaved`).
 
     DISCOVER   OFFER
     REQUEST    ACK for what the client may have; NAK for what it may not; nothing where it chose another server
     INFORM     ACK without an address
-    DECLINE    that address is given to nobody for a while; RELEASE: it is free, and kept for who had it
+    DECLINE    that address is not given out for a while; RELEASE: it is free, and kept for its last holder
 
-There is no other server on the network that knows better, so a client that nobody knows is told NAK and not left
+No other server on the network knows better, so an unknown client gets a NAK and is not left
 waiting (RFC 2131, 4.3.2 lets a server that knows the network do so).
 
 `INV-DHCP-ONE-HOLDER`: no two clients have a lease of one address at the same time, whatever they send, also when this
@@ -53,7 +53,7 @@ _EVERYBODY = b"\xff" * 4
 
 @dataclass(frozen=True, slots=True)
 class DhcpSetup:
-    """The network, and what clients are told. `first` and `last` are the range; `fixed` are (MAC, address, name)."""
+    """The network, and what clients learn. `first` and `last` are the range; `fixed` are (MAC, address, name)."""
 
     network: str
     server: str  # our address, and the router's
@@ -61,7 +61,7 @@ class DhcpSetup:
     last: str
     name_server: str = ""
     domain: str = ""
-    mtu_bytes: int = 0  # 0: not told
+    mtu_bytes: int = 0  # 0: not sent
     lease_seconds: int = LEASE_SECONDS
     fixed: tuple[tuple[str, str, str], ...] = ()
 
@@ -75,7 +75,7 @@ class DhcpSetup:
             if len(fixed) > MAX_FIXED or not 60 <= setup.lease_seconds < 1 << 31 or not 0 <= setup.mtu_bytes < 1 << 16:
                 raise ValueError("a lease lasts a minute at least, and an MTU has 16 bits")
         except (TypeError, ValueError, AttributeError) as error:
-            raise errors.InvalidSpec(f"this is no DHCP server: {error}") from error
+            raise errors.InvalidSpec(f"these are not settings of a DHCP server: {error}") from error
         return setup
 
     def to_document(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class DhcpServer:
         self.mac = b"\x52\x55" + self.rules.server
 
     def leases(self) -> Iterator[tuple[bytes, Record]]:
-        """Whoever was given an address, also long ago."""
+        """Every client that was given an address, also long ago."""
         return ((mac, record) for mac, record in self.records.items() if record.expires)
 
     def was_saved(self) -> None:
@@ -214,7 +214,7 @@ class DhcpServer:
         return self._reply(message, Kind.ACK, wanted)
 
     def _decline(self, message: Message, now: float) -> None:
-        """Somebody who has it without a lease answered the client: keep it from everybody for a while."""
+        """A host that has it without a lease answered the client: give it to no client for a while."""
         address = int.from_bytes(message.requested, "big")
         record = self.records.get(message.mac)
         if record is None or record.address != address or message.mac in self.rules.fixed:
@@ -268,7 +268,7 @@ class DhcpServer:
         return self._free(mac, now)
 
     def _free(self, mac: bytes, now: float) -> int | None:
-        """From where the MAC address leads on, the first that nobody ever had; else the one that is free longest."""
+        """From where the MAC address leads, the first that no client ever had; else the one that is free longest."""
         rules = self.rules
         count = rules.highest - rules.lowest + 1
         taken = len(self._holders) + len(self._declined) + len(rules.fixed_addresses) + len(rules.reserved)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a program that guests talk to in a place without a file system, as nobody in particular: then exec.
+"""Start a program that guests talk to in a place without a file system, as a user of its own: then exec.
 
 Decides what is left to a switch's helper (its user-mode network, its DHCP and name server) when a guest takes it over.
 Imports nothing of ours: it runs as a script, isolated, behind the system call filter of `vmm/host/confined.py`.
@@ -141,7 +141,7 @@ def enter_root(
         os.chdir("/")
         _check(_libc.umount2(b"/.old", _DETACH), "leave the host's files")
         os.rmdir("/.old")
-    else:  # where our own root is no mount, as in a plain chroot: without CAP_SYS_CHROOT no way leads back
+    else:  # where our own root is not a mount, as in a plain chroot: without CAP_SYS_CHROOT no way leads back
         os.chroot(".")
     _check(
         _libc.mount(None, b"/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | _NOEXEC, None),
@@ -156,7 +156,7 @@ def landlock(read: Sequence[str], folders: Sequence[str]) -> str | None:
     """Open nothing but these from now on; None when that holds, else why not."""
     version = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(_VERSION))
     if version < 1:
-        return f"there is no Landlock: {os.strerror(ctypes.get_errno())}"
+        return f"this kernel has no Landlock: {os.strerror(ctypes.get_errno())}"
     handled = (1 << _LANDLOCK_RIGHTS[min(version, len(_LANDLOCK_RIGHTS)) - 1]) - 1
     words = struct.pack("=QQQ", handled, 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
@@ -222,7 +222,7 @@ def main() -> None:
 
 
 def _end(words: str) -> NoReturn:
-    """Nothing is started. Our standard error is the log, of which the last line is told."""
+    """Nothing is started. Our standard error is the log, of which the last line is shown."""
     os.write(2, f"{words}\n".encode())
     os.execvp("false", ["false"])
 

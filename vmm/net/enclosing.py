@@ -17,7 +17,7 @@ from vmm.host import confined
 from vmm.model import paths
 from vmm.net import enclosed
 
-# Whatever programs and their libraries are made of; none of it is anybody's secret.
+# Whatever programs and their libraries are made of; none of it is secret.
 PROGRAM_PLACES = (
     "/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix", "/gnu",
     "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload",

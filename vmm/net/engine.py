@@ -5,14 +5,14 @@ Decides who receives a frame and in which form (IEEE 802.1Q: learning, ageing, f
 and untagging), and who may send it (address guard, DHCP guard, router guard, storm limit). Must not know sockets,
 clocks or buffers: time is an argument, and frames are moved by `user_switch`.
 
-A frame's way depends on its port and its first `frames.KEY_BYTES` bytes only, so whoever moves frames keeps what
+A frame's way depends on its port and its first `frames.KEY_BYTES` bytes only, so the mover keeps what
 `decide` answered in `Port.flows` and asks again only for what is not there: one look-up a frame. Every change here
 empties those tables. What depends on more is marked in the decision: `inspect` (a guard must see into it),
-`flooded` (the storm limit counts it, and nobody waits for its receivers).
+`flooded` (the storm limit counts it, and no sender waits for its receivers).
 
 `INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
 `INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN, and no tag within a tag becomes the
-frame's own on its way (a guest could send into a VLAN it is no member of).
+frame's own on its way (a guest could send into a VLAN it is not a member of).
 `INV-UNTAGGED-ONLY`: through an adapter that is no trunk no tag passes, in either direction, but a priority tag
 (VLAN 0), which is taken off.
 `INV-NO-REFLECTION`: a frame never returns to the port it came from.
@@ -44,14 +44,14 @@ class Drop(StrEnum):
 
     MALFORMED = "malformed"
     RESERVED = "reserved"  # a group address that stays on one link
-    VLAN = "vlan"  # its port is no member of the frame's VLAN
+    VLAN = "vlan"  # its port is not a member of the frame's VLAN
     SPOOFED = "spoofed"
     DHCP = "dhcp-guard"
     DHCP_FLOOD = "dhcp-flood"  # more questions than the switch's own DHCP server takes; they reach others
     ROUTER = "router-guard"
     STORM = "storm"
     LINK_DOWN = "link-down"
-    NOWHERE = "nowhere"  # nobody else is there, or the destination is on the frame's own port
+    NOWHERE = "nowhere"  # no other port is there, or the destination is on the frame's own port
     FULL = "full"  # the receiving port does not take its frames
     LOOPBACK = "host-loopback"  # it would have reached this host's loopback through the gateway; others got it
     BANDWIDTH = "bandwidth"  # it sent more than its limit for longer than frames are kept; bridges only
@@ -69,7 +69,7 @@ class VlanMode(StrEnum):
 class PortRules:
     """What a port may do. `vlan` is the access VLAN, or a trunk's native one (0: untagged frames have no VLAN)."""
 
-    addresses: frozenset[bytes] = frozenset()  # may send from these; empty: nobody said, so any
+    addresses: frozenset[bytes] = frozenset()  # may send from these; empty: not set, so any
     spoofing: bool = False  # may send from any address
     mode: VlanMode = VlanMode.UNTAGGED
     vlan: int = 0
@@ -120,7 +120,7 @@ class Decision:
 
 @dataclass(eq=False, slots=True)
 class Port:
-    """A port of the switch. `flows` belongs to whoever moves the frames."""
+    """A port of the switch. `flows` belongs to the mover."""
 
     name: str
     rules: PortRules

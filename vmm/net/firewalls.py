@@ -4,7 +4,7 @@
 Decides which of the host's rules drop what a switch needs: a chain that forwards nothing (Docker, ufw, firewalld), one
 that lets nothing in to DHCP and names, rules by the name of a card whose packets come in at the bridge from then on.
 Where a chain accepts something by the bridge's name it is taken to be open: what else it asks for is its owner's
-choice. Reads, changes nothing: whoever made a rule has their own way of keeping it. Must not know our own rules.
+choice. Reads, changes nothing: the owner of a rule has ways of their own to keep it. Must not know our own rules.
 
 `nft -j list ruleset` shows iptables-nft's rules, too; those of iptables-legacy its own command (libnftables-json(5)).
 """

@@ -2,8 +2,8 @@
 """What this host forwards because of a switch with NAT.
 
 Decides that packets may come in at any interface, also at one that is made later: guests reach whatever the host's
-routes lead to by then, with nobody watching them. And that the host becomes no router between others by that: what
-neither comes from a bridge nor goes to one is forwarded only where it was before, or once somebody switches
+routes lead to by then, without being watched. And that the host becomes no router between others by that: what
+neither comes from a bridge nor goes to one is forwarded only where it was before, or once an administrator switches
 `ip_forward` on (`Guard`). The kernel asks the interface at which a packet comes in (`conf/NAME/forwarding`).
 """
 
@@ -19,7 +19,7 @@ _ONE = re.compile(r"net/ipv4/conf/[^/]+/forwarding")
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Which interfaces forwarded before any switch. `is_needed`: nobody wants the host to forward everything."""
+    """Which interfaces forwarded before any switch. `is_needed`: the host is not set to forward everything."""
 
     is_needed: bool = True
     forwarded: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ def begin(folder: str, holder: str) -> None:
 
 
 def end(folder: str, holder: str) -> None:
-    """As before `begin`, unless somebody else wants it so."""
+    """As before `begin`, unless another program wants it so."""
     settings.release_all(folder, holder, lambda name: _ONE.fullmatch(name) is not None)
 
 

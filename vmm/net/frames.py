@@ -53,7 +53,7 @@ _AUTHENTICATION = 51  # its length is in 4 bytes minus two
 def parse_mac(text: str) -> bytes:
     """The address in "00:15:5d:00:00:0a", "00-15-5D-00-00-0A" or "00155d00000a". Raises ValueError."""
     if not _MAC.fullmatch(text):
-        raise ValueError(f"{text!r} is no MAC address (six pairs of hexadecimal digits, as in 00:15:5d:01:02:03)")
+        raise ValueError(f"{text!r} is not a MAC address (six pairs of hexadecimal digits, as in 00:15:5d:01:02:03)")
     return bytes.fromhex(text.replace(":", "").replace("-", ""))
 
 
@@ -99,7 +99,7 @@ def tag(vlan: int, priority: int = 0) -> bytes:
 
 
 def is_malformed(header: bytes, size_bytes: int) -> bool:
-    """True for what is no whole Ethernet frame: too short, too long, or from a group address."""
+    """True for anything but a whole Ethernet frame: too short, too long, or from a group address."""
     if size_bytes < HEADER_BYTES or size_bytes > MAX_FRAME_BYTES:
         return True
     if is_group(header[6:12]):
@@ -140,7 +140,7 @@ def is_router(frame: bytes) -> bool:
 
 
 class _Transport(NamedTuple):
-    """What follows the IP headers. `protocol` is -1 for what is no IP, and for later fragments."""
+    """What follows the IP headers. `protocol` is -1 for anything but IP, and for later fragments."""
 
     protocol: int
     payload: bytes

@@ -3,7 +3,7 @@
 
 Decides how that helper is started: a QEMU that holds no machine, only its user-mode network and a datagram socket,
 joined by a hub. It gives the guests names by DNS, reaches the host (at `host`) and what the host reaches, and forwards
-ports of the host to guests. It answers DHCP, too, which nobody wants: the switch does that, and drops its answers.
+ports of the host to guests. It answers DHCP, too, which is not wanted: the switch does that, and drops its answers.
 What it cannot do: connections from the host to a guest other than through a forwarded port; the `bridge` back end can.
 Must not know switches or frames. How it is started and kept: `gateway_process`.
 """
@@ -56,7 +56,7 @@ class GatewaySetup:
             if len(setup.forwards) > MAX_FORWARDS or any(not word.isascii() or "," in word for word in words):
                 raise ValueError("a domain or a forwarded port has a comma, or there are too many")
         except (TypeError, ValueError, AttributeError) as error:
-            raise errors.InvalidSpec(f"this is no gateway: {error}") from error
+            raise errors.InvalidSpec(f"these are not settings of a gateway: {error}") from error
         return setup
 
     def to_document(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def capabilities_for(setup: GatewaySetup) -> tuple[int, ...]:
 
 
 class Starter(Protocol):
-    """Starts the helper of one switch. `is_lost`: nobody is there any more who could."""
+    """Starts the helper of one switch. `is_lost`: it can start nothing any more."""
 
     is_lost: bool
 

@@ -2,7 +2,7 @@
 """The addresses that an internal switch gives to guests, as a person sets them. Pure.
 
 Decides which range can be given out, and which address may be fixed for an adapter: one of the network's that is
-nobody else's, on both back ends.
+not in use, on both back ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def with_fixed(
 ) -> SwitchSpec:
     """The switch with this address for this MAC, instead of one that it may have had. `held`: what `read` found.
 
-    Raises InvalidSpec for what is no address of a guest's on its network, InUse for one that another adapter has.
+    Raises InvalidSpec for an address that no guest on its network may have, InUse for one that another adapter has.
     """
     rest = [one for one in spec.leases if one.mac != mac]
     if spec.type != "internal":
@@ -31,7 +31,7 @@ def with_fixed(
     refuse(spec, address)
     for one in rest:
         if ipaddress.IPv4Address(one.address) == ipaddress.IPv4Address(address):
-            raise errors.InUse(f"{address} is fixed for {one.name or one.mac} already")
+            raise errors.InUse(f"{address} is already fixed for {one.name or one.mac}")
     for lease in held:
         if lease["address"] == address and lease["mac"] != mac and lease["expires"] > now:
             minutes = -(-int(lease["expires"] - now) // 60)
@@ -48,14 +48,14 @@ def refuse(spec: SwitchSpec, address: str) -> None:
     try:
         wanted = ipaddress.IPv4Address(address)
     except ValueError as error:
-        raise errors.InvalidSpec(f"{address!r} is no IPv4 address") from error
+        raise errors.InvalidSpec(f"{address!r} is not an IPv4 address") from error
     network = spec.network
     if wanted not in network:
         raise errors.InvalidSpec(f"{address} does not lie in {network}, the network of switch {spec.name!r}")
     if wanted == network.network_address:
-        raise errors.InvalidSpec(f"{address} is the network's own address: nobody can have it")
+        raise errors.InvalidSpec(f"{address} is the network's own address, which no guest can have")
     if wanted == network.broadcast_address:
-        raise errors.InvalidSpec(f"{address} is the network's broadcast address: nobody can have it")
+        raise errors.InvalidSpec(f"{address} is the network's broadcast address, which no guest can have")
     if wanted == spec.interface.ip:
         raise errors.InvalidSpec(f"{address} is this host's own address on switch {spec.name!r}")
     if spec.backend == "user" and str(wanted) == spec.gateway().name_server:
@@ -83,4 +83,4 @@ def refuse_range(spec: SwitchSpec) -> None:
     if spec.backend == "user":
         ours.add(ipaddress.IPv4Address(spec.gateway().name_server))
     if int(last) - int(first) + 1 <= sum(first <= one <= last for one in ours):
-        raise errors.InvalidSpec(f"the DHCP range {first} to {last} has no address but the switch's own")
+        raise errors.InvalidSpec(f"the DHCP range {first} to {last} has no address except the switch's own")

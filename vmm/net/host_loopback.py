@@ -3,9 +3,9 @@
 
 Decides by a frame's bytes. libslirp leads what goes to the gateway's own address, and to 255.255.255.255, to 127.0.0.1
 of the host, connects to any other address as it stands, 127.0.0.0/8 and 0.0.0.0 among them, and takes frames whatever
-their Ethernet address; programs that listen on 127.0.0.1 alone trust whoever reaches them. What has to pass: echo
-requests, which it answers itself; questions to the name server; and a guest's side of connections that came in through
-a forwarded port, since those seem to come from the gateway. Must not know ports of the switch.
+their Ethernet address; programs that listen on 127.0.0.1 alone trust every client that reaches them. What has to
+pass: echo requests, which it answers itself; questions to the name server; and a guest's side of connections that came
+in through a forwarded port, since those seem to come from the gateway. Must not know ports of the switch.
 
 `INV-HOST-LOOPBACK`: what passes begins no connection, and sends no datagram, to an address of the host's loopback; but
 answers from a forwarded UDP port.
@@ -54,7 +54,7 @@ class LoopbackFilter:
         """True for what the gateway is there for, to an address of the network's own."""
         protocol, payload = packet[9], packet[(packet[0] & 0x0F) * 4 :]
         if target not in (self._host, self._name_server):
-            return False  # a guest's: it was sent to everybody because nobody knew where that one is
+            return False  # a guest's: it was flooded because no port was known for that address
         if protocol == _ICMP:
             return True
         if int.from_bytes(packet[6:8], "big") & 0x3FFF or len(payload) < 8:

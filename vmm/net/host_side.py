@@ -52,7 +52,7 @@ class HostSide:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Nobody else changes its bridge meanwhile."""
+        """One process at a time changes its bridge."""
         paths.make_private(self.folder)
         with locked(os.path.join(self.folder, _CHANGE_LOCK)):
             yield
@@ -63,7 +63,7 @@ class HostSide:
             with self.changing():
                 was_made = self._apply()
                 self.follow_mtu()
-            if was_made:  # somebody had removed it: taps that are still there go into the new one
+            if was_made:  # it had been removed: taps that are still there go into the new one
                 self.plug_again()
             return
         self.user.ensure_running()
@@ -215,7 +215,7 @@ class HostSide:
             if rules.mode is not VlanMode.UNTAGGED and not filters:
                 raise errors.Unsupported(plan.VLAN_REFUSAL, hint=plan.VLAN_HINT)
             if rules.mirror_source or rules.mirror_destination:
-                raise errors.Unsupported("the bridge back end mirrors no ports", hint="use the user back end")
+                raise errors.Unsupported("the bridge back end cannot mirror ports", hint="use the user back end")
             port_files.write(self._ports_folder(), interface, setup)
             enforcing.enforce(self.spec, self.bridge_ports())
             ipv6_settings.close_tap(interface)
@@ -237,7 +237,7 @@ class HostSide:
         return port_files.is_readable(self._ports_folder(), interface)
 
     def has_tap(self, interface: str) -> bool:
-        """True while a tap is part of the bridge, which anybody with the right to may remove."""
+        """True while a tap is part of the bridge, which any program of root's may remove."""
         try:
             return os.path.basename(os.readlink(f"/sys/class/net/{interface}/master")) == self.spec.bridge_name
         except OSError:
@@ -253,7 +253,7 @@ class HostSide:
                 enforcing.enforce(self.spec, self.bridge_ports())
 
     def guests(self) -> list[dict[str, Any]]:
-        """The ports of machines, as `port_status` tells them."""
+        """The ports of machines, as `port_status` describes them."""
         return [one for one in self.port_status(with_drops=False) if one["name"] != PORT_NAME]
 
     def port_status(self, *, with_drops: bool = True) -> list[dict[str, Any]]:
@@ -265,7 +265,7 @@ class HostSide:
             status = self.user.status()
             return [] if status is None else list(status["ports"])
         drops: dict[str, dict[str, int]] = {}
-        if with_drops and os.geteuid() == 0:  # nobody else may ask the kernel
+        if with_drops and os.geteuid() == 0:  # only root may ask the kernel
             from vmm.net import enforcing
 
             drops = enforcing.drops(self.spec)
@@ -303,6 +303,6 @@ def need_root(spec: SwitchSpec) -> None:
     """Raise AccessDenied where the bridge back end cannot work."""
     if os.geteuid() != 0:
         raise errors.AccessDenied(
-            f"switch {spec.name!r} is of the bridge back end, which needs root",
+            f"switch {spec.name!r} is on the bridge back end, which needs root",
             hint="use sudo" + ("" if spec.type == "external" else ", or make it with --backend user"),
         )

@@ -2,7 +2,7 @@
 """IPv6 of a card that becomes a port of a bridge: off on the card, and on again where it was on.
 
 Decides that a port has no IPv6 of the host's: one that keeps addresses and routes leads the host's own packets to a
-card that answers nobody any more. Must not know addresses, nor what of IPv6 the bridge has (`ipv6_settings`).
+card that no longer answers. Must not know addresses, nor what of IPv6 the bridge has (`ipv6_settings`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ def switch_off(name: str) -> None:
 
 
 def switch_on(name: str) -> None:
-    """As before `switch_off`; not where somebody switched it off everywhere since. Raises VmmError."""
+    """As before `switch_off`; not where it was switched off everywhere since. Raises VmmError."""
     if is_off(name) and settings.value(_OFF.format("all")) == "0":
         settings.write(_OFF.format(name), "0")

@@ -7,7 +7,7 @@ switch, where the host's own adapter is, IPv6 is set as it was on its card. Name
 Documentation/networking/ip-sysctl.rst.
 
 `INV-NO-GUEST-ROUTER`: no frame of a guest gives the host an address or a route by way of a bridge of ours that is not
-the host's own adapter, whoever switches IPv6 on for all interfaces.
+the host's own adapter, even where IPv6 is switched on for all interfaces.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Decides whether the adapter of a running machine is on its switch, and puts it back: on a switch whose process died,
 and on another one that got the name of a switch that was deleted. Until there is one the adapter is disconnected, as
-Hyper-V calls it. Must not know QEMU, nor how the guest is told.
+Hyper-V calls it. Must not know QEMU, nor how the guest learns of it.
 """
 
 from __future__ import annotations

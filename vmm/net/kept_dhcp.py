@@ -2,8 +2,8 @@
 """A `user` switch's DHCP server with the file that its leases are kept in.
 
 Decides that a lease is in the file before its client hears of it, so that a switch that is killed and started again
-gives nobody an address that another has (`INV-DHCP-ONE-HOLDER`); where the file cannot be written, nobody gets a new
-lease, and those that there are go on. Must not know sockets.
+gives no client an address that another has (`INV-DHCP-ONE-HOLDER`). Where the file cannot be written, clients get no
+new leases and keep those that they have. Must not know sockets.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class KeptDhcp:
             lease_file.write(self.path, self.server)
         except (OSError, errors.VmmError) as error:
             if self._is_writable:
-                _log.error("no new leases are given: %s", error)
+                _log.error("no new leases are given out, because they cannot be saved: %s", error)
             self._is_writable = False
             return False
         self.server.was_saved()

@@ -2,7 +2,7 @@
 """The file in which both back ends keep the leases of an internal switch.
 
 Decides its form, which is dnsmasq's (a line each: when it ends in seconds since 1970, MAC, address, name or *, the
-client's id or *), because dnsmasq writes the one of the bridge back end; and that what is no lease in it is passed
+client's id or *), because dnsmasq writes the one of the bridge back end; and that any other line in it is passed
 over: it is written by a process that guests talk to. Light: the process of a `user` switch imports it.
 """
 

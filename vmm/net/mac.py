@@ -4,7 +4,7 @@
 Decides the pool, 00-15-5D-xx-yy-00 to -FF as Hyper-V's, where xx and yy are the last two octets of the host's first
 IPv4 address (Microsoft KB 2804678), and that an address is never given twice. Hyper-V lets two hosts with equal
 octets hand out the same addresses, and fails at power-on when all 256 are gone; here a collision is an error that
-names who has the address, and so is an empty pool. Who has which address is told by the caller.
+names who has the address, and so is an empty pool. The caller says which addresses are taken.
 
 `INV-MAC-UNIQUE`: what `pick` returns is in the pool and in none of the addresses that are taken.
 """

@@ -38,7 +38,7 @@ class Mover:
         self._captures: list[Capture] = []
         self.questions: list[tuple[Port, Message]] = []  # of DHCP clients: the caller answers and empties this list
         self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
-        self.congested = False  # the last `pump` sent to somebody who takes frames more slowly than they come
+        self.congested = False  # the last `pump` sent to a receiver that takes frames more slowly than they come
 
     def add(self, setup: PortSetup) -> PortSocket:
         """A new port, connected if its peer is there. Raises VmmError."""
@@ -150,7 +150,7 @@ class Mover:
             if granted < len(slots):
                 port.counters.drops[Drop.STORM] += len(slots) - granted
                 slots = slots[:granted]
-        if decision.asks and slots:  # two steps, because most of what goes to a gateway is no question
+        if decision.asks and slots:  # two steps, because little of what goes to a gateway is DHCP
             tag_bytes = frames.TAG_BYTES if decision.must_be_last else 0  # tagged
             if DHCP_WORD in self._batch.words(dhcp_message.PORT_AT + tag_bytes):
                 slots = self._asked(port, decision, slots, now)
@@ -161,7 +161,7 @@ class Mover:
                     self._send_out(port, output, slots, now, may_wait=may_wait)
                 else:
                     self._send(output, slots, now, may_wait=may_wait)
-                may_wait = False  # the others are of a flood, or mirrors: a slow one holds up nobody
+                may_wait = False  # the others are of a flood, or mirrors: a slow one holds up no sender
 
     def _send_out(self, port: Port, output: Output, slots: Sequence[int], now: float, *, may_wait: bool) -> None:
         """To the gateway, but what would reach the host's loopback there."""

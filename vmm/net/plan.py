@@ -28,7 +28,7 @@ class Address:
     """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router. It is
     used for new connections for `preferred_seconds` (None: while it is valid).
 
-    `flags` are those of rtnetlink that somebody chose: no duplicate detection, no route of its own. `peer` is the
+    `flags` are those of rtnetlink that were set on purpose: no duplicate detection, no route of its own. `peer` is the
     other end of a point-to-point address, `metric` that of the route that the kernel makes from it (0: its choice).
     """
 
@@ -123,7 +123,7 @@ class Step:
     words: str  # for people
 
 
-VLAN_REFUSAL = "this kernel's bridges know no VLANs (CONFIG_BRIDGE_VLAN_FILTERING is not set)"
+VLAN_REFUSAL = "this kernel's bridges do not support VLANs (CONFIG_BRIDGE_VLAN_FILTERING is not set)"
 VLAN_HINT = "use the user back end for switches with VLANs, or a kernel with that option and CONFIG_VLAN_8021Q"
 
 
@@ -190,7 +190,7 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
             f"make the bridge {bridge}",
         ),
     ]
-    words = f"keep the host's IPv6 off {bridge}, and believe no router there"
+    words = f"keep the host's IPv6 off {bridge}, and ignore routers there"
     values: tuple[tuple[str, str], ...] = ipv6_settings.NONE
     if spec.moves_host and uplink is not None:
         words, values = f"set IPv6 of {bridge} as it is on {spec.uplink}", uplink.ipv6_settings
@@ -269,16 +269,18 @@ def warnings(spec: SwitchSpec, facts: HostFacts) -> list[str]:
     uplink = facts.uplink
     if spec.type == "internal":
         over = [one for one in facts.routed if ipaddress.IPv4Network(one).overlaps(spec.network)]
-        return [f"{spec.network} lies over this host's route to {one}, whose part it takes" for one in over]
+        return [
+            f"{spec.network} overlaps with this host's route to {one} and takes part of its traffic" for one in over
+        ]
     if spec.type != "external" or uplink is None:
         return []
-    told = []
+    found = []
     if uplink.addresses and not spec.host:
-        told.append(f"the host loses its addresses on {uplink.name}: do not do this over a connection through it")
+        found.append(f"the host loses its addresses on {uplink.name}: do not do this over a connection through it")
     lent = [one.address for one in uplink.addresses if one.valid_seconds is not None and not one.is_renewed]
     if lent:
-        told.append(
+        found.append(
             f"{', '.join(lent)} came from a DHCP client: let that client use {spec.bridge_name} from now "
             f"on, or the address is lost when its lease ends"
         )
-    return told
+    return found

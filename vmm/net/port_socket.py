@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One port of a `user` switch as a unix datagram socket: bound here, connected to the other side, with a backlog.
 
-Decides when a port has somebody on its other side, and what happens to frames that side does not take at once. Must
+Decides when the other side of a port is connected, and what happens to frames that side does not take at once. Must
 not know decisions, VLANs or clocks.
 
-Each port has a socket of its own, connected to its peer: so nobody else can send into it (the kernel refuses), a
+Each port has a socket of its own, connected to its peer: so no other process can send into it (the kernel refuses), a
 frame's port is known without looking at a sender's name, and sending needs no path to be resolved. QEMU binds its
 side at a path and sends to ours by path, so a restarted switch that binds the same path again is all that is needed
 to go on: `INV-SWITCH-RESTART`. A peer that was replaced is noticed by its inode.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vmm.net.ports import PortSetup
 
 CONGESTED_FRAMES = 64  # from here on those who send to it are let wait a moment, so that nothing is lost
-STALLED_SECONDS = 0.1  # a receiver that took nothing for so long is paused or broken: nobody waits for it
+STALLED_SECONDS = 0.1  # a receiver that took nothing for so long is paused or broken: no sender waits for it
 MAX_BACKLOG_FRAMES = 512  # for a receiver that takes nothing for a while: QEMU's socket holds 11 frames
 SEND_BUFFER_BYTES = 4 << 20  # the kernel counts what the other side has not taken yet
 RATE_BURST_SECONDS = 0.01
@@ -52,14 +52,14 @@ def _give_away(address: str, owner: int) -> None:
     try:
         facts = os.fstat(place)
         if not stat.S_ISSOCK(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_nlink != 1:
-            raise FileExistsError(errno.EEXIST, "somebody else took the socket's name")
+            raise FileExistsError(errno.EEXIST, "another process took the socket's name")
         os.chown(f"/proc/self/fd/{place}", owner, -1)
     finally:
         os.close(place)
 
 
 class PortSocket:
-    """The outside of a port. `watch` is told when the backlog begins and ends."""
+    """The outside of a port. `watch` is called when the backlog begins and ends."""
 
     def __init__(self, port: Port, setup: PortSetup) -> None:
         self.port = port

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A port of a `user` switch as it is told to the switch and kept for its restart. Pure.
+"""A port of a `user` switch as it is sent to the switch and kept for its restart. Pure.
 
 Decides the spelling (JSON) and that a document from outside is complete and within the limits. Plain dataclasses and
 not pydantic, because the switch process is to start in milliseconds. Must not know adapters or machines.
@@ -98,7 +98,7 @@ def from_document(document: object) -> PortSetup:
 
 def _text(document: Mapping[str, Any], key: str, limit: int) -> str:
     value = document.get(key)
-    # A lone surrogate, which JSON can spell, is no character.
+    # A lone surrogate, which JSON can spell, is not a character.
     is_text = isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= limit
     if not isinstance(value, str) or not is_text or re.search("[\0\ud800-\udfff]", value):
         raise errors.InvalidSpec(f"a port's {key} is a text of 1 to {limit} bytes")

@@ -23,7 +23,7 @@ _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, 
 
 @dataclass
 class Resisted:
-    """What could not be put back, in words; where nobody gives up, the first such error is raised."""
+    """What could not be put back, in words; without `give_up` the first such error is raised."""
 
     give_up: bool = False
     words: list[str] = field(default_factory=list)

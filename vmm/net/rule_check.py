@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the kernel has the rules of a switch that it was given, and what differs, in words.
 
-Decides how rules are told apart: each carries the digest of what it was made from as its comment, since nft prints a
-rule in other words than it was told. Whoever writes a rule with the comment of another one is not found out, and is
-root. And how it is known that nothing changed at all: by the number that the kernel counts up with every change of any
-rule (NFT_MSG_GETGEN of nf_tables.h). Changes nothing.
+Decides how a rule is recognized: its comment is the digest of what it was made from, since nft prints a rule in other
+words than it was given. A program that writes a rule with the comment of another one is not found out, but only root
+can do that. Decides too how a look finds that nothing changed at all: the kernel counts up a number with every change
+of any rule (NFT_MSG_GETGEN of nf_tables.h). Changes nothing.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ def generation() -> int:
     except OSError as error:
         raise errors.of_os_error(error, "ask for the state of nftables") from error
     if int.from_bytes(answer[4:6], _ORDER) == _ERROR:
-        raise errors.VmmError("the kernel does not tell the state of nftables")
+        raise errors.VmmError("the kernel does not report the state of nftables")
     at = _HEADERS_BYTES
     while at + 8 <= len(answer):
         length, kind = struct.unpack_from("=HH", answer, at)
         if kind == _GENERATION_ID:
             return int.from_bytes(answer[at + 4 : at + 8], "big")
         at += max(4, (length + 3) & ~3)
-    raise errors.VmmError("the kernel does not tell the state of nftables")
+    raise errors.VmmError("the kernel does not report the state of nftables")

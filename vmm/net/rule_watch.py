@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of a bridge that somebody took away, such as `nft flush ruleset`: noticed and loaded again.
+"""Rules of a bridge that were taken away, as by `nft flush ruleset`: noticed and loaded again.
 
 Decides what a look costs while nothing happens: one question to the kernel, for the number of the state of all rules
 (`rule_check.generation`), which is compared with the one for which the switch's were last found as planned. Whoever
@@ -9,10 +9,10 @@ done. Who looks, and when: `watching`.
     FOLDER/rules.json   {"boot_id": ..., "generation": 17, "attempts": 0}
 
 Should the kernel never show the rules as they were loaded, as with an nft of another make, they are loaded a few times
-and then only when somebody changed some.
+and then only when a rule changed.
 
 `INV-RULES-BACK`: while a machine that is on a bridge runs, the switch's rules are as planned again within a second,
-whoever took or changed them, and one of those who look tells it.
+however they were changed, and one of the machines that look has an event for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAME = "rules.json"
 
 
 def differences(host: HostSide) -> list[str]:
-    """What of a bridge's rules is otherwise than planned; only root can tell. Raises VmmError."""
+    """What of a bridge's rules differs from the plan; only root can see it. Raises VmmError."""
     if host.spec.backend != "bridge" or os.geteuid() != 0 or not _is_there(host):
         return []
     with host.changing():
@@ -81,5 +81,5 @@ def _noted(host: HostSide) -> dict[str, int]:
 
 
 def _verified(host: HostSide) -> int | None:
-    """The state in which somebody found the rules as planned, or gave up."""
+    """The state in which the rules were found as planned, or given up."""
     return _noted(host).get("generation")

@@ -89,9 +89,9 @@ def before(folder: str, setting: str) -> str | None:
 
 
 def _put_back(setting: str, one: Mapping[str, Any]) -> None:
-    """Back to what it was, unless that is not ours to say any more.
+    """Back to what it was, unless that is no longer ours to decide.
 
-    Somebody gave it another value since, or gave ours to all interfaces: so do Docker and libvirt with `ip_forward`.
+    Another program set another value since, or set ours on all interfaces, as Docker and libvirt do with `ip_forward`.
     """
     ours, there = one.get("value"), value(setting)
     if one["before"] is None or there in (None, one["before"]) or (ours is not None and there != ours):

@@ -46,7 +46,7 @@ class Loop:
         self._handlers[descriptor] = handler
 
     def unwatch(self, descriptor: int) -> None:
-        """Call nobody any more."""
+        """Stop watching it."""
         if self._handlers.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 

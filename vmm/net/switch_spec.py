@@ -39,6 +39,14 @@ _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})?")
 _FORWARD = re.compile(r"(?:tcp|udp):([0-9.]*):([0-9]{1,5})-([0-9.]*):([0-9]{1,5})")
 
 
+def _check_address(text: str) -> None:
+    """Raise ValueError for anything but an IPv4 address, in our words."""
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IPv4 address") from None
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -53,7 +61,7 @@ class Lease(_Settings):
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         frames.parse_mac(self.mac)
-        ipaddress.IPv4Address(self.address)
+        _check_address(self.address)
         return self
 
 
@@ -84,7 +92,7 @@ class SwitchSpec(_Settings):
     @classmethod
     def _good_name(cls, name: str) -> str:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for a switch: letters, digits, '.', '_' and '-', at most 32")
+            raise ValueError(f"{name!r} cannot be the name of a switch: use at most 32 of a-z, 0-9, '.', '_', '-'")
         return name
 
     @field_validator("forwards")
@@ -93,51 +101,57 @@ class SwitchSpec(_Settings):
         for one in forwards:
             found = _FORWARD.fullmatch(one)
             if found is None or not all(0 < int(found[port]) < 1 << 16 for port in (2, 4)):
-                raise ValueError(f"{one!r} is no forwarded port: write tcp:127.0.0.1:2222-10.77.0.130:22")
+                raise ValueError(f"{one!r} is not a forwarded port: write tcp:127.0.0.1:2222-10.77.0.130:22")
             for address in (found[1], found[3]):
                 if address:
-                    ipaddress.IPv4Address(address)
+                    _check_address(address)
         return forwards
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (self.type == "external") != (self.uplink is not None):
-            raise ValueError("an external switch, and no other, has a network card as its uplink")
+            raise ValueError("an external switch needs a network card (--nic), and no other type can have one")
         if self.type == "external" and self.backend == "user":
-            raise ValueError("an external switch needs the bridge back end, and root")
+            raise ValueError("an external switch needs the bridge back end, which needs root")
         if (self.type == "internal") != (self.address is not None):
-            raise ValueError("an internal switch, and no other, has an address of the host's")
+            raise ValueError("an internal switch needs an address of this host, and no other type can have one")
         if self.host_vlan is not None and (self.type == "private" or self.backend == "user"):
-            raise ValueError("only a host's adapter on the bridge back end has a VLAN")
+            raise ValueError("only the host's adapter on a bridge, of an internal or external switch, can have a VLAN")
         if self.type == "internal" and self.backend == "user" and (self.mtu_bytes or 0) > USUAL_MTU_BYTES:
             raise ValueError(f"the user back end's gateway carries {USUAL_MTU_BYTES} bytes at most: use a lower MTU")
         if not _DOMAIN.fullmatch(self.domain):
-            raise ValueError(f"{self.domain!r} is no domain")
+            raise ValueError(f"{self.domain!r} is not a domain name")
         if self.host_loopback and (self.type != "internal" or self.backend != "user"):
-            raise ValueError("only an internal switch of the user back end can lead guests to this host's loopback")
+            raise ValueError("only an internal switch on the user back end can let guests reach this host's loopback")
         if self.type == "internal":
             self._check_network()
         elif self.nat or self.leases or self.forwards:
-            raise ValueError("only an internal switch has leases, NAT or forwarded ports")
+            raise ValueError("only an internal switch can have leases, NAT or forwarded ports")
         return self
 
     def _check_network(self) -> None:
+        address, _, prefix = str(self.address).partition("/")
+        _check_address(address)
+        if not re.fullmatch("[0-9]{1,2}", prefix) or int(prefix) > 32:
+            raise ValueError(f"{self.address!r} is not an address with a prefix, such as 10.77.0.1/24")
+        for one in filter(None, (self.dhcp_first, self.dhcp_last)):
+            _check_address(one)
         network = self.network
         if network.prefixlen > 29 or network.prefixlen < 8:
-            raise ValueError("an internal network has a prefix from /8 to /29")
+            raise ValueError("an internal network must have a prefix from /8 to /29")
         if self.interface.ip in (network.network_address, network.broadcast_address):
             raise ValueError(f"{self.interface.ip} is the network's own address, not a host's")
         first, last = self.dhcp_range
         if first not in network or last not in network or first > last:
-            raise ValueError(f"the DHCP range {first} to {last} does not lie in {network}")
+            raise ValueError(f"the DHCP range {first} to {last} is not within {network}")
         for key in ("mac", "address"):
             values = [getattr(lease, key) for lease in self.leases]
             if len(set(values)) != len(values):
                 raise ValueError(f"two leases have the same {key}")
         if any(ipaddress.IPv4Address(lease.address) not in network for lease in self.leases):
-            raise ValueError(f"a lease's address does not lie in {network}")
+            raise ValueError(f"a lease's address is not within {network}")
         if self.backend == "bridge" and self.forwards:
-            raise ValueError("forwarded ports are the user back end's; the host reaches guests of a bridge directly")
+            raise ValueError("only the user back end forwards ports; on a bridge the host reaches guests directly")
 
     # -- the network --------------------------------------------------------------------------------------------
 
@@ -236,4 +250,4 @@ def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interf
         if not any(network.overlaps(other) for other in taken):
             return ipaddress.IPv4Interface(f"{network.network_address + 1}/24")
     words = ", ".join(map(str, DEFAULT_NETWORKS))
-    raise errors.NoSpace(f"every network in {words} is in use, or has a route", hint="choose one with --address")
+    raise errors.NoSpace(f"every network in {words} is in use or has a route", hint="choose one with --address")

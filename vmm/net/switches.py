@@ -97,7 +97,7 @@ def create(spec: SwitchSpec) -> None:
         refuse_existing(spec.name)
         for other in load_all():
             if spec.uplink is not None and other.uplink == spec.uplink:
-                raise errors.InUse(f"{spec.uplink} is the uplink of switch {other.name!r} already")
+                raise errors.InUse(f"{spec.uplink} is already the uplink of switch {other.name!r}")
             if spec.address and other.address and spec.network.overlaps(other.network):
                 raise errors.InvalidSpec(f"the network {spec.network} overlaps with switch {other.name!r}'s")
         paths.write_whole(path, spec.to_json())
@@ -119,7 +119,7 @@ def delete(name: str, *, force: bool = False) -> list[str]:
 
     Raises InUse while guests are plugged in, VmmError for what resists. Forced it ends with neither.
     """
-    load(name)  # said before a folder for a lock is missed
+    load(name)  # this error comes first, where there is no folder for the lock yet
     with _changing():
         spec = load(name)
         host = HostSide(spec)
@@ -129,7 +129,7 @@ def delete(name: str, *, force: bool = False) -> list[str]:
             left = host.remove(give_up=force)
         except errors.VmmError as error:
             if spec.backend == "bridge" and error.hint is None:
-                error.hint = "what cannot be put back is left as it is, and told, with --force"
+                error.hint = "with --force, what cannot be put back is listed and left as it is"
             raise
         _forget(spec)
     return left
@@ -150,7 +150,7 @@ def _refuse_in_use(host: HostSide) -> None:
     try:
         in_use = [one["name"] for one in host.guests() if one["connected"]]
     except errors.TimedOut as error:
-        error.hint = error.hint or "with --force it is ended and deleted, whoever is plugged in"
+        error.hint = error.hint or "with --force it is ended and deleted, even with guests on it"
         raise
     if in_use:
         raise errors.InUse(
@@ -182,11 +182,13 @@ def change(name: str, changed: Callable[[SwitchSpec], SwitchSpec]) -> SwitchSpec
 
 @contextlib.contextmanager
 def staying(name: str) -> Iterator[HostSide]:
-    """The switch of that name, which nobody deletes or changes while the block runs. Raises NotFound, InvalidSpec.
+    """The switch of that name, which no other process deletes or changes while the block runs.
 
-    For whoever plugs something into it: starting its process is what would bring a deleted one back.
+    For plugging something into it: starting its process would bring a deleted switch back.
+
+    Raises NotFound, InvalidSpec.
     """
-    load(name)  # said before a folder for a lock is missed
+    load(name)  # this error comes first, where there is no folder for the lock yet
     with _changing():
         yield HostSide(load(name))
 
@@ -204,7 +206,7 @@ def set_uplink(name: str, interface: str) -> SwitchSpec:
         if spec.type != "external":
             raise errors.InvalidSpec(f"switch {name!r} is {spec.type}: only an external one has a network card")
         if any(one.name != name and one.uplink == interface for one in load_all()):
-            raise errors.InUse(f"{interface} is the uplink of another switch already")
+            raise errors.InUse(f"{interface} is already the uplink of another switch")
         changed = cards.with_address(switch_spec.make_switch(**{**spec.model_dump(), "uplink": interface}))
         _, _, reasons = HostSide(changed).plan()
         if reasons:
@@ -245,7 +247,7 @@ def set_mtu(name: str, mtu_bytes: int) -> tuple[SwitchSpec, list[str]]:
 
 
 def free_address() -> str:
-    """The host's address for a new internal switch, in a network that nobody here uses."""
+    """The host's address for a new internal switch, in a network that is not in use here."""
     from vmm.net.bridge import Kernel
 
     taken = [spec.network for spec in load_all() if spec.address]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tap interfaces: opened for QEMU, one descriptor per queue, and the kernel's vhost beside them where it has it.
 
-Decides the flags (vnet header always, several queues when asked for) and what a host that lacks something is told.
-A tap made here lives as long as its descriptors: when QEMU ends it is gone, whoever else died.
+Decides the flags (vnet header always, several queues when asked for) and the error for a host that lacks something.
+A tap made here lives as long as its descriptors: when QEMU ends it is gone.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ CARD = Kind()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An interface that somebody wants as the card of a switch."""
+    """An interface that is to be the card of a switch."""
 
     name: str
     mac: str
@@ -42,7 +42,7 @@ def refusal(uplink: Candidate, bridge: str) -> str | None:
     """Why the interface cannot be the card of the switch with that bridge; None when it can."""
     name, master = uplink.name, uplink.master
     if not uplink.kind.is_ethernet or uplink.mac.strip("0:") == "":  # a loopback or a tunnel: a bridge takes none
-        return f"{name} is no network card: it has no Ethernet address"
+        return f"{name} is not a network card: it has no Ethernet address"
     if uplink.kind.name == "bridge":
         return f"{name} is a bridge: a bridge is part of no other; take the card that is part of {name}"
     if master not in (None, bridge):

@@ -94,7 +94,7 @@ class UserBackend:
             yield
 
     def _spawn(self) -> None:
-        """The control socket listens before the process is there, so whoever asks first only waits."""
+        """The control socket listens before the process is there, so the first client only waits."""
         lock = self._lock()
         try:
             listener = self._listener()
@@ -126,7 +126,7 @@ class UserBackend:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     os.close(descriptor)
-                    raise errors.InUse(f"switch {self.name} is started by somebody else") from None
+                    raise errors.InUse(f"switch {self.name} is being started by another process") from None
                 time.sleep(_PROBE_SECONDS)
 
     def _listener(self) -> socket.socket:

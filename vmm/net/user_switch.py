@@ -2,7 +2,7 @@
 """The process of one `user` switch: `python -m vmm.net.user_switch FOLDER NAME CONTROL_FD`.
 
 Decides when frames are moved, when a port that sends too fast is let wait, when addresses age, and when the process
-ends: told to, or when for IDLE_SECONDS it has had neither ports nor clients. Needs no privileges; root's it gives away
+ends: when it is asked to, or after IDLE_SECONDS without ports and clients. Needs no privileges; root's it gives away
 at once. How it is started, found and restarted is decided in `user_backend`; what happens to a frame in `engine`.
 
     port sockets ──> Mover ──> port sockets          FOLDER/control.sock   requests, captures
@@ -46,7 +46,7 @@ TICK_SECONDS = 1.0
 CONGESTION_SECONDS = 0.001  # how long a sender waits at most, each time, for a receiver that is behind
 AGEING_TICKS = 10  # between two looks at old addresses
 MAX_CAPTURES = 8
-LOCK_DESCRIPTOR = 4  # the lock that says that we run: whoever starts us leaves it open
+LOCK_DESCRIPTOR = 4  # the lock that says that we run: our parent leaves it open
 STATE_NAME, CONTROL_NAME, PID_NAME = "ports.json", "control.sock", "pid"
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class UserSwitch:
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Move frames until told to stop, or idle."""
+        """Move frames until asked to stop, or idle."""
         tick_at = time.monotonic() + TICK_SECONDS
         while not self._stopping:
             now = time.monotonic()
@@ -237,7 +237,7 @@ class UserSwitch:
             self._gateway = None
             self._take_out(PORT_NAME)
         if self._gateway is None and gateway is not None:
-            # Its own user-mode network answers DHCP, too, and cannot be told not to.
+            # Its own user-mode network answers DHCP, too, and cannot be kept from it.
             rules = engine.PortRules(dhcp_guard=True)
             try:
                 gateway.start()  # it makes the folder for both sockets
@@ -259,7 +259,7 @@ class UserSwitch:
     def _status(self, params: dict[str, Any]) -> object:
         del params
         if (way_out := self.mover.sockets.get(PORT_NAME)) is not None and not way_out.connected:
-            way_out.connect()  # it may have come since the last tick, and somebody waits for it
+            way_out.connect()  # it may have come since the last tick, and a command waits for it
         return {
             "name": self.name,
             "pid": os.getpid(),
@@ -319,7 +319,7 @@ class UserSwitch:
         paths.write_whole(os.path.join(self.folder, STATE_NAME), content, durable=False)
 
     def _load(self) -> None:
-        """Take the ports up again; one that cannot be is left out and told of in the log."""
+        """Take the ports up again; one that cannot be is left out and named in the log."""
         try:
             document = records.read_object(os.path.join(self.folder, STATE_NAME))
         except FileNotFoundError:
@@ -378,7 +378,7 @@ def main() -> None:
         enclosed.limit_capabilities(KEPT_CAPABILITIES)
     switch = UserSwitch(folder, name, socket.socket(fileno=descriptor), starter)
     signal.signal(signal.SIGTERM, lambda number, frame: switch.ask_to_stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody's terminal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # comes from a terminal
     try:
         switch.run()
     finally:

@@ -4,11 +4,11 @@
 Decides what is looked at, which each machine on the switch does every second and people do with `switch show` and
 `doctor`: so a look costs next to nothing and changes nothing. What is wrong is put right under the switch's lock,
 after another look, so that of many who see it one does it. What does not start, or dies again and again, is tried ever
-more rarely, and told once. Must not know machines, nor who is told.
+more rarely, and reported once. Must not know machines, nor who hears of it.
 
     FOLDER/dhcp-tries.json, card-tries.json   {"boot_id": ..., "count": 3, "at": seconds since boot, "problem": ...}
 
-`INV-SWITCH-WATCHED`: while a machine is on a switch, what of it dies is back a second later, and told.
+`INV-SWITCH-WATCHED`: while a machine is on a switch, what of it dies is back a second later, with an event.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ def _is_wrong(host: HostSide, what: str) -> bool:
 
 
 def _start_dhcp(host: HostSide) -> list[Fault]:
-    """Start it; what is to be told where that fails."""
+    """Start it; what to report where that fails."""
     is_first = _Tries(host, "dhcp").add() == 1
     try:
         _dhcp(host).ensure()
     except errors.VmmError as error:
-        problem = f"its DHCP and name server (dnsmasq) cannot be started, and is tried again: {error.problem}"
+        problem = f"its DHCP and name server (dnsmasq) cannot be started, and will be tried again: {error.problem}"
         return [Fault("dhcp", problem)] if is_first else []
     return []
 

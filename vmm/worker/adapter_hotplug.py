@@ -56,7 +56,7 @@ def slot_of(adapter: AdapterSpec, spec: MachineSpec) -> int:
 
 
 def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adapter:
-    """What QEMU is told, with the adapter's place on the bus and in the order of booting."""
+    """The adapter's description for QEMU, with its place on the bus and in the order of booting."""
     device = {**plugged.device, "bus": "pci.0", "addr": f"{slot_of(adapter, spec):#x}"}
     if adapter.kind == "legacy" and (number := boot_indices(spec).get(adapter.id)) is not None:
         device["bootindex"] = number
@@ -97,8 +97,8 @@ def plugged_in(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
     except SameAddress as error:
         other = "/".join(filter(None, registry.machine_of_port(error.port)))
         raise InUse(
-            f"{adapter.id} has the MAC address {adapter.mac}, which {other} has, too, and that one is on switch "
-            f"{adapter.switch!r} already", hint="give one of them another: vmm nic set MACHINE ADAPTER mac=ADDRESS",
+            f"{adapter.id} has the MAC address {adapter.mac}, which {other}, already on switch "
+            f"{adapter.switch!r}, also has", hint="give one of them another: vmm nic set MACHINE ADAPTER mac=ADDRESS",
         ) from error  # fmt: skip
 
 
@@ -153,7 +153,7 @@ class Wiring:
         return owner_of(running.spec, running.runtime.folder, running.identity)
 
     def _plug_all(self, launch: Launch) -> tuple[Adapter, ...]:
-        """As `plug_all`. In a thread: what is to be told of it is told by `set_links`."""
+        """As `plug_all`. In a thread: the events for it come from `set_links`."""
         running, self._joined = self._running, {}
         if not running.spec.adapters:
             return ()

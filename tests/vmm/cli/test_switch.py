@@ -89,8 +89,8 @@ def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
     ("words", "code", "said"),
     [
         (("create", "x", "--type", "external"), 2, "a network card as its uplink"),
-        (("create", "../x"), 2, "no name for a switch"),
-        (("create", "x", "--address", "10.0.0.1/24"), 2, "an internal switch, and no other"),
+        (("create", "../x"), 2, "cannot be the name of a switch"),
+        (("create", "x", "--address", "10.0.0.1/24"), 2, "no other type can have one"),
         (("create", "x", "--type", "internal", "--address", "rubbish"), 2, "rubbish"),
         (("create", "x", "--dhcp-range", "10"), 2, "FIRST-LAST"),
         (

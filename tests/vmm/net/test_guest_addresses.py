@@ -29,8 +29,8 @@ def switch(backend: str, **settings: object) -> SwitchSpec:
         ("10.0.7.255", "the network's broadcast address"),
         ("10.0.7.1", "this host's own address"),
         ("10.0.8.9", "does not lie in 10.0.7.0/24, the network of switch 'nat'"),
-        ("10.0.7", "no IPv4 address"),
-        ("10.0.7.9", "10.0.7.9 is fixed for web already"),
+        ("10.0.7", "not an IPv4 address"),
+        ("10.0.7.9", "10.0.7.9 is already fixed for web"),
         ("10.0.7.200", "db has 10.0.7.200 now, for another 2 minutes at least"),
     ],
 )
@@ -74,7 +74,7 @@ def test_switches_that_give_out_no_addresses() -> None:
     [
         ("10.0.7.0", "10.0.7.9", "holds 10.0.7.0, the network's own address"),
         ("10.0.7.200", "10.0.7.255", "holds 10.0.7.255, the broadcast address"),
-        ("10.0.7.1", "10.0.7.1", "has no address but the switch's own"),
+        ("10.0.7.1", "10.0.7.1", "has no address except the switch's own"),
         ("10.0.7.1", "10.0.7.9", None),
         ("10.0.7.254", "10.0.7.254", None),
     ],

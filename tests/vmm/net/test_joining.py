@@ -113,7 +113,7 @@ def test_one_address_twice(guest: Guest, folder: Path) -> None:
     """A second guest with the address of one that is there is refused, when it starts and when it joins."""
     other = Guest(folder, "11111111-89ab-cdef-0123-456789abcdef", str(guest.adapter.mac))
     with other.socket:
-        with pytest.raises(errors.InUse, match="has the MAC address 02:00:00:00:00:01, too"):
+        with pytest.raises(errors.InUse, match="also has the MAC address 02:00:00:00:00:01"):
             other.start()
         switches.delete("lab", force=True)
         switches.create(make_switch(name="lab"))

@@ -30,7 +30,7 @@ UPLINK = UplinkFacts(
 )
 
 
-NO_IPV6 = "keep the host's IPv6 off vmm01234567, and believe no router there"
+NO_IPV6 = "keep the host's IPv6 off vmm01234567, and ignore routers there"
 
 
 def words(settings: dict[str, Any], facts: HostFacts) -> list[str]:
@@ -152,8 +152,8 @@ def test_external_without_the_host() -> None:
         ({"master": "br0"}, "eth0 is part of br0 already"),
         ({"is_wireless": True}, "eth0 is wireless"),
         ({"master": "bond0", "kind": Kind(master="bond")}, "eth0 is part of bond0 already: take bond0"),
-        ({"mac": "00:00:00:00:00:00"}, "eth0 is no network card"),
-        ({"mac": "", "kind": Kind(is_ethernet=False)}, "eth0 is no network card"),
+        ({"mac": "00:00:00:00:00:00"}, "eth0 is not a network card"),
+        ({"mac": "", "kind": Kind(is_ethernet=False)}, "eth0 is not a network card"),
         (
             {"kind": Kind("bridge")},
             "eth0 is a bridge: a bridge is part of no other; take the card that is part of eth0",
@@ -178,4 +178,4 @@ def test_a_default_network_lies_over_no_route() -> None:
     assert str(interface) == "172.27.0.1/24"
     spec = make_switch(name="x", type="internal", backend="bridge", address="10.8.3.1/24")
     (warning,) = plan.warnings(spec, HostFacts(routed=("10.8.0.0/16", "172.16.0.0/12")))
-    assert "10.8.3.0/24 lies over this host's route to 10.8.0.0/16" in warning
+    assert "10.8.3.0/24 overlaps with this host's route to 10.8.0.0/16" in warning

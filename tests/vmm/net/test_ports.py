@@ -31,7 +31,7 @@ def test_ports_round_trip(one: PortRules, rate: int, owner: int | None, up: bool
         ({"address": "/" + "x" * 107}, "address"),
         ({"peer": None}, "peer"),
         ({"colour": 1}, "no setting 'colour'"),
-        ({"macs": ["nonsense"]}, "no MAC address"),
+        ({"macs": ["nonsense"]}, "not a MAC address"),
         ({"macs": ["02:00:00:00:00:01"] * 65}, "at most 64"),
         ({"macs": "02:00:00:00:00:01"}, "list"),
         ({"vlan": 4095}, "0 to 4094"),

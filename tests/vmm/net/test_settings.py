@@ -11,7 +11,7 @@ import pytest
 
 from vmm.net import settings
 
-SETTING = "some/setting"
+SETTING = "net/some/setting"
 
 
 @pytest.fixture

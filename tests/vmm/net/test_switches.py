@@ -223,10 +223,10 @@ def test_guests_keep_their_switch(home: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"rubbish", "is no switch"),
-        (b'{"name": "lab"', "is no switch"),
+        (b"rubbish", "is not the definition of a switch"),
+        (b'{"name": "lab"', "is not the definition of a switch"),
         (b'{"name": "lab", "x": 1}', "x:"),
-        (b"", "is no"),
+        (b"", "is not JSON"),
     ],
 )
 def test_damaged_files_are_named(home: Path, content: bytes, words: str) -> None:

@@ -43,8 +43,8 @@ def test_each_kind_is_refused_before_anything_is_changed(here: tuple[Namespaces,
 
     assert reasons("up0") == reasons("tap0") == []
     for uplink, words in {
-        "lo": "lo is no network card",
-        "tun0": "tun0 is no network card",
+        "lo": "lo is not a network card",
+        "tun0": "tun0 is not a network card",
         "br0": "br0 is a bridge",
         "lan0": "lan0 is part of br0 already",
         "up1": "mv0 stand on up1",

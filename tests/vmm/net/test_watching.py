@@ -156,7 +156,7 @@ def test_a_dhcp_server_that_never_starts_is_tried_rarely_and_told_once(space: st
     pauses = [later - earlier for earlier, later in itertools.pairwise(said["tries"])]
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
     ((what, problem),) = said["failed"]
-    assert (what, "cannot be started, and is tried again: it is broken" in problem) == ("dhcp", True)
+    assert (what, "cannot be started, and will be tried again: it is broken" in problem) == ("dhcp", True)
     assert (said["mended"], said["gone"], said["runs"]) == (["dhcp"], True, False)
 
 
