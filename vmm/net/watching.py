@@ -54,13 +54,13 @@ def faults(host: HostSide) -> list[Fault]:
 def _dead(host: HostSide) -> list[Fault]:
     """What should run and does not."""
     spec = host.spec
-    if spec.type != "internal":
-        return []
     if spec.backend == "user":
-        gateway = (host.user.status() or {}).get("gateway")
+        gateway = (host.user.status() or {}).get("gateway")  # asked of every type: a process that hangs is an error
         if gateway is None or gateway["running"]:
             return []
         return [Fault("gateway", f"its gateway does not run: {problem_of(str(gateway['said']))}")]
+    if spec.type != "internal":
+        return []
     if spec.dhcp and _is_there(host) and _dhcp(host).process() is None:
         return [Fault("dhcp", "its DHCP and name server (dnsmasq) does not run")]
     return []

@@ -7,14 +7,31 @@ from pathlib import Path
 
 import pytest
 
+from vmm.cli.nic_words import parse_nic
 from vmm.model import errors
 from vmm.model.spec import make_adapter
-from vmm.net import adapter, taps
+from vmm.net import adapter, frames, nft, taps
 from vmm.net.adapter import Owner
-from vmm.net.engine import PortRules, VlanMode
+from vmm.net.engine import Drop, Engine, PortRules, VlanMode
 
 OWNER = Owner("01234567-89ab-cdef-0123-456789abcdef", "/run/vmm/0123456789ab", (70000, 70000))
 MAC = "00:15:5d:00:00:01"
+
+
+def test_an_adapter_as_a_new_user_makes_it_has_a_storm_limit_on_both_back_ends() -> None:
+    """Of what a guest floods 1000 frames a second pass the `user` switch, and a bridge's rules say the same."""
+    made = make_adapter(id="nic-0", mac=MAC, **parse_nic("lab"))
+    rules = adapter.rules_of(made)
+    switch = Engine()
+    port = switch.add_port("a", rules)
+    switch.add_port("b", PortRules(spoofing=True))
+    frame = frames.BROADCAST + frames.parse_mac(MAC) + b"\x88\xb5" + bytes(50)
+    passed = [switch.forward("a", frame, 100 + n / 5000) for n in range(10_000)]
+    count = sum(1 for one in passed if [name for name, _ in one] == ["b"])
+    assert 2000 <= count <= 2200
+    assert port.counters.drops[Drop.STORM] == 10_000 - count
+    (limit,) = nft.port_chains(nft.GuestPort("vt0", rules)).limits.values()
+    assert (limit["rate"], limit["per"], limit["burst"], limit["inv"]) == (1000, "second", 100, True)
 
 
 def test_synthetic_and_legacy() -> None:

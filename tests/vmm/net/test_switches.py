@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support import require_qemu
+from vmm.api import doctor
 from vmm.cli.switch import list_command
 from vmm.host.proc import locked
 from vmm.model import errors, paths
@@ -135,6 +136,8 @@ def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.Monk
         patch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
         listed = CliRunner().invoke(list_command, [], catch_exceptions=False)
         assert (listed.exit_code, "does not answer" in listed.output) == (0, True)
+        (examined,) = doctor._check_switches()
+        assert (examined.state, examined.found) == (doctor.State.LIMITED, "lab: switch lab does not answer")
         with pytest.raises(errors.TimedOut, match="lab does not answer") as caught:
             switches.delete("lab")
     assert "--force" in str(caught.value.hint)
