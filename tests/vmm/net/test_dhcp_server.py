@@ -199,7 +199,7 @@ def test_a_port_asks_only_so_often() -> None:
 )  # fmt: skip
 def test_settings_that_cannot_be(change: dict[str, Any]) -> None:
     """Each is refused when it is told, and not when a client asks."""
-    with pytest.raises(errors.InvalidSpec, match="no DHCP server"):
+    with pytest.raises(errors.InvalidSpec, match="not settings of a DHCP server"):
         DhcpSetup.from_document({**SETUP.to_document(), **change})
     assert DhcpSetup.from_document(SETUP.to_document()) == SETUP
 

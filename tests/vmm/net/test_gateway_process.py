@@ -198,7 +198,7 @@ def test_the_starter_takes_only_what_is_a_gateway(tmp_path: Path) -> None:
     """A setup that cannot be is refused by the process that has root's rights; what is no request does nothing."""
     require_root()
     starter = ForkedStarter(str(tmp_path / "sw-0123456789ab"), ())
-    with pytest.raises(errors.InvalidSpec, match="no gateway"):
+    with pytest.raises(errors.InvalidSpec, match="not settings of a gateway"):
         starter.start(replace(SETUP, network="rubbish"))
     assert starter._ask("anything", words=["/bin/sh"]) is None
     assert starter.pid() is None
