@@ -137,7 +137,11 @@ def delete(name: str, *, force: bool = False) -> list[str]:
 
 def refuse_existing(name: str) -> None:
     """Raise AlreadyExists where there is a switch of that name, with what helps where its making was cut short."""
-    if os.path.exists(paths.switch_file(name)):
+    try:
+        path = paths.switch_file(name)
+    except errors.NotFound:
+        return  # no switch can have that name, as making one says
+    if os.path.exists(path):
         hint = None
         with contextlib.suppress(errors.VmmError):
             if HostSide(load(name)).is_unfinished():

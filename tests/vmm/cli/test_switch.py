@@ -88,7 +88,7 @@ def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("create", "x", "--type", "external"), 2, "a network card as its uplink"),
+        (("create", "x", "--type", "external"), 2, "an external switch needs a network card"),
         (("create", "../x"), 2, "cannot be the name of a switch"),
         (("create", "x", "--address", "10.0.0.1/24"), 2, "no other type can have one"),
         (("create", "x", "--type", "internal", "--address", "rubbish"), 2, "rubbish"),

@@ -152,7 +152,8 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
         make_machine(manager, tmp_path, "other")
         with registry.changing("other") as machine:
             registry.save(machine, machine.spec.changed(adapters=[nic]))
-        with pytest.raises(errors.InUse, match=r"nic-0 has the MAC address .*, which small/nic-0, already on switch 'lab', also has"):
+        words = r"nic-0 has the MAC address .*, which small/nic-0, already on switch 'lab', also has"
+        with pytest.raises(errors.InUse, match=words):
             manager.start("other")
         manager.stop("small")
     finally:
