@@ -173,6 +173,13 @@ OS_OF_ROOM = {
     "vhdkit/serve/nbdkit/command.py": {"defpath", "pathsep"},
     "vhdkit/serve/": {"environ", "getegid", "geteuid", "getgid", "getpid", "getuid", "kill", "pidfd_open"},
 }
+# The properties that name a file with a definition, and the only files that write it.
+DEFINITION_WRITERS = {
+    # of a machine, of a snapshot, of the copy that a backup is
+    "definition": ("vmm/store/registry.py", "vmm/store/snapshots/memory.py", "vmm/processes/disk_copies.py"),
+    "running": ("vmm/worker/running.py", "vmm/processes/worker_connection.py"),  # while it runs, at its start
+}
+WRITING_CALLS = {"write_whole", "rename", "replace", "link"}
 # The library never prints, exits or configures logging. Only these do.
 TALKING_ROOMS = ("vhdkit/cli/*", "vhdkit/__main__.py", "vmm/cli/*", "vmm/__main__.py")
 TALKING_CALLS = {"breakpoint", "exit", "input", "print", "quit"}
@@ -407,6 +414,23 @@ def check_harness(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{line}: the harness may not import {module}"
 
 
+def check_definitions(path: str, source: str) -> Iterator[str]:
+    """A machine's definition, stored or running, is written in one place each, and named in one."""
+    if not path.startswith("vmm/"):
+        return
+    for node in ast.walk(parsed(source)):
+        if isinstance(node, ast.Constant) and node.value == "machine.json" and path != "vmm/model/paths.py":
+            yield f"{path}:{node.lineno}: only vmm/model/paths.py names the file of a definition"
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in ("spec", "_spec"):
+            if ast.unparse(node.value).endswith("running"):
+                yield f"{path}:{node.lineno}: the definition of a running machine is changed by `Running.redefine`"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in WRITING_CALLS:
+            named = {one.attr for given in node.args for one in ast.walk(given) if isinstance(one, ast.Attribute)}
+            for name in named & set(DEFINITION_WRITERS):
+                if path not in DEFINITION_WRITERS[name]:
+                    yield f"{path}:{node.lineno}: .{name} is written only in {', '.join(DEFINITION_WRITERS[name])}"
+
+
 Rule = Callable[[str, str], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     check_layers,
@@ -416,9 +440,15 @@ RULES: tuple[Rule, ...] = (
     check_files,
     check_silent,
     check_harness,
+    check_definitions,
 )
 # One bad line for every way a rule can be broken.
 BAD: tuple[tuple[Rule, str, str], ...] = (
+    (check_definitions, "vmm/worker/saving.py", "write_whole(machine.definition, b'')"),
+    (check_definitions, "vmm/worker/saving.py", "paths.write_whole(self.runtime.running, b'', durable=False)"),
+    (check_definitions, "vmm/worker/saving.py", "os.rename(part, machine.paths.definition)"),
+    (check_definitions, "vmm/worker/saving.py", "running.spec = spec"),
+    (check_definitions, "vmm/api/manager.py", "name = 'machine.json'"),
     (check_layers, "vhdkit/store.py", "import vhdkit.formats.raw"),
     (check_layers, "vhdkit/formats/raw.py", "from vhdkit.chain.engine import chain"),
     (check_layers, "vhdkit/formats/raw.py", "from vhdkit import disk"),

@@ -81,7 +81,7 @@ async def copy_disks(
             name = f"{disk.id}.vhd"
             await _convert(disk, os.path.join(part, name), progress, ended)
             copies[disk.id] = os.path.join(target, name)
-        write_whole(os.path.join(part, "machine.json"), spec.to_json())
+        write_whole(MachinePaths(part).definition, spec.to_json())
         if variables is not None:
             write_whole(os.path.join(part, UEFI_VARIABLES), variables)
         os.rename(part, target)

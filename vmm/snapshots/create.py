@@ -20,11 +20,11 @@ from vmm.model.events import add_event
 from vmm.model.spec import MachineSpec
 from vmm.snapshots.dependents import images_of, refuse_older
 from vmm.snapshots.recovery import settle, taken_back
-from vmm.snapshots.steps import check_chains, commit, commit_to, options_of_all, pivoted, pivots_for
+from vmm.snapshots.steps import check_chains, commit, options_of_all, pivoted, pivots_for
 from vmm.store import saved
 from vmm.store.devices import refuse_passed_through
 from vmm.store.registry import Changing
-from vmm.store.snapshots.journal import CreateOff, Pivot
+from vmm.store.snapshots.journal import Commit, CreateOff, Pivot
 from vmm.store.snapshots.memory import SnapshotFolder, folder_of
 from vmm.store.snapshots.store import Held, holding
 from vmm.store.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
@@ -81,7 +81,7 @@ def create(machine: Changing, wish: Wish) -> Snapshot:
             freeze(machine.spec, pivots)
             folder.finish()
             add(held, snapshot, pivots)
-            held.go_on(commit_to(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
+            held.go_on(Commit.of(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
         commit(held)
     add_event(machine.paths.events, "snapshot-created", snapshot=snapshot.name)
     return snapshot

@@ -14,7 +14,6 @@ and refuse.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,13 @@ from dataclasses import dataclass, replace
 import vhdkit
 from vmm.model.errors import Refused, VmmError, hint_of_vhdkit, of_os_error, store_error
 from vmm.model.paths import sync_folder, write_whole
-from vmm.model.spec import DiskSpec, MachineSpec, read_spec
+from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.snapshots.dependents import judge, parent_folders
 from vmm.store import registry
 from vmm.store.known_images import refuse_used_elsewhere
 from vmm.store.registry import Changing
 from vmm.store.removal import remove_image
-from vmm.store.snapshots.journal import NO_VARIABLES, Commit, MergeLive, MergeOff, Pivot, SavedStep
+from vmm.store.snapshots.journal import NO_VARIABLES, Commit, MergeLive, MergeOff, Pivot
 from vmm.store.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.store.snapshots.snapshot import Image
 from vmm.store.snapshots.store import Held, tree_path
@@ -105,16 +104,11 @@ def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, str]]) -> Machi
 # -- what counts ------------------------------------------------------------------------------------------------------
 
 
-def commit_to(spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> Commit:
-    """What is to be put in place, for the journal."""
-    return Commit(json.loads(spec.to_json()), saved, uefi)
-
-
 def commit(held: Held) -> Changing:
     """Put in place what the journal says. Raises VmmError; the next command tries again."""
     journal = held.tree.journal
     assert isinstance(journal, Commit)
-    spec = read_spec(json.dumps(journal.definition).encode(), tree_path(held.machine))
+    spec = journal.spec(tree_path(held.machine))
     if spec.id != registry.load_for_change(held).spec.id:
         raise VmmError(
             "is damaged: what is to be put in place is the definition of another machine",

@@ -166,7 +166,7 @@ def add(
             os.mkdir(part, 0o700)
             try:
                 os.mkdir(MachinePaths(part).logs, 0o700)
-                paths.write_whole(MachinePaths(part).definition, spec.to_json())
+                _put(MachinePaths(part), spec)
                 fill(MachinePaths(part))
                 os.rename(part, target)
                 if is_linked:
@@ -213,8 +213,13 @@ def update(lock: HeldLock, change: Callable[[MachineSpec], MachineSpec], *, chec
         spec = change(machine.spec)
         if check_images:
             check_disks(spec)
-        paths.write_whole(machine.paths.definition, spec.to_json())
+        _put(machine.paths, spec)
     return Changing(spec, machine.paths, machine.runtime, lock)
+
+
+def _put(where: MachinePaths, spec: MachineSpec) -> None:
+    """The definition's one writer: whoever calls it holds the machine's lock, or its folder is not visible yet."""
+    paths.write_whole(where.definition, spec.to_json())
 
 
 def rename(machine: Changing, spec: MachineSpec) -> None:
@@ -231,7 +236,7 @@ def rename(machine: Changing, spec: MachineSpec) -> None:
             if is_link:
                 os.symlink(target, new)
                 os.unlink(old)
-            paths.write_whole(MachinePaths(target).definition, spec.to_json())
+            _put(MachinePaths(target), spec)
             paths.sync_folder(paths.registry_folder())
     except OSError as error:
         raise of_os_error(error, "rename the machine", machine=machine.name) from error

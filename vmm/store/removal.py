@@ -31,6 +31,7 @@ from vmm.store.snapshots.store import has_tree, load_tree
 
 _MAX_DOCUMENT_BYTES = 4 << 20
 _MAX_TREE_BYTES = 16 << 20
+_RECORDS = ("snapshots.json", "backup.json")  # of a machine, beside its definition
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -115,9 +116,9 @@ def uses(own_folder: str, word: str, *, only_others: bool = False) -> Iterator[U
 def _has_word(folder: str, word: str) -> bool:
     """True when one of a machine's files holds the word, or cannot be looked at."""
     spelled = json.dumps(word)[1:-1].encode()
-    for name in ("machine.json", "snapshots.json", "backup.json"):
+    for path in (MachinePaths(folder).definition, *(os.path.join(folder, name) for name in _RECORDS)):
         try:
-            with open(os.path.join(folder, name), "rb") as file:
+            with open(path, "rb") as file:
                 if spelled in file.read(_MAX_TREE_BYTES):
                     return True
         except (FileNotFoundError, NotADirectoryError):

@@ -21,7 +21,7 @@ from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
 from vmm.kvm.process import Identity
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import AlreadyExists, InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState
-from vmm.model.paths import MachinePaths, write_whole
+from vmm.model.paths import MachinePaths
 from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
 from vmm.processes.rpc import Method, Progress, parameter
 from vmm.store import registry
@@ -305,8 +305,7 @@ class Wiring:
     def _write_down(self, spec: MachineSpec) -> None:
         with holding(self._running.machine, self._running.spec.name) as held:
             registry.update(held, lambda stored: stored.changed(adapters=list(spec.adapters)))
-        write_whole(self._running.runtime.running, spec.to_json(), durable=False)
-        self._running.spec = spec
+        self._running.redefine(spec)
 
     # -- keeping switches alive -----------------------------------------------------------------------------------
 

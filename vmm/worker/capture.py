@@ -31,7 +31,7 @@ from vmm.processes.rpc import Method, Progress, parameter
 from vmm.snapshots.create import Wish, begin
 from vmm.snapshots.steps import pivoted
 from vmm.store.backup_note import has_note
-from vmm.store.snapshots.journal import CreateLive
+from vmm.store.snapshots.journal import CreateLive, Memory
 from vmm.store.snapshots.memory import SnapshotFolder, description_document
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, holding
@@ -128,10 +128,8 @@ class _Taking:
                 media=running.media, mtus=await told_mtus(running.qmp, spec),
             )  # fmt: skip
             self._snapshot = replace(self._snapshot, mode=mode.value)
-            self._journal = replace(
-                self._journal, mode=mode.value, was_running=self._was_running, description=description,
-                snapshot=self._snapshot,
-            )  # fmt: skip
+            memory = Memory(mode.value, self._was_running, description, self._snapshot)
+            self._journal = replace(self._journal, memory=memory)
             self._held.go_on(self._journal)
             await capturing.prepare()
             if self._pivots:

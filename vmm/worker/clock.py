@@ -25,10 +25,11 @@ _AGAIN_SECONDS = 1.0
 class Machine(Protocol):
     """What is needed of a running machine; `running.Running` is one."""
 
-    spec: MachineSpec
     agent: GuestAgent
     exited: asyncio.Event
 
+    @property
+    def spec(self) -> MachineSpec: ...
     @property
     def state(self) -> MachineState: ...
     def tell(self, event: str, **details: object) -> None: ...

@@ -20,7 +20,6 @@ from vmm.host.proc import HeldLock
 from vmm.kvm import drives, tray
 from vmm.kvm.cmdline import Device, Medium, file_node
 from vmm.model.errors import InvalidSpec, NotFound, StoreFailed, VmmError, WrongState
-from vmm.model.paths import write_whole
 from vmm.model.spec import DiskSpec, MachineSpec, make_disk
 from vmm.processes.rpc import Method, Progress, parameter
 from vmm.processes.supervisor import export_of
@@ -208,8 +207,7 @@ class Plugging:
                 else:
                     await tray.open_tray(running.qmp, drive.id, force=True)
                     await self._put_in(drive)
-                    running.spec = _with_disk(running.spec, drive)
-                    write_whole(running.runtime.running, running.spec.to_json(), durable=False)
+                    running.redefine(_with_disk(running.spec, drive))
         except VmmError as error:
             running.tell("medium-not-changed", drive=drive_id, problem=str(error))
             if drive is not None:
@@ -261,8 +259,7 @@ class Plugging:
     def write_down(self, lock: HeldLock, spec: MachineSpec) -> None:
         """The running definition, which the keeper reads, and the disks of the stored one. Raises InUse, NoSpace."""
         registry.update(lock, lambda stored: stored.changed(disks=list(spec.disks)))
-        write_whole(self._running.runtime.running, spec.to_json(), durable=False)
-        self._running.spec = spec
+        self._running.redefine(spec)
 
 
 def _with_disk(spec: MachineSpec, changed: DiskSpec) -> MachineSpec:

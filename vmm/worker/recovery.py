@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, assert_never
 from vmm.kvm import background
 from vmm.kvm.background import Mode
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState
-from vmm.model.paths import write_whole
 from vmm.processes.rpc import Method, Progress
 from vmm.snapshots.recovery import adopt, remove_unused, settle_journal, took_over
 from vmm.snapshots.steps import pivoted
@@ -36,12 +35,14 @@ from vmm.store.snapshots.journal import (
     CreateLive,
     CreateOff,
     Delete,
+    Memory,
     MergeLive,
     MergeOff,
     Pivot,
     words_of,
 )
 from vmm.store.snapshots.memory import SnapshotFolder
+from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, has_tree, holding, load_tree
 from vmm.store.state import Phase
 
@@ -151,15 +152,14 @@ class Recovery:
         running = self._running
         folder = SnapshotFolder(journal.folder)
         moved = await served_leaves(running)
+        snapshot: Snapshot | None = None
         is_pivoted = journal.pivoted or any(moved.get(one.disk) == one.child for one in journal.pivots)
         try:
-            await self._wait_memory(journal, is_pivoted)
-            assert journal.snapshot is not None
-            await self._complete_found(folder, journal)
+            memory = await self._written_memory(journal, is_pivoted)
+            await self._complete_found(folder, memory)
             folder.finish()
-            snapshot = replace(journal.snapshot, memory_bytes=os.stat(folder.memory).st_size)
+            snapshot = replace(memory.snapshot, memory_bytes=os.stat(folder.memory).st_size)
         except (VmmError, OSError) as error:
-            snapshot = None
             running.tell("snapshot-failed", problem=str(error))
         finally:
             if has_qemu(running):
@@ -173,24 +173,26 @@ class Recovery:
         if snapshot is not None:
             running.tell("snapshot-created", snapshot=snapshot.name)
 
-    async def _wait_memory(self, journal: CreateLive, is_pivoted: bool) -> None:
-        """Return when QEMU has written all of it. Raises QemuFailed where it has not and will not."""
+    async def _written_memory(self, journal: CreateLive, is_pivoted: bool) -> Memory:
+        """The memory, when QEMU has written all of it. Raises QemuFailed where it has not and will not."""
         running = self._running
         lost = QemuFailed("the worker died before the memory was captured")
         if not has_qemu(running):
             raise QemuFailed("QEMU died before the memory was captured")
         await running.wait_reachable()
         status = await background.status_of(running.qmp)
-        is_background = journal.mode == Mode.BACKGROUND
-        if not is_pivoted or journal.snapshot is None or status == "none" or (
+        memory = journal.memory
+        is_background = memory is not None and memory.mode == Mode.BACKGROUND
+        if not is_pivoted or memory is None or status == "none" or (
             not is_background and status != "completed"
         ):  # fmt: skip
             if status not in ("none", "completed", "failed", "cancelled") and not is_background:
                 await background.give_up(running.qmp)
             raise lost
         await background.wait_written(lambda: running.qmp, lambda document: None)
+        return memory
 
-    async def _complete_found(self, folder: SnapshotFolder, journal: CreateLive) -> None:
+    async def _complete_found(self, folder: SnapshotFolder, memory: Memory) -> None:
         """The memory file that another worker had begun: its length is what QEMU wrote. Raises VmmError."""
         path = folder.in_part(folder.memory)
         try:
@@ -200,7 +202,7 @@ class Recovery:
         try:
             size = os.fstat(descriptor).st_size
             await background.check_written(self._running.qmp, descriptor, size)
-            await asyncio.to_thread(folder.complete_memory, descriptor, size, dict(journal.description or {}))
+            await asyncio.to_thread(folder.complete_memory, descriptor, size, dict(memory.description))
         finally:
             os.close(descriptor)
 
@@ -212,7 +214,11 @@ class Recovery:
                 await running.qmp.execute("migrate-set-capabilities", capabilities=states)
         with contextlib.suppress(VmmError):
             status = (await running.qmp.execute("query-status"))["status"]
-            if journal.was_running and status in ("paused", "postmigrate", "finish-migrate"):
+            if (
+                journal.memory is not None
+                and journal.memory.was_running
+                and status in ("paused", "postmigrate", "finish-migrate")
+            ):
                 await running.qmp.execute("cont", timeout_seconds=background.STOP_SECONDS)
 
     # -- a merge -----------------------------------------------------------------------------------------------------
@@ -303,7 +309,7 @@ async def follow_pivots(running: Running, held: Held, pivots: Sequence[Pivot], m
     if any(os.path.lexists(one.child) for one in rest):
         await asyncio.to_thread(remove_unused, held, rest)
     adopt(held, done, ids=await served_ids(running))
-    _follow_in_running(running, pivoted(running.spec, done))
+    _follow(running, pivoted(running.spec, done))
 
 
 async def follow_merge(running: Running, held: Held, journal: MergeLive) -> None:
@@ -318,10 +324,9 @@ async def follow_merge(running: Running, held: Held, journal: MergeLive) -> None
         raise StoreFailed(f"the disks' server does not serve {journal.disk}", hint=f"vmm repair {held.name}")
     machine = took_over(held, journal, served)
     disks = {one.id: one for one in machine.spec.disks}
-    _follow_in_running(running, running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks]))
+    _follow(running, running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks]))
 
 
-def _follow_in_running(running: Running, spec: MachineSpec) -> None:
-    if spec != running.spec:
-        write_whole(running.runtime.running, spec.to_json(), durable=False)
-        running.spec = spec
+def _follow(running: Running, spec: MachineSpec) -> None:
+    if spec != running.spec:  # else nothing can fail
+        running.redefine(spec)

@@ -31,7 +31,7 @@ from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
 from vmm.kvm.qmp import Event, Qmp
 from vmm.kvm.said import in_our_words
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
-from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.model.spec import MachineSpec
 from vmm.store.state import KeeperNote, MachineState, Phase, WorkerNote
 from vmm.worker.asking import ask_until_off
@@ -64,7 +64,7 @@ class Running:
     def __init__(
         self, spec: MachineSpec, machine: MachinePaths, runtime: RuntimePaths, note: WorkerNote, tell: Tell
     ) -> None:
-        self.spec = spec
+        self._spec = spec
         self.machine, self.runtime = machine, runtime
         self.note = note
         self.server = DiskServer(runtime)
@@ -91,6 +91,21 @@ class Running:
         self._is_mending = False
         self.gives_way = False  # the host stops: long work that can be done another time ends
         self.is_leaving = False  # and from now on nothing new is begun
+
+    # -- what it runs with ---------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> MachineSpec:
+        """The definition that the machine runs with."""
+        return self._spec
+
+    def redefine(self, spec: MachineSpec) -> None:
+        """The machine runs with this definition from now on; the disk server is started with it. Raises NoSpace.
+
+        The file comes first: the worker that follows a killed one, and the supervisor, know no other.
+        """
+        write_whole(self.runtime.running, spec.to_json(), durable=False)
+        self._spec = spec
 
     # -- looking -------------------------------------------------------------------------------------------------
 

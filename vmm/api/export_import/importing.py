@@ -144,7 +144,7 @@ def _registered(inside: Inside, arrival: Arrival) -> Transfer:
     )
     _adopt(arrival, os.path.join(root, "disks"))
     for key in arrival.tree.snapshots:
-        write_whole(SnapshotFolder(landing.folder(key)).definition, landing.spec(key).to_json())
+        SnapshotFolder(landing.folder(key)).write_definition(landing.spec(key))
     return _added(inside, arrival, landing, counter=None)
 
 
@@ -217,7 +217,7 @@ def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot
     folder = SnapshotFolder(landing.folder(snapshot_id))
     make_folders(os.path.dirname(folder.folder))
     os.mkdir(folder.folder, 0o700)
-    write_whole(folder.definition, landing.spec(snapshot_id).to_json())
+    folder.write_definition(landing.spec(snapshot_id))
     for suffix in _SNAPSHOT_PARTS:
         name = f"snapshots/{snapshot_id}/{snapshot_id}{suffix}"
         if name in arrival.files:

@@ -16,13 +16,18 @@ and whether a file is really what its record says in `proof`. Pure.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, assert_never, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never, get_args
 
+from vmm.model.errors import VmmError
 from vmm.store.snapshots.snapshot import Snapshot, absolute_path, folder_path, snapshot_document, snapshot_of
+
+if TYPE_CHECKING:
+    from vmm.model.spec import MachineSpec
 
 SavedStep = Literal["adapt", "put", "drop"]
 OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}\.avhd")  # of the images that vmm makes for snapshots
@@ -47,19 +52,31 @@ class CreateOff:
 
 
 @dataclass(frozen=True, slots=True)
-class CreateLive:
-    """A snapshot of a machine that runs. `pivoted`: the new leaves take the guest's writes, that much is certain.
+class Memory:
+    """The memory that a snapshot of a running machine is going to have, and the snapshot itself.
 
-    What follows `pivoted` is known once the memory is about to be written.
+    `mode`: how it is captured (`kvm.background.Mode`). `description`: what is written beside the file once it is
+    complete (`store.saved` reads it).
+    """
+
+    mode: str | None
+    was_running: bool
+    description: Mapping[str, Any]
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class CreateLive:
+    """A snapshot of a machine that runs is being taken.
+
+    `pivoted`: the new leaves take the guest's writes, that much is certain. `memory`: None until it is about to be
+    written.
     """
 
     folder: str
     pivots: tuple[Pivot, ...]
     pivoted: bool = False
-    mode: str | None = None
-    was_running: bool = False
-    description: Mapping[str, Any] | None = None
-    snapshot: Snapshot | None = None
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +98,17 @@ class Commit:
     definition: Mapping[str, Any]
     saved: SavedStep | None
     uefi: str | None = None
+
+    @classmethod
+    def of(cls, spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> Commit:
+        """What is to be put in place, out of a definition."""
+        return cls(json.loads(spec.to_json()), saved, uefi)
+
+    def spec(self, path: str) -> MachineSpec:
+        """The definition to put in place. Raises InvalidSpec, which names `path`, the file that holds the journal."""
+        from vmm.model.spec import read_spec  # a start looks whether there is a journal, and does without pydantic
+
+        return read_spec(json.dumps(self.definition).encode(), path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +167,7 @@ def journal_document(journal: Journal) -> dict[str, Any]:
             return _prepare("apply", None, pivots, live=False)
         case CreateLive():
             document = _prepare("create", journal.folder, journal.pivots, live=True)
-            document |= {"pivoted": journal.pivoted, "mode": journal.mode, "was_running": journal.was_running}
-            if journal.description is not None and journal.snapshot is not None:
-                document |= {"description": dict(journal.description), "snapshot": snapshot_document(journal.snapshot)}
-            return document
+            return document | {"pivoted": journal.pivoted, **_memory_document(journal.memory)}
         case Commit(definition, saved, uefi):
             return {"op": "commit", "definition": dict(definition), "saved": saved, "uefi": uefi}
         case Delete(folders):
@@ -160,8 +185,29 @@ def _prepare(op: str, folder: str | None, pivots: Sequence[Pivot], *, live: bool
     return {"op": op, "phase": "prepare", "folder": folder, "children": rows, "live": live}
 
 
-def read_journal(document: object) -> Journal:
-    """What `journal_document` wrote, or vmm 0.1.0. Raises ValueError, KeyError, TypeError for anything else."""
+def _memory_document(memory: Memory | None) -> dict[str, Any]:
+    if memory is None:
+        return {"mode": None, "was_running": False}
+    return {
+        "mode": memory.mode,
+        "was_running": memory.was_running,
+        "description": dict(memory.description),
+        "snapshot": snapshot_document(memory.snapshot),
+    }
+
+
+def read_journal(document: object, path: str) -> Journal:
+    """What `journal_document` wrote, or vmm 0.1.0. Raises VmmError for anything else, which names the file `path`."""
+    try:
+        return _decoded(document)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise VmmError(
+            f"is damaged: its journal, the record of an operation that was cut short, cannot be understood ({error})",
+            path=path, hint="put a copy of the file back; what it says would remove and rename images",
+        ) from error  # fmt: skip
+
+
+def _decoded(document: object) -> Journal:
     if not isinstance(document, dict):
         raise TypeError("journal")
     match document["op"]:
@@ -184,17 +230,21 @@ def read_journal(document: object) -> Journal:
 
 def _create_live(document: dict[str, Any]) -> CreateLive:
     folder, pivots = folder_path(document["folder"]), _pivots(document["children"])
-    description, snapshot, mode = document.get("description"), None, document.get("mode")
-    if description is not None:
-        if not isinstance(description, dict):
-            raise TypeError("description")
-        snapshot = snapshot_of(document["snapshot"])
-        if snapshot.folder != folder:
-            raise ValueError("snapshot")
-    return CreateLive(
-        folder, pivots, document.get("pivoted") is True, None if mode is None else _text(mode),
-        document.get("was_running") is True, description, snapshot,
-    )  # fmt: skip
+    return CreateLive(folder, pivots, document.get("pivoted") is True, _memory(document, folder))
+
+
+def _memory(document: dict[str, Any], folder: str) -> Memory | None:
+    mode, description = document.get("mode"), document.get("description")
+    if mode is not None:
+        _text(mode)
+    if description is None:
+        return None
+    if not isinstance(description, dict):
+        raise TypeError("description")
+    snapshot = snapshot_of(document["snapshot"])
+    if snapshot.folder != folder:
+        raise ValueError("snapshot")
+    return Memory(mode, document.get("was_running") is True, description, snapshot)
 
 
 def _commit(document: dict[str, Any]) -> Commit:

@@ -94,6 +94,10 @@ class SnapshotFolder:
         except OSError as error:
             raise of_os_error(error, "make the snapshot's folder", path=self.folder) from error
 
+    def write_definition(self, spec: MachineSpec) -> None:
+        """The configuration of a folder that is there already, such as one that was imported. Raises NoSpace."""
+        write_whole(self.definition, spec.to_json())
+
     def open_memory(self, memory_bytes: int) -> tuple[int, bool]:
         """(a new file for memory of that size, whether room for all of it was taken). Raises NoSpace, AccessDenied.
 

@@ -206,7 +206,7 @@ def read_tree(content: bytes, path: str) -> Tree:
             raise VmmError("was written by another version of vmm", path=path, hint="use that version")
         snapshots = [snapshot_of(one) for one in document["snapshots"]]
         images = {absolute_path(name): image_of(one) for name, one in document["images"].items()}
-        journal = None if document["journal"] is None else read_journal(document["journal"])
+        journal = None if document["journal"] is None else read_journal(document["journal"], path)
         tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
         _check(tree)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
