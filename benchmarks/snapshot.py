@@ -37,7 +37,8 @@ from tests.vmm.guests import boot_sector, linux
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.guests.tools import GuestUnavailable
 from vmm.api.machine_snapshots import MachineSnapshots
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
+from vmm.api.stopped_machine import StoppedMachine
 from vmm.processes.worker_connection import Place
 
 MIB = 1 << 20
@@ -82,7 +83,7 @@ def pauses(manager: Manager, folder: Path, name: str, memory: int, disk_bytes: i
             boot_sector.install(disk, boot_sector.BootOptions(write_every=1))
     controllers = ("ide", "ide", "scsi", "scsi")
     manager.create(
-        name, disks=[DiskWish(str(one), controller=bus) for one, bus in zip(images, controllers, strict=True)],  # type: ignore[arg-type]
+        name, disks=[DiskRequest(str(one), controller=bus) for one, bus in zip(images, controllers, strict=True)],  # type: ignore[arg-type]
         memory_bytes=memory, accelerator="tcg", background_capture=True,
     )  # fmt: skip
     manager.start(name)
@@ -125,7 +126,7 @@ def grown(manager: Manager, folder: Path, name: str, **settings: object) -> Mach
     """A machine, off, whose disk has two snapshots with a full layer after each."""
     image = folder / f"{name}.vhd"
     vhdkit.create_image(image, GIB)
-    manager.create(name, disks=[DiskWish(str(image), controller="virtio")], accelerator="tcg", **settings)  # type: ignore[arg-type]
+    manager.create(name, disks=[DiskRequest(str(image), controller="virtio")], accelerator="tcg", **settings)  # type: ignore[arg-type]
     snapshots = manager.snapshots(name)
     for number in range(3):
         spec = manager.show(name).spec
@@ -180,7 +181,7 @@ def measure_live(folder: Path, rounds: int) -> dict[str, Row]:
             snapshots.merge_live()
             snapshots.delete("0")
             [done] = snapshots.merge_live()
-            rows["held"].values.append(float(done["held_seconds"]))
+            rows["held"].values.append(float(done.held_seconds or 0.0))
             manager.stop("guest")
     return rows
 
@@ -225,7 +226,7 @@ def measure_offline(folder: Path, rounds: int) -> dict[str, Row]:
             start = time.perf_counter()
             vhdkit.merge(twin / Path(chain[0]).name, into=twin / Path(chain[-1]).name)
             plain.values.append(2 * MERGE_MIB / (time.perf_counter() - start))
-            snapshots._merge_in_background = lambda: None  # type: ignore[method-assign]
+            StoppedMachine.merge_in_background = lambda self: None  # type: ignore[method-assign]
             for one in ("0", "1"):
                 snapshots.delete(one)
             os.sync()

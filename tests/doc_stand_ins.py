@@ -24,7 +24,7 @@ from tests.support import (
 )
 from tests.vmm.guests import boot_sector
 from tests.vmm.net.machines import Namespaces
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 
 MIB = 1 << 20
 _PARTITION = (MIB, 16 * MIB)  # where it begins, its size
@@ -159,7 +159,7 @@ def _running_machine(image: str) -> Manager:
     vhdkit.create_image(image, 64 * MIB)
     install_guest(image)
     manager = Manager()
-    manager.create("web", disks=[DiskWish(image)], memory_bytes=64 * MIB)
+    manager.create("web", disks=[DiskRequest(image)], memory_bytes=64 * MIB)
     manager.start("web")
     return manager
 
@@ -186,7 +186,7 @@ def talking_machine(folder: Path) -> None:
     vhdkit.create_image("web.vhd", 64 * MIB)
     with vhdkit.open_disk("web.vhd", writable=True) as disk:
         boot_sector.install(disk, text=b"web login:")
-    Manager().create("web", disks=[DiskWish("web.vhd")], memory_bytes=64 * MIB)
+    Manager().create("web", disks=[DiskRequest("web.vhd")], memory_bytes=64 * MIB)
     Manager().start("web")
 
 

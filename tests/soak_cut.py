@@ -31,7 +31,7 @@ from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import MIB, console, make_disk, processes, wait_until
 from tests.vmm.stage import machine_stage
 from vmm.api.export_import import exporting as transfer
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
 from vmm.processes.worker_connection import Place
 from vmm.snapshots.recovery import settle
@@ -82,7 +82,7 @@ class _Cut:
         with vhdkit.open_disk(leaf, writable=True) as disk:
             disk.write(_STATIC[0], rng.randbytes(_STATIC[1] - _STATIC[0]))
         manager.create(
-            NAME, disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", background_capture=True
+            NAME, disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", background_capture=True
         )
         self._static = read_chain(_leaf(), *_STATIC)
         self._states: dict[str, str] = {}
@@ -188,7 +188,7 @@ class _Cut:
     def _checked_copy(self, target: str) -> None:
         """A backup, whose static part is the machine's."""
         result = self._manager.backup(NAME, target)
-        found = read_chain(result["disks"]["disk-0"], *_STATIC)
+        found = read_chain(result.disks["disk-0"], *_STATIC)
         assert found == self._static, "the backup reads otherwise"
 
     # -- what must be true -------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tests.vmm.guests.boot_sector import COUNT_LBA, BootOptions
 from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes, wait_until
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, VmmError
 from vmm.model.spec import DiskSpec
 from vmm.processes import worker_connection as contact
@@ -72,7 +72,7 @@ class _Soak:
         more = make_disk(folder, "more")
         vhdkit.create_image(folder / "plugged.vhd", MIB)
         manager.create(
-            NAME, disks=[DiskWish(str(leaf)), DiskWish(str(more), controller="scsi")], memory_bytes=MEMORY_BYTES,
+            NAME, disks=[DiskRequest(str(leaf)), DiskRequest(str(more), controller="scsi")], memory_bytes=MEMORY_BYTES,
             accelerator="tcg", background_capture=True,
         )  # fmt: skip
         self._small = manager.snapshots(NAME)
@@ -154,7 +154,7 @@ class _Soak:
         """A disk is plugged in, or out."""
         disk = next((one for one in registry.load(NAME).spec.disks if "plugged" in str(one.path)), None)
         if disk is None:
-            self._manager.add_disk(NAME, DiskWish(str(self._folder / "plugged.vhd"), controller="scsi"))
+            self._manager.add_disk(NAME, DiskRequest(str(self._folder / "plugged.vhd"), controller="scsi"))
         else:
             self._manager.remove_disk(NAME, disk.id)
 

@@ -29,7 +29,7 @@ from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
 from tests.vmm.worker.test_capture import settled
 from vmm.api.machine_snapshots import MachineSnapshots
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
 from vmm.processes.worker_connection import Place
 from vmm.store import registry
@@ -64,7 +64,7 @@ class _Soak:
         self._machines = Machines(folder)
         leaf = make_disk(folder, NAME, BootOptions(print_every=1, write_every=1))
         manager.create(
-            NAME, disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", background_capture=True
+            NAME, disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", background_capture=True
         )
         self._small = manager.snapshots(NAME)
         for number in range(3):  # the same data in every layer: merges take a while, and all states have it

@@ -43,6 +43,7 @@ from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import console, processes, wait_until
 from tests.vmm.stage import kill_all, machine_stage
 from vmm.api.machine_snapshots import MachineSnapshots
+from vmm.api.stopped_machine import StoppedMachine
 from vmm.model.errors import VmmError
 from vmm.store.snapshots import store
 from vmm.store.state import MachineState
@@ -89,7 +90,7 @@ class Driver:
                 if running and number == 0:
                     boot_sector.install(disk, BootOptions(print_every=1))
         manager.create(
-            NAME, disks=[vmm.DiskWish(str(self.images / name)) for name in _IMAGES],
+            NAME, disks=[vmm.DiskRequest(str(self.images / name)) for name in _IMAGES],
             memory_bytes=16 << 20, accelerator="tcg", background_capture=True,
         )  # fmt: skip
         if running:  # what it writes when it starts stands there from now on
@@ -237,7 +238,7 @@ class Driver:
         def look(manager: vmm.Manager, snapshots: MachineSnapshots) -> None:
             shown = manager.show(NAME).spec
             assert shown is not None
-            listed = [str(disk.path) for disk, _, _ in manager.disks(NAME)]
+            listed = [str(one.disk.path) for one in manager.disks(NAME)]
             assert listed == [str(disk.path) for disk in shown.disks], f"{listed} is not what is shown"
             found.write_text(json.dumps(listed))
 
@@ -263,7 +264,7 @@ class Driver:
         def write(manager: vmm.Manager, snapshots: MachineSnapshots) -> None:
             if manager.state(NAME) is MachineState.SAVED:
                 manager.discard_saved(NAME)
-            for disk, _, _ in manager.disks(NAME):
+            for disk in (one.disk for one in manager.disks(NAME)):
                 with vhdkit.open_disk(str(disk.path), writable=True) as opened:
                     opened.write(offset, data)
 
@@ -407,7 +408,8 @@ class Driver:
 
 def _snapshots() -> MachineSnapshots:
     snapshots = vmm.Manager().snapshots(NAME)
-    snapshots._merge_in_background = lambda: None  # type: ignore[method-assign] # merging is a command of its own here
+    # Merging is a command of its own here.
+    StoppedMachine.merge_in_background = lambda self: None  # type: ignore[method-assign]
     return snapshots
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,10 +26,11 @@ jsonrpc maker_word mark_parents merge merge_under_way open_disk parse_disk_size 
 resume_merge snapshot snapshot_many trusted_parent_dirs
 """
 MACHINES = """
-AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec Deleted Deletion DiskSpec DiskWish
-GuestAccess InUse
-IntegrationSpec InvalidSpec MachineInfo MachineSnapshots MachineSpec MachineState Manager NoSpace NotFound PathsSpec
-QemuFailed Refused Snapshot StoreFailed TimedOut Unsupported VmmError WrongState
+AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupResult ConsoleConnection Deleted
+Deletion DiskInfo DiskRequest DiskSpec DiskWish ExchangedItem GuestAccess GuestInfo GuestInterface Heartbeat InUse
+IntegrationSpec InvalidSpec KeptDisk MachineInfo MachineSnapshots MachineSpec MachineState Manager MergeResult NewId
+NoSpace NotFound OsInfo OwnDisk PathsSpec QemuFailed Refused RepairStep Snapshot StoreFailed TakenOut TimedOut
+Unsupported VmmError WrongState
 """
 
 
@@ -35,6 +38,17 @@ def test_public_names_are_pinned() -> None:
     """A name is added or taken away on purpose only: here, and in the changelog."""
     assert sorted(vhdkit.__all__) == sorted(PUBLIC.split())
     assert sorted(vmm.__all__) == sorted(MACHINES.split())
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    """The imports of vmm that only type checkers read are those that a program gets, from the same modules."""
+    tree = ast.parse(Path(vmm.__file__).read_text(encoding="utf-8"))
+    shown = {
+        alias.name: node.module
+        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "importlib"
+        for alias in node.names if alias.asname == alias.name
+    }  # fmt: skip
+    assert shown == vmm._HOME_OF
 
 
 def test_every_public_name_is_documented() -> None:

@@ -6,92 +6,84 @@ This page of names is the whole public interface; everything else may change.
     import vmm
 
     manager = vmm.Manager()
-    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd")])
+    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskRequest("/srv/web.vhd")])
     manager.start("web")
 
 Sizes are bytes. Every error is a `VmmError` with `machine`, `path`, `hint` and `exit_code`. Each name is imported when
 it is first used, so a program that only starts a machine or catches errors loads nothing else.
 """
 
-TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
-if TYPE_CHECKING:
-    from vmm.api.guest_access import GuestAccess
-    from vmm.api.machine_snapshots import MachineSnapshots
-    from vmm.api.manager import Deletion, DiskWish, MachineInfo, Manager
-    from vmm.model.errors import (
-        AccessDenied,
-        AgentUnavailable,
-        AlreadyExists,
-        InUse,
-        InvalidSpec,
-        NoSpace,
-        NotFound,
-        QemuFailed,
-        Refused,
-        StoreFailed,
-        TimedOut,
-        Unsupported,
-        VmmError,
-        WrongState,
-    )
-    from vmm.model.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
-    from vmm.snapshots.apply import Applied
-    from vmm.snapshots.delete import Deleted
-    from vmm.store.snapshots.tree import Snapshot
-    from vmm.store.state import MachineState
-
-__all__ = [
-    "AccessDenied",
-    "AdapterSpec",
-    "AgentUnavailable",
-    "AlreadyExists",
-    "Applied",
-    "AutomaticSpec",
-    "Deleted",
-    "Deletion",
-    "DiskSpec",
-    "DiskWish",
-    "GuestAccess",
-    "InUse",
-    "IntegrationSpec",
-    "InvalidSpec",
-    "MachineInfo",
-    "MachineSnapshots",
-    "MachineSpec",
-    "MachineState",
-    "Manager",
-    "NoSpace",
-    "NotFound",
-    "PathsSpec",
-    "QemuFailed",
-    "Refused",
-    "Snapshot",
-    "StoreFailed",
-    "TimedOut",
-    "Unsupported",
-    "VmmError",
-    "WrongState",
-]
-
-# Where each name lives, for the first use of it; the imports above say the same to type checkers.
+# The public names, by the module that defines them. Type checkers read the imports below, which a test compares.
 _HOMES = {
+    "vmm.api.disk_request": "DiskRequest DiskWish",
+    "vmm.api.guest_access": "ConsoleConnection GuestAccess",
+    "vmm.api.machine": "BackupResult MergeResult",
+    "vmm.api.machine_snapshots": "MachineSnapshots",
+    "vmm.api.manager": "Deletion DiskInfo KeptDisk MachineInfo Manager",
+    "vmm.api.new_id": "NewId OwnDisk TakenOut",
+    "vmm.api.repair": "RepairStep",
     "vmm.model.errors": (
         "AccessDenied AgentUnavailable AlreadyExists InUse InvalidSpec NoSpace NotFound QemuFailed Refused "
         "StoreFailed TimedOut Unsupported VmmError WrongState"
     ),
-    "vmm.api.guest_access": "GuestAccess",
-    "vmm.api.manager": "Deletion DiskWish MachineInfo Manager",
+    "vmm.model.guest": "ExchangedItem GuestInfo GuestInterface Heartbeat OsInfo",
+    "vmm.model.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
     "vmm.snapshots.apply": "Applied",
     "vmm.snapshots.delete": "Deleted",
-    "vmm.api.machine_snapshots": "MachineSnapshots",
     "vmm.store.snapshots.tree": "Snapshot",
-    "vmm.model.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
     "vmm.store.state": "MachineState",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
-
-if not TYPE_CHECKING:
+TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
+if TYPE_CHECKING:
+    from vmm.api.disk_request import DiskRequest as DiskRequest
+    from vmm.api.disk_request import DiskWish as DiskWish
+    from vmm.api.guest_access import ConsoleConnection as ConsoleConnection
+    from vmm.api.guest_access import GuestAccess as GuestAccess
+    from vmm.api.machine import BackupResult as BackupResult
+    from vmm.api.machine import MergeResult as MergeResult
+    from vmm.api.machine_snapshots import MachineSnapshots as MachineSnapshots
+    from vmm.api.manager import Deletion as Deletion
+    from vmm.api.manager import DiskInfo as DiskInfo
+    from vmm.api.manager import KeptDisk as KeptDisk
+    from vmm.api.manager import MachineInfo as MachineInfo
+    from vmm.api.manager import Manager as Manager
+    from vmm.api.new_id import NewId as NewId
+    from vmm.api.new_id import OwnDisk as OwnDisk
+    from vmm.api.new_id import TakenOut as TakenOut
+    from vmm.api.repair import RepairStep as RepairStep
+    from vmm.model.errors import AccessDenied as AccessDenied
+    from vmm.model.errors import AgentUnavailable as AgentUnavailable
+    from vmm.model.errors import AlreadyExists as AlreadyExists
+    from vmm.model.errors import InUse as InUse
+    from vmm.model.errors import InvalidSpec as InvalidSpec
+    from vmm.model.errors import NoSpace as NoSpace
+    from vmm.model.errors import NotFound as NotFound
+    from vmm.model.errors import QemuFailed as QemuFailed
+    from vmm.model.errors import Refused as Refused
+    from vmm.model.errors import StoreFailed as StoreFailed
+    from vmm.model.errors import TimedOut as TimedOut
+    from vmm.model.errors import Unsupported as Unsupported
+    from vmm.model.errors import VmmError as VmmError
+    from vmm.model.errors import WrongState as WrongState
+    from vmm.model.guest import ExchangedItem as ExchangedItem
+    from vmm.model.guest import GuestInfo as GuestInfo
+    from vmm.model.guest import GuestInterface as GuestInterface
+    from vmm.model.guest import Heartbeat as Heartbeat
+    from vmm.model.guest import OsInfo as OsInfo
+    from vmm.model.spec import AdapterSpec as AdapterSpec
+    from vmm.model.spec import AutomaticSpec as AutomaticSpec
+    from vmm.model.spec import DiskSpec as DiskSpec
+    from vmm.model.spec import IntegrationSpec as IntegrationSpec
+    from vmm.model.spec import MachineSpec as MachineSpec
+    from vmm.model.spec import PathsSpec as PathsSpec
+    from vmm.snapshots.apply import Applied as Applied
+    from vmm.snapshots.delete import Deleted as Deleted
+    from vmm.store.snapshots.tree import Snapshot as Snapshot
+    from vmm.store.state import MachineState as MachineState
+else:
 
     def __getattr__(name: str) -> object:
         from importlib import import_module

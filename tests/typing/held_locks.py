@@ -7,7 +7,7 @@ Nobody runs this. Where mypy stopped refusing a line, it would complain about th
 from __future__ import annotations
 
 from vmm.snapshots.apply import apply
-from vmm.snapshots.create import Wish, create
+from vmm.snapshots.create import SnapshotRequest, create
 from vmm.snapshots.delete import delete
 from vmm.snapshots.recovery import settle
 from vmm.snapshots.steps import tidy
@@ -20,7 +20,7 @@ def decide_too_early() -> None:
     registry.save(machine, machine.spec)  # type: ignore[arg-type]
     registry.rename(machine, machine.spec)  # type: ignore[arg-type]
     registry.remove(machine)  # type: ignore[arg-type]
-    create(machine, Wish())  # type: ignore[arg-type]
+    create(machine, SnapshotRequest())  # type: ignore[arg-type]
     apply(machine, "one")  # type: ignore[arg-type]
     delete(machine, "one")  # type: ignore[arg-type]
     registry.load_for_change(machine)  # type: ignore[arg-type]

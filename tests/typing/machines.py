@@ -10,12 +10,12 @@ import vmm
 
 def look_after(manager: vmm.Manager, name: str) -> str:
     """Everything that a program does with a machine, with the types it sees."""
-    info = manager.create(name, memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd", controller="virtio")])
+    info = manager.create(name, memory_bytes=1 << 30, disks=[vmm.DiskRequest("/srv/web.vhd", controller="virtio")])
     assert_type(info, vmm.MachineInfo)
     assert_type(manager.start(name), vmm.MachineState)
     assert_type(manager.state(name), vmm.MachineState)
     assert_type(manager.machines(), list[vmm.MachineInfo])
-    disk = manager.add_disk(name, vmm.DiskWish("/srv/data.vhd", "scsi"))
+    disk = manager.add_disk(name, vmm.DiskRequest("/srv/data.vhd", "scsi"))
     assert_type(disk, vmm.DiskSpec)
     assert_type(manager.resize_disk(name, disk.id, 2 << 30), int)
     try:

@@ -14,8 +14,8 @@ import pytest
 from tests.support import require_tool
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
-from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import Manager
+from vmm.api.stopped_machine import StoppedMachine
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
     folder.chmod(0o755)
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
-    monkeypatch.setattr(MachineSnapshots, "_merge_in_background", lambda self: None)  # unless a test asks for it
+    monkeypatch.setattr(StoppedMachine, "merge_in_background", lambda self: None)  # unless a test asks for it
     made = Machines(folder)
     try:
         yield made

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import vhdkit
 from tests.vmm.guests import boot_sector
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.host.proc import ProcessRef
 from vmm.processes.worker_connection import Place
 from vmm.store.state import MachineState, processes_of
@@ -36,7 +36,7 @@ def make_machine(manager: Manager, folder: Path, name: str = "small", **settings
     """A machine with such a disk; its leaf."""
     leaf = make_disk(folder, name)
     settings = {"memory_bytes": 16 * MIB, "accelerator": "tcg", **settings}
-    manager.create(name, disks=[DiskWish(str(leaf))], **settings)  # type: ignore[arg-type]
+    manager.create(name, disks=[DiskRequest(str(leaf))], **settings)  # type: ignore[arg-type]
     return leaf
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changing the adapters in a machine's definition, whether it runs or not: adding, changing, removing.
 
-Decides which MAC address an adapter gets (from the host's pool, or the given one if it is free), and whether a change
-is made by the running machine's worker or in its file. How an adapter is plugged in is decided in `adapter_hotplug`.
+Decides which MAC address an adapter gets (from the host's pool, or the given one if it is free), and what a change of
+its settings may be. How a change is made is decided in `local_machine`, how an adapter is plugged in in the worker's
+`adapter_hotplug`.
 """
 
 from __future__ import annotations
@@ -14,28 +15,20 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+from vmm.api import machines
 from vmm.host.proc import locked
 from vmm.model import paths
 from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError
-from vmm.model.events import add_event
 from vmm.model.paths import write_whole
 from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
 from vmm.net import frames, mac, records, switches
 from vmm.net.host_side import HostSide
 from vmm.net.joining import is_plugged
-from vmm.processes import worker_connection as contact
-from vmm.processes.worker_connection import Place
-from vmm.store import registry, saved
+from vmm.store import registry
 from vmm.store.registry import Machine
 from vmm.store.state import processes_of
 
-PATIENCE_SECONDS = 60.0
 _POOL_NAME = "mac-pool.json"
-
-
-def place_of(machine: Machine) -> Place:
-    """Where the machine's files and sockets are."""
-    return Place(machine.name, machine.paths, machine.runtime)
 
 
 def host_pool() -> mac.Pool:
@@ -134,60 +127,43 @@ def find(machine: Machine, adapter_id: str) -> AdapterSpec:
     raise NotFound(f"there is no adapter {adapter_id!r}; there are {known}", machine=machine.name)
 
 
+def changed(before: AdapterSpec, settings: dict[str, Any]) -> AdapterSpec:
+    """An adapter with other settings, as a user said them. Raises InvalidSpec, AlreadyExists for a MAC in use."""
+    if settings.get("mac") is not None:
+        owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}
+        mac.check_static(str(settings["mac"]), owners)
+        settings = {**settings, "mac": frames.format_mac(frames.parse_mac(str(settings["mac"])))}
+    return make_adapter(**{**before.model_dump(), **settings})
+
+
+def refuse_unknown_switch(adapter: AdapterSpec, before: AdapterSpec) -> None:
+    """Raise NotFound where a changed adapter is to be plugged into a switch that does not exist."""
+    if adapter.switch is not None and adapter.switch != before.switch:
+        switches.load(adapter.switch)
+
+
 def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
     """Give a machine an adapter, at once when it runs. Raises VmmError."""
-    with contact.changing(name, stop_merge=False) as (machine, client), choosing_macs():
-        saved.refuse_when_saved(machine.paths, name, "adding an adapter")
-        adapter = fit(settings, machine.spec)
-        after = machine.spec.changed(adapters=[*machine.spec.adapters, adapter])
-        if client is None:
-            registry.save(machine, after)
-            add_event(machine.paths.events, "adapter-added", adapter=adapter.id, switch=adapter.switch)
-            return adapter
-        client.call("nic-add", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
-    return adapter
+    with machines.open(name, stop_merge=False) as machine:
+        return machine.add_adapter(settings)
 
 
 def remove(name: str, adapter_id: str) -> AdapterSpec:
     """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
-    with contact.changing(name, stop_merge=False) as (machine, client):
-        adapter = find(machine, adapter_id)
-        saved.refuse_when_saved(machine.paths, name, "removing an adapter")
-        if client is None:
-            rest = [one for one in machine.spec.adapters if one.id != adapter.id]
-            registry.save(machine, machine.spec.changed(adapters=rest))
-            add_event(machine.paths.events, "adapter-removed", adapter=adapter.id)
-            return adapter
-        client.call("nic-remove", adapter=adapter.id, timeout_seconds=PATIENCE_SECONDS)
-    return adapter
+    with machines.open(name, stop_merge=False) as machine:
+        return machine.remove_adapter(adapter_id)
 
 
 def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
     """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
-    with contact.changing(name, stop_merge=False) as (machine, client), choosing_macs():
-        before = find(machine, adapter_id)
-        if settings.get("mac") is not None:
-            owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}
-            mac.check_static(str(settings["mac"]), owners)
-            settings["mac"] = frames.format_mac(frames.parse_mac(str(settings["mac"])))
-        adapter = make_adapter(**{**before.model_dump(), **settings})
-        if set(settings) & {"kind", "mac"}:
-            saved.refuse_when_saved(machine.paths, name, "changing an adapter")
-        if adapter.switch is not None and adapter.switch != before.switch:
-            switches.load(adapter.switch)
-        if client is None:
-            after = [adapter if one.id == before.id else one for one in machine.spec.adapters]
-            registry.save(machine, machine.spec.changed(adapters=after))
-            add_event(machine.paths.events, "adapter-changed", adapter=adapter.id)
-            return adapter
-        client.call("nic-set", adapter=adapter.model_dump(mode="json"), timeout_seconds=PATIENCE_SECONDS)
-    return adapter
+    with machines.open(name, stop_merge=False) as machine:
+        return machine.change_adapter(adapter_id, settings)
 
 
 def plugged_into(switch: str) -> list[str]:
     """The adapters of all machines, running or not, that are on the switch of that name, as "web/nic-0"."""
-    machines, _ = registry.load_all()
-    found = [(one.name, adapter) for one in machines for adapter in one.spec.adapters]
+    known, _ = registry.load_all()
+    found = [(one.name, adapter) for one in known for adapter in one.spec.adapters]
     return [f"{name}/{adapter.id}" for name, adapter in found if adapter.switch == switch]
 
 

@@ -22,7 +22,7 @@ from vmm.store.media import open_medium
 
 
 @dataclass(frozen=True, slots=True)
-class DiskWish:
+class DiskRequest:
     """A disk for a machine. `controller` None: IDE while there is room, then SCSI; `unit` None: any.
 
     `path` None is an empty drive, only with kind "iso". `format` is the image's format if it is not to be detected:
@@ -41,40 +41,43 @@ class DiskWish:
     format: Literal["vhd", "raw"] | None = None
 
 
-def disk_of(wish: DiskWish, spec: MachineSpec) -> DiskSpec:
-    """A disk for a machine as it is wished for, with what was not said chosen and its image looked at.
+DiskWish = DiskRequest  # its name in 0.1.0, which stays
+
+
+def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
+    """A disk for a machine as it is requested, with what was not said chosen and its image looked at.
 
     Raises InvalidSpec, NotFound, AccessDenied, StoreFailed, InUse, Refused.
     """
-    controller = wish.controller or _usual_controller(wish, spec)
-    _refuse_read_only_on_ide(wish, controller)
-    index, unit = wish.controller_index, wish.unit
+    controller = request.controller or _usual_controller(request, spec)
+    _refuse_read_only_on_ide(request, controller)
+    index, unit = request.controller_index, request.unit
     if unit is None:
         index, unit = spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
-    path = wish.path or None
+    path = request.path or None
     settings: dict[str, object] = {}
     taken = [disk.serial for disk in spec.disks]
-    serial = wish.serial
-    if path is not None and wish.kind == "pass-through":
+    serial = request.serial
+    if path is not None and request.kind == "pass-through":
         from vmm.store import devices  # takes long, and few machines need it
 
-        found = devices.looked_at(path, read_only=wish.read_only, machine_id=spec.id)
+        found = devices.looked_at(path, read_only=request.read_only, machine_id=spec.id)
         path = found.pop("path")
         settings |= found
         serial = serial or serial_of_device(found.get("identity"), taken)
     elif path is not None:
         path = find_image(path, spec.paths.disks or default_folders()["disks"])
-        serial = serial or (kept_serial(path, taken) if wish.kind == "vhd" else None)
+        serial = serial or (kept_serial(path, taken) if request.kind == "vhd" else None)
     if serial is not None:
         settings["serial"] = serial
-    folders = tuple(os.path.realpath(one) for one in wish.parent_dirs)
-    if wish.kind == "vhd" and path is not None:
+    folders = tuple(os.path.realpath(one) for one in request.parent_dirs)
+    if request.kind == "vhd" and path is not None:
         folders += _trusted_folders(path, folders)
     disk = make_disk(
-        id=spec.free_disk_id(), kind=wish.kind, path=path, controller=controller, controller_index=index or 0,
-        unit=unit, read_only=wish.read_only or wish.kind == "iso", format=wish.format,
+        id=spec.free_disk_id(), kind=request.kind, path=path, controller=controller, controller_index=index or 0,
+        unit=unit, read_only=request.read_only or request.kind == "iso", format=request.format,
         parent_dirs=folders,
-        allow_raw_parent=wish.allow_raw_parent, **settings,
+        allow_raw_parent=request.allow_raw_parent, **settings,
     )  # fmt: skip
     if disk.kind == "iso" and path is not None:
         os.close(open_medium(path))
@@ -106,18 +109,18 @@ def _is_beneath_any(path: str, folders: tuple[str, ...]) -> bool:
     return any(os.path.commonpath((path, folder)) == folder for folder in folders)
 
 
-def _refuse_read_only_on_ide(wish: DiskWish, controller: Controller) -> None:
-    if controller == "ide" and wish.read_only and wish.kind != "iso":
+def _refuse_read_only_on_ide(request: DiskRequest, controller: Controller) -> None:
+    if controller == "ide" and request.read_only and request.kind != "iso":
         raise InvalidSpec(
-            "is to be read-only, and there is no read-only disk on IDE", path=wish.path,
+            "is to be read-only, and there is no read-only disk on IDE", path=request.path,
             hint="put it on scsi or virtio",
         )  # fmt: skip
 
 
-def _usual_controller(wish: DiskWish, spec: MachineSpec) -> Controller:
-    if wish.kind == "iso":
+def _usual_controller(request: DiskRequest, spec: MachineSpec) -> Controller:
+    if request.kind == "iso":
         return "ide"
-    if wish.read_only:  # on virtio where it may be what the machine boots from
+    if request.read_only:  # on virtio where it may be what the machine boots from
         return "scsi" if any(disk.kind != "iso" and disk.controller != "scsi" for disk in spec.disks) else "virtio"
     on_ide = sum(disk.controller == "ide" for disk in spec.disks)
     return "ide" if on_ide < 3 else "scsi"

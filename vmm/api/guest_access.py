@@ -11,23 +11,31 @@ counterpart in the worker is `guest_services`. Must not know terminals. Synchron
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import os
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from vmm.api import machines
 from vmm.model.errors import NotFound, VmmError, WrongState
-from vmm.processes import worker_connection as contact
-from vmm.processes.rpc import ANSWER_SECONDS, ControlClient
 from vmm.processes.worker_connection import Place
 
 if TYPE_CHECKING:
+    from vmm.api.machine import OpenMachine
     from vmm.kvm.console import Typing
-    from vmm.kvm.key_value import KeyValueStore, Pool
+    from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
 
 FREEZE_SECONDS = 10.0
-_FREEZING_SECONDS = 120.0  # the guest writes out all that is dirty first
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleConnection:
+    """A two-way connection to a serial console, which the caller closes, and whether input on it is accepted."""
+
+    link: socket.socket
+    may_type: bool
 
 
 class GuestAccess:
@@ -36,25 +44,10 @@ class GuestAccess:
     def __init__(self, place: Place) -> None:
         self._place = place
 
-    def _connect(self) -> ControlClient:
-        """A connection to the machine's worker. Raises WrongState where it does not run."""
-        client = contact.contact(self._place)
-        if client is None:
-            state = contact.state_of(self._place)["state"]
-            name = self._place.name
-            raise WrongState(f"is {state}: no guest is running", machine=name, hint=f"start it: vmm start {name}")
-        return client
-
-    def _call(self, method: str, timeout_seconds: float = ANSWER_SECONDS, **params: object) -> Any:
-        with self._connect() as worker:
-            return worker.call(method, timeout_seconds=timeout_seconds, progress=None, **params)
-
     # -- console and screen -----------------------------------------------------------------------------------------
 
-    def open_console(
-        self, *, typing: Typing = "alone", scrollback_bytes: int | None = None
-    ) -> tuple[socket.socket, bool]:
-        """A two-way connection to the serial console, and whether input on it is accepted.
+    def open_console(self, *, typing: Typing = "alone", scrollback_bytes: int | None = None) -> ConsoleConnection:
+        """A connection to the serial console.
 
         Raises WrongState if the machine is off, InUse if too many people watch.
         """
@@ -64,12 +57,13 @@ class GuestAccess:
         try:
             link, answer = console.open_console(self._place.runtime.console, typing=typing, scrollback_bytes=size)
         except NotFound:
-            self._connect().close()  # says what state it is in, or brings the worker back
+            with machines.reach(self._place) as machine:  # says what state it is in, or brings the worker back
+                machine.need_guest()
             link, answer = console.open_console(self._place.runtime.console, typing=typing, scrollback_bytes=size)
         except VmmError as error:
             error.machine = error.machine or self._place.name
             raise
-        return link, answer["typing"] is True
+        return ConsoleConnection(link, answer["typing"] is True)
 
     def has_console(self) -> bool:
         """True while there is a console, also while a new worker replaces one that died."""
@@ -83,87 +77,72 @@ class GuestAccess:
 
     def screen(self) -> bytes:
         """A picture of the screen, as PNG. Raises WrongState when the machine is off or has no screen."""
-        return base64.b64decode(self._call("screen")["png"])
+        with machines.reach(self._place) as machine:
+            return machine.screen()
 
     def vnc_socket(self) -> str:
         """The unix socket of the machine's VNC server. Raises WrongState when it is off or has no screen."""
-        with self._connect():
-            pass
+        with machines.reach(self._place) as machine:
+            machine.need_guest()
         if not os.path.exists(self._place.runtime.vnc):
             raise WrongState("has no screen", machine=self._place.name)
         return self._place.runtime.vnc
 
     # -- agent ------------------------------------------------------------------------------------------------------
 
-    def ping(self) -> dict[str, Any]:
-        """The heartbeat, requested now: {"state", "seen_seconds_ago"}. Raises AgentUnavailable, TimedOut."""
-        answer: dict[str, Any] = self._call("agent-ping")
-        return answer
+    def ping(self) -> Heartbeat:
+        """The heartbeat, requested now. Raises AgentUnavailable, TimedOut."""
+        with machines.reach(self._place) as machine:
+            return machine.ping()
 
-    def info(self) -> dict[str, Any]:
-        """What the guest's agent says: {"heartbeat", "os": {...}, "interfaces": [...]}. Raises AgentUnavailable."""
-        answer: dict[str, Any] = self._call("agent-info")
-        return answer
+    def info(self) -> GuestInfo:
+        """What the guest's agent says: heartbeat, system, addresses. Raises AgentUnavailable."""
+        with machines.reach(self._place) as machine:
+            return machine.guest_info()
 
     def freeze(self, max_seconds: float = FREEZE_SECONDS) -> int:
         """Flush and freeze the guest's file systems; returns how many. They thaw by themselves after `max_seconds`."""
-        answer = self._call("agent-freeze", max_seconds=max_seconds, timeout_seconds=_FREEZING_SECONDS)
-        return int(answer["count"])
+        with machines.reach(self._place) as machine:
+            return machine.freeze(max_seconds)
 
     def thaw(self) -> int:
         """Thaw them; returns how many. Raises TimedOut if they had to be thawed earlier."""
-        return int(self._call("agent-thaw", timeout_seconds=_FREEZING_SECONDS)["count"])
+        with machines.reach(self._place) as machine:
+            return machine.thaw()
 
     def set_time(self) -> None:
         """Set the guest's clock to the host's."""
-        self._call("agent-set-time")
+        with machines.reach(self._place) as machine:
+            machine.set_time()
 
     # -- exchanged items --------------------------------------------------------------------------------------------
 
     def items(self) -> dict[str, dict[str, str]]:
         """All items of both pools: {"host": {key: value}, "guest": {...}}. Raises AgentUnavailable when it is off."""
-        try:
-            items: dict[str, dict[str, str]] = self._call("kvp-list")["items"]
-            return items
-        except WrongState:
-            store = self._store()
-            return {"host": store.items("host"), "guest": store.items("guest")}
+        with machines.reach(self._place) as machine:
+            return machine.items()
 
-    def get_item(self, key: str, pool: str | None = None) -> tuple[str, str]:
-        """(value, pool) of a key, from the guest's pool and then the host's unless one is named. Raises NotFound."""
-        from vmm.kvm.key_value import find_item, pool_named
-
-        try:
-            answer = self._call("kvp-get", key=key, pool=pool)
-            return answer["value"], answer["pool"]
-        except WrongState:
-            return find_item(self._store().get, key, pool_named(pool))
+    def get_item(self, key: str, pool: str | None = None) -> ExchangedItem:
+        """An item, from the guest's pool and then the host's unless one is named. Raises NotFound."""
+        with machines.reach(self._place) as machine:
+            return machine.get_item(key, pool)
 
     def set_item(self, key: str, value: str) -> bool:
         """Set an item of the host's pool; True if the guest has accepted it already. Raises InvalidSpec."""
-        try:
-            return bool(self._call("kvp-set", key=key, value=value)["taken"])
-        except WrongState:
-            return self._change(lambda store, pool: store.set(pool, key, value))
+        with self._for_a_change() as machine:
+            return machine.set_item(key, value)
 
     def delete_item(self, key: str) -> bool:
         """Remove an item of the host's pool; True if the guest has been told already. Raises NotFound."""
-        try:
-            return bool(self._call("kvp-delete", key=key)["taken"])
-        except WrongState:
-            return self._change(lambda store, pool: store.delete(pool, key))
+        with self._for_a_change() as machine:
+            return machine.delete_item(key)
 
-    def _store(self) -> KeyValueStore:
-        from vmm.kvm.key_value import KeyValueStore, store_path
-
-        return KeyValueStore(store_path(self._place.machine.folder))
-
-    def _change(self, change: Callable[[KeyValueStore, Pool], None]) -> bool:
-        """Change the file of a machine that is off, while nobody starts it."""
-        with contact.changing(self._place.name, stop_merge=False) as (machine, client):
-            if client is not None:
-                raise WrongState("was started just now", machine=machine.name, hint="try again")
-            store = self._store()
-            change(store, "host")
-            store.save()
-        return False
+    @contextlib.contextmanager
+    def _for_a_change(self) -> Iterator[OpenMachine]:
+        """The machine: of one that runs its worker, which needs no lock; else its file, while nobody starts it."""
+        with machines.reach(self._place) as machine:
+            if machine.is_running:
+                yield machine
+                return
+        with machines.open(self._place.name, stop_merge=False) as machine:
+            yield machine

@@ -12,37 +12,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vmm.model.errors import InUse, InvalidSpec, Refused, VmmError, WrongState, of_os_error
-from vmm.model.interrupted import goes_on_without_us
-from vmm.processes import worker_connection as contact
-from vmm.processes.rpc import ControlClient, Progress
+from vmm.api import machines
+from vmm.api.machine import MergeResult
+from vmm.model.errors import InvalidSpec, Refused, VmmError, WrongState
+from vmm.processes import worker_connection
+from vmm.processes.rpc import Progress
 from vmm.processes.worker_connection import Place
 from vmm.snapshots import background_merge as fold
 from vmm.snapshots.apply import Applied, apply
-from vmm.snapshots.create import Wish, create
-from vmm.snapshots.delete import Deleted, delete, forget_memory, hidden_images
+from vmm.snapshots.create import SnapshotRequest
+from vmm.snapshots.delete import Deleted, hidden_images
 from vmm.snapshots.dependents import images_of, judge
 from vmm.snapshots.preflight import look_before_apply
-from vmm.snapshots.recovery import settle, settle_journal
-from vmm.snapshots.steps import chain_of, tidy
-from vmm.store import registry, saved
+from vmm.store import registry
 from vmm.store.copies import refuse_copy
-from vmm.store.registry import Changing, Machine
-from vmm.store.snapshots.deletion_plan import Merge
-from vmm.store.snapshots.journal import Delete, MergeOff
-from vmm.store.snapshots.store import Held, Merging, holding, load_tree, read_merging
-from vmm.store.snapshots.tree import MAX_LIMIT, Snapshot, Tree
+from vmm.store.snapshots.store import Merging, load_tree, read_merging
+from vmm.store.snapshots.tree import Snapshot, Tree
 from vmm.store.state import MachineState
 
-EXIT_CANCELLED = 130  # of vhdkit, when somebody cancels
-_LOOK_SECONDS = 0.05
-_SETTLE_SECONDS = 60.0  # for another operation on the running machine to end
-_PATIENCE_SECONDS = 600.0  # between two signs of life of the worker: a guest's memory goes to a slow disk
+if TYPE_CHECKING:
+    from vmm.api.running_machine import RunningMachine
+    from vmm.api.stopped_machine import StoppedMachine
+
 MODES = ("background", "switchover", "stop")
 
 
@@ -64,7 +59,7 @@ class MachineSnapshots:
 
     def tree(self) -> Tree:
         """The tree of all snapshots. Raises NotFound for a machine that does not exist, VmmError."""
-        return load_tree(contact.look(self.name).paths)
+        return load_tree(worker_connection.look(self.name).paths)
 
     def find(self, word: str) -> Snapshot:
         """One by its name, its id, or the beginning of its id. Raises NotFound."""
@@ -77,12 +72,12 @@ class MachineSnapshots:
 
     def merges_due(self) -> int:
         """How many merges wait for the machine to be off. Raises VmmError."""
-        machine = contact.look(self.name)
+        machine = worker_connection.look(self.name)
         return len(judge(machine, load_tree(machine.paths)).merges)
 
     def hidden(self) -> dict[str, str]:
         """Images that belong to no snapshot any more but stay, each with the reason. Raises VmmError."""
-        return hidden_images(contact.look(self.name))
+        return hidden_images(worker_connection.look(self.name))
 
     def sizes(self, snapshot: Snapshot) -> Sizes:
         """The sizes of the images that it froze, and of its memory."""
@@ -94,7 +89,7 @@ class MachineSnapshots:
 
     def size_of_now(self) -> int:
         """What the present state has written since its snapshot, in bytes on the file system."""
-        machine = contact.look(self.name)
+        machine = worker_connection.look(self.name)
         return sum(_allocated(path) for path in images_of(machine.spec).values())
 
     # -- taking --------------------------------------------------------------------------------------------------
@@ -116,17 +111,8 @@ class MachineSnapshots:
         """
         if mode is not None and mode not in MODES:
             raise InvalidSpec(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
-        with self._changing() as (machine, client):
-            if client is None:
-                if consistent:
-                    raise WrongState("does not run: nothing can be frozen in it, and nothing needs to be")
-                return create(machine, Wish(snapshot_name, notes))
-            with goes_on_without_us("the snapshot", self.name):
-                done = client.call(
-                    "snapshot-create", timeout_seconds=_PATIENCE_SECONDS, progress=progress,
-                    name=snapshot_name, notes=notes, consistent=consistent, mode=mode,
-                )  # fmt: skip
-            return load_tree(machine.paths).find(str(done["id"]))
+        with self._open() as machine:
+            return machine.take_snapshot(SnapshotRequest(snapshot_name, notes, consistent, mode), progress)
 
     # -- going back ------------------------------------------------------------------------------------------------
 
@@ -151,25 +137,19 @@ class MachineSnapshots:
                 machine=self.name,
                 hint="--discard-current drops it, --snapshot-current keeps it as a snapshot; say one of them",
             )
-        machine = contact.look(self.name)
+        machine = worker_connection.look(self.name)
         look_before_apply(machine, load_tree(machine.paths), snapshot)  # before the guest is powered off
         if snapshot_current:
             self.create(snapshot_current if isinstance(snapshot_current, str) else None, progress=progress)
-        self._stop(progress)
-        with self._changing() as (machine, client):
-            if client is not None:
+        with machines.reach(self.name) as reached:
+            if reached.is_running:
+                reached.stop(progress)
+        with self._open() as opened:
+            if opened.is_running:
                 raise WrongState("was started again meanwhile", machine=self.name)
-            applied = apply(machine, snapshot.id)
-        self._merge_in_background()
+            applied = apply(opened.opened, snapshot.id)
+        opened.merge_in_background()
         return applied
-
-    def _stop(self, progress: Progress | None) -> None:
-        place = Place.of(self.name)
-        client = contact.contact(place)
-        if client is not None:
-            with client:
-                client.call("stop", timeout_seconds=_PATIENCE_SECONDS, progress=progress)
-            contact.wait_put_away(place)
 
     # -- taking away -----------------------------------------------------------------------------------------------
 
@@ -178,27 +158,16 @@ class MachineSnapshots:
 
         The merges that this needs are made when the machine is off: at once, in the background, if it is.
         """
-        with self._changing() as (machine, client), self._holding(machine, client) as held:
-            deleted = delete(held, word, subtree=subtree)
-        if deleted.tidied.merges and client is None:
-            self._merge_in_background()
+        with self._open() as machine:
+            deleted = machine.delete_snapshot(word, subtree=subtree)
+        if deleted.tidied.merges:
+            machine.merge_in_background()
         return deleted
 
     def forget_memory(self, word: str) -> Snapshot:
         """Keep a snapshot without its memory. Raises NotFound, WrongState."""
-        with self._changing_tree() as held:
-            return forget_memory(held, word)
-
-    def _merge_in_background(self) -> None:
-        machine = registry.load(self.name)
-        if saved.is_saved(machine.paths):
-            return
-        try:
-            pid = fold.spawn(machine.paths, machine.runtime)
-        except OSError as error:
-            raise of_os_error(error, "start merging", machine=self.name) from error
-        if pid is not None:
-            _reap_later(pid)
+        with self._open(stop_merge=False) as machine:
+            return machine.forget_memory(word)
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
@@ -208,8 +177,7 @@ class MachineSnapshots:
         Raises WrongState while it runs or is saved, and what stopped them.
         """
         machine = registry.load(self.name)
-        place = Place(machine.name, machine.paths, machine.runtime)
-        state = contact.state_of(place)["state"]
+        state = machines.status(Place(machine.name, machine.paths, machine.runtime)).state
         if state != MachineState.OFF:
             raise WrongState(
                 f"is {state}: its images are in use", machine=self.name,
@@ -225,135 +193,47 @@ class MachineSnapshots:
 
     def merge_live(
         self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[MergeResult, ...]:
         """Make the merges that are due while the machine runs; returns the result of each.
 
         `max_rate_bytes`: the limit per second. Raises WrongState if it does not run, InUse for a disk that grows
         faster than it is merged; what was merged by then stays merged.
         """
-        done = []
-        with self._changing() as (machine, client):
-            if client is None:
-                raise WrongState("does not run", hint=f"without --live: vmm snapshot merge {self.name}")
-            passed_over: set[str] = set()
-            while (merge := self._next_live(machine, passed_over)) is not None:
-                try:
-                    done.append(self._merge_one(machine, client, merge, max_rate_bytes, progress))
-                except VmmError as error:
-                    if error.exit_code == EXIT_CANCELLED:
-                        raise
-                    done.append({"target": merge.target, "problem": str(error)})
-                passed_over.add(merge.target)
-                machine = registry.load_for_change(machine.lock)
-            if not any("problem" in one for one in done):  # else it may wait for what failed to be settled
-                with self._holding(machine, client) as held:
-                    tidy(held)
-        return done
-
-    def _next_live(self, machine: Machine, passed_over: set[str]) -> Merge | None:
-        merges = judge(machine, load_tree(machine.paths)).merges
-        return next((one for one in merges if one.target not in passed_over), None)
-
-    def _merge_one(
-        self, machine: Changing, client: ControlClient, merge: Merge, rate: int | None, progress: Progress | None
-    ) -> dict[str, Any]:
-        """One merge: by the worker where it is part of a disk that is served, else by ourselves."""
-        served = {path for disk in machine.spec.disks if disk.is_writable_image for path in chain_of(disk)}
-        if os.path.realpath(merge.layers[0]) in served:
-            result: dict[str, Any] = client.call(
-                "snapshot-merge", timeout_seconds=_PATIENCE_SECONDS, progress=progress,
-                target=merge.target, layers=list(merge.layers), max_rate_bytes=rate,
-            )  # fmt: skip
-            return result
-        with self._holding(machine, client) as held:
-            if merge not in judge(registry.load_for_change(held), held.tree).merges:
-                raise InUse("the snapshots have changed meanwhile", path=merge.target, hint="try again")
-            fold.merge_files(held, merge, lambda done, total: None)
-        return {"target": merge.target, "passes": 1, "held_seconds": 0.0}
+        with self._open() as machine:
+            return machine.merge_live(max_rate_bytes=max_rate_bytes, progress=progress)
 
     def cancel_merge(self) -> bool:
         """Stop a merge, live or in the background; nothing is lost, and it can continue from there.
 
         False: there is none.
         """
-        place = Place.of(self.name)
-        client = contact.contact(place)
-        if client is not None:
-            with client:
-                return bool(client.call("snapshot-merge-cancel")["cancelled"])
-        if read_merging(place.machine) is None:
-            return False
-        with holding(place.machine, self.name):
-            return True
+        with machines.reach(self.name) as machine:
+            return machine.cancel_merge()
 
     # -- names -----------------------------------------------------------------------------------------------------
 
     def rename(self, word: str, name: str) -> None:
         """Give one another name. Raises NotFound, AlreadyExists, InvalidSpec."""
-        with self._changing_tree() as held:
-            held.tree.rename(held.find(word), name)
-            held.save()
+        with self._open(stop_merge=False) as machine:
+            machine.rename_snapshot(word, name)
 
     def annotate(self, word: str, notes: str) -> None:
         """Give one other notes. Raises NotFound, InvalidSpec."""
-        with self._changing_tree() as held:
-            held.tree.annotate(held.find(word), notes)
-            held.save()
+        with self._open(stop_merge=False) as machine:
+            machine.annotate_snapshot(word, notes)
 
     def set_limit(self, limit: int) -> None:
         """Set how many the machine may have. Raises InvalidSpec."""
-        if not 1 <= limit <= MAX_LIMIT:
-            raise InvalidSpec(f"a machine may have 1 to {MAX_LIMIT} snapshots")
-        with self._changing_tree() as held:
-            held.tree.limit = limit
-            held.save()
+        with self._open(stop_merge=False) as machine:
+            machine.limit_snapshots(limit)
 
     # -- small things ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _changing(self, *, stop_merge: bool = True) -> Iterator[tuple[Changing, ControlClient | None]]:
-        """The machine, which nobody else changes meanwhile, and its worker where it runs."""
-        with self._named(), contact.changing(self.name, stop_merge=stop_merge) as (machine, client):
-            yield machine, client
-
-    @contextlib.contextmanager
-    def _changing_tree(self) -> Iterator[Held]:
-        """The tree, for a change of a moment, whatever the machine does. A merge in the background gives way for it,
-        and goes on afterwards.
-        """
-        with self._changing(stop_merge=False) as (machine, client):
-            merging = read_merging(machine.paths)
-            try:
-                with self._holding(machine, client) as held:
-                    yield held
-            finally:
-                if merging is not None and client is None and read_merging(machine.paths) is None:
-                    self._merge_in_background()
-
-    @contextlib.contextmanager
-    def _holding(self, machine: Changing, client: ControlClient | None) -> Iterator[Held]:
-        """The tree, for changing, with nothing left to settle: that is done first, by the machine's worker where it
-        runs. Raises InUse, what stands in the way of settling, VmmError.
-        """
-        runs = client is not None
-        deadline = time.monotonic() + _SETTLE_SECONDS
-        while True:
-            with holding(machine.paths, self.name) as held:
-                if not runs:
-                    settle(held)
-                elif isinstance(held.tree.journal, Delete | MergeOff):  # of what no guest uses
-                    journal = held.take_over()
-                    assert journal is not None
-                    settle_journal(held, journal)
-                if held.tree.journal is None:
-                    yield held
-                    return
-            try:
-                runs = contact.has_settled(machine)
-            except VmmError:  # it may be about to end: what is left then is ours to settle
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_LOOK_SECONDS)
+    def _open(self, *, stop_merge: bool = True) -> Iterator[StoppedMachine | RunningMachine]:
+        """The machine, which no other command changes meanwhile."""
+        with self._named(), machines.open(self.name, stop_merge=stop_merge) as machine:
+            yield machine
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -370,14 +250,3 @@ def _allocated(path: str) -> int:
         return os.stat(path).st_blocks * 512
     except OSError:
         return 0
-
-
-def _reap_later(pid: int) -> None:
-    """A child that outlives us is init's; one that does not must not stay a zombie of a long-lived program."""
-    import threading
-
-    def wait() -> None:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-
-    threading.Thread(target=wait, name="vmm-merge", daemon=True).start()

@@ -5,7 +5,7 @@ Decides which verbs concern the machine's files, which its worker, and what is r
 truth is in the machines' folders and workers, so any number of managers may be used at once, in any process.
 
     manager = vmm.Manager()
-    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskWish("/srv/web.vhd")])
+    manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskRequest("/srv/web.vhd")])
     manager.start("web")
     manager.shutdown("web")
 """
@@ -13,58 +13,45 @@ truth is in the machines' folders and workers, so any number of managers may be 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from vmm.api import machines
+from vmm.api.disk_request import DiskRequest as DiskRequest
 from vmm.api.disk_request import DiskWish as DiskWish
 from vmm.api.disk_request import disk_of
 from vmm.api.guest_access import GuestAccess
+from vmm.api.machine import BackupResult
 from vmm.api.possible import refuse_impossible
 from vmm.kvm import machine_types
 from vmm.model.errors import AccessDenied, InvalidSpec, Refused, VmmError, WrongState
 from vmm.model.events import add_event, follow_events, read_events
-from vmm.model.interrupted import ends_with_us, goes_on_without_us
-from vmm.model.paths import default_folders
 from vmm.model.serials import keep_serials
-from vmm.model.settings import ChangedSettings, MachineSettings
+from vmm.model.settings import HARDWARE, ChangedSettings, MachineSettings
 from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
-from vmm.processes import worker_connection as contact
+from vmm.processes import worker_connection
 from vmm.processes.rpc import Progress
 from vmm.processes.worker_connection import Place
 from vmm.snapshots.delete import delete_all, images_to_delete
-from vmm.snapshots.dependents import refuse_older
 from vmm.snapshots.preflight import removal_problem
-from vmm.store import known_images, registry, saved
+from vmm.store import known_images, registry
 from vmm.store.copies import AllIds, original_of
-from vmm.store.images import (
-    find_disk,
-    find_image,
-    look_at,
-    note_marks,
-    readable,
-    resize_image,
-    settings_with_real_paths,
-)
-from vmm.store.media import look_at_medium, open_medium
+from vmm.store.images import look_at, note_marks, settings_with_real_paths
+from vmm.store.media import open_medium
 from vmm.store.registry import Machine
 from vmm.store.removal import images_inside, remove_image
 from vmm.store.snapshots.store import has_tree, load_tree, read_merging
-from vmm.store.state import MachineState, is_clean, processes_of
+from vmm.store.state import MachineState, processes_of
 
 if TYPE_CHECKING:
     from vmm.api.machine_snapshots import MachineSnapshots
     from vmm.api.new_id import NewId
     from vmm.api.repair import RepairStep
+    from vmm.model.guest import GuestInfo
 
 SHUTDOWN_SECONDS = 120.0
-# What a running machine has as it was started; the other settings hold at once, and disks and adapters come and go.
-HARDWARE = set(ChangedSettings.__annotations__) - {"notes", "automatic", "name", "paths"}
-_LONG = ("shutdown", "stop", "save")  # what goes on when nobody waits for it
-_PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
 LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
 
 
@@ -86,7 +73,7 @@ class MachineInfo:
     reason: str | None = None
     heartbeat: str | None = None
     operation: str | None = None
-    guest: dict[str, Any] | None = None
+    guest: GuestInfo | None = None
     pids: dict[str, int] | None = None
     problem: VmmError | None = None
     copy_of: str | None = None
@@ -102,12 +89,29 @@ class MachineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskInfo:
+    """A disk of a machine, with its size in bytes: None for an empty drive and where `problem` says why."""
+
+    disk: DiskSpec
+    size_bytes: int | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptDisk:
+    """A disk that stays when its machine is deleted, with the reason."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Deletion:
-    """What deleting a machine removes, and which of its disks stay, with the reason."""
+    """What deleting a machine removes, and which of its disks stay."""
 
     folder: str
     disks: tuple[str, ...]
-    kept: tuple[tuple[str, str], ...]
+    kept: tuple[KeptDisk, ...]
 
 
 class Manager:
@@ -135,34 +139,34 @@ class Manager:
         return self._show(name, None, guest=guest)
 
     def _show(self, name: str, ids: AllIds | None, *, guest: bool = False) -> MachineInfo:
-        machine = contact.look(name)
+        machine = worker_connection.look(name)
         place = _place(machine)
-        found = contact.state_of(place, ids)
+        found = machines.status(place, ids)
         if (original := original_of(name, ids)) is not None:
-            return MachineInfo(
-                name, MachineState(found["state"]), machine.spec, folder=machine.paths.folder, copy_of=original
-            )
-        if guest and found.get("heartbeat") is not None:
-            found |= self._call(name, "status", guest=True)
+            return MachineInfo(name, found.state, machine.spec, folder=machine.paths.folder, copy_of=original)
+        told: GuestInfo | None = None
+        if guest and found.heartbeat is not None:
+            with machines.reach(place) as reached:
+                told = reached.guest_summary()
         processes = processes_of(place.runtime)
         return MachineInfo(
             name=machine.name,
-            state=MachineState(found["state"]),
+            state=found.state,
             spec=machine.spec,
             folder=machine.paths.folder,
-            accelerator=found.get("accelerator"),
-            uptime_seconds=found.get("uptime_seconds"),
-            reason=found.get("reason"),
-            heartbeat=found.get("heartbeat"),
-            operation=found.get("operation") or ("merge" if read_merging(machine.paths) is not None else None),
-            guest=found.get("guest"),
+            accelerator=found.accelerator,
+            uptime_seconds=found.uptime_seconds,
+            reason=found.reason,
+            heartbeat=found.heartbeat,
+            operation=found.operation or ("merge" if read_merging(machine.paths) is not None else None),
+            guest=told,
             pids={part: ref.pid for part, ref in processes.items()},
             running=_running_spec(place) if processes else None,
         )
 
     def state(self, name: str) -> MachineState:
         """The state of a machine. Raises NotFound, TimedOut."""
-        return MachineState(contact.state_of(Place.of(name))["state"])
+        return machines.status(name).state
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """What happened to a machine, the oldest first."""
@@ -190,7 +194,7 @@ class Manager:
         self,
         name: str,
         *,
-        disks: Sequence[DiskWish] = (),
+        disks: Sequence[DiskRequest] = (),
         adapters: Sequence[dict[str, Any]] = (),
         folder: str | None = None,
         **settings: Unpack[MachineSettings],
@@ -206,8 +210,8 @@ class Manager:
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")
         spec = make_spec(name=name, **settings_with_real_paths(settings))
-        for wish in disks:
-            spec = spec.changed(disks=[*spec.disks, disk_of(wish, spec)])
+        for request in disks:
+            spec = spec.changed(disks=[*spec.disks, disk_of(request, spec)])
         refuse_impossible(spec, asked)
         if folder is not None and not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="make it first")
@@ -229,28 +233,8 @@ class Manager:
 
         Raises InvalidSpec, WrongState for a name or hardware that must not change now.
         """
-        with contact.changing(name, stop_merge=False) as (machine, client):
-            fixed = sorted(set(settings) & {"id", "schema_version", "disks", "adapters", "generation"})
-            if fixed:
-                raise InvalidSpec(f"{', '.join(fixed)} cannot be set", machine=name)
-            hardware = set(settings) & HARDWARE
-            refused = hardware
-            boots = hardware & {"kernel", "initrd", "append"}  # of no use to a guest that goes on
-            if boots and saved.is_saved(machine.paths) and saved.read_description(machine.paths).had_kernel:
-                refused = hardware - boots
-            if refused:
-                saved.refuse_when_saved(machine.paths, name, f"changing {', '.join(sorted(refused))}")
-            changes = settings_with_real_paths(settings)
-            if changes.get("kernel", "") is None:  # they go with a kernel only
-                changes = {"initrd": None, "append": None, **changes}
-            refuse_impossible(machine.spec.changed(**changes), settings)
-            if changes.get("name", machine.name) != machine.name:
-                if client is not None:
-                    raise WrongState("is running, and cannot have another name now", machine=name)
-                registry.rename(machine, machine.spec.changed(**changes))
-            else:  # the disks are what the worker says: a snapshot may move them at this moment
-                registry.update(machine.lock, lambda spec: spec.changed(**changes))
-        return client is not None and bool(hardware)
+        with machines.open(name, stop_merge=False) as machine:
+            return machine.change_settings(settings)
 
     def new_id(self, name: str) -> NewId:
         """Make a machine of its own out of a copied folder, which is off. See `NewId` for what becomes of its disks.
@@ -263,11 +247,11 @@ class Manager:
 
     def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
-        return self._plan_delete(contact.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
+        return self._plan_delete(worker_connection.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
 
     def _plan_delete(self, machine: Machine, *, with_disks: bool, with_snapshots: bool) -> Deletion:
         name = machine.name
-        self._refuse_running(machine, "delete it")
+        machines.refuse_running(_place(machine), "delete it")
         if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
             raise WrongState(
                 f"has {count} snapshot{'s' if count > 1 else ''}, which would be deleted with it", machine=name,
@@ -310,7 +294,7 @@ class Manager:
                     f"its folder holds an image that would be lost with it: {one.who} needs it", machine=name,
                     path=one.path, hint="move the image out of the machine's folder first",
                 )  # fmt: skip
-        return Deletion(machine.paths.folder, tuple(disks), tuple(kept))
+        return Deletion(machine.paths.folder, tuple(disks), tuple(KeptDisk(*one) for one in kept))
 
     def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """Remove a machine, its saved state and logs; on request also its images and snapshots.
@@ -318,14 +302,15 @@ class Manager:
         Parents that are not the machine's own always stay. Raises WrongState, before anything is removed, while it
         runs or, unless `with_snapshots`, has snapshots.
         """
-        with contact.changing(name) as (machine, _):
+        with machines.open_stopped(name, "delete it") as opened:
+            machine = opened.opened
             plan = self._plan_delete(machine, with_disks=with_disks, with_snapshots=with_snapshots)
-            disks, kept = plan.disks, dict(plan.kept)
+            disks, kept = plan.disks, {one.path: one.reason for one in plan.kept}
             if has_tree(machine.paths):
                 delete_all(machine)
                 machine = registry.load_for_change(machine.lock)  # an unfinished merge may have moved its disks
                 again = self._plan_delete(machine, with_disks=with_disks, with_snapshots=True)
-                disks, kept = again.disks, kept | dict(again.kept)
+                disks, kept = again.disks, kept | {one.path: one.reason for one in again.kept}
             registry.remove(machine)
             keep_serials([disk for disk in machine.spec.disks if disk.path not in disks])
             for path in disks:
@@ -334,120 +319,88 @@ class Manager:
                 except VmmError as error:
                     kept[path] = error.problem
         gone = tuple(path for path in dict.fromkeys((*plan.disks, *disks)) if not os.path.lexists(path))
-        stays = tuple((path, reason) for path, reason in kept.items() if path not in gone)
+        stays = tuple(KeptDisk(path, reason) for path, reason in kept.items() if path not in gone)
         return replace(plan, disks=gone, kept=stays)
-
-    def _refuse_running(self, machine: Machine, what: str) -> None:
-        state = contact.state_of(_place(machine))["state"]
-        if state not in (MachineState.OFF, MachineState.SAVED):
-            raise WrongState(
-                f"is {state}: cannot {what} now",
-                machine=machine.name,
-                hint=f"shut it down: vmm shutdown {machine.name}",
-            )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self, name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> MachineState:
         """Start a machine, with its saved memory if any. Raises WrongState, InUse, and for what is missing."""
-        return MachineState(contact.start(name, discard_saved=discard_saved, progress=progress)["state"])
+        return worker_connection.start(name, discard_saved=discard_saved, progress=progress).state
 
     def shutdown(
         self, name: str, *, timeout_seconds: float = SHUTDOWN_SECONDS, progress: Progress | None = None
     ) -> None:
         """Have the guest shut itself down, and wait. Raises TimedOut if it does not, WrongState."""
-        self._call_until_off(name, "shutdown", progress, seconds=timeout_seconds)
+        with machines.reach(name) as machine:
+            machine.shutdown(timeout_seconds, progress)
 
     def stop(self, name: str, *, progress: Progress | None = None) -> None:
         """Power off. Raises WrongState if it is off."""
-        self._call_until_off(name, "stop", progress)
+        with machines.reach(name) as machine:
+            machine.stop(progress)
 
     def save(self, name: str, *, progress: Progress | None = None) -> None:
         """Save memory and devices to disk, and power off. After WrongState or NoSpace the machine runs on."""
-        self._call_until_off(name, "save", progress)
+        with machines.reach(name) as machine:
+            machine.save(progress)
 
     def stop_with_host(self, name: str, *, progress: Progress | None = None) -> str:
         """Carry out its automatic stop action, or the next one if that fails; returns what was done, in words.
 
         If a signal to its processes has begun this already, waits for that. Raises WrongState if it is off.
         """
-        done: str = self._call(name, "leave", progress)["done"]
-        contact.wait_put_away(Place.of(name))
-        return done
+        with machines.reach(name) as machine:
+            return machine.stop_with_host(progress)
 
     def reset(self, name: str) -> None:
         """Press the reset button."""
-        self._call(name, "reset")
+        with machines.reach(name) as machine:
+            machine.reset()
 
     def pause(self, name: str) -> None:
         """Stop the processors until `resume`."""
-        self._call(name, "pause")
+        with machines.reach(name) as machine:
+            machine.pause()
 
     def resume(self, name: str) -> None:
         """Continue after `pause`."""
-        self._call(name, "resume")
+        with machines.reach(name) as machine:
+            machine.resume()
 
     def discard_saved(self, name: str) -> None:
         """Discard a saved machine's memory. Raises WrongState if there is none."""
-        with contact.changing(name, stop_merge=False) as (machine, _):
-            if not saved.is_saved(machine.paths):
-                raise WrongState("is not saved", machine=name)
-            saved.discard(machine.paths)
-        add_event(machine.paths.events, "saved-state-discarded")
+        with machines.open(name, stop_merge=False) as machine:
+            machine.discard_saved()
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, **settings: Any) -> AdapterSpec:
         """Give a machine an adapter, at once if it runs. Raises InvalidSpec, NotFound, AlreadyExists, NoSpace."""
-        from vmm.api import adapters
-
-        return adapters.add(name, settings)
+        with machines.open(name, stop_merge=False) as machine:
+            return machine.add_adapter(settings)
 
     def remove_adapter(self, name: str, adapter_id: str) -> AdapterSpec:
         """Remove an adapter, at once if the machine runs. Raises NotFound, TimedOut if the guest keeps it."""
-        from vmm.api import adapters
-
-        return adapters.remove(name, adapter_id)
+        with machines.open(name, stop_merge=False) as machine:
+            return machine.remove_adapter(adapter_id)
 
     def change_adapter(self, name: str, adapter_id: str, **settings: Any) -> AdapterSpec:
         """Change an adapter; while the machine runs only its rules, limits and link. Raises WrongState."""
-        from vmm.api import adapters
-
-        return adapters.change(name, adapter_id, settings)
+        with machines.open(name, stop_merge=False) as machine:
+            return machine.change_adapter(adapter_id, settings)
 
     # -- disks --------------------------------------------------------------------------------------------------------
 
-    def add_disk(self, name: str, wish: DiskWish) -> DiskSpec:
+    def add_disk(self, name: str, request: DiskRequest) -> DiskSpec:
         """Give a machine a disk; if it runs, on SCSI only. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
-        with contact.changing(name) as (machine, client):
-            saved.refuse_when_saved(machine.paths, name, "adding a disk")
-            if client is not None and wish.controller is None and wish.kind != "iso":
-                wish = replace(wish, controller="scsi")
-            disk = disk_of(wish, machine.spec)
-            spec = machine.spec.changed(disks=[*machine.spec.disks, disk])
-            if client is None:
-                registry.save(machine, spec)
-                add_event(machine.paths.events, "disk-added", disk=disk.id, path=disk.path)
-            else:
-                registry.check_disks(spec)
-                client.call("disk-add", disk=json.loads(disk.model_dump_json()), timeout_seconds=_PATIENCE_SECONDS)
-            note_marks(machine, [disk])
-            keep_serials([disk])
-        return disk
+        with machines.open(name) as machine:
+            return machine.add_disk(request)
 
     def remove_disk(self, name: str, disk_id: str) -> DiskSpec:
         """Remove a disk from a machine; the image stays. Raises NotFound, WrongState, TimedOut."""
-        with contact.changing(name) as (machine, client):
-            disk = find_disk(machine, disk_id)
-            saved.refuse_when_saved(machine.paths, name, "removing a disk")
-            if client is None:
-                rest = [one for one in machine.spec.disks if one.id != disk.id]
-                registry.save(machine, machine.spec.changed(disks=rest))
-                add_event(machine.paths.events, "disk-removed", disk=disk.id, path=disk.path)
-            else:
-                client.call("disk-remove", disk=disk.id, timeout_seconds=_PATIENCE_SECONDS)
-            keep_serials([disk])  # it may be a newer leaf than the one that was given
-        return disk
+        with machines.open(name) as machine:
+            return machine.remove_disk(disk_id)
 
     def change_medium(self, name: str, drive_id: str, path: str | None, *, force: bool = False) -> DiskSpec:
         """Put another medium, or none, into a drive, in any state of the machine; returns the changed drive.
@@ -455,85 +408,34 @@ class Manager:
         `force`: take the medium out even if a running guest has locked the drive. A saved guest notices the change
         when it continues. Raises NotFound, InvalidSpec, WrongState, Refused for a locked drive.
         """
-        with contact.changing(name, stop_merge=False) as (machine, client):
-            drive = find_disk(machine, drive_id)
-            if drive.kind != "iso":
-                raise WrongState(
-                    f"{drive.id} is a hard disk, not a drive with a medium", machine=name, path=drive.path,
-                    hint=f"vmm disk list {name} shows which drives there are",
-                )  # fmt: skip
-            if path is not None:
-                path = readable(find_image(path, machine.spec.paths.disks or default_folders()["disks"]))
-            changed = drive.model_copy(update={"path": path})
-            if client is not None:
-                client.call("disk-change", disk=drive.id, path=path, force=force, timeout_seconds=_PATIENCE_SECONDS)
-                return changed
-            if saved.is_saved(machine.paths):
-                identity = None if path is None else look_at_medium(path)
-                saved.accept_media(machine.paths, {drive.id: identity})
-            disks = [changed if one.id == drive.id else one for one in machine.spec.disks]
-            registry.save(machine, machine.spec.changed(disks=disks))
-            add_event(machine.paths.events, "medium-changed", drive=drive.id, path=path)
-        return changed
+        with machines.open(name, stop_merge=False) as machine:
+            return machine.change_medium(drive_id, path, force=force)
 
     def resize_disk(self, name: str, disk_id: str, size_bytes: int, *, shrink: bool = False) -> int:
         """Resize a disk; returns its new size. It gets smaller only with `shrink`, and while the machine is off.
 
         Raises StoreFailed, WrongState, InvalidSpec.
         """
-        with contact.changing(name) as (machine, client):
-            disk = find_disk(machine, disk_id)
-            if disk.kind != "vhd" or disk.read_only or disk.path is None:
-                raise WrongState("only a writable image can be resized", machine=name, path=disk.path)
-            saved.refuse_when_saved(machine.paths, name, "resizing a disk")
-            if client is not None:
-                done = client.call(
-                    "disk-resize", disk=disk.id, size_bytes=size_bytes, timeout_seconds=_PATIENCE_SECONDS
-                )
-                return int(done["size_bytes"])
-            return resize_image(disk, size_bytes, shrink=shrink)
+        with machines.open(name) as machine:
+            return machine.resize_disk(disk_id, size_bytes, shrink=shrink)
 
-    def disks(self, name: str) -> list[tuple[DiskSpec, int | None, str | None]]:
-        """The disks of a machine: (disk, size in bytes or None, problem or None)."""
-        rows: list[tuple[DiskSpec, int | None, str | None]] = []
-        for disk in contact.look(name).spec.disks:
-            try:
-                rows.append((disk, _size_of(disk), None))
-            except VmmError as error:
-                rows.append((disk, None, error.problem))
-        return rows
+    def disks(self, name: str) -> tuple[DiskInfo, ...]:
+        """The disks of a machine, with their sizes; what is wrong with one is in its `problem`."""
+        return tuple(_disk_info(disk) for disk in worker_connection.look(name).spec.disks)
 
-    def backup(self, name: str, folder: str, *, progress: Progress | None = None) -> dict[str, Any]:
+    def backup(self, name: str, folder: str, *, progress: Progress | None = None) -> BackupResult:
         """Copy all disks, as they are at one moment, into a new folder, while the machine runs or not.
 
-        {"folder", "disks": {id: path}, "consistent": whether file systems were written out}. Raises AlreadyExists,
-        Refused for passed-through devices, StoreFailed, NoSpace.
+        Raises AlreadyExists, Refused for passed-through devices, StoreFailed, NoSpace.
         """
-        from vmm.processes import disk_copies  # with asyncio it takes a sixth of the time of `vmm list`
-
         target = os.path.abspath(folder)
-        place = Place.of(name)
-        client = contact.contact(place)
-        if client is not None:
-            with client, goes_on_without_us("the backup", name):
-                result: dict[str, Any] = client.call(
-                    "backup", folder=target, timeout_seconds=_PATIENCE_SECONDS, progress=progress
-                )
-                return result
-        with contact.changing(name) as (machine, client):
-            if client is not None:
+        with machines.reach(name) as machine:
+            if machine.is_running:
+                return machine.backup(target, progress)
+        with machines.open(name) as machine:
+            if machine.is_running:
                 raise WrongState("was started just now", machine=name, hint="try again")
-            tell = partial(add_event, machine.paths.events)
-            with disk_copies.told_when_failed(tell, target), ends_with_us("the backup"):
-                disks = disk_copies.disks_to_copy(machine.spec)
-                disk_copies.check_target(target)
-                refuse_older(machine, load_tree(machine.paths))
-                told = progress or (lambda document: None)
-                copied = disk_copies.copy_disks_now(machine.paths, machine.spec, disks, target, told)
-            # A saved machine's file systems are in use, and those of one that died were.
-            consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
-            tell("backed-up", folder=target, consistent=consistent)
-        return {**copied, "consistent": consistent}
+            return machine.backup(target, progress)
 
     def repair(
         self, name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
@@ -551,28 +453,6 @@ class Manager:
         """The inside of a machine: console, screen, agent, exchanged items. Raises NotFound."""
         return GuestAccess(Place.of(name))
 
-    # -- asking the worker --------------------------------------------------------------------------------------------
-
-    def _call(self, name: str, method: str, progress: Progress | None = None, **params: object) -> Any:
-        """Ask the machine's worker. Raises WrongState when there is none."""
-        place = Place.of(name)
-        client = contact.contact(place)
-        if client is None:
-            state = contact.state_of(place)["state"]
-            raise WrongState(f"is {state}: cannot {_verb(method)} now", machine=name)
-        with client, goes_on_without_us(f"the {method}", name) if method in _LONG else contextlib.nullcontext():
-            return client.call(method, timeout_seconds=_PATIENCE_SECONDS, progress=progress, **params)
-
-    def _call_until_off(self, name: str, method: str, progress: Progress | None, **params: object) -> None:
-        """Ask for something that ends the machine, and return when nothing of it is left."""
-        self._call(name, method, progress, **params)
-        contact.wait_put_away(Place.of(name))
-
-
-def _verb(method: str) -> str:
-    """What the worker's method does to the machine, after "cannot"."""
-    return "shut it down" if method == "shutdown" else f"{method} it"
-
 
 def _place(machine: Machine) -> Place:
     return Place(machine.name, machine.paths, machine.runtime)
@@ -582,6 +462,13 @@ def _running_spec(place: Place) -> MachineSpec | None:
     with contextlib.suppress(VmmError):
         return registry.read_definition(place.runtime.running)
     return None
+
+
+def _disk_info(disk: DiskSpec) -> DiskInfo:
+    try:
+        return DiskInfo(disk, _size_of(disk))
+    except VmmError as error:
+        return DiskInfo(disk, None, error.problem)
 
 
 def _size_of(disk: DiskSpec) -> int | None:

@@ -33,16 +33,33 @@ _ASIDE = ("snapshots.json", "saved", "saved.part", "saved.used", "saved.applied"
 
 
 @dataclass(frozen=True, slots=True)
+class OwnDisk:
+    """A disk that a copy keeps: its id and its file."""
+
+    disk: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOut:
+    """A disk that a copy does not keep, with the reason."""
+
+    disk: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class NewId:
-    """What became of a copy. `disks` are those it has, (disk, path); `taken_out` those that another machine needs,
-    with the reason; `aside` is the folder with the snapshots and memory that it had, None where it had none.
+    """What became of a copy. `disks` are those that it has; `taken_out` those that another machine needs; `aside` is
+    the folder with the snapshots and memory that it had, None where it had none.
     """
 
     machine: str
     id: str
     original: str
-    disks: tuple[tuple[str, str], ...]
-    taken_out: tuple[tuple[str, str, str], ...]
+    disks: tuple[OwnDisk, ...]
+    taken_out: tuple[TakenOut, ...]
     aside: str | None
 
 
@@ -90,7 +107,7 @@ def _renewed(machine: Changing, lock: HeldLock, original: str, aside: str | None
     with choosing_macs():
         fresh = with_new_macs(machine.spec)
         kept: list[DiskSpec] = []
-        taken_out: list[tuple[str, str, str]] = []
+        taken_out: list[TakenOut] = []
 
         def change(spec: MachineSpec) -> MachineSpec:
             for disk in spec.disks:
@@ -99,11 +116,11 @@ def _renewed(machine: Changing, lock: HeldLock, original: str, aside: str | None
                 if problem is None:
                     kept.append(own)
                 else:
-                    taken_out.append((disk.id, str(disk.path), problem))
+                    taken_out.append(TakenOut(disk.id, str(disk.path), problem))
             return spec.changed(id=str(uuid.uuid4()), disks=kept, adapters=fresh.adapters)
 
         renewed = registry.update(lock, change)
-    disks = tuple((disk.id, disk.path) for disk in kept if disk.path is not None)
+    disks = tuple(OwnDisk(disk.id, disk.path) for disk in kept if disk.path is not None)
     return NewId(machine.name, renewed.spec.id, original, disks, tuple(taken_out), aside)
 
 

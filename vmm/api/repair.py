@@ -20,10 +20,10 @@ from itertools import pairwise
 from typing import Literal
 
 import vhdkit
+from vmm.api import machines
 from vmm.model.errors import InUse, NotFound, VmmError, WrongState
 from vmm.model.events import add_event
 from vmm.model.spec import DiskSpec
-from vmm.processes import worker_connection as contact
 from vmm.snapshots.recovery import is_pending, settle, settle_journal
 from vmm.snapshots.steps import child_path, options_of_all, relocated, store_problem
 from vmm.store import registry
@@ -84,8 +84,9 @@ def repair(
     name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
 ) -> list[RepairStep]:
     """Look, and do what helps unless `dry_run`; see `Manager.repair`. Raises WrongState while it runs."""
-    with contact.changing(name, settles=False) as (machine, client):
-        if client is not None:
+    with machines.open(name, settles=False) as found:
+        machine = found.opened
+        if found.is_running:
             raise WrongState(
                 "runs, and the server of its disks knows the newest images", machine=name,
                 hint=f"any command settles what was cut short; or shut it down: vmm shutdown {name}",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from vmm.api.manager import Manager
@@ -22,7 +24,7 @@ def backup_command(name: str, folder: str, as_json: bool, quiet: bool) -> None:
     with progress_line(shown=not quiet and not as_json) as progress:
         result = Manager().backup(name, folder, progress=progress)
     if as_json:
-        print_json(result)
+        print_json(asdict(result))
     elif not quiet:
-        how = "its file systems written out" if result["consistent"] else "as after a power cut"
-        print_line(f"{name}: {len(result['disks'])} disks in {result['folder']}, {how}")
+        how = "its file systems written out" if result.consistent else "as after a power cut"
+        print_line(f"{name}: {len(result.disks)} disks in {result.folder}, {how}")

@@ -11,8 +11,8 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,6 +20,9 @@ import vhdkit
 from vhdkit import json_text
 from vmm.cli.progress import ProgressText
 from vmm.model.errors import printable
+
+if TYPE_CHECKING:
+    from vmm.processes.worker_connection import Started
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
@@ -143,10 +146,10 @@ def print_aside(text: str) -> None:
         click.echo(printable(text), err=True)
 
 
-def print_disconnected(started: Mapping[str, Any]) -> None:
-    """A line for each adapter that is on no switch; `started` is what a start returned."""
-    for one in started.get("disconnected", ()):
-        print_line(f"{one['adapter']} is disconnected: {one['problem']}")
+def print_disconnected(started: Started) -> None:
+    """A line for each adapter that is on no switch."""
+    for one in started.disconnected:
+        print_line(f"{one.adapter} is disconnected: {one.problem}")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, states: int | None = None) -> None:

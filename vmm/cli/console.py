@@ -86,15 +86,15 @@ def _join(
 
     def connect(is_again: bool) -> socket.socket:
         size = 0 if is_again or no_scrollback else None
-        link, may_type = guest.open_console(typing=typing, scrollback_bytes=size)
+        console = guest.open_console(typing=typing, scrollback_bytes=size)
         if not is_again:
-            if not may_type and typing != "never":
+            if not console.may_type and typing != "never":
                 print_aside(
                     f"{name}: somebody else has the keyboard; this only watches (to type: --take, or --shared in both)"
                 )
             elif is_terminal:
                 print_aside(f"{name}: this is its console; Ctrl-] leaves")
-        return link
+        return console.link
 
     join = Join(
         connect, sys.stdin.fileno(), sys.stdout.fileno(), expect=None if expect is None else expect.encode(),

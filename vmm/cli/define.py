@@ -7,6 +7,7 @@ Decides how options become settings. Which settings are valid is decided in `spe
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, get_args
 
 import click
@@ -212,10 +213,10 @@ def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
     if quiet:
         return
     print_line(f"{name} is no longer a copy of {done.original}: its id is {done.id}")
-    for disk, path in done.disks:
-        print_line(f"keeps    {disk}: {path}")
-    for disk, path, reason in done.taken_out:
-        print_line(f"leaves   {disk}: {path}  ({reason}; vmm disk add {name} a copy of it)")
+    for kept in done.disks:
+        print_line(f"keeps    {kept.disk}: {kept.path}")
+    for left in done.taken_out:
+        print_line(f"leaves   {left.disk}: {left.path}  ({left.reason}; vmm disk add {name} a copy of it)")
     if done.aside is not None:
         print_line(f"its snapshots and saved memory are put aside, they are {done.original}'s: {done.aside}")
 
@@ -237,20 +238,20 @@ def delete_command(
     manager = Manager()
     plan = manager.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
     document: dict[str, Any] = {"folder": plan.folder, "disks": list(plan.disks),
-                "kept": [{"path": path, "reason": reason} for path, reason in plan.kept]}  # fmt: skip
+                "kept": [asdict(one) for one in plan.kept]}  # fmt: skip
     if not as_json and not quiet:
         for path in (plan.folder, *plan.disks):
             print_line(f"{'would remove' if dry_run else 'removes'}  {path}")
-        for path, reason in plan.kept:
-            print_line(f"keeps    {path}  ({reason})")
+        for one in plan.kept:
+            print_line(f"keeps    {one.path}  ({one.reason})")
     if not dry_run:
         confirm(f"Delete {name}?", yes=yes)
         done = manager.delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
-        document["kept"] = [{"path": path, "reason": reason} for path, reason in done.kept]
+        document["kept"] = [asdict(one) for one in done.kept]
         document["disks"] = list(done.disks)
         if not as_json and not quiet:
-            for path, reason in sorted(set(done.kept) - set(plan.kept)):
-                print_line(f"keeps    {path}  ({reason})")
+            for one in sorted(set(done.kept) - set(plan.kept), key=lambda one: (one.path, one.reason)):
+                print_line(f"keeps    {one.path}  ({one.reason})")
     if as_json:
         print_json({**document, "deleted": not dry_run})
     elif not quiet and not dry_run:

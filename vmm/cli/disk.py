@@ -13,7 +13,7 @@ from typing import Any, Literal
 import click
 
 import vhdkit
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.cli.common import (
     DISK_SIZE,
     VerbGroup,
@@ -32,7 +32,7 @@ _FORMATS = ("vhd", "raw")
 _ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
 
 
-def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskWish:
+def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskRequest:
     """IMAGE[,OPTION=VALUE...] as a wish; of a drive ("iso") the image may be missing. Raises BadParameter."""
     path, *rest = word.split(",")
     while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:  # of the name, most likely
@@ -65,7 +65,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
         for option in rest:
             if option.partition("=")[0] in _ONLY_FOR_IMAGES:
                 raise click.BadParameter(f"{option!r} in {word!r} is for images of hard disks")
-    return DiskWish(path or None, kind=kind, **settings)
+    return DiskRequest(path or None, kind=kind, **settings)
 
 
 @click.group("disk", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -156,12 +156,23 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
     disks = Manager().disks(name)
     if as_json:
         print_json(
-            [{**disk.model_dump(mode="json"), "size_bytes": size, "problem": problem} for disk, size, problem in disks]
+            [
+                {**one.disk.model_dump(mode="json"), "size_bytes": one.size_bytes, "problem": one.problem}
+                for one in disks
+            ]
         )
     elif not quiet:
         rows = [
-            [disk.id, disk.place, disk.kind, format_size(size), disk.serial, disk.path or "empty", problem or ""]
-            for disk, size, problem in disks
+            [
+                one.disk.id,
+                one.disk.place,
+                one.disk.kind,
+                format_size(one.size_bytes),
+                one.disk.serial,
+                one.disk.path or "empty",
+                one.problem or "",
+            ]
+            for one in disks
         ]
         print_table(("DISK", "PLACE", "KIND", "SIZE", "SERIAL", "IMAGE", "NOTE"), rows)
 

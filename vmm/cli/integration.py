@@ -7,7 +7,8 @@ Decides how this is shown. What it means is in `vmm.api.guest_access`.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,6 +27,9 @@ from vmm.cli.common import (
 )
 from vmm.model.errors import InvalidSpec, printable
 
+if TYPE_CHECKING:
+    from vmm.model.guest import GuestInfo
+
 MAX_INPUT_BYTES = 1 << 20  # of standard input; what an item may hold is less
 
 
@@ -41,7 +45,7 @@ def show_agent(name: str, as_json: bool, quiet: bool) -> None:
     """Heartbeat, operating system and addresses of the guest of the machine NAME."""
     info = Manager().guest(name).info()
     if as_json:
-        print_json(info)
+        print_json(asdict(info))
     elif not quiet:
         print_pairs(guest_pairs(info))
 
@@ -53,7 +57,7 @@ def ping(name: str, as_json: bool, quiet: bool) -> None:
     """Ask the guest of the machine NAME for a sign of life; exit code 0 when it answers."""
     beat = Manager().guest(name).ping()
     if as_json:
-        print_json(beat)
+        print_json(asdict(beat))
     elif not quiet:
         print_line(f"{name}: the guest answers")
 
@@ -131,14 +135,14 @@ def list_items(name: str, as_json: bool, quiet: bool) -> None:
 @output_options
 def get_item(name: str, key: str, pool: str | None, as_json: bool, quiet: bool) -> None:
     """Print the value of the item KEY of the machine NAME."""
-    value, found_in = Manager().guest(name).get_item(key, pool)
+    item = Manager().guest(name).get_item(key, pool)
     if as_json:
-        print_json({"key": key, "value": value, "pool": found_in})
+        print_json({"key": key, **asdict(item)})
     elif sys.stdout.isatty():
         # What a guest sets must not reach into the terminal.
-        click.echo("\n".join(printable(line) for line in value.split("\n")))
+        click.echo("\n".join(printable(line) for line in item.value.split("\n")))
     elif not quiet:
-        click.echo(value)
+        click.echo(item.value)
 
 
 @kvp_command.command("set", epilog=epilog("vmm kvp set web role database", "vmm kvp set web key - < id.pub"))
@@ -176,17 +180,16 @@ def _file_systems(count: int) -> str:
     return "1 file system" if count == 1 else f"{count} file systems"
 
 
-def guest_pairs(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and texts about a guest, from `GuestAccess.info` or the guest of `MachineInfo`."""
-    seen = info.get("seen_seconds_ago")
-    pairs = [("heartbeat", info["heartbeat"] + ("" if seen is None else f" ({seen:g} s ago)"))]
-    system = info.get("os")
-    if system:
-        words = " ".join(part for part in (system["name"], system["version"]) if part)
-        kernel = f" (kernel {system['kernel']})" if system["kernel"] else ""
+def guest_pairs(info: GuestInfo) -> list[tuple[str, str]]:
+    """Names and texts about a guest."""
+    seen = info.seen_seconds_ago
+    pairs = [("heartbeat", info.heartbeat + ("" if seen is None else f" ({seen:g} s ago)"))]
+    if (system := info.os) is not None:
+        words = " ".join(part for part in (system.name, system.version) if part)
+        kernel = f" (kernel {system.kernel})" if system.kernel else ""
         pairs.append(("guest system", words + kernel))
-        pairs.append(("guest name", system["host_name"]))
-    for interface in info.get("interfaces", ()):
-        addresses = ", ".join(interface["addresses"]) or "no address"
-        pairs.append(("guest address", f"{addresses} on {interface['name']} ({interface['mac']})"))
+        pairs.append(("guest name", system.host_name))
+    for interface in info.interfaces:
+        addresses = ", ".join(interface.addresses) or "no address"
+        pairs.append(("guest address", f"{addresses} on {interface.name} ({interface.mac})"))
     return pairs

@@ -6,6 +6,7 @@ Decides how these commands become calls. It imports only what a start needs, bec
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -44,9 +45,9 @@ def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) ->
     with progress_line(shown=not quiet and not as_json) as progress:
         started = contact.start(name, discard_saved=discard_saved, progress=progress)
     if as_json:
-        print_json({"name": name, "state": started["state"], "disconnected": started.get("disconnected", [])})
+        print_json({"name": name, **asdict(started)})
     elif not quiet:
-        print_line(f"{name} is {started['state']}")
+        print_line(f"{name} is {started.state}")
         print_disconnected(started)
 
 

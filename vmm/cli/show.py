@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -67,9 +68,9 @@ def _adapters_in_short(one: MachineInfo) -> str:
 
 def addresses_of(one: MachineInfo, adapter: AdapterSpec) -> list[str]:
     """The addresses, with prefixes, that the guest says its interface of that MAC address has; others' come last."""
-    interfaces = (one.guest or {}).get("interfaces") or ()
+    interfaces = one.guest.interfaces if one.guest is not None else ()
     mac = (adapter.mac or "").lower()
-    found = [str(word) for card in interfaces if str(card["mac"]).lower() == mac for word in card["addresses"]]
+    found = [word for card in interfaces if card.mac.lower() == mac for word in card.addresses]
     return sorted(found, key=lambda word: word.startswith("fe80:"))
 
 
@@ -115,7 +116,7 @@ def document_of(one: MachineInfo) -> dict[str, Any]:
         "accelerator": one.accelerator,
         "uptime_seconds": one.uptime_seconds,
         "heartbeat": one.heartbeat,
-        "guest": one.guest,
+        "guest": None if one.guest is None else asdict(one.guest),
         "pids": one.pids,
         "folder": one.folder,
         "definition": None if one.spec is None else json.loads(one.spec.to_json()),
@@ -199,9 +200,9 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     )
     _print_adapters(one)
     rows = [
-        [disk.id, disk.place, disk.kind + (", read-only" if disk.read_only else ""), format_size(size), disk.serial,
-         (disk.path or "empty") + (f"  ({problem})" if problem else "")]
-        for disk, size, problem in manager.disks(name)
+        [disk.id, disk.place, disk.kind + (", read-only" if disk.read_only else ""), format_size(info.size_bytes),
+         disk.serial, (disk.path or "empty") + (f"  ({info.problem})" if info.problem else "")]
+        for info in manager.disks(name) for disk in (info.disk,)
     ]  # fmt: skip
     if rows:
         click.echo()

@@ -7,6 +7,7 @@ Decides how the tree is drawn and what is reported about a merge. Everything els
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -29,8 +30,10 @@ from vmm.cli.common import (
     progress_line,
 )
 from vmm.processes import worker_connection as contact
+from vmm.processes.worker_connection import Started
 from vmm.snapshots.steps import Tidied
 from vmm.store.snapshots.tree import Snapshot, Tree, snapshot_document
+from vmm.store.state import MachineState
 
 _BRANCH, _LAST, _DOWN, _SPACE = "├─ ", "└─ ", "│  ", "   "
 _PLAIN = str.maketrans("├└│─●○", "||| *o")
@@ -241,12 +244,11 @@ def apply_command(
         applied = _of(machine).apply(
             snapshot, discard_current=discard_current, snapshot_current=name or snapshot_current, progress=progress
         )
-        started = contact.start(machine, progress=progress) if start else {"state": applied.state}
+        started = contact.start(machine, progress=progress) if start else Started(MachineState(applied.state))
     if as_json:
-        document = {"name": machine, "snapshot": applied.snapshot.id, "state": started["state"]}
-        print_json({**document, "disconnected": started.get("disconnected", [])})
+        print_json({"name": machine, "snapshot": applied.snapshot.id, **asdict(started)})
     elif not quiet:
-        print_line(f"{machine} is at {applied.snapshot.name}, and {started['state']}")
+        print_line(f"{machine} is at {applied.snapshot.name}, and {started.state}")
         print_disconnected(started)
 
 
@@ -371,20 +373,20 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
     with progress_line(shown=not quiet and not as_json) as progress:
         if live:
             done = snapshots.merge_live(max_rate_bytes=max_rate, progress=progress)
+            count = sum(one.problem is None for one in done)
         else:
-            done = [{}] * snapshots.merge(progress=progress)
-    failed = [one for one in done if "problem" in one]
+            done, count = (), snapshots.merge(progress=progress)
     if as_json:
-        print_json({"merged": len(done) - len(failed), "merges": [one for one in done if one]})
+        merges = [{name: value for name, value in asdict(one).items() if value is not None} for one in done]
+        print_json({"merged": count, "merges": merges})
     elif not quiet:
-        print_line(f"{machine}: {len(done) - len(failed)} merged" if done else f"{machine}: there is nothing to merge")
+        print_line(f"{machine}: {count} merged" if done or count else f"{machine}: there is nothing to merge")
         for one in done:
-            if one.get("held_seconds"):
-                print_line(
-                    f"into {one['target']}: the guest's writes were held for {one['held_seconds'] * 1000:.0f} ms"
-                )
-        for one in failed:
-            print_line(f"not now: {one['problem']}")
+            if one.held_seconds:
+                print_line(f"into {one.target}: the guest's writes were held for {one.held_seconds * 1000:.0f} ms")
+        for one in done:
+            if one.problem is not None:
+                print_line(f"not now: {one.problem}")
 
 
 @snapshot_command.command("export", epilog=epilog("vmm snapshot export web clean /mnt/usb/web"))

@@ -24,14 +24,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, Protocol
 
 from vmm.kvm.qmp import ConnectionEnded, Qmp
 from vmm.model.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
+from vmm.model.guest import GuestInfo, GuestInterface, Heartbeat, OsInfo
 
 Service = Literal["heartbeat", "shutdown", "time_sync", "key_value", "backup"]
-HeartbeatState = Literal["off", "no contact", "ok", "lost"]
 PowerDown = Literal["powerdown", "reboot", "halt"]
 
 ANSWER_SECONDS: Final = 3.0
@@ -68,34 +67,6 @@ class Switches(Protocol):
     def backup(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """Whether the guest is alive, as its agent shows. `seen_seconds_ago` is None before the first contact."""
-
-    state: HeartbeatState
-    seen_seconds_ago: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OsInfo:
-    """What runs in the guest, in its own words. Empty where it does not say."""
-
-    name: str
-    version: str
-    kernel: str
-    machine: str
-    host_name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Interface:
-    """A network interface in the guest. `addresses` are "10.0.0.5/24" or "fe80::1/64"."""
-
-    name: str
-    mac: str
-    addresses: tuple[str, ...]
-
-
 class GuestAgent:
     """The agent of one running machine. For one event loop."""
 
@@ -125,7 +96,7 @@ class GuestAgent:
         self._one_at_a_time = asyncio.Lock()
         self._seen: float | None = None
         self._known_os: OsInfo | None = None
-        self._known_interfaces: tuple[Interface, ...] = ()
+        self._known_interfaces: tuple[GuestInterface, ...] = ()
         self._freeze_ends: asyncio.Task[None] | None = None  # thaws when the time is over
         self._holds_frozen = False
         self._is_late = is_owed  # what was frozen thawed before somebody said so: he is to hear of it
@@ -237,7 +208,7 @@ class GuestAgent:
         )
         return self._known_os
 
-    async def addresses(self) -> tuple[Interface, ...]:
+    async def addresses(self) -> tuple[GuestInterface, ...]:
         """The guest's network interfaces, without its loopback. Raises AgentUnavailable, TimedOut."""
         self._need("key_value")
         found = []
@@ -245,12 +216,12 @@ class GuestAgent:
             interface = _mapping(one)
             name = _text(interface.get("name"))
             if name and name != "lo":
-                found.append(Interface(name, _text(interface.get("hardware-address")), _addresses_of(interface)))
+                found.append(GuestInterface(name, _text(interface.get("hardware-address")), _addresses_of(interface)))
         self._known_interfaces = tuple(found)
         return self._known_interfaces
 
-    async def summary(self) -> dict[str, Any]:
-        """Heartbeat, system and addresses as JSON, for `vmm show`: fresh where the guest answers quickly, else as last
+    async def summary(self) -> GuestInfo:
+        """Heartbeat, system and addresses, for `vmm show`: fresh where the guest answers quickly, else as last
         known. Never fails.
         """
         if self._is_open and self._switches.key_value:
@@ -259,12 +230,7 @@ class GuestAgent:
                     await self.os_info()
                     await self.addresses()
         beat = self.heartbeat()
-        return {
-            "heartbeat": beat.state,
-            "seen_seconds_ago": beat.seen_seconds_ago,
-            "os": asdict(self._known_os) if self._known_os is not None else None,
-            "interfaces": [asdict(one) for one in self._known_interfaces],
-        }
+        return GuestInfo(beat.state, beat.seen_seconds_ago, self._known_os, self._known_interfaces)
 
     # -- what the guest does ----------------------------------------------------------------------------------------
 

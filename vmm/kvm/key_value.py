@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
 from vmm.model.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError, of_os_error
+from vmm.model.guest import ExchangedItem
 from vmm.model.paths import write_whole
 
 Pool = Literal["host", "guest"]
@@ -330,12 +331,12 @@ def pool_named(name: str | None) -> Pool | None:
     return None
 
 
-def find_item(get: Callable[[Pool, str], str], key: str, pool: Pool | None) -> tuple[str, Pool]:
-    """(value, pool) of a key: in that pool, or in the guest's and then the host's. Raises NotFound."""
+def find_item(get: Callable[[Pool, str], str], key: str, pool: Pool | None) -> ExchangedItem:
+    """The item of a key: in that pool, or in the guest's and then the host's. Raises NotFound."""
     pools: tuple[Pool, ...] = ("guest", "host") if pool is None else (pool,)
     for one in pools:
         try:
-            return get(one, key), one
+            return ExchangedItem(get(one, key), one)
         except NotFound:
             continue
     raise NotFound(f"there is no item {key!r}", hint="vmm kvp list shows all items")

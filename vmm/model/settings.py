@@ -39,3 +39,7 @@ class ChangedSettings(MachineSettings, total=False):
     """What can be changed: the name, too."""
 
     name: str
+
+
+# What a running machine has as it was started; the other settings hold at once, and disks and adapters come and go.
+HARDWARE = set(ChangedSettings.__annotations__) - {"notes", "automatic", "name", "paths"}

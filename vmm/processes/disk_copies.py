@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from vmm.host.proc import python_command, python_environment
 from vmm.model.errors import AlreadyExists, StoreFailed, VmmError, WrongState, hint_of_vhdkit, of_os_error
@@ -68,8 +67,8 @@ async def copy_disks(
     target: str,
     progress: Progress,
     ended: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Copy these images, the definition and the UEFI variables into a new folder; {"folder", "disks": {id: path}}.
+) -> dict[str, str]:
+    """Copy these images, the definition and the UEFI variables into the new folder `target`; disk id -> its copy.
 
     `ended`: give up when this says so. Raises StoreFailed and its like; nothing is left then.
     """
@@ -92,12 +91,12 @@ async def copy_disks(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return {"folder": target, "disks": copies}
+    return copies
 
 
 def copy_disks_now(
     machine: MachinePaths, spec: MachineSpec, disks: list[DiskSpec], target: str, progress: Progress
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """The same for a caller that has no loop."""
     return asyncio.run(copy_disks(machine, spec, disks, target, progress))
 

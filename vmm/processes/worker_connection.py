@@ -276,8 +276,34 @@ def _spawn_keeper(place: Place, ready: int | None = None) -> None:
 # -- starting -------------------------------------------------------------------------------------------------------
 
 
-def start(name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Start a machine, with its saved memory where there is some; returns what its worker says when it runs.
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """An adapter that is on no switch although its definition names one, and why."""
+
+    adapter: str
+    switch: str | None
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a machine is after it was started."""
+
+    state: MachineState
+    disconnected: tuple[Disconnected, ...] = ()
+
+    @classmethod
+    def of_document(cls, document: dict[str, Any]) -> Started:
+        """Out of what its worker said."""
+        found = document.get("disconnected") or ()
+        return cls(
+            MachineState(document["state"]),
+            tuple(Disconnected(one["adapter"], one["switch"], one["problem"]) for one in found),
+        )
+
+
+def start(name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> Started:
+    """Start a machine, with its saved memory where there is some; returns when it runs.
 
     Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
     """
@@ -342,7 +368,7 @@ def _refuse_running(place: Place) -> None:
     end_left(place.runtime, END_SECONDS)
 
 
-def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict[str, Any]:
+def _wait_started(place: Place, reading: int, progress: Progress | None) -> Started:
     """Follow what the worker tells. Raises its error, after everything was put away."""
     received = b""
     while True:
@@ -356,8 +382,7 @@ def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict
             line, _, received = received.partition(b"\n")
             document = json.loads(line)
             if "result" in document:
-                result: dict[str, Any] = document["result"]
-                return result
+                return Started.of_document(document["result"])
             if "error" in document:
                 wait_put_away(place)
                 error = from_document(document["error"])
@@ -369,7 +394,7 @@ def _wait_started(place: Place, reading: int, progress: Progress | None) -> dict
             return _after_all(place)
 
 
-def _after_all(place: Place) -> dict[str, Any]:
+def _after_all(place: Place) -> Started:
     """The worker was killed before it said anything: the keeper has started another, or nobody lives.
 
     Who was killed may still be ending: its end of the pipe closes before its lock is free.
@@ -383,7 +408,7 @@ def _after_all(place: Place) -> dict[str, Any]:
         raise QemuFailed(
             "its worker ended before the machine ran", machine=place.name, hint=f"vmm logs {place.name}"
         )  # fmt: skip
-    return result
+    return Started.of_document(result)
 
 
 def wait_put_away(place: Place) -> None:

@@ -32,34 +32,40 @@ from vmm.store.state import is_clean
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What somebody wants: a name (None: the time), and notes."""
+class SnapshotRequest:
+    """A snapshot to be taken. `name` None: the time.
+
+    `consistent`: the agent of a guest that runs freezes its file systems meanwhile. `mode`: how its memory is captured
+    (`kvm.background.Mode`); None: the best that the host allows.
+    """
 
     name: str | None = None
     notes: str = ""
+    consistent: bool = False
+    mode: str | None = None
 
 
-def begin(held: Held, spec: MachineSpec, wish: Wish, taken_in: TakenIn) -> tuple[Snapshot, list[Pivot]]:
+def begin(held: Held, spec: MachineSpec, request: SnapshotRequest, taken_in: TakenIn) -> tuple[Snapshot, list[Pivot]]:
     """The snapshot that is going to be, and the new leaves it needs; nothing is made yet.
 
     Raises Refused, AlreadyExists, InvalidSpec.
     """
     refuse_passed_through(spec, "a snapshot")
     tree, now = held.tree, time.time()
-    name = wish.name if wish.name is not None else tree.free_name(now)
+    name = request.name if request.name is not None else tree.free_name(now)
     tree.check_new(name)
-    if len(wish.notes) > MAX_NOTES_CHARACTERS:
+    if len(request.notes) > MAX_NOTES_CHARACTERS:
         raise InvalidSpec(f"notes have at most {MAX_NOTES_CHARACTERS} characters")
     images = images_of(spec)
     snapshot_id = str(uuid.uuid4())
     snapshot = Snapshot(
         id=snapshot_id, name=name, created=now, parent=tree.now, folder=folder_of(spec, snapshot_id), disks=images,
-        taken_in=taken_in, notes=wish.notes,
+        taken_in=taken_in, notes=request.notes,
     )  # fmt: skip
     return snapshot, pivots_for(spec, tree, images)
 
 
-def create(machine: Changing, wish: Wish) -> Snapshot:
+def create(machine: Changing, request: SnapshotRequest) -> Snapshot:
     """A snapshot of a machine that is off or saved, whose lock the caller holds.
 
     Raises Refused, AlreadyExists, InvalidSpec, NoSpace, InUse, StoreFailed; then there is no snapshot.
@@ -68,7 +74,7 @@ def create(machine: Changing, wish: Wish) -> Snapshot:
         machine = settle(held)
         refuse_older(machine, held.tree)
         is_saved = saved.is_saved(machine.paths)
-        snapshot, pivots = begin(held, machine.spec, wish, "saved" if is_saved else "off")
+        snapshot, pivots = begin(held, machine.spec, request, "saved" if is_saved else "off")
         snapshot = replace(snapshot, consistent=is_clean(machine.paths) and not is_saved)
         check_chains(machine.spec, snapshot.disks)
         folder = SnapshotFolder(snapshot.folder)

@@ -48,18 +48,18 @@ class Backup:
         self._running = running
 
     async def take(self, params: dict[str, Any], progress: Progress) -> object:
-        """Copy all disks as they are at one moment; {"folder": absolute path}."""
+        """Copy all disks as they are at one moment; {"folder": absolute path}: {"folder", "disks", "consistent"}."""
         running = self._running
         folder = str(params.get("folder", ""))
         with told_when_failed(running.tell, folder):
             target = check_target(folder)
             disks = disks_to_copy(running.spec)
             with running.busy("backup"):
-                result, consistent = await self._take(disks, target, progress)
+                copies, consistent = await self._take(disks, target, progress)
         running.tell("backed-up", folder=target, consistent=consistent)
-        return {**result, "consistent": consistent}
+        return {"folder": target, "disks": copies, "consistent": consistent}
 
-    async def _take(self, disks: list[DiskSpec], target: str, progress: Progress) -> tuple[dict[str, Any], bool]:
+    async def _take(self, disks: list[DiskSpec], target: str, progress: Progress) -> tuple[dict[str, str], bool]:
         running = self._running
         if has_note(running.machine):
             await self.merge_away(progress)
@@ -71,11 +71,11 @@ class Backup:
             })  # fmt: skip
         try:
             consistent = await self._freeze(children) if children else True
-            result = await copy_disks(running.machine, running.spec, disks, target, progress, self._is_over)
+            copies = await copy_disks(running.machine, running.spec, disks, target, progress, self._is_over)
         finally:
             if not running.exited.is_set():
                 await self.merge_away(progress)
-        return result, consistent
+        return copies, consistent
 
     def _is_over(self) -> bool:
         return self._running.exited.is_set() or self._running.gives_way

@@ -28,7 +28,7 @@ from vmm.kvm import background
 from vmm.kvm.background import Capturing, Mode
 from vmm.model.errors import InUse, VmmError, WrongState
 from vmm.processes.rpc import Method, Progress, parameter
-from vmm.snapshots.create import Wish, begin
+from vmm.snapshots.create import SnapshotRequest, begin
 from vmm.snapshots.steps import pivoted
 from vmm.store.backup_note import has_note
 from vmm.store.snapshots.journal import CreateLive, Memory
@@ -64,18 +64,19 @@ class Capture:
     async def _create(self, params: dict[str, Any], progress: Progress) -> object:
         """{"name", "notes", "consistent", "mode"}: {"id", "pause_seconds", "mode"}."""
         running = self._running
-        wish = Wish(parameter(params, "name", str), parameter(params, "notes", str, ""))
-        mode = parameter(params, "mode", str)
-        consistent = bool(parameter(params, "consistent", bool, False))
+        request = SnapshotRequest(
+            parameter(params, "name", str), parameter(params, "notes", str, ""),
+            bool(parameter(params, "consistent", bool, False)), parameter(params, "mode", str),
+        )  # fmt: skip
         if running.state not in (MachineState.RUNNING, MachineState.PAUSED):
             raise WrongState(f"is {running.state.value}: no snapshot can be taken now")
-        if consistent and running.state is not MachineState.RUNNING:
+        if request.consistent and running.state is not MachineState.RUNNING:
             raise WrongState("is paused: its guest cannot freeze its file systems", hint="without --consistent")
         with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
             held.need_settled()
             if has_note(running.machine):
                 raise InUse("a backup is still being merged away", hint="try again in a moment")
-            taking = _Taking(running, self._plugging, held, wish, Mode(mode) if mode else None, consistent=consistent)
+            taking = _Taking(running, self._plugging, held, request)
             try:
                 snapshot = await taking.run(progress)
             except BaseException:
@@ -92,17 +93,15 @@ class Capture:
 class _Taking:
     """One snapshot being taken."""
 
-    def __init__(
-        self, running: Running, plugging: Plugging, held: Held, wish: Wish, mode: Mode | None, *, consistent: bool
-    ) -> None:
+    def __init__(self, running: Running, plugging: Plugging, held: Held, request: SnapshotRequest) -> None:
         self._running = running
         self._plugging = plugging
         self._held = held
-        self._mode = mode
-        self._consistent = consistent
+        self._mode = Mode(request.mode) if request.mode else None
+        self._consistent = request.consistent
         self._was_running = running.state is MachineState.RUNNING
-        snapshot, self._pivots = begin(held, running.spec, wish, "running" if self._was_running else "paused")
-        self._snapshot = replace(snapshot, consistent=consistent)
+        snapshot, self._pivots = begin(held, running.spec, request, "running" if self._was_running else "paused")
+        self._snapshot = replace(snapshot, consistent=request.consistent)
         self._folder = SnapshotFolder(snapshot.folder)
         self._journal = CreateLive(snapshot.folder, tuple(self._pivots))
         self._is_begun = False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vmm.kvm import screen
 from vmm.kvm.key_value import POOLS, find_item, pool_named
 from vmm.model.errors import InvalidSpec, WrongState
+from vmm.model.guest import GuestInfo
 from vmm.processes.rpc import Method, Progress, parameter
 
 if TYPE_CHECKING:
@@ -66,12 +67,7 @@ class GuestServices:
         info = await agent.os_info()
         interfaces = await agent.addresses()
         beat = agent.heartbeat()
-        return {
-            "heartbeat": beat.state,
-            "seen_seconds_ago": beat.seen_seconds_ago,
-            "os": asdict(info),
-            "interfaces": [asdict(one) for one in interfaces],
-        }
+        return asdict(GuestInfo(beat.state, beat.seen_seconds_ago, info, interfaces))
 
     async def _freeze(self, params: dict[str, Any], progress: Progress) -> object:
         """{"max_seconds": S}: {"count": file systems}; they thaw by themselves after S seconds."""
@@ -99,7 +95,7 @@ class GuestServices:
     async def _get(self, params: dict[str, Any], progress: Progress) -> object:
         """{"key": K, "pool": P or none for the guest's, then the host's}: {"value": V, "pool": P}."""
         key, pool = _key(params), pool_named(parameter(params, "pool", str))
-        return dict(zip(("value", "pool"), find_item(self._running.exchange.get, key, pool), strict=True))
+        return asdict(find_item(self._running.exchange.get, key, pool))
 
     async def _set(self, params: dict[str, Any], progress: Progress) -> object:
         """{"key": K, "value": V}: {"taken": whether the guest has it}."""

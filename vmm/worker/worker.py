@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from typing import Any
 
 from vmm.host.private_socket import bind_private
@@ -355,7 +356,7 @@ class Worker:
         await self._running.wait_known()
         document = self._running.document()
         if parameter(params, "guest", bool, False) and self._running.agent.is_open:
-            document["guest"] = await self._running.agent.summary()
+            document["guest"] = asdict(await self._running.agent.summary())
         return {**document, "worker_pid": os.getpid()}
 
     async def _pause(self, params: dict[str, Any], progress: Progress) -> object:

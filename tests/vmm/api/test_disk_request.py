@@ -12,7 +12,7 @@ from tests.vmm.discs import make_iso
 from tests.vmm.kvm.loops import loop_device
 from tests.vmm.small_guests import make_machine, wait_counting
 from vmm.api.disk_request import disk_of
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InvalidSpec, StoreFailed
 from vmm.model.spec import MachineSpec, make_spec
 from vmm.store import registry
@@ -31,10 +31,10 @@ def test_an_iso_image_is_no_hard_disk_unless_that_is_said(spec: MachineSpec, tmp
     """An ISO image given as a disk is refused with the way to give it; format=raw is a hard disk all the same."""
     image = make_iso(tmp_path / "system.iso", "installer")
     with pytest.raises(InvalidSpec, match="file system of a CD") as refused:
-        disk_of(DiskWish(str(image)), spec)
+        disk_of(DiskRequest(str(image)), spec)
     assert "--cdrom" in str(refused.value) and ",format=raw" in str(refused.value)
-    assert disk_of(DiskWish(str(image), format="raw"), spec).format == "raw"
-    assert disk_of(DiskWish(str(image), kind="iso"), spec).kind == "iso"
+    assert disk_of(DiskRequest(str(image), format="raw"), spec).format == "raw"
+    assert disk_of(DiskRequest(str(image), kind="iso"), spec).kind == "iso"
 
 
 def test_an_iso_image_inside_a_vhd_is_a_disk(spec: MachineSpec, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_an_iso_image_inside_a_vhd_is_a_disk(spec: MachineSpec, tmp_path: Path) 
     vhdkit.create_image(path, 4 * MIB)
     with vhdkit.open_disk(path, writable=True) as disk:
         disk.write(0, make_iso(tmp_path / "system.iso", "installer").read_bytes())
-    assert disk_of(DiskWish(str(path)), spec).format == "vhd"
+    assert disk_of(DiskRequest(str(path)), spec).format == "vhd"
 
 
 def test_a_read_only_disk_is_never_on_ide(spec: MachineSpec, tmp_path: Path) -> None:
@@ -51,19 +51,19 @@ def test_a_read_only_disk_is_never_on_ide(spec: MachineSpec, tmp_path: Path) -> 
     for name in ("one", "two"):
         vhdkit.create_image(tmp_path / f"{name}.vhd", 4 * MIB)
     with pytest.raises(InvalidSpec, match="no read-only disk on IDE"):
-        disk_of(DiskWish(str(tmp_path / "one.vhd"), "ide", read_only=True), spec)
-    first = disk_of(DiskWish(str(tmp_path / "one.vhd"), read_only=True), spec)
+        disk_of(DiskRequest(str(tmp_path / "one.vhd"), "ide", read_only=True), spec)
+    first = disk_of(DiskRequest(str(tmp_path / "one.vhd"), read_only=True), spec)
     assert first.controller == "virtio"
     with_one = spec.changed(disks=[first])
-    assert disk_of(DiskWish(str(tmp_path / "two.vhd"), read_only=True), with_one).controller == "scsi"
+    assert disk_of(DiskRequest(str(tmp_path / "two.vhd"), read_only=True), with_one).controller == "scsi"
 
 
 def test_an_empty_drive(spec: MachineSpec) -> None:
     """A drive without a medium is one; a disk without an image is none."""
-    drive = disk_of(DiskWish(None, kind="iso"), spec)
+    drive = disk_of(DiskRequest(None, kind="iso"), spec)
     assert (drive.kind, drive.path, drive.place) == ("iso", None, "ide0:0")
     with pytest.raises(InvalidSpec, match="may be empty"):
-        disk_of(DiskWish(None, kind="pass-through"), spec)
+        disk_of(DiskRequest(None, kind="pass-through"), spec)
 
 
 @pytest.mark.kvm
@@ -83,11 +83,11 @@ def test_what_is_accepted_starts(manager: Manager, tmp_path: Path) -> None:
     make_machine(manager, tmp_path)
     vhdkit.create_image(tmp_path / "data.vhd", 4 * MIB)
     vhdkit.create_image(tmp_path / "more.vhd", 4 * MIB)
-    manager.add_disk("small", DiskWish(str(tmp_path / "data.vhd"), read_only=True))
-    manager.add_disk("small", DiskWish(str(tmp_path / "more.vhd"), "virtio", read_only=True))
-    manager.add_disk("small", DiskWish(None, kind="iso"))
+    manager.add_disk("small", DiskRequest(str(tmp_path / "data.vhd"), read_only=True))
+    manager.add_disk("small", DiskRequest(str(tmp_path / "more.vhd"), "virtio", read_only=True))
+    manager.add_disk("small", DiskRequest(None, kind="iso"))
     with loop_device(make_iso(tmp_path / "system.iso", "installer"), read_only=True) as device:
-        manager.add_disk("small", DiskWish(device, kind="iso"))
+        manager.add_disk("small", DiskRequest(device, kind="iso"))
         manager.start("small")
         wait_counting(manager)
         manager.stop("small")
@@ -102,10 +102,10 @@ def test_trusted_folders_are_written_down(spec: MachineSpec, tmp_path: Path, mon
     leaf = leaves / "leaf.avhd"
     vhdkit.create_child(leaf, bases / "base.vhd")
     with pytest.raises(StoreFailed):
-        disk_of(DiskWish(str(leaf)), spec)
+        disk_of(DiskRequest(str(leaf)), spec)
     monkeypatch.setenv("VHDKIT_PARENT_DIRS", f"{other}:{bases}")
-    assert disk_of(DiskWish(str(leaf)), spec).parent_dirs == (str(bases),)
-    wish = DiskWish(str(leaf), parent_dirs=(str(bases),))
+    assert disk_of(DiskRequest(str(leaf)), spec).parent_dirs == (str(bases),)
+    wish = DiskRequest(str(leaf), parent_dirs=(str(bases),))
     assert disk_of(wish, spec).parent_dirs == (str(bases),)
-    assert disk_of(DiskWish(str(bases / "base.vhd"), read_only=True, controller="scsi"),
+    assert disk_of(DiskRequest(str(bases / "base.vhd"), read_only=True, controller="scsi"),
                    spec).parent_dirs == ()  # fmt: skip

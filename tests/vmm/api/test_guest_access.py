@@ -21,8 +21,9 @@ from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, BootOptions
 from tests.vmm.guests.launch import read_until
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.stage import SECONDS
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AgentUnavailable, NotFound, TimedOut, WrongState
+from vmm.model.guest import ExchangedItem
 from vmm.store.state import MachineState
 
 pytestmark = pytest.mark.kvm
@@ -37,7 +38,7 @@ def boot_machine(manager: Manager, folder: Path, options: BootOptions | None = N
     with vhdkit.open_disk(base, writable=True) as disk:
         boot_sector.install(disk, options)
     vhdkit.create_child(leaf, base)
-    manager.create("web", memory_bytes=16 * MIB, accelerator="tcg", disks=[DiskWish(str(leaf))], **settings)
+    manager.create("web", memory_bytes=16 * MIB, accelerator="tcg", disks=[DiskRequest(str(leaf))], **settings)
     return leaf
 
 
@@ -54,7 +55,8 @@ def linux_machine(manager: Manager, *, is_started: bool = True, **settings: Any)
 
 def shell_of(manager: Manager) -> GuestShell:
     """The Linux guest's shell, through the console's hub."""
-    link, may_type = manager.guest("web").open_console()
+    console = manager.guest("web").open_console()
+    link, may_type = console.link, console.may_type
     assert may_type
     shell = GuestShell(link)
     shell.wait_ready()
@@ -90,7 +92,7 @@ def test_boots_from_a_chain_and_writes_to_its_leaf(manager: Manager, tmp_path: P
     # (From IDE it takes half a minute: the BIOS reads it sector by sector. The boot-sector guest boots from there.)
     manager.create(
         "web", memory_bytes=int(linux_disk.MEMORY) * MIB, accelerator="tcg",
-        disks=[DiskWish(str(leaf), controller="virtio")],
+        disks=[DiskRequest(str(leaf), controller="virtio")],
     )  # fmt: skip
     manager.start("web")
     content = os.urandom(300)
@@ -120,7 +122,7 @@ def test_every_controller_writes_with_fsync(manager: Manager, tmp_path: Path) ->
         vhdkit.create_child(leaf, base)
         disks[controller] = leaf
     before = {controller: hash_of(leaf.with_suffix(".vhd")) for controller, leaf in disks.items()}
-    wishes = [DiskWish(str(leaf), controller=name, serial=f"SERIAL{name}") for name, leaf in disks.items()]  # type: ignore[arg-type]
+    wishes = [DiskRequest(str(leaf), controller=name, serial=f"SERIAL{name}") for name, leaf in disks.items()]  # type: ignore[arg-type]
     linux_machine(manager, disks=wishes)
     with shell_of(manager) as shell:
         for controller in disks:
@@ -144,7 +146,7 @@ def test_saved_memory_goes_on_counting(manager: Manager, tmp_path: Path) -> None
     leaf = boot_machine(manager, tmp_path)
     before = hash_of(tmp_path / "base.vhd")
     manager.start("web")
-    link, _ = manager.guest("web").open_console()
+    link = manager.guest("web").open_console().link
     with link:
         read_until(link, b"READY\r\n")
         deadline = time.monotonic() + SECONDS
@@ -157,7 +159,7 @@ def test_saved_memory_goes_on_counting(manager: Manager, tmp_path: Path) -> None
         assert disk.read(WRITE_LBA * SECTOR, 20) == boot_sector.WRITTEN_TEXT
     assert hash_of(tmp_path / "base.vhd") == before
     manager.start("web")
-    link, _ = manager.guest("web").open_console(scrollback_bytes=0)
+    link = manager.guest("web").open_console(scrollback_bytes=0).link
     with link:
         again = _count(link)
         assert counted <= again < counted + 1000
@@ -187,10 +189,11 @@ def test_agent(manager: Manager) -> None:
         while manager.show("web").heartbeat != "ok":
             assert time.monotonic() < deadline, "no heartbeat"
             time.sleep(0.1)
-        assert guest.ping()["state"] == "ok"
+        assert guest.ping().state == "ok"
         told = manager.show("web", guest=True).guest
-        assert told is not None and told["os"]["name"] == "vmm test guest"
-        assert guest.info()["os"]["host_name"] == "vmm-guest"
+        assert told is not None and told.os is not None and told.os.name == "vmm test guest"
+        system = guest.info().os
+        assert system is not None and system.host_name == "vmm-guest"
         guest.set_time()
         shell.check("date -s @1000000000")
         manager.pause("web")
@@ -239,7 +242,7 @@ def test_exchange(manager: Manager) -> None:
         shell.check("kvp set role database")  # answered after the items that the guest was told first
         assert shell.check("cat /run/kvp/host/while") == "off"
         assert shell.run("cat /run/kvp/host/gone").exit_code != 0
-        assert guest.get_item("role") == ("database", "guest")
+        assert guest.get_item("role") == ExchangedItem("database", "guest")
         assert guest.set_item("colour", "blue") is True
         assert shell.check("cat /run/kvp/host/colour") == "blue"
     manager.stop("web")
@@ -256,7 +259,7 @@ def test_console_survives_the_worker(manager: Manager, tmp_path: Path) -> None:
     boot_machine(manager, tmp_path)
     manager.start("web")
     guest = manager.guest("web")
-    link, _ = guest.open_console()
+    link = guest.open_console().link
     with link:
         read_until(link, b"READY\r\n")
         pids = manager.show("web").pids
@@ -265,9 +268,9 @@ def test_console_survives_the_worker(manager: Manager, tmp_path: Path) -> None:
         while link.recv(4096):
             pass
     manager.show("web")  # waits until there is another worker
-    link, may_type = guest.open_console()
-    with link:
-        assert may_type
+    console = guest.open_console()
+    with console.link as link:
+        assert console.may_type
         read_until(link, b"READY\r\n")
         link.sendall(b"k")
         read_until(link, b"key k\r\n")

@@ -44,7 +44,7 @@ def test_configuration_comes_back(machines: Machines) -> None:
     web.create("small")
     manager = vmm.Manager()
     manager.set("web", cpu_count=4, notes="more")
-    added = manager.add_disk("web", vmm.DiskWish(str(machines.disk("more.vhd"))))
+    added = manager.add_disk("web", vmm.DiskRequest(str(machines.disk("more.vhd"))))
     with registry.changing("web") as machine:
         registry.rename(machine, machine.spec.changed(name="site"))
     site = manager.snapshots("site")

@@ -55,7 +55,7 @@ def fold(folder: Path) -> None:
 # Verbs that change a machine or copy its disks, by their names, and a call of each.
 CHANGING: dict[str, Verb] = {
     "Manager.set": lambda folder: manager().set("web", cpu_count=2),
-    "Manager.add_disk": lambda folder: manager().add_disk("web", vmm.DiskWish(str(folder / "more.vhd"))),
+    "Manager.add_disk": lambda folder: manager().add_disk("web", vmm.DiskRequest(str(folder / "more.vhd"))),
     "Manager.remove_disk": lambda folder: manager().remove_disk("web", "disk-1"),
     "Manager.change_medium": lambda folder: manager().change_medium("web", "disk-2", None),
     "Manager.resize_disk": lambda folder: manager().resize_disk("web", "disk-0", 2 << 20),
@@ -137,7 +137,7 @@ def web(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
     """A machine with two disks, a drive, an adapter, an item for its guest and two snapshots, one with memory."""
     machines.disk("more.vhd")
     one = machines.create(disks=2)
-    manager().add_disk("web", vmm.DiskWish(None, kind="iso"))
+    manager().add_disk("web", vmm.DiskRequest(None, kind="iso"))
     manager().add_adapter("web")
     one.create("one")
     two = one.create("two")

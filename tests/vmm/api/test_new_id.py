@@ -14,6 +14,7 @@ import vhdkit
 from tests.harness.killing import killings
 from tests.vmm.store.test_copies import add, copied, files_of
 from vmm.api.manager import Manager
+from vmm.api.new_id import OwnDisk, TakenOut
 from vmm.cli.main import main
 from vmm.model.errors import Refused, WrongState
 from vmm.model.spec import make_spec
@@ -38,7 +39,7 @@ def test_disks_of_the_original_are_taken_out(home: Path) -> None:
     before = files_of(home / "home" / "machines" / "web")
     done = Manager().new_id("copy")
     web, copy = registry.load("web").spec, registry.load("copy").spec
-    assert done.taken_out == (("disk-0", str(home / "a.vhd"), "the machine web needs it"),)
+    assert done.taken_out == (TakenOut("disk-0", str(home / "a.vhd"), "the machine web needs it"),)
     assert copy.disks == () and copy.id == done.id != web.id and copy.name == "copy"
     assert copy.adapters[0].mac != web.adapters[0].mac
     assert files_of(home / "home" / "machines" / "web") == before
@@ -58,7 +59,7 @@ def test_images_that_were_copied_along_are_the_copys_own(home: Path) -> None:
         registry.save(machine, machine.spec.changed(disks=disks))
     folder = copied()
     done = Manager().new_id("copy")
-    assert done.disks == (("disk-0", str(folder / "disks" / "a.vhd")),) and done.taken_out == ()
+    assert done.disks == (OwnDisk("disk-0", str(folder / "disks" / "a.vhd")),) and done.taken_out == ()
     with pytest.raises(Refused, match="would be lost with it: the machine copy needs it"):
         Manager().delete("copy")
     assert Manager().delete("copy", with_disks=True).disks == (str(folder / "disks" / "a.vhd"),)

@@ -92,7 +92,7 @@ def test_what_others_use_is_not_taken(machines: Machines) -> None:
     vhdkit.create_child(clone, base)
     [step] = manager.repair("web")
     assert step.remedy is None and str(clone) in str(step.hint) and leaf_of() == base
-    vmm.Manager().create("other", disks=[vmm.DiskWish(str(clone))], memory_bytes=16 << 20)
+    vmm.Manager().create("other", disks=[vmm.DiskRequest(str(clone))], memory_bytes=16 << 20)
     assert manager.repair("web") == []
     with pytest.raises(NotFound):
         manager.repair("web", leaf=str(clone))
@@ -216,5 +216,5 @@ def test_no_hint_leads_away_from_it(machines: Machines) -> None:
     assert not any(word in hint for hint in hints for word in ("move", "delete", "remove")), hints
     assert "vmm repair" in hints[1]
     with pytest.raises(VmmError) as told:
-        manager.add_disk("web", vmm.DiskWish(frozen, controller="scsi"))
+        manager.add_disk("web", vmm.DiskRequest(frozen, controller="scsi"))
     assert not any(word in str(told.value.hint) for word in ("move", "delete", "remove"))

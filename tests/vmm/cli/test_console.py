@@ -22,7 +22,7 @@ from tests.support import require_boot_sector_guest
 from tests.vmm.guests import boot_sector
 from tests.vmm.stage import SECONDS
 from tests.warm_commands import warm
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 
 pytestmark = pytest.mark.kvm
 MIB = 1 << 20
@@ -44,7 +44,7 @@ def web(manager: Manager, tmp_path: Path) -> Manager:
     vhdkit.create_image(image, 8 * MIB)
     with vhdkit.open_disk(image, writable=True) as disk:
         boot_sector.install(disk)
-    manager.create("web", memory_bytes=16 * MIB, accelerator="tcg", disks=[DiskWish(str(image))])
+    manager.create("web", memory_bytes=16 * MIB, accelerator="tcg", disks=[DiskRequest(str(image))])
     manager.start("web")
     done = vmm("console", "web", "--expect", "READY", "--timeout", str(SECONDS))
     assert done.returncode == 0 and "BOOT-OK" in done.stdout, done

@@ -11,7 +11,7 @@ import pytest
 import vhdkit
 from tests.vmm.cli.running import document, failure, good
 from tests.vmm.small_guests import make_machine
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.cli.disk import parse_disk
 
 MIB = 1 << 20
@@ -20,18 +20,18 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("word", "wish"),
     [
-        ("a.vhd", DiskWish("a.vhd")),
-        ("a,b.vhd", DiskWish("a,b.vhd")),
-        ("a.vhd,read-only", DiskWish("a.vhd", read_only=True)),
-        ("a,b.vhd,controller=scsi,index=1,unit=7", DiskWish("a,b.vhd", "scsi", 1, 7)),
-        ("x=y.vhd,serial=S", DiskWish("x=y.vhd", serial="S")),
+        ("a.vhd", DiskRequest("a.vhd")),
+        ("a,b.vhd", DiskRequest("a,b.vhd")),
+        ("a.vhd,read-only", DiskRequest("a.vhd", read_only=True)),
+        ("a,b.vhd,controller=scsi,index=1,unit=7", DiskRequest("a,b.vhd", "scsi", 1, 7)),
+        ("x=y.vhd,serial=S", DiskRequest("x=y.vhd", serial="S")),
         (
             "a.vhd,parent-dir=/p,parent-dir=/q,allow-raw-parent",
-            DiskWish("a.vhd", parent_dirs=("/p", "/q"), allow_raw_parent=True),
+            DiskRequest("a.vhd", parent_dirs=("/p", "/q"), allow_raw_parent=True),
         ),
     ],
 )
-def test_one_word(word: str, wish: DiskWish) -> None:
+def test_one_word(word: str, wish: DiskRequest) -> None:
     """Options follow commas; a comma that no option follows belongs to the name."""
     assert parse_disk(word) == wish
 
@@ -45,10 +45,10 @@ def test_bad_words(word: str) -> None:
 
 def test_a_drive_in_one_word() -> None:
     """A medium takes the options of a place as disks do, and none that only images have; no name is an empty drive."""
-    assert parse_disk("x.iso,unit=1", kind="iso") == DiskWish("x.iso", unit=1, kind="iso")
-    assert parse_disk("x,y.iso,controller=scsi", kind="iso") == DiskWish("x,y.iso", "scsi", kind="iso")
-    assert parse_disk("", kind="iso") == DiskWish(None, kind="iso")
-    assert parse_disk("x.iso,format=raw") == DiskWish("x.iso", format="raw")
+    assert parse_disk("x.iso,unit=1", kind="iso") == DiskRequest("x.iso", unit=1, kind="iso")
+    assert parse_disk("x,y.iso,controller=scsi", kind="iso") == DiskRequest("x,y.iso", "scsi", kind="iso")
+    assert parse_disk("", kind="iso") == DiskRequest(None, kind="iso")
+    assert parse_disk("x.iso,format=raw") == DiskRequest("x.iso", format="raw")
     for word in ("x.iso,format=raw", "x.iso,parent-dir=/p", "x.iso,allow-raw-parent"):
         with pytest.raises(click.BadParameter, match="hard disks"):
             parse_disk(word, kind="iso")

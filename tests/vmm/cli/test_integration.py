@@ -15,19 +15,19 @@ from tests.vmm.stage import SECONDS
 from tests.warm_commands import warm
 from vmm.api.manager import Manager
 from vmm.cli.integration import guest_pairs
+from vmm.model.guest import GuestInfo, GuestInterface, OsInfo
 
 
 def test_guest_without_an_agent() -> None:
     """Of a guest that never answered only the heartbeat is shown."""
-    beat: dict[str, object] = {"heartbeat": "no contact", "seen_seconds_ago": None, "os": None, "interfaces": []}
+    beat = GuestInfo("no contact", None, None, ())
     assert guest_pairs(beat) == [("heartbeat", "no contact")]
 
 
 def test_guest_that_says_little() -> None:
     """What a guest leaves empty leaves no brackets and no commas behind."""
-    system = {"name": "Debian", "version": "", "kernel": "", "machine": "", "host_name": ""}
-    interface = {"name": "eth0", "mac": "00:15:5d:00:00:01", "addresses": []}
-    info = {"heartbeat": "ok", "seen_seconds_ago": 0.4, "os": system, "interfaces": [interface]}
+    system = OsInfo("Debian", version="", kernel="", machine="", host_name="")
+    info = GuestInfo("ok", 0.4, system, (GuestInterface("eth0", "00:15:5d:00:00:01", ()),))
     assert guest_pairs(info) == [
         ("heartbeat", "ok (0.4 s ago)"),
         ("guest system", "Debian"),

@@ -13,6 +13,7 @@ from tests.vmm.small_guests import make_machine
 from vmm.api.manager import MachineInfo, Manager
 from vmm.cli.main import main
 from vmm.cli.show import _duration, addresses_of
+from vmm.model.guest import GuestInfo, GuestInterface
 from vmm.model.spec import make_adapter, make_spec
 from vmm.net import switches
 from vmm.net.switch_spec import make_switch
@@ -61,12 +62,12 @@ def test_a_running_machine_that_was_changed(manager: Manager, tmp_path: Path) ->
 def test_addresses_are_the_adapters() -> None:
     """A guest's interface belongs to the adapter of its MAC address, in whatever case; link-local ones come last."""
     adapter = make_adapter(id="nic-0", switch="lan", mac="02:00:00:00:00:0a")
-    interfaces = [
-        {"name": "lo", "mac": "00:00:00:00:00:00", "addresses": ["127.0.0.1/8"]},
-        {"name": "eth0", "mac": "02:00:00:00:00:0A", "addresses": ["fe80::1/64", "10.0.0.5/24"]},
-    ]
+    interfaces = (
+        GuestInterface("lo", "00:00:00:00:00:00", ("127.0.0.1/8",)),
+        GuestInterface("eth0", "02:00:00:00:00:0A", ("fe80::1/64", "10.0.0.5/24")),
+    )
     spec = make_spec(name="web", adapters=[adapter])
-    one = MachineInfo("web", MachineState.RUNNING, spec, guest={"heartbeat": "ok", "interfaces": interfaces})
+    one = MachineInfo("web", MachineState.RUNNING, spec, guest=GuestInfo("ok", 0.1, None, interfaces))
     assert addresses_of(one, adapter) == ["10.0.0.5/24", "fe80::1/64"]
     assert addresses_of(MachineInfo("web", MachineState.OFF, spec), adapter) == []
 

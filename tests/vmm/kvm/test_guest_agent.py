@@ -75,7 +75,7 @@ def test_nobody_there(tmp_path: Path) -> None:
         assert agent.heartbeat().state == "no contact"
         with pytest.raises(AgentUnavailable, match=r"web: no guest agent.*qemu-guest-agent"):
             await agent.os_info()
-        assert (await agent.summary())["os"] is None
+        assert (await agent.summary()).os is None
 
     asyncio.run(scene())
 

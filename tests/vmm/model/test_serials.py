@@ -27,16 +27,16 @@ def test_it_stays_with_the_image(machines: Machines) -> None:
     """A disk that is removed and added again keeps its serial, in another machine and after a snapshot, too."""
     machines.create(disks=1)
     manager, data = vmm.Manager(), machines.disk("data.vhd")
-    first = manager.add_disk("web", vmm.DiskWish(str(data))).serial
+    first = manager.add_disk("web", vmm.DiskRequest(str(data))).serial
     manager.remove_disk("web", str(data))
-    assert manager.add_disk("web", vmm.DiskWish(str(data))).serial == first
+    assert manager.add_disk("web", vmm.DiskRequest(str(data))).serial == first
     manager.snapshots("web").create("one")
     leaf = manager.remove_disk("web", first).path
     assert leaf != str(data)
-    manager.create("other", disks=[vmm.DiskWish(str(leaf))], memory_bytes=16 << 20)
+    manager.create("other", disks=[vmm.DiskRequest(str(leaf))], memory_bytes=16 << 20)
     assert serial(manager, "other", "disk-0") == first
     manager.delete("other")
-    manager.create("third", disks=[vmm.DiskWish(str(leaf))], memory_bytes=16 << 20)
+    manager.create("third", disks=[vmm.DiskRequest(str(leaf))], memory_bytes=16 << 20)
     assert serial(manager, "third", "disk-0") == first
 
 
@@ -44,21 +44,21 @@ def test_what_is_said_counts(machines: Machines) -> None:
     """`serial=` overrides what the image bears, and is what it bears from then on."""
     machines.create(disks=1)
     manager, data = vmm.Manager(), machines.disk("data.vhd")
-    manager.add_disk("web", vmm.DiskWish(str(data)))
+    manager.add_disk("web", vmm.DiskRequest(str(data)))
     manager.remove_disk("web", str(data))
-    manager.add_disk("web", vmm.DiskWish(str(data), serial="CHOSEN"))
+    manager.add_disk("web", vmm.DiskRequest(str(data), serial="CHOSEN"))
     manager.remove_disk("web", str(data))
-    assert manager.add_disk("web", vmm.DiskWish(str(data))).serial == "CHOSEN"
+    assert manager.add_disk("web", vmm.DiskRequest(str(data))).serial == "CHOSEN"
 
 
 def test_no_serial_is_there_twice(machines: Machines) -> None:
     """A copy that bears the serial of a disk of the same machine gets another."""
     machines.create(disks=1)
     manager, data, copy = vmm.Manager(), machines.disk("data.vhd"), machines.folder / "copy.vhd"
-    first = manager.add_disk("web", vmm.DiskWish(str(data))).serial
+    first = manager.add_disk("web", vmm.DiskRequest(str(data))).serial
     vhdkit.convert(data, copy, "dynamic")
     os.setxattr(copy, ATTRIBUTE, first.encode())
-    assert manager.add_disk("web", vmm.DiskWish(str(copy))).serial != first
+    assert manager.add_disk("web", vmm.DiskRequest(str(copy))).serial != first
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 21, b"a b", b"\xff", b"a\nb", b"x,y=z"])

@@ -39,7 +39,7 @@ class Machines:
         if isinstance(disks, int):
             disks = [self.disk(f"{name}-{number}.vhd") for number in range(disks)]
         vmm.Manager().create(
-            name, disks=[vmm.DiskWish(str(path)) for path in disks], memory_bytes=16 << 20, **settings
+            name, disks=[vmm.DiskRequest(str(path)) for path in disks], memory_bytes=16 << 20, **settings
         )
         return vmm.Manager().snapshots(name)
 

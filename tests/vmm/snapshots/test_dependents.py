@@ -9,7 +9,7 @@ import pytest
 
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.store.test_copies import copied
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, WrongState
 from vmm.snapshots.background_merge import merge_files
 from vmm.snapshots.dependents import judge
@@ -65,20 +65,20 @@ def test_nobody_gets_an_image_while_it_is_merged(machines: Machines) -> None:
     def meanwhile(done: int, total: int) -> None:
         for path in (merge.target, *merge.layers):
             with pytest.raises(InUse, match="is being merged by the machine web"):
-                Manager().add_disk("other", DiskWish(path, read_only=True))
+                Manager().add_disk("other", DiskRequest(path, read_only=True))
             refused.append(path)
 
     with holding(machine.paths, "web") as held:
         merge_files(held, merge, meanwhile)
     assert set(refused) == {merge.target, *merge.layers}
-    Manager().add_disk("other", DiskWish(merge.target, read_only=True))
+    Manager().add_disk("other", DiskRequest(merge.target, read_only=True))
 
 
 def test_what_another_machine_got_is_not_merged(machines: Machines) -> None:
     """INV-REMOVED-UNUSED: no merge begins of an image that another machine got after the merge was judged."""
     with_hidden_image(machines)
     merge, machine = due()
-    Manager().add_disk("other", DiskWish(merge.layers[0], read_only=True))
+    Manager().add_disk("other", DiskRequest(merge.layers[0], read_only=True))
     with holding(machine.paths, "web") as held, pytest.raises(InUse, match="the machine other uses it"):
         begin_merge(held, MergeOff(merge.target, merge.layers))
     assert load_tree(machine.paths).journal is None

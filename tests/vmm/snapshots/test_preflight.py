@@ -130,7 +130,7 @@ def test_a_machine_with_a_disk_that_cannot_go(manager: Manager, tmp_path: Path) 
         not_available("needs a file system with immutable files, and root")
     try:
         plan = manager.plan_delete("small", with_disks=True)
-        assert plan.disks == () and [path for path, _ in plan.kept] == [str(leaf)]
+        assert plan.disks == () and [one.path for one in plan.kept] == [str(leaf)]
         manager.delete("small", with_disks=True)
     finally:
         subprocess.run(["chattr", "-i", str(leaf)], check=True)

@@ -74,7 +74,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "list": lambda here: manager.machines(),
     "disk list": lambda here: manager.disks("web"),
     "set": lambda here: manager.set("web", notes="x"),
-    "disk add": lambda here: manager.add_disk("web", vmm.DiskWish(str(new_image(here)))),
+    "disk add": lambda here: manager.add_disk("web", vmm.DiskRequest(str(new_image(here)))),
     "disk resize": lambda here: manager.resize_disk("web", "disk-0", 2 * DISK_BYTES),
     "delete": lambda here: manager.plan_delete("web", with_disks=True),
     "nic add": lambda here: manager.add_adapter("web"),
@@ -129,7 +129,7 @@ def test_a_golden_image_in_a_folder_of_its_own(machines: Machines, left: Left) -
     own.mkdir()
     vhdkit.create_image(golden / "base.vhd", DISK_BYTES)
     vhdkit.clone(golden / "base.vhd", [own / "web.avhd"])
-    manager.create("web", disks=[vmm.DiskWish(str(own / "web.avhd"), parent_dirs=(str(golden),))])
+    manager.create("web", disks=[vmm.DiskRequest(str(own / "web.avhd"), parent_dirs=(str(golden),))])
     newest = left(registry.load("web"), str(own / "web.avhd"))
     is_used = left is not by_create_off
     if is_used:
@@ -164,7 +164,7 @@ def test_copies_are_of_the_newest(machines: Machines, left: Left) -> None:
     """Backup and export copy what was flushed last; a machine that died does not pass for one that was shut down."""
     _, _, expected = cut(machines, left)
     result = manager.backup("web", str(machines.folder / "copy"))
-    assert content(machines.folder / "copy" / "disk-0.vhd") == expected and result["consistent"] is False
+    assert content(machines.folder / "copy" / "disk-0.vhd") == expected and result.consistent is False
     export("web", str(machines.folder / "flat"), flat=True)
     assert content(machines.folder / "flat" / "disks" / "disk-0.vhd") == expected
 
@@ -186,24 +186,24 @@ def test_removed_is_the_newest_and_the_frozen_one_is_not_added(machines: Machine
     for name in ("web", "other"):
         with pytest.raises(Refused, match="not the newest image"):
             if name == "web":
-                manager.add_disk("web", vmm.DiskWish(frozen))
+                manager.add_disk("web", vmm.DiskRequest(frozen))
             else:
-                manager.create("other", disks=[vmm.DiskWish(frozen)], memory_bytes=16 << 20)
-    manager.add_disk("web", vmm.DiskWish(newest))
+                manager.create("other", disks=[vmm.DiskRequest(frozen)], memory_bytes=16 << 20)
+    manager.add_disk("web", vmm.DiskRequest(newest))
 
 
 def test_consistent_is_what_is_known(machines: Machines) -> None:
     """One that never ran is consistent, one that ran is not before its guest shut itself down; a snapshot knows."""
     small = machines.create()
-    assert manager.backup("web", str(machines.folder / "1"))["consistent"] is True
+    assert manager.backup("web", str(machines.folder / "1")).consistent is True
     assert small.create("clean").consistent is True
     note_unclean(registry.load("web").paths)
-    assert manager.backup("web", str(machines.folder / "2"))["consistent"] is False
+    assert manager.backup("web", str(machines.folder / "2")).consistent is False
     assert small.create("unclean").consistent is False
     small.apply("clean", discard_current=True)
-    assert manager.backup("web", str(machines.folder / "3"))["consistent"] is True
+    assert manager.backup("web", str(machines.folder / "3")).consistent is True
     small.apply("unclean", discard_current=True)
-    assert manager.backup("web", str(machines.folder / "4"))["consistent"] is False
+    assert manager.backup("web", str(machines.folder / "4")).consistent is False
 
 
 def test_missing_newest_image_is_said(machines: Machines) -> None:

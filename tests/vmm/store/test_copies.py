@@ -18,7 +18,7 @@ import pytest
 import vhdkit
 from tests.vmm.small_guests import make_machine, wait_counting, wait_state
 from vmm.api.export_import.exporting import export
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.host.proc import ProcessRef
 from vmm.model.errors import AlreadyExists, Refused, WrongState
 from vmm.model.spec import make_spec
@@ -139,7 +139,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "reset": lambda folder: Manager().reset("copy"),
     "discard_saved": lambda folder: Manager().discard_saved("copy"),
     "delete": lambda folder: Manager().delete("copy", with_disks=True, with_snapshots=True),
-    "add_disk": lambda folder: Manager().add_disk("copy", DiskWish(str(folder / "more.vhd"))),
+    "add_disk": lambda folder: Manager().add_disk("copy", DiskRequest(str(folder / "more.vhd"))),
     "remove_disk": lambda folder: Manager().remove_disk("copy", "disk-0"),
     "resize_disk": lambda folder: Manager().resize_disk("copy", "disk-0", 2 << 20),
     "add_adapter": lambda folder: Manager().add_adapter("copy"),
@@ -226,7 +226,7 @@ def test_a_running_guest_is_not_reached_by_its_copy(manager: Manager, tmp_path: 
             verb("copy")
     assert manager.show("copy").state is MachineState.OFF
     done = manager.new_id("copy")
-    assert [(disk, path) for disk, path, _ in done.taken_out] == [("disk-0", str(leaf))] and done.disks == ()
+    assert [(one.disk, one.path) for one in done.taken_out] == [("disk-0", str(leaf))] and done.disks == ()
     with pytest.raises(WrongState, match="is off"):
         manager.stop("copy")
     manager.delete("copy", with_disks=True)

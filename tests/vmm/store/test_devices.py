@@ -27,7 +27,7 @@ from tests.vmm.small_guests import (
     wait_until,
     wait_whole,
 )
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AccessDenied, InUse, InvalidSpec, NotFound, QemuFailed, Refused, VmmError
 from vmm.model.spec import make_disk as disk_spec
 from vmm.model.spec import make_spec
@@ -48,9 +48,9 @@ def bootable(path: Path, *, write_every: int = 0) -> Path:
     return path
 
 
-def given(path: str, **more: Any) -> DiskWish:
+def given(path: str, **more: Any) -> DiskRequest:
     """A wish for a device or LUN."""
-    return DiskWish(path, kind="pass-through", **more)
+    return DiskRequest(path, kind="pass-through", **more)
 
 
 @pytest.mark.parametrize(("controller", "accelerator"), [("ide", "tcg"), ("virtio", "tcg"), ("virtio", "kvm")])
@@ -100,7 +100,9 @@ def test_device_of_another_machine(manager: Manager, tmp_path: Path) -> None:
     """A device belongs to one machine, also while that is off; when it was taken away another can have it."""
     make_disk(tmp_path, "one")
     with loop_device(tmp_path / "device.raw") as device:
-        manager.create("one", disks=[DiskWish(str(tmp_path / "one.avhd")), given(device, controller="scsi")], **TINY)
+        manager.create(
+            "one", disks=[DiskRequest(str(tmp_path / "one.avhd")), given(device, controller="scsi")], **TINY
+        )
         with pytest.raises(InUse, match="belongs to the machine one"):
             manager.create("two", disks=[given(device)], **TINY)
         assert manager.names() == ["one"]
@@ -111,7 +113,7 @@ def test_device_of_another_machine(manager: Manager, tmp_path: Path) -> None:
 def test_file_behind_a_device_is_a_disk(manager: Manager, tmp_path: Path) -> None:
     """A loop device on an image of another machine is refused."""
     leaf = make_disk(tmp_path, "one")
-    manager.create("one", disks=[DiskWish(str(leaf))], **TINY)
+    manager.create("one", disks=[DiskRequest(str(leaf))], **TINY)
     with loop_device(leaf) as device, pytest.raises(InUse, match="a disk of the machine one"):
         manager.create("two", disks=[given(device)], **TINY)
 
@@ -119,7 +121,7 @@ def test_file_behind_a_device_is_a_disk(manager: Manager, tmp_path: Path) -> Non
 def test_hard_link_behind_a_device_is_the_same_disk(manager: Manager, tmp_path: Path) -> None:
     """A loop device on another name of a machine's image is that image: given as a device, and as an image, too."""
     leaf = make_disk(tmp_path, "one")
-    manager.create("one", disks=[DiskWish(str(leaf))], **TINY)
+    manager.create("one", disks=[DiskRequest(str(leaf))], **TINY)
     other_name = tmp_path / "elsewhere" / "data.raw"
     other_name.parent.mkdir()
     os.link(leaf, other_name)
@@ -136,7 +138,7 @@ def test_hard_link_behind_a_device_is_the_same_disk(manager: Manager, tmp_path: 
 def test_layer_below_a_disk_behind_a_device(manager: Manager, tmp_path: Path, own: bool) -> None:
     """A loop device on a parent of a machine's disk is given to no machine, by whichever of the parent's names."""
     leaf = make_disk(tmp_path, "one")
-    manager.create("one", disks=[DiskWish(str(leaf))], **TINY)
+    manager.create("one", disks=[DiskRequest(str(leaf))], **TINY)
     other_name = tmp_path / "elsewhere.raw"
     os.link(leaf.with_suffix(".vhd"), other_name)
     with loop_device(other_name) as device, pytest.raises(InUse, match="on which a disk of the machine one stands"):
@@ -154,7 +156,7 @@ def test_image_of_a_file_that_is_given_as_a_device(manager: Manager, tmp_path: P
         manager.create("one", disks=[given(device)], **TINY)
         os.link(file, tmp_path / "other.raw")
         with pytest.raises(InUse, match="one"):
-            manager.create("two", disks=[DiskWish(str(tmp_path / "other.raw"))], **TINY)
+            manager.create("two", disks=[DiskRequest(str(tmp_path / "other.raw"))], **TINY)
 
 
 def test_what_cannot_be_given(manager: Manager, tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_device_under_another_name(manager: Manager, tmp_path: Path) -> None:
 def test_plugged_in_and_out_while_it_runs(manager: Manager, tmp_path: Path) -> None:
     """A device comes on SCSI to a running machine and is claimed; unplugged, it is the host's again."""
     leaf = make_disk(tmp_path)
-    manager.create("small", disks=[DiskWish(str(leaf))], **TINY)
+    manager.create("small", disks=[DiskRequest(str(leaf))], **TINY)
     manager.start("small")
     with loop_device(tmp_path / "device.raw") as device:
         for _ in range(2):
@@ -212,14 +214,14 @@ def test_plugged_in_and_out_while_it_runs(manager: Manager, tmp_path: Path) -> N
             os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
     with pytest.raises(Refused, match="no file behind it"):
         manager.add_disk("small", given(device))
-    assert [disk.id for disk, _, _ in manager.disks("small")] == ["disk-0"]
+    assert [one.disk.id for one in manager.disks("small")] == ["disk-0"]
     manager.stop("small")
 
 
 def test_failed_plug_in_leaves_nothing(manager: Manager, tmp_path: Path) -> None:
     """A place that QEMU does not have: the device is not claimed any more, and the machine has no such disk."""
     leaf = make_disk(tmp_path)
-    manager.create("small", disks=[DiskWish(str(leaf))], **TINY)
+    manager.create("small", disks=[DiskRequest(str(leaf))], **TINY)
     manager.start("small")
     with loop_device(tmp_path / "device.raw") as device:
         with pytest.raises(VmmError, match="SCSI controller 3"):
@@ -310,7 +312,7 @@ def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:
     leaf = make_disk(tmp_path)
     with iscsi_target(tmp_path / "lun", user="me", password="twelve-letters") as target:
         url = target.url.replace("//", "//me@", 1) + f"?password-file={secret}"
-        manager.create("small", disks=[DiskWish(str(leaf)), given(url, controller="scsi")], **TINY)
+        manager.create("small", disks=[DiskRequest(str(leaf)), given(url, controller="scsi")], **TINY)
         manager.start("small")
         for ref in processes().values():
             assert b"twelve-letters" not in Path(f"/proc/{ref.pid}/cmdline").read_bytes()

@@ -33,7 +33,7 @@ def gold(machines: Machines) -> Path:
     vhdkit.clone(image, [machines.folder / "vms/a/a.avhd", machines.folder / "vms/b/b.avhd"])
     parent = (str(machines.folder / "gold"),)
     vmm.Manager().create(
-        "b", disks=[vmm.DiskWish(str(machines.folder / "vms/b/b.avhd"), parent_dirs=parent)], memory_bytes=16 << 20
+        "b", disks=[vmm.DiskRequest(str(machines.folder / "vms/b/b.avhd"), parent_dirs=parent)], memory_bytes=16 << 20
     )
     # what was written down beside the image may be lost, as by a copy: the machines are known all the same
     for record in image.parent.glob(".*"):
@@ -64,7 +64,7 @@ def refusals(machines: Machines, gold: Path) -> None:
         open_exports([wanted], wanted.manner)
     shutil.rmtree(runtime.folder)
     plan = manager.plan_delete("gold", with_disks=True)
-    assert plan.disks == () and [path for path, _ in plan.kept] == [str(gold)] and "b.avhd" in plan.kept[0][1]
+    assert plan.disks == () and [one.path for one in plan.kept] == [str(gold)] and "b.avhd" in plan.kept[0].reason
     assert content(gold) == before
 
 
@@ -78,15 +78,15 @@ def test_a_clone_in_a_folder_of_its_own(machines: Machines, gold: Path) -> None:
     vhdkit.clone(other, [machines.folder / "vms/a/of-other.avhd"])
     manager.delete("other")
     parent = (str(machines.folder),)
-    manager.create("c", disks=[vmm.DiskWish(str(machines.folder / "vms/a/of-other.avhd"), parent_dirs=parent)])
+    manager.create("c", disks=[vmm.DiskRequest(str(machines.folder / "vms/a/of-other.avhd"), parent_dirs=parent)])
     for record in machines.folder.glob(".*.vhdkit-*"):
         record.unlink()
     with pytest.raises(Refused, match=r"of-other\.avhd stands on it") as refusal:
-        manager.add_disk("b", vmm.DiskWish(str(other)))
+        manager.add_disk("b", vmm.DiskRequest(str(other)))
     assert "vhdkit create NEW.avhd --parent" in str(refusal.value.hint)
     with pytest.raises(Refused, match="stands on it"):
-        manager.create("d", disks=[vmm.DiskWish(str(other))])
-    manager.add_disk("b", vmm.DiskWish(str(other), read_only=True))  # that changes nothing
+        manager.create("d", disks=[vmm.DiskRequest(str(other))])
+    manager.add_disk("b", vmm.DiskRequest(str(other), read_only=True))  # that changes nothing
     assert (
         manager.delete("gold", with_disks=True).disks == ()
         and gold.exists()
@@ -132,7 +132,7 @@ def test_wherever_the_clone_is_named(machines: Machines, gold: Path, where: str)
     if where == "read-only in a snapshot":
         vmm.Manager().remove_disk("b", "disk-0")
         parent = (str(machines.folder / "gold"),)
-        vmm.Manager().add_disk("b", vmm.DiskWish(str(clone), read_only=True, parent_dirs=parent))
+        vmm.Manager().add_disk("b", vmm.DiskRequest(str(clone), read_only=True, parent_dirs=parent))
         vmm.Manager().snapshots("b").create("a")
         vmm.Manager().remove_disk("b", "disk-0")
         assert str(clone) not in Path(b.paths.definition).read_text()
@@ -147,7 +147,7 @@ def test_wherever_the_clone_is_named(machines: Machines, gold: Path, where: str)
     Path(b.paths.definition).write_text("{")
     assert known_images.look().unread == ("b",)
     plan = vmm.Manager().plan_delete("gold", with_disks=True)
-    assert plan.disks == () and "cannot be read" in plan.kept[0][1]
+    assert plan.disks == () and "cannot be read" in plan.kept[0].reason
 
 
 def test_copies_of_a_chain_do_not_bind_each_other(machines: Machines, gold: Path) -> None:
@@ -173,13 +173,13 @@ def test_a_clone_made_meanwhile(machines: Machines, gold: Path, monkeypatch: pyt
     def cloned_first(machine: registry.Changing) -> None:
         vhdkit.clone(gold, [machines.folder / "late.avhd"])
         vmm.Manager().create("late", disks=[
-            vmm.DiskWish(str(machines.folder / "late.avhd"), parent_dirs=(str(gold.parent),))
+            vmm.DiskRequest(str(machines.folder / "late.avhd"), parent_dirs=(str(gold.parent),))
         ])  # fmt: skip
         remove(machine)
 
     monkeypatch.setattr(registry, "remove", cloned_first)
     done = vmm.Manager().delete("gold", with_disks=True)
-    assert done.disks == () and "late.avhd" in done.kept[0][1] and gold.exists()
+    assert done.disks == () and "late.avhd" in done.kept[0].reason and gold.exists()
 
 
 def test_marks_are_left(machines: Machines, gold: Path) -> None:
@@ -189,18 +189,18 @@ def test_marks_are_left(machines: Machines, gold: Path) -> None:
     manager = vmm.Manager()
     options = vhdkit.OpenOptions(parent_dirs=parent)
     assert vhdkit.find_children([gold], everywhere=True)[str(gold)] == []
-    manager.create("a", disks=[vmm.DiskWish(str(clone), parent_dirs=parent)])
+    manager.create("a", disks=[vmm.DiskRequest(str(clone), parent_dirs=parent)])
     assert vhdkit.find_children([gold], everywhere=True)[str(gold)] == [str(clone)]
     with pytest.raises(vhdkit.HasChildren):
         vhdkit.merge(machines.folder / "vms/b/b.avhd", options=options)
     for record in gold.parent.glob(".*"):
         record.unlink()
     manager.remove_disk("a", "disk-0")
-    manager.add_disk("a", vmm.DiskWish(str(clone), parent_dirs=parent, read_only=True))
+    manager.add_disk("a", vmm.DiskRequest(str(clone), parent_dirs=parent, read_only=True))
     assert vhdkit.find_children([gold], everywhere=True)[str(gold)] == [str(clone)]
     for record in gold.parent.glob(".*"):
         record.unlink()
     (gold.parent / f".{gold.name}.vhdkit-children").mkdir()  # it cannot be written
     manager.remove_disk("a", "disk-0")
-    manager.add_disk("a", vmm.DiskWish(str(clone), parent_dirs=parent, read_only=True))
+    manager.add_disk("a", vmm.DiskRequest(str(clone), parent_dirs=parent, read_only=True))
     assert manager.events("a")[-1]["event"] == "parent-not-marked"

@@ -16,7 +16,7 @@ from tests.vmm.discs import make_iso
 from tests.vmm.guests import linux
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.small_guests import console, make_machine, press, processes, wait_counting, wait_until, wait_whole
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InvalidSpec, NotFound, Refused, WrongState
 from vmm.processes.worker_connection import Place
 from vmm.store.state import MachineState, WorkerNote
@@ -73,7 +73,7 @@ def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:
 def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> None:
     """Whoever follows a worker that had written the new medium down puts it in, and the machine has one truth."""
     make_machine(manager, tmp_path)
-    manager.add_disk("small", DiskWish(str(make_iso(tmp_path / "one.iso", "first")), kind="iso"))
+    manager.add_disk("small", DiskRequest(str(make_iso(tmp_path / "one.iso", "first")), kind="iso"))
     manager.start("small")
     wait_counting(manager)
     place = Place.of("small")
@@ -109,7 +109,7 @@ def start_linux(manager: Manager, folder: Path, medium: Path) -> GuestShell:
         (folder / name).write_bytes(source.read_bytes())
     manager.create(
         "linux", memory_bytes=int(linux.MEMORY) * MIB, accelerator="tcg", kernel=str(folder / "kernel"),
-        initrd=str(folder / "initrd"), append=guest.append, disks=[DiskWish(str(medium), kind="iso")],
+        initrd=str(folder / "initrd"), append=guest.append, disks=[DiskRequest(str(medium), kind="iso")],
     )  # fmt: skip
     manager.start("linux")
     return shell_of(manager)
@@ -117,7 +117,7 @@ def start_linux(manager: Manager, folder: Path, medium: Path) -> GuestShell:
 
 def shell_of(manager: Manager) -> GuestShell:
     """The guest's shell, ready."""
-    shell = GuestShell(manager.guest("linux").open_console()[0])
+    shell = GuestShell(manager.guest("linux").open_console().link)
     shell.wait_ready()
     return shell
 
@@ -232,7 +232,7 @@ def test_a_snapshot_with_memory_whose_medium_is_gone(manager: Manager, tmp_path:
     """It is applied, kept saved while the medium is missing, and goes on with an empty drive when that is said."""
     make_machine(manager, tmp_path)
     one = make_iso(tmp_path / "one.iso", "first")
-    manager.add_disk("small", DiskWish(str(one), kind="iso"))
+    manager.add_disk("small", DiskRequest(str(one), kind="iso"))
     manager.start("small")
     wait_counting(manager)
     snapshot = manager.snapshots("small").create("with memory")

@@ -49,11 +49,12 @@ def test_followed_once_at_the_door(machines: Machines, linked: Path) -> None:
     (machines.folder / "way").symlink_to(machines.folder / "store")
     links, store, manager = machines.folder / "links", machines.folder / "store", vmm.Manager()
     manager.create(
-        "web", disks=[vmm.DiskWish(str(linked), parent_dirs=(str(machines.folder / "way"),))], kernel=str(links / "k"),
+        "web", disks=[vmm.DiskRequest(str(linked), parent_dirs=(str(machines.folder / "way"),))],
+        kernel=str(links / "k"),
         paths={"disks": str(machines.folder / "way")},
     )  # fmt: skip
     manager.set("web", initrd=str(links / "i"), paths={"snapshots": str(machines.folder / "way")})
-    manager.add_disk("web", vmm.DiskWish(str(links / "x.iso"), kind="iso"))
+    manager.add_disk("web", vmm.DiskRequest(str(links / "x.iso"), kind="iso"))
     text = Path(registry.load("web").paths.definition).read_text()
     assert "links" not in text and "way" not in text
     spec = registry.load("web").spec
@@ -100,16 +101,16 @@ def test_no_image_is_removed_and_kept(machines: Machines, linked: Path) -> None:
     write_links(machines, "web", {real: linked})
     (leaf,) = [disk.path for disk in registry.load("web").spec.disks]
     manager = vmm.Manager()
-    manager.create("other", disks=[vmm.DiskWish(str(linked), read_only=True)])
+    manager.create("other", disks=[vmm.DiskRequest(str(linked), read_only=True)])
     for with_disks in (False, True):
         plan = manager.plan_delete("web", with_disks=with_disks, with_snapshots=True)
-        kept = {str(Path(path).resolve()) for path, _ in plan.kept}
+        kept = {str(Path(one.path).resolve()) for one in plan.kept}
         assert not kept & {str(Path(path).resolve()) for path in plan.disks}
         assert str(real) not in plan.disks
     assert plan.disks == (leaf,)
     with vhdkit.open_disk(str(leaf), writable=True):  # somebody uses it
         plan = manager.plan_delete("web", with_disks=True, with_snapshots=True)
-        assert plan.disks == () and [path for path, _ in plan.kept] == [leaf]
+        assert plan.disks == () and [one.path for one in plan.kept] == [leaf]
 
 
 def test_a_home_behind_a_link(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tests.vmm.small_guests import (
     wait_until,
     wait_whole,
 )
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AlreadyExists, NotFound, Refused, StoreFailed
 from vmm.model.spec import make_spec
 from vmm.processes import disk_copies
@@ -49,12 +49,12 @@ def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     """The copy boots by itself and has what the guest wrote before; the machine runs on, on its own image alone."""
     leaf = make_machine(manager, tmp_path)
     second = make_disk(tmp_path, "second")
-    manager.add_disk("small", DiskWish(str(second), controller="virtio"))
+    manager.add_disk("small", DiskRequest(str(second), controller="virtio"))
     manager.start("small")
     wait_counting(manager)
     before = files_of(tmp_path)
     result = manager.backup("small", str(tmp_path / "copy"))
-    assert sorted(result["disks"]) == ["disk-0", "disk-1"] and result["consistent"] is False
+    assert sorted(result.disks) == ["disk-0", "disk-1"] and result.consistent is False
     assert files_of(tmp_path) == before
     assert not os.path.exists(note_path(Place.of("small").machine))
     press(manager, "w")
@@ -65,7 +65,7 @@ def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "copy" / "machine.json").read_text())["name"] == "small"
     manager.stop("small")
     assert vhdkit.check(leaf) == [] and vhdkit.check(copy) == []
-    manager.create("twin", disks=[DiskWish(str(copy))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.create("twin", disks=[DiskRequest(str(copy))], memory_bytes=16 * MIB, accelerator="tcg")
     manager.start("twin")
     wait_counting(manager, "twin")
 
@@ -73,7 +73,7 @@ def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
 def test_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> None:
     """The copy reads as the chain does, and says that its file systems are in order."""
     leaf = make_machine(manager, tmp_path)
-    assert manager.backup("small", str(tmp_path / "copy"))["consistent"] is True
+    assert manager.backup("small", str(tmp_path / "copy")).consistent is True
     assert vhdkit.compare(leaf, tmp_path / "copy" / "disk-0.vhd").same_content
 
 
@@ -93,7 +93,7 @@ def test_refused(manager: Manager, tmp_path: Path) -> None:
 def test_uefi_variables_are_in_it(manager: Manager, tmp_path: Path) -> None:
     """What a UEFI machine boots is in its variables, so they are copied; one that has never run has none."""
     make_machine(manager, tmp_path, firmware="uefi")
-    assert not os.path.exists(manager.backup("small", str(tmp_path / "none"))["folder"] + "/uefi-vars.fd")
+    assert not os.path.exists(manager.backup("small", str(tmp_path / "none")).folder + "/uefi-vars.fd")
     variables = Path(Place.of("small").machine.uefi_variables)
     variables.write_bytes(b"boot this")
     manager.backup("small", str(tmp_path / "copy"))
@@ -167,7 +167,7 @@ def test_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatc
 def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple[str, ...]) -> None:
     """Who comes next merges the snapshot away; what was written to it meanwhile is in the machine's own image."""
     leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
-    manager.create("small", disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     manager.start("small")
     wait_counting(manager)
     before = files_of(tmp_path)

@@ -34,7 +34,7 @@ from tests.vmm.snapshots.machines import Machines
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.store import FileStore
 from vmm.api.machine_snapshots import MachineSnapshots
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.kvm import memory_file
 from vmm.model.errors import InUse, NoSpace, Unsupported, VmmError, WrongState
 from vmm.model.paths import set_default_folder
@@ -60,8 +60,8 @@ def guest(
     manager: Manager, folder: Path, *, disks: int = 1, start: bool = True, **settings: object
 ) -> MachineSnapshots:
     """A machine that writes its counter to its first disk each second tick, running."""
-    wishes = [DiskWish(str(make_disk(folder, "small", BootOptions(print_every=2, write_every=2))))]
-    wishes += [DiskWish(str(make_disk(folder, f"more-{number}")), controller="scsi") for number in range(1, disks)]
+    wishes = [DiskRequest(str(make_disk(folder, "small", BootOptions(print_every=2, write_every=2))))]
+    wishes += [DiskRequest(str(make_disk(folder, f"more-{number}")), controller="scsi") for number in range(1, disks)]
     chosen: dict[str, object] = {
         "memory_bytes": 16 * MIB,
         "accelerator": "tcg",
@@ -334,12 +334,12 @@ def test_live_merge(manager: Manager, folder: Path, machines: Machines) -> None:
     kept = machines.of_snapshot("small", "a")
     small.delete("b")  # c's image goes into b's, below the one written to
     done = small.merge_live()
-    assert [one.get("problem") for one in done] == [None], done
+    assert [one.problem for one in done] == [None], done
     assert small.merges_due() == 0 and machines.of_snapshot("small", "a") == kept
     count(manager)
     small.delete("c")  # now the one written to goes into it
     [row] = small.merge_live(max_rate_bytes=50 << 20)
-    assert row["held_seconds"] < 30
+    assert row.held_seconds is not None and row.held_seconds < 30
     spec = registry.load("small").spec
     assert spec.disks[0].path in small.tree().images and Path(str(spec.disks[0].path)).exists()
     counted = count(manager)
@@ -408,7 +408,7 @@ def test_what_is_refused_while_it_runs(manager: Manager, folder: Path) -> None:
         small.merge()
     manager.resume("small")
     small.create("a")
-    assert small.merge_live() == [] and not small.cancel_merge()
+    assert small.merge_live() == () and not small.cancel_merge()
 
 
 @pytest.mark.parametrize("part", ["worker", "server", "qemu"])

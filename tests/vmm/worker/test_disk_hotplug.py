@@ -13,7 +13,7 @@ from tests.support import require_linux_guest
 from tests.vmm.guests import linux
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.small_guests import make_machine, processes, wait_counting, wait_whole
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, InvalidSpec, NotFound, StoreFailed, VmmError, WrongState
 
 pytestmark = pytest.mark.kvm
@@ -26,7 +26,7 @@ FIND = (
 )
 
 
-def start_linux(manager: Manager, *wishes: DiskWish) -> GuestShell:
+def start_linux(manager: Manager, *wishes: DiskRequest) -> GuestShell:
     """A running Linux with these disks; its shell."""
     guest = require_linux_guest()
     manager.create(
@@ -34,7 +34,7 @@ def start_linux(manager: Manager, *wishes: DiskWish) -> GuestShell:
         initrd=str(guest.initrd), append=guest.append, disks=wishes,
     )  # fmt: skip
     manager.start(NAME)
-    link, _ = manager.guest(NAME).open_console()
+    link = manager.guest(NAME).open_console().link
     shell = GuestShell(link)
     shell.wait_ready()
     return shell
@@ -51,7 +51,7 @@ def test_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -
     """On SCSI a disk comes, is written to, grows with the guest watching, and goes; all that was written is there."""
     leaf = child_of_new_base(tmp_path, "data", 32 * MIB)
     with start_linux(manager) as shell:
-        added = manager.add_disk(NAME, DiskWish(str(leaf), serial="HOTPLUG"))
+        added = manager.add_disk(NAME, DiskRequest(str(leaf), serial="HOTPLUG"))
         assert (added.id, added.place) == ("disk-0", "scsi0:0")
         device = shell.check(FIND.format("HOTPLUG"))
         assert shell.check(f"cat /sys/block/{device}/size") == str(32 * MIB // 512)
@@ -66,14 +66,14 @@ def test_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -
         )
         assert size == str(64 * MIB // 512)
         shell.check(f"echo behind | dd of=/dev/{device} bs=1M seek=63 conv=fsync 2>/dev/null")
-        assert [disk.id for disk, *_ in manager.disks(NAME)] == ["disk-0"]
+        assert [one.disk.id for one in manager.disks(NAME)] == ["disk-0"]
         assert manager.remove_disk(NAME, "HOTPLUG").id == "disk-0"
         shell.check(f"! test -e /sys/block/{device}")
         with vhdkit.open_disk(leaf, writable=True) as disk:  # free already, while the machine runs
             assert hashlib.sha256(disk.read(4 * MIB, 8 * MIB)).hexdigest() == digest
             assert disk.read(63 * MIB, 7) == b"behind\n"
-        assert manager.disks(NAME) == []
-        manager.add_disk(NAME, DiskWish(str(leaf)))
+        assert manager.disks(NAME) == ()
+        manager.add_disk(NAME, DiskRequest(str(leaf)))
     manager.stop(NAME)
     assert [one.code for one in vhdkit.check(leaf)] == ["chain-size"]  # it is larger than its parent, as was wished
 
@@ -81,7 +81,7 @@ def test_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -
 def test_a_virtio_disk_grows_under_linux(manager: Manager, tmp_path: Path) -> None:
     """A virtio disk of a running guest grows, the guest sees it at once, and what it writes behind is in the chain."""
     leaf = child_of_new_base(tmp_path, "data", 32 * MIB)
-    with start_linux(manager, DiskWish(str(leaf), controller="virtio", serial="GROWS")) as shell:
+    with start_linux(manager, DiskRequest(str(leaf), controller="virtio", serial="GROWS")) as shell:
         device = shell.check(FIND.format("GROWS"))
         for size in (48 * MIB, 64 * MIB):  # the second time with a connection that was made for the first
             assert manager.resize_disk(NAME, "disk-0", size) == size
@@ -102,7 +102,7 @@ def test_a_virtio_disk_grows_under_linux(manager: Manager, tmp_path: Path) -> No
 def test_server_killed_while_the_guest_writes(manager: Manager, tmp_path: Path, controller: str) -> None:
     """kill -9 of the disks' server, three times under O_DIRECT writes: the guest reads back what it wrote."""
     leaf = child_of_new_base(tmp_path, "data", 64 * MIB)
-    with start_linux(manager, DiskWish(str(leaf), controller=controller, serial="DATA")) as shell:  # type: ignore[arg-type]
+    with start_linux(manager, DiskRequest(str(leaf), controller=controller, serial="DATA")) as shell:  # type: ignore[arg-type]
         device = shell.check(FIND.format("DATA"))
         shell.check("dd if=/dev/urandom of=/tmp/x bs=1M count=4 2>/dev/null")
         write = f"dd if=/tmp/x of=/dev/{device} bs=64k oflag=direct 2>/dev/null"
@@ -129,14 +129,14 @@ def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> Non
     manager.start("small")
     before = manager.disks("small")
     with pytest.raises(WrongState, match="on ide cannot be added"):
-        manager.add_disk("small", DiskWish(str(other), controller="ide"))
+        manager.add_disk("small", DiskRequest(str(other), controller="ide"))
     with pytest.raises(WrongState, match="on ide cannot be added") as refused:
-        manager.add_disk("small", DiskWish(str(leaf), kind="iso"))
+        manager.add_disk("small", DiskRequest(str(leaf), kind="iso"))
     assert "vmm disk change" in str(refused.value) and "scsi" not in str(refused.value)
     with pytest.raises(WrongState, match="controller 3"):
-        manager.add_disk("small", DiskWish(str(other), controller="scsi", controller_index=3))
+        manager.add_disk("small", DiskRequest(str(other), controller="scsi", controller_index=3))
     with pytest.raises(InvalidSpec, match="IDE"):
-        manager.add_disk("small", DiskWish(str(other), kind="iso", controller="scsi"))
+        manager.add_disk("small", DiskRequest(str(other), kind="iso", controller="scsi"))
     with pytest.raises(WrongState, match="on ide cannot be removed"):
         manager.remove_disk("small", "disk-0")
     with pytest.raises(NotFound, match="there are disk-0"):
@@ -144,13 +144,13 @@ def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> Non
     with pytest.raises(WrongState, match="on ide grow"):
         manager.resize_disk("small", "disk-0", 16 * MIB)
     with pytest.raises(InUse, match="twice"):
-        manager.add_disk("small", DiskWish(str(leaf)))
+        manager.add_disk("small", DiskRequest(str(leaf)))
     with pytest.raises(NotFound, match="no such image"):
-        manager.add_disk("small", DiskWish(str(tmp_path / "absent.vhd")))
+        manager.add_disk("small", DiskRequest(str(tmp_path / "absent.vhd")))
     with vhdkit.open_disk(other, writable=True), pytest.raises(InUse, match="another program"):
-        manager.add_disk("small", DiskWish(str(other)))
+        manager.add_disk("small", DiskRequest(str(other)))
     assert manager.disks("small") == before
-    manager.add_disk("small", DiskWish(str(other)))
+    manager.add_disk("small", DiskRequest(str(other)))
     for shrink in (False, True):
         with pytest.raises(WrongState, match="is not made smaller"):
             manager.resize_disk("small", "disk-1", 1 * MIB, shrink=shrink)
@@ -161,7 +161,7 @@ def test_disks_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> Non
     """Added anywhere, resized, removed by image; what is wrong with one is shown beside it."""
     leaf = make_machine(manager, tmp_path)
     other = child_of_new_base(tmp_path, "other", 8 * MIB)
-    assert manager.add_disk("small", DiskWish(str(other), controller="virtio")).place == "virtio0:0"
+    assert manager.add_disk("small", DiskRequest(str(other), controller="virtio")).place == "virtio0:0"
     assert manager.resize_disk("small", "disk-1", 16 * MIB) == 16 * MIB
     with pytest.raises(StoreFailed, match="--shrink"):
         manager.resize_disk("small", "disk-1", 12 * MIB)
@@ -169,9 +169,9 @@ def test_disks_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> Non
     assert manager.resize_disk("small", "disk-1", 16 * MIB) == 16 * MIB
     other.with_suffix(".vhd").rename(tmp_path / "gone.vhd")
     rows = manager.disks("small")
-    assert [(disk.id, size) for disk, size, _ in rows] == [("disk-0", 8 * MIB), ("disk-1", None)]
-    assert "parent" in str(rows[1][2])
+    assert [(one.disk.id, one.size_bytes) for one in rows] == [("disk-0", 8 * MIB), ("disk-1", None)]
+    assert "parent" in str(rows[1].problem)
     with pytest.raises(VmmError, match="parent"):
         manager.start("small")
     assert manager.remove_disk("small", str(other)).id == "disk-1"
-    assert [disk.path for disk, *_ in manager.disks("small")] == [str(leaf)]
+    assert [one.disk.path for one in manager.disks("small")] == [str(leaf)]

@@ -170,7 +170,7 @@ def test_a_live_merge_gives_way(manager: Manager, tmp_path: Path) -> None:
     make_machine(manager, tmp_path)
     snapshots = manager.snapshots("small")
     snapshots.create("a")
-    leaf = manager.disks("small")[0][0].path
+    leaf = manager.disks("small")[0].disk.path
     assert leaf is not None
     content = os.urandom(4 << 20)
     with vhdkit.open_disk(leaf, writable=True) as disk:
@@ -191,7 +191,7 @@ def test_a_live_merge_gives_way(manager: Manager, tmp_path: Path) -> None:
     manager.start("small")
     assert wait_counting(manager) > before and console(manager).count("BOOT-OK") == 1
     manager.stop("small")
-    path = manager.disks("small")[0][0].path
+    path = manager.disks("small")[0].disk.path
     assert path is not None
     with vhdkit.open_disk(path) as disk:
         assert disk.read(2 << 20, len(content)) == content

@@ -19,7 +19,7 @@ from tests.vmm.guests.launch import connect
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.small_guests import MIB, processes, wait_until, wait_whole
 from tests.vmm.snapshots.machines import Machines
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
 from vmm.processes.worker_connection import Place
 from vmm.store import registry
@@ -47,7 +47,7 @@ def shell_of(manager: Manager, tmp_path: Path) -> Iterator[Callable[[], GuestShe
     guest = require_linux_guest()
     vhdkit.create_image(tmp_path / "disk.vhd", 16 * MIB, block_size_bytes=512 << 10)
     manager.create(
-        "small", disks=[DiskWish(str(tmp_path / "disk.vhd"), controller="virtio")], accelerator="tcg",
+        "small", disks=[DiskRequest(str(tmp_path / "disk.vhd"), controller="virtio")], accelerator="tcg",
         memory_bytes=int(linux.MEMORY) * MIB, kernel=str(guest.kernel), initrd=str(guest.initrd),
         append=guest.append, background_capture=True,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_a_writing_guest_notices_nothing(manager: Manager, shell_of: Callable[[]
         small.create(name)
     kept = machines.of_snapshot("small", "first")
     small.delete("third")
-    assert [one.get("problem") for one in small.merge_live()] == [None]
+    assert [one.problem for one in small.merge_live()] == [None]
     goes_on(guest)
 
     small.delete("fourth")

@@ -21,7 +21,7 @@ from tests.vmm.small_guests import MIB, PARTS, make_disk, processes, wait_state,
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, settled
 from vmm.api.machine_snapshots import MachineSnapshots
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, VmmError
 from vmm.model.paths import RuntimePaths
 from vmm.processes.worker_connection import Place
@@ -52,7 +52,7 @@ def grown(manager: Manager, folder: Path) -> tuple[MachineSnapshots, bytes]:
     """
     require_boot_sector_guest()
     leaf = make_disk(folder, "small", BootOptions(print_every=2, write_every=1))
-    manager.create("small", disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     small, shuffle = manager.snapshots("small"), random.Random("layers")
     for name in (*"abcd", None):
         path = str(registry.load("small").spec.disks[0].path)
@@ -182,7 +182,7 @@ def test_one_killed_in_a_live_merge(manager: Manager, folder: Path, part: str, d
     wait_until(lambda: settled(small), "the merge's journal is gone")
     wait_until(lambda: count(manager) > counted, "the guest counts on")
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
-    assert [one.get("problem") for one in small.merge_live()] in ([], [None])
+    assert [one.problem for one in small.merge_live()] in ([], [None])
     assert small.merges_due() == 0
     late = count(manager)
     wait_until(lambda: count(manager) > late + 2, "it counts on")

@@ -29,7 +29,7 @@ from tests.vmm.small_guests import (
     wait_state,
     wait_until,
 )
-from vmm.api.manager import DiskWish, Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, NoSpace, Refused, TimedOut, WrongState
 from vmm.processes.worker_connection import Place
 from vmm.store.state import MachineState
@@ -110,7 +110,7 @@ def test_shutdown_by_the_power_button(manager: Manager, tmp_path: Path) -> None:
 def test_guest_that_does_not_shut_down(manager: Manager, tmp_path: Path) -> None:
     """Time-out with the way out in it; the machine runs on, and can be stopped."""
     leaf = make_disk(tmp_path, "deaf", BootOptions(print_every=4, power_button=False))
-    manager.create("deaf", disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.create("deaf", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     manager.start("deaf")
     wait_counting(manager, "deaf")
     with pytest.raises(TimedOut, match=r"did not shut down within 0\.3 s .*vmm stop deaf"):
@@ -201,7 +201,7 @@ def test_no_room_to_save(manager: Manager, tmp_path: Path) -> None:
     with small_file_system(tmp_path / "full", 24 * MIB) as folder:
         leaf = make_disk(tmp_path, "small", BootOptions(print_every=4))
         manager.create(
-            "small", disks=[DiskWish(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", folder=str(folder)
+            "small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg", folder=str(folder)
         )
         manager.start("small")
         wait_counting(manager)
@@ -219,7 +219,7 @@ def test_full_file_system(manager: Manager, tmp_path: Path) -> None:
         base = make_disk(tmp_path).with_suffix(".vhd")
         leaf = folder / "leaf.avhd"
         vhdkit.create_child(leaf, base)
-        wish = DiskWish(str(leaf), parent_dirs=(str(tmp_path),))
+        wish = DiskRequest(str(leaf), parent_dirs=(str(tmp_path),))
         manager.create("small", disks=[wish], memory_bytes=16 * MIB, accelerator="tcg")
         filler = fill(folder)
         manager.start("small")

@@ -22,14 +22,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import vhdkit
+from vmm.api import machines
 from vmm.model.counting import Counter
 from vmm.model.errors import NoSpace, WrongState
 from vmm.model.events import add_event
 from vmm.model.paths import sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec
-from vmm.processes import worker_connection as contact
 from vmm.processes.disk_copies import check_target, make_part
-from vmm.processes.worker_connection import Place
 from vmm.snapshots.dependents import refuse_older
 from vmm.snapshots.preflight import definition_of
 from vmm.snapshots.recovery import settle
@@ -40,7 +39,6 @@ from vmm.store.registry import Machine
 from vmm.store.snapshots.memory import SnapshotFolder, copy_file
 from vmm.store.snapshots.store import holding
 from vmm.store.snapshots.tree import Snapshot, Tree
-from vmm.store.state import MachineState
 
 FORMAT = 1
 MANIFEST, UEFI_VARIABLES = "vmm-export.json", "uefi-vars.fd"
@@ -74,13 +72,12 @@ def export(
     disks, AlreadyExists, NotFound, NoSpace, StoreFailed; then there is no folder.
     """
     target = check_target(folder)
-    with contact.changing(name) as (machine, _):
+    with machines.open(name) as found:
+        machine, is_still = found.opened, not found.is_running
         refuse_passed_through(machine.spec, "an export")
-        state = contact.state_of(Place(machine.name, machine.paths, machine.runtime))["state"]
-        is_still = state in (MachineState.OFF, MachineState.SAVED)
         if snapshot is None and not is_still:
             raise WrongState(
-                f"is {state}: its disks change", machine=name,
+                f"is {found.status().state}: its disks change", machine=name,
                 hint=f"shut it down, or export a snapshot: vmm snapshot export {name} SNAPSHOT {folder}",
             )  # fmt: skip
         with holding(machine.paths, name) as held:

@@ -194,7 +194,7 @@ def test_progress_is_told_in_bytes(machines: Machines, out: Path) -> None:
     """Export and import tell how many bytes of all are copied: of images, snapshots and media."""
     make_iso(machines.folder / "one.iso", "first")
     web = machines.create()
-    vmm.Manager().add_disk("web", vmm.DiskWish(str(machines.folder / "one.iso"), kind="iso"))
+    vmm.Manager().add_disk("web", vmm.DiskRequest(str(machines.folder / "one.iso"), kind="iso"))
     web.create("a")
     exported: list[dict[str, Any]] = []
     imported: list[dict[str, Any]] = []
@@ -210,7 +210,7 @@ def test_saved_memory_arrives_without_its_medium_and_kernel(machines: Machines, 
     """What was left out of an import by the user's word is accepted for its memory: the guest is told, and goes on."""
     image, kernel = make_iso(machines.folder / "one.iso", "first"), make_iso(machines.folder / "vmlinuz", "kernel")
     machines.create(kernel=str(kernel))
-    vmm.Manager().add_disk("web", vmm.DiskWish(str(image), kind="iso"))
+    vmm.Manager().add_disk("web", vmm.DiskRequest(str(image), kind="iso"))
     web = registry.load("web")
     known = media_of(web.spec)
     saved_folder = Path(web.paths.saved)

@@ -182,13 +182,13 @@ def test_media_come_along(machines: Machines) -> None:
     old = os.umask(0)
     try:
         manager = vmm.Manager()
-        disk = vmm.DiskWish(str(machines.disk("a.vhd")))
-        drive = vmm.DiskWish(str(machines.folder / "old.iso"), kind="iso")
+        disk = vmm.DiskRequest(str(machines.disk("a.vhd")))
+        drive = vmm.DiskRequest(str(machines.folder / "old.iso"), kind="iso")
         manager.create("web", disks=[disk, drive], kernel=str(machines.folder / "vmlinuz"), memory_bytes=16 << 20,
                        initrd=str(machines.folder / "initrd"))  # fmt: skip
         manager.snapshots("web").create("a")
         manager.remove_disk("web", "disk-1")
-        manager.add_disk("web", vmm.DiskWish(str(machines.folder / "tools.iso"), kind="iso"))
+        manager.add_disk("web", vmm.DiskRequest(str(machines.folder / "tools.iso"), kind="iso"))
         export("web", str(machines.folder / "out"))
         manager.delete("web", with_disks=True, with_snapshots=True)
         for name in ("tools.iso", "vmlinuz", "initrd", "old.iso"):

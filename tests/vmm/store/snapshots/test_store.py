@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.snapshots.machines import Machines
+from vmm.api.stopped_machine import StoppedMachine
 from vmm.host.proc import ProcessRef, machine_lock
 from vmm.model.errors import InUse
 from vmm.model.paths import MachinePaths
@@ -56,7 +57,7 @@ def test_names_and_notes_beside_a_merge(machines: Machines, monkeypatch: pytest.
     web.create("one")
     paths = registry.load("web").paths
     restarted: list[str] = []
-    monkeypatch.setattr(type(web), "_merge_in_background", lambda self: restarted.append(self.name))
+    monkeypatch.setattr(StoppedMachine, "merge_in_background", lambda self: restarted.append(self.name))
     web.annotate("one", "before")
     assert restarted == []
     stop = threading.Event()

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine that runs, as its worker: each method is one request on the control socket.
+
+Decides how a method is asked for, how long its worker may be silent, and what its answers mean as values; an answer
+that cannot be understood is an error, not a crash of the caller. What the worker does is decided in `vmm.worker`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vmm.api.local_machine import LocalMachine
+from vmm.api.machine import BackupResult, MergeResult
+from vmm.model.errors import InUse, VmmError, WrongState
+from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
+from vmm.model.interrupted import goes_on_without_us
+from vmm.processes import worker_connection
+from vmm.processes.rpc import ANSWER_SECONDS, ControlClient, Progress
+from vmm.processes.worker_connection import Place
+from vmm.store.snapshots.journal import Delete, MergeOff
+from vmm.store.snapshots.store import Held, holding, load_tree
+
+if TYPE_CHECKING:
+    from vmm.api.disk_request import DiskRequest
+    from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
+    from vmm.snapshots.create import SnapshotRequest
+    from vmm.store.registry import Changing, Machine
+    from vmm.store.snapshots.deletion_plan import Merge
+    from vmm.store.snapshots.tree import Snapshot
+
+EXIT_CANCELLED = 130  # of vhdkit, when a merge is cancelled
+_PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
+_ADAPTER_SECONDS = 60.0
+_MEMORY_SECONDS = 600.0  # a guest's memory goes to a slow disk
+_FREEZING_SECONDS = 120.0  # the guest writes out all that is dirty first
+_SETTLE_SECONDS = 60.0  # for another operation on the running machine to end
+_LOOK_SECONDS = 0.05
+
+
+class RunningMachine(LocalMachine):
+    """A machine with a worker."""
+
+    def __init__(self, place: Place, worker: ControlClient, opened: Changing | None) -> None:
+        super().__init__(place, opened)
+        self._worker = worker
+
+    @property
+    def is_running(self) -> bool:
+        """True."""
+        return True
+
+    def _ask(
+        self, method: str, progress: Progress | None = None, *, timeout_seconds: float = _PATIENCE_SECONDS,
+        **params: Any,
+    ) -> Any:  # fmt: skip
+        return self._worker.call(method, timeout_seconds=timeout_seconds, progress=progress, **params)
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """The answer of a worker is read in this block."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise VmmError(
+                "its worker's answer cannot be understood; it may be of another version of vmm", machine=self.name,
+                hint="shut the machine down and start it with this version",
+            ) from error  # fmt: skip
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def _ask_until_off(self, method: str, progress: Progress | None, **params: Any) -> None:
+        with goes_on_without_us(f"the {method}", self.name):
+            self._ask(method, progress, **params)
+        worker_connection.wait_put_away(self.place)
+
+    def shutdown(self, timeout_seconds: float, progress: Progress | None = None) -> None:
+        """Have the guest shut itself down; returns when everything is put away. Raises TimedOut, WrongState."""
+        self._ask_until_off("shutdown", progress, seconds=timeout_seconds)
+
+    def stop(self, progress: Progress | None = None) -> None:
+        """Power off; returns when everything is put away."""
+        self._ask_until_off("stop", progress)
+
+    def save(self, progress: Progress | None = None) -> None:
+        """Save, then off; returns when everything is put away. Raises WrongState, NoSpace."""
+        self._ask_until_off("save", progress)
+
+    def stop_with_host(self, progress: Progress | None = None) -> str:
+        """Carry out the automatic stop action; what was done, in words."""
+        with self._understood():
+            done = str(self._ask("leave", progress)["done"])
+        worker_connection.wait_put_away(self.place)
+        return done
+
+    def reset(self) -> None:
+        """Press the reset button."""
+        self._ask("reset")
+
+    def pause(self) -> None:
+        """Stop the processors."""
+        self._ask("pause")
+
+    def resume(self) -> None:
+        """Continue after `pause`."""
+        self._ask("resume")
+
+    def discard_saved(self) -> None:
+        """Raises WrongState."""
+        raise WrongState("is not saved", machine=self.name)
+
+    # -- settings, disks, adapters -----------------------------------------------------------------------------------
+
+    def _apply_rename(self, spec: MachineSpec) -> None:
+        raise WrongState("is running, and cannot have another name now", machine=self.name)
+
+    def _fitting(self, request: DiskRequest) -> DiskRequest:
+        if request.controller is None and request.kind != "iso":
+            return replace(request, controller="scsi")
+        return request
+
+    def _apply_disk_added(self, disk: DiskSpec) -> None:
+        from vmm.store import registry
+
+        registry.check_disks(self.spec.changed(disks=[*self.spec.disks, disk]))
+        self._ask("disk-add", disk=disk.model_dump(mode="json"))
+
+    def _apply_disk_removed(self, disk: DiskSpec) -> None:
+        self._ask("disk-remove", disk=disk.id)
+
+    def _apply_medium(self, drive: DiskSpec, *, force: bool) -> None:
+        self._ask("disk-change", disk=drive.id, path=drive.path, force=force)
+
+    def _apply_size(self, disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
+        done = self._ask("disk-resize", disk=disk.id, size_bytes=size_bytes)
+        with self._understood():
+            return int(done["size_bytes"])
+
+    def _apply_adapter_added(self, adapter: AdapterSpec, after: MachineSpec) -> None:
+        self._ask("nic-add", adapter=adapter.model_dump(mode="json"), timeout_seconds=_ADAPTER_SECONDS)
+
+    def _apply_adapter_removed(self, adapter: AdapterSpec) -> None:
+        self._ask("nic-remove", adapter=adapter.id, timeout_seconds=_ADAPTER_SECONDS)
+
+    def _apply_adapter_changed(self, adapter: AdapterSpec) -> None:
+        self._ask("nic-set", adapter=adapter.model_dump(mode="json"), timeout_seconds=_ADAPTER_SECONDS)
+
+    # -- snapshots and backups ---------------------------------------------------------------------------------------
+
+    def take_snapshot(self, request: SnapshotRequest, progress: Progress | None = None) -> Snapshot:
+        """Take one with memory, devices and disks of one moment. Raises as `MachineSnapshots.create`."""
+        with goes_on_without_us("the snapshot", self.name):
+            done = self._ask(
+                "snapshot-create", progress, timeout_seconds=_MEMORY_SECONDS,
+                name=request.name, notes=request.notes, consistent=request.consistent, mode=request.mode,
+            )  # fmt: skip
+        with self._understood():
+            snapshot_id = str(done["id"])
+        return load_tree(self.opened.paths).find(snapshot_id)
+
+    @contextlib.contextmanager
+    def held_tree(self) -> Iterator[Held]:
+        """The tree, for changing, after what was interrupted is settled: by the worker as long as there is one.
+
+        Raises InUse, what prevents settling, VmmError.
+        """
+        from vmm.snapshots.recovery import settle, settle_journal
+
+        has_worker = True
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            with holding(self.opened.paths, self.name) as held:
+                if not has_worker:
+                    settle(held)
+                elif isinstance(held.tree.journal, Delete | MergeOff):  # of what no guest uses
+                    journal = held.take_over()
+                    assert journal is not None
+                    settle_journal(held, journal)
+                if held.tree.journal is None:
+                    yield held
+                    return
+            try:
+                has_worker = worker_connection.has_settled(self.opened)
+            except VmmError:  # it may be about to end: what is left then is ours to settle
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_SECONDS)
+
+    def merge_live(
+        self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
+    ) -> tuple[MergeResult, ...]:
+        """Make the merges that are due; a failed one is in the result. Raises what a cancelled one does."""
+        from vmm.snapshots.steps import tidy
+        from vmm.store import registry
+
+        done: list[MergeResult] = []
+        passed_over: set[str] = set()
+        machine = self.opened
+        while (merge := _next_live(machine, passed_over)) is not None:
+            try:
+                done.append(self._merge_one(machine, merge, max_rate_bytes, progress))
+            except VmmError as error:
+                if error.exit_code == EXIT_CANCELLED:
+                    raise
+                done.append(MergeResult(merge.target, problem=str(error)))
+            passed_over.add(merge.target)
+            machine = registry.load_for_change(machine.lock)
+        if all(one.problem is None for one in done):  # else it may wait for what failed to be settled
+            with self.held_tree() as held:
+                tidy(held)
+        return tuple(done)
+
+    def _merge_one(
+        self, machine: Changing, merge: Merge, rate: int | None, progress: Progress | None
+    ) -> MergeResult:  # fmt: skip
+        """One merge: by the worker where it is part of a disk that is served, else by ourselves."""
+        from vmm.snapshots import background_merge
+        from vmm.snapshots.dependents import judge
+        from vmm.snapshots.steps import chain_of
+        from vmm.store import registry
+
+        served = {path for disk in machine.spec.disks if disk.is_writable_image for path in chain_of(disk)}
+        if os.path.realpath(merge.layers[0]) in served:
+            done = self._ask(
+                "snapshot-merge", progress, timeout_seconds=_MEMORY_SECONDS,
+                target=merge.target, layers=list(merge.layers), max_rate_bytes=rate,
+            )  # fmt: skip
+            with self._understood():
+                return MergeResult(
+                    done["target"], done.get("passes"), done.get("held_seconds"), done.get("copied_bytes")
+                )
+        with self.held_tree() as held:
+            if merge not in judge(registry.load_for_change(held), held.tree).merges:
+                raise InUse("the snapshots have changed meanwhile", path=merge.target, hint="try again")
+            background_merge.merge_files(held, merge, lambda done, total: None)
+        return MergeResult(merge.target, passes=1, held_seconds=0.0)
+
+    def merge_in_background(self) -> None:
+        """Nothing: the images are in use, and its worker starts the merges when it ends."""
+
+    def cancel_merge(self) -> bool:
+        """Stop a live merge; False: there is none."""
+        done = self._ask("snapshot-merge-cancel", timeout_seconds=ANSWER_SECONDS)
+        with self._understood():
+            return bool(done["cancelled"])
+
+    def backup(self, folder: str, progress: Progress | None = None) -> BackupResult:
+        """Copy all disks of one moment while the guest runs. Raises AlreadyExists, Refused, StoreFailed, NoSpace."""
+        with goes_on_without_us("the backup", self.name):
+            done = self._ask("backup", progress, folder=folder)
+        with self._understood():
+            return BackupResult(str(done["folder"]), dict(done["disks"]), done["consistent"] is True)
+
+    # -- the guest ---------------------------------------------------------------------------------------------------
+
+    def need_guest(self) -> None:
+        """Nothing: one is running."""
+
+    def _ask_guest(self, method: str, *, timeout_seconds: float = ANSWER_SECONDS, **params: Any) -> Any:
+        return self._ask(method, timeout_seconds=timeout_seconds, **params)
+
+    def screen(self) -> bytes:
+        """A picture of the screen, as PNG. Raises WrongState for a machine without a screen."""
+        answer = self._ask_guest("screen")
+        with self._understood():
+            return base64.b64decode(answer["png"])
+
+    def ping(self) -> Heartbeat:
+        """The heartbeat, requested now. Raises AgentUnavailable, TimedOut."""
+        answer = self._ask_guest("agent-ping")
+        with self._understood():
+            return Heartbeat(answer["state"], answer["seen_seconds_ago"])
+
+    def guest_info(self) -> GuestInfo:
+        """What the agent says now. Raises AgentUnavailable."""
+        answer = self._ask_guest("agent-info")
+        with self._understood():
+            return GuestInfo.of_document(answer)
+
+    def guest_summary(self) -> GuestInfo | None:
+        """What the agent says, as last known where it does not answer quickly; None where there is none."""
+        answer = self._ask("status", guest=True)
+        with self._understood():
+            return GuestInfo.of_document(answer["guest"]) if answer.get("guest") is not None else None
+
+    def freeze(self, max_seconds: float) -> int:
+        """Flush and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`."""
+        answer = self._ask_guest("agent-freeze", max_seconds=max_seconds, timeout_seconds=_FREEZING_SECONDS)
+        with self._understood():
+            return int(answer["count"])
+
+    def thaw(self) -> int:
+        """Thaw them; how many. Raises TimedOut if they had to be thawed earlier."""
+        answer = self._ask_guest("agent-thaw", timeout_seconds=_FREEZING_SECONDS)
+        with self._understood():
+            return int(answer["count"])
+
+    def set_time(self) -> None:
+        """The guest's clock to the host's."""
+        self._ask_guest("agent-set-time")
+
+    def items(self) -> dict[str, dict[str, str]]:
+        """All items of both pools. Raises AgentUnavailable when the exchange is off."""
+        answer = self._ask_guest("kvp-list")
+        with self._understood():
+            return {pool: dict(items) for pool, items in answer["items"].items()}
+
+    def get_item(self, key: str, pool: str | None = None) -> ExchangedItem:
+        """An item, from the guest's pool and then the host's unless one is named. Raises NotFound."""
+        answer = self._ask_guest("kvp-get", key=key, pool=pool)
+        with self._understood():
+            return ExchangedItem(str(answer["value"]), str(answer["pool"]))
+
+    def set_item(self, key: str, value: str) -> bool:
+        """Set an item of the host's; True if the guest has accepted it already. Raises InvalidSpec."""
+        answer = self._ask_guest("kvp-set", key=key, value=value)
+        with self._understood():
+            return bool(answer["taken"])
+
+    def delete_item(self, key: str) -> bool:
+        """Remove an item of the host's; True if the guest has been told already. Raises NotFound."""
+        answer = self._ask_guest("kvp-delete", key=key)
+        with self._understood():
+            return bool(answer["taken"])
+
+
+def _next_live(machine: Machine, passed_over: set[str]) -> Merge | None:
+    from vmm.snapshots.dependents import judge
+
+    merges = judge(machine, load_tree(machine.paths)).merges
+    return next((one for one in merges if one.target not in passed_over), None)
