@@ -5,7 +5,8 @@
     before = snapshots.create("before the update")
     snapshots.apply(before.id, discard_current=True)
 
-Decides which verbs concern files and which the machine's worker, and what is refused before anything is done.
+Decides which verbs follow each other and what is refused before anything is done. What a verb means for a machine that
+is off or runs is decided in `stopped_machine` and `running_machine`.
 """
 
 from __future__ import annotations

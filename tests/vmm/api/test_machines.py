@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The port of a machine: read after its lock was taken, one answer for every state, and workers are not believed."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from tests.vmm.snapshots.machines import Machines
+from vmm.api import machines as api
+from vmm.api.machine import Copies, Guest, Hardware, Life, OpenMachine
+from vmm.api.running_machine import RunningMachine
+from vmm.api.stopped_machine import StoppedMachine
+from vmm.model.errors import VmmError, WrongState
+from vmm.model.guest import GuestInfo, GuestInterface, Heartbeat, OsInfo
+from vmm.processes import worker_connection
+from vmm.processes.rpc import ControlClient
+from vmm.processes.worker_connection import Place
+from vmm.store import registry
+from vmm.store.state import MachineState
+
+IMPLEMENTATIONS: tuple[type[OpenMachine], ...] = (StoppedMachine, RunningMachine)  # which a type checker compares
+LIFE: dict[str, Callable[[OpenMachine], object]] = {
+    "shut it down": lambda one: one.shutdown(1),
+    "stop it": lambda one: one.stop(),
+    "save it": lambda one: one.save(),
+    "leave it": lambda one: one.stop_with_host(),
+    "reset it": lambda one: one.reset(),
+    "pause it": lambda one: one.pause(),
+    "resume it": lambda one: one.resume(),
+}
+INSIDE: dict[str, Callable[[OpenMachine], object]] = {
+    "need_guest": lambda one: one.need_guest(),
+    "screen": lambda one: one.screen(),
+    "ping": lambda one: one.ping(),
+    "guest_info": lambda one: one.guest_info(),
+    "freeze": lambda one: one.freeze(1),
+    "thaw": lambda one: one.thaw(),
+    "set_time": lambda one: one.set_time(),
+}
+
+
+class Worker:
+    """A worker that answers everything with one document, and notes what it was asked."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, dict[str, object]]] = []
+
+    def call(self, method: str, *, timeout_seconds: float | None, progress: object, **params: object) -> Any:
+        self.asked.append((method, params))
+        return self.answer
+
+
+def running(place: Place, answer: object) -> tuple[RunningMachine, Worker]:
+    """A machine whose worker gives this answer."""
+    worker = Worker(answer)
+    return RunningMachine(place, cast(ControlClient, worker), None), worker
+
+
+def test_it_is_read_after_its_lock_was_taken(machines: Machines) -> None:
+    """What another command changed while the lock was waited for is seen."""
+    machines.create()
+    seen: list[str] = []
+
+    def wait_for_it() -> None:
+        with api.open("web") as machine:
+            seen.append(machine.spec.notes)
+
+    with registry.changing("web") as held:
+        waiting = threading.Thread(target=wait_for_it)
+        waiting.start()
+        registry.save(held, held.spec.changed(notes="changed meanwhile"))
+    waiting.join()
+    assert seen == ["changed meanwhile"]
+
+
+@pytest.mark.parametrize("doing", LIFE)
+def test_a_machine_that_is_off_says_its_state(machines: Machines, doing: str) -> None:
+    """What needs a machine that runs names the state in which it is instead."""
+    machines.create()
+    with api.reach("web") as machine:
+        assert not machine.is_running and machine.status().state is MachineState.OFF
+        with pytest.raises(WrongState, match=f"web: is off: cannot {doing} now"):
+            LIFE[doing](machine)
+
+
+@pytest.mark.parametrize("verb", INSIDE)
+def test_no_guest_in_a_machine_that_is_off(machines: Machines, verb: str) -> None:
+    """What needs a guest says how to start one."""
+    machines.create()
+    with api.reach("web") as machine:
+        assert machine.guest_summary() is None
+        with pytest.raises(WrongState, match=r"is off: no guest is running \(start it: vmm start web\)"):
+            INSIDE[verb](machine)
+
+
+def test_items_of_a_machine_that_is_off(machines: Machines) -> None:
+    """They are read without its lock and set under it, in the file that its next worker reads."""
+    machines.create()
+    with api.open("web") as machine:
+        assert machine.set_item("role", "front end") is False
+    with api.reach("web") as machine:
+        assert machine.items() == {"host": {"role": "front end"}, "guest": {}}
+        assert machine.get_item("role").pool == "host"
+        with pytest.raises(AssertionError, match="opens it"):
+            machine.delete_item("role")
+
+
+def test_a_machine_that_was_only_reached_is_not_changed(machines: Machines) -> None:
+    """A change needs the lock, whichever it is."""
+    machines.create()
+    with api.reach("web") as machine:
+        for change in (
+            lambda: machine.change_settings({"notes": "x"}),
+            lambda: machine.remove_disk("disk-0"),
+            lambda: machine.limit_snapshots(3),
+            lambda: machine.delete_snapshot("a"),
+            machine.discard_saved,
+        ):
+            with pytest.raises(AssertionError, match="opens it"):
+                change()
+
+
+def test_only_a_machine_that_is_off_is_opened_as_one(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs is refused with its state and what helps."""
+    machines.create()
+    with api.open_stopped("web", "do that") as machine:
+        assert machine.name == "web"
+    monkeypatch.setattr(worker_connection, "contact", lambda *words, **named: Connected())
+    refused = pytest.raises(WrongState, match=r"web: is paused: cannot do that now \(shut it down: vmm shutdown web\)")
+    with refused, api.open_stopped("web", "do that"):
+        raise AssertionError("it was opened")
+
+
+class Connected(Worker):
+    """A connection to a worker whose machine is paused."""
+
+    def __init__(self) -> None:
+        super().__init__({"state": "paused"})
+
+    def call(self, method: str, **named: Any) -> Any:
+        return self.answer
+
+    def __enter__(self) -> Connected:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+
+def test_answers_become_values(machines: Machines) -> None:
+    """What a worker says is a value of a known type."""
+    machines.create()
+    place = Place.of("web")
+    assert running(place, {"state": "ok", "seen_seconds_ago": 0.5})[0].ping() == Heartbeat("ok", 0.5)
+    system = {"name": "Debian", "version": "13", "kernel": "6.12", "machine": "x86_64", "host_name": "web"}
+    card = {"name": "eth0", "mac": "00:15:5d:00:00:01", "addresses": ["10.0.0.5/24"]}
+    document = {"heartbeat": "ok", "seen_seconds_ago": None, "os": system, "interfaces": [card]}
+    info = GuestInfo("ok", None, OsInfo(**system), (GuestInterface("eth0", "00:15:5d:00:00:01", ("10.0.0.5/24",)),))
+    assert running(place, document)[0].guest_info() == info
+    assert running(place, {"state": "running", "guest": document})[0].guest_summary() == info
+    assert running(place, {"state": "running"})[0].guest_summary() is None
+    machine, worker = running(place, {"count": 2})
+    assert machine.freeze(3.0) == 2 and worker.asked == [("agent-freeze", {"max_seconds": 3.0})]
+    done = {"folder": "/b", "disks": {"disk-0": "/b/disk-0.vhd"}, "consistent": True}
+    backup = running(place, done)[0].backup("/b")
+    assert (backup.folder, dict(backup.disks), backup.consistent) == ("/b", {"disk-0": "/b/disk-0.vhd"}, True)
+
+
+@pytest.mark.parametrize(
+    "answer", [None, {}, [], "text", {"os": 7, "interfaces": 7}, {"interfaces": [{}], "os": None}]
+)
+def test_answers_that_cannot_be_understood(machines: Machines, answer: object) -> None:
+    """A worker of another version is an error with a hint, never a traceback."""
+    machines.create()
+    place = Place.of("web")
+    for ask in (RunningMachine.guest_info, RunningMachine.ping, RunningMachine.thaw, RunningMachine.items):
+        with pytest.raises(VmmError, match="answer cannot be understood"):
+            ask(running(place, answer)[0])
+
+
+def test_the_port_takes_and_gives_values() -> None:
+    """No method of the port has a parameter or result that only this host could hold: it could go over a wire."""
+    local = ("Changing", "Held", "Lock", "Place", "Paths", "ControlClient", "socket", "Machine,", "tuple[str", "[Any]")
+    for part in (Life, Hardware, Copies, Guest):
+        for name, method in inspect.getmembers(part, inspect.isfunction):
+            if not name.startswith("_"):
+                types = inspect.signature(method).return_annotation, *inspect.get_annotations(method).values()
+                assert not any(word in str(one) for word in local for one in types), name
