@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's entry point: the verbs of machines, disks, adapters and backups as methods, synchronous and typed.
 
-Decides which verbs need the lock of their machine, how one is made and deleted, and what is refused beforehand. Whether
-a machine runs is the business of `vmm.api.machines`, which opens it. Keeps no state: the truth is in the machines' folders and workers, so any number of managers may be used at once, in any process.
+Decides which verbs need the lock of their machine, how a machine is made and deleted, and what is refused beforehand.
+Whether a machine runs is decided in `machines`, which opens it. Keeps no state: the truth is in the machines' folders
+and workers, so any number of managers may be used at once, in any process.
 
     manager = vmm.Manager()
     manager.create("web", memory_bytes=1 << 30, disks=[vmm.DiskRequest("/srv/web.vhd")])
