@@ -15,7 +15,6 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from vmm.api import machines
 from vmm.host.proc import locked
 from vmm.model import paths
 from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError
@@ -140,24 +139,6 @@ def refuse_unknown_switch(adapter: AdapterSpec, before: AdapterSpec) -> None:
     """Raise NotFound where a changed adapter is to be plugged into a switch that does not exist."""
     if adapter.switch is not None and adapter.switch != before.switch:
         switches.load(adapter.switch)
-
-
-def add(name: str, settings: dict[str, Any]) -> AdapterSpec:
-    """Give a machine an adapter, at once when it runs. Raises VmmError."""
-    with machines.open(name, stop_merge=False) as machine:
-        return machine.add_adapter(settings)
-
-
-def remove(name: str, adapter_id: str) -> AdapterSpec:
-    """Take an adapter away, at once when the machine runs. Raises NotFound, TimedOut, WrongState."""
-    with machines.open(name, stop_merge=False) as machine:
-        return machine.remove_adapter(adapter_id)
-
-
-def change(name: str, adapter_id: str, settings: dict[str, Any]) -> AdapterSpec:
-    """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
-    with machines.open(name, stop_merge=False) as machine:
-        return machine.change_adapter(adapter_id, settings)
 
 
 def plugged_into(switch: str) -> list[str]:

@@ -14,10 +14,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vmm.api.machine import MachineStatus
 from vmm.model.errors import InvalidSpec, WrongState
-from vmm.model.settings import HARDWARE
-from vmm.processes.worker_connection import Place
+from vmm.processes.answers import MachineStatus
+from vmm.processes.worker_connection import Place, status_of
 from vmm.store.snapshots.store import Held, read_merging
 from vmm.store.snapshots.tree import MAX_LIMIT, Snapshot
 
@@ -60,9 +59,7 @@ class LocalMachine(ABC):
 
     def status(self) -> MachineStatus:
         """How it is now."""
-        from vmm.api import machines
-
-        return machines.status(self.place)
+        return status_of(self.place)
 
     def _refuse_saved(self, doing: str) -> None:
         from vmm.store import saved
@@ -74,6 +71,7 @@ class LocalMachine(ABC):
     def change_settings(self, settings: Mapping[str, Any]) -> bool:
         """Change settings; True if some take effect only at the next start. Raises InvalidSpec, WrongState."""
         from vmm.api.possible import refuse_impossible
+        from vmm.model.settings import HARDWARE
         from vmm.store import registry, saved
         from vmm.store.images import settings_with_real_paths
 

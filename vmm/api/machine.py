@@ -20,26 +20,11 @@ if TYPE_CHECKING:
     from vmm.api.disk_request import DiskRequest
     from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
     from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
+    from vmm.processes.answers import MachineStatus
     from vmm.processes.rpc import Progress
     from vmm.snapshots.create import SnapshotRequest
     from vmm.snapshots.delete import Deleted
     from vmm.store.snapshots.tree import Snapshot
-    from vmm.store.state import MachineState
-
-
-@dataclass(frozen=True, slots=True)
-class MachineStatus:
-    """How a machine is at this moment. Of one that does not run only `state` is known.
-
-    `heartbeat`: of the guest's agent. `reason`: why it is paused-critical.
-    """
-
-    state: MachineState
-    operation: str | None = None
-    reason: str | None = None
-    accelerator: str | None = None
-    uptime_seconds: float | None = None
-    heartbeat: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

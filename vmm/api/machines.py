@@ -15,9 +15,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vmm.api.machine import MachineStatus
 from vmm.model.errors import WrongState
 from vmm.processes import worker_connection
+from vmm.processes.answers import MachineStatus
 from vmm.processes.worker_connection import Place
 from vmm.store.state import MachineState
 
@@ -87,11 +87,7 @@ def status(name: str | Place, ids: AllIds | None = None) -> MachineStatus:
 
     Raises NotFound, TimedOut.
     """
-    found = worker_connection.state_of(Place.of(name) if isinstance(name, str) else name, ids)
-    return MachineStatus(
-        MachineState(found["state"]),
-        **{key: found.get(key) for key in ("operation", "reason", "accelerator", "uptime_seconds", "heartbeat")},
-    )
+    return worker_connection.status_of(Place.of(name) if isinstance(name, str) else name, ids)
 
 
 def refuse_running(place: Place, doing: str, *, hint: str | None = None) -> None:

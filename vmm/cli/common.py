@@ -22,7 +22,7 @@ from vmm.cli.progress import ProgressText
 from vmm.model.errors import printable
 
 if TYPE_CHECKING:
-    from vmm.processes.worker_connection import Started
+    from vmm.processes.answers import Started
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)

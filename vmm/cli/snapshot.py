@@ -30,7 +30,7 @@ from vmm.cli.common import (
     progress_line,
 )
 from vmm.processes import worker_connection as contact
-from vmm.processes.worker_connection import Started
+from vmm.processes.answers import Started
 from vmm.snapshots.steps import Tidied
 from vmm.store.snapshots.tree import Snapshot, Tree, snapshot_document
 from vmm.store.state import MachineState

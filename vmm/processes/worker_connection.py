@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmm.host.proc import HeldLock, Lock, is_locked, machine_lock, python_command, python_environment, spawn_detached
 from vmm.kvm.process import Identity, identity_of
@@ -41,6 +41,7 @@ from vmm.model.paths import (
     runtime_of,
     write_whole,
 )
+from vmm.processes.answers import MachineStatus, Started
 from vmm.processes.rpc import ControlClient, Progress
 from vmm.store import saved
 from vmm.store.backup_note import has_note
@@ -126,8 +127,8 @@ def is_looked_after(runtime: RuntimePaths) -> bool:
     return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
 
 
-def state_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> dict[str, Any]:
-    """What the worker says about the machine; of a machine that does not run its state alone. As `contact`."""
+def status_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> MachineStatus:
+    """How a machine is, also one that is about to end. `ids`, `holds_lock` and errors as `contact`."""
     for _ in range(_TRIES):
         if original_of(place.name, ids) is not None:  # the processes of its id are the original's
             break
@@ -136,16 +137,14 @@ def state_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = Fals
             break
         try:
             with client:
-                document: dict[str, Any] = client.call("status", timeout_seconds=STATUS_SECONDS)
-                return document
+                return MachineStatus.of_document(client.call("status", timeout_seconds=STATUS_SECONDS))
         except TimedOut:
             raise
         except VmmError:
             time.sleep(_LOOK_SECONDS)  # it ended just now, or was killed: look again
     else:
         raise TimedOut("its worker ends whenever it is asked", machine=place.name, hint=f"vmm logs {place.name}")
-    state = MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF
-    return {"state": state.value}
+    return MachineStatus(MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF)
 
 
 def _clean_up(place: Place) -> bool:
@@ -276,32 +275,6 @@ def _spawn_keeper(place: Place, ready: int | None = None) -> None:
 # -- starting -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """An adapter that is on no switch although its definition names one, and why."""
-
-    adapter: str
-    switch: str | None
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """What a machine is after it was started."""
-
-    state: MachineState
-    disconnected: tuple[Disconnected, ...] = ()
-
-    @classmethod
-    def of_document(cls, document: dict[str, Any]) -> Started:
-        """Out of what its worker said."""
-        found = document.get("disconnected") or ()
-        return cls(
-            MachineState(document["state"]),
-            tuple(Disconnected(one["adapter"], one["switch"], one["problem"]) for one in found),
-        )
-
-
 def start(name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> Started:
     """Start a machine, with its saved memory where there is some; returns when it runs.
 
@@ -399,16 +372,16 @@ def _after_all(place: Place) -> Started:
 
     Who was killed may still be ending: its end of the pipe closes before its lock is free.
     """
-    result = state_of(place, holds_lock=True)
+    found = status_of(place, holds_lock=True)
     deadline = time.monotonic() + START_SECONDS
-    while result["state"] == MachineState.STARTING and time.monotonic() < deadline:
+    while found.state is MachineState.STARTING and time.monotonic() < deadline:
         time.sleep(_LOOK_SECONDS)
-        result = state_of(place, holds_lock=True)
-    if result["state"] in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
+        found = status_of(place, holds_lock=True)
+    if found.state in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
         raise QemuFailed(
             "its worker ended before the machine ran", machine=place.name, hint=f"vmm logs {place.name}"
         )  # fmt: skip
-    return Started.of_document(result)
+    return Started(found.state)
 
 
 def wait_put_away(place: Place) -> None:

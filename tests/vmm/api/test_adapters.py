@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmm.api import adapters
+from vmm.api.manager import Manager
 from vmm.model import errors
 from vmm.model.spec import make_spec
 from vmm.store import registry
@@ -39,7 +40,7 @@ def test_the_pool_stays_when_the_hosts_address_changes(home: Path, monkeypatch: 
 def test_an_adapter_is_found_by_its_address(home: Path, word: str) -> None:
     """In any spelling, as addresses are taken in."""
     registry.add(make_spec(name="web"))
-    adapters.add("web", {"switch": None, "mac": "00:15:5d:00:00:0a"})
+    Manager().add_adapter("web", switch=None, mac="00:15:5d:00:00:0a")
     assert adapters.find(registry.load("web"), word).id == "nic-0"
 
 
@@ -48,7 +49,7 @@ def test_many_at_once_get_different_addresses(home: Path) -> None:
     names = [f"m{number}" for number in range(4)]
     for name in names:
         registry.add(make_spec(name=name))
-    program = "import sys; from vmm.api import adapters; [adapters.add(sys.argv[1], {}) for _ in range(5)]"
+    program = "import sys, vmm; [vmm.Manager().add_adapter(sys.argv[1]) for _ in range(5)]"
     processes = [subprocess.Popen([sys.executable, "-c", program, name]) for name in names]
     assert [process.wait(60) for process in processes] == [0] * 4
     macs = [one.mac for name in names for one in registry.load(name).spec.adapters]
@@ -59,14 +60,14 @@ def test_adapters_are_found_changed_and_removed(home: Path) -> None:
     """By id or address; an address that another has is refused, its own is fine."""
     for name in ("one", "two"):
         registry.add(make_spec(name=name))
-    first, second = adapters.add("one", {}), adapters.add("two", {"mac": "02:00:00:00:00:01"})
+    first, second = Manager().add_adapter("one"), Manager().add_adapter("two", mac="02:00:00:00:00:01")
     assert first.mac is not None
-    assert adapters.change("one", first.mac, {"mac": first.mac.upper(), "spoofing": True}).spoofing
+    assert Manager().change_adapter("one", first.mac, mac=first.mac.upper(), spoofing=True).spoofing
     with pytest.raises(errors.AlreadyExists, match="adapter nic-0 of machine one"):
-        adapters.change("two", second.id, {"mac": first.mac})
+        Manager().change_adapter("two", second.id, mac=first.mac)
     with pytest.raises(errors.NotFound, match="there are nic-0"):
-        adapters.remove("one", "nic-5")
-    adapters.remove("one", "nic-0")
+        Manager().remove_adapter("one", "nic-5")
+    Manager().remove_adapter("one", "nic-0")
     assert registry.load("one").spec.adapters == ()
     spec = registry.load("two").spec
     assert registry.machine_of_port(f"{spec.id.replace('-', '')[:12]}.nic-0") == ("two", "nic-0")

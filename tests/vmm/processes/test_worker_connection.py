@@ -16,7 +16,9 @@ from vmm.model import paths
 from vmm.model.errors import AccessDenied, InvalidSpec
 from vmm.model.spec import make_spec
 from vmm.processes import worker_connection as contact
+from vmm.processes.answers import MachineStatus
 from vmm.store import registry
+from vmm.store.state import MachineState
 
 
 @pytest.fixture(autouse=True)
@@ -95,4 +97,4 @@ def test_who_is_just_ending_leaves_nothing_behind(part: str, monkeypatch: pytest
     with contact.changing("web") as (_, client):
         assert client is None
     assert not os.path.exists(runtime.folder)
-    assert contact.state_of(contact.Place.of("web")) == {"state": "off"}
+    assert contact.status_of(contact.Place.of("web")) == MachineStatus(MachineState.OFF)
