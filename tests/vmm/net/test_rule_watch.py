@@ -51,7 +51,7 @@ _SHOW = """
 import json, subprocess, sys
 from click.testing import CliRunner
 from vmm.cli.switch import show_command
-from vmm.host import doctor
+from vmm.api import doctor
 def show(*words): return CliRunner().invoke(show_command, ["lab", *words], catch_exceptions=False).output
 before = json.loads(show("--json"))["faults"]
 subprocess.run(["sh", "-ec", sys.argv[1]], check=True)
