@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import ROOT, in_ci, not_available, require_module, require_tool
+from tests.warm_commands import warm
 
 COMMAND = (sys.executable, "-m", "vhdkit")
 SECONDS = 250.0  # a busy disk takes its time to flush; the test runner gives up at 300
@@ -48,9 +49,13 @@ def require_loop() -> None:
 
 def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command as a process of its own, which must end with this code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    changed = options.pop("env", {})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **changed}
+    started = (
+        COMMAND if "PYTHONPATH" in changed else warm("vhdkit")
+    )  # a module that changes the command is loaded at its start
     done = subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=SECONDS, check=False, env=environment,
+        [*started, *map(str, words)], capture_output=True, text=True, timeout=SECONDS, check=False, env=environment,
         **options,
     )  # fmt: skip
     assert done.returncode == code, (words, done.stdout, done.stderr)
