@@ -53,13 +53,14 @@ class Cut:
         return key_of(self.files)
 
 
+_KEPT_BYTES = 64 << 20  # of contents whose hash is known: more, and each fork of the process takes long
 _hashes: dict[int, tuple[bytes, str]] = {}
 
 
 def _hash(content: bytes) -> str:
     known = _hashes.get(id(content))
     if known is None or known[0] is not content:
-        if len(_hashes) > 4096:
+        if sum(len(kept) for kept, _ in _hashes.values()) + len(content) > _KEPT_BYTES:
             _hashes.clear()
         known = _hashes[id(content)] = content, hashlib.blake2b(content, digest_size=16).hexdigest()
     return known[1]
