@@ -22,7 +22,7 @@ from benchmarks import net_stations
 from benchmarks.common import arguments, interleaved, report, workplace
 from benchmarks.net_goals import GOALS as PROMISES
 from vmm.net.ports import PortSetup
-from vmm.net.user_backend import UserBackend
+from vmm.net.switch_process import SwitchProcess
 
 SIZES = (64, 1514)
 NEED_ROOT = ("bandwidth-bridge", "guest-tcp", "guest-ping", "guest-processor")
@@ -43,7 +43,7 @@ def latency(make: Callable[[Path], AbstractContextManager[net_stations.Plug]]) -
 
 def port_seconds(folder: Path, count: int = 50) -> list[float]:
     """How long each of `count` ports takes to be added to a running switch, socket and all."""
-    backend = UserBackend(str(folder / "sw"), "ports")
+    backend = SwitchProcess(str(folder / "sw"), "ports")
     backend.ensure("status")
     times = []
     for number in range(count):

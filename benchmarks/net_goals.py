@@ -30,8 +30,8 @@ from vmm.net import switches
 from vmm.net.engine import PortRules
 from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
+from vmm.net.switch_process import SwitchProcess
 from vmm.net.switch_spec import make_switch
-from vmm.net.user_backend import UserBackend
 
 SECONDS = 4.0
 RATE = 100_000_000
@@ -75,9 +75,9 @@ def environment() -> Iterator[Any]:
 class Stations:
     """Sockets as the guests of a `user` switch: of the one given, or of one in the folder."""
 
-    def __init__(self, folder: Path, backend: UserBackend | None = None) -> None:
+    def __init__(self, folder: Path, backend: SwitchProcess | None = None) -> None:
         self.folder = folder
-        self.backend = backend or UserBackend(str(folder / "rt" / "sw"), "bench")
+        self.backend = backend or SwitchProcess(str(folder / "rt" / "sw"), "bench")
         self.setups: dict[str, PortSetup] = {}
         self.socks: dict[str, socket.socket] = {}
 

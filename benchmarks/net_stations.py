@@ -24,7 +24,7 @@ from pathlib import Path
 
 from vmm.net.batch import BATCH_FRAMES, Batch
 from vmm.net.ports import PortSetup
-from vmm.net.user_backend import UserBackend
+from vmm.net.switch_process import SwitchProcess
 
 SENDER, RECEIVER = b"\x02\0\0\0\0\x0a", b"\x02\0\0\0\0\x0b"
 _NAIVE_HUB = """
@@ -58,7 +58,7 @@ def _bound(path: Path) -> socket.socket:
 def user_switch(folder: Path, *, as_qemu: bool = False) -> Iterator[Plug]:
     """Ours. `as_qemu`: the receiver is not connected to the switch, so its socket holds ten frames."""
     os.environ["VMM_RUNTIME"] = str(folder / "rt")
-    backend = UserBackend.of(str(uuid.uuid4()), "bench")
+    backend = SwitchProcess.of(str(uuid.uuid4()), "bench")
     socks = []
     try:
         backend.ensure_running()

@@ -156,6 +156,24 @@ def check_mirror(path: str, text: str) -> Complaints:
             yield f"{path}: there is no {stems[-1].relative_to(ROOT).as_posix()}.py that it tests"
 
 
+def check_back_ends(path: str, text: str) -> Complaints:
+    """A switch's back end is asked, not compared: `HostSide` chooses it, `Capabilities` says what it can do."""
+    if not path.startswith("vmm/"):
+        return
+    for node in ast.walk(tree_of(text)):
+        if isinstance(node, ast.Compare):
+            if all(isinstance(sign, ast.Is | ast.IsNot) for sign in node.ops):
+                continue  # None: there is none
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Match):
+            sides = [node.subject]
+        else:
+            continue
+        names = {getattr(side, "attr", getattr(side, "id", None)) for side in sides}
+        if names & {"backend", "back_end"}:
+            yield f"{path}:{node.lineno}: ask the back end (vmm/net/backends.py) or its capabilities instead"
+
+
 PYTHON_RULES: tuple[Rule, ...] = (
     check_beginning,
     check_words,
@@ -164,6 +182,7 @@ PYTHON_RULES: tuple[Rule, ...] = (
     check_type_ignores,
     check_test_docstrings,
     check_mirror,
+    check_back_ends,
 )
 TEXT_RULES: tuple[Rule, ...] = (check_markers, check_machine_paths)
 BAD: tuple[tuple[Rule, str, str], ...] = (
@@ -187,11 +206,16 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (check_type_ignores, "vhdkit/a.py", "x = 1  # no" + "qa\n"),
     (check_test_docstrings, "tests/test_a.py", "class TestIt:\n    def test_x(self): ..."),
     (check_mirror, "tests/vhdkit/test_no_such_module.py", ""),
+    (check_back_ends, "vmm/net/a.py", 'x = 1 if host.spec.backend == "user" else 2'),
+    (check_back_ends, "vmm/net/a.py", 'x = "user" != back_end'),
+    (check_back_ends, "vmm/net/a.py", 'x = spec.backend in ("user", "bridge")'),
+    (check_back_ends, "vmm/net/a.py", "match backend:\n    case _: ..."),
 )
 GOOD: tuple[tuple[str, str], ...] = (
     ("vhdkit/chain/a.py", f'{SPDX_LINE}\n"""Parents."""\nfrom datetime import timedelta\n'),
     ("vhdkit/units.py", f'{SPDX_LINE}\n"""Units."""\nx = 512\n'),
     ("vhdkit/a.py", f'{SPDX_LINE}\n"""Other numbers."""\nx = (9, 1 << 10, True, "512")  # noqa: E501\n'),
+    ("vmm/net/a.py", f'{SPDX_LINE}\n"""Asks."""\nx = host.backend.is_up() and plugged.back_end is not None\n'),
     ("tests/vmm/cli/test_main.py", f'{SPDX_LINE}\n"""Mirrors."""\ndef test_x():\n    """Works."""\n'),
 )
 

@@ -38,7 +38,7 @@ class BadMessage(ProtocolError):
     """A line received by a caller is neither an answer nor a notification."""
 
 
-class Refused(ProtocolError):
+class RefusedRequest(ProtocolError):
     """A line received by a server is not a request that it accepts."""
 
     def __init__(self, code: int, text: str, request_id: Id = None) -> None:
@@ -183,23 +183,23 @@ class Caller:
 
 
 def parse_request(line: bytes, dialect: Dialect = SPECIFIED) -> Request:
-    """The request on a line. Raises Refused, which knows the answer."""
+    """The request on a line. Raises RefusedRequest, which knows the answer."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Refused(dialect.not_json, "this is not JSON") from error
+        raise RefusedRequest(dialect.not_json, "this is not JSON") from error
     if not isinstance(document, dict):
-        raise Refused(INVALID_REQUEST, "a request is one JSON object on one line")
+        raise RefusedRequest(INVALID_REQUEST, "a request is one JSON object on one line")
     request_id = document.get("id")
     if not _is_id(request_id):
-        raise Refused(INVALID_REQUEST, "an id is a number or a string")
+        raise RefusedRequest(INVALID_REQUEST, "an id is a number or a string")
     if dialect.needs_version and document.get("jsonrpc") != _VERSION:
-        raise Refused(INVALID_REQUEST, f'a request has "jsonrpc": "{_VERSION}"', request_id)
+        raise RefusedRequest(INVALID_REQUEST, f'a request has "jsonrpc": "{_VERSION}"', request_id)
     method, params = document.get("method"), document.get("params", {})
     if not isinstance(method, str):
-        raise Refused(dialect.bad_method, 'a request has a "method", which is a string', request_id)
+        raise RefusedRequest(dialect.bad_method, 'a request has a "method", which is a string', request_id)
     if not isinstance(params, dict):
-        raise Refused(dialect.bad_params, "parameters are given by name", request_id)
+        raise RefusedRequest(dialect.bad_params, "parameters are given by name", request_id)
     return Request(request_id, method, params, is_notification="id" not in document)
 
 

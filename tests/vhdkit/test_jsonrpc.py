@@ -93,7 +93,7 @@ def test_any_line_to_a_server_is_a_request_or_has_an_answer(line: bytes, dialect
     """No other exception; the answer to a refusal is a message that a caller understands."""
     try:
         request = jsonrpc.parse_request(line, dialect)
-    except jsonrpc.Refused as problem:
+    except jsonrpc.RefusedRequest as problem:
         answer = jsonrpc.parse_message(problem.answer().removesuffix(b"\n"))
         assert isinstance(answer, jsonrpc.Answer) and answer.failure is not None
         assert (answer.id, answer.failure.code) == (problem.request_id, problem.code)
@@ -187,7 +187,7 @@ def test_an_answer_without_an_id_counts() -> None:
 )
 def test_refusals_by_the_specification(line: bytes, code: int, number: jsonrpc.Id) -> None:
     """Each way to be wrong has the code of the specification, and the id where it can be read."""
-    with pytest.raises(jsonrpc.Refused) as caught:
+    with pytest.raises(jsonrpc.RefusedRequest) as caught:
         jsonrpc.parse_request(line)
     assert (caught.value.code, caught.value.request_id) == (code, number)
 
@@ -196,7 +196,7 @@ def test_a_dialect_changes_codes_and_nothing_else() -> None:
     """A server that refused with other codes keeps them; one that needs no version accepts requests without it."""
     dialect = jsonrpc.Dialect(needs_version=False, not_json=-1, bad_method=-2, bad_params=-3)
     for line, code in ((b"{", -1), (b'{"method": 1}', -2), (b'{"method": "a", "params": 1}', -3)):
-        with pytest.raises(jsonrpc.Refused) as caught:
+        with pytest.raises(jsonrpc.RefusedRequest) as caught:
             jsonrpc.parse_request(line, dialect)
         assert caught.value.code == code
     assert jsonrpc.parse_request(b'{"id": 1, "method": "a"}', dialect).params == {}

@@ -100,7 +100,7 @@ def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
     adapter = make_adapter(**settings)
     if adapter.switch is not None:
         switch = switches.load(adapter.switch)
-        if switch.backend == "bridge" and adapter.mirror != "none":
+        if adapter.mirror != "none" and not switch.capabilities.mirrors:
             raise InvalidSpec("the bridge back end cannot mirror ports", hint="use a switch of the user back end")
     return adapter
 

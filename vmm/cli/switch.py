@@ -85,23 +85,21 @@ def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bo
     """
     switches.refuse_existing(name)  # else what it has is in the way of what it is to have
     spec = _spec_of(name, words)
-    warnings: list[str] = []
-    if spec.backend == "bridge":
-        steps, warnings, reasons = HostSide(spec).plan()
-        if reasons:
-            hint = plan.VLAN_HINT if plan.VLAN_REFUSAL in reasons else None
-            raise Unsupported(f"this host cannot have switch {name}: {'; '.join(reasons)}", hint=hint)
-        if not as_json and not quiet:
-            for step in steps if dry_run or spec.type == "external" else ():
-                print_line(f"{'would ' if dry_run else 'will '}{step}")
-            for warning in warnings:
-                print_line(f"warning: {warning}")
-        if spec.type == "external" and not dry_run:
-            confirm("Change this host's network?", yes=yes)
+    planned = HostSide(spec).backend.plan()
+    if planned.refusals:
+        hint = plan.VLAN_HINT if plan.VLAN_REFUSAL in planned.refusals else None
+        raise Unsupported(f"this host cannot have switch {name}: {'; '.join(planned.refusals)}", hint=hint)
+    if not as_json and not quiet:
+        for step in planned.steps if dry_run or spec.type == "external" else ():
+            print_line(f"{'would ' if dry_run else 'will '}{step}")
+        for warning in planned.warnings:
+            print_line(f"warning: {warning}")
+    if spec.type == "external" and not dry_run:
+        confirm("Change this host's network?", yes=yes)
     if not dry_run:
         switches.create(spec)
     if as_json:
-        print_json({**spec.model_dump(mode="json"), "warnings": warnings})
+        print_json({**spec.model_dump(mode="json"), "warnings": planned.warnings})
     elif not quiet and not dry_run:
         print_line(f"{name}: {_words(spec)}")
 
@@ -165,7 +163,7 @@ def _words(spec: SwitchSpec) -> str:
     """The switch in a few words."""
     words = f"{spec.type}, {spec.backend} back end"
     if spec.type == "internal":
-        words += f", {spec.address}" + (", NAT" if spec.nat or spec.backend == "user" else "")
+        words += f", {spec.address}" + (", NAT" if spec.nat or spec.capabilities.gateway else "")
     if spec.uplink:
         words += f", uplink {spec.uplink}" + ("" if spec.host else ", without this host")
     return words
@@ -210,10 +208,10 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     """Everything about the switch NAME: settings, process or bridge, leases."""
     spec = switches.load(name)
     host = HostSide(spec)
-    status = host.user.status() if spec.backend == "user" else None
+    status = host.backend.status()
     leases = _leases(spec)
     wrong = watching.faults(host)
-    in_the_way = host.in_the_way()
+    in_the_way = host.backend.in_the_way()
     if as_json:
         faults = [{"what": one.what, "problem": one.problem} for one in wrong]
         document = {"status": status, "leases": leases, "faults": faults, "in_the_way": in_the_way}
@@ -221,15 +219,12 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
         return
     if quiet:
         return
-    running = "runs" if status is not None else "does not run (starts with the first machine on it)"
-    if spec.backend == "bridge":
-        running = spec.bridge_name if os.path.isdir(f"/sys/class/net/{spec.bridge_name}") else "is not there now"
     gateway = status.get("gateway") if status else None
     pairs = [
         ("switch", spec.name),
         ("id", spec.id),
         ("type", spec.type),
-        ("back end", f"{spec.backend}: {running}"),
+        ("back end", f"{spec.backend}: {host.backend.state(status)}"),
         ("uplink", (spec.uplink or "") + (f" ({spec.uplink_mac})" if spec.uplink_mac else "")),
         ("mtu", str(host.mtu_bytes() or f"what guests choose, up to {MAX_MTU_BYTES}")),
         ("address", spec.address or ""),
@@ -250,7 +245,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
 def _way_out(spec: SwitchSpec) -> str:
     if spec.type != "internal":
         return ""
-    if spec.backend == "user":
+    if spec.capabilities.gateway:
         own = ", and its 127.0.0.1" if spec.host_loopback else ""
         return f"all that this host reaches{own}; this host reaches guests only through forwarded ports"
     return "NAT" if spec.nat else "none: guests and this host only"
@@ -312,10 +307,7 @@ def _port_row(port: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
 @output_options
 def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
     """Which MAC addresses the switch NAME has learned, and at which port."""
-    spec = switches.load(name)
-    if spec.backend != "user":
-        raise Unsupported("a bridge's addresses are the kernel's", hint=f"bridge fdb show br {spec.bridge_name}")
-    known = HostSide(spec).user.addresses()
+    known = HostSide(switches.load(name)).backend.addresses()
     if as_json:
         print_json(known)
     elif not quiet:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from vmm.cli.common import SIZE, epilog, output_options, print_json, print_line
-from vmm.model.errors import Unsupported, WrongState, of_os_error
+from vmm.model.errors import WrongState, of_os_error
 from vmm.net import switches
 from vmm.net.capture_files import MAX_FILES, MIN_SIZE_BYTES, CaptureFiles
 from vmm.net.host_side import HostSide
@@ -48,18 +48,16 @@ def capture_command(
     A switch that ends meanwhile is an error; what came until then is in FILE.
     """
     spec = switches.load(name)
-    if spec.backend != "user":
-        raise Unsupported(
-            "a bridge is captured with the kernel's own means", hint=f"tcpdump -i {spec.bridge_name} -w {output}"
-        )
+    host = HostSide(spec)
+    host.backend.refuse_capture(output)
     if files is not None and (max_size is None or output == "-"):
         raise click.UsageError("--files needs --max-size and a FILE")
     if max_size is not None and max_size < MIN_SIZE_BYTES:
         raise click.BadParameter(f"{MIN_SIZE_BYTES >> 10}K or more", param_hint="--max-size")
     if as_json and output == "-":
         raise click.UsageError("standard output takes the frames or the JSON document, not both")
-    HostSide(spec).ensure()
-    with HostSide(spec).user.capture(None if port is None else _port_of(port), snap) as stream:
+    host.ensure()
+    with host.user.capture(None if port is None else _port_of(port), snap) as stream:
         try:
             with CaptureFiles(
                 output, max_bytes=max_size or 0, max_files=files or 0,

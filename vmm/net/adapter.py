@@ -22,10 +22,11 @@ from typing import Any
 from vmm.model import errors, paths
 from vmm.model.spec import AdapterSpec
 from vmm.net import frames, switches, taps
+from vmm.net.backends import AdapterPort
 from vmm.net.engine import PortRules, VlanMode
 from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
-from vmm.net.switch_spec import USUAL_MTU_BYTES, Backend
+from vmm.net.switch_spec import USUAL_MTU_BYTES, BackendName
 
 SYNTHETIC_DRIVER, LEGACY_DRIVER = "virtio-net-pci", "rtl8139"
 GUEST_SOCKET, SWITCH_SOCKET = "guest.sock", "switch.sock"
@@ -54,7 +55,7 @@ class Plugged:
     netdev: dict[str, Any]
     device: dict[str, Any]
     data_path: str
-    back_end: Backend | None = None
+    back_end: BackendName | None = None
     problem: str | None = None
 
 
@@ -108,6 +109,13 @@ def setup_of(adapter: AdapterSpec, owner: Owner) -> PortSetup:
     )
 
 
+def port_of(adapter: AdapterSpec, owner: Owner) -> AdapterPort:
+    """The adapter's port under its names on either back end. Pure."""
+    return AdapterPort(
+        interface_name(owner.machine_id, adapter.id), folder_of(adapter, owner), setup_of(adapter, owner)
+    )
+
+
 def folder_of(adapter: AdapterSpec, owner: Owner) -> str:
     """The folder of the adapter's sockets."""
     return os.path.join(owner.runtime_folder, adapter.id)
@@ -144,20 +152,17 @@ def plug(adapter: AdapterSpec, owner: Owner, give: Give, *, lives: Lives = is_co
     with switches.staying(adapter.switch) as host:
         refuse_same_address(adapter, owner, host, lives)
         host.ensure()
-        if host.spec.backend == "bridge":
-            return _tap(adapter, owner, host, give)
-        return _sockets(adapter, owner, host)
+        return _PLUGS[host.spec.backend](adapter, owner, host, give)
 
 
-def prepare(adapter: AdapterSpec, owner: Owner, give: Give, *, back_end: Backend, problem: str) -> Plugged:
+def prepare(adapter: AdapterSpec, owner: Owner, give: Give, *, back_end: BackendName, problem: str) -> Plugged:
     """An adapter whose switch is not there, for the reason `problem`, such that it can join one of that back end.
 
     Where there can be no tap it has what the `user` back end plugs in. Raises VmmError.
     """
-    if back_end == "bridge":
-        with contextlib.suppress(errors.Unsupported, errors.AccessDenied):
-            return replace(_tap(adapter, owner, None, give), problem=problem)
-    return replace(_sockets(adapter, owner, None), problem=problem)
+    with contextlib.suppress(errors.Unsupported, errors.AccessDenied):
+        return replace(_PLUGS[back_end](adapter, owner, None, give), problem=problem)
+    return replace(_sockets(adapter, owner, None, give), problem=problem)
 
 
 class SameAddress(errors.InUse):
@@ -186,7 +191,8 @@ def _unplugged(adapter: AdapterSpec) -> Plugged:
     return Plugged(netdev, device_of(adapter), "not plugged into any switch")
 
 
-def _sockets(adapter: AdapterSpec, owner: Owner, host: HostSide | None) -> Plugged:
+def _sockets(adapter: AdapterSpec, owner: Owner, host: HostSide | None, give: Give) -> Plugged:
+    del give  # QEMU opens its socket by name
     setup = setup_of(adapter, owner)
     folder = folder_of(adapter, owner)
     try:
@@ -215,14 +221,14 @@ def _tap(adapter: AdapterSpec, owner: Owner, host: HostSide | None, give: Give) 
     vhost: list[int] = []
     try:
         if host is not None:
-            host.plug_tap(name, setup_of(adapter, owner))
+            host.bridge.plug_tap(name, setup_of(adapter, owner))
         if adapter.kind == "synthetic":
             vhost = taps.open_vhost(adapter.queues)
     except BaseException:
         taps.close_all(descriptors)
         if host is not None:
             with contextlib.suppress(errors.VmmError):
-                host.unplug_tap(name)
+                host.bridge.unplug_tap(name)
         raise
     netdev: dict[str, Any] = {"type": "tap", "id": wire_id(adapter.id), "vhost": bool(vhost)}
     many = adapter.queues > 1
@@ -233,11 +239,23 @@ def _tap(adapter: AdapterSpec, owner: Owner, host: HostSide | None, give: Give) 
     return Plugged(netdev, device, data_path(adapter, "bridge"), "bridge")
 
 
-def data_path(adapter: AdapterSpec, backend: str) -> str:
+_PLUGS: dict[BackendName, Callable[[AdapterSpec, Owner, HostSide | None, Give], Plugged]] = {
+    "user": _sockets,
+    "bridge": _tap,
+}
+
+
+def data_path(adapter: AdapterSpec, backend: BackendName) -> str:
     """Which way the adapter's frames take, and why, in words."""
-    if backend == "user":
-        words = "user switch: datagrams to the switch's process, one queue"
-        return words + (f" ({adapter.queues} are asked for: only a bridge has several)" if adapter.queues > 1 else "")
+    return _DATA_PATHS[backend](adapter)
+
+
+def _path_of_sockets(adapter: AdapterSpec) -> str:
+    words = "user switch: datagrams to the switch's process, one queue"
+    return words + (f" ({adapter.queues} are asked for: only a bridge has several)" if adapter.queues > 1 else "")
+
+
+def _path_of_tap(adapter: AdapterSpec) -> str:
     queues = "one queue" if adapter.queues == 1 else f"{adapter.queues} queues"
     if adapter.kind == "legacy":
         return f"bridge: tap, {queues}, moved by QEMU (an emulated card has no vhost)"
@@ -246,24 +264,20 @@ def data_path(adapter: AdapterSpec, backend: str) -> str:
     return f"bridge: tap, {queues}, moved by QEMU (this kernel has no {taps.VHOST_PATH})"
 
 
+_DATA_PATHS: dict[BackendName, Callable[[AdapterSpec], str]] = {"user": _path_of_sockets, "bridge": _path_of_tap}
+
+
 def replug(adapter: AdapterSpec, owner: Owner) -> None:
     """Give the switch the new rules and link state of an adapter that is plugged in. Raises VmmError."""
     if adapter.switch is None:
         return
     with switches.staying(adapter.switch) as host:
-        if host.spec.backend == "user":
-            host.user.plug(setup_of(adapter, owner))
-        else:
-            host.plug_tap(interface_name(owner.machine_id, adapter.id), setup_of(adapter, owner))
+        host.backend.plug(port_of(adapter, owner))
 
 
 def unplug(adapter: AdapterSpec, owner: Owner) -> None:
     """Pull the cable out, on the switch's side; what is gone already is fine."""
     if adapter.switch is not None:
         with contextlib.suppress(errors.NotFound):
-            host = HostSide(switches.load(adapter.switch))
-            if host.spec.backend == "user":
-                host.user.unplug(port_name(owner.machine_id, adapter.id))
-            elif os.path.isdir(host.folder):
-                host.unplug_tap(interface_name(owner.machine_id, adapter.id))
+            HostSide(switches.load(adapter.switch)).backend.unplug(port_of(adapter, owner))
     shutil.rmtree(folder_of(adapter, owner), ignore_errors=True)

@@ -95,12 +95,12 @@ def _ports(bridge: str) -> list[str]:
 
 def _is_watched(host: HostSide) -> bool:
     spec = host.spec
-    return spec.type == "external" and spec.backend == "bridge" and os.path.isdir(f"{_ROOT}/{spec.bridge_name}")
+    return spec.type == "external" and spec.capabilities.in_kernel and os.path.isdir(f"{_ROOT}/{spec.bridge_name}")
 
 
 def _unless_changing(host: HostSide, words: str) -> str | None:
     """Nothing while the switch is being made or taken back."""
-    return None if host.is_half_done() else words
+    return None if host.bridge.is_half_done() else words
 
 
 def _master(name: str) -> str | None:

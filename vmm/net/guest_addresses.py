@@ -58,7 +58,7 @@ def refuse(spec: SwitchSpec, address: str) -> None:
         raise errors.InvalidSpec(f"{address} is the network's broadcast address, which no guest can have")
     if wanted == spec.interface.ip:
         raise errors.InvalidSpec(f"{address} is this host's own address on switch {spec.name!r}")
-    if spec.backend == "user" and str(wanted) == spec.gateway().name_server:
+    if spec.capabilities.gateway and str(wanted) == spec.gateway().name_server:
         raise errors.InvalidSpec(f"{address} is the name server's on switch {spec.name!r}")
 
 
@@ -80,7 +80,7 @@ def refuse_range(spec: SwitchSpec) -> None:
         if first <= one <= last:
             raise errors.InvalidSpec(f"the DHCP range {first} to {last} holds {one}, {whose} address")
     ours = {spec.interface.ip}
-    if spec.backend == "user":
+    if spec.capabilities.gateway:
         ours.add(ipaddress.IPv4Address(spec.gateway().name_server))
     if int(last) - int(first) + 1 <= sum(first <= one <= last for one in ours):
         raise errors.InvalidSpec(f"the DHCP range {first} to {last} has no address except the switch's own")

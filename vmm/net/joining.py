@@ -8,7 +8,6 @@ Hyper-V calls it. Must not know QEMU, nor how the guest learns of it.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from vmm.model import errors
@@ -17,12 +16,10 @@ from vmm.net import switches, watching
 from vmm.net.adapter import (
     Lives,
     Owner,
-    folder_of,
-    interface_name,
     is_connected,
     port_name,
+    port_of,
     refuse_same_address,
-    setup_of,
 )
 from vmm.net.host_side import HostSide
 
@@ -54,7 +51,7 @@ def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = 
     assert adapter.switch is not None
     try:
         host = HostSide(switches.load(adapter.switch))
-        if host.spec.id == before and _is_up(host) and _is_in(adapter, owner, host):
+        if host.spec.id == before and host.backend.is_up() and host.backend.is_in(port_of(adapter, owner)):
             outcome = watching.put_right(host)
             problem = watching.gateway_problem(host)
             return Joined(before, mended=outcome.mended, failed=outcome.failed, gateway_problem=problem)
@@ -67,21 +64,18 @@ def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = 
 
 
 def _joined(adapter: AdapterSpec, owner: Owner, host: HostSide, before: str | None, lives: Lives) -> Joined:
-    if not _fits(adapter, owner, host):
+    if not host.backend.fits(port_of(adapter, owner)):
         words = "the switch of that name has another back end than the one that the machine was started on"
         return Joined(None, words)
-    was_up = _is_up(host)
-    if was_up and is_plugged(adapter, owner.machine_id, host) and _is_in(adapter, owner, host):
+    was_up = host.backend.is_up()
+    if was_up and is_plugged(adapter, owner.machine_id, host) and host.backend.is_in(port_of(adapter, owner)):
         return Joined(host.spec.id)
     try:
         refuse_same_address(adapter, owner, host, lives)
     except errors.InUse as error:
         return Joined(None, error.problem)
     host.ensure()
-    if host.spec.backend == "user":
-        host.user.plug(setup_of(adapter, owner))
-    else:
-        host.plug_tap(interface_name(owner.machine_id, adapter.id), setup_of(adapter, owner))
+    host.backend.plug(port_of(adapter, owner))
     return Joined(host.spec.id, None, host.spec.id != before, host.spec.id == before and not was_up)
 
 
@@ -92,29 +86,10 @@ def end_descriptor(adapter: AdapterSpec) -> int | None:
         host = HostSide(switches.load(adapter.switch))
     except errors.VmmError:
         return None
-    return host.user.end_descriptor() if host.spec.backend == "user" else None
+    return host.backend.end_descriptor()
 
 
 def is_plugged(adapter: AdapterSpec, machine_id: str, host: HostSide) -> bool:
     """True when the switch has a port for the adapter."""
     name = port_name(machine_id, adapter.id)
     return any(one["name"] == name for one in host.guests())
-
-
-def _fits(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
-    """True when the running machine has what this switch's back end plugs in: a tap, or a pair of sockets."""
-    if host.spec.backend == "bridge":
-        return os.path.isdir(f"/sys/class/net/{interface_name(owner.machine_id, adapter.id)}")
-    return os.path.isdir(folder_of(adapter, owner))
-
-
-def _is_in(adapter: AdapterSpec, owner: Owner, host: HostSide) -> bool:
-    """False for a tap that was taken out of its bridge, or whose record is damaged or gone."""
-    name = interface_name(owner.machine_id, adapter.id)
-    return host.spec.backend == "user" or (host.has_tap(name) and host.has_record(name))
-
-
-def _is_up(host: HostSide) -> bool:
-    if host.spec.backend == "user":
-        return host.user.is_running()
-    return os.path.isdir(f"/sys/class/net/{host.spec.bridge_name}")

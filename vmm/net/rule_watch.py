@@ -31,10 +31,10 @@ _NAME = "rules.json"
 
 def differences(host: HostSide) -> list[str]:
     """What of a bridge's rules differs from the plan; only root can see it. Raises VmmError."""
-    if host.spec.backend != "bridge" or os.geteuid() != 0 or not _is_there(host):
+    if not host.spec.capabilities.in_kernel or os.geteuid() != 0 or not _is_there(host):
         return []
-    with host.changing():
-        return rule_check.differences(host.spec, host.bridge_ports())
+    with host.bridge.changing():
+        return rule_check.differences(host.spec, host.bridge.bridge_ports())
 
 
 def is_verified(host: HostSide) -> bool:
@@ -49,7 +49,7 @@ def restore(host: HostSide) -> list[str]:
     """Have the rules as planned; in words what was not. The caller holds the switch's lock. Raises VmmError."""
     if not _is_there(host):
         return []
-    generation, ports = rule_check.generation(), host.bridge_ports()
+    generation, ports = rule_check.generation(), host.bridge.bridge_ports()
     if generation == _verified(host):
         return []
     found = rule_check.differences(host.spec, ports)

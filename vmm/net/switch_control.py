@@ -112,8 +112,8 @@ class ControlServer:
         try:
             request = jsonrpc.parse_request(line, _DIALECT)
             if request.method != "capture" and request.method not in self.methods:
-                raise jsonrpc.Refused(jsonrpc.NO_METHOD, f"there is no method {request.method!r}", request.id)
-        except jsonrpc.Refused as problem:
+                raise jsonrpc.RefusedRequest(jsonrpc.NO_METHOD, f"there is no method {request.method!r}", request.id)
+        except jsonrpc.RefusedRequest as problem:
             return problem.answer()
         try:
             return jsonrpc.encode_result(request.id, self._result(request, client))

@@ -17,6 +17,7 @@ import itertools
 import re
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,7 +29,7 @@ from vmm.net.dhcp_server import LEASE_SECONDS, DhcpSetup
 from vmm.net.gateway import GatewaySetup
 
 SwitchType = Literal["private", "internal", "external"]
-Backend = Literal["user", "bridge"]
+BackendName = Literal["user", "bridge"]
 MAX_INTERFACE_CHARACTERS = 15
 MAX_LEASES = 1024
 USUAL_MTU_BYTES, MIN_MTU_BYTES = 1500, 576  # Ethernet's; what every host of IPv4 takes (RFC 791)
@@ -45,6 +46,50 @@ def _check_address(text: str) -> None:
         ipaddress.IPv4Address(text)
     except ValueError:
         raise ValueError(f"{text!r} is not an IPv4 address") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a back end can do for a switch, and what a switch on it consists of.
+
+    `in_kernel`: a bridge with nftables rules and taps, which need root and which other programs may change; otherwise
+    a process, with a gateway of its own if the switch is internal. `max_internal_mtu_bytes`: None for no limit.
+    """
+
+    in_kernel: bool
+    external: bool
+    host_vlan: bool
+    host_loopback: bool
+    forwards: bool
+    mirrors: bool
+    max_internal_mtu_bytes: int | None
+
+    @property
+    def gateway(self) -> bool:
+        """True when guests on an internal switch reach the outside through a gateway process."""
+        return not self.in_kernel
+
+
+CAPABILITIES: dict[BackendName, Capabilities] = {
+    "user": Capabilities(
+        in_kernel=False,
+        external=False,
+        host_vlan=False,
+        host_loopback=True,
+        forwards=True,
+        mirrors=True,
+        max_internal_mtu_bytes=USUAL_MTU_BYTES,  # the gateway carries no more
+    ),
+    "bridge": Capabilities(
+        in_kernel=True,
+        external=True,
+        host_vlan=True,
+        host_loopback=False,
+        forwards=False,
+        mirrors=False,
+        max_internal_mtu_bytes=None,
+    ),
+}
 
 
 class _Settings(BaseModel):
@@ -72,7 +117,7 @@ class SwitchSpec(_Settings):
     id: str = Field(default_factory=lambda: str(uuid.uuid4()), pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
     name: str
     type: SwitchType = "private"
-    backend: Backend = "user"
+    backend: BackendName = "user"
     uplink: str | None = Field(default=None, pattern=r"^[^/\s]{1,15}$")
     uplink_mac: str | None = Field(default=None, pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")  # of the card
     mtu_bytes: int | None = Field(default=None, ge=MIN_MTU_BYTES, le=frames.MAX_MTU_BYTES)  # None: the card's, or 1500
@@ -111,17 +156,18 @@ class SwitchSpec(_Settings):
     def _fits_together(self) -> Self:
         if (self.type == "external") != (self.uplink is not None):
             raise ValueError("an external switch needs a network card (--nic), and no other type can have one")
-        if self.type == "external" and self.backend == "user":
+        if self.type == "external" and not self.capabilities.external:
             raise ValueError("an external switch needs the bridge back end, which needs root")
         if (self.type == "internal") != (self.address is not None):
             raise ValueError("an internal switch needs an address of this host, and no other type can have one")
-        if self.host_vlan is not None and (self.type == "private" or self.backend == "user"):
+        if self.host_vlan is not None and (self.type == "private" or not self.capabilities.host_vlan):
             raise ValueError("only the host's adapter on a bridge, of an internal or external switch, can have a VLAN")
-        if self.type == "internal" and self.backend == "user" and (self.mtu_bytes or 0) > USUAL_MTU_BYTES:
+        most = self.capabilities.max_internal_mtu_bytes
+        if self.type == "internal" and most is not None and (self.mtu_bytes or 0) > most:
             raise ValueError(f"the user back end's gateway carries {USUAL_MTU_BYTES} bytes at most: use a lower MTU")
         if not _DOMAIN.fullmatch(self.domain):
             raise ValueError(f"{self.domain!r} is not a domain name")
-        if self.host_loopback and (self.type != "internal" or self.backend != "user"):
+        if self.host_loopback and (self.type != "internal" or not self.capabilities.host_loopback):
             raise ValueError("only an internal switch on the user back end can let guests reach this host's loopback")
         if self.type == "internal":
             self._check_network()
@@ -150,10 +196,15 @@ class SwitchSpec(_Settings):
                 raise ValueError(f"two leases have the same {key}")
         if any(ipaddress.IPv4Address(lease.address) not in network for lease in self.leases):
             raise ValueError(f"a lease's address is not within {network}")
-        if self.backend == "bridge" and self.forwards:
+        if self.forwards and not self.capabilities.forwards:
             raise ValueError("only the user back end forwards ports; on a bridge the host reaches guests directly")
 
     # -- the network --------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What its back end can do."""
+        return CAPABILITIES[self.backend]
 
     @property
     def interface(self) -> ipaddress.IPv4Interface:

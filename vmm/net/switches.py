@@ -22,8 +22,8 @@ from vmm.model import errors, paths
 from vmm.model.complaints import words_of
 from vmm.net import cards, guest_addresses, records, switch_spec
 from vmm.net.host_side import HostSide
+from vmm.net.switch_process import SwitchProcess
 from vmm.net.switch_spec import SwitchSpec
-from vmm.net.user_backend import UserBackend
 
 # -- files ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def create(spec: SwitchSpec) -> None:
     Raises AlreadyExists, InvalidSpec for a network that another switch has or too long names of sockets, and as
     `ensure` does.
     """
-    UserBackend.of(spec.id, spec.name)
+    SwitchProcess.of(spec.id, spec.name)
     if spec.type == "internal":
         guest_addresses.refuse_range(spec)
     spec = cards.with_address(spec)
@@ -103,13 +103,12 @@ def create(spec: SwitchSpec) -> None:
         paths.write_whole(path, spec.to_json())
         try:
             ensure(spec)
-            if spec.type == "internal" and spec.backend == "user":
-                HostSide(spec).check_way_out()
+            HostSide(spec).backend.check()
         except BaseException:
             host = HostSide(spec)
             with contextlib.suppress(errors.VmmError):
                 host.remove()
-            if not host.is_half_made():  # else `delete` must find it, to put the rest back
+            if not host.bridge.is_half_made():  # else `delete` must find it, to put the rest back
                 _forget(spec)
             raise
 
@@ -128,7 +127,7 @@ def delete(name: str, *, force: bool = False) -> list[str]:
         try:
             left = host.remove(give_up=force)
         except errors.VmmError as error:
-            if spec.backend == "bridge" and error.hint is None:
+            if spec.capabilities.in_kernel and error.hint is None:
                 error.hint = "with --force, what cannot be put back is listed and left as it is"
             raise
         _forget(spec)
@@ -144,7 +143,7 @@ def refuse_existing(name: str) -> None:
     if os.path.exists(path):
         hint = None
         with contextlib.suppress(errors.VmmError):
-            if HostSide(load(name)).is_unfinished():
+            if HostSide(load(name)).bridge.is_unfinished():
                 hint = f"it was made or deleted by a command that was killed: first vmm switch delete {name}"
         raise errors.AlreadyExists(f"there is a switch {name!r} already", hint=hint)
 
@@ -212,10 +211,9 @@ def set_uplink(name: str, interface: str) -> SwitchSpec:
         if any(one.name != name and one.uplink == interface for one in load_all()):
             raise errors.InUse(f"{interface} is already the uplink of another switch")
         changed = cards.with_address(switch_spec.make_switch(**{**spec.model_dump(), "uplink": interface}))
-        _, _, reasons = HostSide(changed).plan()
-        if reasons:
+        if reasons := HostSide(changed).backend.plan().refusals:
             raise errors.Unsupported("; ".join(reasons))
-        with host.changing():
+        with host.bridge.changing():
             Applying(spec, host.folder, host.lease_path).undo(heir=interface)
         paths.write_whole(paths.switch_file(name), changed.to_json())
         try:
@@ -224,9 +222,9 @@ def set_uplink(name: str, interface: str) -> SwitchSpec:
             paths.write_whole(paths.switch_file(name), spec.to_json())
             with contextlib.suppress(errors.VmmError):
                 host.ensure()
-                host.plug_again()
+                host.bridge.plug_again()
             raise
-        HostSide(changed).plug_again()
+        HostSide(changed).bridge.plug_again()
         return changed
 
 
@@ -237,7 +235,7 @@ def set_mtu(name: str, mtu_bytes: int) -> tuple[SwitchSpec, list[str]]:
     """
     with staying(name) as host:
         changed = switch_spec.make_switch(**{**host.spec.model_dump(), "mtu_bytes": mtu_bytes})
-        if changed.backend == "bridge" and (reasons := HostSide(changed).plan()[2]):
+        if reasons := HostSide(changed).backend.plan().refusals:
             raise errors.Unsupported("; ".join(reasons))
         paths.write_whole(paths.switch_file(name), changed.to_json())
         try:

@@ -3,7 +3,7 @@
 
 Decides when frames are moved, when a port that sends too fast is let wait, when addresses age, and when the process
 ends: when it is asked to, or after IDLE_SECONDS without ports and clients. Needs no privileges; root's it gives away
-at once. How it is started, found and restarted is decided in `user_backend`; what happens to a frame in `engine`.
+at once. How it is started, found and restarted is decided in `switch_process`; what happens to a frame in `engine`.
 
     port sockets ──> Mover ──> port sockets          FOLDER/control.sock   requests, captures
                       │  asks                        FOLDER/ports.json     the ports, for a restart

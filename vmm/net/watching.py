@@ -39,22 +39,22 @@ class Fault:
 
 def faults(host: HostSide) -> list[Fault]:
     """All that is wrong with a switch that is on the host; nothing for one that is not. Raises VmmError."""
-    if host.spec.backend == "bridge" and host.is_unfinished():
+    if host.spec.capabilities.in_kernel and host.bridge.is_unfinished():
         words = "a command that made or deleted it was killed: a machine that starts on it makes it whole"
         return [Fault("unfinished", f"{words}, and vmm switch delete {host.spec.name} puts this host back")]
     found = [*_dead(host), *_of_the_card(host), *_routes(host)]
     if wrong := rule_watch.differences(host):
         found.append(Fault("rules", f"its nftables rules are not as planned: {'; '.join(wrong)}"))
-    if host.spec.backend == "bridge":
+    if host.spec.capabilities.in_kernel:
         words = "so the guest on that port can send nothing; remove the file, and the machine writes it again"
-        found += [Fault("port", f"{damage}, {words}") for damage in host.damaged_ports()]
+        found += [Fault("port", f"{damage}, {words}") for damage in host.bridge.damaged_ports()]
     return found
 
 
 def _dead(host: HostSide) -> list[Fault]:
     """What should run and does not."""
     spec = host.spec
-    if spec.backend == "user":
+    if spec.capabilities.gateway:
         gateway = (host.user.status() or {}).get("gateway")  # asked of every type: a process that hangs is an error
         if gateway is None or gateway["running"]:
             return []
@@ -77,7 +77,7 @@ def _routes(host: HostSide) -> list[Fault]:
     from vmm.net.bridge import Kernel
 
     spec = host.spec
-    if spec.type != "internal" or spec.backend != "bridge" or not _is_there(host):
+    if spec.type != "internal" or not spec.capabilities.in_kernel or not _is_there(host):
         return []
     with Kernel() as kernel:
         routed = [ipaddress.IPv4Network(one) for one in kernel.routed(spec.bridge_name)]
@@ -90,7 +90,7 @@ def _routes(host: HostSide) -> list[Fault]:
 
 def gateway_problem(host: HostSide) -> str | None:
     """Why the gateway of a `user` switch does not run, as the switch noted it; None while it does."""
-    if host.spec.backend != "user" or host.spec.type != "internal":
+    if not host.spec.capabilities.gateway or host.spec.type != "internal":
         return None
     return gateway_note.read(host.folder)
 
@@ -108,13 +108,13 @@ def put_right(host: HostSide) -> Outcome:
 
     The process of a `user` switch looks after its gateway itself.
     """
-    if host.spec.backend != "bridge":
+    if not host.spec.capabilities.in_kernel:
         return Outcome()
     if host.spec.type == "internal" and host.spec.dhcp:
         _dhcp(host).refresh()
     if rule_watch.is_verified(host) and not _to_do(host):
         return Outcome()
-    with switches.staying(host.spec.name) as current, current.changing():
+    with switches.staying(host.spec.name) as current, current.bridge.changing():
         if current.spec.id != host.spec.id:
             return Outcome()
         mended = ["rules"] if rule_watch.restore(current) else []
@@ -167,7 +167,7 @@ def _follow_mtu(host: HostSide) -> list[Fault]:
     """Have bridge and taps follow; what is to be told where that fails, once for each reason."""
     tries = _Tries(host, "mtu")
     try:
-        host.follow_mtu()
+        host.bridge.follow_mtu()
         problem = card_watch.mtu_problem(host)
     except errors.VmmError as error:
         problem = f"its MTU cannot be set, and is tried again: {error.problem}"

@@ -93,8 +93,8 @@ class ControlServer:
             method = self.methods.get(request.method)
             if method is None:
                 text = f"there is no such method; there are {', '.join(self.methods)}"
-                raise jsonrpc.Refused(NO_METHOD, text, request.id)
-        except jsonrpc.Refused as problem:
+                raise jsonrpc.RefusedRequest(NO_METHOD, text, request.id)
+        except jsonrpc.RefusedRequest as problem:
             _send(writer, problem.answer())
             return
 

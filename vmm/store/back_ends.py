@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from vmm.model.paths import MachinePaths, write_whole
 
 if TYPE_CHECKING:
-    from vmm.net.switch_spec import Backend
+    from vmm.net.switch_spec import BackendName
 
-_BACK_ENDS: tuple[Backend, ...] = ("user", "bridge")
+_BACK_ENDS: tuple[BackendName, ...] = ("user", "bridge")
 _MAX_FILE_BYTES = 1 << 16
 
 
-def last_back_ends(machine: MachinePaths) -> dict[str, Backend]:
+def last_back_ends(machine: MachinePaths) -> dict[str, BackendName]:
     """By the adapter's id, as far as it is known: what cannot be read says nothing."""
     try:
         # Not to wait for the other end of a pipe that has this name.
@@ -36,7 +36,7 @@ def last_back_ends(machine: MachinePaths) -> dict[str, Backend]:
     return {adapter: one for adapter, found in document.items() for one in _BACK_ENDS if found == one}
 
 
-def note_back_ends(machine: MachinePaths, found: Mapping[str, Backend]) -> None:
+def note_back_ends(machine: MachinePaths, found: Mapping[str, BackendName]) -> None:
     """Write down what adapters are on now. Raises VmmError."""
     before = last_back_ends(machine)
     if (after := {**before, **found}) != before:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.support import require_qemu
 from tests.warm_commands import warm
-from vmm.net.user_backend import UserBackend
+from vmm.net.switch_process import SwitchProcess
 
 
 class Terminal:
@@ -46,7 +46,7 @@ class Terminal:
         """The only switch has a client, and runs; it is started where it has ended."""
         name = json.loads(self.good("switch", "list", "--json"))[0]["name"]
         (folder,) = (self.folder / "run").glob("sw-*")
-        backend = UserBackend(str(folder), name)
+        backend = SwitchProcess(str(folder), name)
         backend.ensure("status")
         with backend._connected():
             yield

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vmm.net.ports import PortSetup
-from vmm.net.user_backend import UserBackend
+from vmm.net.switch_process import SwitchProcess
 
 
 class SwitchLab:
@@ -23,7 +23,7 @@ class SwitchLab:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmm-switch-"))
         monkeypatch.setenv("VMM_RUNTIME", str(self.folder / "rt"))
-        self.backend = UserBackend.of(str(uuid.uuid4()), "lab")
+        self.backend = SwitchProcess.of(str(uuid.uuid4()), "lab")
         self.guests: dict[str, socket.socket] = {}
 
     def setup(self, name: str) -> PortSetup:

@@ -35,7 +35,7 @@ owners = [Owner(f"machine-{n}", "/nowhere") for n in range(3)]
 for adapter, owner in zip(adapters, owners):
     name = interface_name(owner.machine_id, adapter.id)
     ip(f"tuntap add {name} mode tap")
-    host.plug_tap(name, setup_of(adapter, owner))
+    host.bridge.plug_tap(name, setup_of(adapter, owner))
 told.append(connected())
 ip(f"link del {host.spec.bridge_name}")
 told.append(connected())

@@ -139,7 +139,7 @@ def test_a_command_is_left_to_do_its_work(lab: CardHost) -> None:
         "import fcntl, json, sys; from vmm.net import card_watch, switches; from vmm.net.host_side import HostSide\n"
         "lock = open(sys.argv[1] + '/change.lock'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
         "host = HostSide(switches.load('lan'))\n"
-        "print(json.dumps([card_watch.problem(host), card_watch.mtu_problem(host), host.is_unfinished()]))"
+        "print(json.dumps([card_watch.problem(host), card_watch.mtu_problem(host), host.bridge.is_unfinished()]))"
     )
     lab.host.run("ip link set up0 nomaster; ip link set up0 mtu 1400")
     assert json.loads(lab.python(look, folder)) == [None, None, False]
@@ -153,7 +153,7 @@ def test_bridge_and_taps_follow_the_card_while_guests_run(lab: CardHost) -> None
     """`INV-ONE-MTU`: whoever changes the card's MTU; where one was set, and the card carries less, that is told."""
     plug = (
         "from vmm.net import switches\nfrom vmm.net.host_side import HostSide\nfrom vmm.net.ports import PortSetup\n"
-        "HostSide(switches.load('lan')).plug_tap('tap0', PortSetup('vm.nic-0', '-', '-'))"
+        "HostSide(switches.load('lan')).bridge.plug_tap('tap0', PortSetup('vm.nic-0', '-', '-'))"
     )
     lab.host.run("ip tuntap add tap0 mode tap")
     lab.python(plug)

@@ -34,7 +34,7 @@ from vmm.net.host_side import HostSide
 spec = SwitchSpec.model_validate_json(sys.argv[1])
 switches.create(spec)
 rules = PortRules(addresses=frozenset({bytes.fromhex("020000000001")}), dhcp_guard=True, storm_frames_per_second=500)
-HostSide(spec).plug_tap("vt0", PortSetup("0.nic-0", "/switch", "/guest", rules=rules))
+HostSide(spec).bridge.plug_tap("vt0", PortSetup("0.nic-0", "/switch", "/guest", rules=rules))
 """
 _WATCH = """
 import json, time

@@ -22,7 +22,7 @@ from vmm.api import doctor
 from vmm.cli.switch import list_command
 from vmm.host.proc import locked
 from vmm.model import errors, paths
-from vmm.net import switches, user_backend
+from vmm.net import switch_process, switches
 from vmm.net.host_side import HostSide
 from vmm.net.ports import PortSetup
 from vmm.net.switch_spec import SwitchSpec, make_switch
@@ -133,7 +133,7 @@ def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.Monk
     assert status is not None
     os.kill(status["pid"], signal.SIGSTOP)
     with monkeypatch.context() as patch:
-        patch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
+        patch.setattr(switch_process, "ANSWER_SECONDS", 0.2)
         listed = CliRunner().invoke(list_command, [], catch_exceptions=False)
         assert (listed.exit_code, "does not answer" in listed.output) == (0, True)
         (examined,) = doctor._check_switches()
@@ -143,7 +143,7 @@ def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.Monk
     assert "--force" in str(caught.value.hint)
     start = time.monotonic()
     switches.delete("lab", force=True)
-    assert time.monotonic() - start < user_backend.ANSWER_SECONDS, "it was asked more than once"
+    assert time.monotonic() - start < switch_process.ANSWER_SECONDS, "it was asked more than once"
     assert switches.names() == []
     assert not user.is_running()
 
@@ -255,4 +255,4 @@ def test_bridges_need_root(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bridge back end says so at once, and what to do instead."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(errors.AccessDenied, match="--backend user"):
-        HostSide(make_switch(name="x", backend="bridge")).plan()
+        HostSide(make_switch(name="x", backend="bridge")).backend.plan()

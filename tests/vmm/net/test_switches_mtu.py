@@ -42,7 +42,7 @@ class Scene:
         program = (
             "import sys\nfrom vmm.net import switches\nfrom vmm.net.host_side import HostSide\n"
             "from vmm.net.ports import PortSetup\n"
-            f"HostSide(switches.load('{switch}')).plug_tap('{tap}', PortSetup('vm.nic-0', '-', '-'))"
+            f"HostSide(switches.load('{switch}')).bridge.plug_tap('{tap}', PortSetup('vm.nic-0', '-', '-'))"
         )
         done = self.host.execute(["env", *self.environment, sys.executable, "-c", program])
         assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP
 from vmm.host.proc import ProcessRef
 from vmm.model import errors
-from vmm.net import frames, user_backend, user_switch
+from vmm.net import frames, switch_process, user_switch
 from vmm.net.engine import PortRules, VlanMode
 from vmm.net.user_switch import UserSwitch
 
@@ -94,8 +94,8 @@ def test_a_switch_that_does_not_answer_is_ended(lab: SwitchLab, monkeypatch: pyt
     ref = ProcessRef.of(status["pid"])
     assert ref is not None
     assert ref.send(signal.SIGSTOP)
-    monkeypatch.setattr(user_backend, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(user_backend, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(switch_process, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(switch_process, "GRACE_SECONDS", 0.2)
     lab.backend.stop()
     assert not ref.is_alive()
     assert not os.path.exists(lab.backend.folder)
@@ -121,8 +121,8 @@ def test_without_its_gateway_it_starts_again(lab: SwitchLab, monkeypatch: pytest
 def test_many_starters_start_one(lab: SwitchLab) -> None:
     """However many ask for the switch at once, there is one process, and all find it."""
     program = (
-        "import sys; from vmm.net.user_backend import UserBackend\n"
-        "print(UserBackend(sys.argv[1], 'lab').ensure('status')['pid'])"
+        "import sys; from vmm.net.switch_process import SwitchProcess\n"
+        "print(SwitchProcess(sys.argv[1], 'lab').ensure('status')['pid'])"
     )
     import sys
 

@@ -105,8 +105,8 @@ class Control:
             method = methods.get(request.method)
             if method is None:
                 text = f"there is no such method; there are {', '.join(methods)}"
-                raise jsonrpc.Refused(NO_METHOD, text, request.id)
-        except jsonrpc.Refused as problem:
+                raise jsonrpc.RefusedRequest(NO_METHOD, text, request.id)
+        except jsonrpc.RefusedRequest as problem:
             reply(problem.answer())
             return
 

@@ -39,14 +39,14 @@ _KILLED_SECONDS = 30.0  # a busy host buries its dead slowly
 
 
 @dataclass(frozen=True, slots=True)
-class UserBackend:
+class SwitchProcess:
     """The switch process of one switch."""
 
     folder: str
     name: str
 
     @classmethod
-    def of(cls, switch_id: str, name: str) -> UserBackend:
+    def of(cls, switch_id: str, name: str) -> SwitchProcess:
         """By the switch's id. Raises InvalidSpec where sockets would have too long names."""
         folder = os.path.join(paths.runtime_home(), "sw-" + switch_id.replace("-", "")[: paths.RUNTIME_ID_CHARACTERS])
         if len(os.fsencode(os.path.join(folder, "gateway", "port.sock"))) > paths.MAX_SOCKET_PATH_BYTES:

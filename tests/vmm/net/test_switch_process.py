@@ -14,13 +14,13 @@ import pytest
 from vhdkit import jsonrpc
 from vmm.model import errors
 from vmm.net.switch_control import MAX_ANSWER_BYTES
-from vmm.net.user_backend import UserBackend
+from vmm.net.switch_process import SwitchProcess
 
 Answering = Callable[[socket.socket], None]
 
 
 @contextlib.contextmanager
-def stand_in(answering: Answering) -> Iterator[UserBackend]:
+def stand_in(answering: Answering) -> Iterator[SwitchProcess]:
     """Something that takes one client where the process of switch `lab` would listen."""
     with tempfile.TemporaryDirectory(prefix="vmm-sw-") as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/control.sock")
@@ -35,7 +35,7 @@ def stand_in(answering: Answering) -> Iterator[UserBackend]:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield UserBackend(folder, "lab")
+            yield SwitchProcess(folder, "lab")
         finally:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as unblocker:
                 unblocker.connect(f"{folder}/control.sock")  # a test that failed before it asked
