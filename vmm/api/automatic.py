@@ -46,7 +46,8 @@ def start_machines(
     manager: Manager, *, sleep: Callable[[float], None] = time.sleep, tell: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
     """Start what starts with the host, those with the shortest delay first. Delays count from now."""
-    machines, failures = registry.load_all()
+    with manager.folders.used():
+        machines, failures = registry.load_all()
     outcomes = [Outcome(error.machine or "", "failed", error) for error in failures]
     began = time.monotonic()
     for machine in sorted(machines, key=lambda one: (one.spec.automatic.start_delay_seconds, one.name)):
@@ -64,8 +65,9 @@ def _started(manager: Manager, machine: Machine, began: float, sleep: Callable[[
         if not starts_with_host(machine) or manager.state(machine.name) not in _OFF:
             return None
         sleep(max(0.0, began + machine.spec.automatic.start_delay_seconds - time.monotonic()))
-        if not starts_with_host(registry.load(machine.name)):
-            return None  # it was changed while it waited
+        with manager.folders.used():
+            if not starts_with_host(registry.load(machine.name)):
+                return None  # it was changed while it waited
         manager.start(machine.name)
     except VmmError as error:
         return Outcome(machine.name, "failed", error)
@@ -74,7 +76,8 @@ def _started(manager: Manager, machine: Machine, began: float, sleep: Callable[[
 
 def stop_machines(manager: Manager, *, tell: Callable[[Outcome], None] | None = None) -> list[Outcome]:
     """Stop every machine that runs, as its automatic stop action says, several at once."""
-    machines, _ = registry.load_all()
+    with manager.folders.used():
+        machines, _ = registry.load_all()
 
     def stop(machine: Machine) -> Outcome | None:
         outcome = _stopped(manager, machine)

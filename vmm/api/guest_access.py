@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from vmm.api import machines
 from vmm.model.errors import NotFound, VmmError, WrongState
+from vmm.model.folders import in_use, uses_own_folders
 from vmm.processes.worker_connection import Place
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ class ConsoleConnection:
     may_type: bool
 
 
+@uses_own_folders
 class GuestAccess:
     """The inside of one machine."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
+        self.folders = in_use()
 
     # -- console and screen -----------------------------------------------------------------------------------------
 

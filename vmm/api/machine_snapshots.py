@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from vmm.api import machines
 from vmm.api.machine import MergeResult
 from vmm.model.errors import InvalidSpec, Refused, VmmError, WrongState
+from vmm.model.folders import in_use, uses_own_folders
 from vmm.processes import worker_connection
 from vmm.processes.rpc import Progress
 from vmm.processes.worker_connection import Place
@@ -50,11 +51,13 @@ class Sizes:
     memory_bytes: int
 
 
+@uses_own_folders
 class MachineSnapshots:
     """The snapshots of one machine."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.folders = in_use()
 
     # -- looking -------------------------------------------------------------------------------------------------
 

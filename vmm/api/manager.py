@@ -29,6 +29,7 @@ from vmm.api.possible import refuse_impossible
 from vmm.kvm import machine_types
 from vmm.model.errors import AccessDenied, InvalidSpec, Refused, VmmError, WrongState
 from vmm.model.events import add_event, follow_events, read_events
+from vmm.model.folders import Folders, uses_own_folders
 from vmm.model.serials import keep_serials
 from vmm.model.settings import HARDWARE, ChangedSettings, MachineSettings
 from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
@@ -115,8 +116,19 @@ class Deletion:
     kept: tuple[KeptDisk, ...]
 
 
+@uses_own_folders
 class Manager:
-    """All machines of this user on this host."""
+    """All machines of this user on this host.
+
+    `home` is the folder of everything that outlives a reboot, `runtime` that of sockets; those not given are the
+    environment's (`VMM_HOME`, `VMM_RUNTIME`). Everything done through this object, and the processes that it starts,
+    use them.
+    """
+
+    def __init__(
+        self, home: str | os.PathLike[str] | None = None, runtime: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.folders = Folders.given(home, runtime)
 
     # -- looking ----------------------------------------------------------------------------------------------------
 

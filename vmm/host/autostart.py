@@ -26,6 +26,7 @@ from typing import Literal
 from vmm.host.kernel import program_path
 from vmm.model import unfinished
 from vmm.model.errors import AccessDenied, InvalidSpec, Unsupported, VmmError, of_os_error
+from vmm.model.folders import in_use
 
 Scope = Literal["system", "user"]
 UNIT = "vmm-machines.service"
@@ -100,7 +101,8 @@ def _quoted(word: str) -> str:
 
 def kept_environment() -> dict[str, str]:
     """What of our environment decides where machines lie, so the unit must have it too."""
-    return {name: os.environ[name] for name in KEPT_VARIABLES if os.environ.get(name)}
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if os.environ.get(name)}
+    return kept | in_use().environment()
 
 
 def install(scope: Scope, command: Sequence[str]) -> Result:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmm.model.errors import InUse, of_os_error
+from vmm.model.folders import in_use
 from vmm.model.paths import MachinePaths
 
 _STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which may hold anything
@@ -148,10 +149,10 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def python_environment() -> dict[str, str]:
-    """Our environment, with the folder that our own packages were imported from first on Python's path."""
+    """Our environment, with the folders in use, and the folder of our own packages first on Python's path."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     rest = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
+    return {**os.environ, **in_use().environment(), "PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
 
 
 def spawn_detached(

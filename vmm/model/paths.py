@@ -4,14 +4,14 @@
 Decides every path of vmm, and that a runtime folder is private: it is ours, nobody else may enter it, and it is not a
 link. Must not know what is in the files.
 
-    home ($VMM_HOME, /var/lib/vmm for root, else ~/.local/share/vmm)
+    home (of `folders`, else $VMM_HOME, /var/lib/vmm for root, else ~/.local/share/vmm)
       host.json                 settings of the host: default folders
       machines/NAME/            a machine: its folder, or a link to it if it lies elsewhere
         machine.json            its definition
         was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
       switches/                 NAME.json, ID.leases: the virtual switches
       disks/  snapshots/        where new ones are put by default
-    runtime ($VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
+    runtime (of `folders`, else $VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
       FIRST-12-OF-ID/           a running machine: sockets (a unix socket's path has at most 107 bytes) and state.json
       sw-FIRST-12-OF-ID/        a switch that is on the host: its sockets, its ports, its journal
 """
@@ -25,7 +25,7 @@ import re
 import stat
 from dataclasses import dataclass
 
-from vmm.model import unfinished
+from vmm.model import folders, unfinished
 from vmm.model.errors import AccessDenied, InvalidSpec, NotFound, VmmError, of_os_error
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -39,7 +39,7 @@ DEFAULT_KEYS = ("machines", "disks", "snapshots")  # folders that `vmm host path
 
 def home() -> str:
     """The folder of everything that outlives a reboot."""
-    if chosen := os.environ.get("VMM_HOME"):
+    if chosen := folders.in_use().home or os.environ.get("VMM_HOME"):
         return os.path.abspath(chosen)
     if os.geteuid() == 0:
         return "/var/lib/vmm"
@@ -48,7 +48,7 @@ def home() -> str:
 
 def runtime_home() -> str:
     """The folder of everything that a reboot ends."""
-    if chosen := os.environ.get("VMM_RUNTIME"):
+    if chosen := folders.in_use().runtime or os.environ.get("VMM_RUNTIME"):
         return os.path.abspath(chosen)
     if os.geteuid() == 0:
         return "/run/vmm"
@@ -324,12 +324,12 @@ def machine_folder(name: str) -> str:
 
 def default_folders() -> dict[str, str]:
     """The folder for each of `DEFAULT_KEYS`: what was set, else its place in the home. Raises VmmError."""
-    folders = {key: os.path.join(home(), key) for key in DEFAULT_KEYS}
+    found = {key: os.path.join(home(), key) for key in DEFAULT_KEYS}
     try:
         with open(_settings_path(), encoding="utf-8") as file:
             settings = json.load(file)
         chosen = settings.get("paths", {})
-        folders.update({key: str(chosen[key]) for key in DEFAULT_KEYS if key in chosen})
+        found.update({key: str(chosen[key]) for key in DEFAULT_KEYS if key in chosen})
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -338,7 +338,7 @@ def default_folders() -> dict[str, str]:
         raise VmmError(
             "is damaged: it should hold the host's settings as JSON", path=_settings_path(), hint="remove or mend it"
         ) from error
-    return folders
+    return found
 
 
 def set_default_folder(key: str, folder: str | None) -> None:

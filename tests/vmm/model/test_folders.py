@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that are given to an object hold for what is done on its behalf, and for nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+import vmm
+from tests.vmm.small_guests import make_machine
+from tests.vmm.stage import kill_all
+from vmm.host.autostart import kept_environment
+from vmm.host.proc import python_environment
+from vmm.model import paths
+from vmm.model.folders import Folders, in_use, uses_own_folders
+from vmm.model.spec import make_spec
+from vmm.store import registry
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders that the environment names."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path / "usual"))
+    monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "usual-run"))
+
+
+def test_the_environment_is_the_default(tmp_path: Path) -> None:
+    """A manager without folders of its own works with those of the environment, at each call."""
+    registry.add(make_spec(name="web"))
+    assert vmm.Manager().names() == ["web"] and paths.runtime_home() == str(tmp_path / "usual-run")
+
+
+def test_two_managers_side_by_side(tmp_path: Path) -> None:
+    """Each sees its own machines, and so do the objects that it hands out."""
+    one, two = vmm.Manager(home=tmp_path / "one"), vmm.Manager(home=str(tmp_path / "two"), runtime=tmp_path / "run")
+    one.create("web")
+    two.create("db")
+    assert (one.names(), two.names(), vmm.Manager().names()) == (["web"], ["db"], [])
+    assert (tmp_path / "one" / "machines" / "web" / "machine.json").exists()
+    snapshots, guest = one.snapshots("web"), two.guest("db")
+    assert snapshots.tree().snapshots == {}
+    assert guest.set_item("role", "database") is False and guest.get_item("role").value == "database"
+    snapshots.create("first")
+    assert [snapshot.name for snapshot in snapshots.tree().snapshots.values()] == ["first"]
+    one.delete("web", with_snapshots=True)
+    assert one.names() == [] and in_use() == Folders()
+
+
+def test_they_hold_in_one_thread(tmp_path: Path) -> None:
+    """What one thread works with is not what another works with."""
+    seen: list[str] = []
+    with Folders.given(home=tmp_path / "one").used():
+        other = threading.Thread(target=lambda: seen.append(paths.home()))
+        other.start()
+        other.join()
+        assert paths.home() == str(tmp_path / "one")
+    assert seen == [str(tmp_path / "usual")] and paths.home() == str(tmp_path / "usual")
+
+
+def test_an_error_ends_their_use(tmp_path: Path) -> None:
+    """A call that fails leaves nothing behind."""
+    with pytest.raises(vmm.NotFound):
+        vmm.Manager(home=tmp_path / "one").show("web")
+    assert in_use() == Folders()
+
+
+def test_processes_get_them(tmp_path: Path) -> None:
+    """A process that is started meanwhile works with the same folders; one not given is what the environment says."""
+    with Folders.given(home=tmp_path / "one").used():
+        found = python_environment()
+        assert found["VMM_HOME"] == str(tmp_path / "one") and found["VMM_RUNTIME"] == os.environ["VMM_RUNTIME"]
+        assert kept_environment()["VMM_HOME"] == str(tmp_path / "one")
+    assert python_environment()["VMM_HOME"] == os.environ["VMM_HOME"]
+
+
+def test_a_manager_made_on_behalf_of_another_has_its_folders(tmp_path: Path) -> None:
+    """Code that makes a manager of its own inside a call works with the folders of that call."""
+    with Folders.given(home=tmp_path / "one", runtime=tmp_path / "run").used():
+        inner = vmm.Manager(runtime=tmp_path / "other")
+    assert inner.folders == Folders(str(tmp_path / "one"), str(tmp_path / "other"))
+
+
+def test_no_public_method_forgets_them(tmp_path: Path) -> None:
+    """Every public method of a class runs with its folders, and a generator, whose body runs later, is refused."""
+
+    @uses_own_folders
+    class Reader:
+        folders = Folders(home=str(tmp_path / "one"))
+
+        def home(self) -> str:
+            """Where it works."""
+            return paths.home()
+
+    assert Reader().home() == str(tmp_path / "one") and Reader.home.__doc__ == "Where it works."
+    for public in (vmm.Manager, vmm.MachineSnapshots, vmm.GuestAccess):
+        names = [name for name, one in vars(public).items() if callable(one) and not name.startswith("_")]
+        assert names and all(hasattr(getattr(public, name), "__wrapped__") for name in names)
+
+    class Late:
+        folders = Folders()
+
+        def lines(self):  # type: ignore[no-untyped-def]
+            yield paths.home()
+
+    with pytest.raises(AssertionError, match="run later"):
+        uses_own_folders(Late)
+
+
+@pytest.mark.kvm
+def test_a_machine_runs_with_them(tmp_path: Path) -> None:
+    """Its supervisor and worker work with the folders of the manager that started it, whatever the environment says."""
+    runtime = Path(tempfile.mkdtemp(prefix="vmmt-", dir="/tmp"))  # a short name: sockets lie in there
+    runtime.chmod(0o711)
+    manager = vmm.Manager(home=tmp_path / "one", runtime=runtime)
+    try:
+        make_machine(manager, tmp_path)
+        manager.start("small")
+        pids = manager.show("small").pids or {}
+        for part in ("keeper", "worker"):
+            variables = Path(f"/proc/{pids[part]}/environ").read_bytes().split(b"\0")
+            assert f"VMM_HOME={tmp_path / 'one'}".encode() in variables
+            assert f"VMM_RUNTIME={runtime}".encode() in variables
+        assert vmm.Manager().names() == [] and not (tmp_path / "usual-run").exists()
+        manager.stop("small")
+        assert manager.state("small") is vmm.MachineState.OFF
+    finally:
+        kill_all(runtime)
+        shutil.rmtree(runtime, ignore_errors=True)
