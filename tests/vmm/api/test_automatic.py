@@ -20,6 +20,7 @@ class Played(Manager):
     """A manager whose machines only say what is done with them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.states: dict[str, MachineState] = {}
         self.did: list[str] = []
         self.failing: dict[str, VmmError] = {}

@@ -113,7 +113,7 @@ def test_no_public_method_forgets_them(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_a_machine_runs_with_them(tmp_path: Path) -> None:
-    """Its supervisor and worker work with the folders of the manager that started it, whatever the environment says."""
+    """Its processes work with the folders of the manager that started it, whatever the environment says."""
     runtime = Path(tempfile.mkdtemp(prefix="vmmt-", dir="/tmp"))  # a short name: sockets lie in there
     runtime.chmod(0o711)
     manager = vmm.Manager(home=tmp_path / "one", runtime=runtime)
