@@ -61,7 +61,7 @@ def test_help_loads_no_verb(name: str, word: str, tmp_path: Path) -> None:
     modules = loaded(name, *word.split(), home=tmp_path)
     assert found(modules, *ALWAYS, *LARGE, *SMALL) == []
     rooms = {module.split(".")[1] for module in modules if module.startswith(f"{name}.")}
-    assert rooms <= {"cli", "model", "errors", "wording"}
+    assert rooms <= {"cli", "errors", "jsontext", "model", "wording"}
     assert found(modules, *(f"vhdkit.{room}" for room in ("chain", "disk", "formats", "serve", "store"))) == []
 
 
