@@ -83,5 +83,8 @@ def test_list_loads_no_qemu_and_no_switches(tmp_path: Path) -> None:
         loaded("vmm", "create", "web", "--memory", "64M", home=home)
         modules = loaded("vmm", "list", home=home)
     assert found(modules, "asyncio", "concurrent", "numpy", "construct", "pyroute2", "qemu", "rich", "ssl") == []
-    assert found(modules, "vmm.net", "vmm.worker", "vmm.store.devices", "vmm.kvm.qmp", "vmm.kvm.drives") == []
+    assert (
+        found(modules, "vmm.net", "vmm.snapshots", "vmm.worker", "vmm.store.devices", "vmm.kvm.qmp", "vmm.kvm.drives")
+        == []
+    )
     assert found(modules, "vhdkit.disk", "vhdkit.chain", "vhdkit.formats", "vhdkit.serve") == []

@@ -19,7 +19,8 @@ _HOMES = {
     "vmm.api.guest_access": "ConsoleConnection GuestAccess",
     "vmm.api.machine": "BackupResult MergeResult",
     "vmm.api.machine_snapshots": "MachineSnapshots",
-    "vmm.api.manager": "Deletion DiskInfo KeptDisk MachineInfo Manager",
+    "vmm.api.deletion": "Deletion KeptDisk",
+    "vmm.api.manager": "DiskInfo MachineInfo Manager",
     "vmm.api.new_id": "NewId OwnDisk TakenOut",
     "vmm.api.repair": "RepairStep",
     "vmm.model.errors": (
@@ -38,6 +39,8 @@ __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
+    from vmm.api.deletion import Deletion as Deletion
+    from vmm.api.deletion import KeptDisk as KeptDisk
     from vmm.api.disk_request import DiskRequest as DiskRequest
     from vmm.api.disk_request import DiskWish as DiskWish
     from vmm.api.guest_access import ConsoleConnection as ConsoleConnection
@@ -45,9 +48,7 @@ if TYPE_CHECKING:
     from vmm.api.machine import BackupResult as BackupResult
     from vmm.api.machine import MergeResult as MergeResult
     from vmm.api.machine_snapshots import MachineSnapshots as MachineSnapshots
-    from vmm.api.manager import Deletion as Deletion
     from vmm.api.manager import DiskInfo as DiskInfo
-    from vmm.api.manager import KeptDisk as KeptDisk
     from vmm.api.manager import MachineInfo as MachineInfo
     from vmm.api.manager import Manager as Manager
     from vmm.api.new_id import NewId as NewId

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's entry point: the verbs of machines, disks, adapters and backups as methods, synchronous and typed.
 
-Decides which verbs need the lock of their machine, how a machine is made and deleted, and what is refused beforehand.
+Decides which verbs need the lock of their machine, how a machine is made, and what is refused beforehand.
 Whether a machine runs is decided in `machines`, which opens it. Keeps no state: the truth is in the machines' folders
 and workers, so any number of managers may be used at once, in any process.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from vmm.api import machines
@@ -27,7 +27,7 @@ from vmm.api.guest_access import GuestAccess
 from vmm.api.machine import BackupResult
 from vmm.api.possible import refuse_impossible
 from vmm.kvm import machine_types
-from vmm.model.errors import AccessDenied, InvalidSpec, Refused, VmmError, WrongState
+from vmm.model.errors import InvalidSpec, VmmError, WrongState
 from vmm.model.events import add_event, follow_events, read_events
 from vmm.model.folders import Folders, uses_own_folders
 from vmm.model.serials import keep_serials
@@ -36,18 +36,16 @@ from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
 from vmm.processes import worker_connection
 from vmm.processes.rpc import Progress
 from vmm.processes.worker_connection import Place
-from vmm.snapshots.delete import delete_all, images_to_delete
-from vmm.snapshots.preflight import removal_problem
-from vmm.store import known_images, registry
+from vmm.store import registry
 from vmm.store.copies import AllIds, original_of
 from vmm.store.images import look_at, note_marks, settings_with_real_paths
 from vmm.store.media import open_medium
 from vmm.store.registry import Machine
-from vmm.store.removal import images_inside, remove_image
-from vmm.store.snapshots.store import has_tree, load_tree, read_merging
+from vmm.store.snapshots.store import read_merging
 from vmm.store.state import MachineState, processes_of
 
 if TYPE_CHECKING:
+    from vmm.api.deletion import Deletion
     from vmm.api.machine_snapshots import MachineSnapshots
     from vmm.api.new_id import NewId
     from vmm.api.repair import RepairStep
@@ -97,23 +95,6 @@ class DiskInfo:
     disk: DiskSpec
     size_bytes: int | None
     problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KeptDisk:
-    """A disk that stays when its machine is deleted, with the reason."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """What deleting a machine removes, and which of its disks stay."""
-
-    folder: str
-    disks: tuple[str, ...]
-    kept: tuple[KeptDisk, ...]
 
 
 @uses_own_folders
@@ -260,54 +241,9 @@ class Manager:
 
     def plan_delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
-        return self._plan_delete(worker_connection.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
+        from vmm.api.deletion import plan_delete
 
-    def _plan_delete(self, machine: Machine, *, with_disks: bool, with_snapshots: bool) -> Deletion:
-        name = machine.name
-        machines.refuse_running(_place(machine), "delete it")
-        if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
-            raise WrongState(
-                f"has {count} snapshot{'s' if count > 1 else ''}, which would be deleted with it", machine=name,
-                hint=f"vmm delete {name} --with-snapshots agrees to that",
-            )  # fmt: skip
-        disks, kept = [], []
-        unread = known_images.look().unread
-        for disk in machine.spec.disks:
-            if disk.path is None:
-                continue
-            if disk.kind != "vhd" or disk.read_only:
-                kept.append((disk.path, "it is not the machine's own" if disk.kind == "vhd" else f"it is {disk.kind}"))
-            elif not with_disks:
-                kept.append((disk.path, "disks stay unless --with-disks is given"))
-            elif not os.path.exists(disk.path):
-                kept.append((disk.path, "it is not there"))
-            elif unread:
-                kept.append((disk.path, f"the machine {unread[0]} cannot be read, and may need it"))
-            elif (other := registry.other_user_of(disk, name)) is not None:
-                kept.append((disk.path, f"it is a disk of the machine {other}, too"))
-            else:
-                try:
-                    look_at(disk, writable=True)
-                except VmmError as error:
-                    kept.append((disk.path, error.problem))
-                    continue
-                if (problem := removal_problem(disk.path)) is not None:
-                    kept.append((disk.path, f"it cannot be removed: {problem}"))
-                else:
-                    disks.append(disk.path)
-        if (problem := removal_problem(machine.paths.folder)) is not None:
-            raise AccessDenied(f"cannot be removed: {problem}", machine=name, path=machine.paths.folder)
-        if with_disks:
-            named = {os.path.realpath(path) for path in (*disks, *(path for path, _ in kept))}
-            disks += [path for path in images_to_delete(machine) if os.path.realpath(path) not in named]
-        going = {os.path.realpath(path) for path in disks}
-        for one in images_inside(machine.paths.folder):
-            if os.path.realpath(one.path) not in going:
-                raise Refused(
-                    f"its folder holds an image that would be lost with it: {one.who} needs it", machine=name,
-                    path=one.path, hint="move the image out of the machine's folder first",
-                )  # fmt: skip
-        return Deletion(machine.paths.folder, tuple(disks), tuple(KeptDisk(*one) for one in kept))
+        return plan_delete(worker_connection.look(name), with_disks=with_disks, with_snapshots=with_snapshots)
 
     def delete(self, name: str, *, with_disks: bool = False, with_snapshots: bool = False) -> Deletion:
         """Remove a machine, its saved state and logs; on request also its images and snapshots.
@@ -315,25 +251,9 @@ class Manager:
         Parents that are not the machine's own always stay. Raises WrongState, before anything is removed, while it
         runs or, unless `with_snapshots`, has snapshots.
         """
-        with machines.open_stopped(name, "delete it") as opened:
-            machine = opened.opened
-            plan = self._plan_delete(machine, with_disks=with_disks, with_snapshots=with_snapshots)
-            disks, kept = plan.disks, {one.path: one.reason for one in plan.kept}
-            if has_tree(machine.paths):
-                delete_all(machine)
-                machine = registry.load_for_change(machine.lock)  # an unfinished merge may have moved its disks
-                again = self._plan_delete(machine, with_disks=with_disks, with_snapshots=True)
-                disks, kept = again.disks, kept | {one.path: one.reason for one in again.kept}
-            registry.remove(machine)
-            keep_serials([disk for disk in machine.spec.disks if disk.path not in disks])
-            for path in disks:
-                try:
-                    remove_image(path, machine.lock)
-                except VmmError as error:
-                    kept[path] = error.problem
-        gone = tuple(path for path in dict.fromkeys((*plan.disks, *disks)) if not os.path.lexists(path))
-        stays = tuple(KeptDisk(path, reason) for path, reason in kept.items() if path not in gone)
-        return replace(plan, disks=gone, kept=stays)
+        from vmm.api.deletion import delete
+
+        return delete(name, with_disks=with_disks, with_snapshots=with_snapshots)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
