@@ -17,7 +17,7 @@ from tests.vmm.conftest import machines as machines  # the fixture
 from tests.vmm.snapshots.machines import Machines
 from vmm.model.errors import VmmError
 from vmm.store import registry
-from vmm.store.state import KeeperNote, WorkerNote
+from vmm.store.state import SupervisorNote, WorkerNote
 
 manager = vmm.Manager()
 VERBS: list[Callable[[Path], object]] = [
@@ -92,7 +92,7 @@ def test_any_shape_is_a_typed_error(machines: Machines, name: str) -> None:
             with contextlib.suppress(VmmError):
                 verb(machines.folder)
         WorkerNote.read(machine.runtime)
-        KeeperNote.read(machine.runtime)
+        SupervisorNote.read(machine.runtime)
         assert precious.read_bytes() == b"precious"
         for path, kept in everything.items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def _words(event: dict[str, Any]) -> str:
 )
 @output_options
 def logs_command(name: str, log: str | None, follow: bool, lines: int, as_json: bool, quiet: bool) -> None:
-    """What the programs of the machine NAME said: its worker, its keeper, QEMU, the server of its disks.
+    """What the programs of the machine NAME said: its worker, its supervisor, QEMU, the server of its disks.
 
     `--of console` is what the guest wrote to its serial console. With --json: {program: {"path", "lines"}}.
     """

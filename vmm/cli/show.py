@@ -161,7 +161,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
       name state reason operation accelerator uptime_seconds heartbeat folder
       copy_of
       guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
-      pids {keeper worker server qemu}
+      pids {supervisor worker server qemu}
       definition {...}     as stored: memory_bytes cpu_count disks [...] ...
       running {...}        the definition that it runs with
       at_next_start {...}  the settings in which the two differ, as they will be

@@ -3,7 +3,7 @@
 
 Decides when a recorded process number still means the same process, and how a program of ours is started so that
 it neither dies with its starter nor gets signals from its terminal. Must not know what the programs do. Light: the
-command line imports it, and so does the keeper, which must stay small.
+command line imports it, and so does the supervisor, which must stay small.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keeper of a running machine: a small process that keeps the disk server and the worker alive.
+"""The supervisor of a running machine: a small process that keeps the disk server and the worker alive.
 
-Decides when each of the two is started again. The command that starts the machine starts it. The keeper starts the
+Decides when each of the two is started again. The command that starts the machine starts it. The supervisor starts the
 server at once (which takes longest) and the worker, and from then on only waits for one of them to end (pidfd). The
-worker watches the keeper in turn: any one or two of the three may be killed. What is found running is taken over
+worker watches the supervisor in turn: any one or two of the three may be killed. What is found running is taken over
 instead of being started again.
 
-    command line --> keeper --> vhdkit serve (the disks)        the listening socket of the disks is the keeper's, so a
-                       ^  `---> worker --> QEMU                 new server finds QEMU waiting in the same queue
+    command line --> supervisor --> vhdkit serve (the disks)     the supervisor has the disks' listening socket, so
+                       ^  `---> worker --> QEMU                  a new server finds QEMU waiting in the same queue
                        '--------- watches
 
 A signal that asks it to end (the host stops, a login ends) makes the machine carry out its automatic stop action: the
-keeper passes the signal on to the worker and keeps both alive until that is done (`leaving`).
+supervisor passes the signal on to the worker and keeps both alive until that is done (`leaving`).
 
 It ends last: when the worker has noted that the machine is off, the server is ended (which flushes), the runtime
-folder is removed, and its lock is released. Must not know what the worker does. Imports little, to stay small.
+folder is removed, and its lock is released. Must not know what the worker does. Imports little, to stay small. Files,
+logs, locks and events call it `keeper`, as vmm 0.1.0 did.
 
     python -m vmm.processes.supervisor MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 """
@@ -37,7 +38,7 @@ from vmm.model.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_
 from vmm.model.events import add_event
 from vmm.model.paths import MachinePaths, RuntimePaths, make_folders, write_whole
 from vmm.store.known_images import known_images
-from vmm.store.state import ENDING_SIGNALS, SERVER_END_SIGNAL, KeeperNote, Phase, WorkerNote, mark_leaving
+from vmm.store.state import ENDING_SIGNALS, SERVER_END_SIGNAL, Phase, SupervisorNote, WorkerNote, mark_leaving
 
 SHORT_LIFE_SECONDS = 5.0  # who lived less than that is started again a little later each time
 PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -83,8 +84,8 @@ class _Kept:
         return self.ref is None and time.monotonic() >= self.not_before
 
 
-class Keeper:
-    """The keeper of one machine."""
+class Supervisor:
+    """The supervisor of one machine."""
 
     def __init__(self, machine: MachinePaths, runtime: RuntimePaths, ready: int | None, lock: Lock) -> None:
         self._machine = machine
@@ -92,7 +93,7 @@ class Keeper:
         self._ready = ready
         self._lock = lock
         self._listener: socket.socket | None = None
-        note = KeeperNote.read(runtime) or KeeperNote()
+        note = SupervisorNote.read(runtime) or SupervisorNote()
         worker = WorkerNote.read(runtime) if ready is None else None  # a first start finds nobody
         self._is_first_start = note.server is None  # else a snapshot may have moved the leaf meanwhile
         self._server = _Kept(note.server)
@@ -233,7 +234,9 @@ class Keeper:
         with contextlib.suppress(VmmError):  # a full file system must not end us
             if not self._lock.is_current():
                 return
-            KeeperNote(ProcessRef.of_self(), self._worker.ref, self._server.ref, self._failure).write(self._runtime)
+            SupervisorNote(ProcessRef.of_self(), self._worker.ref, self._server.ref, self._failure).write(
+                self._runtime
+            )
 
 
 def exports_of(runtime: RuntimePaths, *, follow_leaf: bool) -> list[dict[str, Any]]:
@@ -294,7 +297,7 @@ def main() -> None:
     lock = Lock(runtime.lock("keeper"))
     try:
         if lock.try_take():  # else there is one already
-            Keeper(machine, runtime, ready, lock).run()
+            Supervisor(machine, runtime, ready, lock).run()
     except FileNotFoundError:
         return  # the folder is gone, and so is the machine
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How other processes reach a machine's worker: one that is listening, one to be started, or one to be brought back.
 
-Decides whether a machine runs, and repairs what was killed: if QEMU is alive but unattended, a keeper is started,
+Decides whether a machine runs, and repairs what was killed: if QEMU is alive but unattended, a supervisor is started,
 which starts the rest; if nothing is alive, what is left over is removed. Light (the command line starts machines with
 it): it reads a definition's id and leaves the rest of it to the worker.
 """
@@ -113,7 +113,7 @@ def contact(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False
             elif not called:
                 called = True
                 add_event(place.machine.events, "orphan-found")
-                _spawn_keeper(place)
+                _spawn_supervisor(place)
         if time.monotonic() > deadline:
             raise TimedOut(
                 "its worker does not come back", machine=place.name, path=place.machine.log("worker"),
@@ -123,7 +123,7 @@ def contact(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False
 
 
 def is_looked_after(runtime: RuntimePaths) -> bool:
-    """True while a keeper or a worker lives."""
+    """True while a supervisor or a worker lives."""
     return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
 
 
@@ -239,8 +239,8 @@ def _runs(place: Place) -> bool:
 def _take_away_dead(place: Place) -> None:
     """The same for who has the machine's lock already. Nothing happens while somebody looks after the machine.
 
-    The locks of keeper and worker are taken meanwhile: a keeper that a dead worker had just started finds them taken,
-    or later a folder without notes, and ends.
+    The locks of supervisor and worker are taken meanwhile: a supervisor that a dead worker had just started finds them
+    taken, or later a folder without notes, and ends.
     """
     locks = [Lock(place.runtime.lock(part)) for part in ("keeper", "worker")]
     try:
@@ -258,7 +258,7 @@ def _take_away_dead(place: Place) -> None:
             lock.release()
 
 
-def _spawn_keeper(place: Place, ready: int | None = None) -> None:
+def _spawn_supervisor(place: Place, ready: int | None = None) -> None:
     words = [place.machine.folder, place.runtime.folder]
     try:
         make_folders(place.machine.logs)
@@ -269,7 +269,7 @@ def _spawn_keeper(place: Place, ready: int | None = None) -> None:
             descriptors={} if ready is None else {3: ready},
         )
     except OSError as error:
-        raise of_os_error(error, "start the machine's keeper", machine=place.name) from error
+        raise of_os_error(error, "start the machine's supervisor", machine=place.name) from error
 
 
 # -- starting -------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
             raise of_os_error(error, "start the machine", machine=name) from error
         try:
             try:
-                _spawn_keeper(place, writing)
+                _spawn_supervisor(place, writing)
             finally:
                 os.close(writing)
             return _wait_started(place, reading, progress)
@@ -368,7 +368,7 @@ def _wait_started(place: Place, reading: int, progress: Progress | None) -> Star
 
 
 def _after_all(place: Place) -> Started:
-    """The worker was killed before it said anything: the keeper has started another, or nobody lives.
+    """The worker was killed before it said anything: the supervisor has started another, or nobody lives.
 
     Who was killed may still be ending: its end of the pipe closes before its lock is free.
     """

@@ -5,7 +5,7 @@ vhdkit looks for children of an image by its own rules. They may miss a clone in
 opens an image for writing, enlarges it, merges into it or removes it also passes on what is known here
 (`INV-PARENT-READ-ONLY`).
 
-Decides what counts as an image of a machine. Reads the machines' files as plain JSON, because the keeper uses this
+Decides what counts as an image of a machine. Reads the machines' files as plain JSON, because the supervisor uses this
 and must stay small; reports which machines could not be read. Must not know which image stands on which.
 """
 

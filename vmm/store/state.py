@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notes that keeper and worker leave in the runtime folder, so that their successors can continue.
+"""The notes that supervisor and worker leave in the runtime folder, so that their successors can continue.
 
-Decides what is recorded about running processes. Each file has one writer: `state.json` the worker, `keeper.json`
-the keeper. A process in a note is believed only while its number and its start time match. Light: the keeper and the
-command line import it.
+Decides what is recorded about running processes. Each file has one writer: `state.json` the worker, `keeper.json` the
+supervisor. A process in a note is believed only while its number and its start time match. Light: the supervisor and
+the command line import it.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ class WorkerNote:
 
 
 @dataclass(slots=True)
-class KeeperNote:
-    """The keeper's note. `failure` is the error document of a disks' server that ended by itself."""
+class SupervisorNote:
+    """The supervisor's note. `failure` is the error document of a disks' server that ended by itself."""
 
-    keeper: ProcessRef | None = None
+    supervisor: ProcessRef | None = None
     worker: ProcessRef | None = None
     server: ProcessRef | None = None
     failure: dict[str, Any] | None = None
@@ -102,17 +102,17 @@ class KeeperNote:
     def write(self, runtime: RuntimePaths) -> None:
         """Raises VmmError."""
         document = {
-            "keeper": _document(self.keeper),
+            "keeper": _document(self.supervisor),
             "worker": _document(self.worker),
             "server": _document(self.server),
             "failure": self.failure,
         }
-        _write(keeper_note_path(runtime), document)
+        _write(supervisor_note_path(runtime), document)
 
     @classmethod
-    def read(cls, runtime: RuntimePaths) -> KeeperNote | None:
+    def read(cls, runtime: RuntimePaths) -> SupervisorNote | None:
         """The note that is there; None for none and for a damaged one."""
-        document = _read(keeper_note_path(runtime))
+        document = _read(supervisor_note_path(runtime))
         if document is None:
             return None
         failure = document.get("failure")
@@ -124,8 +124,8 @@ class KeeperNote:
         )
 
 
-def keeper_note_path(runtime: RuntimePaths) -> str:
-    """Where the keeper's note lies."""
+def supervisor_note_path(runtime: RuntimePaths) -> str:
+    """Where the supervisor's note lies."""
     return os.path.join(runtime.folder, "keeper.json")
 
 
@@ -152,12 +152,12 @@ def end_left(runtime: RuntimePaths, grace_seconds: float) -> None:
 
 
 def processes_of(runtime: RuntimePaths) -> dict[str, ProcessRef]:
-    """Every process in the notes that lives, by its part: keeper, worker, server, qemu."""
-    worker, keeper = WorkerNote.read(runtime) or WorkerNote(), KeeperNote.read(runtime) or KeeperNote()
+    """Every process in the notes that lives, by its part: `keeper` (the supervisor), `worker`, `server`, `qemu`."""
+    worker, supervisor = WorkerNote.read(runtime) or WorkerNote(), SupervisorNote.read(runtime) or SupervisorNote()
     found = {
-        "keeper": keeper.keeper,
-        "worker": worker.worker if worker.worker and worker.worker.is_alive() else keeper.worker,
-        "server": keeper.server,
+        "keeper": supervisor.supervisor,
+        "worker": worker.worker if worker.worker and worker.worker.is_alive() else supervisor.worker,
+        "server": supervisor.server,
         "qemu": worker.qemu,
     }
     return {part: ref for part, ref in found.items() if ref is not None and ref.is_alive()}

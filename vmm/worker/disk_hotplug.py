@@ -257,7 +257,7 @@ class Plugging:
         return holding(self._running.machine, self._running.spec.name)
 
     def write_down(self, lock: HeldLock, spec: MachineSpec) -> None:
-        """The running definition, which the keeper reads, and the disks of the stored one. Raises InUse, NoSpace."""
+        """The running definition, which the supervisor reads, and the stored one's disks. Raises InUse, NoSpace."""
         registry.update(lock, lambda stored: stored.changed(disks=list(spec.disks)))
         self._running.redefine(spec)
 

@@ -2,8 +2,8 @@
 """A running machine whose host stops: its automatic stop action, in bounded time, whatever the request comes from.
 
 Decides what is tried if one way fails (a machine that cannot be saved is asked to shut down, and if it does not, it is
-powered off), how much of the time each may take, and that the work is done once: a signal to the worker or
-the keeper, and `vmm host autostart --stop-machines`, all lead here, at once or one after the other. Must not know how
+powered off), how much of the time each may take, and that the work is done once: a signal to the worker or the
+supervisor, and `vmm host autostart --stop-machines`, all lead here, at once or one after the other. Must not know how
 these requests arrive, nor what becomes of the disks.
 
 INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action. QEMU and the

@@ -33,7 +33,7 @@ from vmm.kvm.said import in_our_words
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
 from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.model.spec import MachineSpec
-from vmm.store.state import KeeperNote, MachineState, Phase, WorkerNote
+from vmm.store.state import MachineState, Phase, SupervisorNote, WorkerNote
 from vmm.worker.asking import ask_until_off
 from vmm.worker.clock import GuestClock
 from vmm.worker.launch import no_adapters, prepare
@@ -248,18 +248,18 @@ class Running:
         try:
             while not connecting.done():
                 await asyncio.wait({connecting, exited}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                keeper = KeeperNote.read(self.runtime)
-                if keeper is not None and keeper.failure is not None:
-                    raise from_document(keeper.failure)
+                supervisor = SupervisorNote.read(self.runtime)
+                if supervisor is not None and supervisor.failure is not None:
+                    raise from_document(supervisor.failure)
                 if exited.done():
                     raise self._refusal()
             self._talk_over(connecting.result())
         except QemuFailed:
             # Both die together when the server does: its reason is the better one.
             await asyncio.sleep(LOOK_SECONDS)
-            keeper = KeeperNote.read(self.runtime)
-            if keeper is not None and keeper.failure is not None:
-                raise from_document(keeper.failure) from None
+            supervisor = SupervisorNote.read(self.runtime)
+            if supervisor is not None and supervisor.failure is not None:
+                raise from_document(supervisor.failure) from None
             if self.exited.is_set():  # it hung up before it was seen to end
                 raise self._refusal() from None
             raise

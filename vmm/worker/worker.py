@@ -2,7 +2,7 @@
 """The worker: one process for each running machine, from its start until it is off and everything is put away.
 
 Decides what the control socket offers, what happens after QEMU ends (recovery, or off), how the successor of a killed
-worker continues, and how the keeper is watched. What a verb means for QEMU is decided in `running`,
+worker continues, and how the supervisor is watched. What a verb means for QEMU is decided in `running`,
 what it means for disks in `disk_hotplug`.
 
     python -m vmm.worker.worker MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
@@ -36,8 +36,8 @@ from vmm.store.snapshots.store import has_tree
 from vmm.store.state import (
     ENDING_SIGNALS,
     SERVER_END_SIGNAL,
-    KeeperNote,
     Phase,
+    SupervisorNote,
     WorkerNote,
     is_leaving,
     note_clean,
@@ -57,7 +57,7 @@ from vmm.worker.saving import Saving
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
 SERVER_END_SECONDS = 60.0
-KEEPER_AGAIN_SECONDS = 1.0
+SUPERVISOR_AGAIN_SECONDS = 1.0
 FOLDER_LOOK_SECONDS = 2.0
 MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not started for ever
 
@@ -80,7 +80,7 @@ class Worker:
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._saving = Saving(self._running)
         self._leaving = Leaving(self._running, self._saving)
-        self._keeper: KeeperNote | None = None  # as it was last seen
+        self._supervisor: SupervisorNote | None = None  # as it was last seen
         self._folder = os.stat(runtime.folder)
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
@@ -126,7 +126,7 @@ class Worker:
         if is_leaving(self._runtime):
             self._leave_for_signal("a signal to the worker before")
         await self._control.start(bind_private(self._runtime.control))
-        watch = asyncio.gather(self._watch_keeper(), self._watch_folder())
+        watch = asyncio.gather(self._watch_supervisor(), self._watch_folder())
         switches = asyncio.create_task(self._wiring.watch())
         try:
             end = await self._first_end()
@@ -203,7 +203,7 @@ class Worker:
         return True
 
     async def _put_away(self, watch: asyncio.Future[Any]) -> None:
-        """The disks' server flushes and ends, then those who wait are told, then we end. The keeper does the rest."""
+        """The disks' server flushes and ends, those who wait are told, then we end. The supervisor does the rest."""
         note_running(self._machine, self._leaving.has_begun)  # what the host stopped runs again when it starts
         self._note.phase = Phase.ENDED
         with contextlib.suppress(VmmError):
@@ -243,8 +243,8 @@ class Worker:
                 fold.spawn(self._machine, self._runtime)
 
     async def _end_server(self) -> None:
-        keeper = KeeperNote.read(self._runtime) or self._keeper
-        server = keeper.server if keeper is not None else None
+        supervisor = SupervisorNote.read(self._runtime) or self._supervisor
+        server = supervisor.server if supervisor is not None else None
         if server is None or not server.is_alive():
             return
         try:
@@ -258,14 +258,14 @@ class Worker:
         """The host stops, or whoever started us goes: what the definition says for that."""
         self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
 
-    # -- the keeper ----------------------------------------------------------------------------------------------
+    # -- the supervisor ----------------------------------------------------------------------------------------------
 
-    async def _watch_keeper(self) -> None:
+    async def _watch_supervisor(self) -> None:
         """Start another when it has died."""
         loop = asyncio.get_running_loop()
         while self._has_folder():
-            note = KeeperNote.read(self._runtime)
-            pidfd = note.keeper.open_pidfd() if note is not None and note.keeper is not None else None
+            note = SupervisorNote.read(self._runtime)
+            pidfd = note.supervisor.open_pidfd() if note is not None and note.supervisor is not None else None
             if pidfd is not None:
                 died = asyncio.Event()
                 loop.add_reader(pidfd, died.set)
@@ -284,7 +284,7 @@ class Worker:
                     environment=python_environment(),
                 )
                 await self._wait_for_note(pid)
-            await asyncio.sleep(KEEPER_AGAIN_SECONDS)
+            await asyncio.sleep(SUPERVISOR_AGAIN_SECONDS)
 
     def _has_folder(self) -> bool:
         with contextlib.suppress(OSError):
@@ -297,7 +297,7 @@ class Worker:
         A user's last session takes /run/user/ID with it, and /tmp is tidied up.
         """
         while self._has_folder():
-            self._keeper = KeeperNote.read(self._runtime) or self._keeper
+            self._supervisor = SupervisorNote.read(self._runtime) or self._supervisor
             await asyncio.sleep(FOLDER_LOOK_SECONDS)
         self._tell("runtime-folder-gone", problem="nobody can reach the machine any more: it is saved")
         try:
@@ -307,11 +307,11 @@ class Worker:
             await self._running.stop()
 
     async def _wait_for_note(self, pid: int) -> None:
-        """Until the new keeper has written that it is there, or has ended."""
-        deadline = time.monotonic() + KEEPER_AGAIN_SECONDS * 10
+        """Until the new supervisor has written that it is there, or has ended."""
+        deadline = time.monotonic() + SUPERVISOR_AGAIN_SECONDS * 10
         while time.monotonic() < deadline and ProcessRef.of(pid) is not None:
-            note = KeeperNote.read(self._runtime)
-            if note is not None and note.keeper is not None and note.keeper.pid == pid:
+            note = SupervisorNote.read(self._runtime)
+            if note is not None and note.supervisor is not None and note.supervisor.pid == pid:
                 return
             await asyncio.sleep(LOOK_SECONDS)
         with contextlib.suppress(ChildProcessError):
@@ -417,10 +417,10 @@ async def _signs_of_life(progress: Progress, step: str) -> None:
         progress({"step": step})
 
 
-def _is_keepers(runtime: RuntimePaths) -> bool:
-    """True when the keeper of this folder started us."""
-    note = KeeperNote.read(runtime)
-    return note is not None and note.keeper is not None and note.keeper.pid == os.getppid()
+def _is_supervisors(runtime: RuntimePaths) -> bool:
+    """True when the supervisor of this folder started us."""
+    note = SupervisorNote.read(runtime)
+    return note is not None and note.supervisor is not None and note.supervisor.pid == os.getppid()
 
 
 def main() -> None:
@@ -431,7 +431,7 @@ def main() -> None:
         os.set_inheritable(ready, False)
     os.chdir("/")
     os.umask(0o077)
-    if ready is None and WorkerNote.read(runtime) is None and not _is_keepers(runtime):
+    if ready is None and WorkerNote.read(runtime) is None and not _is_supervisors(runtime):
         return  # the machine that we were to run is gone, and another start has its folder
     lock = Lock(runtime.lock("worker"))
     try:

@@ -148,12 +148,12 @@ def web(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
     tree.snapshots[two.id] = replace(two, memory_bytes=512)
     Path(tree_path(machine.paths)).write_bytes(tree.to_json())
     manager().guest("web").set_item("key", "before")
-    monkeypatch.setattr(contact, "_spawn_keeper", no_keeper)
+    monkeypatch.setattr(contact, "_spawn_supervisor", no_supervisor)
     return machines
 
 
-def no_keeper(place: Place, ready: int | None = None) -> None:
-    """The start ends where a keeper would begin, by the definition that the machine would run with."""
+def no_supervisor(place: Place, ready: int | None = None) -> None:
+    """The start ends where a supervisor would begin, by the definition that the machine would run with."""
     disk, *_ = json.loads(Path(place.runtime.running).read_text())["disks"]
     raise QemuFailed(f"would run with {os.path.basename(disk['path'])}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the keeper makes of a disks' server that ended."""
+"""What the supervisor makes of a disks' server that ended."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_why_a_server_ended(tmp_path: Path, log: str, status: int | None, kind: 
     assert type(error) is kind and words in str(error)
 
 
-def test_a_keeper_that_comes_too_late(tmp_path: Path) -> None:
+def test_a_supervisor_that_comes_too_late(tmp_path: Path) -> None:
     """One that a dead worker had started leaves the folder of the machine's next start alone, and does not lock it."""
     runtime = RuntimePaths(str(tmp_path / "run"))
     (tmp_path / "run").mkdir()

@@ -164,7 +164,7 @@ def test_a_change_after_the_host_went_down(manager: Manager, tmp_path: Path) -> 
 
 
 def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
-    """A keeper whose runtime folder is gone does not go on starting workers that cannot work."""
+    """A supervisor whose runtime folder is gone does not go on starting workers that cannot work."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -173,7 +173,7 @@ def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
     kill_these = [living[part] for part in ("qemu", "worker")]
     for victim in kill_these:
         os.kill(victim.pid, 9)
-    wait_until(lambda: not living["keeper"].is_alive() and not living["server"].is_alive(), "keeper and server end")
+    wait_until(lambda: not living["keeper"].is_alive() and not living["server"].is_alive(), "both end")
     assert manager.state("small") in (MachineState.OFF, MachineState.SAVED)  # whichever was quicker
     manager.start("small")
     wait_counting(manager)
@@ -240,7 +240,7 @@ def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None
             manager.start("small")
         finally:
             os._exit(0)
-    wait_until(lambda: "keeper" in processes(), "there is a keeper")
+    wait_until(lambda: "keeper" in processes(), "there is a supervisor")
     os.kill(child, 9)
     os.waitpid(child, 0)
     wait_state(manager, MachineState.RUNNING)

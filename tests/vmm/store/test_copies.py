@@ -27,7 +27,7 @@ from vmm.store import registry
 from vmm.store.copies import original_of
 from vmm.store.snapshots.store import tree_path
 from vmm.store.snapshots.tree import Snapshot, Tree
-from vmm.store.state import KeeperNote, MachineState
+from vmm.store.state import MachineState, SupervisorNote
 
 _ID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
 
@@ -61,14 +61,14 @@ def copied(name: str = "web", to: str = "copy", *, renamed: bool = False) -> Pat
 
 @contextlib.contextmanager
 def running(machine: registry.Machine) -> Iterator[None]:
-    """A process that looks like the machine's keeper."""
+    """A process that looks like the machine's supervisor."""
     program = "import sys; print(flush=True); sys.stdin.read()"
     words = [sys.executable, "-c", program, "vmm.processes.supervisor", machine.paths.folder]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"\n"  # its words are set
             os.makedirs(machine.runtime.folder)
-            KeeperNote(keeper=ProcessRef.of(process.pid)).write(machine.runtime)
+            SupervisorNote(supervisor=ProcessRef.of(process.pid)).write(machine.runtime)
             yield
         finally:
             process.kill()

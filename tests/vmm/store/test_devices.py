@@ -81,7 +81,7 @@ def assert_untouchable_but_swap(device: str, point: Path) -> None:
 
 
 def test_claim_outlives_the_worker(manager: Manager, tmp_path: Path) -> None:
-    """INV-DEVICE-CLAIMED: worker and keeper are killed; the device stays claimed until the machine is off."""
+    """INV-DEVICE-CLAIMED: worker and supervisor are killed; the device stays claimed until the machine is off."""
     with loop_device(bootable(tmp_path / "device.raw")) as device:
         manager.create("small", disks=[given(device)], **TINY)
         manager.start("small")

@@ -60,7 +60,7 @@ def happened(manager: Manager) -> list[str]:
 
 @pytest.mark.parametrize("parts", SETS, ids="+".join)
 def test_the_guest_is_saved(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
-    """INV-STOP-ACTION: SIGTERM to keeper, worker, disks' server and QEMU together, or to a first one, saves."""
+    """INV-STOP-ACTION: SIGTERM to supervisor, worker, disks' server and QEMU together, or to a first one, saves."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -112,7 +112,7 @@ def test_a_worker_that_is_killed_while_it_leaves(manager: Manager, tmp_path: Pat
     old = processes()["worker"]
     os.kill(old.pid, signal.SIGSTOP)  # it hears nothing before it is killed
     os.kill(processes()["keeper"].pid, signal.SIGTERM)
-    wait_until(lambda: os.path.exists(Place.of("small").runtime.leaving), "the keeper has heard it")
+    wait_until(lambda: os.path.exists(Place.of("small").runtime.leaving), "the supervisor has heard it")
     os.kill(old.pid, signal.SIGKILL)
     wait_gone()
     assert manager.state("small") is MachineState.SAVED
