@@ -15,13 +15,13 @@ import vhdkit
 
 # Run the command, then say which modules are loaded, whatever way it ends.
 PROGRAM = """
-import sys
+import gc, sys
 from {entry} import main
 sys.argv = [{name!r}, *sys.argv[1:]]
 try:
     main()
 finally:
-    print(*sorted(sys.modules), file=sys.stderr)
+    print(*sorted(sys.modules), "collects" if gc.isenabled() else "", file=sys.stderr)
 """
 ENTRIES = {"vhdkit": "vhdkit.cli.entry", "vmm": "vmm.cli.entry"}
 # What takes long and serves none of these commands.
@@ -72,6 +72,7 @@ def test_info_loads_no_rich_and_no_server(tmp_path: Path) -> None:
     vhdkit.create_child(child, image)
     for verb in ("info", "chain"):
         modules = loaded("vhdkit", verb, str(child), home=tmp_path)
+        assert "collects" in modules, "while it runs"
         assert found(modules, "rich", "pydantic", "asyncio", "concurrent", "ssl", *SMALL) == []
         assert found(modules, "vhdkit.serve", "vhdkit.disk", "vhdkit.sockets", "vhdkit.formats.vhd.dump") == []
 
@@ -82,6 +83,7 @@ def test_list_loads_no_qemu_and_no_switches(tmp_path: Path) -> None:
         home = Path(folder)
         loaded("vmm", "create", "web", "--memory", "64M", home=home)
         modules = loaded("vmm", "list", home=home)
+    assert "collects" in modules, "while it runs"
     assert found(modules, "asyncio", "concurrent", "numpy", "construct", "pyroute2", "qemu", "rich", "ssl") == []
     assert (
         found(modules, "vmm.net", "vmm.snapshots", "vmm.worker", "vmm.store.devices", "vmm.kvm.qmp", "vmm.kvm.drives")

@@ -6,6 +6,7 @@ Decides how every failure becomes an exit code. Verbs only raise.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import platform
@@ -86,6 +87,7 @@ class _Group(click.Group):
         module, words = _VERBS[cmd_name]
         command: click.Command = getattr(import_module(f"vhdkit.cli.{module}"), f"{cmd_name}_command")
         command.short_help = words  # for completion
+        gc.enable()
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

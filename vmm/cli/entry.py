@@ -7,6 +7,7 @@ nothing has been done yet. Imports nothing of ours before that is set up. What i
 
 from __future__ import annotations
 
+import gc
 import signal
 
 
@@ -14,6 +15,7 @@ def main() -> None:
     """The command `vmm`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # whoever had it ignored (nohup) meant that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # until the group has imported the verb: imports make no garbage, and looking for it takes time
     from vmm.cli.main import main as command
 
     command()

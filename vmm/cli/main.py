@@ -7,6 +7,7 @@ Verbs only raise.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import os
@@ -88,6 +89,7 @@ class _Group(click.Group):
         _refuse_without_packages()
         module, _, name = place[0].partition(":")
         command: click.Command = getattr(import_module(module), name)
+        gc.enable()
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
