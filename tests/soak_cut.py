@@ -61,7 +61,7 @@ def run(scene: str, seconds: float, seed: int = 1, *, kills: int = 0) -> Counter
         except AssertionError as error:
             kept = tempfile.mkdtemp(prefix="vhdkit-soak-kept-")
             shutil.copytree(folder, kept, dirs_exist_ok=True, symlinks=True)
-            events = [f"{one['event']} {one.get('problem', '')}" for one in manager.events(NAME)[-25:]]
+            events = [f"{one.name} {one.details.get('problem', '')}" for one in manager.events(NAME)[-25:]]
             error.add_note(f"{scene}, seed {seed}: {cut.told}; kept in {kept}; events {events}")
             raise
 

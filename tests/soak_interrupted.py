@@ -57,7 +57,7 @@ def run(seconds: float, seed: int = 1, *, rounds: int = 0) -> Counter[str]:
         try:
             return soak.run(seconds, rounds)
         except (AssertionError, VmmError) as error:
-            told = [one["event"] for one in manager.events(NAME)[-12:]]
+            told = [one.name for one in manager.events(NAME)[-12:]]
             raise AssertionError(f"interrupted, seed {seed}, {soak.story[-6:]}: {error}; events: {told}") from error
 
 

@@ -153,7 +153,7 @@ class _Soak:
                 _GUEST_SECONDS,
             )
         except AssertionError as error:
-            told = [one["event"] for one in self._manager.events(NAME)[-20:]]
+            told = [one.name for one in self._manager.events(NAME)[-20:]]
             error.add_note(f"it said {console(self._manager)[-200:]!r}, and its machine {told}")
             raise
 

@@ -27,9 +27,9 @@ resume_merge snapshot snapshot_many trusted_parent_dirs
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupResult ConsoleConnection Deleted
-Deletion DiskInfo DiskRequest DiskSpec DiskWish ExchangedItem GuestAccess GuestInfo GuestInterface Heartbeat InUse
-IntegrationSpec InvalidSpec KeptDisk MachineInfo MachineSnapshots MachineSpec MachineState Manager MergeResult NewId
-NoSpace NotFound OsInfo OwnDisk PathsSpec QemuFailed Refused RepairStep Snapshot StoreFailed TakenOut TimedOut
+Deletion DiskInfo DiskRequest DiskSpec DiskWish Event ExchangedItem GuestAccess GuestInfo GuestInterface Heartbeat
+InUse IntegrationSpec InvalidSpec KeptDisk MachineInfo MachineSnapshots MachineSpec MachineState Manager MergeResult
+NewId NoSpace NotFound OsInfo OwnDisk PathsSpec QemuFailed Refused RepairStep Snapshot StoreFailed TakenOut TimedOut
 Unsupported VmmError WrongState
 """
 

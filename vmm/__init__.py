@@ -27,6 +27,7 @@ _HOMES = {
         "AccessDenied AgentUnavailable AlreadyExists InUse InvalidSpec NoSpace NotFound QemuFailed Refused "
         "StoreFailed TimedOut Unsupported VmmError WrongState"
     ),
+    "vmm.model.events": "Event",
     "vmm.model.guest": "ExchangedItem GuestInfo GuestInterface Heartbeat OsInfo",
     "vmm.model.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
     "vmm.snapshots.apply": "Applied",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from vmm.model.errors import Unsupported as Unsupported
     from vmm.model.errors import VmmError as VmmError
     from vmm.model.errors import WrongState as WrongState
+    from vmm.model.events import Event as Event
     from vmm.model.guest import ExchangedItem as ExchangedItem
     from vmm.model.guest import GuestInfo as GuestInfo
     from vmm.model.guest import GuestInterface as GuestInterface

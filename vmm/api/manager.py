@@ -28,7 +28,7 @@ from vmm.api.machine import BackupResult
 from vmm.api.possible import refuse_impossible
 from vmm.kvm import machine_types
 from vmm.model.errors import InvalidSpec, VmmError, WrongState
-from vmm.model.events import add_event, follow_events, read_events
+from vmm.model.events import Event, add_event, follow_events, read_events
 from vmm.model.folders import Folders, uses_own_folders
 from vmm.model.serials import keep_serials
 from vmm.model.settings import HARDWARE, ChangedSettings, MachineSettings
@@ -162,11 +162,11 @@ class Manager:
         """The state of a machine. Raises NotFound, TimedOut."""
         return machines.status(name).state
 
-    def events(self, name: str) -> list[dict[str, Any]]:
+    def events(self, name: str) -> list[Event]:
         """What happened to a machine, the oldest first."""
         return read_events(Place.of(name).machine.events)
 
-    def follow_events(self, name: str, *, past: bool = False) -> Iterator[dict[str, Any] | None]:
+    def follow_events(self, name: str, *, past: bool = False) -> Iterator[Event | None]:
         """Each new event of a machine, with `past` after the earlier ones, until it is deleted; sometimes None."""
         return follow_events(Place.of(name).machine.events, past=past)
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import Manager
 from vmm.model.errors import VmmError
-from vmm.model.events import add_event, read_events
+from vmm.model.events import Event, add_event, read_events
 from vmm.model.paths import MachinePaths
 from vmm.store import registry
 from vmm.store.state import MachineState
@@ -50,11 +49,11 @@ def revert(machine: MachinePaths) -> None:
         tell("recovery-given-up", problem=str(error))
 
 
-def _recently(events: list[dict[str, Any]]) -> int:
+def _recently(events: list[Event]) -> int:
     """How often it was done lately."""
     since = time.time() - WINDOW_SECONDS
-    done = [one for one in events if one["event"] == "recovery" and one.get("action") == "revert"]
-    return sum(isinstance(one.get("time"), int | float) and one["time"] > since for one in done)
+    done = [one for one in events if one.name == "recovery" and one.details.get("action") == "revert"]
+    return sum(one.time is not None and one.time > since for one in done)
 
 
 def _wait_until_off(name: str) -> None:

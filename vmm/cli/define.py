@@ -159,11 +159,11 @@ def create_command(
     Images are looked at as the machine will open them. QEMU's newest machine type and the processor model become the
     machine's for life, so that what is saved can be restored after an upgrade.
     """
-    wishes = [parse_disk(word) for word in disks]
-    wishes += [parse_disk(word, kind="pass-through") for word in devices]
-    wishes += [parse_disk(word, kind="iso") for word in images]
+    requests = [parse_disk(word) for word in disks]
+    requests += [parse_disk(word, kind="pass-through") for word in devices]
+    requests += [parse_disk(word, kind="iso") for word in images]
     adapters = [parse_nic(word) for word in nics]
-    one = Manager().create(name, disks=wishes, adapters=adapters, folder=folder, **_settings(words, None))
+    one = Manager().create(name, disks=requests, adapters=adapters, folder=folder, **_settings(words, None))
     if as_json:
         print_json(document_of(one))
     elif not quiet:

@@ -33,7 +33,7 @@ _ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
 
 
 def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskRequest:
-    """IMAGE[,OPTION=VALUE...] as a wish; of a drive ("iso") the image may be missing. Raises BadParameter."""
+    """IMAGE[,OPTION=VALUE...] as a request; of a drive ("iso") the image may be missing. Raises BadParameter."""
     path, *rest = word.split(",")
     while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:  # of the name, most likely
         if os.path.lexists(path) and not os.path.lexists(f"{path},{rest[0]}"):

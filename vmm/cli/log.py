@@ -14,7 +14,7 @@ from vhdkit import json_text
 from vmm.api.manager import Manager
 from vmm.cli.common import epilog, output_options, print_json, print_line
 from vmm.model.errors import of_os_error, printable
-from vmm.model.events import Followed
+from vmm.model.events import Event, Followed
 
 _LOGS = ("worker", "keeper", "qemu", "disks", "console")
 _LOOK_SECONDS = 0.2
@@ -41,12 +41,14 @@ def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
             print_line(_words(event))
 
 
-def event_document(event: dict[str, Any]) -> dict[str, Any]:
+def event_document(event: Event) -> dict[str, Any]:
     """An event for JSON: its time says its unit."""
-    return {("time_unix_seconds" if key == "time" else key): value for key, value in event.items()}
+    found = {} if event.time is None else {"time_unix_seconds": event.time}
+    details = {("time_unix_seconds" if key == "time" else key): value for key, value in event.details.items()}
+    return {**found, "event": event.name, **details}
 
 
-def _flushed(events: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+def _flushed(events: Iterator[Event | None]) -> Iterator[Event]:
     """The events; what was printed goes out while nothing happens."""
     for event in events:
         if event is not None:
@@ -55,13 +57,14 @@ def _flushed(events: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any]
             sys.stdout.flush()  # for whoever reads a pipe
 
 
-def _words(event: dict[str, Any]) -> str:
+def _words(event: Event) -> str:
+    moment = event.details.get("time", 0) if event.time is None else event.time
     try:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(event.get("time") or 0)))
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(moment)))
     except (ValueError, TypeError, OverflowError, OSError):  # the file was edited by hand
-        when = f"{event['time']}"
-    details = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("time", "event"))
-    return f"{when}  {event['event']}" + (f"  ({details})" if details else "")
+        when = f"{moment}"
+    details = ", ".join(f"{key}: {value}" for key, value in event.details.items() if key != "time")
+    return f"{when}  {event.name}" + (f"  ({details})" if details else "")
 
 
 @click.command("logs", epilog=epilog("vmm logs web", "vmm logs web --of console", "vmm logs web --of qemu --follow"))

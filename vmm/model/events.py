@@ -12,11 +12,24 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MAX_BYTES = 1 << 20
 LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened. `time`: seconds since the epoch; None where the file, edited by hand, has no number.
+
+    `details` are what the event says beside its name, by their names: texts, numbers, lists of them.
+    """
+
+    name: str
+    time: float | None
+    details: Mapping[str, Any]
 
 
 def add_event(path: str, event: str, /, **details: object) -> None:
@@ -33,7 +46,7 @@ def add_event(path: str, event: str, /, **details: object) -> None:
             os.close(descriptor)
 
 
-def read_events(path: str) -> list[dict[str, Any]]:
+def read_events(path: str) -> list[Event]:
     """All events, the oldest first; what is no event is left out."""
     found = []
     for name in (f"{path}.1", path):
@@ -42,9 +55,7 @@ def read_events(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def follow_events(
-    path: str, *, past: bool = False, wait_seconds: float = LOOK_SECONDS
-) -> Iterator[dict[str, Any] | None]:
+def follow_events(path: str, *, past: bool = False, wait_seconds: float = LOOK_SECONDS) -> Iterator[Event | None]:
     """Events as they happen from now on, until their folder is removed; None now and then while nothing happens.
 
     With `past` those that happened before come first, and none in between is missed. A folder that is renamed is
@@ -102,9 +113,13 @@ class Followed:
             return True
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Event | None:
     with contextlib.suppress(ValueError, RecursionError):
         document = json.loads(line)
-        if isinstance(document, dict) and isinstance(document.get("event"), str):
-            return document
+        if isinstance(document, dict) and isinstance(name := document.pop("event", None), str):
+            moment = document.get("time")
+            if isinstance(moment, bool) or not isinstance(moment, int | float):
+                return Event(name, None, document)
+            del document["time"]
+            return Event(name, moment, document)
     return None

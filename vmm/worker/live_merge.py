@@ -94,10 +94,10 @@ class LiveMerges:
     ) -> dict[str, Any]:
         server = self._running.server
         chain = (await served_layers(self._running))[disk]
-        wish: dict[str, Any] = {"export": disk, "into": target, "max_rate_bytes": rate}
+        request: dict[str, Any] = {"export": disk, "into": target, "max_rate_bytes": rate}
         if os.path.realpath(chain[0]) != os.path.realpath(layers[0]):
-            wish["layer"] = layers[0]
-        merging = asyncio.create_task(server.call("merge", timeout_seconds=MERGE_SECONDS, **wish))
+            request["layer"] = layers[0]
+        merging = asyncio.create_task(server.call("merge", timeout_seconds=MERGE_SECONDS, **request))
         while not merging.done():
             await asyncio.wait({merging}, timeout=_LOOK_SECONDS)
             with contextlib.suppress(VmmError, KeyError, TypeError, StopIteration):

@@ -209,8 +209,8 @@ def test_agent(manager: Manager) -> None:
             guest.thaw()
     manager.shutdown("web", timeout_seconds=SECONDS)
     assert manager.state("web") is MachineState.OFF
-    (event,) = [event for event in manager.events("web") if event["event"] == "shutdown-requested"]
-    assert event["by"] == "agent"
+    (event,) = [event for event in manager.events("web") if event.name == "shutdown-requested"]
+    assert event.details["by"] == "agent"
 
 
 def test_services_that_are_off(manager: Manager) -> None:
@@ -225,8 +225,8 @@ def test_services_that_are_off(manager: Manager) -> None:
             with pytest.raises(AgentUnavailable, match="switched off"):
                 ask()
     manager.shutdown("web", timeout_seconds=SECONDS)  # by the power button
-    (event,) = [event for event in manager.events("web") if event["event"] == "shutdown-requested"]
-    assert event["by"] == "power button"
+    (event,) = [event for event in manager.events("web") if event.name == "shutdown-requested"]
+    assert event.details["by"] == "power button"
 
 
 def test_exchange(manager: Manager) -> None:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.kvm
 
 def actions(manager: Manager) -> list[tuple[object, object]]:
     """What was done about crashes: (event, action or problem)."""
-    events = [one for one in manager.events("small") if one["event"].startswith("recovery")]
-    return [(one["event"], one.get("action") or one.get("problem")) for one in events]
+    events = [one for one in manager.events("small") if one.name.startswith("recovery")]
+    return [(one.name, one.details.get("action") or one.details.get("problem")) for one in events]
 
 
 def kill_qemu() -> int:

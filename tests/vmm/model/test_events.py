@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from vmm.model import events
-from vmm.model.events import add_event, follow_events, read_events
+from vmm.model.events import Event, add_event, follow_events, read_events
 
 
 def test_following_with_what_was_misses_nothing(tmp_path: Path) -> None:
@@ -21,7 +22,7 @@ def test_following_with_what_was_misses_nothing(tmp_path: Path) -> None:
     following = follow_events(path, past=True, wait_seconds=0)
     add_event(path, "third")
     told = [next(following) for _ in range(3)]
-    assert [one["event"] for one in told if one is not None] == ["first", "second", "third"]
+    assert [one.name for one in told if one is not None] == ["first", "second", "third"]
 
 
 def test_written_and_read(tmp_path: Path) -> None:
@@ -33,10 +34,18 @@ def test_written_and_read(tmp_path: Path) -> None:
         file.write('garbage\n[]\n{"event": 5}\n\xff\n')
     add_event(str(path), "off", path="/x")
     found = read_events(str(path))
-    assert [(one["event"], sorted(one)) for one in found] == [
-        ("started", ["accelerator", "event", "time"]),
-        ("off", ["event", "path", "time"]),
+    assert [(one.name, sorted(one.details), one.time is None) for one in found] == [
+        ("started", ["accelerator"], False),
+        ("off", ["path"], False),
     ]
+
+
+@pytest.mark.parametrize("moment", ["yesterday", None, True, [1]])
+def test_a_time_that_is_no_number(tmp_path: Path, moment: object) -> None:
+    """An event whose time was edited by hand is still one; what stands there is among its details."""
+    path = tmp_path / "events"
+    path.write_text(json.dumps({"time": moment, "event": "off", "by": "hand"}) + "\n")
+    assert read_events(str(path)) == [Event("off", None, {"time": moment, "by": "hand"})]
 
 
 def test_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +55,7 @@ def test_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(100):
         add_event(str(path), f"e{number}")
     assert sum(one.stat().st_size for one in tmp_path.iterdir()) < 2300
-    assert read_events(str(path))[-1]["event"] == "e99"
+    assert read_events(str(path))[-1].name == "e99"
     assert path.stat().st_mode & 0o077 == 0
 
 
@@ -68,7 +77,7 @@ def test_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         add_event(path, f"e{number}")
         while (event := next(following)) is None:
             pass
-        told.append(str(event["event"]))
+        told.append(str(event.name))
     assert told == [f"e{number}" for number in range(5)]
 
 
@@ -80,7 +89,7 @@ def test_following_ends_with_the_folder(tmp_path: Path) -> None:
     assert next(following) is None
     folder.rename(renamed)
     add_event(str(renamed / "events"), "renamed")
-    assert (event := next(following)) is not None and event["event"] == "renamed"
+    assert (event := next(following)) is not None and event.name == "renamed"
     assert next(following) is None
     (renamed / "events").unlink()
     renamed.rmdir()

@@ -69,7 +69,7 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     time.sleep(2)
     assert ping(one, "10.5.0.2").exit_code == 0
     assert any(
-        event["event"] == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name)
+        event.name == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name)
     )
     # VLANs: apart, and the trunk is in both.
     lab.manager.change_adapter("one", "nic-0", vlan=10)
@@ -139,8 +139,8 @@ def test_a_guest_keeps_its_mtu_with_its_memory(lab: MachineLab) -> None:
     """
 
     def kept() -> list[tuple[object, object]]:
-        found = [one for one in lab.manager.events("one") if one["event"] == "adapter-mtu-kept"]
-        return [(one["mtu_bytes"], one.get("switch_mtu_bytes")) for one in found]
+        found = [one for one in lab.manager.events("one") if one.name == "adapter-mtu-kept"]
+        return [(one.details["mtu_bytes"], one.details.get("switch_mtu_bytes")) for one in found]
 
     switches.create(make_switch(name="lab", mtu_bytes=4000))
     one = lab.start("one", {"switch": "lab"})

@@ -130,7 +130,7 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
     """
 
     def events(name: str) -> int:
-        return sum(one["event"] == name for one in manager.events("small"))
+        return sum(one.name == name for one in manager.events("small"))
 
     switches.create(make_switch(name="lab"))
     try:
@@ -166,7 +166,7 @@ def test_a_machine_starts_without_its_switch(manager: Manager, tmp_path: Path) -
     """It starts disconnected and says so once, restored memory too; it joins the switch that comes."""
 
     def told() -> list[str]:
-        found = [str(one["event"]) for one in manager.events("small")]
+        found = [str(one.name) for one in manager.events("small")]
         return [one for one in found if one in ("adapter-disconnected", "adapter-connected")]
 
     problem = "there is no switch 'lab'; there are: none"
@@ -220,7 +220,7 @@ def test_saved_on_a_bridge_that_is_gone(manager: Manager, tmp_path: Path) -> Non
         vmm("switch", "delete", "lab", "--force")
         assert "nic-0 is disconnected: there is no switch 'lab'" in vmm("start", "small")
         vmm("switch", "create", "lab", "--type", "private", "--backend", "bridge")
-        wait_until(lambda: "adapter-connected" in [one["event"] for one in manager.events("small")], "it joins", 120)
+        wait_until(lambda: "adapter-connected" in [one.name for one in manager.events("small")], "it joins", 120)
         assert "master" in spaces.run(here, "ip link show type tun")
         vmm("stop", "small")
         vmm("switch", "delete", "lab", "--force")

@@ -47,8 +47,8 @@ class Scene:
 
     def mended(self) -> list[tuple[object, object]]:
         """(switch, what) of everything that the machine's worker put right."""
-        found = [one for one in self.manager.events("small") if one["event"] == "switch-mended"]
-        return [(one["switch"], one["what"]) for one in found]
+        found = [one for one in self.manager.events("small") if one.name == "switch-mended"]
+        return [(one.details["switch"], one.details["what"]) for one in found]
 
     def rules(self) -> list[str]:
         """All lines of all rules, without what was counted; tables are listed in the order in which they came."""
@@ -96,7 +96,7 @@ def test_a_running_machine_puts_its_switches_right(scene: Scene) -> None:
     wait_until(lambda: ("lan", "mtu") in scene.mended(), "the MTU is followed")
     assert scene.host.run("ip link show").count("mtu 1400") == 3, "card, bridge and tap"
     assert scene.faults("nat") == scene.faults("lan") == []
-    assert [one for one in scene.manager.events("small") if one["event"] == "switch-impaired"] == []
+    assert [one for one in scene.manager.events("small") if one.name == "switch-impaired"] == []
 
 
 def test_a_route_into_the_network_of_guests_is_told(scene: Scene) -> None:

@@ -98,7 +98,7 @@ def test_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
     kill(("qemu",))
     wait_until(lambda: not os.path.exists(Place.of("small").runtime.folder), "all is put away")
     assert manager.state("small") is MachineState.OFF and processes() == {}
-    assert "qemu-died" in [event["event"] for event in manager.events("small")]
+    assert "qemu-died" in [event.name for event in manager.events("small")]
     assert has_written(leaf)
     vhdkit.open_disk(leaf, writable=True).close()
     manager.start("small")
@@ -116,7 +116,7 @@ def test_killed_qemu_recovers(manager: Manager, tmp_path: Path) -> None:
         wait_state(manager, MachineState.RUNNING)
     kill(("qemu",))
     wait_state(manager, MachineState.OFF)
-    assert "recovery-given-up" in [event["event"] for event in manager.events("small")]
+    assert "recovery-given-up" in [event.name for event in manager.events("small")]
 
 
 @pytest.mark.parametrize("parts", [("worker", "qemu"), ("keeper", "worker", "qemu")], ids="+".join)
@@ -253,7 +253,7 @@ def test_damaged_disk_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
     leaf.with_suffix(".vhd").rename(tmp_path / "elsewhere.vhd")
     with pytest.raises(StoreFailed, match="parent") as caught:
         manager.start("small")
-    assert [one["event"] for one in manager.events("small")] == ["created", "start-failed", "off"]
+    assert [one.name for one in manager.events("small")] == ["created", "start-failed", "off"]
     assert caught.value.machine == "small" and caught.value.exit_code == 6
     assert manager.state("small") is MachineState.OFF and processes() == {}
 

@@ -300,7 +300,7 @@ def test_saved_memory_and_a_lun(manager: Manager, tmp_path: Path) -> None:
             manager.start("small")
         manager.start("small", discard_saved=True)
         manager.stop("small")
-        assert not [one for one in manager.events("small") if one["event"] == "saved-disk-not-compared"]
+        assert not [one for one in manager.events("small") if one.name == "saved-disk-not-compared"]
 
 
 def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:

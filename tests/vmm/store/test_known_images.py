@@ -203,4 +203,4 @@ def test_marks_are_left(machines: Machines, gold: Path) -> None:
     (gold.parent / f".{gold.name}.vhdkit-children").mkdir()  # it cannot be written
     manager.remove_disk("a", "disk-0")
     manager.add_disk("a", vmm.DiskRequest(str(clone), parent_dirs=parent, read_only=True))
-    assert manager.events("a")[-1]["event"] == "parent-not-marked"
+    assert manager.events("a")[-1].name == "parent-not-marked"

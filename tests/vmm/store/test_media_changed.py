@@ -37,7 +37,7 @@ def medium_of(manager: Manager, name: str, drive: str) -> str | None:
 
 def events(manager: Manager, name: str, event: str) -> list[str | None]:
     """The media of events of that kind, the oldest first."""
-    return [one.get("path") for one in manager.events(name) if one["event"] == event]
+    return [one.details.get("path") for one in manager.events(name) if one.name == event]
 
 
 def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:

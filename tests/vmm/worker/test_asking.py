@@ -102,5 +102,5 @@ def test_a_linux_that_has_just_begun_to_boot(manager: Manager) -> None:
     )  # fmt: skip
     manager.start("linux")
     manager.shutdown("linux", timeout_seconds=120)
-    told = [one for one in manager.events("linux") if one["event"] in ("shutdown-requested", "powered-off")]
-    assert [one["by"] for one in told] == ["power button", "guest-shutdown"]
+    told = [one for one in manager.events("linux") if one.name in ("shutdown-requested", "powered-off")]
+    assert [one.details["by"] for one in told] == ["power button", "guest-shutdown"]

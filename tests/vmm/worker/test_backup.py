@@ -36,8 +36,8 @@ pytestmark = pytest.mark.kvm
 
 
 def events(manager: Manager, kind: str) -> list[dict[str, Any]]:
-    """The machine's events of that kind, the oldest first."""
-    return [one for one in manager.events("small") if one["event"] == kind]
+    """What the machine's events of that kind say, the oldest first."""
+    return [dict(one.details) for one in manager.events("small") if one.name == kind]
 
 
 def files_of(folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ def wait_gone() -> None:
 
 def happened(manager: Manager) -> list[str]:
     """The names of the machine's events."""
-    return [event["event"] for event in manager.events("small")]
+    return [event.name for event in manager.events("small")]
 
 
 @pytest.mark.parametrize("parts", SETS, ids="+".join)
@@ -69,8 +69,8 @@ def test_the_guest_is_saved(manager: Manager, tmp_path: Path, parts: tuple[str, 
     assert manager.state("small") is MachineState.SAVED
     assert starts_with_host(load("small"))  # it ran when the host stopped
     events = manager.events("small")
-    (stopping,) = [event for event in events if event["event"] == "host-stopping"]
-    assert (stopping["action"], stopping["by"]) == ("save", "SIGTERM")
+    (stopping,) = [event for event in events if event.name == "host-stopping"]
+    assert (stopping.details["action"], stopping.details["by"]) == ("save", "SIGTERM")
     assert "stop-action-failed" not in happened(manager) and "disk-server-died" not in happened(manager)
     assert vhdkit.check(leaf) == []
     before = last_tick(manager)
@@ -100,7 +100,7 @@ def test_a_machine_that_is_to_be_turned_off(manager: Manager, tmp_path: Path) ->
     wait_gone()
     assert manager.state("small") is MachineState.OFF
     assert happened(manager).count("host-stopping") == 1
-    assert [event["by"] for event in manager.events("small") if event["event"] == "stopped"] == ["vmm"]
+    assert [event.details["by"] for event in manager.events("small") if event.name == "stopped"] == ["vmm"]
     assert vhdkit.check(leaf) == []
 
 
@@ -116,7 +116,7 @@ def test_a_worker_that_is_killed_while_it_leaves(manager: Manager, tmp_path: Pat
     os.kill(old.pid, signal.SIGKILL)
     wait_gone()
     assert manager.state("small") is MachineState.SAVED
-    assert [event["by"] for event in manager.events("small") if event["event"] == "host-stopping"]
+    assert [event.details["by"] for event in manager.events("small") if event.name == "host-stopping"]
 
 
 def test_the_hosts_command_and_the_signal_at_once(manager: Manager, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.kvm
 
 def told(manager: Manager, name: str = "small") -> list[str]:
     """The names of all events."""
-    return [event["event"] for event in manager.events(name)]
+    return [event.name for event in manager.events(name)]
 
 
 @contextlib.contextmanager
