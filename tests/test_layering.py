@@ -414,6 +414,20 @@ def check_harness(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{line}: the harness may not import {module}"
 
 
+def check_one_door(path: str, source: str) -> Iterator[str]:
+    """Whether a machine runs is asked in one place: `vmm.api.machines` opens it, and the rest uses the port."""
+    if not path.startswith("vmm/") or path.startswith("vmm/processes/") or path == "vmm/api/machines.py":
+        return
+    for line, module, name in imports_of(path, source):
+        if module == "vmm.processes.worker_connection" and name in ("contact", "changing"):
+            yield f"{path}:{line}: only vmm/api/machines.py opens machines"
+    for node in ast.walk(parsed(source)):
+        if not isinstance(node, ast.Attribute) or node.attr not in ("contact", "changing"):
+            continue
+        if ast.unparse(node.value) in ("contact", "worker_connection"):
+            yield f"{path}:{node.lineno}: only vmm/api/machines.py opens machines"
+
+
 def check_definitions(path: str, source: str) -> Iterator[str]:
     """A machine's definition, stored or running, is written in one place each, and named in one."""
     if not path.startswith("vmm/"):
@@ -441,9 +455,13 @@ RULES: tuple[Rule, ...] = (
     check_silent,
     check_harness,
     check_definitions,
+    check_one_door,
 )
 # One bad line for every way a rule can be broken.
 BAD: tuple[tuple[Rule, str, str], ...] = (
+    (check_one_door, "vmm/api/manager.py", "from vmm.processes.worker_connection import contact"),
+    (check_one_door, "vmm/cli/life.py", "worker_connection.contact(place)"),
+    (check_one_door, "vmm/api/manager.py", "with contact.changing(name) as (machine, client): ..."),
     (check_definitions, "vmm/worker/saving.py", "write_whole(machine.definition, b'')"),
     (check_definitions, "vmm/worker/saving.py", "paths.write_whole(self.runtime.running, b'', durable=False)"),
     (check_definitions, "vmm/worker/saving.py", "os.rename(part, machine.paths.definition)"),
