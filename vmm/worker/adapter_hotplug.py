@@ -30,6 +30,7 @@ from vmm.store.snapshots.store import holding
 from vmm.store.state import MachineState
 from vmm.worker.launch import Launch
 from vmm.worker.running import Running
+from vmm.worker.states import Verb
 
 if TYPE_CHECKING:
     from vmm.net.adapter import Give, Owner, Plugged
@@ -176,10 +177,6 @@ class Wiring:
         """What the control socket offers about adapters."""
         return {"nic-add": self._add, "nic-remove": self._remove, "nic-set": self._set}
 
-    def _check(self, verb: str) -> None:
-        if self._running.state not in _LIVE:
-            raise WrongState(f"is {self._running.state.value}: cannot {verb} now")
-
     def _adapter(self, params: dict[str, Any]) -> AdapterSpec:
         adapter_id = parameter(params, "adapter", str, "")
         adapter = self._running.spec.adapter(adapter_id)
@@ -191,7 +188,7 @@ class Wiring:
     async def _add(self, params: dict[str, Any], progress: Progress) -> object:
         """Plug in an adapter; {"adapter": an adapter's settings}."""
         adapter = make_adapter(**parameter(params, "adapter", dict, {}))
-        self._check("add an adapter")
+        self._running.need(Verb.ADD_ADAPTER)
         before = self._running.spec
         if before.adapter(adapter.id) is not None:
             raise AlreadyExists(f"there is an adapter {adapter.id!r} already")
@@ -241,7 +238,7 @@ class Wiring:
         from vmm.net.adapter import unplug, wire_id
 
         adapter = self._adapter(params)
-        self._check("remove an adapter")
+        self._running.need(Verb.REMOVE_ADAPTER)
         after = self._running.spec.changed(
             adapters=[one for one in self._running.spec.adapters if one.id != adapter.id]
         )

@@ -38,6 +38,7 @@ from vmm.store.snapshots.store import Held, holding
 from vmm.store.state import MachineState
 from vmm.worker.adapter_hotplug import told_mtus
 from vmm.worker.recovery import follow_pivots, served_ids, served_leaves
+from vmm.worker.states import Verb
 
 if TYPE_CHECKING:
     from vmm.worker.disk_hotplug import Plugging
@@ -68,8 +69,7 @@ class Capture:
             parameter(params, "name", str), parameter(params, "notes", str, ""),
             bool(parameter(params, "consistent", bool, False)), parameter(params, "mode", str),
         )  # fmt: skip
-        if running.state not in (MachineState.RUNNING, MachineState.PAUSED):
-            raise WrongState(f"is {running.state.value}: no snapshot can be taken now")
+        running.need(Verb.SNAPSHOT)
         if request.consistent and running.state is not MachineState.RUNNING:
             raise WrongState("is paused: its guest cannot freeze its file systems", hint="without --consistent")
         with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:

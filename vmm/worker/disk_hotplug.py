@@ -27,10 +27,9 @@ from vmm.store import registry
 from vmm.store.known_images import known_images
 from vmm.store.media import is_device, known_by, open_in_drive
 from vmm.store.snapshots.store import Held, holding
-from vmm.store.state import MachineState
 from vmm.worker.running import Running
+from vmm.worker.states import Verb
 
-_LIVE = (MachineState.RUNNING, MachineState.PAUSED)
 CHANGE_MEDIUM = "disk-change"  # the operation
 
 
@@ -50,10 +49,6 @@ class Plugging:
             "disk-status": self._status,
         }
 
-    def _check(self, verb: str) -> None:
-        if self._running.state not in _LIVE:
-            raise WrongState(f"is {self._running.state.value}: cannot {verb} now")
-
     def _disk(self, params: dict[str, Any]) -> DiskSpec:
         disk_id = parameter(params, "disk", str, "")
         disk = self._running.spec.disk(disk_id)
@@ -65,7 +60,7 @@ class Plugging:
     async def _add(self, params: dict[str, Any], progress: Progress) -> object:
         """Plug in a disk; {"disk": a disk's settings}."""
         disk = make_disk(**parameter(params, "disk", dict, {}))
-        self._check("add a disk")
+        self._running.need(Verb.ADD_DISK)
         if disk.kind == "iso":
             raise WrongState(
                 "is running, and a drive on ide cannot be added then",
@@ -117,7 +112,7 @@ class Plugging:
     async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
         """Unplug a disk; {"disk": id}."""
         disk = self._disk(params)
-        self._check("remove a disk")
+        self._running.need(Verb.REMOVE_DISK)
         if disk.controller != "scsi":
             raise WrongState(
                 f"is running, and a disk on {disk.controller} cannot be removed then",
@@ -135,7 +130,7 @@ class Plugging:
         """Another medium in a drive; {"disk": id, "path": its file or None, "force": a locked tray, too}."""
         drive = self._disk(params)
         path = parameter(params, "path", str)
-        self._check("change a medium")
+        self._running.need(Verb.CHANGE_MEDIUM)
         if drive.kind != "iso":
             raise WrongState(f"{drive.id} is a disk: only a drive's medium can be changed while the machine runs")
         changed = make_disk(**{**drive.model_dump(), "path": path})
@@ -223,7 +218,7 @@ class Plugging:
         size_bytes = parameter(params, "size_bytes", int, 0)
         if size_bytes <= 0:
             raise InvalidSpec("a size is a positive number of bytes")
-        self._check("resize a disk")
+        self._running.need(Verb.RESIZE_DISK)
         if disk.kind != "vhd" or disk.read_only:
             raise WrongState("only a writable image can be resized")
         if disk.controller == "ide":

@@ -16,14 +16,14 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmm.model.errors import InUse, InvalidSpec, Refused, VmmError, WrongState
+from vmm.model.errors import InUse, InvalidSpec, Refused, VmmError
 from vmm.processes.rpc import Method, Progress, parameter
 from vmm.snapshots.steps import begin_merge
 from vmm.store.backup_note import has_note
 from vmm.store.snapshots.journal import MergeLive
 from vmm.store.snapshots.store import Held, holding
-from vmm.store.state import MachineState
 from vmm.worker.recovery import follow_merge, served_layers
+from vmm.worker.states import Verb
 
 if TYPE_CHECKING:
     from vmm.worker.running import Running
@@ -46,8 +46,7 @@ class LiveMerges:
     async def _merge(self, params: dict[str, Any], progress: Progress) -> object:
         """{"target", "layers": newest first, "max_rate_bytes"}: {"target", "passes", "held_seconds"}."""
         running = self._running
-        if running.state not in (MachineState.RUNNING, MachineState.PAUSED):
-            raise WrongState(f"is {running.state.value}: cannot merge its images now")
+        running.need(Verb.MERGE)
         target = parameter(params, "target", str, "")
         layers = [str(path) for path in parameter(params, "layers", list, [])]
         rate = parameter(params, "max_rate_bytes", int)

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One QEMU and its machine, from start to end, as the worker sees it.
 
-Decides in which state a machine is, which verbs are allowed in that state, and what an event of QEMU means for it:
-
-    starting --> running <--> paused          pause, resume; save from either
-                 |  ^  `----> stopping        the guest was asked to shut down, or QEMU was told to quit
-                 v  |
-            paused-critical                   a disk failed: it continues by itself when the cause is gone
+Decides what an event of QEMU means for the machine and what each verb tells QEMU. Which state follows from that, and
+which verbs it allows, is decided in `states`.
 
 QEMU stays when the guest powers off (-no-shutdown) until it is told to quit, so an unrequested end is a
 crash, whether or not a worker saw it. Must not know who asks, nor what happens after the end.
@@ -37,6 +33,7 @@ from vmm.store.state import MachineState, Phase, SupervisorNote, WorkerNote
 from vmm.worker.asking import ask_until_off
 from vmm.worker.clock import GuestClock
 from vmm.worker.launch import no_adapters, prepare
+from vmm.worker.states import Facts, Verb, refuse, state_of
 
 START_SECONDS = 60.0  # from QEMU's start until it answers
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
@@ -112,15 +109,10 @@ class Running:
     @property
     def state(self) -> MachineState:
         """What the machine is doing."""
-        if self.note.phase is Phase.STARTING:
-            return MachineState.STARTING
-        if self._is_stopping or self._end is not None or self.note.phase is Phase.ENDED:
-            return MachineState.STOPPING
-        if self.note.operation == "save" or self._is_paused_by_user():
-            return MachineState.PAUSED
-        if self.status == "running" or not self._is_known:  # a guest runs on while its worker is another
-            return MachineState.RUNNING
-        return MachineState.CRITICAL if self.status == "io-error" else MachineState.PAUSED
+        return state_of(Facts(
+            self.note.phase, self.status, self._is_known, is_ending=self._is_stopping or self._end is not None,
+            is_paused_by_user=self._is_paused_by_user(), operation=self.note.operation,
+        ))  # fmt: skip
 
     def _is_paused_by_user(self) -> bool:
         return bool(self.note.details.get("paused"))
@@ -204,9 +196,9 @@ class Running:
         self.note.details["thaw_owed"] = is_owed
         self.write_note()
 
-    def need(self, verb: str, *states: MachineState) -> None:
-        if self.state not in states:
-            raise WrongState(f"is {self.state.value}: cannot {verb} now")
+    def need(self, verb: Verb) -> None:
+        """Raise WrongState where the state does not allow the verb."""
+        refuse(verb, self.state)
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -476,7 +468,7 @@ class Running:
 
     async def pause(self) -> None:
         """Stand still. Raises WrongState, InUse, QemuFailed, TimedOut."""
-        self.need("pause it", MachineState.RUNNING, MachineState.CRITICAL)
+        self.need(Verb.PAUSE)
         with self.busy("pause"):
             self.note.details["paused"] = True
             try:
@@ -496,7 +488,7 @@ class Running:
 
     async def resume(self) -> None:
         """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
-        self.need("resume it", MachineState.PAUSED, MachineState.CRITICAL)
+        self.need(Verb.RESUME)
         with self.busy("resume"):
             self.note.details.pop("paused", None)
             await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
@@ -509,7 +501,7 @@ class Running:
 
     async def reset(self) -> None:
         """As the reset button. Raises WrongState, InUse, QemuFailed."""
-        self.need("reset it", MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL)
+        self.need(Verb.RESET)
         with self.busy("reset"):
             await self.qmp.execute("system_reset")
 
@@ -525,7 +517,7 @@ class Running:
 
         Raises InUse beside another operation, unless `beside_others`: a guest may do so at any time, too.
         """
-        self.need("shut it down", MachineState.RUNNING)
+        self.need(Verb.SHUT_DOWN)
         if self.note.operation is not None and not beside_others:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self._is_stopping = True

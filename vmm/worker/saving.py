@@ -20,9 +20,9 @@ from vmm.model.spec import MachineSpec
 from vmm.processes.rpc import Progress
 from vmm.store import saved
 from vmm.store.media import changed_drives
-from vmm.store.state import MachineState
 from vmm.worker.adapter_hotplug import told_mtus
 from vmm.worker.running import LOOK_SECONDS, START_SECONDS, STOP_SECONDS, End, Running
+from vmm.worker.states import Verb
 
 _FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
 
@@ -123,7 +123,7 @@ class Saving:
 
         `give_up_at` (of the monotonic clock): memory that is not written by then is not saved. Raises TimedOut.
         """
-        self._running.need("save it", MachineState.RUNNING, MachineState.PAUSED)
+        self._running.need(Verb.SAVE)
         with self._running.busy("save"):
             await self._running.refresh()
             was_running = self._running.status == "running"

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a running machine follows from facts by a table, and so does what each state allows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from vmm.model.errors import WrongState
+from vmm.store.state import MachineState, Phase
+from vmm.worker.states import ALLOWED, STATES, Facts, Verb, refuse, state_of
+
+STATUSES = (
+    "prelaunch",
+    "running",
+    "paused",
+    "io-error",
+    "shutdown",
+    "postmigrate",
+    "finish-migrate",
+    "internal-error",
+)
+EVERYTHING = [
+    Facts(phase, status, is_known, is_ending, is_paused, operation)
+    for phase, status, is_known, is_ending, is_paused, operation in itertools.product(
+        Phase, STATUSES, (True, False), (True, False), (True, False), (None, "save", "snapshot")
+    )
+]
+
+
+def plain_state(one: Facts) -> MachineState:
+    """The same in plain conditions."""
+    if one.phase is Phase.STARTING:
+        return MachineState.STARTING
+    if one.is_ending or one.phase is Phase.ENDED:
+        return MachineState.STOPPING
+    if one.operation == "save" or one.is_paused_by_user:
+        return MachineState.PAUSED
+    if not one.is_known or one.status == "running":
+        return MachineState.RUNNING
+    return MachineState.CRITICAL if one.status == "io-error" else MachineState.PAUSED
+
+
+def test_every_combination_has_its_state() -> None:
+    """All facts that there can be give the state that plain conditions give."""
+    assert len(EVERYTHING) == 576
+    assert [one for one in EVERYTHING if state_of(one) is not plain_state(one)] == []
+
+
+def test_every_row_decides_something() -> None:
+    """No row of the table is hidden by those before it."""
+    for number, (words, holds, _) in enumerate(STATES):
+        earlier = [row[1] for row in STATES[:number]]
+        assert any(holds(one) and not any(before(one) for before in earlier) for one in EVERYTHING), words
+
+
+@pytest.mark.parametrize("verb", list(Verb), ids=lambda one: one.name)
+def test_what_a_state_allows(verb: Verb) -> None:
+    """A verb passes in the states that allow it; in each other one the error names the state."""
+    assert ALLOWED[verb]
+    for state in MachineState:
+        if state in ALLOWED[verb]:
+            refuse(verb, state)
+        else:
+            with pytest.raises(WrongState, match=f"^is {state.value}: .*{verb.value}"):
+                refuse(verb, state)
+
+
+@pytest.mark.parametrize("state", [MachineState.OFF, MachineState.SAVED, MachineState.STARTING, MachineState.STOPPING])
+def test_nothing_is_done_to_a_machine_that_comes_or_goes(state: MachineState) -> None:
+    """While it starts or ends, and when it is off, no verb of a running machine is allowed."""
+    assert [verb for verb, states in ALLOWED.items() if state in states] == []

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which state a running machine is in, and which verb each state allows, as tables.
+
+    starting --> running <--> paused          pause, resume; save from either
+                 |  ^  `----> stopping        the guest was asked to shut down, or QEMU was told to quit
+                 v  |
+            paused-critical                   a disk failed: it continues by itself when the cause is gone
+
+Decides both from facts alone, so every combination can be tried. Must not know QEMU, tasks or files. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from vmm.model.errors import WrongState
+from vmm.store.state import MachineState, Phase
+
+_RUNNING, _PAUSED, _CRITICAL = MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the state follows from. `status` is QEMU's word (`query-status`), a guess unless `is_known`.
+
+    `is_ending`: QEMU ended, was told to, or the guest was asked to shut down. `is_paused_by_user`: by `pause`, and not
+    resumed since.
+    """
+
+    phase: Phase
+    status: str
+    is_known: bool
+    is_ending: bool = False
+    is_paused_by_user: bool = False
+    operation: str | None = None
+
+
+# The first row that holds gives the state.
+STATES: Final[tuple[tuple[str, Callable[[Facts], bool], MachineState], ...]] = (
+    ("QEMU is being made", lambda one: one.phase is Phase.STARTING, MachineState.STARTING),
+    ("it ends or has ended", lambda one: one.is_ending or one.phase is Phase.ENDED, MachineState.STOPPING),
+    ("its memory is being saved", lambda one: one.operation == "save", _PAUSED),
+    ("the user paused it", lambda one: one.is_paused_by_user, _PAUSED),
+    ("QEMU runs the guest", lambda one: one.status == "running", _RUNNING),
+    ("another worker took over: the guest ran on meanwhile", lambda one: not one.is_known, _RUNNING),
+    ("a disk failed", lambda one: one.status == "io-error", _CRITICAL),
+    ("QEMU holds the guest for another reason", lambda one: True, _PAUSED),
+)
+
+
+def state_of(facts: Facts) -> MachineState:
+    """The state of a machine about which this is known."""
+    return next(state for _, holds, state in STATES if holds(facts))
+
+
+class Verb(StrEnum):
+    """A verb that only some states allow; its value says what cannot be done in the others."""
+
+    PAUSE = "cannot pause it now"
+    RESUME = "cannot resume it now"
+    RESET = "cannot reset it now"
+    SHUT_DOWN = "cannot shut it down now"
+    SAVE = "cannot save it now"
+    SNAPSHOT = "no snapshot can be taken now"
+    MERGE = "cannot merge its images now"
+    ADD_DISK = "cannot add a disk now"
+    REMOVE_DISK = "cannot remove a disk now"
+    CHANGE_MEDIUM = "cannot change a medium now"
+    RESIZE_DISK = "cannot resize a disk now"
+    ADD_ADAPTER = "cannot add an adapter now"
+    REMOVE_ADAPTER = "cannot remove an adapter now"
+
+
+_LIVE: Final = frozenset({_RUNNING, _PAUSED})
+ALLOWED: Final[dict[Verb, frozenset[MachineState]]] = {
+    Verb.PAUSE: frozenset({_RUNNING, _CRITICAL}),
+    Verb.RESUME: frozenset({_PAUSED, _CRITICAL}),
+    Verb.RESET: _LIVE | {_CRITICAL},
+    Verb.SHUT_DOWN: frozenset({_RUNNING}),
+    Verb.SAVE: _LIVE,
+    Verb.SNAPSHOT: _LIVE,
+    Verb.MERGE: _LIVE,
+    Verb.ADD_DISK: _LIVE,
+    Verb.REMOVE_DISK: _LIVE,
+    Verb.CHANGE_MEDIUM: _LIVE,
+    Verb.RESIZE_DISK: _LIVE,
+    Verb.ADD_ADAPTER: _LIVE,
+    Verb.REMOVE_ADAPTER: _LIVE,
+}
+
+
+def refuse(verb: Verb, state: MachineState) -> None:
+    """Raise WrongState, which names the state, where it does not allow the verb."""
+    if state not in ALLOWED[verb]:
+        raise WrongState(f"is {state.value}: {verb.value}")
