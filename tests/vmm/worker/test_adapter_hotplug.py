@@ -28,6 +28,7 @@ from vmm.store.back_ends import last_back_ends
 from vmm.store.state import MachineState
 from vmm.worker import adapter_hotplug as wiring
 from vmm.worker.running import Running
+from vmm.worker.states import Verb, refuse
 
 
 def test_places_on_the_bus_follow_from_ids() -> None:
@@ -80,6 +81,10 @@ class Told:
     def busy(self, operation: str) -> Iterator[None]:
         """One operation at a time."""
         yield
+
+    def need(self, verb: Verb) -> None:
+        """What its state allows."""
+        refuse(verb, self.state)
 
     def tell(self, event: str, **details: object) -> None:
         """An event."""

@@ -13,12 +13,14 @@ from typing import Any, cast
 import pytest
 
 from vmm.model.errors import NoSpace
+from vmm.model.paths import write_whole
 from vmm.model.spec import MachineSpec, make_spec
 from vmm.store import registry
 from vmm.store.state import MachineState
 from vmm.worker import disk_hotplug as plugging
 from vmm.worker.disk_hotplug import CHANGE_MEDIUM, Plugging
 from vmm.worker.running import Running
+from vmm.worker.states import Verb, refuse
 
 
 class Drive:
@@ -57,6 +59,15 @@ class Drive:
 
     def write_note(self) -> None:
         """Nobody follows."""
+
+    def need(self, verb: Verb) -> None:
+        """It runs, which allows every verb about disks."""
+        refuse(verb, self.state)
+
+    def redefine(self, spec: MachineSpec) -> None:
+        """As of a running machine: the file comes first."""
+        write_whole(self.runtime.running, spec.to_json(), durable=False)
+        self.spec = spec
 
     async def wait_reachable(self) -> None:
         """It is."""
