@@ -39,7 +39,7 @@ from tests.vmm.guests.tools import GuestUnavailable
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import DiskRequest, Manager
 from vmm.api.stopped_machine import StoppedMachine
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -197,7 +197,7 @@ def merging_until(snapshots: MachineSnapshots, ended: threading.Event) -> None:
 def guest_shell(name: str) -> GuestShell:
     """The guest's shell, over the machine's console."""
     link = socket.socket(socket.AF_UNIX)
-    link.connect(Place.of(name).runtime.console)
+    link.connect(MachineRef.of(name).runtime.console)
     link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
     while link.recv(1) != b"\n":
         pass

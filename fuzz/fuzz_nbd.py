@@ -21,7 +21,7 @@ from fuzz.loop import main
 from fuzz.mutate import extreme, mutate_bytes
 from vhdkit.serve.nbd import options as nbd_options
 from vhdkit.serve.nbd import protocol as nbd_protocol
-from vhdkit.serve.nbd.options import ExportInfo, Handshake, Session, State, TlsMode
+from vhdkit.serve.nbd.options import ExportInfo, Handshake, HandshakeState, Session, TlsMode
 from vhdkit.serve.nbd.protocol import BrokenClient, Request, Transmission
 from vhdkit.serve.nbd.wire import MAX_STRING_BYTES, Command, TransmissionFlag
 from vhdkit.units import KIB, TIB
@@ -50,11 +50,13 @@ def reaches_requests(data: bytes) -> int:
     return len(found)
 
 
-def _conversation(mode: TlsMode, sent: bytes, size: int) -> tuple[bytes, State, Session | None, list[Request | None]]:
+def _conversation(
+    mode: TlsMode, sent: bytes, size: int
+) -> tuple[bytes, HandshakeState, Session | None, list[Request | None]]:
     handshake = Handshake(lambda: EXPORTS, tls=mode)
     said = bytearray(handshake.take_output())
     position = 0
-    while position < len(sent) and handshake.state is State.OPTIONS:
+    while position < len(sent) and handshake.state is HandshakeState.OPTIONS:
         handshake.receive(sent[position : position + size])
         position += size
         said += _taken(handshake, size)
@@ -70,7 +72,7 @@ def _conversation(mode: TlsMode, sent: bytes, size: int) -> tuple[bytes, State, 
 
 
 def _wants_tls(handshake: Handshake) -> bool:
-    return handshake.state is State.TLS
+    return handshake.state is HandshakeState.TLS
 
 
 def _taken(handshake: Handshake, size: int) -> bytes:
@@ -78,7 +80,7 @@ def _taken(handshake: Handshake, size: int) -> bytes:
     while handshake.is_held_back:
         handshake.receive(b"")
         said += handshake.take_output()
-    if handshake.state is State.OPTIONS:
+    if handshake.state is HandshakeState.OPTIONS:
         assert len(handshake._input) <= nbd_options.MAX_OPTION_BYTES + 16
     position = 0
     while position + 20 <= len(said) and said[position : position + 8] == bytes.fromhex("0003e889045565a9"):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from fuzz.loop import main
 from fuzz.mutate import mutate_bytes
 from tests.vmm.net.bridge_model import ModelBridge, ModelPort
-from vmm.net.capture import Capture, Direction
+from vmm.net.capture import Direction, PacketCapture
 from vmm.net.engine import AGEING_SECONDS, Engine, PortRules, VlanMode
 
 _STATION = bytes.fromhex("020000000001")
@@ -33,7 +33,7 @@ def target(data: bytes) -> None:
     """Send these frames through the switches."""
     choice = data[0] if data else 0
     rules = [_RULES[(choice // len(_RULES) ** number) % len(_RULES)] for number in range(_PORTS)]
-    switch, guarded, model, capture = Engine(), Engine(), ModelBridge(AGEING_SECONDS), Capture(None)
+    switch, guarded, model, capture = Engine(), Engine(), ModelBridge(AGEING_SECONDS), PacketCapture(None)
     for number, one in enumerate(rules):
         switch.add_port(f"p{number}", one)
         guarded.add_port(f"p{number}", _guarded(one))

@@ -33,7 +33,7 @@ from tests.vmm.stage import machine_stage
 from vmm.api.export_import import exporting as transfer
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.snapshots.recovery import settle
 from vmm.store import registry
 from vmm.store.backup_note import has_note
@@ -210,7 +210,7 @@ class _Cut:
 
     def _put_away(self) -> None:
         """It is off, and no process of it lives."""
-        runtime = Place.of(NAME).runtime.folder
+        runtime = MachineRef.of(NAME).runtime.folder
 
         def is_off() -> bool:
             with contextlib.suppress(VmmError):

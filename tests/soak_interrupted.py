@@ -33,7 +33,7 @@ from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, VmmError
 from vmm.model.spec import DiskSpec
 from vmm.processes import worker_connection as contact
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.snapshots.store import holding
 from vmm.store.state import MachineState
@@ -194,7 +194,7 @@ class _Soak:
 
     def _look(self) -> None:
         """It runs and has settled; its disks are those of its definition; every snapshot reads as it did."""
-        runtime = Place.of(NAME).runtime.folder
+        runtime = MachineRef.of(NAME).runtime.folder
 
         def is_back() -> bool:
             state = self._manager.state(NAME)

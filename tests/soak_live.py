@@ -15,7 +15,7 @@ from pathlib import Path
 
 import vhdkit
 from vhdkit import errors
-from vhdkit.serve.control.merging import MergeWish, Merging
+from vhdkit.serve.control.merging import MergeWish, ServedMerge
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ImageExport, Manner
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
@@ -102,9 +102,9 @@ def merge_while_writing() -> None:
     try:
         paths = [layer.store.name for layer in export.disk.chain.layers]
         if len(paths) > 2:
-            Merging(server, export, MergeWish(layer=paths[1], into=paths[2])).run()
+            ServedMerge(server, export, MergeWish(layer=paths[1], into=paths[2])).run()
         if len(paths) > 1:
-            Merging(server, export, MergeWish(into=paths[-1])).run()
+            ServedMerge(server, export, MergeWish(into=paths[-1])).run()
     finally:
         stop.set()
         writer.join()

@@ -31,7 +31,7 @@ from tests.vmm.worker.test_capture import settled
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.state import MachineState
 
@@ -136,7 +136,7 @@ class _Soak:
 
     def _come_back(self) -> None:
         """All four processes live, the guest runs, and nobody is at work on the snapshots."""
-        runtime = Place.of(NAME).runtime.folder
+        runtime = MachineRef.of(NAME).runtime.folder
 
         def is_back() -> bool:
             state = self._manager.state(NAME)

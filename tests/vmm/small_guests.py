@@ -14,7 +14,7 @@ import vhdkit
 from tests.vmm.guests import boot_sector
 from vmm.api.manager import DiskRequest, Manager
 from vmm.host.proc import ProcessRef
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.state import MachineState, processes_of
 
 MIB = 1 << 20
@@ -72,7 +72,7 @@ def press(manager: Manager, key: str, name: str = "small") -> None:
     """Press a key at the guest's serial console."""
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(SECONDS)
-        link.connect(Place.of(name).runtime.console)
+        link.connect(MachineRef.of(name).runtime.console)
         link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
         assert json.loads(link.makefile().readline())["ok"]
         link.sendall(key.encode())
@@ -81,7 +81,7 @@ def press(manager: Manager, key: str, name: str = "small") -> None:
 
 def processes(name: str = "small") -> dict[str, ProcessRef]:
     """The machine's processes that live."""
-    return processes_of(Place.of(name).runtime)
+    return processes_of(MachineRef.of(name).runtime)
 
 
 def wait_whole(name: str = "small", *, but: dict[str, ProcessRef] | None = None) -> dict[str, ProcessRef]:

@@ -40,7 +40,7 @@ _EXAMPLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Conversion:
     """What was asked for. A path of `-` is a pipe."""
 
     source: str
@@ -87,13 +87,13 @@ def convert_command(
         raise click.UsageError(f"a {target} image has no blocks: leave out --block-size")
     if destination == STREAM and common.json:
         raise click.UsageError("standard output cannot be both the disk and the JSON document")
-    job = _Job(source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, force, not no_sync)
+    job = _Conversion(source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, force, not no_sync)
     begin = time.monotonic()
     size_bytes = _run(job, common, progress)
     _tell(job, size_bytes, time.monotonic() - begin, common)
 
 
-def _run(job: _Job, common: Common, wanted: bool | None) -> int:
+def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
     """Do it; returns the virtual size of the result."""
     if job.source == STREAM:
         return _from_pipe(job, common, wanted)
@@ -134,7 +134,7 @@ def _refuse_layers(output: Any, disk: vhdkit.Disk) -> None:
             raise InvalidArgument("standard output is this file, which is part of the source", path=file.name)
 
 
-def _from_pipe(job: _Job, common: Common, wanted: bool | None) -> int:
+def _from_pipe(job: _Conversion, common: Common, wanted: bool | None) -> int:
     read = _standard_input()
     source_format = common.options.format_name
     if job.destination == STREAM:
@@ -171,7 +171,7 @@ def _standard_output() -> Any:
     return stream
 
 
-def _tell(job: _Job, size_bytes: int, seconds: float, common: Common) -> None:
+def _tell(job: _Conversion, size_bytes: int, seconds: float, common: Common) -> None:
     if job.destination == STREAM:
         return
     tell_other_name(common, job.destination, raw=job.kind is DiskFormat.RAW)

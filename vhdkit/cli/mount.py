@@ -25,7 +25,7 @@ from vhdkit.cli.output import columns, note, print_json, print_text
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable, quoted
 from vhdkit.folder import exists
-from vhdkit.serve.mount.mounting import Mounted, Wish, mount
+from vhdkit.serve.mount.mounting import Mounted, MountRequest, mount
 from vhdkit.serve.mount.unmounting import Listed, listed, umount
 from vhdkit.serve.opening import Manner
 from vhdkit.units import format_size
@@ -111,7 +111,7 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
         overlay=wished.overlay,
         keep_overlay=wished.keep_overlay,
     )
-    wish = Wish(
+    wish = MountRequest(
         wished.image, wished.mountpoint, manner, wished.as_file, wished.partition, wished.file_system,
         wished.allow_other, wished.foreground,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def _log(common: Common, *, foreground: bool) -> None:
         logging.basicConfig(handlers=[logging.NullHandler()], force=True)
 
 
-def _tell(mounted: Mounted, wish: Wish, common: Common) -> None:
+def _tell(mounted: Mounted, wish: MountRequest, common: Common) -> None:
     for text in mounted.notes:
         note(common, text)
     if common.json:

@@ -36,7 +36,7 @@ from vhdkit.serve.nbd.listen import Listeners, is_activated, parse_address, pars
 from vhdkit.serve.nbd.options import TlsMode
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.nbd.tls import certificate_context, psk_context
-from vhdkit.serve.nbdkit.command import Launch, writes
+from vhdkit.serve.nbdkit.command import NbdkitLaunch, writes
 from vhdkit.serve.notify import READY, STOPPING, notify
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports, wanted_of_file
 from vhdkit.sockets import SocketFile
@@ -53,7 +53,7 @@ _EXAMPLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ServeOptions:
     """The command line of `serve`."""
 
     image: tuple[str, ...]
@@ -166,14 +166,14 @@ def serve_command(common: Common, **words: Any) -> None:
                    "read_only"}], "control",
       "addresses": [URI without an export's name, ...]}
     """
-    wish = Wish(**words)
+    wish = ServeOptions(**words)
     _check(wish)
     _log_to_stderr(common)
     with unmeant_ignored():
         _ENGINES[wish.engine](wish, common)
 
 
-def _check(wish: Wish) -> None:
+def _check(wish: ServeOptions) -> None:
     """Raise UsageError for options that exclude each other."""
     if not wish.image and not wish.export and wish.exports is None:
         raise click.UsageError("name an IMAGE to serve")
@@ -208,7 +208,7 @@ def _log_to_stderr(common: Common) -> None:
     logging.basicConfig(level=level, format=form, stream=sys.stderr, force=True)
 
 
-def _wanted(wish: Wish, common: Common) -> list[Wanted]:
+def _wanted(wish: ServeOptions, common: Common) -> list[Wanted]:
     """The images in the order of their kind: plain ones first."""
     wanted = [Wanted(path, description=wish.description) for path in wish.image]
     for word in wish.export:
@@ -231,7 +231,7 @@ def _trusting(wanted: Wanted, common: Common) -> Wanted:
     return replace(wanted, manner=replace(wanted.manner, options=options))
 
 
-def _serve_builtin(wish: Wish, common: Common) -> None:
+def _serve_builtin(wish: ServeOptions, common: Common) -> None:
     with contextlib.ExitStack() as unserved, contextlib.ExitStack() as cleanup:
         tls = _tls(wish)
         _note_changes(wish)
@@ -266,7 +266,7 @@ def _serve_builtin(wish: Wish, common: Common) -> None:
         server.run()
 
 
-def _note_changes(wish: Wish) -> None:
+def _note_changes(wish: ServeOptions) -> None:
     """Have changes of images noted; those that are thrown away at the end need no notes. Raises NotFound."""
     if wish.remember is not None:
         if not is_folder(wish.remember):
@@ -282,13 +282,15 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _tls(wish: Wish) -> ssl.SSLContext | None:
+def _tls(wish: ServeOptions) -> ssl.SSLContext | None:
     if wish.tls_psk is not None:
         return psk_context(wish.tls_psk)
     return certificate_context(wish.tls_certs) if wish.tls_certs is not None else None
 
 
-def _take_commands(wish: Wish, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack) -> None:
+def _take_commands(
+    wish: ServeOptions, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack
+) -> None:
     """Have the control socket: ours, unless it was given to somebody, whose paths are confined then."""
     assert wish.control is not None
     confined = Confinement(wish.control_dir)
@@ -311,12 +313,12 @@ def _remove_quietly(path: str) -> None:
         remove_file(path)
 
 
-def _serve_nbdkit(wish: Wish, common: Common) -> None:
+def _serve_nbdkit(wish: ServeOptions, common: Common) -> None:
     """Look whether all images can be served, which says best what is wrong with one; then leave them to nbdkit."""
     if wish.control or wish.keep_overlay or wish.stats:
         raise click.UsageError("--control, --keep-overlay and --stats are not for nbdkit: leave out --engine nbdkit")
     program = find_nbdkit()
-    launch = Launch(
+    launch = NbdkitLaunch(
         (), common.options, wish.read_only, wish.overlay, wish.exit_last,
         description=wish.description, tls_certs=wish.tls_certs, tls_psk=wish.tls_psk, tls_required=wish.tls_required,
         arguments=click.get_current_context().meta.get(ARGUMENTS, ()),
@@ -346,7 +348,7 @@ def _close(export: ImageExport) -> None:
     export.disk.close()
 
 
-def _listen(wish: Wish, listeners: Listeners) -> bool:
+def _listen(wish: ServeOptions, listeners: Listeners) -> bool:
     """Have the sockets that were asked for; True when they were passed to us: whoever did so knows where they are."""
     if listeners.add_activated():
         return True
@@ -403,7 +405,7 @@ def _pid_file(path: str) -> Iterator[None]:
                 remove_file(path)
 
 
-def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, common: Common) -> None:
+def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: ServeOptions, common: Common) -> None:
     """Where clients find what."""
     secure = bool(wish.tls_certs or wish.tls_psk)
     addresses = [address.uri("", secure=secure) for address in listeners.addresses]
@@ -434,4 +436,4 @@ def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: Wish, co
     sys.stdout.flush()
 
 
-_ENGINES: dict[str, Callable[[Wish, Common], None]] = {"builtin": _serve_builtin, "nbdkit": _serve_nbdkit}
+_ENGINES: dict[str, Callable[[ServeOptions, Common], None]] = {"builtin": _serve_builtin, "nbdkit": _serve_nbdkit}

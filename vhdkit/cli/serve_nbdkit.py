@@ -25,7 +25,7 @@ import click
 
 from vhdkit import IoFailed
 from vhdkit.folder import exists, is_regular, remove_file
-from vhdkit.serve.nbdkit.command import Launch, check_python, missing, nbdkit_command, nbdkit_environment
+from vhdkit.serve.nbdkit.command import NbdkitLaunch, check_python, missing, nbdkit_command, nbdkit_environment
 from vhdkit.sockets import PrivateFolder
 
 ARGUMENTS = "vhdkit.nbdkit.arguments"  # where the command line keeps what follows "--"
@@ -71,7 +71,9 @@ def find_nbdkit() -> str:
     return program
 
 
-def run_nbdkit(program: str, launch: Launch, sockets: Sequence[socket.socket], ready: Callable[[], None]) -> None:
+def run_nbdkit(
+    program: str, launch: NbdkitLaunch, sockets: Sequence[socket.socket], ready: Callable[[], None]
+) -> None:
     """Serve until nbdkit ends, which it does when we get a signal; `ready` is called when clients are served.
 
     Raises IoFailed when nbdkit fails. It has said why on standard error.

@@ -28,7 +28,7 @@ _OFF = (MachineState.OFF, MachineState.SAVED)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class AutomaticResult:
     """What was done with a machine: "started", "saved", "shut down", "turned off", or "failed" with the problem."""
 
     machine: str
@@ -43,12 +43,15 @@ def starts_with_host(machine: Machine) -> bool:
 
 
 def start_machines(
-    manager: Manager, *, sleep: Callable[[float], None] = time.sleep, tell: Callable[[Outcome], None] | None = None
-) -> list[Outcome]:
+    manager: Manager,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    tell: Callable[[AutomaticResult], None] | None = None,
+) -> list[AutomaticResult]:
     """Start what starts with the host, those with the shortest delay first. Delays count from now."""
     with manager.folders.used():
         machines, failures = registry.load_all()
-    outcomes = [Outcome(error.machine or "", "failed", error) for error in failures]
+    outcomes = [AutomaticResult(error.machine or "", "failed", error) for error in failures]
     began = time.monotonic()
     for machine in sorted(machines, key=lambda one: (one.spec.automatic.start_delay_seconds, one.name)):
         outcome = _started(manager, machine, began, sleep)
@@ -59,7 +62,9 @@ def start_machines(
     return outcomes
 
 
-def _started(manager: Manager, machine: Machine, began: float, sleep: Callable[[float], None]) -> Outcome | None:
+def _started(
+    manager: Manager, machine: Machine, began: float, sleep: Callable[[float], None]
+) -> AutomaticResult | None:
     """None for a machine that is not to be started, or runs already."""
     try:
         if not starts_with_host(machine) or manager.state(machine.name) not in _OFF:
@@ -70,16 +75,16 @@ def _started(manager: Manager, machine: Machine, began: float, sleep: Callable[[
                 return None  # it was changed while it waited
         manager.start(machine.name)
     except VmmError as error:
-        return Outcome(machine.name, "failed", error)
-    return Outcome(machine.name, "started")
+        return AutomaticResult(machine.name, "failed", error)
+    return AutomaticResult(machine.name, "started")
 
 
-def stop_machines(manager: Manager, *, tell: Callable[[Outcome], None] | None = None) -> list[Outcome]:
+def stop_machines(manager: Manager, *, tell: Callable[[AutomaticResult], None] | None = None) -> list[AutomaticResult]:
     """Stop every machine that runs, as its automatic stop action says, several at once."""
     with manager.folders.used():
         machines, _ = registry.load_all()
 
-    def stop(machine: Machine) -> Outcome | None:
+    def stop(machine: Machine) -> AutomaticResult | None:
         outcome = _stopped(manager, machine)
         if outcome is not None and tell is not None:
             tell(outcome)
@@ -89,17 +94,17 @@ def stop_machines(manager: Manager, *, tell: Callable[[Outcome], None] | None = 
         return [outcome for outcome in pool.map(stop, machines) if outcome is not None]
 
 
-def _stopped(manager: Manager, machine: Machine) -> Outcome | None:
+def _stopped(manager: Manager, machine: Machine) -> AutomaticResult | None:
     """None for a machine that does not run."""
     name = machine.name
     try:
         if manager.state(name) in _OFF:
             return None
         try:
-            return Outcome(name, manager.stop_with_host(name))
+            return AutomaticResult(name, manager.stop_with_host(name))
         except VmmError:  # its worker was killed meanwhile: the next one goes on with it
             if (state := manager.state(name)) in _OFF:
-                return Outcome(name, "saved" if state is MachineState.SAVED else "shut down")
-            return Outcome(name, manager.stop_with_host(name))
+                return AutomaticResult(name, "saved" if state is MachineState.SAVED else "shut down")
+            return AutomaticResult(name, manager.stop_with_host(name))
     except VmmError as error:
-        return Outcome(name, "failed", error)
+        return AutomaticResult(name, "failed", error)

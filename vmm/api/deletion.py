@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from vmm.api import machines
 from vmm.model.errors import AccessDenied, Refused, VmmError, WrongState
 from vmm.model.serials import keep_serials
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.preflight import removal_problem
 from vmm.store import known_images, registry
@@ -43,7 +43,7 @@ class Deletion:
 def plan_delete(machine: Machine, *, with_disks: bool, with_snapshots: bool) -> Deletion:
     """What `delete` would remove. Raises WrongState while the machine runs or has snapshots, InUse."""
     name = machine.name
-    machines.refuse_running(Place(machine.name, machine.paths, machine.runtime), "delete it")
+    machines.refuse_running(MachineRef(machine.name, machine.paths, machine.runtime), "delete it")
     if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
         raise WrongState(
             f"has {count} snapshot{'s' if count > 1 else ''}, which would be deleted with it", machine=name,

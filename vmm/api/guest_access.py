@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from vmm.api import machines
 from vmm.model.errors import NotFound, VmmError, WrongState
 from vmm.model.folders import in_use, uses_own_folders
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 
 if TYPE_CHECKING:
     from vmm.api.machine import OpenMachine
@@ -43,7 +43,7 @@ class ConsoleConnection:
 class GuestAccess:
     """The inside of one machine."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: MachineRef) -> None:
         self._place = place
         self.folders = in_use()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.model.errors import InvalidSpec, WrongState
 from vmm.processes.answers import MachineStatus
-from vmm.processes.worker_connection import Place, status_of
+from vmm.processes.worker_connection import MachineRef, status_of
 from vmm.store.snapshots.store import Held, read_merging
 from vmm.store.snapshots.tree import MAX_LIMIT, Snapshot
 
@@ -32,7 +32,7 @@ _FIXED = {"id", "schema_version", "disks", "adapters", "generation"}
 class LocalMachine(ABC):
     """A machine of this host. `opened` is what was read after its lock was taken; None if it was only reached."""
 
-    def __init__(self, place: Place, opened: Changing | None) -> None:
+    def __init__(self, place: MachineRef, opened: Changing | None) -> None:
         self.place = place
         self._opened = opened
 

@@ -23,7 +23,7 @@ from vmm.model.errors import InvalidSpec, Refused, VmmError, WrongState
 from vmm.model.folders import in_use, uses_own_folders
 from vmm.processes import worker_connection
 from vmm.processes.rpc import Progress
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.snapshots import background_merge as fold
 from vmm.snapshots.apply import Applied, apply
 from vmm.snapshots.create import SnapshotRequest
@@ -181,7 +181,7 @@ class MachineSnapshots:
         Raises WrongState while it runs or is saved, and what stopped them.
         """
         machine = registry.load(self.name)
-        state = machines.status(Place(machine.name, machine.paths, machine.runtime)).state
+        state = machines.status(MachineRef(machine.name, machine.paths, machine.runtime)).state
         if state != MachineState.OFF:
             raise WrongState(
                 f"is {state}: its images are in use", machine=self.name,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vmm.model.errors import WrongState
 from vmm.processes import worker_connection
 from vmm.processes.answers import MachineStatus
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.state import MachineState
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def open(name: str, *, stop_merge: bool = True, settles: bool = True) -> Iterato
     stopped, unless `stop_merge` is off. Raises NotFound, InUse, InvalidSpec, TimedOut, Refused for a copy of another.
     """
     with worker_connection.changing(name, stop_merge=stop_merge, settles=settles) as (machine, client):
-        place = Place(machine.name, machine.paths, machine.runtime)
+        place = MachineRef(machine.name, machine.paths, machine.runtime)
         if client is None:
             from vmm.api.stopped_machine import StoppedMachine
 
@@ -64,12 +64,12 @@ def open_stopped(
 
 
 @contextlib.contextmanager
-def reach(name: str | Place) -> Iterator[StoppedMachine | RunningMachine]:
+def reach(name: str | MachineRef) -> Iterator[StoppedMachine | RunningMachine]:
     """The machine as it is at this moment, without its lock: it may start or end while the block runs.
 
     Raises NotFound, InvalidSpec, TimedOut, Refused for a copy of another.
     """
-    place = Place.of(name) if isinstance(name, str) else name
+    place = MachineRef.of(name) if isinstance(name, str) else name
     client = worker_connection.contact(place)
     if client is None:
         from vmm.api.stopped_machine import StoppedMachine
@@ -82,15 +82,15 @@ def reach(name: str | Place) -> Iterator[StoppedMachine | RunningMachine]:
         yield RunningMachine(place, client, None)
 
 
-def status(name: str | Place, ids: AllIds | None = None) -> MachineStatus:
+def status(name: str | MachineRef, ids: AllIds | None = None) -> MachineStatus:
     """How a machine is, also one that is about to end. `ids`: those of all machines, where they were read already.
 
     Raises NotFound, TimedOut.
     """
-    return worker_connection.status_of(Place.of(name) if isinstance(name, str) else name, ids)
+    return worker_connection.status_of(MachineRef.of(name) if isinstance(name, str) else name, ids)
 
 
-def refuse_running(place: Place, doing: str, *, hint: str | None = None) -> None:
+def refuse_running(place: MachineRef, doing: str, *, hint: str | None = None) -> None:
     """Raise WrongState for a machine that is neither off nor saved; `doing` completes "cannot ... now"."""
     state = status(place).state
     if state not in (MachineState.OFF, MachineState.SAVED):

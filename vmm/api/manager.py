@@ -35,7 +35,7 @@ from vmm.model.settings import HARDWARE, ChangedSettings, MachineSettings
 from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
 from vmm.processes import worker_connection
 from vmm.processes.rpc import Progress
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.copies import AllIds, original_of
 from vmm.store.images import look_at, note_marks, settings_with_real_paths
@@ -164,15 +164,15 @@ class Manager:
 
     def events(self, name: str) -> list[Event]:
         """What happened to a machine, the oldest first."""
-        return read_events(Place.of(name).machine.events)
+        return read_events(MachineRef.of(name).machine.events)
 
     def follow_events(self, name: str, *, past: bool = False) -> Iterator[Event | None]:
         """Each new event of a machine, with `past` after the earlier ones, until it is deleted; sometimes None."""
-        return follow_events(Place.of(name).machine.events, past=past)
+        return follow_events(MachineRef.of(name).machine.events, past=past)
 
     def log_path(self, name: str, log: LogName) -> str:
         """The path of a program's log, which may not exist yet."""
-        machine = Place.of(name).machine
+        machine = MachineRef.of(name).machine
         return machine.console_log if log == "console" else machine.log(log)
 
     def snapshots(self, name: str) -> MachineSnapshots:
@@ -384,14 +384,14 @@ class Manager:
 
     def guest(self, name: str) -> GuestAccess:
         """The inside of a machine: console, screen, agent, exchanged items. Raises NotFound."""
-        return GuestAccess(Place.of(name))
+        return GuestAccess(MachineRef.of(name))
 
 
-def _place(machine: Machine) -> Place:
-    return Place(machine.name, machine.paths, machine.runtime)
+def _place(machine: Machine) -> MachineRef:
+    return MachineRef(machine.name, machine.paths, machine.runtime)
 
 
-def _running_spec(place: Place) -> MachineSpec | None:
+def _running_spec(place: MachineRef) -> MachineSpec | None:
     with contextlib.suppress(VmmError):
         return registry.read_definition(place.runtime.running)
     return None

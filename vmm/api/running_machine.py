@@ -22,7 +22,7 @@ from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
 from vmm.model.interrupted import goes_on_without_us
 from vmm.processes import worker_connection
 from vmm.processes.rpc import ANSWER_SECONDS, ControlClient, Progress
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.snapshots.journal import Delete, MergeOff
 from vmm.store.snapshots.store import Held, holding, load_tree
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
     from vmm.snapshots.create import SnapshotRequest
     from vmm.store.registry import Changing, Machine
-    from vmm.store.snapshots.deletion_plan import Merge
+    from vmm.store.snapshots.deletion_plan import LayerMerge
     from vmm.store.snapshots.tree import Snapshot
 
 EXIT_CANCELLED = 130  # of vhdkit, when a merge is cancelled
@@ -46,7 +46,7 @@ _LOOK_SECONDS = 0.05
 class RunningMachine(LocalMachine):
     """A machine with a worker."""
 
-    def __init__(self, place: Place, worker: ControlClient, opened: Changing | None) -> None:
+    def __init__(self, place: MachineRef, worker: ControlClient, opened: Changing | None) -> None:
         super().__init__(place, opened)
         self._worker = worker
 
@@ -216,7 +216,7 @@ class RunningMachine(LocalMachine):
         return tuple(done)
 
     def _merge_one(
-        self, machine: Changing, merge: Merge, rate: int | None, progress: Progress | None
+        self, machine: Changing, merge: LayerMerge, rate: int | None, progress: Progress | None
     ) -> MergeResult:  # fmt: skip
         """One merge: by the worker where it is part of a disk that is served, else by ourselves."""
         from vmm.snapshots import background_merge
@@ -329,7 +329,7 @@ class RunningMachine(LocalMachine):
             return bool(answer["taken"])
 
 
-def _next_live(machine: Machine, passed_over: set[str]) -> Merge | None:
+def _next_live(machine: Machine, passed_over: set[str]) -> LayerMerge | None:
     from vmm.snapshots.dependents import judge
 
     merges = judge(machine, load_tree(machine.paths)).merges

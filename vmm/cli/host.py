@@ -19,7 +19,7 @@ from vmm.cli.common import VerbGroup, epilog, format_size, print_json, print_lin
 from vmm.model.errors import InvalidSpec, NotFound, VmmError, printable, to_document
 
 if TYPE_CHECKING:
-    from vmm.host.block import BlockDevice, Host
+    from vmm.host.block import BlockDevice, HostDevices
     from vmm.kvm.passthrough import Given
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -129,9 +129,9 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
 @_json_option
 def disks_command(show_all: bool, as_json: bool) -> None:
     """Every block device: size, model, identity, DAS or SAN, who uses it, and whether a machine can have it whole."""
-    from vmm.host.block import Host
+    from vmm.host.block import HostDevices
 
-    host = Host()
+    host = HostDevices()
     devices = [one for one in host.devices() if show_all or one.is_present]
     given = _given()
     reasons = {one.name: _reasons(host, one, given) for one in devices}
@@ -164,7 +164,7 @@ def _attached(device: BlockDevice) -> str:
     return f"{device.attachment} {device.transport}"
 
 
-def _used_by(host: Host, device: BlockDevice) -> list[str]:
+def _used_by(host: HostDevices, device: BlockDevice) -> list[str]:
     users = list(device.mounts) + (["swap"] if device.is_swap else [])
     for name in device.holders:
         try:
@@ -187,7 +187,7 @@ def _given() -> Given:
     return given_of((machine.spec for machine in machines), follow_links=False)
 
 
-def _reasons(host: Host, device: BlockDevice, given: Given) -> list[str]:
+def _reasons(host: HostDevices, device: BlockDevice, given: Given) -> list[str]:
     from vmm.kvm import passthrough
 
     read_only = device.read_only  # a write-protected one can be given for reading
@@ -276,10 +276,10 @@ def autostart_command(action: str | None, for_user: bool | None, as_json: bool) 
 
 
 def _run_automatic(action: str, *, as_json: bool) -> None:
-    from vmm.api.automatic import Outcome, start_machines, stop_machines
+    from vmm.api.automatic import AutomaticResult, start_machines, stop_machines
     from vmm.api.manager import Manager
 
-    def tell(outcome: Outcome) -> None:
+    def tell(outcome: AutomaticResult) -> None:
         if not as_json:
             print_line(f"{outcome.machine}: {outcome.problem or outcome.done}")
 

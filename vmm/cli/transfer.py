@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import click
 
-from vmm.api.export_import.exporting import Transfer, export
+from vmm.api.export_import.exporting import TransferResult, export
 from vmm.api.export_import.foreign import ALLOWANCES, Consent
 from vmm.api.export_import.importing import import_machine
 from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
 
 
-def told(done: Transfer, words: str, *, as_json: bool, quiet: bool) -> None:
+def told(done: TransferResult, words: str, *, as_json: bool, quiet: bool) -> None:
     """Say what was done."""
     if as_json:
         print_json(asdict(done))

@@ -89,8 +89,8 @@ class BlockDevice:
         return self.size_bytes > 0
 
 
-class Host:
-    """The kernel's view below a root folder, read once: `Host().devices()`."""
+class HostDevices:
+    """The kernel's view below a root folder, read once: `HostDevices().devices()`."""
 
     def __init__(self, root: str = "/") -> None:
         self._root = root
@@ -364,7 +364,7 @@ def find(path: str, *, root: str = "/") -> BlockDevice:
         raise InvalidSpec(f"is {_what(facts.st_mode)}, not a block device", path=path, hint=LIST_HINT)
     number = name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev))
     try:
-        return Host(root).device_of_number(number)
+        return HostDevices(root).device_of_number(number)
     except NotFound as error:
         raise NotFound("is a node without a device behind it", path=path, hint=LIST_HINT) from error
 

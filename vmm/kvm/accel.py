@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from vmm.kvm import program, trial_guest
-from vmm.kvm.trial import Outcome
+from vmm.kvm.trial import TrialResult
 from vmm.model.errors import InvalidSpec, Unsupported
 
 KVM_DEVICE = "/dev/kvm"
@@ -63,7 +63,7 @@ class Evidence:
 
     qemu_path: str
     qemu_version: str
-    kvm: Outcome
+    kvm: TrialResult
     qemu_kvm: str | None
     qemu_tcg: str | None
 
@@ -109,7 +109,7 @@ def kvm_problem(evidence: Evidence) -> tuple[str | None, str | None]:
     return None, None
 
 
-def kernel_problem(kvm: Outcome) -> str | None:
+def kernel_problem(kvm: TrialResult) -> str | None:
     """What in the trial a 64-bit kernel would miss, in words; None when every step was done. Pure."""
     if not kvm.failed:
         return None if kvm.done else "nothing was tried in long mode"
@@ -173,19 +173,19 @@ def _is_lasting(evidence: Evidence) -> bool:
     return not any(problem is not None and problem.endswith(_TOO_LONG) for problem in problems)
 
 
-def kvm_trial(device: str = KVM_DEVICE, *, timeout_seconds: float = _TRIAL_SECONDS) -> Outcome:
+def kvm_trial(device: str = KVM_DEVICE, *, timeout_seconds: float = _TRIAL_SECONDS) -> TrialResult:
     """Run the trial guests on KVM in a process of their own; see `trial.Outcome`. Never raises for what KVM does."""
     command = [sys.executable, "-I", "-c", _TRIAL_PROGRAM, _PACKAGE_PARENT, device]
     try:
         code, output, _ = _run(command, timeout_seconds)
     except OSError as error:
-        return Outcome(refused=f"the trial cannot be started: {error.strerror}")
+        return TrialResult(refused=f"the trial cannot be started: {error.strerror}")
     if code is None:
-        return Outcome(refused=f"the trial {_TOO_LONG}")
+        return TrialResult(refused=f"the trial {_TOO_LONG}")
     try:
-        return Outcome(**json.loads(output))
+        return TrialResult(**json.loads(output))
     except (ValueError, TypeError):
-        return Outcome(refused=f"the trial did not report (it ended with code {code})")
+        return TrialResult(refused=f"the trial did not report (it ended with code {code})")
 
 
 def _qemu_trial(found: program.Program, accelerator: str) -> str | None:
@@ -265,7 +265,7 @@ def _remembered(path: str, key: str) -> Evidence | None:
         if content["key"] != key:
             return None
         facts = content["evidence"]
-        outcome = Outcome(**facts.pop("kvm"))
+        outcome = TrialResult(**facts.pop("kvm"))
         if {field.name for field in fields(Evidence)} != facts.keys() | {"kvm"}:
             return None
         return Evidence(kvm=outcome, **facts)

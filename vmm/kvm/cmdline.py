@@ -67,7 +67,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class StartFacts:
     """What is known only on this host and for this start."""
 
     accelerator: str
@@ -83,7 +83,7 @@ class Facts:
     incoming: bool = False  # memory and devices come from a saved state
 
 
-def qemu_arguments(spec: MachineSpec, facts: Facts) -> list[str]:
+def qemu_arguments(spec: MachineSpec, facts: StartFacts) -> list[str]:
     """The words after the program's name."""
     words = [
         *("-name", f"guest={_quoted(spec.name)},debug-threads=on"),
@@ -110,7 +110,7 @@ def qemu_arguments(spec: MachineSpec, facts: Facts) -> list[str]:
     return words
 
 
-def _machine(spec: MachineSpec, facts: Facts) -> Iterator[str]:
+def _machine(spec: MachineSpec, facts: StartFacts) -> Iterator[str]:
     yield f"type={spec.machine_type}"
     yield f"accel={facts.accelerator}"
     yield "vmport=off"
@@ -119,7 +119,7 @@ def _machine(spec: MachineSpec, facts: Facts) -> Iterator[str]:
         yield f"pflash1={UEFI_VARIABLES}"
 
 
-def _screen(spec: MachineSpec, facts: Facts) -> list[str]:
+def _screen(spec: MachineSpec, facts: StartFacts) -> list[str]:
     if not spec.screen:
         return ["-display", "none"]
     device = {"driver": "VGA", "id": "screen", "bus": "pci.0", "addr": f"{_SLOT_SCREEN:#x}", "vgamem_mb": 16}
@@ -153,7 +153,7 @@ def _channels(spec: MachineSpec, sockets: Sockets) -> list[str]:
     return words
 
 
-def _firmware(spec: MachineSpec, facts: Facts) -> list[str]:
+def _firmware(spec: MachineSpec, facts: StartFacts) -> list[str]:
     words: list[str] = []
     if spec.firmware == "uefi":
         assert facts.uefi_code_path is not None and facts.uefi_variables is not None
@@ -172,7 +172,7 @@ def _firmware(spec: MachineSpec, facts: Facts) -> list[str]:
 # -- disks ---------------------------------------------------------------------------------------------------------
 
 
-def _disks(spec: MachineSpec, facts: Facts) -> list[str]:
+def _disks(spec: MachineSpec, facts: StartFacts) -> list[str]:
     words: list[str] = []
     # Always one SCSI controller, for disks that are added while the machine runs.
     used = {disk.controller_index for disk in spec.disks if disk.controller == "scsi"}

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from vmm.host import block
-from vmm.host.block import BlockDevice, Host
+from vmm.host.block import BlockDevice, HostDevices
 from vmm.host.loops import Inode, inode_of
 from vmm.kvm import iscsi
 from vmm.kvm.iscsi import Reason
@@ -105,10 +105,10 @@ def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, foll
 def inspect(path: str, *, root: str = "/") -> DeviceFacts:
     """Everything about the device that a path leads to. Raises NotFound, InvalidSpec."""
     device = block.find(path, root=root)
-    return facts_of(device, Host(root))
+    return facts_of(device, HostDevices(root))
 
 
-def facts_of(device: BlockDevice, host: Host) -> DeviceFacts:
+def facts_of(device: BlockDevice, host: HostDevices) -> DeviceFacts:
     """Everything about a device, from one view of the host."""
     partitions = _existing(host, device.partitions)
     holders = [name for one in (device, *partitions) for name in one.holders]
@@ -122,7 +122,7 @@ def facts_of(device: BlockDevice, host: Host) -> DeviceFacts:
     )
 
 
-def _existing(host: Host, names: Iterable[str]) -> tuple[BlockDevice, ...]:
+def _existing(host: HostDevices, names: Iterable[str]) -> tuple[BlockDevice, ...]:
     found = []
     for name in names:
         try:
@@ -282,7 +282,7 @@ def locate(path: str, identity: str | None, *, root: str = "/") -> str:
             return path
     except VmmError:
         pass  # its name is gone or another's: it is looked for below
-    found = Host(root).by_identity(identity)
+    found = HostDevices(root).by_identity(identity)
     whole = [one for one in found if not one.holders] or found
     if not whole:
         raise NotFound(f"the device {identity} is not there any more", path=path, hint=block.LIST_HINT)
@@ -313,7 +313,7 @@ def _device_of(fd: int, path: str, root: str) -> BlockDevice:
     facts = os.fstat(fd)
     if not stat.S_ISBLK(facts.st_mode):
         raise InvalidSpec("is not a block device", path=path)
-    return Host(root).device_of_number(
+    return HostDevices(root).device_of_number(
         block.name_of_number(os.major(facts.st_rdev), os.minor(facts.st_rdev)),
     )
 

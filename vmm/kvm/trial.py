@@ -49,7 +49,7 @@ _FEATURE_BITS = {"cx16": 13, "xsave": 26}  # of CPUID leaf 1, ECX
 
 
 @dataclass
-class Outcome:
+class TrialResult:
     """What the trial saw.
 
     `refused` says why /dev/kvm could not be used at all (None: it could), `real_mode` what went wrong with the
@@ -69,9 +69,9 @@ class Outcome:
         return json.dumps(asdict(self))
 
 
-def run_trial(device: str = "/dev/kvm") -> Outcome:
-    """Run both guests. Never raises for what the device does; see `Outcome`."""
-    outcome = Outcome()
+def run_trial(device: str = "/dev/kvm") -> TrialResult:
+    """Run both guests. Never raises for what the device does; see `TrialResult`."""
+    outcome = TrialResult()
     started = time.monotonic_ns()
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
@@ -119,7 +119,7 @@ def _features_of(cpuid: bytes | bytearray) -> frozenset[str]:
     return frozenset()
 
 
-def _run_guest(kvm: int, cpuid: bytearray, step: guest.Step) -> str | None:
+def _run_guest(kvm: int, cpuid: bytearray, step: guest.GuestStep) -> str | None:
     """Make a machine with one processor and run one step to its halt: None, or what went wrong."""
     # The memory must outlive the machine: the kernel has its address only.
     memory = mmap.mmap(-1, guest.MEMORY_BYTES)

@@ -44,7 +44,7 @@ _INTERRUPT_GATE = 0x8E
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class GuestStep:
     """What one guest does. `code` is what an assembler makes of `source`; a test compares them.
 
     `needs` names the processor feature without which the step is left out ("cx16", "xsave", or nothing).
@@ -57,7 +57,7 @@ class Step:
 
 
 # In each step the label 2 is where a right result goes on, where its number is reported.
-REAL_STEP = Step(
+REAL_STEP = GuestStep(
     "real mode",
     """
     mov ax, 0x1234
@@ -71,7 +71,7 @@ REAL_STEP = Step(
     bytes.fromhex("b8341289c381c3111181fb45237402e6e1"),
 )
 LONG_STEPS = (
-    Step(
+    GuestStep(
         "64-bit arithmetic",
         """
         mov rax, 0x123456789abc
@@ -87,7 +87,7 @@ LONG_STEPS = (
         """,
         bytes.fromhex("48b8bc9a78563412000048c7c303000000480fafd8535948ba34d069039d3600004839d17402e6e1"),
     ),
-    Step(
+    GuestStep(
         "SSE2",
         """
         mov rax, 0x123456789abc
@@ -102,7 +102,7 @@ LONG_STEPS = (
         """,
         bytes.fromhex("48b8bc9a78563412000066480f6ec0660fd4c066480f7ec34801c04839d87402e6e1"),
     ),
-    Step(
+    GuestStep(
         "CMPXCHG16B",
         """
         xor eax, eax
@@ -120,7 +120,7 @@ LONG_STEPS = (
         bytes.fromhex("31c031d2bb05000000b907000000f0480fc70c25009000007402e6e148833c2508900000077402e6e1"),
         needs="cx16",
     ),
-    Step(
+    GuestStep(
         "XSAVE and XRSTOR",
         """
         xor ecx, ecx
@@ -147,7 +147,7 @@ LONG_STEPS = (
         ),
         needs="xsave",
     ),
-    Step(
+    GuestStep(
         "page fault",
         """
         mov rbx, 0x408000
@@ -159,7 +159,7 @@ LONG_STEPS = (
         """,
         bytes.fromhex("48c7c300804000488b03483b0425008000007402e6e1"),
     ),
-    Step(
+    GuestStep(
         "breakpoint (INT3)",
         """
         mov byte ptr [0x9010], 0
@@ -172,12 +172,12 @@ LONG_STEPS = (
         bytes.fromhex("c604251090000000cc803c2510900000017402e6e1"),
     ),
 )
-BREAKPOINT_HANDLER = Step(
+BREAKPOINT_HANDLER = GuestStep(
     "handler of the breakpoint: remembers that it ran",
     "mov byte ptr [0x9010], 1\niretq",
     bytes.fromhex("c60425109000000148cf"),
 )
-PAGE_FAULT_HANDLER = Step(
+PAGE_FAULT_HANDLER = GuestStep(
     "handler of the page fault: maps the one page that a step touches",
     """
     push rax
@@ -199,7 +199,7 @@ PAGE_FAULT_HANDLER = Step(
 _DONE_AND_HALT = bytes([0xE6, PORT_DONE, 0xF4])  # out PORT_DONE, al; hlt
 
 
-def steps_for(features: frozenset[str]) -> tuple[Step, ...]:
+def steps_for(features: frozenset[str]) -> tuple[GuestStep, ...]:
     """The long-mode steps that a processor with these features must be able to do."""
     return tuple(step for step in LONG_STEPS if not step.needs or step.needs in features)
 
@@ -216,7 +216,7 @@ def bios_image() -> bytes:
     return bytes(image)
 
 
-def memory_image(step: Step) -> bytes:
+def memory_image(step: GuestStep) -> bytes:
     """The guest's whole memory: its program, page tables, descriptors and handlers."""
     memory = bytearray(MEMORY_BYTES)
 

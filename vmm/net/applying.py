@@ -24,7 +24,7 @@ from typing import Any
 from vmm.model import errors, paths
 from vmm.net import enforcing, forwarding, ipv6, ipv6_settings, nft, plan, records, restoring, settings
 from vmm.net.bridge import Kernel
-from vmm.net.dhcp import DhcpServer
+from vmm.net.dhcp import Dnsmasq
 from vmm.net.plan import HostFacts, Step
 from vmm.net.restoring import Resisted
 from vmm.net.switch_spec import SwitchSpec
@@ -42,7 +42,7 @@ class Applying:
         self._journal_path = os.path.join(folder, JOURNAL_NAME)
         self._folder = folder
         self._shared = os.path.dirname(os.path.abspath(folder))
-        self._dhcp = DhcpServer(spec, folder, lease_path)
+        self._dhcp = Dnsmasq(spec, folder, lease_path)
         self._heir: str | None = None
 
     # -- the journal --------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm.model import errors
 from vmm.net import frames, ipv6, ipv6_settings, plan, uplinks
-from vmm.net.plan import Address, HostFacts, Route, UplinkFacts
+from vmm.net.plan import HostAddress, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import SwitchSpec
 
 FOREVER = 0xFFFFFFFF
@@ -204,14 +204,14 @@ class Kernel:
 
     # -- addresses and routes -----------------------------------------------------------------------------------
 
-    def addresses(self, name: str) -> tuple[Address, ...]:
+    def addresses(self, name: str) -> tuple[HostAddress, ...]:
         """What people or DHCP clients gave a link; not what the kernel derives itself."""
         index = self.index(name)
         if index is None:
             return ()
         return tuple(self._addresses(index))
 
-    def _addresses(self, index: int) -> Iterator[Address]:
+    def _addresses(self, index: int) -> Iterator[HostAddress]:
         for message in self._netlink.get_addr(index=index):
             is_four = message["family"] == socket.AF_INET
             if not is_four and (message["family"] != socket.AF_INET6 or message["scope"] != 0):
@@ -223,7 +223,7 @@ class Kernel:
             other = message.get_attr("IFA_ADDRESS")
             own = message.get_attr("IFA_LOCAL") or other
             label = message.get_attr("IFA_LABEL")
-            yield Address(
+            yield HostAddress(
                 f"{own}/{message['prefixlen']}",
                 message.get_attr("IFA_BROADCAST") if is_four else None,
                 None if valid == FOREVER else valid,
@@ -236,7 +236,7 @@ class Kernel:
                 not is_four and bool(flags & _UNPROVEN),
             )
 
-    def add_address(self, name: str, one: Address) -> None:
+    def add_address(self, name: str, one: HostAddress) -> None:
         """Give a link an address; fine when it has it."""
         settings = {"index": self._need(name), **_place(one)}
         optional: dict[str, Any] = {"broadcast": one.broadcast, "label": one.label}
@@ -253,7 +253,7 @@ class Kernel:
         except NetlinkError as error:
             raise refused(error, f"give {name} the address {one}") from error
 
-    def remove_address(self, name: str, one: Address) -> None:
+    def remove_address(self, name: str, one: HostAddress) -> None:
         """Take an address from a link; fine when it is gone."""
         index = self.index(name)
         if index is None:
@@ -344,7 +344,7 @@ class Kernel:
                 routes=self.routes(spec.uplink),
                 shared_routes=tuple(sorted(set(self._shared_routes(link["index"])))),
                 ipv6_settings=ipv6_settings.of_card(spec.uplink),
-                kind=uplinks.Kind(
+                kind=uplinks.InterfaceKind(
                     link["kind"],
                     None if master is None else master["kind"],
                     link["is_ethernet"],
@@ -422,7 +422,7 @@ def _expiry(message: Any) -> int | None:
     return None if ticks == 0 else max(1, ticks // _TICKS_A_SECOND)
 
 
-def _place(one: Address) -> dict[str, Any]:
+def _place(one: HostAddress) -> dict[str, Any]:
     """What an address is known by."""
     host, _, prefix = one.address.partition("/")
     if one.peer is None:

@@ -30,7 +30,7 @@ class Direction(IntEnum):
     IN = 2  # from the guest: outbound
 
 
-class Capture:
+class PacketCapture:
     """A stream of one port's frames in both directions, or (port None) of what every port sends, each once."""
 
     def __init__(

@@ -80,7 +80,7 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-class DhcpServer:
+class Dnsmasq:
     """The server of one switch; its files lie in the switch's runtime folder, its leases where they stay."""
 
     def __init__(self, spec: SwitchSpec, folder: str, lease_path: str) -> None:

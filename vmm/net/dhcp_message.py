@@ -34,7 +34,7 @@ _EVERYBODY = b"\xff" * 4
 _NOBODY = bytes(4)
 
 
-class Kind(IntEnum):
+class MessageType(IntEnum):
     """Option 53."""
 
     DISCOVER = 1
@@ -73,7 +73,7 @@ class Option(IntEnum):
 class Message:
     """A client's message. Addresses are 4 bytes, all zero where it says none; `to` is where the packet was sent."""
 
-    kind: Kind
+    kind: MessageType
     mac: bytes  # chaddr: whom the lease is for
     sender: bytes  # of the frame
     to: bytes
@@ -114,10 +114,10 @@ def _message(body: bytes, sender: bytes, to: bytes) -> Message | None:
     mac = station[: frames.MAC_BYTES]
     options = _options(body[_FIXED.size :])
     try:
-        kind = Kind(int.from_bytes(options.get(Option.KIND, b""), "big"))
+        kind = MessageType(int.from_bytes(options.get(Option.KIND, b""), "big"))
     except ValueError:
         return None
-    if frames.is_group(mac) or kind in (Kind.OFFER, Kind.ACK, Kind.NAK):
+    if frames.is_group(mac) or kind in (MessageType.OFFER, MessageType.ACK, MessageType.NAK):
         return None
     return Message(
         kind, mac, sender, to, transaction, bool(flags & _BROADCAST_FLAG), present,
@@ -159,22 +159,28 @@ def _options(field: bytes) -> dict[int, bytes]:
 
 
 def reply(
-    question: Message, kind: Kind, given: bytes, options: Iterable[tuple[int, bytes]], *, server: bytes, mac: bytes
+    question: Message,
+    kind: MessageType,
+    given: bytes,
+    options: Iterable[tuple[int, bytes]],
+    *,
+    server: bytes,
+    mac: bytes,
 ) -> bytes:
     """The frame that answers: `given` is the client's address (zero in a NAK), `server` and `mac` are the sender's."""
     fields = [(Option.KIND, bytes([kind])), (Option.SERVER, server), *options]
     if question.client:
         fields.append((Option.CLIENT, question.client))
     flags = _BROADCAST_FLAG if question.wants_broadcast else 0
-    present = question.present if kind is Kind.ACK else _NOBODY
-    yours = given if question.kind is not Kind.INFORM else _NOBODY
+    present = question.present if kind is MessageType.ACK else _NOBODY
+    yours = given if question.kind is not MessageType.INFORM else _NOBODY
     body = _FIXED.pack(
         2, 1, frames.MAC_BYTES, 0, question.transaction, 0, flags, present, yours, _NOBODY, _NOBODY, question.mac, b"",
         _MAGIC,
     )  # fmt: skip
     body += b"".join(bytes([code, len(value)]) + value for code, value in fields) + bytes([Option.END])
     body = body.ljust(_MIN_BOOTP_BYTES, b"\0")
-    if kind is Kind.NAK or (question.wants_broadcast and question.present == _NOBODY):
+    if kind is MessageType.NAK or (question.wants_broadcast and question.present == _NOBODY):
         to, station = _EVERYBODY, frames.BROADCAST
     elif question.present != _NOBODY:
         to, station = question.present, question.sender

@@ -34,7 +34,7 @@ from typing import Any
 
 from vmm.model import errors
 from vmm.net import dhcp_message, frames
-from vmm.net.dhcp_message import Kind, Message, Option
+from vmm.net.dhcp_message import Message, MessageType, Option
 from vmm.net.limits import Bucket
 
 LEASE_SECONDS = 3600
@@ -107,7 +107,7 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Record:
+class ClientRecord:
     """What is known of one client. `held_until` is `expires`, or later while an offer to it is open."""
 
     address: int
@@ -121,8 +121,8 @@ class Record:
 class DhcpServer:
     """One network's server. `now` is the time in seconds since 1970."""
 
-    def __init__(self, setup: DhcpSetup, records: Iterable[tuple[bytes, Record]] = ()) -> None:
-        self.records: dict[bytes, Record] = {}
+    def __init__(self, setup: DhcpSetup, records: Iterable[tuple[bytes, ClientRecord]] = ()) -> None:
+        self.records: dict[bytes, ClientRecord] = {}
         self.unsaved: set[bytes] = set()
         self._holders: dict[int, bytes] = {}
         self._declined: dict[int, float] = {}
@@ -140,7 +140,7 @@ class DhcpServer:
         # The gateway's address in Ethernet, as its user-mode network has it for every address of its own.
         self.mac = b"\x52\x55" + self.rules.server
 
-    def leases(self) -> Iterator[tuple[bytes, Record]]:
+    def leases(self) -> Iterator[tuple[bytes, ClientRecord]]:
         """Every client that was given an address, also long ago."""
         return ((mac, record) for mac, record in self.records.items() if record.expires)
 
@@ -174,15 +174,15 @@ class DhcpServer:
         if own and message.mac not in own:
             return b""
         match message.kind:
-            case Kind.DISCOVER:
+            case MessageType.DISCOVER:
                 return self._discover(message, now, port)
-            case Kind.REQUEST:
+            case MessageType.REQUEST:
                 return self._request(message, now, port)
-            case Kind.INFORM:
-                return self._reply(message, Kind.ACK, message.present) if message.present != _NOBODY else b""
-            case Kind.DECLINE:
+            case MessageType.INFORM:
+                return self._reply(message, MessageType.ACK, message.present) if message.present != _NOBODY else b""
+            case MessageType.DECLINE:
                 self._decline(message, now)
-            case Kind.RELEASE:
+            case MessageType.RELEASE:
                 self._release(message, now)
         return b""
 
@@ -193,7 +193,7 @@ class DhcpServer:
         record = self._record(message.mac, address)
         record.held_until = max(record.held_until, now + OFFER_SECONDS)
         record.port = port
-        return self._reply(message, Kind.OFFER, address.to_bytes(4, "big"))
+        return self._reply(message, MessageType.OFFER, address.to_bytes(4, "big"))
 
     def _request(self, message: Message, now: float, port: str) -> bytes:
         if message.server not in (_NOBODY, self.rules.server):  # it chose another server
@@ -204,14 +204,14 @@ class DhcpServer:
         wanted = message.requested if message.requested != _NOBODY else message.present
         address = int.from_bytes(wanted, "big")
         if wanted == _NOBODY or not self._may_have(message.mac, address, now) or self._is_too_much(message, now, port):
-            return self._reply(message, Kind.NAK, _NOBODY)
+            return self._reply(message, MessageType.NAK, _NOBODY)
         record = self._record(message.mac, address)
         record.port = port
         record.name = message.name or record.name
         record.expires = record.held_until = now + self.setup.lease_seconds
         if record.expires - record.saved >= self.setup.lease_seconds / SAVE_AGAIN:
             self.unsaved.add(message.mac)
-        return self._reply(message, Kind.ACK, wanted)
+        return self._reply(message, MessageType.ACK, wanted)
 
     def _decline(self, message: Message, now: float) -> None:
         """A host that has it without a lease answered the client: give it to no client for a while."""
@@ -293,7 +293,7 @@ class DhcpServer:
         others = [mac for mac, one in self.records.items() if one.port == port and one.held_until > now]
         return len(others) >= MAX_PORT_LEASES and message.mac not in others
 
-    def _record(self, mac: bytes, address: int) -> Record:
+    def _record(self, mac: bytes, address: int) -> ClientRecord:
         """The client's record, with this address, which it may have."""
         record = self.records.get(mac)
         if record is not None and record.address == address:
@@ -304,7 +304,7 @@ class DhcpServer:
             self._forget(holder)
         if len(self.records) >= MAX_RECORDS and mac not in self.rules.fixed:
             self._forget(min(self.records, key=lambda one: self.records[one].held_until))  # held no more: it was asked
-        self.records[mac] = Record(address)
+        self.records[mac] = ClientRecord(address)
         self._holders[address] = mac
         return self.records[mac]
 
@@ -313,13 +313,13 @@ class DhcpServer:
 
     # -- answers ------------------------------------------------------------------------------------------------
 
-    def _reply(self, message: Message, kind: Kind, given: bytes) -> bytes:
-        options = [] if kind is Kind.NAK else list(self._options(message))
+    def _reply(self, message: Message, kind: MessageType, given: bytes) -> bytes:
+        options = [] if kind is MessageType.NAK else list(self._options(message))
         return dhcp_message.reply(message, kind, given, options, server=self.rules.server, mac=self.mac)
 
     def _options(self, message: Message) -> Iterator[tuple[int, bytes]]:
         rules, lease = self.rules, self.setup.lease_seconds
-        if message.kind is not Kind.INFORM:
+        if message.kind is not MessageType.INFORM:
             yield Option.LEASE_SECONDS, lease.to_bytes(4, "big")
             yield Option.RENEWAL_SECONDS, (lease // 2).to_bytes(4, "big")
             yield Option.REBINDING_SECONDS, (lease * 7 // 8).to_bytes(4, "big")

@@ -92,7 +92,7 @@ class Counters:
     drops: Counter[str] = field(default_factory=Counter)
 
 
-class Change(NamedTuple):
+class Rewrite(NamedTuple):
     """Another form of a frame: both addresses, then `tag`, then what follows `skip_bytes` of the original."""
 
     skip_bytes: int
@@ -103,7 +103,7 @@ class Output(NamedTuple):
     """One receiver. `change` is None when it gets the frame as it came."""
 
     port: Port
-    change: Change | None
+    change: Rewrite | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -363,7 +363,7 @@ class Engine:
         return decision
 
 
-def changed(frame: bytes, change: Change) -> bytes:
+def changed(frame: bytes, change: Rewrite) -> bytes:
     """The frame in its other form."""
     return frame[: frames.ADDRESSES_BYTES] + change.tag + frame[change.skip_bytes :]
 
@@ -384,11 +384,11 @@ def _form(rules: PortRules, vlan: int) -> bool | None:
     return True if rules.mode is VlanMode.TRUNK and vlan in rules.allowed else None
 
 
-def _change(has_tag: bool, said: int, priority: int, vlan: int, tagged: bool) -> Change | None:
+def _change(has_tag: bool, said: int, priority: int, vlan: int, tagged: bool) -> Rewrite | None:
     if not tagged:
-        return Change(frames.ADDRESSES_BYTES + frames.TAG_BYTES, b"") if has_tag else None
+        return Rewrite(frames.ADDRESSES_BYTES + frames.TAG_BYTES, b"") if has_tag else None
     if not has_tag:
-        return Change(frames.ADDRESSES_BYTES, frames.tag(vlan))
+        return Rewrite(frames.ADDRESSES_BYTES, frames.tag(vlan))
     if said == vlan:
         return None
-    return Change(frames.ADDRESSES_BYTES + frames.TAG_BYTES, frames.tag(vlan, priority))
+    return Rewrite(frames.ADDRESSES_BYTES + frames.TAG_BYTES, frames.tag(vlan, priority))

@@ -13,7 +13,7 @@ import time
 
 from vmm.model import errors
 from vmm.net import lease_file
-from vmm.net.dhcp_message import Kind, Message
+from vmm.net.dhcp_message import Message, MessageType
 from vmm.net.dhcp_server import DhcpServer, DhcpSetup
 from vmm.net.engine import Drop, Port
 
@@ -36,7 +36,12 @@ class KeptDhcp:
             return b""
         own = frozenset() if rules.spoofing else rules.addresses
         frame = server.answer(message, time.time(), port=port.name, own=own)
-        if server.unsaved and not self._save() and message.kind is Kind.REQUEST and message.mac in server.unsaved:
+        if (
+            server.unsaved
+            and not self._save()
+            and message.kind is MessageType.REQUEST
+            and message.mac in server.unsaved
+        ):
             return b""
         return frame
 

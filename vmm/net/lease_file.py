@@ -17,7 +17,7 @@ from typing import Any
 from vmm.model import paths
 from vmm.net import frames
 from vmm.net.dhcp_message import text
-from vmm.net.dhcp_server import SAVE_AGAIN, DhcpServer, Record
+from vmm.net.dhcp_server import SAVE_AGAIN, ClientRecord, DhcpServer
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -42,7 +42,7 @@ def _unlinked(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
-def records(path: str, now: float, lease_seconds: int) -> list[tuple[bytes, Record]]:
+def records(path: str, now: float, lease_seconds: int) -> list[tuple[bytes, ClientRecord]]:
     """What `write` wrote. None ends later than one that is given now: the clock may have been wrong.
 
     Each is held for as long as a renewal that was not worth a write may have made it.
@@ -52,7 +52,7 @@ def records(path: str, now: float, lease_seconds: int) -> list[tuple[bytes, Reco
         expires = min(float(one["expires"]), now + lease_seconds)
         held_until = expires + lease_seconds / SAVE_AGAIN
         address = int(ipaddress.IPv4Address(one["address"]))
-        record = Record(address, expires, held_until, one["name"] or "", saved=expires)
+        record = ClientRecord(address, expires, held_until, one["name"] or "", saved=expires)
         found.append((frames.parse_mac(one["mac"]), record))
     return found
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from vmm.net import dhcp_message, frames
 from vmm.net.batch import Batch
-from vmm.net.capture import Capture, Direction
+from vmm.net.capture import Direction, PacketCapture
 from vmm.net.dhcp_message import Message
 from vmm.net.engine import Decision, Drop, Engine, Output, Port, PortRules
 from vmm.net.port_socket import PortSocket
@@ -35,7 +35,7 @@ class Mover:
         self.sockets: dict[str, PortSocket] = {}
         self._by_port: dict[Port, PortSocket] = {}
         self._batch = Batch()
-        self._captures: list[Capture] = []
+        self._captures: list[PacketCapture] = []
         self.questions: list[tuple[Port, Message]] = []  # of DHCP clients: the caller answers and empties this list
         self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
         self.congested = False  # the last `pump` sent to a receiver that takes frames more slowly than they come
@@ -238,14 +238,14 @@ class Mover:
 
     # -- captures -----------------------------------------------------------------------------------------------
 
-    def add_capture(self, capture: Capture) -> None:
+    def add_capture(self, capture: PacketCapture) -> None:
         """Copy frames to `capture` from now on, those of ports that come later too."""
         self._captures.append(capture)
         for name, sock in self.sockets.items():
             if capture.port in (None, name):
                 sock.captures.append(capture)
 
-    def remove_capture(self, capture: Capture) -> None:
+    def remove_capture(self, capture: PacketCapture) -> None:
         """Stop."""
         self._captures.remove(capture)
         for sock in self.sockets.values():

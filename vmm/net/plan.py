@@ -15,7 +15,7 @@ from typing import Any
 
 from vmm.net import frames, ipv6_settings
 from vmm.net.switch_spec import SwitchSpec
-from vmm.net.uplinks import CARD, Candidate, Kind, refusal
+from vmm.net.uplinks import CARD, Candidate, InterfaceKind, refusal
 
 # Of an address (linux/if_addr.h): privacy's, which only the kernel makes; without duplicate detection; made from a
 # router's advertisement.
@@ -24,7 +24,7 @@ FROM_ADVERTISEMENT = 9  # a route's protocol (linux/rtnetlink.h)
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class HostAddress:
     """An address of an interface. `valid_seconds` None: for ever; else it came from a DHCP client or a router. It is
     used for new connections for `preferred_seconds` (None: while it is valid).
 
@@ -92,11 +92,11 @@ class UplinkFacts:
     is_up: bool
     master: str | None
     is_wireless: bool
-    addresses: tuple[Address, ...] = ()
+    addresses: tuple[HostAddress, ...] = ()
     routes: tuple[Route, ...] = ()
     shared_routes: tuple[str, ...] = ()  # destinations that are led through several interfaces at once
     ipv6_settings: tuple[tuple[str, str], ...] = ()  # in which it is not as new interfaces are
-    kind: Kind = CARD
+    kind: InterfaceKind = CARD
 
     @property
     def candidate(self) -> Candidate:
@@ -209,7 +209,7 @@ def steps(spec: SwitchSpec, facts: HostFacts) -> list[Step]:
 
 def _internal_steps(spec: SwitchSpec) -> list[Step]:
     bridge = spec.bridge_name
-    address = Address(str(spec.interface), str(spec.network.broadcast_address))
+    address = HostAddress(str(spec.interface), str(spec.network.broadcast_address))
     todo = [Step("address", {"name": bridge, "one": address}, f"give the host {address} on {bridge}")]
     if spec.nat:
         words = f"let packets be forwarded from {bridge} to wherever this host's routes lead, and their answers back"
@@ -249,13 +249,13 @@ def _external_steps(spec: SwitchSpec, facts: HostFacts, uplink: UplinkFacts) -> 
     return todo
 
 
-def in_order(addresses: Iterable[Address]) -> list[Address]:
+def in_order(addresses: Iterable[HostAddress]) -> list[HostAddress]:
     """In which order they are given, so that they are listed as here: the kernel puts a new one of IPv6 first."""
     found = list(addresses)
     return [one for one in found if not one.is_six] + [one for one in reversed(found) if one.is_six]
 
 
-def _moved(one: Address) -> Address:
+def _moved(one: HostAddress) -> HostAddress:
     """As the bridge gets it. An IPv4 address stays when its lease ends; one of IPv6 that is proved to be ours alone is
     used at once.
     """

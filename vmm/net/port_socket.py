@@ -31,8 +31,8 @@ from vmm.net.limits import Bucket
 if TYPE_CHECKING:
     import ctypes
 
-    from vmm.net.capture import Capture
-    from vmm.net.engine import Change, Port
+    from vmm.net.capture import PacketCapture
+    from vmm.net.engine import Port, Rewrite
     from vmm.net.ports import PortSetup
 
 CONGESTED_FRAMES = 64  # from here on those who send to it are let wait a moment, so that nothing is lost
@@ -68,10 +68,10 @@ class PortSocket:
         self.backlog: deque[bytes] = deque()
         self.taken_at = 0.0  # when the peer last took a frame from the backlog, or it was empty
         self.waits_until = 0.0  # not read from before that time; 0: it is read from
-        self.captures: list[Capture] = []
+        self.captures: list[PacketCapture] = []
         self.rate: Bucket | None = None
         self.batch_limit = BATCH_FRAMES
-        self._tags: dict[Change, ctypes.Array[ctypes.c_char]] = {}
+        self._tags: dict[Rewrite, ctypes.Array[ctypes.c_char]] = {}
         self._peer_identity: tuple[int, int] | None = None
         self._socket = self._bound(setup.address)
         self.descriptor = self._socket.fileno()
@@ -141,7 +141,7 @@ class PortSocket:
 
     # -- frames -------------------------------------------------------------------------------------------------
 
-    def send(self, batch: Batch, slots: Sequence[int], change: Change | None) -> int:
+    def send(self, batch: Batch, slots: Sequence[int], change: Rewrite | None) -> int:
         """Send what the peer takes now and keep the rest; how many frames were sent or kept."""
         count = len(slots)
         sent = 0
@@ -166,7 +166,7 @@ class PortSocket:
             self.backlog.append(batch.kept(slot) if change is None else batch.kept(slot, *change))
         return sent + len(kept)
 
-    def _send_now(self, batch: Batch, slots: Sequence[int], change: Change | None) -> int:
+    def _send_now(self, batch: Batch, slots: Sequence[int], change: Rewrite | None) -> int:
         if change is not None:
             tag = self._tags.get(change)
             if tag is None:

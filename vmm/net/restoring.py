@@ -15,7 +15,7 @@ from typing import Any
 
 from vmm.model import errors
 from vmm.net.bridge import Kernel
-from vmm.net.plan import Address, Route, in_order
+from vmm.net.plan import HostAddress, Route, in_order
 
 # What reading a record that holds anything but what was written may end in, down to pyroute2's encoding of it.
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
@@ -43,7 +43,7 @@ class Resisted:
 
 def lost(before: Mapping[str, Any]) -> list[str]:
     """What a card had that is gone by now."""
-    had = [str(Address(**one)) for one in before["addresses"]] + [
+    had = [str(HostAddress(**one)) for one in before["addresses"]] + [
         f"the route to {_route(one)}" for one in before["routes"]
     ]
     return [f"the network card {before['name']} is gone, which had {', '.join(had)}"] if had else []
@@ -56,7 +56,7 @@ def put_back(kernel: Kernel, before: Mapping[str, Any], bridge: str, resisted: R
     routes that depend on it too.
     """
     name = before["name"]
-    had = [Address(**one) for one in before["addresses"]]
+    had = [HostAddress(**one) for one in before["addresses"]]
     present, on_bridge = kernel.addresses(name), kernel.addresses(bridge)
     wanted = [now for one in had if (now := _today(one, before, (*present, *on_bridge))) is not None]
     if list(map(_lasting, present)) != list(map(_lasting, wanted)):
@@ -95,11 +95,11 @@ def _give_routes(kernel: Kernel, name: str, missing: list[Route], resisted: Resi
         missing = list(refused)
 
 
-def _lasting(one: Address) -> Address:
+def _lasting(one: HostAddress) -> HostAddress:
     return replace(one, valid_seconds=None, preferred_seconds=None, is_unproven=False)
 
 
-def _today(one: Address, before: Mapping[str, Any], now: Iterable[Address]) -> Address | None:
+def _today(one: HostAddress, before: Mapping[str, Any], now: Iterable[HostAddress]) -> HostAddress | None:
     """An address with the lifetime that it has by now: the longest that it was given since, or what is left of its
     own. None when it has run out.
     """
@@ -125,7 +125,7 @@ def _route_today(one: Route, before: Mapping[str, Any], now: Iterable[Route]) ->
     return None if left == 0 else replace(one, expires_seconds=left)
 
 
-def _depends_on_lost(route: Route, had: Iterable[Address], wanted: Iterable[Address]) -> bool:
+def _depends_on_lost(route: Route, had: Iterable[HostAddress], wanted: Iterable[HostAddress]) -> bool:
     """True for a route that the kernel would have removed with an address that has run out: one from that address,
     and of IPv4 every route once the interface has no address.
     """

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from vhdkit import jsonrpc
 from vmm.model import errors
-from vmm.net.capture import Capture
+from vmm.net.capture import PacketCapture
 
 MAX_LINE_BYTES = 192 << 10  # a thousand fixed addresses with long names
 MAX_ANSWER_BYTES = 4 << 20
@@ -70,8 +70,8 @@ class ControlServer:
         loop: Loop,
         listener: socket.socket,
         methods: dict[str, Method],
-        start_capture: Callable[[dict[str, Any]], Capture],
-        stop_capture: Callable[[Capture], None],
+        start_capture: Callable[[dict[str, Any]], PacketCapture],
+        stop_capture: Callable[[PacketCapture], None],
     ) -> None:
         self.loop = loop
         self.methods = methods
@@ -139,7 +139,7 @@ class _Client:
         self._socket = sock
         self._lines = jsonrpc.LineBuffer(MAX_LINE_BYTES)
         self._output = bytearray()
-        self.capture: Capture | None = None
+        self.capture: PacketCapture | None = None
         server.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
 
     def _ready(self, events: int) -> None:

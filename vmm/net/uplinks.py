@@ -14,7 +14,7 @@ _BONDS = ("bond", "team", "failover", "net_failover")
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class InterfaceKind:
     """What an interface is, beside its addresses. `name` is the kernel's, such as "bridge"; None: a card."""
 
     name: str | None = None
@@ -23,7 +23,7 @@ class Kind:
     on_top: tuple[str, ...] = ()  # interfaces that take all its frames
 
 
-CARD = Kind()
+CARD = InterfaceKind()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Candidate:
     master: str | None
     is_wireless: bool
     shared_routes: tuple[str, ...]
-    kind: Kind
+    kind: InterfaceKind
 
 
 def refusal(uplink: Candidate, bridge: str) -> str | None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from vmm.model import errors, paths
 from vmm.net import enclosed, engine, frames, ports, records
-from vmm.net.capture import MAX_SNAP_BYTES, Capture
+from vmm.net.capture import MAX_SNAP_BYTES, PacketCapture
 from vmm.net.dhcp_server import DhcpSetup
 from vmm.net.gateway import PORT_NAME, GatewaySetup
 from vmm.net.gateway_process import KEPT_CAPABILITIES, ForkedStarter, Gateway, LocalStarter, Starter
@@ -66,7 +66,7 @@ class UserSwitch:
         self._resume: list[tuple[float, int, PortSocket]] = []
         self._order = itertools.count()
         self._waiting: list[PortSocket] = []  # for a congested receiver
-        self._captures: list[Capture] = []
+        self._captures: list[PacketCapture] = []
         self._gateway: Gateway | None = None
         self._starter = starter or LocalStarter(folder)
         self._dhcp: KeptDhcp | None = None
@@ -290,19 +290,19 @@ class UserSwitch:
         self._stopping = True
         return {}
 
-    def _start_capture(self, params: dict[str, Any]) -> Capture:
+    def _start_capture(self, params: dict[str, Any]) -> PacketCapture:
         port = self._port({"name": params["port"]}) if params.get("port") is not None else None
         snap = params.get("snap_bytes", MAX_SNAP_BYTES)
         if not isinstance(snap, int) or not frames.HEADER_BYTES <= snap <= MAX_SNAP_BYTES:
             raise errors.InvalidSpec(f"a captured frame has {frames.HEADER_BYTES} to {MAX_SNAP_BYTES} bytes")
         if len(self._captures) >= MAX_CAPTURES:
             raise errors.NoSpace(f"switch {self.name} has {MAX_CAPTURES} captures already")
-        capture = Capture(port, snap_bytes=snap)
+        capture = PacketCapture(port, snap_bytes=snap)
         self._captures.append(capture)
         self.mover.add_capture(capture)
         return capture
 
-    def _stop_capture(self, capture: Capture) -> None:
+    def _stop_capture(self, capture: PacketCapture) -> None:
         self._captures.remove(capture)
         self.mover.remove_capture(capture)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from vmm.model import errors, paths
 from vmm.net import card_watch, gateway_note, records, rule_watch, settings, switches
-from vmm.net.dhcp import DhcpServer
+from vmm.net.dhcp import Dnsmasq
 from vmm.net.gateway import problem_of
 from vmm.net.host_side import HostSide
 
@@ -96,27 +96,27 @@ def gateway_problem(host: HostSide) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RepairResult:
     """What was put right, in words for programs; `failed`: what could not be, the first time that it was tried."""
 
     mended: tuple[str, ...] = ()
     failed: tuple[Fault, ...] = ()
 
 
-def put_right(host: HostSide) -> Outcome:
+def put_right(host: HostSide) -> RepairResult:
     """Put right what is wrong with a bridge. Raises VmmError.
 
     The process of a `user` switch looks after its gateway itself.
     """
     if not host.spec.capabilities.in_kernel:
-        return Outcome()
+        return RepairResult()
     if host.spec.type == "internal" and host.spec.dhcp:
         _dhcp(host).refresh()
     if rule_watch.is_verified(host) and not _to_do(host):
-        return Outcome()
+        return RepairResult()
     with switches.staying(host.spec.name) as current, current.bridge.changing():
         if current.spec.id != host.spec.id:
-            return Outcome()
+            return RepairResult()
         mended = ["rules"] if rule_watch.restore(current) else []
         failed: list[Fault] = []
         for what in _to_do(current):  # another look
@@ -124,7 +124,7 @@ def put_right(host: HostSide) -> Outcome:
             failed += failures
             if not _is_wrong(current, what):
                 mended.append(what)
-    return Outcome(tuple(mended), tuple(failed))
+    return RepairResult(tuple(mended), tuple(failed))
 
 
 def _to_do(host: HostSide) -> list[str]:
@@ -212,5 +212,5 @@ def _is_there(host: HostSide) -> bool:
     return os.path.isdir(f"/sys/class/net/{host.spec.bridge_name}")
 
 
-def _dhcp(host: HostSide) -> DhcpServer:
-    return DhcpServer(host.spec, host.folder, host.lease_path)
+def _dhcp(host: HostSide) -> Dnsmasq:
+    return Dnsmasq(host.spec, host.folder, host.lease_path)

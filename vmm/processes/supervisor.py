@@ -38,7 +38,7 @@ from vmm.model.errors import NoSpace, StoreFailed, VmmError, hint_of_vhdkit, to_
 from vmm.model.events import add_event
 from vmm.model.paths import MachinePaths, RuntimePaths, make_folders, write_whole
 from vmm.store.known_images import known_images
-from vmm.store.state import ENDING_SIGNALS, SERVER_END_SIGNAL, Phase, SupervisorNote, WorkerNote, mark_leaving
+from vmm.store.state import ENDING_SIGNALS, SERVER_END_SIGNAL, SupervisorNote, WorkerNote, WorkerPhase, mark_leaving
 
 SHORT_LIFE_SECONDS = 5.0  # who lived less than that is started again a little later each time
 PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -129,7 +129,7 @@ class Supervisor:
             return True
         note = WorkerNote.read(self._runtime)
         is_gone = not os.path.exists(self._runtime.running)  # nothing can be started again
-        return is_gone or (note is not None and note.phase is Phase.ENDED)
+        return is_gone or (note is not None and note.phase is WorkerPhase.ENDED)
 
     def _wait(self) -> None:
         """Until one of them ends, or one is due to be started."""
@@ -196,12 +196,12 @@ class Supervisor:
     def _server_ended(self) -> None:
         status = self._server.ended()
         note = WorkerNote.read(self._runtime)
-        if note is not None and note.phase is Phase.ENDED:
+        if note is not None and note.phase is WorkerPhase.ENDED:
             self._is_given_up = True  # it was sent away
             return
         self._failure = last_error_in(self._machine.log("disks"), status)
         # A server that does not get up, such as for an image that is in use, will not the next time either.
-        self._is_given_up = (note is None or note.phase is Phase.STARTING) and status is not None and status > 0
+        self._is_given_up = (note is None or note.phase is WorkerPhase.STARTING) and status is not None and status > 0
         if not self._is_given_up:  # else the start fails, and says why
             add_event(self._machine.events, "disk-server-died", problem=self._failure.get("message"))
         self._note()

@@ -62,7 +62,7 @@ _MAX_DEFINITION_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MachineRef:
     """A machine as far as it must be known to find its worker."""
 
     name: str
@@ -70,7 +70,7 @@ class Place:
     runtime: RuntimePaths
 
     @classmethod
-    def of(cls, name: str) -> Place:
+    def of(cls, name: str) -> MachineRef:
         """By the machine's name. Raises NotFound, InvalidSpec."""
         machine = MachinePaths(machine_folder(name))
         machine_id = _id_in(machine)
@@ -90,7 +90,7 @@ def _id_in(machine: MachinePaths) -> str | None:
     return None
 
 
-def contact(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> ControlClient | None:
+def contact(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = False) -> ControlClient | None:
     """A connection to the machine's worker; None where the machine does not run. `ids`: those that were read already.
 
     `holds_lock`: the caller has the machine's lock, under which what is left of a dead one is taken away.
@@ -127,7 +127,7 @@ def is_looked_after(runtime: RuntimePaths) -> bool:
     return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
 
 
-def status_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = False) -> MachineStatus:
+def status_of(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = False) -> MachineStatus:
     """How a machine is, also one that is about to end. `ids`, `holds_lock` and errors as `contact`."""
     for _ in range(_TRIES):
         if original_of(place.name, ids) is not None:  # the processes of its id are the original's
@@ -147,7 +147,7 @@ def status_of(place: Place, ids: AllIds | None = None, *, holds_lock: bool = Fal
     return MachineStatus(MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF)
 
 
-def _clean_up(place: Place) -> bool:
+def _clean_up(place: MachineRef) -> bool:
     """Nobody lives any more: take away what is left. False when somebody is at work on the machine."""
     with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name, patience_seconds=0):
         _take_away_dead(place)
@@ -171,7 +171,7 @@ def changing(
 
     with registry.changing(name) as machine:
         refuse_copy(name)
-        place = Place(machine.name, machine.paths, machine.runtime)
+        place = MachineRef(machine.name, machine.paths, machine.runtime)
         client = contact(place, holds_lock=True)
         with client if client is not None else contextlib.nullcontext():
             if client is None and settles:
@@ -184,7 +184,7 @@ def has_settled(machine: Changing) -> bool:
 
     Raises as `contact`, and what stands in the way.
     """
-    place = Place(machine.name, machine.paths, machine.runtime)
+    place = MachineRef(machine.name, machine.paths, machine.runtime)
     client = contact(place, holds_lock=True)
     if client is None:
         return False
@@ -222,7 +222,7 @@ def look(name: str) -> Machine:
     """
     from vmm.store import registry
 
-    place = Place.of(name)
+    place = MachineRef.of(name)
     if is_left(place.machine) and original_of(name) is None and not _runs(place):
         with contextlib.suppress(InUse), machine_lock(place.machine.folder, name, patience_seconds=0) as lock:
             if not _runs(place):
@@ -230,13 +230,13 @@ def look(name: str) -> Machine:
     return registry.load(name)
 
 
-def _runs(place: Place) -> bool:
+def _runs(place: MachineRef) -> bool:
     client = contact(place)
     with client if client is not None else contextlib.nullcontext():
         return client is not None
 
 
-def _take_away_dead(place: Place) -> None:
+def _take_away_dead(place: MachineRef) -> None:
     """The same for who has the machine's lock already. Nothing happens while somebody looks after the machine.
 
     The locks of supervisor and worker are taken meanwhile: a supervisor that a dead worker had just started finds them
@@ -258,7 +258,7 @@ def _take_away_dead(place: Place) -> None:
             lock.release()
 
 
-def _spawn_supervisor(place: Place, ready: int | None = None) -> None:
+def _spawn_supervisor(place: MachineRef, ready: int | None = None) -> None:
     words = [place.machine.folder, place.runtime.folder]
     try:
         make_folders(place.machine.logs)
@@ -281,7 +281,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
     Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
     """
     with machine_turn(machine_folder(name), name), contextlib.ExitStack() as stack:
-        place = Place.of(name)
+        place = MachineRef.of(name)
         refuse_copy(name)
         _refuse_running(place)
         if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
@@ -313,7 +313,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
             os.close(reading)
 
 
-def _look_before_discarding(place: Place) -> None:
+def _look_before_discarding(place: MachineRef) -> None:
     """Raise what would keep the machine from starting, while its memory is still there."""
     from vmm.snapshots.preflight import look_before_discarding
     from vmm.store.registry import load_folder
@@ -321,14 +321,14 @@ def _look_before_discarding(place: Place) -> None:
     look_before_discarding(load_folder(place.machine.folder))
 
 
-def _id_of(place: Place) -> str:
+def _id_of(place: MachineRef) -> str:
     machine_id = _id_in(place.machine)
     if machine_id is not None:
         return machine_id
     raise NotFound("the machine's definition cannot be read", machine=place.name, path=place.machine.definition)
 
 
-def _refuse_running(place: Place) -> None:
+def _refuse_running(place: MachineRef) -> None:
     if not os.path.isdir(place.runtime.folder):
         return
     client = None
@@ -341,7 +341,7 @@ def _refuse_running(place: Place) -> None:
     end_left(place.runtime, END_SECONDS)
 
 
-def _wait_started(place: Place, reading: int, progress: Progress | None) -> Started:
+def _wait_started(place: MachineRef, reading: int, progress: Progress | None) -> Started:
     """Follow what the worker tells. Raises its error, after everything was put away."""
     received = b""
     while True:
@@ -367,7 +367,7 @@ def _wait_started(place: Place, reading: int, progress: Progress | None) -> Star
             return _after_all(place)
 
 
-def _after_all(place: Place) -> Started:
+def _after_all(place: MachineRef) -> Started:
     """The worker was killed before it said anything: the supervisor has started another, or nobody lives.
 
     Who was killed may still be ending: its end of the pipe closes before its lock is free.
@@ -384,7 +384,7 @@ def _after_all(place: Place) -> Started:
     return Started(found.state)
 
 
-def wait_put_away(place: Place) -> None:
+def wait_put_away(place: MachineRef) -> None:
     """Return when nothing of the machine is left: no process, no lock, no socket. Raises TimedOut."""
     deadline = time.monotonic() + END_SECONDS
     while os.path.isdir(place.runtime.folder) and is_locked(place.runtime.lock("keeper")):

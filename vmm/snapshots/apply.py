@@ -24,7 +24,7 @@ from vmm.snapshots.steps import (
     tidy,
 )
 from vmm.store.registry import Changing
-from vmm.store.snapshots.journal import NO_VARIABLES, Apply, Commit
+from vmm.store.snapshots.journal import NO_VARIABLES, Apply, PutInPlace
 from vmm.store.snapshots.memory import SnapshotFolder
 from vmm.store.snapshots.store import holding
 from vmm.store.snapshots.tree import Snapshot
@@ -67,7 +67,7 @@ def apply(machine: Changing, word: str) -> Applied:
             if spec.firmware == "uefi":
                 uefi = folder.uefi_variables if os.path.exists(folder.uefi_variables) else NO_VARIABLES
             note_unclean(machine.paths)
-            held.go_on(Commit.of(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
+            held.go_on(PutInPlace.of(spec, saved="put" if snapshot.memory_bytes is not None else "drop", uefi=uefi))
         commit(held)
         if snapshot.consistent and snapshot.memory_bytes is None:
             note_clean(machine.paths)

@@ -29,7 +29,7 @@ from vmm.snapshots.steps import begin_merge, finish_merge, options_of_all, store
 from vmm.store import registry, saved
 from vmm.store.copies import refuse_copy
 from vmm.store.images import guarded
-from vmm.store.snapshots.deletion_plan import Merge
+from vmm.store.snapshots.deletion_plan import LayerMerge
 from vmm.store.snapshots.journal import MergeOff
 from vmm.store.snapshots.store import Held, Merging, holding, load_tree, merging_path, read_merging, write_merging
 from vmm.store.state import processes_of
@@ -109,12 +109,12 @@ class Fold:
                 time.sleep(_LOOK_SECONDS)
             yield
 
-    def _next(self, held: Held) -> Merge | None:
+    def _next(self, held: Held) -> LayerMerge | None:
         tidy(held)
         merges = judge(registry.load_for_change(held), held.tree).merges
         return merges[0] if merges else None
 
-    def _merge(self, held: Held, merge: Merge) -> None:
+    def _merge(self, held: Held, merge: LayerMerge) -> None:
         self._target = merge.target
         try:
             self._progress(0, 0)
@@ -140,7 +140,7 @@ class Fold:
 
 def merge_files(
     held: Held,
-    merge: Merge,
+    merge: LayerMerge,
     progress: Callable[[int, int], None],
     *,
     locked: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,

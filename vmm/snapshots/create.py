@@ -24,7 +24,7 @@ from vmm.snapshots.steps import check_chains, commit, options_of_all, pivoted, p
 from vmm.store import saved
 from vmm.store.devices import refuse_passed_through
 from vmm.store.registry import Changing
-from vmm.store.snapshots.journal import Commit, CreateOff, Pivot
+from vmm.store.snapshots.journal import CreateOff, Pivot, PutInPlace
 from vmm.store.snapshots.memory import SnapshotFolder, folder_of
 from vmm.store.snapshots.store import Held, holding
 from vmm.store.snapshots.tree import MAX_NOTES_CHARACTERS, Snapshot, TakenIn
@@ -87,7 +87,7 @@ def create(machine: Changing, request: SnapshotRequest) -> Snapshot:
             freeze(machine.spec, pivots)
             folder.finish()
             add(held, snapshot, pivots)
-            held.go_on(Commit.of(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
+            held.go_on(PutInPlace.of(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
         commit(held)
     add_event(machine.paths.events, "snapshot-created", snapshot=snapshot.name)
     return snapshot

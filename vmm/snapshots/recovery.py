@@ -44,7 +44,6 @@ from vmm.store.registry import Changing, Machine
 from vmm.store.removal import refuse_needed_folder, remove_image
 from vmm.store.snapshots.journal import (
     Apply,
-    Commit,
     CreateLive,
     CreateOff,
     Delete,
@@ -52,6 +51,7 @@ from vmm.store.snapshots.journal import (
     MergeLive,
     MergeOff,
     Pivot,
+    PutInPlace,
     words_of,
 )
 from vmm.store.snapshots.memory import SnapshotFolder, applied_folder
@@ -108,7 +108,7 @@ def settle_journal(held: Held, journal: Journal) -> None:
                 remove_unused(held, pivots)
                 shutil.rmtree(applied_folder(held.machine), ignore_errors=True)
                 held.done()
-            case Commit():
+            case PutInPlace():
                 commit(held)
             case Delete(folders):
                 for folder in folders:

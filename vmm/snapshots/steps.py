@@ -28,7 +28,7 @@ from vmm.store import registry
 from vmm.store.known_images import refuse_used_elsewhere
 from vmm.store.registry import Changing
 from vmm.store.removal import remove_image
-from vmm.store.snapshots.journal import NO_VARIABLES, Commit, MergeLive, MergeOff, Pivot
+from vmm.store.snapshots.journal import NO_VARIABLES, MergeLive, MergeOff, Pivot, PutInPlace
 from vmm.store.snapshots.memory import adapt_saved, drop_saved, put_saved
 from vmm.store.snapshots.snapshot import Image
 from vmm.store.snapshots.store import Held, tree_path
@@ -107,7 +107,7 @@ def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, str]]) -> Machi
 def commit(held: Held) -> Changing:
     """Put in place what the journal says. Raises VmmError; the next command tries again."""
     journal = held.tree.journal
-    assert isinstance(journal, Commit)
+    assert isinstance(journal, PutInPlace)
     spec = journal.spec(tree_path(held.machine))
     if spec.id != registry.load_for_change(held).spec.id:
         raise VmmError(

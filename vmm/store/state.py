@@ -34,7 +34,7 @@ class MachineState(StrEnum):
     CRITICAL = "paused-critical"
 
 
-class Phase(StrEnum):
+class WorkerPhase(StrEnum):
     """How far the worker is: whether its QEMU is being made, runs, or is not wanted any more."""
 
     STARTING = "starting"
@@ -46,7 +46,7 @@ class Phase(StrEnum):
 class WorkerNote:
     """The worker's note. `operation` is what it was in the middle of, `details` what that needs to be undone."""
 
-    phase: Phase = Phase.STARTING
+    phase: WorkerPhase = WorkerPhase.STARTING
     worker: ProcessRef | None = None
     qemu: ProcessRef | None = None
     accelerator: str | None = None
@@ -74,7 +74,7 @@ class WorkerNote:
         if document is None:
             return None
         try:
-            phase = Phase(str(document.get("phase")))
+            phase = WorkerPhase(str(document.get("phase")))
         except ValueError:
             return None
         details, started = document.get("details"), document.get("started")

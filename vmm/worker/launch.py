@@ -18,7 +18,7 @@ from typing import Literal
 
 from vmm.host.private_socket import bind_private
 from vmm.kvm import program, uefi, userfault
-from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Facts, Medium, Sockets, file_node, qemu_arguments
+from vmm.kvm.cmdline import UEFI_VARIABLES, Adapter, Device, Medium, Sockets, StartFacts, file_node, qemu_arguments
 from vmm.kvm.process import Identity, check_reachable, private_copy, privileged_command
 from vmm.model.errors import InvalidSpec, Unsupported, VmmError, of_os_error
 from vmm.model.paths import MachinePaths, RuntimePaths
@@ -104,7 +104,7 @@ def prepare(
         media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if disk.kind != "vhd" and disk.path}
         services = spec.integration
         wants_agent = services.heartbeat or services.shutdown or services.time_sync or services.backup
-        facts = Facts(
+        facts = StartFacts(
             accelerator=accelerator,
             nbd_socket=runtime.nbd,
             sockets=Sockets(

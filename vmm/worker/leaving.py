@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from vmm.model.errors import InUse, TimedOut, VmmError
 from vmm.store import registry, saved
-from vmm.store.state import Phase, mark_leaving
+from vmm.store.state import WorkerPhase, mark_leaving
 from vmm.worker.running import LOOK_SECONDS, End, Running
 
 if TYPE_CHECKING:
@@ -102,11 +102,11 @@ class Leaving:
         running = self._running
         running.gives_way = True
         while time.monotonic() < deadline and not running.exited.is_set():
-            if running.note.phase is Phase.ENDED:
+            if running.note.phase is WorkerPhase.ENDED:
                 return
             rest = after()
             is_idle = running.note.operation is None and (rest is None or rest.done())
-            if running.note.phase is Phase.RUNNING and is_idle and running.is_reachable:
+            if running.note.phase is WorkerPhase.RUNNING and is_idle and running.is_reachable:
                 return
             if running.note.operation in _GIVING_WAY:
                 with contextlib.suppress(VmmError):
@@ -135,6 +135,8 @@ class Leaving:
             await running.quit(End.SAVED)
         else:
             await running.stop()
-        while not running.exited.is_set() and running.note.phase is not Phase.ENDED and time.monotonic() < deadline:
+        while (
+            not running.exited.is_set() and running.note.phase is not WorkerPhase.ENDED and time.monotonic() < deadline
+        ):
             await running.kill()  # one that was about to start
             await asyncio.sleep(LOOK_SECONDS)

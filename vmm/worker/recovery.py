@@ -31,7 +31,6 @@ from vmm.snapshots.steps import pivoted
 from vmm.store.backup_note import has_note
 from vmm.store.snapshots.journal import (
     Apply,
-    Commit,
     CreateLive,
     CreateOff,
     Delete,
@@ -39,12 +38,13 @@ from vmm.store.snapshots.journal import (
     MergeLive,
     MergeOff,
     Pivot,
+    PutInPlace,
     words_of,
 )
 from vmm.store.snapshots.memory import SnapshotFolder
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, has_tree, holding, load_tree
-from vmm.store.state import Phase
+from vmm.store.state import WorkerPhase
 
 if TYPE_CHECKING:
     from vmm.model.spec import MachineSpec
@@ -137,7 +137,7 @@ class Recovery:
             case Delete() | MergeOff():
                 await asyncio.to_thread(settle_journal, held, journal)
                 return
-            case CreateOff() | Apply() | Commit():
+            case CreateOff() | Apply() | PutInPlace():
                 raise WrongState(
                     f"{words_of(journal)} was cut short before it was started, and can be settled when it is off",
                     machine=held.name, hint=f"vmm shutdown {held.name}; any command settles it then",
@@ -261,7 +261,7 @@ async def wait_serving(running: Running) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + SERVER_SECONDS
     while not await running.server.is_serving():
-        if running.note.phase is Phase.ENDED:
+        if running.note.phase is WorkerPhase.ENDED:
             raise WrongState("is being switched off", hint="try again in a moment")
         if loop.time() > deadline:
             raise TimedOut(f"the disks' server did not answer within {SERVER_SECONDS:g} s")

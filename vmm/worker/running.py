@@ -29,7 +29,7 @@ from vmm.kvm.said import in_our_words
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
 from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.model.spec import MachineSpec
-from vmm.store.state import MachineState, Phase, SupervisorNote, WorkerNote
+from vmm.store.state import MachineState, SupervisorNote, WorkerNote, WorkerPhase
 from vmm.worker.asking import ask_until_off
 from vmm.worker.clock import GuestClock
 from vmm.worker.launch import no_adapters, prepare
@@ -146,7 +146,7 @@ class Running:
     async def wait_reachable(self) -> None:
         """Return when there is a conversation with QEMU, or none is to be expected soon."""
         deadline = time.monotonic() + REACH_SECONDS
-        while not (self._qmp and self._is_known) and self._end is None and self.note.phase is Phase.RUNNING:
+        while not (self._qmp and self._is_known) and self._end is None and self.note.phase is WorkerPhase.RUNNING:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(LOOK_SECONDS)
@@ -154,7 +154,7 @@ class Running:
     async def wait_known(self) -> None:
         """Return when QEMU has said how the machine is, or does not say it soon: who takes over knows nothing yet."""
         deadline = time.monotonic() + KNOWN_SECONDS
-        while not self._is_known and self._end is None and self.note.qemu and self.note.phase is Phase.RUNNING:
+        while not self._is_known and self._end is None and self.note.qemu and self.note.phase is WorkerPhase.RUNNING:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(LOOK_SECONDS)
@@ -299,7 +299,7 @@ class Running:
         status = reap(process.ref)
         if self._end is None:
             self._end = End.CRASHED
-            if self.note.phase is not Phase.STARTING:
+            if self.note.phase is not WorkerPhase.STARTING:
                 self.tell("qemu-died", status=status, problem=process.last_words())
         self.note.qemu = None
         self.exited.set()

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Final
 
 from vmm.model.errors import WrongState
-from vmm.store.state import MachineState, Phase
+from vmm.store.state import MachineState, WorkerPhase
 
 _RUNNING, _PAUSED, _CRITICAL = MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL
 
@@ -30,7 +30,7 @@ class Facts:
     resumed since.
     """
 
-    phase: Phase
+    phase: WorkerPhase
     status: str
     is_known: bool
     is_ending: bool = False
@@ -40,8 +40,8 @@ class Facts:
 
 # The first row that holds gives the state.
 STATES: Final[tuple[tuple[str, Callable[[Facts], bool], MachineState], ...]] = (
-    ("QEMU is being made", lambda one: one.phase is Phase.STARTING, MachineState.STARTING),
-    ("it ends or has ended", lambda one: one.is_ending or one.phase is Phase.ENDED, MachineState.STOPPING),
+    ("QEMU is being made", lambda one: one.phase is WorkerPhase.STARTING, MachineState.STARTING),
+    ("it ends or has ended", lambda one: one.is_ending or one.phase is WorkerPhase.ENDED, MachineState.STOPPING),
     ("its memory is being saved", lambda one: one.operation == "save", _PAUSED),
     ("the user paused it", lambda one: one.is_paused_by_user, _PAUSED),
     ("QEMU runs the guest", lambda one: one.status == "running", _RUNNING),

@@ -36,9 +36,9 @@ from vmm.store.snapshots.store import has_tree
 from vmm.store.state import (
     ENDING_SIGNALS,
     SERVER_END_SIGNAL,
-    Phase,
     SupervisorNote,
     WorkerNote,
+    WorkerPhase,
     is_leaving,
     note_clean,
     note_running,
@@ -72,7 +72,7 @@ class Worker:
         self._spec = registry.read_definition(runtime.running)
         self._note = WorkerNote.read(runtime) or WorkerNote()
         self._found = self._note.qemu if self._note.qemu is not None and self._note.qemu.is_alive() else None
-        self._lost = self._note.qemu is not None and self._found is None and self._note.phase is Phase.RUNNING
+        self._lost = self._note.qemu is not None and self._found is None and self._note.phase is WorkerPhase.RUNNING
         self._note.worker = ProcessRef.of_self()
         if self._found is None:
             self._note.qemu = None
@@ -134,7 +134,7 @@ class Worker:
                 self._tell("recovery", action="restart")
                 await self._recovery.finish_interrupted()  # the disks' server still knows which images are the newest
                 try:
-                    self._note.phase = Phase.STARTING
+                    self._note.phase = WorkerPhase.STARTING
                     await self._begin()
                 except VmmError as error:
                     self._tell("start-failed", problem=str(error))
@@ -161,7 +161,7 @@ class Worker:
             elif self._lost:
                 self._tell("qemu-died", problem="while no worker was there")
                 return End.CRASHED
-            elif self._note.phase is Phase.ENDED:
+            elif self._note.phase is WorkerPhase.ENDED:
                 return End.STOPPED
             else:
                 await self._begin()
@@ -183,7 +183,7 @@ class Worker:
 
     def _running_now(self) -> None:
         note_running(self._machine, True)
-        self._note.phase = Phase.RUNNING
+        self._note.phase = WorkerPhase.RUNNING
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)
 
@@ -205,7 +205,7 @@ class Worker:
     async def _put_away(self, watch: asyncio.Future[Any]) -> None:
         """The disks' server flushes and ends, those who wait are told, then we end. The supervisor does the rest."""
         note_running(self._machine, self._leaving.has_begun)  # what the host stopped runs again when it starts
-        self._note.phase = Phase.ENDED
+        self._note.phase = WorkerPhase.ENDED
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)
         try:
@@ -452,7 +452,7 @@ def main() -> None:
                 os.write(ready, json.dumps({"error": to_document(problem)}).encode() + b"\n")
             note = WorkerNote.read(runtime) or WorkerNote()
             if note.qemu is None:  # nothing runs: it would fail again
-                note.phase = Phase.ENDED
+                note.phase = WorkerPhase.ENDED
                 with contextlib.suppress(VmmError):
                     note.write(runtime)
 

@@ -26,7 +26,7 @@ from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.host.proc import Lock
 from vmm.model.errors import InUse, QemuFailed
 from vmm.processes import worker_connection as contact
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.snapshots import steps
 from vmm.snapshots.background_merge import Fold
 from vmm.store import registry
@@ -152,7 +152,7 @@ def web(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
     return machines
 
 
-def no_supervisor(place: Place, ready: int | None = None) -> None:
+def no_supervisor(place: MachineRef, ready: int | None = None) -> None:
     """The start ends where a supervisor would begin, by the definition that the machine would run with."""
     disk, *_ = json.loads(Path(place.runtime.running).read_text())["disks"]
     raise QemuFailed(f"would run with {os.path.basename(disk['path'])}")

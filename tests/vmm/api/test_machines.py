@@ -19,7 +19,7 @@ from vmm.model.errors import VmmError, WrongState
 from vmm.model.guest import GuestInfo, GuestInterface, Heartbeat, OsInfo
 from vmm.processes import worker_connection
 from vmm.processes.rpc import ControlClient
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.state import MachineState
 
@@ -56,7 +56,7 @@ class Worker:
         return self.answer
 
 
-def running(place: Place, answer: object) -> tuple[RunningMachine, Worker]:
+def running(place: MachineRef, answer: object) -> tuple[RunningMachine, Worker]:
     """A machine whose worker gives this answer."""
     worker = Worker(answer)
     return RunningMachine(place, cast(ControlClient, worker), None), worker
@@ -156,7 +156,7 @@ class Connected(Worker):
 def test_answers_become_values(machines: Machines) -> None:
     """What a worker says is a value of a known type."""
     machines.create()
-    place = Place.of("web")
+    place = MachineRef.of("web")
     assert running(place, {"state": "ok", "seen_seconds_ago": 0.5})[0].ping() == Heartbeat("ok", 0.5)
     system = {"name": "Debian", "version": "13", "kernel": "6.12", "machine": "x86_64", "host_name": "web"}
     card = {"name": "eth0", "mac": "00:15:5d:00:00:01", "addresses": ["10.0.0.5/24"]}
@@ -178,7 +178,7 @@ def test_answers_become_values(machines: Machines) -> None:
 def test_answers_that_cannot_be_understood(machines: Machines, answer: object) -> None:
     """A worker of another version is an error with a hint, never a traceback."""
     machines.create()
-    place = Place.of("web")
+    place = MachineRef.of("web")
     for ask in (RunningMachine.guest_info, RunningMachine.ping, RunningMachine.thaw, RunningMachine.items):
         with pytest.raises(VmmError, match="answer cannot be understood"):
             ask(running(place, answer)[0])
@@ -186,7 +186,18 @@ def test_answers_that_cannot_be_understood(machines: Machines, answer: object) -
 
 def test_the_port_takes_and_gives_values() -> None:
     """No method of the port has a parameter or result that only this host could hold: it could go over a wire."""
-    local = ("Changing", "Held", "Lock", "Place", "Paths", "ControlClient", "socket", "Machine,", "tuple[str", "[Any]")
+    local = (
+        "Changing",
+        "Held",
+        "Lock",
+        "MachineRef",
+        "Paths",
+        "ControlClient",
+        "socket",
+        "Machine,",
+        "tuple[str",
+        "[Any]",
+    )
     for part in (Life, Hardware, Copies, Guest):
         for name, method in inspect.getmembers(part, inspect.isfunction):
             if not name.startswith("_"):

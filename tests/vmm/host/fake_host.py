@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vmm.host.block import Host
+from vmm.host.block import HostDevices
 
 PCI = "devices/pci0000:00/0000:00:1f.2"
 PLACES = {
@@ -48,9 +48,9 @@ class FakeHost:
         self._write_tables()
 
     @property
-    def view(self) -> Host:
+    def view(self) -> HostDevices:
         """The host as it is now."""
-        return Host(str(self.root))
+        return HostDevices(str(self.root))
 
     def _write_tables(self) -> None:
         (self.root / "proc/self").mkdir(parents=True, exist_ok=True)

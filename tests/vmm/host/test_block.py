@@ -220,9 +220,9 @@ def test_order_of_the_list(host: FakeHost) -> None:
 
 def test_host_without_sysfs(tmp_path: Path) -> None:
     """Nothing to read is an empty list, and an unknown name an error."""
-    assert block.Host(str(tmp_path)).devices() == []
+    assert block.HostDevices(str(tmp_path)).devices() == []
     with pytest.raises(NotFound):
-        block.Host(str(tmp_path)).device("sda")
+        block.HostDevices(str(tmp_path)).device("sda")
 
 
 def test_device_that_vanishes_is_left_out(host: FakeHost) -> None:
@@ -267,6 +267,6 @@ def test_mark_of_what_was_written(host: FakeHost, monkeypatch: pytest.MonkeyPatc
 
 def test_the_host_it_runs_on() -> None:
     """The real host can be listed by anybody, and each device is found again by its number."""
-    view = block.Host()
+    view = block.HostDevices()
     for device in view.devices():
         assert view.device_of_number(device.number) == device

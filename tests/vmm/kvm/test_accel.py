@@ -14,16 +14,16 @@ import pytest
 from tests.support import require_tool
 from vmm.kvm import accel, program
 from vmm.kvm.accel import Evidence
-from vmm.kvm.trial import Outcome
+from vmm.kvm.trial import TrialResult
 from vmm.model.errors import InvalidSpec, Unsupported
 
-SOUND = Outcome(None, None, ["SSE2", "page fault"], {}, [], 4000)
+SOUND = TrialResult(None, None, ["SSE2", "page fault"], {}, [], 4000)
 ALL_WELL = Evidence("/usr/bin/qemu", "7.2.22", SOUND, None, None)
 EMULATING = replace(ALL_WELL, kvm=replace(SOUND, failed={"SSE2": "KVM cannot emulate an instruction"}))
-NO_NODE = replace(ALL_WELL, kvm=Outcome(refused=os.strerror(2)), qemu_kvm="not tried")
-NO_ACCESS = replace(ALL_WELL, kvm=Outcome(refused=os.strerror(13)), qemu_kvm="not tried")
+NO_NODE = replace(ALL_WELL, kvm=TrialResult(refused=os.strerror(2)), qemu_kvm="not tried")
+NO_ACCESS = replace(ALL_WELL, kvm=TrialResult(refused=os.strerror(13)), qemu_kvm="not tried")
 QEMU_CANNOT = replace(ALL_WELL, qemu_kvm="this QEMU was built without kvm")
-DEAD = replace(ALL_WELL, kvm=Outcome(refused=None, real_mode="a wrong result"), qemu_kvm="not tried")
+DEAD = replace(ALL_WELL, kvm=TrialResult(refused=None, real_mode="a wrong result"), qemu_kvm="not tried")
 NO_TCG = replace(ALL_WELL, qemu_tcg="this QEMU was built without tcg")
 
 
@@ -101,7 +101,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A host on which nothing is really tried; each real trial would add its name."""
     tried: list[str] = []
 
-    def outcome() -> Outcome:
+    def outcome() -> TrialResult:
         tried.append("kvm")
         return SOUND
 
@@ -151,7 +151,7 @@ def test_trial_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slow_trial_is_not_remembered(counted: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """That a busy machine was too slow is no fact to keep."""
-    monkeypatch.setattr(accel, "kvm_trial", lambda: Outcome(refused="the trial did not end in time"))
+    monkeypatch.setattr(accel, "kvm_trial", lambda: TrialResult(refused="the trial did not end in time"))
     accel.gather(cache_folder=str(tmp_path), qemu="/bin/sh")
     assert not (tmp_path / accel.CACHE_NAME).exists()
 

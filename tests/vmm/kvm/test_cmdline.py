@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.support import require_tool
 from vmm.kvm.cmdline import (
     Adapter,
-    Facts,
     Medium,
     Sockets,
+    StartFacts,
     adapter_slot,
     boot_indices,
     disk_device,
@@ -34,10 +34,10 @@ def spec_of(**settings: Any) -> MachineSpec:
     return make_spec(**{**fixed, **settings})
 
 
-def facts_of(**settings: Any) -> Facts:
+def facts_of(**settings: Any) -> StartFacts:
     """What a host would add."""
     usual = {"accelerator": "tcg", "nbd_socket": "/r/nbd.sock", "sockets": Sockets(10, 11, 12, 13)}
-    return Facts(**{**usual, **settings})
+    return StartFacts(**{**usual, **settings})
 
 
 def devices(words: list[str]) -> dict[str, dict[str, Any]]:
@@ -92,7 +92,7 @@ GOLDEN = """
 """  # noqa: E501
 
 
-def full_machine() -> tuple[MachineSpec, Facts]:
+def full_machine() -> tuple[MachineSpec, StartFacts]:
     """A machine with one of each."""
     spec = spec_of(
         cpu_count=2, memory_bytes=256 << 20,

@@ -46,7 +46,7 @@ def test_real_mode_guest_runs() -> None:
 def test_guest_that_goes_wrong_is_seen(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that reports wrongly, traps, or halts without a report is a failure with its reason."""
     require_kvm()
-    step = trial_guest.Step("real mode", "", bytes.fromhex(code))
+    step = trial_guest.GuestStep("real mode", "", bytes.fromhex(code))
     whole = trial_guest.memory_image(step)
     memory = bytearray(whole)
     start = trial_guest.CODE
@@ -79,5 +79,5 @@ def test_no_descriptor_is_left() -> None:
 
 def test_outcome_survives_json() -> None:
     """The line that the process prints is the outcome."""
-    outcome = trial.Outcome(None, None, ["SSE2"], {"a": "b"}, ["c"], 7)
-    assert trial.Outcome(**json.loads(outcome.to_json())) == outcome
+    outcome = trial.TrialResult(None, None, ["SSE2"], {"a": "b"}, ["c"], 7)
+    assert trial.TrialResult(**json.loads(outcome.to_json())) == outcome

@@ -91,7 +91,7 @@ def assembled(source: str, folder: Path, *, origin: int = 0) -> bytes:
 
 
 @pytest.mark.parametrize("step", ALL_CODE, ids=lambda step: step.name)
-def test_code_is_its_source(step: guest.Step, tmp_path: Path) -> None:
+def test_code_is_its_source(step: guest.GuestStep, tmp_path: Path) -> None:
     """The bytes of each step are what an assembler makes of the text beside them."""
     bits = 16 if step is guest.REAL_STEP else 64
     assert assembled(f".code{bits}\n{step.source}", tmp_path) == step.code
@@ -99,7 +99,7 @@ def test_code_is_its_source(step: guest.Step, tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("step", guest.LONG_STEPS, ids=lambda step: step.name)
-def test_whole_processor_does_every_step(step: guest.Step, tmp_path: Path) -> None:
+def test_whole_processor_does_every_step(step: guest.GuestStep, tmp_path: Path) -> None:
     """Each long-mode step reports that it is done, and nothing else, on a processor without faults."""
     memory = bytearray(guest.memory_image(step))
     sector = assembled(BOOT_SECTOR.replace(".intel_syntax noprefix", ""), tmp_path, origin=0x7C00)
@@ -134,7 +134,7 @@ def test_steps_follow_the_features() -> None:
 
 
 @pytest.mark.parametrize("step", (guest.REAL_STEP, *guest.LONG_STEPS), ids=lambda step: step.name)
-def test_parts_of_the_memory_do_not_overlap(step: guest.Step) -> None:
+def test_parts_of_the_memory_do_not_overlap(step: guest.GuestStep) -> None:
     """Page tables, descriptors, handlers, program and variables keep apart, and all of it fits."""
     memory = guest.memory_image(step)
     assert len(memory) == guest.MEMORY_BYTES

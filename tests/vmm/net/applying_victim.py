@@ -21,7 +21,7 @@ from typing import Any
 from vmm.net import dhcp, nft, settings
 from vmm.net.applying import Applying
 from vmm.net.bridge import Kernel
-from vmm.net.dhcp import DhcpServer
+from vmm.net.dhcp import Dnsmasq
 from vmm.net.switch_spec import SwitchSpec
 
 # Everything that must be as before. Lifetimes run on, counters count, and names of groups are no state.
@@ -100,7 +100,7 @@ def count_everything() -> None:
     ):  # fmt: skip
         setattr(Kernel, name, COUNTER.wrapped(getattr(Kernel, name)))
     for owner, name in (
-        (DhcpServer, "ensure"), (DhcpServer, "stop"), (dhcp, "spawn_detached"),
+        (Dnsmasq, "ensure"), (Dnsmasq, "stop"), (dhcp, "spawn_detached"),
         (Applying, "_write"), (nft, "run"), (settings, "write"),
         (settings, "_save"),
     ):  # fmt: skip

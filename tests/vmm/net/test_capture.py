@@ -12,7 +12,7 @@ import pytest
 from tests.support import require_tool
 from tests.vmm.net import packets
 from vmm.net import capture
-from vmm.net.capture import Capture, Direction
+from vmm.net.capture import Direction, PacketCapture
 
 ONE, TWO = packets.mac(1), packets.mac(2)
 
@@ -32,7 +32,7 @@ def read(stream: bytes, folder: Path, *fields: str) -> list[list[str]]:
 def test_tshark_reads_a_capture(tmp_path: Path) -> None:
     """Addresses, VLANs, lengths, time to the nanosecond, and the port as the interface."""
     times = iter([1_700_000_000_123_456_789, 1_700_000_001_000_000_000])
-    one = Capture("vm1", clock=lambda: next(times))
+    one = PacketCapture("vm1", clock=lambda: next(times))
     one.take("vm1", Direction.IN, packets.ethernet(TWO, ONE, bytes(47), vlan=10))
     one.take("vm1", Direction.OUT, packets.ethernet(ONE, TWO, bytes(46)))
     fields = ("eth.src", "vlan.id", "frame.len", "frame.time_epoch", "frame.interface_name")
@@ -45,7 +45,7 @@ def test_tshark_reads_a_capture(tmp_path: Path) -> None:
 @pytest.mark.interop
 def test_long_frames_are_cut_and_say_so(tmp_path: Path) -> None:
     """The length is the frame's, the bytes are as many as were asked for."""
-    one = Capture(None, snap_bytes=64)
+    one = PacketCapture(None, snap_bytes=64)
     one.take("p", Direction.IN, packets.ethernet(TWO, ONE, bytes(1000)))
     assert read(bytes(one.pending), tmp_path, "frame.len", "frame.cap_len") == [["1014", "64"]]
 
@@ -53,7 +53,7 @@ def test_long_frames_are_cut_and_say_so(tmp_path: Path) -> None:
 def test_a_slow_reader_loses_frames_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing more is kept beyond the limit; when there is room again the stream says how many are missing."""
     monkeypatch.setattr(capture, "MAX_BUFFER_BYTES", 1000)
-    one = Capture(None)
+    one = PacketCapture(None)
     frame = packets.ethernet(TWO, ONE, bytes(200))
     for _ in range(10):
         one.take("p", Direction.IN, frame)
@@ -67,7 +67,7 @@ def test_a_slow_reader_loses_frames_and_is_told(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_switchs_capture_has_each_frame_once() -> None:
     """Frames on their way out are another port's on their way in."""
-    one = Capture(None)
+    one = PacketCapture(None)
     one.take("a", Direction.IN, packets.ethernet(TWO, ONE))
     one.take("b", Direction.OUT, packets.ethernet(TWO, ONE))
     assert one.taken_frames == 1
@@ -75,7 +75,7 @@ def test_a_switchs_capture_has_each_frame_once() -> None:
 
 def test_blocks_are_whole() -> None:
     """Each block's length stands at both of its ends, and blocks follow one another without gaps."""
-    one = Capture(None)
+    one = PacketCapture(None)
     for size in range(20):
         one.take("p", Direction.IN, packets.ethernet(TWO, ONE, bytes(size)))
     stream, at, kinds = bytes(one.pending), 0, []

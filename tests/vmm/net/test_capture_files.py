@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.vmm.net import packets
 from tests.vmm.net.test_capture import read
 from vmm.model.errors import VmmError
-from vmm.net.capture import PACKET, Capture, Direction
+from vmm.net.capture import PACKET, Direction, PacketCapture
 from vmm.net.capture_files import MAX_BLOCK_BYTES, CaptureFiles
 
 FRAME = packets.ethernet(packets.mac(2), packets.mac(1), bytes(950))
@@ -21,7 +21,7 @@ FRAME = packets.ethernet(packets.mac(2), packets.mac(1), bytes(950))
 
 def stream(count: int) -> bytes:
     """What a switch sends of so many frames of two ports."""
-    one = Capture(None)
+    one = PacketCapture(None)
     for number in range(count):
         one.take(f"p{number % 2}", Direction.IN, FRAME)
     return bytes(one.pending)

@@ -52,14 +52,14 @@ def test_leases_are_read(tmp_path: Path) -> None:
     """Who has which address is in dnsmasq's file."""
     path = tmp_path / "leases"
     path.write_text("1700000000 00:15:5d:00:00:01 10.77.0.10 web *\n")
-    (one,) = dhcp.DhcpServer(PLAIN, str(tmp_path), str(path)).leases()
+    (one,) = dhcp.Dnsmasq(PLAIN, str(tmp_path), str(path)).leases()
     assert (one["address"], one["name"]) == ("10.77.0.10", "web")
-    assert dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "none")).leases() == []
+    assert dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "none")).leases() == []
 
 
 def test_no_server_is_stopped_quietly(tmp_path: Path) -> None:
     """Stopping what does not run is fine, also with a damaged note."""
-    server = dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "leases"))
+    server = dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "leases"))
     server.stop()
     (tmp_path / "dnsmasq.json").write_text("rubbish")
     assert server.process() is None
@@ -75,7 +75,7 @@ def test_a_server_that_was_never_written_down_is_stopped(tmp_path: Path) -> None
 
     ours, other = program(str(tmp_path)), program(f"{tmp_path}2")
     try:
-        dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "leases")).stop()
+        dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "leases")).stop()
         ours.wait(10)
         assert other.poll() is None
     finally:
@@ -88,4 +88,4 @@ def test_a_server_that_was_never_written_down_is_stopped(tmp_path: Path) -> None
 def test_numbers_of_other_processes_are_not_believed(tmp_path: Path, note: str) -> None:
     """A note about a process that is not ours never leads to a signal."""
     (tmp_path / "dnsmasq.json").write_text(note)
-    assert dhcp.DhcpServer(PLAIN, str(tmp_path), str(tmp_path / "leases")).process() is None
+    assert dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "leases")).process() is None

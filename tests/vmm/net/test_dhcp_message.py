@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.vmm.net import dhcp_client, packets
 from vmm.net import dhcp_message
-from vmm.net.dhcp_message import Kind, parse
+from vmm.net.dhcp_message import MessageType, parse
 
 ONE = packets.mac(1)
 DISCOVER = dhcp_client.ask(ONE, dhcp_client.DISCOVER, options={50: b"\x0a\0\x07\x09", 61: b"\x01id", 55: b"\x01\x03"})
@@ -21,12 +21,12 @@ def test_a_question_is_read() -> None:
     """Who asks, what, with which options; also with a tag before it, and with the name up to its first dot."""
     message = parse(DISCOVER)
     assert message is not None
-    assert (message.kind, message.mac, message.sender, message.to) == (Kind.DISCOVER, ONE, ONE, b"\xff" * 4)
+    assert (message.kind, message.mac, message.sender, message.to) == (MessageType.DISCOVER, ONE, ONE, b"\xff" * 4)
     assert (message.requested, message.client) == (b"\x0a\0\x07\x09", b"\x01id")
     assert set(message.wanted) == {1, 3}
     tagged = parse(dhcp_client.ask(ONE, dhcp_client.REQUEST, vlan=0, options={12: b"Web.example"}, flags=0x8000))
     assert tagged is not None
-    assert (tagged.kind, tagged.name, tagged.wants_broadcast) == (Kind.REQUEST, "web", True)
+    assert (tagged.kind, tagged.name, tagged.wants_broadcast) == (MessageType.REQUEST, "web", True)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_any_bytes_are_read_within_their_length(frame: bytes) -> None:
     if message is not None:
         assert {len(one) for one in (message.present, message.requested, message.server, message.to)} == {4}
         assert len(message.mac) == 6
-        reply = dhcp_message.reply(message, Kind.ACK, b"\x0a\0\x07\x09", [], server=b"\x0a\0\x07\x01", mac=ONE)
+        reply = dhcp_message.reply(message, MessageType.ACK, b"\x0a\0\x07\x09", [], server=b"\x0a\0\x07\x01", mac=ONE)
         assert dhcp_client.read(reply).kind == dhcp_client.ACK
 
 
@@ -86,7 +86,7 @@ def test_names_are_labels(value: bytes, name: str) -> None:
 def test_where_an_answer_goes() -> None:
     """To the new address; to everybody if it was asked for, and a NAK always; to the address that is in use."""
 
-    def sent(kind: Kind, **settings: object) -> dhcp_client.Answer:
+    def sent(kind: MessageType, **settings: object) -> dhcp_client.Answer:
         question = parse(dhcp_client.ask(ONE, dhcp_client.REQUEST, **settings))  # type: ignore[arg-type]
         assert question is not None
         given = socket.inet_aton("10.0.7.9")
@@ -94,11 +94,11 @@ def test_where_an_answer_goes() -> None:
             dhcp_message.reply(question, kind, given, [], server=b"\x0a\0\x07\x01", mac=b"\x52" * 6)
         )
 
-    plain = sent(Kind.ACK)
+    plain = sent(MessageType.ACK)
     assert (plain.destination, plain.source, plain.to, plain.yours) == (ONE, b"\x52" * 6, "10.0.7.9", "10.0.7.9")
-    everybody = sent(Kind.ACK, flags=0x8000)
+    everybody = sent(MessageType.ACK, flags=0x8000)
     assert (everybody.destination, everybody.to, everybody.broadcast) == (b"\xff" * 6, "255.255.255.255", True)
-    renewing = sent(Kind.ACK, present="10.0.7.9", station=packets.mac(2))
+    renewing = sent(MessageType.ACK, present="10.0.7.9", station=packets.mac(2))
     assert (renewing.destination, renewing.to, renewing.present) == (ONE, "10.0.7.9", "10.0.7.9")
-    assert sent(Kind.NAK, present="10.0.7.9").destination == b"\xff" * 6
-    assert sent(Kind.ACK, options={61: b"\x01abc"}).options[61] == b"\x01abc"
+    assert sent(MessageType.NAK, present="10.0.7.9").destination == b"\xff" * 6
+    assert sent(MessageType.ACK, options={61: b"\x01abc"}).options[61] == b"\x01abc"

@@ -18,8 +18,8 @@ from tests.vmm.net import dhcp_client, packets
 from tests.vmm.net.test_dhcp_server import SETUP
 from tests.vmm.net.test_engine import any_frame, rules
 from vmm.net import frames, port_socket
-from vmm.net.capture import Capture
-from vmm.net.dhcp_message import Kind
+from vmm.net.capture import PacketCapture
+from vmm.net.dhcp_message import MessageType
 from vmm.net.dhcp_server import DhcpServer
 from vmm.net.engine import Drop, Engine, PortRules, VlanMode
 from vmm.net.mover import Mover
@@ -286,7 +286,11 @@ def test_dhcp_clients_are_heard_by_the_switch(lab: Lab, vlan: int | None, is_lea
         for name, _ in mover.engine.forward("p0", frame, 0.0):
             expected[name] += 1
     lab.send("p0", *sent)
-    assert sorted(message.kind for _, message in mover.questions) == [Kind.DISCOVER, Kind.DISCOVER, Kind.REQUEST]
+    assert sorted(message.kind for _, message in mover.questions) == [
+        MessageType.DISCOVER,
+        MessageType.DISCOVER,
+        MessageType.REQUEST,
+    ]
     assert {port.name for port, _ in mover.questions} == {"p0"}
     got = [len(lab.received(name)) for name in ("p1", "p2")]
     assert got == ([3, 3] if is_learned else [6, 3])
@@ -321,7 +325,7 @@ def test_a_gateways_dhcp_answers_are_dropped(lab: Lab) -> None:
 
 def test_the_switchs_own_frames(lab: Lab) -> None:
     """They are sent, counted and captured as others are, and dropped where nobody is or nobody takes them."""
-    port, capture = lab.mover.engine.ports["p0"], Capture("p0")
+    port, capture = lab.mover.engine.ports["p0"], PacketCapture("p0")
     lab.mover.add_capture(capture)
     frame = packets.ethernet(ONE, TWO)
     lab.mover.send_own(port, frame, 0.0)
@@ -369,7 +373,7 @@ def test_captures_see_what_guests_see() -> None:
         PortRules(mode=VlanMode.ACCESS, vlan=10),
         PortRules(mode=VlanMode.TRUNK, allowed=frozenset({10})),
     )
-    port, whole = Capture("p1"), Capture(None)
+    port, whole = PacketCapture("p1"), PacketCapture(None)
     lab.mover.add_capture(port)
     lab.mover.add_capture(whole)
     plain, tagged = packets.ethernet(TWO, ONE), packets.ethernet(TWO, ONE, vlan=10)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.net import plan, switch_spec
-from vmm.net.plan import Address, HostFacts, Route, UplinkFacts
+from vmm.net.plan import HostAddress, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import make_switch
-from vmm.net.uplinks import Kind
+from vmm.net.uplinks import InterfaceKind
 
 ID = "01234567-89ab-cdef-0123-456789abcdef"
 UPLINK = UplinkFacts(
@@ -25,7 +25,7 @@ UPLINK = UplinkFacts(
     True,
     None,
     False,
-    (Address("10.0.0.5/24", "10.0.0.255"), Address("10.0.0.6/24", None, 600)),
+    (HostAddress("10.0.0.5/24", "10.0.0.255"), HostAddress("10.0.0.6/24", None, 600)),
     (Route("0.0.0.0/0", "10.0.0.1", 100), Route("10.9.0.0/16")),
 )
 
@@ -151,15 +151,15 @@ def test_external_without_the_host() -> None:
     [
         ({"master": "br0"}, "eth0 is part of br0 already"),
         ({"is_wireless": True}, "eth0 is wireless"),
-        ({"master": "bond0", "kind": Kind(master="bond")}, "eth0 is part of bond0 already: take bond0"),
+        ({"master": "bond0", "kind": InterfaceKind(master="bond")}, "eth0 is part of bond0 already: take bond0"),
         ({"mac": "00:00:00:00:00:00"}, "eth0 is not a network card"),
-        ({"mac": "", "kind": Kind(is_ethernet=False)}, "eth0 is not a network card"),
+        ({"mac": "", "kind": InterfaceKind(is_ethernet=False)}, "eth0 is not a network card"),
         (
-            {"kind": Kind("bridge")},
+            {"kind": InterfaceKind("bridge")},
             "eth0 is a bridge: a bridge is part of no other; take the card that is part of eth0",
         ),
-        ({"kind": Kind(on_top=("mv0", "mv1"))}, "mv0, mv1 stand on eth0 and take its frames"),
-        ({"kind": Kind("macvlan")}, "eth0 is of kind macvlan: it gets the frames for its own address only"),
+        ({"kind": InterfaceKind(on_top=("mv0", "mv1"))}, "mv0, mv1 stand on eth0 and take its frames"),
+        ({"kind": InterfaceKind("macvlan")}, "eth0 is of kind macvlan: it gets the frames for its own address only"),
     ],
 )
 def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> None:

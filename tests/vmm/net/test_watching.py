@@ -22,13 +22,13 @@ VICTIM = """
 import json, os, signal, sys
 from vmm.net import switches, watching
 from vmm.net.host_side import HostSide
-from vmm.net.dhcp import DhcpServer
+from vmm.net.dhcp import Dnsmasq
 from vmm.net.switch_spec import make_switch
 from vmm.api.doctor import _check_switches
 os.umask(0o077)  # a machine's worker has it
 switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
 host = HostSide(switches.load("nat"))
-server = DhcpServer(host.spec, host.folder, host.lease_path)
+server = Dnsmasq(host.spec, host.folder, host.lease_path)
 def look():
     (check,) = _check_switches()
     return [one.what for one in watching.faults(host)], check.state, check.found
@@ -65,20 +65,20 @@ from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import make_switch
 switches.create(make_switch(name="nat", type="internal", backend="bridge", address="10.5.0.1/24"))
 host = HostSide(switches.load("nat"))
-server = dhcp.DhcpServer(host.spec, host.folder, host.lease_path)
+server = dhcp.Dnsmasq(host.spec, host.folder, host.lease_path)
 server.stop()
 clock, tries = [1000.0], []
 watching.time.clock_gettime = lambda which: clock[0]
 def ensure(self):
     tries.append(clock[0])
     raise errors.VmmError("it is broken")
-kept, dhcp.DhcpServer.ensure = dhcp.DhcpServer.ensure, ensure
+kept, dhcp.Dnsmasq.ensure = dhcp.Dnsmasq.ensure, ensure
 failed = []
 for second in range(300):
     clock[0] += 1.0
     failed += watching.put_right(host).failed
 said = {"tries": tries, "failed": [[one.what, one.problem] for one in failed]}
-dhcp.DhcpServer.ensure = kept
+dhcp.Dnsmasq.ensure = kept
 clock[0] += 60.0
 said["mended"] = watching.put_right(host).mended
 switches.delete("nat")

@@ -31,7 +31,7 @@ from tests.vmm.stage import pids_naming
 from vmm.api.manager import Manager
 from vmm.host.proc import ProcessRef
 from vmm.model.errors import QemuFailed, StoreFailed, VmmError
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.state import MachineState
 
 pytestmark = pytest.mark.kvm
@@ -85,7 +85,7 @@ def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, 
     press(manager, "w")
     wait_until(lambda: "written " in console(manager), "the guest writes")
     manager.stop("small")
-    assert processes() == {} and not os.path.exists(Place.of("small").runtime.folder)
+    assert processes() == {} and not os.path.exists(MachineRef.of("small").runtime.folder)
     assert has_written(leaf)
     assert vhdkit.check(leaf) == []
 
@@ -96,7 +96,7 @@ def test_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
     manager.start("small")
     wait_counting(manager)
     kill(("qemu",))
-    wait_until(lambda: not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away")
     assert manager.state("small") is MachineState.OFF and processes() == {}
     assert "qemu-died" in [event.name for event in manager.events("small")]
     assert has_written(leaf)
@@ -127,7 +127,9 @@ def test_qemu_dies_unseen(manager: Manager, tmp_path: Path, parts: tuple[str, ..
     wait_counting(manager)
     kill(parts)
     wait_state(manager, MachineState.OFF)
-    wait_until(lambda: not processes() and not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    wait_until(
+        lambda: not processes() and not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away"
+    )
     manager.start("small")
 
 
@@ -137,7 +139,7 @@ def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> 
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
-    runtime = Place.of("small").runtime.folder
+    runtime = MachineRef.of("small").runtime.folder
     kill(("keeper", "worker", "server", "qemu"))
     wait_until(lambda: not processes(), "all is dead")
     if folder_gone:
@@ -154,7 +156,7 @@ def test_a_change_after_the_host_went_down(manager: Manager, tmp_path: Path) -> 
     """The first command after everything was killed may be one that changes the machine: it does not wait in vain."""
     make_machine(manager, tmp_path)
     manager.start("small")
-    runtime = Place.of("small").runtime.folder
+    runtime = MachineRef.of("small").runtime.folder
     kill(("keeper", "worker", "server", "qemu"))
     wait_until(lambda: not processes(), "all is dead")
     assert os.path.exists(runtime)
@@ -169,7 +171,7 @@ def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
     manager.start("small")
     wait_counting(manager)
     living = processes()
-    shutil.rmtree(Place.of("small").runtime.folder)
+    shutil.rmtree(MachineRef.of("small").runtime.folder)
     kill_these = [living[part] for part in ("qemu", "worker")]
     for victim in kill_these:
         os.kill(victim.pid, 9)
@@ -184,7 +186,7 @@ def test_runtime_folder_goes(manager: Manager, tmp_path: Path) -> None:
     make_machine(manager, tmp_path)
     manager.start("small")
     count, living = wait_counting(manager), processes()
-    shutil.rmtree(Place.of("small").runtime.folder)
+    shutil.rmtree(MachineRef.of("small").runtime.folder)
     wait_until(lambda: not any(one.is_alive() for one in living.values()), "all is put away")
     assert manager.state("small") is MachineState.SAVED
     manager.start("small")
@@ -195,7 +197,7 @@ def test_runtime_folder_goes(manager: Manager, tmp_path: Path) -> None:
 def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
     """A worker that is killed as soon as it is there is followed by one that starts the machine."""
     make_machine(manager, tmp_path)
-    place = Place.of("small")
+    place = MachineRef.of("small")
     child = os.fork()
     if child == 0:
         try:
@@ -219,7 +221,7 @@ def test_all_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
         for part in ("keeper", "worker"):  # neither starts anybody meanwhile
             os.kill(processes()[part].pid, signal.SIGSTOP)
         server = processes().get("server")
-        for pid in pids_naming(Path(Place.of("small").runtime.folder).parent):  # a QEMU may not be noted yet
+        for pid in pids_naming(Path(MachineRef.of("small").runtime.folder).parent):  # a QEMU may not be noted yet
             if server is None or pid != server.pid:
                 os.kill(pid, signal.SIGKILL)
 
@@ -228,7 +230,7 @@ def test_all_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
         with pytest.raises(QemuFailed, match="before the machine ran"):
             manager.start("small")
         killing.result()
-    assert not os.path.exists(Place.of("small").runtime.folder) and manager.state("small") is MachineState.OFF
+    assert not os.path.exists(MachineRef.of("small").runtime.folder) and manager.state("small") is MachineState.OFF
 
 
 def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None:

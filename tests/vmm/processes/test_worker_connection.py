@@ -53,7 +53,7 @@ def test_id_that_is_none(tmp_path: Path, machine_id: object) -> None:
     (tmp_path / "run" / "x").mkdir(parents=True)
     path = Path(registry.add(make_spec(name="web")).paths.definition)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id": machine_id}))
-    for verb in (contact.Place.of, contact.start):
+    for verb in (contact.MachineRef.of, contact.start):
         with pytest.raises(InvalidSpec, match="not a machine definition: id"):
             verb("web")
     assert (victim / "file").read_text() == "precious"
@@ -75,7 +75,7 @@ def test_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder.mkdir(mode=0)
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     with as_ordinary_user(tmp_path), pytest.raises(AccessDenied, match="look for the machine"):
-        contact.Place.of("web")
+        contact.MachineRef.of("web")
 
 
 @pytest.mark.parametrize("part", ["keeper", "worker"])
@@ -97,4 +97,4 @@ def test_who_is_just_ending_leaves_nothing_behind(part: str, monkeypatch: pytest
     with contact.changing("web") as (_, client):
         assert client is None
     assert not os.path.exists(runtime.folder)
-    assert contact.status_of(contact.Place.of("web")) == MachineStatus(MachineState.OFF)
+    assert contact.status_of(contact.MachineRef.of("web")) == MachineStatus(MachineState.OFF)

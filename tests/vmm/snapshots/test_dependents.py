@@ -15,7 +15,7 @@ from vmm.snapshots.background_merge import merge_files
 from vmm.snapshots.dependents import judge
 from vmm.snapshots.steps import begin_merge
 from vmm.store import registry
-from vmm.store.snapshots.deletion_plan import Merge
+from vmm.store.snapshots.deletion_plan import LayerMerge
 from vmm.store.snapshots.journal import MergeOff
 from vmm.store.snapshots.store import holding, load_tree
 
@@ -37,7 +37,7 @@ def test_images_of_a_copy_hold_back_the_deletion_of_snapshots(machines: Machines
     assert not os.path.exists(frozen)
 
 
-def due() -> tuple[Merge, registry.Machine]:
+def due() -> tuple[LayerMerge, registry.Machine]:
     """The merge that is due."""
     machine = registry.load("web")
     [merge] = judge(machine, load_tree(machine.paths)).merges

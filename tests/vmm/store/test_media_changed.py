@@ -18,7 +18,7 @@ from tests.vmm.guests.shell import GuestShell
 from tests.vmm.small_guests import console, make_machine, press, processes, wait_counting, wait_until, wait_whole
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InvalidSpec, NotFound, Refused, WrongState
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.state import MachineState, WorkerNote
 
 pytestmark = pytest.mark.kvm
@@ -76,7 +76,7 @@ def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> N
     manager.add_disk("small", DiskRequest(str(make_iso(tmp_path / "one.iso", "first")), kind="iso"))
     manager.start("small")
     wait_counting(manager)
-    place = Place.of("small")
+    place = MachineRef.of("small")
     make_iso(tmp_path / "two.iso", "second")
     whole = processes()
     for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: each of them would start the other again

@@ -29,7 +29,7 @@ from vmm.model.errors import AlreadyExists, NotFound, Refused, StoreFailed
 from vmm.model.spec import make_spec
 from vmm.processes import disk_copies
 from vmm.processes.rpc import ControlClient
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.backup_note import note_path, read_note
 
 pytestmark = pytest.mark.kvm
@@ -56,7 +56,7 @@ def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     result = manager.backup("small", str(tmp_path / "copy"))
     assert sorted(result.disks) == ["disk-0", "disk-1"] and result.consistent is False
     assert files_of(tmp_path) == before
-    assert not os.path.exists(note_path(Place.of("small").machine))
+    assert not os.path.exists(note_path(MachineRef.of("small").machine))
     press(manager, "w")
     wait_until(lambda: "written " in console(manager), "the guest writes on")
     copy = tmp_path / "copy" / "disk-0.vhd"
@@ -94,7 +94,7 @@ def test_uefi_variables_are_in_it(manager: Manager, tmp_path: Path) -> None:
     """What a UEFI machine boots is in its variables, so they are copied; one that has never run has none."""
     make_machine(manager, tmp_path, firmware="uefi")
     assert not os.path.exists(manager.backup("small", str(tmp_path / "none")).folder + "/uefi-vars.fd")
-    variables = Path(Place.of("small").machine.uefi_variables)
+    variables = Path(MachineRef.of("small").machine.uefi_variables)
     variables.write_bytes(b"boot this")
     manager.backup("small", str(tmp_path / "copy"))
     copy = tmp_path / "copy" / "uefi-vars.fd"
@@ -171,7 +171,7 @@ def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple
     manager.start("small")
     wait_counting(manager)
     before = files_of(tmp_path)
-    note = note_path(Place.of("small").machine)
+    note = note_path(MachineRef.of("small").machine)
     child = os.fork()
     if child == 0:
         try:
@@ -197,7 +197,7 @@ def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple
 def test_damaged_note(manager: Manager, tmp_path: Path) -> None:
     """A note that says nothing is an error that names it."""
     make_machine(manager, tmp_path)
-    place = Place.of("small").machine
+    place = MachineRef.of("small").machine
     Path(note_path(place)).write_text("[")
     with pytest.raises(StoreFailed, match=r"damaged"):
         read_note(place)

@@ -38,7 +38,7 @@ from vmm.api.manager import DiskRequest, Manager
 from vmm.kvm import memory_file
 from vmm.model.errors import InUse, NoSpace, Unsupported, VmmError, WrongState
 from vmm.model.paths import set_default_folder
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.snapshots.memory import SnapshotFolder
 from vmm.store.snapshots.store import load_tree, read_merging
@@ -429,7 +429,7 @@ def test_killed_at_any_moment(manager: Manager, folder: Path, machines: Machines
         taking.join(60)
         if part == "qemu":
             wait_until(lambda: manager.state("small") is MachineState.OFF, "it is off")
-            wait_until(lambda: not Path(Place.of("small").runtime.folder).exists(), "all is put away")
+            wait_until(lambda: not Path(MachineRef.of("small").runtime.folder).exists(), "all is put away")
             manager.start("small")
         else:
             wait_whole()

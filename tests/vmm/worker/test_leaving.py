@@ -31,7 +31,7 @@ from vmm.api.automatic import starts_with_host, stop_machines
 from vmm.api.manager import Manager
 from vmm.host import autostart
 from vmm.host.proc import python_command, python_environment
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.registry import load
 from vmm.store.state import MachineState
 
@@ -49,7 +49,7 @@ def tell(parts: tuple[str, ...], *numbers: int) -> None:
 
 def wait_gone() -> None:
     """Return when nothing of the machine is left."""
-    wait_until(lambda: not os.path.exists(Place.of("small").runtime.folder), "all is put away", 90)
+    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away", 90)
     assert processes() == {}
 
 
@@ -112,7 +112,7 @@ def test_a_worker_that_is_killed_while_it_leaves(manager: Manager, tmp_path: Pat
     old = processes()["worker"]
     os.kill(old.pid, signal.SIGSTOP)  # it hears nothing before it is killed
     os.kill(processes()["keeper"].pid, signal.SIGTERM)
-    wait_until(lambda: os.path.exists(Place.of("small").runtime.leaving), "the supervisor has heard it")
+    wait_until(lambda: os.path.exists(MachineRef.of("small").runtime.leaving), "the supervisor has heard it")
     os.kill(old.pid, signal.SIGKILL)
     wait_gone()
     assert manager.state("small") is MachineState.SAVED

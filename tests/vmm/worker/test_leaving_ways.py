@@ -14,7 +14,7 @@ import pytest
 from vmm.model.errors import InUse, NoSpace, TimedOut, WrongState
 from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.spec import make_spec
-from vmm.store.state import Phase, WorkerNote
+from vmm.store.state import WorkerNote, WorkerPhase
 from vmm.worker.leaving import Leaving
 from vmm.worker.running import End, Running
 from vmm.worker.saving import Saving
@@ -27,7 +27,7 @@ class Played:
         (folder / "run").mkdir()
         self.machine, self.runtime = MachinePaths(str(folder / "m")), RuntimePaths(str(folder / "run"))
         self.spec = make_spec(name="web", automatic={"stop": action})
-        self.note = WorkerNote(phase=Phase.RUNNING)
+        self.note = WorkerNote(phase=WorkerPhase.RUNNING)
         self.is_reachable, self.is_leaving, self.gives_way = True, False, False
         self.server = self
         self.exited = asyncio.Event()

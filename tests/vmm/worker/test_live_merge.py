@@ -21,7 +21,7 @@ from tests.vmm.small_guests import MIB, processes, wait_until, wait_whole
 from tests.vmm.snapshots.machines import Machines
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.snapshots.store import load_tree, read_merging
 from vmm.store.state import MachineState
@@ -61,7 +61,7 @@ def shell_of(manager: Manager, tmp_path: Path) -> Iterator[Callable[[], GuestShe
 
 def shell(name: str) -> GuestShell:
     """The guest's shell, over the machine's console."""
-    link = connect(Path(Place.of(name).runtime.console))  # a new worker needs a moment until it listens
+    link = connect(Path(MachineRef.of(name).runtime.console))  # a new worker needs a moment until it listens
     link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
     while link.recv(1) != b"\n":
         pass

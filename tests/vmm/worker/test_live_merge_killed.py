@@ -24,7 +24,7 @@ from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, VmmError
 from vmm.model.paths import RuntimePaths
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.snapshots.journal import MergeLive
 from vmm.store.snapshots.store import load_tree, read_merging
@@ -146,7 +146,7 @@ def is_merged(small: MachineSnapshots) -> bool:
 
 def put_away(manager: Manager) -> None:
     """Wait until the machine is off, and nothing of it is left in the runtime folder."""
-    runtime = Place.of("small").runtime.folder
+    runtime = MachineRef.of("small").runtime.folder
     wait_until(lambda: manager.state("small") is MachineState.OFF and not os.path.exists(runtime), "it is off")
 
 
@@ -202,7 +202,7 @@ def test_everything_killed_in_a_live_merge(manager: Manager, folder: Path, doome
     kept = {one: machines.of_snapshot("small", one) for one in "abcd" if one not in doomed}
     before_merge, at_start = now_path(), count(manager)
     command = merging_live_elsewhere(small)
-    runtime = RuntimePaths(Place.of("small").runtime.folder)
+    runtime = RuntimePaths(MachineRef.of("small").runtime.folder)
     refs = processes()
     os.kill(command, signal.SIGKILL)
     os.waitpid(command, 0)

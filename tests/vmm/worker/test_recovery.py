@@ -15,7 +15,7 @@ from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, guest
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import Manager
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
 from vmm.store.snapshots.journal import CreateLive
 from vmm.store.snapshots.store import load_tree
@@ -67,7 +67,7 @@ def test_delete_right_after_a_cut(manager: Manager, tmp_path: Path, victims: tup
         later = count(manager)
         wait_until(lambda: count(manager) > later, "the guest counts on")
         counted = count(manager)
-    runtime = Place.of("small").runtime.folder
+    runtime = MachineRef.of("small").runtime.folder
     with contextlib.suppress(Exception):
         manager.stop("small")
     wait_until(lambda: not os.path.exists(runtime), "it is off")

@@ -31,7 +31,7 @@ from tests.vmm.small_guests import (
 )
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, NoSpace, Refused, TimedOut, WrongState
-from vmm.processes.worker_connection import Place
+from vmm.processes.worker_connection import MachineRef
 from vmm.store.state import MachineState
 
 pytestmark = pytest.mark.kvm
@@ -127,7 +127,7 @@ def test_guest_powers_off(manager: Manager, tmp_path: Path) -> None:
     manager.start("small")
     wait_counting(manager)
     press(manager, "p")
-    wait_until(lambda: not os.path.exists(Place.of("small").runtime.folder), "all is put away")
+    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away")
     assert manager.state("small") is MachineState.OFF
     assert "powered-off" in told(manager) and "qemu-died" not in told(manager)
 
@@ -147,7 +147,7 @@ def test_save_and_start(manager: Manager, tmp_path: Path) -> None:
     manager.start("small")
     assert wait_counting(manager) > saved > 0
     assert console(manager).count("BOOT-OK") == 1
-    assert not os.path.exists(Place.of("small").machine.saved)
+    assert not os.path.exists(MachineRef.of("small").machine.saved)
     manager.stop("small")
     assert manager.state("small") is MachineState.OFF
 
@@ -173,7 +173,7 @@ def test_saved_state_that_does_not_fit(manager: Manager, tmp_path: Path, spoil: 
     manager.start("small")
     wait_counting(manager)
     manager.save("small")
-    folder = Path(Place.of("small").machine.saved)
+    folder = Path(MachineRef.of("small").machine.saved)
     memory, description = folder / "memory.bin", folder / "state.json"
     if spoil == "cut":
         os.truncate(memory, memory.stat().st_size // 2)
@@ -291,7 +291,7 @@ def test_no_socket_is_for_others(manager: Manager, tmp_path: Path) -> None:
     """Nobody but the owner, and QEMU's user where it must, may use a socket, read a file or enter a folder."""
     make_machine(manager, tmp_path)
     manager.start("small")
-    place = Place.of("small")
+    place = MachineRef.of("small")
     found = [*Path(place.runtime.folder).rglob("*"), *Path(place.machine.folder).rglob("*")]
     assert any(path.is_socket() for path in found)
     for path in (Path(place.runtime.folder), Path(place.machine.folder), *found):

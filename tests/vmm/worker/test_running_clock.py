@@ -12,7 +12,7 @@ import pytest
 from vmm.model.errors import QemuFailed
 from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.spec import make_spec
-from vmm.store.state import Phase, WorkerNote
+from vmm.store.state import WorkerNote, WorkerPhase
 from vmm.worker.running import Running
 
 
@@ -45,7 +45,7 @@ def test_the_clock_is_set_when_the_guest_goes_on(
     told: list[str] = []
 
     async def scene() -> None:
-        note = WorkerNote(phase=Phase.RUNNING, details={"paused": before == "paused"})
+        note = WorkerNote(phase=WorkerPhase.RUNNING, details={"paused": before == "paused"})
         running = Running(
             make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
             lambda event, **details: None,
@@ -66,7 +66,7 @@ def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monk
     async def scene() -> str:
         running = Running(
             make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)),
-            WorkerNote(phase=Phase.RUNNING), lambda event, **details: None,
+            WorkerNote(phase=WorkerPhase.RUNNING), lambda event, **details: None,
         )  # fmt: skip
         monkeypatch.setattr(running, "_qmp", Monitor("paused"))
         running.status = "running"
@@ -91,7 +91,7 @@ def test_a_verb_that_was_carried_out_does_not_fail(
             return {}
 
     async def scene() -> str:
-        note = WorkerNote(phase=Phase.RUNNING, details={"paused": before == "paused"})
+        note = WorkerNote(phase=WorkerPhase.RUNNING, details={"paused": before == "paused"})
         told: list[str] = []
         running = Running(
             make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,

@@ -13,7 +13,7 @@ from vmm.host.proc import ProcessRef
 from vmm.kvm.qmp import Qmp
 from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.spec import make_spec
-from vmm.store.state import MachineState, Phase, WorkerNote
+from vmm.store.state import MachineState, WorkerNote, WorkerPhase
 from vmm.worker import running
 from vmm.worker.running import Running
 
@@ -34,7 +34,7 @@ class FakeQmp:
 
 def taken_over(folder: Path, **details: object) -> Running:
     """A worker's view of a machine whose QEMU lives, at its start."""
-    note = WorkerNote(qemu=ProcessRef.of_self(), phase=Phase.RUNNING)
+    note = WorkerNote(qemu=ProcessRef.of_self(), phase=WorkerPhase.RUNNING)
     note.details.update(details)
     return Running(
         make_spec(name="web"), MachinePaths(str(folder)), RuntimePaths(str(folder)), note, lambda *args, **more: None

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from vmm.model.errors import WrongState
-from vmm.store.state import MachineState, Phase
+from vmm.store.state import MachineState, WorkerPhase
 from vmm.worker.states import ALLOWED, STATES, Facts, Verb, refuse, state_of
 
 STATUSES = (
@@ -24,16 +24,16 @@ STATUSES = (
 EVERYTHING = [
     Facts(phase, status, is_known, is_ending, is_paused, operation)
     for phase, status, is_known, is_ending, is_paused, operation in itertools.product(
-        Phase, STATUSES, (True, False), (True, False), (True, False), (None, "save", "snapshot")
+        WorkerPhase, STATUSES, (True, False), (True, False), (True, False), (None, "save", "snapshot")
     )
 ]
 
 
 def plain_state(one: Facts) -> MachineState:
     """The same in plain conditions."""
-    if one.phase is Phase.STARTING:
+    if one.phase is WorkerPhase.STARTING:
         return MachineState.STARTING
-    if one.is_ending or one.phase is Phase.ENDED:
+    if one.is_ending or one.phase is WorkerPhase.ENDED:
         return MachineState.STOPPING
     if one.operation == "save" or one.is_paused_by_user:
         return MachineState.PAUSED

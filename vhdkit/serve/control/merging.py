@@ -47,7 +47,7 @@ class MergeWish:
     max_rate_bytes: int | None = None
 
 
-class Merging:
+class ServedMerge:
     """One merge of one export, on a thread that is not the loop's."""
 
     def __init__(self, server: NbdServer, export: ImageExport, wish: MergeWish) -> None:
@@ -197,7 +197,7 @@ class Merging:
 class _Pace:
     """The progress of one pass: told, slowed down, stopped."""
 
-    def __init__(self, merging: Merging) -> None:
+    def __init__(self, merging: ServedMerge) -> None:
         self._merging = merging
         self._began = self._resumed = time.monotonic()
 

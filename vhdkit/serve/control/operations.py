@@ -22,7 +22,7 @@ from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.serve.control.confinement import Confinement
-from vhdkit.serve.control.merging import MergeWish, Merging
+from vhdkit.serve.control.merging import MergeWish, ServedMerge
 from vhdkit.serve.control.server import BadParams, Method, Params
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.server import NbdServer
@@ -36,7 +36,7 @@ class Operations:
         self._server = server
         self._exports = exports
         self._started = time.time()
-        self._merges: dict[str, Merging] = {}  # under way, by export
+        self._merges: dict[str, ServedMerge] = {}  # under way, by export
         self._changing = threading.Lock()  # who changes a chain that no merge has in hand, or takes one in hand
         self._prepared: Freezing | None = None  # new leaves that are made, for the next snapshot
 
@@ -109,7 +109,7 @@ class Operations:
             export = self._find(name)
             self._forget_prepared()
             self._refuse_merging([export])
-            merging = Merging(self._server, export, wish)
+            merging = ServedMerge(self._server, export, wish)
             self._merges[export.name] = merging
         try:
             with self._server.using():

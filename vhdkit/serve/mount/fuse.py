@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From libfuse's callbacks to a `Tree`: the only file that knows mfusepy and libfuse.
+"""From libfuse's callbacks to a `MountTree`: the only file that knows mfusepy and libfuse.
 
 Decides what the kernel may cache and how many threads serve. Must not know disks, nor what a mount looks like.
 
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vhdkit.errors import NotFound, VhdkitError
-from vhdkit.serve.mount.tree import Tree
+from vhdkit.serve.mount.tree import MountTree
 from vhdkit.serve.mount.view import Handle
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up
 
@@ -88,7 +88,7 @@ def load() -> Any:
     return mfusepy
 
 
-def serve(tree: Tree, mountpoint: str, options: str, ready: Callable[[], None]) -> int:
+def serve(tree: MountTree, mountpoint: str, options: str, ready: Callable[[], None]) -> int:
     """Mount `tree` and serve it until it is unmounted or a signal asks for the end; returns libfuse's exit code.
 
     `ready` is called when the kernel has answered: the mount can be used then. `options` as after `-o`.
@@ -107,7 +107,7 @@ def serve(tree: Tree, mountpoint: str, options: str, ready: Callable[[], None]) 
 class Callbacks:
     """What libfuse calls, with addresses for arguments; each returns what it should or a negative errno."""
 
-    def __init__(self, fuse: Any, tree: Tree, ready: Callable[[], None]) -> None:
+    def __init__(self, fuse: Any, tree: MountTree, ready: Callable[[], None]) -> None:
         self._fuse, self._tree, self._ready = fuse, tree, ready
         self._handles: dict[int, Any] = {}
         self._last_handle = 0

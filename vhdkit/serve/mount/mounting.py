@@ -27,7 +27,7 @@ from vhdkit.folder import real_path, remove_file
 from vhdkit.formats.filesystems import FileSystem
 from vhdkit.serve.mount import drivers, host, table
 from vhdkit.serve.mount import fuse as fuse_mount
-from vhdkit.serve.mount.tree import DISK_NAME, PARTITIONS, Model, Tree, build_file, build_folder
+from vhdkit.serve.mount.tree import DISK_NAME, PARTITIONS, Model, MountTree, build_file, build_folder
 from vhdkit.serve.mount.unmounting import umount
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
 from vhdkit.sockets import PrivateFolder
@@ -44,7 +44,7 @@ _WITHOUT_JOURNAL = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class MountRequest:
     """What is to be mounted where. `partition` and `file_system` as the command line's --partition and --fs.
 
     `stays`: the caller waits for the server, which then writes to its standard error.
@@ -75,7 +75,7 @@ class Mounted:
     notes: tuple[str, ...] = ()
 
 
-def mount(wish: Wish, start: Start) -> Mounted:
+def mount(wish: MountRequest, start: Start) -> Mounted:
     """Mount an image; returns when it can be used. `start` makes the server's process.
 
     Raises what opening the image raises, InvalidArgument, NotFound, AccessDenied, AlreadyExists (something is mounted
@@ -121,7 +121,7 @@ def mount(wish: Wish, start: Start) -> Mounted:
     )
 
 
-def check_mountpoint(wish: Wish) -> str:
+def check_mountpoint(wish: MountRequest) -> str:
     """The real path of the mount point, which can be mounted on. Raises NotFound, InvalidArgument, AlreadyExists."""
     path = wish.mountpoint
     kind = host.kind_of_place(path)
@@ -153,7 +153,7 @@ def check_mountpoint(wish: Wish) -> str:
     return real
 
 
-def _wanted_file_system(wish: Wish, model: Model) -> FileSystem:
+def _wanted_file_system(wish: MountRequest, model: Model) -> FileSystem:
     path = model.export.image_path
     if wish.partition is not None:
         partition = model.partition(wish.partition)
@@ -173,7 +173,7 @@ def _wanted_file_system(wish: Wish, model: Model) -> FileSystem:
     )
 
 
-def _plan(wish: Wish, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
+def _plan(wish: MountRequest, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
     """The drivers that are here, in the order in which they are tried. Raises UnsupportedFormat when none is."""
     is_root, safe_loop = host.is_root(), host.loop_writes_are_safe()
     possible = list(
@@ -192,14 +192,14 @@ def _plan(wish: Wish, found: FileSystem, writable: bool) -> list[drivers.Attempt
     raise errors.UnsupportedFormat(f"no driver for its {found.kind} is here", path=wish.image, hint=hint)
 
 
-def _tree(wish: Wish, model: Model, mountpoint: str) -> Tree:
+def _tree(wish: MountRequest, model: Model, mountpoint: str) -> MountTree:
     if wish.as_file:
         return build_file(model, wish.partition)
     facts: dict[str, Any] = {"mounted_at": mountpoint}
     return build_folder(model, facts)
 
 
-def _file_of(wish: Wish, base: str) -> str:
+def _file_of(wish: MountRequest, base: str) -> str:
     if wish.partition is None:
         return os.path.join(base, DISK_NAME)
     return os.path.join(base, PARTITIONS, f"{wish.partition}.raw")
@@ -231,7 +231,9 @@ def _take_down(base: str) -> None:
         umount(base)
 
 
-def _start(start: Start, wish: Wish, export: ImageExport, tree: Tree, base: str, *, root_needed: bool) -> host.Child:
+def _start(
+    start: Start, wish: MountRequest, export: ImageExport, tree: MountTree, base: str, *, root_needed: bool
+) -> host.Child:
     others = wish.allow_other or (root_needed and not host.is_root())  # the base is in a folder of our own then
     options = table.option_text(
         {
@@ -249,7 +251,7 @@ def _start(start: Start, wish: Wish, export: ImageExport, tree: Tree, base: str,
     return child
 
 
-def _serve(export: ImageExport, tree: Tree, base: str, options: str, ready: Callable[[], None]) -> int:
+def _serve(export: ImageExport, tree: MountTree, base: str, options: str, ready: Callable[[], None]) -> int:
     """The server's life: in its own process, to the last flush."""
     presence = host.Presence()
 

@@ -103,7 +103,7 @@ class FoundPartition:
         return f"{self.partition.number}.raw"
 
 
-class Tree:
+class MountTree:
     """The mount of one disk. Any thread; nothing of it changes but the content of the files."""
 
     def __init__(self, root: Node, made_ns: int, disk: Disk) -> None:
@@ -273,7 +273,7 @@ def modified_ns(layer: Layer, otherwise_ns: int) -> int:
     return otherwise_ns if file is None else file.modified_ns()
 
 
-def build_folder(model: Model, facts: dict[str, Any]) -> Tree:
+def build_folder(model: Model, facts: dict[str, Any]) -> MountTree:
     """The mount as a folder; `facts` go into info.json too."""
     partitions = Folder()
     for one in model.partitions:
@@ -285,13 +285,13 @@ def build_folder(model: Model, facts: dict[str, Any]) -> Tree:
     root.entries[LAYERS] = Folder({name: view for name, _, view in layers})
     text = json.dumps({**describe(model, layers), **facts}, indent=2) + "\n"
     root.entries[INFO_NAME] = Text(text.encode("utf-8", "surrogateescape"))
-    return Tree(root, model.made_ns, model.disk)
+    return MountTree(root, model.made_ns, model.disk)
 
 
-def build_file(model: Model, partition: int | None) -> Tree:
+def build_file(model: Model, partition: int | None) -> MountTree:
     """The mount as one file: the disk, or a partition of it. Raises InvalidArgument."""
     view = model.disk_view() if partition is None else model.partition_view(model.partition(partition))
-    return Tree(view, model.made_ns, model.disk)
+    return MountTree(view, model.made_ns, model.disk)
 
 
 def _links(partitions: list[FoundPartition]) -> dict[str, dict[str, Node]]:

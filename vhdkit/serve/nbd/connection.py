@@ -17,7 +17,7 @@ from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.loop import READABLE, WRITABLE
-from vhdkit.serve.nbd.options import Handshake, State
+from vhdkit.serve.nbd.options import Handshake, HandshakeState
 from vhdkit.serve.nbd.protocol import BrokenClient, Transmission
 from vhdkit.serve.nbd.serving import Serving
 
@@ -153,11 +153,11 @@ class Connection:
     def _send_handshake(self) -> None:
         handshake = self._handshake
         self._channel.send(handshake.take_output())
-        if handshake.state is State.CLOSED:
+        if handshake.state is HandshakeState.CLOSED:
             self.end()
-        elif handshake.state is State.TLS:
+        elif handshake.state is HandshakeState.TLS:
             self._start_tls()
-        elif handshake.state is State.TRANSMISSION:
+        elif handshake.state is HandshakeState.TRANSMISSION:
             session = handshake.session
             assert session is not None
             self._kept = handshake.take_rest()

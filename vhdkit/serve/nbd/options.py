@@ -32,7 +32,7 @@ _OFFERED = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 _U32, _U16 = struct.Struct(">I"), struct.Struct(">H")
 
 
-class State(Enum):
+class HandshakeState(Enum):
     """Where a handshake stands."""
 
     OPTIONS = auto()
@@ -79,7 +79,7 @@ class Handshake:
 
     def __init__(self, catalog: Callable[[], Sequence[ExportInfo]], *, tls: TlsMode = TlsMode.OFF) -> None:
         """`catalog` lists the exports as they are now; the first is the default (row 12)."""
-        self.state = State.OPTIONS
+        self.state = HandshakeState.OPTIONS
         self.session: Session | None = None
         self.output = bytearray(wire.GREETING.pack(wire.INIT_PASSWORD, wire.OPTION_MAGIC, _OFFERED))
         self._catalog = catalog
@@ -106,7 +106,7 @@ class Handshake:
         """Take what the client sent; afterwards look at `output` and `state`."""
         self._input += data
         self.is_held_back = False
-        while self.state is State.OPTIONS and self._step():
+        while self.state is HandshakeState.OPTIONS and self._step():
             if len(self.output) >= MAX_OUTPUT_BYTES:
                 self.is_held_back = True
                 break
@@ -125,11 +125,11 @@ class Handshake:
 
     def secured(self) -> None:
         """The connection is encrypted now. Row 22: what came in plain text behind STARTTLS is not trusted."""
-        assert self.state is State.TLS
+        assert self.state is HandshakeState.TLS
         self._input.clear()
         self._secure = True
         self._forget()
-        self.state = State.OPTIONS
+        self.state = HandshakeState.OPTIONS
 
     def shut_down(self) -> None:
         """The server is about to end: further options are answered so (row 41)."""
@@ -148,7 +148,7 @@ class Handshake:
             return False
         magic, option, length = wire.OPTION.unpack_from(self._input)
         if magic != wire.OPTION_MAGIC or self._options_left == 0:  # row 6
-            self.state = State.CLOSED
+            self.state = HandshakeState.CLOSED
             return False
         if length > MAX_OPTION_BYTES:
             return self._refuse_long(option, length)
@@ -167,7 +167,7 @@ class Handshake:
         (flags,) = wire.CLIENT_FLAGS.unpack_from(self._input)
         del self._input[: wire.CLIENT_FLAGS.size]
         if flags & ~int(_OFFERED):  # row 2; the complement of an IntFlag knows only the flags that have names
-            self.state = State.CLOSED
+            self.state = HandshakeState.CLOSED
             return False
         self._client_flags = HandshakeFlag(flags)
         return True
@@ -175,7 +175,7 @@ class Handshake:
     def _refuse_long(self, option: int, length: int) -> bool:
         """Rows 5 and 6: nothing is kept of an option this long."""
         if length > MAX_SKIPPED_BYTES or option == Option.EXPORT_NAME or not self._fixed:
-            self.state = State.CLOSED
+            self.state = HandshakeState.CLOSED
             return False
         del self._input[: wire.OPTION.size]
         self._skip = length
@@ -197,21 +197,21 @@ class Handshake:
 
     def _answer(self, option: int, data: bytes) -> None:
         if not self._fixed and option != Option.EXPORT_NAME:  # row 4
-            self.state = State.CLOSED
+            self.state = HandshakeState.CLOSED
             return
         if option == Option.ABORT:  # row 7: before TLS too
             self._reply(option, Reply.ACK)
-            self.state = State.CLOSED
+            self.state = HandshakeState.CLOSED
             return
         if self._shutting_down:
             if option == Option.EXPORT_NAME:
-                self.state = State.CLOSED
+                self.state = HandshakeState.CLOSED
             else:
                 self._reply(option, Reply.ERR_SHUTDOWN, "the server is shutting down")
             return
         if self._tls is TlsMode.REQUIRED and not self._secure and option != Option.STARTTLS:  # row 21
             if option == Option.EXPORT_NAME:
-                self.state = State.CLOSED
+                self.state = HandshakeState.CLOSED
             else:
                 self._void_contexts(option)
                 self._reply(option, Reply.ERR_TLS_REQD, "this server needs TLS")
@@ -254,14 +254,14 @@ class Handshake:
     def _start(self, export: ExportInfo) -> None:
         structured = self._structured or self._extended
         self.session = Session(export, structured, self._extended, self._contexts_of(export))
-        self.state = State.TRANSMISSION
+        self.state = HandshakeState.TRANSMISSION
 
     def _export_name(self, option: int, data: bytes) -> None:
         export = (
             None if self._extended or len(data) > wire.MAX_STRING_BYTES else self._find(_text_of(data, strict=False))
         )
         if export is None:  # row 11: no error reply exists
-            self.state = State.CLOSED
+            self.state = HandshakeState.CLOSED
             return
         self.output += wire.EXPORT_NAME_REPLY.pack(export.size_bytes, self._enter(export))
         assert self._client_flags is not None
@@ -284,10 +284,10 @@ class Handshake:
             self._reply(option, Reply.ERR_POLICY, "this server has no TLS")
             return
         self._reply(option, Reply.ACK)
-        self.state = State.TLS
+        self.state = HandshakeState.TLS
 
     def _info_or_go(self, option: int, data: bytes) -> None:
-        reader = _Reader(data)
+        reader = _OptionReader(data)
         name = reader.string()
         wanted = {reader.u16() for _ in range(reader.u16())}
         reader.end()
@@ -327,7 +327,7 @@ class Handshake:
         is_set = option == Option.SET_META_CONTEXT
         if is_set and not (self._structured or self._extended):  # row 18
             raise _Invalid("structured replies come first")
-        reader = _Reader(data)
+        reader = _OptionReader(data)
         name = reader.string()
         count = reader.u32()
         if count > MAX_QUERIES:
@@ -382,7 +382,7 @@ def _text_of(raw: bytes, *, strict: bool = True) -> str:
     return text
 
 
-class _Reader:
+class _OptionReader:
     """Takes an option's data apart; never reads past its end (row 9)."""
 
     def __init__(self, data: bytes) -> None:

@@ -26,7 +26,7 @@ _VERSION_LINE = re.compile(r"^python_version=(\d+)\.(\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class NbdkitLaunch:
     """What nbdkit is to serve: (name, absolute path) of each export, the first is the default one.
 
     `description`: what clients are told about the only export, instead of what the plugin says.
@@ -46,7 +46,7 @@ class Launch:
     arguments: tuple[str, ...] = ()
 
 
-def nbdkit_command(program: str, launch: Launch) -> list[str]:
+def nbdkit_command(program: str, launch: NbdkitLaunch) -> list[str]:
     """The words that start nbdkit. It listens on the sockets it is given as LISTEN_FDS says."""
     command = [program, "--foreground", "--exit-with-parent"]
     if launch.pid_file is not None:
@@ -66,7 +66,7 @@ def nbdkit_command(program: str, launch: Launch) -> list[str]:
     return [*command, "python", PLUGIN, *_settings(launch), *launch.arguments]
 
 
-def writes(launch: Launch) -> bool:
+def writes(launch: NbdkitLaunch) -> bool:
     """False when nbdkit itself keeps what clients write away from the images."""
     words = launch.arguments
     protected = {"--filter=cow", "-r", "--readonly", "--read-only"} & set(words)
@@ -74,7 +74,7 @@ def writes(launch: Launch) -> bool:
     return not (launch.read_only or launch.overlay or protected or in_two_words)
 
 
-def _settings(launch: Launch) -> list[str]:
+def _settings(launch: NbdkitLaunch) -> list[str]:
     """KEY=VALUE for the plugin."""
     options = launch.options
     settings = [] if launch.description is None else [f"description={launch.description}"]

@@ -46,7 +46,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class TransferResult:
     """What was exported or imported: the folder or the machine's name, and how many images.
 
     `granted`: what an imported machine has, by the user's word, that was not in the folder.
@@ -64,7 +64,7 @@ class Transfer:
 
 def export(
     name: str, folder: str, *, snapshot: str | None = None, flat: bool = False, progress: Progress | None = None
-) -> Transfer:
+) -> TransferResult:
     """Put a machine that is off or saved, with all its snapshots, or one snapshot of a machine in any state, into
     `folder`.
 
@@ -119,7 +119,7 @@ class _Export:
         self._options = options_of_all(machine.spec)
         os.mkdir(os.path.join(part, "disks"), 0o700)
 
-    def whole(self, flat: bool) -> Transfer:
+    def whole(self, flat: bool) -> TransferResult:
         """The machine with its snapshots, or flat as it is now."""
         spec, tree = self._machine.spec, self._tree
         has_memory = saved.is_saved(self._machine.paths)
@@ -147,7 +147,7 @@ class _Export:
         self._copy_media(specs)
         return self._finish(spec, images, tree, "vhd" if flat else None)
 
-    def one(self, snapshot: Snapshot, flat: bool) -> Transfer:
+    def one(self, snapshot: Snapshot, flat: bool) -> TransferResult:
         """A machine that is what it was at the snapshot, with no snapshots of its own."""
         spec = definition_of(snapshot)
         folder = SnapshotFolder(snapshot.folder)
@@ -266,7 +266,7 @@ class _Export:
             need_room(folder, os.stat(source).st_blocks * 512)
             copy_file(source, os.path.join(folder, name), self._counter.did)
 
-    def _finish(self, spec: MachineSpec, images: dict[str, str], tree: Tree, kind: str | None) -> Transfer:
+    def _finish(self, spec: MachineSpec, images: dict[str, str], tree: Tree, kind: str | None) -> TransferResult:
         files = {}
         for parent, _, names in os.walk(self._part):
             for name in names:
@@ -283,7 +283,7 @@ class _Export:
         }
         write_whole(os.path.join(self._part, MANIFEST), json.dumps(document, indent=1).encode() + b"\n")
         count = sum(path.startswith("disks/") for path in files)
-        return Transfer(spec.name, self._part, count, len(tree.snapshots))
+        return TransferResult(spec.name, self._part, count, len(tree.snapshots))
 
 
 def media_files(specs: list[MachineSpec]) -> list[str]:

@@ -22,7 +22,14 @@ from dataclasses import replace
 
 import vhdkit
 from vmm.api.export_import.arrival import Arrival, chain_of, check_chains, judge_all, look_at_export, placed, resolved
-from vmm.api.export_import.exporting import MANIFEST, UEFI_VARIABLES, Progress, Transfer, adopt_parents, need_room
+from vmm.api.export_import.exporting import (
+    MANIFEST,
+    UEFI_VARIABLES,
+    Progress,
+    TransferResult,
+    adopt_parents,
+    need_room,
+)
 from vmm.api.export_import.foreign import Consent
 from vmm.api.export_import.inside import Inside
 from vmm.model import unfinished
@@ -52,7 +59,7 @@ def import_machine(
     consent: Consent | None = None,
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
-) -> Transfer:
+) -> TransferResult:
     """Make a machine out of an exported folder.
 
     A copy with an id of its own, in the host's folders; with `register` the very files become the machine's, where
@@ -136,7 +143,7 @@ class _Landing:
         return Tree(snapshots, before.now, images, before.limit, None)
 
 
-def _registered(inside: Inside, arrival: Arrival) -> Transfer:
+def _registered(inside: Inside, arrival: Arrival) -> TransferResult:
     inside.refuse_strangers([MANIFEST, *arrival.files])
     root = inside.root
     landing = _Landing(
@@ -148,7 +155,7 @@ def _registered(inside: Inside, arrival: Arrival) -> Transfer:
     return _added(inside, arrival, landing, counter=None)
 
 
-def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> Transfer:
+def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> TransferResult:
     spec = arrival.judged[None]
     disks = os.path.join(os.path.realpath(spec.paths.disks or default_folders()["disks"]), spec.name)
     snapshots = os.path.join(os.path.realpath(spec.paths.snapshots or default_folders()["snapshots"]), spec.id)
@@ -243,7 +250,7 @@ def _take_away(folders: Collection[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Counter | None) -> Transfer:
+def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Counter | None) -> TransferResult:
     """The machine in the registry, with its tree and memory, so that nobody sees it without them.
 
     `counter` is told of what is copied; None for a machine whose files become its own where they lie.
@@ -269,7 +276,7 @@ def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Coun
     add_event(machine.paths.events, "imported", folder=arrival.folder, granted=list(arrival.granted))
     note_marks(machine, spec.disks)
     count = len({*tree.images, *images_of(spec).values()})
-    return Transfer(spec.name, machine.paths.folder, count, len(tree.snapshots), arrival.granted)
+    return TransferResult(spec.name, machine.paths.folder, count, len(tree.snapshots), arrival.granted)
 
 
 def _bring_files(inside: Inside, arrival: Arrival, machine: MachinePaths, counter: Counter | None) -> None:

@@ -33,7 +33,7 @@ FOREIGN = "an image that was not made by vmm for this machine stands on it"
 
 
 @dataclass(frozen=True, slots=True)
-class Merge:
+class LayerMerge:
     """`layers`, the newest first, go into `target`, which then is what the newest was."""
 
     target: str
@@ -48,7 +48,7 @@ class Plan:
     """
 
     unlink: tuple[str, ...] = ()
-    merges: tuple[Merge, ...] = ()
+    merges: tuple[LayerMerge, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     forget: tuple[str, ...] = ()
 
@@ -141,11 +141,11 @@ def _obstacle(
     return None
 
 
-def _run(target: str, mergeable: Mapping[str, str]) -> Merge:
+def _run(target: str, mergeable: Mapping[str, str]) -> LayerMerge:
     """All that goes into the target, one on the other."""
     layers: list[str] = []
     step = target
     while step in mergeable:
         step = mergeable[step]
         layers.insert(0, step)
-    return Merge(target, tuple(layers))
+    return LayerMerge(target, tuple(layers))

@@ -90,7 +90,7 @@ NO_VARIABLES = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class PutInPlace:
     """What is put in place. `saved`: what becomes of the saved state; `uefi`: where the variables come from, or
     `NO_VARIABLES` for a machine that had not been started yet; None: they stay.
     """
@@ -100,7 +100,7 @@ class Commit:
     uefi: str | None = None
 
     @classmethod
-    def of(cls, spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> Commit:
+    def of(cls, spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> PutInPlace:
         """What is to be put in place, out of a definition."""
         return cls(json.loads(spec.to_json()), saved, uefi)
 
@@ -135,7 +135,7 @@ class MergeLive:
     layers: tuple[str, ...]
 
 
-Journal: TypeAlias = CreateOff | CreateLive | Apply | Commit | Delete | MergeOff | MergeLive
+Journal: TypeAlias = CreateOff | CreateLive | Apply | PutInPlace | Delete | MergeOff | MergeLive
 
 
 def words_of(journal: Journal) -> str:
@@ -145,7 +145,7 @@ def words_of(journal: Journal) -> str:
             return "taking a snapshot"
         case Apply():
             return "applying a snapshot"
-        case Commit():
+        case PutInPlace():
             return "putting a snapshot in place"
         case Delete():
             return "deleting a snapshot"
@@ -168,7 +168,7 @@ def journal_document(journal: Journal) -> dict[str, Any]:
         case CreateLive():
             document = _prepare("create", journal.folder, journal.pivots, live=True)
             return document | {"pivoted": journal.pivoted, **_memory_document(journal.memory)}
-        case Commit(definition, saved, uefi):
+        case PutInPlace(definition, saved, uefi):
             return {"op": "commit", "definition": dict(definition), "saved": saved, "uefi": uefi}
         case Delete(folders):
             return {"op": "delete", "folders": list(folders)}
@@ -247,7 +247,7 @@ def _memory(document: dict[str, Any], folder: str) -> Memory | None:
     return Memory(mode, document.get("was_running") is True, description, snapshot)
 
 
-def _commit(document: dict[str, Any]) -> Commit:
+def _commit(document: dict[str, Any]) -> PutInPlace:
     definition, saved, uefi = document["definition"], document["saved"], document["uefi"]
     if not isinstance(definition, dict):
         raise TypeError("definition")
@@ -257,7 +257,7 @@ def _commit(document: dict[str, Any]) -> Commit:
         folder = folder_path(os.path.dirname(absolute_path(uefi)))
         if os.path.basename(uefi) != f"{os.path.basename(folder)}.nvram":
             raise ValueError("uefi")
-    return Commit(definition, saved, uefi)
+    return PutInPlace(definition, saved, uefi)
 
 
 def _pivots(rows: object) -> tuple[Pivot, ...]:

@@ -21,7 +21,7 @@ import vhdkit
 from tests.mounting import mounted, require_fuse
 from vhdkit.errors import NotFound
 from vhdkit.serve.mount import fuse as fuse_mount
-from vhdkit.serve.mount.tree import Tree
+from vhdkit.serve.mount.tree import MountTree
 from vhdkit.serve.mount.view import LiveSource, View
 
 MIB = 1 << 20
@@ -174,7 +174,7 @@ class Opened:
 
     def __init__(self, disk: vhdkit.Disk, flags: int) -> None:
         fuse = fuse_mount.load()
-        tree = Tree(View(LiveSource(disk, 1), SIZE, writable=True), 1, disk)
+        tree = MountTree(View(LiveSource(disk, 1), SIZE, writable=True), 1, disk)
         self.calls = fuse_mount.Callbacks(fuse, tree, lambda: None)
         self.info = fuse.fuse_file_info()
         self.info.flags = flags

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import vhdkit
 from tests.harness.stores import MemStore
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
-from vhdkit.serve.mount.tree import Folder, Link, Model, Text, Tree, build_file, build_folder, safe_name
+from vhdkit.serve.mount.tree import Folder, Link, Model, MountTree, Text, build_file, build_folder, safe_name
 from vhdkit.serve.mount.view import View
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 
@@ -55,7 +55,7 @@ def gpt_disk(*partitions: tuple[int, int, str]) -> bytes:
     return store.pread(0, MIB)
 
 
-def paths(tree: Tree) -> list[str]:
+def paths(tree: MountTree) -> list[str]:
     """Every name in the mount."""
     found = []
 

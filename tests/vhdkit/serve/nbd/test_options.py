@@ -26,7 +26,7 @@ from tests.vhdkit.serve.nbd.talking import (
     selected,
 )
 from vhdkit.serve.nbd import options as nbd_options
-from vhdkit.serve.nbd.options import Handshake, State, TlsMode
+from vhdkit.serve.nbd.options import Handshake, HandshakeState, TlsMode
 from vhdkit.units import KIB, MIB
 
 # -- greeting and flags -----------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def test_greeting() -> None:
 def test_unknown_client_flag_closes(flags: int) -> None:
     """Row 2: a flag that was not offered ends the connection without another byte."""
     handshake = begin(flags)
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
     assert handshake.take_output() == b""
 
 
@@ -50,7 +50,7 @@ def test_offered_client_flags_are_taken(flags: int) -> None:
     """Row 2: any choice among the offered flags is fine; some clients set bit 0 alone."""
     handshake = begin(flags)
     handshake.receive(option(nbd.EXPORT_NAME, b"first"))
-    assert handshake.state is State.TRANSMISSION
+    assert handshake.state is HandshakeState.TRANSMISSION
 
 
 @pytest.mark.parametrize(("flags", "padding"), [(0, 124), (FIXED, 124), (NO_ZEROES, 0), (3, 0)])
@@ -66,7 +66,7 @@ def test_go_never_pads() -> None:
     handshake = begin(FIXED)
     replies = ask(handshake, nbd.GO, go_data("first", ()))
     assert replies == [(nbd.REP_INFO, struct.pack(">HQH", 0, 5 * MIB, FLAGS | 1)), (ACK, b"")]
-    assert handshake.state is State.TRANSMISSION
+    assert handshake.state is HandshakeState.TRANSMISSION
 
 
 @pytest.mark.parametrize("number", [nbd.LIST, nbd.GO, nbd.ABORT, nbd.STARTTLS, nbd.STRUCTURED, 77])
@@ -74,7 +74,7 @@ def test_non_fixed_client_has_export_name_only(number: int) -> None:
     """Row 4: without FIXED_NEWSTYLE any other option ends the connection, and TLS is not offered."""
     handshake = begin(NO_ZEROES, tls=TlsMode.OFFERED)
     handshake.receive(option(number))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
     assert handshake.take_output() == b""
 
 
@@ -94,7 +94,7 @@ def test_bad_option_magic_closes() -> None:
     """Row 6: what is no option ends the connection."""
     handshake = begin()
     handshake.receive(option(nbd.LIST, magic=b"IHAVEOPX"))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
 
 
 @pytest.mark.parametrize("number", [nbd.GO, nbd.SET_META, nbd.LIST, 99])
@@ -115,7 +115,7 @@ def test_absurd_option_closes(size: int) -> None:
     """Row 6: an option of gigabytes is not waited for."""
     handshake = begin()
     handshake.receive(nbd.OPTION_MAGIC + struct.pack(">II", nbd.GO, size))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
 
 
 def test_options_without_end_close() -> None:
@@ -123,10 +123,10 @@ def test_options_without_end_close() -> None:
     handshake = begin()
     for _ in range(nbd_options.MAX_OPTIONS):
         handshake.receive(option(99))
-        assert handshake.state is State.OPTIONS
+        assert handshake.state is HandshakeState.OPTIONS
         handshake.take_output()
     handshake.receive(option(99))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
 
 
 @pytest.mark.parametrize("data", [b"", b"goodbye", bytes(64 * KIB)])
@@ -134,7 +134,7 @@ def test_abort(data: bytes) -> None:
     """Row 7: ABORT is acknowledged and ends it, with data too."""
     handshake = begin()
     assert kinds(handshake, nbd.ABORT, data) == [ACK]
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
     handshake.receive(option(nbd.LIST))
     assert handshake.take_output() == b""
 
@@ -171,7 +171,7 @@ def test_info_always_tells_the_export(number: int) -> None:
         (nbd.REP_INFO, struct.pack(">HIII", 3, 1, 4096, 64 * MIB)),
         (ACK, b""),
     ]
-    assert handshake.state is (State.TRANSMISSION if number == nbd.GO else State.OPTIONS)
+    assert handshake.state is (HandshakeState.TRANSMISSION if number == nbd.GO else HandshakeState.OPTIONS)
 
 
 @pytest.mark.parametrize("number", [nbd.INFO, nbd.GO, nbd.LIST_META])
@@ -224,7 +224,7 @@ def test_export_name_unknown_closes(name: bytes) -> None:
     """Row 11: EXPORT_NAME has no error reply: the connection ends without a word."""
     handshake = begin()
     handshake.receive(option(nbd.EXPORT_NAME, name))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
     assert handshake.take_output() == b""
 
 
@@ -300,7 +300,7 @@ def test_extended_headers_exclude_export_name() -> None:
     handshake = begin()
     ask(handshake, nbd.EXTENDED)
     handshake.receive(option(nbd.EXPORT_NAME, b"first"))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
 
 
 @pytest.mark.parametrize(("contexts", "offered"), [(["base:allocation"], True), (["x:y"], False), (None, False)])

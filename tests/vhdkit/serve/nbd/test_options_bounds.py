@@ -22,7 +22,7 @@ from tests.vhdkit.serve.nbd.talking import (
     selected,
 )
 from vhdkit.serve.nbd import options as nbd_options
-from vhdkit.serve.nbd.options import Handshake, State, TlsMode
+from vhdkit.serve.nbd.options import Handshake, HandshakeState, TlsMode
 
 # -- TLS --------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def secured(tls: TlsMode = TlsMode.REQUIRED, *before: tuple[int, bytes], behind:
         assert kinds(handshake, number, data)[-1] == ACK
     handshake.receive(option(nbd.STARTTLS) + behind)
     assert option_replies(handshake.take_output()) == [(nbd.STARTTLS, ACK, b"")]
-    assert handshake.state is State.TLS
+    assert handshake.state is HandshakeState.TLS
     handshake.secured()
     return handshake
 
@@ -68,7 +68,7 @@ def test_required_tls_closes_export_name() -> None:
     """Rows 11 and 21: EXPORT_NAME without TLS ends the connection."""
     handshake = begin(tls=TlsMode.REQUIRED)
     handshake.receive(option(nbd.EXPORT_NAME, b"first"))
-    assert (handshake.state, handshake.take_output()) == (State.CLOSED, b"")
+    assert (handshake.state, handshake.take_output()) == (HandshakeState.CLOSED, b"")
 
 
 def test_offered_tls_is_a_choice() -> None:
@@ -85,7 +85,7 @@ def test_tls_twice() -> None:
 def test_plain_text_behind_starttls_is_dropped() -> None:
     """Row 22: what was injected in plain text is not taken for the encrypted client's words."""
     handshake = secured(TlsMode.OFFERED, behind=option(nbd.STRUCTURED) + option(nbd.GO, go_data("first")))
-    assert handshake.state is State.OPTIONS and handshake.take_output() == b""
+    assert handshake.state is HandshakeState.OPTIONS and handshake.take_output() == b""
     handshake.receive(b"")
     assert handshake.take_output() == b""
     assert kinds(handshake, nbd.SET_META, meta_data([], "first")) == [INVALID]
@@ -103,14 +103,14 @@ def test_shutting_down() -> None:
     handshake = begin()
     handshake.shut_down()
     handshake.receive(option(nbd.EXPORT_NAME, b"first"))
-    assert handshake.state is State.CLOSED
+    assert handshake.state is HandshakeState.CLOSED
 
 
 def test_first_requests_behind_go_are_handed_on() -> None:
     """A client may send requests right behind GO: not a byte of them is lost."""
     handshake = begin()
     handshake.receive(option(nbd.GO, go_data("first")) + b"requests")
-    assert handshake.state is State.TRANSMISSION
+    assert handshake.state is HandshakeState.TRANSMISSION
     assert handshake.take_rest() == b"requests"
 
 

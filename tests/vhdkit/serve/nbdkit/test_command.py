@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from vhdkit.serve.nbdkit.command import PLUGIN, Launch, check_python, nbdkit_command, nbdkit_environment, writes
+from vhdkit.serve.nbdkit.command import PLUGIN, NbdkitLaunch, check_python, nbdkit_command, nbdkit_environment, writes
 
 NBDKIT = "/opt/kit/bin/nbdkit"
 DUMP = "path=/usr/lib/nbdkit/plugins/nbdkit-python-plugin.so\nname=python\nversion=1.32.5\npython_version={}\n"
 
 
-def launch(*arguments: str, overlay: bool = False) -> Launch:
+def launch(*arguments: str, overlay: bool = False) -> NbdkitLaunch:
     """One image under one name."""
-    return Launch((("disk", "/d/disk.vhd"),), vhdkit.OpenOptions(), overlay=overlay, arguments=arguments)
+    return NbdkitLaunch((("disk", "/d/disk.vhd"),), vhdkit.OpenOptions(), overlay=overlay, arguments=arguments)
 
 
 def test_plain_command() -> None:
@@ -38,7 +38,7 @@ def test_every_option_has_its_word() -> None:
     exports = (("a=b", "/d/1 2.vhd"), ("", "/d/2.vhd"))
     words = nbdkit_command(
         NBDKIT,
-        Launch(
+        NbdkitLaunch(
             exports, options, read_only=True, exit_last=True, pid_file="/run/pid", arguments=("--filter=log", "x=y")
         ),
     )
@@ -51,9 +51,9 @@ def test_every_option_has_its_word() -> None:
 
 def test_tls() -> None:
     """Certificates and keys are nbdkit's to use; clients that do not encrypt are let in unless that is refused."""
-    certs = Launch((), vhdkit.OpenOptions(), tls_certs="/c", tls_required=True)
+    certs = NbdkitLaunch((), vhdkit.OpenOptions(), tls_certs="/c", tls_required=True)
     assert nbdkit_command(NBDKIT, certs)[3:5] == ["--tls=require", "--tls-certificates=/c"]
-    keys = Launch((), vhdkit.OpenOptions(), tls_psk="/keys.psk")
+    keys = NbdkitLaunch((), vhdkit.OpenOptions(), tls_psk="/keys.psk")
     assert nbdkit_command(NBDKIT, keys)[3:5] == ["--tls=on", "--tls-psk=/keys.psk"]
 
 

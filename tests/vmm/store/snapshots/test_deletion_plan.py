@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.store.snapshots.deletion_plan import Merge, Plan, plan
+from vmm.store.snapshots.deletion_plan import LayerMerge, Plan, plan
 from vmm.store.snapshots.tree import Image, Snapshot, Tree
 
 SECTORS = 6
@@ -23,7 +23,7 @@ def test_none_removed_one_merged_two_kept() -> None:
     """An image without dependants goes, one with one takes it in, one with two stays."""
     files = images(base=None, a="base", b="a", c="a", d="c", e="d", f="base")
     judged = plan(files, frozen=["base", "b"], live=["e"])
-    assert judged == Plan(("f",), (Merge("c", ("e", "d")),), {"a": "2 images stand on it"})
+    assert judged == Plan(("f",), (LayerMerge("c", ("e", "d")),), {"a": "2 images stand on it"})
 
 
 def test_whole_branch_goes_children_first() -> None:
@@ -34,7 +34,7 @@ def test_whole_branch_goes_children_first() -> None:
 
 def test_first_image_is_merged_into_the_users_own() -> None:
     """When the snapshot of the user's own image is deleted, what stands on it alone goes into it."""
-    assert plan(images(base=None, a="base"), frozen=[], live=["a"]).merges == (Merge("base", ("a",)),)
+    assert plan(images(base=None, a="base"), frozen=[], live=["a"]).merges == (LayerMerge("base", ("a",)),)
 
 
 def test_users_own_image_is_never_removed() -> None:
@@ -154,7 +154,7 @@ class Model:
         for path in judged.forget:
             self.tree.forget(path)
 
-    def merge(self, one: Merge) -> None:
+    def merge(self, one: LayerMerge) -> None:
         """As vhdkit's merge: sectors go down, children of the newest are repointed, the layers go."""
         for layer in reversed(one.layers):
             assert layer.startswith("/a")

@@ -18,7 +18,6 @@ from vmm.store import registry
 from vmm.store.snapshots.journal import (
     NO_VARIABLES,
     Apply,
-    Commit,
     CreateLive,
     CreateOff,
     Delete,
@@ -27,6 +26,7 @@ from vmm.store.snapshots.journal import (
     MergeLive,
     MergeOff,
     Pivot,
+    PutInPlace,
     journal_document,
     read_journal,
     words_of,
@@ -45,12 +45,12 @@ JOURNALS: list[Journal] = [
     CreateLive(FOLDER, (PIVOT,)),
     CreateLive(FOLDER, (PIVOT,), True, Memory("background", True, {"format": 1}, SNAPSHOT)),
     Apply((PIVOT,)),
-    Commit({"name": "web"}, "put", f"{FOLDER}/{ID}.nvram"),
-    Commit({"name": "web"}, None),
+    PutInPlace({"name": "web"}, "put", f"{FOLDER}/{ID}.nvram"),
+    PutInPlace({"name": "web"}, None),
     Delete((FOLDER,)),
     MergeOff("/disks/a.avhd", ("/disks/c.avhd", "/disks/b.avhd")),
     MergeLive("disk-0", "/disks/a.avhd", ("/disks/b.avhd",)),
-    Commit({"name": "web"}, "drop", NO_VARIABLES),
+    PutInPlace({"name": "web"}, "drop", NO_VARIABLES),
 ]
 
 
