@@ -54,8 +54,8 @@ def plan_delete(machine: Machine, *, with_disks: bool, with_snapshots: bool) -> 
     for disk in machine.spec.disks:
         if disk.path is None:
             continue
-        if disk.kind != "vhd" or disk.read_only:
-            kept.append((disk.path, "it is not the machine's own" if disk.kind == "vhd" else f"it is {disk.kind}"))
+        if not disk.is_image or disk.read_only:
+            kept.append((disk.path, "it is not the machine's own" if disk.is_image else f"it is {disk.kind}"))
         elif not with_disks:
             kept.append((disk.path, "disks stay unless --with-disks is given"))
         elif not os.path.exists(disk.path):

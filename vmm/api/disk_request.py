@@ -40,6 +40,11 @@ class DiskRequest:
     allow_raw_parent: bool = False
     format: Literal["vhd", "raw"] | None = None
 
+    @property
+    def is_image(self) -> bool:
+        """As of `DiskSpec`."""
+        return self.kind == "vhd"
+
 
 DiskWish = DiskRequest  # its name in 0.1.0, which stays
 
@@ -67,11 +72,11 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
         serial = serial or serial_of_device(found.get("identity"), taken)
     elif path is not None:
         path = find_image(path, spec.paths.disks or default_folders()["disks"])
-        serial = serial or (kept_serial(path, taken) if request.kind == "vhd" else None)
+        serial = serial or (kept_serial(path, taken) if request.is_image else None)
     if serial is not None:
         settings["serial"] = serial
     folders = tuple(os.path.realpath(one) for one in request.parent_dirs)
-    if request.kind == "vhd" and path is not None:
+    if request.is_image and path is not None:
         folders += _trusted_folders(path, folders)
     disk = make_disk(
         id=spec.free_disk_id(), kind=request.kind, path=path, controller=controller, controller_index=index or 0,
@@ -81,7 +86,7 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
     )  # fmt: skip
     if disk.kind == "iso" and path is not None:
         os.close(open_medium(path))
-    if disk.kind == "vhd":
+    if disk.is_image:
         disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
         refuse_frozen(disk)
     return disk

@@ -160,7 +160,7 @@ class LocalMachine(ABC):
         from vmm.store.images import find_disk
 
         found = find_disk(self.opened, disk)
-        if found.kind != "vhd" or found.read_only or found.path is None:
+        if not found.is_image or found.read_only or found.path is None:
             raise WrongState("only a writable image can be resized", machine=self.name, path=found.path)
         self._refuse_saved("resizing a disk")
         return self._apply_size(found, size_bytes, shrink=shrink)

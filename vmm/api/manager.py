@@ -407,7 +407,7 @@ def _disk_info(disk: DiskSpec) -> DiskInfo:
 def _size_of(disk: DiskSpec) -> int | None:
     if disk.path is None:
         return None
-    if disk.kind == "vhd":
+    if disk.is_image:
         return look_at(disk).size_bytes
     if disk.kind == "pass-through":
         from vmm.store import devices  # takes long, and few machines need it

@@ -251,6 +251,6 @@ def _used_by_others(machine: Machine) -> set[str]:
     for other in machines:
         if os.path.realpath(other.paths.folder) != os.path.realpath(machine.paths.folder):
             tree = load_tree(other.paths)
-            disks = [disk.path for disk in other.spec.disks if disk.path is not None and disk.kind == "vhd"]
+            disks = [disk.path for disk in other.spec.disks if disk.path is not None and disk.is_image]
             found.update(os.path.realpath(one) for one in (*disks, *tree.frozen(), *tree.images))
     return found

@@ -181,7 +181,7 @@ def _disks(spec: MachineSpec, facts: StartFacts) -> list[str]:
     order = boot_indices(spec)
     for disk in spec.disks:
         medium = facts.media.get(disk.id)
-        if disk.kind == "vhd":
+        if disk.is_image:
             words += ["-blockdev", _json(chain_node(disk, facts.nbd_socket))]
         elif medium is not None:
             words += _medium_words(medium)

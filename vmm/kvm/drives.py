@@ -81,7 +81,7 @@ async def add_disk(
     `export` is its entry for the disks' server, `medium` what a passed-through one is made of.
     """
     async with contextlib.AsyncExitStack() as undo:
-        if disk.kind == "vhd":
+        if disk.is_image:
             await server.call("add", **export)
             undo.push_async_callback(_quietly_remove_export, server, disk.id)
             node = chain_node(disk, nbd_socket)
@@ -112,7 +112,7 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
             await asyncio.sleep(_LOOK_SECONDS)
     if disk.id in {node["node-name"] for node in await qmp.execute("query-named-block-nodes")}:
         await _insist(lambda: qmp.execute("blockdev-del", node_name=disk.id, timeout_seconds=NODE_SECONDS))
-    if disk.kind == "vhd":
+    if disk.is_image:
         await _remove_export(server, disk.id)
     else:
         await take_back(qmp, disk.id)
@@ -222,7 +222,7 @@ async def _insist(work: Callable[[], Awaitable[object]]) -> None:
 
 def problem_of_store(disks: tuple[DiskSpec, ...], nbd_socket: str) -> str | None:
     """Why the disks cannot work now, as far as can be seen from outside; None when another try is worth while."""
-    if not any(disk.kind == "vhd" for disk in disks):
+    if not any(disk.is_image for disk in disks):
         return None
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

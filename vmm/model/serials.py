@@ -25,7 +25,7 @@ _SERIAL = re.compile(rb"[A-Za-z0-9_-]{1,%d}" % MAX_SERIAL_CHARACTERS)
 def keep_serials(disks: Iterable[DiskSpec]) -> None:
     """Let the images of disks bear their serial numbers. Where one cannot, the next machine gives it another."""
     for disk in disks:
-        if disk.kind == "vhd" and disk.path is not None:
+        if disk.is_image and disk.path is not None:
             with contextlib.suppress(OSError):
                 os.setxattr(disk.path, ATTRIBUTE, disk.serial.encode())
 

@@ -95,9 +95,14 @@ class DiskSpec(_Settings):
         return f"{self.controller}{self.controller_index}:{self.unit}"
 
     @property
+    def is_image(self) -> bool:
+        """True for an image of any format. Its kind is written "vhd" for that: `format` is what says the format."""
+        return self.kind == "vhd"
+
+    @property
     def is_writable_image(self) -> bool:
         """True for an image that the machine writes to, which therefore no other may use."""
-        return self.kind == "vhd" and not self.read_only
+        return self.is_image and not self.read_only
 
 
 VlanId = Annotated[int, Field(ge=1, le=4094)]

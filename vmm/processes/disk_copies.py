@@ -30,7 +30,7 @@ def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
     from vmm.store.devices import refuse_passed_through
 
     refuse_passed_through(spec, "a backup", hint="back those up from inside the guest")
-    return [disk for disk in spec.disks if disk.kind == "vhd"]
+    return [disk for disk in spec.disks if disk.is_image]
 
 
 def check_target(folder: str) -> str:

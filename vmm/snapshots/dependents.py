@@ -138,6 +138,6 @@ def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule
 
 def _folders(spec: MachineSpec) -> Iterable[str]:
     for disk in spec.disks:
-        if disk.kind == "vhd" and disk.path is not None:
+        if disk.is_image and disk.path is not None:
             yield os.path.dirname(os.path.abspath(disk.path))
             yield from disk.parent_dirs

@@ -77,7 +77,7 @@ def look_before_discarding(machine: Machine) -> None:
     """Raise what would keep the machine from starting without its saved memory, as far as its files tell."""
     program.find()
     for disk in machine.spec.disks:
-        if disk.kind == "vhd" and disk.path is not None:
+        if disk.is_image and disk.path is not None:
             look_at(disk, writable=not disk.read_only)
     look_at_files(machine.spec)
 

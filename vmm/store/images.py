@@ -191,7 +191,7 @@ def note_marks(machine: Machine, disks: Sequence[DiskSpec]) -> None:
     What cannot be marked is an event of the machine and no failure: vmm knows its machines' images all the same.
     """
     for disk in disks:
-        if disk.kind != "vhd" or disk.path is None or disk.format == "raw":
+        if not disk.is_image or disk.path is None or disk.format == "raw":
             continue
         options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, lock=False)
         try:

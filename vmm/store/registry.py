@@ -298,7 +298,7 @@ def check_disks(spec: MachineSpec) -> None:
                     f"is a disk of the machine {other.name} already",
                     machine=spec.name,
                     path=own.path,
-                    hint=child if own.kind == "vhd" else f"vmm disk remove {other.name} {disk.id}",
+                    hint=child if own.is_image else f"vmm disk remove {other.name} {disk.id}",
                 )
 
 

@@ -285,7 +285,7 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str 
     now = _looks_of(spec)
     for disk in spec.disks:
         before, after = then.get(disk.id), now.get(disk.id)
-        if disk.kind == "vhd" and before != after:
+        if disk.is_image and before != after:
             return f"{disk.path} was changed since"
         if disk.kind == "pass-through" and (before is None or after is None):
             tell("saved-disk-not-compared", disk=disk.id, path=disk.path)
@@ -303,7 +303,7 @@ def _looks_of(spec: MachineSpec) -> dict[str, object]:
 
     looks: dict[str, object] = {}
     for disk in spec.disks:
-        if disk.kind == "vhd" and disk.path is not None:
+        if disk.is_image and disk.path is not None:
             with contextlib.suppress(OSError):
                 facts = os.stat(disk.path)
                 looks[disk.id] = [facts.st_ino, facts.st_size, facts.st_mtime_ns]

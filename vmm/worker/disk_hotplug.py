@@ -92,7 +92,7 @@ class Plugging:
 
     async def _plug_in(self, disk: DiskSpec) -> None:
         qmp, server, socket = self._running.qmp, self._running.server, self._running.runtime.nbd
-        if disk.kind == "vhd":
+        if disk.is_image:
             export = export_of(json.loads(disk.model_dump_json()), follow_leaf=False)
             export["known_images"] = await asyncio.to_thread(known_images)
             await drives.add_disk(qmp, server, disk, socket, export=export, medium=None)
@@ -219,7 +219,7 @@ class Plugging:
         if size_bytes <= 0:
             raise InvalidSpec("a size is a positive number of bytes")
         self._running.need(Verb.RESIZE_DISK)
-        if disk.kind != "vhd" or disk.read_only:
+        if not disk.is_image or disk.read_only:
             raise WrongState("only a writable image can be resized")
         if disk.controller == "ide":
             raise WrongState(

@@ -101,7 +101,7 @@ def prepare(
             )  # fmt: skip
     launch = Launch(identity, media={disk.id: None for disk in spec.disks if disk.kind == "iso"})
     try:
-        media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if disk.kind != "vhd" and disk.path}
+        media = {disk.id: _medium(spec, disk, launch) for disk in spec.disks if not disk.is_image and disk.path}
         services = spec.integration
         wants_agent = services.heartbeat or services.shutdown or services.time_sync or services.backup
         facts = StartFacts(

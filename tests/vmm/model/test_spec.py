@@ -34,6 +34,15 @@ def test_written_down_and_read_back() -> None:
     assert json.loads(spec.to_json())["disks"][1]["read_only"] is True
 
 
+def test_the_kind_of_an_image_does_not_say_its_format() -> None:
+    """An image is written with the kind "vhd" whatever its format is, also a raw one; what is read is the same."""
+    spec = make_spec(name="web", disks=[disk(0, format="raw"), disk(1, kind="iso", path=None)])
+    assert [one.is_image for one in spec.disks] == [True, False]
+    written = json.loads(spec.to_json())["disks"]
+    assert [(one["kind"], one["format"]) for one in written] == [("vhd", "raw"), ("iso", None)]
+    assert read_spec(spec.to_json(), "x").disks[0].is_image
+
+
 @pytest.mark.parametrize(
     "name",
     ["", " ", ".hidden", "-x", "a/b", "..", "a\nb", "a\0b", "x" * 65, "a ", " a", "end.", "ü" * 65, "\x1b[31m", "_a"],

@@ -188,7 +188,7 @@ def judge_all(arrival: Arrival, consent: Consent, announce: Callable[[str], None
     media = placed(arrival, "media") + os.sep
     for key, spec in arrival.definitions.items():
         judged = judge(spec, images=_images_for(arrival, key, spec), inside=inside, consent=consent)
-        if any(disk.kind == "vhd" and str(disk.path).startswith(media) for disk in judged.spec.disks):
+        if any(disk.is_image and str(disk.path).startswith(media) for disk in judged.spec.disks):
             raise InvalidSpec("names an image where an export has none", path=media)
         refused |= judged.refused
         granted += [words for words in judged.granted if words not in granted]

@@ -134,7 +134,7 @@ class _Export:
         if flat:
             images, tree = self._flatten(spec), Tree()
         else:
-            leaves = {disk.id: disk for disk in spec.disks if disk.kind == "vhd" and disk.path is not None}
+            leaves = {disk.id: disk for disk in spec.disks if disk.is_image and disk.path is not None}
             frozen = [path for one in tree.snapshots.values() for path in one.disks.values()]
             self._copy_images([*map(self._chain, leaves.values()), *(self._chain_at(path) for path in frozen)])
             images = {disk_id: self._names[os.path.realpath(str(disk.path))] for disk_id, disk in leaves.items()}
@@ -155,7 +155,7 @@ class _Export:
         if flat:
             images = self._flatten(spec)
         else:
-            disks = [disk for disk in spec.disks if disk.kind == "vhd" and disk.path is not None]
+            disks = [disk for disk in spec.disks if disk.is_image and disk.path is not None]
             self._copy_images([self._chain(disk) for disk in disks])
             images = {disk.id: self._names[os.path.realpath(str(disk.path))] for disk in disks}
         if snapshot.memory_bytes is not None:
@@ -184,7 +184,7 @@ class _Export:
     def _flatten(self, spec: MachineSpec) -> dict[str, str]:
         names = {}
         for disk in spec.disks:
-            if disk.kind != "vhd" or disk.path is None:
+            if not disk.is_image or disk.path is None:
                 continue
             name = f"{disk.id}.vhd"
             options = replace(self._options, parent_dirs=(*self._options.parent_dirs, *disk.parent_dirs))

@@ -155,7 +155,7 @@ class _Finding:
     def disk(self, disk: DiskSpec, images: Mapping[str, tuple[str, str]]) -> DiskSpec | None:
         """The disk as it may be here; None where the machine goes without it."""
         changes: dict[str, Any] = {"parent_dirs": (), "identity": None}  # all that it stands on lies beside it
-        if disk.kind == "vhd" and disk.id in images:
+        if disk.is_image and disk.id in images:
             path, kind = images[disk.id]
             raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind == "vhd")
             return disk.model_copy(update={**changes, "path": path, "format": kind, "allow_raw_parent": raw_below})
