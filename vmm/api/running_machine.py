@@ -21,6 +21,7 @@ from vmm.model.errors import InUse, VmmError, WrongState
 from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
 from vmm.model.interrupted import goes_on_without_us
 from vmm.processes import worker_connection
+from vmm.processes.answers import understood
 from vmm.processes.rpc import ANSWER_SECONDS, ControlClient, Progress
 from vmm.processes.worker_connection import MachineRef
 from vmm.store.snapshots.journal import Delete, MergeOff
@@ -61,17 +62,6 @@ class RunningMachine(LocalMachine):
     ) -> Any:  # fmt: skip
         return self._worker.call(method, timeout_seconds=timeout_seconds, progress=progress, **params)
 
-    @contextlib.contextmanager
-    def _understood(self) -> Iterator[None]:
-        """The answer of a worker is read in this block."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise VmmError(
-                "its worker's answer cannot be understood; it may be of another version of vmm", machine=self.name,
-                hint="shut the machine down and start it with this version",
-            ) from error  # fmt: skip
-
     # -- life --------------------------------------------------------------------------------------------------------
 
     def _ask_until_off(self, method: str, progress: Progress | None, **params: Any) -> None:
@@ -93,7 +83,7 @@ class RunningMachine(LocalMachine):
 
     def stop_with_host(self, progress: Progress | None = None) -> str:
         """Carry out the automatic stop action; what was done, in words."""
-        with self._understood():
+        with understood(self.name):
             done = str(self._ask("leave", progress)["done"])
         worker_connection.wait_put_away(self.place)
         return done
@@ -138,7 +128,7 @@ class RunningMachine(LocalMachine):
 
     def _apply_size(self, disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
         done = self._ask("disk-resize", disk=disk.id, size_bytes=size_bytes)
-        with self._understood():
+        with understood(self.name):
             return int(done["size_bytes"])
 
     def _apply_adapter_added(self, adapter: AdapterSpec, after: MachineSpec) -> None:
@@ -159,7 +149,7 @@ class RunningMachine(LocalMachine):
                 "snapshot-create", progress, timeout_seconds=_MEMORY_SECONDS,
                 name=request.name, notes=request.notes, consistent=request.consistent, mode=request.mode,
             )  # fmt: skip
-        with self._understood():
+        with understood(self.name):
             snapshot_id = str(done["id"])
         return load_tree(self.opened.paths).find(snapshot_id)
 
@@ -230,7 +220,7 @@ class RunningMachine(LocalMachine):
                 "snapshot-merge", progress, timeout_seconds=_MEMORY_SECONDS,
                 target=merge.target, layers=list(merge.layers), max_rate_bytes=rate,
             )  # fmt: skip
-            with self._understood():
+            with understood(self.name):
                 return MergeResult(
                     done["target"], done.get("passes"), done.get("held_seconds"), done.get("copied_bytes")
                 )
@@ -246,14 +236,14 @@ class RunningMachine(LocalMachine):
     def cancel_merge(self) -> bool:
         """Stop a live merge; False: there is none."""
         done = self._ask("snapshot-merge-cancel", timeout_seconds=ANSWER_SECONDS)
-        with self._understood():
+        with understood(self.name):
             return bool(done["cancelled"])
 
     def backup(self, folder: str, progress: Progress | None = None) -> BackupResult:
         """Copy all disks of one moment while the guest runs. Raises AlreadyExists, Refused, StoreFailed, NoSpace."""
         with goes_on_without_us("the backup", self.name):
             done = self._ask("backup", progress, folder=folder)
-        with self._understood():
+        with understood(self.name):
             return BackupResult(str(done["folder"]), dict(done["disks"]), done["consistent"] is True)
 
     # -- the guest ---------------------------------------------------------------------------------------------------
@@ -267,37 +257,37 @@ class RunningMachine(LocalMachine):
     def screen(self) -> bytes:
         """A picture of the screen, as PNG. Raises WrongState for a machine without a screen."""
         answer = self._ask_guest("screen")
-        with self._understood():
+        with understood(self.name):
             return base64.b64decode(answer["png"])
 
     def ping(self) -> Heartbeat:
         """The heartbeat, requested now. Raises AgentUnavailable, TimedOut."""
         answer = self._ask_guest("agent-ping")
-        with self._understood():
+        with understood(self.name):
             return Heartbeat(answer["state"], answer["seen_seconds_ago"])
 
     def guest_info(self) -> GuestInfo:
         """What the agent says now. Raises AgentUnavailable."""
         answer = self._ask_guest("agent-info")
-        with self._understood():
+        with understood(self.name):
             return GuestInfo.of_document(answer)
 
     def guest_summary(self) -> GuestInfo | None:
         """What the agent says, as last known where it does not answer quickly; None where there is none."""
         answer = self._ask("status", guest=True)
-        with self._understood():
+        with understood(self.name):
             return GuestInfo.of_document(answer["guest"]) if answer.get("guest") is not None else None
 
     def freeze(self, max_seconds: float) -> int:
         """Flush and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`."""
         answer = self._ask_guest("agent-freeze", max_seconds=max_seconds, timeout_seconds=_FREEZING_SECONDS)
-        with self._understood():
+        with understood(self.name):
             return int(answer["count"])
 
     def thaw(self) -> int:
         """Thaw them; how many. Raises TimedOut if they had to be thawed earlier."""
         answer = self._ask_guest("agent-thaw", timeout_seconds=_FREEZING_SECONDS)
-        with self._understood():
+        with understood(self.name):
             return int(answer["count"])
 
     def set_time(self) -> None:
@@ -307,25 +297,25 @@ class RunningMachine(LocalMachine):
     def items(self) -> dict[str, dict[str, str]]:
         """All items of both pools. Raises AgentUnavailable when the exchange is off."""
         answer = self._ask_guest("kvp-list")
-        with self._understood():
+        with understood(self.name):
             return {pool: dict(items) for pool, items in answer["items"].items()}
 
     def get_item(self, key: str, pool: str | None = None) -> ExchangedItem:
         """An item, from the guest's pool and then the host's unless one is named. Raises NotFound."""
         answer = self._ask_guest("kvp-get", key=key, pool=pool)
-        with self._understood():
+        with understood(self.name):
             return ExchangedItem(str(answer["value"]), str(answer["pool"]))
 
     def set_item(self, key: str, value: str) -> bool:
         """Set an item of the host's; True if the guest has accepted it already. Raises InvalidSpec."""
         answer = self._ask_guest("kvp-set", key=key, value=value)
-        with self._understood():
+        with understood(self.name):
             return bool(answer["taken"])
 
     def delete_item(self, key: str) -> bool:
         """Remove an item of the host's; True if the guest has been told already. Raises NotFound."""
         answer = self._ask_guest("kvp-delete", key=key)
-        with self._understood():
+        with understood(self.name):
             return bool(answer["taken"])
 
 

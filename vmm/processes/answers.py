@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a worker says about its machine, as values: how it is, and what a start came to.
 
-Decides which parts of an answer callers see. Light: the command line starts machines with it. Must not know sockets.
+Decides which parts of an answer callers see, and that one that cannot be understood (the worker may be of another
+version) is an error with a hint. Light: the command line starts machines with it. Must not know sockets.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vmm.model.errors import VmmError
 from vmm.store.state import MachineState
+
+
+@contextlib.contextmanager
+def understood(machine: str) -> Iterator[None]:
+    """An answer of the machine's worker is read in this block. Raises VmmError where it is not what it should be."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VmmError(
+            "its worker's answer cannot be understood; it may be of another version of vmm", machine=machine,
+            hint="shut the machine down and start it with this version",
+        ) from error  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from vmm.model.paths import (
     runtime_of,
     write_whole,
 )
-from vmm.processes.answers import MachineStatus, Started
+from vmm.processes.answers import MachineStatus, Started, understood
 from vmm.processes.rpc import ControlClient, Progress
 from vmm.store import saved
 from vmm.store.backup_note import has_note
@@ -137,11 +137,14 @@ def status_of(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool 
             break
         try:
             with client:
-                return MachineStatus.of_document(client.call("status", timeout_seconds=STATUS_SECONDS))
+                answer = client.call("status", timeout_seconds=STATUS_SECONDS)
         except TimedOut:
             raise
         except VmmError:
             time.sleep(_LOOK_SECONDS)  # it ended just now, or was killed: look again
+            continue
+        with understood(place.name):
+            return MachineStatus.of_document(answer)
     else:
         raise TimedOut("its worker ends whenever it is asked", machine=place.name, hint=f"vmm logs {place.name}")
     return MachineStatus(MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF)
@@ -355,7 +358,8 @@ def _wait_started(place: MachineRef, reading: int, progress: Progress | None) ->
             line, _, received = received.partition(b"\n")
             document = json.loads(line)
             if "result" in document:
-                return Started.of_document(document["result"])
+                with understood(place.name):
+                    return Started.of_document(document["result"])
             if "error" in document:
                 wait_put_away(place)
                 error = from_document(document["error"])
