@@ -21,11 +21,12 @@ from fuzz.mutate import mutate_image
 from fuzz.sparse import FuzzStore, decode
 from vhdkit.errors import InvalidArgument, VhdkitError
 from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.undo import apply_change, belongs, plan_change, roll_back
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.metadata import image_id
-from vhdkit.formats.vhd.repair import Consent, Fix, repair_vhd
+from vhdkit.formats.vhd.repair import repair_vhd
 from vhdkit.image import Layer, read_extents
 from vhdkit.store import Store
 from vhdkit.units import KIB, MIB, sectors_to_bytes, whole_sectors

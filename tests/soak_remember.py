@@ -20,7 +20,7 @@ from pathlib import Path
 import vhdkit
 from tests.soak_live import pattern
 from vhdkit import errors
-from vhdkit.formats.vhd.remember import use_folder
+from vhdkit.formats.remember import use_folder
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports

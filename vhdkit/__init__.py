@@ -63,8 +63,8 @@ if TYPE_CHECKING:
         VhdkitError,
     )
     from vhdkit.finding import Finding, Severity
+    from vhdkit.formats.format import Fix
     from vhdkit.formats.probe import FormatName
-    from vhdkit.formats.vhd.repair import Fix
     from vhdkit.image import Extent, ExtentKind
     from vhdkit.jsontext import json_text
     from vhdkit.maker import is_maker_dead, maker_word
@@ -182,7 +182,7 @@ _HOMES = {
     ),
     "vhdkit.finding": "Finding Severity",
     "vhdkit.formats.probe": "FormatName",
-    "vhdkit.formats.vhd.repair": "Fix",
+    "vhdkit.formats.format": "Fix",
     "vhdkit.image": "Extent ExtentKind",
     "vhdkit.jsontext": "json_text",
     "vhdkit.maker": "is_maker_dead maker_word",

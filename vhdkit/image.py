@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract that a format implements.
+"""The values and the open image of the contract that a format fulfils; the format itself is `formats.format.Format`.
 
 A `Layer` is one image file by itself: which sectors it owns and where they lie in its file. The chain engine
-folds layers together; front ends never hold one (they hold a `Disk`).
+folds layers together; front ends never hold one (they hold a `Disk`). `ImageFacts` is what the file says about itself
+before it is opened: its ids, its size and its parent.
+
+Two ids, never one: `file_id` answers whether this is the file of which a record or an undo log speaks, `linkage_id`
+is what children record of their parent. In a VHD both are the footer's unique id.
 
 Who checks what: `Disk` checks the range and read-only, and splits off part sectors. A layer may assume whole
 sectors inside its own size (it asserts this), and one writer at a time; `flush` may run beside a writer.
@@ -22,8 +26,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.errors import CorruptImage
+from vhdkit.finding import Finding
 from vhdkit.store import ReadStore, Store
-from vhdkit.units import sectors_to_bytes
+from vhdkit.units import SECTOR_SIZE, sectors_to_bytes
+
+ID_BYTES = 16  # of every id: records beside an image have room for so many
+NULL_ID = bytes(ID_BYTES)  # in records, the id of an image without one (a raw disk)
 
 
 class ExtentKind(StrEnum):
@@ -83,6 +92,80 @@ class Piece:
         return sectors_to_bytes(self.sector_count)
 
 
+class NameDialect(StrEnum):
+    """How the text of a parent's name is meant."""
+
+    PATH = "path"  # a path from the child's folder, or an absolute one; both kinds of slash separate
+    NAME = "name"  # a file name that programs do not follow by itself
+
+
+@dataclass(frozen=True, slots=True)
+class ParentName:
+    """One of the names that a child has for its parent; `structure` is where it is stored, for messages."""
+
+    structure: str
+    text: str
+    dialect: NameDialect = NameDialect.PATH
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRef:
+    """What a child records of its parent: any of the ids, and the names in the order in which they are tried.
+
+    Without ids the parent is a raw disk, which has none. `timestamp` counts from the format's own epoch, 0 where it is
+    unknown. `is_whole` is False when some of the names cannot be read.
+    """
+
+    linkage_ids: tuple[bytes, ...]
+    timestamp: int
+    names: tuple[ParentName, ...]
+    is_whole: bool = True
+
+    @property
+    def raw_allowed(self) -> bool:
+        """True when any raw file may be the parent, because no id is recorded."""
+        return not self.linkage_ids
+
+    @property
+    def linkage_id(self) -> bytes:
+        """The id by which the parent is searched and named in messages and records; `NULL_ID` for a raw parent."""
+        return self.linkage_ids[0] if self.linkage_ids else NULL_ID
+
+    @classmethod
+    def of_paths(cls, linkage_id: bytes, timestamp: int, *, relative: str, absolute: str, name: str) -> ParentRef:
+        """What a new child records; the paths are Windows paths. `NULL_ID` stands for a raw parent."""
+        names = (
+            ParentName("relative path", relative),
+            ParentName("absolute path", absolute),
+            ParentName("name", name, NameDialect.NAME),
+        )
+        return cls(() if linkage_id == NULL_ID else (linkage_id,), timestamp, names)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image file says about itself. Sizes in bytes; ids and time stamp are None where it has none.
+
+    `kind` is a word such as "dynamic", `title` says the same to people ("dynamic VHD"). `made_size_bytes` is the
+    virtual size that it had when it was made, the present one where that is not recorded. `block_size_bytes` is 0 for
+    an image whose sectors lie one after the other.
+    """
+
+    path: str
+    format_name: str
+    kind: str
+    title: str
+    size_bytes: int
+    made_size_bytes: int
+    block_size_bytes: int = 0
+    sector_bytes: int = SECTOR_SIZE
+    file_id: bytes | None = None
+    linkage_id: bytes | None = None
+    timestamp: int | None = None
+    parent: ParentRef | None = None
+    findings: tuple[Finding, ...] = ()
+
+
 class Layer(Protocol):
     """One open image file. Sizes in bytes, positions in sectors of `units.SECTOR_SIZE`."""
 
@@ -92,8 +175,38 @@ class Layer(Protocol):
         ...
 
     @property
+    def format_name(self) -> str:
+        """The name of its format; `formats.of` gives the format itself."""
+        ...
+
+    @property
+    def facts(self) -> ImageFacts:
+        """What the file said about itself when it was opened."""
+        ...
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What opening it found; the chain adds what it finds about the parent."""
+        ...
+
+    @property
+    def damage(self) -> CorruptImage | None:
+        """Why the image can be read but not written to; None for a sound one."""
+        ...
+
+    @property
+    def ignore_bitmaps(self) -> bool:
+        """Whether sectors under clear bits of a dynamic image are read as data."""
+        ...
+
+    @property
+    def sector_bytes(self) -> int:
+        """The unit in which the layer is written, a power of two from `units.SECTOR_SIZE`."""
+        ...
+
+    @property
     def unique_id(self) -> bytes | None:
-        """The id that children know the image by; None for one without (raw)."""
+        """The linkage id: the one that children know the image by; None for one without (raw)."""
         ...
 
     @property
@@ -150,7 +263,7 @@ class Layer(Protocol):
         ...
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
-        """Own the pieces' sectors with their content, moved as a whole; for merges, while nobody reads this layer.
+        """Own the pieces' sectors with their content, moved as a whole; for merges, while no program reads this layer.
 
         Pieces are in order, do not overlap, and lie within one block (in a linear layer anywhere).
         """
@@ -158,6 +271,27 @@ class Layer(Protocol):
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """Give space back: sectors the layer owns read as zeros afterwards, the others are left as they are."""
+        ...
+
+    def refuse_writing(self) -> None:
+        """Refuse every write and flush from now on: what is written might not be seen at the next open."""
+        ...
+
+    def pin_blocks(self) -> None:
+        """Move no block from now on: an open chain reads the file by where its blocks are now."""
+        ...
+
+    @property
+    def table_bytes(self) -> int:
+        """What the tables of an image that is only read take in memory; 0 where `leave_table` would free nothing."""
+        ...
+
+    def leave_table(self) -> None:
+        """Read the tables from the file, entry by entry, from now on."""
+        ...
+
+    def seal(self) -> None:
+        """Flush so that nothing is left in memory and the file is whole, as if it had been closed. As `flush`."""
         ...
 
     def flush_is_due(self) -> bool:

@@ -294,7 +294,7 @@ def test_rebase_records_the_parent_that_has_the_name(monkeypatch: pytest.MonkeyP
     """INV-NAME-HELD: a parent that is replaced before its names are written is refused."""
     _image("base.vhd")
     vhdkit.create_child("leaf.avhd", "base.vhd")
-    _after(monkeypatch, rebase, "link_to", lambda: _replace("base.vhd"))
+    _after(monkeypatch, rebase, "names_of", lambda: _replace("base.vhd"))
     with pytest.raises(vhdkit.Replaced):
         vhdkit.rebase("leaf.avhd", "base.vhd")
 

@@ -25,8 +25,7 @@ from vhdkit.cli.naming import tell_other_name
 from vhdkit.cli.output import exact_size, note, print_json
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
-from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.named import identity_of
 from vhdkit.store import translated
 from vhdkit.units import SECTOR_SIZE, format_size
@@ -98,7 +97,7 @@ def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
     if job.source == STREAM:
         return _from_pipe(job, common, wanted)
     with vhdkit.open_disk(job.source, options=common.options) as disk:
-        odd = disk.chain.leaf.store.size() if not isinstance(disk.chain.leaf, DynamicImage) else 0
+        odd = disk.chain.leaf.store.size() if not disk.chain.leaf.block_size_bytes else 0
         if odd % SECTOR_SIZE and odd < disk.size_bytes:
             note(
                 common, f"rounded {odd} bytes up to {disk.size_bytes}: a disk is whole sectors of {SECTOR_SIZE} bytes"

@@ -18,8 +18,6 @@ from vhdkit.cli.naming import refuse_other_name, tell_other_name
 from vhdkit.cli.output import exact_size, note, note_rounding, print_json
 from vhdkit.errors import printable
 from vhdkit.folder import is_within, real_path
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.units import DiskSize, format_size
 
 _EXAMPLES = (
@@ -123,6 +121,6 @@ def needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[st
             if not is_within(real_path(layer.store.name), (home,))
         )
         needed = [["--allow-parent-dir", folder] for folder in outside]
-        if not isinstance(layers[-1], DynamicImage | FixedImage):
+        if layers[-1].unique_id is None:
             needed.append(["--allow-raw-parent"])
     return needed

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from vhdkit import CorruptImage, FormatName, ParentMissing, UnsupportedFormat
+from vhdkit import CorruptImage, FormatName, ParentMissing, UnsupportedFormat, formats
 from vhdkit.chain.verbs.describe import ChainInfo, ImageInfo, ParentInfo, describe_chain, describe_image
 from vhdkit.cli.common import PATH, Common, epilog, image_options, print_aside
 from vhdkit.cli.output import (
@@ -28,12 +28,10 @@ from vhdkit.cli.output import (
     print_text,
 )
 from vhdkit.errors import printable
-from vhdkit.formats.probe import identify
+from vhdkit.formats.format import Format, StructureDump
+from vhdkit.formats.probe import format_of
 from vhdkit.store import FileStore
 from vhdkit.units import format_size
-
-if TYPE_CHECKING:
-    from vhdkit.formats.vhd.dump import StructureDump
 
 _INDENT, _MAX_INDENTS = "   ", 8  # a deeper tree goes straight down
 UNFINISHED = ("merge-unfinished", "merge-under-way", "change-unfinished", "change-under-way")
@@ -66,7 +64,7 @@ def info_command(image: str, common: Common) -> None:
     if common.json:
         print_json(image_document(facts, common))
         return
-    print_text((printable(facts.path), "bold"), f": {_kind_words(facts.kind)}")
+    print_text((printable(facts.path), "bold"), f": {_kind_words(facts)}")
     rows = _fact_rows(facts, common.verbose)
     if facts.parent is not None:
         rows += _parent_rows(facts, facts.parent, common)
@@ -78,6 +76,7 @@ def info_command(image: str, common: Common) -> None:
 def image_document(facts: ImageInfo, common: Common) -> dict[str, Any]:
     """An image's facts for JSON."""
     document = {**asdict(facts), "findings": [finding_document(one) for one in facts.findings]}
+    del document["title"]  # for people; programs have the kind
     if facts.parent is not None:
         document["parent"]["allowed_by"] = _why_allowed(facts, facts.parent, common)
     return document
@@ -87,8 +86,8 @@ def _why_allowed(facts: ImageInfo, parent: ParentInfo, common: Common) -> str | 
     return None if parent.allowed_folder is None else common.why_allowed(parent.allowed_folder, facts.path)
 
 
-def _kind_words(kind: str) -> str:
-    return "raw image" if kind == "raw" else f"{kind} VHD"
+def _kind_words(facts: ImageInfo) -> str:
+    return "raw image" if facts.kind == "raw" else facts.title
 
 
 def _fact_rows(facts: ImageInfo, verbose: bool) -> list[tuple[str, str]]:
@@ -228,15 +227,14 @@ def dump_command(image: str, common: Common) -> None:
                    "fields": [{"name", "offset_bytes", "size_bytes", "value"}]}]
     """
     with FileStore.open(image) as store:
-        if _is_plainly_raw(store, common.options.format_name):
+        image_format = _format_to_show(store, common.options.format_name)
+        if image_format.is_plain:
             raise UnsupportedFormat(
                 "is a raw image: it has no structures to show",
                 path=image,
                 hint="if it is a damaged VHD, say --format vhd",
             )
-        from vhdkit.formats.vhd.dump import dump_vhd  # `info` and `chain` start without it
-
-        dumps = dump_vhd(store)
+        dumps = image_format.dump(store)
     if common.json:
         print_json([asdict(one) for one in dumps])
         return
@@ -246,12 +244,15 @@ def dump_command(image: str, common: Common) -> None:
         _print_structure(one)
 
 
-def _is_plainly_raw(store: FileStore, format_name: FormatName | None) -> bool:
-    """True for a file that neither is called nor looks like a VHD. Raises for other formats and empty files."""
+def _format_to_show(store: FileStore, format_name: FormatName | None) -> Format:
+    """The format that the file has, or is called by. Raises for other formats and empty files."""
     try:
-        return (format_name or identify(store)) is FormatName.RAW
+        return format_of(store, format_name)
     except CorruptImage:  # called a VHD, and no footer left: just what this verb is for
-        return False
+        called = formats.by_suffix(store.name)
+        if called is None:
+            raise
+        return called
 
 
 def _print_structure(dump: StructureDump) -> None:

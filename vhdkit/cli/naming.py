@@ -11,10 +11,10 @@ import os
 
 import click
 
+from vhdkit import formats
 from vhdkit.cli.common import Common
 from vhdkit.cli.output import note
 from vhdkit.errors import printable
-from vhdkit.formats.probe import VHD_SUFFIXES
 
 _RAW = "raw disk"
 _FORMATS = {
@@ -59,7 +59,7 @@ def tell_other_name(common: Common, path: str, *, raw: bool = False) -> None:
     """Note that the new image, a VHD or a raw disk, has the name of something else."""
     called = _FORMATS.get(os.path.splitext(path)[1].lower())
     if raw:
-        if path.lower().endswith(VHD_SUFFIXES):
+        if formats.by_suffix(path) is not None:
             note(common, f"{path} is a raw disk under the name of a VHD; opening it needs --format raw")
         elif called not in (None, _RAW, "CD image"):
             note(common, f"{path} is a raw disk under the name of a {called}")

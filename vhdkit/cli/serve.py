@@ -28,7 +28,7 @@ from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_n
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile, is_folder, is_regular, read_whole, remove_file, write_whole
-from vhdkit.formats.vhd.remember import use_folder
+from vhdkit.formats.remember import use_folder
 from vhdkit.serve.control.confinement import Confinement
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.control.server import Control

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer whose sectors lie one after the other from byte 0 of its file: the body of raw and fixed images.
 
-Decides nothing about headers and footers; it only refuses to touch anything after the virtual size.
+Decides nothing about headers and footers; it only refuses to touch anything after the virtual size. What the image
+says about itself is given to it by its format.
 It owns every sector, so it can only be the base of a chain.
 """
 
@@ -12,8 +13,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.errors import CorruptImage
+from vhdkit.finding import Finding
 from vhdkit.formats.guard import SyncGuard
-from vhdkit.image import Extent, ExtentKind, Piece, copy_piece
+from vhdkit.image import Extent, ExtentKind, ImageFacts, Piece, copy_piece
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
 
@@ -23,13 +26,20 @@ class LinearImage:
 
     unowned = ExtentKind.ZERO
     block_size_bytes = 0
+    sector_bytes = SECTOR_SIZE
+    ignore_bitmaps = False
+    table_bytes = 0
+    damage: CorruptImage | None = None
 
-    def __init__(self, store: Store, size_bytes: int, *, writable: bool, unique_id: bytes | None = None) -> None:
+    def __init__(self, store: Store, facts: ImageFacts, *, writable: bool) -> None:
         self.store = store
-        self.unique_id = unique_id
-        self.size_bytes = size_bytes
-        self.data_end_bytes = size_bytes
+        self.facts = facts
+        self.format_name = facts.format_name
+        self.unique_id = facts.linkage_id
+        self.size_bytes = facts.size_bytes
+        self.data_end_bytes = facts.size_bytes
         self.writable = writable
+        self.findings: list[Finding] = []
         self._guard = SyncGuard(store)
 
     def allocated_blocks(self) -> NDArray[np.bool_]:
@@ -81,8 +91,14 @@ class LinearImage:
         return False
 
     def refuse_writing(self) -> None:
-        """From now on: what is written might not be seen by who opens the image next."""
+        """See `Layer.refuse_writing`."""
         self._guard.refuse()
+
+    def pin_blocks(self) -> None:
+        """See `Layer.pin_blocks`: nothing ever moves."""
+
+    def leave_table(self) -> None:
+        """See `Layer.leave_table`: there is none."""
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`: in place, zeros as holes."""
@@ -107,6 +123,10 @@ class LinearImage:
         """See `Layer.flush`."""
         if self.writable:
             self._guard.sync()
+
+    def seal(self) -> None:
+        """See `Layer.seal`."""
+        self.flush()
 
     def close(self) -> None:
         """See `Layer.close`."""

@@ -3,35 +3,38 @@
 
 Decides by the content of the file, not by its name, with one exception: a file called `.vhd` or `.avhd` without
 any VHD footer is refused, never taken for a raw disk. The owner of a raw disk can write what looks like another
-format into it, so a caller who knows the format should name it.
+format into it, so a caller who knows the format should name it. Which formats there are, and in which order they are
+probed, stands in `formats.FORMATS`.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-from vhdkit import errors
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit import errors, formats
 from vhdkit.formats.foreign import HEAD_BYTES, identify_foreign
-from vhdkit.formats.raw import open_raw
-from vhdkit.formats.vhd.dynamic import open_dynamic
-from vhdkit.formats.vhd.fixed import open_fixed
-from vhdkit.formats.vhd.layout import DISK_TYPE_FIXED
-from vhdkit.formats.vhd.metadata import FooterState, looks_like_vhd, read_footers, read_metadata
+from vhdkit.formats.format import Format
 from vhdkit.image import Layer
 from vhdkit.store import ReadStore, Store
 
-VHD_SUFFIXES = (".vhd", ".avhd")
-
 
 class FormatName(StrEnum):
-    """The two families a file can be; which kind of VHD it is stands in its footer."""
+    """The families a file can be; which kind of VHD it is stands in its footer."""
 
     RAW = "raw"
     VHD = "vhd"
 
+    @classmethod
+    def _missing_(cls, value: object) -> FormatName | None:
+        """A format in `FORMATS` that has no constant here is a name, too."""
+        if any(one.name == value for one in formats.FORMATS):
+            member = str.__new__(cls, value)
+            member._name_ = member._value_ = str(value)
+            return member
+        return None
 
-def identify(store: ReadStore, *, by_name: bool = True) -> FormatName:
+
+def identify(store: ReadStore, *, by_name: bool = True) -> Format:
     """The format of the file. Without `by_name` the file's name says nothing: it is not the one it came with.
 
     Raises UnsupportedFormat for a known format vhdkit does not read and for what is compressed or an archive,
@@ -39,8 +42,9 @@ def identify(store: ReadStore, *, by_name: bool = True) -> FormatName:
     """
     if store.size() == 0:
         raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
-    if looks_like_vhd(store):
-        return FormatName.VHD
+    found = formats.probed(store)
+    if not found.is_plain:
+        return found
     foreign = identify_foreign(store.pread(0, HEAD_BYTES))
     if foreign is not None:
         raise errors.UnsupportedFormat(
@@ -49,25 +53,21 @@ def identify(store: ReadStore, *, by_name: bool = True) -> FormatName:
             hint=foreign.hint.format(path=errors.quoted(store.name) if by_name else "FILE")
             + "; if it is a raw disk that only begins like one, say --format raw",
         )
-    if by_name and store.name.lower().endswith(VHD_SUFFIXES):
-        tail, _ = read_footers(store)
-        killed = tail.state is FooterState.KILLED
-        raise CorruptImage(
-            CorruptReason.NO_FOOTER,
-            "the file has no VHD footer, neither at its end nor at its beginning"
-            + (f" (the end was {tail.state})" if killed else ""),
-            path=store.name,
-            structure=tail.structure,
-            offset_bytes=tail.offset_bytes,
-            hint="the file is cut short or is not a VHD; if it is a raw disk, say --format raw",
-        )
-    return FormatName.RAW
+    expected = formats.by_suffix(store.name) if by_name else None
+    if expected is not None:
+        expected.refuse_name(store)
+    return found
+
+
+def format_of(store: Store, format_name: str | None = None) -> Format:
+    """The format of this name, else the one that the file has. Raises as `identify` does."""
+    return identify(store) if format_name is None else formats.named(format_name)
 
 
 def open_layer(
     store: Store,
     *,
-    format_name: FormatName | None = None,
+    format_name: str | None = None,
     writable: bool = False,
     ignore_bitmaps: bool = False,
 ) -> Layer:
@@ -75,8 +75,4 @@ def open_layer(
 
     Raises CorruptImage, UnsupportedFormat, InvalidArgument.
     """
-    if (format_name or identify(store)) is FormatName.RAW:
-        return open_raw(store, writable=writable)
-    if read_metadata(store).footer.disk_type == DISK_TYPE_FIXED:
-        return open_fixed(store, writable=writable)
-    return open_dynamic(store, writable=writable, ignore_bitmaps=ignore_bitmaps)
+    return format_of(store, format_name).open(store, writable=writable, ignore_bitmaps=ignore_bitmaps)

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.formats.patched import Patches, ReadOnlyView
 from vhdkit.formats.vhd.geometry import MAX_FIXED_BYTES
 from vhdkit.formats.vhd.layout import FOOTER_COOKIE, FOOTER_SIZE
-from vhdkit.formats.vhd.metadata import footer_state, read_footers
+from vhdkit.formats.vhd.metadata import footer_state
 from vhdkit.store import Buffer, ReadStore, Store
 from vhdkit.units import MIB, SECTOR_SIZE
 
@@ -182,11 +182,7 @@ def _may_belong(image: ReadStore, unique_id: bytes, size_before: int, size_after
     size, sizes = image.size(), (size_before, size_after)
     if not min(sizes) <= size <= max(sizes):
         return False
-    tail, _ = read_footers(image)  # what stands at offset 0 may be a guest's
-    # One before zeros is where a fixed image's footer stood before, in a file whose change is under way.
-    is_last = tail.state.usable and tail.offset_bytes + len(tail.raw) == size
-    # whole, of another size or another image
-    return not is_last or (tail.footer.unique_id == unique_id and size in sizes)
+    return formats.probed(image).may_be_changing(image, unique_id, sizes)
 
 
 def mentions(store: ReadStore, ids: Collection[bytes]) -> bool:

@@ -21,9 +21,6 @@ from vhdkit.disk import Disk, open_disk
 from vhdkit.errors import printable
 from vhdkit.folder import exists, read_whole, real_path, remove_file
 from vhdkit.formats.probe import FormatName
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.image import Layer
 from vhdkit.named import opened_again
 from vhdkit.serve.nbd.export import Export, check_text
 from vhdkit.units import MIB, format_size
@@ -282,14 +279,7 @@ def scratch_folder() -> str | None:
 def described(disk: Disk, *, temporary: bool = False) -> str:
     """What a client is told about an export: kind, size and the file's bare name."""
     leaf = disk.chain.layers[1] if temporary else disk.chain.leaf
-    what = f"{kind_of(leaf)}, {format_size(disk.size_bytes)}, {printable(os.path.basename(leaf.store.name))}"
+    what = f"{leaf.facts.title}, {format_size(disk.size_bytes)}, {printable(os.path.basename(leaf.store.name))}"
     if len(disk.chain.layers) > 1 + temporary:
         what += f", chain of {len(disk.chain.layers) - temporary}"
     return what + (", changes are thrown away" if temporary else "")
-
-
-def kind_of(layer: Layer) -> str:
-    """ "dynamic VHD" and its like."""
-    if isinstance(layer, DynamicImage):
-        return "differencing VHD" if layer.is_differencing else "dynamic VHD"
-    return "fixed VHD" if isinstance(layer, FixedImage) else "raw disk"

@@ -33,7 +33,7 @@ def test_a_vhd_is_one_under_any_name(name: str) -> None:
     kinds = [(Vhd(size=MIB, disk_type=FIXED), FixedImage), (Vhd(), DynamicImage), (child(), DynamicImage)]
     for image, kind in kinds:
         store = image.build().store(name, frozen=True)
-        assert identify(store) is FormatName.VHD
+        assert identify(store).name == FormatName.VHD
         assert type(open_layer(store)) is kind
 
 
@@ -84,7 +84,7 @@ def test_in_a_pipe_no_file_is_named() -> None:
 @pytest.mark.parametrize("begin", [b"BZh9 is no block", b"LUKS\xba\xbe", b"hsqs", b"\xeb\x63\x90", b"PK", b"\x1f\x8b"])
 def test_file_systems_and_the_like_are_raw_disks(begin: bytes) -> None:
     """A disk may begin with a file system, an encrypted volume or code, and with part of a mark."""
-    assert identify(_store("a.img", begin.ljust(4096, b"\0"))) is FormatName.RAW
+    assert identify(_store("a.img", begin.ljust(4096, b"\0"))).name == FormatName.RAW
 
 
 @pytest.mark.parametrize("name", ["a.vhd", "A.VHD", "b.avhd"])
@@ -101,12 +101,12 @@ def test_a_footer_filled_with_0xc7_is_named() -> None:
     """Quirk: of a killed footer without a copy the message says what was found."""
     with pytest.raises(CorruptImage, match="0xC7"):
         identify(_store("a.vhd", bytes(4096) + b"\xc7" * 512))
-    assert identify(_store("a.img", bytes(4096) + b"\xc7" * 512)) is FormatName.RAW
+    assert identify(_store("a.img", bytes(4096) + b"\xc7" * 512)).name == FormatName.RAW
 
 
 def test_anything_else_is_raw() -> None:
     """A file that looks like nothing else is a disk."""
-    assert identify(_store("a.img", pattern(4096))) is FormatName.RAW
+    assert identify(_store("a.img", pattern(4096))).name == FormatName.RAW
     assert type(open_layer(_store("a", b"\0"))) is LinearImage
 
 
@@ -120,7 +120,7 @@ def test_an_empty_file_is_refused(name: str) -> None:
 def test_a_damaged_vhd_is_a_vhd_under_any_name() -> None:
     """One bad footer and nothing else is a damaged VHD, not a raw disk."""
     store = _store("a.img", bytes(4096) + b"conectix" + bytes(504))
-    assert identify(store) is FormatName.VHD
+    assert identify(store).name == FormatName.VHD
     with pytest.raises(CorruptImage) as caught:
         open_layer(store)
     assert caught.value.reason is CorruptReason.FOOTER_CHECKSUM

@@ -19,25 +19,23 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.beneath import open_regular, was_removed
 from vhdkit.chain.names import marks
 from vhdkit.chain.names.marks import Mark
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
-    NULL_ID,
     allowed_folders,
     find_parent,
     names_lead_to,
-    recorded_parent_id,
+    parent_of,
     unique_id,
 )
 from vhdkit.chain.records import pending
 from vhdkit.errors import printable, quoted
 from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.folder import exists, is_file_name, real_path, regular_files
-from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_footers, read_metadata
-from vhdkit.formats.vhd.peek import parent_ids
+from vhdkit.image import NULL_ID, ImageFacts
 from vhdkit.store import FileStore
 
 MAX_LEVELS_ABOVE = 16
@@ -133,8 +131,8 @@ def _original(path: str, child_path: str) -> str | None:
     """The other file that a child stands on where the one at `path` only has its parent's id, else None."""
     try:
         with open_regular(child_path) as store:
-            child = read_metadata(pending.view(store))
-        if not child.is_differencing:
+            child = _facts_of(store)
+        if child.parent is None:
             return None
         folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(real_path(path))))
         with find_parent(child, tuple(folders), OpenOptions()) as found:
@@ -232,6 +230,12 @@ def _identity(path: str) -> tuple[int, int] | None:
         return None
 
 
+def _facts_of(store: FileStore) -> ImageFacts:
+    """What an image says about itself, as it is to be read. Raises CorruptImage, InvalidArgument."""
+    view = pending.view(store)
+    return formats.probed(view).facts(view)
+
+
 def _above(path: str) -> list[str]:
     """The folders above that of the image, nearest first."""
     folder = os.path.dirname(path)
@@ -281,30 +285,29 @@ class _Search:
         if child is not None:
             self._add(child, identity, nearby)
 
-    def _child(self, store: FileStore, may_have_log: bool) -> Metadata | None:
-        """What a differencing image that may stand on one of the parents says of itself. Raises CorruptImage."""
-        found = parent_ids(store)
+    def _child(self, store: FileStore, may_have_log: bool) -> ImageFacts | None:
+        """What an image with a parent that may stand on one of the parents says of itself. Raises CorruptImage."""
+        found = formats.parent_ids(store)
         if (
             NULL_ID not in found
             and not self._ids & found
             and not (may_have_log and pending.log_mentions(store.name, self._ids))
         ):
             return None
-        image = pending.view(store)
-        if not any(place.state.usable for place in read_footers(image)):
-            return None
-        metadata = read_metadata(image)
-        return metadata if metadata.is_differencing else None
+        facts = _facts_of(store)
+        return facts if facts.parent is not None else None
 
-    def _add(self, child: Metadata, identity: tuple[int, int], nearby: bool) -> bool:
+    def _add(self, child: ImageFacts, identity: tuple[int, int], nearby: bool) -> bool:
         """Count the image as a child of those parents that it stands on; True if there is one."""
         added = False
         for parent in self._parents:
             # A child of a raw disk records no id, whatever the guest has written into that disk since, a footer too.
-            recorded = recorded_parent_id(child)
-            if recorded not in (parent.unique_id, NULL_ID) or identity == parent.identity:
+            recorded = parent_of(child)
+            if not recorded.raw_allowed and parent.unique_id not in recorded.linkage_ids:
                 continue
-            if recorded == NULL_ID and nearby:
+            if identity == parent.identity:
+                continue
+            if recorded.raw_allowed and nearby:
                 stands = names_lead_to(child, parent.path)
             else:
                 stands = nearby or self._finds(child, parent)
@@ -313,7 +316,7 @@ class _Search:
                 added = True
         return added
 
-    def _finds(self, child: Metadata, parent: _Parent) -> bool:
+    def _finds(self, child: ImageFacts, parent: _Parent) -> bool:
         """False for an image that stands on another file of this id: a copy of the parent."""
         folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(parent.path)))
         more = (real_path(one) for one in self._options.parent_dirs)
@@ -321,7 +324,7 @@ class _Search:
             with find_parent(child, tuple(dict.fromkeys((*folders, *more))), self._options) as found:
                 return found.identity == parent.identity
         except errors.VhdkitError:
-            return recorded_parent_id(child) != NULL_ID
+            return not parent_of(child).raw_allowed
 
     # -- marks --------------------------------------------------------------------------------------------------
 
@@ -347,8 +350,8 @@ class _Search:
         try:
             with open_regular(mark.path) as store:
                 child = self._child(store, True)
-                if child is None and looks_like_vhd(store):
-                    read_metadata(pending.view(store))  # one that is damaged may be repaired
+                if child is None:
+                    _facts_of(store)  # raises for one that is damaged: it may be repaired
                 identity = store.identity
             if child is not None and self._add(child, identity, False):
                 return any(one.path == mark.path for one in parent.children.values())

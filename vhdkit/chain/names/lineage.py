@@ -21,12 +21,12 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from vhdkit import errors
+from vhdkit import errors, formats
+from vhdkit.chain.names.parents import parent_format, parent_of, recorded_parent_id
 from vhdkit.chain.records.pending import file_of, view
 from vhdkit.errors import printable, quoted
 from vhdkit.finding import Finding, Severity, left_by_repair
-from vhdkit.formats.vhd.layout import EPOCH_UNIX_SECONDS, UUID_SIZE
-from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.image import ID_BYTES, ImageFacts
 from vhdkit.store import FileStore, Store
 from vhdkit.xattrs import drop_attribute, read_attribute, write_attribute
 
@@ -34,10 +34,9 @@ _CHILD, _PARENT = "parent", "generation"  # names of the notes
 _GENERATION_SIZE = 16
 _NO_GENERATION = bytes(_GENERATION_SIZE)  # where the parent could not be given one
 _STATE = struct.Struct(">QqQ")
-_AT_CHILD = struct.Struct(f">B{UUID_SIZE}s{_GENERATION_SIZE}s")
+_AT_CHILD = struct.Struct(f">B{ID_BYTES}s{_GENERATION_SIZE}s")
 _AT_PARENT = struct.Struct(f">B{_GENERATION_SIZE}s")
 _VERSION = 1
-_NANOSECONDS = 1_000_000_000
 WRITTEN = "parent-written"  # the code of its finding
 
 
@@ -149,49 +148,47 @@ def same_content(path: str) -> Iterator[None]:
                 _note_generation(store, generation)
 
 
-def finding_of(child: Store, metadata: Metadata, parent: Store) -> Finding | None:
+def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None:
     """The warning about a parent that was written after its child was made."""
-    assert metadata.header is not None
-    if not was_written_since(child, parent, metadata.header.parent_unique_id):
+    if not was_written_since(child, parent, recorded_parent_id(facts)):
         return None
     message = left_by_repair(
         f"its parent {printable(parent.name)} was written after this image was made, so what is read through it may"
         " have changed",
         "it cannot know whether it has; if you know that it has not,"
-        f" vhdkit rebase {quoted(metadata.path)} --parent {quoted(parent.name)} takes the parent as it is now",
+        f" vhdkit rebase {quoted(facts.path)} --parent {quoted(parent.name)} takes the parent as it is now",
     )
-    return Finding(Severity.WARNING, WRITTEN, message, metadata.path)
+    return Finding(Severity.WARNING, WRITTEN, message, facts.path)
 
 
-def timestamp_finding(metadata: Metadata, parent: Store) -> Finding | None:
+def timestamp_finding(facts: ImageFacts, parent: Store) -> Finding | None:
     """The note about a parent of another time stamp than its child recorded: a hint at best.
 
     XenServer records when the parent's file was written, others when the parent was made.
     """
-    assert metadata.header is not None
-    recorded = metadata.header.parent_timestamp
+    recorded = parent_of(facts).timestamp
     try:
-        found = read_metadata(view_of(parent)).footer.timestamp
-    except errors.CorruptImage:
+        found = parent_format(facts).facts(view_of(parent)).timestamp
+    except (errors.CorruptImage, errors.InvalidArgument):
         return None
-    if recorded in (0, found, _written_at(parent)):
+    if found is None or recorded in (0, found, _written_at(facts, parent)):
         return None
     message = (
         f"records {recorded} as the time stamp of {printable(parent.name)}, which has {found}; tools that write to"
         " parents change it"
     )
-    return Finding(Severity.NOTE, "parent-timestamp", message, metadata.path, "dynamic header")
+    return Finding(Severity.NOTE, "parent-timestamp", message, facts.path, "dynamic header")
 
 
-def _written_at(parent: Store) -> int | None:
+def _written_at(facts: ImageFacts, parent: Store) -> int | None:
     """When the parent's file was written last, as XenServer records it."""
     file = file_of(parent)
-    return None if file is None else file.modified_ns() // _NANOSECONDS - EPOCH_UNIX_SECONDS
+    return None if file is None else formats.named(facts.format_name).written_at(file.modified_ns())
 
 
-def findings_about(child: Store, metadata: Metadata, parent: Store) -> list[Finding]:
+def findings_about(child: Store, facts: ImageFacts, parent: Store) -> list[Finding]:
     """All there is to say about the state of the parent."""
-    found = (timestamp_finding(metadata, parent), finding_of(child, metadata, parent))
+    found = (timestamp_finding(facts, parent), finding_of(child, facts, parent))
     return [one for one in found if one is not None]
 
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.beneath import open_regular, trail_of
-from vhdkit.chain.records.pending import view
+from vhdkit.chain.records.pending import id_of, view
 from vhdkit.errors import printable
 from vhdkit.folder import (
     NewFile,
@@ -36,8 +36,7 @@ from vhdkit.folder import (
     sidecar_path,
     sidecars_of,
 )
-from vhdkit.formats.vhd.layout import UUID_SIZE
-from vhdkit.formats.vhd.metadata import image_id, read_metadata
+from vhdkit.image import ID_BYTES
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 from vhdkit.xattrs import record_held
@@ -107,7 +106,7 @@ def read_file(path: str) -> Record | None:
 def _mark(document: Any) -> Mark:
     ids = bytes.fromhex(document["id"]), bytes.fromhex(document["parent_id"])
     trail = tuple((int(inode), begins is True) for inode, begins in document["trail"])
-    if any(len(one) != UUID_SIZE for one in ids):
+    if any(len(one) != ID_BYTES for one in ids):
         raise ValueError("no id")
     return Mark(_path(document["path"]), ids[0], ids[1], trail)
 
@@ -157,10 +156,10 @@ def _mark_of(path: str, image: Store, parent_path: str, parent_id: bytes | None 
     if folder == os.path.dirname(real_path(parent_path)):
         return None
     if parent_id is None:
-        header = read_metadata(image).header
-        assert header is not None
-        parent_id = header.parent_unique_id
-    return Mark(real, image_id(image), parent_id, trail_of(folder))
+        parent = formats.probed(image).facts(image).parent
+        assert parent is not None
+        parent_id = parent.linkage_id
+    return Mark(real, id_of(image), parent_id, trail_of(folder))
 
 
 def _leave(parent_path: str, mark: Mark) -> str | None:
@@ -211,7 +210,7 @@ def _is_copy(original: str, parent_path: str) -> bool:
     """True when the image that the marks were left at is there still, and the one at `parent_path` is another file."""
     try:
         with open_regular(original) as store, open_regular(parent_path) as parent:
-            return store.identity != parent.identity and image_id(view(store)) == image_id(view(parent))
+            return store.identity != parent.identity and id_of(view(store)) == id_of(view(parent))
     except errors.VhdkitError:
         return False
 
@@ -224,7 +223,7 @@ def _came_along(mark: Mark, old_parent: str, new_parent: str) -> Mark | None:
         return None
     try:
         with open_regular(path) as store:
-            is_it = image_id(view(store)) == mark.unique_id
+            is_it = id_of(view(store)) == mark.unique_id
         return replace(mark, path=path, trail=trail_of(os.path.dirname(path))) if is_it else None
     except errors.VhdkitError:
         return None

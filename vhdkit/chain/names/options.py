@@ -29,7 +29,7 @@ class OpenOptions:
     opened one is not opened for writing, merged, resized, moved or replaced.
 
     Raises InvalidArgument for values of another type, a single path where several are meant, and an empty one.
-    `format_name` may be a plain "raw" or "vhd".
+    `format_name` may be a plain text such as "raw" or "vhd".
     """
 
     parent_dirs: tuple[str, ...] = ()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the parent of an image is looked for, and which file may be it.
 
-Decides how the text of a locator becomes a path on this machine, which places are searched in which order, and
+Decides how the text of a parent's name becomes a path on this machine, which places are searched in which order, and
 what an untrusted image may point at. Must not know blocks or bitmaps.
 
-- `INV-PARENT-ID`: a file is a parent only if its unique id is the one that the child recorded. A child that recorded
+- `INV-PARENT-ID`: a file is a parent only if its linkage id is one that the child recorded. A child that recorded
   none has a raw parent, which is opened only if the caller allows it.
 - A parent lies in the leaf's own folder or below it, or in a folder the user named, after links are followed.
 """
@@ -17,21 +17,17 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.beneath import Outcome, find_beneath
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.folder import is_file_name, real_path, regular_files
-from vhdkit.formats.probe import FormatName
-from vhdkit.formats.vhd import layout
-from vhdkit.formats.vhd.locator import ABSOLUTE, MAC, OLD_ABSOLUTE, OLD_RELATIVE, RELATIVE, Locator
-from vhdkit.formats.vhd.metadata import Metadata, image_id
+from vhdkit.formats.format import Format
+from vhdkit.image import NULL_ID, ImageFacts, NameDialect, ParentRef
 from vhdkit.store import FileStore
 
 _MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
 _MAX_NAME_TOLD = 500  # letters
-NULL_ID = bytes(layout.UUID_SIZE)  # XenServer writes it for a raw parent
-_LOCATOR_ORDER = (RELATIVE, ABSOLUTE, MAC, OLD_RELATIVE, OLD_ABSOLUTE)
 
 
 @dataclass(slots=True)
@@ -50,9 +46,11 @@ class _Search:
             self.places.append(place)
 
 
-def parent_format(child: Metadata) -> FormatName:
-    """What the parent of `child` is taken for, whatever it looks like: a child of a raw disk records no id."""
-    return FormatName.RAW if recorded_parent_id(child) == NULL_ID else FormatName.VHD
+def parent_format(child: ImageFacts) -> Format:
+    """What the parent of `child` is taken for, whatever it looks like: raw if no id is recorded, else as the child."""
+    if parent_of(child).raw_allowed:
+        return next(one for one in formats.FORMATS if one.is_plain)
+    return formats.named(child.format_name)
 
 
 def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
@@ -65,18 +63,23 @@ def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ..
     return tuple(dict.fromkeys([*real, *called]))
 
 
-def recorded_parent_id(child: Metadata) -> bytes:
-    """The id that a differencing image has for its parent."""
-    assert child.header is not None
-    return child.header.parent_unique_id
+def parent_of(child: ImageFacts) -> ParentRef:
+    """What an image that has a parent records of it."""
+    assert child.parent is not None
+    return child.parent
 
 
-def find_parent(child: Metadata, folders: tuple[str, ...], options: OpenOptions) -> FileStore:
+def recorded_parent_id(child: ImageFacts) -> bytes:
+    """The id that an image has for its parent, `NULL_ID` for a raw one."""
+    return parent_of(child).linkage_id
+
+
+def find_parent(child: ImageFacts, folders: tuple[str, ...], options: OpenOptions) -> FileStore:
     """The open file of the parent of `child`, whose `path` says where it lies.
 
     Raises ParentMissing, ParentMismatch, ParentRefused, each naming every place that was searched.
     """
-    if recorded_parent_id(child) == NULL_ID and not options.allow_raw_parent:
+    if parent_of(child).raw_allowed and not options.allow_raw_parent:
         raise errors.ParentRefused(
             "the image records no id of its parent, which may be any raw file",
             path=child.path,
@@ -90,7 +93,7 @@ def find_parent(child: Metadata, folders: tuple[str, ...], options: OpenOptions)
     raise _not_found(child, search)
 
 
-def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Search) -> FileStore | None:
+def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _Search) -> FileStore | None:
     """Open the candidate when it is the parent; else note why not. Outside the folders nothing is looked at."""
     if not is_file_name(candidate):
         search.note(candidate)
@@ -108,31 +111,30 @@ def _try(candidate: str, child: Metadata, folders: tuple[str, ...], search: _Sea
         search.note(candidate)
         return None
     search.note(place.path)
-    if recorded_parent_id(child) == NULL_ID:
+    if parent_of(child).raw_allowed:
         return place.store  # raw by the child's word: what its guest wrote into it, a footer too, says nothing
     try:
-        parent_id = unique_id(place.store)
+        found = parent_format(child).linkage_id(pending.view(place.store))
     except BaseException:
         place.store.close()
         raise
-    if parent_id == recorded_parent_id(child):
+    if found in parent_of(child).linkage_ids:
         return place.store
-    search.mismatched.append((place.path, parent_id))
+    search.mismatched.append((place.path, found or NULL_ID))
     place.store.close()
     return None
 
 
 def unique_id(store: FileStore) -> bytes:
-    """The id other images know this one by: its footer's, or all zeros for a raw image."""
-    return image_id(pending.view(store))
+    """The id other images know this one by, `NULL_ID` for a raw image."""
+    return formats.linkage_id(pending.view(store)) or NULL_ID
 
 
-def candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
-    """Paths to try, in order: locators by kind, the header's name, then the bare names in every folder."""
+def candidates(child: ImageFacts, folders: tuple[str, ...]) -> Iterator[str]:
+    """Paths to try, in order: the names as the child has them, then the bare names in every folder."""
     here = os.path.dirname(real_path(child.path))
-    texts = [text for _, text in _ordered_texts(child)]
-    for text in texts:
-        yield from _paths_of(text, here)
+    for one in parent_of(child).names:
+        yield from _paths_of(one.text, here)
     names = bare_names(child)
     for folder in (here, *folders):
         for name in names:
@@ -140,19 +142,20 @@ def candidates(child: Metadata, folders: tuple[str, ...]) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
-def bare_names(child: Metadata) -> list[str]:
+def bare_names(child: ImageFacts) -> list[str]:
     """The names of the file that the child has for its parent, without folders."""
-    return list(dict.fromkeys(ntpath.basename(text.rstrip("\\/")) for _, text in _ordered_texts(child)))
+    return list(dict.fromkeys(ntpath.basename(one.text.rstrip("\\/")) for one in parent_of(child).names))
 
 
-def leads_to(child: Metadata, parent_path: str, folders: tuple[str, ...]) -> bool:
-    """True when a locator of the child leads to this file by itself: others do not look for its bare name."""
+def leads_to(child: ImageFacts, parent_path: str, folders: tuple[str, ...]) -> bool:
+    """True when a path in the child leads to this file by itself: others do not look for its bare name."""
     here, parent = os.path.dirname(real_path(child.path)), real_path(parent_path)
-    paths = [path for locator in child.locators for path in _paths_of(locator.text or "", here)]
+    texts = [one.text for one in parent_of(child).names if one.dialect is NameDialect.PATH]
+    paths = [path for text in texts for path in _paths_of(text, here)]
     return any(_place_of(path, folders) == parent for path in paths)
 
 
-def names_lead_to(child: Metadata, parent_path: str) -> bool:
+def names_lead_to(child: ImageFacts, parent_path: str) -> bool:
     """True when any name that the child has for its parent leads to this file: all that one on a raw disk has."""
     parent = real_path(parent_path)
     folder = os.path.dirname(parent)
@@ -174,21 +177,8 @@ def _place_of(path: str, folders: Sequence[str]) -> str | None:
     return place.path
 
 
-def _ordered_texts(child: Metadata) -> list[tuple[str, str]]:
-    """(structure, text) of every name the child has for its parent, the most telling first."""
-
-    def rank(locator: Locator) -> int:
-        return _LOCATOR_ORDER.index(locator.platform_code)
-
-    known = [one for one in child.locators if one.platform_code in _LOCATOR_ORDER and one.text]
-    texts = [(one.structure, one.text or "") for one in sorted(known, key=rank)]
-    if child.parent_name:
-        texts.append(("parent name", child.parent_name))
-    return texts
-
-
 def _paths_of(text: str, here: str) -> Iterator[str]:
-    """Where a locator's text can point on this machine.
+    """Where a name's text can point on this machine.
 
     A path with a drive letter or a server points nowhere here; its bare name is tried later.
     """
@@ -199,10 +189,10 @@ def _paths_of(text: str, here: str) -> Iterator[str]:
     yield os.path.normpath(path if path.startswith("/") else os.path.join(here, path))
 
 
-def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
+def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
     """The error that says where the parent was sought and what to do."""
-    names = [text for _, text in _ordered_texts(child)]
-    name = names[0] if names else "(unnamed)"
+    names = parent_of(child).names
+    name = names[0].text if names else "(unnamed)"
     quoted = _shortened(name)
     if not search.refused and not search.unreadable and not search.mismatched and _leads_out(child, search):
         search.refused = search.outside
@@ -241,10 +231,10 @@ def _not_found(child: Metadata, search: _Search) -> errors.VhdkitError:
     )
 
 
-def _leads_out(child: Metadata, search: _Search) -> bool:
+def _leads_out(child: ImageFacts, search: _Search) -> bool:
     """True when the most telling of the child's names leads out of the allowed folders."""
     here = os.path.dirname(real_path(child.path))
-    first = next((path for _, text in _ordered_texts(child) for path in _paths_of(text, here)), None)
+    first = next((path for one in parent_of(child).names for path in _paths_of(one.text, here)), None)
     return first is not None and first in search.outside
 
 
@@ -255,7 +245,7 @@ def _shortened(text: str) -> str:
     return errors.printable(text)
 
 
-def _repoint(child: Metadata) -> str:
+def _repoint(child: ImageFacts) -> str:
     """What to do about a parent that is somewhere else."""
     return (
         "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint the image for good:"

@@ -17,7 +17,6 @@ from vhdkit.chain.names import lineage
 from vhdkit.chain.names.dependents import find_children, find_children_of, folders_of_children, refuse_with_children
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
-    NULL_ID,
     allowed_folders,
     bare_names,
     find_by_id,
@@ -29,11 +28,8 @@ from vhdkit.chain.names.parents import (
 )
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptImage, CorruptReason
-from vhdkit.finding import Finding
 from vhdkit.formats.probe import open_layer
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.metadata import Metadata
-from vhdkit.image import Layer
+from vhdkit.image import NULL_ID, ImageFacts, Layer
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
@@ -91,9 +87,9 @@ def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: s
         _open_parents(layers, store, options)
         if writable:  # last: only now is it sure that the chain is whole, and this may mend the file
             pending.settle(store)
-            said = _findings(layers[0])
+            said = layers[0].findings
             layers[0] = _open_leaf(store, True, options)
-            _findings(layers[0]).extend(one for one in said if one.code == lineage.WRITTEN)
+            layers[0].findings.extend(one for one in said if one.code == lineage.WRITTEN)
     except BaseException:
         store.close()
         for layer in layers:
@@ -113,15 +109,11 @@ def limit_tables(layers: Sequence[Layer]) -> None:
     """
     left = MAX_TABLE_BYTES
     for layer in layers:
-        if isinstance(layer, DynamicImage) and layer.table_bytes:
+        if layer.table_bytes:
             left -= layer.table_bytes
             if left < 0:
                 layer.leave_table()
                 left = 0
-
-
-def _findings(layer: Layer) -> list[Finding]:
-    return layer.findings if isinstance(layer, DynamicImage) else []
 
 
 def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
@@ -135,32 +127,31 @@ def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
 def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) -> None:
     folders = allowed_folders(leaf.name, options.parent_dirs)
     seen = {leaf.identity}
-    while isinstance(child := layers[-1], DynamicImage) and child.is_differencing:
+    while (child := layers[-1].facts).parent is not None:
         if len(layers) >= MAX_CHAIN_DEPTH:
             raise CorruptImage(
                 CorruptReason.CHAIN_DEPTH,
                 f"the chain has more than {MAX_CHAIN_DEPTH} layers",
                 path=leaf.name,
             )
-        store = find_parent(child.metadata, folders, options)
+        store = find_parent(child, folders, options)
         try:
             if store.identity in seen:
                 raise CorruptImage(
                     CorruptReason.CHAIN_LOOP,
                     "the chain of parents leads back to itself",
-                    path=child.metadata.path,
+                    path=child.path,
                 )
             seen.add(store.identity)
             _hold(store, False, options)
-            layers.append(_open_parent(store, child.metadata, options))
+            layers.append(_open_parent(store, child, options))
             limit_tables(layers)
-            written = lineage.finding_of(child.store, child.metadata, store)
-            child.findings += [] if written is None else [written]
+            written = lineage.finding_of(layers[-2].store, child, store)
+            layers[-2].findings.extend([] if written is None else [written])
         except BaseException:
             store.close()
             raise
 
 
-def _open_parent(store: FileStore, child: Metadata, options: OpenOptions) -> Layer:
-    view = pending.view(store)
-    return open_layer(view, format_name=parent_format(child), ignore_bitmaps=options.ignore_bitmaps)
+def _open_parent(store: FileStore, child: ImageFacts, options: OpenOptions) -> Layer:
+    return parent_format(child).open(pending.view(store), ignore_bitmaps=options.ignore_bitmaps)

@@ -29,7 +29,7 @@ from vhdkit import errors
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.folder import exists, is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
-from vhdkit.formats.vhd.layout import UUID_SIZE
+from vhdkit.image import ID_BYTES
 from vhdkit.units import MIB
 
 KIND = "merge"
@@ -142,7 +142,7 @@ def _damaged(problem: str, path: str | None) -> DamagedRecord:
 
 def _named(document: Any, folder: str) -> Named:
     unique_id, path = bytes.fromhex(document["unique_id"]), document["path"]
-    if len(unique_id) != UUID_SIZE or os.path.basename(path) in ("", os.curdir, os.pardir):
+    if len(unique_id) != ID_BYTES or os.path.basename(path) in ("", os.curdir, os.pardir):
         raise ValueError("no such name")
     path = os.path.join(folder, path)
     if not is_file_name(path):

@@ -19,12 +19,12 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.chain.records.intent import merge_findings
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.folder import NewFile, exists, remove_file, sidecar_path
-from vhdkit.formats.probe import FormatName, open_layer
+from vhdkit.formats import remember
 from vhdkit.formats.undo import (
     UndoLog,
     UndoneStore,
@@ -36,9 +36,7 @@ from vhdkit.formats.undo import (
     read_log,
     roll_back,
 )
-from vhdkit.formats.vhd import recall, remember
-from vhdkit.formats.vhd.metadata import image_id
-from vhdkit.image import Layer
+from vhdkit.image import NULL_ID, Layer
 from vhdkit.store import Buffer, FileStore, Store
 
 _UNDO = "undo"
@@ -81,7 +79,7 @@ def look(store: FileStore) -> Look:
     """
     log, findings = _find(store)
     if not store.is_device:
-        findings += merge_findings(store.name, store.in_use()) + recall.findings(store)
+        findings += merge_findings(store.name, store.in_use()) + remember.findings(store)
     if store.lacks_locks():
         message = left_by_repair(
             "its file system has no locks: nothing keeps other programs from writing to it while it is read",
@@ -117,14 +115,22 @@ def write_noted(store: FileStore) -> None:
     and never opened for writing again. Does nothing in a process that has no notes. Raises ImageInUse while another
     program holds the image, and what opening it for writing raises.
     """
-    if not recall.has_notes(store, image_id(view(store))):
+    if not remember.has_notes(store, id_of(view(store))):
         return
     with FileStore.open(store.name, writable=True) as own:
         if own.identity != store.identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
         own.lock(writer=True)
         settle(own)
-        open_layer(own, format_name=FormatName.VHD, writable=True).close()
+        formats.probed(own).open(own, writable=True).close()
+
+
+def id_of(store: Store) -> bytes:
+    """Which image it is, as undo logs, notes and the records of merges name it; `NULL_ID` for a raw disk.
+
+    For a file that was just opened, pass its `view`.
+    """
+    return formats.file_id(store) or NULL_ID
 
 
 def file_of(store: Store) -> FileStore | None:
@@ -148,13 +154,13 @@ def change(
 ) -> None:
     """Put `writes`, (offset, bytes), into the image and give it a size: all of it or, after a power cut, nothing.
 
-    `unique_id` is the id the image will have where its footer says none now.
+    `unique_id` is the id that the image will have, where it says none now.
 
     The writer's lock is held and `settle` was called. Raises InvalidArgument (too large a change, or a record of
     another one lies there), `Replaced`, NoSpace, IoFailed, SyncFailed; the file then holds what it held.
     """
     store.require_name()  # the log lies beside what has that name
-    log = plan_change(store, image_id(store) if unique_id is None else unique_id, writes, size_after_bytes)
+    log = plan_change(store, id_of(store) if unique_id is None else unique_id, writes, size_after_bytes)
     with _logged(store, log):
         apply_change(store, log)
 

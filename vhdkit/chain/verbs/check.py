@@ -24,10 +24,9 @@ from vhdkit.chain.names.resolve import (
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity, left_by_repair
-from vhdkit.formats.probe import FormatName, identify
-from vhdkit.formats.raw import examine_raw
-from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.formats.format import Format
+from vhdkit.formats.probe import format_of
+from vhdkit.image import ImageFacts
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore
 
@@ -48,26 +47,26 @@ def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) ->
     findings: list[Finding] = []
     examined_bytes = 0
     stores = [FileStore.open(leaf_path)]
-    format_name = options.format_name
+    image_format: Format | None = None
     try:
         findings += mark_findings(stores[0], options)
         while True:
             store = stores[-1]
             if options.lock:
                 store.lock(writer=False)
-            metadata = _check_one(store, findings, options, format_name, _after(progress, examined_bytes))
-            if metadata is None or not metadata.is_differencing:
+            facts = _check_one(store, findings, options, image_format, _after(progress, examined_bytes))
+            if facts is None or facts.parent is None:
                 return findings
-            examined_bytes += metadata.size_bytes
-            parent = _parent_of(metadata, folders, options, findings)
+            examined_bytes += facts.size_bytes
+            parent = _parent_of(facts, folders, options, findings)
             if parent is None:
                 return findings
             stores.append(parent)
-            format_name = parent_format(metadata)
-            if _closes_loop(stores, metadata, findings):
+            image_format = parent_format(facts)
+            if _closes_loop(stores, facts, findings):
                 return findings
-            _check_link(metadata, parent, folders, findings)
-            findings += lineage.findings_about(store, metadata, parent)
+            _check_link(facts, parent, folders, findings)
+            findings += lineage.findings_about(store, facts, parent)
     finally:
         for store in stores:
             store.close()
@@ -82,32 +81,29 @@ def _check_one(
     store: FileStore,
     findings: list[Finding],
     options: OpenOptions,
-    format_name: FormatName | None,
+    image_format: Format | None,
     progress: Progress | None,
-) -> Metadata | None:
-    """Examine one file; returns its metadata when it is a VHD sound enough to have a parent.
+) -> ImageFacts | None:
+    """Examine one file; returns what it says about itself when it is sound enough to have a parent.
 
-    `format_name` is what its user or its child says it is, None where only the file itself tells.
+    `image_format` is what its child says it is, None for the leaf.
     """
     seen = pending.look(store)
     findings += seen.findings
     try:
-        format_name = format_name or identify(seen.store)
+        image_format = image_format or format_of(seen.store, options.format_name)
     except errors.CorruptImage as error:
         findings.append(_finding(error, error.reason.value, store.name))
         return None
-    if format_name is FormatName.RAW:
-        findings += examine_raw(seen.store)
-        return None
-    findings += check_vhd(seen.store, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
+    findings += image_format.check(seen.store, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
     try:
-        return read_metadata(seen.store)
-    except errors.CorruptImage:
-        return None  # check_vhd has said so
+        return image_format.facts(seen.store)
+    except (errors.CorruptImage, errors.InvalidArgument):
+        return None  # the examination has said so
 
 
 def _parent_of(
-    child: Metadata, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding]
+    child: ImageFacts, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding]
 ) -> FileStore | None:
     codes = {
         errors.ParentMissing: "parent-missing",
@@ -128,7 +124,7 @@ def _finding(error: errors.VhdkitError, code: str, path: str) -> Finding:
     return Finding(Severity.ERROR, code, message, path, error.structure, error.offset_bytes)
 
 
-def _closes_loop(stores: list[FileStore], child: Metadata, findings: list[Finding]) -> bool:
+def _closes_loop(stores: list[FileStore], child: ImageFacts, findings: list[Finding]) -> bool:
     if stores[-1].identity in [store.identity for store in stores[:-1]]:
         reason, message = CorruptReason.CHAIN_LOOP, "the chain of parents leads back to itself"
     elif len(stores) > MAX_CHAIN_DEPTH:
@@ -139,9 +135,8 @@ def _closes_loop(stores: list[FileStore], child: Metadata, findings: list[Findin
     return True
 
 
-def _check_link(child: Metadata, store: FileStore, folders: tuple[str, ...], findings: list[Finding]) -> None:
+def _check_link(child: ImageFacts, store: FileStore, folders: tuple[str, ...], findings: list[Finding]) -> None:
     """What a child and its parent may disagree on without being wrong."""
-    assert child.header is not None
     if not leads_to(child, store.name, folders):
         message = (
             f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
@@ -149,8 +144,8 @@ def _check_link(child: Metadata, store: FileStore, folders: tuple[str, ...], fin
         )
         findings.append(Finding(Severity.WARNING, "parent-names", message, child.path, "dynamic header"))
     try:
-        parent = read_metadata(pending.view(store))
-    except errors.CorruptImage:
+        parent = parent_format(child).facts(pending.view(store))
+    except (errors.CorruptImage, errors.InvalidArgument):
         return
     if child.size_bytes != parent.size_bytes:
         severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING

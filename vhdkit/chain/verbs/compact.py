@@ -3,12 +3,9 @@
 
 Decides what can be dropped. A block of a dynamic or differencing image is dropped if every sector it owns is zero, and
 what would be seen without it is zero, too: the parents are needed for this, since zeros in a child may hide data of an
-ancestor (`INV-COMPACT-PRESERVES`). Header and parent names that lie after blocks are moved to the front
-(`formats.vhd.front`), then the gaps are filled with the blocks that lie last, and the file is cut. In fixed and raw
-images zeros become holes. How blocks move, and in which order, is decided in `formats.vhd.move`.
-
-In a dynamic image, bytes under clear bits count as data: by the specification they are zeros, but some programs show
-them, and compacting must not change what any program shows.
+ancestor (`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks that lie last, and the file is cut. In
+images without blocks zeros become holes. How blocks move, in which order, and which bytes of one any program may show
+is decided by the format (`Compactable`): compacting must not change what any program shows.
 
 Content never changes, so an image on which others stand can be compacted, too, if no program has it open.
 """
@@ -20,9 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.lineage import same_content
@@ -31,16 +27,10 @@ from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.convert import data_ranges
 from vhdkit.chain.verbs.report import Report
 from vhdkit.chain.verbs.zeros import first_data_in_store, is_zero_in_disk
-from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.linear import LinearImage
-from vhdkit.formats.vhd import bitmap
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
-from vhdkit.formats.vhd.front import behind_first_block, settle_front
-from vhdkit.formats.vhd.layout import FOOTER_SIZE
-from vhdkit.formats.vhd.move import Packing, block_space, cut_end, drop_blocks, move_blocks, plan_packing
-from vhdkit.image import Layer
+from vhdkit.formats.format import Compactable, CompactPlan
+from vhdkit.image import ExtentKind, Layer
 from vhdkit.store import FileStore
-from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE, round_down, sectors_to_bytes, whole_sectors
+from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE, round_down
 
 _PIECE_BYTES = MIB
 _MIN_HOLE_BYTES = 64 * KIB  # a shorter hole in a fixed or raw image costs more than it saves
@@ -90,14 +80,14 @@ def _compacted(path: AnyPath, options: OpenOptions | None, dry_run: bool, progre
         file = _regular_file(image)
         size, allocated = store.size(), file.allocated_bytes()
         report = Report(progress)
-        if isinstance(image, DynamicImage):
-            dropped, packing = plan_compact(layers, report)
+        if image.block_size_bytes:
+            compactable = compactable_of(image)
+            plan = plan_compact(layers, compactable, report)
             if not dry_run:
-                run_compact(image, dropped, packing, report)
-            after = min(packing.end_bytes + FOOTER_SIZE, size)
-            counts, punched = (len(dropped), len(packing.blocks)), 0
+                run_compact(compactable, plan, report)
+            after = min(plan.file_end_bytes, size)
+            counts, punched = (len(plan.dropped), plan.moved_block_count), 0
         else:
-            assert isinstance(image, LinearImage)
             punched = sum(_punch_zeros(image, report, dry_run))
             counts, after = (0, 0), size
             image.flush()
@@ -117,65 +107,53 @@ def _regular_file(image: Layer) -> FileStore:
     return store
 
 
-def plan_compact(layers: Sequence[Layer], report: Report | None = None) -> tuple[NDArray[np.int64], Packing]:
-    """The blocks of the leaf, a dynamic or differencing image, that can go, and where the others go then."""
+def compactable_of(image: Layer) -> Compactable:
+    """How the image, one with blocks, is made smaller. Raises InvalidArgument for a format that cannot do that."""
+    found = formats.of(image).compactable(image)
+    if found is None:
+        raise errors.InvalidArgument(
+            f"is a {image.facts.title}, whose file cannot be made smaller in place",
+            path=image.store.name,
+            hint="a copy that `vhdkit convert` makes holds no blocks of zeros",
+        )
+    return found
+
+
+def plan_compact(layers: Sequence[Layer], compactable: Compactable, report: Report | None = None) -> CompactPlan:
+    """The blocks of the leaf, an image with blocks, that can go, and where the others go then."""
     image = layers[0]
-    assert isinstance(image, DynamicImage)
     below = Chain(layers[1:]) if len(layers) > 1 else None
-    blocks = np.flatnonzero(image.allocated_blocks())
-    blocks = blocks[np.argsort(image.bat.entries[blocks], kind="stable")]  # in the order they lie in the file
+    blocks = compactable.blocks()
     if report is not None:
         report.expect(len(blocks) * image.block_size_bytes)
     empty = np.zeros(len(blocks), dtype=np.bool_)
     for number in range(len(blocks)):
-        empty[number] = _can_go(image, int(blocks[number]), below)
+        empty[number] = _can_go(image, compactable, int(blocks[number]), below)
         if report is not None:
             report.did(image.block_size_bytes)
-    dropped = np.sort(blocks[empty]).astype(np.int64)
-    if not behind_first_block(image.metadata, image.bat):
-        return dropped, plan_packing(image, dropped)
-    draft = DraftStore(image.store)
-    return dropped, plan_packing(_with_front_settled(open_dynamic(draft, writable=True), dropped))
+    return compactable.plan(np.sort(blocks[empty]).astype(np.int64))
 
 
-def _with_front_settled(image: DynamicImage, dropped: NDArray[np.int64]) -> DynamicImage:
-    """The image without the dropped blocks, and with header and names before the others."""
-    drop_blocks(image, dropped)
-    return open_dynamic(image.store, writable=True) if settle_front(image) else image
-
-
-def _can_go(image: DynamicImage, block: int, below: Chain | None) -> bool:
+def _can_go(image: Layer, compactable: Compactable, block: int, below: Chain | None) -> bool:
     """True when the disk reads the same without the block."""
-    position = block * image.block_size_bytes
-    inside = min(image.block_size_bytes, image.size_bytes - position)
-    offset = image.block_offset(block)
-    if not image.is_differencing:
-        return first_data_in_store(image.store, offset, inside) is None
-    owned = image.owned_sectors(block)
-    runs = [(0, whole_sectors(inside), True)]
-    if owned is not None:
-        runs = [run for run in bitmap.runs(owned[: whole_sectors(inside)]) if run[2]]
-    ranges = [(sectors_to_bytes(first), sectors_to_bytes(count)) for first, count, _ in runs]
+    position, offset = block * image.block_size_bytes, image.block_offset(block)
+    ranges = compactable.visible_ranges(block)
     if any(first_data_in_store(image.store, offset + start, size) is not None for start, size in ranges):
         return False
-    return below is None or all(is_zero_in_disk(below, position + start, size) for start, size in ranges)
+    if image.unowned is ExtentKind.ZERO or below is None:
+        return True
+    return all(is_zero_in_disk(below, position + start, size) for start, size in ranges)
 
 
-def run_compact(
-    image: DynamicImage, dropped: NDArray[np.int64], packing: Packing, report: Report | None = None
-) -> None:
+def run_compact(compactable: Compactable, plan: CompactPlan, report: Report | None = None) -> None:
     """Do what `plan_compact` found; the image, opened for writing, is closed by the caller."""
     if report is not None:
-        report.expect(len(packing.blocks) * block_space(image))
-    settled = _with_front_settled(image, dropped)
-    if settled is not image:
-        packing = plan_packing(settled)
-    move_blocks(settled, packing, report.did if report is not None else None)
-    cut_end(settled, packing.end_bytes)
+        report.expect(plan.moved_bytes)
+    compactable.run(report.did if report is not None else None)
 
 
-def _punch_zeros(image: LinearImage, report: Report, dry_run: bool) -> Iterator[int]:
-    """Make holes of the zeros of a fixed or raw image; yields the bytes of each."""
+def _punch_zeros(image: Layer, report: Report, dry_run: bool) -> Iterator[int]:
+    """Make holes of the zeros of an image without blocks; yields the bytes of each."""
     store, size = image.store, min(image.size_bytes, image.store.size())
     report.expect(size)
     for offset, count, may_hold_data in store.data_runs(0, size):

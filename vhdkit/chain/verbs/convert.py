@@ -20,16 +20,15 @@ from typing import Protocol
 
 import numpy as np
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Size, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.resolve import OpenOptions
 from vhdkit.chain.records import pending
-from vhdkit.chain.verbs.create import DiskFormat, check_new_size, replacing, write_empty
+from vhdkit.chain.verbs.create import DiskFormat, replacing
 from vhdkit.folder import NewFile
-from vhdkit.formats.probe import FormatName, open_layer
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, check_block_size
-from vhdkit.formats.vhd.geometry import azure_size
+from vhdkit.formats.azure import azure_size
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
 from vhdkit.image import ExtentKind
 from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
 
@@ -64,7 +63,7 @@ def convert(
     Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
     """
     block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
-    check_block_size(block_size_bytes)
+    formats.making(disk_format).check_block_size(block_size_bytes)
     with Chain.open(source, options=options) as chain:
         return convert_chain(
             chain,
@@ -96,10 +95,10 @@ def convert_chain(
     held = replacing(os.fsdecode(destination), chain.layers, replace=replace, options=options)
     like = pending.files_of(chain.layers)
     with held as old, NewFile(destination, replace=replace, old=old, like=like) as new:
-        write_empty(new.store, size, disk_format, block_size_bytes=block_size_bytes)
-        name = FormatName.RAW if disk_format is DiskFormat.RAW else FormatName.VHD
-        target = open_layer(new.store, format_name=name, writable=True)
-        copy_content(chain, target, one_writer=disk_format is DiskFormat.DYNAMIC, progress=progress)
+        made = formats.making(disk_format)
+        made.create(new.store, CreateRequest(size, disk_format, block_size_bytes))
+        target = made.open(new.store, writable=True)
+        copy_content(chain, target, one_writer=bool(target.block_size_bytes), progress=progress)
         target.flush()
         new.commit(sync=sync)
     return size
@@ -111,7 +110,7 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
         if disk_format is not DiskFormat.FIXED:
             raise errors.InvalidArgument("Azure takes fixed VHDs only", hint="say --to fixed")
         size_bytes = azure_size(size_bytes)
-    check_new_size(size_bytes, disk_format)
+    formats.making(disk_format).check_request(CreateRequest(size_bytes, disk_format))
     return size_bytes
 
 

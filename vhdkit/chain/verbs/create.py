@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Creating images under a name, and children of existing images.
 
-Decides how a child names its parent, and that a new image appears whole or not at all. The content of a new VHD is
-decided in `formats.vhd.create`.
+Decides how a child names its parent, and that a new image appears whole or not at all. The content of a new image is
+decided by its format.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ import os
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, NewSize, Size, byte_size, checked
 from vhdkit.chain.names.lineage import record_parent
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, open_layers, refuse_with_children
+from vhdkit.chain.names.resolve import OpenOptions, open_layers, refuse_with_children
 from vhdkit.chain.records import pending
 from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.folder_lock import folders_held
-from vhdkit.formats.raw import check_raw_size, create_raw
-from vhdkit.formats.vhd import create
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.geometry import azure_size
-from vhdkit.image import Layer
+from vhdkit.formats.azure import azure_size
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
+from vhdkit.image import NULL_ID, Layer, ParentRef
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
 
@@ -37,6 +33,15 @@ class DiskFormat(StrEnum):
     RAW = "raw"
     FIXED = "fixed"
     DYNAMIC = "dynamic"
+
+    @classmethod
+    def _missing_(cls, value: object) -> DiskFormat | None:
+        """What a format in `FORMATS` can make and has no constant here can be asked for, too."""
+        if any(value in one.kinds for one in formats.FORMATS):
+            member = str.__new__(cls, value)
+            member._name_ = member._value_ = str(value)
+            return member
+        return None
 
 
 @checked
@@ -61,13 +66,12 @@ def create_image(
         if disk_format is not DiskFormat.FIXED:
             raise errors.InvalidArgument("Azure takes fixed VHDs only")
         size_bytes = azure_size(size_bytes)
-    if preallocate and disk_format is DiskFormat.DYNAMIC:
-        raise errors.InvalidArgument("only fixed and raw images can be preallocated")
-    check_new_size(size_bytes, disk_format)
-    create.check_block_size(block_size_bytes)
+    request = CreateRequest(size_bytes, disk_format, block_size_bytes, preallocate)
+    made = formats.making(disk_format)
+    made.check_request(request)
     held = replacing(os.fsdecode(path), replace=replace)
     with held as old, NewFile(path, replace=replace, old=old) as new:
-        write_empty(new.store, size_bytes, disk_format, block_size_bytes=block_size_bytes, preallocate=preallocate)
+        made.create(new.store, request)
         new.commit()
     return size_bytes
 
@@ -123,33 +127,6 @@ def require_names(layers: Sequence[Layer]) -> None:
         file = pending.file_of(layer.store)
         if file is not None:
             file.require_name()
-
-
-def check_new_size(size_bytes: int, disk_format: DiskFormat) -> None:
-    """Raise InvalidArgument for a size that an image of this format cannot have."""
-    if disk_format is not DiskFormat.RAW:
-        create.check_size(size_bytes, fixed=disk_format is DiskFormat.FIXED)
-    else:
-        check_raw_size(size_bytes)
-
-
-def write_empty(
-    store: Store,
-    size_bytes: int,
-    disk_format: DiskFormat,
-    *,
-    block_size_bytes: int = DEFAULT_BLOCK_SIZE,
-    preallocate: bool = False,
-) -> None:
-    """Make the empty `store` an image of zeros. Raises InvalidArgument, NoSpace."""
-    if disk_format is DiskFormat.DYNAMIC:
-        create.create_dynamic(store, size_bytes, block_size_bytes=block_size_bytes)
-    elif disk_format is DiskFormat.FIXED:
-        create.create_fixed(store, size_bytes, preallocate=preallocate)
-    else:
-        create_raw(store, size_bytes)
-        if preallocate:
-            store.reserve(0, size_bytes)
 
 
 @checked
@@ -213,15 +190,22 @@ def write_child(
     """
     if block_size_bytes is None:
         block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
-    unique_id, timestamp = NULL_ID, 0
-    if isinstance(parent, DynamicImage | FixedImage):
-        unique_id, timestamp = parent.metadata.footer.unique_id, parent.metadata.footer.timestamp
-    link = link_to(child, parent.store.name, unique_id, timestamp)
-    create.create_differencing(store, size_bytes, link, block_size_bytes=block_size_bytes)
-    record_parent(store, parent.store, unique_id)
+    link = link_to(child, parent.store.name, parent)
+    formats.for_children_of(parent).create_child(store, size_bytes, link, block_size_bytes=block_size_bytes)
+    record_parent(store, parent.store, linkage_of(parent))
 
 
-def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> ParentLink:
+def linkage_of(layer: Layer) -> bytes:
+    """The id that children record of it, `NULL_ID` for a raw disk."""
+    return layer.unique_id or NULL_ID
+
+
+def link_to(child: str, path: str, parent: Layer) -> ParentRef:
+    """What `child` records of the open image `parent`, which lies, or will lie, at `path`. Raises InvalidArgument."""
+    return names_of(child, path, linkage_of(parent), parent.facts.timestamp or 0)
+
+
+def names_of(child: str, parent: str, linkage_id: bytes, timestamp: int) -> ParentRef:
     """How `child` names `parent`: a path relative to its own folder and an absolute one, in Windows' spelling.
 
     Raises InvalidArgument for a path that cannot be spelled so.
@@ -236,9 +220,9 @@ def link_to(child: str, parent: str, unique_id: bytes, timestamp: int) -> Parent
     relative = os.path.relpath(parent_real, folder).replace(os.sep, "\\")
     if not relative.startswith(".."):
         relative = ".\\" + relative
-    return ParentLink(
-        unique_id=unique_id,
-        timestamp=timestamp,
+    return ParentRef.of_paths(
+        linkage_id,
+        timestamp,
         name=os.path.basename(parent_real),
         relative=relative,
         absolute=parent_real.replace(os.sep, "\\"),

@@ -10,17 +10,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from vhdkit import errors
 from vhdkit.arguments import AnyPath
 from vhdkit.beneath import find_beneath
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
 from vhdkit.chain.names.dependents import mark_findings
+from vhdkit.chain.names.parents import parent_format, parent_of
 from vhdkit.chain.names.resolve import (
     MAX_CHAIN_DEPTH,
-    NULL_ID,
     OpenOptions,
     allowed_folders,
     find_parent,
@@ -29,14 +27,11 @@ from vhdkit.chain.names.resolve import (
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding
-from vhdkit.formats.probe import FormatName, identify
-from vhdkit.formats.raw import examine_raw
-from vhdkit.formats.vhd import geometry, layout
-from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.metadata import Metadata, read_metadata
-from vhdkit.image import ExtentKind
+from vhdkit.formats.format import Format, ImageDetails
+from vhdkit.formats.probe import format_of
+from vhdkit.image import ExtentKind, ImageFacts
 from vhdkit.store import FileStore, Store
-from vhdkit.units import SECTOR_SIZE, round_up, whole_sectors
+from vhdkit.units import whole_sectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +77,7 @@ class ImageInfo:
     batmap: bool = False
     parent: ParentInfo | None = None
     findings: tuple[Finding, ...] = ()
+    title: str = ""  # the kind in words, such as "dynamic VHD"
 
 
 def describe_image(path: AnyPath, *, options: OpenOptions | None = None) -> ImageInfo:
@@ -93,82 +89,73 @@ def describe_image(path: AnyPath, *, options: OpenOptions | None = None) -> Imag
     options = options or OpenOptions()
     with FileStore.open(path) as store:
         folders = allowed_folders(store.name, options.parent_dirs)
-        told = _describe(store, folders, options, options.format_name)
-        return replace(told, findings=(*told.findings, *mark_findings(store, options)))
+        return _with_marks(store, _describe(store, folders, options, None)[0], options)
+
+
+def _with_marks(store: FileStore, image: ImageInfo, options: OpenOptions) -> ImageInfo:
+    return replace(image, findings=(*image.findings, *mark_findings(store, options)))
 
 
 def _describe(
-    store: FileStore, folders: tuple[str, ...], options: OpenOptions, format_name: FormatName | None
-) -> ImageInfo:
+    store: FileStore, folders: tuple[str, ...], options: OpenOptions, image_format: Format | None
+) -> tuple[ImageInfo, ImageFacts]:
+    """One image; `image_format` is what its child says it is, None for the leaf."""
     seen = pending.look(store)
-    size = seen.store.size()
-    if (format_name or identify(seen.store)) is FormatName.RAW:
-        return ImageInfo(
-            store.name,
-            "raw",
-            round_up(size, SECTOR_SIZE),
-            size,
-            store.allocated_bytes(),
-            store.in_use(),
-            findings=(*seen.findings, *examine_raw(seen.store)),
-        )
-    metadata = read_metadata(seen.store)
-    footer, header = metadata.footer, metadata.header
-    allocated, parent = None, None
-    noticed: list[Finding] = []
-    if metadata.is_differencing:
-        parent, noticed = _describe_parent(seen.store, metadata, folders, options)
-    if header is not None:
-        bat = Bat.load(seen.store, header.table_offset, metadata.block_count)
-        allocated = int(np.count_nonzero(bat.allocated()))
-    return ImageInfo(
+    if image_format is None:
+        image_format = format_of(seen.store, options.format_name)
+    facts, details = image_format.describe(seen.store)
+    parent, noticed = None, image_format.check(seen.store) if image_format.is_plain else []
+    if facts.parent is not None:
+        parent, noticed = _describe_parent(seen.store, facts, details, folders, options)
+    info = ImageInfo(
         path=store.name,
-        kind=metadata.kind,
-        virtual_size_bytes=metadata.size_bytes,
-        file_size_bytes=size,
+        kind=facts.kind,
+        virtual_size_bytes=facts.size_bytes,
+        file_size_bytes=seen.store.size(),
         allocated_bytes=store.allocated_bytes(),
         in_use=store.in_use(),
-        unique_id=format_id(footer.unique_id),
-        creator=footer.creator_application.decode("latin-1").rstrip("\0 "),
-        creator_version=f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}",
-        creator_host=footer.creator_host_os.decode("latin-1").rstrip("\0 "),
-        created_unix_seconds=footer.timestamp + layout.EPOCH_UNIX_SECONDS,
-        geometry=geometry.footer_geometry(footer),
-        current_size_bytes=footer.current_size,
-        original_size_bytes=footer.original_size,
-        size_from_geometry=geometry.size_is_chs(footer),
-        saved_state=bool(footer.saved_state),
-        hidden=bool(footer.hidden),
-        block_size_bytes=header.block_size if header else None,
-        block_count=metadata.block_count if header else None,
-        allocated_block_count=allocated,
-        batmap=metadata.batmap is not None,
+        unique_id=None if facts.linkage_id is None else format_id(facts.linkage_id),
+        creator=details.creator,
+        creator_version=details.creator_version,
+        creator_host=details.creator_host,
+        created_unix_seconds=details.created_unix_seconds,
+        geometry=details.geometry,
+        current_size_bytes=details.current_size_bytes,
+        original_size_bytes=details.original_size_bytes,
+        size_from_geometry=details.size_from_geometry,
+        saved_state=details.saved_state,
+        hidden=details.hidden,
+        block_size_bytes=details.block_size_bytes,
+        block_count=details.block_count,
+        allocated_block_count=details.allocated_block_count,
+        batmap=details.batmap,
         parent=parent,
-        findings=(*seen.findings, *metadata.findings, *noticed),
+        findings=(*seen.findings, *facts.findings, *noticed),
+        title=facts.title,
     )
+    return info, facts
 
 
 def _describe_parent(
-    image: Store, metadata: Metadata, folders: tuple[str, ...], options: OpenOptions
+    image: Store, facts: ImageFacts, details: ImageDetails, folders: tuple[str, ...], options: OpenOptions
 ) -> tuple[ParentInfo, list[Finding]]:
     """What is known of the parent, and what there is to say about it."""
-    assert metadata.header is not None
     path, problem, allowed_by = None, None, None
     noticed: list[Finding] = []
     try:
-        with find_parent(metadata, folders, options) as store:
+        with find_parent(facts, folders, options) as store:
             path = store.name
             allowed_by = next((one for one in folders if os.path.commonpath((path, one)) == one), None)
-            noticed += lineage.findings_about(image, metadata, store)
+            noticed += lineage.findings_about(image, facts, store)
     except errors.VhdkitError as error:
         problem = error.problem + errors.difference(error.expected, error.found)
         problem += f"; {error.hint}" if error.hint else ""
-    parent_id = metadata.header.parent_unique_id
+    parent = parent_of(facts)
     told = ParentInfo(
-        name=metadata.parent_name,
-        unique_id="none (a raw disk)" if parent_id == NULL_ID else format_id(parent_id),
-        timestamp=metadata.header.parent_timestamp,
-        locators=tuple((one.platform_code.decode("latin-1"), one.text) for one in metadata.locators),
+        name=details.parent_name,
+        unique_id="none (a raw disk)" if parent.raw_allowed else format_id(parent.linkage_id),
+        timestamp=parent.timestamp,
+        locators=details.parent_locators,
         path=path,
         problem=problem,
         allowed_folder=allowed_by,
@@ -207,9 +194,12 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
     """
     options = options or OpenOptions()
     leaf_path = os.fsdecode(path)
-    images = [describe_image(leaf_path, options=options)]
+    folders = allowed_folders(leaf_path, options.parent_dirs)
+    with FileStore.open(leaf_path) as store:
+        leaf, facts = _describe(store, folders, options, None)
+        images = [_with_marks(store, leaf, options)]
     try:
-        _describe_parents(images, options)
+        _describe_parents(images, facts, options)
     except errors.CorruptImage as error:
         return _broken(images, str(error), damaged=True)
     lost = images[-1].parent
@@ -227,8 +217,8 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
     return ChainInfo(layers, owned[-1], None)
 
 
-def _describe_parents(images: list[ImageInfo], options: OpenOptions) -> None:
-    """Add the leaf's parents to `images`, down to the base or the first that cannot be used.
+def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenOptions) -> None:
+    """Add the leaf's parents to `images`, down to the base or the first that cannot be used; `facts` are the leaf's.
 
     Raises CorruptImage for a parent that cannot be read, for a loop and for a chain that is too deep.
     """
@@ -248,9 +238,8 @@ def _describe_parents(images: list[ImageInfo], options: OpenOptions) -> None:
                 problem = "the chain of parents leads back to itself"
                 raise errors.CorruptImage(CorruptReason.CHAIN_LOOP, problem, path=child)
             seen.add(store.identity)
-            raw_parent = parent.unique_id.startswith("none")
-            format_name = FormatName.RAW if raw_parent else FormatName.VHD
-            images.append(_describe(store, folders, options, format_name))
+            image, facts = _describe(store, folders, options, parent_format(facts))
+            images.append(image)
 
 
 def _broken(images: list[ImageInfo], problem: str, *, damaged: bool) -> ChainInfo:

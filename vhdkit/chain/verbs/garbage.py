@@ -23,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain.names import marks
 from vhdkit.chain.names.dependents import Dependent, drop_stale_marks, standing_on
-from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, open_layers
+from vhdkit.chain.names.resolve import OpenOptions, open_layers
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND, intents_about, read_intent
 from vhdkit.errors import CorruptImage, CorruptReason, printable
@@ -40,11 +40,9 @@ from vhdkit.folder import (
     sync_directory,
     unlink,
 )
-from vhdkit.formats.probe import VHD_SUFFIXES, open_layer
-from vhdkit.formats.vhd import layout
-from vhdkit.formats.vhd.metadata import Metadata, looks_like_vhd, read_metadata
+from vhdkit.image import NULL_ID, ParentRef
 from vhdkit.named import leads_to
-from vhdkit.store import FileStore, Store
+from vhdkit.store import FileStore
 from vhdkit.unfinished import parts
 
 
@@ -70,14 +68,14 @@ class GarbageItem:
 
 @dataclass(slots=True)
 class _Node:
-    """A VHD in the folder. `parent_id` is None for one without a parent; `problem` is why it stays."""
+    """An image in the folder. `parent_ids` is empty for one without a parent; `problem` is why it stays."""
 
     path: str
     identity: tuple[int, int]
     size_bytes: int
     allocated_bytes: int
     unique_id: bytes = NULL_ID
-    parent_id: bytes | None = None
+    parent_ids: frozenset[bytes] = frozenset()
     parent_names: frozenset[str] = frozenset()
     knows_parent: bool = True
     problem: str | None = None
@@ -85,11 +83,11 @@ class _Node:
 
     def stands_on(self, other: _Node) -> bool:
         """True when `other` may be its parent. A child of a raw disk knows only its name."""
-        if self.parent_id is None or self is other:
+        if not self.parent_ids or self is other:
             return False
-        if self.parent_id == NULL_ID:
+        if NULL_ID in self.parent_ids:
             return os.path.basename(other.path).casefold() in self.parent_names
-        return other.unique_id == self.parent_id
+        return other.unique_id in self.parent_ids
 
 
 @dataclass(slots=True)
@@ -162,7 +160,7 @@ def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
             node = _Node(
                 path, (-1, len(scan.nodes)), 0, 0, knows_parent=False, problem=f"cannot be read: {error.problem}"
             )
-            if not path.lower().endswith(VHD_SUFFIXES):
+            if formats.by_suffix(path) is None:
                 continue
         if node is not None:
             scan.nodes.append(node)
@@ -170,22 +168,29 @@ def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
 
 
 def _node(store: FileStore) -> _Node | None:
-    """What is to be known of one file, or None for one that is no VHD."""
-    if store.size() == 0 or not (looks_like_vhd(store) or store.name.lower().endswith(VHD_SUFFIXES)):
+    """What is to be known of one file, or None for one that is not an image, or a raw disk."""
+    if store.size() == 0:
+        return None
+    image_format = formats.probed(store)
+    if image_format.is_plain:
+        image_format = formats.by_suffix(store.name) or image_format
+    if image_format.is_plain:
         return None
     node = _Node(store.name, store.identity, store.size(), store.allocated_bytes())
     view = pending.view(store)
     try:
-        metadata = read_metadata(view)
+        facts = image_format.facts(view)
     except CorruptImage as error:
         node.problem = f"damaged: {error.problem}"
-        node.parent_id, node.knows_parent = _claimed_parent(view)
+        claimed, node.knows_parent = image_format.claimed_parent(view)
+        node.parent_ids = frozenset() if claimed is None else frozenset((claimed,))
         return node
-    node.unique_id = metadata.footer.unique_id
-    if metadata.header is not None and metadata.is_differencing:
-        node.parent_id, node.parent_names = metadata.header.parent_unique_id, _names(metadata)
+    node.unique_id = facts.linkage_id or NULL_ID
+    if facts.parent is not None:
+        node.parent_ids = frozenset(facts.parent.linkage_ids or (NULL_ID,))
+        node.parent_names = _names(facts.parent)
     try:
-        open_layer(view)
+        image_format.open(view)
     except CorruptImage as error:
         node.problem = f"damaged: {error.problem}"
     records = marks.other_records(store.name)
@@ -196,18 +201,8 @@ def _node(store: FileStore) -> _Node | None:
     return node
 
 
-def _names(metadata: Metadata) -> frozenset[str]:
-    texts = [metadata.parent_name, *(one.text or "" for one in metadata.locators)]
-    return frozenset(ntpath.basename(text).casefold() for text in texts)
-
-
-def _claimed_parent(store: Store) -> tuple[bytes | None, bool]:
-    """The parent id in a header nobody should believe, and whether there is one: enough to keep what it may need."""
-    raw = store.pread(layout.FOOTER_SIZE, layout.HEADER_SIZE)
-    if len(raw) < layout.HEADER_SIZE or not raw.startswith(layout.HEADER_COOKIE):
-        return None, False
-    parent_id = layout.parse_header(raw).parent_unique_id
-    return (parent_id, True) if any(parent_id) else (None, True)
+def _names(parent: ParentRef) -> frozenset[str]:
+    return frozenset(ntpath.basename(one.text).casefold() for one in parent.names)
 
 
 def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:

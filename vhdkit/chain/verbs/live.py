@@ -18,27 +18,22 @@ import contextlib
 from collections.abc import Sequence
 from typing import Self
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.chain.engine.blockmap import MAX_LAYERS
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.dependents import drop_stale_marks
 from vhdkit.chain.names.lineage import forget_parent, record_parent
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.resolve import (
-    NULL_ID,
-)
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.create import child_size, require_names, write_child
-from vhdkit.chain.verbs.snapshot import check_names, default_name
+from vhdkit.chain.verbs.snapshot import check_names, default_child
 from vhdkit.folder import NewFile, commit_all, remove_file, scratch_store
-from vhdkit.formats.probe import FormatName, open_layer
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, ParentLink, create_differencing
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.image import Layer
-from vhdkit.store import FileStore, Store
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
+from vhdkit.image import NULL_ID, Layer, ParentRef
+from vhdkit.store import FileStore
 
-_SCRATCH_LINK = ParentLink(NULL_ID, 0, "parent", ".\\parent", "\\parent")  # nobody ever looks for it
+# The parent of a temporary child is never looked for.
+_SCRATCH_PARENT = ParentRef.of_paths(NULL_ID, 0, relative=".\\parent", absolute="\\parent", name="parent")
 
 
 def stack(chain: Chain, child: Layer) -> Chain:
@@ -53,30 +48,13 @@ def stack(chain: Chain, child: Layer) -> Chain:
             path=chain.leaf.store.name,
             hint="merge some of them first",
         )
-    seal(chain.leaf)
+    chain.leaf.seal()
     return Chain([child, as_parent(chain.leaf), *chain.layers[1:]])
-
-
-def seal(leaf: Layer) -> None:
-    """Flush an image so that nothing of it is left in memory: the second flush is for the footer of the first."""
-    leaf.flush()
-    leaf.flush()
 
 
 def as_parent(leaf: Layer) -> Layer:
     """The image opened again for reading, through the same store. It was flushed."""
-    return reopened(leaf, writable=False) if leaf.writable else leaf
-
-
-def reopened(layer: Layer, *, writable: bool, store: Store | None = None) -> Layer:
-    """The image as its file is now, through the same store, with the lock that it has, or through another `store`.
-
-    Nothing of it is unflushed.
-    """
-    is_vhd = isinstance(layer, DynamicImage | FixedImage)  # never guessed: a raw disk's guest may write anything
-    ignore_bitmaps = isinstance(layer, DynamicImage) and layer.ignore_bitmaps
-    name = FormatName.VHD if is_vhd else FormatName.RAW
-    return open_layer(store or layer.store, format_name=name, writable=writable, ignore_bitmaps=ignore_bitmaps)
+    return formats.reopened(leaf, writable=False) if leaf.writable else leaf
 
 
 class Freezing:
@@ -90,7 +68,7 @@ class Freezing:
     """
 
     def __init__(self, pairs: Sequence[tuple[Chain, str | None]]) -> None:
-        """Make the children: (chain, path of its new leaf or None for `default_name`) each.
+        """Make the children: (chain, path of its new leaf or None for `default_child`) each.
 
         Raises InvalidArgument, ReadOnly, AlreadyExists, NotFound, AccessDenied, NoSpace, IoFailed, ImageInUse.
         """
@@ -98,7 +76,7 @@ class Freezing:
             if not chain.writable:
                 raise errors.ReadOnly("is only read here, and stays as it is anyway", path=chain.leaf.store.name)
         self._chains = [chain for chain, _ in pairs]
-        self.paths = [default_name(chain.leaf.store.name) if new is None else new for chain, new in pairs]
+        self.paths = [default_child(chain.leaf) if new is None else new for chain, new in pairs]
         for path in self.paths:
             NewFile.check(path)
         check_names([chain.leaf.store.name for chain in self._chains], self.paths)
@@ -132,10 +110,10 @@ class Freezing:
             with marked([(one.path, one.store, parent) for one, parent in zip(files, parents, strict=True)]):
                 commit_all(files)
                 self._made = True
-        for path in self.paths:
+        for chain, path in zip(self._chains, self.paths, strict=True):
             store = FileStore.open_held(path, writable=True, follow_links=False)
             try:
-                self._children.append(open_layer(store, format_name=FormatName.VHD, writable=True))
+                self._children.append(formats.for_children_of(chain.leaf).open(store, writable=True))
             except BaseException:
                 store.close()
                 raise
@@ -187,8 +165,9 @@ def scratch_child(chain: Chain, directory: str | None) -> Chain:
     store = scratch_store(directory)
     try:
         block_size = chain.leaf.block_size_bytes or DEFAULT_BLOCK_SIZE
-        create_differencing(store, chain.size_bytes, _SCRATCH_LINK, block_size_bytes=block_size)
-        child = open_layer(store, format_name=FormatName.VHD, writable=True)
+        child_format = formats.for_children_of(chain.leaf)
+        child_format.create_child(store, chain.size_bytes, _SCRATCH_PARENT, block_size_bytes=block_size)
+        child = child_format.open(store, writable=True)
         return stack(chain, child)
     except BaseException:
         store.close()

@@ -28,7 +28,7 @@ import os
 from collections.abc import Sequence
 from typing import Self
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.dependents import drop_stale_marks, standing_on
@@ -37,18 +37,12 @@ from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.resolve import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase
-from vhdkit.chain.verbs.create import link_to, require_names
-from vhdkit.chain.verbs.live import reopened, seal
+from vhdkit.chain.verbs.create import link_to, linkage_of, require_names
 from vhdkit.chain.verbs.merge import merge_would_break, named
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.chain.verbs.merge_steps import RealNames, drop_earlier_try, fold, remove_sources
 from vhdkit.folder import exists, real_path
-from vhdkit.formats.linear import LinearImage
-from vhdkit.formats.vhd.create import ParentLink
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.relink import relink
-from vhdkit.image import Layer
+from vhdkit.image import Layer, ParentRef
 from vhdkit.store import FileStore, close_all
 
 
@@ -112,7 +106,9 @@ class LiveMerge:
         inside = {real_path(file.name) for file in self._files}
         folders = [real_path(os.path.dirname(file.name)) for file in self._files[self._first :]]
         names: Sequence[Named] = (*self._intent.sources, self._intent.target)
-        families = standing_on([(it.unique_id, it.path) for it in names], self._options, folders=folders)
+        layers = self._chain.layers[self._first : self._target + 1]
+        images = [(linkage_of(layer), one.path) for layer, one in zip(layers, names, strict=True)]
+        families = standing_on(images, self._options, folders=folders)
         for one, family in zip(names, families, strict=True):
             outside = [child for child in family if child.path not in inside]
             if outside:
@@ -147,9 +143,8 @@ class LiveMerge:
 
     def _opened(self, store: FileStore) -> Layer:
         """The target as it is filled: the open chain goes on reading it, so no block of it moves."""
-        layer = reopened(self._chain.layers[self._target], writable=True, store=store)
-        if isinstance(layer, DynamicImage):
-            layer.keeps_places = True
+        layer = formats.reopened(self._chain.layers[self._target], writable=True, store=store)
+        layer.pin_blocks()
         return layer
 
     def _let_go(self) -> None:
@@ -167,7 +162,7 @@ class LiveMerge:
         """
         assert self._store is not None
         if self._first == 0:  # what is copied is in the file then, for whoever compares the two
-            seal(self._chain.leaf)
+            self._chain.leaf.seal()
             self._chain.leaf.store.sync()
         target = self._opened(self._store)
         sources = self._chain.layers[self._first : self._target]
@@ -179,7 +174,7 @@ class LiveMerge:
             with contextlib.suppress(errors.VhdkitError):  # what is copied is found again, not copied twice
                 target.flush()
             raise
-        seal(target)
+        target.seal()
         target.store.sync()  # the trailing footer, too
         return done
 
@@ -202,8 +197,8 @@ class LiveMerge:
         below = layers[self._first :]
         try:
             if child.writable:
-                seal(child)
-            target = reopened(layers[self._target], writable=False)
+                child.seal()
+            target = formats.reopened(layers[self._target], writable=False)
             self._names.write(self._intent.in_phase(Phase.RELINK))
         except errors.VhdkitError as error:  # what clients wrote may be in the open child alone: it is kept
             return self._chain, error
@@ -214,9 +209,9 @@ class LiveMerge:
         except errors.VhdkitError as error:
             problem = error
         try:  # also after a failure its header may be at another place
-            child = reopened(child, writable=child.writable)
+            child = formats.reopened(child, writable=child.writable)
         except BaseException:
-            if isinstance(child, DynamicImage) and child.writable:
+            if child.writable:
                 child.refuse_writing()
             raise
         return Chain([*above, child, *below]), problem
@@ -224,23 +219,22 @@ class LiveMerge:
     def _repoint(self, child: Layer) -> None:
         """The parent's names in the layer above the merge; where it is not a leaf, through an opening of its own."""
         target = self._chain.layers[self._target]
-        timestamp = target.metadata.footer.timestamp if isinstance(target, DynamicImage | FixedImage) else 0
-        file, named_ = _file(child), self._intent.target
-        link = link_to(file.name, named_.path, named_.unique_id, timestamp)
-        mark_child(file.name, child.store, named_.path, named_.unique_id)
+        file, target_path = _file(child), self._intent.target.path
+        parent = link_to(file.name, target_path, target)
+        mark_child(file.name, child.store, target_path, linkage_of(target))
         with same_content(file.name):
-            self._relink(child, link)
+            self._relink(child, parent)
 
-    def _relink(self, child: Layer, link: ParentLink) -> None:
-        file = _file(child)
+    def _relink(self, child: Layer, parent: ParentRef) -> None:
+        file, child_format = _file(child), formats.of(child)
         if child.writable:
-            relink(open_dynamic(file, writable=True), link)
+            child_format.relink(file, parent)
             return
         file.become_writer()
         try:
             with FileStore.open(file.name, writable=True, follow_links=False) as store:
                 _check_same(store, file)
-                relink(open_dynamic(store, writable=True), link)
+                child_format.relink(store, parent)
         finally:
             file.become_reader()
 
@@ -249,7 +243,7 @@ class LiveMerge:
         assert self._store is not None
         store = self._store
         target = self._chain.layers[self._target]
-        leaf = reopened(target, writable=True, store=store)
+        leaf = formats.reopened(target, writable=True, store=store)
         problem: errors.VhdkitError | None = None
         try:
             self._names.write(self._intent.in_phase(Phase.REMOVE))
@@ -260,8 +254,7 @@ class LiveMerge:
                 self._names.write(self._intent)
                 return self._chain, error
             problem = error
-            if isinstance(leaf, DynamicImage | LinearImage):  # after a power cut the old leaf may be there again
-                leaf.refuse_writing()
+            leaf.refuse_writing()  # after a power cut the old leaf may be there again
         store.inherit_lock(self._files[self._target])
         self._exchanged = True
         return Chain([leaf, *self._chain.layers[self._target + 1 :]]), problem
@@ -274,7 +267,7 @@ class LiveMerge:
             remove_sources(self._intent, self._names)
             drop_stale_marks(self._intent.target.path)
             child = self._chain.layers[self._first - 1]
-            record_parents(_file(child).name, self._intent.target.path, self._intent.target.unique_id)
+            record_parents(_file(child).name, self._intent.target.path, linkage_of(self._chain.layers[self._target]))
 
     def __enter__(self) -> Self:
         return self

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain, Progress
@@ -29,32 +29,26 @@ from vhdkit.chain.names.dependents import Dependent, drop_stale_marks, has_child
 from vhdkit.chain.names.lineage import record_parent, record_parents, same_content
 from vhdkit.chain.names.marks import mark_child, marked
 from vhdkit.chain.names.resolve import (
-    NULL_ID,
     OpenOptions,
     allowed_folders,
     open_layers,
-    parent_format,
-    unique_id,
 )
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase, intent_of, refuse_sources
-from vhdkit.chain.verbs.create import DiskFormat, link_to, require_names, write_empty
+from vhdkit.chain.verbs.create import link_to, linkage_of, names_of, require_names
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.chain.verbs.merge_steps import (
     RealNames,
     carry_out,
+    check_size,
     drop_earlier_try,
     fill_target,
     fold,
     is_complete,
 )
 from vhdkit.folder import NewFile, real_path
-from vhdkit.formats.probe import FormatName, open_layer
-from vhdkit.formats.vhd.create import check_size, create_differencing
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.relink import relink
-from vhdkit.image import Layer
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
+from vhdkit.image import NULL_ID, Layer
 from vhdkit.store import FileStore, close_all
 
 
@@ -153,8 +147,7 @@ class InPlace:
 
     def _check_size(self) -> None:
         """A size that the target cannot get is found out before anything changes."""
-        if isinstance(self._target, DynamicImage | FixedImage):
-            check_size(self._size, fixed=isinstance(self._target, FixedImage))
+        check_size(self._target, self._size)
         if self._target.size_bytes < min(self._size, _seen(self._below)):
             raise errors.InvalidArgument(
                 "is smaller than its parent and than the leaf: what its parent has behind its end would appear",
@@ -167,7 +160,9 @@ class InPlace:
         inside = {one.path for one in self._names[:-1]}
         # also by the names that the layers were found under, which may be links
         folders = [real_path(os.path.dirname(layer.store.name)) for layer in (*self._sources, self._target)]
-        families = standing_on([(one.unique_id, one.path) for one in self._names], self._options, folders=folders)
+        layers = (*self._sources, self._target)
+        images = [(linkage_of(layer), one.path) for layer, one in zip(layers, self._names, strict=True)]
+        families = standing_on(images, self._options, folders=folders)
         for number, (one, family) in enumerate(zip(self._names, families, strict=True)):
             outside = [child for child in family if child.path not in inside]
             if number == len(self._names) - 1 and self.phase is not Phase.COPY:
@@ -193,7 +188,7 @@ class InPlace:
             done = carry_out(intent, names, fill, [partial(self._repoint, child) for child in children])
             drop_stale_marks(intent.target.path)
             for child in children:
-                record_parents(child.name, intent.target.path, intent.target.unique_id)
+                record_parents(child.name, intent.target.path, linkage_of(self._target))
         return self._result(done)
 
     def _open_target(self, held: contextlib.ExitStack) -> FileStore:
@@ -209,18 +204,13 @@ class InPlace:
         return store
 
     def _opened(self, store: FileStore) -> Layer:
-        child = self._sources[-1]
-        assert isinstance(child, DynamicImage)
-        name = parent_format(child.metadata)
-        return open_layer(store, format_name=name, writable=True, ignore_bitmaps=self._options.ignore_bitmaps)
+        return formats.reopened(self._target, writable=True, store=store)
 
     def _repoint(self, store: FileStore) -> None:
-        target, timestamp = self._names[-1], 0
-        if isinstance(self._target, DynamicImage | FixedImage):
-            timestamp = self._target.metadata.footer.timestamp
-        mark_child(store.name, store, target.path, target.unique_id)
+        target = self._names[-1]
+        mark_child(store.name, store, target.path, linkage_of(self._target))
         with same_content(store.name):
-            relink(open_dynamic(store, writable=True), link_to(store.name, target.path, target.unique_id, timestamp))
+            formats.for_children_of(self._target).relink(store, link_to(store.name, target.path, self._target))
 
     def _result(self, counted: tuple[int, int]) -> Merge:
         merged = tuple(one.path for one in self._names[:-1])
@@ -242,8 +232,7 @@ def _merge_to(layers: list[Layer], index: int, path: str, dry_run: bool, progres
     merged = tuple(real_path(file_of_layer(layer).name) for layer in sources)
     with NewFile(path, like=pending.files_of(sources)) as new:
         _write_empty_like(sources[-1], below, sources[0].size_bytes, new)
-        name = FormatName.VHD if isinstance(sources[-1], DynamicImage | FixedImage) else FormatName.RAW
-        target = open_layer(new.store, format_name=name, writable=True)
+        target = formats.of(sources[-1]).open(new.store, writable=True)
         plan = MergePlan(sources, target, below_bytes=_seen(below), fresh=True)
         if dry_run:
             counted = _count(plan)
@@ -251,23 +240,21 @@ def _merge_to(layers: list[Layer], index: int, path: str, dry_run: bool, progres
             counted = fold(plan, target, progress)
             target.flush()
             if below:
-                record_parent(new.store, below[0].store, below[0].unique_id or NULL_ID)
+                record_parent(new.store, below[0].store, linkage_of(below[0]))
             with marked([(path, new.store, file_of_layer(below[0]).name)] if below else []):
                 new.commit()
     return Merge(real_path(path), merged, (), (), sources[0].size_bytes, *counted, len(plan.units))
 
 
 def _write_empty_like(ancestor: Layer, below: Sequence[Layer], size_bytes: int, new: NewFile) -> None:
+    image_format, facts = formats.of(ancestor), ancestor.facts
     if below:
-        assert isinstance(ancestor, DynamicImage) and ancestor.metadata.header is not None
-        header = ancestor.metadata.header
-        link = link_to(new.path, file_of_layer(below[0]).name, header.parent_unique_id, header.parent_timestamp)
-        create_differencing(new.store, size_bytes, link, block_size_bytes=ancestor.block_size_bytes)
-    elif isinstance(ancestor, DynamicImage):
-        write_empty(new.store, size_bytes, DiskFormat.DYNAMIC, block_size_bytes=ancestor.block_size_bytes)
-    else:
-        kind = DiskFormat.FIXED if isinstance(ancestor, FixedImage) else DiskFormat.RAW
-        write_empty(new.store, size_bytes, kind)
+        assert facts.parent is not None
+        parent = names_of(new.path, file_of_layer(below[0]).name, facts.parent.linkage_id, facts.parent.timestamp)
+        image_format.create_child(new.store, size_bytes, parent, block_size_bytes=ancestor.block_size_bytes)
+        return
+    block_size_bytes = ancestor.block_size_bytes or DEFAULT_BLOCK_SIZE
+    image_format.create(new.store, CreateRequest(size_bytes, facts.kind, block_size_bytes))
 
 
 # -- small things -----------------------------------------------------------------------------------------------
@@ -300,7 +287,7 @@ def file_of_layer(layer: Layer) -> FileStore:
 def named(layer: Layer) -> Named:
     """A layer as a merge's record names it."""
     store = file_of_layer(layer)
-    return Named(real_path(store.name), unique_id(store) if isinstance(layer, DynamicImage | FixedImage) else NULL_ID)
+    return Named(real_path(store.name), layer.facts.file_id or NULL_ID)
 
 
 def _seen(layers: Sequence[Layer]) -> int:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.image import ExtentKind, Layer, Piece
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
@@ -36,8 +35,8 @@ class MergePlan:
 
     def __init__(self, sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0, fresh: bool = False) -> None:
         for layer in sources if not fresh else ():
-            if isinstance(layer, DynamicImage) and layer.overlap is not None:
-                raise layer.overlap
+            if layer.damage is not None:
+                raise layer.damage
         self._sources = tuple(sources)
         self._size = sources[0].size_bytes
         blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]

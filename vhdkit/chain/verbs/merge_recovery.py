@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.dependents import drop_stale_marks, standing_on
@@ -43,8 +43,7 @@ from vhdkit.chain.verbs.merge_steps import RealNames, remove_sources
 from vhdkit.errors import printable
 from vhdkit.folder import exists, real_path
 from vhdkit.formats.probe import open_layer
-from vhdkit.formats.vhd.metadata import read_metadata
-from vhdkit.image import Layer
+from vhdkit.image import NULL_ID, Layer, ParentRef
 from vhdkit.store import FileStore
 
 
@@ -110,7 +109,7 @@ def is_there(one: Named) -> bool:
     """True when the file under this name is the image that is meant. Raises AccessDenied, IoFailed."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
-            return not store.is_device and unique_id(store) == one.unique_id
+            return not store.is_device and _id_of(store) == one.unique_id
     except (errors.NotFound, errors.InvalidArgument):
         return False
 
@@ -180,7 +179,7 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
     """
     paths = [real_path(file_of_layer(layer).name) for layer in layers]
     allowed = allowed_folders(paths[0], options.parent_dirs)
-    leaf_id = layers[0].unique_id
+    leaf_id = layers[0].facts.file_id
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.close)
@@ -230,7 +229,7 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
         target = held.enter_context(FileStore.open_held(intent.target.path))
         if intent_of(intent.target.path, (os.sep,)) != intent:
             raise errors.Replaced("is being merged into by another program", path=intent.target.path)
-        if unique_id(target) != intent.target.unique_id:
+        if _id_of(target) != intent.target.unique_id:
             raise errors.InvalidArgument(
                 "is not the image that was merged into",
                 path=intent.target.path,
@@ -248,9 +247,9 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
                 left.append(one.path)
         folders = (*places, *map(os.path.dirname, rest))
         going = [one for one in intent.sources if one.path in rest]
-        families = standing_on([(one.unique_id, one.path) for one in going], options, folders=folders)
+        families = standing_on([(unique_id(rest[one.path]), one.path) for one in going], options, folders=folders)
         for one, family in zip(going, families, strict=True):
-            if unique_id(rest[one.path]) != one.unique_id:
+            if _id_of(rest[one.path]) != one.unique_id:
                 raise errors.Replaced("was replaced while it was looked at", path=one.path)
             children = [child for child in family if child.path not in rest]
             if children:
@@ -263,14 +262,31 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
 
 
 def stands_on(one: Named, below: Named) -> bool:
-    """True when the file is a differencing image on the one that the record says it was on."""
+    """True when the file is a child of the one that the record says it was on."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
-            metadata = read_metadata(pending.view(store))
+            view = pending.view(store)
+            parent = formats.probed(view).facts(view).parent
+        return parent is not None and (_linkage_of(below) in parent.linkage_ids or _is_raw(below, parent))
     except errors.VhdkitError:
         return False
-    return (
-        metadata.is_differencing
-        and metadata.header is not None
-        and metadata.header.parent_unique_id == below.unique_id
-    )
+
+
+def _linkage_of(one: Named) -> bytes:
+    """What children of the named image record: read from it while it is there, else the id in the record."""
+    try:
+        with FileStore.open(one.path, follow_links=False) as store:
+            if _id_of(store) == one.unique_id:
+                return unique_id(store)
+    except (errors.NotFound, errors.InvalidArgument):
+        pass
+    return one.unique_id
+
+
+def _is_raw(one: Named, parent: ParentRef) -> bool:
+    return parent.raw_allowed and one.unique_id == NULL_ID
+
+
+def _id_of(store: FileStore) -> bytes:
+    """Which image a file is, as a record names it."""
+    return pending.id_of(pending.view(store))

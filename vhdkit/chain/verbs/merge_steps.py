@@ -11,18 +11,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names import marks
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND, Intent, Phase, intent_of
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.move import cut_end
-from vhdkit.formats.vhd.places import end_of_structures
-from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Layer, Piece
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, sectors_to_bytes, whole_sectors
@@ -85,8 +80,7 @@ def drop_earlier_try(target: Layer) -> None:
 
     Else each new try would leave more of it. Raises IoFailed, NoSpace, SyncFailed.
     """
-    if isinstance(target, DynamicImage):
-        cut_end(target, end_of_structures(target.metadata, target.bat))
+    formats.of(target).drop_unreferenced(target)
 
 
 def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
@@ -148,21 +142,31 @@ def set_size(target: Layer, size_bytes: int) -> None:
     What appears is zeros. What goes is not seen through the leaf: it is behind its end. Raises NoSpace, IoFailed,
     SyncFailed; the target then has one size or the other.
     """
-    if isinstance(target, DynamicImage):
-        if size_bytes > target.size_bytes:
-            grow_dynamic(target, size_bytes, plan_grow(target, size_bytes))
-        else:
-            shrink_dynamic(target, size_bytes)
+    resizable = formats.of(target).resizable(target)
+    assert resizable is not None  # `check_size` has refused others
+    plan, store = resizable.plan(size_bytes), target.store
+    if plan.writes is None:
+        resizable.run(plan)
         return
-    store, kept = target.store, min(size_bytes, target.size_bytes)
-    if isinstance(target, FixedImage):
-        assert isinstance(store, FileStore)
-        store.punch(kept, target.metadata.tail.offset_bytes - kept)  # as a part of the disk it is zeros
-        store.sync()
-        pending.change(store, *fixed_writes(target.metadata, size_bytes))
-    else:
-        store.truncate(size_bytes)
-        store.sync()
+    assert isinstance(store, FileStore)
+    kept, (_, end) = min(size_bytes, target.size_bytes), resizable.spare_range()
+    store.punch(kept, end - kept)  # as a part of the disk it is zeros
+    store.sync()
+    pending.change(store, plan.writes, plan.file_size_bytes)
+
+
+def check_size(target: Layer, size_bytes: int) -> None:
+    """Raise InvalidArgument for a size that the target cannot get."""
+    if target.size_bytes == size_bytes:
+        return
+    resizable = formats.of(target).resizable(target)
+    if resizable is None:
+        raise errors.InvalidArgument(
+            f"is a {target.facts.title}, whose size cannot be changed",
+            path=target.store.name,
+            hint="merge to a new file with --to",
+        )
+    resizable.check_size(size_bytes)
 
 
 def is_complete(plan: MergePlan, leaf: Chain, target: Chain) -> bool:

@@ -79,6 +79,7 @@ def _followers(path: str, options: OpenOptions) -> list[str]:
         return found
     sources = [one for one in intent.sources if is_there(one)]
     for one in sources:
-        found += find_children(one.unique_id, (*folders, os.path.dirname(one.path)))
+        with FileStore.open(one.path) as store:
+            found += find_children(unique_id(store), (*folders, os.path.dirname(one.path)))
     gone = {one.path for one in sources}
     return list({real_path(child): child for child in found if real_path(child) not in gone}.values())

@@ -3,7 +3,7 @@
 
 Decides that this never changes the disk: the names of the parent change freely, its identity (`INV-PARENT-ID`) only
 if every sector that is read through the parent was found equal under the old and the new one, or if the user vouches
-for it. The order in which the names reach the device is decided in `formats.vhd.switch`.
+for it. The order in which the names reach the device is decided by the format.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
+from vhdkit.chain.names.parents import recorded_parent_id
 from vhdkit.chain.names.resolve import (
-    NULL_ID,
     OpenOptions,
     allowed_folders,
     find_by_id,
@@ -32,14 +32,11 @@ from vhdkit.chain.names.resolve import (
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Named, intents_about, refuse_sources
 from vhdkit.chain.verbs.compare import compare_chains
-from vhdkit.chain.verbs.create import link_to, require_names
+from vhdkit.chain.verbs.create import names_of, require_names
 from vhdkit.folder import real_path
+from vhdkit.formats.format import Format
 from vhdkit.formats.probe import FormatName
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.metadata import Metadata, read_metadata
-from vhdkit.formats.vhd.relink import relink
-from vhdkit.image import ExtentKind, Layer
+from vhdkit.image import NULL_ID, ExtentKind, ImageFacts, Layer
 from vhdkit.store import FileStore
 from vhdkit.units import format_size, whole_sectors
 
@@ -80,12 +77,12 @@ def rebase(
             )
         if not dry_run:
             pending.settle(store)
-        metadata = read_metadata(pending.view(store))
-        if metadata.header is None or not metadata.is_differencing:
+        facts, image_format = _facts_of(store)
+        if facts.parent is None:
             raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fsdecode(path))
         intents = intents_about(image_path, allowed_folders(image_path, options.parent_dirs))
-        refuse_sources([Named(image_path, metadata.footer.unique_id)], intents)
-        recorded, timestamp = metadata.header.parent_unique_id, metadata.header.parent_timestamp
+        refuse_sources([Named(image_path, facts.file_id or NULL_ID)], intents)
+        recorded, timestamp = facts.parent.linkage_id, facts.parent.timestamp
         found = _id_of(store, new_path)
         if NULL_ID in (recorded, found) and not options.allow_raw_parent:
             raise errors.ParentRefused(
@@ -97,26 +94,42 @@ def rebase(
             )
         with _opened(new_path, found, options) as layers:
             _refuse_loop(store, layers)  # first: no option helps there
-            _check_ids(store.name, new_path, recorded, found, unsafe_new_id, accept_parent_id)
-            if found != recorded:
+            is_recorded = found in (facts.parent.linkage_ids or (NULL_ID,))
+            _check_ids(store.name, new_path, recorded, found, is_recorded, unsafe_new_id, accept_parent_id)
+            if not is_recorded:
                 if accept_parent_id is None:
-                    _check_content(store, metadata, layers, options, progress)
+                    _check_content(store, facts, layers, options, progress)
                 else:
-                    _refuse_comparable(store, metadata, options)
-                    _check_size(store.name, metadata, layers[0], accept_parent_size_bytes)
-                timestamp = _timestamp(layers[0])
-            link = link_to(image_path, new_path, found, timestamp)
+                    _refuse_comparable(store, facts, options)
+                    _check_size(store.name, facts, layers[0], accept_parent_size_bytes)
+                timestamp = layers[0].facts.timestamp or 0
+            parent = names_of(image_path, new_path, found, timestamp)
             if not dry_run:
                 require_names(layers[:1])
                 store.require_name()
                 mark_child(image_path, store, new_path, found)
                 with same_content(image_path):
-                    relink(open_dynamic(store, writable=True), link)
+                    image_format.relink(store, parent)
                 record_parents(image_path, new_path, found)
 
 
+def _facts_of(store: FileStore) -> tuple[ImageFacts, Format]:
+    """What the image says about itself, and its format; one that is called as it must not have lost its structures."""
+    view = pending.view(store)
+    found = formats.probed(view)
+    if found.is_plain:
+        found = formats.by_suffix(store.name) or found
+    return found.facts(view), found
+
+
 def _check_ids(
-    path: str, new_path: str, recorded: bytes, found: bytes, unsafe_new_id: bool, accept_parent_id: str | None
+    path: str,
+    new_path: str,
+    recorded: bytes,
+    found: bytes,
+    is_recorded: bool,
+    unsafe_new_id: bool,
+    accept_parent_id: str | None,
 ) -> None:
     """Raise ParentMismatch unless the new parent is the recorded one by its id, or may be another."""
     if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
@@ -126,7 +139,7 @@ def _check_ids(
             expected=f"id {accept_parent_id}",
             found=_shown_id(found),
         )
-    if found != recorded and not unsafe_new_id and accept_parent_id is None:
+    if not is_recorded and not unsafe_new_id and accept_parent_id is None:
         raise errors.ParentMismatch(
             f"{errors.printable(new_path)} is not its parent",
             path=path,
@@ -156,10 +169,6 @@ def _id_of(store: FileStore, parent_path: str) -> bytes:
         return unique_id(parent)
 
 
-def _timestamp(parent: Layer) -> int:
-    return parent.metadata.footer.timestamp if isinstance(parent, DynamicImage | FixedImage) else 0
-
-
 @contextlib.contextmanager
 def _opened(path: str, parent_id: bytes, options: OpenOptions) -> Iterator[list[Layer]]:
     """The layers of a parent, leaf first, held while the block runs."""
@@ -183,13 +192,13 @@ def _refuse_loop(store: FileStore, layers: list[Layer]) -> None:
 
 
 def _check_content(
-    store: FileStore, metadata: Metadata, new: list[Layer], options: OpenOptions, progress: Progress | None
+    store: FileStore, facts: ImageFacts, new: list[Layer], options: OpenOptions, progress: Progress | None
 ) -> None:
     """Raise unless the disk reads the same on the new parent as on the recorded one."""
-    child = open_dynamic(pending.view(store))  # not closed: the store is the caller's
+    child = formats.named(facts.format_name).open(pending.view(store))  # not closed: the store is the caller's
     folders = allowed_folders(store.name, options.parent_dirs)
     try:
-        old_path, old_id = _recorded_parent(metadata, folders, options)
+        old_path, old_id = _recorded_parent(facts, folders, options)
         with _opened(old_path, old_id, replace(options, parent_dirs=folders)) as old:
             result = compare_chains(Chain([child, *old]), Chain([child, *new]), progress)
     except (errors.ParentError, errors.CorruptImage) as error:
@@ -204,11 +213,11 @@ def _check_content(
         )
 
 
-def _refuse_comparable(store: FileStore, metadata: Metadata, options: OpenOptions) -> None:
+def _refuse_comparable(store: FileStore, facts: ImageFacts, options: OpenOptions) -> None:
     """Raise where the recorded parent can be read: then a comparison says more than anybody's word."""
     folders = allowed_folders(store.name, options.parent_dirs)
     try:
-        old_path, old_id = _recorded_parent(metadata, folders, options)
+        old_path, old_id = _recorded_parent(facts, folders, options)
         with _opened(old_path, old_id, replace(options, parent_dirs=folders)):
             pass
     except (errors.ParentError, errors.CorruptImage):
@@ -220,28 +229,27 @@ def _refuse_comparable(store: FileStore, metadata: Metadata, options: OpenOption
     )
 
 
-def _check_size(path: str, metadata: Metadata, parent: Layer, accepted_bytes: object) -> None:
+def _check_size(path: str, facts: ImageFacts, parent: Layer, accepted_bytes: object) -> None:
     """Raise ParentMismatch for a parent of another size than the image has and had, unless that size was accepted.
 
     No image records its parent's size. A child is made as large as its parent, unless somebody asked for more.
     """
-    sizes = {metadata.size_bytes, metadata.footer.original_size, accepted_bytes}
+    sizes = {facts.size_bytes, facts.made_size_bytes, accepted_bytes}
     if parent.size_bytes not in sizes:
         raise errors.ParentMismatch(
             f"{errors.printable(parent.store.name)} has another size than the disk that the image was made on",
             path=path,
-            expected=f"{metadata.size_bytes} bytes, as the image has",
+            expected=f"{facts.size_bytes} bytes, as the image has",
             found=f"{parent.size_bytes} bytes",
             hint=f"if it is all the same, say --accept-parent-size {parent.size_bytes} as well",
         )
 
 
-def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:
+def _recorded_parent(facts: ImageFacts, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:
     """(path, id) of the parent as the image knows it: by its names, or in the folders under another name."""
-    assert metadata.header is not None
-    parent_id = metadata.header.parent_unique_id
+    parent_id = recorded_parent_id(facts)
     try:
-        with find_parent(metadata, folders, options) as store:
+        with find_parent(facts, folders, options) as store:
             return store.name, parent_id
     except errors.ParentError:
         renamed = find_by_id(parent_id, folders)
@@ -250,7 +258,7 @@ def _recorded_parent(metadata: Metadata, folders: tuple[str, ...], options: Open
         return renamed[0], parent_id
 
 
-def _refuse_unseen(child: DynamicImage, new: Layer, cause: errors.VhdkitError) -> None:
+def _refuse_unseen(child: Layer, new: Layer, cause: errors.VhdkitError) -> None:
     """Without the old parent nothing can be compared, and nothing needs to be where nothing is read through it."""
     through = sum(
         one.size_bytes for one in child.extents(0, whole_sectors(child.size_bytes)) if one.kind is ExtentKind.ABSENT

@@ -3,7 +3,7 @@
 
 Decides which chains may move and the order in which names appear and disappear, so that at every moment the chain
 opens in its old place or in its new one (`INV-CHAIN-SOMEWHERE`). How names reach a header is decided in
-`formats.vhd.relink`.
+by the format.
 
     one file system    second names, base first -> folder synced -> old names away, leaf first -> synced
                        -> locators rewritten (until then every parent is found by its bare name beside its child)
@@ -21,16 +21,17 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.dependents import drop_stale_marks, has_children, standing_on
 from vhdkit.chain.names.lineage import record_parents, was_written_since
 from vhdkit.chain.names.marks import forget, other_records
+from vhdkit.chain.names.parents import parent_of, recorded_parent_id
 from vhdkit.chain.names.resolve import OpenOptions, bare_names, open_layers
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import intents_about
-from vhdkit.chain.verbs.create import link_to
+from vhdkit.chain.verbs.create import names_of
 from vhdkit.errors import printable
 from vhdkit.folder import (
     NewFile,
@@ -42,9 +43,7 @@ from vhdkit.folder import (
     sync_directory,
     unlink,
 )
-from vhdkit.formats.vhd.dynamic import open_dynamic
-from vhdkit.formats.vhd.metadata import image_id, read_metadata
-from vhdkit.formats.vhd.relink import relink
+from vhdkit.image import NULL_ID, ImageFacts
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 
@@ -150,7 +149,7 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
             raise errors.InvalidArgument(
                 "has a record of unfinished work beside it", path=store.name, hint="`vhdkit check` says what it is"
             )
-    images = [(image_id(store), store.name) for store in stores]
+    images = [(formats.linkage_id(store) or NULL_ID, store.name) for store in stores]
     for store, family in zip(stores, standing_on(images, options, folders=folders), strict=True):
         outside = [child for child in family if child.problem is not None or _identity(child.path) not in own]
         if outside:
@@ -163,21 +162,24 @@ def _identity(path: str) -> tuple[int, int]:
         return store.identity
 
 
+def _facts_of(store: Store) -> ImageFacts:
+    return formats.probed(store).facts(store)
+
+
 def _unwritten(stores: Sequence[FileStore]) -> list[tuple[int, bytes]]:
     """(index, id of its parent) of the children whose parent was not written after they were made."""
     found = []
     for index, (child, parent) in enumerate(itertools.pairwise(stores)):
-        header = read_metadata(child).header
-        assert header is not None
-        if not was_written_since(child, parent, header.parent_unique_id):
-            found.append((index, header.parent_unique_id))
+        parent_id = recorded_parent_id(_facts_of(child))
+        if not was_written_since(child, parent, parent_id):
+            found.append((index, parent_id))
     return found
 
 
 def _is_found_by_name(moves: Sequence[Move], stores: Sequence[FileStore]) -> bool:
     """True when every child finds its parent by its bare name alone, whatever else its locators say."""
     for store, parent in zip(stores, moves[1:], strict=False):
-        names = {name.casefold() for name in bare_names(read_metadata(store))}
+        names = {name.casefold() for name in bare_names(_facts_of(store))}
         if os.path.basename(parent.new_path).casefold() not in names:
             return False
     return True
@@ -213,8 +215,8 @@ def _check_new(moves: Sequence[Move], stores: Sequence[FileStore], options: Open
     layers = open_layers(moves[0].new_path, options=wanted)
     try:
         files = [pending.file_of(layer.store) for layer in layers]
-        found = [(image_id(file), file.identity if same_files else None) for file in files if file is not None]
-        if found != [(image_id(store), store.identity if same_files else None) for store in stores]:
+        found = [(pending.id_of(file), file.identity if same_files else None) for file in files if file is not None]
+        if found != [(pending.id_of(store), store.identity if same_files else None) for store in stores]:
             raise errors.IoFailed("does not lead to the layers that were to move with it", path=moves[0].new_path)
     finally:
         for layer in layers:
@@ -245,10 +247,10 @@ def _rewrite_names(moves: Sequence[Move], stores: Sequence[FileStore], children:
 
 
 def _relink(store: Store, path: str, parent_path: str) -> None:
-    image = open_dynamic(store, writable=True)
-    assert image.metadata.header is not None
-    header = image.metadata.header
-    relink(image, link_to(path, parent_path, header.parent_unique_id, header.parent_timestamp))
+    facts = _facts_of(store)
+    parent = parent_of(facts)
+    names = names_of(path, parent_path, parent.linkage_id, parent.timestamp)
+    formats.named(facts.format_name).relink(store, names)
 
 
 def _copy(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions, progress: Progress | None) -> None:

@@ -2,7 +2,7 @@
 """Repairing an image in place, and undoing a repair.
 
 Decides that a repair is one change: planned on a draft, examined, backed up if the user wants that, then written into
-the file whole or not at all. What a damaged file needs is decided in `formats.vhd.repair`; only the parent's
+the file whole or not at all. What a damaged file needs is decided by its format; only the parent's
 names are repaired here, because a parent is found by the rules of `parents`.
 
     draft -> examined -> backup and report durable -> pending.change (undo log beside the image) -> examined again
@@ -18,13 +18,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.resolve import (
-    NULL_ID,
     OpenOptions,
     allowed_folders,
     find_by_id,
@@ -34,21 +33,15 @@ from vhdkit.chain.names.resolve import (
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.compact import zero_ranges
-from vhdkit.chain.verbs.create import link_to
+from vhdkit.chain.verbs.create import names_of
 from vhdkit.errors import printable
 from vhdkit.finding import Finding
 from vhdkit.folder import NewFile, exists, real_path
+from vhdkit.formats import remember
 from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.probe import FormatName, identify
+from vhdkit.formats.format import Consent, Fix, Format
+from vhdkit.formats.probe import format_of
 from vhdkit.formats.undo import Change, UndoLog, encode, plan_change, read_log
-from vhdkit.formats.vhd import recall
-from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.dynamic import open_dynamic
-from vhdkit.formats.vhd.front import behind_first_block, settle_front
-from vhdkit.formats.vhd.metadata import image_id, read_metadata
-from vhdkit.formats.vhd.relink import relink
-from vhdkit.formats.vhd.repair import Consent, Fix, repair_vhd
 from vhdkit.store import FileStore, Store
 
 
@@ -100,18 +93,18 @@ def repair(
             )
         if not dry_run:
             pending.settle(store)
-            recall.acknowledge(store)
+            remember.acknowledge(store)
         view = pending.view(store)
-        _refuse_other_formats(view, options)
+        image_format = _format_to_repair(view, options)
         draft = DraftStore(view)
-        fixes = repair_vhd(draft, Consent(accept_data_loss, writer_is_dead))
-        fixes += _repoint(draft, store, options)
-        fixes += _bring_to_front(draft)
-        left = check_vhd(draft, progress=progress)
+        fixes = image_format.repair(draft, Consent(accept_data_loss, writer_is_dead))
+        fixes += _repoint(image_format, draft, store, options)
+        fixes += image_format.settle(draft)
+        left = image_format.check(draft, progress=progress)
         writes = draft.diff()
         undo_path = report_path = None
         if writes or draft.size() != view.size():
-            log = plan_change(view, image_id(draft), writes, draft.size())
+            log = plan_change(view, pending.id_of(draft), writes, draft.size())
             if not dry_run:
                 undo_path = _write_backup(undo, log, store)
                 report_path = _write_report(report, image_path, fixes, store)
@@ -150,69 +143,62 @@ def restore(path: AnyPath, undo: AnyPath) -> int:
     return _size_of(writes)
 
 
-def _refuse_other_formats(store: Store, options: OpenOptions) -> None:
-    """Raise for what is not a VHD; one without any good footer is taken for one by its name or the user's word."""
+def _format_to_repair(store: Store, options: OpenOptions) -> Format:
+    """The format of the image; one that lost all its structures has it by its name or the user's word.
+
+    Raises InvalidArgument for a raw disk, UnsupportedFormat.
+    """
     try:
-        name = options.format_name or identify(store)
+        found = format_of(store, options.format_name)
     except errors.CorruptImage:
-        return
-    if name is FormatName.RAW:
+        called = formats.by_suffix(store.name)
+        if called is None:
+            raise
+        return called
+    if found.is_plain:
         raise errors.InvalidArgument(
             "is a raw disk: it has no structures to repair",
             path=store.name,
             hint="if it is a VHD that lost its footers, say --format vhd",
         )
+    return found
 
 
 def _size_of(writes: Sequence[tuple[int, bytes]]) -> int:
     return sum(len(raw) for _, raw in writes)
 
 
-def _repoint(draft: DraftStore, store: FileStore, options: OpenOptions) -> list[Fix]:
+def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options: OpenOptions) -> list[Fix]:
     """Names of the parent that cannot be read or do not lead to it: written anew when it is found, or its id is."""
     try:
-        metadata = read_metadata(draft)
-        if metadata.header is None or not metadata.is_differencing:
+        facts = image_format.facts(draft)
+        if facts.parent is None:
             return []
         folders, parents = allowed_folders(store.name, options.parent_dirs), []
         try:
-            with find_parent(metadata, folders, options) as found:
+            with find_parent(facts, folders, options) as found:
                 parent = found.name
         except errors.ParentError:
-            if metadata.header.parent_unique_id == NULL_ID:
+            if facts.parent.raw_allowed:
                 return []
-            parents = find_by_id(metadata.header.parent_unique_id, folders, apart_from=store.identity)
+            parents = find_by_id(facts.parent.linkage_id, folders, apart_from=store.identity)
             if len(parents) > 1:
                 names = ", ".join(printable(one) for one in parents[:4])
                 return [Fix("parent-names", f"several files are its parent by their id: {names}", "vhdkit rebase")]
             if not parents:
                 return []
             parent = parents[0]
-        if leads_to(metadata, parent, folders) and all(one.fault is None for one in metadata.locators):
+        if leads_to(facts, parent, folders) and facts.parent.is_whole:
             return []
-        recorded = metadata.header.parent_unique_id
-        link = link_to(real_path(store.name), parent, recorded, metadata.header.parent_timestamp)
+        recorded = facts.parent.linkage_id
+        ref = names_of(real_path(store.name), parent, recorded, facts.parent.timestamp)
         if store.writable:
             mark_child(store.name, draft, parent, recorded)
-        relink(open_dynamic(draft, writable=True), link)
+        image_format.relink(draft, ref)
     except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
         return []
     how = ", found by its id" if parents else ""
     return [Fix("parent-names", f"the names of the parent lead to {printable(parent)} now{how}")]
-
-
-def _bring_to_front(draft: DraftStore) -> list[Fix]:
-    """Header and names of the parent that lie behind blocks."""
-    try:
-        metadata = read_metadata(draft)
-        if metadata.header is None:
-            return []
-        bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
-        if not behind_first_block(metadata, bat) or not settle_front(open_dynamic(draft, writable=True)):
-            return []
-    except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
-        return []
-    return [Fix("behind-blocks", "header and names of the parent lay behind the first block: they lie before it now")]
 
 
 def _write_backup(undo: AnyPath | None, log: UndoLog, store: FileStore) -> str | None:

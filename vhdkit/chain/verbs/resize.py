@@ -5,7 +5,7 @@ Decides what may be resized and what prevents it. A disk becomes smaller only if
 and even then nothing of value is cut off (`INV-SHRINK-KEEPS`): a disk does not become smaller than a partition or a
 file system on it, nor than its last byte other than zero, as seen through the whole chain; nothing overrides that.
 What becomes visible when a disk grows is zeros. How a format changes its size is decided by the format
-(`formats.vhd.resize`), how far a file system reaches in `formats.filesystems`.
+(`Resizable`), how far a file system reaches in `formats.filesystems`.
 
 An image on which others stand keeps its size: otherwise they would show other bytes after its end. A child does not
 become smaller than its parent; XenServer's tools refuse such a chain.
@@ -16,23 +16,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vhdkit import formats
 from vhdkit.arguments import AnyPath, NewSize, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.resolve import OpenOptions, open_layers
 from vhdkit.chain.records import pending
-from vhdkit.chain.verbs.live import reopened, seal
 from vhdkit.chain.verbs.merge_recovery import open_settled
 from vhdkit.chain.verbs.report import Report
 from vhdkit.chain.verbs.zeros import data_of_disk, first_data_in_store
 from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
 from vhdkit.formats.filesystems import end_of, identify, shrink_hint
+from vhdkit.formats.format import Resizable
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
-from vhdkit.formats.raw import check_raw_size
-from vhdkit.formats.vhd.create import check_size
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.move import block_space
-from vhdkit.formats.vhd.resize import fixed_writes, grow_dynamic, plan_grow, plan_shrink, shrink_dynamic
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
 from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
@@ -100,14 +95,14 @@ def resize_open(chain: Chain, size_bytes: int, *, shrink: bool = False) -> tuple
     """
     if not chain.writable:
         raise ReadOnly("was opened for reading only", path=chain.leaf.store.name)
-    seal(chain.leaf)
+    chain.leaf.seal()
     outcome: ResizeResult | VhdkitError
     try:
-        layers = [reopened(chain.leaf, writable=True), *chain.layers[1:]]
+        layers = [formats.reopened(chain.leaf, writable=True), *chain.layers[1:]]
         outcome = _Job(layers, size_bytes, Report(None), shrink=shrink).run(False)
     except VhdkitError as error:
         outcome = error
-    return Chain([reopened(chain.leaf, writable=True), *chain.layers[1:]]), outcome
+    return Chain([formats.reopened(chain.leaf, writable=True), *chain.layers[1:]]), outcome
 
 
 class _Job:
@@ -115,6 +110,7 @@ class _Job:
 
     def __init__(self, layers: list[Layer], size_bytes: int, report: Report, *, shrink: bool) -> None:
         self.image = layers[0]
+        self.resizable = _resizable_of(self.image)
         self.chain = Chain(layers)
         self.parents = Chain(layers[1:]) if len(layers) > 1 else None
         self.size_bytes = size_bytes
@@ -145,10 +141,7 @@ class _Job:
         store = pending.file_of(self.image.store)
         if store is not None and store.is_device:
             raise InvalidArgument("is a device: its size is given", path=self.path)
-        if isinstance(self.image, DynamicImage | FixedImage):
-            check_size(self.size_bytes, fixed=isinstance(self.image, FixedImage))
-        else:
-            check_raw_size(self.size_bytes)
+        self.resizable.check_size(self.size_bytes)
         if self.parents is not None and self.size_bytes < self.parents.size_bytes:
             raise InvalidArgument(
                 f"a child of {self.size_bytes} bytes would be smaller than its parent of"
@@ -218,9 +211,9 @@ class _Job:
 
     def _check_gap(self) -> None:
         """Refuse what lies between the end of a fixed disk and its footer: it would appear, or be lost."""
-        if not isinstance(self.image, FixedImage):
+        start, end = self.resizable.spare_range()
+        if start == end:
             return
-        start, end = self.image.size_bytes, self.image.metadata.tail.offset_bytes
         found = first_data_in_store(self.image.store, start, end - start)
         if found is not None:
             raise InvalidArgument(
@@ -260,39 +253,35 @@ class _Job:
     def _change(self, dry_run: bool, table: PartitionTable | None) -> tuple[int, int]:
         """The new size; returns how many blocks moved and how many went."""
         image, size = self.image, self.size_bytes
-        if isinstance(image, DynamicImage):
-            return self._change_dynamic(image, dry_run)
+        plan = self.resizable.plan(size)
+        self.report.expect(plan.moved_bytes)
         if dry_run:
-            return 0, 0
+            return plan.moved_block_count, plan.dropped_block_count
+        if plan.writes is None:
+            self.resizable.run(plan, self.report.did)
+            return plan.moved_block_count, plan.dropped_block_count
         store = image.store
-        if isinstance(image, FixedImage):
-            assert isinstance(store, FileStore)
-            writes, file_size = fixed_writes(image.metadata, size)
-            # A smaller file loses the second GPT: it is given back with the rest if that does not finish.
-            taken = [(offset, len(data)) for offset, data in writes]
-            for offset, count in table.backup_ranges if table is not None and size < image.size_bytes else ():
-                pieces = _without(max(offset, size), offset + count, taken)
-                writes += [(start, bytes(stop - start)) for start, stop in pieces]
-            pending.change(store, writes, file_size)
-        else:
-            store.truncate(size)
-            store.sync()
-        return 0, 0
+        assert isinstance(store, FileStore)
+        writes = list(plan.writes)
+        # A smaller file loses the second GPT: it is given back with the rest if that does not finish.
+        taken = [(offset, len(data)) for offset, data in writes]
+        for offset, count in table.backup_ranges if table is not None and size < image.size_bytes else ():
+            pieces = _without(max(offset, size), offset + count, taken)
+            writes += [(start, bytes(stop - start)) for start, stop in pieces]
+        pending.change(store, writes, plan.file_size_bytes)
+        return plan.moved_block_count, plan.dropped_block_count
 
-    def _change_dynamic(self, image: DynamicImage, dry_run: bool) -> tuple[int, int]:
-        size, moved = self.size_bytes, self.report.did
-        if size > image.size_bytes:
-            plan = plan_grow(image, size)
-            count = len(plan.packing.blocks)
-            self.report.expect(count * block_space(image))
-            if not dry_run:
-                grow_dynamic(image, size, plan, moved)
-            return count, 0
-        dropped, count, _ = plan_shrink(image, size)
-        self.report.expect(count * block_space(image))
-        if not dry_run:
-            shrink_dynamic(image, size, moved)
-        return count, dropped
+
+def _resizable_of(image: Layer) -> Resizable:
+    """Raises InvalidArgument for an image whose format cannot do that."""
+    found = formats.of(image).resizable(image)
+    if found is None:
+        raise InvalidArgument(
+            f"is a {image.facts.title}, whose size cannot be changed",
+            path=image.store.name,
+            hint="a copy that `vhdkit convert` makes can be resized",
+        )
+    return found
 
 
 def _partition_name(one: Partition) -> str:

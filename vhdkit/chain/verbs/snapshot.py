@@ -22,24 +22,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.resolve import NULL_ID, OpenOptions, allowed_folders, open_layers, refuse_with_children
+from vhdkit.chain.names.resolve import OpenOptions, allowed_folders, open_layers, refuse_with_children
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Phase, intent_of
 from vhdkit.chain.verbs.create import child_size, require_names, write_child
 from vhdkit.chain.verbs.merge_recovery import settle_merge_into
 from vhdkit.folder import NewFile, commit_all, exists, real_path
 from vhdkit.folder_lock import folders_held
-from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.metadata import FooterState, image_id, read_metadata
+from vhdkit.formats.probe import format_of
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
 
-CHILD_SUFFIX = ".avhd"
 MAX_SET = 64  # children made at once: each holds its whole chain open, and a process has about a thousand descriptors
 _NUMBERED = re.compile(r"(.*)-(\d{1,9})")
 _MAX_NUMBER = 1_000_000
@@ -89,7 +85,7 @@ def snapshot_many(
 def _snapshot_set(leaves: list[str], wished: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
     """`snapshot_many`, with nobody else at it."""
     pairs = zip(leaves, wished, strict=True)
-    named = [(leaf, os.fsdecode(new) if new is not None else default_name(leaf)) for leaf, new in pairs]
+    named = [(leaf, os.fsdecode(new) if new is not None else _default_name(leaf, options)) for leaf, new in pairs]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options, dry_run=dry_run) as wanted:
         left_over = [one for one in wanted if _is_left_over(one)]
@@ -131,16 +127,26 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
-def default_name(leaf: str) -> str:
+def _default_name(leaf: str, options: OpenOptions) -> str:
+    with FileStore.open(leaf) as store:
+        return default_name(leaf, format_of(pending.view(store), options.format_name).child_suffix)
+
+
+def default_child(leaf: Layer) -> str:
+    """`default_name` for the next child of an open leaf."""
+    return default_name(leaf.store.name, formats.of(leaf).child_suffix)
+
+
+def default_name(leaf: str, suffix_of_children: str) -> str:
     """The next free name for a child beside `leaf`: disk.vhd, disk.avhd, disk-1.avhd, disk-2.avhd, ..."""
     folder, name = os.path.split(leaf)
     stem, suffix = os.path.splitext(name)
     number = 0
-    if suffix.lower() == CHILD_SUFFIX:
+    if suffix.lower() == suffix_of_children:
         numbered = _NUMBERED.fullmatch(stem)
         stem, number = (numbered[1], int(numbered[2]) + 1) if numbered else (stem, 1)
     for one in range(number, number + _MAX_NUMBER):
-        path = os.path.join(folder, f"{stem}-{one}{CHILD_SUFFIX}" if one else stem + CHILD_SUFFIX)
+        path = os.path.join(folder, f"{stem}-{one}{suffix_of_children}" if one else stem + suffix_of_children)
         if not exists(path):
             return path
     raise errors.AlreadyExists("every name for a child is taken", path=leaf, hint="say what to call it")
@@ -204,16 +210,8 @@ def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | N
 
 
 def _refuse_foreign_writer(leaf: Layer) -> None:
-    """Raise ImageInUse where a footer says that a program without our locks is at work."""
-    if isinstance(leaf, DynamicImage | FixedImage):
-        for place in (leaf.metadata.tail, leaf.metadata.copy):
-            if place is not None and place.state in (FooterState.KILLED, FooterState.POISONED):
-                raise errors.ImageInUse(
-                    str(place.state),
-                    path=leaf.store.name,
-                    structure=place.structure,
-                    hint="close it there; if that program is dead, see `vhdkit check --repair --help`",
-                )
+    """Raise ImageInUse where the image says that a program without our locks is at work."""
+    formats.of(leaf).refuse_foreign_writer(leaf)
 
 
 def _is_left_over(one: _Wanted) -> bool:
@@ -223,13 +221,11 @@ def _is_left_over(one: _Wanted) -> bool:
         return False
     try:
         with FileStore.open(one.path, follow_links=False) as store:
-            metadata = read_metadata(store)
-            if metadata.header is None or not metadata.is_differencing or metadata.size_bytes != parent.size_bytes:
+            child = formats.for_children_of(parent).open(store)
+            recorded = child.facts.parent
+            if recorded is None or child.size_bytes != parent.size_bytes:
                 return False
-            parent_id = image_id(parent.store)
-            if parent_id == NULL_ID or metadata.header.parent_unique_id != parent_id:
-                return False
-            return not Bat.load(store, metadata.header.table_offset, metadata.block_count).allocated().any()
+            return parent.unique_id in recorded.linkage_ids and not child.allocated_blocks().any()
     except errors.VhdkitError:
         return False
 

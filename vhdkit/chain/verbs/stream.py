@@ -10,17 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.verbs.convert import convert_chain, converted_size, data_ranges
 from vhdkit.chain.verbs.create import DiskFormat, replacing
 from vhdkit.folder import NewFile, scratch_store
-from vhdkit.formats.probe import FormatName, identify
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
+from vhdkit.formats.probe import FormatName, format_of, identify
 from vhdkit.formats.raw import open_raw
-from vhdkit.formats.vhd import create, layout
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE
-from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
@@ -42,8 +40,11 @@ def export_stream(
 
     Raises InvalidArgument for a format that cannot be streamed, IoFailed, and what `write` raises.
     """
-    if disk_format is DiskFormat.DYNAMIC:
-        raise errors.InvalidArgument("a dynamic VHD cannot be written to a pipe", hint="say --to raw or --to fixed")
+    made = formats.making(disk_format)
+    if made.stream_end(disk_format, chain.size_bytes) is None:
+        raise errors.InvalidArgument(
+            f"a {disk_format} {made.title} cannot be written to a pipe", hint="say --to raw or --to fixed"
+        )
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     buffer, zeros = memoryview(bytearray(_PIECE_BYTES)), memoryview(_ZEROS)
     for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
@@ -59,8 +60,9 @@ def export_stream(
                 progress(sectors_to_bytes(position) + piece_bytes, chain.size_bytes)
     for position in range(chain.size_bytes, size, _PIECE_BYTES):
         write(zeros[: min(_PIECE_BYTES, size - position)])
-    if disk_format is DiskFormat.FIXED:
-        write(memoryview(layout.build_footer(create.new_footer(layout.DISK_TYPE_FIXED, size))))
+    end = made.stream_end(disk_format, size)
+    if end:
+        write(memoryview(end))
     return size
 
 
@@ -83,8 +85,9 @@ def import_stream(
     wait in a nameless file beside the destination. Raises InvalidArgument, AlreadyExists, NoSpace, IoFailed.
     """
     path = os.fsdecode(destination)
-    create.check_block_size(block_size_bytes)
-    if disk_format is DiskFormat.DYNAMIC:
+    made = formats.making(disk_format)
+    made.check_block_size(block_size_bytes)
+    if made.stream_end(disk_format, SECTOR_SIZE) is None:
         NewFile(path, replace=replace).discard()  # a destination that cannot be is refused before the stream is read
         with scratch_store(os.path.dirname(path)) as spool:
             receive(read, spool, source_format, progress)
@@ -100,9 +103,9 @@ def import_stream(
     with replacing(path, replace=replace) as old, NewFile(path, replace=replace, old=old) as new:
         size = converted_size(receive(read, new.store, source_format, progress), disk_format, azure=azure)
         new.store.truncate(size)
-        if disk_format is DiskFormat.FIXED:
-            footer = create.new_footer(layout.DISK_TYPE_FIXED, size)
-            new.store.pwrite(size, layout.build_footer(footer))
+        end = made.stream_end(disk_format, size)
+        if end:
+            new.store.pwrite(size, end)
         new.commit(sync=sync)
     return size
 
@@ -162,14 +165,15 @@ def _disk_size(store: FileStore, size_bytes: int, source_format: FormatName | No
     Judged as a file would be. Raises InvalidArgument for a VHD that is not fixed, CorruptImage, UnsupportedFormat.
     """
     try:
-        if (source_format or identify(store, by_name=False)) is FormatName.RAW:
+        found = identify(store, by_name=False) if source_format is None else format_of(store, source_format)
+        if found.is_plain:
             return size_bytes
-        metadata = read_metadata(store)
+        facts = found.facts(store)
     except errors.VhdkitError as error:
         error.path = _STREAM  # the store has the name of what is made of it
         raise
-    if metadata.header is not None:
+    if facts.block_size_bytes:
         raise errors.InvalidArgument(
-            "a dynamic or differencing VHD cannot be read from a pipe", path=_STREAM, hint="name its file"
+            f"a dynamic or differencing {found.title} cannot be read from a pipe", path=_STREAM, hint="name its file"
         )
-    return metadata.size_bytes
+    return facts.size_bytes

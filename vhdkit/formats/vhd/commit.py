@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator
 
 from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.remember import FLUSH, WRITER, Notes
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
-from vhdkit.formats.vhd.remember import FLUSH, WRITER, Notes
 from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
 

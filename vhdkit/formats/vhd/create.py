@@ -18,13 +18,13 @@ import uuid
 from dataclasses import dataclass, replace
 
 from vhdkit import errors
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.vhd import geometry, layout, locator
 from vhdkit.formats.vhd.layout import DynamicHeader, Footer, LocatorEntry
 from vhdkit.formats.vhd.metadata import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from vhdkit.store import Store
 from vhdkit.units import GIB, MIB, PAGE_SIZE, SECTOR_SIZE, format_size, is_power_of_two, round_up
 
-DEFAULT_BLOCK_SIZE = 2 * MIB
 CREATOR_APPLICATION = b"win "
 CREATOR_VERSION = 0x000A0000
 CREATOR_HOST_OS = b"Wi2k"

@@ -6,8 +6,7 @@ Decides how a field is shown. For people and tools that examine damaged files: n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from vhdkit.formats.format import FieldValue, StructureDump
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.locator import Locator, read_locators
 from vhdkit.formats.vhd.metadata import batmap_header_offset, read_footers
@@ -15,26 +14,6 @@ from vhdkit.store import ReadStore
 
 _SHOWN_BYTES = 64
 _HEADER_FOLLOWS_BYTES = layout.FOOTER_SIZE
-
-
-@dataclass(frozen=True, slots=True)
-class FieldValue:
-    """One field: where it lies in the file, and its value as text."""
-
-    name: str
-    offset_bytes: int
-    size_bytes: int
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class StructureDump:
-    """One structure as it stands in the file; `state` says what it is worth."""
-
-    structure: str
-    offset_bytes: int
-    state: str
-    fields: tuple[FieldValue, ...]
 
 
 def dump_vhd(store: ReadStore) -> list[StructureDump]:

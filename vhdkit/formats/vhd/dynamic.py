@@ -19,15 +19,17 @@ from numpy.typing import NDArray
 from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding, finding_of
-from vhdkit.formats.vhd import bitmap, recall, remember
+from vhdkit.formats import remember
+from vhdkit.formats.vhd import bitmap, recall
 from vhdkit.formats.vhd.bat import Bat, BatInFile, FewFlags
 from vhdkit.formats.vhd.commit import Commit
+from vhdkit.formats.vhd.facts import FORMAT_NAME, facts_of
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.places import block_data_end, end_of_structures, nominal_end
 from vhdkit.formats.vhd.room import end_of_room
-from vhdkit.image import Extent, ExtentKind, Piece, copy_piece, merged_extents
+from vhdkit.image import Extent, ExtentKind, ImageFacts, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
@@ -36,6 +38,9 @@ NO_END = 1 << 62  # a store offset no file reaches
 
 class DynamicImage:
     """See `image.Layer`."""
+
+    format_name = FORMAT_NAME
+    sector_bytes = SECTOR_SIZE
 
     def __init__(
         self,
@@ -61,8 +66,8 @@ class DynamicImage:
         self.data_end_bytes = NO_END if writable else block_data_end(metadata)
         self.findings: list[Finding] = list(metadata.findings)
         self.ignore_bitmaps = ignore_bitmaps and not self.is_differencing
-        self.overlap: CorruptImage | None = None  # why it cannot be written to: its blocks lie over each other
-        self.keeps_places = False  # True: somebody reads the file by where its blocks are now, so none of them moves
+        self.damage: CorruptImage | None = None  # why it cannot be written to: its blocks lie over each other
+        self._keeps_places = False  # True: an open chain reads the file by where its blocks are now: none moves
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
         self._full: bytearray | FewFlags = bytearray(len(bat))  # 1: the block is known to be wholly owned
@@ -84,12 +89,17 @@ class DynamicImage:
         )
 
     @property
+    def facts(self) -> ImageFacts:
+        """See `Layer.facts`."""
+        return facts_of(self.metadata)
+
+    @property
     def table_bytes(self) -> int:
-        """What the tables of an image that is only read take in memory; 0 where they were left in the file."""
+        """See `Layer.table_bytes`."""
         return 0 if self.writable or isinstance(self.bat, BatInFile) else len(self.bat) * (BAT_ENTRY_SIZE + 1)
 
     def leave_table(self) -> None:
-        """Read the BAT from the file, entry by entry, from now on."""
+        """See `Layer.leave_table`."""
         assert not self.writable and self.metadata.header is not None
         self.bat = BatInFile(self.store, self.metadata.header.table_offset, len(self.bat))
         self._commit.use_table(self.bat)
@@ -279,8 +289,12 @@ class DynamicImage:
         return grew
 
     def refuse_writing(self) -> None:
-        """From now on: the file has changed behind the back of this open image. What was flushed is in it."""
+        """See `Layer.refuse_writing`. What was flushed is in the file."""
         self._commit.guard.refuse()
+
+    def pin_blocks(self) -> None:
+        """See `Layer.pin_blocks`."""
+        self._keeps_places = True
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`. A block that ends wholly owned moves to a 4 KiB boundary. Raises as `write` does."""
@@ -295,7 +309,7 @@ class DynamicImage:
         self._commit.change_begins()
         try:
             owned, grew = self._owned_with(block, pieces)
-            moves = self._owns_all(block, owned) and (start + self._bitmap_size) % PAGE_SIZE and not self.keeps_places
+            moves = self._owns_all(block, owned) and (start + self._bitmap_size) % PAGE_SIZE and not self._keeps_places
             if start >= 0 and not moves:
                 self._take_in_place(block, pieces, owned, grew)
             else:
@@ -390,6 +404,11 @@ class DynamicImage:
         if self.writable:
             self._commit.flush()
 
+    def seal(self) -> None:
+        """See `Layer.seal`: the second flush is for the footer of the first."""
+        self.flush()
+        self.flush()
+
     def close(self) -> None:
         """See `Layer.close`."""
         try:
@@ -428,7 +447,7 @@ def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool =
         metadata = read_metadata(store)
     image = DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
     if overlap is not None:
-        image.overlap = overlap
+        image.damage = overlap
         image.findings.append(finding_of(overlap, store.name))
     return image
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vhdkit.formats.linear import LinearImage
+from vhdkit.formats.vhd.facts import facts_of
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.store import Store
 
@@ -12,7 +13,7 @@ class FixedImage(LinearImage):
     """A linear image with a footer behind its data, which writing never touches."""
 
     def __init__(self, store: Store, metadata: Metadata, *, writable: bool) -> None:
-        super().__init__(store, metadata.size_bytes, writable=writable, unique_id=metadata.footer.unique_id)
+        super().__init__(store, facts_of(metadata), writable=writable)
         self.metadata = metadata
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vhdkit.formats.vhd.layout import DISK_TYPE_FIXED, Footer
-from vhdkit.units import GIB, MIB, SECTOR_SIZE, TIB, round_down, round_up, sectors_to_bytes
+from vhdkit.units import GIB, SECTOR_SIZE, TIB, round_down, sectors_to_bytes
 
 MAX_CYLINDERS = 65535
 MAX_CHS_SECTORS = MAX_CYLINDERS * 16 * 255
 MAX_CREATE_BYTES = 2040 * GIB  # Windows refuses larger VHDs
 MAX_DYNAMIC_BYTES = 2 * TIB  # a BAT entry is a 32-bit sector number, so a file cannot hold more
 MAX_FIXED_BYTES = 64 * TIB  # no producer writes more; keeps every byte offset far inside 63 bits
-AZURE_UNIT_BYTES = MIB
 
 # Virtual PC and old QEMU show the guest the CHS product; everyone else the current size.
 _CREATORS_MEANING_CHS = (b"vpc ", b"qemu")
@@ -84,8 +83,3 @@ def virtual_size(footer: Footer, file_data_bytes: int) -> int:
         if footer.disk_type != DISK_TYPE_FIXED or size_bytes <= file_data_bytes:
             return size_bytes
     return round_down(footer.current_size, SECTOR_SIZE)
-
-
-def azure_size(size_bytes: int) -> int:
-    """The size Azure accepts: a whole number of MiB, never less than asked."""
-    return max(round_up(size_bytes, AZURE_UNIT_BYTES), AZURE_UNIT_BYTES)

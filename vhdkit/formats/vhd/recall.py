@@ -24,12 +24,11 @@ import zlib
 from typing import NamedTuple
 
 from vhdkit import errors
-from vhdkit.finding import Finding, Severity
 from vhdkit.folder import is_regular, read_whole, remove_file, rename_aside
-from vhdkit.formats.vhd import remember
+from vhdkit.formats import remember
+from vhdkit.formats.remember import HEADER, LABELLED, MAGIC, NOTE, SLACK_NS, WITNESS_WORDS, WITNESSED
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
-from vhdkit.formats.vhd.remember import HEADER, LABELLED, MAGIC, NOTE, SLACK_NS, WITNESS_WORDS, WITNESSED
 from vhdkit.store import FileStore, Store
 from vhdkit.units import KIB, PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes
 
@@ -55,14 +54,6 @@ class _File(NamedTuple):
     flags: int
     token: bytes
     notes: list[_Note]
-
-
-def has_notes(store: Store, unique_id: bytes) -> bool:
-    """True when there may be notes of this image in this process's folder."""
-    folder = remember.folder_in_use()
-    if folder is None or not isinstance(store, FileStore):
-        return False
-    return any(is_regular(path) for path in remember.note_paths(store, unique_id, folder))
 
 
 def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, block_size: int) -> dict[int, bytes]:
@@ -144,31 +135,6 @@ def written(store: Store, unique_id: bytes | None) -> None:
     folder = remember.folder_in_use()
     assert folder is not None and unique_id is not None and isinstance(store, FileStore)
     remember.forget(store, unique_id, folder)
-
-
-def acknowledge(store: FileStore) -> None:
-    """Somebody has seen to it that notes of this image were set aside."""
-    store.set_label(remember.KEPT_LABEL, None)
-
-
-def findings(store: FileStore) -> tuple[Finding, ...]:
-    """What there is to say about notes of this image, by its labels alone: nobody knows in whose folder they are."""
-    found = []
-    label, kept = store.label(remember.LABEL), store.label(remember.KEPT_LABEL)
-    if label is not None and remember.is_of_this_boot(label) and not store.in_use():
-        message = (
-            f"{remember.told(label)}: serve it again with --remember and that folder, the same way as before, and they"
-            " are written into it; once anything else writes to it, `check --repair` too, they are lost"
-        )
-        found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
-    if kept is not None:
-        place = errors.printable(remember.place_in(kept))
-        message = (
-            "changes that a killed server had noted were left out, since the image was no longer in the state they"
-            f" were noted for; the notes were kept as {place} (`vhdkit check --repair` forgets this)"
-        )
-        found.append(Finding(Severity.WARNING, "notes-left-out", message, store.name))
-    return tuple(found)
 
 
 def _another_state(store: FileStore, unique_id: bytes, folder: str, last: _File, label: bytes | None) -> str | None:

@@ -16,13 +16,14 @@ draft gets there, whole or not at all, is decided in `chain.verbs.repair`, and s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.vhd import batmap, bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR, Bat
 from vhdkit.formats.vhd.check import (
@@ -51,29 +52,6 @@ DEAD = "--writer-is-dead"
 CONVERT = "vhdkit convert"  # it reads the image as it is, and writes one where nothing overlaps
 COMPACT = "vhdkit compact"  # it moves blocks into such space
 BY_HAND = "a copy by hand"
-
-
-@dataclass(frozen=True, slots=True)
-class Consent:
-    """What the user allows: to drop data, and to take off the mark of a program that is surely not running."""
-
-    data_loss: bool = False
-    writer_is_dead: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Fix:
-    """One thing that is put right, or would be: `needs` is the consent that is missing, None when it was done.
-
-    `lost` are the ranges of the disk, (offset, size) in bytes, whose content is dropped; `doubtful` those that show
-    something which may belong elsewhere.
-    """
-
-    code: str
-    message: str
-    needs: str | None = None
-    lost: tuple[tuple[int, int], ...] = ()
-    doubtful: tuple[tuple[int, int], ...] = ()
 
 
 def repair_vhd(draft: DraftStore, consent: Consent) -> list[Fix]:

@@ -26,7 +26,7 @@ from vhdkit.serve.control.merging import MergeWish, ServedMerge
 from vhdkit.serve.control.server import BadParams, Method, Params
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.server import NbdServer
-from vhdkit.serve.opening import ImageExport, Wanted, kind_of, open_exports, wanted_of_document
+from vhdkit.serve.opening import ImageExport, Wanted, open_exports, wanted_of_document
 
 
 class Operations:
@@ -401,7 +401,7 @@ def _export_document(export: ImageExport) -> dict[str, Any]:
     """An export as `status` tells it. Layers are listed leaf first."""
     disk = export.disk
     layers = [
-        {"path": layer.store.name, "kind": kind_of(layer), "unique_id": unique_id, "writable": layer.writable}
+        {"path": layer.store.name, "kind": layer.facts.title, "unique_id": unique_id, "writable": layer.writable}
         for layer, unique_id in zip(disk.chain.layers, disk.layer_ids, strict=True)
     ]
     return {

@@ -32,7 +32,7 @@ from vhdkit.formats.filesystems import FileSystem, identify
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
 from vhdkit.image import Layer
 from vhdkit.serve.mount.view import Handle, LayerDisks, LayerSource, LiveSource, View
-from vhdkit.serve.opening import ImageExport, kind_of
+from vhdkit.serve.opening import ImageExport
 from vhdkit.units import PAGE_SIZE, round_up
 
 DISK_NAME, PARTITIONS, LAYERS, INFO_NAME = "disk.raw", "partitions", "layers", "info.json"
@@ -354,7 +354,7 @@ def describe(model: Model, layers: list[tuple[str, Layer, View]]) -> dict[str, A
                 "index": number,
                 "file": f"{LAYERS}/{name}",
                 "image": os.path.abspath(layer.store.name),
-                "kind": kind_of(layer),
+                "kind": layer.facts.title,
                 "size_bytes": layer.size_bytes,
                 "id": model.disk.layer_ids[number + model.skipped],
             }

@@ -19,7 +19,8 @@ from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern
 from tests.support import daily_or_nightly
 from tests.xenserver import faults_in
 from vhdkit import errors
-from vhdkit.chain.verbs.compact import plan_compact, run_compact
+from vhdkit.chain.verbs.compact import compactable_of, plan_compact, run_compact
+from vhdkit.formats.format import CompactPlan
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata
@@ -33,9 +34,15 @@ def compacted(layers: list[Layer]) -> tuple[int, int]:
     """Compact the first of the layers; the blocks that went and that moved."""
     image = layers[0]
     assert isinstance(image, DynamicImage)
-    dropped, packing = plan_compact(layers)
-    run_compact(image, dropped, packing)
-    return len(dropped), len(packing.blocks)
+    compactable = compactable_of(image)
+    plan = plan_compact(layers, compactable)
+    run_compact(compactable, plan)
+    return len(plan.dropped), plan.moved_block_count
+
+
+def planned(layers: list[Layer]) -> CompactPlan:
+    """What compacting the first of the layers would do."""
+    return plan_compact(layers, compactable_of(layers[0]))
 
 
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
@@ -115,7 +122,7 @@ def test_zeros_that_hide_data_stay() -> None:
     blocks = {0: Block(), 1: Block(), 2: Block(bits=over_hole), 3: Block(bits=bits_of({0}, BLOCK))}
     store = child(size=4 * BLOCK, block_size=BLOCK, blocks=blocks).build().store()
     scene = Crowd(store, parents, content_of(store, parents))
-    dropped, _ = plan_compact(scene.layers)
+    dropped = planned(scene.layers).dropped
     assert dropped.tolist() == [1, 2, 3]
     compacted(scene.layers)
     assert content_of(store, parents) == scene.content
@@ -126,14 +133,14 @@ def test_data_under_clear_bits_stays_in_a_dynamic_disk() -> None:
     """Some readers show what lies under clear bits of a dynamic disk: such a block is not dropped."""
     store = Vhd(size=2 * BLOCK, block_size=BLOCK, blocks={0: Block(pattern(BLOCK)), 1: Block()}).build().store()
     clear_bits(store, 0, 1024)
-    dropped, _ = plan_compact([open_dynamic(store, writable=True)])
+    dropped = planned([open_dynamic(store, writable=True)]).dropped
     assert dropped.tolist() == [1]
 
 
 def test_what_lies_behind_the_end_of_the_disk_does_not_count() -> None:
     """Bytes of the last block behind the end of the disk hold no block back."""
     store = Vhd(size=BLOCK + 8 * KIB, block_size=BLOCK, blocks={1: Block(b"x", at=16 * KIB)}).build().store()
-    dropped, _ = plan_compact([open_dynamic(store, writable=True)])
+    dropped = planned([open_dynamic(store, writable=True)]).dropped
     assert dropped.tolist() == [1]
 
 
@@ -183,7 +190,7 @@ def test_moved_blocks_gain_alignment() -> None:
 def test_batmap_bits_go_before_their_blocks() -> None:
     """A dropped block loses its batmap bit, the others keep theirs, and the map's checksum is right."""
     scene = crowd(3, batmap=True)
-    dropped, _ = plan_compact(scene.layers)
+    dropped = planned(scene.layers).dropped
     assert len(dropped)
     before = read_metadata(scene.store)
     assert before.batmap is not None
@@ -292,7 +299,7 @@ def test_progress_ends_where_it_says(tmp_path: Path) -> None:
 def test_an_empty_store_is_no_image() -> None:
     """Nothing is planned for what is not an image."""
     with pytest.raises(errors.VhdkitError):
-        plan_compact([open_dynamic(MemStore())])
+        planned([open_dynamic(MemStore())])
 
 
 def misplaced(store: MemStore) -> list[str]:
@@ -306,10 +313,10 @@ def test_names_behind_the_blocks_come_to_the_front(header: bool) -> None:
     scene = crowd(3, differencing=True)
     names_behind(scene.store, LINK, header=header)
     assert misplaced(scene.store)
-    planned = plan_compact(scene.over(scene.store.copy()))[1].end_bytes + 512
+    end = planned(scene.over(scene.store.copy())).file_end_bytes
     compacted(scene.layers)
     assert not misplaced(scene.store) and content_of(scene.store, scene.parents) == scene.content
-    assert scene.store.size() == planned
+    assert scene.store.size() == end
     after = scene.store.contents()
     assert compacted(scene.layers) == (0, 0) and scene.store.contents() == after
 

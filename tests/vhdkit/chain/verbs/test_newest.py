@@ -13,7 +13,7 @@ import pytest
 import vhdkit
 from tests.vhdkit.chain.verbs.test_live_merge import SIZE, make_chain, on_disk, write_some
 from tests.vhdkit.chain.verbs.test_merge_recovery import GONE, crafted, id_of
-from tests.vhdkit.formats.vhd.test_remember import killed
+from tests.vhdkit.formats.test_remember import killed
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.resolve import OpenOptions
@@ -23,7 +23,7 @@ from vhdkit.chain.verbs.live_merge import LiveMerge
 from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.folder import sidecar_path
-from vhdkit.formats.vhd import remember
+from vhdkit.formats import remember
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 

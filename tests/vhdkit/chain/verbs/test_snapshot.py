@@ -15,8 +15,8 @@ import vhdkit
 from tests.harness.killing import killings, recorded
 from tests.harness.vhd_builder import Vhd
 from vhdkit import OpenOptions, errors, folder
-from vhdkit.chain.verbs.create import write_empty
 from vhdkit.chain.verbs.snapshot import MAX_SET, default_name
+from vhdkit.formats.vhd.create import create_dynamic
 from vhdkit.store import FileStore
 from vhdkit.units import MIB
 
@@ -72,7 +72,7 @@ def test_default_names(tmp_path: Path, leaf: str, taken: list[str], expected: st
     """A child without a name is called as its leaf, as an .avhd, with the next free number; a dead link is taken."""
     for name in taken:
         (tmp_path / name).symlink_to("nowhere")
-    assert default_name(str(tmp_path / leaf)) == str(tmp_path / expected)
+    assert default_name(str(tmp_path / leaf), ".avhd") == str(tmp_path / expected)
 
 
 def test_snapshots_of_snapshots_are_a_chain(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_files_under_construction_are_held(tmp_path: Path) -> None:
         (part,) = tmp_path.glob(".vhdkit-*.part")
         with pytest.raises(errors.ImageInUse), FileStore.open(part) as store:
             store.lock(writer=True)
-        write_empty(new.store, MIB, vhdkit.DiskFormat.DYNAMIC)
+        create_dynamic(new.store, MIB)
         new.commit()
         vhdkit.open_disk(tmp_path / "new.vhd", writable=True).close()
 

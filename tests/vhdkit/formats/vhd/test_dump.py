@@ -6,7 +6,8 @@ from __future__ import annotations
 import struct
 
 from tests.harness.vhd_builder import FIXED, Vhd, child
-from vhdkit.formats.vhd.dump import StructureDump, dump_vhd
+from vhdkit.formats.format import StructureDump
+from vhdkit.formats.vhd.dump import dump_vhd
 
 
 def dumps(image: Vhd) -> dict[str, StructureDump]:

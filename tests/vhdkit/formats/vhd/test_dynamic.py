@@ -212,7 +212,7 @@ def test_the_last_block_may_lie_close_when_the_disk_cuts_it() -> None:
     for sectors, good in ((6, True), (5, False)):
         image.blocks[0].start = start + sectors * 512
         layer = _open(image)
-        assert (layer.overlap is None) == good
+        assert (layer.damage is None) == good
         if not good:
             continue
         assert _read(layer, 0, 1029) == pattern(SMALL, 3) + pattern(5 * 512)

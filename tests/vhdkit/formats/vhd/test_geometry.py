@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.harness.vhd_builder import FIXED, GIB, KIB, MIB, TIB, Vhd
+from tests.harness.vhd_builder import FIXED, GIB, MIB, TIB, Vhd
 from vhdkit.formats.vhd import geometry
 from vhdkit.formats.vhd.layout import Footer, parse_footer
 
@@ -107,11 +107,3 @@ def test_original_size_is_not_the_size() -> None:
 def test_current_size_is_cut_to_whole_sectors() -> None:
     """Half a sector at the end cannot be addressed."""
     assert geometry.virtual_size(_footer(b"win ", (0, 0, 0), 4 * MIB + 511), 0) == 4 * MIB
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "azure"), [(1, MIB), (512, MIB), (MIB, MIB), (MIB + 512, 2 * MIB), (GIB + KIB, GIB + MIB)]
-)
-def test_azure_sizes_are_whole_mebibytes(size_bytes: int, azure: int) -> None:
-    """Azure takes whole MiB only; a size is rounded up, never down."""
-    assert geometry.azure_size(size_bytes) == azure

@@ -15,6 +15,7 @@ from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern
 from tests.xenserver import faults_in, faults_of
 from vhdkit.finding import Severity
 from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import Consent
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import check_vhd
@@ -22,7 +23,7 @@ from vhdkit.formats.vhd.create import create_differencing, create_dynamic
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.last_block import bits_behind_end
 from vhdkit.formats.vhd.metadata import read_metadata
-from vhdkit.formats.vhd.repair import Consent, repair_vhd
+from vhdkit.formats.vhd.repair import repair_vhd
 from vhdkit.formats.vhd.resize import grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Piece
 from vhdkit.units import SECTOR_SIZE, whole_sectors

@@ -31,7 +31,7 @@ def padded(tail: bytes, name: str = "disk.vhd") -> MemStore:
 @pytest.mark.parametrize("name", ["disk.vhd", "disk.img"])
 def test_the_footer_is_found_before_zeros(size: int, name: str) -> None:
     """Up to 2 MiB from the end of the file, under any name, as the footer of a fixed VHD is without them."""
-    assert identify(padded(FOOTER + bytes(size), name)) is FormatName.VHD
+    assert identify(padded(FOOTER + bytes(size), name)).name == FormatName.VHD
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_footer_is_found_before_zeros(size: int, name: str) -> None:
 )
 def test_other_bytes_are_no_footer(tail: bytes) -> None:
     """What stands further away, before data, or does not fit its place, belongs to the disk."""
-    assert identify(padded(tail, "disk.img")) is FormatName.RAW
+    assert identify(padded(tail, "disk.img")).name == FormatName.RAW
     with pytest.raises(errors.CorruptImage):
         identify(padded(tail))
 

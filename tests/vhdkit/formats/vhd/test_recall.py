@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhdkit.formats.vhd.test_remember import content, found_in, image, killed, notes, opened
+from tests.vhdkit.formats.test_remember import content, found_in, image, killed, notes, opened
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.create import create_child
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.chain.verbs.repair import repair
 from vhdkit.disk import open_disk
 from vhdkit.errors import ImageInUse
-from vhdkit.formats.vhd import remember
+from vhdkit.formats import remember
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors

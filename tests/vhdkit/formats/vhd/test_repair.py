@@ -31,11 +31,12 @@ from tests.harness.vhd_builder import (
 from vhdkit import errors
 from vhdkit.finding import Severity
 from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.undo import UndoLog, apply_change, belongs, plan_change, roll_back
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.metadata import image_id
-from vhdkit.formats.vhd.repair import CONVERT, DEAD, LOSS, Consent, Fix, repair_vhd
+from vhdkit.formats.vhd.repair import CONVERT, DEAD, LOSS, repair_vhd
 from vhdkit.image import read_extents
 from vhdkit.units import whole_sectors
 
@@ -389,7 +390,7 @@ def test_hostile_tables_are_repaired_in_bounds() -> None:
         assert ("blocks-overlap", CONVERT) in [(fix.code, fix.needs) for fix in fixes]
         assert (
             set(faults(made)) <= {"blocks-overlap", "leaked-space", "block-cut"}
-            and open_dynamic(made).overlap is not None
+            and open_dynamic(made).damage is not None
         )
 
 

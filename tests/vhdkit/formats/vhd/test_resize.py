@@ -14,9 +14,10 @@ from tests.harness.vhd_builder import Block, Vhd, bits_of, child, pattern, put, 
 from tests.support import daily_or_nightly
 from tests.xenserver import faults_in
 from vhdkit import errors
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.vhd import geometry
 from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.create import DEFAULT_BLOCK_SIZE, create_differencing, create_dynamic
+from vhdkit.formats.vhd.create import create_differencing, create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.formats.vhd.move import plan_packing

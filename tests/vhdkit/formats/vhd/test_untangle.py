@@ -14,11 +14,12 @@ from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import KIB, MIB, PARENT_ID, Vhd, child, pattern, relative
 from vhdkit.finding import Severity
 from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.undo import apply_change, plan_change, roll_back
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.formats.vhd.metadata import image_id, read_metadata
-from vhdkit.formats.vhd.repair import Consent, Fix, repair_vhd
+from vhdkit.formats.vhd.repair import repair_vhd
 from vhdkit.image import ExtentKind, read_extents
 from vhdkit.units import SECTOR_SIZE, whole_sectors
 
@@ -128,7 +129,7 @@ def judge(scene: Scene) -> None:
     """Repair it; what is wrong afterwards was shared and is told, and the image is whole."""
     store, _ = scene.made()
     before = open_dynamic(store)
-    assert before.overlap is not None and not before.writable
+    assert before.damage is not None and not before.writable
     shown, owned_before = read(before), owners(before)
     made, fixes = repaired(store)
     (fix,) = [one for one in fixes if one.code == "blocks-overlap"]

@@ -13,9 +13,8 @@ import pytest
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.compact import compact
 from vhdkit.chain.verbs.create import create_child, create_image
-from vhdkit.chain.verbs.live import seal
 from vhdkit.disk import open_disk
-from vhdkit.formats.vhd import remember
+from vhdkit.formats import remember
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
@@ -220,7 +219,7 @@ def test_sealed_images_hold_nothing(notes: Path, image: Path) -> None:
     for block in range(3):
         one.write(block * 1024, memoryview(b"x" * SECTOR_SIZE))
         assert len(list(notes.iterdir())) == 3  # two that take turns, and their witness
-        seal(one)
+        one.seal()
         assert list(notes.iterdir()) == [] and os.listdir("/proc/self/fd") == before
     one.close()
 

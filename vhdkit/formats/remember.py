@@ -5,7 +5,7 @@ A dynamic image keeps bits and BAT entries in memory until the next flush (`comm
 confirmed, as with every disk. When only a *process* is killed, less may be lost, because its clients live on: they
 were told that their writes are done, and have no reason to write again. So a server may name a folder in memory
 (tmpfs), in which each change of a bitmap or a BAT entry is noted before the write is answered. The next server, in
-the same boot, first writes what was noted (`recall`), and then the notes are removed.
+the same boot, first writes what was noted (`formats.vhd.recall`), and then the notes are removed.
 
 Notes are valid for one state of one file: the one in which the dead process left it. Two things distinguish that state
 from every other one.
@@ -42,7 +42,8 @@ import zlib
 from collections.abc import Iterator
 
 from vhdkit import errors
-from vhdkit.folder import read_whole, remove_file, write_whole
+from vhdkit.finding import Finding, Severity
+from vhdkit.folder import is_regular, read_whole, remove_file, write_whole
 from vhdkit.shared_words import SharedWords
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
@@ -295,6 +296,39 @@ def told(value: bytes) -> str:
     """What a label means, in words."""
     place = errors.printable(place_in(value)) or "an unnamed folder"
     return f"a server that was killed noted changes which are not in it yet, in {place}"
+
+
+def has_notes(store: Store, unique_id: bytes) -> bool:
+    """True when there may be notes of this image in this process's folder."""
+    folder = folder_in_use()
+    if folder is None or not isinstance(store, FileStore):
+        return False
+    return any(is_regular(path) for path in note_paths(store, unique_id, folder))
+
+
+def acknowledge(store: FileStore) -> None:
+    """Somebody has seen to it that notes of this image were set aside."""
+    store.set_label(KEPT_LABEL, None)
+
+
+def findings(store: FileStore) -> tuple[Finding, ...]:
+    """What there is to say about notes of this image, by its labels alone: nobody knows in whose folder they are."""
+    found = []
+    label, kept = store.label(LABEL), store.label(KEPT_LABEL)
+    if label is not None and is_of_this_boot(label) and not store.in_use():
+        message = (
+            f"{told(label)}: serve it again with --remember and that folder, the same way as before, and they"
+            " are written into it; once anything else writes to it, `check --repair` too, they are lost"
+        )
+        found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
+    if kept is not None:
+        place = errors.printable(place_in(kept))
+        message = (
+            "changes that a killed server had noted were left out, since the image was no longer in the state they"
+            f" were noted for; the notes were kept as {place} (`vhdkit check --repair` forgets this)"
+        )
+        found.append(Finding(Severity.WARNING, "notes-left-out", message, store.name))
+    return tuple(found)
 
 
 def note_paths(store: FileStore, unique_id: bytes, folder: str) -> list[str]:

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Azure asks of an image: a fixed VHD of whole MiB. Decides sizes only, and must not know how one is written."""
+
+from __future__ import annotations
+
+from vhdkit.units import MIB, round_up
+
+AZURE_UNIT_BYTES = MIB
+
+
+def azure_size(size_bytes: int) -> int:
+    """The size Azure accepts: a whole number of MiB, never less than asked."""
+    return max(round_up(size_bytes, AZURE_UNIT_BYTES), AZURE_UNIT_BYTES)

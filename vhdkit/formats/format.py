@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole contract of a format: everything that a chain may ask for, so that no module above knows any format.
+
+A format is one object with the methods of `Format`, listed in `formats.FORMATS`; its open images are `image.Layer`s,
+whose `format_name` leads back to it (`formats.of`). What only some formats can do is a protocol of its own, which the
+format hands out for an open layer, or None: `Resizable`, `Compactable`.
+
+Who checks what: a format refuses what contradicts its own rules (`CorruptImage`, `InvalidArgument`), and nothing else.
+Where files lie, which file is a parent, locks, undo logs and records belong to `chain`; a format is given a store and
+never looks beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.finding import Finding
+from vhdkit.formats.draft import DraftStore
+from vhdkit.image import ImageFacts, Layer, ParentRef
+from vhdkit.store import ReadStore, Store
+from vhdkit.units import MIB
+
+DEFAULT_BLOCK_SIZE = 2 * MIB
+Moved = Callable[[int], None]  # called with the bytes that were moved since the last call
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """A new image: its virtual size, which of the format's `kinds`, its unit of allocation where it has one.
+
+    `preallocate` reserves the space of an image whose sectors lie one after the other.
+    """
+
+    size_bytes: int
+    kind: str
+    block_size_bytes: int = DEFAULT_BLOCK_SIZE
+    preallocate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDetails:
+    """What `info` shows beside the facts; fields that the format does not have are None.
+
+    `parent_name` and `parent_locators`, (label, text or None), are the parent's names as they are stored.
+    """
+
+    creator: str | None = None
+    creator_version: str | None = None
+    creator_host: str | None = None
+    created_unix_seconds: int | None = None
+    geometry: tuple[int, int, int] | None = None
+    current_size_bytes: int | None = None
+    original_size_bytes: int | None = None
+    size_from_geometry: bool = False
+    saved_state: bool = False
+    hidden: bool = False
+    block_size_bytes: int | None = None
+    block_count: int | None = None
+    allocated_block_count: int | None = None
+    batmap: bool = False
+    parent_name: str = ""
+    parent_locators: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FieldValue:
+    """One field: where it lies in the file, and its value as text."""
+
+    name: str
+    offset_bytes: int
+    size_bytes: int
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class StructureDump:
+    """One structure as it stands in the file; `state` says what it is worth."""
+
+    structure: str
+    offset_bytes: int
+    state: str
+    fields: tuple[FieldValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """What the user allows a repair to do beyond what is certain."""
+
+    data_loss: bool = False
+    writer_is_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """One thing that is put right, or would be: `needs` is the consent that is missing, None when it was done.
+
+    `lost` are the ranges of the disk, (offset, size) in bytes, whose content is dropped; `doubtful` those that show
+    something which may belong elsewhere.
+    """
+
+    code: str
+    message: str
+    needs: str | None = None
+    lost: tuple[tuple[int, int], ...] = ()
+    doubtful: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResizePlan:
+    """How an image gets another virtual size; sizes in bytes.
+
+    `writes`, (offset, bytes), and `file_size_bytes` are for an image whose change no order of writes makes safe: the
+    caller makes it under an undo log. With `writes` None, `Resizable.run` makes the change by itself.
+    """
+
+    size_bytes: int
+    moved_block_count: int = 0
+    moved_bytes: int = 0
+    dropped_block_count: int = 0
+    writes: tuple[tuple[int, bytes], ...] | None = None
+    file_size_bytes: int | None = None
+
+
+class Resizable(Protocol):
+    """An open layer whose virtual size can change. One plan, then one run; the open layer is of no use afterwards."""
+
+    def check_size(self, size_bytes: int) -> None:
+        """Raise InvalidArgument for a size that the image cannot have."""
+        ...
+
+    def spare_range(self) -> tuple[int, int]:
+        """(start, end) in the file of what lies behind the disk and would become a part of it; equal where nothing."""
+        ...
+
+    def plan(self, size_bytes: int) -> ResizePlan:
+        """What the change takes. Nothing changes yet. Raises NoSpace, InvalidArgument."""
+        ...
+
+    def run(self, plan: ResizePlan, moved: Moved | None = None) -> None:
+        """Make the change, durable when this returns: the disk has its old size, with every byte, or the new one.
+
+        The caller ensures that nothing of value lies behind a new, smaller end. Only for a plan without `writes`.
+        Raises NoSpace, IoFailed, SyncFailed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompactPlan:
+    """What compacting would do: the blocks that go, how many others move, and where the file ends afterwards."""
+
+    dropped: NDArray[np.int64]
+    moved_block_count: int
+    moved_bytes: int
+    file_end_bytes: int
+
+
+class Compactable(Protocol):
+    """An open layer with blocks whose file can become smaller. One plan, then one run."""
+
+    def blocks(self) -> NDArray[np.int64]:
+        """The allocated blocks in the order in which they lie in the file."""
+        ...
+
+    def visible_ranges(self, block_index: int) -> list[tuple[int, int]]:
+        """(first byte in the block, size) of what any program may show of an allocated block."""
+        ...
+
+    def plan(self, dropped: NDArray[np.int64]) -> CompactPlan:
+        """Where the other blocks go when these are dropped. Nothing changes yet."""
+        ...
+
+    def run(self, moved: Moved | None = None) -> None:
+        """Do what was planned, durable when this returns; after an interruption every block is whole.
+
+        Raises NoSpace, IoFailed, SyncFailed.
+        """
+        ...
+
+
+class Format(Protocol):
+    """One image format. All methods may be called for any store; none keeps it, but the layer that `open` returns.
+
+    `name` is what users say for it and what records store. `title` is what messages call an image of it. `suffixes`
+    are file suffixes in lower case, `kinds` what `create` can make. A child of such an image is of the format
+    `child_format` and by default has the suffix `child_suffix`. An image `is_plain` when it has no structures of its
+    own, so every file can be taken for one: it has no ids, and nothing in it can be checked, repaired or shown.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+    @property
+    def child_format(self) -> str: ...
+    @property
+    def child_suffix(self) -> str: ...
+    @property
+    def is_plain(self) -> bool: ...
+
+    # -- what a file is, without opening it -----------------------------------------------------------------------
+
+    def probe(self, store: ReadStore) -> bool:
+        """True for a file that is an image of this format, sound or damaged. Raises IoFailed."""
+        ...
+
+    def refuse_name(self, store: ReadStore) -> None:
+        """Raise CorruptImage for a file that is called as one of these images, and that no format recognised."""
+        ...
+
+    def facts(self, store: ReadStore) -> ImageFacts:
+        """What the file says about itself; a few reads. Raises CorruptImage, InvalidArgument, IoFailed."""
+        ...
+
+    def describe(self, store: ReadStore) -> tuple[ImageFacts, ImageDetails]:
+        """The facts, and what else is shown to people; may read whole tables. Raises as `facts` does."""
+        ...
+
+    def file_id(self, store: ReadStore) -> bytes | None:
+        """Which file it is, `ID_BYTES` long: never changes as long as the image lives. None where nothing says it."""
+        ...
+
+    def linkage_id(self, store: ReadStore) -> bytes | None:
+        """What children record of it, `ID_BYTES` long; None where nothing says it."""
+        ...
+
+    def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
+        """The ids that the file may record for its parent, `NULL_ID` for a raw one; a quick look with few reads.
+
+        Every id that `facts` could find is among them; empty for what has no parent. Raises IoFailed.
+        """
+        ...
+
+    def claimed_parent(self, store: ReadStore) -> tuple[bytes | None, bool]:
+        """For a damaged image: the id that a structure names which is not to be believed, and whether it has any.
+
+        Enough to keep what the image may need. (None, True) is an image that says it has no parent.
+        """
+        ...
+
+    def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
+        """False when the file cannot be the image `file_id` in the middle of a change between these file sizes.
+
+        For undo logs: False where the file is surely whole, and another image or of neither size.
+        """
+        ...
+
+    def written_at(self, modified_ns: int) -> int:
+        """A file's time as a time stamp of this format, as some programs record it of a parent."""
+        ...
+
+    # -- opening and making ---------------------------------------------------------------------------------------
+
+    def open(self, store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> Layer:
+        """The image, without its parents; a writable open may mend structures of which there is a second copy.
+
+        The layer takes over the store once it is returned. Raises CorruptImage, InvalidArgument, IoFailed.
+        """
+        ...
+
+    def check_block_size(self, block_size_bytes: int) -> None:
+        """Raise InvalidArgument for a unit of allocation that no image can have; formats without blocks ignore it."""
+        ...
+
+    def check_request(self, request: CreateRequest) -> None:
+        """Raise InvalidArgument for an image that cannot be made."""
+        ...
+
+    def create(self, store: Store, request: CreateRequest) -> None:
+        """Make the empty `store` an image of zeros. Raises InvalidArgument, NoSpace, IoFailed."""
+        ...
+
+    def stream_end(self, kind: str, size_bytes: int) -> bytes | None:
+        """What follows the bytes of a disk that is written in one stream; None for a kind that cannot be."""
+        ...
+
+    def create_child(self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int) -> None:
+        """Make the empty `store` a child that owns nothing. Raises InvalidArgument, NoSpace, IoFailed."""
+        ...
+
+    def relink(self, store: Store, parent: ParentRef) -> None:
+        """Let the child in `store`, which is held for writing, record another parent, or other names for it.
+
+        Raises InvalidArgument for names that cannot be stored, NoSpace, IoFailed, SyncFailed; the image then has its
+        old names or its new ones.
+        """
+        ...
+
+    # -- looking after ------------------------------------------------------------------------------------------------
+
+    def check(
+        self, store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> list[Finding]:
+        """Examine the file; whatever is wrong with it is a finding. Raises IoFailed."""
+        ...
+
+    def repair(self, draft: DraftStore, consent: Consent) -> list[Fix]:
+        """Change `draft` into what the image should be; returns what was done or could be. Raises IoFailed."""
+        ...
+
+    def settle(self, draft: DraftStore) -> list[Fix]:
+        """The last part of a repair, when the parent's names are right: put structures in their usual places."""
+        ...
+
+    def dump(self, store: ReadStore) -> list[StructureDump]:
+        """Everything that could be a structure, as it stands in the file. Raises IoFailed."""
+        ...
+
+    def refuse_foreign_writer(self, layer: Layer) -> None:
+        """Raise ImageInUse where the image has the mark of a program that writes to it without our locks."""
+        ...
+
+    def drop_unreferenced(self, layer: Layer) -> None:
+        """Give back what lies behind everything that the image refers to, as an interrupted merge leaves it."""
+        ...
+
+    def resizable(self, layer: Layer) -> Resizable | None:
+        """How to give the open layer another size; None where that cannot be done."""
+        ...
+
+    def compactable(self, layer: Layer) -> Compactable | None:
+        """How to make the file of an open layer with blocks smaller; None where that cannot be done."""
+        ...
