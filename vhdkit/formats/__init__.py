@@ -37,6 +37,11 @@ def for_children_of(layer: Layer) -> Format:
     return named(of(layer).child_format)
 
 
+def plain() -> Format:
+    """The format that any file can be taken for: raw."""
+    return next(one for one in FORMATS if one.is_plain)
+
+
 def by_suffix(path: str) -> Format | None:
     """The format that files of this name are expected to have, None where any is possible."""
     return next((one for one in FORMATS if path.lower().endswith(one.suffixes)), None)

@@ -49,7 +49,7 @@ class _Search:
 def parent_format(child: ImageFacts) -> Format:
     """What the parent of `child` is taken for, whatever it looks like: raw if no id is recorded, else as the child."""
     if parent_of(child).raw_allowed:
-        return next(one for one in formats.FORMATS if one.is_plain)
+        return formats.plain()
     return formats.named(child.format_name)
 
 

@@ -18,7 +18,6 @@ from vhdkit.chain.verbs.create import DiskFormat, replacing
 from vhdkit.folder import NewFile, scratch_store
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.probe import FormatName, format_of, identify
-from vhdkit.formats.raw import open_raw
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
@@ -92,7 +91,7 @@ def import_stream(
         with scratch_store(os.path.dirname(path)) as spool:
             receive(read, spool, source_format, progress)
             return convert_chain(
-                Chain([open_raw(spool)]),
+                Chain([formats.plain().open(spool)]),
                 path,
                 disk_format,
                 block_size_bytes=block_size_bytes,
@@ -121,7 +120,7 @@ def pass_stream(
     """From pipe to pipe; the bytes wait in a temporary file until the end is known."""
     with scratch_store(None) as spool:
         receive(read, spool, source_format, None)
-        return export_stream(Chain([open_raw(spool)]), write, disk_format, azure=azure)
+        return export_stream(Chain([formats.plain().open(spool)]), write, disk_format, azure=azure)
 
 
 def receive(
