@@ -42,6 +42,14 @@ class Subject:
     layer_class: type
     create: Callable[[Store], object]
     opener: Callable[..., Layer]
+    unit: int = 1  # sectors in which it is written
+    size: int = SIZE
+
+    def whole(self, first: int, count: int) -> tuple[int, int]:
+        """The units that a run of sectors touches, as (first sector, count)."""
+        start = first // self.unit * self.unit
+        end = min(-(-(first + count) // self.unit) * self.unit, whole_sectors(self.size))
+        return start, end - start
 
     def new(self) -> MemStore:
         """A store with an empty image."""
@@ -109,25 +117,26 @@ def check_shape(subject: Subject) -> None:
     """Sizes, the unit of allocation and the tables fit together, and nothing is owned that is not stored."""
     layer = subject.open(subject.new())
     assert all(hasattr(layer, name) for name in LAYER_METHODS)
-    assert layer.size_bytes == SIZE and not layer.writable
+    assert layer.size_bytes == subject.size and not layer.writable
     assert layer.unowned in (ExtentKind.ZERO, ExtentKind.ABSENT)
     if layer.block_size_bytes:
         assert is_power_of_two(layer.block_size_bytes)
-        assert len(layer.allocated_blocks()) == -(-SIZE // layer.block_size_bytes)
+        assert len(layer.allocated_blocks()) == -(-subject.size // layer.block_size_bytes)
         assert all(layer.block_offset(block) == -1 for block in range(len(layer.allocated_blocks())))
     else:
         assert len(layer.allocated_blocks()) == 0
         assert layer.block_offset(0) == 0 and layer.owned_sectors(0) is None
-    assert content_of(layer) == bytes(SIZE)
+    assert content_of(layer) == bytes(subject.size)
 
 
 def check_extents(subject: Subject) -> None:
     """Any range is covered in order, without gaps; data has a place in the file, the rest is what `unowned` says."""
     store, rng = subject.new(), random.Random(1)
-    layer, end = subject.open(store, writable=True), whole_sectors(SIZE)
+    layer, end = subject.open(store, writable=True), whole_sectors(subject.size)
     for _ in range(12):
         count = rng.randint(1, 300)
-        layer.write(rng.randrange(end - count), memoryview(rng.randbytes(sectors_to_bytes(count))))
+        first, count = subject.whole(rng.randrange(end - count), count)
+        layer.write(first, memoryview(rng.randbytes(sectors_to_bytes(count))))
     per_block = whole_sectors(layer.block_size_bytes)
     ranges = [
         (0, end),
@@ -156,11 +165,12 @@ def check_extents(subject: Subject) -> None:
 
 def check_write_and_read(subject: Subject) -> None:
     """What is written is read: at once, beside unflushed neighbours, and by whoever opens the file later."""
-    store, rng, end = subject.new(), random.Random(2), whole_sectors(SIZE)
-    layer, expected = subject.open(store, writable=True), bytearray(SIZE)
+    store, rng, end = subject.new(), random.Random(2), whole_sectors(subject.size)
+    layer, expected = subject.open(store, writable=True), bytearray(subject.size)
     for turn in range(60):
         count = rng.choice((1, 2, 8, 100, 1500))
         first = rng.choice((rng.randrange(end - count + 1), end - count, 0, max(1024 - count // 2, 0)))
+        first, count = subject.whole(first, count)
         data = rng.randbytes(sectors_to_bytes(count))
         before = owned_count(layer)
         grew = layer.write(first, memoryview(data))
@@ -189,10 +199,11 @@ def owned_count(layer: Layer) -> int:
 def check_zeroes(subject: Subject) -> None:
     """Zeroed sectors read as zeros and, in an image that has a parent, are owned; their neighbours are unharmed."""
     store, rng = subject.new(), random.Random(3)
-    layer, end = subject.open(store, writable=True), whole_sectors(SIZE)
-    expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(SIZE, b"\0")
+    layer, end = subject.open(store, writable=True), whole_sectors(subject.size)
+    expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(subject.size, b"\0")
     layer.write(0, memoryview(expected)[:BLOCK_SIZE])
     for first, count in ((0, 1), (3, 500), (1000, 60), (end - 1, 1), (1500, 1100), (700, 1)):
+        first, count = subject.whole(first, count)
         before = owned_count(layer)
         assert layer.write_zeroes(first, count) == (owned_count(layer) > before)
         expected[sectors_to_bytes(first) : sectors_to_bytes(first + count)] = bytes(sectors_to_bytes(count))
@@ -206,12 +217,14 @@ def check_trim(subject: Subject) -> None:
     """Trimmed sectors that the layer owns read as zeros; ownership and everything else stay as they are."""
     store, rng = subject.new(), random.Random(4)
     layer = subject.open(store, writable=True)
-    expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(SIZE, b"\0")
+    expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(subject.size, b"\0")
     layer.write(0, memoryview(expected)[:BLOCK_SIZE])
-    layer.write(2000, memoryview(b"x" * SECTOR_SIZE))
-    expected[sectors_to_bytes(2000) : sectors_to_bytes(2001)] = b"x" * SECTOR_SIZE
+    some = b"x" * sectors_to_bytes(subject.unit)
+    layer.write(2000, memoryview(some))
+    expected[sectors_to_bytes(2000) : sectors_to_bytes(2000) + len(some)] = some
     used, owned = store.allocated_bytes(), owned_count(layer)
-    for first, count in ((1, 100), (900, 1000), (1990, 20), (0, whole_sectors(SIZE))):
+    for first, count in ((1, 100), (900, 1000), (1990, 20), (0, whole_sectors(subject.size))):
+        first, count = subject.whole(first, count)
         layer.trim(first, count)
         expected[sectors_to_bytes(first) : sectors_to_bytes(first + count)] = bytes(sectors_to_bytes(count))
         assert content_of(layer) == expected
@@ -224,9 +237,9 @@ def check_trim(subject: Subject) -> None:
 def check_range(subject: Subject) -> None:
     """What lies outside the image is refused by an assertion, before anything is written: `Disk` checks the range."""
     store = subject.new()
-    layer, end = subject.open(store, writable=True), whole_sectors(SIZE)
+    layer, end = subject.open(store, writable=True), whole_sectors(subject.size)
     before = store.contents()
-    for first, count in ((end, 1), (end - 1, 2)):
+    for first, count in ((end, subject.unit), (end - subject.unit, 2 * subject.unit)):
         data = memoryview(bytes(sectors_to_bytes(count)))
         with pytest.raises(AssertionError):
             layer.write(first, data)
@@ -243,11 +256,11 @@ def check_read_only(subject: Subject) -> None:
     store.frozen = True
     layer = subject.open(store)
     with pytest.raises(AssertionError):
-        layer.write(0, memoryview(bytes(SECTOR_SIZE)))
+        layer.write(0, memoryview(bytes(sectors_to_bytes(subject.unit))))
     with pytest.raises(AssertionError):
-        layer.write_zeroes(0, 1)
+        layer.write_zeroes(0, subject.unit)
     with pytest.raises(AssertionError):
-        layer.trim(0, 1)
+        layer.trim(0, subject.unit)
     layer.flush()
     layer.close()
 
@@ -260,17 +273,17 @@ def check_flush(subject: Subject) -> None:
         syncs = store.sync_count
         layer.flush()
         assert store.sync_count > syncs
-    layer.write(0, memoryview(b"x" * SECTOR_SIZE))
+    layer.write(0, memoryview(b"x" * sectors_to_bytes(subject.unit)))
     store.faults.append(Fault("sync", sync_failed))
     for _ in range(2):
         with pytest.raises(errors.SyncFailed):
             layer.flush()
         with pytest.raises(errors.SyncFailed):
-            layer.write(0, memoryview(b"y" * SECTOR_SIZE))
+            layer.write(0, memoryview(b"y" * sectors_to_bytes(subject.unit)))
         with pytest.raises(errors.SyncFailed):
-            layer.write_zeroes(0, 1)
+            layer.write_zeroes(0, subject.unit)
         with pytest.raises(errors.SyncFailed):
-            layer.trim(0, 1)
+            layer.trim(0, subject.unit)
     assert store.faults[0].seen == 1, "a second sync would have claimed success"
 
 
@@ -288,13 +301,13 @@ def check_close(subject: Subject) -> None:
 
     store = Watched(subject.new())
     layer = subject.open(store, writable=True)
-    layer.write(0, memoryview(b"x" * SECTOR_SIZE))
+    layer.write(0, memoryview(b"x" * sectors_to_bytes(subject.unit)))
     syncs = store.sync_count
     layer.close()
     assert store.sync_count > syncs and store.closed == 1
     failing = Watched(subject.new())
     layer = subject.open(failing, writable=True)
-    layer.write(0, memoryview(b"x" * SECTOR_SIZE))
+    layer.write(0, memoryview(b"x" * sectors_to_bytes(subject.unit)))
     failing.faults.append(Fault("sync", sync_failed))
     with pytest.raises(errors.SyncFailed):
         layer.close()
@@ -304,7 +317,7 @@ def check_close(subject: Subject) -> None:
 def check_large(subject: Subject) -> None:
     """A write longer than several blocks arrives whole."""
     store = subject.new()
-    layer, data = subject.open(store, writable=True), random.Random(5).randbytes(SIZE)
+    layer, data = subject.open(store, writable=True), random.Random(5).randbytes(subject.size)
     assert len(data) > MIB
     layer.write(0, memoryview(data))
     assert content_of(layer) == data

@@ -2,7 +2,8 @@
 """The handle that a front end holds: a disk addressed by bytes.
 
 Decides range, read-only, and what happens to part sectors: an unaligned write reads its edge sectors, changes
-them and writes them back, under one lock with all other writes. Nothing below sees a part sector. Must not know
+them and writes them back, under one lock with all other writes. A leaf with larger sectors (`Layer.sector_bytes`) is
+written in those. Nothing below sees a part sector. Must not know
 how many layers there are or of which format.
 
     any thread:  read_into, read, extents     no lock
@@ -68,6 +69,8 @@ class Disk:
         self.chain = chain
         self.size_bytes = chain.size_bytes
         self.writable = chain.writable
+        self._unit_bytes = chain.leaf.sector_bytes  # of writes; reads are whole sectors of 512 bytes everywhere
+        self._unit_mask = self._unit_bytes - 1
         self._read_sectors = chain.read_into
         self._try_read_sectors = chain.try_read_into
         self._write_in_place = chain.write_in_place
@@ -147,24 +150,15 @@ class Disk:
         if inner_end > inner_start:
             inner = view[inner_start - offset : inner_end - offset]
             self._read_sectors(whole_sectors(inner_start), inner)
-        for first, last in self._edges(offset, end):
-            sector = self._sector(first // SECTOR_SIZE)
-            skip = first % SECTOR_SIZE
+        for first, last in _edges(offset, end, SECTOR_SIZE):
+            sector, skip = self._unit(first, SECTOR_SIZE), first % SECTOR_SIZE
             view[first - offset : last - offset] = sector[skip : skip + last - first]
 
-    def _sector(self, sector_index: int) -> bytearray:
-        sector = bytearray(SECTOR_SIZE)
-        self._read_sectors(sector_index, memoryview(sector))
-        return sector
-
-    @staticmethod
-    def _edges(offset: int, end: int) -> list[tuple[int, int]]:
-        """The parts of a range that do not fill their sector, as byte ranges: at most one at each end."""
-        inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
-        if inner_end < inner_start:  # inside one sector
-            return [(offset, end)] if end > offset else []
-        edges = [(offset, inner_start), (inner_end, end)]
-        return [(first, last) for first, last in edges if last > first]
+    def _unit(self, offset: int, unit: int) -> bytearray:
+        """The whole unit in which a byte lies."""
+        data = bytearray(unit)
+        self._read_sectors(whole_sectors(round_down(offset, unit)), memoryview(data))
+        return data
 
     def write(self, offset_bytes: Size, data: Buffer, *, fua: bool = False) -> None:
         """Write `data` at `offset_bytes`; with `fua` it is on the device when this returns.
@@ -188,7 +182,7 @@ class Disk:
         if lock.is_mine():
             self._refuse_reentry()
         with lock.lock:
-            if (offset_bytes | size) & SECTOR_MASK:
+            if (offset_bytes | size) & self._unit_mask:
                 self._write_unaligned(offset_bytes, view)
             elif size and not self._write_in_place(offset_bytes // SECTOR_SIZE, view):
                 self.chain.write(offset_bytes // SECTOR_SIZE, view)
@@ -207,7 +201,7 @@ class Disk:
         size = len(data)
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
-        if (offset_bytes | size) & SECTOR_MASK:
+        if (offset_bytes | size) & self._unit_mask:
             return False
         lock = self._write_lock
         try:
@@ -223,13 +217,12 @@ class Disk:
         return True
 
     def _write_unaligned(self, offset: int, view: memoryview) -> None:
-        end = offset + len(view)
-        for first, last in self._edges(offset, end):
-            sector = self._sector(first // SECTOR_SIZE)
-            skip = first % SECTOR_SIZE
-            sector[skip : skip + last - first] = view[first - offset : last - offset]
-            self.chain.write(first // SECTOR_SIZE, memoryview(sector))
-        inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+        end, unit = offset + len(view), self._unit_bytes
+        for first, last in _edges(offset, end, unit):
+            whole, skip = self._unit(first, unit), first % unit
+            whole[skip : skip + last - first] = view[first - offset : last - offset]
+            self.chain.write(whole_sectors(first - skip), memoryview(whole))
+        inner_start, inner_end = round_up(offset, unit), round_down(end, unit)
         if inner_end > inner_start:
             self.chain.write(whole_sectors(inner_start), view[inner_start - offset : inner_end - offset])
 
@@ -238,11 +231,11 @@ class Disk:
         offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
-        end = offset_bytes + size_bytes
+        end, unit = offset_bytes + size_bytes, self._unit_bytes
         with self._write_lock.lock:
-            for first, last in self._edges(offset_bytes, end):
+            for first, last in _edges(offset_bytes, end, unit):
                 self._write_unaligned(first, memoryview(bytes(last - first)))
-            inner_start, inner_end = round_up(offset_bytes, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+            inner_start, inner_end = round_up(offset_bytes, unit), round_down(end, unit)
             if inner_end > inner_start:
                 self.chain.write_zeroes(whole_sectors(inner_start), whole_sectors(inner_end - inner_start))
         if fua:
@@ -256,7 +249,8 @@ class Disk:
         offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
-        start, end = round_up(offset_bytes, SECTOR_SIZE), round_down(offset_bytes + size_bytes, SECTOR_SIZE)
+        unit = self._unit_bytes
+        start, end = round_up(offset_bytes, unit), round_down(offset_bytes + size_bytes, unit)
         with self._write_lock.lock:
             if end > start:
                 self.chain.trim(whole_sectors(start), whole_sectors(end - start))
@@ -401,6 +395,15 @@ class Disk:
             raise errors.ReadOnly("the disk was opened for reading only", path=self.path)
         if self._write_lock.is_mine():
             self._refuse_reentry()
+
+
+def _edges(offset: int, end: int, unit: int) -> list[tuple[int, int]]:
+    """The parts of a range that do not fill their unit, as byte ranges: at most one at each end."""
+    inner_start, inner_end = round_up(offset, unit), round_down(end, unit)
+    if inner_end < inner_start:  # inside one unit
+        return [(offset, end)] if end > offset else []
+    edges = [(offset, inner_start), (inner_end, end)]
+    return [(first, last) for first, last in edges if last > first]
 
 
 _CHANGING = {

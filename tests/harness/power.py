@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 from tests.harness.model import ParsedVhd, SectorModel
 from tests.harness.stores import CrashStore, MemStore, PowerCut
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk
-from vhdkit.formats.probe import open_layer
+from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic
 from vhdkit.image import Layer
@@ -228,10 +228,18 @@ def judge(found: MemStore, parents: Sequence[Layer], model: SectorModel, seed: s
     mended = found.copy()
     if _read_all(mended, parents, True, seed) != observed:
         raise Violation(f"INV-FLUSHED-OR-NEWER: mending changed the content ({seed})")
-    faults = ParsedVhd.parse(mended).overlaps()
+    faults = faults_of(mended)
     if faults:
         raise Violation(f"INV-BLOCKS-DISJOINT: {faults} ({seed})")
     return observed
+
+
+def faults_of(store: MemStore) -> list[str]:
+    """What is wrong with the layout of the file: for a VHD by a reader of its own, else by its format."""
+    found = formats.probed(store)
+    if found.name == FormatName.VHD:
+        return ParsedVhd.parse(store).overlaps()
+    return [one.message for one in found.check(store)]
 
 
 def _read_all(store: MemStore, parents: Sequence[Layer], writable: bool, seed: str) -> bytes:

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a format is whole: one that is registered in `FORMATS` alone can do all that a VHD can.
+
+The format is made up (`tests.harness.sparse_format`): sectors of 4096 bytes, ids by a rule of its own. No line of the
+packages knows it. It runs through the conformance suite, the model of a chain, the power cuts, and the verbs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+
+import vhdkit
+from tests.conformance import BLOCK_SIZE, CHECKS, Subject
+from tests.harness.model import SectorModel
+from tests.harness.power import PowerRun, Scene, faults_of, open_mem, scribble
+from tests.harness.sparse_format import SPARSE, SparseLayer
+from tests.harness.stores import MemStore
+from tests.nbd_client import serving
+from tests.vhdkit.test_disk_machine import MAX_DEPTH, DiskMachine
+from vhdkit import formats
+from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.disk import Disk
+from vhdkit.formats.format import CreateRequest
+from vhdkit.formats.probe import open_layer
+from vhdkit.image import ParentRef
+from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.store import Store
+from vhdkit.units import MIB, PAGE_SIZE, whole_sectors
+
+SIZE = 3 * BLOCK_SIZE + 5 * PAGE_SIZE
+PARENT = ParentRef.of_paths(b"p" * 16, 0, relative=".\\base.sparse", absolute="\\srv\\base.sparse", name="base.sparse")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format is in the list, and nowhere else."""
+    monkeypatch.setattr(formats, "FORMATS", (SPARSE, *formats.FORMATS))
+
+
+def base_in(store: Store, size_bytes: int) -> None:
+    """Make the store an empty image."""
+    SPARSE.create(store, CreateRequest(size_bytes, "sparse"))
+
+
+def child_in(store: Store, parent: ParentRef, size_bytes: int) -> None:
+    """Make the store an empty child."""
+    SPARSE.create_child(store, size_bytes, parent, block_size_bytes=PAGE_SIZE)
+
+
+def base(name: str, size_bytes: int = SIZE) -> MemStore:
+    """An empty image."""
+    store = MemStore(name)
+    base_in(store, size_bytes)
+    return store
+
+
+def child(name: str, parent: ParentRef = PARENT, size_bytes: int = SIZE) -> MemStore:
+    """An empty child."""
+    store = MemStore(name)
+    child_in(store, parent, size_bytes)
+    return store
+
+
+UNIT = whole_sectors(PAGE_SIZE)
+SUBJECTS = (
+    Subject("base", SparseLayer, lambda store: base_in(store, SIZE), SPARSE.open, UNIT, SIZE),
+    Subject("child", SparseLayer, lambda store: child_in(store, PARENT, SIZE), SPARSE.open, UNIT, SIZE),
+)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check: Callable[[Subject], None], subject: Subject) -> None:
+    """The layer contract, one check for one kind of layer: see the docstring of the check."""
+    check(subject)
+
+
+# -- power cuts and the model -------------------------------------------------------------------------------------
+
+
+def base_scene(seed: int) -> Scene:
+    """An image with some content."""
+    leaf, content = base("leaf.sparse"), bytearray(SIZE)
+    with open_mem(leaf, writable=True) as disk:
+        scribble(disk, content, random.Random(seed), 3)
+    return Scene(leaf, [], bytes(content))
+
+
+def child_scene(seed: int) -> Scene:
+    """A child over an image with content."""
+    below = base_scene(seed)
+    parents, content = [open_layer(below.leaf.copy(frozen=True))], bytearray(below.content)
+    leaf = child("leaf.asparse")
+    with open_mem(leaf, parents, writable=True) as disk:
+        scribble(disk, content, random.Random(seed + 1), 2)
+    return Scene(leaf, parents, bytes(content))
+
+
+@pytest.mark.parametrize("scene", [base_scene, child_scene], ids=["base", "child"])
+def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene]) -> None:
+    """INV-FLUSHED-OR-NEWER: wherever the power is cut, each sector holds its flushed content or newer."""
+    run = PowerRun(scene(1), 1, steps=22)
+    run.run()
+    assert run.operations > run.syncs > 3 and run.judged > run.cuts * run.operations
+
+
+def test_a_wrong_order_of_writes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a table that is written before the data it points at loses what was flushed."""
+    monkeypatch.setattr(SparseLayer, "flush", lambda self: None)
+    with pytest.raises(AssertionError):
+        PowerRun(base_scene(1), 1, steps=22).run()
+
+
+class SparseMachine(DiskMachine):
+    """The chain's model test, over chains of the made-up format."""
+
+    @initialize(fixed=st.booleans(), size=st.integers(1, 400), block_size=st.just(PAGE_SIZE))
+    def create(self, fixed: bool, size: int, block_size: int) -> None:
+        """A base of zeros."""
+        store = base("layer0.sparse", size * PAGE_SIZE)
+        self.model = SectorModel(bytes(size * PAGE_SIZE))
+        self._open(store)
+
+    @precondition(lambda self: len(self.parents) < MAX_DEPTH)
+    @rule(block_size=st.just(PAGE_SIZE), growth=st.sampled_from([0, 0, 1, 80]))
+    def snapshot(self, block_size: int, growth: int) -> None:
+        """The leaf becomes a parent; a new child, perhaps larger, takes the writes."""
+        self.opened.close()
+        parent = self.store.copy(frozen=True)
+        self.parents.insert(0, parent)
+        linkage_id = SPARSE.linkage_id(parent)
+        assert linkage_id is not None
+        ref = ParentRef.of_paths(linkage_id, 0, relative=f".\\{parent.name}", absolute="\\nowhere", name=parent.name)
+        size = self.model.size_bytes + growth * PAGE_SIZE
+        self.model = SectorModel(bytes(self.model.current).ljust(size, b"\0"))
+        self._open(child(f"layer{len(self.parents)}.asparse", ref, size))
+
+    def teardown(self) -> None:
+        """What is left behind is a sound image."""
+        if self.disk is not None:
+            self.read_everything()
+            self.disk.close()
+            assert not faults_of(self.store.copy())
+
+
+@pytest.mark.searched
+def test_a_chain_behaves_as_a_bytearray() -> None:
+    """INV-FLUSHED-OR-NEWER, INV-LEAF-ONLY-WRITES: whatever is done to a chain, it reads as the model."""
+    run_state_machine_as_test(SparseMachine, settings=settings(max_examples=25, stateful_step_count=25))
+
+
+def test_a_part_of_a_large_sector_is_written_as_a_whole_one() -> None:
+    """A write of 512 bytes, zeros and trims of less than a sector leave the rest of the 4096 bytes as they were."""
+    with open_mem(base("a.sparse"), writable=True) as disk:
+        disk.write(0, b"a" * 2 * PAGE_SIZE)
+        disk.write(512, b"b" * 512)
+        disk.write_zeroes(1024, 512)
+        disk.trim(2048, 512)
+        assert not disk.try_write(512, memoryview(b"c" * 512)), "this takes a read first"
+        expected = b"a" * 512 + b"b" * 512 + bytes(512) + b"a" * 512
+        assert disk.read(0, 2048) == expected and disk.read(2048, 6144) == b"a" * 6144
+
+
+# -- the verbs ----------------------------------------------------------------------------------------------------
+
+
+def made(folder: Path) -> Path:
+    """An image with a word in its first and in its last sector."""
+    path = folder / "disk.sparse"
+    vhdkit.create_image(path, 2 * MIB, disk_format="sparse")
+    write(path, {0: b"base", 2 * MIB - 512: b"end"})
+    return path
+
+
+def write(path: Path, words: dict[int, bytes]) -> None:
+    """Write into the disk."""
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for offset, word in words.items():
+            disk.write(offset, word)
+
+
+def content(path: Path | str) -> bytes:
+    """All of the disk."""
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[list[Path]]:
+    """Three layers, leaf first, each with a word of its own; the disk reads the same when the test ends."""
+    path = made(tmp_path)
+    (middle,) = [Path(vhdkit.snapshot(path))]
+    write(middle, {MIB: b"middle", 100: b"over"})
+    leaf = Path(vhdkit.snapshot(middle))
+    write(leaf, {MIB + 3: b"leaf"})
+    before = content(leaf)
+    yield [leaf, middle, path]
+    found = next(one for one in (leaf, middle, path) if one.exists())
+    assert content(found) == before and before[:4] == b"base" and before[MIB : MIB + 7] == b"midleaf"
+
+
+def test_children_are_named_and_linked_by_their_format(chain: list[Path]) -> None:
+    """A snapshot is of the same format, with its suffix, and records the id that is not the file's own."""
+    leaf, middle, path = chain
+    assert [one.name for one in (leaf, middle)] == ["disk-1.asparse", "disk.asparse"]
+    with vhdkit.open_disk(leaf) as disk:
+        facts = [layer.facts for layer in disk.chain.layers]
+    assert {one.format_name for one in facts} == {"sparse"} and len(facts) == 3
+    assert facts[0].parent is not None and facts[0].parent.linkage_ids == (facts[1].linkage_id,)
+    assert facts[1].linkage_id != facts[1].file_id
+    assert vhdkit.chain_paths(leaf) == [str(leaf), str(middle), str(path)]
+    with pytest.raises(vhdkit.HasChildren):
+        vhdkit.open_disk(path, writable=True)
+
+
+def test_check_and_info(chain: list[Path]) -> None:
+    """`check` examines each layer by its format and their links; `describe_chain` says what each owns."""
+    from vhdkit.chain.verbs.describe import describe_chain
+
+    leaf, middle, _ = chain
+    assert vhdkit.check(leaf) == []
+    told = describe_chain(leaf)
+    assert told.problem is None and [one.image.title for one in told.layers][-1] == "sparse"
+    assert [one.owned_bytes for one in told.layers] == [PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]
+    raw = bytearray(middle.read_bytes())
+    broken = leaf.with_name("broken.asparse")
+    raw[2 * PAGE_SIZE + 4 : 2 * PAGE_SIZE + 8] = raw[2 * PAGE_SIZE : 2 * PAGE_SIZE + 4] = b"\0\0\0\3"
+    broken.write_bytes(raw)
+    assert "table" in [one.code for one in vhdkit.check(broken)]
+    broken.unlink()
+
+
+@pytest.mark.parametrize("into", [1, 2])
+def test_merge(chain: list[Path], into: int) -> None:
+    """Layers go into one below them; what is removed is known by the file's own id."""
+    leaf = chain[0]
+    merged = vhdkit.merge(leaf, into=chain[into])
+    assert merged.removed == tuple(str(one) for one in chain[:into])
+    assert not leaf.exists() and vhdkit.check(chain[into]) == []
+
+
+def test_merge_to_a_new_file(chain: list[Path], tmp_path: Path) -> None:
+    """The result is of the same format, and stands on what the layers stood on."""
+    leaf, middle, path = chain
+    vhdkit.merge(leaf, into=middle, to=tmp_path / "new.asparse")
+    assert vhdkit.chain_paths(tmp_path / "new.asparse") == [str(tmp_path / "new.asparse"), str(path)]
+    assert content(tmp_path / "new.asparse") == content(leaf)
+
+
+def test_an_interrupted_merge_is_resumed(chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-RECORD-PROVEN: the record names files by their own ids; the merge is finished from it."""
+    from vhdkit.chain.verbs import merge_steps
+
+    leaf, middle, _ = chain
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_steps.RealNames, "remove", lambda self, path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            vhdkit.merge(leaf, into=middle)
+    assert vhdkit.merge_under_way(leaf) == str(middle)
+    leaf.unlink()  # as if the machine had stopped after the first name
+    assert vhdkit.resume_merge(middle).target == str(middle)
+    assert vhdkit.merge_under_way(middle) is None
+
+
+def test_rebase(chain: list[Path], tmp_path: Path) -> None:
+    """A parent that was moved is found again by its id; one with another id is refused."""
+    leaf, middle, path = chain
+    moved = tmp_path / "other name.sparse"
+    path.rename(moved)
+    with pytest.raises(vhdkit.ParentMissing):
+        content(middle)
+    vhdkit.rebase(middle, moved)
+    other = tmp_path / "other.sparse"
+    vhdkit.create_image(other, 2 * MIB, disk_format="sparse")
+    with pytest.raises(vhdkit.ParentMismatch):
+        vhdkit.rebase(middle, other)
+    vhdkit.check(leaf)
+
+
+def test_convert(chain: list[Path], tmp_path: Path) -> None:
+    """From a chain of the format to a VHD and a raw disk, and back from both."""
+    leaf, expected = chain[0], content(chain[0])
+    for kind, name in (("dynamic", "a.vhd"), ("raw", "a.img"), ("fixed", "b.vhd")):
+        vhdkit.convert(leaf, tmp_path / name, kind)
+        vhdkit.convert(tmp_path / name, tmp_path / f"{name}.sparse", "sparse")
+        assert content(tmp_path / f"{name}.sparse") == expected
+    assert vhdkit.compare(tmp_path / "a.vhd", leaf).same_content
+
+
+def test_what_the_format_cannot_do_is_refused(chain: list[Path]) -> None:
+    """A format without `Resizable` and `Compactable` says so, and nothing happens."""
+    with pytest.raises(vhdkit.InvalidArgument, match="size cannot be changed"):
+        vhdkit.resize(chain[0], 4 * MIB)
+    with pytest.raises(vhdkit.InvalidArgument, match="cannot be made smaller"):
+        vhdkit.compact(chain[0])
+
+
+def test_relocate_and_garbage(chain: list[Path], tmp_path: Path) -> None:
+    """A chain moves with its names, and what no leaf reaches is found."""
+    place = tmp_path / "place"
+    place.mkdir()
+    expected = content(chain[0])
+    moves = vhdkit.relocate(chain[0], place)
+    assert content(moves[0].new_path) == expected
+    clone = place / "clone.asparse"
+    vhdkit.clone(moves[0].new_path, [clone])
+    (item,) = vhdkit.collect_garbage(place, [moves[0].new_path], delete=True)
+    assert item.removed and item.path == str(clone)
+    vhdkit.relocate(moves[0].new_path, tmp_path)
+
+
+def test_snapshot_and_merge_while_the_disk_is_open(chain: list[Path], tmp_path: Path) -> None:
+    """An open chain grows, and its layers are merged, as a server does it."""
+    leaf, expected = chain[0], content(chain[0])
+    disk = vhdkit.open_disk(leaf, writable=True)
+    with Freezing([(disk.chain, None)]) as freezing:
+        (grown,) = freezing.freeze()
+        freezing.done()
+    disk = Disk(grown)
+    disk.write(MIB + 7, b"!")
+    with LiveMerge(disk.chain, 1, 2) as merging:
+        merging.copy()
+        shorter, problem = merging.exchange()
+        assert problem is None
+        merging.done()
+    disk = Disk(shorter)
+    assert len(shorter.layers) == 3 and disk.read(0, MIB) == expected[:MIB]
+    disk.close()
+    newest = leaf.with_name("disk-2.asparse")
+    assert content(newest)[MIB : MIB + 8] == b"midleaf!"
+    write(newest, {MIB + 7: b"\0"})
+
+
+def test_serve(chain: list[Path]) -> None:
+    """A client reads and writes the disk; the export says what it is."""
+    (export,) = open_exports([Wanted(str(chain[0]), "disk")], Manner(vhdkit.OpenOptions()))
+    assert export.description.startswith("sparse child, 2.0 MiB, disk-1.asparse, chain of 3")
+    with serving(export) as running, running.client("disk") as client:
+        assert client.read(0, 4) == b"base" and client.read(MIB, 7) == b"midleaf"
+        assert not client.call(1, 600, 3, payload=b"new").error
+        assert client.read(598, 7) == b"\0\0new\0\0"
+        assert not client.call(1, 600, 3, payload=bytes(3)).error
