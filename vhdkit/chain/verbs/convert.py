@@ -25,7 +25,7 @@ from vhdkit.arguments import AnyPath, Size, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.resolve import OpenOptions
 from vhdkit.chain.records import pending
-from vhdkit.chain.verbs.create import DiskFormat, replacing
+from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
 from vhdkit.folder import NewFile
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
@@ -63,7 +63,7 @@ def convert(
     Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
     """
     block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
-    formats.making(disk_format).check_block_size(block_size_bytes)
+    check_block_size(formats.making(disk_format), block_size_bytes)
     with Chain.open(source, options=options) as chain:
         return convert_chain(
             chain,

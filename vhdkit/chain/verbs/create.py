@@ -21,7 +21,7 @@ from vhdkit.chain.records import pending
 from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.folder_lock import folders_held
 from vhdkit.formats.azure import azure_size
-from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest, Format
 from vhdkit.image import NULL_ID, Layer, ParentRef
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
@@ -69,6 +69,7 @@ def create_image(
     request = CreateRequest(size_bytes, disk_format, block_size_bytes, preallocate)
     made = formats.making(disk_format)
     made.check_request(request)
+    check_block_size(made, block_size_bytes)
     held = replacing(os.fsdecode(path), replace=replace)
     with held as old, NewFile(path, replace=replace, old=old) as new:
         made.create(new.store, request)
@@ -119,6 +120,11 @@ def replacing(
         else:
             error.hint = "choose another name, or --force (replace=True in the library)"
         raise
+
+
+def check_block_size(made: Format, block_size_bytes: int) -> None:
+    """Raise InvalidArgument for an impossible block size, also where the new image, a raw disk, has no blocks."""
+    (formats.named(made.child_format) if made.is_plain else made).check_block_size(block_size_bytes)
 
 
 def require_names(layers: Sequence[Layer]) -> None:

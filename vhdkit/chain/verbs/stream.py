@@ -14,7 +14,7 @@ from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.verbs.convert import convert_chain, converted_size, data_ranges
-from vhdkit.chain.verbs.create import DiskFormat, replacing
+from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
 from vhdkit.folder import NewFile, scratch_store
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.probe import FormatName, format_of, identify
@@ -85,7 +85,7 @@ def import_stream(
     """
     path = os.fsdecode(destination)
     made = formats.making(disk_format)
-    made.check_block_size(block_size_bytes)
+    check_block_size(made, block_size_bytes)
     if made.stream_end(disk_format, SECTOR_SIZE) is None:
         NewFile(path, replace=replace).discard()  # a destination that cannot be is refused before the stream is read
         with scratch_store(os.path.dirname(path)) as spool:
