@@ -26,7 +26,7 @@ _CD_MARKS = (b"CD001", b"BEA01")
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class KnownImage:
     """What is known of an image after looking at it."""
 
     path: str
@@ -90,7 +90,7 @@ def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object
     return found
 
 
-def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
+def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
     """Open the image of a disk as the machine would, and close it again.
 
     `writable`: also make sure that nobody else uses it and that no image stands on it. Raises NotFound, StoreFailed,
@@ -117,7 +117,7 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> ImageFacts:
                             "holds the file system of a CD or DVD", path=disk.path,
                             hint="give it as a medium (--cdrom); as a hard disk all the same with ,format=raw",
                         )  # fmt: skip
-                    return ImageFacts(disk.path, kind.value, opened.size_bytes)
+                    return KnownImage(disk.path, kind.value, opened.size_bytes)
     except vhdkit.NotFound as error:
         raise NotFound(
             "there is no such image",
