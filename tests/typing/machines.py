@@ -28,3 +28,20 @@ def look_after(manager: vmm.Manager, name: str) -> str:
     plan = manager.plan_delete(name, with_disks=True)
     assert_type(plan.disks, tuple[str, ...])
     return manager.delete(name).folder
+
+
+def look_inside(name: str) -> None:
+    """What it holds are values of public types, whichever folders the machines lie in."""
+    manager = vmm.Manager(home="/srv/vmm", runtime="/run/vmm-lab")
+    assert_type(manager.disks(name), tuple[vmm.DiskInfo, ...])
+    assert_type(manager.backup(name, "/backups/web"), vmm.BackupResult)
+    assert_type(manager.events(name), list[vmm.Event])
+    assert_type(manager.plan_delete(name).kept, tuple[vmm.KeptDisk, ...])
+    assert_type(manager.snapshots(name).create("before"), vmm.Snapshot)
+    assert_type(manager.snapshots(name).merge_live(), tuple[vmm.MergeResult, ...])
+    guest = manager.guest(name)
+    assert_type(guest.ping(), vmm.Heartbeat)
+    assert_type(guest.info(), vmm.GuestInfo)
+    assert_type(guest.get_item("role"), vmm.ExchangedItem)
+    assert_type(guest.open_console(), vmm.ConsoleConnection)
+    manager.add_disk(name, vmm.DiskWish("/srv/more.vhd"))  # its name in 0.1.0
