@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_root_and_namespaces
-from tests.warm_commands import COMMANDS, warm
+from tests.warm_commands import COMMANDS, PYTHON, warm
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -36,6 +36,16 @@ def test_folder_umask_and_environment(tmp_path: Path) -> None:
     made = [*warm("vmm"), "create", "web", "--memory", "16M"]
     assert subprocess.run(made, env=home, capture_output=True, timeout=60, check=False).returncode == 0
     assert (tmp_path / "home" / "machines").is_dir()
+
+
+def test_a_module_by_its_name() -> None:
+    """`-m MODULE` runs in a Python with both packages loaded; an error shows and gives the exit code."""
+    good = subprocess.run([*warm(PYTHON), "-m", "vhdkit", "--version"], capture_output=True, timeout=60, check=False)
+    assert good.returncode == 0 and good.stdout.startswith(b"vhdkit"), good
+    quiet = subprocess.run([*warm(PYTHON), "-m", "this"], capture_output=True, timeout=60, check=False)
+    assert quiet.returncode == 0 and b"Zen" in quiet.stdout, "a module that comes to its end without an exit"
+    bad = subprocess.run([*warm(PYTHON), "-m", "no.such.module"], capture_output=True, timeout=60, check=False)
+    assert bad.returncode == 1 and b"no.such" in bad.stderr, bad
 
 
 def test_many_callers_at_once() -> None:

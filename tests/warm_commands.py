@@ -7,7 +7,8 @@ them, and passes signals on to it; when it is killed, so is the copy. What the c
 runs, in a process of its own. A user or a group other than the loaded process's is refused.
 
 For tests of what a command does. A test of the process itself, of its start, its terminal or its death, starts the
-real one. `warm("vmm")` gives the words to use in place of `[sys.executable, "-m", "vmm"]`.
+real one. `warm("vmm")` gives the words to use in place of `[sys.executable, "-m", "vmm"]`, and `warm(PYTHON)` those in
+place of Python for `-m MODULE`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import importlib
 import json
 import os
 import pkgutil
+import runpy
 import select
 import shutil
 import signal
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -35,6 +38,7 @@ from typing import NoReturn
 from tests.support import ROOT
 
 COMMANDS = ("vhdkit", "vmm")
+PYTHON = "python"  # with both packages loaded, for `-m MODULE`
 SECONDS = 60.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -67,7 +71,7 @@ class WarmCommands:
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         address = str(folder / "warm.sock")
-        for name in COMMANDS:
+        for name in (*COMMANDS, PYTHON):
             program = self.bin / name
             program.write_text(_CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
             program.chmod(0o755)
@@ -119,7 +123,7 @@ def _shared() -> tuple[contextlib.ExitStack, WarmCommands]:
 
 
 def warm(name: str) -> list[str]:
-    """The words that run `vhdkit` or `vmm`; the loaded process lives as long as the tests of this process do."""
+    """The words that run `vhdkit`, `vmm` or Python; the loaded process lives as long as these tests."""
     return [str(_shared()[1].bin / name)]
 
 
@@ -142,7 +146,6 @@ def _load() -> None:
 
 def _serve(address: str) -> NoReturn:
     _load()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the copies' callers get the exit codes
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"{address}.new")
     listener.listen(64)
@@ -156,10 +159,11 @@ def _serve(address: str) -> NoReturn:
             if fd in pairs:  # one of the two has ended, and so must the other
                 link, copy = pairs[fd]
                 del pairs[copy], pairs[link.fileno()]
+                _end(copy, link)
                 ready.unregister(copy)
                 ready.unregister(link)  # by hand: it stays as long as a copy of another caller has it open
                 link.close()
-                _kill(copy)
+                os.close(copy)
         if listener.fileno() in events:  # last: it may get a number that is in `events`
             link, _ = listener.accept()
             if (new := _copy(link, [listener, ready, *(one for one, _ in pairs.values())])) is None:
@@ -171,7 +175,7 @@ def _serve(address: str) -> NoReturn:
 
 
 def _copy(link: socket.socket, ours: Sequence[socket.socket | select.epoll]) -> int | None:
-    """Fork the copy that runs a call, without `ours`; a descriptor of its process, or None where one has ended."""
+    """Fork the copy that runs a call, without `ours`; its process's descriptor, or None where the caller has gone."""
     head, fds, _, _ = socket.recv_fds(link, 4, 5)
     if not head:
         return None
@@ -182,16 +186,17 @@ def _copy(link: socket.socket, ours: Sequence[socket.socket | select.epoll]) -> 
         _run(link, int.from_bytes(head, "big"), fds)
     for fd in fds:
         os.close(fd)
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:  # so quickly
-        return None
+    return os.pidfd_open(pid)
 
 
-def _kill(copy: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(copy, signal.SIGKILL)
-    os.close(copy)
+def _end(copy: int, link: socket.socket) -> None:
+    """Kill the copy where it still runs, and report its exit code to the caller where that is there."""
+    signal.pidfd_send_signal(copy, signal.SIGKILL)  # one that has ended is not yet waited for
+    ended = os.waitid(os.P_PIDFD, copy, os.WEXITED)
+    assert ended is not None
+    code = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        link.sendall(b"%d\n" % code)
 
 
 def _enter(namespaces: list[int]) -> None:
@@ -203,10 +208,10 @@ def _enter(namespaces: list[int]) -> None:
 
 
 def _run(link: socket.socket, size: int, fds: list[int]) -> NoReturn:
-    """The copy: become the command that was called, and report its exit code."""
+    """The copy: become the command that was called."""
     code = 1
     try:
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with link.makefile("rb") as lines:
@@ -223,19 +228,31 @@ def _run(link: socket.socket, size: int, fds: list[int]) -> NoReturn:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        sys.argv = [name, *words]
         link.sendall(b"%d\n" % os.getpid())
-        importlib.import_module(f"{name}.cli.main").main()
+        link.close()
+        _become(name, words)
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         code = 130
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        with contextlib.suppress(BrokenPipeError):
-            link.sendall(b"%d\n" % code)
         os._exit(code)
+
+
+def _become(name: str, words: list[str]) -> None:
+    if name != PYTHON:
+        sys.argv = [name, *words]
+        importlib.import_module(f"{name}.cli.main").main()
+    else:
+        option, program, *rest = words
+        assert option == "-m", "a program in words starts the real Python"
+        sys.argv = [program, *rest]
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.machines import Namespaces
+from tests.warm_commands import PYTHON, warm
 from vmm.net.switch_spec import SwitchSpec
 
 
@@ -65,7 +65,7 @@ class BridgeHost:
         path, folder = self.folder / f"{spec.name}.json", self.folder / "rt" / spec.name
         path.write_bytes(spec.to_json())
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tests.vmm.net.applying_victim", verb, str(path), str(folder)]
+        command = [*warm(PYTHON), "-m", "tests.vmm.net.applying_victim", verb, str(path), str(folder)]
         return self.execute(command)
 
     def execute(self, command: list[str]) -> subprocess.CompletedProcess[str]:
