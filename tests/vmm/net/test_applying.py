@@ -16,6 +16,7 @@ import pytest
 from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.applying_victim import STATE
 from tests.vmm.net.machines import Namespaces
+from tests.warm_commands import PYTHON, warm
 from vmm.net import switch_spec
 
 pytestmark = [pytest.mark.netns]
@@ -59,10 +60,10 @@ class Host:
         return ["ip", "netns", "exec", self.here, *program, verb, str(path), str(self.folder / "rt"), *more]
 
     def do(self, verb: str, spec: switch_spec.SwitchSpec, *more: str) -> subprocess.CompletedProcess[str]:
-        """Run it."""
-        return subprocess.run(
-            self.command(verb, spec, *more), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-        )
+        """Run it, warm."""
+        (program,) = warm(PYTHON)
+        command = [program if word == sys.executable else word for word in self.command(verb, spec, *more)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
