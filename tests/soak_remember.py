@@ -20,7 +20,6 @@ from pathlib import Path
 import vhdkit
 from tests.soak_live import pattern
 from vhdkit import errors
-from vhdkit.formats.remember import use_folder
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
@@ -30,7 +29,10 @@ DISK = 8 * MIB
 BASE = "base.vhd"
 _SECTORS = DISK // SECTOR_SIZE
 _LOG, _NOTES = "log", "notes"
-_MANNER = Manner(vhdkit.OpenOptions(), follow_leaf=True)
+
+
+def _manner() -> Manner:
+    return Manner(vhdkit.OpenOptions(notes_folder=_NOTES), follow_leaf=True)
 
 
 def prepare() -> None:
@@ -42,8 +44,7 @@ def prepare() -> None:
 
 def serve_and_change() -> None:
     """Serve the newest leaf of the base, write, and change the chain under the writer."""
-    use_folder(os.path.abspath(_NOTES))
-    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _MANNER)
+    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
     rng = random.Random(os.getpid())
     server = NbdServer(exports)
     loop = threading.Thread(target=server.run)
@@ -68,8 +69,7 @@ def serve_and_change() -> None:
 
 def prepare_and_die() -> None:
     """A new leaf is made for a snapshot, then a write is answered, then the server is killed: no chance is in it."""
-    use_folder(os.path.abspath(_NOTES))
-    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _MANNER)
+    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
     server = NbdServer(exports)
     Operations(server, exports).methods()["prepare"].work({"exports": {"disk": None}})
     Path(_LOG).write_text("write 1 8 8\n")
@@ -110,15 +110,11 @@ def _write_on(server: NbdServer, export: ImageExport, rng: random.Random, stop: 
 
 def look(done: bool) -> None:
     """The same command line serves the disk again, and every sector is explained by the log."""
-    use_folder(os.path.abspath(_NOTES))
+    [export] = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
     try:
-        [export] = open_exports([Wanted(os.path.abspath(BASE), "disk")], _MANNER)
-        try:
-            raw = export.disk.read(0, DISK)
-        finally:
-            export.disk.close()
+        raw = export.disk.read(0, DISK)
     finally:
-        use_folder(None)
+        export.disk.close()
     for sector, allowed in enumerate(_allowed()):
         found = raw[sector * SECTOR_SIZE : (sector + 1) * SECTOR_SIZE]
         word = int.from_bytes(found[:8], "little")

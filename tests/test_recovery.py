@@ -18,7 +18,6 @@ from tests.harness.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
 from tests.support import ROOT
 from tests.warm_commands import WarmCommands, warm_commands
 from vhdkit import DiskFormat
-from vhdkit.formats import remember
 from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.store import FileStore
 
@@ -105,16 +104,11 @@ def noted() -> None:
     """A killed server's notes, and another program that wrote to the image before the server came back."""
     image()
     Path("notes").mkdir()
-    try:
-        remember.use_folder("notes")
-        with FileStore.open("disk.vhd", writable=True) as store:
-            open_dynamic(store, writable=True).write(3 * BLOCK // 512, memoryview(bytes(512)))
-        remember.use_folder(None)
-        vhdkit.open_disk("disk.vhd", writable=True).close()
-        remember.use_folder("notes")
-        vhdkit.open_disk("disk.vhd", writable=True).close()
-    finally:
-        remember.use_folder(None)
+    with FileStore.open("disk.vhd", writable=True) as store:
+        store.notes_folder = str(Path("notes").absolute())
+        open_dynamic(store, writable=True).write(3 * BLOCK // 512, memoryview(bytes(512)))
+    vhdkit.open_disk("disk.vhd", writable=True).close()
+    vhdkit.open_disk("disk.vhd", writable=True, options=vhdkit.OpenOptions(notes_folder="notes")).close()
     vhdkit.compact("disk.vhd")
 
 

@@ -135,6 +135,7 @@ class FileStore(NamedFile):
     def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:
         """Take over the descriptor in the list. Use `FileStore.open` or `NewFile` instead."""
         super().__init__(owned, path, writable=writable)
+        self.notes_folder: str | None = None  # where changes of the image are noted (`formats.remember`), if anywhere
         self._no_wait = os.RWF_NOWAIT
         self._transfer: Transfer | None = None
         self._has_lost_pages = False

@@ -28,7 +28,6 @@ from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_n
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile, is_folder, is_regular, read_whole, remove_file, write_whole
-from vhdkit.formats.remember import use_folder
 from vhdkit.serve.control.confinement import Confinement
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.control.server import Control
@@ -227,15 +226,18 @@ def _trusting(wanted: Wanted, common: Common) -> Wanted:
     """What a file for --exports lists, with the folders that hold for every command."""
     assert wanted.manner is not None
     options = wanted.manner.options
-    options = replace(options, parent_dirs=(*options.parent_dirs, *common.trusted.parent_dirs))
+    options = replace(
+        options,
+        parent_dirs=(*options.parent_dirs, *common.trusted.parent_dirs),
+        notes_folder=common.options.notes_folder,
+    )
     return replace(wanted, manner=replace(wanted.manner, options=options))
 
 
 def _serve_builtin(wish: ServeOptions, common: Common) -> None:
     with contextlib.ExitStack() as unserved, contextlib.ExitStack() as cleanup:
         tls = _tls(wish)
-        _note_changes(wish)
-        cleanup.callback(use_folder, None)
+        common = replace(common, options=replace(common.options, notes_folder=_notes_folder(wish)))
         manner = Manner(common.options, wish.read_only, wish.overlay, wish.keep_overlay, wish.follow_leaf)
         exports = open_exports(_wanted(wish, common), manner)
         for export in exports:
@@ -250,7 +252,7 @@ def _serve_builtin(wish: ServeOptions, common: Common) -> None:
         for sock in listeners.sockets:
             server.listen(sock)
         if wish.control is not None:
-            _take_commands(wish, server, exports, cleanup)
+            _take_commands(wish, common, server, exports, cleanup)
         cleanup.enter_context(_stopped_in_order(server))
         if wish.pid_file is not None:
             cleanup.enter_context(_pid_file(wish.pid_file))
@@ -266,13 +268,13 @@ def _serve_builtin(wish: ServeOptions, common: Common) -> None:
         server.run()
 
 
-def _note_changes(wish: ServeOptions) -> None:
-    """Have changes of images noted; those that are thrown away at the end need no notes. Raises NotFound."""
+def _notes_folder(wish: ServeOptions) -> str | None:
+    """Where changes of images are noted; those that are thrown away at the end need no notes. Raises NotFound."""
     if wish.remember is not None:
         if not is_folder(wish.remember):
             raise vhdkit.NotFound("there is no such folder", path=wish.remember, hint="make it first")
         NewFile.check(os.path.join(wish.remember, "notes"))  # now, not with the first write
-    use_folder(None if wish.overlay and wish.keep_overlay is None else wish.remember)
+    return None if wish.overlay and wish.keep_overlay is None else wish.remember
 
 
 def _allow_descriptors() -> None:
@@ -289,7 +291,7 @@ def _tls(wish: ServeOptions) -> ssl.SSLContext | None:
 
 
 def _take_commands(
-    wish: ServeOptions, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack
+    wish: ServeOptions, common: Common, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack
 ) -> None:
     """Have the control socket: ours, unless it was given to somebody, whose paths are confined then."""
     assert wish.control is not None
@@ -300,7 +302,7 @@ def _take_commands(
         raise click.UsageError(str(error)) from error
     socket_file = SocketFile(wish.control, owner=owner)
     cleanup.callback(socket_file.close)
-    operations = Operations(server, exports)
+    operations = Operations(server, exports, notes_folder=common.options.notes_folder)
     control = Control(server.loop, operations.methods(), operations.methods(confined) if owner else None)
     cleanup.callback(operations.close)
     cleanup.callback(control.close)

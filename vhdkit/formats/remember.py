@@ -64,17 +64,6 @@ WITNESS_WORDS = 6
 _MAX_LABEL_BYTES = 1024
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _log = logging.getLogger(__name__)
-_folder: list[str] = []  # of this process, once it was named
-
-
-def use_folder(path: str | None) -> None:
-    """Note changes there from now on, for images that are opened for writing; None: no more."""
-    _folder[:] = [] if path is None else [os.path.abspath(path)]
-
-
-def folder_in_use() -> str | None:
-    """Where this process notes changes, if it does."""
-    return _folder[0] if _folder else None
 
 
 class Witness:
@@ -239,18 +228,17 @@ class Notes:
 
 def begin(store: Store, unique_id: bytes | None) -> Notes | None:
     """Notes for an image that is being opened for writing; None where nobody wants them or none can be written."""
-    folder = folder_in_use()
-    if folder is None or unique_id is None or not isinstance(store, FileStore):
+    if unique_id is None or not isinstance(store, FileStore) or store.notes_folder is None:
         return None
-    return Notes(store, unique_id, folder)
+    return Notes(store, unique_id, store.notes_folder)
 
 
 def disown(store: Store) -> None:
-    """Before a process without the notes changes the image: they are of a state that will be gone.
+    """Before whoever has no folder of notes changes the image: those there are, are of a state that will be gone.
 
     Says so in the log: answered writes are lost then, as in a power cut. The image's writer's lock is held.
     """
-    if isinstance(store, FileStore) and folder_in_use() is None:
+    if isinstance(store, FileStore) and store.notes_folder is None:
         value = store.label(LABEL)
         if value is not None and is_of_this_boot(value):
             _log.warning(
@@ -299,11 +287,10 @@ def told(value: bytes) -> str:
 
 
 def has_notes(store: Store, unique_id: bytes) -> bool:
-    """True when there may be notes of this image in this process's folder."""
-    folder = folder_in_use()
-    if folder is None or not isinstance(store, FileStore):
+    """True when there may be notes of this image in the folder that it was opened with."""
+    if not isinstance(store, FileStore) or store.notes_folder is None:
         return False
-    return any(is_regular(path) for path in note_paths(store, unique_id, folder))
+    return any(is_regular(path) for path in note_paths(store, unique_id, store.notes_folder))
 
 
 def acknowledge(store: FileStore) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import noting
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.compact import compact
 from vhdkit.chain.verbs.create import create_child, create_image
@@ -17,7 +19,6 @@ from vhdkit.disk import open_disk
 from vhdkit.formats import remember
 from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
 from vhdkit.image import ExtentKind
-from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 
 # A killed process closes nothing: the images that play one are dropped.
@@ -31,9 +32,9 @@ def notes(tmp_path: Path) -> Iterator[Path]:
     """A folder for notes, used by this process while the test runs."""
     folder = tmp_path / "notes"
     folder.mkdir()
-    remember.use_folder(str(folder))
+    noting.use_folder(str(folder))
     yield folder
-    remember.use_folder(None)
+    noting.use_folder(None)
 
 
 @pytest.fixture(params=["dynamic", "differencing"])
@@ -49,7 +50,7 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def opened(path: Path) -> DynamicImage:
     """The image, open for writing as by a server; nobody looks for locks here."""
-    return open_dynamic(FileStore.open(path, writable=True), writable=True)
+    return open_dynamic(noting.opened_file(path, writable=True), writable=True)
 
 
 def killed(image: DynamicImage) -> None:
@@ -161,7 +162,7 @@ def test_what_is_not_believed(notes: Path, image: Path, tmp_path: Path, spoil: s
 
 def test_notes_that_contradict_the_image(notes: Path, image: Path) -> None:
     """A note of a block that lies outside the file, or of one there is not, is left out."""
-    store = FileStore.open(image, writable=True)
+    store = noting.opened_file(image, writable=True)
     one = open_dynamic(store, writable=True)
     taken = one._commit._notes
     assert taken is not None
@@ -231,7 +232,7 @@ def writes(offset_bytes: int) -> Callable[[Path], object]:
     """What another program does: it writes a sector."""
 
     def change(path: Path) -> None:
-        with open_disk(path, writable=True) as disk:
+        with open_disk(path, writable=True, options=noting.options()) as disk:
             disk.write(offset_bytes, b"z" * SECTOR_SIZE)
 
     return change
@@ -260,12 +261,12 @@ def test_another_program_was_at_the_image(
     one.write(whole_sectors(2 * MIB) + 5, memoryview(b"x" * SECTOR_SIZE))
     one.write(whole_sectors(MIB) + 5, memoryview(b"x" * SECTOR_SIZE))
     killed(one)
-    remember.use_folder(None)
+    noting.use_folder(None)
     change(image)
     changed = opened(image)
     left = content(changed)
     killed(changed)
-    remember.use_folder(str(notes))
+    noting.use_folder(str(notes))
     again = opened(image)
     assert content(again) == left
     assert len([record for record in caplog.records if "left out" in record.message]) == 1
@@ -285,3 +286,26 @@ def test_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pyt
     assert again.bat.block_start(0) < 0 and again.bat.block_start(1) == start
     assert any("left out" in record.message for record in caplog.records) and left_aside(notes)
     again.close()
+
+
+def test_each_image_has_its_own_folder(tmp_path: Path) -> None:
+    """Where changes are noted is an option of each open: two folders in one process, and an image without any."""
+    folders = [tmp_path / "one", tmp_path / "two", None]
+    disks = []
+    for number, folder in enumerate(folders):
+        path = tmp_path / f"{number}.vhd"
+        create_image(path, SIZE)
+        if folder is not None:
+            folder.mkdir()
+        disks.append(open_disk(path, writable=True, options=OpenOptions(notes_folder=folder)))
+        disks[-1].write(5 * SECTOR_SIZE, b"x" * SECTOR_SIZE)
+    assert [len(list(folder.iterdir())) for folder in folders if folder is not None] == [3, 3]
+    for disk in disks:
+        assert isinstance(disk.chain.leaf, DynamicImage)
+        killed(disk.chain.leaf)
+    found = []
+    for number, folder in enumerate(folders):
+        with open_disk(tmp_path / f"{number}.vhd", options=OpenOptions(notes_folder=folder)) as disk:
+            found.append(disk.read(5 * SECTOR_SIZE, 1))
+    assert found == [b"x", b"x", b"\0"]
+    assert not any(list(folder.iterdir()) for folder in folders if folder is not None)

@@ -9,6 +9,7 @@ Decides which options there are and what their defaults mean; acting on them is 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ class OpenOptions:
     `chain`, and for writing on a file system without locks, in a program that keeps others away by itself.
     `known_images` are paths of images, in any folder, that may stand on the opened one: if one of them does, the
     opened one is not opened for writing, merged, resized, moved or replaced.
+    `notes_folder`, in memory (tmpfs), has changes noted that an open image has only in memory, until its next flush: a
+    successor of a process that was killed opens the image with the same folder, and loses nothing that was written.
 
     Raises InvalidArgument for values of another type, a single path where several are meant, and an empty one.
     `format_name` may be a plain text such as "raw" or "vhd".
@@ -38,6 +41,7 @@ class OpenOptions:
     format_name: FormatName | None = None
     lock: bool = True
     known_images: tuple[str, ...] = ()
+    notes_folder: str | None = None
 
     if TYPE_CHECKING:  # what may be given is more than what is kept
 
@@ -49,6 +53,7 @@ class OpenOptions:
             format_name: FormatName | str | None = None,
             lock: bool = True,
             known_images: Several[AnyPath] = (),
+            notes_folder: AnyPath | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -58,3 +63,6 @@ class OpenOptions:
             arguments.flag(name, getattr(self, name))
         if self.format_name is not None:
             object.__setattr__(self, "format_name", arguments.choice(FormatName, "format_name", self.format_name))
+        if self.notes_folder is not None:
+            folder = os.path.abspath(arguments.path("notes_folder", self.notes_folder))
+            object.__setattr__(self, "notes_folder", folder)

@@ -117,6 +117,7 @@ def limit_tables(layers: Sequence[Layer]) -> None:
 
 
 def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
+    store.notes_folder = options.notes_folder
     if not options.lock:
         return
     if not writer:

@@ -112,14 +112,15 @@ def write_noted(store: FileStore) -> None:
     """Write into the image, which is not locked yet, what a killed server had noted of it: before anybody reads it.
 
     Such a server may have died between giving its leaf a child and flushing that leaf, which is a parent from then on
-    and never opened for writing again. Does nothing in a process that has no notes. Raises ImageInUse while another
-    program holds the image, and what opening it for writing raises.
+    and never opened for writing again. Does nothing for a file without a folder of notes. Raises ImageInUse while
+    another program holds the image, and what opening it for writing raises.
     """
     if not remember.has_notes(store, id_of(view(store))):
         return
     with FileStore.open(store.name, writable=True) as own:
         if own.identity != store.identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
+        own.notes_folder = store.notes_folder
         own.lock(writer=True)
         settle(own)
         formats.probed(own).open(own, writable=True).close()

@@ -113,6 +113,8 @@ class Freezing:
         for chain, path in zip(self._chains, self.paths, strict=True):
             store = FileStore.open_held(path, writable=True, follow_links=False)
             try:
+                for file in pending.files_of(chain.layers[:1]):
+                    store.notes_folder = file.notes_folder
                 self._children.append(formats.for_children_of(chain.leaf).open(store, writable=True))
             except BaseException:
                 store.close()

@@ -133,6 +133,7 @@ class LiveMerge:
         """The target's file for writing; the lock stays with the chain's own opening."""
         file = self._files[self._target]
         store = FileStore.open(file.name, writable=True, follow_links=False)
+        store.notes_folder = file.notes_folder
         try:
             _check_same(store, file)
             drop_earlier_try(self._opened(store))  # and what cannot be written to is found out before anything changes
@@ -233,6 +234,7 @@ class LiveMerge:
         file.become_writer()
         try:
             with FileStore.open(file.name, writable=True, follow_links=False) as store:
+                store.notes_folder = file.notes_folder
                 _check_same(store, file)
                 child_format.relink(store, parent)
         finally:

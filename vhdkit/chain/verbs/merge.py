@@ -179,7 +179,7 @@ class InPlace:
         files = {one.path: file_of_layer(layer) for one, layer in zip(self._names, self._sources, strict=False)}
         names = RealNames(intent.target.path, files)
         with contextlib.ExitStack() as held:
-            children = [held.enter_context(_held_child(path)) for path in self._children]
+            children = [held.enter_context(_held_child(path, self._options.notes_folder)) for path in self._children]
             store = self._open_target(held)
 
             def fill() -> tuple[int, int]:
@@ -194,6 +194,7 @@ class InPlace:
     def _open_target(self, held: contextlib.ExitStack) -> FileStore:
         """The target's file, open for writing; the lock stays with the descriptor that has it."""
         store = held.enter_context(FileStore.open(self._names[-1].path, writable=True, follow_links=False))
+        store.notes_folder = self._options.notes_folder
         if store.identity != file_of_layer(self._target).identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
         pending.settle(store)
@@ -270,9 +271,10 @@ def closing(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_child(path: str) -> Iterator[FileStore]:
+def _held_child(path: str, notes_folder: str | None) -> Iterator[FileStore]:
     """A child that will be repointed, held as a writer."""
     with FileStore.open_held(path, writable=True, follow_links=False) as store:
+        store.notes_folder = notes_folder
         pending.settle(store)
         yield store
 

@@ -63,8 +63,7 @@ def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, b
     state: then the notes are set aside for good. The image's writer's lock is held, by whoever looks for locks.
     Raises AccessDenied, IoFailed.
     """
-    folder = remember.folder_in_use()
-    if folder is None or unique_id is None or not isinstance(store, FileStore):
+    if unique_id is None or not isinstance(store, FileStore) or (folder := store.notes_folder) is None:
         return {}
     files = _read(store, unique_id, folder)
     notes = [note for one in files for note in one.notes]
@@ -102,8 +101,7 @@ def _forget_empty(store: FileStore, unique_id: bytes, folder: str, label: bytes 
 
 def give_up(store: Store, unique_id: bytes | None, problem: str) -> None:
     """Set the notes aside, and say so: answered writes that were not flushed are lost, as in a power cut."""
-    folder = remember.folder_in_use()
-    if folder is None or unique_id is None or not isinstance(store, FileStore):
+    if unique_id is None or not isinstance(store, FileStore) or (folder := store.notes_folder) is None:
         return
     kept = rename_aside(remember.note_paths(store, unique_id, folder))
     place = kept[0] if kept else folder
@@ -122,9 +120,8 @@ def writing_begins(store: Store, unique_id: bytes | None) -> None:
 
     Raises AccessDenied, IoFailed.
     """
-    folder = remember.folder_in_use()
-    assert folder is not None and unique_id is not None and isinstance(store, FileStore)
-    path = remember.note_paths(store, unique_id, folder)[2]
+    assert unique_id is not None and isinstance(store, FileStore) and store.notes_folder is not None
+    path = remember.note_paths(store, unique_id, store.notes_folder)[2]
     if is_regular(path):
         with FileStore.open(path, writable=True, follow_links=False) as words:
             words.pwrite(0, struct.pack("=Q", time.monotonic_ns()))
@@ -132,9 +129,8 @@ def writing_begins(store: Store, unique_id: bytes | None) -> None:
 
 def written(store: Store, unique_id: bytes | None) -> None:
     """What was noted is on the device: the notes go. Raises AccessDenied, IoFailed."""
-    folder = remember.folder_in_use()
-    assert folder is not None and unique_id is not None and isinstance(store, FileStore)
-    remember.forget(store, unique_id, folder)
+    assert unique_id is not None and isinstance(store, FileStore) and store.notes_folder is not None
+    remember.forget(store, unique_id, store.notes_folder)
 
 
 def _another_state(store: FileStore, unique_id: bytes, folder: str, last: _File, label: bytes | None) -> str | None:

@@ -32,8 +32,10 @@ from vhdkit.serve.opening import ImageExport, Wanted, open_exports, wanted_of_do
 class Operations:
     """The methods of one server. `started` is when it began to serve, in seconds since the epoch."""
 
-    def __init__(self, server: NbdServer, exports: list[ImageExport]) -> None:
+    def __init__(self, server: NbdServer, exports: list[ImageExport], *, notes_folder: str | None = None) -> None:
+        """`notes_folder`: `OpenOptions.notes_folder` of the images that are added."""
         self._server = server
+        self._notes_folder = notes_folder
         self._exports = exports
         self._started = time.time()
         self._merges: dict[str, ServedMerge] = {}  # under way, by export
@@ -286,7 +288,9 @@ class Operations:
         if held is not None:
             raise errors.ImageInUse(f"is served already, as {held.name!r}", path=wanted.path)
         assert wanted.manner is not None
-        [export] = open_exports([wanted], wanted.manner)
+        options = replace(wanted.manner.options, notes_folder=self._notes_folder)
+        manner = replace(wanted.manner, options=options)
+        [export] = open_exports([replace(wanted, manner=manner)], manner)
         try:
             self._server.add_export(export)
         except BaseException:

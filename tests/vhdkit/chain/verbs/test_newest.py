@@ -7,25 +7,28 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vhdkit
+from tests import noting
 from tests.vhdkit.chain.verbs.test_live_merge import SIZE, make_chain, on_disk, write_some
 from tests.vhdkit.chain.verbs.test_merge_recovery import GONE, crafted, id_of
 from tests.vhdkit.formats.test_remember import killed
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.chain.verbs.live_merge import LiveMerge
 from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.folder import sidecar_path
-from vhdkit.formats import remember
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.store import FileStore, Store
 
 
 class Killed(BaseException):
@@ -71,7 +74,7 @@ def merged_live(chain: Chain, first: int, target: int) -> Chain:
 
 def served(path: Path) -> bytes:
     """What clients read when it is served by this command line again: `serve PATH --follow-leaf`."""
-    [export] = open_exports([Wanted(str(path))], Manner(OpenOptions(), follow_leaf=True))
+    [export] = open_exports([Wanted(str(path))], Manner(noting.options(), follow_leaf=True))
     try:
         assert export.disk.writable
         export.disk.write(0, export.disk.read(0, 512))
@@ -176,16 +179,16 @@ def notes(tmp_path: Path) -> Iterator[Path]:
     """A folder for notes, in use while the test runs."""
     folder = tmp_path / "notes"
     folder.mkdir()
-    remember.use_folder(str(folder))
+    noting.use_folder(str(folder))
     yield folder
-    remember.use_folder(None)
+    noting.use_folder(None)
 
 
 def test_merging_the_leaf_leaves_no_notes(notes: Path, tmp_path: Path) -> None:
     """A live merge of the leaf under `--remember` leaves neither descriptors nor files of its notes."""
     rng = random.Random(5)
     paths, model = make_chain(tmp_path, 5, "dynamic", rng)
-    chain = Chain.open(paths[0], writable=True)
+    chain = Chain.open(paths[0], writable=True, options=noting.options())
     before = None
     for _ in range(3):
         write_some(chain, model, rng, 3)
@@ -203,3 +206,48 @@ def test_an_image_that_is_gone(tmp_path: Path) -> None:
     """An image that is gone, and of which no record says where it went, is not found."""
     with pytest.raises(errors.NotFound):
         newest_leaf(tmp_path / "gone.vhd", OpenOptions())
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_every_open_of_a_server_has_its_folder(
+    step: int, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-ANSWERED-SURVIVES: new leaves, targets, relinked children and finished merges: whatever a chain with notes
+    opens for writing has its folder. Without it, answered writes would be dropped as those of another program."""
+    seen: list[tuple[str, str | None]] = []
+    honest = pending.settle
+
+    def settled(store: FileStore) -> None:
+        seen.append((store.name, store.notes_folder))
+        honest(store)
+
+    made = DynamicImage.__init__
+
+    def initialised(self: DynamicImage, store: Store, *words: Any, **more: Any) -> None:
+        if more.get("writable") and isinstance(store, FileStore) and type(store) is FileStore:
+            seen.append((store.name, store.notes_folder))
+        made(self, store, *words, **more)
+
+    rng = random.Random(step)
+    paths, model = make_chain(tmp_path, 4, "dynamic", rng)
+    monkeypatch.setattr(pending, "settle", settled)
+    monkeypatch.setattr(DynamicImage, "__init__", initialised)
+    chain = Chain.open(paths[0], writable=True, options=noting.options())
+    with Freezing([(chain, str(tmp_path / "new.avhd"))]) as freezing:
+        [chain] = freezing.freeze()
+        freezing.done()
+    write_some(chain, model, rng, 3)
+    chain = merged_live(chain, 2, 3)
+    for first, target in ((1, 2), (0, 1)):
+        with monkeypatch.context() as patch:
+            killed_at(patch, step)
+            try:
+                chain = merged_live(chain, first, target)
+            except Killed:
+                let_go(chain)
+                assert served(paths[3]) == model
+                chain = Chain.open(newest_leaf(paths[3], noting.options()), writable=True, options=noting.options())
+    assert len(chain.layers) < 5
+    let_go(chain)
+    assert served(paths[3]) == model
+    assert {folder for _, folder in seen} == {str(notes)}, seen

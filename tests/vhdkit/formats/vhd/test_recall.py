@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import noting
 from tests.vhdkit.formats.test_remember import content, found_in, image, killed, notes, opened
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.create import create_child
@@ -37,10 +38,10 @@ Meanwhile = Callable[[Path, bytes, os.stat_result], object]
 @contextlib.contextmanager
 def without_notes() -> Iterator[None]:
     """What another process sees, which knows no folder of notes."""
-    folder = remember.folder_in_use()
-    remember.use_folder(None)
+    folder = noting.folder_in_use()
+    noting.use_folder(None)
     yield
-    remember.use_folder(folder)
+    noting.use_folder(folder)
 
 
 def write(one: DynamicImage, model: bytearray, first: int, data: bytes) -> None:
@@ -104,12 +105,12 @@ def cut_and_back(path: Path, backup: bytes, status: os.stat_result) -> None:
 
 def opened_for_writing(path: Path, backup: bytes, status: os.stat_result) -> None:
     """A session of ours without the notes, which happens to write nothing."""
-    open_disk(path, writable=True).close()
+    open_disk(path, writable=True, options=noting.options()).close()
 
 
 def written_by_us(path: Path, backup: bytes, status: os.stat_result) -> None:
     """A session of ours without the notes writes, at once, over what is owned and what is not."""
-    with open_disk(path, writable=True) as disk:
+    with open_disk(path, writable=True, options=noting.options()) as disk:
         disk.write(0, b"z" * SECTOR_SIZE)
         disk.write(3 * MIB, b"z" * MIB)
 
@@ -133,7 +134,7 @@ def touched(path: Path, backup: bytes, status: os.stat_result) -> None:
     path.chmod(0o640)
     os.link(path, path.with_suffix(".second"))
     check(path)
-    open_disk(path).close()
+    open_disk(path, options=noting.options()).close()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -156,7 +157,7 @@ def test_exact_or_not_at_all(
     killed(one)
     with without_notes():
         meanwhile(image, backup, status)
-        left = open_dynamic(FileStore.open(image))
+        left = open_dynamic(noting.opened_file(image))
         expected = content(left) if meanwhile in CHANGES else bytes(model)
         killed(left)
     again = opened(image)
@@ -183,7 +184,7 @@ def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest
         [told] = [one for one in check(image) if one.code == "notes-unwritten"]
         assert str(notes) in told.message and "--remember" in told.message
         assert not caplog.records
-        open_disk(image, writable=True).close()
+        open_disk(image, writable=True, options=noting.options()).close()
         assert [one for one in check(image) if one.code == "notes-unwritten"] == []
     assert ["will not be used" in record.message for record in caplog.records] == [True]
 
@@ -193,7 +194,7 @@ def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest
 def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str, writable: bool) -> None:
     """INV-ANSWERED-SURVIVES: a leaf is a parent when its server dies before it was flushed: what was noted of it is
     written into it before anybody reads the chain, and the notes go."""
-    disk, model = open_disk(image, writable=True), bytearray(SIZE)
+    disk, model = open_disk(image, writable=True, options=noting.options()), bytearray(SIZE)
     with pytest.raises(KeyboardInterrupt), Freezing([(disk.chain, str(image.parent / "new.avhd"))]) as freezing:
         for first in (5, 2000, 6000):
             disk.write(first * SECTOR_SIZE, b"x" * SECTOR_SIZE)
@@ -207,10 +208,10 @@ def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str,
     for layer in (*disk.chain.layers, *freezing._children):
         if isinstance(layer, DynamicImage):
             killed(layer)
-    with open_disk(image.parent / "new.avhd", writable=writable) as again:
+    with open_disk(image.parent / "new.avhd", writable=writable, options=noting.options()) as again:
         assert again.read(0, SIZE) == model
     assert list(notes.iterdir()) == []
-    with without_notes(), open_disk(image.parent / "new.avhd") as other:
+    with without_notes(), open_disk(image.parent / "new.avhd", options=noting.options()) as other:
         assert other.read(0, SIZE) == model
     assert [one.code for one in check(image) if one.code != "leaked-space"] == []
 
@@ -236,7 +237,7 @@ def test_killed_while_notes_are_written(notes: Path, image: Path, after: int, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FileStore, "sync", dies(FileStore.sync))
         patch.setattr(FileStore, "pwrite", dies(FileStore.pwrite))
-        with FileStore.open(image, writable=True) as store:
+        with noting.opened_file(image, writable=True) as store:
             open_dynamic(store, writable=True)
     assert found_in(image) == model
 
@@ -249,11 +250,11 @@ def test_image_with_notes_is_in_use(notes: Path, image: Path) -> None:
     child = image.parent / "new.avhd"
     with without_notes():
         create_child(child, image)
-        with open_disk(image), pytest.raises(ImageInUse):
-            remember.use_folder(str(notes))
-            open_disk(child, writable=True)
-    remember.use_folder(str(notes))
-    with open_disk(child, writable=True) as disk:
+        with open_disk(image, options=noting.options()), pytest.raises(ImageInUse):
+            noting.use_folder(str(notes))
+            open_disk(child, writable=True, options=noting.options())
+    noting.use_folder(str(notes))
+    with open_disk(child, writable=True, options=noting.options()) as disk:
         assert disk.read(5 * SECTOR_SIZE, SECTOR_SIZE) == b"x" * SECTOR_SIZE
 
 
@@ -317,7 +318,7 @@ def test_without_labels_the_witness_decides(notes: Path, image: Path, monkeypatc
     write(again, bytearray(SIZE), 6000, b"y" * SECTOR_SIZE)
     killed(again)
     after_a_tick(image)
-    with without_notes(), open_disk(image, writable=True) as disk:
+    with without_notes(), open_disk(image, writable=True, options=noting.options()) as disk:
         disk.write(5 * SECTOR_SIZE, b"z" * SECTOR_SIZE)
     assert found_in(image)[6000 * SECTOR_SIZE] == 0
 
