@@ -40,7 +40,7 @@ from vhdkit.folder import sidecar_path
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed
-from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.formats.vhd.footers import image_id
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE, whole_sectors

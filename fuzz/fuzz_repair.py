@@ -25,7 +25,7 @@ from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.undo import apply_change, belongs, plan_change, roll_back
 from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.formats.vhd.footers import image_id
 from vhdkit.formats.vhd.repair import repair_vhd
 from vhdkit.image import Layer, read_extents
 from vhdkit.store import Store

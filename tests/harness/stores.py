@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from vhdkit import errors
-from vhdkit.formats.vhd.metadata import footer_state
+from vhdkit.formats.vhd.footers import footer_state
 from vhdkit.store import Buffer, ReadStore
 from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors, round_up
 

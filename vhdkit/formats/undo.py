@@ -30,9 +30,9 @@ import numpy as np
 
 from vhdkit import errors, formats
 from vhdkit.formats.patched import Patches, ReadOnlyView
+from vhdkit.formats.vhd.footers import footer_state
 from vhdkit.formats.vhd.geometry import MAX_FIXED_BYTES
 from vhdkit.formats.vhd.layout import FOOTER_COOKIE, FOOTER_SIZE
-from vhdkit.formats.vhd.metadata import footer_state
 from vhdkit.store import Buffer, ReadStore, Store
 from vhdkit.units import MIB, SECTOR_SIZE
 

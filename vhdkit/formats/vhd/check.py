@@ -17,9 +17,10 @@ from vhdkit.finding import Finding, Severity, finding_of, left_by_repair
 from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import bad_entries, entry_error, used_sizes
+from vhdkit.formats.vhd.footers import FooterState
 from vhdkit.formats.vhd.front import behind_first_block
 from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits
-from vhdkit.formats.vhd.metadata import FooterState, Metadata, read_metadata
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.places import block_data_end, block_starts, table_range
 from vhdkit.formats.vhd.room import end_of_room

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from vhdkit.formats.format import FieldValue, StructureDump
 from vhdkit.formats.vhd import layout
+from vhdkit.formats.vhd.footers import read_footers
 from vhdkit.formats.vhd.locator import Locator, read_locators
-from vhdkit.formats.vhd.metadata import batmap_header_offset, read_footers
+from vhdkit.formats.vhd.metadata import batmap_header_offset
 from vhdkit.store import ReadStore
 
 _SHOWN_BYTES = 64

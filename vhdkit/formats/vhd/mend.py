@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace
+from vhdkit.formats.vhd.footers import FooterState
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
-from vhdkit.formats.vhd.metadata import FooterState, Metadata
+from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_down, round_up

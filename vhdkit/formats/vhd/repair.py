@@ -36,10 +36,11 @@ from vhdkit.formats.vhd.check import (
     spare_of_fixed,
 )
 from vhdkit.formats.vhd.dynamic import bad_entries
+from vhdkit.formats.vhd.footers import FooterPlace, FooterState, footer_state, read_footers
 from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
 from vhdkit.formats.vhd.locator import NO_PLATFORM, encode_parent_name
-from vhdkit.formats.vhd.metadata import FooterPlace, FooterState, Metadata, footer_state, read_footers, read_metadata
+from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.padding import SEARCH_BYTES
 from vhdkit.formats.vhd.places import end_of_structures, nominal_end

@@ -15,7 +15,8 @@ import vhdkit
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.describe import describe_chain, describe_image
 from vhdkit.formats.undo import UndoLog, apply_change, encode, plan_change
-from vhdkit.formats.vhd.metadata import image_id, read_metadata
+from vhdkit.formats.vhd.footers import image_id
+from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.formats.vhd.resize import fixed_writes
 from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE

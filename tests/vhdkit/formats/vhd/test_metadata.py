@@ -27,7 +27,8 @@ from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Severity
 from vhdkit.formats.vhd import geometry, metadata
 from vhdkit.formats.vhd.dynamic import open_dynamic
-from vhdkit.formats.vhd.metadata import FooterState, read_footers, read_metadata
+from vhdkit.formats.vhd.footers import FooterState, read_footers
+from vhdkit.formats.vhd.metadata import read_metadata
 
 KILLED = b"\xc7" * 512
 BROKEN = put(Vhd().footer(), 200, b"\x01")

@@ -11,7 +11,7 @@ import vhdkit
 from tests.vmm.snapshots.machines import Machines
 from vhdkit.chain.records import pending
 from vhdkit.formats.undo import apply_change, plan_change
-from vhdkit.formats.vhd.metadata import image_id
+from vhdkit.formats.vhd.footers import image_id
 from vhdkit.store import FileStore
 from vmm.api.export_import.exporting import export
 from vmm.api.export_import.importing import import_machine
