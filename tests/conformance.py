@@ -23,8 +23,9 @@ from vhdkit import errors
 from vhdkit.formats.linear import LinearImage
 from vhdkit.formats.raw import create_raw, open_raw
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage, open_fixed
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind, Layer, read_extents
 from vhdkit.store import Store
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, is_power_of_two, sectors_to_bytes, whole_sectors

@@ -18,7 +18,7 @@ from tests.harness.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
 from tests.support import ROOT
 from tests.warm_commands import WarmCommands, warm_commands
 from vhdkit import DiskFormat
-from vhdkit.formats.vhd.dynamic import open_dynamic
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.store import FileStore
 
 PAGE = "docs/recovery.md"

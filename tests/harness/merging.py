@@ -29,8 +29,8 @@ from vhdkit.chain.verbs.merge_steps import carry_out, drop_earlier_try, fill_tar
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic, create_fixed
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.image import Layer
 from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors

@@ -18,8 +18,9 @@ from tests.harness.vhd_builder import Block, Vhd, bitmap_space, bits_of, child, 
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.create import ParentLink, linked_header
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind, Layer
 from vhdkit.store import Store
 from vhdkit.units import KIB, SECTOR_SIZE, sectors_to_bytes

@@ -19,8 +19,9 @@ from vhdkit import errors
 from vhdkit.chain.names.resolve import OpenOptions, open_layers
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.vhd.dump import dump_vhd
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, TIB

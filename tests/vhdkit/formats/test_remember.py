@@ -17,7 +17,8 @@ from vhdkit.chain.verbs.compact import compact
 from vhdkit.chain.verbs.create import create_child, create_image
 from vhdkit.disk import open_disk
 from vhdkit.formats import remember
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 

@@ -16,7 +16,7 @@ from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding, Severity, finding_of, left_by_repair
 from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import bad_entries, entry_error, used_sizes
+from vhdkit.formats.vhd.entries import bad_entries, entry_error, used_sizes
 from vhdkit.formats.vhd.footers import FooterState
 from vhdkit.formats.vhd.front import behind_first_block
 from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits

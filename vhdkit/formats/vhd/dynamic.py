@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit import errors
-from vhdkit.errors import CorruptImage, CorruptReason
-from vhdkit.finding import Finding, finding_of
+from vhdkit.errors import CorruptImage
+from vhdkit.finding import Finding
 from vhdkit.formats import remember
-from vhdkit.formats.vhd import bitmap, recall
+from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat, BatInFile, FewFlags
 from vhdkit.formats.vhd.commit import Commit
+from vhdkit.formats.vhd.entries import used_sizes
 from vhdkit.formats.vhd.facts import FORMAT_NAME, facts_of
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
-from vhdkit.formats.vhd.mend import mend
-from vhdkit.formats.vhd.metadata import Metadata, read_metadata
+from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.formats.vhd.places import block_data_end, end_of_structures, nominal_end
 from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.image import Extent, ExtentKind, ImageFacts, Piece, copy_piece, merged_extents
@@ -426,153 +426,3 @@ def _gaps(pieces: Sequence[Piece], first: int, end: int) -> Iterator[tuple[int, 
         first = piece.sector_index + piece.sector_count
     if end > first:
         yield first, end - first
-
-
-def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> DynamicImage:
-    """Open a dynamic or differencing image.
-
-    Raises CorruptImage, also for BAT entries that cannot be. A writable open mends a lost footer first. An image whose
-    blocks lie over each other opens for reading only, and says so in `findings` (`INV-BLOCKS-DISJOINT`).
-    """
-    metadata = read_metadata(store)
-    assert metadata.header is not None
-    if writable and _write_what_was_noted(store, metadata):
-        metadata = read_metadata(store)
-    assert metadata.header is not None
-    bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-    overlap = check_blocks(metadata, bat)
-    if overlap is not None and writable:
-        raise overlap
-    if writable and mend(store, metadata, nominal_end(metadata, bat), cut_end=_cut_end(metadata, bat)):
-        metadata = read_metadata(store)
-    image = DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
-    if overlap is not None:
-        image.damage = overlap
-        image.findings.append(finding_of(overlap, store.name))
-    return image
-
-
-def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
-    """Write what a process that was killed had in memory only, in the order of `commit`; True when there was any."""
-    assert metadata.header is not None
-    bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-    block_size, unique_id = metadata.header.block_size, metadata.footer.unique_id
-    bitmaps = recall.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
-    if bitmaps:
-        try:
-            overlap = check_blocks(metadata, bat)
-            if overlap is not None:
-                raise overlap
-        except CorruptImage as error:  # of the notes or of the image itself, which is for the caller to find
-            recall.give_up(store, unique_id, error.problem)
-            return False
-        store.sync()
-        recall.writing_begins(store, unique_id)
-        for block, raw in bitmaps.items():
-            store.pwrite(bat.block_start(block), raw)
-        for number, raw in bat.take_dirty().items():
-            store.pwrite(bat.sector_offset(number), raw)
-        store.sync()
-        recall.written(store, unique_id)
-    return bool(bitmaps)
-
-
-def used_sizes(metadata: Metadata) -> tuple[int, int]:
-    """Bytes in the file, bitmap included, of a block and of the last one, which the disk's end may cut."""
-    assert metadata.header is not None
-    block_size = metadata.header.block_size
-    bitmap_bytes = bitmap.bitmap_size(block_size)
-    last = metadata.size_bytes - (metadata.block_count - 1) * block_size
-    return bitmap_bytes + block_size, bitmap_bytes + last
-
-
-def _cut_end(metadata: Metadata, bat: Bat) -> int | None:
-    """End of the used part of a block that reaches past the data of the file, or None when there is none."""
-    whole, last = used_sizes(metadata)
-    starts = np.where(bat.allocated(), bat.entries.astype(np.int64) * SECTOR_SIZE, -whole)
-    ends = starts + whole
-    ends[-1] = starts[-1] + last
-    end = int(ends.max())
-    return end if end > block_data_end(metadata) else None
-
-
-def check_blocks(metadata: Metadata, bat: Bat) -> CorruptImage | None:
-    """Refuse BAT entries outside the file or over metadata (`INV-BLOCKS-DISJOINT`).
-
-    Blocks over each other can be read, one as well as the other, but a write to one would change the other: the error
-    for those is returned, for whoever wants to write.
-    """
-    for reason, blocks in bad_entries(metadata, bat):
-        if len(blocks):
-            error = entry_error(metadata, bat, reason, int(blocks[0]))
-            if reason is CorruptReason.BLOCKS_OVERLAP:
-                return error
-            raise error
-    return None
-
-
-def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[tuple[CorruptReason, NDArray[np.intp]]]:
-    """What is wrong with the table's entries: each reason with the blocks it is true of, worst kind first.
-
-    Arrays, not errors: a hostile table of 16 MiB has four million bad entries. A sound table of a million blocks
-    costs a few vectorised passes, milliseconds.
-    """
-    used = bat.entries[bat.allocated()]
-    if not len(used):
-        return
-    assert metadata.header is not None
-    whole, last = used_sizes(metadata)
-    highest = max(block_data_end(metadata) - bitmap.bitmap_size(metadata.header.block_size), 0) // SECTOR_SIZE
-    yield CorruptReason.BLOCK_OUTSIDE_FILE, np.flatnonzero(bat.allocated() & (bat.entries > highest))
-    if sectors_to_bytes(int(used.min())) < metadata_end(metadata):
-        starts = bat.entries.astype(np.int64) * SECTOR_SIZE
-        ends = starts + whole
-        ends[-1] = starts[-1] + last
-        over = np.zeros(len(bat), dtype=np.bool_)
-        for _, offset, size in metadata.forbidden_to_blocks():
-            over |= (starts < offset + size) & (ends > offset)
-        yield CorruptReason.BLOCK_OVER_METADATA, np.flatnonzero(bat.allocated() & over)
-    yield CorruptReason.BLOCKS_OVERLAP, np.flatnonzero(_overlapping(bat, whole, last))
-
-
-def metadata_end(metadata: Metadata) -> int:
-    """The first byte after every structure that is not a block."""
-    return max(offset + size for _, offset, size in metadata.forbidden_to_blocks())
-
-
-def _overlapping(bat: Bat, whole: int, last: int) -> NDArray[np.bool_]:
-    """The blocks that begin inside another one."""
-    used = np.sort(bat.entries[bat.allocated()])
-    gaps = used[1:] - used[:-1]
-    close = np.flatnonzero(gaps < whole // SECTOR_SIZE)
-    if not len(close):
-        return np.zeros(len(bat), dtype=np.bool_)
-    # Only the block that the end of the disk cuts may take less room than a whole one.
-    final = bat.block_start(len(bat) - 1) // SECTOR_SIZE
-    close = close[~((used[close] == final) & (gaps[close] >= last // SECTOR_SIZE))]
-    return bat.allocated() & np.isin(bat.entries, used[close + 1])
-
-
-_PROBLEMS = {
-    CorruptReason.BLOCK_OUTSIDE_FILE: "points past the end of the file",
-    CorruptReason.BLOCK_OVER_METADATA: "points into the image's own headers",
-    CorruptReason.BLOCKS_OVERLAP: "points into another block",
-}
-
-
-_OVERLAP_HINT = "it can be read meanwhile; `vhdkit check --repair` moves the blocks apart, then it can be written to"
-
-
-def entry_error(metadata: Metadata, bat: Bat, reason: CorruptReason, block_index: int) -> CorruptImage:
-    """The error for one bad entry, naming its place in the table."""
-    return CorruptImage(
-        reason,
-        _PROBLEMS[reason],
-        path=metadata.path,
-        structure=f"BAT entry {block_index}",
-        offset_bytes=bat.table_offset_bytes + block_index * BAT_ENTRY_SIZE,
-        found=f"block at byte {bat.block_start(block_index):#x} of a file of {metadata.file_size_bytes} bytes",
-        hint=_OVERLAP_HINT
-        if reason is CorruptReason.BLOCKS_OVERLAP
-        else "`vhdkit check` lists everything that is wrong",
-    )

@@ -25,11 +25,12 @@ from vhdkit.formats.format import (
 )
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.facts import FORMAT_NAME, details_of, facts_of
 from vhdkit.formats.vhd.fixed import FixedImage, open_fixed
 from vhdkit.formats.vhd.footers import FooterState, image_id, looks_like_vhd, read_footers
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.peek import parent_ids
 from vhdkit.formats.vhd.places import end_of_structures
 from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import NO_END, DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import NO_END, DynamicImage
 from vhdkit.formats.vhd.layout import DynamicHeader
 from vhdkit.formats.vhd.locator import MAX_LOCATOR_BYTES, Locator
 from vhdkit.formats.vhd.metadata import Metadata
@@ -32,6 +32,7 @@ from vhdkit.formats.vhd.move import (
     plan_clearing,
     punch_free,
 )
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.places import block_starts, end_of_structures, fixed_ranges, nominal_end
 from vhdkit.formats.vhd.switch import in_use, switch_header
 from vhdkit.units import SECTOR_SIZE, round_up

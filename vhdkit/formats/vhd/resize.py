@@ -31,7 +31,7 @@ import numpy as np
 from vhdkit.errors import InvalidArgument
 from vhdkit.formats.vhd import batmap, geometry, layout
 from vhdkit.formats.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREATOR_VERSION
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.last_block import bits_behind_end
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, FOOTER_SIZE, DynamicHeader, Footer
 from vhdkit.formats.vhd.metadata import Metadata, batmap_header_offset
@@ -46,6 +46,7 @@ from vhdkit.formats.vhd.move import (
     plan_packing,
     punch_free,
 )
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.places import end_of_structures, structure_ranges, table_range
 from vhdkit.formats.vhd.switch import switch_header
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up

@@ -13,11 +13,12 @@ from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import CompactPlan, Moved, ResizePlan
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.create import check_size
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
 from vhdkit.formats.vhd.front import behind_first_block, settle_front
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
 from vhdkit.formats.vhd.move import Packing, block_space, cut_end, drop_blocks, move_blocks, plan_packing
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.resize import GrowPlan, fixed_writes, grow_dynamic, plan_grow, plan_shrink, shrink_dynamic
 from vhdkit.units import sectors_to_bytes, whole_sectors
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import used_sizes
+from vhdkit.formats.vhd.entries import used_sizes
 from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.store import ReadStore
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up, sectors_to_bytes, whole_sectors

@@ -10,7 +10,7 @@ import pytest
 from tests.harness.model import SectorModel
 from tests.harness.power import BLOCK_SIZE, PowerRun, Scene, Violation, child_scene, dynamic_scene, short_block_scene
 from vhdkit.disk import Disk
-from vhdkit.formats.vhd import dynamic
+from vhdkit.formats.vhd import dynamic, opening
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR
 from vhdkit.formats.vhd.commit import Commit
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, BAT_UNALLOCATED
@@ -188,7 +188,7 @@ def test_mending_in_the_wrong_order_is_caught(monkeypatch: pytest.MonkeyPatch) -
         store.sync()
         return True
 
-    monkeypatch.setattr(dynamic, "mend", mend)
+    monkeypatch.setattr(opening, "mend", mend)
     with pytest.raises(Violation, match="INV-FLUSHED-OR-NEWER"):
         run_all(short_block_scene)
 

@@ -22,8 +22,9 @@ from vhdkit import errors
 from vhdkit.chain.verbs.compact import compactable_of, plan_compact, run_compact
 from vhdkit.formats.format import CompactPlan
 from vhdkit.formats.probe import open_layer
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import Layer
 from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE
 

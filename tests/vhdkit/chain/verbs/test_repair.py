@@ -18,8 +18,9 @@ from tests.harness.vhd_builder import FIXED, KIB, MIB, Block, Vhd, child, patter
 from tests.support import sample
 from vhdkit import OpenOptions, Severity, errors
 from vhdkit.chain.records import pending
-from vhdkit.formats.vhd.dynamic import open_dynamic
-from vhdkit.formats.vhd.repair import DEAD, LOSS
+from vhdkit.formats.vhd.opening import open_dynamic
+from vhdkit.formats.vhd.repair import LOSS
+from vhdkit.formats.vhd.repair_footers import DEAD
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
 

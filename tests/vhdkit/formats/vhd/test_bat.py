@@ -13,7 +13,7 @@ from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import FREE, KIB, MIB, Block, Vhd, pattern
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.vhd.bat import Bat
-from vhdkit.formats.vhd.dynamic import open_dynamic
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import read_extents
 
 ENTRIES = st.lists(st.one_of(st.just(FREE), st.integers(min_value=0, max_value=FREE - 1)), min_size=1, max_size=400)

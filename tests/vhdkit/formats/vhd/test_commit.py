@@ -10,7 +10,8 @@ from tests.harness.vhd_builder import KIB, pattern
 from vhdkit.errors import NoSpace, SyncFailed
 from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.create import create_dynamic
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind
 from vhdkit.store import Buffer
 

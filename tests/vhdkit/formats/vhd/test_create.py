@@ -13,8 +13,8 @@ from tests.harness.vhd_builder import GIB, KIB, MIB, PARENT_ID, checksum
 from vhdkit.errors import InvalidArgument
 from vhdkit.formats.vhd import create
 from vhdkit.formats.vhd.create import ParentLink
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.fixed import open_fixed
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.units import SECTOR_SIZE
 
 LINK = ParentLink(PARENT_ID, 0x12345678, "päre nt.vhd", ".\\päre nt.vhd", "\\srv\\päre nt.vhd")

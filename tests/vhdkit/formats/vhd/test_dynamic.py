@@ -11,7 +11,8 @@ from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Severity
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import create_dynamic
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import Extent, ExtentKind, read_extents
 from vhdkit.units import SECTOR_SIZE
 

@@ -18,9 +18,9 @@ from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import ParentLink, create_differencing
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.front import behind_first_block, settle_front
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.relink import relink
 from vhdkit.units import SECTOR_SIZE
 

@@ -20,9 +20,9 @@ from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.last_block import bits_behind_end
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.repair import repair_vhd
 from vhdkit.formats.vhd.resize import grow_dynamic, plan_grow, shrink_dynamic
 from vhdkit.image import Piece

@@ -7,8 +7,9 @@ import pytest
 
 from tests.harness.vhd_builder import KIB, Block, Locator, Vhd, child, pattern, put, relative, seal_footer
 from vhdkit.errors import CorruptImage, CorruptReason, ImageInUse, NoSpace, VhdkitError
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.footers import FooterState
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import read_extents
 
 SMALL = 512 * KIB

@@ -26,9 +26,9 @@ from tests.harness.vhd_builder import (
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Severity
 from vhdkit.formats.vhd import geometry, metadata
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.footers import FooterState, read_footers
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 
 KILLED = b"\xc7" * 512
 BROKEN = put(Vhd().footer(), 200, b"\x01")

@@ -22,7 +22,8 @@ from vhdkit.chain.verbs.repair import repair
 from vhdkit.disk import open_disk
 from vhdkit.errors import ImageInUse
 from vhdkit.formats import remember
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 

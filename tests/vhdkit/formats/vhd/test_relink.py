@@ -11,8 +11,8 @@ from tests.harness.power import BLOCK_SIZE, LINK, child_scene
 from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, no_space
 from vhdkit import errors
 from vhdkit.formats.vhd.create import ParentLink
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.relink import relink
 
 NEW_LINK = ParentLink(LINK.unique_id, 7, "moved.vhd", "..\\elsewhere\\moved.vhd", "\\srv\\elsewhere\\moved.vhd")

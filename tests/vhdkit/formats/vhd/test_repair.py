@@ -34,9 +34,10 @@ from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.undo import UndoLog, apply_change, belongs, plan_change, roll_back
 from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.dynamic import open_dynamic
 from vhdkit.formats.vhd.footers import image_id
-from vhdkit.formats.vhd.repair import CONVERT, DEAD, LOSS, repair_vhd
+from vhdkit.formats.vhd.opening import open_dynamic
+from vhdkit.formats.vhd.repair import CONVERT, LOSS, repair_vhd
+from vhdkit.formats.vhd.repair_footers import DEAD
 from vhdkit.image import read_extents
 from vhdkit.units import whole_sectors
 

@@ -18,9 +18,10 @@ from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.vhd import geometry
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.formats.vhd.move import plan_packing
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.resize import grow_dynamic, plan_grow, resized_footer, shrink_dynamic
 from vhdkit.image import Layer
 from vhdkit.units import GIB, MIB, SECTOR_SIZE, TIB

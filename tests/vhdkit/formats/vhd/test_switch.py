@@ -12,8 +12,9 @@ import pytest
 from tests.harness.power import BLOCK_SIZE, DISK_SIZE, child_scene, dynamic_scene
 from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from vhdkit import errors
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.switch import switch_header
 
 SMALLER = DISK_SIZE - BLOCK_SIZE

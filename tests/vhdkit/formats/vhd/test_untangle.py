@@ -17,9 +17,10 @@ from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.undo import apply_change, plan_change, roll_back
 from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.dynamic import DynamicImage, open_dynamic
+from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.footers import image_id
 from vhdkit.formats.vhd.metadata import read_metadata
+from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.repair import repair_vhd
 from vhdkit.image import ExtentKind, read_extents
 from vhdkit.units import SECTOR_SIZE, whole_sectors
