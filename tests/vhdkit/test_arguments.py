@@ -91,6 +91,16 @@ def test_a_single_folder_is_told_how_to_be_written() -> None:
     assert vhdkit.OpenOptions(parent_dirs=[Path("/srv/x"), b"/y"]).parent_dirs == ("/srv/x", "/y")
 
 
+def test_the_folder_of_notes_is_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-OPTIONS-CHECKED: it stays the same folder wherever the process works later, and several are refused."""
+    monkeypatch.chdir(tmp_path)
+    assert vhdkit.OpenOptions(notes_folder=Path("notes")).notes_folder == str(tmp_path / "notes")
+    wrong: tuple[Any, ...] = ("", "a\0b", 5, ["notes"])
+    for value in wrong:
+        with pytest.raises(vhdkit.InvalidArgument, match="notes_folder"):
+            vhdkit.OpenOptions(notes_folder=value)
+
+
 @pytest.mark.parametrize("name", ["allow_raw_parent", "ignore_bitmaps", "lock"])
 def test_flags_are_true_or_false(name: str) -> None:
     """INV-OPTIONS-CHECKED: "no" is not taken for yes."""

@@ -30,6 +30,7 @@ class OpenOptions:
     opened one is not opened for writing, merged, resized, moved or replaced.
     `notes_folder`, in memory (tmpfs), has changes noted that an open image has only in memory, until its next flush: a
     successor of a process that was killed opens the image with the same folder, and loses nothing that was written.
+    Where nothing can be noted, the log says so.
 
     Raises InvalidArgument for values of another type, a single path where several are meant, and an empty one.
     `format_name` may be a plain text such as "raw" or "vhd".
