@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller may pass: types and values are checked when they are given, not when they are used.
+"""Checks of the caller's arguments: types and values are checked when they are passed, not when they are used.
 
 Decides which values are accepted as a flag, a number, a choice or a list of paths, and how others are refused. Must
-not know what they mean. Without these checks, a text given as a list of folders would be split into its letters, "/"
-among them, and a text given as a flag would always be true.
+not know what they mean. Without these checks, a string passed as a list of folders would be split into its letters,
+"/" among them, and a string passed as a flag would always be true.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _E = TypeVar("_E", bound=StrEnum)
 _T_co = TypeVar("_T_co", covariant=True)
 
 AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Size: TypeAlias = SupportsIndex | str  # bytes: a whole number of any library's, or as people write it, "10M"
-NewSize: TypeAlias = SupportsIndex | str  # of a disk: what people write is rounded up to whole sectors, "1.8T"
+Size: TypeAlias = SupportsIndex | str  # bytes: an integer of any library, or a string such as "10M"
+NewSize: TypeAlias = SupportsIndex | str  # of a disk: a string such as "1.8T" is rounded up to whole sectors
 
 
 class Several(Protocol[_T_co]):
-    """A list, tuple, set and the like, to type checkers: a single text is none, as its `__contains__` takes texts."""
+    """A list, tuple, set and the like, for type checkers. `str` does not match, as its `__contains__` takes `str`."""
 
     def __contains__(self, value: object, /) -> bool: ...
     def __iter__(self) -> Iterator[_T_co]: ...
@@ -44,7 +44,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def number(name: str, value: object) -> int:
-    """`value` as an int: also another library's whole number, but no truth value. Raises InvalidArgument."""
+    """`value` as an int; accepts other libraries' integers, but not bool. Raises InvalidArgument."""
     if not isinstance(value, bool):
         try:
             return operator.index(cast("int", value))
@@ -54,7 +54,7 @@ def number(name: str, value: object) -> int:
 
 
 def byte_size(name: str, value: object, parse: Callable[[str], int] = parse_size) -> int:
-    """`value` in bytes: a whole number, or a text such as "10M" or "1.5 GiB". Raises InvalidArgument."""
+    """`value` in bytes: an integer, or a string such as "10M" or "1.5 GiB". Raises InvalidArgument."""
     if isinstance(value, str):
         try:
             return parse(value)
@@ -68,7 +68,7 @@ def byte_size(name: str, value: object, parse: Callable[[str], int] = parse_size
 
 
 def choice(kind: type[_E], name: str, value: object) -> _E:
-    """The member of `kind` that is given, or that is called so. Raises InvalidArgument."""
+    """The member of `kind` that is passed, or whose value is passed. Raises InvalidArgument."""
     try:
         if isinstance(value, str):
             return kind(value)
@@ -78,7 +78,7 @@ def choice(kind: type[_E], name: str, value: object) -> _E:
 
 
 def paths(name: str, value: object) -> tuple[str, ...]:
-    """The paths in a list, as texts. Raises InvalidArgument, for a single path too."""
+    """The paths in a list, as strings. Raises InvalidArgument, also for a single path."""
     if isinstance(value, str | bytes | os.PathLike):
         shown = os.fsdecode(value)
         raise InvalidArgument(f"{name} are several paths, not one", hint=f"write {name}=({shown!r},)")
@@ -88,7 +88,7 @@ def paths(name: str, value: object) -> tuple[str, ...]:
 
 
 def path(name: str, value: object) -> str:
-    """The path as a text. Raises InvalidArgument for what is none."""
+    """The path as a string. Raises InvalidArgument for anything that is not a path."""
     return _path(f"{name} is a path", value)
 
 
@@ -102,10 +102,10 @@ def _path(what: str, value: object) -> str:
 
 
 def checked(function: _F) -> _F:
-    """A public function whose arguments are looked at, by their annotations, before it does anything.
+    """Decorate a public function so that its arguments are checked, by their annotations, before it runs.
 
-    Truth values, numbers, sizes, choices and options are as they are annotated; paths are texts from here on; several
-    things are no single text.
+    Flags, numbers, sizes, choices and options must be what the annotation says; paths become strings; a single
+    string is refused where several values are expected.
     """
     signature = inspect.signature(function)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file can be removed, or created, as far as that is known without trying.
+"""Predicts whether a file can be removed or created, without trying.
 
-Decides what prevents a removal: rights, sticky folders, file attributes, read-only file systems. Must not know why a
-file is to be removed.
+Decides what prevents a removal: permissions, sticky folders, file attributes, read-only file systems. Must not know
+why a file is to be removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
 
 
 def check_removable(path: str) -> None:
-    """Raise AccessDenied where removing the file at `path` is going to fail. One that is not there is fine."""
+    """Raise AccessDenied if removing the file at `path` would fail. A missing file is fine."""
     folder = os.path.dirname(path) or os.curdir
     with translated(path, "look at"):
         try:
@@ -48,10 +48,10 @@ def check_removable(path: str) -> None:
 
 
 def check_folder(folder: str, path: str) -> None:
-    """Look whether a file can be made in `folder`, given its name there (`path`), found again and removed.
+    """Check that a file can be created in `folder` under the name in `path`, found there again, and removed.
 
-    Raises AccessDenied where nothing can be renamed or removed, InvalidArgument where the folder is so deep that no
-    full path of a file, and of the records beside it, could be said: its children would not find it.
+    Raises AccessDenied if nothing there can be renamed or removed, and InvalidArgument if the folder is so deep that
+    the full path of a file, or of the records beside it, would exceed the limit: its children could not find it.
     """
     with translated(path, "find the folder of"):
         folder_bytes = len(os.fsencode(os.path.realpath(folder or os.curdir)))
@@ -71,7 +71,7 @@ def check_folder(folder: str, path: str) -> None:
 
 
 def _flags_of(path: str) -> int:
-    """The attributes that `lsattr` shows; 0 where there are none, or nobody can tell."""
+    """The attributes that `lsattr` shows; 0 if there are none or they cannot be read."""
     with contextlib.suppress(OSError):
         owned = opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening regular files by untrusted names.
 
-Decides how a name out of an image or a record is followed: component by component through descriptors of folders, so
-that nothing outside the allowed folders is examined, listed or opened, even if names are changed or turned into links
-meanwhile. Only regular files are opened, because opening a device or a pipe may have side effects. Must not know
-where names come from.
+Decides how a name from an image or a record is followed: component by component through folder descriptors, so that
+nothing outside the allowed folders is examined, listed or opened, even if names change or become links in the
+meantime. Only regular files are opened, because opening a device or a pipe may have side effects. Must not know where
+names come from.
 
 A link is followed if its target lies beneath an allowed folder, which may itself be reached through links.
-For a name that leads nowhere (any more), `was_removed` says whether that means anything.
+For a name that leads nowhere, `was_removed` decides whether the file was removed or may only be out of sight.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from vhdkit.descriptor import Owned, close_owned, opened
 from vhdkit.named import identity_of
 from vhdkit.store import FileStore, translate, translated
 
-_MAX_LINKS = 40  # as the kernel has it
+_MAX_LINKS = 40  # the kernel's own limit
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class Outcome(StrEnum):
-    """What came of following a name."""
+    """The result of following a name."""
 
     FOUND = "found"
     MISSING = "missing"
-    OUTSIDE = "outside"  # it leads out of the allowed folders; nothing was looked at there
+    OUTSIDE = "outside"  # it leads out of the allowed folders; nothing there was examined
     SPECIAL = "special"  # a folder, device, pipe or socket
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a name led: `path` is the place without any link, as far as it was followed."""
+    """Where a name led: `path` is free of links, as far as the name could be followed."""
 
     outcome: Outcome
     path: str
@@ -51,7 +51,7 @@ class Place:
 def open_regular(path: str) -> FileStore:
     """Open a regular file for reading, links followed.
 
-    Raises NotFound, AccessDenied, IoFailed, and InvalidArgument for anything else, which is not opened at all.
+    Raises NotFound, AccessDenied, IoFailed, and InvalidArgument for any other kind of file, which is not opened.
     """
     try:
         looked = opened(path, os.O_PATH | os.O_CLOEXEC)
@@ -66,10 +66,10 @@ def open_regular(path: str) -> FileStore:
 
 
 def find_beneath(path: str, folders: Sequence[str]) -> Place:
-    """Follow the absolute `path`, ignoring upper and lower case where it is not there as it is spelled.
+    """Follow the absolute `path`. A component that does not exist as spelled is matched ignoring case.
 
-    `folders` are the allowed ones, absolute. A store that is returned is the caller's to close.
-    Raises AccessDenied, IoFailed and the like for what lies inside and cannot be opened.
+    `folders` are the allowed folders, absolute. The caller closes a store that is returned.
+    Raises AccessDenied, IoFailed and similar errors for a file inside that cannot be opened.
     """
     links = 0
     path = os.path.normpath(path)
@@ -93,13 +93,13 @@ def find_beneath(path: str, folders: Sequence[str]) -> Place:
 
 
 def _root_of(path: str, folders: Sequence[str]) -> str | None:
-    """The innermost of the folders that `path`, which is not followed, lies beneath."""
+    """The innermost of the folders that contains `path`, which is not followed."""
     over = [folder for folder in folders if path.startswith(folder.rstrip(os.sep) + os.sep)]
     return max(over, key=len, default=None)
 
 
 class _Walk:
-    """Descriptors of the folders from an allowed one down to where a name has led so far."""
+    """Descriptors of the folders from an allowed one down to where the name has led so far."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -110,16 +110,16 @@ class _Walk:
 
     @property
     def place(self) -> str:
-        """Where it has led."""
+        """The path reached so far."""
         return os.path.join(self._real_root, *self._names)
 
     def start(self) -> None:
-        """Open the allowed folder, through links."""
+        """Open the allowed folder, following links."""
         self._folders.append(opened(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         self._real_root = os.path.realpath(self._root)
 
     def follow(self, names: Sequence[str], links_left: int) -> Place | str:
-        """Where the names lead, or the absolute path that a link among them stands for. Raises OSError."""
+        """Where the names lead, or the absolute path of a link's target among them. Raises OSError."""
         todo = [name for name in reversed(names) if name not in ("", os.curdir)]
         while todo:
             name = todo.pop()
@@ -155,7 +155,7 @@ class _Walk:
         return Place(Outcome.SPECIAL, self.place)
 
     def _look(self, name: str) -> Owned:
-        """A descriptor of the name, which is noted as the next one; another spelling serves where it is not there."""
+        """A descriptor of the name, in another spelling if this one does not exist; recorded as the next step."""
         folder = self._folders[-1][0]
         self._names.append(name)
         try:
@@ -168,14 +168,14 @@ class _Walk:
             return opened(spellings[0], _LOOK, dir_fd=folder)
 
     def close(self) -> None:
-        """Let go of every folder."""
+        """Close every folder."""
         for folder in self._folders:
             close_owned(folder)
         self._folders.clear()
 
 
 def _listed(folder: int) -> list[str]:
-    """The names in a folder; none where they cannot be read."""
+    """The names in a folder; empty if they cannot be read."""
     try:
         owned = opened(os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:
@@ -187,13 +187,13 @@ def _listed(folder: int) -> list[str]:
 
 
 def _opened(looked: int, path: str, folder: int | None) -> FileStore:
-    """The very file that `looked` leads to, which must be a regular one, open for reading."""
+    """The very file that `looked` refers to, opened for reading; it must be a regular file."""
     status = os.fstat(looked)
     if not stat.S_ISREG(status.st_mode):
         raise errors.InvalidArgument("is not a regular file", path=path)
     try:
         owned = opened(f"/proc/self/fd/{looked}", _READ)
-    except FileNotFoundError:  # no /proc here: by its name, which may have become another file's
+    except FileNotFoundError:  # no /proc here: open it by name, which may lead to another file by now
         owned = opened(path if folder is None else os.path.basename(path), _READ | os.O_NOFOLLOW, dir_fd=folder)
         if identity_of(owned[0]) != (status.st_dev, status.st_ino):
             close_owned(owned)
@@ -202,7 +202,8 @@ def _opened(looked: int, path: str, folder: int | None) -> FileStore:
 
 
 def trail_of(directory: str) -> tuple[tuple[int, bool], ...]:
-    """By what the folders from the root down to `directory` are known: inode, and whether a file system begins there.
+    """Identify the folders from the root down to `directory`: for each its inode, and whether a file system begins
+    there.
 
     Raises NotFound, AccessDenied, IoFailed.
     """
@@ -217,9 +218,9 @@ def trail_of(directory: str) -> tuple[tuple[int, bool], ...]:
 
 
 def was_removed(directory: str, trail: Sequence[tuple[int, bool]]) -> bool:
-    """True when what was in `directory` and is not there was removed; False when it may be out of sight.
+    """True if what was in `directory` and is missing now was removed; False if it may only be out of sight.
 
-    Out of sight is what lies on a file system that is not mounted (here), or where one may not look.
+    A file is out of sight if its file system is not mounted (here) or its folder may not be read.
     """
     device, known = None, False
     for folder, (inode, begins) in zip(_from_the_root(directory), trail, strict=False):
@@ -231,14 +232,14 @@ def was_removed(directory: str, trail: Sequence[tuple[int, bool]]) -> bool:
             return False
         if (device is not None and status.st_dev != device) != begins:
             return False
-        if status.st_ino != inode:  # made anew
+        if status.st_ino != inode:  # created anew
             return known and not begins
         device, known = status.st_dev, True
     return known
 
 
 def _from_the_root(directory: str) -> list[str]:
-    """The folders that lead to an absolute path, with itself."""
+    """The folders on the way to an absolute path, including the path itself."""
     folders = [directory]
     while folders[-1] != os.sep:
         folders.append(os.path.dirname(folders[-1]))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lifetime of a file's descriptor: nothing uses its number without holding it, and it does not outlive its owner.
+"""The lifetime of a file descriptor: no call uses its number without holding it, and it does not outlive its owner.
 
 Decides when a descriptor is closed. Must not know what is read or written through it.
 
-`INV-DESCRIPTOR-HELD`: the system gives the number of a closed descriptor to the next file that is opened, in any
-thread. So every use is first noted in `inside`, and the descriptor is closed when there are no more uses. Calls after
-`close` find the number -1.
+`INV-DESCRIPTOR-HELD`: the system reuses the number of a closed descriptor for the next file opened in any thread. So
+every use is first recorded in `inside`, and the descriptor is closed only when no use is left. Calls after `close`
+find the number -1.
 
 `INV-FORK-APART`: a forked process shares the locks and the position in the file with its parent, but not what the
 parent knows about the image. Its copies of the descriptors are closed at once; nothing of the parent's is released.
@@ -28,17 +28,17 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from vhdkit import errors
 
-_LOOK_SECONDS = 0.001  # between two looks whether those inside have left
+_LOOK_SECONDS = 0.001  # between two checks whether the calls in progress have left
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _D = TypeVar("_D", bound="Descriptor")
 
 _open: weakref.WeakSet[Descriptor] = weakref.WeakSet()
-_passing_on: list[None] = []  # not empty: a forked process takes over
+_passing_on: list[None] = []  # not empty: a forked process takes over the open files
 
 
 class Owned(list[int]):
-    """An open descriptor, until `close_owned` has closed it; dropped, it closes what it has."""
+    """An open descriptor until `close_owned` closes it; closed when garbage-collected."""
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
@@ -46,7 +46,7 @@ class Owned(list[int]):
 
 
 def opened(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> Owned:
-    """`os.open`: the number has an owner before an exception can come. Raises OSError, ValueError."""
+    """`os.open`, but the number has an owner before any exception can arrive. Raises OSError, ValueError."""
     owned = Owned()
     call = os.open if dir_fd is None else functools.partial(os.open, dir_fd=dir_fd)
     owned.extend(map(call, (path,), (flags,), (mode,)))
@@ -54,14 +54,14 @@ def opened(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = Non
 
 
 def close_owned(owned: list[int]) -> None:
-    """Close the descriptor in the list, which is empty then; by whoever comes first. Raises OSError."""
-    with contextlib.suppress(IndexError):  # how `pop` says that there is nothing left
+    """Close the descriptor in the list and empty the list; later callers find nothing to close. Raises OSError."""
+    with contextlib.suppress(IndexError):  # `pop` raises it when nothing is left
         for _ in map(os.close, iter(owned.pop, None)):
             pass
 
 
 def held(method: Callable[Concatenate[_D, _P], _R]) -> Callable[Concatenate[_D, _P], _R]:
-    """A method that uses the descriptor: it is open until the method returns. Raises DiskClosed."""
+    """Wrap a method that uses the descriptor, which stays open until the method returns. Raises DiskClosed."""
 
     @functools.wraps(method)
     def holding(self: _D, *arguments: _P.args, **keywords: _P.kwargs) -> _R:
@@ -80,7 +80,7 @@ def held(method: Callable[Concatenate[_D, _P], _R]) -> Callable[Concatenate[_D, 
 
 
 class Descriptor:
-    """A descriptor and those who use it. `_fd` is its number until it is being closed, then -1."""
+    """A descriptor and the calls that use it. `_fd` is its number until closing begins, then -1."""
 
     def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:
         """Take over the descriptor in the list, which `opened` made."""
@@ -88,12 +88,12 @@ class Descriptor:
         self._fd = owned[0]
         self._path = path
         self.writable = writable
-        self.inside: list[None] = []  # one entry for each call under way
-        self.is_left_by_fork = False  # it is the parent's, and was closed here
+        self.inside: list[None] = []  # one entry for each call in progress
+        self.is_left_by_fork = False  # it belongs to the parent process; our copy was closed
         _open.add(self)
 
     def closed_error(self) -> errors.DiskClosed:
-        """Why it cannot be used any more."""
+        """The error that says why it can no longer be used."""
         if self.is_left_by_fork:
             return errors.DiskClosed(
                 "was opened by the process that this one is a fork of",
@@ -103,14 +103,14 @@ class Descriptor:
         return errors.DiskClosed("the disk is closed", path=self._path)
 
     def let_go(self) -> None:
-        """Close the descriptor unless somebody is inside: then the last one out does. Raises OSError."""
+        """Close the descriptor, now or when the last call in progress leaves. Raises OSError."""
         if not self.inside:
             close_owned(self._owned)
 
     def close_descriptor(self) -> None:
-        """Refuse whoever comes, wait for those inside, close. Calling again goes on where an exception struck.
+        """Refuse new calls, wait for those in progress, close. Called again, it resumes where an exception struck.
 
-        From inside one of its own calls (a signal handler) it does not wait: the call closes when it leaves.
+        Called from inside one of its own calls (a signal handler), it does not wait: that call closes on leaving.
         """
         self._fd = -1
         self.let_go()
@@ -119,7 +119,7 @@ class Descriptor:
             self.let_go()
 
     def _is_entered_here(self) -> bool:
-        """True when a function that this thread has not left is inside."""
+        """True when this thread is inside one of the calls in progress."""
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
@@ -137,7 +137,7 @@ class Descriptor:
 
 @contextlib.contextmanager
 def passing_on() -> Iterator[None]:
-    """A process forked in the block takes over what is open, as the parent will not use it any more."""
+    """A process forked in the block takes over the open descriptors, because the parent stops using them."""
     _passing_on.append(None)
     try:
         yield
@@ -146,14 +146,14 @@ def passing_on() -> Iterator[None]:
 
 
 def when_forked(act: Callable[[], object]) -> None:
-    """From now on `act` is called in every forked process that does not take over what is open. It waits for nothing:
+    """Register `act` for every forked process that does not take over the open descriptors. `act` must not wait:
     locks may be held by threads that are not there.
     """
     os.register_at_fork(after_in_child=lambda: None if _passing_on else act())
 
 
 def _forked() -> None:
-    """Let go of copies. Only this thread is there; whoever else was inside never leaves."""
+    """Close this process's copies. Only this thread exists here; calls of other threads never leave."""
     for one in list(_open):
         one.is_left_by_fork = True
         one._fd = -1

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The handle that a front end holds: a disk addressed by bytes.
 
-Decides range, read-only, and what happens to part sectors: an unaligned write reads its edge sectors, changes
-them and writes them back, under one lock with all other writes. A leaf with larger sectors (`Layer.sector_bytes`) is
-written in those. Nothing below sees a part sector. Must not know
-how many layers there are or of which format.
+Decides the range check, read-only, and the handling of partial sectors: an unaligned write reads its edge sectors,
+changes them and writes them back, under the lock that all writes share. A leaf with larger sectors
+(`Layer.sector_bytes`) is written in units of those. Nothing below sees a partial sector. Must not know how many layers
+there are or their formats.
 
     any thread:  read_into, read, extents     no lock
     any thread:  write, write_zeroes, trim    one at a time
@@ -12,7 +12,7 @@ how many layers there are or of which format.
     any thread:  close                        waits for calls in progress; later calls raise DiskClosed
 
 `INV-FLAT-BUFFERS`: a buffer of any shape, format and strides is treated as its bytes (those of `bytes(buffer)`), or
-refused. The layers below only see buffers that are one row of bytes.
+refused. The layers below see only contiguous one-dimensional byte buffers.
 
 After a fork the disk belongs to the parent: the child's object refuses every call (`descriptor`). A signal handler
 must not use the disk: it raises an exception, and the code that catches it closes the disk.
@@ -42,12 +42,12 @@ from vhdkit.image import Extent
 from vhdkit.store import Buffer
 from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
 
-_LARGE_READ_BYTES = 256 * KIB  # from here on a second copy of what is read costs more than avoiding it
+_LARGE_READ_BYTES = 256 * KIB  # from this size on, a second copy of the data costs more than avoiding it
 _disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 
 
 class _WriteLock:
-    """A lock that knows whether this thread has it: an exception may come between taking it and knowing so."""
+    """A lock that knows whether this thread holds it: an exception may arrive right after the lock is taken."""
 
     def __init__(self) -> None:
         lock = threading.RLock()
@@ -61,11 +61,11 @@ class Disk:
     """An open disk. Close it, or use it in a `with` block: closing flushes.
 
     If it is garbage-collected without having been closed, its files and locks are released, with a
-    ResourceWarning; what was written since the last flush is lost, as in a power cut.
+    ResourceWarning; writes since the last flush are lost, as in a power cut.
     """
 
     def __init__(self, chain: Chain) -> None:
-        """Take over an open chain; `open_disk` is the usual way."""
+        """Take over an open chain. Callers normally use `open_disk`."""
         self.chain = chain
         self.size_bytes = chain.size_bytes
         self.writable = chain.writable
@@ -83,7 +83,7 @@ class Disk:
 
     @property
     def path(self) -> str:
-        """The leaf's path, as it was opened."""
+        """The path by which the leaf was opened."""
         return self.chain.leaf.store.name
 
     def read(self, offset_bytes: Size, size_bytes: Size) -> bytes:
@@ -95,7 +95,7 @@ class Disk:
             buffer = bytearray(size_bytes)
             self.read_into(offset_bytes, buffer)
             return bytes(buffer)
-        # What a BytesIO has grown to is handed out without a copy: the read costs its own size, not twice that.
+        # A BytesIO hands out its buffer without a copy, so the read needs its own size in memory, not twice that.
         room = io.BytesIO()
         room.seek(size_bytes - 1)
         room.write(b"\0")
@@ -128,14 +128,14 @@ class Disk:
             self._read_sectors(offset_bytes // SECTOR_SIZE, view)
 
     def try_read_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """As `read_into` if this need not wait for a device; otherwise False, and `buffer` is undefined.
+        """Like `read_into`, if it need not wait for a device; otherwise returns False and leaves `buffer` undefined.
 
         Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed, InvalidArgument.
         """
         return self.try_read_flat(offset_bytes, _flat(buffer, writable=True))
 
     def try_read_flat(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """`try_read_into` for fast callers, whose buffer is one row of bytes."""
+        """`try_read_into` for performance-critical callers that pass a contiguous byte buffer."""
         size = len(buffer)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
@@ -144,7 +144,7 @@ class Disk:
         return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
     def _read_unaligned(self, offset: int, view: memoryview) -> None:
-        """Read whole sectors straight into the caller's buffer, and the edges through a sector of our own."""
+        """Read whole sectors straight into the caller's buffer, and the edges through a one-sector buffer."""
         end = offset + len(view)
         inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
         if inner_end > inner_start:
@@ -190,14 +190,14 @@ class Disk:
             self.chain.flush()
 
     def try_write(self, offset_bytes: int, data: memoryview) -> bool:
-        """As `write` of whole sectors; if it would wait for another writer or a flush, False, and nothing is done.
+        """Like `write` of whole sectors; returns False, having done nothing, if it would wait for a writer or flush.
 
         Raises as `write` does.
         """
         return self.try_write_flat(offset_bytes, _flat(data))
 
     def try_write_flat(self, offset_bytes: int, data: memoryview) -> bool:
-        """`try_write` for fast callers, whose data is one row of bytes."""
+        """`try_write` for performance-critical callers that pass contiguous bytes."""
         size = len(data)
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)

@@ -89,14 +89,14 @@ class VhdkitError(Exception):
 
 
 def _unpickled(kind: type[VhdkitError], args: tuple[object, ...]) -> VhdkitError:
-    """An error without its fields, which come next: each class takes its own arguments."""
+    """An error without its fields, which are filled in next: each class takes its own arguments."""
     error = kind.__new__(kind)
     Exception.__init__(error, *args)
     return error
 
 
 def difference(expected: object, found: object) -> str:
-    """The two values that differ, in brackets; nothing where neither is known."""
+    """The two values that differ, in brackets; empty if neither is known."""
     known = {"expected": expected, "found": found}
     words = [f"{name} {value}" for name, value in known.items() if value is not None]
     return f" ({', '.join(words)})" if words else ""
@@ -108,7 +108,7 @@ def printable(text: str) -> str:
 
 
 def as_clause(problem: str) -> str:
-    """A problem for the middle of a sentence: "is a device" is "it is a device", for there the name comes before."""
+    """A problem worded for the middle of a sentence: "is a device", which follows a path, becomes "it is a device"."""
     return f"it {problem}" if problem.partition(" ")[0] in ("is", "has", "was", "lies", "belongs") else problem
 
 
@@ -125,7 +125,7 @@ class InvalidArgument(VhdkitError):
 
 
 class DiskClosed(InvalidArgument):
-    """The disk was closed, by this thread or another one, or it belongs to the process of which this one is a fork."""
+    """The disk was closed, by any thread, or it belongs to the process that forked this one."""
 
     errno = errnos.EBADF
 
@@ -143,13 +143,13 @@ class ReadOnly(VhdkitError):
 
 
 class NotFound(VhdkitError):
-    """The named file or its folder is not there."""
+    """The named file or its folder does not exist."""
 
     errno = errnos.ENOENT
 
 
 class AlreadyExists(VhdkitError):
-    """The file to create is already there."""
+    """The file to create already exists."""
 
     errno = errnos.EEXIST
 
@@ -173,7 +173,7 @@ class IoFailed(VhdkitError):
 
 
 class SyncFailed(IoFailed):
-    """A flush to the device failed: what was written since the last good flush may be lost."""
+    """A flush to the device failed: writes since the last successful flush may be lost."""
 
 
 class Cancelled(VhdkitError):
@@ -228,11 +228,11 @@ class ImageInUse(VhdkitError):
 
 
 class Replaced(ImageInUse):
-    """The name of an open image leads to another file, or to none, by now."""
+    """The name of an open image now leads to another file, or to none."""
 
 
 class Unprotected(VhdkitError):
-    """A file system without locks: nothing would keep others from an image that is written to."""
+    """The file system has no locks: nothing would keep other programs away from an image that is written to."""
 
     errno = errnos.ENOLCK
 
@@ -245,7 +245,7 @@ class AddressInUse(VhdkitError):
 
 
 class HasChildren(ImageInUse):
-    """A writable open of an image that differencing images stand on."""
+    """An attempt to open for writing an image that has children."""
 
 
 class ParentError(VhdkitError):
@@ -256,7 +256,7 @@ class ParentError(VhdkitError):
 
 
 class ParentMissing(ParentError):
-    """No file in any of the places searched is the parent."""
+    """None of the files found in the places searched is the parent."""
 
 
 class ParentMismatch(ParentError):

@@ -14,7 +14,7 @@ from vhdkit.errors import CorruptImage, difference, printable
 
 
 class Severity(IntEnum):
-    """How bad a finding is. A NOTE is no fault of the image."""
+    """How bad a finding is. A NOTE does not mean that the image is at fault."""
 
     NOTE = 0
     WARNING = 1
@@ -41,12 +41,12 @@ class Finding:
 
 
 def left_by_repair(message: str, why: str) -> str:
-    """`message` of a warning that `check --repair` does not clear, with the reason: nobody tries in vain."""
+    """`message` of a warning that `check --repair` does not clear, with the reason, so that users need not try."""
     return f"{message} (`check --repair` leaves it: {why})"
 
 
 def finding_of(error: CorruptImage, path: str) -> Finding:
-    """The finding that says what `error` says."""
+    """The finding that reports the same as `error`."""
     message = error.problem + difference(error.expected, error.found)
     return Finding(
         Severity.ERROR, error.reason.value, message, error.path or path, error.structure, error.offset_bytes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of files: new files that appear whole or not at all, and folder listings.
+"""File names: new files that appear whole or not at all, and folder listings.
 
 Decides how a new file gets its name and how names are looked up. Must not know formats or chains; where a
 parent may lie is decided in `chain.names.parents`.
@@ -30,9 +30,9 @@ _KEPT_BYTES = 8  # of chance in the name of what is put aside
 
 
 class _UnnamedStore(FileStore):
-    """A file nobody can find (yet): its parts need no order among themselves, so only a commit syncs.
+    """A file that cannot be found under its name yet: its writes need no order, so only a commit syncs.
 
-    It is spoken of by the name that it will have, and lies under another meanwhile.
+    Messages use the name that it will have; until then it lies under a temporary one.
     """
 
     def __init__(self, owned: list[int], path: str, place: str) -> None:
@@ -40,7 +40,7 @@ class _UnnamedStore(FileStore):
         self._place = place
 
     def sync(self) -> None:
-        """Nothing: see `NewFile.commit`."""
+        """Do nothing: `NewFile.commit` syncs."""
 
 
 class NewFile:
@@ -48,11 +48,11 @@ class NewFile:
 
     Until the commit the bytes live under a temporary name in the same folder; leaving the block without a
     commit (an error, Ctrl-C) removes them, so a half-written file is never seen under `path`.
-    Whatever the umask is, only its owner may read it (`INV-NEW-PRIVATE`); with `like` also who may read all of those
-    files, the first of which gives the owner where that is allowed. A file that is replaced leaves its mode and owner.
-    Raises AlreadyExists when `path` is there and `replace` is false, NotFound when its folder is not.
+    Whatever the umask is, only its owner may read it (`INV-NEW-PRIVATE`); with `like`, so may every user who can read
+    all of those files, and the first of them gives the owner where permitted. A replaced file passes on its mode and
+    owner. Raises AlreadyExists when `path` exists and `replace` is false, NotFound when its folder does not exist.
     With `replace` it takes the place of `old`, which the caller holds, and of no other file: a commit raises
-    `Replaced` or AlreadyExists when another has come there meanwhile. With `whatever` it replaces any.
+    `Replaced` or AlreadyExists if another file has that name by then. With `whatever` it replaces any file.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class NewFile:
             likeness.set_mode(self.store.fileno(), mode)
 
     def _begun(self) -> FileStore:
-        """A file under a temporary name, which stays within the 255 bytes that a name may have.
+        """Create the file under a temporary name, which stays within the 255 bytes that a name may have.
 
-        What others left there who died over theirs goes first.
+        First removes the files that processes left there when they died.
         """
         unfinished.sweep(self._directory)
         self._temporary = os.path.join(self._directory, unfinished.part_name())
@@ -91,17 +91,17 @@ class NewFile:
             owned = opened(self._temporary, flags, likeness.PRIVATE)
         store = _UnnamedStore(owned, self.path, self._temporary)
         try:
-            store.lock(writer=True)  # says that whoever makes this file is alive: see `unfinished`
-        except errors.Replaced:  # whoever clears such files away was quicker than the lock
+            store.lock(writer=True)  # shows that the process that makes this file is alive: see `unfinished`
+        except errors.Replaced:  # another process cleared the file away before it was locked
             store.close()
             raise
-        except errors.VhdkitError:  # a file system without locks: nobody can tell then
+        except errors.VhdkitError:  # a file system without locks cannot show it
             pass
         return store
 
     @classmethod
     def check(cls, path: AnyPath) -> None:
-        """Raise what making a new file under this name would raise before anything is written."""
+        """Raise the errors that creating a file under this name would raise before anything is written."""
         plan = cls.__new__(cls)
         plan.path, plan._replace = os.fsdecode(path), False
         plan._directory = os.path.dirname(plan.path) or os.curdir
@@ -125,7 +125,7 @@ class NewFile:
         check_folder(self._directory, self.path)
 
     def _check_destination(self) -> os.stat_result | None:
-        """Refuse a destination that is not replaced; returns the one that is."""
+        """Refuse a destination that must not be replaced; return the one that will be."""
         with translated(self.path, "look at"):
             try:
                 status = os.lstat(self.path)
@@ -142,7 +142,7 @@ class NewFile:
         return status
 
     def commit(self, *, sync: bool = True) -> None:
-        """Give the file its name. With `sync` it returns when bytes and name are on the device."""
+        """Give the file its name. With `sync`, bytes and name are on the device when this returns."""
         if sync:
             FileStore.sync(self.store)
         self._give_name()
@@ -150,7 +150,7 @@ class NewFile:
             sync_directory(self._directory)
 
     def _give_name(self) -> None:
-        """Locked until it has its name: nobody clears it away before."""
+        """Keep the file locked until it has its name, so that no other process clears it away first."""
         if self._old is not None:
             self._old.require_name()
         if self._whatever or self._old is not None:
@@ -162,21 +162,21 @@ class NewFile:
         self.store.unlock()
 
     def _link_exclusively(self) -> None:
-        """Rename without ever overwriting a file that came meanwhile."""
+        """Rename without ever overwriting a file that was created in the meantime."""
         with translated(self.path, "name the finished file"):
             try:
                 os.link(self._temporary, self.path)
             except OSError as error:
                 if error.errno not in {*_NO_HARD_LINKS, errno.EXDEV}:
                     raise
-                if os.path.lexists(self.path):  # a file system without hard links: the best that is left
+                if os.path.lexists(self.path):  # a file system without hard links: a check is the best available
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
                 os.rename(self._temporary, self.path)
             else:
                 os.unlink(self._temporary)
 
     def discard(self) -> None:
-        """Close and, without a commit, remove what was written. In a forked process it is the parent's."""
+        """Close and, without a commit, remove what was written. In a forked process the file is the parent's."""
         self.store.close()
         if self._live and not self.store.is_left_by_fork:
             self._live = False
@@ -191,10 +191,10 @@ class NewFile:
 
 
 def commit_all(files: Sequence[NewFile]) -> None:
-    """Give several finished files their names, in this order; when one cannot have its, none keeps one.
+    """Give several finished files their names, in this order; if one fails, none keeps its name.
 
-    Returns when all bytes and names are on the device. A cut in the middle leaves the first few of them. None of
-    the files may replace another: what was replaced could not be brought back.
+    Returns when all bytes and names are on the device. A power cut in the middle leaves the first few of them. None
+    of the files may replace another, because the replaced file could not be restored.
     """
     for one in files:
         assert not one._replace
@@ -215,10 +215,10 @@ def commit_all(files: Sequence[NewFile]) -> None:
 
 
 def scratch_store(directory: str | None) -> FileStore:
-    """A nameless file in `directory` (None: where the system keeps temporary files) that vanishes when closed."""
+    """A nameless file in `directory` (None: the system's folder for temporary files) that vanishes when closed."""
     if directory is None:
         with translated("temporary files", "find a folder for"):
-            from tempfile import gettempdir  # where it is needed: it takes long to import
+            from tempfile import gettempdir  # imported only when needed, because the import is slow
 
             directory = gettempdir()
     directory = directory or os.curdir
@@ -240,12 +240,12 @@ def sync_directory(directory: str) -> None:
     with translated(directory, "flush the folder"):
         try:
             owned = opened(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except PermissionError:  # one may write to it but not read it: nobody could flush it
+        except PermissionError:  # writable but not readable: such a folder cannot be flushed
             return
         try:
             os.fsync(owned[0])
         except OSError as error:
-            # A file system that cannot flush a folder is no failure.
+            # A file system that cannot flush a folder does not count as a failure.
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
         finally:
@@ -253,7 +253,7 @@ def sync_directory(directory: str) -> None:
 
 
 def remove_file(path: str) -> None:
-    """Take a file's name away; it is gone from the device when this returns. One that is not there is fine."""
+    """Remove a file's name, durably: it is gone from the device when this returns. A missing file is fine."""
     with translated(path, "remove"), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     sync_directory(os.path.dirname(path))
@@ -267,9 +267,9 @@ def real_path(path: AnyPath) -> str:
 
 
 def sidecar_path(path: AnyPath, kind: str, *, is_real: bool = False) -> str:
-    """Where the `kind` of record about the image at `path` lies: a hidden file in its real folder.
+    """Where the record of this `kind` about the image at `path` lies: a hidden file in the image's real folder.
 
-    A path that `is_real` has no links, and is not looked at.
+    With `is_real`, the path is known to have no links and is not examined.
     """
     folder, name = os.path.split(os.fsdecode(path) if is_real else real_path(path))
     hidden = f".{name}.vhdkit-{kind}"
@@ -279,12 +279,12 @@ def sidecar_path(path: AnyPath, kind: str, *, is_real: bool = False) -> str:
 
 
 def _short(name: str) -> str:
-    """What stands for a name that is too long to be part of another."""
+    """A stand-in for a name that is too long to be part of another."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def read_whole(path: str, limit_bytes: int) -> bytes | None:
-    """The bytes of a small regular file, links not followed; None where there is none, or a longer one.
+    """The bytes of a small regular file, links not followed; None if it does not exist or is longer than the limit.
 
     Raises AccessDenied, IoFailed.
     """
@@ -299,9 +299,9 @@ def read_whole(path: str, limit_bytes: int) -> bytes | None:
 def write_whole(
     path: str, raw: bytes, *, like: FileStore | Sequence[FileStore] = (), mode: int = likeness.PRIVATE
 ) -> None:
-    """Make `raw` the content of the file at `path`, at once and for good: after a power cut it has the old or the new.
+    """Replace the content of the file at `path` with `raw`, atomically and durably: a power cut leaves old or new.
 
-    Readable as `NewFile` says. Raises AccessDenied, NoSpace, IoFailed.
+    Who may read it is decided as in `NewFile`. Raises AccessDenied, NoSpace, IoFailed.
     """
     with NewFile(path, whatever=True, like=like, mode=mode) as new:
         new.store.pwrite(0, raw)
@@ -309,7 +309,7 @@ def write_whole(
 
 
 def rename_aside(paths: Sequence[str]) -> list[str]:
-    """Give files names beside their own that nobody looks for, and return those; one that is not there is fine.
+    """Rename files to names beside their own that no program looks for, and return those; a missing file is fine.
 
     Raises AccessDenied, IoFailed.
     """
@@ -336,7 +336,7 @@ def is_file_name(text: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    """True when the name is taken, be it by a link that leads nowhere."""
+    """True when the name is taken, even by a dangling link."""
     with translated(path, "look at"):
         return os.path.lexists(path)
 
@@ -347,7 +347,7 @@ def is_folder(path: str) -> bool:
 
 
 def subfolders(directory: str) -> list[str]:
-    """The folders directly in `directory`, sorted, no links. A folder that cannot be read has none."""
+    """The folders directly in `directory`, sorted, without links. An unreadable folder has none."""
     try:
         with os.scandir(directory or os.curdir) as entries:
             return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -356,20 +356,20 @@ def subfolders(directory: str) -> list[str]:
 
 
 def sidecars_of(path: str) -> list[str]:
-    """The records about the image at `path` that lie beside it, of whatever kind."""
+    """The records of every kind that lie beside the image at `path`."""
     folder, name = os.path.split(real_path(path))
     beginnings = tuple(os.path.join(folder, f".{one}.vhdkit-") for one in (name, _short(name)))
     return [one for one in _files(folder) if one.startswith(beginnings)]
 
 
 def unlink(path: str) -> None:
-    """Take a name away; its folder is not synced."""
+    """Remove a name without syncing its folder."""
     with translated(path, "remove"):
         os.unlink(path)
 
 
 def hard_link(path: str, new_path: str) -> bool:
-    """Give a file a second name, which must be free; False where file systems cannot. The folder is not synced."""
+    """Give a file a second name, which must be free; False if the file system cannot. The folder is not synced."""
     with translated(new_path, "name the file"):
         try:
             os.link(path, new_path, follow_symlinks=False)
@@ -391,7 +391,7 @@ def is_regular(path: str) -> bool:
 def regular_files(directory: str, limit: int | None = None) -> Iterator[str]:
     """The paths of the regular files directly in `directory`, sorted, without those under construction (`unfinished`).
 
-    A folder that cannot be read has none. With a `limit` only so many names are looked at, whichever come first.
+    An unreadable folder has none. With a `limit`, only that many names are examined, in whatever order they come.
     """
     for path in _files(directory, limit):
         if not unfinished.is_part(os.path.basename(path)):
@@ -411,8 +411,8 @@ def _files(directory: str, limit: int | None = None) -> Iterator[str]:
 def find_ignoring_case(path: str, directories: tuple[str, ...] | None = None) -> str | None:
     """An existing path that differs from `path` only in upper and lower case, or None.
 
-    Windows names are case-insensitive. An exact component always wins over another spelling. Only folders that
-    really lie in one of the real `directories` are listed (None: any), since another spelling may be a link.
+    Windows names are case-insensitive. An exact match of a component takes precedence over another spelling. Only
+    folders whose real path lies in one of the real `directories` are listed (None: any), as a spelling may be a link.
     """
     if len(os.fsencode(path)) > _MAX_PATH_BYTES:
         return None

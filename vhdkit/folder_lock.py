@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders in which one program of ours works at a time, because a name it makes depends on what lies there.
+"""Folder locks: only one of our programs at a time makes a name that depends on what the folder contains.
 
-Decides how a folder is locked, and for how long one waits. Must not know what is made in it.
+Decides how a folder is locked and how long a caller waits. Must not know what is made in it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _TRIES, _LONG_TRIES, _TRY_SECONDS = 250, 3000, 0.02  # 5 s, a minute
 
 @contextlib.contextmanager
 def folders_held(directories: Iterable[str]) -> Iterator[None]:
-    """No other program of ours makes names in these folders meanwhile that depend on what lies there.
+    """Keep our other programs from making names in these folders that depend on what they contain.
 
-    A folder that cannot be locked stops no one. Raises ImageInUse when another program takes too long.
+    A folder that cannot be locked excludes nothing. Raises ImageInUse when another program takes too long.
     """
     with contextlib.ExitStack() as stack:
         for directory in sorted({real_path(directory or os.curdir) for directory in directories}):
@@ -37,13 +37,13 @@ def folders_held(directories: Iterable[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
-    """No other program of ours is here in this folder at the same time; False after so many tries.
+    """Keep our other programs out of this folder; yields False after that many tries.
 
-    A folder that cannot be locked stops no one.
+    A folder that cannot be locked excludes nothing.
     """
     try:
         owned = opened(directory or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:  # one may write to it but not read it, or it is not there: that is for others to say
+    except OSError:  # writable but not readable, or missing: later steps report that
         yield True
         return
     try:

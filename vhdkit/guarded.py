@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders in which nobody else can change what a name leads to.
+"""Folders in which no other user can change what a name leads to.
 
-Decides which folders count as such: they, and every folder above them, belong to root or to our user, and nobody else
-may rename or replace anything on the way. What was checked there stays true, so a name can be used again and again
-after the check, even by code that knows only names. Must not know who asks.
+Decides which folders count as guarded: they, and every folder above them, belong to root or to our user, and no other
+user may rename or replace anything on the way. What was checked there stays true, so a name can be used repeatedly
+after the check, even by code that works only with names. Must not know why a caller asks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import stat
 from vhdkit.descriptor import close_owned, opened
 from vhdkit.store import translated
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # an access list is in the group's part: its mask
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # with an access list, the group bits are its mask
 
 
 def unguarded(folder: str) -> str | None:
-    """Why somebody else could change what names in `folder`, a real path, mean; None when nobody can.
+    """Why another user could change what names in `folder`, a real path, lead to; None if no other user can.
 
     Raises NotFound, AccessDenied, and InvalidArgument where a part of it is a link.
     """
@@ -32,7 +32,7 @@ def unguarded(folder: str) -> str | None:
                 status = os.fstat(owned[0])
                 if status.st_uid not in trusted:
                     return f"{path} belongs to user {status.st_uid}"
-                # In a sticky folder others cannot rename what is ours, but put files of their own beside it.
+                # In a sticky folder others cannot rename our files, but they can add files of their own.
                 is_sticky = bool(status.st_mode & stat.S_ISVTX) and depth < len(parts)
                 if status.st_mode & _OTHERS_WRITE and not is_sticky:
                     return f"{path} can be written to by others than its owner"
@@ -47,7 +47,7 @@ def unguarded(folder: str) -> str | None:
 
 
 def unguarded_file(path: str) -> str | None:
-    """Why somebody else could change this file, in a guarded folder; None when nobody can. Raises NotFound."""
+    """Why another user could change this file, in a guarded folder; None if no other user can. Raises NotFound."""
     with translated(path, "look at"):
         owned = opened(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

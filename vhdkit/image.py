@@ -2,13 +2,13 @@
 """The values and the open image of the contract that a format fulfils; the format itself is `formats.format.Format`.
 
 A `Layer` is one image file by itself: which sectors it owns and where they lie in its file. The chain engine
-folds layers together; front ends never hold one (they hold a `Disk`). `ImageFacts` is what the file says about itself
-before it is opened: its ids, its size and its parent.
+combines layers; front ends hold a `Disk`, never a layer. `ImageFacts` is what the file says about itself before it is
+opened: its ids, its size and its parent.
 
-Two ids, never one: `file_id` answers whether this is the file of which a record or an undo log speaks, `linkage_id`
-is what children record of their parent. In a VHD both are the footer's unique id.
+The two ids have separate uses: `file_id` decides whether a record or an undo log belongs to this file, `linkage_id` is
+what children record of their parent. In a VHD both are the footer's unique id.
 
-Who checks what: `Disk` checks the range and read-only, and splits off part sectors. A layer may assume whole
+Who checks what: `Disk` checks the range and read-only, and splits off partial sectors. A layer may assume whole
 sectors inside its own size (it asserts this), and one writer at a time; `flush` may run beside a writer.
 Reads need no lock.
 
@@ -39,8 +39,8 @@ class ExtentKind(StrEnum):
     """What a run of sectors is."""
 
     DATA = "data"  # bytes in the layer's file
-    ZERO = "zero"  # zeros, by this layer's word
-    ABSENT = "absent"  # the layer says nothing: ask its parent
+    ZERO = "zero"  # zeros that this layer owns, or that no layer can own
+    ABSENT = "absent"  # not owned by this layer: ask its parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class Layer(Protocol):
 
     @property
     def unique_id(self) -> bytes | None:
-        """The linkage id: the one that children know the image by; None for one without (raw)."""
+        """The linkage id, by which children identify the image; None for a format without one (raw)."""
         ...
 
     @property
@@ -231,11 +231,11 @@ class Layer(Protocol):
 
     @property
     def unowned(self) -> ExtentKind:
-        """What a sector the layer does not own is: ZERO (a dynamic disk) or ABSENT (a differencing one)."""
+        """What a sector is that the layer does not own: ZERO (a dynamic disk) or ABSENT (a differencing one)."""
         ...
 
     def allocated_blocks(self) -> NDArray[np.bool_]:
-        """One truth value per block: has it space in the file? Empty for a linear layer."""
+        """One boolean per block: True if it has space in the file. Empty for a linear layer."""
         ...
 
     def block_offset(self, block_index: int) -> int:
@@ -243,7 +243,7 @@ class Layer(Protocol):
         ...
 
     def owned_sectors(self, block_index: int) -> NDArray[np.bool_] | None:
-        """One truth value per sector of an allocated block, or None when it owns all that are of the disk."""
+        """One boolean per sector of an allocated block, or None if it owns every sector that belongs to the disk."""
         ...
 
     def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
@@ -255,7 +255,7 @@ class Layer(Protocol):
         ...
 
     def write_in_place(self, store_offset_bytes: int, data: memoryview) -> None:
-        """Overwrite sectors that the layer owns and that lie there: nothing but their data changes."""
+        """Overwrite sectors that the layer owns at that place: only their data changes."""
         ...
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
@@ -270,7 +270,7 @@ class Layer(Protocol):
         ...
 
     def trim(self, sector_index: int, sector_count: int) -> None:
-        """Give space back: sectors the layer owns read as zeros afterwards, the others are left as they are."""
+        """Release space: sectors the layer owns read as zeros afterwards, the others are left as they are."""
         ...
 
     def refuse_writing(self) -> None:
@@ -295,20 +295,20 @@ class Layer(Protocol):
         ...
 
     def flush_is_due(self) -> bool:
-        """True when so much metadata waits for a flush that a write may soon have to do one itself."""
+        """True when so much metadata awaits a flush that a write may soon have to flush."""
         ...
 
     def flush(self) -> None:
-        """Return when every completed write is on the device. Raises SyncFailed once, and ever after."""
+        """Return when every completed write is on the device. Raises SyncFailed, and after that on every call."""
         ...
 
     def close(self) -> None:
-        """Flush what was written, then let go of the file."""
+        """Flush what was written, then close the file."""
         ...
 
 
 def copy_piece(piece: Piece, store: Store, offset_bytes: int) -> None:
-    """Put the content of a piece that has a source there in `store`. Raises NoSpace, IoFailed."""
+    """Copy the content of a piece that has a source to that offset in `store`. Raises NoSpace, IoFailed."""
     assert piece.source is not None
     size = piece.size_bytes - piece.short_bytes
     store.copy_from(piece.source, piece.offset_bytes, offset_bytes, size)
@@ -317,7 +317,7 @@ def copy_piece(piece: Piece, store: Store, offset_bytes: int) -> None:
 
 
 def read_extents(store: ReadStore, extents: Iterable[Extent], buffer: memoryview) -> None:
-    """Fill `buffer` from one layer's extents; what the layer does not own is zeros."""
+    """Fill `buffer` from one layer's extents; sectors that the layer does not own become zeros."""
     position = 0
     for extent in extents:
         size_bytes = sectors_to_bytes(extent.sector_count)
@@ -331,7 +331,7 @@ def read_extents(store: ReadStore, extents: Iterable[Extent], buffer: memoryview
 
 
 def merged_extents(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Join neighbours that are one run: same answer, same layer, and for data one piece of the file."""
+    """Join adjacent extents that form one run: same kind, same layer, and for data contiguous in the file."""
     last: Extent | None = None
     for extent in extents:
         if last is None:

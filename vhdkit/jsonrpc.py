@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON-RPC 2.0, one message a line, without any I/O: what every control socket of vhdkit and vmm speaks.
+"""JSON-RPC 2.0, one message per line, without any I/O: the protocol of every control socket of vhdkit and vmm.
 
 Decides where a line ends and how long it may be, which lines are requests and answers, and how requests, results,
 errors and notifications are encoded. A peer is not trusted: whatever bytes arrive, in whatever pieces, memory stays
@@ -131,7 +131,7 @@ class LineBuffer:
             self._received += piece
 
     def next_line(self) -> bytes | None:
-        """The next line without its newline; None when more bytes are needed. Raises LineTooLong, then for ever."""
+        """The next line without its newline; None when more bytes are needed. Raises LineTooLong, then every time."""
         end = self._received.find(b"\n", self._searched)
         if self._is_broken or max(end, -1 if end >= 0 else len(self._received)) > self._max_line_bytes:
             self._is_broken = True
@@ -176,14 +176,14 @@ class Caller:
         return None
 
     def next_answer(self) -> Answer | None:
-        """As `next_message`, for a caller to whom notifications mean nothing."""
+        """Like `next_message`, for callers that ignore notifications."""
         while isinstance(message := self.next_message(), Notification):
             pass
         return message
 
 
 def parse_request(line: bytes, dialect: Dialect = SPECIFIED) -> Request:
-    """The request on a line. Raises RefusedRequest, which knows the answer."""
+    """The request on a line. Raises RefusedRequest, which carries the answer to send."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -237,7 +237,7 @@ def _failure(problem: object) -> Failure:
 def _is_id(value: object) -> bool:
     """Null counts: it is the id of an answer to a request whose id could not be read."""
     if isinstance(value, float):
-        return math.isfinite(value)  # Python's JSON has a form for other floats, JSON has none
+        return math.isfinite(value)  # Python's JSON can write other floats, but standard JSON cannot
     return value is None or (isinstance(value, int | str) and not isinstance(value, bool))
 
 

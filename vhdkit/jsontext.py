@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents as JSON that every program can read.
+"""Documents as JSON that every parser accepts.
 
-Decides how values without a form in JSON are written: bytes of a name that are not UTF-8 become `\\xNN`, as they do
+Decides how values that JSON cannot express are written: bytes of a name that are not UTF-8 become `\\xNN`, as they do
 in output for people, and NaN and infinities become null.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def json_text(document: object, *, indent: int | None = None) -> str:
-    """One document. Raises TypeError for what cannot be one."""
+    """The document as JSON text. Raises TypeError for values that cannot be serialized."""
     return json.dumps(_valid(document), indent=indent, allow_nan=False)
 
 
@@ -21,7 +21,7 @@ def _valid(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError:  # a half of a pair, which Python uses for a byte that it could not read
+        except UnicodeEncodeError:  # lone surrogates, which Python uses for bytes that it could not decode
             return value.encode("utf-8", "surrogateescape" if _is_of_bytes(value) else "backslashreplace").decode(
                 "utf-8", "backslashreplace"
             )
@@ -34,5 +34,5 @@ def _valid(value: Any) -> Any:
 
 
 def _is_of_bytes(text: str) -> bool:
-    """True when every half of a pair stands for a byte."""
+    """True when every surrogate stands for a byte."""
     return all(not 0xD800 <= ord(c) <= 0xDFFF or 0xDC80 <= ord(c) <= 0xDCFF for c in text)

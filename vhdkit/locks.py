@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The locks that keep other programs away from an image: those of QEMU's file driver.
 
-Decides which bytes of a file a reader and a writer lock, and which locks of others refuse them. Must not know who
-holds a file, nor under which name.
+Decides which bytes of a file a reader and a writer lock, and which locks of other programs exclude them. Must not know
+who holds a file, nor its name.
 
 They are shared open-file-description locks on single bytes. A lock on byte 100+i means "I use permission i", one on
-byte 200+i "nobody else may use permission i"; permission 0 is consistent read, 1 write, 3 resize. So `qemu-img`
+byte 200+i "no one else may use permission i"; permission 0 is consistent read, 1 write, 3 resize. So `qemu-img`
 and vhdkit keep each other out, each with its own message. Source: the permission bytes of QEMU's file driver.
 """
 
@@ -29,7 +29,7 @@ _REFUSED_TO_WRITER = (101, 103, 201, 203)
 _FIRST, _COUNT = 100, 104  # the range in which all of these bytes lie
 
 
-MISSING = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what a file system without locks says
+MISSING = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # errors of a file system without locks
 
 
 def hold(fd: int, path: str, *, writer: bool) -> None:
@@ -37,7 +37,7 @@ def hold(fd: int, path: str, *, writer: bool) -> None:
 
     After ImageInUse the file is not held at all.
     """
-    # Lock first, look afterwards: of two that start together at least one sees the other.
+    # Lock first, check afterwards: of two programs that start together, at least one sees the other.
     held = _HELD_BY_WRITER if writer else _HELD_BY_READER
     for byte in held:
         _set(fd, path, fcntl.F_RDLCK, byte)
@@ -50,7 +50,9 @@ def hold(fd: int, path: str, *, writer: bool) -> None:
 
 
 def become_writer(fd: int, path: str) -> None:
-    """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, who stays a reader."""
+    """Change a reader's locks to a writer's. Raises ImageInUse when another program holds the file; the reader's
+    locks are kept then.
+    """
     inherit(fd, path)
     refused = _refused(fd, _REFUSED_TO_WRITER)
     if refused is not None:
@@ -59,19 +61,19 @@ def become_writer(fd: int, path: str) -> None:
 
 
 def inherit(fd: int, path: str) -> None:
-    """Take the locks of a writer, who lets go of his own afterwards, unasked."""
+    """Take a writer's locks without a check: the writer they come from releases its own afterwards."""
     for byte in _HELD_BY_WRITER:
         _set(fd, path, fcntl.F_RDLCK, byte)
 
 
 def become_reader(fd: int, path: str) -> None:
-    """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""
+    """Change a writer's locks to a reader's without a gap in which another writer could get in."""
     for byte in _MORE_OF_WRITER:
         _set(fd, path, fcntl.F_UNLCK, byte)
 
 
 def release(fd: int, path: str) -> None:
-    """Give up every lock of this open file."""
+    """Release every lock of this open file."""
     _set(fd, path, fcntl.F_UNLCK, _FIRST, _COUNT)
 
 
@@ -93,7 +95,7 @@ def is_written(fd: int) -> bool:
 
 
 def _refused(fd: int, bytes_: Sequence[int]) -> int | None:
-    """The first of these bytes that another has locked."""
+    """The first of these bytes that another open file has locked."""
     for byte in bytes_:
         answer = fcntl.fcntl(fd, _F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
         if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
@@ -117,5 +119,5 @@ def _set(fd: int, path: str, kind: int, byte: int, count: int = 1) -> None:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise errors.ImageInUse("another program holds this image exclusively", path=path) from error
         if kind == fcntl.F_UNLCK and error.errno in MISSING:
-            return  # there is none to give up
+            return  # there are none to release
         raise

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An open file under its name: to which file a name leads, and that a file is held only while its name leads to it.
+"""An open file and its name: which file a name leads to, and that a file is held only while its name leads to it.
 
-Decides what makes two openings the same file, and when a lock may be taken, changed and given up. Must not know what
+Decides when two openings are the same file, and when a lock may be taken, changed and released. Must not know what
 is read from the file or written to it (`store`). Which locks keep other programs away is decided in `locks`.
 
-`INV-NAME-HELD`: a lock is given only on the file to which its name leads *after* it was locked, and nothing is stacked
-on a name, moved or removed by it, unless it still leads to the file that is open.
+`INV-NAME-HELD`: a lock counts only on the file to which its name leads *after* the lock was taken, and nothing is
+stacked on a name, or moved or removed by name, unless the name still leads to the open file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vhdkit import errors, locks
 from vhdkit.descriptor import Descriptor, held
 from vhdkit.wording import translate, translated
 
-_OPENINGS = 20  # of a name that leads to another file each time
+_OPENINGS = 20  # attempts when the name leads to another file each time
 _T = TypeVar("_T")
 
 
@@ -39,9 +39,9 @@ def leads_to(path: str, identity: tuple[int, int]) -> bool:
 
 
 def opened_again(once: Callable[[], _T]) -> _T:
-    """What `once` opens; from the beginning when files were replaced under it, but not for ever.
+    """The result of `once`, which is retried a limited number of times while files are replaced under it.
 
-    Raises what it raises: `Replaced` only where the name led to another file each time.
+    Raises what `once` raises; `Replaced` only if the name led to another file each time.
     """
     for _ in range(_OPENINGS - 1):
         try:
@@ -52,16 +52,16 @@ def opened_again(once: Callable[[], _T]) -> _T:
 
 
 class NamedFile(Descriptor):
-    """A descriptor and the name that the file was opened by. After it was closed every method raises DiskClosed."""
+    """A descriptor and the name by which the file was opened. After `close` every method raises DiskClosed."""
 
     def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:
         """Take over the descriptor in the list, which `descriptor.opened` made."""
         super().__init__(owned, path, writable=writable)
-        self._place = path  # where it lies, for now
+        self._place = path  # where it lies at present
 
     @property
     def name(self) -> str:
-        """The path it was opened by."""
+        """The path by which it was opened."""
         return self._path
 
     @property
@@ -77,12 +77,12 @@ class NamedFile(Descriptor):
         return stat.S_ISBLK(os.fstat(self._fd).st_mode)
 
     def fileno(self) -> int:
-        """The descriptor, for code that hands it to the kernel."""
+        """The descriptor, for code that passes it to the kernel."""
         return self._fd
 
     @held
     def still_named(self) -> bool:
-        """True while the name that the file was opened by leads to it. Raises AccessDenied, IoFailed."""
+        """True while the name by which the file was opened leads to it. Raises AccessDenied, IoFailed."""
         with translated(self._path, "check whether the name still leads to this file"):
             try:
                 found = os.stat(self._place)
@@ -93,7 +93,7 @@ class NamedFile(Descriptor):
     def require_name(self) -> None:
         """Raise `Replaced` unless the name still leads to this file.
 
-        Called with the lock held, before anything is stacked on the name or is done to it.
+        Called with the lock held, before anything is stacked on the name or done to it.
         """
         if not self.still_named():
             raise errors.Replaced(
@@ -106,9 +106,9 @@ class NamedFile(Descriptor):
     def lock(self, *, writer: bool) -> None:
         """Hold the file as a reader or a writer until it is closed; calling again changes the role.
 
-        Raises ImageInUse when another holds it, and `Replaced`, unlocked, when it had no name, or another's, by then:
-        what would be written to it would be lost. `open_held` tries again then. On a file system without locks a
-        reader holds nothing (`lacks_locks`), and a writer is refused: Unprotected.
+        Raises ImageInUse when another program holds it, and `Replaced`, unlocked, if by then the file has no name or
+        its name leads to another file: writes to it would be lost. `open_held` then retries. On a file system without
+        locks a reader holds nothing (`lacks_locks`), and a writer is refused: Unprotected.
         """
         try:
             locks.hold(self._fd, self._path, writer=writer)
@@ -125,8 +125,9 @@ class NamedFile(Descriptor):
 
     @held
     def become_writer(self) -> None:
-        """From a reader's locks to a writer's. Raises ImageInUse when another holds the file, and `Replaced`; who
-        called stays a reader then.
+        """Change a reader's locks to a writer's.
+
+        Raises ImageInUse when another program holds the file, and `Replaced`; the reader's locks are kept then.
         """
         try:
             locks.become_writer(self._fd, self._path)
@@ -142,26 +143,26 @@ class NamedFile(Descriptor):
 
     @held
     def inherit_lock(self, holder: NamedFile) -> None:
-        """Have the writer's locks that `holder`, another opening of the file, has; it may be closed then."""
+        """Take the writer's locks of `holder`, another opening of the file, which may be closed afterwards."""
         assert self.identity == holder.identity
         with translated(self._path, "lock"):
             locks.inherit(self._fd, self._path)
 
     @held
     def become_reader(self) -> None:
-        """From a writer's locks to a reader's, with none given up in between: nobody else can come in as a writer."""
+        """Change a writer's locks to a reader's without a gap in which another writer could get in."""
         with translated(self._path, "lock"):
             locks.become_reader(self._fd, self._path)
 
     @held
     def unlock(self) -> None:
-        """Give up every lock of this store."""
+        """Release every lock of this store."""
         with translated(self._path, "unlock"):
             locks.release(self._fd, self._path)
 
     @held
     def lacks_locks(self) -> bool:
-        """True on a file system that has none: nothing keeps another program from writing to the file."""
+        """True on a file system without locks: nothing keeps other programs from writing to the file."""
         return locks.are_missing(self._fd)
 
     def _unprotected(self) -> errors.Unprotected:

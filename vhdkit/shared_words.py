@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in a file in memory, which other processes find after this one has died.
+"""Numbers in a memory-backed file, which other processes can read after this one has died.
 
-Decides how they are put there. Must not know what they mean.
+Decides how they are stored. Must not know what they mean.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from vhdkit.wording import translated
 
 
 class SharedWords:
-    """A few numbers in a file, changed without a system call: what was put there outlives this process at once.
+    """A few numbers in a file, changed without a system call: a stored number outlives this process immediately.
 
-    On a file system in memory, that is: nothing is ever synced.
+    The file must be on a memory file system, because nothing is ever synced.
     """
 
     def __init__(self, path: str, count: int) -> None:
-        """Make the file, all numbers 0. Raises AccessDenied, NoSpace, IoFailed."""
+        """Create the file with all numbers 0. Raises AccessDenied, NoSpace, IoFailed."""
         with NewFile(path, replace=True) as new:
             new.store.pwrite(0, bytes(8 * count))
             new.commit()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unix sockets under names, and private folders for them.
 
-Decides who may connect, from which moment on, and when the name of a dead socket is taken over. Must not know what is
-said over them.
+Decides who may connect, from which moment on, and when the name of a dead socket is taken over. Must not know the
+protocol spoken over them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from vhdkit.descriptor import close_owned, opened
 from vhdkit.folder_lock import folder_held
 from vhdkit.wording import translated
 
-_MAX_SOCKET_BYTES = 107  # sun_path of Linux, without the zero byte at its end
+_MAX_SOCKET_BYTES = 107  # sun_path of Linux, without its terminating zero byte
 _MODE, _SHARED_MODE = 0o600, 0o660
-_BACKLOG = 128  # clients that wait to be taken
+_BACKLOG = 128  # clients waiting to be accepted
 
 
 class SocketFile:
-    """A unix socket that listens under a name: private from the first moment on, taken away by `close`.
+    """A Unix socket that listens under a name: private from its first moment, and removed by `close`.
 
-    The name of a socket on which nobody listens any more is taken over; anything else under it is left alone.
+    A stale socket, on which no process listens, is replaced; anything else under the name is left alone.
     """
 
     def __init__(self, path: str, *, owner: tuple[int, int | None] | None = None) -> None:
-        """Only the user may connect, or the `owner`, a user id, and where one is given everybody of a group id.
+        """Only the user may connect, or the user id in `owner` and, if it has a group id, members of that group.
 
         Raises AddressInUse, AlreadyExists, InvalidArgument (too long a path), NotFound, AccessDenied.
         """
@@ -53,11 +53,11 @@ class SocketFile:
             raise
 
     def _bind(self, owner: tuple[int, int | None] | None) -> None:
-        # The file gets at most the mode that the socket has when it is bound: there is no moment with a wider one, and
-        # the umask, which is the process's and not the thread's, stays as it is.
+        # At bind the file gets at most the mode that the socket has: it never has a wider one, and the umask, which
+        # belongs to the process and not the thread, need not change.
         os.fchmod(self.socket.fileno(), _MODE)
         self.socket.bind(self.path)
-        owned = opened(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # whatever its name leads to by now
+        owned = opened(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # what the name leads to by now
         try:
             status = os.fstat(owned[0])
             if not stat.S_ISSOCK(status.st_mode):
@@ -71,10 +71,10 @@ class SocketFile:
                 os.chmod(file, mode)
         finally:
             close_owned(owned)
-        self.socket.listen(_BACKLOG)  # still under the folder's lock: one that does not listen is taken over
+        self.socket.listen(_BACKLOG)  # still under the folder's lock: until it listens, it could be taken over
 
     def _take_over_name(self) -> None:
-        """Unlink what is there when it is a socket nobody listens on."""
+        """Unlink a stale socket, on which no process listens."""
         try:
             status = os.lstat(self.path)
         except FileNotFoundError:
@@ -89,12 +89,12 @@ class SocketFile:
                 os.unlink(self.path)
                 return
             except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):  # somebody is there, busy or of another kind
+                if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):  # listening, but busy or of another type
                     raise
         raise errors.AddressInUse("another program is listening there", path=self.path)
 
     def close(self) -> None:
-        """Take the name away, unless it is another's by now, and close the socket. Closing twice is fine."""
+        """Remove the name, unless it leads to another socket by now, and close. Closing twice is fine."""
         if self._identity is not None:
             with contextlib.suppress(OSError):
                 status = os.lstat(self.path)
@@ -109,7 +109,7 @@ class PrivateFolder:
 
     def __init__(self, *, owner: tuple[int, int | None] | None = None) -> None:
         """In the user's runtime folder, or where temporary files go. Raises AccessDenied, NoSpace, IoFailed."""
-        from tempfile import mkdtemp  # takes long, and few sockets have a folder of their own
+        from tempfile import mkdtemp  # a slow import, and few sockets have a folder of their own
 
         runtime = os.environ.get("XDG_RUNTIME_DIR")
         parent = runtime if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK) else None
@@ -121,6 +121,6 @@ class PrivateFolder:
                     os.chmod(self.path, 0o750)
 
     def close(self) -> None:
-        """Remove it. Closing twice is fine."""
+        """Remove the folder. Closing twice is fine."""
         with contextlib.suppress(OSError):
             os.rmdir(self.path)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a file has space: holes that are punched and found, space that is set aside.
+"""Space in files: punching and finding holes, and reserving space.
 
-Decides how the system is asked for it, and what counts as "this file system cannot". Must not know what lies there.
-Every function takes an open descriptor, and raises OSError.
+Decides how the system is asked, and which errors mean "this file system cannot". Must not know what the bytes mean.
+Every function takes an open descriptor and raises OSError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PUNCH_HOLE = 0x02
 
 @functools.cache
 def _system_call() -> Callable[[int, int, int, int], int]:
-    """`fallocate` of the C library, which answers with an errno. Loaded for the first file that is written to."""
+    """`fallocate` of the C library, which returns an errno. Loaded for the first file that is written to."""
     import ctypes
 
     call = ctypes.CDLL(None, use_errno=True).fallocate
@@ -35,12 +35,12 @@ def _fallocate(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> None:
 
 
 def punch(fd: int, offset_bytes: int, size_bytes: int) -> bool:
-    """Make a hole of the range, which is not empty; False where the file system has no holes."""
+    """Punch a hole over the range, which must not be empty; False if the file system has no holes."""
     return _is_done(fd, _PUNCH_HOLE | _KEEP_SIZE, offset_bytes, size_bytes)
 
 
 def reserve(fd: int, offset_bytes: int, size_bytes: int) -> bool:
-    """Set space aside for the range, which is not empty, and let the file reach over it; False where that is not
+    """Reserve space for the range, which must not be empty, extending the file over it; False where that is not
     possible.
     """
     return _is_done(fd, 0, offset_bytes, size_bytes)
@@ -57,7 +57,7 @@ def _is_done(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> bool:
 
 
 def punches(fd: int) -> bool:
-    """True when the file system makes holes. Tried behind the end, where there is nothing to lose."""
+    """True if the file system can punch holes. Tried behind the end of the file, where nothing can be lost."""
     try:
         return punch(fd, round_up(os.lseek(fd, 0, os.SEEK_END), MIB), MIB)
     except OSError:
@@ -65,14 +65,12 @@ def punches(fd: int) -> bool:
 
 
 def next_data(fd: int, offset_bytes: int, end: int) -> int:
-    """Where data begins at or behind an offset, at most `end`; everything may hold data on a file system that does not
-    say.
-    """
+    """Where data begins at or after an offset, at most `end`. If the file system cannot say, all of it counts."""
     return _seek(fd, offset_bytes, os.SEEK_DATA, end, offset_bytes)
 
 
 def next_hole(fd: int, offset_bytes: int, end: int) -> int:
-    """Where data ends that lies at an offset, at most `end`."""
+    """Where the data at an offset ends, at most `end`."""
     return _seek(fd, offset_bytes, os.SEEK_HOLE, end, end)
 
 
@@ -80,7 +78,7 @@ def _seek(fd: int, offset_bytes: int, whence: int, end: int, unsupported: int) -
     try:
         return min(os.lseek(fd, offset_bytes, whence), end)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # nothing but a hole from here to the end of the file
+        if error.errno == errno.ENXIO:  # only a hole from here to the end of the file
             return end
         if error.errno in UNSUPPORTED:
             return unsupported

@@ -3,7 +3,7 @@
 
 Decides what a store is, for readers (`ReadStore`) and for writers (`Store`), and how the bytes of a file reach the
 operating system (`pread`, `pwrite`, `fdatasync`). Must not know what the bytes mean. There is no shared position:
-every call names its offset. Where a file has holes is decided in `space`, to which file a name leads, and how it is
+every call names its offset. Where a file has holes is decided in `space`; which file a name leads to, and how it is
 held, in `named`.
 """
 
@@ -33,7 +33,7 @@ _preadv = os.preadv
 
 
 class ReadStore(Protocol):
-    """Bytes at offsets, for reading: a file, or a view of one. Take this, and no `Store`, where nothing is written.
+    """Bytes at offsets, for reading: a file, or a view of one. Accept this type, not `Store`, in code that only reads.
 
     Offsets and sizes are bytes. Every method may raise `IoFailed`.
     """
@@ -45,7 +45,7 @@ class ReadStore(Protocol):
 
     @property
     def identity(self) -> Hashable:
-        """What the bytes lie in: equal for every opening and every view of one file."""
+        """Identifies the file that holds the bytes: equal for every opening and every view of one file."""
         ...
 
     def size(self) -> int:
@@ -57,11 +57,11 @@ class ReadStore(Protocol):
         ...
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """Fill `buffer`; what lies past the end of the store reads as zeros."""
+        """Fill `buffer`; bytes past the end of the store read as zeros."""
         ...
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """Fill `buffer` when that needs no waiting for a device; False (and `buffer` undefined) when it may."""
+        """Fill `buffer` without waiting for a device; False (and `buffer` undefined) if a wait may be needed."""
         ...
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
@@ -69,12 +69,12 @@ class ReadStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the store and of its locks. Closing twice is fine."""
+        """Close the store and release its locks. Closing twice is fine."""
         ...
 
 
 class Store(ReadStore, Protocol):
-    """Bytes at offsets. `FileStore` is the real one; tests bring stores in memory that fail and lose power.
+    """Bytes at offsets. `FileStore` is the real implementation; tests use memory stores that fail and lose power.
 
     Every method may raise `IoFailed`, the writing ones `NoSpace`, `sync` `SyncFailed`.
     """
@@ -84,21 +84,21 @@ class Store(ReadStore, Protocol):
         ...
 
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
-        """Make a range inside the store read as zeros, giving its space back where that is possible."""
+        """Make a range inside the store read as zeros, releasing its space where possible."""
         ...
 
     def punches(self) -> bool:
-        """True when `punch` gives space back; False when it writes zeros."""
+        """True when `punch` releases space; False when it writes zeros."""
         ...
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """Grow the store over a fresh range that reads as zeros and has its space set aside."""
+        """Grow the store over a new range that reads as zeros and has its space reserved."""
         ...
 
     def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
-        """Write here what `source` (or this store itself, not overlapping) holds there, without changing it.
+        """Copy a range of `source` (which may be this store, if the ranges do not overlap) to this store.
 
-        The range lies inside the source. The kernel does the copying, or shares the space, where it can.
+        The range lies inside the source, which does not change. Where it can, the kernel copies or shares the space.
         """
         ...
 
@@ -107,7 +107,7 @@ class Store(ReadStore, Protocol):
         ...
 
     def sync(self) -> None:
-        """Return only when everything written so far is on the device."""
+        """Return when everything written so far is on the device."""
         ...
 
 
@@ -174,9 +174,9 @@ class FileStore(NamedFile):
     def open_held(
         cls, path: AnyPath, *, writable: bool = False, writer: bool = True, follow_links: bool = True
     ) -> FileStore:
-        """Open the file and hold it, as a writer unless told otherwise; another file's if it is replaced meanwhile.
+        """Open the file and hold it, by default as a writer; retry if its name is given to another file meanwhile.
 
-        What is read from it afterwards is what the lock protects. Raises what `open` and `lock` raise.
+        Data read afterwards is protected by the lock. Raises what `open` and `lock` raise.
         """
 
         def once() -> FileStore:
@@ -203,19 +203,19 @@ class FileStore(NamedFile):
 
     @held
     def is_remote(self) -> bool:
-        """True for a file that is kept on a server, or by a program: when it was written to is for them to say."""
+        """True for a file kept on a server or by a user-space program, which then decide its modification time."""
         return kept_elsewhere(self._fd)
 
     @held
     def modified_ns(self) -> int:
-        """When it was last written to, in nanoseconds since 1970."""
+        """When the file was last written to, in nanoseconds since 1970."""
         return os.fstat(self._fd).st_mtime_ns
 
     @held
     def label(self, name: str) -> bytes | None:
-        """The value of a label of this file (a user's extended attribute); None without one, or where there are none.
+        """The value of a label of this file (a user extended attribute); None if there is none or none are supported.
 
-        Copies of the file, and what takes its place under its name, do not have it.
+        Copies of the file, and a file that takes over its name, do not inherit the label.
         """
         try:
             return os.getxattr(self._fd, f"user.vhdkit.{name}")
@@ -224,7 +224,7 @@ class FileStore(NamedFile):
 
     @held
     def set_label(self, name: str, value: bytes | None) -> bool:
-        """Give the file a label, or with None take it away; False where that cannot be."""
+        """Set a label, or remove it with None; False if that is not possible."""
         try:
             if value is None:
                 os.removexattr(self._fd, f"user.vhdkit.{name}")
@@ -276,7 +276,7 @@ class FileStore(NamedFile):
                 self.let_go()
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """See `ReadStore.try_pread_into`: the page cache has it, or the file system has no device to wait for."""
+        """See `ReadStore.try_pread_into`: the page cache has the data, or the file system never waits for a device."""
         inside = self.inside
         try:
             inside.append(None)
@@ -285,7 +285,7 @@ class FileStore(NamedFile):
             return False
         except OSError as error:
             if error.errno in space.UNSUPPORTED and self._no_wait:
-                self._no_wait = 0  # tmpfs, for one, has no such flag and never waits
+                self._no_wait = 0  # tmpfs, for example, lacks the flag and never waits
                 return self.try_pread_into(offset_bytes, buffer)
             raise self._failed(error, "read", offset_bytes) from error
         finally:
@@ -349,7 +349,7 @@ class FileStore(NamedFile):
 
     @held
     def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
-        """See `Store.copy_from`: `transfer` says how."""
+        """See `Store.copy_from`; `transfer` decides how."""
         if not isinstance(source, FileStore):
             copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
         elif source._copied_to(self, source_offset_bytes, offset_bytes, size_bytes) < size_bytes:
@@ -357,7 +357,7 @@ class FileStore(NamedFile):
 
     @held
     def _copied_to(self, target: FileStore, own_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
-        """Copy to the target, which is held; how much of the range there was."""
+        """Copy to the target, which is held; returns how many bytes of the range existed."""
         if target._transfer is None:
             target._transfer = Transfer(target._fd)
         try:
@@ -373,13 +373,13 @@ class FileStore(NamedFile):
 
     @held
     def sync(self) -> None:
-        """See `Store.sync`. Once it has failed it fails for ever: the kernel forgets the pages it could not write."""
+        """See `Store.sync`. Once it has failed, it always fails: the kernel forgets the pages it could not write."""
         try:
             if self._has_lost_pages:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             os.fdatasync(self._fd)
         except OSError as error:
-            self._has_lost_pages = True  # first of all: an exception out of a signal handler may come next
+            self._has_lost_pages = True  # set first: an exception from a signal handler may come next
             raise errors.SyncFailed(
                 f"flush to the device failed: {os.strerror(error.errno or errno.EIO)}",
                 path=self._path,
@@ -387,7 +387,7 @@ class FileStore(NamedFile):
             ) from error
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-        """See `ReadStore.data_runs`. Where the file system cannot tell, everything may hold data."""
+        """See `ReadStore.data_runs`. If the file system cannot say, everything may hold data."""
         end = offset_bytes + size_bytes
         while offset_bytes < end:
             data = self._found(space.next_data, offset_bytes, end)
@@ -429,9 +429,9 @@ class FileStore(NamedFile):
 
 
 def close_all(stores: Iterable[ReadStore]) -> None:
-    """Close several stores side by side. Closing the last descriptor of a file without a name gives its space back
-    there and then, and a device that is told of it (`discard`) takes its time."""
-    from concurrent.futures import ThreadPoolExecutor  # takes long, and few need it
+    """Close several stores concurrently: closing the last descriptor of an unlinked file frees its space
+    synchronously, and that is slow on a device mounted with `discard`."""
+    from concurrent.futures import ThreadPoolExecutor  # a slow import that few callers need
 
     with ThreadPoolExecutor(_CLOSERS, thread_name_prefix="vhdkit-close") as pool:
         for closing in [pool.submit(store.close) for store in stores]:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bytes get from one file into another: shared, copied by a file server, or copied through memory.
+"""How bytes are moved from one file to another: shared, copied by a file server, or copied through memory.
 
-Decides which of the three a range takes, and that the device begins to write while more is copied. Must not know what
-the bytes mean. Errors leave this room as OSError; `store` words them.
+Decides which of the three ways a range takes, and that the device starts writing while more is copied. Must not know
+what the bytes mean. Errors leave this module as OSError; `store` translates them.
 
     pages at the same place within a page  --> FICLONERANGE      where the file system can share: no data moves
     files on a server                      --> copy_file_range   the server copies: no data travels
     everything else                        --> preadv, pwrite    through a buffer that stays in the processor's cache
 
 Measured: between two local files `copy_file_range` splices page by page and takes 1.3 to 1.6 times as long as the
-buffer does (ext4, tmpfs; Linux 6.18). Small ranges are not shared: a clone costs more than copying them.
+buffer (ext4, tmpfs; Linux 6.18). Small ranges are not shared: cloning them costs more than copying.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from vhdkit.units import KIB, MIB, PAGE_SIZE, round_down, round_up
 
 BUFFER_BYTES = MIB // 2
 MIN_SHARED_BYTES = 64 * KIB
-_WRITE_BEHIND_BYTES = 16 * MIB  # copied before the device is told to begin
+_WRITE_BEHIND_BYTES = 16 * MIB  # copied before the device is asked to start writing
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, offset here
 _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 _NO_KERNEL_COPY = {*_CANNOT_SHARE, errno.EINVAL}
-# Magic numbers of statfs(2) for file systems that may copy without moving the data here: NFS, SMB (two), Ceph, FUSE.
+# Magic numbers of statfs(2) for file systems that may copy without moving data here: NFS, SMB (two), Ceph, FUSE.
 _KEPT_ELSEWHERE = {0x6969, 0xFE534D42, 0xFF534D42, 0x00C36400, 0x65735546}
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -42,18 +42,18 @@ _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 
 class Transfer:
-    """Copies into one open file, whose descriptor stays the caller's. One thread at a time."""
+    """Copies into one open file, whose descriptor remains the caller's. Used by one thread at a time."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._kept_elsewhere = kept_elsewhere(fd)
-        self._not_shared: set[int] = set()  # devices of sources with which nothing can be shared
+        self._not_shared: set[int] = set()  # devices of sources that cannot share space with this file
         self._buffer: memoryview | None = None
         self._behind_bytes = 0
         self._writing: threading.Thread | None = None
 
     def copy(self, source_fd: int, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
-        """Copy a range that does not overlap its source; returns how much of it there was. Raises OSError."""
+        """Copy a range that does not overlap its source; returns how many bytes of it existed. Raises OSError."""
         head, shared = self._share(source_fd, source_offset_bytes, offset_bytes, size_bytes)
         if not shared:
             return self._move(source_fd, source_offset_bytes, offset_bytes, size_bytes)
@@ -65,7 +65,7 @@ class Transfer:
     # -- shared -------------------------------------------------------------------------------------------------
 
     def _share(self, source_fd: int, source_offset: int, offset: int, size: int) -> tuple[int, int]:
-        """Share the whole pages inside the range: (bytes before them, bytes shared, 0 where that cannot be)."""
+        """Share the whole pages inside the range: (bytes before them, bytes shared, or 0 if that is not possible)."""
         head = round_up(offset, PAGE_SIZE) - offset
         inner = round_down(offset + size, PAGE_SIZE) - offset - head
         if inner < MIN_SHARED_BYTES or (source_offset - offset) % PAGE_SIZE:
@@ -79,7 +79,7 @@ class Transfer:
         except OSError as error:
             if error.errno in _CANNOT_SHARE:
                 self._not_shared.add(device)
-            elif error.errno != errno.EINVAL:  # that is about this range: blocks larger than a page, the file's end
+            elif error.errno != errno.EINVAL:  # EINVAL concerns this range: blocks larger than a page, end of file
                 raise
             return 0, 0
         return head, inner
@@ -127,9 +127,9 @@ class Transfer:
     # -- the device ---------------------------------------------------------------------------------------------
 
     def _begin_writing(self) -> None:
-        """Let the device write what was copied, beside what is copied next: the sync at the end then waits less.
+        """Start writing the copied data to the device while more is copied, so that the final sync waits less.
 
-        Only a hint, in no order with anything; a failure to write is told by the sync.
+        Only a hint that orders nothing; the sync reports write failures.
         """
         if self._writing is not None and self._writing.is_alive():
             return
@@ -140,16 +140,16 @@ class Transfer:
             name="write-behind",
             daemon=True,
         )
-        with contextlib.suppress(RuntimeError):  # no more threads: then later, in the sync
+        with contextlib.suppress(RuntimeError):  # no thread available: the sync writes it later
             self._writing.start()
 
     def close(self) -> None:
-        """Before the descriptor is closed."""
+        """Wait for pending work; call this before closing the descriptor."""
         if self._writing is not None and self._writing.is_alive():
             self._writing.join()
 
 
 def kept_elsewhere(fd: int) -> bool:
-    """True for a file on a server, or of a program, that may be able to copy by itself."""
-    raw = ctypes.create_string_buffer(256)  # struct statfs begins with the kind of the file system
+    """True for a file on a server or of a user-space program, which may be able to copy by itself."""
+    raw = ctypes.create_string_buffer(256)  # struct statfs begins with the type of the file system
     return _libc.fstatfs(fd, raw) == 0 and struct.unpack_from("l", raw)[0] & 0xFFFFFFFF in _KEPT_ELSEWHERE

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders in which a user, or the administrator, allows parents to lie, set once instead of with every command.
+"""Folders in which a user or the administrator allows parents to lie, configured once instead of on every command.
 
     VHDKIT_PARENT_DIRS=/srv/bases:/mnt/templates        the environment
 
     # $XDG_CONFIG_HOME/vhdkit/config.toml (~/.config/vhdkit/config.toml), and /etc/vhdkit/config.toml
     parent_dirs = ["/srv/bases"]
 
-Decides where such folders are listed and which lists count: a file that anybody but root and its user could change is
-ignored, with a warning. Must not know what is opened there. Nothing in the library looks here by itself: a program
-that wants to follow its user's settings passes them in `OpenOptions.parent_dirs`.
+Decides where such folders are listed and which lists count: a file that anyone but root and its user could change is
+ignored, with a warning. Must not know what is opened there. The library never reads this by itself: a program that
+wants to follow its user's settings passes them in `OpenOptions.parent_dirs`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vhdkit.units import KIB
 
 VARIABLE = "VHDKIT_PARENT_DIRS"
 SYSTEM_CONFIG = "/etc/vhdkit/config.toml"
-MAX_CONFIG_BYTES = 64 * KIB  # hundreds of folders
-MAX_FOLDERS = 1000  # of all places together: each is looked at for every parent
+MAX_CONFIG_BYTES = 64 * KIB  # enough for hundreds of folders
+MAX_FOLDERS = 1000  # from all sources together: each is searched for every parent
 _KNOWN_KEYS = {"parent_dirs"}
 
 
@@ -41,14 +41,14 @@ class TrustedFolder:
 
 @dataclass(frozen=True, slots=True)
 class TrustedFolders:
-    """All of them, those of the environment first, and what was ignored and why."""
+    """All trusted folders, those from the environment first, and what was ignored and why."""
 
     folders: tuple[TrustedFolder, ...]
     findings: tuple[Finding, ...]
 
     @property
     def parent_dirs(self) -> tuple[str, ...]:
-        """For `OpenOptions`."""
+        """The folders, in the form that `OpenOptions` takes."""
         return tuple(folder.path for folder in self.folders)
 
 
@@ -56,8 +56,8 @@ class TrustedFolders:
 def trusted_parent_dirs() -> TrustedFolders:
     """The folders that `VHDKIT_PARENT_DIRS` and the configuration files of the user and the system name.
 
-    A file counts if it, its folder and all folders above belong to root or this user, and nobody else may write
-    to them. Files that do not count, errors in them, and relative paths are ignored, and reported in `findings`.
+    A file counts if it, its folder and all folders above belong to root or this user, and no other user may write
+    to them. Files that do not count, errors in them, and relative paths are ignored and reported in `findings`.
     """
     folders: list[TrustedFolder] = []
     findings: list[Finding] = []
@@ -90,18 +90,18 @@ def _user_config() -> str | None:
 
 
 def _at_home(path: str) -> str:
-    """`path` with the user's own folder in place of a leading "~"."""
+    """`path` with the user's home folder in place of a leading "~"."""
     home = os.environ.get("HOME", "")
     return os.path.join(home, path[2:]) if path.startswith("~/") and home else path
 
 
 def _folders_of(config: str) -> list[str]:
-    """What one file names; nothing where there is none. Raises InvalidArgument, AccessDenied, IoFailed."""
+    """The folders listed in one file; empty if it does not exist. Raises InvalidArgument, AccessDenied, IoFailed."""
     real = real_path(config)
-    if not exists(real):  # there is nothing to believe or not: whoever has such folders need not hear of it
+    if not exists(real):  # no file, so no warning, even if its folder would not count
         return []
     try:
-        # Both the folder in which a link would lie and the one of the file it leads to.
+        # Both the folder of the name, which may be a link, and the folder of the file it leads to.
         for folder in dict.fromkeys((real_path(os.path.dirname(config)), os.path.dirname(real))):
             if why := unguarded(folder):
                 raise errors.InvalidArgument(f"{why}, so that others could change it")
@@ -112,7 +112,7 @@ def _folders_of(config: str) -> list[str]:
     raw = read_whole(real, MAX_CONFIG_BYTES)
     if raw is None:
         raise errors.InvalidArgument(f"it is not a regular file of at most {MAX_CONFIG_BYTES} bytes")
-    import tomllib  # takes long, and most have no such file
+    import tomllib  # a slow import, and most users have no such file
 
     try:
         document = tomllib.loads(raw.decode())

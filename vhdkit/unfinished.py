@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files under construction: their names until they get their own, and when one that a dead process left may go.
+"""Files under construction: their temporary names, and when one that a dead process left behind may be removed.
 
-The name identifies the process that makes the file, `.vhdkit-MAKER-CHANCE.part` (`maker`), and that process holds the
-file locked. The next program that makes a file in the folder removes it if both say that nobody is at work on it: a
-name can be invented by anybody, and a lock that another host holds on a file server may be invisible here. Only
-regular files of our own user go. Everything else is left to `collect_garbage`, which people call.
+The name identifies the process that makes the file, `.vhdkit-MAKER-CHANCE.part` (`maker`), and that process keeps the
+file locked. The next program that makes a file in the folder removes it only if name and lock both show that no
+process is working on it: anyone can make up a name, and a lock that another host holds on a file server may be
+invisible here. Only regular files of our own user are removed. Everything else is left to `collect_garbage`, which
+users run.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from vhdkit.store import FileStore
 
 _CHANCE_BYTES = 8
 _PART = re.compile(rf"\.vhdkit-(?:({MAKER_PATTERN})-)?[0-9a-f]{{{2 * _CHANCE_BYTES}}}\.part")
-_MAX_LOOKED_AT = 10_000  # names in a folder: a full folder must not make every new file slow
+_MAX_LOOKED_AT = 10_000  # names in a folder: a large folder must not make every new file slow
 
 
 def part_name() -> str:
-    """The name of a file that has none yet. Without a maker in it where this host does not say who we are."""
+    """A temporary name for a new file. It has no maker if this host does not let us identify the process."""
     maker = maker_word()
     return f".vhdkit-{'' if maker is None else f'{maker}-'}{os.urandom(_CHANCE_BYTES).hex()}.part"
 
@@ -37,7 +38,7 @@ def is_part(name: str) -> bool:
 
 
 def parts(directory: str, limit: int | None = None) -> Iterator[str]:
-    """The paths of the files under construction in `directory`, sorted; with a `limit` among so many names."""
+    """The paths of the files under construction in `directory`, sorted; a `limit` bounds the names examined."""
     try:
         with os.scandir(directory or os.curdir) as entries:
             names = [one.name for one in islice(entries, limit) if is_part(one.name)]
@@ -51,14 +52,14 @@ def parts(directory: str, limit: int | None = None) -> Iterator[str]:
 
 
 def sweep(directory: str) -> None:
-    """Remove what dead processes left in `directory`. What cannot be removed stays."""
+    """Remove what dead processes left in `directory`. Files that cannot be removed stay."""
     for path in parts(directory, _MAX_LOOKED_AT):
         with contextlib.suppress(OSError, VhdkitError):
             facts = os.lstat(path)
             if facts.st_uid != os.geteuid() or not _is_dead(os.path.basename(path), facts):
                 continue
             with FileStore.open(path, follow_links=False) as store:
-                store.lock(writer=True)  # it still has that name, and nobody holds it, such as a forked process
+                store.lock(writer=True)  # the name still leads to it, and no process, such as a fork, holds it
                 os.unlink(path)
 
 

@@ -59,21 +59,21 @@ def is_power_of_two(value: int) -> bool:
 
 
 class DiskSize(int):
-    """The size of a disk in bytes, whole sectors. `asked` is what was written for it where that is less, or empty."""
+    """The size of a disk in bytes, whole sectors. `asked` is the text given for it if that was rounded, else empty."""
 
     asked: str = ""
 
 
 def parse_size(text: str) -> int:
-    """Bytes from what people write: "512", "64K", "1.5G", "2 TiB" (powers of 1024); a part of a byte is left out.
+    """Bytes from text: "512", "64K", "1.5G", "2 TiB" (powers of 1024); fractions of a byte are dropped.
 
-    Raises ValueError with a sentence for people when the text is no size.
+    Raises ValueError, with a message for users, if the text is not a size.
     """
     return math.floor(_exact_size(text))
 
 
 def parse_disk_size(text: str) -> DiskSize:
-    """As `parse_size`, for the size of a disk: "1.8T" and "1000" are rounded up to whole sectors."""
+    """Like `parse_size`, for the size of a disk: "1.8T" and "1000" are rounded up to whole sectors."""
     exact = _exact_size(text)
     size = DiskSize(round_up(math.ceil(exact), SECTOR_SIZE))
     if size != exact:
@@ -86,13 +86,13 @@ def _exact_size(text: str) -> Fraction:
     if match is None:
         raise ValueError(f"{text!r} is not a size; write a number with K, M, G or T, such as 10G")
     whole, fraction, unit, _ = match.groups()
-    from fractions import Fraction  # takes long, and only sizes that people write need it
+    from fractions import Fraction  # a slow import, needed only for sizes given as text
 
     return Fraction(f"{whole}.{fraction or 0}") * (1 << _SIZE_SHIFT[unit.lower()])
 
 
 def format_size(size_bytes: int) -> str:
-    """Bytes for people: "512 B", "4.0 KiB", "2.0 TiB"."""
+    """A size for display: "512 B", "4.0 KiB", "2.0 TiB"."""
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < KIB or unit == "TiB":

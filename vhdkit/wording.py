@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the system's errors mean.
+"""The typed errors for the system's errors.
 
-Decides which typed error an errno becomes, and how it is worded. Must not know what was being done, nor to what.
+Decides which typed error an errno becomes, and its wording. Must not know what was being done, nor to what.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def translate(error: OSError, path: str, doing: str) -> errors.VhdkitError:
-    """The typed error for what the system said while we were `doing` something to `path`."""
+    """The typed error for an OSError that occurred while `doing` something to `path`."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     kind: type[errors.VhdkitError] = errors.IoFailed
     hint = None
@@ -39,7 +39,7 @@ def translate(error: OSError, path: str, doing: str) -> errors.VhdkitError:
 
 @contextlib.contextmanager
 def translated(path: str, doing: str) -> Iterator[None]:
-    """Turn any OSError of the body into the typed error."""
+    """Translate any OSError of the block into the typed error."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes about a file outside its content: extended attributes, and records that several programs write.
+"""Metadata of a file outside its content: extended attributes, and records that several programs write.
 
 Decides how attributes are read and written, and that a file system, or a user, without them is not a failure. Writing
-one changes neither the content nor the time of the last write, and copying a file may lose it. Also decides how a
-record that is replaced as a whole is locked meanwhile.
+an attribute changes neither the content nor the modification time; copying a file may lose it. Also decides how a
+record that is replaced as a whole is locked during the replacement.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PRIVATE = 0o600
 
 
 def read_attribute(store: FileStore, name: str, limit_bytes: int) -> bytes | None:
-    """The note of this name, None where there is none, a longer one, or none that may be read."""
+    """The attribute's value; None if it does not exist, is longer than the limit, or may not be read."""
     try:
         raw = os.getxattr(store.fileno(), _PREFIX + name)
     except OSError:
@@ -35,7 +35,7 @@ def read_attribute(store: FileStore, name: str, limit_bytes: int) -> bytes | Non
 
 
 def write_attribute(store: FileStore, name: str, raw: bytes) -> bool:
-    """Leave the note in place of an earlier one; False where that cannot be."""
+    """Set the attribute, replacing an earlier value; False if that is not possible."""
     try:
         os.setxattr(store.fileno(), _PREFIX + name, raw)
     except OSError:
@@ -44,7 +44,7 @@ def write_attribute(store: FileStore, name: str, raw: bytes) -> bool:
 
 
 def drop_attribute(store: FileStore, name: str) -> None:
-    """Take the note away."""
+    """Remove the attribute."""
     try:
         os.removexattr(store.fileno(), _PREFIX + name)
     except OSError:
@@ -53,10 +53,10 @@ def drop_attribute(store: FileStore, name: str) -> None:
 
 @contextlib.contextmanager
 def record_held(path: str) -> Iterator[None]:
-    """No other process of ours changes the record at `path` meanwhile. It is there, empty where there was none.
+    """Keep our other processes from changing the record at `path` during the block. Creates it, empty, if missing.
 
-    An empty one is removed in the end. Raises ImageInUse when another takes too long, AccessDenied, NoSpace, IoFailed,
-    InvalidArgument for what is not a regular file.
+    If it is empty at the end it is removed. Raises ImageInUse if another process holds it too long, AccessDenied,
+    NoSpace, IoFailed, and InvalidArgument if it is not a regular file.
     """
     with translated(path, "hold"):
         owned = _held(path)
@@ -92,12 +92,12 @@ def _locked(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno != errno.EWOULDBLOCK  # where there are no locks, nobody can be kept away
+        return error.errno != errno.EWOULDBLOCK  # without locks, other processes cannot be kept away
     return True
 
 
 def _is_named(fd: int, path: str) -> bool:
-    """True while the name leads to the open file: others replace it by another."""
+    """True while the name leads to the open file: other processes replace the file under that name."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:

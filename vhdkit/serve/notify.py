@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling the service manager that the server is ready, and that it ends (sd_notify).
+"""Notifies the service manager that the server is ready, or is about to end (sd_notify).
 
-Decides where the message goes. If no manager is listening, this is not a failure.
+Decides where the message goes. A missing service manager is not a failure.
 """
 
 from __future__ import annotations

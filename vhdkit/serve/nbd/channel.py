@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client's socket on the loop: non-blocking, plain or TLS, with the output that the client has not taken yet.
+"""A client's socket on the loop: non-blocking, plain or TLS, with the output that the client has not accepted yet.
 
-Decides which events of a socket the loop watches, and what happens to bytes that it does not take at once. Must not
-know what the bytes mean.
+Decides which events of a socket the loop watches, and what happens to bytes that the socket does not accept at once.
+Must not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Channel:
-    """Bytes to and from one client. Methods raise OSError (SSLError too) when it is gone."""
+    """Bytes to and from one client. Methods raise OSError (SSLError too) when the client is gone."""
 
     def __init__(
         self, loop: Loop, sock: socket.socket, ready: Callable[[int], None], stats: Stats | None = None
     ) -> None:
-        """Take over a connected, non-blocking socket; `ready(events)` is called when something can be done."""
+        """Take over a connected, non-blocking socket; `ready(events)` is called when it becomes ready."""
         self._loop = loop
-        self._stats = stats or Stats()  # what passes is counted there
+        self._stats = stats or Stats()  # counts the traffic
         self._sock = sock
         self._fd = sock.fileno()
         self._ready = ready
@@ -45,11 +45,11 @@ class Channel:
         return isinstance(self._sock, ssl.SSLSocket)
 
     def has_pending(self) -> bool:
-        """True when decrypted bytes wait that the loop cannot see."""
+        """True when decrypted bytes are buffered, which the loop cannot see."""
         return isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
 
     def receive_into(self, buffer: memoryview) -> int | None:
-        """How many bytes came; 0 at the end, None when there are none yet."""
+        """How many bytes were received; 0 at the end of the stream, None if there are none yet."""
         try:
             received = self._sock.recv_into(buffer)
         except _WOULD_BLOCK:
@@ -58,9 +58,9 @@ class Channel:
         return received
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send now what the socket takes and keep a copy of the rest: `data` is the caller's again.
+        """Send what the socket accepts now and keep a copy of the rest: the caller may reuse `data`.
 
-        A client that is gone is hung up on, without an error.
+        If the client is gone, the connection is closed without an error.
         """
         if self._closed or not data:
             return
@@ -79,7 +79,7 @@ class Channel:
         self.unsent.append(memoryview(bytes(memoryview(data)[sent:])))
 
     def send_unsent(self) -> None:
-        """Send what was kept, as much as the socket takes."""
+        """Send as much of the kept output as the socket accepts."""
         while self.unsent:
             data = self.unsent[0]
             try:
@@ -93,10 +93,10 @@ class Channel:
                 self.unsent.pop(0)
 
     def ready_to_send(self, events: int) -> None:
-        """Send what was kept when `events` say that there is room, or that the client hung up.
+        """Send kept output when `events` show that there is room, or that the client hung up.
 
-        Who hung up takes nothing more: when that cannot be sent it is hung up on too, or the loop would tell of it for
-        ever.
+        If the client hung up, sending fails and the connection is closed; otherwise the loop would report the hangup
+        forever.
         """
         if self.unsent and events & (WRITABLE | HANGUP):
             self.send_unsent()
@@ -104,11 +104,11 @@ class Channel:
                 self.close()
 
     def watch(self, *, reading: bool) -> None:
-        """Wait for bytes to come when `reading`, and for room when something is unsent."""
+        """Wait for input when `reading`, and for room when output is unsent."""
         events = (READABLE if reading else 0) | (WRITABLE if self.unsent else 0)
         if events == self._events:
             return
-        if not events:  # the loop tells of a client that hung up even then, again and again
+        if not events:  # even then, the loop would report a hangup over and over
             self._loop.unwatch(self._fd)
         elif not self._events:
             self._loop.watch(self._fd, events, self._ready)
@@ -117,7 +117,7 @@ class Channel:
         self._events = events
 
     def start_tls(self, context: ssl.SSLContext) -> None:
-        """Begin to encrypt, as the server; call `shake_hands` until it is done. Nothing may be unsent."""
+        """Start encryption, as the server; call `shake_hands` until it is done. No output may be unsent."""
         assert not self.unsent
         self._loop.unwatch(self._fd)
         self._sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
@@ -126,7 +126,7 @@ class Channel:
         self._loop.watch(self._fd, READABLE, self._ready)
 
     def shake_hands(self) -> bool:
-        """Go on with the TLS handshake; True when it is done."""
+        """Continue the TLS handshake; True when it is done."""
         assert isinstance(self._sock, ssl.SSLSocket)
         self._events = READABLE
         done = False
@@ -141,13 +141,13 @@ class Channel:
         return done
 
     def close(self) -> None:
-        """Hang up. Closing twice is fine."""
+        """Close the connection. Closing twice is fine."""
         if self._closed:
             return
         self._closed = True
         self.unsent.clear()
         self._loop.unwatch(self._fd)
         if isinstance(self._sock, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):  # say that TLS ends here, if that can still be said
+            with contextlib.suppress(OSError, ValueError):  # send close_notify if that is still possible
                 self._sock.unwrap()
         self._sock.close()

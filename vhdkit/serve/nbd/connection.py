@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One client from accept to close: handshake, TLS, transmission, end.
 
-Decides when a client is read from, in which phase its input is processed, and when the connection is closed. Must
-not know the meaning of options (`nbd.options`) or requests (`serving`). A client that does not read its answers is
-not read from.
+Decides when the server reads from a client, in which phase its input is processed, and when the connection is closed.
+Must not know the meaning of options (`nbd.options`) or requests (`serving`). While a client does not read its answers,
+the server does not read from it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Connection:
     """A client. All methods run on the loop's thread."""
 
     def __init__(self, host: Host, sock: socket.socket, peer: str, left: Callable[[Connection], None]) -> None:
-        """Take over a connected, non-blocking socket; `left` is called once it is closed."""
+        """Take over a connected, non-blocking socket; `left` is called once the connection is closed."""
         self.peer = peer
-        self.number = 0  # of this client, in this server
+        self.number = 0  # of this client, unique in this server
         self.opened = time.time()
         self._began = time.monotonic()
         self._host = host
         self._left = left
         self._channel = Channel(host.loop, sock, self.proceed, host.stats)
         self._handshake = Handshake(host.catalog, tls=host.tls_mode)
-        self._serving: Serving | None = None  # from the transmission phase on
+        self._serving: Serving | None = None  # set when transmission begins
         self._securing = False
-        self._kept = b""  # received, not served yet
-        self._ending = False  # what is in flight is finished, then it is closed
+        self._kept = b""  # received, but not served yet
+        self._ending = False  # the connection is closed when the requests in flight are finished
         self._send_handshake()
 
     @property
@@ -50,17 +50,17 @@ class Connection:
 
     @property
     def export(self) -> Export | None:
-        """What the client has chosen, once it has."""
+        """The export that the client has chosen, or None."""
         return self._serving.export if self._serving is not None else None
 
     def is_undecided(self, seconds: float) -> bool:
-        """True when it has been connected for longer than that and has not chosen an export."""
+        """True if it has been connected longer than that without choosing an export."""
         return self._serving is None and time.monotonic() - self._began >= seconds
 
     # -- moving on ----------------------------------------------------------------------------------------------
 
     def proceed(self, events: int = 0) -> None:
-        """Go on as far as possible, then watch for what is needed next. `events`: what the socket is ready for."""
+        """Continue as far as possible, then wait for what is needed next. `events`: what the socket is ready for."""
         try:
             self._react(events)
             while self._step():
@@ -71,7 +71,7 @@ class Connection:
         except OSError as error:
             _log.debug("%s: %s", self.peer, error)
             self.close()
-        except Exception:  # a mistake of ours: it must not end the other connections
+        except Exception:  # a bug in our code must not end the other connections
             _log.exception("%s: hanging up", self.peer)
             self.close()
         if self._channel.is_closed():
@@ -96,13 +96,13 @@ class Connection:
         return self._ending or (self._serving is not None and self._serving.ended)
 
     def _blocked(self) -> bool:
-        """True while nothing more is taken from this client."""
+        """True while nothing more is accepted from this client."""
         if self._ending or self._channel.unsent:
             return True
         return self._handshake.is_held_back if self._serving is None else self._serving.blocked()
 
     def _step(self) -> bool:
-        """Do one thing that needs nothing new from the client; False when there is none."""
+        """Do one thing that needs no new input from the client; False if there is none."""
         if self._securing or self._channel.is_closed():
             return False
         if self._serving is not None and self._serving.step():
@@ -138,7 +138,7 @@ class Connection:
         self._process(kept + received)
 
     def _process(self, size: int) -> None:
-        """Look at what lies in the host's buffer, and keep what cannot be served yet."""
+        """Process what is in the host's buffer, and keep what cannot be served yet."""
         buffer = self._host.buffer
         if self._serving is None:
             self._handshake.receive(buffer[:size])
@@ -169,7 +169,7 @@ class Connection:
     def _start_tls(self) -> None:
         context = self._host.tls_context
         assert context is not None
-        if self._channel.unsent:  # the answer in plain text must leave first; it is twenty bytes
+        if self._channel.unsent:  # the plaintext answer, twenty bytes, must be sent first
             raise BrokenClient("does not read the answer to STARTTLS")
         self._channel.start_tls(context)
         self._securing = True
@@ -183,11 +183,11 @@ class Connection:
     # -- ending -------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Take nothing more from the client; it is closed when all that is in flight is answered."""
+        """Accept nothing more from the client; close when every request in flight is answered."""
         self._ending = True
 
     def shut_down(self) -> None:
-        """The server ends: `end`, after an option that has come already was answered so (row 41)."""
+        """`end`, when the server ends: options that have arrived are first answered with ERR_SHUTDOWN (row 41)."""
         self._handshake.shut_down()
         if self._securing:
             self.close()
@@ -198,7 +198,7 @@ class Connection:
         self.proceed()
 
     def close(self) -> None:
-        """Hang up. What jobs still bring is dropped."""
+        """Close the connection. Results of jobs that are still running are dropped."""
         self._channel.close()
         self._kept = b""
         left, self._left = self._left, _forgotten
@@ -206,4 +206,4 @@ class Connection:
 
 
 def _forgotten(connection: Connection) -> None:
-    """It is closed already."""
+    """The callback of a connection that is already closed."""

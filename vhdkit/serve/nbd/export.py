@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one export can do: NBD's commands on a `Disk`.
+"""The operations of one export: NBD's commands on a `Disk`.
 
 Decides what each command means for a disk, how a disk's errors are reported, which metadata contexts there are, and
-that one flush at a time serves everybody who waits for one. Must not know sockets. The functions named `run_` may wait
-for devices and belong on worker threads.
+that a single flush at a time serves every client that waits for one. Must not know sockets. Functions named `run_` may
+wait for devices and belong on worker threads.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ ALLOCATION = "base:allocation"
 DEPTH = "qemu:allocation-depth"
 DIRTY = "qemu:dirty-bitmap:"
 PIECE_BYTES = MIB  # the most that is read or written at once
-HOLE_WORTH_BYTES = 64 * KIB  # reads from this size on are looked at for holes
+HOLE_WORTH_BYTES = 64 * KIB  # reads of at least this size are checked for holes
 MAX_CACHE_BYTES = 16 * MIB  # read ahead for one CACHE request
-_STATUS_RUNS = 1 << 13  # descriptors of one context in an answer; the protocol allows more, a client asks again
-_STATUS_EXTENTS = 1 << 15  # looked at for one answer; those that are alike become one descriptor
+_STATUS_RUNS = 1 << 13  # descriptors of one context in an answer; the protocol allows more, and clients ask again
+_STATUS_EXTENTS = 1 << 15  # examined for one answer; equal neighbours become one descriptor
 _EXTENTS_AT_ONCE = 32
-_COMPACT_RUN_BYTES = (1 << 32) - PAGE_SIZE  # the longest run that 32 bits can say in whole pages
+_COMPACT_RUN_BYTES = (1 << 32) - PAGE_SIZE  # the longest run of whole pages that 32 bits can express
 _ZEROS = memoryview(bytes(PIECE_BYTES))
 
 
 class Export:
-    """A disk under a name. `disk` may be exchanged for another view of the same bytes while the export is held."""
+    """A disk under a name. While the export is held, `disk` may be replaced by another view of the same bytes."""
 
     def __init__(self, name: str, disk: Disk, *, description: str = "", read_only: bool = False) -> None:
-        """Take over an open disk. Raises InvalidArgument for a name or description that no client could be told."""
+        """Take over an open disk. Raises InvalidArgument for a name or description that NBD cannot transmit."""
         check_text("name", name)
         check_text("description", description)
         self.name = name
@@ -47,12 +47,12 @@ class Export:
         self.read_only = read_only or not disk.writable
         self.held = False  # new requests wait
         self.jobs = 0  # on worker threads or waiting for a flush
-        self.parked: list[Callable[[], None]] = []  # what goes on when it is not held any more
+        self.parked: list[Callable[[], None]] = []  # work to resume when the export is released
         self._flush_waiters: list[Callable[[BaseException | None], None]] = []
         self._flushing = False
 
     def info(self) -> ExportInfo:
-        """What a client may know. All connections share one `Disk`, so a flush covers them all: MULTI_CONN."""
+        """What clients may learn. All connections share one `Disk`, so a flush covers them all: MULTI_CONN."""
         flags = TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA | TransmissionFlag.CAN_MULTI_CONN
         flags |= TransmissionFlag.SEND_CACHE
         if self.read_only:
@@ -68,7 +68,7 @@ class Export:
     def flush(self, loop: Loop, done: Callable[[BaseException | None], None]) -> None:
         """Call `done` once everything answered so far is durable. On the loop's thread.
 
-        Those who come while a flush runs wait for the next one: only a flush that began after a write covers it.
+        Requests that arrive during a flush wait for the next one: a flush covers only writes made before it began.
         """
         self._flush_waiters.append(done)
         if not self._flushing:
@@ -90,9 +90,9 @@ class Export:
     # -- commands, on worker threads ----------------------------------------------------------------------------
 
     def run(self, rules: Transmission, request: Request, payload: bytes | None = None) -> bytes | bytearray:
-        """Do what `request` asks for and return the answer's bytes. FUA is the caller's business.
+        """Execute `request` and return the bytes of the answer. The caller handles FUA.
 
-        Raises VhdkitError for the caller to tell.
+        Raises VhdkitError, which the caller reports to the client.
         """
         disk, offset, length = self.disk, request.offset, request.length
         if request.command == Command.READ:
@@ -100,7 +100,7 @@ class Export:
         if request.command == Command.BLOCK_STATUS:
             return self._run_status(rules, request, payload)
         if request.command == Command.WRITE:
-            disk.write(offset, payload or b"")  # nothing at all is none of a wrong size (row 29)
+            disk.write(offset, payload or b"")  # no payload means no bytes, not a wrong size (row 29)
         elif request.command == Command.TRIM:
             disk.trim(offset, length)
         elif request.command == Command.WRITE_ZEROES:
@@ -123,7 +123,7 @@ class Export:
         return reply
 
     def run_read_piece(self, rules: Transmission, request: Request, offset: int, length: int) -> bytes:
-        """A part of a read: bytes, or content chunks, in which what nobody owns is not sent as zeros."""
+        """A part of a read: bytes, or content chunks, which do not transmit sectors that no layer owns."""
         if not rules.structured:
             return self.disk.read(offset, length)
         pieces = []
@@ -186,7 +186,7 @@ class Export:
             if number == _STATUS_EXTENTS:
                 break
             if number % _EXTENTS_AT_ONCE == 0:
-                time.sleep(0)  # lets the loop have the interpreter
+                time.sleep(0)  # gives the interpreter to the loop
             flags = flags_of(extent)
             if runs and runs[-1][1] == flags:
                 size += runs.pop()[0]
@@ -198,20 +198,20 @@ class Export:
         return runs
 
     def _flags_of(self, context: str) -> Callable[[Extent], int]:
-        """Row 38 and 40: what an extent is in a context."""
+        """The flags of an extent in a context (rows 38 and 40)."""
         if context == ALLOCATION:
             return lambda extent: wire.STATE_HOLE | wire.STATE_ZERO if extent.kind is ExtentKind.ZERO else 0
-        if context == DEPTH:  # 0 nobody, 1 the leaf, n the n-th layer
+        if context == DEPTH:  # 0: no layer owns it, 1: the leaf, n: the n-th layer
             return lambda extent: extent.layer_index + 1
         ids = self.disk.layer_ids
         wanted = context.removeprefix(DIRTY)
-        # After a snapshot the layer has moved down, but its name is still its id.
+        # After a snapshot the layer is one lower in the chain, but its id is still its name.
         depth = ids.index(wanted) if wanted in ids else len(ids)
         return lambda extent: int(0 <= extent.layer_index <= depth)
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise InvalidArgument unless `text`, the name or description of an export, can be told to a client (row 13)."""
+    """Raise InvalidArgument unless `text`, an export's name or description, can be sent to a client (row 13)."""
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
@@ -225,7 +225,7 @@ class _NotFast(errors.VhdkitError):
 
 
 def _clipped(extents: Iterator[Extent], offset: int, length: int) -> Iterator[tuple[int, int, Extent]]:
-    """(offset, size, extent) in bytes, cut to the range that was asked for."""
+    """(offset, size, extent) in bytes, clipped to the requested range."""
     end = offset + length
     for extent in extents:
         start = max(extent.offset_bytes, offset)
@@ -235,11 +235,11 @@ def _clipped(extents: Iterator[Extent], offset: int, length: int) -> Iterator[tu
 
 
 def error_reply(rules: Transmission, request: Request, error: BaseException) -> bytes:
-    """How a failed command is told to the client: never with the names of our files."""
+    """The error reply for a failed command; it never contains file names."""
     text = error.problem if isinstance(error, errors.VhdkitError) else "the server failed to do this"
     return rules.error(request, error_number(error), text)
 
 
 def error_number(error: BaseException) -> WireErrno:
-    """The wire's number for a failed command."""
+    """The NBD error number for a failed command."""
     return wire_errno(error.errno) if isinstance(error, errors.VhdkitError) else WireErrno.EIO

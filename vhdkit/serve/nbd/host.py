@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connection needs from the server it belongs to. Decides nothing."""
+"""What a connection needs from its server. Decides nothing."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from vhdkit.serve.nbd.stats import Stats
 
 
 class Host(Protocol):
-    """What a connection needs of its server."""
+    """The part of the server that a connection uses."""
 
     loop: Loop
     stats: Stats
-    job_bytes: int  # of data in the jobs of all connections
+    job_bytes: int  # data in the jobs of all connections
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None
-    buffer: memoryview  # what is received and not yet served; one for all connections, as they are served in turn
-    replies: memoryview  # what is answered in one batch
+    buffer: memoryview  # received and not yet served; shared by all connections, which are served one at a time
+    replies: memoryview  # the answers of one batch
 
     def catalog(self) -> list[ExportInfo]:
-        """The exports as they are now."""
+        """The current exports."""
         ...
 
     def enter(self, session: Session) -> Export:
-        """The export that was chosen."""
+        """The export that the client chose."""
         ...
 
     def drained(self, export: Export) -> None:
-        """A held export has no job in flight any more."""
+        """Called when a held export has no job in flight any more."""
         ...

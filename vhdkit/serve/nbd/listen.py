@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the server listens: unix sockets, TCP, sockets that a service manager hands over; and their URIs.
+"""Where the server listens: Unix sockets, TCP, and sockets passed by a service manager; and their URIs.
 
-Decides what an address on the command line means and where listening without TLS is refused. How a socket gets its
-file is decided in `folder`, what happens to clients in `nbd.server`.
+Decides what an address on the command line means, and where listening without TLS is refused. How a socket gets its
+file is decided in `sockets`, what happens to clients in `nbd.server`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vhdkit import errors
 from vhdkit.sockets import PrivateFolder, SocketFile
 from vhdkit.store import translate
 
-DEFAULT_PORT = 10809  # IANA's for NBD
-_FIRST_ACTIVATED_FD = 3  # by systemd's convention
+DEFAULT_PORT = 10809  # assigned to NBD by IANA
+_FIRST_ACTIVATED_FD = 3  # systemd's convention
 _MAX_ACTIVATED = 64
 _MAX_PORT = 0xFFFF
 _NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
@@ -39,7 +39,7 @@ class Address:
     port: int = 0
 
     def uri(self, export_name: str, *, secure: bool = False) -> str:
-        """The NBD URI of an export there."""
+        """The NBD URI of an export at this address."""
         scheme = "nbds" if secure else "nbd"
         name = quote(export_name, safe="")
         if self.path:
@@ -49,7 +49,7 @@ class Address:
 
 
 class Listeners:
-    """The sockets of one server. `close` takes away what it made."""
+    """The sockets of one server. `close` removes the socket files made here."""
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
@@ -57,7 +57,7 @@ class Listeners:
         self._made = contextlib.ExitStack()
 
     def add_unix(self, path: str | None, *, owner: tuple[int, int | None] | None = None) -> None:
-        """Listen on a unix socket, in a private folder where no path is given. Raises as `SocketFile` does."""
+        """Listen on a Unix socket, in a private folder if no path is given. Raises as `SocketFile` does."""
         if path is None:
             folder = PrivateFolder(owner=owner)
             self._made.callback(folder.close)
@@ -67,9 +67,9 @@ class Listeners:
         self._add(file.socket, Address(path=path))
 
     def add_tcp(self, host: str, port: int, *, open_to_all: bool) -> None:
-        """Listen on every address of `host`; port 0 is any free one, the same for all of them.
+        """Listen on every address of `host`; port 0 means any free port, the same for all addresses.
 
-        Addresses of other machines' networks only when `open_to_all`. Raises InvalidArgument, AddressInUse, NotFound.
+        Non-loopback addresses only with `open_to_all`. Raises InvalidArgument, AddressInUse, NotFound.
         """
         place = f"{host}:{port}"
         resolved = _resolved(host, port, place)
@@ -84,7 +84,7 @@ class Listeners:
                 sock = _bound(family, address, port)
             except OSError as error:
                 if error.errno in _NO_SUCH_ADDRESS and (bound or (family, address) != resolved[-1]):
-                    continue  # a machine without IPv6 still knows the name ::1
+                    continue  # a machine without IPv6 still resolves ::1
                 if error.errno == errno.EADDRINUSE:
                     raise errors.AddressInUse(f"another program is listening on {place}") from error
                 raise translate(error, place, "listen") from error
@@ -94,7 +94,7 @@ class Listeners:
         self.addresses.append(Address(host="localhost" if host in _ANY_HOSTS else host, port=port))
 
     def add_activated(self) -> bool:
-        """Take over the sockets that whoever started us bound; False when there are none. Raises InvalidArgument."""
+        """Take over the sockets passed by the service manager; False if there are none. Raises InvalidArgument."""
         for number in range(_activated_count()):
             fd = _FIRST_ACTIVATED_FD + number
             try:
@@ -114,7 +114,7 @@ class Listeners:
         self.addresses.append(address)
 
     def close(self) -> None:
-        """Close all sockets and remove the files of those that were made here. Closing twice is fine."""
+        """Close all sockets and remove the socket files made here. Closing twice is fine."""
         self._made.close()
 
     def __enter__(self) -> Self:
@@ -125,12 +125,12 @@ class Listeners:
 
 
 def is_activated() -> bool:
-    """True when whoever started us bound sockets for us."""
+    """True if the service manager passed sockets to this process."""
     return _listen_fds() > 0
 
 
 def _listen_fds() -> int:
-    """What LISTEN_FDS says, when LISTEN_PID says that it is meant for us."""
+    """The count in LISTEN_FDS, if LISTEN_PID shows that it is meant for this process."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return 0
     text = os.environ.get("LISTEN_FDS", "")
@@ -140,7 +140,7 @@ def _listen_fds() -> int:
 def _activated_count() -> int:
     count = _listen_fds()
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)  # a program that we start must not take them for its own
+        os.environ.pop(name, None)  # programs that we start must not take the sockets for theirs
     if count > _MAX_ACTIVATED:
         raise errors.InvalidArgument(f"LISTEN_FDS={count}: at most {_MAX_ACTIVATED} sockets are taken")
     return count
@@ -154,7 +154,7 @@ def _address_of(sock: socket.socket) -> Address:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """HOST:PORT, [IPV6]:PORT, :PORT or HOST as (host, port). Raises ValueError for text that is none."""
+    """HOST:PORT, [IPV6]:PORT, :PORT or HOST as (host, port). Raises ValueError for any other text."""
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or not host or (rest and not rest.startswith(":")):
@@ -172,7 +172,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def parse_owner(text: str) -> tuple[int, int | None]:
-    """USER or USER:GROUP, names or numbers, as ids. Raises ValueError for one that does not exist."""
+    """USER or USER:GROUP, names or numbers, as ids. Raises ValueError if one does not exist."""
     user, colon, group = text.partition(":")
     try:
         user_id = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid

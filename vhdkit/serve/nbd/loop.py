@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thread's event loop and the worker threads beside it.
 
-Decides when a callback runs, on the loop's thread: when a descriptor is ready, when another thread posted it, or when
+Decides when a callback runs on the loop's thread: when a descriptor is ready, when another thread posted it, or when
 a job is done. Must not know what is served. Everything that may wait for a device or a disk runs as a job.
 """
 
@@ -23,21 +23,21 @@ from typing import TypeVar
 
 T = TypeVar("T")
 READABLE, WRITABLE, HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
-_SWITCH_SECONDS = 0.0005  # how long a worker in the middle of Python code may keep the loop waiting
-_SPINS = 300  # looks before sleeping, half a microsecond each
-_MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 2  # looking goes on while two of three times something is found
+_SWITCH_SECONDS = 0.0005  # how long a worker that runs Python code may keep the loop waiting
+_SPINS = 300  # polls before sleeping, half a microsecond each
+_MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 2  # polling continues while two of three attempts find something
 
 
 class Lane(Enum):
-    """Kinds of jobs that do not wait for one another. The value is how many threads there are for it."""
+    """Kinds of jobs that do not wait for one another. The value is the number of threads for each."""
 
     WORK = 8
-    FLUSH = 4  # waits for devices, and clients wait for it
-    LISTING = 1  # mostly Python code: more threads would only take time from the loop
+    FLUSH = 4  # waits for devices, while clients wait for it
+    LISTING = 1  # mostly Python code: more threads would only slow down the loop
 
 
 class Loop:
-    """Run callbacks on one thread. `post` and `submit` may be called from any thread, the rest from the loop's."""
+    """Runs callbacks on one thread. `post` and `submit` may be called from any thread, the rest from the loop's."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -62,11 +62,11 @@ class Loop:
         self._epoll.register(fd, events)
 
     def change(self, fd: int, events: int) -> None:
-        """Watch a watched `fd` for other events."""
+        """Watch a watched `fd` for different events."""
         self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
-        """Forget `fd`, before it is closed."""
+        """Stop watching `fd`; call this before it is closed."""
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
@@ -77,7 +77,7 @@ class Loop:
     def post(self, callback: Callable[[], None]) -> None:
         """Let the loop's thread call `callback` soon. From any thread, and from signal handlers."""
         self._posted.append(callback)
-        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: it has ended
+        with contextlib.suppress(OSError):  # full: the loop is awake anyway; closed: it has ended
             self._wake_writer.send(b"\0")
 
     def _woken(self, events: int) -> None:
@@ -100,7 +100,7 @@ class Loop:
             result: T | BaseException
             try:
                 result = work()
-            except BaseException as error:  # whatever it is, the one who waits for it must hear of it
+            except BaseException as error:  # every exception must reach the code that waits for the result
                 result = error
             self.post(lambda: done(result))
 
@@ -126,15 +126,15 @@ class Loop:
                 timeout = self._run_timers()
                 for fd, events in self._spin() or self._epoll.poll(timeout):
                     callback = self._callbacks.get(fd)
-                    if callback is not None:  # an earlier callback of this round may have closed it
+                    if callback is not None:  # an earlier callback of this round may have unwatched it
                         callback(events)
         finally:
             sys.setswitchinterval(before)
 
     def _spin(self) -> list[tuple[int, int]]:
-        """Look a few times without sleeping: a client that waits for each answer asks again within microseconds.
+        """Poll a few times without sleeping: a client that waits for each answer asks again within microseconds.
 
-        Sleeping and being woken would take longer than serving it. Where looking does not pay, it is soon given up.
+        Sleeping and being woken would take longer than serving it. Polling stops soon where it does not pay.
         """
         if self._spin_credit <= 0:
             self._spin_credit += 1
@@ -148,7 +148,7 @@ class Loop:
         return []
 
     def _run_timers(self) -> float | None:
-        """Run what is due; seconds until the next is, or None."""
+        """Run the timers that are due; returns the seconds until the next one, or None."""
         while self._timers:
             left = self._timers[0][0] - time.monotonic()
             if left > 0:
@@ -157,25 +157,25 @@ class Loop:
         return None
 
     def stop(self) -> None:
-        """End `run` after the present round."""
+        """End `run` after the current round."""
         self._running = False
         self.post(lambda: None)
 
     def close(self) -> None:
-        """End the workers, after the jobs they were given, and free the descriptors."""
+        """End the workers when their queued jobs are done, and close the descriptors."""
         for lane, jobs in self._lanes.items():
             for _ in range(lane.value):
                 jobs.put(None)
         for worker in self._workers:
             worker.join()
         self._run_posted()
-        self._callbacks.clear()  # who unwatches later has nothing to unwatch
+        self._callbacks.clear()  # a later `unwatch` then finds nothing to do
         self._epoll.close()
         self._wake_reader.close()
         self._wake_writer.close()
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    """What a worker does: one job after the other, until there is no job but None."""
+    """The body of a worker thread: run one job after the other, until the job is None."""
     while (job := jobs.get()) is not None:
         job()

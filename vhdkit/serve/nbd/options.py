@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handshake of an NBD connection, from the server's side: bytes in, bytes out, at the end a `Session`.
+"""The server's side of the NBD handshake: bytes in, bytes out, and a `Session` at the end.
 
-Decides the answer to each option and when the connection moves on, is upgraded to TLS or ends. Sans-IO:
+Decides the answer to each option and when the connection starts transmission, is upgraded to TLS or ends. Sans-IO:
 knows no sockets, no disks and no clock; a function lists the exports. Every length is checked against
-its limit before anything is kept. While `MAX_OUTPUT_BYTES` of answers wait to be sent, no option is processed, so a
+its limit before anything is stored. While `MAX_OUTPUT_BYTES` of answers are unsent, no option is processed, so a
 client cannot make the server hold more than that, one more answer, and the input of one call.
 
     receive(bytes) --> output (bytes to send), state
     OPTIONS --STARTTLS--> TLS --secured()--> OPTIONS --GO/EXPORT_NAME--> TRANSMISSION
-       `-- ABORT, an error no reply exists for --> CLOSED
+       `-- ABORT, or an error that has no reply --> CLOSED
 
-Rows named in the comments are those of docs/nbd-support.md.
+Rows named in comments are those of docs/nbd-support.md.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from enum import Enum, auto
 from vhdkit.serve.nbd import wire
 from vhdkit.serve.nbd.wire import HandshakeFlag, Info, Option, Reply, TransmissionFlag
 
-MAX_OPTION_BYTES = 64 * 1024  # of data kept for one option; longer ones are skipped and refused
+MAX_OPTION_BYTES = 64 * 1024  # of data stored for one option; longer ones are skipped and refused
 MAX_SKIPPED_BYTES = 1 << 20  # of such an option; a longer one ends the connection
-MAX_QUERIES = 256  # contexts asked for in one option
+MAX_QUERIES = 256  # contexts requested in one option
 MAX_OUTPUT_BYTES = 256 * 1024  # of answers; further options wait until these are taken
-MAX_OPTIONS = 4096  # in one handshake: a client that never decides is sent away
+MAX_OPTIONS = 4096  # in one handshake: a client that never finishes is disconnected
 _OFFERED = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 _U32, _U16 = struct.Struct(">I"), struct.Struct(">H")
 
 
 class HandshakeState(Enum):
-    """Where a handshake stands."""
+    """The state of a handshake."""
 
     OPTIONS = auto()
-    TLS = auto()  # send the output in plain text, then secure the connection and say so
+    TLS = auto()  # send the output in plain text, secure the connection, then call `secured`
     TRANSMISSION = auto()
     CLOSED = auto()  # send the output, then hang up
 
 
 class TlsMode(Enum):
-    """Whether TLS is offered, and to whom anything is told without it."""
+    """Whether TLS is offered, and what clients may learn without it."""
 
     OFF = auto()
     OFFERED = auto()
@@ -51,7 +51,7 @@ class TlsMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What a client may know about an export. `flags` without those a session adds; `contexts` by name."""
+    """What a client may learn about an export. `flags` without those a session adds; `contexts` by name."""
 
     name: str
     description: str
@@ -62,7 +62,7 @@ class ExportInfo:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What was agreed on. `contexts` are (id, name) in the order they are answered."""
+    """The result of the negotiation. `contexts` are (id, name) in the order of the answers."""
 
     export: ExportInfo
     structured: bool
@@ -88,13 +88,13 @@ class Handshake:
         self._shutting_down = False
         self._client_flags: HandshakeFlag | None = None
         self._input = bytearray()
-        self._skip = 0  # bytes of an option too long to keep, still to come
+        self._skip = 0  # bytes still to come of an option too long to store
         self._options_left = MAX_OPTIONS
-        self.is_held_back = False  # options may wait: take the output, then `receive(b"")`, before more is received
+        self.is_held_back = False  # options may wait: take the output, then `receive(b"")`, before receiving more
         self._forget()
 
     def _forget(self) -> None:
-        """Row 20: what was negotiated before TLS is void."""
+        """Row 20: discard what was negotiated before TLS."""
         self._structured = False
         self._extended = False
         self._context_export: str | None = None
@@ -103,7 +103,7 @@ class Handshake:
     # -- driving ------------------------------------------------------------------------------------------------
 
     def receive(self, data: bytes | memoryview) -> None:
-        """Take what the client sent; afterwards look at `output` and `state`."""
+        """Process what the client sent; afterwards check `output` and `state`."""
         self._input += data
         self.is_held_back = False
         while self.state is HandshakeState.OPTIONS and self._step():
@@ -112,19 +112,19 @@ class Handshake:
                 break
 
     def take_output(self) -> bytes:
-        """What is to be sent now."""
+        """The bytes to send now."""
         output = bytes(self.output)
         self.output.clear()
         return output
 
     def take_rest(self) -> bytes:
-        """What came behind the last option: the first requests of the transmission phase."""
+        """The bytes after the last option: the first requests of the transmission phase."""
         rest = bytes(self._input)
         self._input.clear()
         return rest
 
     def secured(self) -> None:
-        """The connection is encrypted now. Row 22: what came in plain text behind STARTTLS is not trusted."""
+        """Call when the connection is encrypted. Row 22: plain text received after STARTTLS is discarded."""
         assert self.state is HandshakeState.TLS
         self._input.clear()
         self._secure = True
@@ -132,11 +132,11 @@ class Handshake:
         self.state = HandshakeState.OPTIONS
 
     def shut_down(self) -> None:
-        """The server is about to end: further options are answered so (row 41)."""
+        """Answer further options with ERR_SHUTDOWN, because the server is about to end (row 41)."""
         self._shutting_down = True
 
     def _step(self) -> bool:
-        """Take one message out of the input; False when it is not all there."""
+        """Process one message of the input; False if it is not complete."""
         if self._skip:
             skipped = min(self._skip, len(self._input))
             del self._input[:skipped]
@@ -166,14 +166,14 @@ class Handshake:
             return False
         (flags,) = wire.CLIENT_FLAGS.unpack_from(self._input)
         del self._input[: wire.CLIENT_FLAGS.size]
-        if flags & ~int(_OFFERED):  # row 2; the complement of an IntFlag knows only the flags that have names
+        if flags & ~int(_OFFERED):  # row 2; int, as the complement of an IntFlag has only the named bits
             self.state = HandshakeState.CLOSED
             return False
         self._client_flags = HandshakeFlag(flags)
         return True
 
     def _refuse_long(self, option: int, length: int) -> bool:
-        """Rows 5 and 6: nothing is kept of an option this long."""
+        """Rows 5 and 6: refuse an option that is too long, storing none of it."""
         if length > MAX_SKIPPED_BYTES or option == Option.EXPORT_NAME or not self._fixed:
             self.state = HandshakeState.CLOSED
             return False
@@ -199,7 +199,7 @@ class Handshake:
         if not self._fixed and option != Option.EXPORT_NAME:  # row 4
             self.state = HandshakeState.CLOSED
             return
-        if option == Option.ABORT:  # row 7: before TLS too
+        if option == Option.ABORT:  # row 7: also before TLS
             self._reply(option, Reply.ACK)
             self.state = HandshakeState.CLOSED
             return
@@ -227,7 +227,7 @@ class Handshake:
             self._reply(option, Reply.ERR_INVALID, str(problem))
 
     def _void_contexts(self, option: int) -> None:
-        """Row 18: every SET, also one that fails, replaces the old set."""
+        """Row 18: every SET replaces the old set, even if it fails."""
         if option == Option.SET_META_CONTEXT:
             self._context_export, self._contexts = None, ()
 
@@ -296,7 +296,7 @@ class Handshake:
             self._reply(option, Reply.ERR_UNKNOWN, f"there is no export {name!r}")
             return
         info = _U16.pack(Info.EXPORT) + wire.EXPORT_NAME_REPLY.pack(export.size_bytes, self._enter(export))
-        self._reply(option, Reply.INFO, info)  # row 9: also unasked
+        self._reply(option, Reply.INFO, info)  # row 9: even if not requested
         if Info.NAME in wanted:
             self._reply(option, Reply.INFO, _U16.pack(Info.NAME) + export.name.encode())
         if Info.DESCRIPTION in wanted and export.description:
@@ -362,9 +362,9 @@ _HANDLERS: dict[int, Callable[[Handshake, int, bytes], None]] = {
 
 
 def _selects(queries: Sequence[str], context: str, *, is_set: bool) -> bool:
-    """Rows 17 and 18: exact names; in a LIST also none at all, and a namespace with any part of a leaf's name's path.
+    """Rows 17 and 18: exact names match; in a LIST also no query at all, and any prefix that ends with a colon.
 
-    `qemu:` and `qemu:dirty-bitmap:` list what begins so, as QEMU's own server does.
+    `qemu:` and `qemu:dirty-bitmap:` list the contexts with that prefix, as QEMU's server does.
     """
     if is_set:
         return context in queries

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transmission phase of an NBD connection, from the server's side: bytes to requests, results to bytes.
+"""The server's side of NBD's transmission phase: bytes to requests, results to bytes.
 
-Decides which requests are refused and with which number, and how every answer is framed: simple, structured or
+Decides which requests are refused and with which error number, and how every answer is framed: simple, structured or
 extended, as negotiated. Sans-IO: knows no sockets and no disks. It works on the caller's buffers and returns
-plain tuples, because this is the hot path: in a batch, each small read costs a microsecond in here.
+plain tuples, because this is the hot path: in a batch, each small read costs a microsecond here.
 
-Rows named in the comments are those of docs/nbd-support.md.
+Rows named in comments are those of docs/nbd-support.md.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vhdkit.serve.nbd import wire
 from vhdkit.serve.nbd.options import Session
 from vhdkit.serve.nbd.wire import ChunkType, Command, CommandFlag, TransmissionFlag, WireErrno
 
-MAX_DRAINED_BYTES = 1 << 27  # of a payload that is refused; a longer one ends the connection
+MAX_DRAINED_BYTES = 1 << 27  # of a refused payload; a longer one ends the connection
 MAX_STATUS_PAYLOAD_BYTES = 4096
 MAX_UNFRAGMENTED_BYTES = 1 << 20  # of a read with DF (row 16: at least 64 KiB)
 _NO_END = 1 << 64
 _WRITES = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
-_KNOWN_FLAGS = {  # row 25; FUA is fine with every one of them (row 26). Numbers: ~ of an IntFlag drops unknown bits
+_KNOWN_FLAGS = {  # row 25; FUA is allowed with all of them (row 26). Plain ints: ~ of an IntFlag drops unknown bits
     Command.READ: int(CommandFlag.FUA | CommandFlag.DF),
     Command.WRITE: int(CommandFlag.FUA),
     Command.FLUSH: int(CommandFlag.FUA),
@@ -37,11 +37,11 @@ _STATUS_PAYLOAD = struct.Struct(">Q")
 
 
 class BrokenClient(Exception):
-    """What the client sent leaves no way but to hang up; the text says why."""
+    """What the client sent can only be answered by closing the connection; the text says why."""
 
 
 class Request(NamedTuple):
-    """A request. `error` is 0, or the number it is to be refused with; `payload_bytes` follow it on the wire."""
+    """A request. `error` is 0, or the number to refuse it with; `payload_bytes` follow it on the wire."""
 
     error: int
     command: int
@@ -63,11 +63,11 @@ class Transmission:
         self.extended = session.extended
         request = wire.EXTENDED_REQUEST if self.extended else wire.REQUEST
         self.request_size = request.size
-        # The hot path unpacks and knows the usual requests itself; any other it takes to `next_request`.
+        # The hot path unpacks and handles the common requests itself, and passes all others to `next_request`.
         self.unpack = request.unpack_from  # magic, flags, command, cookie, offset, length
         self.magic = wire.EXTENDED_REQUEST_MAGIC if self.extended else wire.REQUEST_MAGIC
         write_flags = int(CommandFlag.PAYLOAD_LEN) if self.extended else 0
-        self.write_flags = -1 if self.read_only else write_flags  # of a usual WRITE; a usual READ has none
+        self.write_flags = -1 if self.read_only else write_flags  # of a common WRITE; a common READ has none
         self.read_header_size = wire.SIMPLE_REPLY.size
         if self.extended:
             self.read_header_size = wire.EXTENDED_DATA_CHUNK.size
@@ -77,9 +77,9 @@ class Transmission:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def next_request(self, buffer: memoryview, position: int, end: int) -> Request | None:
-        """The request at `position`, or None when less than a whole header lies before `end`.
+        """The request at `position`, or None if no complete header lies before `end`.
 
-        Raises BrokenClient (row 24) when it is none.
+        Raises BrokenClient (row 24) if the bytes are not a request.
         """
         if end - position < self.request_size:
             return None
@@ -103,8 +103,8 @@ class Transmission:
         return Request(error, command, flags, cookie, offset, length, payload)
 
     def refusal(self, flags: int, command: int, offset: int, length: int) -> int:
-        """The number a request is refused with before anything is looked at, or 0 (rows 23, 25-29)."""
-        known = _KNOWN_FLAGS.get(command)  # type: ignore[call-overload]  # any number may come
+        """The error number to refuse a request with before its data is processed, or 0 (rows 23, 25-29)."""
+        known = _KNOWN_FLAGS.get(command)  # type: ignore[call-overload]  # the client may send any number
         if known is None:
             return 0 if command == Command.DISC else WireErrno.EINVAL
         if command == Command.WRITE and self.extended:
@@ -131,7 +131,7 @@ class Transmission:
         return 0
 
     def status_filter(self, payload: bytes, offset: int) -> tuple[int, tuple[int, ...]] | None:
-        """Effect length and context ids of a BLOCK_STATUS payload, or None when it is to be refused."""
+        """Effect length and context ids of a BLOCK_STATUS payload; None if it must be refused."""
         ids_size = len(payload) - _STATUS_PAYLOAD.size
         if ids_size < 4 or ids_size % 4:
             return None
@@ -145,7 +145,7 @@ class Transmission:
     # -- answers ------------------------------------------------------------------------------------------------
 
     def put_read_header(self, buffer: memoryview, position: int, cookie: int, offset: int, length: int) -> None:
-        """Write the header of a whole read's one answer; `length` bytes of data belong right behind it."""
+        """Write the header for a read answered as a whole; `length` bytes of data must follow it directly."""
         if self.extended:
             wire.EXTENDED_DATA_CHUNK.pack_into(
                 buffer,
@@ -172,13 +172,13 @@ class Transmission:
         return wire.CHUNK.pack(wire.CHUNK_MAGIC, flags, kind, cookie, length)
 
     def done(self, request: Request) -> bytes:
-        """Success without any data, also as the end of a reply in several chunks."""
+        """Success without data; also the end of a reply in several chunks."""
         if self.extended or (self.structured and request.command in (Command.READ, Command.BLOCK_STATUS)):
             return self._chunk(ChunkType.NONE, wire.CHUNK_DONE, request.cookie, request.offset, 0)
         return wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie)
 
     def error(self, request: Request, number: int, text: str = "") -> bytes:
-        """Failure. Row 15: structured for a READ where that was agreed on."""
+        """Failure. Row 15: structured for a READ if that was negotiated."""
         if self.extended or (self.structured and request.command in (Command.READ, Command.BLOCK_STATUS)):
             words = wire.text_payload(text)
             payload = struct.pack(">IH", number, len(words)) + words
@@ -206,7 +206,7 @@ class Transmission:
         return head + struct.pack(">Q", offset)
 
     def hole_chunk(self, request: Request, offset: int, length: int) -> bytes:
-        """One of several chunks of a read: zeros that are not sent."""
+        """One of several chunks of a read: zeros, which are not transmitted."""
         head = self._chunk(ChunkType.OFFSET_HOLE, 0, request.cookie, request.offset, 12)
         return head + struct.pack(">QI", offset, length)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transmission phase of one client: which requests are served at once, and which become jobs.
+"""One client's transmission phase: which requests are served at once, and which become jobs.
 
-The hot path takes every whole request out of one batch of received bytes, serves reads and writes that need no waiting
-straight from and into shared buffers, and answers with one `send`. Must not know what the other commands do (`export`)
-nor how they are encoded (`nbd.protocol`).
+The hot path takes every complete request from one batch of received bytes, serves reads and writes that need not wait
+directly from and into shared buffers, and answers with one `send`. Must not know what the other commands do (`export`)
+or how they are encoded (`nbd.protocol`).
 
-Payloads reach the disk in pieces as they arrive, and long reads leave in pieces, so memory is never allocated by a
-size that a client chooses. A client has at most `MAX_JOBS` small jobs and one batch of answers that it has not taken.
+Payloads reach the disk in pieces as they arrive, and long reads are sent in pieces, so no memory allocation depends on
+a size that a client chooses. A client has at most `MAX_JOBS` small jobs and one batch of answers that it has not read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down
 
 MAX_JOBS = 64  # of one client at once
 MAX_JOB_BYTES = 4 * MIB  # of data in one client's jobs
-MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond it each has one job at a time
+MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond that, each client has one job at a time
 _LAST_HEADER_BYTES = 64  # the longest header before data
-_KEPT_BYTES = 64 * KIB  # payloads up to here are looked at once they are all there
-_WORTH_WRITING_BYTES = 16 * KIB  # what arrives of a longer one is collected up to here before it is written
-SLICE_BYTES = 64 * MIB  # of a long command at once
+_KEPT_BYTES = 64 * KIB  # payloads up to this size are processed when they are complete
+_WORTH_WRITING_BYTES = 16 * KIB  # a longer payload is collected up to this size before each write
+SLICE_BYTES = 64 * MIB  # of a long command, executed at once
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 _SLICED = frozenset({Command.WRITE_ZEROES, Command.TRIM})
 _SLOW = frozenset({Command.BLOCK_STATUS, Command.CACHE})
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Payload:
-    """What is still to come of a payload that did not arrive whole."""
+    """The outstanding part of a payload that did not arrive as a whole."""
 
     __slots__ = ("began", "left", "offset", "request")
 
@@ -51,7 +51,7 @@ class _Payload:
 
 
 class _LongRead:
-    """A read that leaves in pieces: chunks of their own, or the one body of a simple reply."""
+    """A read that is sent in pieces: separate chunks, or the single body of a simple reply."""
 
     __slots__ = ("began", "offset", "request")
 
@@ -78,9 +78,9 @@ class Serving:
         peer: str,
         proceed: Callable[[], None],
     ) -> None:
-        """`proceed` is called when a job is done: more can be served, or the connection ended."""
+        """`proceed` is called when a job is done: more can be served, or the connection can end."""
         self.export = export
-        self.ended = False  # the client said that it is done
+        self.ended = False  # the client sent DISC
         self.jobs = 0
         self._job_bytes = 0
         self._host = host
@@ -92,10 +92,10 @@ class Serving:
         self._late: list[bytes | bytearray] = []  # answers that wait for the end of a long read
         self._payload: _Payload | None = None
         self._long_read: _LongRead | None = None
-        self._waiting = False  # for a job without which nothing more can be served
+        self._waiting = False  # for a job that must finish before anything more can be served
 
     def blocked(self) -> bool:
-        """True while no more requests are taken."""
+        """True while no further requests are accepted."""
         return bool(
             self._channel.unsent
             or self._waiting
@@ -108,14 +108,14 @@ class Serving:
         )
 
     def step(self) -> bool:
-        """Go on with a long read; False when there is none, or it cannot go on now."""
+        """Continue a long read; False if there is none, or it cannot continue now."""
         if self._long_read is None or self._channel.unsent or self._waiting or self.export.held:
             return False
         self._continue_long_read(self._long_read)
         return True
 
     def serve(self, buffer: memoryview, end: int) -> int:
-        """Serve what lies before `end`; returns where what could not be served begins."""
+        """Serve requests before `end`; returns where the unserved input begins."""
         position = 0
         if self._payload is not None:
             position = self._take_payload(buffer, 0, end)
@@ -127,7 +127,7 @@ class Serving:
             if request is None:
                 break
             if position + self._rules.request_size + min(request.payload_bytes, _KEPT_BYTES) > end:
-                break  # it is kept until it is all there, or enough of it to be written in pieces
+                break  # keep it until it is complete, or until there is enough of it to write in pieces
             position = self._begin(request, buffer, position + self._rules.request_size, end)
             if self._payload is not None:
                 position = self._take_payload(buffer, position, end)
@@ -173,7 +173,7 @@ class Serving:
                 else:
                     break
                 served += 1
-        except errors.VhdkitError as problem:  # the request is told so when it is done again, as a job
+        except errors.VhdkitError as problem:  # the request is repeated as a job, which reports the error
             _log.debug("%s: %s", self._peer, problem)
         if filled:
             self._channel.send(replies[:filled])
@@ -182,11 +182,11 @@ class Serving:
         return position
 
     def _must_wait(self) -> bool:
-        """True when the next request cannot be looked at yet."""
+        """True if the next request cannot be examined yet."""
         return self._payload is not None or self.blocked()
 
     def _begin(self, request: Request, buffer: memoryview, start: int, end: int) -> int:
-        """Deal with a request that is not served at once; returns where the next one begins."""
+        """Start a request that is not served at once; returns where the next one begins."""
         rules = self._rules
         if request.command == Command.DISC:  # row 31
             self.ended = True
@@ -210,11 +210,11 @@ class Serving:
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def _submit(self, request: Request, payload: bytes | None) -> None:
-        """Let a worker do it, and answer when it is done; with FUA, when that is durable (row 31)."""
+        """Let a worker execute it, and answer when it is done; with FUA, when it is durable (row 31)."""
         rules = self._rules
         size = request.length if request.command in (Command.READ, Command.WRITE) else 0
         if request.command in _SLOW:
-            size = MAX_JOB_BYTES // 2  # so that no client has more than two of them at once
+            size = MAX_JOB_BYTES // 2  # so that each client has at most two of them at once
         self._job_begins(size)
         began = time.perf_counter_ns()
 
@@ -224,7 +224,7 @@ class Serving:
                 self._log_failure(request, answer)
                 answer = error_reply(rules, request, answer)
             elif request.flags & CommandFlag.FUA and request.command in _CHANGING:
-                self._flush_then(answer, request)  # first: between two jobs a held export would seem to be still
+                self._flush_then(answer, request)  # before `_job_ends`: else a held export would seem to be drained
                 self._job_ends(size)
                 return
             self._job_ends(size)
@@ -235,7 +235,7 @@ class Serving:
     def _work(
         self, request: Request, payload: bytes | None, done: Callable[[bytes | bytearray | BaseException], None]
     ) -> None:
-        """Run a command on workers, a long one slice by slice: between two slices it is the others' turn."""
+        """Run a command on workers, a long one slice by slice, so that others get their turn between slices."""
         rules, export, loop = self._rules, self.export, self._loop
         if request.command not in _SLICED or request.length <= SLICE_BYTES:
             lane = Lane.LISTING if request.command == Command.BLOCK_STATUS else Lane.WORK
@@ -248,7 +248,7 @@ class Serving:
             if isinstance(result, BaseException) or not left.length or self._channel.is_closed():
                 done(result if isinstance(result, BaseException) else rules.done(request))
                 return
-            if export.held:  # between two slices a held export need not wait for the rest
+            if export.held:  # between two slices, the holder need not wait for the rest
                 export.parked.append(go_on)
                 self._pause(True)
                 return
@@ -264,13 +264,13 @@ class Serving:
         next_slice(b"")
 
     def _pause(self, pause: bool) -> None:
-        """A job of ours is not in flight for a while, or is again."""
+        """Take one of our jobs out of the count in flight, or put it back."""
         self.export.jobs += -1 if pause else 1
         if pause and not self.export.jobs:
             self._host.drained(self.export)
 
     def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
-        """Send `answer` when everything so far is durable."""
+        """Send `answer` when everything written so far is durable."""
         rules, export = self._rules, self.export
         self._job_begins()
         began = time.perf_counter_ns()
@@ -300,7 +300,7 @@ class Serving:
             self._host.drained(self.export)
 
     def _answer(self, answer: bytes | bytearray) -> None:
-        """An answer from a job. It may not stand inside the chunk of a long read."""
+        """Send an answer from a job, but never inside the chunk of a long read."""
         if self._channel.is_closed():
             return
         if self._long_read is not None:
@@ -312,7 +312,7 @@ class Serving:
     # -- payloads that arrive in pieces -------------------------------------------------------------------------
 
     def _take_payload(self, buffer: memoryview, position: int, end: int) -> int:
-        """Serve what is here of the payload; returns where the rest begins."""
+        """Process the received part of the payload; returns where the rest begins."""
         payload = self._payload
         assert payload is not None
         request = payload.request
@@ -320,7 +320,7 @@ class Serving:
         if request.error:  # row 25: drained
             payload.left -= size
         else:
-            if size < payload.left:  # cut where a sector ends, so that no sector is written in two parts
+            if size < payload.left:  # cut at the end of a sector, so that no sector is written in two parts
                 size = round_down(payload.offset + size, SECTOR_SIZE) - payload.offset
                 if size < min(payload.left, _WORTH_WRITING_BYTES):
                     return position
@@ -357,7 +357,7 @@ class Serving:
         self._loop.submit(lambda: export.disk.write(offset, data), done)
 
     def _fail_payload(self, payload: _Payload, problem: BaseException) -> None:
-        """The rest is drained, and the answer is the first error."""
+        """Drain the rest; the answer is the first error."""
         self._log_failure(payload.request, problem)
         payload.request = payload.request._replace(error=error_number(problem))
 
@@ -377,7 +377,7 @@ class Serving:
     # -- long reads ---------------------------------------------------------------------------------------------
 
     def _continue_long_read(self, reading: _LongRead) -> None:
-        """Send the next piece: at once when it needs no waiting, else when a worker has it."""
+        """Send the next piece: at once if that needs no waiting, otherwise when a worker has read it."""
         rules, export = self._rules, self.export
         request, offset = reading.request, reading.offset
         if offset == reading.end:
@@ -411,7 +411,7 @@ class Serving:
         self._loop.submit(lambda: export.run_read_piece(rules, request, offset, size), done)
 
     def _fail_long_read(self, request: Request, problem: BaseException) -> None:
-        """Rows 33 and 34: no chunk is cut short, and a simple reply that promised success cannot be saved."""
+        """Rows 33 and 34: no chunk is cut short, and a simple reply that promised success ends the connection."""
         rules = self._rules
         self._log_failure(request, problem)
         if rules.structured:

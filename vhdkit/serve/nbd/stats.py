@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server has done so far; counting is so cheap that the hot path can do it.
+"""A server's counters, cheap enough for the hot path.
 
 Decides what is counted. Knows nothing about sockets or disks.
 """
@@ -22,10 +22,10 @@ class Stats:
     latency: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
 
     def batch(self, count: int, nanoseconds: int) -> None:
-        """`count` requests were served together in that time: each waited for the whole of it."""
+        """Count `count` requests served together in that time: each of them waited for all of it."""
         self.requests += count
         self.latency[min(nanoseconds.bit_length(), _BUCKETS - 1)] += count
 
     def histogram_us(self) -> dict[float, int]:
-        """Requests by the microseconds they took less than; only buckets that hold some."""
+        """Requests by upper bound of their duration in microseconds; only non-empty buckets."""
         return {(1 << bit) / 1000: count for bit, count in enumerate(self.latency) if count}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS for the server: which files it needs, and which clients are let in.
+"""TLS for the server: which files it needs, and which clients it admits.
 
-Decides the names of the files, which are those of QEMU, nbdkit and libnbd, and the rule for clients:
+Decides the names of the files, which are those of QEMU, nbdkit and libnbd, and which clients are admitted:
 
     ca-cert.pem exists          ->  a client must present a certificate signed by this CA
     ca-cert.pem does not exist  ->  any client; the connection is encrypted, and the server presents its certificate
     ca-crl.pem exists, too      ->  the client's certificate must not be on this list
 
-Never below TLS 1.2. Sockets are handled in `channel`.
+TLS 1.2 is the minimum. Sockets are handled in `channel`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _MIN_PSK_HEX = 32
 
 
 def certificate_context(directory: str) -> ssl.SSLContext:
-    """From a folder with certificate and key. Raises NotFound, AccessDenied, InvalidArgument, naming the file."""
+    """A context from a folder with certificate and key. Raises NotFound, AccessDenied, InvalidArgument, each naming
+    the file.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION  # a send could have to wait for the client's bytes then
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with renegotiation, a send might have to wait for the client's bytes
     certificate, key, authority, revoked = (
         os.path.join(directory, name) for name in (CERTIFICATE, KEY, AUTHORITY, REVOKED)
     )
@@ -57,7 +59,7 @@ def _no_password() -> str:
 
 
 def _load(path: str, load: Any) -> None:
-    """Have the library read its files, and say which one it could not use."""
+    """Let the library read its files, and name the one it could not use."""
     try:
         load()
     except ssl.SSLError as error:
@@ -69,9 +71,9 @@ def _load(path: str, load: Any) -> None:
 
 
 def psk_context(path: str) -> ssl.SSLContext:
-    """From a file of lines USER:KEY, the key in hexadecimal digits, as `psktool` writes them.
+    """A context from a file of lines USER:KEY, the key in hexadecimal digits, as written by `psktool`.
 
-    Raises InvalidArgument, also where this Python's ssl module has no pre-shared keys, and NotFound.
+    Raises NotFound, and InvalidArgument, also if this Python's ssl module does not support pre-shared keys.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     set_callback = getattr(context, "set_psk_server_callback", None)
@@ -81,7 +83,7 @@ def psk_context(path: str) -> ssl.SSLContext:
             hint="use certificates (--tls-certs), or --engine nbdkit",
         )
     keys = read_keys(path)
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2  # what the module's keys are made for
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2  # the module's callback is for TLS 1.2
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_ciphers("PSK")
     set_callback(lambda identity: keys.get(identity or "", b""))
@@ -89,7 +91,7 @@ def psk_context(path: str) -> ssl.SSLContext:
 
 
 def read_keys(path: str) -> dict[str, bytes]:
-    """User and key of every line. Raises NotFound, InvalidArgument with the number of a bad line."""
+    """User and key of every line. Raises NotFound, and InvalidArgument with the number of an invalid line."""
     raw = read_whole(path, _MAX_KEYS_BYTES)
     if raw is None:
         if not exists(path):

@@ -35,7 +35,7 @@ DATA_CHUNK = struct.Struct(">IHHQIQ")  # a chunk and the offset its data begins 
 EXTENDED_DATA_CHUNK = struct.Struct(">IHHQQQQ")
 
 MAX_STRING_BYTES = 4096
-MAX_PAYLOAD_BYTES = 1 << 26  # what libnbd sends at most; nothing of this size is ever in memory
+MAX_PAYLOAD_BYTES = 1 << 26  # the most that libnbd sends; never in memory as a whole
 MIN_BLOCK_BYTES, PREFERRED_BLOCK_BYTES = 1, 4096
 MAX_DESCRIPTORS = 1 << 20
 
@@ -48,7 +48,7 @@ class HandshakeFlag(IntFlag):
 
 
 class Option(IntEnum):
-    """What a client may ask for before transmission."""
+    """What a client may request before transmission."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -144,7 +144,7 @@ STATE_HOLE, STATE_ZERO = 1, 2  # flags of base:allocation
 
 
 class WireErrno(IntEnum):
-    """The only error numbers NBD knows (checklist row 27)."""
+    """The only error numbers that NBD defines (checklist row 27)."""
 
     EPERM = 1
     EIO = 5
@@ -171,7 +171,7 @@ _OF_SYSTEM = {
 
 
 def wire_errno(system_errno: int) -> WireErrno:
-    """What a system's error number is called on the wire; EIO for all that NBD has no number for."""
+    """The NBD error number for a system's errno; EIO for every errno without one."""
     return _OF_SYSTEM.get(system_errno, WireErrno.EIO)
 
 
@@ -181,5 +181,5 @@ def option_reply(option: int, kind: Reply, payload: bytes = b"") -> bytes:
 
 
 def text_payload(text: str) -> bytes:
-    """A string for people, as long as one may be."""
+    """A string for display, cut to the longest that NBD allows."""
     return text.encode("utf-8", "replace")[:MAX_STRING_BYTES].decode("utf-8", "ignore").encode()
