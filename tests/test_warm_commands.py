@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support import require_root_and_namespaces
+from tests.support import ROOT, require_root_and_namespaces
 from tests.warm_commands import COMMANDS, PYTHON, warm
 
 
@@ -46,6 +48,21 @@ def test_a_module_by_its_name() -> None:
     assert quiet.returncode == 0 and b"Zen" in quiet.stdout, "a module that comes to its end without an exit"
     bad = subprocess.run([*warm(PYTHON), "-m", "no.such.module"], capture_output=True, timeout=60, check=False)
     assert bad.returncode == 1 and b"no.such" in bad.stderr, bad
+
+
+def test_ends_with_the_tests() -> None:
+    """The loaded process ends when the process that started it was killed."""
+    program = "from tests.warm_commands import warm\nprint(warm('vmm')[0], flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        command = process.stdout.readline().strip()
+        process.kill()
+    deadline = time.monotonic() + 60
+    while subprocess.run([command, "--version"], capture_output=True, timeout=60, check=False).returncode == 0:
+        assert time.monotonic() < deadline
+    shutil.rmtree(Path(command).parent.parent.parent)
 
 
 def test_many_callers_at_once() -> None:

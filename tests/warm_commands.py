@@ -77,7 +77,7 @@ class WarmCommands:
             program.chmod(0o755)
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "tests.warm_commands", address], cwd=ROOT, start_new_session=True,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends when this process does, however that ends
         )  # fmt: skip
         deadline = time.monotonic() + SECONDS
         while not os.path.exists(address):
@@ -93,6 +93,8 @@ class WarmCommands:
                 break
             self._wait_for_the_group(10.0)
         self._process.wait(SECONDS)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def _wait_for_the_group(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -152,9 +154,12 @@ def _serve(address: str) -> NoReturn:
     os.rename(f"{address}.new", address)
     ready = select.epoll()
     ready.register(listener, select.EPOLLIN)
+    ready.register(sys.stdin, select.EPOLLHUP)
     pairs: dict[int, tuple[socket.socket, int]] = {}  # of a caller and its copy, by the descriptor of either
     while True:
         events = [fd for fd, _ in ready.poll()]
+        if sys.stdin.fileno() in events:  # the process that started this one is gone
+            os.killpg(0, signal.SIGTERM)
         for fd in events:
             if fd in pairs:  # one of the two has ended, and so must the other
                 link, copy = pairs[fd]
