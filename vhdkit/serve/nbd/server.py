@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NBD server: listening sockets, connections, exports, and the order of shutting down.
 
-Decides who is let in, when an export is held (`hold`), and that at the end all requests in flight are answered, and
-the disks flushed and closed. Must not know the protocol (`connection`) nor what a command does (`export`).
+Decides which clients are admitted, when an export is held (`hold`), and that at the end all requests in flight are
+answered, and the disks flushed and closed. Must not know the protocol (`connection`) or what commands do (`export`).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
 from vhdkit.serve.nbd.stats import Stats
 from vhdkit.units import KIB, MIB
 
-BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of what a client sent
+BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of one client's input
 _REPLY_ROOM_BYTES = PIECE_BYTES + 64 * KIB
 SOCKET_BUFFER_BYTES = 2 * MIB
 MAX_CONNECTIONS = 1024
-HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; somebody may be typing options by hand
-GRACE_SECONDS = 10.0  # for clients to take their last answers
+HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; a person may be typing options by hand
+GRACE_SECONDS = 10.0  # for clients to receive their last answers
 HANG_UP_SECONDS = 2.0
 _ACCEPT_AGAIN_SECONDS = 0.2
-_LOOK_SECONDS = 0.2  # between looks whether the server has ended
+_LOOK_SECONDS = 0.2  # between checks whether the server has ended
 _log = logging.getLogger(__name__)
 
 
 class NbdServer:
-    """Serves exports until `stop`. `run` is the loop; other threads use `stop` and `hold` only."""
+    """Serves exports until `stop`. `run` is the loop; other threads use only `stop` and what says so."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class NbdServer:
         tls_mode: TlsMode = TlsMode.OFF,
         exit_last: bool = False,
     ) -> None:
-        """Take over open disks; the first is the default export. `exit_last`: end when the last client has gone.
+        """Take over open disks; the first is the default export. `exit_last`: end when the last client leaves.
 
         Raises InvalidArgument when two exports have one name.
         """
@@ -61,10 +61,10 @@ class NbdServer:
         self.job_bytes = 0
         self.buffer = memoryview(
             bytearray(BUFFER_BYTES)
-        )  # both are shared by all connections: one at a time is served
+        )  # both buffers are shared by all connections, which are served one at a time
         self.replies = memoryview(bytearray(_REPLY_ROOM_BYTES))
         self.connections: list[Connection] = []
-        self._on_leaving: list[Callable[[], None]] = []  # called when a client has gone
+        self._on_leaving: list[Callable[[], None]] = []  # called when a client leaves
         self._exit_last = exit_last
         self._listeners: list[socket.socket] = []
         self._ending = False
@@ -73,18 +73,18 @@ class NbdServer:
         self._drained: Callable[[], None] | None = None
         self._holding = threading.Lock()
         self._ended = threading.Event()
-        self._users = 0  # threads that work on disks of exports beside the requests
+        self._users = 0  # threads that use disks of exports outside of requests
         self._left_alone = threading.Condition()
-        self._judging = False  # a look at undecided clients is due
+        self._judging = False  # a check for undecided clients is scheduled
 
     def catalog(self) -> list[ExportInfo]:
-        """The exports as they are now."""
+        """The current exports."""
         return [export.info() for export in self.exports]
 
     # -- clients ------------------------------------------------------------------------------------------------
 
     def listen(self, sock: socket.socket) -> None:
-        """Take connections from a bound socket."""
+        """Accept connections on a bound socket."""
         sock.listen(128)
         sock.setblocking(False)
         self._listeners.append(sock)
@@ -95,7 +95,7 @@ class NbdServer:
             sock, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:  # out of descriptors: let some clients go before the next try
+        except OSError as error:  # out of descriptors: disconnect some clients before the next attempt
             self._make_room()
             _log.error("cannot take a connection: %s", error)
             self.loop.unwatch(listener.fileno())
@@ -126,10 +126,10 @@ class NbdServer:
         connection.number = next(self._numbers)
         self.connections.append(connection)
         self._judge_later()
-        connection.proceed()  # it may have hung up before it was greeted
+        connection.proceed()  # the client may have hung up before the greeting
 
     def _make_room(self) -> bool:
-        """Send away the oldest client that has chosen no export: who only connects may not keep others out."""
+        """Disconnect the oldest client that has not chosen an export: idle connections must not exhaust the limit."""
         undecided = next((one for one in self.connections if one.is_undecided(0)), None)
         if undecided is not None:
             _log.warning("more than %d clients: one that has chosen no export is sent away", MAX_CONNECTIONS)
@@ -142,7 +142,7 @@ class NbdServer:
             self.loop.call_later(HANDSHAKE_SECONDS / 4, self._judge)
 
     def _judge(self) -> None:
-        """Send away who does not decide."""
+        """Disconnect clients that do not finish negotiation."""
         self._judging = False
         for connection in list(self.connections):
             if connection.is_undecided(HANDSHAKE_SECONDS):
@@ -152,11 +152,11 @@ class NbdServer:
             self._judge_later()
 
     def enter(self, session: Session) -> Export:
-        """The export a client has chosen."""
+        """The export that a client has chosen."""
         return next(export for export in self.exports if export.name == session.export.name)
 
     def add_export(self, export: Export) -> None:
-        """Offer one more, from a thread that is not the loop's. Raises InvalidArgument for a name that is taken."""
+        """Add an export; not on the loop's thread. Raises InvalidArgument if the name is taken."""
 
         def add() -> None:
             if any(one.name == export.name for one in self.exports):
@@ -166,10 +166,10 @@ class NbdServer:
         self._on_loop(add)
 
     def remove_export(self, export: Export, *, disconnect: bool = False) -> None:
-        """Offer one less, from a thread that is not the loop's; its disk is the caller's again.
+        """Remove an export; not on the loop's thread. The caller then owns its disk again.
 
-        Raises ImageInUse while clients use it, unless they are to be hung up on (`disconnect`): as the export is not
-        offered any more by then, those that come again do not find it.
+        Raises ImageInUse while clients use it, unless `disconnect` is true. In that case the export is withdrawn
+        before its clients are disconnected, so clients that reconnect do not find it.
         """
         gone = threading.Event()
 
@@ -192,15 +192,15 @@ class NbdServer:
         try:
             self._on_loop(remove)
             while not gone.wait(_LOOK_SECONDS) and not self._ended.is_set():
-                pass  # at its end the server has no clients at all
+                pass  # when the server ends it has no clients at all
         finally:
             self.loop.post(lambda: self._on_leaving.remove(look) if look in self._on_leaving else None)
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """While the block runs, on a thread that is not the loop's, no disk is closed: the server's end waits for it.
+        """While the block runs, not on the loop's thread, no disk is closed: the server's end waits for it.
 
-        Look at `has_ended` now and then. Raises InvalidArgument when the server has ended.
+        The block must check `has_ended` regularly. Raises InvalidArgument if the server has ended.
         """
         with self._left_alone:
             if self._ended.is_set():
@@ -214,11 +214,11 @@ class NbdServer:
                 self._left_alone.notify_all()
 
     def has_ended(self) -> bool:
-        """True when no client is served any more; for threads that are not the loop's."""
+        """True when no client is served any more; for threads other than the loop's."""
         return self._ended.is_set()
 
     def _on_loop(self, work: Callable[[], None]) -> None:
-        """Run this between requests; raises what it raises."""
+        """Run `work` between requests, and raise what it raises."""
         done = threading.Event()
         failures: list[errors.VhdkitError] = []
 
@@ -237,7 +237,7 @@ class NbdServer:
             raise failures[0]
 
     def disconnect(self, connections: Sequence[Connection]) -> None:
-        """Hang up on clients when what they have in flight is answered, and soon even when they do not take that."""
+        """Disconnect clients once their requests in flight are answered, or shortly after if they do not read."""
 
         def give_up() -> None:
             for connection in connections:
@@ -260,10 +260,10 @@ class NbdServer:
 
     @contextlib.contextmanager
     def hold(self, exports: Sequence[Export]) -> Iterator[None]:
-        """While the block runs, on a thread that is not the loop's, these exports have no request in flight.
+        """While the block runs, not on the loop's thread, these exports have no request in flight.
 
-        New requests wait; no client is told. One such block runs at a time. Raises InvalidArgument when the server has
-        ended.
+        New requests wait, without notice to clients. One such block runs at a time. Raises InvalidArgument if the
+        server has ended.
         """
         with self._holding, self._held(exports):
             yield
@@ -298,7 +298,7 @@ class NbdServer:
             self.loop.post(end)
 
     def drained(self, export: Export) -> None:
-        """A held export has no job in flight any more; unless what ended now begins another, such as a flush."""
+        """Called when a held export has no job in flight, unless the ended job starts another, such as a flush."""
         self.loop.post(self._look_if_still)
 
     def _look_if_still(self) -> None:
@@ -308,7 +308,7 @@ class NbdServer:
     # -- running and ending -------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until `stop` (or the last client has gone, where that was asked for), then flush and close all disks.
+        """Serve until `stop` (or, with `exit_last`, until the last client leaves), then flush and close all disks.
 
         Raises the first error of that last flush.
         """
@@ -318,7 +318,7 @@ class NbdServer:
             self.close()
 
     def stop(self) -> None:
-        """Take no more clients and requests, answer what is in flight, end. From any thread or signal handler."""
+        """Stop accepting clients and requests, answer those in flight, end. From any thread or signal handler."""
         self.loop.post(self._stop)
 
     def _stop(self) -> None:
@@ -339,18 +339,18 @@ class NbdServer:
         self._listeners.clear()
 
     def close(self) -> None:
-        """Hang up on everybody, flush and close all disks. Closing twice is fine. Raises as `run` does."""
+        """Disconnect every client, flush and close all disks. Closing twice is fine. Raises as `run` does."""
         if self._closed:
             return
         self._closed = self._ending = True
         self._close_listeners()
         for connection in list(self.connections):
             connection.close()
-        self.loop.close()  # ends the workers: nobody uses a disk any more
+        self.loop.close()  # ends the workers, so none of them uses a disk any more
         with self._left_alone:
             self._ended.set()
             self._left_alone.wait_for(lambda: not self._users)
-        with self._holding:  # who holds an export is done with its disk first
+        with self._holding:  # wait for the thread that holds an export to finish with its disk
             self._close_disks()
 
     def _close_disks(self) -> None:
