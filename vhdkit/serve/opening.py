@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user names to exports: how each image is opened, under which name, with which description.
+"""From the user's arguments to exports: how each image is opened, under which name, and with which description.
 
 Decides names and descriptions of exports, and what is refused before anything is opened. Must not know sockets.
 """
@@ -25,7 +25,7 @@ from vhdkit.named import opened_again
 from vhdkit.serve.nbd.export import Export, check_text
 from vhdkit.units import MIB, format_size
 
-MAX_EXPORTS_FILE_BYTES = 16 * MIB  # a thousand exports and ten thousand images with long paths
+MAX_EXPORTS_FILE_BYTES = 16 * MIB  # enough for a thousand exports and ten thousand images with long paths
 _ENTRY_KINDS: dict[str, tuple[type, str]] = {
     "name": (str, "a text"),
     "path": (str, "a text"),
@@ -41,10 +41,10 @@ _ENTRY_KINDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How images are opened. `follow_leaf`: the newest image that stands on the named one is served in its place.
+    """How images are opened. `follow_leaf`: serve the newest image that stands on the named one in its place.
 
-    `overlay`: what is written goes to a nameless temporary child that is gone when the server ends, or to a new child
-    `keep_overlay`, which is a whole image at every moment.
+    `overlay`: writes go to a nameless temporary child that disappears when the server ends, or to a new child
+    `keep_overlay`, which is a complete image at every moment.
     """
 
     options: OpenOptions
@@ -56,9 +56,9 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An image to be served: its path, its name where it is not to be called as the file, its own manner if any.
+    """An image to serve: its path, its export name if it differs from the file's, and its own manner if it has one.
 
-    `description`: what clients are told about it, instead of what `described` says.
+    `description`: the text that clients receive for it, instead of the result of `described`.
     """
 
     path: str
@@ -68,12 +68,12 @@ class Wanted:
 
     @property
     def export_name(self) -> str:
-        """What clients call it."""
+        """The export name that clients use."""
         return os.path.basename(self.path) if self.name is None else self.name
 
 
 class ImageExport(Export):
-    """An export that knows how its image was opened, for what is done to it while it is served."""
+    """An export that knows how its image was opened, for operations on it while it is served."""
 
     def __init__(self, name: str, disk: Disk, manner: Manner, description: str | None = None) -> None:
         super().__init__(name, disk, description=description or "", read_only=manner.read_only)
@@ -87,31 +87,31 @@ class ImageExport(Export):
 
     @property
     def is_temporary(self) -> bool:
-        """True while the top layer is a nameless one."""
+        """True while the top layer is a nameless temporary one."""
         return self.manner.overlay and self.manner.keep_overlay is None
 
     @property
     def image_path(self) -> str:
-        """The image that is served, whatever lies on it for the time being."""
+        """The image that is served, whatever layer lies on it at present."""
         return self.disk.chain.layers[1 if self.is_temporary else 0].store.name
 
     def set_read_only(self, read_only: bool) -> None:
-        """Refuse all writing from now on, or allow it again; the export is held.
+        """Refuse all writes from now on, or allow them again; the export must be held.
 
-        Clients that are connected get EPERM. Those that came while it was read-only have to come anew to write.
+        Connected clients then get EPERM. Clients that connected while it was read-only must reconnect to write.
         """
         self.read_only = read_only
         self.disk.writable = self.disk.chain.writable and not read_only
 
     def exchange(self, disk: Disk) -> None:
-        """Serve another disk from now on; the export is held."""
+        """Serve another disk from now on; the export must be held."""
         disk.writable = disk.writable and not self.read_only
         self.disk = disk
         self._describe()
 
 
 def check_wanted(wanted: Sequence[Wanted]) -> None:
-    """Raise InvalidArgument for names that cannot be, ImageInUse for an image that is named twice."""
+    """Raise InvalidArgument for invalid names, ImageInUse for an image that is listed twice."""
     names: set[str] = set()
     paths: set[str] = set()
     for one in wanted:
@@ -138,12 +138,12 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
 
 
 def wanted_of_document(document: object) -> Wanted:
-    """What one entry of an exports file, or the parameters of `ctl add`, ask for. Raises InvalidArgument.
+    """Parse one entry of an exports file, or the parameters of `ctl add`. Raises InvalidArgument.
 
     {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null,
      "parent_dirs": [], "allow_raw_parent": false, "known_images": []}
 
-    `known_images`: images that may stand on this one, wherever they lie; one on which any of them does is not written.
+    `known_images`: images, in any folder, that may stand on this one; if one of them does, this one is not written to.
     """
     if not isinstance(document, dict):
         raise errors.InvalidArgument("an export is a JSON object")
@@ -177,9 +177,9 @@ def wanted_of_document(document: object) -> Wanted:
 
 
 def wanted_of_file(path: str) -> list[Wanted]:
-    """The exports that a file lists. Raises NotFound, InvalidArgument, AccessDenied.
+    """The exports listed in a file. Raises NotFound, InvalidArgument, AccessDenied.
 
-    A JSON array, or {"exports": the array, "known_images": []} where all have them in common.
+    A JSON array, or {"exports": the array, "known_images": []} for known images that all entries share.
     """
     raw = read_whole(path, MAX_EXPORTS_FILE_BYTES)
     if raw is None and not exists(path):
@@ -206,7 +206,7 @@ def wanted_of_file(path: str) -> list[Wanted]:
 
 
 def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
-    """Open all images, or none. Raises what opening them raises."""
+    """Open all images, or none. Raises what opening an image raises."""
     check_wanted(wanted)
     exports: list[ImageExport] = []
     try:
@@ -227,11 +227,11 @@ def _open(path: str, manner: Manner) -> Disk:
 
 
 def _followed(path: str, manner: Manner) -> Disk:
-    """The newest image that stands on the named one. Raises `Replaced` when it does not any more once it is open."""
+    """The newest image that stands on the named one. Raises `Replaced` if it no longer does once it is open."""
     newest = newest_leaf(path, manner.options)
     disk = _open_this(newest, manner)
     try:
-        with contextlib.suppress(errors.NotFound):  # it was merged, and opening the newest has removed it
+        with contextlib.suppress(errors.NotFound):  # the image was merged: opening the newest removed it
             if manner.keep_overlay is None and real_path(newest_leaf(path, manner.options)) != real_path(newest):
                 raise errors.Replaced("changed its line of images while the newest was looked for", path=path)
     except BaseException:
@@ -255,14 +255,14 @@ def _open_this(path: str, manner: Manner) -> Disk:
 
 
 def _open_kept(path: str, child: str, options: OpenOptions) -> Disk:
-    """A new child of the image, open for writing; removed again when it cannot be opened."""
+    """Create a new child of the image and open it for writing; remove it again if it cannot be opened."""
     try:
         create_child(child, path, options=options)
     except errors.AlreadyExists as error:
         error.hint = "choose another name, or serve that file: it holds what was kept"
         raise
     try:
-        # The parent was opened with its own folder allowed; from the child on, that has to be said.
+        # The parent was opened with its own folder allowed; for the child, that folder must be named.
         folders = (*options.parent_dirs, os.path.dirname(real_path(path)))
         trusting = replace(options, parent_dirs=folders, allow_raw_parent=True, format_name=None)
         return open_disk(child, writable=True, options=trusting)
@@ -272,12 +272,12 @@ def _open_kept(path: str, child: str, options: OpenOptions) -> Disk:
 
 
 def scratch_folder() -> str | None:
-    """Where temporary children lie: $TMPDIR, else the place for large temporary files; None to look elsewhere."""
+    """The folder for temporary children: $TMPDIR, else the system's for large temporary files; None to use others."""
     return os.environ.get("TMPDIR") or "/var/tmp"
 
 
 def described(disk: Disk, *, temporary: bool = False) -> str:
-    """What a client is told about an export: kind, size and the file's bare name."""
+    """The description that clients receive for an export: kind, size and the file's bare name."""
     leaf = disk.chain.layers[1] if temporary else disk.chain.leaf
     what = f"{leaf.facts.title}, {format_size(disk.size_bytes)}, {printable(os.path.basename(leaf.store.name))}"
     if len(disk.chain.layers) > 1 + temporary:

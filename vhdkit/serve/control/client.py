@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client side of the control socket: sends a request to a running server and waits for the answer.
 
-Decides how an answer becomes a result, or the error that occurred in the server. A server is not trusted more than a
+Decides how an answer becomes a result, or the error that occurred in the server. The server is trusted no more than a
 client: the size of an answer is bounded.
 """
 
@@ -17,7 +17,7 @@ from vhdkit.store import translated
 from vhdkit.units import KIB, MIB
 
 MAX_ANSWER_BYTES = 16 * MIB
-ANSWER_SECONDS = 600.0  # flushing a slow disk takes long
+ANSWER_SECONDS = 600.0  # flushing a slow disk can take long
 _START = "start one: vhdkit serve IMAGE --control PATH"
 
 
@@ -25,7 +25,7 @@ class ControlClient:
     """A connection to a server's control socket."""
 
     def __init__(self, path: AnyPath, *, timeout_seconds: float | None = ANSWER_SECONDS) -> None:
-        """Connect; without a timeout an answer may take for ever.
+        """Connect. With `timeout_seconds` None, an answer may take any time.
 
         Raises NotFound where no server listens, AccessDenied, InvalidArgument.
         """
@@ -34,7 +34,7 @@ class ControlClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with translated(path, "reach the server"):
-                self._socket.connect(path)  # without a timeout: with one, a moment's crowd would be an error
+                self._socket.connect(path)  # before the timeout is set: a short queue must not become an error
             self._socket.settimeout(timeout_seconds)
         except errors.NotFound as error:
             self._socket.close()
@@ -49,7 +49,7 @@ class ControlClient:
             raise
 
     def call(self, method: str, **params: object) -> Any:
-        """The method's result. Raises the error that the server met, and IoFailed when it does not answer."""
+        """The method's result. Raises the error that occurred in the server, and IoFailed if it does not answer."""
         request = self._caller.request(method, params)
         try:
             with translated(self.path, "talk to the server"):
@@ -70,7 +70,7 @@ class ControlClient:
         return answer
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class ControlClient:
 
 
 def _error_of(failure: jsonrpc.Failure) -> errors.VhdkitError:
-    """The server's error as one of ours: of the same class where it is one that needs no more than words."""
+    """The server's error as one of ours: of the same class if that class takes only a message."""
     data = failure.data if isinstance(failure.data, dict) else {}
     kind = getattr(errors, str(data.get("kind")), None)
     if not (isinstance(kind, type) and issubclass(kind, errors.VhdkitError)) or kind is errors.CorruptImage:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a control client of another user may have files opened and created.
+"""Where a control client of another user may let the server open and create files.
 
-Decides which paths are accepted from a control owner who is not the server's user: those that lie, after every link
-has been followed, in one of the folders that were named at the start (`INV-CONTROL-CONFINED`). The server may be root,
-and the control owner anybody; so only folders count in which nobody else can exchange anything after the check
+Decides which paths are accepted from a control owner who is not the server's user: those that, with every link
+followed, lie in one of the folders named at the start (`INV-CONTROL-CONFINED`). The server may be root, and the
+control owner any user; so a folder counts only if no other user can replace anything in it after the check
 (`guarded`). Must not know what is done with the files.
 """
 
@@ -21,17 +21,17 @@ _HINT = "the server's own user can do this, or start the server with another --c
 
 
 class Confinement:
-    """The folders of one server. Paths that it gives back are real: no part of them is a link."""
+    """The allowed folders of one server. Returned paths are real: no component is a link."""
 
     def __init__(self, folders: Sequence[str]) -> None:
-        """Raises NotFound, and AccessDenied for a folder that the control owner, or anybody else, could change."""
+        """Raises NotFound, and AccessDenied for a folder that the control owner, or another user, could change."""
         self._named = {os.path.abspath(folder): real_path(folder) for folder in folders}
         self._folders = list(self._named.values())
         for folder, real in self._named.items():
             self._require_guarded(real, folder)
 
     def image(self, path: str) -> str:
-        """The real path of an image that is to be served. Raises AccessDenied, NotFound, InvalidArgument."""
+        """The real path of an image to serve. Raises AccessDenied, NotFound, InvalidArgument."""
         place = find_beneath(self._absolute(path), self._folders)
         if place.store is not None:
             place.store.close()
@@ -45,7 +45,7 @@ class Confinement:
         return place.path
 
     def folder(self, path: str) -> str:
-        """The real path of a folder, one of those named or below one. Raises as `image` does."""
+        """The real path of a folder: one of those named, or one below. Raises as `image` does."""
         wanted = self._absolute(path)
         if wanted in self._folders:
             real = wanted
@@ -61,21 +61,21 @@ class Confinement:
         return real
 
     def new_file(self, path: str) -> str:
-        """Where a new file is made that is to lie at `path`. Raises as `image` does."""
+        """The path at which to create a new file that was requested as `path`. Raises as `image` does."""
         folder, name = os.path.split(path)
         if name in ("", os.curdir, os.pardir):
             raise errors.InvalidArgument("is a folder; name a file", path=path)
         return os.path.join(self.folder(folder), name)
 
     def beside(self, image: str) -> None:
-        """Allow a new file with a name of our own beside an image that is served: nobody can lead it elsewhere."""
+        """Allow a new file, under a name that we choose, beside a served image, if that folder is guarded."""
         self._require_guarded(os.path.dirname(real_path(image)), image)
 
     def _absolute(self, path: str) -> str:
         if not os.path.isabs(path) or "\0" in path:
             raise errors.InvalidArgument("is not an absolute path, as a control owner has to give it", path=path)
         path = os.path.normpath(path)
-        for named, real in self._named.items():  # as it was spelled at the start, whatever that leads to by now
+        for named, real in self._named.items():  # as spelled at the start, whatever that path leads to by now
             if path == named or path.startswith(named.rstrip(os.sep) + os.sep):
                 return os.path.normpath(real + path[len(named.rstrip(os.sep)) :])
         return path

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging the layers of an export while clients use it.
 
-Decides in how many passes a chain is merged, how fast, when to give up, and what is reported meanwhile. The order in
+Decides in how many passes a chain is merged, how fast, when to give up, and how progress is reported. The order in
 which files change is decided in `chain.verbs.live_merge`, how an export is held in `nbd.server`.
 
-    layers below the leaf     one pass; clients wait for the exchange only
-    the leaf too              freeze it, merge what was frozen, repeat while that becomes smaller; then, when little is
-                              left, a last pass with the clients held
+    layers below the leaf     one pass; clients wait only for the exchange
+    the leaf too              freeze it, merge what was frozen, and repeat while the amount shrinks; when little is
+                              left, make a last pass with the clients held
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from vhdkit.units import MIB, format_size, sectors_to_bytes, whole_sectors
 
 LAST_PASS_BYTES = 8 * MIB  # copied while clients wait: some tens of milliseconds
 MAX_PASSES = 8
-PATIENT_BYTES = 64 * MIB  # what a disk that is written to all the time may have left after the last of them
-_REST = 1.0  # of the time that copying took; with no rest clients kept 0.4 of their rate, with twice as much 0.5, too
-_NAP_SECONDS = 0.05  # the longest wait without a look whether to stop
+PATIENT_BYTES = 64 * MIB  # what a disk under constant writes may have left after the last pass
+_REST = 1.0  # times the time spent copying; without rest clients kept 0.4 of their rate, with 2.0 they also kept 0.5
+_NAP_SECONDS = 0.05  # the longest sleep between checks for cancellation
 
 
 @dataclass(frozen=True, slots=True)
 class MergeWish:
-    """`layer` and those below it go into `into`, its parent when None; `layer` is the leaf when None.
+    """`layer` and those below it go into `into` (None: its parent). If `layer` is None it is the leaf.
 
-    Paths are as the user has them. `max_rate_bytes`: so many a second at most.
+    Paths are as the user wrote them. `max_rate_bytes`: the most that is copied per second.
     """
 
     layer: str | None = None
@@ -48,10 +48,10 @@ class MergeWish:
 
 
 class ServedMerge:
-    """One merge of one export, on a thread that is not the loop's."""
+    """One merge of one export, on a thread other than the loop's."""
 
     def __init__(self, server: NbdServer, export: ImageExport, wish: MergeWish) -> None:
-        """Raises InvalidArgument for layers that are not there, ReadOnly when the leaf is not written here."""
+        """Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here."""
         self._server = server
         self._export = export
         self._wish = wish
@@ -83,11 +83,11 @@ class ServedMerge:
     # -- from the outside ---------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Stop soon; what was copied is found again by the next merge."""
+        """Stop soon; the next merge reuses what was copied."""
         self._stop.set()
 
     def document(self) -> dict[str, Any]:
-        """How far it is."""
+        """The progress."""
         return {
             "layer": self._first,
             "into": self._into,
@@ -97,7 +97,7 @@ class ServedMerge:
         }
 
     def run(self) -> dict[str, Any]:
-        """Merge; what was done. Raises Cancelled, and ImageInUse for a leaf that grows faster than it is merged."""
+        """Merge; returns what was done. Raises Cancelled, and ImageInUse if the leaf grows faster than the merge."""
         if self._with_leaf:
             self._converge()
             with LiveMerge(self._export.disk.chain, 0, 1, self._export.manner.options) as merging:
@@ -122,7 +122,7 @@ class ServedMerge:
     # -- passes -------------------------------------------------------------------------------------------------
 
     def _converge(self) -> None:
-        """Until the leaf is small and stands on the target."""
+        """Repeat passes until the leaf is small and stands on the target."""
         before = None
         while True:
             layers = self._export.disk.chain.layers
@@ -177,7 +177,7 @@ class ServedMerge:
     # -- pace ---------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Raise Cancelled when somebody wants us to stop, or the server ends."""
+        """Raise Cancelled if the merge was cancelled or the server is ending."""
         if self._stop.is_set() or self._server.has_ended():
             raise errors.Cancelled(
                 f"the merge into {errors.printable(self._into)} was stopped: the disk reads as before",
@@ -185,17 +185,17 @@ class ServedMerge:
             )
 
     def note(self, done_bytes: int, total_bytes: int) -> None:
-        """How far this pass is."""
+        """Record the progress of this pass."""
         self._done_bytes, self._total_bytes = done_bytes, total_bytes
 
     @property
     def rate(self) -> int | None:
-        """Bytes a second at most."""
+        """The most bytes per second, or None."""
         return self._wish.max_rate_bytes
 
 
 class _Pace:
-    """The progress of one pass: told, slowed down, stopped."""
+    """The progress callback of one pass: reports, limits the rate, and stops on request."""
 
     def __init__(self, merging: ServedMerge) -> None:
         self._merging = merging
@@ -204,7 +204,7 @@ class _Pace:
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         self._merging.note(done_bytes, total_bytes)
         self._merging.look()
-        if self._merging.rate is None:  # half of the time the clients have the processors and the device alone
+        if self._merging.rate is None:  # half of the time, leave the processors and the device to the clients
             time.sleep(min(_REST * (time.monotonic() - self._resumed), _NAP_SECONDS))
             self._resumed = time.monotonic()
         while self._merging.rate is not None:
@@ -216,7 +216,7 @@ class _Pace:
 
 
 def owned_bytes(layer: Layer) -> int:
-    """How much of the disk a layer owns."""
+    """How many bytes of the disk a layer owns."""
     if not layer.block_size_bytes:
         return layer.size_bytes
     per_block = whole_sectors(layer.block_size_bytes)

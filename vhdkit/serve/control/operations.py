@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the control socket can do: report the server's state, freeze disks, change exports, disconnect clients, end it.
+"""The methods of the control socket: report the state, freeze disks, change exports, disconnect clients, shut down.
 
-Decides what each method takes and answers. How requests are encoded is decided in `control`, in which order a leaf
-becomes a parent in `chain.verbs.live`. A method that holds exports, or reads files, is marked as taking long.
+Decides the parameters and the result of each method. How requests are encoded is decided in `control`, in which order
+a leaf becomes a parent in `chain.verbs.live`. A method that holds exports, or reads files, is marked as taking long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vhdkit.serve.opening import ImageExport, Wanted, open_exports, wanted_of_do
 
 
 class Operations:
-    """The methods of one server. `started` is when it began to serve, in seconds since the epoch."""
+    """The methods of one server. `started`: when it began to serve, in seconds since the epoch."""
 
     def __init__(self, server: NbdServer, exports: list[ImageExport], *, notes_folder: str | None = None) -> None:
         """`notes_folder`: `OpenOptions.notes_folder` of the images that are added."""
@@ -38,12 +38,12 @@ class Operations:
         self._notes_folder = notes_folder
         self._exports = exports
         self._started = time.time()
-        self._merges: dict[str, ServedMerge] = {}  # under way, by export
-        self._changing = threading.Lock()  # who changes a chain that no merge has in hand, or takes one in hand
-        self._prepared: Freezing | None = None  # new leaves that are made, for the next snapshot
+        self._merges: dict[str, ServedMerge] = {}  # in progress, by export
+        self._changing = threading.Lock()  # held to change a chain that is not being merged, or to start its merge
+        self._prepared: Freezing | None = None  # new leaves made in advance for the next snapshot
 
     def methods(self, confined: Confinement | None = None) -> dict[str, Method]:
-        """By the names they are called by. `confined`: for askers who may not have files opened and made anywhere."""
+        """The methods by name. `confined`: for clients that may have files opened and created only in some places."""
         return {
             "status": Method(self._status),
             "prepare": Method(partial(self._prepare, confined), takes_long=True),
@@ -68,14 +68,14 @@ class Operations:
         raise errors.NotFound(f"there is no export {name!r}; there are {names}")
 
     def _one_or_all(self, params: Params) -> list[ImageExport]:
-        """The export that `export` names, or all of them."""
+        """The export named by the parameter `export`, or all of them."""
         name = _text(params, "export")
         return list(self._exports) if name is None else [self._find(name)]
 
     # -- looking ------------------------------------------------------------------------------------------------
 
     def _status(self, params: Params) -> object:
-        """Exports with their layers, clients, counters. On the loop: it waits for nothing."""
+        """Exports with their layers, clients, counters. Runs on the loop: it waits for nothing."""
         _only(params)
         stats = self._server.stats
         return {
@@ -97,7 +97,7 @@ class Operations:
     # -- merging ------------------------------------------------------------------------------------------------
 
     def _merge(self, params: Params) -> object:
-        """Fold layers of one export into one of them while clients go on.
+        """Merge layers of one export into one of them while clients continue.
 
         {"export", "layer": path or null (the leaf), "into": path or null (its parent), "max_rate_bytes": or null}
         """
@@ -107,7 +107,7 @@ class Operations:
         if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
             raise BadParams('"max_rate_bytes" is a positive number')
         wish = MergeWish(_text(params, "layer"), _text(params, "into"), rate)
-        with self._changing:  # a snapshot under way ends first: the chain it leaves is merged
+        with self._changing:  # a snapshot in progress finishes first, and its chain is merged
             export = self._find(name)
             self._forget_prepared()
             self._refuse_merging([export])
@@ -120,7 +120,7 @@ class Operations:
             del self._merges[export.name]
 
     def _cancel(self, params: Params) -> object:
-        """Stop the merge of an export, or all; what it copied is not lost. {"export": name or null}"""
+        """Cancel the merge of an export, or all merges; copied data is kept. {"export": name or null}"""
         _only(params, "export")
         exports = self._one_or_all(params)
         stopped = [export.name for export in exports if export.name in self._merges]
@@ -129,7 +129,7 @@ class Operations:
         return {"exports": stopped}
 
     def _refuse_merging(self, exports: list[ImageExport]) -> None:
-        """Raise ImageInUse for an export whose layers are being merged: its chain is in somebody else's hands."""
+        """Raise ImageInUse for an export whose layers are being merged: the merge controls its chain."""
         for export in exports:
             if export.name in self._merges:
                 raise errors.ImageInUse(
@@ -141,9 +141,9 @@ class Operations:
     # -- changing -----------------------------------------------------------------------------------------------
 
     def _prepare(self, confined: Confinement | None, params: Params) -> object:
-        """Make the new leaves of a snapshot, so that taking it is short; parameters as `snapshot`'s.
+        """Create the new leaves of a snapshot in advance, so that taking it is quick; parameters as for `snapshot`.
 
-        They go when another is prepared or taken, and with {"exports": {}} or the server's end.
+        They are removed when others are prepared or taken, with {"exports": {}}, and at the server's end.
         """
         pairs = [] if params == {"exports": {}} else self._pairs(confined, params)
         with self._changing:
@@ -158,16 +158,16 @@ class Operations:
     def _forget_prepared(self) -> None:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
-            with contextlib.suppress(errors.VhdkitError), prepared:  # left early: the new leaves go
+            with contextlib.suppress(errors.VhdkitError), prepared:  # leaving without taking it removes the new leaves
                 pass
 
     def close(self) -> None:
-        """The server has ended: what was only prepared goes."""
+        """The server has ended: remove leaves that were only prepared."""
         with self._changing:
             self._forget_prepared()
 
     def _freezing(self, pairs: list[tuple[ImageExport, str | None]]) -> Freezing:
-        """New leaves: those that were prepared for just this, or others."""
+        """The new leaves: those prepared for exactly these exports, or freshly made ones."""
         chains = [(export.disk.chain, path) for export, path in pairs]
         prepared = self._prepared
         if prepared is not None and prepared.is_for(chains):
@@ -177,7 +177,7 @@ class Operations:
         return Freezing(chains)
 
     def _pairs(self, confined: Confinement | None, params: Params) -> list[tuple[ImageExport, str | None]]:
-        """What is to be frozen, and where its new leaf goes. Raises BadParams and what stands against it."""
+        """The exports to freeze, each with the path of its new leaf. Raises BadParams, and errors for refused ones."""
         _only(params, "exports")
         wanted = params.get("exports")
         if wanted is None:
@@ -198,7 +198,7 @@ class Operations:
         return pairs
 
     def _snapshot(self, confined: Confinement | None, params: Params) -> object:
-        """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}, without it all exports."""
+        """Freeze leaves, all or none; {"exports": {name: path of the child, or null}}; default: all exports."""
         pairs = self._pairs(confined, params)
         exports = [export for export, _ in pairs]
         with self._changing:
@@ -218,10 +218,10 @@ class Operations:
         return {"snapshots": rows, "held_seconds": round(held, 6)}
 
     def _resize(self, params: Params) -> object:
-        """Give the disk of one export another size; {"export", "size_bytes", "shrink", "under_clients"}.
+        """Change the size of one export's disk; {"export", "size_bytes", "shrink", "under_clients"}.
 
-        Clients that are connected keep the size they were told; those that come anew see the new one. So a smaller
-        size, which wants `shrink`, is refused while clients are connected, unless `under_clients` is true.
+        Connected clients keep the old size; those that connect later see the new one. So a smaller
+        size, which requires `shrink`, is refused while clients are connected, unless `under_clients` is true.
         """
         _only(params, "export", "size_bytes", "shrink", "under_clients")
         shrink, under_clients = _flag(params, "shrink"), _flag(params, "under_clients")
@@ -250,7 +250,7 @@ class Operations:
         }
 
     def _refuse_clients(self, export: ImageExport) -> None:
-        """Raise ImageInUse while clients are connected, who would go on using what is cut off."""
+        """Raise ImageInUse while clients are connected, since they would continue to use the part that is cut off."""
         clients = [one for one in self._server.connections if one.export is export]
         if clients:
             raise errors.ImageInUse(
@@ -260,7 +260,7 @@ class Operations:
             )
 
     def _set_read_only(self, params: Params) -> object:
-        """What was written is on the device, and no more is written; {"export", "read_only": true}."""
+        """Refuse further writes, with everything written so far on the device; {"export", "read_only": true}."""
         _only(params, "export", "read_only")
         exports = self._one_or_all(params)
         read_only = params.get("read_only", True)
@@ -277,7 +277,7 @@ class Operations:
         return {"exports": [export.name for export in exports], "read_only": read_only}
 
     def _add(self, confined: Confinement | None, params: Params) -> object:
-        """Serve one more image; the parameters are those of an entry of an exports file (`opening`)."""
+        """Add an export; the parameters are those of an entry of an exports file (`opening`)."""
         try:
             wanted = wanted_of_document(params)
         except errors.InvalidArgument as error:
@@ -300,13 +300,13 @@ class Operations:
         return {"export": _export_document(export)}
 
     def _remove(self, params: Params) -> object:
-        """Serve an export no longer; what was written is on the device then. {"export", "disconnect": false}
+        """Stop serving an export, with everything written on the device. {"export", "disconnect": false}
 
-        Refused while it has clients, unless `disconnect` hangs up on them first; they do not find it again.
+        Refused while it has clients, unless `disconnect` first disconnects them; they cannot reconnect to it.
         """
         _only(params, "export", "disconnect")
         export, disconnect = self._find(_text(params, "export")), _flag(params, "disconnect")
-        with self._changing, self._server.using():  # the server's end leaves the disk to us
+        with self._changing, self._server.using():  # the server, when it ends, leaves closing the disk to us
             self._refuse_merging([export])
             self._server.remove_export(export, disconnect=disconnect)
             self._exports.remove(export)
@@ -314,7 +314,7 @@ class Operations:
         return {"export": export.name}
 
     def _disconnect(self, params: Params) -> object:
-        """Send away one client, by its number, or all clients of an export; {"client"} or {"export"}."""
+        """Disconnect one client, by its number, or all clients of an export; {"client"} or {"export"}."""
         _only(params, "client", "export")
         number = params.get("client")
         if ("client" in params) == ("export" in params):
@@ -332,14 +332,14 @@ class Operations:
         return {"clients": [one.number for one in leaving]}
 
     def _shutdown(self, params: Params) -> object:
-        """End as SIGTERM does."""
+        """Shut down as on SIGTERM."""
         _only(params)
         self._server.stop()
         return {}
 
 
 def _only(params: Params, *names: str) -> None:
-    """Raise BadParams for a parameter that the method does not know: it may be a slip of the pen."""
+    """Raise BadParams for a parameter that the method does not know: it may be a typing error."""
     unknown = [name for name in params if name not in names]
     if unknown:
         raise BadParams(f"unknown parameters: {', '.join(unknown)}")
@@ -360,7 +360,7 @@ def _flag(params: Params, name: str) -> bool:
 
 
 def _new_path(path: object) -> str | None:
-    """Where a child is to lie. The server's own folder is nobody's business, so it is said in full."""
+    """The path of a new child. It must be absolute, as clients do not know the server's working folder."""
     if path is None:
         return None
     if not isinstance(path, str) or not path.startswith(os.sep) or "\0" in path:
@@ -369,7 +369,7 @@ def _new_path(path: object) -> str | None:
 
 
 def _confined_place(confined: Confinement, export: ImageExport, path: str | None) -> str | None:
-    """Where a stranger has a new leaf made."""
+    """The path of a new leaf requested by a client of another user."""
     if path is None:
         confined.beside(export.image_path)
         return None
@@ -377,7 +377,7 @@ def _confined_place(confined: Confinement, export: ImageExport, path: str | None
 
 
 def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
-    """What a stranger wants served, with real paths. Which image is the newest, and where, is not for him to ask."""
+    """A client of another user's request, with real paths. It may not ask which image is the newest, or where."""
     assert wanted.manner is not None
     if wanted.manner.follow_leaf:
         raise errors.AccessDenied(
@@ -385,13 +385,13 @@ def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
         )
     options = wanted.manner.options
     folders = tuple(confined.folder(folder) for folder in options.parent_dirs)
-    known = tuple(confined.image(image) for image in options.known_images)  # each of them is opened, too
+    known = tuple(confined.image(image) for image in options.known_images)  # these are opened, too
     manner = replace(wanted.manner, options=replace(options, parent_dirs=folders, known_images=known))
     return replace(wanted, path=confined.image(wanted.path), manner=manner)
 
 
 def _check_place(export: ImageExport, path: str | None) -> None:
-    """Refuse a new leaf that nobody would find who opens the frozen one: its data would be written over unseen."""
+    """Refuse a new leaf where an open of the frozen image would not find it: writes would then corrupt the leaf."""
     folders = allowed_folders(export.image_path, export.manner.options.parent_dirs)
     if path is not None and os.path.dirname(real_path(path)) not in folders:
         raise errors.InvalidArgument(
@@ -402,7 +402,7 @@ def _check_place(export: ImageExport, path: str | None) -> None:
 
 
 def _export_document(export: ImageExport) -> dict[str, Any]:
-    """An export as `status` tells it. Layers are listed leaf first."""
+    """An export as reported by `status`. Layers are listed leaf first."""
     disk = export.disk
     layers = [
         {"path": layer.store.name, "kind": layer.facts.title, "unique_id": unique_id, "writable": layer.writable}

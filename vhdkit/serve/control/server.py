@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket: JSON-RPC 2.0, one message a line, on the same loop as the NBD clients.
+"""The control socket: JSON-RPC 2.0, one message per line, on the same loop as the NBD clients.
 
-Decides that a client is bounded: a line has at most `MAX_LINE_BYTES`, one request of a client is processed at a time,
+Decides the limits of a client: a line has at most `MAX_LINE_BYTES`, one request of a client is processed at a time,
 and nothing more is read from it meanwhile. How lines are split and messages encoded is decided in `vhdkit.jsonrpc`,
 what a method does in `operations`. Methods that may take long run one after the other on a thread of their own, never
 on the loop's workers, because holding an export waits for those; methods that take minutes get a thread each. The
-kernel says which user asks (SO_PEERCRED): clients of other users can call only some methods, or none.
+kernel reports the user of each client (SO_PEERCRED): clients of other users can call only some methods, or none.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Reply: TypeAlias = Callable[[bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Something that can be asked for. `work` raises VhdkitError, or BadParams for wrong parameters."""
+    """A method that clients can call. `work` raises VhdkitError, or BadParams for wrong parameters."""
 
     work: Callable[[Params], object]
     takes_long: bool = False
-    takes_minutes: bool = False  # nothing else waits for it: a thread of its own, one a client at most
+    takes_minutes: bool = False  # runs on a thread of its own, so that nothing else waits; at most one per client
 
 
 class BadParams(Exception):
@@ -55,7 +55,7 @@ class Control:
     def __init__(
         self, loop: Loop, methods: dict[str, Method], strangers_methods: dict[str, Method] | None = None
     ) -> None:
-        """`strangers_methods` are for peers who are neither our user nor root; without them they are sent away."""
+        """`strangers_methods`: for peers that are neither our user nor root; if None, such peers are disconnected."""
         self.loop = loop
         self._methods = methods
         self._strangers_methods = strangers_methods
@@ -65,7 +65,7 @@ class Control:
         self._minutes: list[threading.Thread] = []
 
     def listen(self, sock: socket.socket) -> None:
-        """Take clients from a listening socket, which stays the caller's."""
+        """Accept clients on a listening socket, which stays the caller's."""
         sock.setblocking(False)
         self.loop.watch(sock.fileno(), READABLE, lambda events: self._accept(sock))
 
@@ -74,7 +74,7 @@ class Control:
             sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:  # out of descriptors: not again and again
+        except OSError as error:  # out of descriptors: do not retry at once
             _log.error("control: cannot take a client: %s", error)
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self.listen(listener))
@@ -87,7 +87,7 @@ class Control:
         self._clients.add(_Client(self, sock, methods, self._clients.discard))
 
     def close(self) -> None:
-        """Wait for what is being done, and hang up. Work of minutes sees by itself that the server has ended."""
+        """Wait for requests in progress, then disconnect. Methods that take minutes notice the end themselves."""
         for thread in self._minutes:
             thread.join()
         if self._worker is not None:
@@ -99,7 +99,7 @@ class Control:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def call(self, raw: bytes, methods: dict[str, Method], reply: Reply) -> None:
-        """Do what the line asks for, by one of `methods`; `reply` gets the answer's line, now or later, or nothing."""
+        """Execute the request on the line with one of `methods`; `reply` gets the answer, if any, now or later."""
         try:
             request = jsonrpc.parse_request(raw)
             method = methods.get(request.method)
@@ -140,14 +140,14 @@ class Control:
 
 
 def _is_ours(sock: socket.socket) -> bool:
-    """True for a peer with our user's power over files, as the kernel noted when it connected."""
+    """True for a peer that has our user's access to files, by the credentials the kernel noted when it connected."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
     _, user_id, _ = _PEER.unpack(raw)
     return user_id in (0, os.geteuid())
 
 
 def _answer(request: jsonrpc.Request, method: Method) -> bytes:
-    """Run the method; the line with its result or its failure."""
+    """Run the method; returns the line with its result or failure."""
     try:
         return jsonrpc.encode_result(request.id, method.work(request.params))
     except BadParams as problem:
@@ -161,13 +161,13 @@ def _answer(request: jsonrpc.Request, method: Method) -> bytes:
             "hint": error.hint,
         }
         return jsonrpc.encode_failure(request.id, FAILED, str(error), data)
-    except Exception as error:  # a mistake of ours: the disks are served on
+    except Exception as error:  # a bug in our code: the disks remain served
         _log.exception("control: an internal error")
         return jsonrpc.encode_failure(request.id, INTERNAL, f"internal error: {type(error).__name__}")
 
 
 class _Client:
-    """Somebody at the control socket."""
+    """One client of the control socket."""
 
     def __init__(
         self, control: Control, sock: socket.socket, methods: dict[str, Method], left: Callable[[_Client], None]
@@ -178,8 +178,8 @@ class _Client:
         self._channel = Channel(control.loop, sock, self._proceed)
         self._room = memoryview(bytearray(MAX_LINE_BYTES + 1))
         self._lines = jsonrpc.LineBuffer(MAX_LINE_BYTES)
-        self._busy = False  # with a request
-        self._ended = False  # it sends nothing more, or is not listened to any more
+        self._busy = False  # a request is in progress
+        self._ended = False  # it sends nothing more, or is not read from any more
 
     def _proceed(self, events: int = 0) -> None:
         try:
@@ -208,7 +208,7 @@ class _Client:
             self._lines.feed(self._room[:received])
 
     def _take_line(self) -> bool:
-        """Serve the next whole line; False when there is none."""
+        """Serve the next complete line; False if there is none."""
         try:
             raw = self._lines.next_line()
         except jsonrpc.LineTooLong as problem:
@@ -230,5 +230,5 @@ class _Client:
             self._control.loop.post(self._proceed)
 
     def forget(self) -> None:
-        """The loop has ended."""
+        """The loop has ended: close the socket."""
         self._channel.close()

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """From libfuse's callbacks to a `MountTree`: the only file that knows mfusepy and libfuse.
 
-Decides what the kernel may cache and how many threads serve. Must not know disks, nor what a mount looks like.
+Decides what the kernel may cache and how many threads serve. Must not know disks, or what a mount contains.
 
 mfusepy provides libfuse's structures in all their versions. Its own callbacks copy every byte once more and wrap each
-call, so ours replace them: they read from the image straight into libfuse's buffer and write straight out
-of the request. The rate is then limited by the way through the kernel, not by Python.
+call, so ours replace them: they read from the image directly into libfuse's buffer and write directly from the
+request. The throughput is then limited by the kernel, not by Python.
 
     kernel -> libfuse thread -> callback(addresses) -> Handle.read_into(memoryview of libfuse's buffer) -> kernel
 
 What cannot change while mounted is cached permanently. A file opened for writing bypasses the kernel's cache: two
 files may show the same bytes (disk.raw and a partition), so a write through one must be visible in the other; and
-there must never be dirty pages that only this process could clean, except those of a program that maps such a file
+no dirty pages may exist that only this process could write back, except those of a program that maps such a file
 shared and writable, where library and kernel allow it.
 """
 
@@ -33,13 +33,13 @@ from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up
 
 log = logging.getLogger(__name__)
 
-THREADS = 4  # a read that waits for a device holds up no other; more only get into each other's way
+THREADS = 4  # a read that waits for a device does not block the others; more threads only contend
 FOREVER_SECONDS = 86400.0  # names and attributes that cannot change
 _LIBRARIES = ("libfuse3.so.3", "libfuse3.so.4")
 _MAX_THREADS_SINCE = 12  # libfuse 3.12 has the option
-_SPLICE_BITS = sum(1 << bit for bit in (7, 8, 9))  # through a pipe: slower than one read into the reply, measured
-_DIRECT_MMAP_BIT = 1 << 28  # shared mappings of files that go past the page cache: libfuse 3.17, Linux 6.6
-_TRUNCATE_BIT = 1 << 3  # O_TRUNC as a part of open, which the kernel takes for done: we refuse it, so it has to ask
+_SPLICE_BITS = sum(1 << bit for bit in (7, 8, 9))  # through a pipe: measured slower than one read into the reply
+_DIRECT_MMAP_BIT = 1 << 28  # shared mappings of files that bypass the page cache: libfuse 3.17, Linux 6.6
+_TRUNCATE_BIT = 1 << 3  # lets `open` handle O_TRUNC; we switch it off, so that the kernel sends a truncate
 _WRITING = os.O_WRONLY | os.O_RDWR
 _Address, _Size, _Offset, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
 _FILLER = ctypes.CFUNCTYPE(_Int, _Address, ctypes.c_char_p, _Address, _Offset, _Int)
@@ -61,13 +61,13 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "lseek": (_Offset, _Address, _Offset, _Int, _Address),
     "init": (_Address, _Address, _Address),
 }
-# Names do not change: what would change one is refused as not permitted, not as unknown.
+# Names do not change: requests that would change one fail with EPERM, not ENOSYS.
 _REFUSED = ("mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown", "utimens", "create")
 
 
 def load() -> Any:
-    """mfusepy, on libfuse 3. Raises NotFound, saying what to install."""
-    if "FUSE_LIBRARY_PATH" not in os.environ:  # else it takes libfuse 2 where both are, with its 4 KiB writes
+    """mfusepy, using libfuse 3. Raises NotFound, with a hint what to install."""
+    if "FUSE_LIBRARY_PATH" not in os.environ:  # by default it prefers libfuse 2 if installed, with its 4 KiB writes
         for name in _LIBRARIES:
             try:
                 ctypes.CDLL(name)
@@ -83,15 +83,15 @@ def load() -> Any:
         raise NotFound("the Python package mfusepy is not installed", hint="pip install 'vhdkit[fuse]'") from error
     except OSError as error:
         raise NotFound(f"libfuse cannot be used: {error}", path=os.environ["FUSE_LIBRARY_PATH"]) from error
-    if mfusepy.fuse_version_major != 3:  # pragma: no cover  (somebody set FUSE_LIBRARY_PATH)
+    if mfusepy.fuse_version_major != 3:  # pragma: no cover  (FUSE_LIBRARY_PATH is set)
         raise NotFound("is not libfuse 3", path=os.environ["FUSE_LIBRARY_PATH"], hint="unset FUSE_LIBRARY_PATH")
     return mfusepy
 
 
 def serve(tree: MountTree, mountpoint: str, options: str, ready: Callable[[], None]) -> int:
-    """Mount `tree` and serve it until it is unmounted or a signal asks for the end; returns libfuse's exit code.
+    """Mount `tree` and serve it until it is unmounted or a signal ends the process; returns libfuse's exit code.
 
-    `ready` is called when the kernel has answered: the mount can be used then. `options` as after `-o`.
+    `ready` is called when the kernel has answered and the mount can be used. `options`: the argument of -o.
     """
     fuse = load()
     callbacks = Callbacks(fuse, tree, ready)
@@ -105,7 +105,7 @@ def serve(tree: MountTree, mountpoint: str, options: str, ready: Callable[[], No
 
 
 class Callbacks:
-    """What libfuse calls, with addresses for arguments; each returns what it should or a negative errno."""
+    """The callbacks for libfuse, whose arguments are addresses; each returns its result or a negative errno."""
 
     def __init__(self, fuse: Any, tree: MountTree, ready: Callable[[], None]) -> None:
         self._fuse, self._tree, self._ready = fuse, tree, ready
@@ -118,7 +118,7 @@ class Callbacks:
         self._owner = os.geteuid(), os.getegid()
         self._known_threads: set[int] = set()
         self.table = fuse.fuse_operations()
-        self._kept = []  # or they would be gone while C still calls them
+        self._kept = []  # keeps the callbacks alive while C uses them
         kinds = {field[0]: field[1] for field in fuse.fuse_operations._fields_}
         for name, arguments in _ARGUMENTS.items():
             function = ctypes.CFUNCTYPE(*arguments)(self._guarded(getattr(self, name)))
@@ -130,7 +130,7 @@ class Callbacks:
             setattr(self.table, name, refused)
 
     def _guarded(self, method: Callable[..., int | None]) -> Callable[..., int]:
-        """No exception may reach C: each becomes its errno."""
+        """Wrap a callback so that no exception reaches C: each becomes its errno."""
 
         def called(*arguments: Any) -> int:
             try:
@@ -147,14 +147,14 @@ class Callbacks:
         return called
 
     def _keep_thread(self) -> None:
-        """Make Python remember this thread of libfuse's: else it is made known and forgotten at every call."""
+        """Keep this libfuse thread registered with Python, which would otherwise register it anew for every call."""
         ident = threading.get_ident()
         if ident not in self._known_threads:
             ctypes.pythonapi.PyGILState_Ensure()
             self._known_threads.add(ident)
 
     def _keep(self, info: int, handle: object) -> None:
-        """Remember what is open under a number that libfuse gives back with every call."""
+        """Store an open object under a number that libfuse passes back with every call."""
         with self._lock:
             self._last_handle += 1
             self._handles[self._last_handle] = handle
@@ -164,10 +164,10 @@ class Callbacks:
         return self._handles[ctypes.c_uint64.from_address(info + self._handle_place).value]
 
     def _memory(self, address: int, size: int) -> memoryview:
-        """C's buffer, which is ours during the call only."""
+        """C's buffer, valid only during the call."""
         kind = self._arrays.get(size)
         if kind is None:
-            if size % PAGE_SIZE:  # any size may come, and each type would stay: 3 KiB for each
+            if size % PAGE_SIZE:  # any size may occur, and each type is kept: 3 KiB each
                 return self._memory(address, round_up(size, PAGE_SIZE))[:size]
             kind = self._arrays[size] = ctypes.c_ubyte * size
         return memoryview(kind.from_address(address)).cast("B")
@@ -175,7 +175,7 @@ class Callbacks:
     # -- names and attributes -----------------------------------------------------------------------------------
 
     def init(self, connection: int, config: int) -> None:
-        """Say what we want of the kernel."""
+        """Set the connection's options."""
         wanted = self._fuse.fuse_conn_info.from_address(connection)
         wanted.want = wanted.want & ~(_SPLICE_BITS | _TRUNCATE_BIT) | wanted.capable & _DIRECT_MMAP_BIT
         wanted.max_readahead = MIB
@@ -198,23 +198,23 @@ class Callbacks:
             moment.tv_sec, moment.tv_nsec = divmod(found.modified_ns, 10**9)
 
     def readlink(self, path: int, buffer: int, size: int) -> None:
-        """Where a link leads."""
+        """readlink(2)."""
         target = os.fsencode(self._tree.target(_text(path)))[: size - 1] + b"\0"
         ctypes.memmove(buffer, target, len(target))
 
     def opendir(self, path: int, info: int) -> None:
-        """Open a folder."""
+        """opendir(3)."""
         self._keep(info, self._tree.folder(_text(path)))
 
     def readdir(self, path: int, buffer: int, fill: Any, offset: int, info: int, flags: int) -> None:
-        """What is in a folder."""
+        """readdir(3)."""
         status = self._fuse.c_stat()
         for name, kind in ((".", stat.S_IFDIR), ("..", stat.S_IFDIR), *self._tree.names(self._handle(info))):
             status.st_mode = kind
             fill(buffer, os.fsencode(name), ctypes.addressof(status), 0, 0)
 
     def statfs(self, path: int, buffer: int) -> None:
-        """A file system of the disk's size, that is full."""
+        """statfs(2): a full file system of the disk's size."""
         status = self._fuse.c_statvfs.from_address(buffer)
         size = self._tree.size_bytes
         status.f_bsize = status.f_frsize = SECTOR_SIZE if size % PAGE_SIZE else PAGE_SIZE
@@ -222,7 +222,7 @@ class Callbacks:
         status.f_files, status.f_namemax = self._tree.count(), 255
 
     def truncate(self, path: int, size: int, info: int) -> None:
-        """Refused, unless it changes nothing."""
+        """Refused unless the size stays the same."""
         if info and not path:
             self._handle(info).truncate(size)
         else:
@@ -231,7 +231,7 @@ class Callbacks:
     # -- open files ---------------------------------------------------------------------------------------------
 
     def open(self, path: int, info: int) -> None:
-        """Open a file, and say what the kernel may cache of it."""
+        """open(2); also decides what the kernel may cache of the file."""
         fields = self._fuse.fuse_file_info.from_address(info)
         writing = bool(fields.flags & _WRITING)
         handle = self._tree.open(_text(path), write=writing)
@@ -240,43 +240,43 @@ class Callbacks:
         fields.keep_cache = handle.settled
 
     def read(self, path: int, buffer: int, size: int, offset: int, info: int) -> int:
-        """Straight into libfuse's buffer."""
+        """Read directly into libfuse's buffer."""
         self._keep_thread()
         done: int = self._handle(info).read_into(offset, self._memory(buffer, size))
         return done
 
     def write(self, path: int, buffer: int, size: int, offset: int, info: int) -> int:
-        """Straight out of the request; on the device, too, when the file was opened so: the kernel leaves it to us."""
+        """Write directly from the request; with O_DSYNC also to the device, which the kernel leaves to us."""
         self._keep_thread()
         handle = self._handle(info)
         done: int = handle.write(offset, self._memory(buffer, size))
-        if _Int.from_address(info + self._flags_place).value & os.O_DSYNC:  # which is a part of O_SYNC
+        if _Int.from_address(info + self._flags_place).value & os.O_DSYNC:  # a bit that O_SYNC includes
             handle.flush()
         return done
 
     def fallocate(self, path: int, mode: int, offset: int, size: int, info: int) -> None:
-        """Punch a hole, or make zeros."""
+        """Punch a hole or write zeros."""
         self._handle(info).zero(mode, offset, size)
 
     def lseek(self, path: int, offset: int, whence: int, info: int) -> int:
-        """The next data, or hole."""
+        """Find the next data or hole."""
         found: int = self._handle(info).seek(offset, whence)
         return found
 
     def fsync(self, path: int, data_only: int, info: int) -> None:
-        """Everything written is on the device."""
+        """Return when everything written is on the device."""
         handle = self._handle(info)
         if isinstance(handle, Handle):
             handle.flush()
 
     def flush(self, path: int, info: int) -> None:
-        """Some descriptor of the file is closed: its closer learns what went wrong."""
+        """One descriptor of the file is closed; the result of `close` reports a failed flush."""
         handle = self._handle(info)
         if isinstance(handle, Handle):
             handle.closing()
 
     def release(self, path: int, info: int) -> None:
-        """The last one is."""
+        """The last descriptor is closed."""
         with self._lock:
             del self._handles[ctypes.c_uint64.from_address(info + self._handle_place).value]
 

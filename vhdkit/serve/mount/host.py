@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mounting needs from the system: the kernel's tables and switches, programs, and the server of a mount.
+"""What mounting needs from the system: kernel tables and settings, programs, and the server process of a mount.
 
-Decides how each of these is asked; `mounting` decides what for, and the command line starts processes. Opens no image:
-only files of /proc and /sys, for which `store` is not made. Other programs get an argument list, never a shell, and an
-empty standard input.
+Decides how each of these is accessed; `mounting` decides why, and the command line starts processes. Opens no image,
+only files of /proc and /sys, for which `store` is not designed. Other programs get an argument list, never a shell,
+and an empty standard input.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ FUSE_DEVICE = "/dev/fuse"
 PROGRAM_SECONDS = 120.0  # replaying a journal may take a while
 _TOOL_FOLDERS = ("/usr/sbin", "/sbin")
 _PR_SET_IO_FLUSHER = 57
-_UNLIMITED_BYTES = 1 << 62  # from here on a memory group's limit is none
+_UNLIMITED_BYTES = 1 << 62  # a memory group's limit of this size or more means no limit
 _READ_AHEAD_KIB = MIB // KIB
 _CREDENTIALS = struct.Struct("3i")
-_MAX_TOLD = 64 * KIB  # of what a program says
+_MAX_TOLD = 64 * KIB  # of a program's output
 _MAX_WAITING = 256  # at once, for one server to end
-_LEAVING_SECONDS = 5.0  # to take somebody in, or to leave: both take no time
-_MAX_LINES = 2  # some programs go on with their manual
+_LEAVING_SECONDS = 5.0  # to accept a client, or to leave: both are quick
+_MAX_LINES = 2  # some programs print their manual after the error
 
 
 def read_text(path: str) -> str:
-    """A file of the kernel's; empty where there is none or none for us."""
+    """A kernel file; empty if it does not exist or may not be read."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:  # names may hold "\r"
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:  # names may contain "\r"
             return file.read()
     except OSError:
         return ""
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON document of ours; empty where there is none."""
+    """One of our JSON documents; empty if it does not exist."""
     try:
         found = json.loads(read_text(path))
     except ValueError:
@@ -64,7 +64,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def mounts() -> list[table.Mount]:
-    """What is mounted, as this process sees it."""
+    """The mounts that this process sees."""
     return table.parse(read_text("/proc/self/mountinfo"))
 
 
@@ -80,17 +80,17 @@ def loop_files() -> dict[str, str]:
 
 
 def loop_is_direct(device: str) -> bool:
-    """True when a loop device goes past the page cache."""
+    """True if a loop device bypasses the page cache."""
     return read_text(f"/sys/block/{os.path.basename(device)}/loop/dio").strip() == "1"
 
 
 def loop_writes_are_safe() -> bool:
-    """False where a server that is written to by a loop device could come to wait for itself.
+    """False if a server that receives writes through a loop device could deadlock on itself.
 
-    That happens when it needs memory, its memory group is full of pages waiting to be written through the loop
-    device, and the kernel has it wait for those. Groups of cgroup version 2, and no group, never wait so; a limited
-    group of version 1 does, unless the server is known as one that writes for others, which takes CAP_SYS_RESOURCE.
-    Seen: without this rule a copy into an ext4 in a group of 160 MiB stood still for good.
+    That happens when it needs memory while its memory group is full of pages that wait to be written through the loop
+    device, and the kernel makes it wait for those. With cgroup version 2, or without a group, the kernel never waits
+    like that; in a limited group of version 1 it does, unless the server is marked as an I/O flusher, which requires
+    CAP_SYS_RESOURCE. Observed: without this rule a copy into an ext4 in a group of 160 MiB hung forever.
     """
     return _limit_of_old_memory_group() >= _UNLIMITED_BYTES or _may_be_flusher()
 
@@ -102,7 +102,7 @@ def _limit_of_old_memory_group() -> int:
             for mount in mounts():
                 if mount.file_system == "cgroup" and "memory" in mount.options:
                     return _hierarchical_limit(f"{mount.mountpoint}{path}/memory.stat")
-            return 0  # it is there and cannot be looked at
+            return 0  # the group exists, but its limit cannot be read
     return _UNLIMITED_BYTES
 
 
@@ -123,13 +123,13 @@ def _may_be_flusher() -> bool:
 
 
 def read_ahead(device: str) -> None:
-    """Let the kernel read further ahead than 128 KiB; only root may, and nothing depends on it."""
+    """Let the kernel read ahead further than 128 KiB; only root may, and nothing depends on it."""
     with contextlib.suppress(OSError), open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as file:
         file.write(str(_READ_AHEAD_KIB))
 
 
 def is_root() -> bool:
-    """True when we may do what only root may."""
+    """True if this process has root's privileges."""
     return os.geteuid() == 0
 
 
@@ -154,7 +154,7 @@ def check_fuse() -> None:
 
 
 def kind_of_place(path: str) -> str:
-    """What is at a mount point: "folder", "file", "other", "missing", or "dead", a mount whose server is gone."""
+    """The type of a mount point: "folder", "file", "other", "missing", or "dead", a mount whose server is gone."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -168,7 +168,7 @@ def kind_of_place(path: str) -> str:
 
 
 def is_empty(folder: str) -> bool:
-    """True for a folder with nothing in it. Raises AccessDenied."""
+    """True for an empty folder. Raises AccessDenied."""
     with translated(folder, "look into the mount point"), os.scandir(folder) as entries:
         return next(entries, None) is None
 
@@ -184,24 +184,24 @@ def remove_folder(path: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """How a program ended, and what it said."""
+    """A program's exit code and output."""
 
     code: int
     text: str
 
 
 def find_program(name: str) -> str | None:
-    """Its path, also where an ordinary user's search path does not lead."""
+    """The program's path, even if it is in a folder that an ordinary user's PATH omits."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_TOOL_FOLDERS]))
 
 
 def run(command: Sequence[str]) -> Told:
-    """Run a program to its end. Raises NotFound, IoFailed."""
+    """Run a program and wait for it. Raises NotFound, IoFailed."""
     program = find_program(command[0])
     if program is None:
         raise NotFound(f"the program {command[0]} is not installed")
     try:
-        # In a file, not a pipe: what a driver leaves running in the background would hold a pipe open.
+        # A file, not a pipe: a driver's background process would keep a pipe open.
         with open(os.memfd_create("told"), "w+b") as told:
             done = subprocess.run(
                 [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=told, stderr=told, check=False,
@@ -216,7 +216,7 @@ def run(command: Sequence[str]) -> Told:
 
 
 def users_of(mountpoint: str) -> list[str]:
-    """Who keeps a mount busy, as far as we may see: "bash (process 4711)"."""
+    """The processes that keep a mount busy, as far as we may see them: "bash (process 4711)"."""
     found = []
     below = mountpoint.rstrip("/") + "/"
     for number in (name for name in os.listdir("/proc") if name.isdigit()):
@@ -241,14 +241,14 @@ def _links_of(number: str) -> Iterator[str]:
 
 
 class Server:
-    """The process that answers a mount."""
+    """The server process of a mount."""
 
     def __init__(self, pid: int, sock: socket.socket | None = None) -> None:
         self.pid = pid
         self._sock = sock
 
     def wait(self) -> str | None:
-        """Wait until it has ended; what went wrong when it closed the image, if anything did."""
+        """Wait until it has ended; returns the error that occurred when it closed the image, if any."""
         if self._sock is None:
             return None
         told = bytearray()
@@ -258,13 +258,13 @@ class Server:
         return told.decode("utf-8", "replace") or None
 
     def close(self) -> None:
-        """Do not wait."""
+        """Stop waiting."""
         if self._sock is not None:
             self._sock.close()
 
 
 def find_server(mount: table.Mount) -> Server | None:
-    """The server of a mount of ours, or None when it is dead. To be asked while it is still mounted."""
+    """The server of one of our mounts, or None if it is dead. Call this while it is still mounted."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _connect(sock, table.server_address(mount.device))
@@ -273,14 +273,14 @@ def find_server(mount: table.Mount) -> Server | None:
         sock.close()
         return None
     pid, user, _ = _CREDENTIALS.unpack(raw)
-    if mount.owner_id is not None and user != mount.owner_id:  # anybody could take such a name
+    if mount.owner_id is not None and user != mount.owner_id:  # any user could bind that name
         sock.close()
         return None
     return Server(pid, sock)
 
 
 def _connect(sock: socket.socket, address: str) -> None:
-    """Not for ever: the queue of a server that hangs may be full."""
+    """Connect with a time limit: the queue of a server that hangs may be full."""
     deadline = time.monotonic() + _LEAVING_SECONDS
     sock.setblocking(False)
     while True:
@@ -295,10 +295,10 @@ def _connect(sock: socket.socket, address: str) -> None:
 
 
 class Presence:
-    """The server's end: whoever connects sees when the process is gone, and is told what went wrong at the end.
+    """The server's side: clients that connect notice when the process is gone, and receive its final error, if any.
 
-    A thread takes them in: those who only look would fill the queue one day, and the next would wait for ever. Only
-    the same user and root can unmount, and so only they are kept.
+    A thread accepts them: otherwise connections of programs that only query the server would fill the queue, and the
+    next client would wait forever. Only the same user and root can unmount, so only their connections are kept.
     """
 
     def __init__(self) -> None:
@@ -307,9 +307,9 @@ class Presence:
         self._thread: threading.Thread | None = None
 
     def show(self, mountpoint: str) -> None:
-        """From now on we are found. Called while the kernel waits for us: the mount itself must not be touched."""
+        """Become reachable. Called while the kernel waits for us: the mount itself must not be accessed."""
         mount = table.top_at(mounts(), mountpoint)
-        with contextlib.suppress(OSError):  # then nobody can wait for us, no more
+        with contextlib.suppress(OSError):  # on failure, clients cannot wait for us, and nothing else is lost
             if mount is not None:
                 self._bind(table.server_address(mount.device))
                 self._sock.listen()
@@ -317,7 +317,7 @@ class Presence:
                 self._thread.start()
 
     def _bind(self, address: str) -> None:
-        """Device numbers are used again at once: the server that had ours may not have left yet."""
+        """Device numbers are reused at once: the previous server of ours may not have left yet."""
         deadline = time.monotonic() + _LEAVING_SECONDS
         while True:
             try:
@@ -336,7 +336,7 @@ class Presence:
                 if error.errno in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                     pause()
                     continue
-                return  # we are leaving
+                return  # `leave` was called
             _, user, _ = _CREDENTIALS.unpack(
                 client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
@@ -347,21 +347,21 @@ class Presence:
                 client.close()
 
     def leave(self) -> None:
-        """The mount is gone: its device's number, and so our name, may be another's; who waits for us still does."""
+        """The mount is gone: its device number, and so our name, may be reused; clients keep waiting for us."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which takes in those who came before
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which accepts the clients already queued
         if self._thread is not None:
             self._thread.join()
         self._sock.close()
 
     def tell(self, problem: str) -> None:
-        """Tell all who wait, and wait no more. After `leave`."""
+        """Send the problem to all waiting clients, and disconnect them. Call after `leave`."""
         for client in self._waiting:
-            with client, contextlib.suppress(OSError):  # some will have gone
+            with client, contextlib.suppress(OSError):  # some will have disconnected
                 client.sendall(problem.encode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Not found any more, and nobody waits."""
+        """Stop being reachable, and disconnect waiting clients."""
         self.leave()
         for client in self._waiting:
             client.close()
@@ -370,7 +370,7 @@ class Presence:
 def _is_gone(client: socket.socket) -> bool:
     try:
         if client.recv(1, socket.MSG_DONTWAIT):
-            return False  # it has nothing to say, but is there
+            return False  # it sent something unexpected, but it is connected
     except BlockingIOError:
         return False
     except OSError:
@@ -381,23 +381,23 @@ def _is_gone(client: socket.socket) -> bool:
 
 @dataclass(slots=True)
 class Child:
-    """A process of ours that serves. `said` is what it, or libfuse, wrote before it was ready."""
+    """Our server process. `said` is what it, or libfuse, printed before it was ready."""
 
     pid: int
     is_ready: bool
     said: str
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for it; returns its exit code."""
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
 
 
 def become_flusher() -> None:
-    """Say that this process writes for others, where we may: see `loop_writes_are_safe`. Its threads inherit it."""
+    """Mark this process as an I/O flusher, if permitted: see `loop_writes_are_safe`. Its threads inherit this."""
     ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
 def pause() -> None:
-    """A moment, between two looks."""
+    """Sleep briefly between two checks."""
     time.sleep(0.05)

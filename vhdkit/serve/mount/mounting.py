@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mounting: in which order things are mounted on top of one another.
+"""Mounting: the order in which the layers of a mount are stacked.
 
 Decides what is refused before anything is opened, that a mount is usable when `mount` returns, and that a failure
-leaves nothing behind. Must not know libfuse (`fuse`), how the kernel is asked (`host`), nor the drivers'
+leaves nothing behind. Must not know libfuse (`fuse`), how the kernel is asked (`host`), or the drivers'
 options (`drivers`).
 
     image -> server process -> FUSE mount                              a folder, or one file
                                    -> loop device -> file system       --fs as root: direct I/O
                                    -> FUSE driver -> file system       --fs otherwise
 
-The other way, and what is mounted now: `unmounting`.
+Unmounting, and the list of mounts: `unmounting`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vhdkit.sockets import PrivateFolder
 
 log = logging.getLogger(__name__)
 
-# Runs what it is given in a process of its own, and returns when that is ready or has ended: (body, whether it talks).
+# Runs a body in a new process, and returns when that is ready or has ended: (body, whether it prints).
 Start: TypeAlias = Callable[[Callable[[Callable[[], None]], int], bool], host.Child]
 
 _WITHOUT_JOURNAL = (
@@ -45,7 +45,7 @@ _WITHOUT_JOURNAL = (
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """What is to be mounted where. `partition` and `file_system` as the command line's --partition and --fs.
+    """What to mount, and where. `partition` and `file_system` are the command line's --partition and --fs.
 
     `stays`: the caller waits for the server, which then writes to its standard error.
     """
@@ -62,7 +62,7 @@ class MountRequest:
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A mount that can be used. `base` is the FUSE mount, elsewhere than `mountpoint` when a file system is."""
+    """A mount ready for use. `base` is the FUSE mount, which differs from `mountpoint` if a file system is mounted."""
 
     mountpoint: str
     base: str
@@ -76,7 +76,7 @@ class Mounted:
 
 
 def mount(wish: MountRequest, start: Start) -> Mounted:
-    """Mount an image; returns when it can be used. `start` makes the server's process.
+    """Mount an image; returns when it can be used. `start` creates the server process.
 
     Raises what opening the image raises, InvalidArgument, NotFound, AccessDenied, AlreadyExists (something is mounted
     there), UnsupportedFormat (no file system, or no driver for it), IoFailed.
@@ -122,7 +122,7 @@ def mount(wish: MountRequest, start: Start) -> Mounted:
 
 
 def check_mountpoint(wish: MountRequest) -> str:
-    """The real path of the mount point, which can be mounted on. Raises NotFound, InvalidArgument, AlreadyExists."""
+    """The real path of the mount point, checked for use. Raises NotFound, InvalidArgument, AlreadyExists."""
     path = wish.mountpoint
     kind = host.kind_of_place(path)
     real = real_path(path)
@@ -174,7 +174,7 @@ def _wanted_file_system(wish: MountRequest, model: Model) -> FileSystem:
 
 
 def _plan(wish: MountRequest, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
-    """The drivers that are here, in the order in which they are tried. Raises UnsupportedFormat when none is."""
+    """The installed drivers, in the order in which they are tried. Raises UnsupportedFormat if there are none."""
     is_root, safe_loop = host.is_root(), host.loop_writes_are_safe()
     possible = list(
         drivers.attempts(found, writable=writable, is_root=is_root, allow_other=wish.allow_other, safe_loop=safe_loop)
@@ -214,19 +214,19 @@ def _device(path: str) -> str | None:
 
 
 def _let_go(export: ImageExport) -> None:
-    """Close the files, without a word to the image: it is the server's, or nobody has written to it."""
+    """Close the files without flushing the image: it belongs to the server, or was never written to."""
     for layer in export.disk.chain.layers:
         layer.store.close()
 
 
 def _remove_quietly(path: str) -> None:
-    """Take back a child that nobody came to use."""
+    """Remove a child that was never used."""
     with contextlib.suppress(errors.VhdkitError):
         remove_file(path)
 
 
 def _take_down(base: str) -> None:
-    """Take away a FUSE mount that did not come to be used."""
+    """Unmount a FUSE mount that was never used."""
     with contextlib.suppress(errors.VhdkitError):
         umount(base)
 
@@ -234,7 +234,7 @@ def _take_down(base: str) -> None:
 def _start(
     start: Start, wish: MountRequest, export: ImageExport, tree: MountTree, base: str, *, root_needed: bool
 ) -> host.Child:
-    others = wish.allow_other or (root_needed and not host.is_root())  # the base is in a folder of our own then
+    others = wish.allow_other or (root_needed and not host.is_root())  # then the base is in our private folder
     options = table.option_text(
         {
             "fsname": os.path.abspath(export.image_path),
@@ -252,7 +252,7 @@ def _start(
 
 
 def _serve(export: ImageExport, tree: MountTree, base: str, options: str, ready: Callable[[], None]) -> int:
-    """The server's life: in its own process, to the last flush."""
+    """The server's main function, in its own process, up to the last flush."""
     presence = host.Presence()
 
     def usable() -> None:
@@ -271,7 +271,7 @@ def _serve(export: ImageExport, tree: MountTree, base: str, options: str, ready:
 
 
 def _refused(said: str, mountpoint: str, *, others_wanted: bool) -> errors.VhdkitError:
-    """Why libfuse did not mount, by what it said."""
+    """The error for a mount that libfuse refused, from its output."""
     words = " ".join(line.strip() for line in said.splitlines() if "max threads" not in line)
     if "allow_other" in words or "allow_root" in words:
         what = "others may" if others_wanted else "the driver of this file system runs as root, which may"
@@ -292,10 +292,10 @@ def _refused(said: str, mountpoint: str, *, others_wanted: bool) -> errors.Vhdki
 def _mount_inside(
     plan: list[drivers.Attempt], found: FileSystem, file: str, mountpoint: str, export: ImageExport
 ) -> tuple[str, tuple[str, ...]]:
-    """Mount the file system in `file`; (the driver's name, what the user should know). Raises UnsupportedFormat.
+    """Mount the file system in `file`; (the driver's name, notes for the user). Raises UnsupportedFormat.
 
-    A file system that the kernel has looked at and refused is not written to by another driver, which may be less
-    careful. Read-only, or over an overlay, the next one is tried, and what the kernel said is a note.
+    A file system that the kernel's driver examined and refused is not written to by another driver, which may be less
+    careful. Read-only, or over an overlay, the next driver is tried, and the kernel's message becomes a note.
     """
     said: list[str] = []
     refusals: list[str] = []
@@ -325,14 +325,14 @@ def _mount_inside(
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Why an attempt came to nothing. `is_verdict`: a driver has looked at the file system and refused it."""
+    """Why an attempt failed. `is_verdict`: a driver examined the file system and refused it."""
 
     text: str
     is_verdict: bool = False
 
 
 def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -> _Failure | None:
-    """One attempt: None when it is mounted, else why it is not; nothing is left then."""
+    """Make one attempt: None if it is mounted, else the failure, which leaves nothing behind."""
     source = file
     if attempt.needs_loop:
         told = host.run(
@@ -350,7 +350,7 @@ def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -
         told = host.run(attempt.command(source, mountpoint))
     finally:
         if attempt.needs_loop:
-            host.run(["losetup", "--detach", source])  # it stays for as long as it is mounted
+            host.run(["losetup", "--detach", source])  # takes effect when it is unmounted
     if told.code == 0 and table.top_at(host.mounts(), mountpoint) is not None:
         return None
     text = told.text.removeprefix(f"mount: {mountpoint}: ").partition("; dmesg(1)")[0]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is mounted according to the kernel, and which of these mounts are vhdkit's. Pure.
+"""The kernel's mount table, and which of its mounts are vhdkit's. Pure.
 
 Decides how a mount of vhdkit is recognised, from the kernel's own tables alone: nothing has to be recorded, so
-nothing can be out of date after a crash. Must not read files.
+nothing can be stale after a crash. Must not read files.
 
-A mount of ours has the type `fuse.vhdkit`, and the image as its source. A file system in it is mounted from a loop
-device over one of its files, or by a FUSE driver that names one as its source.
+Our mounts have the type `fuse.vhdkit` and the image as their source. A file system in one is mounted from a loop
+device over one of its files, or by a FUSE driver whose source is one of its files.
 
 Source: proc_pid_mountinfo(5).
 """
@@ -33,7 +33,7 @@ class Mount:
 
     @property
     def is_ours(self) -> bool:
-        """True for what a server of ours answers."""
+        """True for a mount that one of our servers answers."""
         return self.file_system == OUR_TYPE
 
     @property
@@ -59,14 +59,14 @@ class Stack:
 
     @property
     def loops(self) -> tuple[str, ...]:
-        """The loop devices under them."""
+        """The loop devices under those file systems."""
         return tuple(loop for _, loop in self.inside if loop is not None)
 
 
 def parse(text: str) -> list[Mount]:
-    """/proc/self/mountinfo, oldest mount first. Lines that make no sense are left out."""
+    """Parse /proc/self/mountinfo, oldest mount first. Malformed lines are skipped."""
     found = []
-    for line in text.split("\n"):  # the one end of a line that does not stand as it is in names
+    for line in text.split("\n"):  # not splitlines: names may contain every other line separator
         left, sign, right = line.partition(" - ")
         fields, more = left.split(" "), right.split(" ")
         if sign and len(fields) >= 6 and len(more) >= 3:
@@ -76,17 +76,17 @@ def parse(text: str) -> list[Mount]:
 
 
 def _plain(text: str) -> str:
-    """Without the octal escapes for blanks and their like: other bytes stand there as they are."""
+    """Decode the octal escapes of blanks and the like; the kernel leaves other bytes as they are."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def top_at(mounts: Sequence[Mount], path: str) -> Mount | None:
-    """What is seen at exactly this path: the last mount there."""
+    """The visible mount at exactly this path: the last one there."""
     return next((one for one in reversed(mounts) if one.mountpoint == path), None)
 
 
 def stacks(mounts: Sequence[Mount], loop_files: Mapping[str, str]) -> Iterator[Stack]:
-    """All of ours. `loop_files`: the file behind each loop device ("/dev/loop3")."""
+    """All of our mounts. `loop_files`: the file behind each loop device ("/dev/loop3")."""
     for base in mounts:
         if base.is_ours:
             inside = []
@@ -99,7 +99,7 @@ def stacks(mounts: Sequence[Mount], loop_files: Mapping[str, str]) -> Iterator[S
 
 
 def stack_at(found: Sequence[Stack], path: str) -> Stack | None:
-    """The one whose base, or a file system in it, is mounted at that path: the newest."""
+    """The newest stack whose base, or a file system in it, is mounted at that path."""
     for one in reversed(found):
         if any(path == mount.mountpoint for mount in (one.base, *(inner for inner, _ in one.inside))):
             return one
@@ -111,13 +111,13 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def driver_name(mount: Mount) -> str:
-    """What mounted a file system, as far as the table tells: ntfs-3g gives FUSE no name of its own."""
+    """The driver of a mounted file system, as far as the table shows it: ntfs-3g gives FUSE no type of its own."""
     names = {"fuse": "ntfs-3g", "fuseblk": "ntfs-3g", "fuse.ext4": "fuse2fs"}
     return names.get(mount.file_system, mount.file_system)
 
 
 def option_text(options: Mapping[str, str | bool]) -> str:
-    """Options as libfuse takes them after -o, with what would end one escaped."""
+    """Options in libfuse's form for -o, with separators escaped."""
     words = []
     for name, value in options.items():
         if value is True:
@@ -128,5 +128,5 @@ def option_text(options: Mapping[str, str | bool]) -> str:
 
 
 def server_address(device: str) -> str:
-    """Where the server of a mount listens, so that others can find it: a name in the abstract socket namespace."""
+    """The address at which other processes find the server of a mount: a name in the abstract socket namespace."""
     return f"\0vhdkit-mount-{device}"

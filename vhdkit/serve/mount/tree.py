@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mount looks like: its folders, files, links and attributes. Pure: knows no FUSE.
+"""The content of a mount: its folders, files, links and attributes. Pure: knows no FUSE.
 
-Decides names and modes, which part of which disk each file shows, the content of `info.json`, and the errno of what is
-refused. Partition names come from a guest: they are escaped so that they can only be file names.
+Decides names and modes, which part of which disk each file shows, the content of `info.json`, and the errno of refused
+requests. Partition names come from the guest: they are escaped so that they can only be file names.
 
     disk.raw                    the chain's content
-    partitions/N.raw            each partition, by the number that Linux gives it
-    partitions/by-label/NAME    links: the name in the GPT, and the label of the file system in it
-    partitions/by-uuid/ID       links: what Linux calls PARTUUID
-    partitions/by-type/TYPE-N   links: the type in words
+    partitions/N.raw            each partition, under the number that Linux assigns
+    partitions/by-label/NAME    links: the name in the GPT, and the label of the file system
+    partitions/by-uuid/ID       links: PARTUUID in Linux
+    partitions/by-type/TYPE-N   links: the name of the type
     layers/K-NAME.raw           the disk as of each layer, read-only, leaf first
-    info.json                   all that in one document
+    info.json                   all of the above in one document
 
 With `root_view` the mount is one file instead of a folder.
 """
@@ -43,7 +43,7 @@ _READ_BITS, _WRITE_BITS, _FOLDER_BITS = 0o444, 0o200, 0o555
 
 @dataclass(slots=True)
 class Folder:
-    """Names and what they stand for."""
+    """A folder: names and their nodes."""
 
     entries: dict[str, Node] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A small file with words in it."""
+    """A small text file."""
 
     content: bytes
 
@@ -65,11 +65,11 @@ class Text:
 
     @property
     def node(self) -> Text:
-        """What is open: itself."""
+        """The open node: this object itself."""
         return self
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """As `Handle.read_into`."""
+        """See `Handle.read_into`."""
         piece = self.content[offset : offset + len(buffer)]
         buffer[: len(piece)] = piece
         return len(piece)
@@ -80,7 +80,7 @@ Node: TypeAlias = Folder | Link | Text | View
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What stat(2) says of a file. Times in nanoseconds since 1970."""
+    """The attributes that stat(2) reports. Times in nanoseconds since 1970."""
 
     mode: int
     size_bytes: int
@@ -91,7 +91,7 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True)
 class FoundPartition:
-    """A partition as far as it lies on the disk, and what begins there."""
+    """The part of a partition that lies on the disk, and the file system found in it."""
 
     partition: Partition
     size_bytes: int
@@ -99,12 +99,12 @@ class FoundPartition:
 
     @property
     def file_name(self) -> str:
-        """What it is called in its folder."""
+        """The partition's name in its folder."""
         return f"{self.partition.number}.raw"
 
 
 class MountTree:
-    """The mount of one disk. Any thread; nothing of it changes but the content of the files."""
+    """The mount of one disk. Usable from any thread; only the content of files changes."""
 
     def __init__(self, root: Node, made_ns: int, disk: Disk) -> None:
         self.root = root
@@ -113,7 +113,7 @@ class MountTree:
         self._made_ns = made_ns
 
     def find(self, path: str) -> Node:
-        """What an absolute path stands for. Raises OSError (ENOENT, ENOTDIR)."""
+        """The node at an absolute path. Raises OSError (ENOENT, ENOTDIR)."""
         node = self.root
         for name in path.split("/"):
             if not name:
@@ -127,7 +127,7 @@ class MountTree:
         return node
 
     def attributes(self, node: Node) -> Attributes:
-        """See `Attributes`. Raises IoFailed when a file of the chain cannot be looked through for data."""
+        """See `Attributes`. Raises IoFailed if the holes of a file of the chain cannot be determined."""
         if isinstance(node, Folder):
             folders = sum(isinstance(one, Folder) for one in node.entries.values())
             return Attributes(stat.S_IFDIR | _FOLDER_BITS, 0, 0, 2 + folders, self._made_ns)
@@ -141,7 +141,7 @@ class MountTree:
         return Attributes(stat.S_IFREG | bits, node.size_bytes, node.allocated_bytes(), 1, node.source.written_ns)
 
     def open(self, path: str, *, write: bool) -> Handle | Text:
-        """An open file. Raises OSError (ENOENT, EISDIR, EACCES), and what opening a layer raises."""
+        """Open a file. Raises OSError (ENOENT, EISDIR, EACCES), and what opening a layer raises."""
         node = self.find(path)
         if isinstance(node, View):
             return node.open(write=write)
@@ -159,19 +159,19 @@ class MountTree:
         return node
 
     def names(self, folder: Folder) -> list[tuple[str, int]]:
-        """What is in a folder: (name, kind as in st_mode)."""
+        """The entries of a folder: (name, file type as in st_mode)."""
         kinds = {Folder: stat.S_IFDIR, Link: stat.S_IFLNK}
         return [(name, kinds.get(type(one), stat.S_IFREG)) for name, one in folder.entries.items()]
 
     def target(self, path: str) -> str:
-        """Where a link leads. Raises OSError (ENOENT, EINVAL)."""
+        """The target of a link. Raises OSError (ENOENT, EINVAL)."""
         node = self.find(path)
         if not isinstance(node, Link):
             raise OSError(errno.EINVAL, "no link", path)
         return node.target
 
     def truncate(self, path: str, size_bytes: int) -> None:
-        """Raises OSError unless it changes nothing."""
+        """Raise OSError unless the file has this size already."""
         node = self.find(path)
         if not isinstance(node, View) or not node.writable:
             raise PermissionError(errno.EACCES, "may only be read", path)
@@ -190,16 +190,16 @@ def _walk(node: Node) -> Iterator[Node]:
 
 
 class Model:
-    """What there is to show of an open image: the live disk, its partitions, its layers."""
+    """What an open image offers to show: the live disk, its partitions, its layers."""
 
     def __init__(self, export: ImageExport, made_ns: int) -> None:
-        """`made_ns`: now. Raises IoFailed when the partition table cannot be read."""
+        """`made_ns`: the present time. Raises IoFailed if the partition table cannot be read."""
         self.export = export
         self.disk: Disk = export.disk
         self.writable = self.disk.writable
         self.made_ns = made_ns
         self._live = LiveSource(self.disk, modified_ns(self.disk.chain.leaf, made_ns))
-        self.skipped = 1 if export.is_temporary else 0  # the nameless layer is nothing to go back to
+        self.skipped = 1 if export.is_temporary else 0  # the nameless layer is not worth showing
         self.table = read_partitions(self._read, self.disk.size_bytes)
         self.partitions = list(self._find_partitions(self.table))
         self.whole = None if self.table else self._identify(0, self.disk.size_bytes)
@@ -214,11 +214,11 @@ class Model:
 
         try:
             return identify(read)
-        except VhdkitError:  # a damaged part of the disk is no reason not to show the rest
+        except VhdkitError:  # a damaged part of the disk must not keep the rest from being shown
             return None
 
     def _find_partitions(self, table: PartitionTable | None) -> Iterator[FoundPartition]:
-        """Those that lie on the disk at all, each number once."""
+        """Those that lie on the disk at least partly, each number once."""
         seen: set[int] = set()
         for one in table.partitions if table else ():
             size = min(one.size_bytes, self.disk.size_bytes - one.offset_bytes)
@@ -228,11 +228,11 @@ class Model:
                 yield FoundPartition(one, size, found)
 
     def disk_view(self) -> View:
-        """All of the disk."""
+        """The whole disk."""
         return View(self._live, self.disk.size_bytes, writable=self.writable, settled=not self.writable)
 
     def partition(self, number: int) -> FoundPartition:
-        """Raises InvalidArgument, saying which there are."""
+        """The partition of this number. Raises InvalidArgument, listing those that exist."""
         for one in self.partitions:
             if one.partition.number == number:
                 return one
@@ -268,13 +268,13 @@ class Model:
 
 
 def modified_ns(layer: Layer, otherwise_ns: int) -> int:
-    """When the layer's file was last written to."""
+    """When the layer's file was last modified."""
     file = file_of(layer.store)
     return otherwise_ns if file is None else file.modified_ns()
 
 
 def build_folder(model: Model, facts: dict[str, Any]) -> MountTree:
-    """The mount as a folder; `facts` go into info.json too."""
+    """The mount as a folder; `facts` are added to info.json."""
     partitions = Folder()
     for one in model.partitions:
         partitions.entries[one.file_name] = model.partition_view(one)
@@ -312,7 +312,7 @@ def _links(partitions: list[FoundPartition]) -> dict[str, dict[str, Node]]:
 
 
 def safe_name(text: str, ending: str = "") -> str:
-    """`text` as the name of a file: what cannot stand in one, or would lead elsewhere, is written as udev does."""
+    """`text` as a file name: characters that a name cannot contain, or that lead elsewhere, are escaped as in udev."""
     safe = "".join(c if c.isprintable() and c not in "/\\" else _escaped(c) for c in text)
     if safe in ("", ".", ".."):
         safe = "".join(_escaped(c) for c in safe) or "_"
@@ -325,7 +325,7 @@ def _escaped(letter: str) -> str:
 
 
 def describe(model: Model, layers: list[tuple[str, Layer, View]]) -> dict[str, Any]:
-    """The content of info.json that comes from the image."""
+    """The part of info.json that describes the image."""
     return {
         "image": os.path.abspath(model.export.image_path),
         "description": model.export.description,

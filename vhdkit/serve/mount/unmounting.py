@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unmounting, and what is mounted now.
+"""Unmounting, and the list of current mounts.
 
-Decides in which order what stands on an image is unmounted, and for how long that waits. Must not know libfuse
-(`fuse`), nor how the kernel is asked (`host`).
+Decides in which order the mounts stacked on an image are unmounted, and how long that may take. Must not know libfuse
+(`fuse`), or how the kernel is asked (`host`).
 
     file system -> loop device -> FUSE mount -> the server, which flushes and closes the image last
 
-What is mounted is read from the kernel's tables, so a mount whose server was killed is found and removed like any
-other.
+The mounts are read from the kernel's tables, so a mount whose server was killed is found and removed like any other.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ _BUSY_SECONDS = 120.0  # a FUSE driver may still be writing after its mount is g
 
 
 def found_stacks() -> list[table.Stack]:
-    """Everything of ours that is mounted, oldest first."""
+    """All of our mounts, oldest first."""
     return list(table.stacks(host.mounts(), host.loop_files()))
 
 
 def umount(path: str, *, lazy: bool = False, force: bool = False) -> str | None:
-    """Take away a mount of ours with all that stands on it, and wait until the image is closed.
+    """Unmount one of our mounts with everything stacked on it, and wait until the image is closed.
 
-    `lazy`: at once, whoever uses it; the image is closed when the last of them is done, which is not waited for.
-    `force` (root): whoever waits for it gets an error, and what was not flushed is lost; for a server that hangs.
-    Returns what went wrong when the image was closed, if anything did.
+    `lazy`: unmount at once, even while in use; the image is closed when its last user is done, without a wait here.
+    `force` (root): fail pending requests and lose what was not flushed; for a server that hangs.
+    Returns the error that occurred when the image was closed, if any.
     Raises NotFound, InvalidArgument, ImageInUse, AccessDenied, IoFailed.
     """
     real = _real_mountpoint(path)
@@ -44,7 +43,7 @@ def umount(path: str, *, lazy: bool = False, force: bool = False) -> str | None:
         raise _not_ours(path, real)
     server = host.find_server(stack.base)
     lazy = lazy or force
-    if force:  # ends all waiting; whether it unmounts, too, is of no matter
+    if force:  # ends all pending requests; whether it also unmounts does not matter
         host.run(["umount", "-i", "-f", stack.base.mountpoint])
     try:
         for mounted, _ in reversed(stack.inside):
@@ -61,7 +60,7 @@ def umount(path: str, *, lazy: bool = False, force: bool = False) -> str | None:
 
 
 def _left_behind(found: list[table.Stack], real: str) -> table.Stack | None:
-    """The mount under a file system that was at this path, and was unmounted without us."""
+    """The mount under a file system that was at this path and was unmounted by another program."""
     for stack in found:
         if not stack.inside and host.find_server(stack.base) is not None:
             facts = host.read_json(os.path.join(stack.base.mountpoint, INFO_NAME))
@@ -107,7 +106,7 @@ def _umount_one(mountpoint: str, *, lazy: bool) -> None:
 
 
 def _real_mountpoint(path: str) -> str:
-    """The real path, without looking at what is mounted there: its server may be dead."""
+    """The real path, without accessing what is mounted there: its server may be dead."""
     folder, name = os.path.split(os.path.abspath(path))
     plain = os.path.join(real_path(folder), name)
     if table.top_at(host.mounts(), plain) is not None:
@@ -128,7 +127,7 @@ def _not_ours(path: str, real: str) -> errors.VhdkitError:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A mount of ours as it is now. `driver` mounts a file system in it; `pid` is None when the server is dead."""
+    """One of our mounts. `driver` mounts a file system in it; `pid` is None if the server is dead."""
 
     mountpoint: str
     base: str
@@ -140,7 +139,7 @@ class Listed:
 
 
 def listed() -> list[Listed]:
-    """All of ours, oldest first; a file system in a mount stands for the mount."""
+    """All of our mounts, oldest first; a file system in a mount represents the mount."""
     found = []
     for stack in found_stacks():
         base = stack.base

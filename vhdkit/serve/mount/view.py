@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A range of a disk as a file: what reading, writing, seeking and punching holes in it mean.
+"""A range of a disk as a file: the semantics of reading, writing, seeking and punching holes in it.
 
-Decides the errno of what cannot be done to a file of fixed size, how many of its bytes count as allocated, and when
-the disk of an older layer is opened. Must not know FUSE, names or mounts.
+Decides the errno of operations that a file of fixed size cannot support, how many of its bytes count as allocated, and
+when the disk of an older layer is opened. Must not know FUSE, names or mounts.
 
     read, write     inside the range; a write that extends past the end is short, one that begins there gets ENOSPC,
                     as on a block device
-    zero            both modes of `fallocate` that we support make zeros, which hide what parents have there
+    zero            both modes of `fallocate` that we support make zeros, which hide the parents' data
     seek            the chain's extents, and the holes in its files
-    close           what was written is on the device when the file is closed, since the mount may end by a kill -9
+    close           everything written is on the device when the file is closed, since the server may be killed
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from vhdkit.units import MIB
 
 SEEK_DATA, SEEK_HOLE = 3, 4  # of lseek(2) on Linux
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # of fallocate(2)
-MAX_OPEN_LAYERS = 8  # maps of older layers that are kept: one of a large disk has up to 40 MiB
-MAX_COUNTED_BLOCKS = 1 << 10  # of a disk whose bytes are counted exactly: each may cost a read of its bitmap
-_COUNT_RARELY = 20  # times as long as counting took until it is done again while the disk is written to
-_MAX_ZERO_BYTES = 64 * MIB  # in one go: others may write in between
+MAX_OPEN_LAYERS = 8  # maps of older layers that are kept: for a large disk, one can take 40 MiB
+MAX_COUNTED_BLOCKS = 1 << 10  # of a disk whose bytes are counted exactly: each block may cost a read of its bitmap
+_COUNT_RARELY = 20  # while the disk is being written to, wait this multiple of the last count's duration
+_MAX_ZERO_BYTES = 64 * MIB  # in one step, so that other writers get their turn
 
 
 class Source(Protocol):
-    """Where the bytes of a view come from."""
+    """The source of a view's bytes."""
 
-    written_ns: int  # when it was last written to, or the image itself was
-    changes: int  # how often it was written to while mounted
+    written_ns: int  # when it, or the image, was last written to
+    changes: int  # number of writes while mounted
 
     def disk(self) -> Disk:
-        """The disk, which stays open as long as somebody holds it."""
+        """The disk, which stays open as long as it is referenced."""
         ...
 
 
 class LiveSource:
-    """The disk that is mounted, with what has been written to it."""
+    """The mounted disk, including what is written to it."""
 
     def __init__(self, disk: Disk, written_ns: int) -> None:
         self._disk = disk
@@ -56,15 +56,15 @@ class LiveSource:
         return self._disk
 
     def touch(self) -> None:
-        """It was written to."""
+        """Record a write."""
         self.changes += 1
         self.written_ns = time.time_ns()
 
 
 class LayerDisks:
-    """The disk as of each layer of a chain, leaf first: opened when first used, over the files that are open anyway.
+    """The disk as of each layer of a chain, leaf first: opened on first use, over files that are open already.
 
-    A few that were used last are kept. None is ever closed: the files are the mounted chain's.
+    A few that were used last are kept. None is ever closed: the files belong to the mounted chain.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -73,7 +73,7 @@ class LayerDisks:
         self._lock = threading.Lock()
 
     def get(self, index: int) -> Disk:
-        """The disk that begins at that layer, which nobody writes to. Raises IoFailed, CorruptImage."""
+        """The disk that begins at that layer; read-only. Raises IoFailed, CorruptImage."""
         with self._lock:
             disk = self._kept.pop(index, None)
             if disk is None:
@@ -98,12 +98,12 @@ class LayerSource:
 
 
 class View:
-    """A file: `size_bytes` bytes of a disk from `offset_bytes` on. Nobody but `live` ones can be `writable`."""
+    """A file: `size_bytes` bytes of a disk from `offset_bytes` on. Only a view of a `LiveSource` can be `writable`."""
 
     def __init__(
         self, source: Source, size_bytes: int, *, offset_bytes: int = 0, writable: bool = False, settled: bool = False
     ) -> None:
-        """`settled`: nothing can change it while it is mounted, so the kernel may keep what it has read."""
+        """`settled`: its content cannot change while mounted, so the kernel may cache it."""
         self.source = source
         self.offset_bytes = offset_bytes
         self.size_bytes = size_bytes
@@ -114,13 +114,13 @@ class View:
         self._count_again = 0.0
 
     def open(self, *, write: bool) -> Handle:
-        """An open file. Raises PermissionError (EACCES) for writing to what is read-only, and what opening raises."""
+        """An open file. Raises PermissionError (EACCES) for writing to a read-only view, and what opening raises."""
         if write and not self.writable:
             raise PermissionError(errno.EACCES, "may only be read")
         return Handle(self, self.source.disk(), writable=write)
 
     def allocated_bytes(self) -> int:
-        """How many bytes take space: for a disk of many pieces those of its blocks, else exactly those of its data."""
+        """How many bytes are allocated: those of its blocks if the disk has many pieces, else exactly its data."""
         now = time.monotonic()
         if self._counted < 0 or (self._counted_at != self.source.changes and now >= self._count_again):
             changes = self.source.changes
@@ -130,13 +130,13 @@ class View:
         return self._counted
 
     def truncate(self, size_bytes: int) -> None:
-        """Nothing when it has that size; else EPERM, as ftruncate(2) says of file systems that cannot."""
+        """Do nothing if it has that size; else raise EPERM, as ftruncate(2) specifies for such file systems."""
         if size_bytes != self.size_bytes:
             raise OSError(errno.EPERM, "a disk has a fixed size")
 
 
 def count_allocated(disk: Disk, offset_bytes: int, size_bytes: int) -> int:
-    """Bytes of a range that some layer has data for."""
+    """The bytes of a range for which some layer holds data."""
     if size_bytes == 0:
         return 0
     blocks = [size for _, size, is_hole in disk.known_holes(offset_bytes, size_bytes) if not is_hole]
@@ -147,7 +147,7 @@ def count_allocated(disk: Disk, offset_bytes: int, size_bytes: int) -> int:
 
 
 class Handle:
-    """An open file. Offsets count from the beginning of the view. Any thread."""
+    """An open file. Offsets count from the start of the view. Usable from any thread."""
 
     __slots__ = ("_base", "_disk", "_read", "_size", "_unflushed", "node", "settled", "writable")
 
@@ -162,7 +162,7 @@ class Handle:
         self.settled = view.settled
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer`; returns how much there is, less than asked for only at the end. Raises IoFailed."""
+        """Fill `buffer`; returns the number of bytes, fewer than requested only at the end. Raises IoFailed."""
         size = len(buffer)
         if offset + size > self._size:
             size = max(self._size - offset, 0)
@@ -173,7 +173,7 @@ class Handle:
         return size
 
     def write(self, offset: int, data: memoryview) -> int:
-        """Write what lies inside. Raises OSError (EBADF, ENOSPC), NoSpace, IoFailed, SyncFailed."""
+        """Write the part inside the view. Raises OSError (EBADF, ENOSPC), NoSpace, IoFailed, SyncFailed."""
         self._check_writable()
         size = len(data)
         if offset + size > self._size:
@@ -207,7 +207,7 @@ class Handle:
             self._touch()
 
     def seek(self, offset: int, whence: int) -> int:
-        """The next data or hole from `offset` on. Raises OSError (ENXIO, EINVAL), IoFailed."""
+        """The offset of the next data or hole. Raises OSError (ENXIO, EINVAL), IoFailed."""
         if whence not in (SEEK_DATA, SEEK_HOLE):
             raise OSError(errno.EINVAL, "no such way of seeking")
         if not 0 <= offset < self._size:
@@ -221,17 +221,17 @@ class Handle:
         return self._size
 
     def flush(self) -> None:
-        """Return when what was written is on the device. Raises SyncFailed, NoSpace, IoFailed."""
+        """Return when everything written is on the device. Raises SyncFailed, NoSpace, IoFailed."""
         if self._disk.writable:
             self._unflushed = False
             try:
                 self._disk.flush()
             except BaseException:
-                self._unflushed = True  # whoever closes it next is told, too
+                self._unflushed = True  # so that the next close reports it, too
                 raise
 
     def closing(self) -> None:
-        """Somebody closes the file: as `flush`, when something was written through it."""
+        """A descriptor of the file is closed: `flush` if something was written through this handle."""
         if self._unflushed:
             self.flush()
 
@@ -247,4 +247,4 @@ class Handle:
         source = self.node.source
         assert isinstance(source, LiveSource)
         source.touch()
-        self._unflushed = True  # only now: a flush that began during the write does not cover it
+        self._unflushed = True  # set after the write: a flush that began during it does not cover it

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How nbdkit is started with our plugin: its command line, its environment, and whether its Python is ours.
+"""How nbdkit is started with our plugin: its command line, its environment, and a check of its Python.
 
 Decides how our options are passed to nbdkit and its filters, and where its Python finds our modules. Starts nothing.
 
-nbdkit has the Python with which it was built. It imports our modules from the folders in which they were found here,
-which works if both Pythons are of the same minor version, because numpy is compiled for one.
+nbdkit embeds the Python with which it was built. That Python imports our modules from the folders in which they were
+found here, which requires the same minor version, because numpy is compiled for one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _VERSION_LINE = re.compile(r"^python_version=(\d+)\.(\d+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class NbdkitLaunch:
-    """What nbdkit is to serve: (name, absolute path) of each export, the first is the default one.
+    """What nbdkit is to serve: (name, absolute path) of each export; the first is the default.
 
-    `description`: what clients are told about the only export, instead of what the plugin says.
-    `arguments` are for nbdkit as they stand: options, and KEY=VALUE of its filters.
+    `description`: the text that clients receive for a single export, instead of the plugin's.
+    `arguments` are passed to nbdkit unchanged: options, and KEY=VALUE of its filters.
     """
 
     exports: tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ class NbdkitLaunch:
 
 
 def nbdkit_command(program: str, launch: NbdkitLaunch) -> list[str]:
-    """The words that start nbdkit. It listens on the sockets it is given as LISTEN_FDS says."""
+    """The command that starts nbdkit. It listens on the sockets passed to it by LISTEN_FDS."""
     command = [program, "--foreground", "--exit-with-parent"]
     if launch.pid_file is not None:
         command.append(f"--pidfile={launch.pid_file}")
@@ -67,7 +67,7 @@ def nbdkit_command(program: str, launch: NbdkitLaunch) -> list[str]:
 
 
 def writes(launch: NbdkitLaunch) -> bool:
-    """False when nbdkit itself keeps what clients write away from the images."""
+    """False if nbdkit itself keeps clients' writes away from the images."""
     words = launch.arguments
     protected = {"--filter=cow", "-r", "--readonly", "--read-only"} & set(words)
     in_two_words = ("--filter", "cow") in itertools.pairwise(words)
@@ -93,8 +93,8 @@ def _settings(launch: NbdkitLaunch) -> list[str]:
 def nbdkit_environment(program: str, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment in which nbdkit's Python finds our modules and its own standard library.
 
-    The embedded Python takes its library from beside the first `python3` of PATH. That must be the one nbdkit was
-    built with, not that of an environment or of another version of ours.
+    The embedded Python uses the library beside the first `python3` in PATH. That must be the Python with which nbdkit
+    was built, not one of a virtual environment or of another version.
     """
     changed = {name: value for name, value in environment.items() if name not in ("PYTHONHOME", "VIRTUAL_ENV")}
     folders = [*_module_folders(), *_entries(environment.get("PYTHONPATH", ""))]
@@ -109,7 +109,7 @@ def _entries(path: str) -> list[str]:
 
 
 def _module_folders() -> list[str]:
-    """Where what the plugin needs was found by the Python that runs now."""
+    """The folders in which the running Python found what the plugin needs."""
     folders = []
     for name in _NEEDED:
         found = importlib.util.find_spec(name)
@@ -119,7 +119,7 @@ def _module_folders() -> list[str]:
 
 
 def check_python(dump: str, running: Sequence[int]) -> None:
-    """Raise InvalidArgument unless nbdkit's Python is of our version, by what `nbdkit python --dump-plugin` prints."""
+    """Raise InvalidArgument unless nbdkit's Python has our version, as printed by `nbdkit python --dump-plugin`."""
     found = _VERSION_LINE.search(dump)
     if found is None:
         raise missing("its python plugin is not")

@@ -5,15 +5,15 @@
 
     image=PATH                  what is served; repeatable, the first is the default export
     name=NAME                   the name of the export of the next image= (without it: the empty name)
-    description=TEXT            what clients are told about the next image=, instead of its kind, size and file name
+    description=TEXT            what clients receive for the next image=, instead of its kind, size and file name
     access=read|write           open for this at the start; `read` never writes. Without it, a disk is opened for
                                 reading at the start, and for writing while there is a client that may write (not with
                                 nbdkit's -r, nor behind its cow filter); if another program has it open, that
                                 client may only read
     parent-dir=DIR, allow-raw-parent=BOOL, dynamic-bitmap=spec|ignore, format=raw|vhd    as on the command line
 
-Decides how nbdkit's callbacks become calls of a `Disk`. nbdkit runs this file in its embedded Python: the names below
-are those that it looks for, and `open` is one of them. Must not know sockets or NBD's wire format.
+Decides how nbdkit's callbacks become calls of a `Disk`. nbdkit runs this file in its embedded Python and looks for the
+functions below by name; `open` is one of them. Must not know sockets or NBD's wire format.
 
 All connections to an export share one `Disk`, so a flush on one covers the writes of all.
 """
@@ -40,8 +40,8 @@ from vhdkit.serve.opening import described
 from vhdkit.units import MIB, PAGE_SIZE
 
 API_VERSION = 2
-MAX_REQUEST_BYTES = 64 * MIB  # what nbdkit itself takes at most
-_FULL_TRACEBACK = 1000  # entries: what Python has when nobody says otherwise
+MAX_REQUEST_BYTES = 64 * MIB  # the largest request that nbdkit accepts
+_FULL_TRACEBACK = 1000  # entries: Python's default
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 P = ParamSpec("P")
@@ -49,11 +49,11 @@ T = TypeVar("T")
 
 
 class _Settings:
-    """What the command line of nbdkit said."""
+    """The settings from nbdkit's command line."""
 
     def __init__(self) -> None:
-        self.images: dict[str, str] = {}  # by the name of the export; in order
-        self.descriptions: dict[str, str] = {}  # of those that were given one
+        self.images: dict[str, str] = {}  # by export name, in order
+        self.descriptions: dict[str, str] = {}  # of the exports that have one
         self.next_name: str | None = None
         self.next_description: str | None = None
         self.access: str | None = None
@@ -75,12 +75,12 @@ class _Settings:
 
 _settings = _Settings()
 _exports: dict[str, Export] = {}
-_clients: dict[str, int] = {}  # how many there are of each export
+_clients: dict[str, int] = {}  # number of clients of each export
 _opening = threading.Lock()
 
 
 def _told(callback: Callable[P, T]) -> Callable[P, T]:
-    """A callback whose errors reach the client under the right number, and people in one line."""
+    """Wrap a callback so that its errors reach the client with the right number, and the log as one line."""
 
     @functools.wraps(callback)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -88,10 +88,10 @@ def _told(callback: Callable[P, T]) -> Callable[P, T]:
             return callback(*args, **kwargs)
         except errors.VhdkitError as error:
             nbdkit.set_error(int(wire_errno(error.errno)))
-            sys.tracebacklimit = 0  # nbdkit prints what Python says of an exception
+            sys.tracebacklimit = 0  # nbdkit prints exceptions the way Python does
             raise error from None
         except Exception:
-            sys.tracebacklimit = _FULL_TRACEBACK  # not foreseen: show where it came from
+            sys.tracebacklimit = _FULL_TRACEBACK  # unexpected: show where it came from
             raise
 
     return called
@@ -102,8 +102,8 @@ def _told(callback: Callable[P, T]) -> Callable[P, T]:
 
 @_told
 def config(key: str, value: str) -> None:
-    """One KEY=VALUE. Raises InvalidArgument for one that is not known."""
-    # Paths are made absolute now: nbdkit changes its folder when it goes to the background.
+    """Handle one KEY=VALUE. Raises InvalidArgument for an unknown key."""
+    # Paths are made absolute now: nbdkit changes its working folder when it goes to the background.
     if key == "image":
         _add_image(value)
     elif key == "name":
@@ -142,7 +142,7 @@ def _add_image(path: str) -> None:
 
 
 def _check_order(key: str, waiting: str | None) -> None:
-    """What stands before an image=PATH is about that image. Raises InvalidArgument for a second one before it."""
+    """Raise InvalidArgument if an earlier value for `key` still waits for its image=PATH."""
     if waiting is not None:
         raise errors.InvalidArgument(f"{key}={errors.printable(waiting)} has no image=PATH after it")
 
@@ -155,7 +155,7 @@ def _one_of(key: str, value: str, *known: str) -> str:
 
 @_told
 def config_complete() -> None:
-    """There must be something to serve, and an image for each name and description."""
+    """Check that there is an image to serve, and one for each name and description."""
     _check_order("name", _settings.next_name)
     _check_order("description", _settings.next_description)
     if not _settings.images:
@@ -163,21 +163,21 @@ def config_complete() -> None:
 
 
 def thread_model() -> int:
-    """Reads need no lock and the disk has its own for writers: a slow request holds up no other one."""
+    """Fully parallel: reads need no lock, and the disk locks among writers, so slow requests do not block others."""
     model: int = nbdkit.THREAD_MODEL_PARALLEL
     return model
 
 
 @_told
 def get_ready() -> None:
-    """Look whether everything can be opened, while errors still reach the terminal."""
+    """Check that everything can be opened, while errors still reach the terminal."""
     for path in _settings.images.values():
         _settings.open(path, writable=_settings.access == "write").close()
 
 
 @_told
 def after_fork() -> None:
-    """Open everything. Not before: the lock on a file would also be held by the process that nbdkit forked from."""
+    """Open everything. Not earlier: the process from which nbdkit forked would then also hold the locks."""
     for name, path in _settings.images.items():
         disk = _settings.open(path, writable=_settings.access == "write")
         _exports[name] = Export(name, disk, description=_settings.descriptions.get(name, described(disk)))
@@ -186,7 +186,7 @@ def after_fork() -> None:
 
 @_told
 def cleanup() -> None:
-    """nbdkit ends: flush and close all disks. Raises the first error of that."""
+    """nbdkit is ending: flush and close all disks. Raises the first error."""
     failures = []
     for export in _exports.values():
         try:
@@ -201,38 +201,38 @@ def cleanup() -> None:
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
-    """(name, description) of each."""
+    """(name, description) of each export."""
     return [(export.name, export.description) for export in _exports.values()]
 
 
 def default_export(readonly: bool, is_tls: bool) -> str:
-    """The name that the empty name stands for."""
+    """The export that the empty name stands for."""
     return next(iter(_exports))
 
 
 @_told
 def open(readonly: bool) -> Export:
-    """A client has come; the handle is the export it asked for. Raises NotFound for a name that is none."""
+    """A client connected; returns the requested export as its handle. Raises NotFound for an unknown name."""
     name = nbdkit.export_name() or default_export(readonly, False)
     export = _exports.get(name)
     if export is None:
         raise errors.NotFound(f"there is no export {errors.printable(name)!r}")
     with _opening:
         wants_to_write = not readonly and _settings.access is None and not export.disk.writable
-        if wants_to_write and not _clients[name]:  # beside a client that only reads, another one only reads too
+        if wants_to_write and not _clients[name]:  # while another client has it read-only, this one is read-only too
             _reopen_writable(export)
         _clients[name] += 1
     return export
 
 
 def _reopen_writable(export: Export) -> None:
-    """Open it for writing; for reading where another program has it open: most clients only want to read."""
+    """Open it for writing, or for reading if another program has it open: most clients only read."""
     path = _settings.images[export.name]
     export.disk.close()
     try:
         export.disk = _settings.open(path, writable=True)
     except errors.VhdkitError as error:
-        export.disk = _settings.open(path, writable=False)  # who only reads is still served
+        export.disk = _settings.open(path, writable=False)  # clients that only read can still be served
         if not isinstance(error, errors.ImageInUse) or isinstance(error, errors.HasChildren):
             raise
         nbdkit.debug(f"the export is read-only for now: {error}")
@@ -240,79 +240,79 @@ def _reopen_writable(export: Export) -> None:
 
 @_told
 def close(export: Export) -> None:
-    """A client has gone. The disk stays open for the next one, but what nobody here writes others may open."""
+    """A client disconnected. The disk stays open, but without a client it allows other programs to write."""
     with _opening:
         _clients[export.name] -= 1
         if not _clients[export.name] and _settings.access is None and export.disk.writable:
-            export.disk.flush()  # a failure is told, and told again at the end: then the disk stays as it is
+            export.disk.flush()  # if it fails, the error is reported now and at the end, and the disk stays as it is
             export.disk.close()
             export.disk = _settings.open(_settings.images[export.name], writable=False)
 
 
 def export_description(export: Export) -> str:
-    """What a client may show of the export."""
+    """A text for display."""
     return export.description
 
 
 def get_size(export: Export) -> int:
-    """In bytes."""
+    """The size in bytes."""
     return export.disk.size_bytes
 
 
 def block_size(export: Export) -> tuple[int, int, int]:
-    """The smallest request, the best and the largest, in bytes."""
+    """The minimum, preferred and maximum request size in bytes."""
     return 1, PAGE_SIZE, MAX_REQUEST_BYTES
 
 
 def can_write(export: Export) -> bool:
-    """False for a disk that was opened for reading."""
+    """False if the disk was opened for reading."""
     return export.disk.writable
 
 
 def can_multi_conn(export: Export) -> bool:
-    """One disk for all connections."""
+    """True: all connections share one disk."""
     return True
 
 
 def is_rotational(export: Export) -> bool:
-    """Order by place gains nothing."""
+    """False: ordering requests by offset gains nothing."""
     return False
 
 
 def can_flush(export: Export) -> bool:
-    """Always."""
+    """True."""
     return True
 
 
 def can_fua(export: Export) -> int:
-    """`Disk` does it."""
+    """Native: `Disk` implements it."""
     native: int = nbdkit.FUA_NATIVE
     return native
 
 
 def can_trim(export: Export) -> bool:
-    """Where writes are possible."""
+    """True if the disk is writable."""
     return export.disk.writable
 
 
 def can_zero(export: Export) -> bool:
-    """Where writes are possible."""
+    """True if the disk is writable."""
     return export.disk.writable
 
 
 def can_fast_zero(export: Export) -> bool:
-    """It is said at once when zeros are not fast."""
+    """True if the disk is writable: a request fails at once if zeros are not fast."""
     return export.disk.writable
 
 
 def can_cache(export: Export) -> int:
-    """By reading."""
+    """Native: `cache` reads the range."""
     native: int = nbdkit.CACHE_NATIVE
     return native
 
 
 def can_extents(export: Export) -> bool:
-    """Always."""
+    """True."""
     return True
 
 
@@ -321,31 +321,31 @@ def can_extents(export: Export) -> bool:
 
 @_told
 def pread(export: Export, buf: memoryview, offset: int, flags: int) -> None:
-    """From the file straight into nbdkit's buffer."""
+    """Read from the file directly into nbdkit's buffer."""
     export.disk.read_into(offset, buf)
 
 
 @_told
 def pwrite(export: Export, buf: memoryview, offset: int, flags: int) -> None:
-    """From nbdkit's buffer straight into the file."""
+    """Write from nbdkit's buffer directly to the file."""
     export.disk.write(offset, buf, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
 @_told
 def flush(export: Export, flags: int) -> None:
-    """Covers what any connection was told to be written."""
+    """Make durable the completed writes of all connections."""
     export.disk.flush()
 
 
 @_told
 def trim(export: Export, count: int, offset: int, flags: int) -> None:
-    """The range is no longer needed."""
+    """Discard a range."""
     export.disk.trim(offset, count, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
 @_told
 def zero(export: Export, count: int, offset: int, flags: int) -> None:
-    """The range reads as zeros. Zeros that must take their space are data: nbdkit then writes them itself."""
+    """Make the range read as zeros. Zeros that must take space are data: nbdkit then writes them itself."""
     if not flags & nbdkit.FLAG_MAY_TRIM or (flags & nbdkit.FLAG_FAST_ZERO and not export.disk.zeroes_are_fast()):
         nbdkit.set_error(errno.EOPNOTSUPP)
         raise OSError(errno.EOPNOTSUPP, "zeros here are not faster than data")
@@ -354,7 +354,7 @@ def zero(export: Export, count: int, offset: int, flags: int) -> None:
 
 @_told
 def cache(export: Export, count: int, offset: int, flags: int) -> None:
-    """Read a range, so that it is in the page cache."""
+    """Read a range into the page cache."""
     scratch = memoryview(bytearray(min(count, PIECE_BYTES)))
     end = offset + min(count, MAX_CACHE_BYTES)
     while offset < end:
@@ -365,7 +365,7 @@ def cache(export: Export, count: int, offset: int, flags: int) -> None:
 
 @_told
 def extents(export: Export, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    """(offset, size, kind) of the range: the kinds are NBD's flags of base:allocation, as nbdkit's are."""
+    """(offset, size, kind) of the range: the kinds are NBD's flags of base:allocation, which nbdkit shares."""
     limit = 1 if flags & nbdkit.FLAG_REQ_ONE else None
     result = []
     for size, kind in export.status_runs(ALLOCATION, offset, count, extended=True, limit=limit):
