@@ -70,6 +70,29 @@ def without_fixed(spec: SwitchSpec, mac: str, adapter: str) -> SwitchSpec:
     return switch_spec.make_switch(**{**spec.model_dump(), "leases": rest})
 
 
+def refuse_network(spec: SwitchSpec) -> None:
+    """Raise InvalidSpec for a new internal switch whose network guests cannot use, or whose forwards leave it.
+
+    Existing switches keep what they have: they must still be found, shown and deleted.
+    """
+    network = spec.network
+    for kind, what in (
+        ("is_multicast", "for multicast"),
+        ("is_loopback", "for loopback"),
+        ("is_link_local", "link-local"),
+        ("is_unspecified", "not for hosts"),
+        ("is_reserved", "reserved"),
+    ):
+        if getattr(network.network_address, kind) or getattr(network.broadcast_address, kind):
+            raise errors.InvalidSpec(
+                f"the network {network} is {what}: guests cannot use it",
+                hint="choose a private network, such as --address 10.77.0.1/24",
+            )
+    for forward in spec.forwards:
+        if guest := forward.rpartition("-")[2].partition(":")[0]:  # without one it is the gateway's first
+            refuse(spec, guest)
+
+
 def refuse_range(spec: SwitchSpec) -> None:
     """Raise InvalidSpec where the internal switch has no address to give out, or one that no guest can have."""
     if not spec.dhcp:

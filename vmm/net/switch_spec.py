@@ -188,7 +188,9 @@ class SwitchSpec(_Settings):
         if self.interface.ip in (network.network_address, network.broadcast_address):
             raise ValueError(f"{self.interface.ip} is the network's own address, not a host's")
         first, last = self.dhcp_range
-        if first not in network or last not in network or first > last:
+        if first > last:
+            raise ValueError(f"the DHCP range {first} to {last} ends before it begins")
+        if first not in network or last not in network:
             raise ValueError(f"the DHCP range {first} to {last} is not within {network}")
         for key in ("mac", "address"):
             values = [getattr(lease, key) for lease in self.leases]

@@ -85,6 +85,7 @@ def create(spec: SwitchSpec) -> None:
     """
     SwitchProcess.of(spec.id, spec.name)
     if spec.type == "internal":
+        guest_addresses.refuse_network(spec)
         guest_addresses.refuse_range(spec)
     spec = cards.with_address(spec)
     paths.make_home()

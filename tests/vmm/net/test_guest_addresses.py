@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vmm.model import errors
-from vmm.net.guest_addresses import refuse_range, with_fixed, without_fixed
+from vmm.net.guest_addresses import refuse_network, refuse_range, with_fixed, without_fixed
 from vmm.net.switch_spec import SwitchSpec, make_switch
 
 ONE, TWO = "02:00:00:00:00:01", "02:00:00:00:00:02"
@@ -88,3 +88,32 @@ def test_ranges(backend: str, first: str, last: str, words: str | None) -> None:
     with pytest.raises(errors.InvalidSpec, match=words):
         refuse_range(spec)
     refuse_range(switch(backend, dhcp_first=first, dhcp_last=last, dhcp=False))
+
+
+@pytest.mark.parametrize("backend", ["user", "bridge"])
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("224.0.0.1/24", "for multicast"),
+        ("127.9.0.1/16", "for loopback"),
+        ("169.254.7.1/24", "link-local"),
+        ("0.0.0.1/8", "not for hosts"),
+        ("240.0.0.1/24", "reserved"),
+    ],
+)
+def test_networks_that_guests_cannot_use(backend: str, address: str, words: str) -> None:
+    """A new switch cannot have them; an existing one can still be read, and so deleted."""
+    spec = switch(backend, address=address, leases=[])
+    with pytest.raises(errors.InvalidSpec, match=words) as caught:
+        refuse_network(spec)
+    assert "--address" in str(caught.value.hint)
+    for fine in ("10.0.7.1/24", "172.16.0.1/16", "192.168.9.1/29", "100.64.1.1/24", "198.51.100.1/24"):
+        refuse_network(switch(backend, address=fine, leases=[]))
+
+
+@pytest.mark.parametrize("guest", ["10.0.8.9", "10.0.7.0", "10.0.7.255", "10.0.7.1", "10.0.7.2"])
+def test_forwarded_ports_lead_to_guests(guest: str) -> None:
+    """A guest's address must lie in the network and be one that a guest can have."""
+    with pytest.raises(errors.InvalidSpec, match=guest):
+        refuse_network(switch("user", forwards=(f"tcp:127.0.0.1:2222-{guest}:22",)))
+    refuse_network(switch("user", forwards=("tcp::2222-10.0.7.9:22", "udp::53-:53")))
