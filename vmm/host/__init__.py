@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host is and has: its devices, what it lacks, and what starts with it."""
+"""Facts about this host and what runs on it: its devices, its missing features, and what starts at boot."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines that start with the host: the systemd unit, and how it is installed and removed.
+"""Machines that start with the host: the systemd unit, its installation and its removal.
 
-Decides the content of the unit and where it lies: for the whole system if root installs it, otherwise for the user's
-own service manager. The unit calls the command line, which carries out each machine's automatic start and stop actions
-(`vmm host autostart --start-machines`, `--stop-machines`); this room does not know machines.
+Decides the content of the unit and where it is installed: for the whole system when root installs it, otherwise for
+the user's own service manager. The unit runs the command line, which carries out the automatic start and stop actions
+of every machine (`vmm host autostart --start-machines`, `--stop-machines`); this module knows nothing about machines.
 
-A unit is checked by systemd-analyze before it gets its name. It is stopped by a command and not by killing its
-processes, so that machines are saved or shut down first; systemd kills what is left after that.
+A unit is checked by systemd-analyze before it is put in place. It is stopped by a command and not by killing its
+processes, so that machines are saved or shut down first; systemd then kills whatever is left.
 
 Sources: systemd.service(5), systemd.unit(5), systemd.exec(5), "COMMAND LINES" for the quoting, loginctl(1).
 """
@@ -32,7 +32,7 @@ Scope = Literal["system", "user"]
 UNIT = "vmm-machines.service"
 SYSTEM_FOLDER = "/etc/systemd/system"
 KEPT_VARIABLES = ("VMM_HOME", "VMM_RUNTIME")
-STOP_SECONDS = 900  # to save the memory of all machines
+STOP_SECONDS = 900  # enough to save the memory of all machines
 _SYSTEMD_RUNS = "/run/systemd/system"
 _LINGER_FOLDER = "/var/lib/systemd/linger"
 _SECONDS = 60.0
@@ -41,7 +41,7 @@ _UNIT_MODE = 0o644
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was done: the unit's path, whether anything changed, and what is still to be known or done."""
+    """What was done: the path of the unit, whether anything changed, and notes for the user."""
 
     path: str
     changed: bool
@@ -49,12 +49,12 @@ class Result:
 
 
 def default_scope() -> Scope:
-    """For the system where we are root, else for the user."""
+    """The system scope for root, otherwise the user scope."""
     return "system" if os.geteuid() == 0 else "user"
 
 
 def unit_path(scope: Scope) -> str:
-    """Where the unit lies."""
+    """The path of the unit."""
     if scope == "system":
         return os.path.join(SYSTEM_FOLDER, UNIT)
     base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
@@ -62,9 +62,9 @@ def unit_path(scope: Scope) -> str:
 
 
 def unit_text(scope: Scope, command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The unit: `command` is how vmm is called, `environment` what it must find again. Pure.
+    """The content of the unit: `command` runs vmm, `environment` is set for it. Pure.
 
-    Raises InvalidSpec for a command that no unit can hold.
+    Raises InvalidSpec for a command that a unit cannot express.
     """
     if not command or not os.path.isabs(command[0]):
         raise InvalidSpec("a unit needs the whole path of the command", path=command[0] if command else "")
@@ -80,7 +80,7 @@ def unit_text(scope: Scope, command: Sequence[str], environment: Mapping[str, st
         "\n[Service]\n"
         "Type=exec\n"  # the boot does not wait for machines that start with a delay
         "RemainAfterExit=yes\n"
-        "SuccessExitStatus=1\n"  # a unit that failed is killed with all its processes, the machines that did start
+        "SuccessExitStatus=1\n"  # systemd would kill all processes of a failed unit, including machines that started
         f"{variables}"
         f"ExecStart=:{call} host autostart --start-machines\n"
         f"ExecStop=:{call} host autostart --stop-machines\n"
@@ -91,7 +91,7 @@ def unit_text(scope: Scope, command: Sequence[str], environment: Mapping[str, st
 
 
 def _quoted(word: str) -> str:
-    """A word as systemd reads it: quoted, with nothing that it would replace (variables: see the colons above)."""
+    """A word quoted for systemd, with nothing for it to expand (for variables, see the colons above)."""
     if any(not one.isprintable() for one in word):
         raise InvalidSpec("holds a character that a unit cannot", path=word)
     for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%")):
@@ -100,15 +100,15 @@ def _quoted(word: str) -> str:
 
 
 def kept_environment() -> dict[str, str]:
-    """What of our environment decides where machines lie, so the unit must have it too."""
+    """The environment variables that decide where machines are; the unit must set them too."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if os.environ.get(name)}
     return kept | in_use().environment()
 
 
 def install(scope: Scope, command: Sequence[str]) -> Result:
-    """Put the unit in place and have it started with the host. Doing it again changes nothing.
+    """Put the unit in place and enable it at boot. Idempotent.
 
-    Raises Unsupported (no systemd), AccessDenied (for the system: not root), InvalidSpec (systemd refuses the unit).
+    Raises Unsupported (no systemd), AccessDenied (system scope without root), InvalidSpec (systemd rejects the unit).
     """
     if shutil.which("systemctl", path=program_path()) is None:
         raise Unsupported(
@@ -133,7 +133,7 @@ def install(scope: Scope, command: Sequence[str]) -> Result:
 
 
 def remove(scope: Scope) -> Result:
-    """Take the unit away; running machines go on. Doing it again changes nothing. Raises AccessDenied."""
+    """Disable and remove the unit; running machines continue. Idempotent. Raises AccessDenied."""
     path = unit_path(scope)
     if not os.path.lexists(path):
         return Result(path, False)
@@ -150,7 +150,7 @@ def remove(scope: Scope) -> Result:
 
 
 def is_installed(scope: Scope) -> bool:
-    """True when the unit is in place."""
+    """True if the unit is in place."""
     return os.path.lexists(unit_path(scope))
 
 
@@ -158,7 +158,7 @@ def is_installed(scope: Scope) -> bool:
 
 
 def verify(path: str, scope: Scope) -> str | None:
-    """What systemd-analyze says against a unit; None when it says nothing or is not there."""
+    """The complaints of systemd-analyze about a unit; None if it has none or is not installed."""
     program = shutil.which("systemd-analyze", path=program_path())
     if program is None:
         return None
@@ -166,7 +166,7 @@ def verify(path: str, scope: Scope) -> str | None:
         done = _run([program, f"--{scope}", "verify", "--man=no", path])
     except subprocess.TimeoutExpired:
         return None
-    # It looks at units that ours needs, too, and warns about theirs.
+    # It also reads the units that ours depends on, and reports warnings about them.
     said = [line for line in (done.stdout + done.stderr).splitlines() if os.path.basename(path) in line]
     if done.returncode == 0:
         return None
@@ -219,7 +219,7 @@ def _content(path: str) -> str | None:
 
 
 def _runs(scope: Scope) -> bool:
-    """True when a service manager of that scope runs."""
+    """True if a service manager of that scope is running."""
     if not os.path.isdir(_SYSTEMD_RUNS):
         return False
     return scope == "system" or os.path.exists(f"{os.environ.get('XDG_RUNTIME_DIR', '/none')}/systemd/private")
@@ -239,7 +239,7 @@ def _systemctl(scope: Scope, *words: str) -> None:
 
 
 def _reload(scope: Scope) -> None:
-    """Have a running service manager read its units again."""
+    """Tell a running service manager to reload its units."""
     if _runs(scope):
         _systemctl(scope, "daemon-reload")
 

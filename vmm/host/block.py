@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every block device of this host: what it is, how it is attached, who uses it.
+"""The block devices of this host: their kind, how they are attached, and what uses them.
 
-Decides how a device's kind, transport and identity are read from the kernel's own files, and whether it is attached
-directly (DAS) or through a storage network (SAN). What may be done with a device is decided in
-`kvm.passthrough`. Opens no device, so it needs no rights; everything is read below one root folder, which is
-another one in the tests.
+Decides how a device's kind, transport and identity are read from sysfs and /proc, and whether it is attached directly
+(DAS) or through a storage network (SAN). What may be done with a device is decided in `kvm.passthrough`. Opens no
+device except loop devices (to identify their file), and works without privileges; everything is read below one root
+folder, which tests replace.
 
-The identity is what stays the same when the kernel renumbers its devices: a WWN, a serial number, the id of a
-volume, the file behind a loop device. A device without any of these has none; its name never serves as one.
+The identity is what stays the same when the kernel renumbers its devices: a WWN, a serial number, the id of a volume,
+the file behind a loop device. A device without any of these has no identity; its name is never used as one.
 
 Sources: Linux Documentation/ABI/{stable,testing}/sysfs-block, sysfs-class-* and sysfs-devices-*;
-proc_pid_mountinfo(5) and swapon(8); udev's 60-persistent-storage.rules for the order in which identities are believed.
+proc_pid_mountinfo(5) and swapon(8); udev's 60-persistent-storage.rules for the order of trust among identities.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from vmm.model.errors import InvalidSpec, NotFound
 Kind = Literal["disk", "partition", "cd-rom", "loop", "raid", "mapper", "multipath", "memory", "network"]
 Attachment = Literal["DAS", "SAN"]
 
-SYSFS_SECTOR_BYTES = 512  # the unit of every `size` file, whatever the device's own sectors are
+SYSFS_SECTOR_BYTES = 512  # unit of every `size` file, whatever the device's own sector size
 SAN_TRANSPORTS = frozenset({"iscsi", "fc", "nvme-tcp", "nvme-rdma", "nvme-fc", "nbd", "rbd"})
 _MAX_FILE_BYTES = 1 << 20
-_SECTORS_WRITTEN = 6  # of a device's `stat`
-_MAX_DEPTH = 16  # of devices on devices
-# The first that matches the device's place in the tree of devices.
+_SECTORS_WRITTEN = 6  # index in a device's `stat`
+_MAX_DEPTH = 16  # of stacked devices
+# The first pattern that matches the device's path in sysfs decides.
 _TRANSPORT_OF_PLACE = (
     (re.compile(r"/session\d+/"), "iscsi"),
     (re.compile(r"/rport-\d+"), "fc"),
@@ -49,16 +49,16 @@ _TRANSPORT_OF_PLACE = (
     (re.compile(r"/virtio\d+/"), "virtio"),
     (re.compile(r"/host\d+/target"), "scsi"),
 )
-# Links of udev that are not made from an identity, or from one that we read ourselves in a better form.
+# udev links that are not based on an identity, or on one that we read ourselves in a better form.
 _WEAK_LINKS = ("lvm-pv-uuid-", "dm-name-")
 _STRONG_LINKS = ("wwn-", "nvme-eui.", "nvme-uuid.", "scsi-3", "dm-uuid-", "md-uuid-")
 
 
 @dataclass(frozen=True, slots=True)
 class BlockDevice:
-    """One block device. Sizes in bytes; texts are None where the host does not say."""
+    """One block device. Sizes in bytes; a text is None if the host does not report it."""
 
-    name: str  # the kernel's, which changes from boot to boot: "sda"
+    name: str  # assigned by the kernel, and different from boot to boot: "sda"
     path: str
     number: str  # "8:0"
     kind: Kind
@@ -74,23 +74,23 @@ class BlockDevice:
     read_only: bool
     removable: bool
     rotational: bool
-    parent: str | None  # of a partition: the name of the whole disk
+    parent: str | None  # for a partition: the name of the whole disk
     partitions: tuple[str, ...]
-    holders: tuple[str, ...]  # devices made of this one
-    members: tuple[str, ...]  # devices that this one is made of
+    holders: tuple[str, ...]  # devices built on this one
+    members: tuple[str, ...]  # devices that this one is built from
     mounts: tuple[str, ...]
     is_swap: bool
-    file: str | None  # behind a loop device
+    file: str | None  # the file behind a loop device
     file_inode: Inode | None = None  # of that file, which may have other names
 
     @property
     def is_present(self) -> bool:
-        """False for a drive without medium and a loop device without file."""
+        """False for a drive without a medium and a loop device without a file."""
         return self.size_bytes > 0
 
 
 class HostDevices:
-    """The kernel's view below a root folder, read once: `HostDevices().devices()`."""
+    """The kernel's view below a root folder: `HostDevices().devices()`. Tables and devices are read once."""
 
     def __init__(self, root: str = "/") -> None:
         self._root = root
@@ -100,7 +100,7 @@ class HostDevices:
         self._cache: dict[str, BlockDevice] = {}
 
     def devices(self) -> list[BlockDevice]:
-        """All of them, each disk followed by its partitions. Those that vanish meanwhile are left out."""
+        """All devices, each disk followed by its partitions. Devices that disappear meanwhile are omitted."""
         folder = self._path("sys/class/block")
         try:
             names = os.listdir(folder)
@@ -116,22 +116,22 @@ class HostDevices:
         return sorted(found, key=lambda one: (_natural(one.parent or one.name), _natural(one.name)))
 
     def device(self, name: str) -> BlockDevice:
-        """One device by the kernel's name. Raises NotFound."""
+        """The device with that kernel name. Raises NotFound."""
         if name not in self._cache:
             self._cache[name] = self._read(name)
         return self._cache[name]
 
     def device_of_number(self, number: str) -> BlockDevice:
-        """One device by its number, "8:0". Raises NotFound."""
+        """The device with that number, such as "8:0". Raises NotFound."""
         place = self._path(f"sys/dev/block/{number}")
         if not os.path.islink(place):
             raise NotFound(f"the kernel knows no block device {number}")
         return self.device(os.path.basename(os.readlink(place)))
 
     def by_identity(self, identity: str) -> list[BlockDevice]:
-        """Every device that has this identity: none when it is gone, several when identities are not unique.
+        """All devices with this identity: none if the device is gone, several if identities are not unique.
 
-        Loop devices on one file are of one identity, by whichever of its names.
+        Loop devices on one file count as one identity, even if they use different names of the file.
         """
         found = [one for one in self.devices() if one.identity == identity]
         inodes = {one.file_inode for one in found if one.file_inode is not None}
@@ -191,7 +191,7 @@ class HostDevices:
         return "cd-rom" if self._value(name, "device/type") == "5" else "disk"
 
     def _transport(self, disk: str, members: tuple[str, ...]) -> str | None:
-        fabric = self._value(disk, "device/transport")  # of an NVMe controller, or of its subsystem's below
+        fabric = self._value(disk, "device/transport")  # of an NVMe controller; a subsystem's follows
         if fabric is None and disk.startswith("nvme"):
             fabric = next(self._fabrics_of_subsystem(disk), None)
         if fabric is not None:
@@ -206,7 +206,7 @@ class HostDevices:
         return kinds.pop() if len(kinds) == 1 else None
 
     def _fabrics_of_subsystem(self, disk: str) -> Iterator[str]:
-        """Transports of the controllers of a multipath NVMe disk, whose parent is no controller but a subsystem."""
+        """Transports of the controllers of a multipath NVMe disk, whose parent in sysfs is a subsystem."""
         subsystem = os.path.join(self._sys(disk), "device")
         try:
             names = sorted(os.listdir(subsystem))
@@ -221,7 +221,7 @@ class HostDevices:
     def _attachment(
         self, disk: str, transport: str | None, members: tuple[str, ...], depth: int = 0
     ) -> Attachment | None:
-        """SAN as soon as one part comes over a network; None for what is no hardware."""
+        """SAN if any component is reached over a network; None for devices without hardware."""
         if transport is not None:
             return "SAN" if transport in SAN_TRANSPORTS else "DAS"
         if depth >= _MAX_DEPTH:
@@ -244,7 +244,7 @@ class HostDevices:
         file: str | None,
         links: tuple[str, ...],
     ) -> str | None:
-        """A text that names this device wherever it turns up, most reliable source first."""
+        """A text that identifies this device wherever it appears; the most reliable source wins."""
         if parent is not None:
             of_disk = self.device(parent).identity
             return f"{of_disk},partition={self._value(name, 'partition')}" if of_disk else None
@@ -265,7 +265,7 @@ class HostDevices:
         if kind == "multipath":
             return (self._value(disk, "dm/uuid") or "").removeprefix("mpath-") or None
         text = self._value(disk, "wwid") or self._value(disk, "device/wwid")
-        # A "t10." name is made of vendor, model and serial; only of a device that has no WWN.
+        # A "t10." name is made of vendor, model and serial, and is used only by devices without a WWN.
         return " ".join(text.split()) if text else None
 
     def _serial(self, disk: str) -> str | None:
@@ -273,14 +273,14 @@ class HostDevices:
             text = self._value(disk, name)
             if text:
                 return text
-        page = self._bytes(disk, "device/vpd_pg80")  # SCSI's unit serial number: a header of four bytes
+        page = self._bytes(disk, "device/vpd_pg80")  # SCSI unit serial number page: a header of four bytes
         text = page[4:].decode("ascii", "replace").strip(" \0") if len(page) > 4 else ""
         return text or None
 
     def _model(self, disk: str) -> str | None:
         parts = [self._value(disk, "device/vendor"), self._value(disk, "device/model")]
         if parts[0] in ("ATA", "NVMe") or (parts[0] or "").startswith("0x"):
-            parts[0] = None  # the kind of bus or a PCI number, not who made it
+            parts[0] = None  # the kind of bus or a PCI vendor number, not the manufacturer
         text = " ".join(part for part in parts if part) or self._value(disk, "dm/name")
         return text or self._value(disk, "device/name")
 
@@ -323,7 +323,7 @@ class HostDevices:
         return "/dev/" + name.replace("!", "/")
 
     def _resolved(self, path: str) -> str:
-        """Where links below this root's /dev lead."""
+        """The path, with links below this root's /dev resolved."""
         return os.path.realpath(self._path(path.lstrip("/")))
 
     def _links_by_id(self) -> Mapping[str, tuple[str, ...]]:
@@ -350,12 +350,12 @@ _KIND_OF_NAME: dict[str, Kind] = {
 
 
 def name_of_number(major: int, minor: int) -> str:
-    """How the kernel writes the number of a device."""
+    """A device number as the kernel writes it."""
     return f"{major}:{minor}"
 
 
 def find(path: str, *, root: str = "/") -> BlockDevice:
-    """The block device that a path leads to, by whichever name. Raises NotFound or InvalidSpec."""
+    """The block device that a path, under any of its names, leads to. Raises NotFound or InvalidSpec."""
     try:
         facts = os.stat(path)
     except OSError as error:
@@ -370,8 +370,8 @@ def find(path: str, *, root: str = "/") -> BlockDevice:
 
 
 def write_mark(path: str, *, root: str = "/") -> list[str | int | None]:
-    """[boot, disk sequence number, sectors written since boot]: changes when anybody on this host wrote to the device,
-    or when it was unplugged meanwhile. Raises as `find`."""
+    """[boot id, disk sequence number, sectors written since boot]: changes when any program on this host writes to the
+    device, or when it was unplugged meanwhile. Raises as `find`."""
     name = find(path, root=root).name
     folder = os.path.join(root, "sys/class/block", name)
     boot = _read_text(os.path.join(root, "proc/sys/kernel/random/boot_id"))
@@ -399,7 +399,7 @@ def _what(mode: int) -> str:
 
 
 def _mounts_by_device(text: str) -> dict[str, list[str]]:
-    """Mount points by device number and by source, from mountinfo. Some file systems show a number of their own."""
+    """Mount points by device number and by source, from mountinfo. Some file systems report numbers of their own."""
     found: dict[str, list[str]] = defaultdict(list)
     for line in text.splitlines():
         words = line.split(" ")
@@ -413,7 +413,7 @@ def _mounts_by_device(text: str) -> dict[str, list[str]]:
 
 
 def _swaps(text: str) -> Iterator[str]:
-    """Paths of the devices that the host swaps to."""
+    """Paths of the devices used as swap."""
     for line in text.splitlines()[1:]:
         words = line.split()
         if len(words) > 1 and words[1] == "partition":
@@ -421,19 +421,19 @@ def _swaps(text: str) -> Iterator[str]:
 
 
 def _unescaped(text: str) -> str:
-    """The kernel writes blanks in names as \\040."""
+    """Decode octal escapes: the kernel writes blanks in names as \\040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def _best_link(links: tuple[str, ...]) -> str | None:
-    """The link that says most about the device itself, else any but those that say nothing."""
+    """The link that best identifies the device itself, otherwise any link that is not weak."""
     usable = [link for link in links if not os.path.basename(link).startswith(_WEAK_LINKS)]
     strong = [link for link in usable if os.path.basename(link).startswith(_STRONG_LINKS)]
     return next(iter(strong or usable), None)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key by which sda2 comes before sda10, and sdz before sdaa."""
+    """A sort key that puts sda2 before sda10, and sdz before sdaa."""
     parts = re.findall(r"\d+|\D+", name)
     return [(0, int(part), "") if part.isdigit() else (1, len(part), part) for part in parts]
 
@@ -451,6 +451,6 @@ def _read_bytes(path: str) -> bytes | None:
 
 
 def _read_text(path: str) -> str | None:
-    """A file's text without the blanks around it; None where it cannot be read."""
+    """A file's text without surrounding blanks; None if it cannot be read."""
     content = _read_bytes(path)
     return None if content is None else content.decode("utf-8", "backslashreplace").strip(" \n\0")

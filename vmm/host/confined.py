@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a program that cannot look into other processes: sets a small system call filter, then calls exec.
+"""Starts a program that cannot access other processes: installs a small system call filter, then calls exec.
 
-Decides which system calls QEMU never needs but an escaped guest would: those that read or write another process's
-memory, take its descriptors or trace it (CAP_SYS_PTRACE would allow this, and without root the common user).
-QEMU's own filter does not include them. The filter is set before exec, so it is in force from QEMU's first
+Decides which system calls QEMU never needs but an escaped guest would use: those that read or write another process's
+memory, take its descriptors or trace it (permitted by CAP_SYS_PTRACE, or, without root, by the shared user id).
+QEMU's own filter does not include them. The filter is installed before exec, so it is in force from QEMU's first
 instruction, and for the programs in between (`unshare`, `setpriv`). Imports nothing of ours: it runs as an isolated
 script.
 
     python -I -S confined.py [--required] -- COMMAND...
 
-If the kernel has no filters, there is a warning in QEMU's log, or, with `--required`, an error. Access through files
-is not filtered: /proc/PID/mem of root's processes belongs to root, and QEMU's user has no right to open it.
+If the kernel does not support filters, QEMU's log gets a warning, or, with `--required`, an error. Access through
+files is not filtered: /proc/PID/mem of root's processes belongs to root, and QEMU's user may not open it.
 
 Sources: seccomp(2), Linux's Documentation/userspace-api/seccomp_filter.rst, audit.h, filter.h and seccomp.h of
 include/uapi/linux, and the tables of system calls in arch/*/.
 
-INV-CONFINED: no machine's QEMU can use these system calls, whatever other rights it has.
+INV-CONFINED: no machine's QEMU can use these system calls, whatever its other privileges.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import struct
 import sys
 from typing import NoReturn
 
-# Architecture -> (AUDIT_ARCH_*, first number of a second table to refuse as a whole, the numbers).
+# Architecture -> (AUDIT_ARCH_*, first number of a second table that is refused as a whole, the numbers).
 _ARCHITECTURES: dict[str, tuple[int, int | None, dict[str, int]]] = {
     "x86_64": (0xC000003E, 0x40000000, {
         "ptrace": 101, "migrate_pages": 256, "get_robust_list": 274, "move_pages": 279, "perf_event_open": 298,
@@ -53,7 +53,7 @@ class _Program(ctypes.Structure):
 
 
 def filter_for(machine: str) -> bytes | None:
-    """The filter as the kernel takes it: refuses with EPERM. None for an architecture that we have no numbers for."""
+    """The filter in the kernel's format: refuses with EPERM. None for an architecture whose numbers we do not know."""
     if machine not in _ARCHITECTURES:
         return None
     architecture, foreign_from, numbers = _ARCHITECTURES[machine]
@@ -62,14 +62,14 @@ def filter_for(machine: str) -> bytes | None:
         refused.insert(0, (_JUMP_AT_LEAST, foreign_from))
     words = [(_LOAD, 0, 0, _AT_ARCHITECTURE), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _REFUSE),
              (_LOAD, 0, 0, _AT_NUMBER)]  # fmt: skip
-    # A hit jumps over the other tests and over the permission.
+    # A match jumps past the remaining tests and past the allow instruction.
     words += [(code, len(refused) - index, 0, value) for index, (code, value) in enumerate(refused)]
     words += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)]
     return b"".join(struct.pack("=HBBI", *word) for word in words)
 
 
 def confine(machine: str) -> str | None:
-    """Set the filter for this process and all that it becomes; None when it holds, else why it does not."""
+    """Install the filter for this process and its descendants. None on success, otherwise the reason."""
     instructions = filter_for(machine)
     if instructions is None:
         return f"there is no system call filter for {machine}"
@@ -84,7 +84,7 @@ def confine(machine: str) -> str | None:
 
 
 def main() -> None:
-    """The process: becomes the command."""
+    """Entry point: becomes the command."""
     words = sys.argv[1:]
     end = words.index("--")
     problem = confine(os.uname().machine)
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _end(words: str) -> NoReturn:
-    """Nothing is started. Our standard error is QEMU's log, of which the last line is told."""
+    """Exit without starting anything. Our standard error is QEMU's log, whose last line is reported."""
     os.write(2, f"{words}\n".encode())
     os.execvp("false", ["false"])
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host is: system, processors, memory.
+"""Facts about this host: system, processors, memory.
 
-Decides which of the kernel's files say so. Everything is read below one root folder, which is another one in the
-tests; an unknown fact is None, never a guess.
+Decides which of the kernel's files they come from. Everything is read below one root folder, which tests replace; an
+unknown fact is None, never a guess.
 
 Sources: os-release(5), proc_cpuinfo(5), proc_meminfo(5), sysfs-devices-system-cpu.
 """
@@ -20,7 +20,7 @@ _KIB = 1024
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """One host. Memory in bytes; `virtualization` is what the processor has for KVM ("vmx" or "svm")."""
+    """Facts about one host. Memory in bytes; `virtualization` is the CPU feature that KVM uses ("vmx" or "svm")."""
 
     name: str
     system: str | None
@@ -36,7 +36,7 @@ class HostInfo:
 
 
 def gather(root: str = "/") -> HostInfo:
-    """Look at the host."""
+    """Gather the facts."""
     cpu = _pairs(_read(root, "proc/cpuinfo").split("\n\n")[0])
     memory = _pairs(_read(root, "proc/meminfo"))
     flags = frozenset(cpu.get("flags", "").split())
@@ -65,7 +65,7 @@ def _read(root: str, name: str) -> str:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """The lines "name : value"."""
+    """Parse lines of the form "name : value"."""
     found: dict[str, str] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
@@ -75,7 +75,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _kib(text: str | None) -> int | None:
-    """Bytes of "1234 kB"."""
+    """Parse "1234 kB" into bytes."""
     match = re.fullmatch(r"(\d+) kB", text or "")
     return int(match[1]) * _KIB if match else None
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host's kernel lets us do, found out by trying where that leaves no trace.
+"""The features that this host's kernel permits, probed where a probe leaves no trace.
 
-Decides how a feature is tried: in a network namespace that ends with the process that made it, with a system call on
-a descriptor that is closed again, by opening a device. What follows from the answers is decided in `doctor`. Every
-answer is None if the feature works, otherwise the reason in words.
+Decides how a feature is probed: in a network namespace that ends with the process that made it, with a system call on
+a descriptor that is closed again, or by opening a device. The conclusions are drawn in `doctor`. Each probe returns
+None if the feature works, otherwise the reason as text.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), unshare(1), ip-link(8), nft(8).
 """
@@ -20,12 +20,12 @@ import struct
 import subprocess
 
 _SECONDS = 10.0
-_USERFAULTFD_NUMBERS = {"x86_64": 323, "aarch64": 282}  # of the system call
+_USERFAULTFD_NUMBERS = {"x86_64": 323, "aarch64": 282}  # system call numbers
 _UFFDIO_API, _UFFD_API, _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 0xC018AA3F, 0xAA, 1
 
 
 def device(path: str) -> str | None:
-    """Open a device for reading and writing."""
+    """Try to open a device for reading and writing."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -35,7 +35,7 @@ def device(path: str) -> str | None:
 
 
 def write_protecting_userfaultfd() -> str | None:
-    """Ask for a userfaultfd that sees writes to protected memory, the kernel's own included (KVM writes there)."""
+    """Try to get a userfaultfd that catches writes to protected memory, also those by the kernel (such as KVM)."""
     number = _USERFAULTFD_NUMBERS.get(platform.machine())
     if number is None:
         return f"not known on {platform.machine()}"
@@ -53,22 +53,22 @@ def write_protecting_userfaultfd() -> str | None:
 
 
 def bridge() -> str | None:
-    """Make a bridge."""
+    """Try to make a bridge."""
     return _in_namespace("ip", "link", "add", "name", "probe", "type", "bridge")
 
 
 def bridge_vlan_filtering() -> str | None:
-    """Make a bridge that filters VLANs."""
+    """Try to make a bridge with VLAN filtering."""
     return _in_namespace("ip", "link", "add", "name", "probe", "type", "bridge", "vlan_filtering", "1")
 
 
 def bridge_guards() -> str | None:
-    """Make a table for packets on bridges."""
+    """Try to make an nftables table for bridged packets."""
     return _in_namespace("nft", "add", "table", "bridge", "probe")
 
 
 def _in_namespace(program: str, *words: str) -> str | None:
-    """Run a command in a network namespace of its own, which is gone when the command ends."""
+    """Run a command in its own network namespace, which disappears when the command ends."""
     path = shutil.which(program, path=program_path())
     if path is None:
         return f"there is no command {program}"
@@ -97,5 +97,5 @@ def _in_namespace(program: str, *words: str) -> str | None:
 
 
 def program_path() -> str:
-    """Where programs are looked for: administrators' programs too, which users often do not have in PATH."""
+    """The search path for programs: includes the administrators' folders, which users often do not have in PATH."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])

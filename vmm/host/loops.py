@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which file is behind a loop device, by its inode: a file may have several names, or none any more.
+"""The file behind a loop device, identified by inode, because a file may have several names or none.
 
-Decides only how this is asked: from the kernel, through the device, if we may open it; otherwise by the name that the
-kernel reports. Must not know what follows. Source: loop(4).
+Decides only how it is found: from the kernel through the device if we may open it, otherwise by the name that the
+kernel reports. Must not know what the answer is used for. Source: loop(4).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import struct
 
 LOOP_MAJOR = 7
 _LOOP_GET_STATUS64 = 0x4C05
-_INFO_BYTES = 232  # struct loop_info64, which begins with the device and the inode of the file
+_INFO_BYTES = 232  # struct loop_info64; its first two fields are the file's device and inode
 
 Inode = tuple[int, int]  # device, number
 
 
 def inode_behind(device: str, file: str | None = None) -> Inode | None:
-    """Of the file behind a loop device; None for what is none. `file`: its name, where the device cannot be asked."""
+    """The inode of the file behind a loop device, or None. `file`: its name, used if the device cannot be queried."""
     with contextlib.suppress(OSError):
         descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -35,7 +35,7 @@ def inode_behind(device: str, file: str | None = None) -> Inode | None:
 
 
 def inode_of(path: str) -> Inode | None:
-    """Of a file, or of the one behind a loop device; None where there is none."""
+    """The inode of a file, or of the file behind a loop device; None if there is none."""
     try:
         facts = os.stat(path)
     except OSError:

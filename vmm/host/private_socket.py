@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Listening unix sockets that only their owner may connect to.
 
-Decides how a socket gets its rights before its name. Must not know what is said over it.
+Decides how a socket gets its permissions before it becomes visible. Must not know the protocol spoken over it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _MODE = 0o600
 
 
 def bind_private(path: str, *, owner: tuple[int, int] | None = None, backlog: int = 16) -> socket.socket:
-    """A listening unix socket that only its owner may use, in place of what is left of an older one.
+    """A listening unix socket that only its owner may use; replaces a stale socket file.
 
-    Its rights are never wider, not even for a moment: the file gets the mode that the socket has when it is bound,
-    less the umask, which stays as it is because it is the whole process's. The folder is ours. Raises OSError.
+    The permissions are never wider, not even for a moment: on bind, the file takes the mode of the socket, less the
+    umask. The umask is left alone because it belongs to the whole process. The folder must be ours. Raises OSError.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -26,7 +26,7 @@ def bind_private(path: str, *, owner: tuple[int, int] | None = None, backlog: in
     try:
         os.fchmod(sock.fileno(), _MODE)
         sock.bind(path)
-        if stat.S_IMODE(os.lstat(path).st_mode) != _MODE:  # a umask that takes our own rights, too
+        if stat.S_IMODE(os.lstat(path).st_mode) != _MODE:  # the umask removed the owner's permissions as well
             os.chmod(path, _MODE)
         if owner is not None:
             os.chown(path, *owner)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that outlive their starter: identified by number and start time, watched by pidfd, started detached.
+"""Processes that outlive the process that started them: identified by pid and start time, watched by pidfd, detached.
 
-Decides when a recorded process number still means the same process, and how a program of ours is started so that
-it neither dies with its starter nor gets signals from its terminal. Must not know what the programs do. Light: the
+Decides when a recorded pid still means the same process, and how our programs are started so that they neither end
+with the process that started them nor get signals from its terminal. Must not know what the programs do. Light: the
 command line imports it, and so does the supervisor, which must stay small.
 """
 
@@ -23,23 +23,23 @@ from vmm.model.errors import InUse, of_os_error
 from vmm.model.folders import in_use
 from vmm.model.paths import MachinePaths
 
-_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which may hold anything
+_STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which can contain any character
 
-BUSY_SECONDS = 1.0  # for another command to end, or what clears up to be done
+BUSY_SECONDS = 1.0  # for another command or a cleanup to finish
 _LOOK_SECONDS = 0.02
-_MAX_COMMAND_BYTES = 1 << 20  # more than any command line of ours
+_MAX_COMMAND_BYTES = 1 << 20  # longer than any of our command lines
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessRef:
-    """A process: its number, and when it began in clock ticks since boot, without which a number means nothing."""
+    """A process: its pid, and its start time in clock ticks since boot, without which a pid identifies nothing."""
 
     pid: int
     start_ticks: int
 
     @classmethod
     def of(cls, pid: int) -> ProcessRef | None:
-        """The living process of this number; None when there is none, or only what is left of a dead one."""
+        """The living process with this pid; None if there is none, or only a zombie."""
         fields = _stat(pid)
         return None if fields is None else cls(pid, int(fields[_START_FIELD]))
 
@@ -52,7 +52,7 @@ class ProcessRef:
 
     @classmethod
     def from_document(cls, document: object) -> ProcessRef | None:
-        """What `to_document` wrote; None for anything else."""
+        """Parse what `to_document` wrote; None for anything else."""
         match document:
             case {"pid": int(pid), "start_ticks": int(ticks)} if pid > 1:
                 return cls(pid, ticks)
@@ -63,22 +63,22 @@ class ProcessRef:
         return {"pid": self.pid, "start_ticks": self.start_ticks}
 
     def is_alive(self) -> bool:
-        """True while the process runs; a zombie does not."""
+        """True while the process runs; a zombie does not run."""
         return ProcessRef.of(self.pid) == self
 
     def open_pidfd(self) -> int | None:
-        """A descriptor that becomes readable when the process ends; None when it has ended."""
+        """A descriptor that becomes readable when the process ends; None if it has ended."""
         try:
             descriptor = os.pidfd_open(self.pid)
         except (ProcessLookupError, PermissionError):
             return None
-        if not self.is_alive():  # looked at after opening: the number cannot change hands any more
+        if not self.is_alive():  # checked after opening: from here on the pid cannot be reused unnoticed
             os.close(descriptor)
             return None
         return descriptor
 
     def send(self, number: int) -> bool:
-        """Send a signal to this process and surely no other; False when it has ended."""
+        """Send a signal to exactly this process; False if it has ended."""
         descriptor = self.open_pidfd()
         if descriptor is None:
             return False
@@ -91,7 +91,7 @@ class ProcessRef:
         return True
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Wait for its end; False when it still runs then."""
+        """Wait for the process to end; False if it is still running after the timeout."""
         descriptor = self.open_pidfd()
         if descriptor is None:
             return True
@@ -101,18 +101,18 @@ class ProcessRef:
             os.close(descriptor)
 
     def end(self, grace_seconds: float, number: int = signal.SIGTERM) -> None:
-        """Ask it to end, wait, and kill it when it does not."""
+        """Ask the process to end, wait, and kill it if it does not."""
         if self.send(number) and not self.wait(grace_seconds):
             self.kill()
 
     def kill(self) -> None:
-        """Kill it and wait until it is dead."""
+        """Kill the process and wait until it is dead (at most 10 s)."""
         if self.send(signal.SIGKILL):
             self.wait(10.0)
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the name; None for no process and for a zombie."""
+    """The fields of /proc/PID/stat after the name; None for a missing process or a zombie."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             content = file.read()
@@ -123,10 +123,10 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def command_words(pid: int) -> list[str]:
-    """The words that a process was started with; none when there is no such process.
+    """The command line of a process, as words; empty if there is no such process.
 
-    From execve until the new program has its stack the kernel shows none, and who waited for the start of the program
-    may look just then (proc_pid_cmdline(5)); such a moment is waited for.
+    Between execve and the setup of the new program's stack the kernel shows an empty command line, and a caller that
+    waited for the program to start may read it just then (proc_pid_cmdline(5)); such a moment is waited out.
     """
     deadline = time.monotonic() + BUSY_SECONDS
     with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def command_words(pid: int) -> list[str]:
                 content = file.read(_MAX_COMMAND_BYTES)
             if content or time.monotonic() > deadline:
                 return [os.fsdecode(word) for word in content.removesuffix(b"\0").split(b"\0")] if content else []
-            os.readlink(f"/proc/{pid}/exe")  # fails for what will never have words: the kernel's, and the dead
+            os.readlink(f"/proc/{pid}/exe")  # fails for kernel threads and the dead, which never have one
             time.sleep(_LOOK_SECONDS)
     return []
 
@@ -144,12 +144,12 @@ def command_words(pid: int) -> list[str]:
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours with this Python, whatever the working directory holds."""
+    """The command that runs one of our modules with this Python, whatever the working directory contains."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def python_environment() -> dict[str, str]:
-    """Our environment, with the folders in use, and the folder of our own packages first on Python's path."""
+    """Our environment plus the folders in use, with the folder of our packages first on Python's path."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     rest = os.environ.get("PYTHONPATH", "")
     return {**os.environ, **in_use().environment(), "PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
@@ -163,18 +163,18 @@ def spawn_detached(
     descriptors: Mapping[int, int] | None = None,
     blocked_signals: Sequence[int] = (),
 ) -> int:
-    """Start a program in a session of its own, with nothing to read and its output appended to a log; its number.
+    """Start a program in a session of its own, with empty input and its output appended to a log; returns its pid.
 
-    `descriptors`: number there -> ours. All others stay here. `blocked_signals` it does not hear unless it unblocks
-    them itself. Raises OSError.
+    `descriptors`: number in the program -> our descriptor. No other descriptor is inherited. `blocked_signals` stay
+    blocked unless the program unblocks them. Raises OSError.
     """
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    # First out of the way of the numbers that they are to have, else one could be overwritten before it is copied.
+    # First moved above all target numbers, or one could be overwritten before it is copied.
     wanted = {0: null, 1: log, 2: log, **(descriptors or {})}
     first_free = max(wanted) + 1
     moved = {number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, first_free) for number, ours in wanted.items()}
-    closed = [(os.POSIX_SPAWN_CLOSE, number) for number in _inheritable()]  # such as a lock that a shell holds
+    closed = [(os.POSIX_SPAWN_CLOSE, number) for number in _inheritable()]  # such as a lock that the shell passed on
     try:
         return os.posix_spawnp(
             command[0],
@@ -191,7 +191,7 @@ def spawn_detached(
 
 
 def _inheritable() -> list[int]:
-    """Descriptors that a program started by us would get without being given them."""
+    """Descriptors that a program started by us would inherit without being given them."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -204,14 +204,14 @@ def _inheritable() -> list[int]:
 
 
 class Lock:
-    """A lock (flock) that the kernel takes back when its holder dies. `path` keeps lying there."""
+    """A lock (flock) that the kernel releases when its holder dies. The lock file at `path` is never removed."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._descriptor: int | None = None
 
     def try_take(self) -> bool:
-        """Take it; False when another process, or another `Lock` of this one, has it. Raises OSError."""
+        """Try to take the lock; False if another process, or another `Lock` of this one, holds it. Raises OSError."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,20 +224,20 @@ class Lock:
         except BaseException:
             os.close(descriptor)
             raise
-        if not same:  # its folder was taken away and made anew meanwhile
+        if not same:  # the folder was removed and recreated meanwhile
             os.close(descriptor)
             return False
         self._descriptor = descriptor
         return True
 
     def is_current(self) -> bool:
-        """True while we hold it, and its path still leads to it: its folder was not taken away, nor made anew."""
+        """True while we hold the lock and its path still leads to it: its folder was neither removed nor recreated."""
         with contextlib.suppress(OSError):
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         return False
 
     def release(self) -> None:
-        """Give it back; twice is fine."""
+        """Release the lock; releasing it twice is fine."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -245,7 +245,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
-    """Nobody else is in such a block with this path; waits for its turn. Raises VmmError."""
+    """Hold an exclusive lock on this path while the block runs; waits for it. Raises VmmError."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -258,8 +258,8 @@ def locked(path: str) -> Iterator[None]:
 
 
 class HeldLock:
-    """Proof that the lock of a machine, or of its snapshots, is held. What is to be changed is read with it, so that
-    nothing is decided by what was read before.
+    """Proof that the lock of a machine, or of its snapshots, is held. State to be changed is read with it, so that no
+    decision is based on what was read before.
     """
 
     def __init__(self, folder: str, name: str) -> None:
@@ -270,10 +270,10 @@ class HeldLock:
 
 @contextlib.contextmanager
 def machine_lock(folder: str, name: str, *, patience_seconds: float = BUSY_SECONDS) -> Iterator[HeldLock]:
-    """While the block runs no other process changes the machine in that folder.
+    """Hold the lock of the machine in that folder: no other process changes the machine while the block runs.
 
-    Waits a moment for one that does: what clears up after a dead machine, or begins a merge in the background, is
-    done quickly. Raises InUse when it is not.
+    Waits briefly for another holder: cleaning up after a dead machine, or beginning a background merge, is quick.
+    Raises InUse if the lock stays taken.
     """
     lock = Lock(MachinePaths(folder).lock)
     deadline = time.monotonic() + patience_seconds
@@ -293,7 +293,7 @@ def machine_lock(folder: str, name: str, *, patience_seconds: float = BUSY_SECON
 
 
 def is_locked(path: str) -> bool:
-    """True while somebody holds the lock."""
+    """True while any process holds the lock."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:

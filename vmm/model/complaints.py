@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with settings, worded for users: the messages of the models' validator are for programmers.
+"""Validation errors in words that users understand; the validator's own messages are written for programmers.
 
-Decides the sentence for each kind of complaint. A kind without one gets a sentence that is true of all of them.
+Decides the sentence for each kind of error. A kind without its own sentence gets one that is true of every kind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SENTENCES = {
     "int_from_float": "must be a whole number",
     "finite_number": "must be a number",
 }
-_KINDS = (  # of the checker's names: what the value should have been
+_KINDS = (  # prefixes of the validator's error types: what the value should have been
     ("int_", "must be a whole number"),
     ("float_", "must be a number"),
     ("bool_", "must be true or false"),
@@ -44,7 +44,7 @@ _KINDS = (  # of the checker's names: what the value should have been
 
 
 def words_of(error: ValidationError) -> str:
-    """All complaints in one line, each with the setting it is about."""
+    """All errors in one line, each with the name of the setting."""
     complaints = []
     for one in error.errors(include_url=False):
         where = ".".join(str(part) for part in one["loc"])
@@ -59,7 +59,7 @@ def _sentence(kind: str, where: str, one: Any) -> str:
     facts = {name: _amount(where, value) for name, value in one.get("ctx", {}).items()}
     facts["input"] = repr(one.get("input"))[:80]
     if (sentence := _SENTENCES.get(kind)) is not None:
-        with contextlib.suppress(KeyError):  # another version of the checker calls its limits otherwise
+        with contextlib.suppress(KeyError):  # other versions of the validator use other names for the limits
             return sentence.format(**facts)
     return next(
         (words for beginning, words in _KINDS if kind.startswith(beginning)), "has a value that is not allowed"
@@ -67,6 +67,6 @@ def _sentence(kind: str, where: str, one: Any) -> str:
 
 
 def _amount(where: str, value: object) -> object:
-    """A limit with its unit, where the setting is one of bytes."""
+    """A limit, with its unit if the setting is a size in bytes."""
     is_size = where.endswith("_bytes") and isinstance(value, int) and value % _MIB == 0
     return f"{value // _MIB} MiB" if is_size and isinstance(value, int) else value

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress of copying, in bytes: adds up what is to be copied and what has been copied.
+"""Progress of a copy in bytes: sums the bytes to copy and the bytes copied.
 
-Decides how often progress is reported. A file counts as much as the space that it takes up, because holes are not
-copied. Must not know what is copied.
+Decides how often progress is reported. A file counts as the space that it occupies, because holes are not copied.
+Must not know what is being copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TELL_SECONDS: Final = 0.1
 
 
 class Counter:
-    """Adds up for a progress function, which gets {"step", "done", "total"}, both in bytes."""
+    """Sums up for a progress function, which receives {"step", "done", "total"}; "done" and "total" are in bytes."""
 
     def __init__(self, progress: Callable[[dict[str, Any]], None], *, clock: Callable[[], float] = time.monotonic):
         self._progress = progress
@@ -26,11 +26,11 @@ class Counter:
         self._told = float("-inf")
 
     def expect(self, size_bytes: int) -> None:
-        """So much more is to be copied."""
+        """Add to the number of bytes to copy."""
         self._total += size_bytes
 
     def expect_files(self, paths: Iterable[str]) -> None:
-        """These files, too; those that are not there count for nothing."""
+        """Add these files to what is to be copied; missing files count as nothing."""
         for path in paths:
             try:
                 self.expect(os.stat(path).st_blocks * 512)
@@ -38,17 +38,17 @@ class Counter:
                 continue
 
     def begin(self, step: str) -> None:
-        """Something else is copied from here on."""
+        """Start the next step of the copy."""
         self._step = step
         self._tell()
 
     def did(self, size_bytes: int) -> None:
-        """So much more is copied."""
+        """Add to the number of bytes copied."""
         self._done += size_bytes
         if self._clock() - self._told >= TELL_SECONDS:
             self._tell()
 
     def _tell(self) -> None:
         self._told = self._clock()
-        # A file may have been given more room than it takes up, or have grown.
+        # A file may have grown, or the copy may need more space than the file occupies.
         self._progress({"step": self._step, "done": self._done, "total": max(self._total, self._done)})

@@ -2,7 +2,7 @@
 """Every error of the machine manager, with the exit code of the command line.
 
 Decides how a failure is named and worded: one line with the machine, the file, what happened and what to do next.
-Knows nothing about machines. A caller catches `VmmError`, or the class whose cause it can handle. `to_document` and
+Knows nothing about machines. A caller catches `VmmError`, or the subclass that it can handle. `to_document` and
 `from_document` carry an error, with its class, across the worker's control socket.
 
 Exit codes: 1 failed, 2 an impossible request, 5 in use or in the wrong state, 6 refused for safety, 7 no space,
@@ -23,7 +23,7 @@ EXIT_FAILED = 1
 class VmmError(Exception):
     """Base of all errors of vmm.
 
-    `problem` says what happened, `machine` and `path` to which machine, file or device, `hint` what to do next.
+    `problem` states what happened; `machine` and `path` name the machine, file or device; `hint` says what to do next.
     """
 
     exit_code: int = EXIT_FAILED
@@ -48,7 +48,7 @@ class VmmError(Exception):
         if not self.hint:
             return text
         hint = printable(self.hint)
-        return f"{text}; {hint}" if "(" in hint else f"{text} ({hint})"  # no brackets in brackets
+        return f"{text}; {hint}" if "(" in hint else f"{text} ({hint})"  # no nested brackets
 
 
 def printable(text: str) -> str:
@@ -57,7 +57,7 @@ def printable(text: str) -> str:
 
 
 class InvalidSpec(VmmError):
-    """An impossible machine or change to one: a bad name, a limit exceeded, options that exclude each other."""
+    """An impossible machine or change to a machine: a bad name, an exceeded limit, mutually exclusive options."""
 
     exit_code = 2
 
@@ -71,43 +71,43 @@ class AlreadyExists(VmmError):
 
 
 class WrongState(VmmError):
-    """The machine is in a state in which this cannot be done."""
+    """The operation is not possible in the machine's current state."""
 
     exit_code = 5
 
 
 class InUse(VmmError):
-    """Another machine, another program or another command holds it."""
+    """Another machine, program or command is using it."""
 
     exit_code = 5
 
 
 class AccessDenied(VmmError):
-    """The system refuses the access."""
+    """The operating system denied access."""
 
 
 class Refused(VmmError):
-    """It is possible, but would endanger data, so it is refused."""
+    """The operation is possible but would endanger data."""
 
     exit_code = 6
 
 
 class Unsupported(VmmError):
-    """The host lacks something; the hint is the command that installs or enables it."""
+    """The host lacks a feature; the hint is the command that installs or enables it."""
 
     exit_code = 8
 
 
 class QemuFailed(VmmError):
-    """QEMU refused a command, ended unexpectedly, or does not answer as it should."""
+    """QEMU refused a command, exited unexpectedly, or gave an unexpected answer."""
 
 
 class AgentUnavailable(VmmError):
-    """The guest agent is switched off, not there yet, or does not answer."""
+    """The guest agent is disabled, not yet connected, or does not answer."""
 
 
 class TimedOut(VmmError):
-    """It did not happen within the time limit."""
+    """The operation did not finish within its time limit."""
 
     exit_code = 9
 
@@ -119,10 +119,10 @@ class NoSpace(VmmError):
 
 
 class StoreFailed(VmmError):
-    """A disk image or its server failed; what vhdkit said is the problem."""
+    """A disk image or its server failed; `problem` is vhdkit's message."""
 
 
-_OWN_WORDS = {  # options of vhdkit's command line, as they are said to vmm
+_OWN_WORDS = {  # options of vhdkit's command line, and how vmm's command line expresses them
     "--allow-parent-dir": "add the disk as IMAGE,parent-dir=FOLDER (first: vmm disk remove, where the machine has"
     " it already)",
     "--allow-raw-parent": "add the disk as IMAGE,allow-raw-parent (first: vmm disk remove, where the machine has"
@@ -131,12 +131,12 @@ _OWN_WORDS = {  # options of vhdkit's command line, as they are said to vmm
 _TRUST = "if you trust it, "
 _COMMAND = re.compile(r"\bvhdkit (?!for\b)[a-z]+")  # "vhdkit check FILE --repair"; not "install vhdkit for ..."
 _BARE_VERB = re.compile(r"`(?!vmm )[a-z-]+(?: --[a-z-]+)*`")  # "`status` says how far it is"
-_ON_THE_CHILD = "work on the child instead"  # of an image that is the parent of another
-_SHARED_OPTIONS = ("--shrink",)  # which vmm has, too
+_ON_THE_CHILD = "work on the child instead"  # hint for an image that is the parent of another
+_SHARED_OPTIONS = ("--shrink",)  # options that vmm has as well
 
 
 def store_error(error: vhdkit.VhdkitError) -> VmmError:
-    """An error of vhdkit's as one of ours, with its words and its exit code."""
+    """A vhdkit error as a vmm error with the same problem and exit code, and a hint that fits vmm."""
     kinds: tuple[tuple[type[vhdkit.VhdkitError], type[VmmError]], ...] = (
         (vhdkit.NoSpace, NoSpace),
         (vhdkit.ImageInUse, InUse),
@@ -148,10 +148,10 @@ def store_error(error: vhdkit.VhdkitError) -> VmmError:
 
 
 def hint_of_vhdkit(hint: str | None) -> str | None:
-    """What vhdkit says to do next, in vmm's words; None where it only helps on vhdkit's own command line."""
+    """vhdkit's hint in terms of vmm's commands; None if it is useful only on vhdkit's own command line."""
     if hint is None:
         return None
-    first, otherwise, last = hint.rpartition("; if ")  # what helps, and a special case
+    first, otherwise, last = hint.rpartition("; if ")  # the general advice, and a special case
     if otherwise:
         return "; ".join(part for part in (hint_of_vhdkit(first), hint_of_vhdkit(f"if {last}")) if part) or None
     first, _, rest = hint.partition(", or ")
@@ -159,7 +159,7 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
         return ", or ".join(part for part in (hint_of_vhdkit(first), rest) if part)
     if _COMMAND.search(hint):  # a whole command
         return hint
-    if _BARE_VERB.search(hint):  # a verb of whatever the user has called; he has called vmm
+    if _BARE_VERB.search(hint):  # a verb of the program that the user ran, which is vmm
         return None
     if hint.startswith(_ON_THE_CHILD):
         return "vmm repair MACHINE shows whether that one is the newest image of the disk, and takes it on"
@@ -186,7 +186,7 @@ def to_document(error: VmmError) -> dict[str, Any]:
 
 
 def from_document(document: dict[str, Any]) -> VmmError:
-    """The error that `to_document` described; of the base class where the kind is not known here."""
+    """The error that `to_document` described; a plain VmmError if its class is unknown here."""
     kind = globals().get(str(document.get("kind")))
     if not (isinstance(kind, type) and issubclass(kind, VmmError)):
         kind = VmmError
@@ -202,7 +202,7 @@ def from_document(document: dict[str, Any]) -> VmmError:
 
 
 def of_os_error(error: OSError, doing: str, *, machine: str | None = None, path: str | None = None) -> VmmError:
-    """What an operating system's error means: `doing` completes "could not ..."."""
+    """The VmmError for an error of the operating system; `doing` completes "could not ..."."""
 
     kinds: dict[int | None, type[VmmError]] = {
         errno.ENOENT: NotFound,

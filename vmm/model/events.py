@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to a machine: a file of JSON lines in its folder, which exists whether it runs or not.
+"""The events of a machine: a file of JSON lines in its folder, kept whether or not the machine runs.
 
-Decides how an event is written and that the file stays small: the last `MAX_BYTES`, and those before under `.1`.
+Decides how an event is written and how the file is kept small: at most `MAX_BYTES`, and the previous ones in `.1`.
 Events are for people and scripts; nothing in vmm depends on them, except that `revert` counts recent ones. Must not
-know what happens.
+know which events exist.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LOOK_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened. `time`: seconds since the epoch; None where the file, edited by hand, has no number.
+    """One event. `time`: seconds since the epoch, or None if the file (edited by hand) holds no number.
 
-    `details` are what the event says beside its name, by their names: texts, numbers, lists of them.
+    `details` are the other fields of the event, by name: texts, numbers, or lists of them.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Event:
 
 
 def add_event(path: str, event: str, /, **details: object) -> None:
-    """Write one down. Not being able to (a full disk) is not worth failing for."""
+    """Append an event. A failure to write (such as a full disk) is ignored: the operation itself must not fail."""
     document = {"time": time.time(), "event": event, **{name: one for name, one in details.items() if one is not None}}
     with contextlib.suppress(OSError):
         with contextlib.suppress(FileNotFoundError):
@@ -47,7 +47,7 @@ def add_event(path: str, event: str, /, **details: object) -> None:
 
 
 def read_events(path: str) -> list[Event]:
-    """All events, the oldest first; what is no event is left out."""
+    """All events, oldest first; lines that are not events are skipped."""
     found = []
     for name in (f"{path}.1", path):
         with contextlib.suppress(OSError), open(name, "rb") as file:
@@ -56,10 +56,9 @@ def read_events(path: str) -> list[Event]:
 
 
 def follow_events(path: str, *, past: bool = False, wait_seconds: float = LOOK_SECONDS) -> Iterator[Event | None]:
-    """Events as they happen from now on, until their folder is removed; None now and then while nothing happens.
+    """Yield events as they are written, until their folder is removed; None regularly while nothing happens.
 
-    With `past` those that happened before come first, and none in between is missed. A folder that is renamed is
-    followed.
+    With `past`, earlier events come first, and no event in between is missed. A folder that is renamed is followed.
     """
     position, inode = 0, -1
     with Followed(path) as followed:
@@ -87,10 +86,10 @@ def follow_events(path: str, *, past: bool = False, wait_seconds: float = LOOK_S
 
 
 class Followed:
-    """A file that is read as it grows. Its folder is held, so that it is known when that is removed or renamed."""
+    """A file that is read as it grows. Its folder is held open, to notice its removal and follow a rename."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError where there is no such folder."""
+        """Raises OSError if the folder does not exist."""
         self._name = os.path.basename(path)
         self._folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -101,15 +100,15 @@ class Followed:
         os.close(self._folder)
 
     def open(self, suffix: str = "") -> BinaryIO:
-        """The file as it is now, or another one of which only the end of the name is another. Raises OSError."""
+        """Open the file that now has the name, or the name with `suffix`. Raises OSError."""
         descriptor = os.open(self._name + suffix, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
         return os.fdopen(descriptor, "rb")
 
     def is_gone(self) -> bool:
-        """True when the folder was removed: nothing will be written any more."""
+        """True if the folder was removed; nothing more will be written."""
         try:
             return os.fstat(self._folder).st_nlink == 0
-        except OSError:  # such as of a server that does not know it any more
+        except OSError:  # for example, a file server that no longer knows the folder
             return True
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which state home and which runtime folder a call works with: those of the object that it was made on, else those of
-the environment.
+"""The state home and the runtime folder that a call uses: those of the object that it is called on, or those of the
+environment.
 
     with Folders.given(home="/srv/vmm").used():
-        paths.home()                                 "/srv/vmm", in this thread or task alone
+          paths.home()                                 "/srv/vmm", in this thread or task only
 
-Decides that folders given to `vmm.Manager` hold for everything that is done on its behalf, also by the objects that it
-hands out and by the processes that it starts (`environment`), and for nothing else: two managers with different
-folders may be used side by side, in threads, too. Must not know what lies in the folders.
+Decides that folders given to `vmm.Manager` hold for everything done on its behalf, including the objects that it
+returns and the processes that it starts (`environment`), and for nothing else: managers with different folders can be
+used side by side, also in threads. Must not know what the folders contain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Absolute paths; None: as the environment says ($VMM_HOME, $VMM_RUNTIME)."""
+    """Absolute paths. None: taken from the environment ($VMM_HOME, $VMM_RUNTIME)."""
 
     home: str | None = None
     runtime: str | None = None
@@ -33,7 +33,7 @@ class Folders:
     def given(
         cls, home: str | os.PathLike[str] | None = None, runtime: str | os.PathLike[str] | None = None
     ) -> Folders:
-        """These, and where one is not given, the one in use now."""
+        """The given folders; for each one that is not given, the one in use now."""
         now = _IN_USE.get()
         return cls(
             now.home if home is None else os.path.abspath(os.fspath(home)),
@@ -42,7 +42,7 @@ class Folders:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """They are in use while the block runs, in this thread or task."""
+        """Use these folders in this thread or task while the block runs."""
         before = _IN_USE.set(self)
         try:
             yield
@@ -50,7 +50,7 @@ class Folders:
             _IN_USE.reset(before)
 
     def environment(self) -> dict[str, str]:
-        """The variables with which another process uses them, too."""
+        """The environment variables that make another process use these folders."""
         found = {"VMM_HOME": self.home, "VMM_RUNTIME": self.runtime}
         return {name: path for name, path in found.items() if path is not None}
 
@@ -64,7 +64,7 @@ def in_use() -> Folders:
 
 
 class HasFolders(Protocol):
-    """An object that works with folders of its own."""
+    """An object with folders of its own."""
 
     folders: Folders
 
@@ -73,7 +73,7 @@ Class = TypeVar("Class", bound=type[HasFolders])
 
 
 def uses_own_folders(cls: Class) -> Class:
-    """A class whose public methods all run with `self.folders` in use; no method can forget it."""
+    """Class decorator: every public method runs with `self.folders` in use, so no method can forget it."""
     for name, method in list(vars(cls).items()):
         if inspect.isfunction(method) and not name.startswith("_"):
             setattr(cls, name, _with_folders(method))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known about the inside of a machine, as values: heartbeat, system, addresses, exchanged items.
+"""Facts about the guest, as values: heartbeat, operating system, addresses, exchanged items.
 
-Decides their shape, on the control socket and in JSON, too. Must not know how a guest is asked.
+Decides their shape in Python, on the control socket and in JSON. Must not know how a guest is queried.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HeartbeatState = Literal["off", "no contact", "ok", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Whether the guest is alive, as its agent shows. `seen_seconds_ago` is None before the first contact."""
+    """Whether the guest is alive, according to its agent. `seen_seconds_ago` is None before the first contact."""
 
     state: HeartbeatState
     seen_seconds_ago: float | None = None
@@ -23,7 +23,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class OsInfo:
-    """What runs in the guest, in its own words. Empty where it does not say."""
+    """The guest's operating system, as the guest reports it; empty strings for what it does not report."""
 
     name: str
     version: str
@@ -43,7 +43,7 @@ class GuestInterface:
 
 @dataclass(frozen=True, slots=True)
 class GuestInfo:
-    """What a guest's agent says. `os` is None, and `interfaces` are empty, where the guest has not said it yet."""
+    """What the guest agent reports. `os` is None, and `interfaces` is empty, until the guest has reported them."""
 
     heartbeat: HeartbeatState
     seen_seconds_ago: float | None
@@ -52,7 +52,7 @@ class GuestInfo:
 
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> GuestInfo:
-        """Out of what a worker answered. Raises ValueError, KeyError, TypeError for anything else."""
+        """Parse a worker's answer. Raises ValueError, KeyError, TypeError for anything else."""
         interfaces = (
             GuestInterface(str(one["name"]), str(one["mac"]), tuple(map(str, one["addresses"])))
             for one in document["interfaces"]
@@ -66,7 +66,7 @@ class GuestInfo:
 
 @dataclass(frozen=True, slots=True)
 class ExchangedItem:
-    """A value that guest and host exchange, and which of the two set it: "guest" or "host"."""
+    """A value exchanged between guest and host. `pool` says which of them set it: "guest" or "host"."""
 
     value: str
     pool: str

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a verb whose command is interrupted (Ctrl-C): a note of the KeyboardInterrupt says so.
+"""What happens to an operation when its command is interrupted (Ctrl-C): a note on the KeyboardInterrupt says so.
 
-Decides only the wording. A request that a machine's worker has accepted is carried out even if nobody waits for it any
-more; what a command does itself ends with it, and leaves nothing half done. The command line prints the notes.
+Decides only the wording. A request that a machine's worker has accepted is carried out even if its caller stops
+waiting; work done in the command's own process ends with it and leaves nothing half-done. The command line prints the
+notes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def goes_on_without_us(what: str, machine: str) -> Iterator[None]:
-    """A worker does it: it goes on, and an event tells how it ended."""
+    """For work done by a worker: it continues, and an event reports the outcome."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -23,7 +24,7 @@ def goes_on_without_us(what: str, machine: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_with_us(what: str) -> Iterator[None]:
-    """This process does it: it is over, and nothing is left of it."""
+    """For work done by this process: it is abandoned, and nothing of it is left."""
     try:
         yield
     except KeyboardInterrupt as interrupt:

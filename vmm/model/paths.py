@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things lie: the state home, the runtime folder, the folders of a machine, and their names inside.
+"""The paths of vmm: the state home, the runtime folder, the folder of each machine, and the names inside them.
 
-Decides every path of vmm, and that a runtime folder is private: it is ours, nobody else may enter it, and it is not a
-link. Must not know what is in the files.
+Decides every path of vmm, and that a runtime folder is private: it belongs to our user, no other user may enter it,
+and it is not a link. Must not know what the files contain.
 
     home (of `folders`, else $VMM_HOME, /var/lib/vmm for root, else ~/.local/share/vmm)
       host.json                 settings of the host: default folders
-      machines/NAME/            a machine: its folder, or a link to it if it lies elsewhere
-        machine.json            its definition
-        was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
-      switches/                 NAME.json, ID.leases: the virtual switches
-      disks/  snapshots/        where new ones are put by default
+         machines/NAME/            a machine: its folder, or a link to its folder elsewhere
+           machine.json            its definition
+           was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
+         switches/                 NAME.json, ID.leases: the virtual switches
+         disks/  snapshots/        the default places for new ones
     runtime (of `folders`, else $VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
-      FIRST-12-OF-ID/           a running machine: sockets (a unix socket's path has at most 107 bytes) and state.json
-      sw-FIRST-12-OF-ID/        a switch that is on the host: its sockets, its ports, its journal
+         FIRST-12-OF-ID/           a running machine: state.json, sockets (a unix socket's path has at most 107 bytes)
+         sw-FIRST-12-OF-ID/        a switch set up on the host: its sockets, its ports, its journal
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ MAX_NAME_CHARACTERS = 64
 _NAME = re.compile(r"[^\W_][\w .-]*")
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LONGEST_SOCKET_NAME = "display/vnc.sock"
-DEFAULT_KEYS = ("machines", "disks", "snapshots")  # folders that `vmm host paths set` changes
+DEFAULT_KEYS = ("machines", "disks", "snapshots")  # the folders that `vmm host paths set` can change
 
 
 def home() -> str:
-    """The folder of everything that outlives a reboot."""
+    """The state home: everything that survives a reboot."""
     if chosen := folders.in_use().home or os.environ.get("VMM_HOME"):
         return os.path.abspath(chosen)
     if os.geteuid() == 0:
@@ -47,19 +47,19 @@ def home() -> str:
 
 
 def runtime_home() -> str:
-    """The folder of everything that a reboot ends."""
+    """The runtime folder: everything that does not survive a reboot."""
     if chosen := folders.in_use().runtime or os.environ.get("VMM_RUNTIME"):
         return os.path.abspath(chosen)
     if os.geteuid() == 0:
         return "/run/vmm"
     if base := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(base, "vmm")
-    return f"/tmp/vmm-{os.geteuid()}"  # made private, or refused, by `make_private`
+    return f"/tmp/vmm-{os.geteuid()}"  # `make_private` makes it private or refuses it
 
 
 @dataclass(frozen=True, slots=True)
 class MachinePaths:
-    """The files of one machine. `folder` is where the machine really lies."""
+    """The files of one machine. `folder` is the machine's real folder, with links resolved."""
 
     folder: str
 
@@ -75,12 +75,12 @@ class MachinePaths:
 
     @property
     def events(self) -> str:
-        """What happened to the machine, one JSON object a line."""
+        """The machine's events, one JSON object per line."""
         return os.path.join(self.folder, "events.jsonl")
 
     @property
     def console_log(self) -> str:
-        """What the guest wrote to its serial console."""
+        """What the guest has written to its serial console."""
         return os.path.join(self.folder, "console.log")
 
     @property
@@ -90,22 +90,22 @@ class MachinePaths:
 
     @property
     def saved(self) -> str:
-        """The folder of a saved machine's memory and devices; it is there whole or not at all."""
+        """The folder with a saved machine's memory and devices; it exists complete or not at all."""
         return os.path.join(self.folder, "saved")
 
     @property
     def was_running(self) -> str:
-        """An empty file that is there while the machine runs, and after the host stopped under it."""
+        """An empty file that exists while the machine runs; it remains if the host goes down under the machine."""
         return os.path.join(self.folder, "was-running")
 
     @property
     def unclean(self) -> str:
-        """A file that is there from a start on until the guest has shut itself down, its file systems written out."""
+        """A file that exists from a start until the guest has shut down and written out its file systems."""
         return os.path.join(self.folder, "unclean")
 
     @property
     def back_ends(self) -> str:
-        """On which back end of a switch each adapter was last (`vmm.store.back_ends`)."""
+        """The back end of the switch on which each adapter last was (`vmm.store.back_ends`)."""
         return os.path.join(self.folder, "back-ends.json")
 
     @property
@@ -129,37 +129,37 @@ class RuntimePaths:
 
     @property
     def state(self) -> str:
-        """Who runs: processes by number and start time, and what is being done."""
+        """The machine's processes, by number and start time, and the operation in progress."""
         return self._in("state.json")
 
     @property
     def running(self) -> str:
-        """The definition as the machine runs with it."""
+        """The definition with which the machine was started."""
         return self._in("running.json")
 
     @property
     def leaving(self) -> str:
-        """A mark: the host stops, and the machine is to do what its stop action says."""
+        """A marker: the host is stopping, and the machine must carry out its automatic stop action."""
         return self._in("leaving")
 
     @property
     def control(self) -> str:
-        """The worker's control socket (JSON-RPC, a message a line)."""
+        """The worker's control socket (JSON-RPC, one message per line)."""
         return self._in("control.sock")
 
     @property
     def qmp(self) -> str:
-        """QEMU's monitor, for the worker alone."""
+        """QEMU's monitor, used by the worker only."""
         return self._in("qmp.sock")
 
     @property
     def serial(self) -> str:
-        """QEMU's end of the serial console, for the worker alone."""
+        """QEMU's end of the serial console, used by the worker only."""
         return self._in("serial.sock")
 
     @property
     def console(self) -> str:
-        """The worker's end of the serial console, for everybody who may use the machine."""
+        """The worker's end of the serial console, for everyone who may use the machine."""
         return self._in("console.sock")
 
     @property
@@ -169,12 +169,12 @@ class RuntimePaths:
 
     @property
     def key_value(self) -> str:
-        """The channel of the key-value data exchange."""
+        """The channel of the key-value exchange."""
         return self._in("kvp.sock")
 
     @property
     def display(self) -> str:
-        """A folder that QEMU itself may write into, for its VNC socket alone."""
+        """The one folder that QEMU itself may write to; it holds the VNC socket."""
         return self._in("display")
 
     @property
@@ -184,31 +184,31 @@ class RuntimePaths:
 
     @property
     def nbd(self) -> str:
-        """The disks."""
+        """The NBD server of the disks."""
         return self._in("nbd.sock")
 
     @property
     def nbd_control(self) -> str:
-        """The control socket of the disks' server."""
+        """The control socket of the disk server."""
         return self._in("nbd.ctl")
 
     def socket(self, name: str) -> str:
-        """A further socket, such as one of an adapter."""
+        """Another socket by name, such as that of an adapter."""
         return self._in(f"{name}.sock")
 
     def lock(self, role: str) -> str:
-        """Held (flock) by the process of that role, `keeper` or `worker`, as long as it lives."""
+        """Held (flock) by the process in that role, `keeper` or `worker`, for as long as it lives."""
         return self._in(f"{role}.lock")
 
 
 def is_id(machine_id: object) -> bool:
-    """True for what can be the id of a machine."""
+    """True if this could be the id of a machine."""
     return isinstance(machine_id, str) and _ID.fullmatch(machine_id) is not None
 
 
 def runtime_of(machine_id: str) -> RuntimePaths:
-    """The runtime paths of a machine by its id. Raises InvalidSpec for no id, or too long sockets."""
-    if not is_id(machine_id):  # the folder is emptied when nobody lives in it: a wrong id must lead nowhere
+    """The runtime paths of a machine by its id. Raises InvalidSpec for a bad id or too long socket paths."""
+    if not is_id(machine_id):  # the folder is emptied when no process uses it: a wrong id must lead nowhere
         raise InvalidSpec(f"{machine_id!r} is not the id of a machine")
     folder = os.path.join(runtime_home(), machine_id.replace("-", "")[:RUNTIME_ID_CHARACTERS])
     longest = os.path.join(folder, _LONGEST_SOCKET_NAME)
@@ -222,10 +222,10 @@ def runtime_of(machine_id: str) -> RuntimePaths:
 
 
 def make_private(folder: str, *, mode: int = 0o700) -> None:
-    """Make a folder that only we may enter, or make sure that the one that is there is such a folder.
+    """Make a folder that only our user may enter, or check that an existing one is such a folder.
 
-    Its parents are made where they are missing. A folder of somebody else, or a link, is refused: in /tmp anybody
-    can put one there first. Raises AccessDenied, NotFound, NoSpace.
+    Missing parents are created. A folder of another user, or a link, is refused: in /tmp any user can create one
+    first. Raises AccessDenied, NotFound, NoSpace.
     """
     try:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -245,9 +245,9 @@ def make_private(folder: str, *, mode: int = 0o700) -> None:
 
 
 def make_folders(folder: str) -> None:
-    """Make a folder, and those above it that are missing, each ours alone whatever the umask is. Raises OSError.
+    """Make a folder and its missing parents, each accessible to our user only, whatever the umask. Raises OSError.
 
-    (`os.makedirs` gives its mode to the last one only.)
+    (`os.makedirs` applies its mode to the last folder only.)
     """
     if os.path.isdir(folder):
         return
@@ -260,7 +260,7 @@ def make_folders(folder: str) -> None:
 
 
 def make_home() -> None:
-    """Make the state home, ours alone."""
+    """Make the state home, accessible to our user only."""
     if not os.path.isdir(home()):
         make_private(home())
 
@@ -273,29 +273,29 @@ def _settings_path() -> str:
 
 
 def registry_folder() -> str:
-    """Where every machine has its folder, or a link to it."""
+    """The folder that holds the folder of every machine, or a link to it."""
     return os.path.join(home(), "machines")
 
 
 def switches_folder() -> str:
-    """Where the definitions of all switches and the leases of their guests are."""
+    """The folder with the definitions of all switches and the leases of their guests."""
     return os.path.join(home(), "switches")
 
 
 def switch_file(name: str) -> str:
-    """The definition of the switch of that name (`vmm.net.switch_spec`), as JSON. Raises NotFound."""
+    """The definition of the switch with that name (`vmm.net.switch_spec`), as JSON. Raises NotFound."""
     if "/" in name or "\0" in name or name.startswith("."):
         raise NotFound(f"there is no switch {name!r}")
     return os.path.join(switches_folder(), f"{name}.json")
 
 
 def switch_leases(switch_id: str) -> str:
-    """The addresses that guests of an internal switch were given (`vmm.net.lease_file`)."""
+    """The addresses leased to guests of an internal switch (`vmm.net.lease_file`)."""
     return os.path.join(switches_folder(), f"{switch_id}.leases")
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that no machine can have: it is a folder's name and a word on command lines."""
+    """Raise ValueError if no machine can have this name: it is used as a folder name and on command lines."""
     if not _NAME.fullmatch(name) or name != name.strip() or len(name) > MAX_NAME_CHARACTERS or name.endswith("."):
         raise ValueError(
             f"{name!r} cannot be the name of a machine: use letters, digits, space, '.', '_' and '-', a letter or "
@@ -304,7 +304,7 @@ def check_name(name: str) -> None:
 
 
 def machine_folder(name: str) -> str:
-    """The folder in which a machine really lies. Raises NotFound."""
+    """The real folder of a machine, with links resolved. Raises NotFound."""
     entry = os.path.join(registry_folder(), name)
     try:
         check_name(name)
@@ -312,7 +312,7 @@ def machine_folder(name: str) -> str:
         known = True
     except (ValueError, FileNotFoundError, NotADirectoryError):
         known = False
-    except OSError as error:  # not to be seen is not the same as not to be there
+    except OSError as error:  # an unreadable folder does not mean that the machine does not exist
         raise of_os_error(error, "look for the machine", machine=name, path=entry) from error
     if not known:
         raise NotFound(f"there is no machine {name!r}", hint="vmm list shows all machines")
@@ -323,7 +323,7 @@ def machine_folder(name: str) -> str:
 
 
 def default_folders() -> dict[str, str]:
-    """The folder for each of `DEFAULT_KEYS`: what was set, else its place in the home. Raises VmmError."""
+    """The folder for each of `DEFAULT_KEYS`: the one set by the user, or its place in the home. Raises VmmError."""
     found = {key: os.path.join(home(), key) for key in DEFAULT_KEYS}
     try:
         with open(_settings_path(), encoding="utf-8") as file:
@@ -342,7 +342,7 @@ def default_folders() -> dict[str, str]:
 
 
 def set_default_folder(key: str, folder: str | None) -> None:
-    """Set a default folder, which must exist, or go back to the usual one with None. Raises InvalidSpec, VmmError."""
+    """Set a default folder, which must exist; None restores the built-in one. Raises InvalidSpec, VmmError."""
     if key not in DEFAULT_KEYS:
         raise InvalidSpec(f"there is no default folder {key!r}; there are {', '.join(DEFAULT_KEYS)}")
     chosen = {name: path for name, path in default_folders().items() if path != os.path.join(home(), name)}
@@ -356,15 +356,15 @@ def set_default_folder(key: str, folder: str | None) -> None:
     write_whole(_settings_path(), json.dumps({"paths": chosen}, indent=2).encode() + b"\n")
 
 
-# -- files that are there whole or not at all ---------------------------------------------------------------------
+# -- files that exist whole or not at all -------------------------------------------------------------------------
 
 
 def write_whole(path: str, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
-    """Put a file there or replace it, so that a reader and a power cut see the old one or the new one.
+    """Create or replace a file atomically: readers, also after a power cut, see the old or the new content.
 
-    What a process that was killed in here left goes with the next file in that folder.
+    A part file left by a process that was killed here is removed when the next file is written in that folder.
 
-    Raises AccessDenied, NotFound, NoSpace. `durable` waits for the device.
+    `durable` waits for the device. Raises AccessDenied, NotFound, NoSpace.
     """
     part = unfinished.part_of(path)
     unfinished.sweep(os.path.dirname(path))
@@ -388,7 +388,7 @@ def write_whole(path: str, content: bytes, *, mode: int = 0o600, durable: bool =
 
 
 def sync_folder(folder: str) -> None:
-    """Make the names in a folder durable. Raises OSError."""
+    """Make the directory entries of a folder durable. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The serial number by which a guest identifies a disk, kept with the image or device.
 
-Guests find a disk by it (`/dev/disk/by-id` on Linux), so an image that is removed from a machine and added again, or
-given to another machine, keeps its number. It is kept in an extended attribute of the image, on file systems that
-have those; the number of a device comes from the device's identity.
+Guests identify a disk by it (`/dev/disk/by-id` on Linux), so an image that is removed from a machine and added again,
+or moved to another machine, keeps its number. It is kept in an extended attribute of the image, on file systems that
+support them; the number of a device is derived from the device's identity.
 
-Anybody who can write to an image can write its attribute: it is believed only if it could be a serial
-number, and never twice in one machine.
+Anyone who can write to an image can write its attribute: it is used only if it is a valid serial number, and never
+twice in one machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SERIAL = re.compile(rb"[A-Za-z0-9_-]{1,%d}" % MAX_SERIAL_CHARACTERS)
 
 
 def keep_serials(disks: Iterable[DiskSpec]) -> None:
-    """Let the images of disks bear their serial numbers. Where one cannot, the next machine gives it another."""
+    """Store the disks' serial numbers with their images; an image that cannot hold one gets a new one next time."""
     for disk in disks:
         if disk.is_image and disk.path is not None:
             with contextlib.suppress(OSError):
@@ -31,7 +31,7 @@ def keep_serials(disks: Iterable[DiskSpec]) -> None:
 
 
 def kept_serial(path: str, taken: Iterable[str]) -> str | None:
-    """What an image bears; None where it bears none, or one that the machine has already."""
+    """The serial number stored with an image; None if it has none, or one that the machine already uses."""
     try:
         content = os.getxattr(path, ATTRIBUTE)
     except OSError:
@@ -43,10 +43,10 @@ def kept_serial(path: str, taken: Iterable[str]) -> str | None:
 
 
 def serial_of_device(identity: str | None, taken: Iterable[str]) -> str | None:
-    """That of a device or LUN, which is the same whenever it is given to a machine; None where it is not known."""
+    """The serial number of a device or LUN, always the same; None if the identity is unknown or the number taken."""
     if identity is None:
         return None
-    import hashlib  # takes long, and only a new disk needs it
+    import hashlib  # slow to import, and only a new disk needs it
 
     serial = hashlib.sha256(identity.encode()).hexdigest()[:MAX_SERIAL_CHARACTERS]
     return None if serial in set(taken) else serial

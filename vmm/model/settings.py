@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a machine that `Manager.create` and `Manager.set` take, as types.
+"""The settings that `Manager.create` and `Manager.set` take, as types.
 
 Decides nothing: names and meaning are those of `spec.MachineSpec`, and a test compares the two. It exists so that a
-type checker refuses a misspelt setting, or a value of the wrong type, before the program runs.
+type checker finds a misspelt setting, or a value of the wrong type, before the program runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vmm.model.spec import AutomaticSpec, BootDevice, IntegrationSpec, PathsSpec
 
 
 class MachineSettings(TypedDict, total=False):
-    """What a machine can be made with. A group (`automatic`) is given whole, as its model or as a mapping."""
+    """The settings of a new machine. A group (`automatic`) is given as a whole, as its model or as a mapping."""
 
     memory_bytes: int
     cpu_count: int
@@ -36,10 +36,11 @@ class MachineSettings(TypedDict, total=False):
 
 
 class ChangedSettings(MachineSettings, total=False):
-    """What can be changed: the name, too."""
+    """The settings that can be changed: the same, and the name."""
 
     name: str
 
 
-# What a running machine has as it was started; the other settings hold at once, and disks and adapters come and go.
+# Settings that a running machine keeps until it is restarted. The others take effect at once; disks and adapters can
+# be added and removed at run time.
 HARDWARE = set(ChangedSettings.__annotations__) - {"notes", "automatic", "name", "paths"}

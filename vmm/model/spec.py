@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine is: its definition, the limits it keeps, and how it is written down.
+"""The definition of a machine: its settings, their limits, and its form on disk.
 
-Decides the names and meaning of every setting and which settings exclude each other. Pure: no files, devices or
-processes are examined here. A definition that was loaded or made is valid; `changed` returns a new one, or raises
+Decides the name and meaning of every setting and which settings exclude each other. Pure: it examines no files,
+devices or processes. A definition that was loaded or made is valid; `changed` returns a new one or raises
 InvalidSpec.
 
 The limits are Hyper-V's (Windows Server 2008 R2): two IDE controllers with two units each, four SCSI controllers with
@@ -26,14 +26,14 @@ SCHEMA_VERSION: Final = 1
 MIB = 1 << 20
 MIN_MEMORY_BYTES = 2 * MIB  # SeaBIOS and a boot sector
 MAX_MEMORY_BYTES = 1 << 40
-MAX_CPU_COUNT = 255  # of QEMU's pc machine
+MAX_CPU_COUNT = 255  # limit of QEMU's pc machine
 IDE_CONTROLLERS, IDE_UNITS = 2, 2
 SCSI_CONTROLLERS, SCSI_UNITS = 4, 64
 VIRTIO_UNITS = 12  # each takes a PCI slot, of which a machine has 32
-DEFAULT_STORM_FRAMES = 1000  # a second: what guests flood in peace is a hundredth of it
-MIN_BANDWIDTH_BITS = 64_000  # below that a single frame is a burst of seconds
+DEFAULT_STORM_FRAMES = 1000  # per second; in normal use, guests flood about a hundredth of that
+MIN_BANDWIDTH_BITS = 64_000  # below this, a single frame is a burst of several seconds
 MAX_SYNTHETIC_ADAPTERS, MAX_LEGACY_ADAPTERS = 8, 4
-MAX_SERIAL_CHARACTERS = 20  # of an IDE and a virtio disk
+MAX_SERIAL_CHARACTERS = 20  # limit of IDE and virtio disks
 
 DiskKind = Literal["vhd", "pass-through", "iso"]
 Controller = Literal["ide", "scsi", "virtio"]
@@ -47,15 +47,15 @@ DeviceId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
 class _Settings(BaseModel):
-    # An unknown setting is a slip of the pen, or comes from a newer vmm: ignoring it would change the machine.
+    # An unknown setting is a typing error or comes from a newer vmm: to ignore it would change the machine.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class DiskSpec(_Settings):
-    """A disk, or a drive with an ISO image in it.
+    """A disk, or a drive for ISO images.
 
     `path`: an image (the leaf of its chain), a block device or `iscsi://` URL, or an ISO image (None: no medium).
-    The guest identifies the disk by `serial`. `parent_dirs` are further folders in which parents may lie.
+    The guest identifies the disk by `serial`. `parent_dirs` are further folders to search for parents.
     """
 
     id: DeviceId
@@ -68,10 +68,10 @@ class DiskSpec(_Settings):
     serial: str = Field(
         default_factory=lambda: uuid.uuid4().hex[:MAX_SERIAL_CHARACTERS], pattern=r"^[A-Za-z0-9_-]{1,20}$"
     )
-    format: Literal["vhd", "raw"] | None = None  # of an image, once looked at: what a guest writes must not change it
+    format: Literal["vhd", "raw"] | None = None  # fixed at the first probe: what the guest writes must not change it
     parent_dirs: tuple[str, ...] = ()
     allow_raw_parent: bool = False
-    identity: str | None = None  # of a passed-through device: WWN or the like, checked whenever it is opened
+    identity: str | None = None  # of a pass-through device: WWN or similar, checked at every open
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -91,17 +91,17 @@ class DiskSpec(_Settings):
 
     @property
     def place(self) -> str:
-        """Where it is plugged in, as people write it: `ide0:1`."""
+        """The place where the disk is attached, as people write it: `ide0:1`."""
         return f"{self.controller}{self.controller_index}:{self.unit}"
 
     @property
     def is_image(self) -> bool:
-        """True for an image of any format. Its kind is written "vhd" for that: `format` is what says the format."""
+        """True for an image of any format. The kind "vhd" stands for all of them; `format` names the format."""
         return self.kind == "vhd"
 
     @property
     def is_writable_image(self) -> bool:
-        """True for an image that the machine writes to, which therefore no other may use."""
+        """True for an image that the machine writes to, which no other machine may use."""
         return self.is_image and not self.read_only
 
 
@@ -109,10 +109,10 @@ VlanId = Annotated[int, Field(ge=1, le=4094)]
 
 
 class AdapterSpec(_Settings):
-    """A network adapter, plugged into a switch or into none.
+    """A network adapter, connected to a switch or to none.
 
-    Either no VLAN, or `vlan` (untagged frames belong to it), or `trunk` (the guest tags frames with these; frames
-    that it does not tag belong to `native_vlan`, where 0 means no VLAN). A limit of 0 means no limit.
+    It uses no VLAN, or `vlan` (its untagged frames belong to that VLAN), or `trunk` (the guest tags frames with these
+    VLANs; untagged frames belong to `native_vlan`, where 0 means no VLAN). A limit of 0 means no limit.
     """
 
     id: DeviceId
@@ -145,7 +145,7 @@ class AdapterSpec(_Settings):
 
 
 class IntegrationSpec(_Settings):
-    """Which integration services are offered to the guest."""
+    """The integration services that are offered to the guest."""
 
     heartbeat: bool = True
     shutdown: bool = True
@@ -155,7 +155,7 @@ class IntegrationSpec(_Settings):
 
 
 class AutomaticSpec(_Settings):
-    """What happens to the machine when its host starts and stops, and when QEMU ends by itself."""
+    """What happens to the machine when the host starts or stops, and when QEMU exits unexpectedly."""
 
     start: Literal["nothing", "if-was-running", "always"] = "if-was-running"
     start_delay_seconds: int = Field(default=0, ge=0, le=86400)
@@ -164,7 +164,7 @@ class AutomaticSpec(_Settings):
 
 
 class PathsSpec(_Settings):
-    """Folders of this machine alone; None: the host's default (`vmm host paths`)."""
+    """Folders for this machine only. None: the host's default (`vmm host paths`)."""
 
     disks: str | None = None
     snapshots: str | None = None
@@ -194,7 +194,7 @@ class MachineSpec(_Settings):
     integration: IntegrationSpec = IntegrationSpec()
     automatic: AutomaticSpec = AutomaticSpec()
     paths: PathsSpec = PathsSpec()
-    background_capture: bool = False  # QEMU gets a right to save memory while the guest runs (`kvm.userfault`)
+    background_capture: bool = False  # QEMU may save memory while the guest runs (`kvm.userfault`)
     notes: str = Field(default="", max_length=64 * 1024)
 
     @field_validator("kernel", "initrd", "append")
@@ -229,31 +229,31 @@ class MachineSpec(_Settings):
         return self
 
     def _boots_otherwise(self) -> bool:
-        """True when something else than a disk can be booted."""
+        """True if the machine can boot from something other than a disk."""
         return self.kernel is not None or bool(self.adapters) or any(disk.kind == "iso" for disk in self.disks)
 
-    # -- looking -------------------------------------------------------------------------------------------------
+    # -- lookups -------------------------------------------------------------------------------------------------
 
     def disk(self, disk_id: str) -> DiskSpec | None:
-        """The disk of that id."""
+        """The disk with that id, or None."""
         return next((disk for disk in self.disks if disk.id == disk_id), None)
 
     def free_disk_id(self) -> str:
-        """The first `disk-N` that is not taken."""
+        """The first unused `disk-N`."""
         taken = {disk.id for disk in self.disks}
         return next(name for number in range(len(taken) + 1) if (name := f"disk-{number}") not in taken)
 
     def adapter(self, adapter_id: str) -> AdapterSpec | None:
-        """The adapter of that id."""
+        """The adapter with that id, or None."""
         return next((one for one in self.adapters if one.id == adapter_id), None)
 
     def free_adapter_id(self) -> str:
-        """The first `nic-N` that is not taken."""
+        """The first unused `nic-N`."""
         taken = {one.id for one in self.adapters}
         return next(name for number in range(len(taken) + 1) if (name := f"nic-{number}") not in taken)
 
     def free_place(self, controller: Controller) -> tuple[int, int]:
-        """(controller, unit) of the first free place. Raises InvalidSpec where all are taken."""
+        """(controller, unit) of the first free place. Raises InvalidSpec if all are taken."""
         taken = {(disk.controller_index, disk.unit) for disk in self.disks if disk.controller == controller}
         controllers, units = UNITS[controller]
         for index in range(controllers):
@@ -266,19 +266,19 @@ class MachineSpec(_Settings):
             hint="put the disk on scsi" if controller != "scsi" else None,
         )
 
-    # -- changing and writing down -------------------------------------------------------------------------------
+    # -- changing and storing ------------------------------------------------------------------------------------
 
     def changed(self, **changes: object) -> MachineSpec:
-        """A definition with other settings. Raises InvalidSpec."""
+        """A copy of the definition with other settings. Raises InvalidSpec."""
         return _validated({**self.model_dump(), **_plain(changes)}, self.name)
 
     def to_json(self) -> bytes:
-        """The definition as it is stored."""
+        """The definition as it is stored on disk."""
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
 def _plain(changes: dict[str, object]) -> dict[str, object]:
-    """Models among the changes as their values, so that all of it is looked at again."""
+    """The changes with models turned into plain values, so that everything is validated again."""
 
     def plain(value: object) -> object:
         if isinstance(value, BaseModel):
@@ -289,7 +289,7 @@ def _plain(changes: dict[str, object]) -> dict[str, object]:
 
 
 def make_spec(**settings: object) -> MachineSpec:
-    """A definition from settings. Raises InvalidSpec with all that is wrong with them."""
+    """A definition from settings. Raises InvalidSpec, which lists everything wrong with them."""
     return _validated(_plain(settings), str(settings.get("name", "")) or None)
 
 
@@ -310,7 +310,7 @@ def make_adapter(**settings: object) -> AdapterSpec:
 
 
 def read_spec(content: bytes, path: str) -> MachineSpec:
-    """The definition in a file. Raises InvalidSpec for anything else."""
+    """Parse a definition from the content of a file. Raises InvalidSpec for anything else."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half-made and half-removed files and folders: their names, and the removal of those that a dead process left.
+"""Partly created and partly removed files and folders: their names, and the removal of those left by dead processes.
 
 The name identifies the process that made it: `.NAME.MAKER-CHANCE.part` (or `.removed`). vhdkit decides when a maker is
 dead (`vhdkit.is_maker_dead`). Only files of our own user that are not links are removed, and only from a folder in
@@ -19,16 +19,16 @@ import vhdkit
 _MAKER = r"[0-9a-f]+-\d+-\d+-\d+"  # the form of `vhdkit.maker_word`, which checks the rest itself
 _LEFT = re.compile(rf"(?:.*\.)?({_MAKER})-[0-9a-f]{{8}}\.(?:part|removed)")
 FILE_PATTERN = rf"\.{_MAKER}-[0-9a-f]{{8}}\.part"  # of `part_of` for a file
-_MAX_LOOKED_AT = 10_000  # names in a folder
+_MAX_LOOKED_AT = 10_000  # directory entries examined
 
 
 def part_of(path: str) -> str:
-    """Where a file is made that is to replace `path`: in the same folder, under a short name of its own."""
+    """The path of a new file that will replace `path`: in the same folder, with a short unique name."""
     return os.path.join(os.path.dirname(path), f".{_token()}.part")
 
 
 def folder_of(path: str, ending: str = "part") -> str:
-    """The hidden name of a folder before it becomes `path`, or after it was `path` and while it is removed.
+    """The hidden name of a folder before it is renamed to `path`, or of the former `path` while it is removed.
 
     `ending`: "part" for the former, "removed" for the latter.
     """
@@ -37,9 +37,9 @@ def folder_of(path: str, ending: str = "part") -> str:
 
 
 def sweep(folder: str, *, folders: bool = False) -> None:
-    """Remove the files that dead processes left in `folder`, with `folders` the folders as well.
+    """Remove the files that dead processes left in `folder`; with `folders`, remove their folders as well.
 
-    What cannot be removed stays.
+    What cannot be removed is left in place.
     """
     with contextlib.suppress(OSError):
         with os.scandir(folder or os.curdir) as entries:
@@ -53,13 +53,13 @@ def sweep(folder: str, *, folders: bool = False) -> None:
                 if stat.S_ISREG(facts.st_mode):
                     os.unlink(path)
                 elif folders and stat.S_ISDIR(facts.st_mode):
-                    import shutil  # takes long, and is rare
+                    import shutil  # slow to import, and rarely needed
 
                     shutil.rmtree(path)  # follows no link
 
 
 def _token() -> str:
-    """Our maker's word and chance; without the word, where this host does not say who we are, it is never swept."""
+    """Our maker word and a random part. Without a maker word (the host does not identify us) it is never swept."""
     return f"{vhdkit.maker_word() or os.getpid()}-{os.urandom(4).hex()}"
 
 
