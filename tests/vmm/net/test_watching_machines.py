@@ -15,6 +15,7 @@ import pytest
 from tests.vmm.net.hosts import BridgeHost, bridge_host
 from tests.vmm.small_guests import make_machine, wait_until
 from vmm.api.manager import Manager
+from vmm.model import paths
 
 pytestmark = [pytest.mark.kvm, pytest.mark.netns]
 
@@ -112,3 +113,17 @@ def test_a_route_into_the_network_of_guests_is_told(scene: Scene) -> None:
     assert problem.startswith("this host's route to 10.77.9.128/25 takes a part of its network 10.77.9.0/24")
     scene.host.run("ip route del 10.77.9.128/25")
     assert scene.faults("nat") == []
+
+
+def test_a_port_whose_record_is_damaged_is_plugged_in_again(scene: Scene) -> None:
+    """Its machine knows what it may do: record and rules come back, and the machine still watches its switch."""
+    before = scene.rules()
+    (port,) = json.loads(scene.vmm("switch", "ports", "nat", "--json"))
+    (record,) = Path(paths.runtime_home()).glob(f"sw-*/ports/{port['interface']}.json")
+    content = record.read_bytes()
+    record.write_bytes(b"rubbish")
+    assert scene.vmm("switch", "show", "nat")
+    wait_until(lambda: record.read_bytes() == content, "the record is back")
+    wait_until(lambda: scene.rules() == before, "the rules are as they were")
+    scene.host.run("nft flush ruleset")
+    wait_until(lambda: scene.rules() == before, "the machine loads the rules again")
