@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flattened map: for every grain of the disk, which file answers and where. Read cost does not grow with depth.
+"""The flattened map: for every grain of the disk, which file serves it and where. Read cost is independent of depth.
 
-Decides who owns a sector in a whole chain (`INV-SECTOR-RULE`) and remembers it. Must not read or write data.
+Decides which layer owns a sector in a whole chain (`INV-SECTOR-RULE`) and caches that. Must not read or write data.
 
-    layers' BATs --fold--> one 64-bit entry per grain:  DIRECT  store offset << 8 | layer   (one file answers)
+    layers' BATs --fold--> one 64-bit entry per grain:  DIRECT  store offset << 8 | layer   (one file serves it)
                                                         ZERO    no layer owns it
-                                                        UNKNOWN not yet looked at; settled on first use
-                                                        MIXED   several answer: one owner byte per sector
+                                                        UNKNOWN not examined yet; settled on first use
+                                                        MIXED   several layers: one owner byte per sector
 
 A grain is the smallest block size in the chain. Folding is one vectorised pass per layer; bitmaps are read only
-when a grain is first used. Owner bytes are kept in a bounded cache and can always be computed again.
+when a grain is first used. Owner bytes are kept in a bounded cache and can always be recomputed.
 
-Small reads have a shorter way: the fine table, with an entry per 4 KiB page (on large disks per larger unit, so that
+Small reads have a shortcut: the fine table, with an entry per 4 KiB page (on large disks per larger unit, so that
 its size is bounded), filled in when a grain is settled. File systems write pages, so a page nearly always has one
 owner even if its grain has a hundred, and a read costs the same in a deep chain.
 `INV-MAP-EQUALS-WALK`: the map agrees with walking the layers sector by sector.
@@ -31,12 +31,12 @@ from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
 LAYER_BITS = 8
 LAYER_MASK = (1 << LAYER_BITS) - 1
-NOBODY = LAYER_MASK  # the owner byte of a sector that is zeros
-MAX_LAYERS = NOBODY - 1  # in the fine table a layer's number is its index plus one, and 0 is nothing known
+NOBODY = LAYER_MASK  # the owner byte of a sector that no layer owns; it reads as zeros
+MAX_LAYERS = NOBODY - 1  # in the fine table a layer's number is its index plus one, and 0 means unknown
 ZERO, UNKNOWN, MIXED = -1, -2, -3
-MAX_FINE_ENTRIES = 4 * MIB  # 32 MiB of table; up to 16 GiB of disk have an entry for each page
+MAX_FINE_ENTRIES = 4 * MIB  # 32 MiB of table; disks up to 16 GiB have an entry for each page
 MAX_MIXED_BYTES = 64 * MIB  # of owner bytes in the cache
-WALK_MIXED_BYTES = 4 * MIB  # the same for who goes over the disk once, from its beginning to its end
+WALK_MIXED_BYTES = 4 * MIB  # the same for callers that walk the disk once, from start to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class MixedGrain:
 
 
 class BlockMap:
-    """The map over `layers`, leaf first. Look-ups are free of locks; changes go through `own`."""
+    """The map over `layers`, leaf first. Look-ups need no lock; changes go through `own`."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = tuple(layers)
@@ -59,14 +59,14 @@ class BlockMap:
         self.grain_shift = self.grain_bytes.bit_length() - 1
         self.grain_sectors = whole_sectors(self.grain_bytes)
         self.grain_count = -(-size_bytes // self.grain_bytes)
-        # What can be seen of a layer through those above it: a smaller one in between hides what is behind its end.
+        # The part of each layer visible through those above it: a smaller one in between hides what lies past its end.
         seen, visible = size_bytes, []
         for layer in layers:
             seen = min(seen, layer.size_bytes)
             visible.append(seen)
         self.visible_bytes = tuple(visible)
         self._table = self._fold()
-        self.entries = memoryview(self._table)  # type: ignore[arg-type]  # scalars from here are plain ints, and quick
+        self.entries = memoryview(self._table)  # type: ignore[arg-type]  # its scalars are plain ints, and fast
         self.known: dict[int, MixedGrain] = {}  # the cache of MIXED grains
         self._known_limit = max(1, MAX_MIXED_BYTES // self.grain_sectors)
         self._lock = threading.Lock()
@@ -83,16 +83,16 @@ class BlockMap:
             self._refine_whole(0, 0)
 
     def walked_once(self) -> None:
-        """Nothing will be asked for twice: remember little of what several layers own."""
+        """Cache few owner bytes, because no grain will be read twice."""
         self._known_limit = max(1, WALK_MIXED_BYTES // self.grain_sectors)
 
     def _fold(self) -> NDArray[np.int64]:
-        """UNKNOWN where a sparse layer has a block, the base's place where it is linear, else ZERO."""
+        """UNKNOWN where a sparse layer has a block, the base's offset where it is linear, else ZERO."""
         table = np.full(self.grain_count, ZERO, dtype=np.int64)
         base, visible = self.layers[-1], self.visible_bytes[-1]
         if not base.block_size_bytes:
             whole = visible // self.grain_bytes
-            if visible == self.visible_bytes[0]:  # the disk ends in the last grain: nobody asks for what is behind
+            if visible == self.visible_bytes[0]:  # the disk ends in the last grain: nothing past its end is read
                 whole = self.grain_count
             table[:whole] = (np.arange(whole, dtype=np.int64) << (self.grain_shift + LAYER_BITS)) | (
                 len(self.layers) - 1
@@ -110,7 +110,7 @@ class BlockMap:
         return table
 
     def settle(self, grain: int) -> int:
-        """Find out who owns an UNKNOWN grain; returns its new entry."""
+        """Determine the owners of an UNKNOWN grain; returns its new entry."""
         with self._lock:
             entry = self._sole_owner(grain)
             if entry >= 0:
@@ -125,7 +125,7 @@ class BlockMap:
             return entry
 
     def _sole_owner(self, grain: int) -> int:
-        """The entry of a grain that the first layer with anything there owns whole, or UNKNOWN: the usual case."""
+        """The entry if the first layer with anything in the grain owns all of it, the usual case; else UNKNOWN."""
         start_bytes = grain << self.grain_shift
         end_bytes = start_bytes + self.grain_bytes
         for index, layer in enumerate(self.layers):
@@ -138,7 +138,7 @@ class BlockMap:
         return UNKNOWN
 
     def _refine_whole(self, grain: int, entry: int) -> None:
-        """Fill in the fine entries of a grain with one owner."""
+        """Fill in the fine entries of a grain with a single owner."""
         per_grain = len(self._fine_steps)
         self._fine[grain * per_grain : (grain + 1) * per_grain] = self._fine_steps + (entry + 1)
 
@@ -155,7 +155,7 @@ class BlockMap:
         self._fine[start + low : start + high] = np.where(known, places << LAYER_BITS | (owner + 1), 0)
 
     def mixed(self, grain: int) -> MixedGrain:
-        """The owners of a MIXED grain, made again when the cache forgot them."""
+        """The owners of a MIXED grain, recomputed if the cache has dropped them."""
         known = self.known.get(grain)
         if known is not None:
             return known
@@ -171,7 +171,7 @@ class BlockMap:
         self.known[grain] = made
 
     def own(self, first_sector: int, sector_count: int) -> None:
-        """The leaf owns this run now, by its own word: forget what is no longer true."""
+        """The leaf has reported that it owns this run now: update what has changed."""
         first = first_sector // self.grain_sectors
         last = (first_sector + sector_count - 1) // self.grain_sectors
         with self._lock:
@@ -189,7 +189,7 @@ class BlockMap:
                     self._forget(grain)
 
     def forget(self, first_sector: int, sector_count: int) -> None:
-        """The leaf may own some of this run now: settle it anew. What a linear leaf owns never changes."""
+        """The leaf may own some of this run now: settle it again. What a linear leaf owns never changes."""
         if self.layers[0].block_size_bytes:
             last = (first_sector + sector_count - 1) // self.grain_sectors
             with self._lock:
@@ -197,14 +197,14 @@ class BlockMap:
                     self._forget(grain)
 
     def _forget(self, grain: int) -> None:
-        """Make the grain UNKNOWN, to be settled anew."""
+        """Make the grain UNKNOWN, to be settled again."""
         self.entries[grain] = UNKNOWN
         self.known.pop(grain, None)
         per_grain = self.grain_bytes // self.fine_bytes
         self._fine[grain * per_grain : (grain + 1) * per_grain] = 0
 
     def _owners_of(self, grain: int) -> tuple[bytearray, tuple[int, ...]]:
-        """Walk the layers for one grain: who owns each sector, and where the grain lies in each file (-1: nowhere)."""
+        """Walk the layers for one grain: the owner of each sector, and the grain's offset in each file (-1: none)."""
         owners = np.full(self.grain_sectors, NOBODY, dtype=np.uint8)
         open_sectors = np.ones(self.grain_sectors, dtype=np.bool_)
         start_bytes = grain << self.grain_shift
@@ -221,7 +221,7 @@ class BlockMap:
             offsets[index] = offset
             taken = open_sectors if owned is None else open_sectors & owned
             stored = (layer.data_end_bytes - offset) // SECTOR_SIZE
-            if stored < self.grain_sectors:  # a block stored short: owned, but zeros from there on
+            if stored < self.grain_sectors:  # a block cut short by the end of the file: owned, zeros from there on
                 open_sectors = open_sectors & ~taken
                 taken = taken.copy()
                 taken[max(stored, 0) :] = False
@@ -230,7 +230,7 @@ class BlockMap:
         return bytearray(owners.tobytes()), tuple(offsets)
 
     def _owned_by(self, layer: Layer, start_bytes: int) -> tuple[NDArray[np.bool_] | None, int]:
-        """The layer's owned sectors within the grain (None: all), and the grain's place in its file or -1."""
+        """The layer's owned sectors within the grain (None: all), and the grain's offset in its file or -1."""
         if not layer.block_size_bytes:
             return None, start_bytes
         block, within = divmod(start_bytes, layer.block_size_bytes)
@@ -244,7 +244,7 @@ class BlockMap:
         return owned, offset + within
 
     def _entry_for(self, grain: int, owners: bytearray, offsets: tuple[int, ...]) -> int:
-        """The entry that says it all, when one can; sectors past the end of the disk do not matter."""
+        """A single entry that describes the grain, if one can; sectors past the end of the disk do not matter."""
         inside = min(self.grain_sectors, whole_sectors(self.visible_bytes[0] - (grain << self.grain_shift)))
         first = owners[0]
         if owners.count(first, 0, inside) != inside:
@@ -253,8 +253,8 @@ class BlockMap:
 
 
 def owner_runs(owners: bytearray, first: int, count: int) -> list[tuple[int, int, int]]:
-    """Neighbours with one owner as (first, count, owner), in order, within `count` sectors from `first`."""
-    # A copy: a writer may change the owners meanwhile, and a run must not get the owner of a part of it.
+    """Runs of sectors with one owner as (first, count, owner), in order, within `count` sectors from `first`."""
+    # A copy: a writer may change the owners meanwhile, and a run must not get the owner of only a part of it.
     piece = np.frombuffer(owners[first : first + count], dtype=np.uint8)
     edges = (np.flatnonzero(piece[1:] != piece[:-1]) + 1).tolist()
     starts = [0, *edges]

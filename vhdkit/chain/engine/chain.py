@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chain of open layers as one disk of sectors.
 
-Decides by the map which file a request goes to, and passes writes to the leaf, the only layer that is written to
-(`INV-LEAF-ONLY-WRITES`). Never sees part sectors (`disk` splits them off) and must not know any format.
+Decides by the map which file serves a request, and passes writes to the leaf, the only layer that is written to
+(`INV-LEAF-ONLY-WRITES`). Never sees partial sectors (`disk` splits them off) and must not know any format.
 
-A read within one grain that is in one file is one look-up and one `preadv` into the caller's buffer, whatever the
+A read within one grain that lies in one file is one look-up and one `preadv` into the caller's buffer, at any
 depth of the chain.
 """
 
@@ -34,7 +34,7 @@ from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_
 
 Progress: TypeAlias = Callable[[int, int], None]  # called with (bytes done, bytes in all) during long work
 
-_GRAINS_AT_ONCE = 1 << 16  # of the map looked at in one vectorised step when listing extents
+_GRAINS_AT_ONCE = 1 << 16  # of the map, examined in one vectorised step when listing extents
 
 
 class Chain:
@@ -87,9 +87,9 @@ class Chain:
         self._read_slowly(offset, buffer)
 
     def try_read_into(self, sector_index: int, buffer: memoryview) -> bool:
-        """As `read_into` when that needs no waiting for a device; False (and `buffer` undefined) when it may.
+        """Like `read_into` if no waiting for a device is needed; else returns False and leaves `buffer` undefined.
 
-        What the map does not know yet may have to be read from bitmaps, so that is not tried.
+        For grains not yet settled, bitmaps may have to be read, so those are not tried.
         """
         offset = sectors_to_bytes(sector_index)
         size = len(buffer)
@@ -101,7 +101,7 @@ class Chain:
         return self._try_slowly(offset, buffer)
 
     def _try_slowly(self, offset: int, buffer: memoryview) -> bool:
-        """Grain by grain, only over grains whose one owner, or whose having none, is known."""
+        """Grain by grain, only over settled grains that have one owner or none."""
         position, size = 0, len(buffer)
         while position < size:
             within = (offset + position) & self._grain_mask
@@ -119,7 +119,7 @@ class Chain:
         return True
 
     def _try_mixed(self, grain: int, within: int, buffer: memoryview) -> bool:
-        """A grain with several owners, when they are known and the range has few."""
+        """A grain with several owners, if they are known and the range has few of them."""
         known = self.map.known.get(grain)
         if known is None:
             return False
@@ -134,7 +134,7 @@ class Chain:
         return True
 
     def known_holes(self, sector_index: int, sector_count: int) -> list[tuple[int, int, bool]]:
-        """The range as (first sector, count, nobody owns it), by what the map knows of whole grains; never a read."""
+        """The range as (first sector, count, True if no layer owns it), from whole settled grains; reads nothing."""
         first = sectors_to_bytes(sector_index) >> self._grain_shift
         last = (sectors_to_bytes(sector_index + sector_count) - 1) >> self._grain_shift
         holes = np.asarray(self._entries[first : last + 1]) == ZERO
@@ -146,13 +146,13 @@ class Chain:
         return runs
 
     def has_known_holes(self, sector_index: int, sector_count: int) -> bool:
-        """True when `known_holes` has one."""
+        """True if `known_holes` would find one."""
         first = sectors_to_bytes(sector_index) >> self._grain_shift
         last = (sectors_to_bytes(sector_index + sector_count) - 1) >> self._grain_shift
         return ZERO in self._entries[first : last + 1].tolist()
 
     def _read_slowly(self, offset: int, buffer: memoryview) -> None:
-        """Grain by grain; neighbouring grains that lie together in one file are read together."""
+        """Grain by grain; adjacent grains that are contiguous in one file are read together."""
         position, size = 0, len(buffer)
         run_layer, run_offset, run_start = -1, 0, 0  # a run of DIRECT grains not yet read
         while position < size:
@@ -180,7 +180,7 @@ class Chain:
             self._readers[run_layer](run_offset, buffer[run_start:position])
 
     def _read_mixed(self, grain: int, within: int, buffer: memoryview) -> None:
-        """A grain with several owners: one read per run of one owner."""
+        """A grain with several owners: one read for each run with one owner."""
         known = self.map.mixed(grain)
         first, count = within // SECTOR_SIZE, len(buffer) // SECTOR_SIZE
         owner = known.owners[first]
@@ -201,7 +201,7 @@ class Chain:
     def extents(self, sector_index: int, sector_count: int, *, find_holes: bool = False) -> Iterator[Extent]:
         """The range as runs, in order, without gaps, none ABSENT.
 
-        `layer_index` is the owner, -1 where no layer owns the run. With `find_holes` an owned run that is a hole
+        `layer_index` is the owner, -1 if no layer owns the run. With `find_holes` an owned run that is a hole
         in its file is reported as ZERO of that layer.
         """
         runs = self._extents(sector_index, sector_count)
@@ -246,9 +246,9 @@ class Chain:
             yield Extent(start, stop - start, ExtentKind.DATA, entry & LAYER_MASK, place)
 
     def _holes(self, extent: Extent, seen: dict[int, tuple[int, int, bool]]) -> Iterator[Extent]:
-        """A DATA run split where its file has holes; a sector with any data in it is data.
+        """Split a DATA run at the holes of its file; a sector with any data in it is data.
 
-        `seen` remembers for each layer the run of its file that was looked up last: to find the end of a long one
+        `seen` holds, for each layer, the run of its file that was looked up last: finding the end of a long one
         takes the file system a while, and all of a chain's runs may lie in it.
         """
         if extent.store_offset_bytes is None:
@@ -268,7 +268,7 @@ class Chain:
             position = stop
 
     def _file_run(self, layer_index: int, offset_bytes: int) -> tuple[int, int, bool]:
-        """(start, end, may hold data) of the run of the layer's file from there on; behind its end is nothing."""
+        """(start, end, may hold data) of the run of the layer's file at that offset; past its end, a hole."""
         store = self.layers[layer_index].store
         size_bytes = max(store.size() - offset_bytes, SECTOR_SIZE)
         offset, size, is_data = next(iter(store.data_runs(offset_bytes, size_bytes)))
@@ -281,18 +281,18 @@ class Chain:
         try:
             if self.leaf.write(sector_index, data):
                 self.map.own(sector_index, whole_sectors(len(data)))
-            else:  # it owned all of it before: learn that, for `write_in_place`
+            else:  # the leaf owned all of it already: settle the grain, for `write_in_place`
                 grain = sectors_to_bytes(sector_index) >> self._grain_shift
                 if self._entries[grain] == UNKNOWN:
                     self.map.settle(grain)
-        except BaseException:  # the leaf may own a part of the run now, and a retry would not say so again
+        except BaseException:  # the leaf may own part of the run now, and a retry would not report that again
             self.map.forget(sector_index, whole_sectors(len(data)))
             raise
 
     def write_in_place(self, sector_index: int, data: memoryview) -> bool:
-        """Overwrite whole sectors that the map knows to lie together in the leaf; False, nothing done, for others.
+        """Overwrite whole sectors known to be contiguous in the leaf; otherwise return False, having done nothing.
 
-        Nothing but data changes: no bit, no BAT entry, no map. Raises IoFailed, SyncFailed.
+        Only data changes: no bit, no BAT entry, no map. Raises IoFailed, SyncFailed.
         """
         offset = sectors_to_bytes(sector_index)
         within = offset & self._fine_mask
@@ -311,7 +311,7 @@ class Chain:
         return True
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> None:
-        """Make a run read as zeros, hiding what parents have there. Raises NoSpace, IoFailed, SyncFailed."""
+        """Make a run read as zeros, hiding the parents' data. Raises NoSpace, IoFailed, SyncFailed."""
         try:
             for first, count in zeros_to_write(self.layers, sector_index, sector_count):
                 if self.leaf.write_zeroes(first, count):
@@ -321,7 +321,7 @@ class Chain:
             raise
 
     def trim(self, sector_index: int, sector_count: int) -> None:
-        """Give the leaf's space back: what it owns of the run reads as zeros, the rest is left as it is."""
+        """Release the leaf's space: what it owns of the run reads as zeros, the rest is left as it is."""
         self.leaf.trim(sector_index, sector_count)
 
     def flush(self) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether zeros that are written to a leaf have anything to hide.
+"""Whether zeros written to a leaf hide any data.
 
-Decides where a differencing leaf can do without a block when zeros are written: only where no layer below it
+Decides where a differencing leaf needs no block for written zeros: only where no layer below it
 can show anything else, now or later. Must not write.
 
-A parent is read-only as long as it has children, and whatever merges, rebases or snapshots it preserves what the leaf
+A parent is read-only as long as it has children, and merges, rebases and snapshots preserve what the leaf
 reads. So zeros that no layer owns stay zeros, with three exceptions, in which the leaf owns its zeros:
 
     a raw parent                       has no id: nothing keeps other programs from writing to it or enlarging it
@@ -21,7 +21,7 @@ from vhdkit.units import sectors_to_bytes, whole_sectors
 
 
 def zeros_to_write(layers: Sequence[Layer], sector_index: int, sector_count: int) -> Iterator[tuple[int, int]]:
-    """(first sector, count) of the parts of a run that the leaf must own for the run to read as zeros, for good.
+    """(first sector, count) of the parts of a run that the leaf must own for the run to read as zeros permanently.
 
     `layers` are those of a chain, leaf first. Raises IoFailed.
     """
@@ -30,7 +30,7 @@ def zeros_to_write(layers: Sequence[Layer], sector_index: int, sector_count: int
         yield sector_index, sector_count
         return
     end, per_block = sector_index + sector_count, whole_sectors(leaf.block_size_bytes)
-    start = sector_index  # of what is to be written, as far as it was looked at
+    start = sector_index  # of the sectors to write, among those examined so far
     for block in range(sector_index // per_block, -(-end // per_block)):
         first, stop = max(block * per_block, sector_index), min((block + 1) * per_block, end)
         if leaf.block_offset(block) < 0 and all(_shows_zeros(layer, first, stop - first) for layer in below):
@@ -46,7 +46,7 @@ def _may_change(layer: Layer) -> bool:
 
 
 def _shows_zeros(layer: Layer, sector_index: int, sector_count: int) -> bool:
-    """True when the layer has nothing but holes there, whatever its bits say, or nothing at all."""
+    """True if the layer has only holes there, whatever its bits say, or nothing at all."""
     end = min(sector_index + sector_count, whole_sectors(layer.size_bytes))
     per_block = whole_sectors(layer.block_size_bytes) or max(end, 1)
     for block in range(sector_index // per_block, -(-end // per_block)):
@@ -61,7 +61,7 @@ def _shows_zeros(layer: Layer, sector_index: int, sector_count: int) -> bool:
 
 
 def _owns_nothing(layer: Layer, block: int, first: int, count: int) -> bool:
-    """True for sectors that a differencing layer leaves to its parents, as all who read chains agree."""
+    """True for sectors that a differencing layer leaves to its parents, on which all programs agree."""
     if layer.unowned is not ExtentKind.ABSENT:
         return False
     owned = layer.owned_sectors(block)

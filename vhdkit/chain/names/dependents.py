@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images stand on an image: the one place that answers this.
+"""Finds the images that stand on an image: the only module that decides this.
 
-Decides where children of an image are looked for, and what counts as one. Everything that opens an image for writing,
-or changes, moves, replaces or removes it, asks here first (`INV-PARENT-READ-ONLY`).
+Decides where children of an image are looked for, and what counts as one. Code that opens an image for writing, or
+changes, moves, replaces or removes it, calls this first (`INV-PARENT-READ-ONLY`).
 
     its own folder, folders the user named    every image that records its id
     the folders above it                      every image that finds it from there: a parent may lie below its child
     images that the caller knows              the same
-    the marks beside it (`marks`)             the same, wherever the child lies; a child that cannot be examined
-                                              counts, and if it is gone, its folder is searched for its new name
+    the marks beside it (`marks`)             the same, in any folder; a child that cannot be examined counts, and if
+                                              it is missing, its folder is searched for its new name
 
-Each file is examined once, with three reads; only those that name the wanted id are read as images.
+Each file is examined once, with three reads; only files that contain the wanted id are parsed as images.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from vhdkit.store import FileStore
 
 MAX_LEVELS_ABOVE = 16
 _MAX_TOLD = 8
-MAX_FILES_ELSEWHERE = 4096  # looked at in a folder above, or in one that a mark names
+MAX_FILES_ELSEWHERE = 4096  # examined in a folder above, or in one that a mark names
 
 
 @dataclass(frozen=True, slots=True)
 class Dependent:
-    """An image that stands on another; with a `problem`, one that is said to and cannot be looked at."""
+    """An image that stands on another; with a `problem`, an image that is said to but cannot be examined."""
 
     path: str
     problem: str | None = None
@@ -57,20 +57,20 @@ class Dependent:
 
 @dataclass(slots=True)
 class _Parent:
-    """An image whose children are looked for, and those found so far, by their real paths."""
+    """An image whose children are searched, and those found so far, by their real paths."""
 
     path: str
     unique_id: bytes
     identity: tuple[int, int] | None
     children: dict[str, Dependent] = field(default_factory=dict)
-    kept: list[Mark] = field(default_factory=list)  # marks that hold, or may
+    kept: list[Mark] = field(default_factory=list)  # marks that are valid, or may be
     dropped: int = 0
     marked: int = 0  # children that the record names
 
 
 def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
-    """The real folders in which children of an image are looked for first: those parents may lie in, and the one of
-    the name it was given by, which may be a link: who made a child through that name put it there.
+    """The real folders in which children of an image are searched first: those in which parents may lie, and the
+    folder of the name by which it was given, which may be a link: a child made through that name lies there.
     """
     here = real_path(os.path.dirname(path) or os.curdir)
     return tuple(dict.fromkeys(real_path(one) for one in (*allowed_folders(path, parent_dirs), here)))
@@ -79,9 +79,9 @@ def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...
 def standing_on(
     images: Sequence[tuple[bytes, str]], options: OpenOptions, *, folders: Sequence[str] = ()
 ) -> list[list[Dependent]]:
-    """For each image, (unique id, path), all that stands on it, as far as that can be known. Nothing is changed.
+    """For each image, (unique id, path), everything found to stand on it. Nothing is changed.
 
-    `folders` are further ones to look in. Raises AccessDenied and IoFailed for the images themselves.
+    `folders` are searched as well. Raises AccessDenied and IoFailed for the images themselves.
     """
     return [list(parent.children.values()) for parent in _searched(images, options, folders)]
 
@@ -95,10 +95,10 @@ def refuse_with_children(
     hint: str = "work on the child instead: it may hold what was written last",
     tidy: bool = False,
 ) -> None:
-    """Raise HasChildren when an image stands on this one: see `standing_on`.
+    """Raise HasChildren if an image stands on this one: see `standing_on`.
 
-    `danger` says what would happen to it, `hint` what to do; the child at `apart_from` does not count. With `tidy`,
-    for who holds the writer's lock, marks that do not hold any more are dropped.
+    `danger` says what would happen to the child, `hint` what to do; the child at `apart_from` does not count. With
+    `tidy`, for callers that hold the writer's lock, marks that are no longer valid are dropped.
     """
     (parent,) = _searched([(unique_id(store), store.name)], options, ())
     own = None if apart_from is None else real_path(apart_from)
@@ -110,7 +110,7 @@ def refuse_with_children(
 
 
 def has_children(path: str, children: Sequence[Dependent], danger: str, hint: str | None) -> errors.HasChildren:
-    """The error for an image that others stand on, or may: `danger` is what would happen to them."""
+    """The error for an image that others stand on, or may stand on; `danger` is what would happen to them."""
     original = _original(path, children[0].path)
     if original is not None:
         return errors.HasChildren(
@@ -128,7 +128,7 @@ def has_children(path: str, children: Sequence[Dependent], danger: str, hint: st
 
 
 def _original(path: str, child_path: str) -> str | None:
-    """The other file that a child stands on where the one at `path` only has its parent's id, else None."""
+    """The other file that a child stands on, if the one at `path` merely has its parent's id; else None."""
     try:
         with open_regular(child_path) as store:
             child = _facts_of(store)
@@ -142,12 +142,12 @@ def _original(path: str, child_path: str) -> str | None:
 
 
 def _advised(one: Dependent) -> str:
-    """What is wrong with a child, and what helps, where something does."""
+    """The problem with a child, and a remedy if there is one."""
     return f"{one.problem}; {one.hint}" if one.hint else str(one.problem)
 
 
 def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]:
-    """What the marks beside an image say, as far as it is worth telling."""
+    """Findings about the marks beside an image that are worth reporting."""
     if store.is_device or not exists(marks.record_path(store.name)):
         return ()
     parent = _Parent(real_path(store.name), unique_id(store), store.identity)
@@ -170,7 +170,7 @@ def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]
 
 
 def tidy_marks(path: str, kept: Sequence[Mark]) -> None:
-    """Drop all marks beside an image but these. What cannot be written stays as it is: it harms nothing."""
+    """Drop all marks beside an image except these. What cannot be written stays as it is, which does no harm."""
     try:
         marks.keep_only(path, kept)
     except errors.VhdkitError:
@@ -178,7 +178,7 @@ def tidy_marks(path: str, kept: Sequence[Mark]) -> None:
 
 
 def drop_stale_marks(path: str, options: OpenOptions | None = None) -> None:
-    """Drop the marks beside an image, which is held as a writer holds it, that do not hold any more."""
+    """Drop the marks beside an image that are no longer valid; the caller holds it as a writer."""
     if exists(marks.record_path(path)):
         with FileStore.open(path) as store:
             (parent,) = _searched([(unique_id(store), path)], options or OpenOptions(), ())
@@ -193,7 +193,7 @@ def find_children(
     apart_from: tuple[int, int] | None = None,
     raw_parent: str | None = None,
 ) -> list[str]:
-    """Paths of the differencing images directly in `folders` whose parent has this id. Damaged ones are passed over.
+    """Paths of the differencing images directly in `folders` whose parent has this id. Damaged images are skipped.
 
     Children of raw disks record no id; with `raw_parent` those count whose names lead to that path.
     """
@@ -203,7 +203,7 @@ def find_children(
 
 
 def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:
-    """For each parent, (unique id, real path), what `find_children` finds; every file is looked at once."""
+    """For each parent, (unique id, real path), the result of `find_children`; every file is examined once."""
     wanted = [_Parent(path, parent_id, _identity(path)) for parent_id, path in parents]
     _Search(wanted, OpenOptions()).look_in(folders)
     return [list(one.children) for one in wanted]
@@ -231,13 +231,13 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _facts_of(store: FileStore) -> ImageFacts:
-    """What an image says about itself, as it is to be read. Raises CorruptImage, InvalidArgument."""
+    """The metadata of an image as it will be read. Raises CorruptImage, InvalidArgument."""
     view = pending.view(store)
     return formats.probed(view).facts(view)
 
 
 def _above(path: str) -> list[str]:
-    """The folders above that of the image, nearest first."""
+    """The folders above the image's own, nearest first."""
     folder = os.path.dirname(path)
     found: list[str] = []
     while folder != os.path.dirname(folder) and len(found) < MAX_LEVELS_ABOVE:
@@ -247,7 +247,7 @@ def _above(path: str) -> list[str]:
 
 
 class _Search:
-    """One look for the children of some images. Files that were looked at are passed over when they come again."""
+    """One search for the children of some images. Files that were examined already are skipped."""
 
     def __init__(self, parents: Sequence[_Parent], options: OpenOptions) -> None:
         self._parents = parents
@@ -257,7 +257,7 @@ class _Search:
         self._seen: set[str] = set()
 
     def look_in(self, folders: Iterable[str], *, nearby: bool = True) -> None:
-        """Look at the files directly in `folders`; those elsewhere than `nearby` count when they find the image."""
+        """Examine the files directly in `folders`; if not `nearby`, only files that find the image count."""
         for folder in dict.fromkeys(real_path(folder) for folder in folders):
             if folder in self._folders:
                 continue
@@ -270,7 +270,7 @@ class _Search:
                     self._look(path, nearby, pending.undo_path_beside(path) in there)
 
     def look_at(self, path: str) -> None:
-        """Look at one image that the caller knows; one that is not there, or cannot be read, says nothing."""
+        """Examine an image that the caller knows; a missing or unreadable one is ignored."""
         if is_file_name(path) and (real := real_path(path)) not in self._seen:
             self._seen.add(real)
             self._look(real, False, True)
@@ -286,7 +286,7 @@ class _Search:
             self._add(child, identity, nearby)
 
     def _child(self, store: FileStore, may_have_log: bool) -> ImageFacts | None:
-        """What an image with a parent that may stand on one of the parents says of itself. Raises CorruptImage."""
+        """The metadata of an image that may stand on one of the parents, else None. Raises CorruptImage."""
         found = formats.parent_ids(store)
         if (
             NULL_ID not in found
@@ -298,10 +298,10 @@ class _Search:
         return facts if facts.parent is not None else None
 
     def _add(self, child: ImageFacts, identity: tuple[int, int], nearby: bool) -> bool:
-        """Count the image as a child of those parents that it stands on; True if there is one."""
+        """Record the image as a child of the parents that it stands on; True if there is one."""
         added = False
         for parent in self._parents:
-            # A child of a raw disk records no id, whatever the guest has written into that disk since, a footer too.
+            # A child of a raw disk records no id, whatever the guest has written to that disk since, even a footer.
             recorded = parent_of(child)
             if not recorded.raw_allowed and parent.unique_id not in recorded.linkage_ids:
                 continue
@@ -317,7 +317,7 @@ class _Search:
         return added
 
     def _finds(self, child: ImageFacts, parent: _Parent) -> bool:
-        """False for an image that stands on another file of this id: a copy of the parent."""
+        """False for an image that stands on another file with this id: a copy of the parent."""
         folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(parent.path)))
         more = (real_path(one) for one in self._options.parent_dirs)
         try:
@@ -329,7 +329,7 @@ class _Search:
     # -- marks --------------------------------------------------------------------------------------------------
 
     def look_at_marks(self, parent: _Parent) -> None:
-        """Look at the children that left a mark beside the image. A record that cannot be read counts as one."""
+        """Examine the children that left a mark beside the image. An unreadable record counts as a child."""
         try:
             found, is_of_here = marks.marks_about(parent.path)
         except errors.VhdkitError as error:
@@ -345,13 +345,13 @@ class _Search:
                 parent.dropped += 1
 
     def _holds(self, mark: Mark, parent: _Parent) -> bool:
-        """Look at the child that a mark names; False when it does not stand on the image any more."""
+        """Examine the child that a mark names; False if it does not stand on the image any more."""
         before = len(parent.children)
         try:
             with open_regular(mark.path) as store:
                 child = self._child(store, True)
                 if child is None:
-                    _facts_of(store)  # raises for one that is damaged: it may be repaired
+                    _facts_of(store)  # raises if it is damaged: it may be repaired
                 identity = store.identity
             if child is not None and self._add(child, identity, False):
                 return any(one.path == mark.path for one in parent.children.values())
@@ -361,7 +361,7 @@ class _Search:
                 return len(parent.children) > before
             self._unseen(mark, parent, "it is not there, and may be on a file system that is not mounted")
             return True
-        except errors.InvalidArgument:  # something that is not an image by now
+        except errors.InvalidArgument:  # the path leads to something other than an image by now
             return False
         except errors.VhdkitError as error:
             self._unseen(mark, parent, error.problem)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paths of a chain, and the images that stand on others.
 
-Decides nothing of its own: where a parent is looked for is decided in `parents`, and what counts as a child in
-`dependents`. Nothing is locked or changed, so images in use can be asked about.
+Decides nothing itself: where a parent is searched is decided in `parents`, and what counts as a child in
+`dependents`. Nothing is locked or changed, so images in use can be queried.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vhdkit.store import FileStore
 
 @checked
 def chain_paths(path: AnyPath, *, options: OpenOptions | None = None) -> list[str]:
-    """The real paths of an image and all that it stands on, leaf first. Raises what opening the chain raises."""
+    """The real paths of an image and all its ancestors, leaf first. Raises what opening the chain raises."""
     layers = open_layers(path, options=replace(options or OpenOptions(), lock=False))
     try:
         files = [pending.file_of(layer.store) for layer in layers]
@@ -47,9 +47,9 @@ def chain_paths(path: AnyPath, *, options: OpenOptions | None = None) -> list[st
 @checked
 @contextlib.contextmanager
 def chain_held(path: AnyPath, *, options: OpenOptions | None = None) -> Iterator[list[str]]:
-    """The real paths of an image and all that it stands on, leaf first; none is written to meanwhile.
+    """The real paths of an image and all its ancestors, leaf first; none is written to during the block.
 
-    For programs that copy the files as they are. Raises InvalidArgument if a change to one of them did not finish,
+    For programs that copy the files as they are. Raises InvalidArgument if a change to one of them is unfinished,
     so that the file alone does not have the image's content, ImageInUse, and what opening the chain raises.
     """
     layers = open_layers(path, options=options)
@@ -81,9 +81,9 @@ def image_id(path: AnyPath) -> str | None:
 
 @checked
 def mark_parents(path: AnyPath, *, options: OpenOptions | None = None) -> list[Finding]:
-    """Leave a mark for each image of a chain whose parent is in another folder, as is done when a child is made.
+    """Leave a mark for each image of a chain whose parent is in another folder, as when a child is made.
 
-    For programs that take over images of other programs: from then on vhdkit does not change the parents. Returns
+    For programs that take over other programs' images: afterwards vhdkit does not change the parents. Returns
     what could not be marked. Raises what opening the chain raises.
     """
     layers = open_layers(path, options=options)
@@ -109,8 +109,8 @@ def find_children(
 ) -> dict[str, list[str]]:
     """For each image, by the path given, the real paths of the images that stand on it.
 
-    They are looked for beside each image and in `folders`; each file is examined once, and damaged ones are
-    skipped. With `everywhere` the search is that before an image is opened for writing: also above it, among those
+    They are searched beside each image and in `folders`; each file is examined once, and damaged ones are skipped.
+    With `everywhere` the search is the one made before an image is opened for writing: also above it, among those
     that `options` names, and wherever children left marks; a marked child that cannot be examined then counts.
     Raises NotFound and what reading the images raises.
     """

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a parent was written to after its child was made; locks and marks do not stop other programs from doing so.
+"""Detects parents that were written to after their child was made; locks and marks do not stop other programs.
 
-Decides what is recorded about a parent's state, and what is concluded from it. Notes in extended attributes:
+Decides what is recorded about a parent's state, and what follows from it. Notes in extended attributes:
 
-    at the child     the parent's id, its generation, its state then: length, time of the last write, inode
-    at the parent    a generation, and the state in which the parent is that generation
+    at the child     the parent's id, its generation, and its state then: length, modification time, inode
+    at the parent    a generation, and the state in which the parent has that generation
 
 A child is fine if its parent is in the state that it recorded, or if the parent's note says that its present state is
-still the child's generation: any command of ours that changes a parent without changing what its children read
-(`same_content`) notes the new state under the old generation. While it does so, and after it was killed, there is no
-state to compare with. If a note is missing, as after most ways of copying, or the parent is a different file by now,
-nothing is concluded. Nothing is written into the images themselves. The notes are no protection against anybody with
-bad intentions; they are for accidents.
+still the child's generation: a command of ours that changes a parent without changing what its children read
+(`same_content`) notes the new state under the old generation. During such a command, and after it was killed, there is
+no state to compare with. If a note is missing, as after most ways of copying, or the parent is a different file by
+now, nothing is concluded. Nothing is written to the images themselves. The notes detect accidents; they do not
+protect against malicious changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vhdkit.xattrs import drop_attribute, read_attribute, write_attribute
 
 _CHILD, _PARENT = "parent", "generation"  # names of the notes
 _GENERATION_SIZE = 16
-_NO_GENERATION = bytes(_GENERATION_SIZE)  # where the parent could not be given one
+_NO_GENERATION = bytes(_GENERATION_SIZE)  # if the parent could not be given one
 _STATE = struct.Struct(">QqQ")
 _AT_CHILD = struct.Struct(f">B{ID_BYTES}s{_GENERATION_SIZE}s")
 _AT_PARENT = struct.Struct(f">B{_GENERATION_SIZE}s")
@@ -41,14 +41,14 @@ WRITTEN = "parent-written"  # the code of its finding
 
 
 class _State(NamedTuple):
-    """By what an unwritten file is known again."""
+    """Identifies the state of a file that was not written to since."""
 
     size_bytes: int
     modified_ns: int
     inode: int
 
 
-# In place of a parent's state: a program of ours is changing the file, or was killed while it did.
+# In place of a parent's state: one of our programs is changing the file, or was killed while it did.
 _CHANGING = _State(0, 0, 0)
 
 
@@ -57,7 +57,7 @@ def _state_of(store: FileStore) -> _State:
 
 
 def _generation_of(store: FileStore) -> tuple[bytes, _State] | None:
-    """The parent's note: its generation, and the state in which it is that."""
+    """The parent's note: its generation, and the state that has that generation."""
     raw = read_attribute(store, _PARENT, _AT_PARENT.size + _STATE.size)
     if raw is None or len(raw) != _AT_PARENT.size + _STATE.size:
         return None
@@ -71,11 +71,11 @@ def _note_generation(store: FileStore, generation: bytes, state: _State | None =
 
 
 def record_parent(child: Store, parent: Store, parent_id: bytes) -> None:
-    """Note at the child in which state its parent is now. Nobody writes to the parent meanwhile.
+    """Note at the child the present state of its parent, which must not be written to meanwhile.
 
-    Where notes cannot be left there is none, not an old one either.
+    If no note can be written, an old one is removed.
     """
-    from secrets import token_bytes  # takes long, and only new children need it
+    from secrets import token_bytes  # a slow import that only new children need
 
     image, base = file_of(child), file_of(parent)
     if image is None or base is None:
@@ -91,14 +91,14 @@ def record_parent(child: Store, parent: Store, parent_id: bytes) -> None:
 
 
 def forget_parent(child: Store) -> None:
-    """There is nothing known about the parent's state."""
+    """Remove the note about the parent's state."""
     image = file_of(child)
     if image is not None:
         drop_attribute(image, _CHILD)
 
 
 def record_parents(path: str, parent_path: str, parent_id: bytes) -> None:
-    """As `record_parent`, for files that may be open elsewhere too. What cannot be opened has no notes then."""
+    """Like `record_parent`, for files that may be open elsewhere too. A file that cannot be opened gets no note."""
     with (
         contextlib.suppress(errors.VhdkitError),
         FileStore.open(path) as child,
@@ -108,7 +108,7 @@ def record_parents(path: str, parent_path: str, parent_id: bytes) -> None:
 
 
 def was_written_since(child: Store, parent: Store, parent_id: bytes) -> bool:
-    """True when the parent was written after the child, which records this id, was made; False also where unknown."""
+    """True if the parent was written to after the child, which records this id, was made; False if unknown."""
     image, base = file_of(child), file_of(parent)
     if image is None or base is None:
         return False
@@ -125,15 +125,15 @@ def was_written_since(child: Store, parent: Store, parent_id: bytes) -> bool:
 
 
 def _is_half_changed(store: FileStore) -> bool:
-    """A change of ours did not finish: the image reads as before it, and is so again once that is taken back."""
+    """True if a change of ours is unfinished: the image reads as before it, and will again once it is undone."""
     return view(store) is not store
 
 
 @contextlib.contextmanager
 def same_content(path: str) -> Iterator[None]:
-    """The block changes the file at `path`, but not what images that stand on it read: they need not be warned.
+    """The block changes the file at `path`, but not what its children read, so they need no warning.
 
-    Whether it ends well, is interrupted or is killed: the note says so before the file changes.
+    The note says so before the file changes, so it holds even if the block is interrupted or killed.
     """
     generation = None
     with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
@@ -149,7 +149,7 @@ def same_content(path: str) -> Iterator[None]:
 
 
 def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None:
-    """The warning about a parent that was written after its child was made."""
+    """The warning about a parent that was written to after its child was made."""
     if not was_written_since(child, parent, recorded_parent_id(facts)):
         return None
     message = left_by_repair(
@@ -162,7 +162,7 @@ def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None
 
 
 def timestamp_finding(facts: ImageFacts, parent: Store) -> Finding | None:
-    """The note about a parent of another time stamp than its child recorded: a hint at best.
+    """The note about a parent whose time stamp differs from the child's record: no more than a hint.
 
     XenServer records when the parent's file was written, others when the parent was made.
     """
@@ -181,18 +181,18 @@ def timestamp_finding(facts: ImageFacts, parent: Store) -> Finding | None:
 
 
 def _written_at(facts: ImageFacts, parent: Store) -> int | None:
-    """When the parent's file was written last, as XenServer records it."""
+    """When the parent's file was last modified, as XenServer records it."""
     file = file_of(parent)
     return None if file is None else formats.named(facts.format_name).written_at(file.modified_ns())
 
 
 def findings_about(child: Store, facts: ImageFacts, parent: Store) -> list[Finding]:
-    """All there is to say about the state of the parent."""
+    """All findings about the state of the parent."""
     found = (timestamp_finding(facts, parent), finding_of(child, facts, parent))
     return [one for one in found if one is not None]
 
 
 def view_of(store: Store) -> Store:
-    """The parent as it is read."""
+    """The parent as readers see it."""
     file = file_of(store)
     return store if file is None else view(file)

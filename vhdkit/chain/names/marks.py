@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record that children in other folders leave beside their parent, so that vhdkit knows what stands on it.
+"""The record that children in other folders leave beside their parent, so that vhdkit knows about them.
 
-Decides where the record lies, what it contains, and that two processes writing it at once lose nothing. Nothing in it
-is believed: code that reads a mark examines the child that it names (`dependents`).
+Decides where the record lies, what it contains, and that concurrent writers lose no mark. Its content is not trusted:
+code that reads a mark examines the child that it names (`dependents`).
 
 A child beside its parent needs no mark, because that folder is searched anyway. The mark is on the device before the
-child has its name, so a power cut leaves at most a mark without a child, which counts for nothing. A mark that cannot
+child has its name, so a power cut leaves at most a mark without a child, which is ignored. A mark that cannot
 be written is not a failure; it is logged.
 
     .NAME.vhdkit-children    {"format", "parent", "children": [{"path", "id", "parent_id", "trail"}, ...]}
@@ -42,8 +42,8 @@ from vhdkit.units import MIB
 from vhdkit.xattrs import record_held
 
 KIND = "children"
-MAX_MARKS = 4096  # each is looked at before the parent is written to
-MAX_RECORD_BYTES = 4 * MIB  # 4096 children with paths of 800 letters
+MAX_MARKS = 4096  # each is examined before the parent is written to
+MAX_RECORD_BYTES = 4 * MIB  # 4096 children with paths of 800 characters
 _FORMAT = "vhdkit children record 1"
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A child: its real path, its id, its parent's, and by what the folders that lead to it are known."""
+    """A child: its real path, its id, its parent's id, and what identifies the folders that lead to it."""
 
     path: str
     unique_id: bytes
@@ -60,7 +60,7 @@ class Mark:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As it stands in the record."""
+        """The mark's form in the record."""
         return {"path": self.path, "id": self.unique_id.hex(), "parent_id": self.parent_id.hex(), "trail": self.trail}
 
 
@@ -73,23 +73,23 @@ class Record:
 
 
 def record_path(parent_path: str) -> str:
-    """Where the record about an image lies."""
+    """The path of the record about an image."""
     return sidecar_path(parent_path, KIND)
 
 
 def read_record(parent_path: str) -> Record:
-    """The marks beside an image. Raises InvalidArgument for a record that is damaged, AccessDenied, IoFailed."""
+    """The marks beside an image. Raises InvalidArgument for a damaged record, AccessDenied, IoFailed."""
     return read_file(record_path(parent_path)) or Record(real_path(parent_path))
 
 
 def read_file(path: str) -> Record | None:
-    """The record that lies at `path`, None where there is none; raises as `read_record` does."""
+    """The record at `path`, None if there is none; raises as `read_record` does."""
     raw = read_whole(path, MAX_RECORD_BYTES) if exists(path) else None
     if raw is None:
         if not exists(path):
             return None
         raise _damaged(path, "is not a regular file, or too long")
-    if not raw:  # being made: see `record_held`
+    if not raw:  # being created: see `record_held`
         return None
     try:
         document = json.loads(raw)
@@ -136,12 +136,12 @@ def marked(children: Sequence[tuple[str, Store, str]]) -> Iterator[None]:
         for parent, mark in left:
             _take_back(parent, mark)
         raise
-    for parent, mark in left:  # once more: whoever tidied the record meanwhile found no child yet
+    for parent, mark in left:  # once more: a process that tidied the record meanwhile found no child yet
         _leave(parent, mark)
 
 
 def mark_child(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> str | None:
-    """Leave the mark of a child that has its name already; says, and logs, why that could not be.
+    """Leave the mark of a child that has its name already; if that fails, returns and logs the reason.
 
     `parent_id` is the id that it is about to record for its parent.
     """
@@ -150,7 +150,7 @@ def mark_child(path: str, image: Store, parent_path: str, parent_id: bytes | Non
 
 
 def _mark_of(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> Mark | None:
-    """The mark that the child needs, None for one that lies beside its parent."""
+    """The mark that the child needs; None if it lies beside its parent."""
     real = real_path(path)
     folder = os.path.dirname(real)
     if folder == os.path.dirname(real_path(parent_path)):
@@ -163,7 +163,7 @@ def _mark_of(path: str, image: Store, parent_path: str, parent_id: bytes | None 
 
 
 def _leave(parent_path: str, mark: Mark) -> str | None:
-    """Put the mark in the parent's record, on the device; says, and logs, why that could not be."""
+    """Add the mark to the parent's record, durably; if that fails, returns and logs the reason."""
     path = record_path(parent_path)
     problem = None
     try:
@@ -189,10 +189,10 @@ def _take_back(parent_path: str, mark: Mark) -> None:
 
 
 def marks_about(parent_path: str) -> tuple[list[Mark], bool]:
-    """The marks that may be about the image at `parent_path`, and whether its record was left for that very place.
+    """The marks that may be about the image at `parent_path`, and whether its record was left for that very path.
 
-    Where the image was moved, or copied, its children may have come along: they are sought where they now lie to it as
-    they did before. The children of the original are none of a copy's. Raises as `read_record` does.
+    If the image was moved or copied, its children may have come along: they are searched at the same place relative to
+    it. The children of the original do not count for a copy. Raises as `read_record` does.
     """
     record, real = read_record(parent_path), real_path(parent_path)
     if record.parent_path == real:
@@ -207,7 +207,7 @@ def marks_about(parent_path: str) -> tuple[list[Mark], bool]:
 
 
 def _is_copy(original: str, parent_path: str) -> bool:
-    """True when the image that the marks were left at is there still, and the one at `parent_path` is another file."""
+    """True if the image for which the marks were left still exists, and the one at `parent_path` is another file."""
     try:
         with open_regular(original) as store, open_regular(parent_path) as parent:
             return store.identity != parent.identity and id_of(view(store)) == id_of(view(parent))
@@ -216,7 +216,7 @@ def _is_copy(original: str, parent_path: str) -> bool:
 
 
 def _came_along(mark: Mark, old_parent: str, new_parent: str) -> Mark | None:
-    """The mark of a child that lies to the parent's new place as it did to the old one; None where there is none."""
+    """The mark of the child at the same place relative to the parent's new path; None if there is none."""
     path = os.path.relpath(mark.path, os.path.dirname(old_parent))
     path = os.path.normpath(os.path.join(os.path.dirname(new_parent), path))
     if path == mark.path or not is_file_name(path):
@@ -230,16 +230,16 @@ def _came_along(mark: Mark, old_parent: str, new_parent: str) -> Mark | None:
 
 
 def keep_only(parent_path: str, wanted: Sequence[Mark]) -> None:
-    """Drop the other marks; the record goes with the last one.
+    """Drop all other marks, and the record with the last one.
 
-    Nobody makes a child meanwhile: the parent's writer's lock is held. Raises AccessDenied, NoSpace, IoFailed.
+    The caller holds the parent's writer's lock, so no child is made meanwhile. Raises AccessDenied, NoSpace, IoFailed.
     """
     with record_held(record_path(parent_path)):
         _replace(parent_path, wanted)
 
 
 def other_records(image_path: str) -> list[str]:
-    """The records beside an image that are about unfinished work."""
+    """The records of unfinished work beside an image."""
     return [path for path in sidecars_of(image_path) if not path.endswith(f".vhdkit-{KIND}")]
 
 
@@ -249,7 +249,7 @@ def marked_images(directory: str) -> list[str]:
 
 
 def orphans(directory: str) -> list[str]:
-    """The records of children in a folder whose image is gone from there."""
+    """The records of children in a folder whose image no longer exists there."""
     beside = {sidecar_path(path, KIND, is_real=True) for path in regular_files(directory)}
     records = [path for path in regular_files(directory) if path.endswith(f".vhdkit-{KIND}")]
     return [path for path in records if path not in beside and _is_record(path)]
@@ -263,7 +263,7 @@ def _is_record(path: str) -> bool:
 
 
 def forget(parent_path: str) -> None:
-    """The image is gone, or moved away: its record goes too. What cannot be removed is left."""
+    """Remove the record of an image that is gone or was moved away. If that fails, it stays."""
     with contextlib.suppress(errors.VhdkitError):
         path = record_path(parent_path)
         if exists(path):
@@ -271,7 +271,7 @@ def forget(parent_path: str) -> None:
 
 
 def _replace(parent_path: str, marks: Sequence[Mark]) -> None:
-    """Let these be all marks; no record is left without any."""
+    """Make these the only marks; without any, the record is removed."""
     path = record_path(parent_path)
     if marks:
         _write(parent_path, marks)
@@ -280,7 +280,7 @@ def _replace(parent_path: str, marks: Sequence[Mark]) -> None:
 
 
 def _write(parent_path: str, marks: Sequence[Mark]) -> None:
-    """Replace the record, readable for whoever may read the image."""
+    """Replace the record, which every user who may read the image can read."""
     path = record_path(parent_path)
     document = {"format": _FORMAT, "parent": real_path(parent_path), "children": [one.document for one in marks]}
     raw = json.dumps(document, indent=1).encode() + b"\n"

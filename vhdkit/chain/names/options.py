@@ -28,12 +28,12 @@ class OpenOptions:
     `chain`, and for writing on a file system without locks, in a program that keeps others away by itself.
     `known_images` are paths of images, in any folder, that may stand on the opened one: if one of them does, the
     opened one is not opened for writing, merged, resized, moved or replaced.
-    `notes_folder`, in memory (tmpfs), has changes noted that an open image has only in memory, until its next flush: a
-    successor of a process that was killed opens the image with the same folder, and loses nothing that was written.
-    Where nothing can be noted, the log says so.
+    `notes_folder`, in memory (tmpfs), receives notes of changes that an open image holds only in memory until its next
+    flush: the successor of a killed process opens the image with the same folder and loses nothing that was written.
+    If a note cannot be written, that is logged.
 
-    Raises InvalidArgument for values of another type, a single path where several are meant, and an empty one.
-    `format_name` may be a plain text such as "raw" or "vhd".
+    Raises InvalidArgument for values of another type, a single path where several are expected, and an empty one.
+    `format_name` may be a plain string such as "raw" or "vhd".
     """
 
     parent_dirs: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class OpenOptions:
     known_images: tuple[str, ...] = ()
     notes_folder: str | None = None
 
-    if TYPE_CHECKING:  # what may be given is more than what is kept
+    if TYPE_CHECKING:  # the constructor accepts more types than the fields have
 
         def __init__(
             self,

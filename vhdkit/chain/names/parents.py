@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the parent of an image is looked for, and which file may be it.
+"""Where the parent of an image is searched, and which file is accepted.
 
 Decides how the text of a parent's name becomes a path on this machine, which places are searched in which order, and
 what an untrusted image may point at. Must not know blocks or bitmaps.
 
 - `INV-PARENT-ID`: a file is a parent only if its linkage id is one that the child recorded. A child that recorded
   none has a raw parent, which is opened only if the caller allows it.
-- A parent lies in the leaf's own folder or below it, or in a folder the user named, after links are followed.
+- A parent lies, after links are followed, in the leaf's own folder or below it, or in a folder the user named.
 """
 
 from __future__ import annotations
@@ -32,50 +32,50 @@ _MAX_NAME_TOLD = 500  # letters
 
 @dataclass(slots=True)
 class _Search:
-    """What was looked at while searching one parent, for the error that says so."""
+    """The places examined while searching for one parent, for the error message."""
 
     places: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, bytes]] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # where links in the folders lead
-    outside: list[str] = field(default_factory=list)  # where names in the child lead
+    refused: list[str] = field(default_factory=list)  # targets of links in the folders
+    outside: list[str] = field(default_factory=list)  # targets of names in the child
     unreadable: list[errors.VhdkitError] = field(default_factory=list)
 
     def note(self, place: str) -> None:
-        """A place inside the folders was looked at."""
+        """Record that a place inside the folders was examined."""
         if place not in self.places:
             self.places.append(place)
 
 
 def parent_format(child: ImageFacts) -> Format:
-    """What the parent of `child` is taken for, whatever it looks like: raw if no id is recorded, else as the child."""
+    """The format as which the parent is opened, whatever it looks like: raw if no id is recorded, else the child's."""
     if parent_of(child).raw_allowed:
         return formats.plain()
     return formats.named(child.format_name)
 
 
 def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
-    """The folders parents may lie in: the leaf's own first, without links; then those that are called otherwise."""
+    """The folders in which parents may lie: real paths first, the leaf's own at the head, then differing spellings."""
     here = os.path.dirname(real_path(leaf_path))
     real = [here, *(real_path(folder) for folder in parent_dirs)]
     called = [os.path.abspath(folder or os.curdir) for folder in (os.path.dirname(leaf_path), *parent_dirs)]
-    if real_path(called[0]) != here:  # the leaf was named by a link that lies elsewhere
+    if real_path(called[0]) != here:  # the leaf was named by a link in another folder
         called.pop(0)
     return tuple(dict.fromkeys([*real, *called]))
 
 
 def parent_of(child: ImageFacts) -> ParentRef:
-    """What an image that has a parent records of it."""
+    """What an image that has a parent records about it."""
     assert child.parent is not None
     return child.parent
 
 
 def recorded_parent_id(child: ImageFacts) -> bytes:
-    """The id that an image has for its parent, `NULL_ID` for a raw one."""
+    """The id that an image records for its parent, `NULL_ID` for a raw one."""
     return parent_of(child).linkage_id
 
 
 def find_parent(child: ImageFacts, folders: tuple[str, ...], options: OpenOptions) -> FileStore:
-    """The open file of the parent of `child`, whose `path` says where it lies.
+    """The open file of the parent of `child`; its `path` is where it was found.
 
     Raises ParentMissing, ParentMismatch, ParentRefused, each naming every place that was searched.
     """
@@ -94,7 +94,7 @@ def find_parent(child: ImageFacts, folders: tuple[str, ...], options: OpenOption
 
 
 def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _Search) -> FileStore | None:
-    """Open the candidate when it is the parent; else note why not. Outside the folders nothing is looked at."""
+    """Open the candidate if it is the parent; else record why not. Nothing outside the folders is examined."""
     if not is_file_name(candidate):
         search.note(candidate)
         return None
@@ -112,7 +112,7 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
         return None
     search.note(place.path)
     if parent_of(child).raw_allowed:
-        return place.store  # raw by the child's word: what its guest wrote into it, a footer too, says nothing
+        return place.store  # the child says that it is raw: what its guest wrote to it, even a footer, is ignored
     try:
         found = parent_format(child).linkage_id(pending.view(place.store))
     except BaseException:
@@ -126,12 +126,12 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
 
 
 def unique_id(store: FileStore) -> bytes:
-    """The id other images know this one by, `NULL_ID` for a raw image."""
+    """The id by which other images know this one, `NULL_ID` for a raw image."""
     return formats.linkage_id(pending.view(store)) or NULL_ID
 
 
 def candidates(child: ImageFacts, folders: tuple[str, ...]) -> Iterator[str]:
-    """Paths to try, in order: the names as the child has them, then the bare names in every folder."""
+    """Paths to try, in order: the names as recorded in the child, then the bare names in every folder."""
     here = os.path.dirname(real_path(child.path))
     for one in parent_of(child).names:
         yield from _paths_of(one.text, here)
@@ -143,12 +143,12 @@ def candidates(child: ImageFacts, folders: tuple[str, ...]) -> Iterator[str]:
 
 
 def bare_names(child: ImageFacts) -> list[str]:
-    """The names of the file that the child has for its parent, without folders."""
+    """The file names that the child records for its parent, without folders."""
     return list(dict.fromkeys(ntpath.basename(one.text.rstrip("\\/")) for one in parent_of(child).names))
 
 
 def leads_to(child: ImageFacts, parent_path: str, folders: tuple[str, ...]) -> bool:
-    """True when a path in the child leads to this file by itself: others do not look for its bare name."""
+    """True if a path in the child leads directly to this file, without a search for its bare name."""
     here, parent = os.path.dirname(real_path(child.path)), real_path(parent_path)
     texts = [one.text for one in parent_of(child).names if one.dialect is NameDialect.PATH]
     paths = [path for text in texts for path in _paths_of(text, here)]
@@ -156,7 +156,7 @@ def leads_to(child: ImageFacts, parent_path: str, folders: tuple[str, ...]) -> b
 
 
 def names_lead_to(child: ImageFacts, parent_path: str) -> bool:
-    """True when any name that the child has for its parent leads to this file: all that one on a raw disk has."""
+    """True if any name recorded in the child leads to this file; a child of a raw disk has nothing else."""
     parent = real_path(parent_path)
     folder = os.path.dirname(parent)
     here = os.path.dirname(real_path(child.path))
@@ -164,7 +164,7 @@ def names_lead_to(child: ImageFacts, parent_path: str) -> bool:
 
 
 def _place_of(path: str, folders: Sequence[str]) -> str | None:
-    """The regular file that a path leads to, all of the way beneath the folders."""
+    """The regular file to which a path leads, if it stays beneath the folders all the way."""
     if not is_file_name(path):
         return None
     try:
@@ -178,9 +178,9 @@ def _place_of(path: str, folders: Sequence[str]) -> str | None:
 
 
 def _paths_of(text: str, here: str) -> Iterator[str]:
-    """Where a name's text can point on this machine.
+    """The places on this machine that a name's text can mean.
 
-    A path with a drive letter or a server points nowhere here; its bare name is tried later.
+    A path with a drive letter or a server has none; its bare name is tried later.
     """
     drive, rest = ntpath.splitdrive(text)
     if drive:
@@ -190,7 +190,7 @@ def _paths_of(text: str, here: str) -> Iterator[str]:
 
 
 def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
-    """The error that says where the parent was sought and what to do."""
+    """The error that lists where the parent was searched, with a hint."""
     names = parent_of(child).names
     name = names[0].text if names else "(unnamed)"
     quoted = _shortened(name)
@@ -232,21 +232,21 @@ def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
 
 
 def _leads_out(child: ImageFacts, search: _Search) -> bool:
-    """True when the most telling of the child's names leads out of the allowed folders."""
+    """True if the most specific of the child's names leads out of the allowed folders."""
     here = os.path.dirname(real_path(child.path))
     first = next((path for one in parent_of(child).names for path in _paths_of(one.text, here)), None)
     return first is not None and first in search.outside
 
 
 def _shortened(text: str) -> str:
-    """`text` for a message: a hostile name may be as long as a book."""
+    """`text` shortened for a message: a hostile name may be very long."""
     if len(text) > _MAX_NAME_TOLD:
         text = text[: _MAX_NAME_TOLD // 2] + "..." + text[-_MAX_NAME_TOLD // 2 :]
     return errors.printable(text)
 
 
 def _repoint(child: ImageFacts) -> str:
-    """What to do about a parent that is somewhere else."""
+    """The hint for a parent that is somewhere else."""
     return (
         "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint the image for good:"
         f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT"
@@ -254,15 +254,15 @@ def _repoint(child: ImageFacts) -> str:
 
 
 def format_id(unique_id_bytes: bytes) -> str:
-    """A unique id as people write it, 8-4-4-4-12."""
+    """A unique id in its usual form, 8-4-4-4-12."""
     text = unique_id_bytes.hex()
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def find_by_id(wanted_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None) -> list[str]:
-    """Paths of the files directly in `folders` that are the image with this id, whatever they are called.
+    """Paths of the files directly in `folders` that are the image with this id, under any name.
 
-    More than one is a copy: which one is meant, nobody can tell. Hard links count once. A null id is nobody's.
+    Several results are copies, and it is unknown which one is meant. Hard links count once. A null id matches none.
     """
     found: dict[tuple[int, int], str] = {}
     if wanted_id == NULL_ID:

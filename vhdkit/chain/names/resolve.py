@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the path of a leaf to its open layers.
 
-Decides in which order the files of a chain are opened, locked and examined. Where a parent is looked for is decided in
+Decides in which order the files of a chain are opened, locked and examined. Where a parent is searched is decided in
 `parents`, which images stand on an image in `dependents`. Must not know blocks or bitmaps.
 
 - `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only if no image stands on it.
@@ -54,7 +54,7 @@ __all__ = [
     "unique_id",
 ]
 
-MAX_TABLE_BYTES = 64 * MIB  # of BATs in memory, of all layers that are only read: three of the largest
+MAX_TABLE_BYTES = 64 * MIB  # BATs in memory, of all read-only layers: three of the largest
 MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
 
 
@@ -67,7 +67,7 @@ def open_layers(
 ) -> list[Layer]:
     """Open a leaf and all its parents, leaf first; only the leaf is writable.
 
-    A writable one has no children: `danger` is what would happen to them. None is for who changes no content.
+    A writable leaf has no children: `danger` is what would happen to them. Pass None if the content will not change.
 
     Raises NotFound, AccessDenied, CorruptImage (also for loops and too deep chains), UnsupportedFormat,
     ImageInUse, HasChildren, ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open.
@@ -76,7 +76,7 @@ def open_layers(
 
 
 def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: str | None) -> list[Layer]:
-    """`open_layers`; raises `Replaced` when a file of the chain was replaced before it was locked."""
+    """`open_layers`; raises `Replaced` if a file of the chain was replaced before it was locked."""
     layers: list[Layer] = []
     store = FileStore.open(leaf_path, writable=writable)
     try:
@@ -85,7 +85,7 @@ def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: s
             refuse_with_children(store, options, danger, tidy=options.lock)
         layers.append(_open_leaf(pending.view(store), False, options))
         _open_parents(layers, store, options)
-        if writable:  # last: only now is it sure that the chain is whole, and this may mend the file
+        if writable:  # last: only now is the chain known to be complete, and this may mend the file
             pending.settle(store)
             said = layers[0].findings
             layers[0] = _open_leaf(store, True, options)
@@ -103,7 +103,7 @@ def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
 
 
 def limit_tables(layers: Sequence[Layer]) -> None:
-    """Keep the tables of the first layers in memory, as many as fit, and leave the others in their files.
+    """Keep the tables of the first layers in memory, as many as fit, and read the others from their files.
 
     A table has up to 4 Mi entries, a chain up to 254 layers.
     """
@@ -121,7 +121,7 @@ def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
     if not options.lock:
         return
     if not writer:
-        pending.write_noted(store)  # a writer does that itself, when it opens the image
+        pending.write_noted(store)  # a writer does this itself when it opens the image
     store.lock(writer=writer)
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a merge in progress: what is being merged into what, and how far it is.
 
-Decides what the record contains and which records are believed. It is a hidden file beside the target, is replaced as
+Decides what the record contains and which records are accepted. It is a hidden file beside the target, is replaced as
 a whole at each step, and says what must happen next if the machine stops. Moves no data and removes no files.
 
-    copy     the target takes over what the sources own; the leaf reads the same all the time
+    copy     the target takes over what the sources own; the leaf reads the same throughout
     relink   the target is complete; children of the leaf are being repointed to it
     remove   only the target is still needed: the sources are being removed
 
 A record is untrusted input like an image. A record that vhdkit cannot have written is damaged (`DamagedRecord`).
-Names are confined to the target's folder, what lies below it, and the folders that the user allowed (`RecordRefused`).
+Names are confined to the target's folder, those below it, and the folders that the user allowed (`RecordRefused`).
 A source always has an id, and a file without that id is not the source. Code that acts on a record compares the ids
 first, and removes nothing else (`chain.verbs.merge_recovery`, `INV-RECORD-PROVEN`).
 """
@@ -33,20 +33,20 @@ from vhdkit.image import ID_BYTES
 from vhdkit.units import MIB
 
 KIND = "merge"
-MAX_RECORD_BYTES = MIB  # 254 layers with the longest paths there are
+MAX_RECORD_BYTES = MIB  # enough for 254 layers with paths of maximum length
 _FORMAT = "vhdkit merge record 1"
 
 
 class DamagedRecord(errors.InvalidArgument):
-    """The file is no record that we could have written."""
+    """The file is not a record that vhdkit could have written."""
 
 
 class RecordRefused(errors.InvalidArgument):
-    """The record names files where the user did not allow any."""
+    """The record names files outside the folders that the user allowed."""
 
 
 class Phase(StrEnum):
-    """How far a merge is; see above."""
+    """The progress of a merge; see above."""
 
     COPY = "copy"
     RELINK = "relink"
@@ -55,7 +55,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A file of the merge: its absolute path, and the unique id by which it is known."""
+    """A file of the merge: its absolute path, and its unique id."""
 
     path: str
     unique_id: bytes
@@ -63,7 +63,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """What is merged into what. `sources` are leaf first; `relink`: the children of the leaf are to be repointed."""
+    """A merge: `sources` are leaf first; with `relink` the children of the leaf will be repointed to the target."""
 
     phase: Phase
     target: Named
@@ -76,11 +76,11 @@ class Intent:
         return self.sources[0]
 
     def in_phase(self, phase: Phase) -> Intent:
-        """The same merge, further on."""
+        """The same merge in a later phase."""
         return replace(self, phase=phase)
 
     def encode(self) -> bytes:
-        """The bytes of the record: a line of JSON, with paths from the target's folder, and a line of its digest."""
+        """The bytes of the record: a line of JSON, with paths relative to the target's folder, and its digest."""
         folder = os.path.dirname(self.target.path)
         document = {
             "format": _FORMAT,
@@ -98,10 +98,10 @@ def _named_document(one: Named, folder: str) -> dict[str, str]:
 
 
 def decode(raw: bytes, folder: str, allowed: tuple[str, ...], *, path: str | None = None) -> Intent:
-    """The intent in the record `raw` that lies in `folder`, at `path`.
+    """Decode the record `raw`, which lies in `folder`, at `path`.
 
     Every file it names lies in `folder` or below it, or in one of the `allowed` folders or below. Raises DamagedRecord
-    for what is none, RecordRefused for one that names others.
+    if it is invalid, RecordRefused if it names other files.
     """
     line, _, digest = raw.partition(b"\n")
     if digest.strip() != hashlib.sha256(line + b"\n").hexdigest().encode():
@@ -147,16 +147,16 @@ def _named(document: Any, folder: str) -> Named:
     path = os.path.join(folder, path)
     if not is_file_name(path):
         raise ValueError("no such name")
-    return Named(os.path.join(real_path(os.path.dirname(path)), os.path.basename(path)), unique_id)  # no link itself
+    return Named(os.path.join(real_path(os.path.dirname(path)), os.path.basename(path)), unique_id)  # not followed
 
 
 def intent_of(target_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
-    """The merge into this image that is under way, or None. Raises IoFailed, AccessDenied."""
+    """The unfinished merge into this image, or None. Raises IoFailed, AccessDenied."""
     return read_intent(sidecar_path(target_path, KIND), allowed)
 
 
 def read_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
-    """What a record says, or None where there is none to be believed. Raises IoFailed, AccessDenied."""
+    """The content of a record, or None if there is none or it is not accepted. Raises IoFailed, AccessDenied."""
     try:
         return demand_intent(record_path, allowed)
     except (DamagedRecord, RecordRefused):
@@ -164,7 +164,7 @@ def read_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | Non
 
 
 def demand_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
-    """What a record says, or None where there is no file of that name: it must lie beside its own target.
+    """The content of a record, or None if the file does not exist. A record must lie beside its own target.
 
     Raises DamagedRecord, RecordRefused, IoFailed, AccessDenied.
     """
@@ -180,12 +180,12 @@ def demand_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | N
 
 
 def record_of(target_path: str) -> str:
-    """Where the record of a merge into this image lies."""
+    """The path of the record of a merge into this image."""
     return sidecar_path(target_path, KIND)
 
 
 def resume_command(intent: Intent, image_path: str) -> str:
-    """The command that goes on with the merge, given this image of it."""
+    """The command that continues the merge, given this image of it."""
     here = os.path.dirname(real_path(image_path))
     places = [os.path.dirname(one.path) for one in (intent.target, *intent.sources)]
     more = dict.fromkeys(place for place in places if place != here)
@@ -196,18 +196,18 @@ def resume_command(intent: Intent, image_path: str) -> str:
 
 
 def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
-    """What there is to say about a merge into this image: under way, unfinished, or a record not to be believed."""
+    """Findings about a merge into this image: in progress, unfinished, or with a record that is not accepted."""
     record = sidecar_path(image_path, KIND)
     if not exists(record):
         return ()
     try:
-        intent = demand_intent(record, (os.sep,))  # only to be told
+        intent = demand_intent(record, (os.sep,))  # only for the message
     except DamagedRecord as error:
         message = left_by_repair(
             f"{printable(record)} is {error.problem}", "it removes no file; remove it where nobody needs it"
         )
         return (Finding(Severity.WARNING, "merge-record-ignored", message, image_path),)
-    if intent is None:  # gone by now
+    if intent is None:  # removed in the meantime
         return ()
     leaf = printable(intent.leaf.path)
     if in_use:
@@ -228,7 +228,7 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
 
 
 def intents_about(path: str, folders: tuple[str, ...]) -> list[Intent]:
-    """The merges under way in these folders that have the image at `path`, which may be gone, as target or source."""
+    """The unfinished merges in these folders that have the image at `path`, which may be gone, as target or source."""
     place = real_path(path)
     found = []
     for folder in folders:
@@ -241,9 +241,9 @@ def intents_about(path: str, folders: tuple[str, ...]) -> list[Intent]:
 
 
 def refuse_sources(images: Sequence[Named], intents: Iterable[Intent]) -> None:
-    """Raise ImageInUse where one of these images is about to go because its merge into another one is complete.
+    """Raise ImageInUse if one of these images is about to be removed because its merge into another is complete.
 
-    What it stands on must not change then: the merge could not be finished any more.
+    The images below it must not change then, or the merge could not be finished.
     """
     for intent in intents:
         found = next((one for one in images if one in intent.sources), None)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of unfinished work beside an image, and what opening the image does about them.
 
-Decides where an undo log lies, whether it is acted on, and what is reported about it. This is the only place that
-does: every opener passes the file that it has just opened, and continues with what it gets back.
+Decides where an undo log lies, whether it is applied, and what is reported about it. This is the only module that
+does: code that opens an image passes the file just opened, and continues with the result.
 
     read-only open   ->  the image as it was before the change; nothing is written
     writable open    ->  the change is undone in the file, then its log removed (the writer's lock is held)
 
-The record of a merge is reported here, too; a writable open of a `Disk` acts on it (`chain.verbs.merge_recovery`).
+The record of a merge is reported here, too; a writable open of a `Disk` handles it (`chain.verbs.merge_recovery`).
 
-A log that is not whole, or not of this image in its present state, is left alone and reported as a finding, because
-nobody asked for what it would do. It is never followed as a link, and must be a regular file.
+A log that is incomplete, or does not belong to this image in its present state, is left alone and reported as a
+finding, because applying it could damage the image. It is never followed as a link, and must be a regular file.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class Look:
 
 
 def undo_path(image_path: str) -> str:
-    """Where the undo log of an image lies."""
+    """The path of an image's undo log."""
     return sidecar_path(image_path, _UNDO)
 
 
 def undo_path_beside(image_path: str) -> str:
-    """The same for a path without links, which is not looked at."""
+    """The same for a path known to have no links, which is not examined."""
     return sidecar_path(image_path, _UNDO, is_real=True)
 
 
 def log_mentions(image_path: str, ids: Collection[bytes]) -> bool:
-    """True when what looks like an undo log lies beside the image and holds one of these ids anywhere.
+    """True if a file that looks like an undo log lies beside the image and contains one of these ids anywhere.
 
-    Then the image may stand on another parent once the change is taken back. One read through memory, no parsing.
+    Then the image may stand on another parent once the change is undone. Searches the bytes once, without parsing.
     """
     try:
         with FileStore.open(undo_path(image_path), follow_links=False) as record:
@@ -73,9 +73,9 @@ def log_mentions(image_path: str, ids: Collection[bytes]) -> bool:
 
 
 def look(store: FileStore) -> Look:
-    """The image as it is to be read, whether or not its lock is held. Nothing is changed.
+    """The image as it must be read, whether or not its lock is held. Nothing is changed.
 
-    Raises AccessDenied or IoFailed for a log that cannot be read: the image may be half changed.
+    Raises AccessDenied or IoFailed if the log cannot be read, since the image may be half changed.
     """
     log, findings = _find(store)
     if not store.is_device:
@@ -90,14 +90,14 @@ def look(store: FileStore) -> Look:
 
 
 def view(store: FileStore) -> Store:
-    """The image as it is to be read: `look` without its findings."""
+    """The image as it must be read, without findings."""
     return look(store).store
 
 
 def settle(store: FileStore) -> None:
-    """Take back a change to the image that did not finish. The writer's lock is held, and writing is what comes next.
+    """Undo an unfinished change to the image. The caller holds the writer's lock and is about to write.
 
-    Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log is still there then, and the next open tries again.
+    Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log then remains, and the next open tries again.
     """
     remember.disown(store)
     log, _ = _find(store)
@@ -109,10 +109,10 @@ def settle(store: FileStore) -> None:
 
 
 def write_noted(store: FileStore) -> None:
-    """Write into the image, which is not locked yet, what a killed server had noted of it: before anybody reads it.
+    """Write to the image, which is not locked yet, the changes that a killed server had noted, before it is read.
 
-    Such a server may have died between giving its leaf a child and flushing that leaf, which is a parent from then on
-    and never opened for writing again. Does nothing for a file without a folder of notes. Raises ImageInUse while
+    Such a server may have died after giving its leaf a child and before flushing that leaf, which is a parent from
+    then on and never opened for writing again. Does nothing for a file without a folder of notes. Raises ImageInUse while
     another program holds the image, and what opening it for writing raises.
     """
     if not remember.has_notes(store, id_of(view(store))):
@@ -127,7 +127,7 @@ def write_noted(store: FileStore) -> None:
 
 
 def id_of(store: Store) -> bytes:
-    """Which image it is, as undo logs, notes and the records of merges name it; `NULL_ID` for a raw disk.
+    """The id by which undo logs, notes and the records of merges identify an image; `NULL_ID` for a raw disk.
 
     For a file that was just opened, pass its `view`.
     """
@@ -142,7 +142,7 @@ def file_of(store: Store) -> FileStore | None:
 
 
 def files_of(layers: Sequence[Layer]) -> list[FileStore]:
-    """The files of these layers, as far as they have any."""
+    """The files of those layers that have one."""
     return [file for layer in layers if (file := file_of(layer.store)) is not None]
 
 
@@ -153,14 +153,14 @@ def change(
     *,
     unique_id: bytes | None = None,
 ) -> None:
-    """Put `writes`, (offset, bytes), into the image and give it a size: all of it or, after a power cut, nothing.
+    """Apply `writes`, (offset, bytes), to the image and change its size, atomically even across a power cut.
 
-    `unique_id` is the id that the image will have, where it says none now.
+    `unique_id` is the id that the image will have, if it has none now.
 
-    The writer's lock is held and `settle` was called. Raises InvalidArgument (too large a change, or a record of
-    another one lies there), `Replaced`, NoSpace, IoFailed, SyncFailed; the file then holds what it held.
+    The caller holds the writer's lock and has called `settle`. Raises InvalidArgument (too large a change, or a record
+    of another one exists), `Replaced`, NoSpace, IoFailed, SyncFailed; the file then has its old content.
     """
-    store.require_name()  # the log lies beside what has that name
+    store.require_name()  # the log is placed beside the file of that name
     log = plan_change(store, id_of(store) if unique_id is None else unique_id, writes, size_after_bytes)
     with _logged(store, log):
         apply_change(store, log)
@@ -168,13 +168,13 @@ def change(
 
 @contextlib.contextmanager
 def _logged(store: FileStore, log: UndoLog) -> Iterator[None]:
-    """The log lies beside the image while the block runs; a block that fails is taken back."""
+    """Keep the log beside the image while the block runs; if the block fails, undo the change."""
     path = undo_path(store.name)
     write_log(path, log, like=store)
     try:
         yield
     except BaseException:  # Ctrl-C too
-        with contextlib.suppress(errors.VhdkitError):  # else the log stays, and the next open tries again
+        with contextlib.suppress(errors.VhdkitError):  # on failure the log stays, and the next open tries again
             roll_back(store, log)
             _remove(path)
         raise
@@ -182,7 +182,7 @@ def _logged(store: FileStore, log: UndoLog) -> Iterator[None]:
 
 
 def _remove(path: str) -> None:
-    """Take the log away for good: empty first, so that it is no log any more should its name come back."""
+    """Remove the log durably: empty it first, so that it is not a log if its name reappears after a power cut."""
     with FileStore.open(path, writable=True, follow_links=False) as record:
         record.truncate(0)
         record.sync()
@@ -190,7 +190,7 @@ def _remove(path: str) -> None:
 
 
 def _was_being_removed(path: str) -> bool:
-    """True for the empty file that is left of a log when the machine stopped in `_remove`."""
+    """True for the empty file that remains of a log if the machine stopped in `_remove`."""
     try:
         with FileStore.open(path, follow_links=False) as record:
             return not record.is_device and record.size() == 0
@@ -199,9 +199,9 @@ def _was_being_removed(path: str) -> bool:
 
 
 def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
-    """Put the log, readable for whom `like` is, under its name; it is on the device when this returns.
+    """Write the log under its name, durably; the users who may read `like` may read it.
 
-    Raises InvalidArgument when a whole log, or no regular file, lies there already; NoSpace, IoFailed.
+    Raises InvalidArgument if a complete log, or something other than a regular file, exists there; NoSpace, IoFailed.
     """
     if exists(path) and _load(path) is not None:
         raise errors.InvalidArgument(
@@ -215,7 +215,7 @@ def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
 
 
 def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
-    """The log to act on, and what to say."""
+    """The log to apply, and the findings."""
     if store.is_device:
         return None, ()
     path = undo_path(store.name)
@@ -223,7 +223,7 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
         return None, ()
     try:
         log = _load(path, store)
-    except errors.NotFound:  # removed since: the change is made
+    except errors.NotFound:  # removed in the meantime: the change is complete
         return None, ()
     except errors.InvalidArgument as error:
         return None, (_ignored(store, path, f"is not a regular file ({error.problem})"),)
@@ -240,7 +240,7 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
 def _load(path: str, image: FileStore | None = None) -> UndoLog | None:
     """The log under this name, or None; see `read_log`.
 
-    Raises InvalidArgument for what is not a regular file, a link too.
+    Raises InvalidArgument for anything but a regular file, including a link.
     """
     with FileStore.open(path, follow_links=False) as record:
         if record.is_device:
