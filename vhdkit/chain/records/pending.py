@@ -112,8 +112,8 @@ def write_noted(store: FileStore) -> None:
     """Write to the image, which is not locked yet, the changes that a killed server had noted, before it is read.
 
     Such a server may have died after giving its leaf a child and before flushing that leaf, which is a parent from
-    then on and never opened for writing again. Does nothing for a file without a folder of notes. Raises ImageInUse while
-    another program holds the image, and what opening it for writing raises.
+    then on and never opened for writing again. Does nothing for a file without a folder of notes. Raises ImageInUse
+    while another program holds the image, and what opening it for writing raises.
     """
     if not remember.has_notes(store, id_of(view(store))):
         return

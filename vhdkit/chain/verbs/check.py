@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examining a whole chain: every file of it, and whether they belong together.
+"""Examines a whole chain: each of its files, and whether they belong together.
 
-Decides what can be wrong between a child and its parent. What can be wrong inside one file is decided by its format.
+Decides what can be wrong between a child and its parent. What can be wrong inside a file is decided by its format.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from vhdkit.store import FileStore
 def check(path: AnyPath, *, options: OpenOptions | None = None, progress: Progress | None = None) -> list[Finding]:
     """Examine an image and all its parents, leaf first; an empty list means that nothing was found.
 
-    `progress` gets a larger total with each layer, because parents are found on the way.
-    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; whatever is wrong
-    with the images is a finding. Nothing is changed.
+    The total passed to `progress` grows with each layer, because parents are found on the way.
+    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; any damage
+    to the images is a finding. Nothing is changed.
     """
     return opened_again(lambda: _checked(os.fsdecode(path), options or OpenOptions(), progress))
 
@@ -73,7 +73,7 @@ def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) ->
 
 
 def _after(progress: Progress | None, before_bytes: int) -> Progress | None:
-    """A layer's progress as that of all layers so far."""
+    """Convert one layer's progress to that of all layers so far."""
     return None if progress is None else lambda done, total: progress(before_bytes + done, before_bytes + total)
 
 
@@ -84,9 +84,9 @@ def _check_one(
     image_format: Format | None,
     progress: Progress | None,
 ) -> ImageFacts | None:
-    """Examine one file; returns what it says about itself when it is sound enough to have a parent.
+    """Examine one file; returns its metadata if it is sound enough to have a parent.
 
-    `image_format` is what its child says it is, None for the leaf.
+    `image_format` is the format recorded by its child, None for the leaf.
     """
     seen = pending.look(store)
     findings += seen.findings
@@ -99,7 +99,7 @@ def _check_one(
     try:
         return image_format.facts(seen.store)
     except (errors.CorruptImage, errors.InvalidArgument):
-        return None  # the examination has said so
+        return None  # the examination has reported it
 
 
 def _parent_of(
@@ -136,7 +136,7 @@ def _closes_loop(stores: list[FileStore], child: ImageFacts, findings: list[Find
 
 
 def _check_link(child: ImageFacts, store: FileStore, folders: tuple[str, ...], findings: list[Finding]) -> None:
-    """What a child and its parent may disagree on without being wrong."""
+    """Differences between a child and its parent that are not errors."""
     if not leads_to(child, store.name, folders):
         message = (
             f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"

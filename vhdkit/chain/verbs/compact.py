@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making an image's file smaller without changing a byte of its disk.
+"""Shrinks an image's file without changing a byte of its disk.
 
 Decides what can be dropped. A block of a dynamic or differencing image is dropped if every sector it owns is zero, and
-what would be seen without it is zero, too: the parents are needed for this, since zeros in a child may hide data of an
-ancestor (`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks that lie last, and the file is cut. In
-images without blocks zeros become holes. How blocks move, in which order, and which bytes of one any program may show
+what would be visible without it is zero, too: this requires the parents, since zeros in a child may hide data of an
+ancestor (`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks at the end, and the file is cut. In
+images without blocks zeros become holes. How blocks move, in which order, and which of its bytes any program may show
 is decided by the format (`Compactable`): compacting must not change what any program shows.
 
-Content never changes, so an image on which others stand can be compacted, too, if no program has it open.
+Content never changes, so an image that has children can be compacted, too, if no program has it open.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MIN_HOLE_BYTES = 64 * KIB  # a shorter hole in a fixed or raw image costs more 
 
 @dataclass(frozen=True, slots=True)
 class CompactResult:
-    """What compacting did, or would do. Sizes in bytes; `allocated` does not count the file's holes.
+    """What compacting did, or would do. Sizes in bytes; the `allocated` sizes exclude the file's holes.
 
     `punched_bytes` are zeros that became holes (fixed and raw images).
     """
@@ -47,7 +47,7 @@ class CompactResult:
     file_size_before_bytes: int
     file_size_after_bytes: int
     allocated_before_bytes: int
-    allocated_after_bytes: int | None  # None: not known before it is done
+    allocated_after_bytes: int | None  # None: unknown until it is done
     dropped_block_count: int
     moved_block_count: int
     punched_bytes: int
@@ -61,7 +61,7 @@ def compact(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CompactResult:
-    """Drop blocks of zeros, fill the gaps and cut the file, or punch holes; `dry_run` only says what it would do.
+    """Drop blocks of zeros, fill the gaps and cut the file, or punch holes; `dry_run` only reports what it would do.
 
     After a power cut or Ctrl-C at any moment the disk reads as before, and compacting can be repeated. Raises what
     opening the chain raises, ImageInUse if the image is open anywhere, InvalidArgument for a device, NoSpace,
@@ -108,7 +108,7 @@ def _regular_file(image: Layer) -> FileStore:
 
 
 def compactable_of(image: Layer) -> Compactable:
-    """How the image, one with blocks, is made smaller. Raises InvalidArgument for a format that cannot do that."""
+    """The format's way to shrink an image with blocks. Raises InvalidArgument if the format has none."""
     found = formats.of(image).compactable(image)
     if found is None:
         raise errors.InvalidArgument(
@@ -120,7 +120,7 @@ def compactable_of(image: Layer) -> Compactable:
 
 
 def plan_compact(layers: Sequence[Layer], compactable: Compactable, report: Report | None = None) -> CompactPlan:
-    """The blocks of the leaf, an image with blocks, that can go, and where the others go then."""
+    """The blocks of the leaf that can be dropped, and the new places of the others."""
     image = layers[0]
     below = Chain(layers[1:]) if len(layers) > 1 else None
     blocks = compactable.blocks()
@@ -135,7 +135,7 @@ def plan_compact(layers: Sequence[Layer], compactable: Compactable, report: Repo
 
 
 def _can_go(image: Layer, compactable: Compactable, block: int, below: Chain | None) -> bool:
-    """True when the disk reads the same without the block."""
+    """True if the disk reads the same without the block."""
     position, offset = block * image.block_size_bytes, image.block_offset(block)
     ranges = compactable.visible_ranges(block)
     if any(first_data_in_store(image.store, offset + start, size) is not None for start, size in ranges):
@@ -146,14 +146,14 @@ def _can_go(image: Layer, compactable: Compactable, block: int, below: Chain | N
 
 
 def run_compact(compactable: Compactable, plan: CompactPlan, report: Report | None = None) -> None:
-    """Do what `plan_compact` found; the image, opened for writing, is closed by the caller."""
+    """Carry out the result of `plan_compact`; the caller then closes the image, which is open for writing."""
     if report is not None:
         report.expect(plan.moved_bytes)
     compactable.run(report.did if report is not None else None)
 
 
 def _punch_zeros(image: Layer, report: Report, dry_run: bool) -> Iterator[int]:
-    """Make holes of the zeros of an image without blocks; yields the bytes of each."""
+    """Turn the zeros of an image without blocks into holes; yields the bytes of each."""
     store, size = image.store, min(image.size_bytes, image.store.size())
     report.expect(size)
     for offset, count, may_hold_data in store.data_runs(0, size):

@@ -36,7 +36,7 @@ class Comparison:
 
     @property
     def same_content(self) -> bool:
-        """True when no byte differs (the sizes may, where the longer one ends in zeros)."""
+        """True if no byte differs (the sizes may, if the longer disk ends in zeros)."""
         return self.different_sector_count == 0
 
 
@@ -88,7 +88,7 @@ def _read(chain: Chain, position: int, view: memoryview) -> NDArray[np.uint64]:
 
 
 def _pieces(one: Chain, other: Chain) -> Iterator[tuple[int, int, bool]]:
-    """The longer disk as (first sector, count, known to be alike), pieces that may differ of a bounded size."""
+    """The longer disk as (first sector, count, known to be equal); pieces that may differ have a bounded size."""
     end = whole_sectors(max(one.size_bytes, other.size_bytes))
     runs, others = _runs(one, end), _runs(other, end)
     a, b = next(runs), next(others)
@@ -106,7 +106,7 @@ def _pieces(one: Chain, other: Chain) -> Iterator[tuple[int, int, bool]]:
 
 
 def _runs(chain: Chain, end: int) -> Iterator[Extent]:
-    """The chain's extents, and zeros from its end to `end`."""
+    """The chain's extents, then zeros from its end to `end`."""
     size = whole_sectors(chain.size_bytes)
     rest = [Extent(size, end - size, ExtentKind.ZERO, -1)] if end > size else []
     return joined(chain.extents(0, size, find_holes=True), rest)

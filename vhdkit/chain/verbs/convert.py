@@ -4,7 +4,7 @@
 Decides what is copied, what becomes a hole, and what must not be overwritten. The result appears whole or not
 at all; the source is only read.
 
-    source extents (holes left out) --> pieces --> workers: read, look for zeros, write what is not --> new file
+    source extents (without holes) --> pieces --> workers: read, find zeros, write the rest --> new file
 
 Workers run in parallel because reading and writing release the interpreter's lock.
 """
@@ -32,10 +32,10 @@ from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
 from vhdkit.image import ExtentKind
 from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
 
-_PIECE_BYTES = MIB  # measured best: larger leaves the cache, smaller pays for its calls
+_PIECE_BYTES = MIB  # measured optimum: larger pieces leave the cache, smaller ones cost more calls
 _WORKERS = 2
 _PIECES_IN_FLIGHT = 4 * _WORKERS
-_MIN_HOLE_PAGES = 4  # a shorter run of zero pages is written: a hole that small costs more than it saves
+_MIN_HOLE_PAGES = 4  # a shorter run of zero pages is written: such a small hole costs more than it saves
 _WORDS_PER_PAGE = PAGE_SIZE // 8
 
 
@@ -59,7 +59,7 @@ def convert(
     """Write the content of `source` to a new image; returns its virtual size in bytes.
 
     Zeros become holes. With `sync` the result is on the device when this returns. `azure` rounds a fixed VHD up to
-    whole MiB. `replace` allows an existing file, but never one of the source's own, one in use, or a parent.
+    whole MiB. `replace` allows an existing file, but never one of the source, one in use, or a parent.
     Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
     """
     block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
@@ -90,7 +90,7 @@ def convert_chain(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """`convert` for a chain that is already open."""
+    """`convert` for an open chain."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     held = replacing(os.fsdecode(destination), chain.layers, replace=replace, options=options)
     like = pending.files_of(chain.layers)
@@ -105,7 +105,7 @@ def convert_chain(
 
 
 def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> int:
-    """The virtual size the result will have. Raises InvalidArgument when it cannot be."""
+    """The virtual size of the result. Raises InvalidArgument if that size is not possible."""
     if azure:
         if disk_format is not DiskFormat.FIXED:
             raise errors.InvalidArgument("Azure takes fixed VHDs only", hint="say --to fixed")
@@ -115,9 +115,9 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
 
 
 def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None) -> None:
-    """Write everything in `chain` that is not zeros to `target`, which reads as zeros.
+    """Write everything in `chain` that is not zero to `target`, which reads as zeros.
 
-    `one_writer` keeps writes apart, as a layer that allocates needs it. Raises IoFailed, NoSpace.
+    `one_writer` serializes writes, as required by a layer that allocates. Raises IoFailed, NoSpace.
     """
     mover = _Mover(chain, target, one_writer)
     running: deque[tuple[int, Future[None]]] = deque()
@@ -146,7 +146,7 @@ def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, pro
 def _pieces(chain: Chain) -> Iterator[tuple[int, int]]:
     """The parts of the disk that may hold data as (first sector, count), cut at multiples of the piece size.
 
-    Whose data it is does not matter here: in a chain a piece often has runs of several layers.
+    Which layer owns the data does not matter here: in a chain, a piece often has runs of several layers.
     """
     step = whole_sectors(_PIECE_BYTES)
     start = end = 0
@@ -157,7 +157,7 @@ def _pieces(chain: Chain) -> Iterator[tuple[int, int]]:
             yield from _cut(start, end, step)
             start = extent.sector_index
         end = extent.end_sector
-        while end - start >= 2 * step:  # what is whole already need not wait for the end of the run
+        while end - start >= 2 * step:  # emit complete pieces before the run ends
             stop = (start // step + 1) * step
             yield start, stop - start
             start = stop
@@ -202,12 +202,12 @@ def data_ranges(view: memoryview) -> list[tuple[int, int]]:
     words = np.frombuffer(view, dtype=np.uint64, count=page_count * _WORDS_PER_PAGE).reshape(
         page_count, _WORDS_PER_PAGE
     )
-    # Most pages with data show it in their first word; only the others are looked at whole.
+    # Most pages with data have some in their first word; only the others are examined completely.
     has_data = words[:, 0] != 0
     quiet = np.flatnonzero(~has_data)
     if 0 < len(quiet) < page_count:
         has_data[quiet] = words[quiet].any(axis=1)
-    elif page_count and len(quiet) == page_count and words.max():  # else zeros throughout, the usual case here
+    elif page_count and len(quiet) == page_count and words.max():  # else all zeros, the usual case here
         has_data = words.any(axis=1)
     pages = np.flatnonzero(has_data)
     ranges: list[tuple[int, int]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Creating images under a name, and children of existing images.
+"""Creates images under a name, and children of existing images.
 
 Decides how a child names its parent, and that a new image appears whole or not at all. The content of a new image is
 decided by its format.
@@ -28,7 +28,7 @@ from vhdkit.store import FileStore, Store
 
 
 class DiskFormat(StrEnum):
-    """What can be created or converted to."""
+    """The formats that can be created or converted to."""
 
     RAW = "raw"
     FIXED = "fixed"
@@ -36,7 +36,7 @@ class DiskFormat(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> DiskFormat | None:
-        """What a format in `FORMATS` can make and has no constant here can be asked for, too."""
+        """Accept formats in `FORMATS` that have no constant here."""
         if any(value in one.kinds for one in formats.FORMATS):
             member = str.__new__(cls, value)
             member._name_ = member._value_ = str(value)
@@ -81,13 +81,13 @@ def create_image(
 def replacing(
     path: str, layers: Sequence[Layer] = (), *, replace: bool, options: OpenOptions | None = None
 ) -> Iterator[FileStore | None]:
-    """Hold the file that is to be replaced until it is, so that nobody opens it meanwhile and loses what he writes.
+    """Hold the file to be replaced until that happens, so that no program opens it meanwhile and loses its writes.
 
-    Yields it for `NewFile`, which replaces this file and no other; None where there is none.
+    Yields it for `NewFile`, which replaces this file and no other; None if it does not exist.
 
-    A file of the chain `layers`, an image in use, or one that other images stand on is not replaced: raises
-    InvalidArgument, ImageInUse, HasChildren. Where there is no file yet, this does nothing. Without `replace` only the
-    hint of the block's AlreadyExists is its matter: --force is named where it would be obeyed.
+    A file of the chain `layers`, an image in use, or one that has children is not replaced: raises
+    InvalidArgument, ImageInUse, HasChildren. If there is no file yet, this does nothing. Without `replace` it only
+    sets the hint of the block's AlreadyExists, which names --force if that would be accepted.
     """
     if not is_regular(path):
         yield None
@@ -123,12 +123,12 @@ def replacing(
 
 
 def check_block_size(made: Format, block_size_bytes: int) -> None:
-    """Raise InvalidArgument for an impossible block size, also where the new image, a raw disk, has no blocks."""
+    """Raise InvalidArgument for an impossible block size, even if the new image, a raw disk, has no blocks."""
     (formats.named(made.child_format) if made.is_plain else made).check_block_size(block_size_bytes)
 
 
 def require_names(layers: Sequence[Layer]) -> None:
-    """Raise `Replaced` unless the names of these layers still lead to the files that are open (`INV-NAME-HELD`)."""
+    """Raise `Replaced` unless the names of these layers still lead to the open files (`INV-NAME-HELD`)."""
     for layer in layers:
         file = pending.file_of(layer.store)
         if file is not None:
@@ -147,7 +147,7 @@ def create_child(
 ) -> int:
     """Create an empty differencing image on `parent_path`; returns its virtual size in bytes.
 
-    The whole chain below must open and is locked while the child is made, so nobody writes to it meanwhile. The
+    The whole chain below must open and is locked while the child is made, so it is not written to meanwhile. The
     child has the parent's size unless a larger one is given, and the parent's block size.
     Raises what opening the parent raises, and what `create_image` raises.
     """
@@ -170,7 +170,7 @@ def create_child(
 
 
 def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:
-    """The virtual size of a new child of `parent`, the parent's own where none is asked for.
+    """The virtual size of a new child of `parent`; by default the parent's own.
 
     Raises InvalidArgument for a smaller one, and for a parent that is not a regular file.
     """
@@ -190,7 +190,7 @@ def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:
 def write_child(
     store: Store, child: str, parent: Layer, size_bytes: int, *, block_size_bytes: int | None = None
 ) -> None:
-    """Make the empty `store`, to be named `child`, an empty differencing image on `parent`.
+    """Make the empty `store`, which will be named `child`, an empty differencing image on `parent`.
 
     It has the parent's block size unless another is given. Raises InvalidArgument, NoSpace.
     """
@@ -202,19 +202,19 @@ def write_child(
 
 
 def linkage_of(layer: Layer) -> bytes:
-    """The id that children record of it, `NULL_ID` for a raw disk."""
+    """The id that children record for it, `NULL_ID` for a raw disk."""
     return layer.unique_id or NULL_ID
 
 
 def link_to(child: str, path: str, parent: Layer) -> ParentRef:
-    """What `child` records of the open image `parent`, which lies, or will lie, at `path`. Raises InvalidArgument."""
+    """What `child` records about the open image `parent`, which lies or will lie at `path`. Raises InvalidArgument."""
     return names_of(child, path, linkage_of(parent), parent.facts.timestamp or 0)
 
 
 def names_of(child: str, parent: str, linkage_id: bytes, timestamp: int) -> ParentRef:
-    """How `child` names `parent`: a path relative to its own folder and an absolute one, in Windows' spelling.
+    """The names by which `child` refers to `parent`: a relative and an absolute path, in Windows' spelling.
 
-    Raises InvalidArgument for a path that cannot be spelled so.
+    Raises InvalidArgument for a path that cannot be spelled that way.
     """
     parent_real = real_path(parent)
     folder = os.path.dirname(real_path(child))

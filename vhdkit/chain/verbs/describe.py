@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image and a chain are, as plain values: the facts behind `info` and `chain`.
+"""Describes images and chains as plain values: the facts behind `info` and `chain`.
 
-Decides which facts are reported. Needs neither locks nor sound parents: an image in use, or one without its parent,
+Decides which facts are reported. Needs neither locks nor intact parents: an image in use, or one without its parent,
 is described as far as possible.
 """
 
@@ -36,9 +36,9 @@ from vhdkit.units import whole_sectors
 
 @dataclass(frozen=True, slots=True)
 class ParentInfo:
-    """What a differencing image says of its parent; `path` is where it was found, `problem` why it was not.
+    """What a differencing image records about its parent; `path` is where it was found, `problem` why it was not.
 
-    `allowed_folder` is the folder, of those in which parents may lie, that it was found in or below.
+    `allowed_folder` is the folder, of those in which parents may lie, in or below which it was found.
     """
 
     name: str
@@ -77,14 +77,14 @@ class ImageInfo:
     batmap: bool = False
     parent: ParentInfo | None = None
     findings: tuple[Finding, ...] = ()
-    title: str = ""  # the kind in words, such as "dynamic VHD"
+    title: str = ""  # the kind for display, such as "dynamic VHD"
 
 
 def describe_image(path: AnyPath, *, options: OpenOptions | None = None) -> ImageInfo:
     """Describe one image, and where its parent is, if it has one.
 
-    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage; a parent that cannot be used is
-    told in `parent.problem`.
+    Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, CorruptImage; `parent.problem` says why a parent
+    cannot be used.
     """
     options = options or OpenOptions()
     with FileStore.open(path) as store:
@@ -99,7 +99,7 @@ def _with_marks(store: FileStore, image: ImageInfo, options: OpenOptions) -> Ima
 def _describe(
     store: FileStore, folders: tuple[str, ...], options: OpenOptions, image_format: Format | None
 ) -> tuple[ImageInfo, ImageFacts]:
-    """One image; `image_format` is what its child says it is, None for the leaf."""
+    """Describe one image; `image_format` is the format recorded by its child, None for the leaf."""
     seen = pending.look(store)
     if image_format is None:
         image_format = format_of(seen.store, options.format_name)
@@ -139,7 +139,7 @@ def _describe(
 def _describe_parent(
     image: Store, facts: ImageFacts, details: ImageDetails, folders: tuple[str, ...], options: OpenOptions
 ) -> tuple[ParentInfo, list[Finding]]:
-    """What is known of the parent, and what there is to say about it."""
+    """What is known about the parent, and the findings about it."""
     path, problem, allowed_by = None, None, None
     noticed: list[Finding] = []
     try:
@@ -165,9 +165,9 @@ def _describe_parent(
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One layer of a chain. `owned_bytes` is what the layer answers for in the disk as the leaf shows it.
+    """One layer of a chain. `owned_bytes`: the part of the disk, as seen through the leaf, that this layer owns.
 
-    None where the chain is broken, so that nobody can tell.
+    None if the chain is broken, since it is unknown then.
     """
 
     image: ImageInfo
@@ -176,9 +176,9 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ChainInfo:
-    """A chain, leaf first. `problem` says why it does not go on; `unowned_bytes` reads as zeros by nobody's word.
+    """A chain, leaf first. `problem` says why it is incomplete; `unowned_bytes`, owned by no layer, read as zeros.
 
-    `damaged` tells a file that contradicts the format, or a loop, from a parent that is missing or refused.
+    `damaged` distinguishes a file that violates the format, or a loop, from a parent that is missing or refused.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -190,7 +190,7 @@ class ChainInfo:
 def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> ChainInfo:
     """Describe an image and its parents as far as they can be found.
 
-    Raises what `describe_image` raises for the leaf; what is wrong behind it is told in `problem`.
+    Raises what `describe_image` raises for the leaf; `problem` reports what is wrong with its parents.
     """
     options = options or OpenOptions()
     leaf_path = os.fsdecode(path)
@@ -205,7 +205,7 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
     lost = images[-1].parent
     if lost is not None:
         return _broken(images, lost.problem or "its parent cannot be used", damaged=False)
-    owned = [0] * (len(images) + 1)  # the last counts what nobody owns
+    owned = [0] * (len(images) + 1)  # the last entry counts bytes that no layer owns
     try:
         with Chain.open(leaf_path, options=replace(options, lock=False)) as chain:
             for extent in chain.extents(0, whole_sectors(chain.size_bytes)):
@@ -218,7 +218,7 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
 
 
 def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenOptions) -> None:
-    """Add the leaf's parents to `images`, down to the base or the first that cannot be used; `facts` are the leaf's.
+    """Add the leaf's parents to `images`, down to the base or the first unusable one; `facts` are the leaf's.
 
     Raises CorruptImage for a parent that cannot be read, for a loop and for a chain that is too deep.
     """

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers in a folder that nothing needs any more: found, reported, and removed on request.
+"""Unreferenced layers in a folder: found, reported, and removed on request.
 
-Decides what is garbage and in which order it is removed. It is careful by design: whatever might be needed stays.
+Decides what is garbage and in which order it is removed. It is conservative: whatever might be needed stays.
 
     reached from the given leaves                     stays, and is not listed
     damaged, in use, with a record of unfinished work stays, and so does every parent of it
-    the parent of an image anywhere near              stays
-    every other VHD in the folder                     removed, children before parents, syncing the folder in between
+    the parent of an image in a nearby folder         stays
+    every other VHD in the folder                     removed, children before parents, with the folder synced between
 
 So after a power cut no child is without its parent. Only regular files directly in the folder are considered, no link
-is followed, and what is not a VHD (a raw disk, for example) is never touched. A half-made file is removed if its maker
-is dead, the record of a merge if neither its target nor any of its sources exists: as long as one does, the record
-says what that file is.
+is followed, and anything but a VHD (a raw disk, for example) is never touched. A half-made file is removed if its
+maker is dead, the record of a merge if neither its target nor any of its sources exists: as long as one does, the
+record identifies that file.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from vhdkit.unfinished import parts
 
 
 class GarbageKind(StrEnum):
-    """What an item of garbage is."""
+    """The kinds of garbage."""
 
     IMAGE = "image"
     PART = "part"  # a file under construction whose maker died
-    RECORD = "record"  # of a merge, or of children, of which no file is there any more
+    RECORD = "record"  # of a merge, or of children, all of whose files are gone
 
 
 @dataclass(frozen=True, slots=True)
 class GarbageItem:
-    """One file that no chain reaches. `kept` says why it stays; None if it is removed, or was (`removed`)."""
+    """One file that no chain reaches. `kept` says why it stays; None if it will be removed, or was (`removed`)."""
 
     path: str
     kind: GarbageKind
@@ -68,7 +68,7 @@ class GarbageItem:
 
 @dataclass(slots=True)
 class _Node:
-    """An image in the folder. `parent_ids` is empty for one without a parent; `problem` is why it stays."""
+    """An image in the folder. `parent_ids` is empty if it has no parent; `problem` is why it stays."""
 
     path: str
     identity: tuple[int, int]
@@ -82,7 +82,7 @@ class _Node:
     removed: bool = False
 
     def stands_on(self, other: _Node) -> bool:
-        """True when `other` may be its parent. A child of a raw disk knows only its name."""
+        """True if `other` may be its parent. A child of a raw disk records only the parent's name."""
         if not self.parent_ids or self is other:
             return False
         if NULL_ID in self.parent_ids:
@@ -92,11 +92,11 @@ class _Node:
 
 @dataclass(slots=True)
 class _Scan:
-    """The folder as it was looked at."""
+    """The scanned folder."""
 
     directory: str
     neighbours: tuple[str, ...]
-    kept: tuple[str, ...]  # the leaves, by their names: other files may have them by now
+    kept: tuple[str, ...]  # the names of the leaves, which may lead to other files by now
     options: OpenOptions
     nodes: list[_Node] = field(default_factory=list)
 
@@ -136,7 +136,7 @@ def collect_garbage(
 
 
 def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tuple[int, int]]:
-    """The files that the leaves stand on, with themselves. Nothing is locked: they may well be in use."""
+    """The files that the leaves stand on, including the leaves. Nothing is locked: they may well be in use."""
     reached = set()
     look = replace(options, parent_dirs=(*options.parent_dirs, place), lock=False)
     for leaf in leaves:
@@ -168,7 +168,7 @@ def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
 
 
 def _node(store: FileStore) -> _Node | None:
-    """What is to be known of one file, or None for one that is not an image, or a raw disk."""
+    """The relevant facts about one file; None if it is not an image, or a raw disk."""
     if store.size() == 0:
         return None
     image_format = formats.probed(store)
@@ -206,7 +206,7 @@ def _names(parent: ParentRef) -> frozenset[str]:
 
 
 def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
-    """What goes: no reason to stay of its own, nor of a child that stays. Gives every other node its reason."""
+    """The images to remove: those with no reason to stay, and no child that stays. Sets the others' reason."""
     doubtful = [node for node in scan.nodes if node.identity not in reached]
     for node in doubtful:
         if node.problem is None and _is_held(node.path):
@@ -225,14 +225,14 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
 
 
 def _standing_on(scan: _Scan, nodes: Sequence[_Node]) -> Iterator[tuple[_Node, list[Dependent]]]:
-    """All that stands on these images, wherever it can be found."""
+    """Everything found to stand on these images."""
     known = [node for node in nodes if node.unique_id != NULL_ID]
     images = [(node.unique_id, node.path) for node in known]
     yield from zip(known, standing_on(images, scan.options, folders=scan.neighbours), strict=True)
 
 
 def _is_held(path: str) -> bool:
-    """True when any program has the file open; also where nobody can tell."""
+    """True if any program has the file open, or if that cannot be determined."""
     try:
         FileStore.open_held(path, follow_links=False).close()
     except errors.VhdkitError:
@@ -252,7 +252,7 @@ def _refuse_unknown(scan: _Scan, reached: set[tuple[int, int]]) -> None:
 
 
 def _children_first(nodes: Sequence[_Node]) -> list[_Node]:
-    """The nodes so that none comes after one it stands on; a loop of hostile images comes last, in any order."""
+    """The nodes with every child before its parent; a loop of hostile images comes last, in any order."""
     return [node for generation in _generations(nodes) for node in generation]
 
 
@@ -265,7 +265,7 @@ def _generations(nodes: Sequence[_Node]) -> Iterator[list[_Node]]:
 
 
 def _remove(scan: _Scan, doomed: list[_Node]) -> None:
-    """Remove generation after generation; what turns out to be used by now stays, with everything below it."""
+    """Remove generation after generation; an image found to be in use by now stays, with everything below it."""
     for generation in _generations(doomed):
         for node in generation:
             node.problem = _removed(scan, node, doomed)
@@ -275,7 +275,7 @@ def _remove(scan: _Scan, doomed: list[_Node]) -> None:
 
 
 def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
-    """Why a node stays after all: a child of it that was not removed, or has come since."""
+    """Why a node stays after all: a child that was not removed, or that was created since."""
     staying = [printable(one.path) for one in doomed if not one.removed and one.stands_on(node)]
     if not staying:
         staying = [str(child) for _, others in _standing_on(scan, [node]) for child in others]
@@ -283,8 +283,8 @@ def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | N
 
 
 def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
-    """Remove the file while no program can open it; or why not. Whoever makes a child of it holds it, so children are
-    looked for when the lock is held."""
+    """Remove the file while no program can open it; returns a reason if it stays. A program that makes a child of it
+    holds it, so children are searched after it is locked."""
     try:
         with FileStore.open_held(node.path, follow_links=False) as store:
             if store.identity != node.identity:
@@ -302,7 +302,7 @@ def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
 
 
 def _tidy(scan: _Scan) -> None:
-    """Drop the marks of children that are gone, here and nearby. An image in use keeps its own."""
+    """Drop the marks of removed children, here and nearby. An image in use keeps its marks."""
     for folder in (scan.directory, *scan.neighbours):
         for path in marks.marked_images(folder):
             with contextlib.suppress(errors.VhdkitError), FileStore.open_held(path, follow_links=False):
@@ -333,10 +333,10 @@ def _part(path: str, *, delete: bool) -> GarbageItem:
 
 
 def _orphaned_records(directory: str) -> Iterator[str]:
-    """The records of merges whose target and sources are all gone, and of children of images that are."""
+    """The records of merges whose target and sources are all gone, and of children of images that are gone."""
     for path in regular_files(directory):
         if path.endswith(f".vhdkit-{KIND}"):
-            intent = read_intent(path, (os.sep,))  # only to see whether its files are there
+            intent = read_intent(path, (os.sep,))  # only to check whether its files exist
             if intent is not None and not any(exists(one.path) for one in (intent.target, *intent.sources)):
                 yield path
     yield from marks.orphans(directory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open chains that grow: a new child is stacked on the leaf while somebody reads and writes the disk.
+"""Open chains that grow: a new child is stacked on the leaf while the disk is in use.
 
 Decides in which order an open leaf becomes a parent (`INV-LIVE-PRESERVES`). The caller ensures that no request is in
 flight during `Freezing.freeze`. The content of a child is decided in `chain.verbs.create`.
@@ -9,7 +9,7 @@ flight during `Freezing.freeze`. The content of a child is decided in `chain.ver
                                                                                                  become a reader's
 
 Until the caller takes the new chains, an error anywhere leaves the old ones as they are, and the children are removed.
-No lock is ever given up: the new chain reads the old leaf through the same store that wrote it.
+No lock is released in between: the new chain reads the old leaf through the same store that wrote it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SCRATCH_PARENT = ParentRef.of_paths(NULL_ID, 0, relative=".\\parent", absolute=
 def stack(chain: Chain, child: Layer) -> Chain:
     """The chain with an empty, writable `child` on its leaf, which is flushed and read-only from now on.
 
-    Nobody writes to `chain` meanwhile or afterwards: its files belong to the new one. On an error it is as it was.
+    `chain` must not be written to any more: its files belong to the new one. On an error it is as before.
     Raises SyncFailed, NoSpace, IoFailed, and what a damaged leaf raises.
     """
     if len(chain.layers) >= MAX_LAYERS:
@@ -53,14 +53,14 @@ def stack(chain: Chain, child: Layer) -> Chain:
 
 
 def as_parent(leaf: Layer) -> Layer:
-    """The image opened again for reading, through the same store. It was flushed."""
+    """The image, already flushed, opened again for reading through the same store."""
     return formats.reopened(leaf, writable=False) if leaf.writable else leaf
 
 
 class Freezing:
-    """A live snapshot of several chains, all or none. Use it in a `with` block: leaving it early takes all back.
+    """A live snapshot of several chains, all or none. Use it in a `with` block: leaving it early undoes everything.
 
-    with Freezing(pairs) as freezing:      children are made and on the device
+    with Freezing(pairs) as freezing:      children are created, durably
         (hold all requests)
         chains = freezing.freeze()
         (serve the new chains)
@@ -91,7 +91,7 @@ class Freezing:
             raise
 
     def is_for(self, pairs: Sequence[tuple[Chain, str | None]]) -> bool:
-        """True when these are the very chains, and the paths are those that are asked for."""
+        """True if these are the same chains, with the same requested paths."""
         return len(pairs) == len(self._chains) and all(
             chain is own and path in (None, made)
             for (chain, path), own, made in zip(pairs, self._chains, self.paths, strict=True)
@@ -103,7 +103,7 @@ class Freezing:
             for chain, path in zip(self._chains, self.paths, strict=True):
                 new = stack_.enter_context(NewFile(path, like=pending.files_of(chain.layers[:1])))
                 write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
-                forget_parent(new.store)  # it is written to until it is frozen
+                forget_parent(new.store)  # the parent is written to until it is frozen
                 files.append(new)
             self._require_names()
             parents = [chain.leaf.store.name for chain in self._chains]
@@ -121,20 +121,20 @@ class Freezing:
                 raise
 
     def _require_names(self) -> None:
-        """A child names its parent: that name leads to the very file that is open (`INV-NAME-HELD`)."""
+        """Check that the name by which a child refers to its parent leads to the open file (`INV-NAME-HELD`)."""
         for chain in self._chains:
             require_names(chain.layers[:1])
 
     def freeze(self) -> list[Chain]:
-        """The new chains. Nobody writes to the old ones meanwhile. Raises what `stack` raises, and `Replaced` when the
-        file of a leaf or of its child is no longer under its name.
+        """The new chains. The old ones must not be written to meanwhile. Raises what `stack` raises, and `Replaced` if
+        the file of a leaf or of its child is no longer under its name.
         """
         self._require_names()
         require_names(self._children)
         return [stack(chain, child) for chain, child in zip(self._chains, self._children, strict=True)]
 
     def done(self) -> None:
-        """The new chains are in use: the children stay, and the old leaves are held as readers hold them."""
+        """Call when the new chains are in use: the children stay, and the old leaves' locks become a reader's."""
         self._kept = True
         for chain, child in zip(self._chains, self._children, strict=True):
             record_parent(child.store, chain.leaf.store, chain.leaf.unique_id or NULL_ID)
@@ -143,7 +143,7 @@ class Freezing:
                 file.become_reader()
 
     def _take_back(self) -> None:
-        """Remove the children. Raises IoFailed or AccessDenied when one cannot be removed."""
+        """Remove the children. Raises IoFailed or AccessDenied if one cannot be removed."""
         for child in self._children:
             child.store.close()
         if self._made:
@@ -160,7 +160,7 @@ class Freezing:
 
 
 def scratch_child(chain: Chain, directory: str | None) -> Chain:
-    """A chain with a nameless child on top, in `directory`, that is gone when it is closed, or when we are killed.
+    """A chain with a nameless child on top, in `directory`, which disappears when closed or when the process dies.
 
     `chain` was opened for reading; its files belong to the new chain. Raises NoSpace, NotFound, AccessDenied.
     """

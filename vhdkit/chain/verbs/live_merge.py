@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging layers of an open chain while somebody reads and writes the disk.
+"""Merges layers of an open chain while the disk is in use.
 
 Decides in which order files and the open chain change, so that reads in between give the same results as before, and
 that an interruption at any point leaves what an interrupted offline merge leaves (`INV-MERGE-PRESERVES`). The caller
@@ -12,11 +12,11 @@ ensures that no request is in flight during `exchange`. What is moved is decided
     target      what they are merged into            read where nothing above owns a sector; those sectors stay
 
     1  locks of first..target become a writer's, record: copy
-    2  the sources' sectors go into the target       nobody waits; none of its blocks moves, as the open chain reads it
+    2  the sources' sectors go into the target       no request waits; no block of it moves, as the open chain reads it
     3  requests held: record: relink, the layer above points to the target, a new chain without the sources
-    4  record: remove, the sources go, no record
+    4  record: remove, the sources are removed, then the record
 
-The leaf itself is merged into its parent (`first` is 0) with requests held from 2 on, so it should be small by then.
+The leaf itself is merged into its parent (`first` is 0) with requests held from step 2 on, so it should be small then.
 Therefore, to merge a leaf, a caller freezes it (`live.Freezing`), merges what was frozen, and repeats this until
 little is left.
 """
@@ -50,18 +50,18 @@ class LiveMerge:
     """One merge of the layers `first` up to, and into, `target` of an open chain. Use it in a `with` block.
 
     with LiveMerge(chain, 1, 3) as merging:   locks and record
-        merging.copy()                        the long part, on a thread of its own
+        merging.copy()                        the long part, on a separate thread
         (hold all requests)
         chain, problem = merging.exchange()
         (serve the chain; release; raise the problem)
-        merging.done()                        the merged files go
+        merging.done()                        the merged files are removed
 
-    Leaving early changes nothing that is served; what was copied stays, and the next merge, or `vhdkit merge --resume`
-    when nobody serves the disk, goes on from the record.
+    Leaving early changes nothing that is served; copied data stays, and the next merge, or `vhdkit merge --resume`
+    when the disk is not served, continues from the record.
     """
 
     def __init__(self, chain: Chain, first: int, target: int, options: OpenOptions | None = None) -> None:
-        """Raises InvalidArgument, HasChildren, ImageInUse, AccessDenied, NoSpace, IoFailed: nothing has changed."""
+        """Raises InvalidArgument, HasChildren, ImageInUse, AccessDenied, NoSpace, IoFailed, changing nothing."""
         assert 0 <= first < target < len(chain.layers)
         self._chain = chain
         self._first, self._target = first, target
@@ -88,7 +88,7 @@ class LiveMerge:
     # -- what is refused ----------------------------------------------------------------------------------------
 
     def _refuse_sizes(self) -> None:
-        """Sizes that differ are merged offline only: what lies behind an end would have to change, or move blocks."""
+        """Refuse layers of different sizes, left to offline merges: what lies past an end would change, or blocks move."""
         sizes = {layer.size_bytes for layer in self._chain.layers[: self._target + 1]}
         if len(sizes) > 1:
             raise errors.InvalidArgument(
@@ -102,7 +102,7 @@ class LiveMerge:
         return Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=self._first > 0)
 
     def _refuse_children(self) -> None:
-        """Raise HasChildren when an image outside the chain stands on a layer that changes or goes."""
+        """Raise HasChildren if an image outside the chain stands on a layer that changes or is removed."""
         inside = {real_path(file.name) for file in self._files}
         folders = [real_path(os.path.dirname(file.name)) for file in self._files[self._first :]]
         names: Sequence[Named] = (*self._intent.sources, self._intent.target)
@@ -124,26 +124,26 @@ class LiveMerge:
                 raise errors.ImageInUse(
                     "has a change that did not finish", path=file.name, hint="finish it first: vhdkit check says how"
                 )
-            if index > 0:  # the leaf's is a writer's already
+            if index > 0:  # the leaf's lock is a writer's already
                 file.become_writer()
                 self._upgraded.append(file)
         require_names(self._chain.layers[: self._target + 1])
 
     def _open_target(self) -> FileStore:
-        """The target's file for writing; the lock stays with the chain's own opening."""
+        """Open the target's file for writing; the lock stays with the chain's own opening."""
         file = self._files[self._target]
         store = FileStore.open(file.name, writable=True, follow_links=False)
         store.notes_folder = file.notes_folder
         try:
             _check_same(store, file)
-            drop_earlier_try(self._opened(store))  # and what cannot be written to is found out before anything changes
+            drop_earlier_try(self._opened(store))  # and an unwritable target is detected before anything changes
         except BaseException:
             store.close()
             raise
         return store
 
     def _opened(self, store: FileStore) -> Layer:
-        """The target as it is filled: the open chain goes on reading it, so no block of it moves."""
+        """The target as it is filled: the open chain continues to read it, so none of its blocks moves."""
         layer = formats.reopened(self._chain.layers[self._target], writable=True, store=store)
         layer.pin_blocks()
         return layer
@@ -162,7 +162,7 @@ class LiveMerge:
         `progress` may raise a VhdkitError to stop: see the class. Raises NoSpace, IoFailed, SyncFailed.
         """
         assert self._store is not None
-        if self._first == 0:  # what is copied is in the file then, for whoever compares the two
+        if self._first == 0:  # the leaf's file is then complete, for a later comparison with the target
             self._chain.leaf.seal()
             self._chain.leaf.store.sync()
         target = self._opened(self._store)
@@ -172,7 +172,7 @@ class LiveMerge:
         try:
             done = fold(plan, target, progress)
         except errors.VhdkitError:
-            with contextlib.suppress(errors.VhdkitError):  # what is copied is found again, not copied twice
+            with contextlib.suppress(errors.VhdkitError):  # so that the next merge finds it and need not copy it again
                 target.flush()
             raise
         target.seal()
@@ -180,9 +180,9 @@ class LiveMerge:
         return done
 
     def exchange(self) -> tuple[Chain, errors.VhdkitError | None]:
-        """A chain to serve instead of the old one, which nobody uses meanwhile; its other files belong to the new one.
+        """A chain to serve instead of the old one, which must not be used meanwhile; the new one owns its other files.
 
-        Without the sources, or, with an error, as it was; then the merge may be tried again. Raises where the leaf
+        It lacks the sources, or, with an error, is as it was; then the merge can be retried. Raises if the leaf
         cannot be opened again: the old chain reads as before, and refuses to write.
         """
         try:
@@ -201,7 +201,7 @@ class LiveMerge:
                 child.seal()
             target = formats.reopened(layers[self._target], writable=False)
             self._names.write(self._intent.in_phase(Phase.RELINK))
-        except errors.VhdkitError as error:  # what clients wrote may be in the open child alone: it is kept
+        except errors.VhdkitError as error:  # clients' writes may be in the open child alone: keep it
             return self._chain, error
         try:
             self._repoint(child)
@@ -209,7 +209,7 @@ class LiveMerge:
             self._exchanged = True
         except errors.VhdkitError as error:
             problem = error
-        try:  # also after a failure its header may be at another place
+        try:  # even after a failure, its header may be at another place
             child = formats.reopened(child, writable=child.writable)
         except BaseException:
             if child.writable:
@@ -218,7 +218,7 @@ class LiveMerge:
         return Chain([*above, child, *below]), problem
 
     def _repoint(self, child: Layer) -> None:
-        """The parent's names in the layer above the merge; where it is not a leaf, through an opening of its own."""
+        """Repoint the layer above the merge to the target; unless it is the leaf, through a separate opening."""
         target = self._chain.layers[self._target]
         file, target_path = _file(child), self._intent.target.path
         parent = link_to(file.name, target_path, target)
@@ -241,7 +241,7 @@ class LiveMerge:
             file.become_reader()
 
     def _with_leaf_gone(self) -> tuple[Chain, errors.VhdkitError | None]:
-        """The target takes the writes from now on, so the leaf is gone for good before it does: nothing hides them."""
+        """The target takes the writes from now on, so the leaf must be durably removed first: it would hide them."""
         assert self._store is not None
         store = self._store
         target = self._chain.layers[self._target]
@@ -252,17 +252,19 @@ class LiveMerge:
             remove_sources(self._intent, self._names)
             drop_stale_marks(self._intent.target.path)
         except errors.VhdkitError as error:
-            if exists(self._intent.leaf.path):  # it will be written to: the target is not complete for long
+            if exists(self._intent.leaf.path):  # the leaf will be written to, so the target is soon incomplete again
                 self._names.write(self._intent)
                 return self._chain, error
             problem = error
-            leaf.refuse_writing()  # after a power cut the old leaf may be there again
+            leaf.refuse_writing()  # after a power cut the old leaf may reappear
         store.inherit_lock(self._files[self._target])
         self._exchanged = True
         return Chain([leaf, *self._chain.layers[self._target + 1 :]]), problem
 
     def done(self) -> None:
-        """The new chain is in use: the merged files go. Raises AccessDenied, IoFailed; `merge --resume` goes on."""
+        """Call when the new chain is in use: remove the merged files. Raises AccessDenied, IoFailed; `merge --resume`
+        continues.
+        """
         assert self._exchanged
         if self._first > 0:
             self._names.write(self._intent.in_phase(Phase.REMOVE))
@@ -280,7 +282,7 @@ class LiveMerge:
             return
         gone = self._files[self._first : self._target]
         if self._first == 0:
-            gone.append(self._files[self._target])  # the new leaf has a lock and a descriptor of its own
+            gone.append(self._files[self._target])  # the new leaf has its own lock and descriptor
         elif self._store is not None:
             self._store.close()
             self._files[self._target].become_reader()
