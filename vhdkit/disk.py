@@ -280,19 +280,19 @@ class Disk:
         return clipped
 
     def has_known_holes(self, offset_bytes: int, size_bytes: int) -> bool:
-        """True when `known_holes` finds one."""
+        """True if `known_holes` would find one."""
         first = offset_bytes // SECTOR_SIZE
         return self.chain.has_known_holes(first, covering_sectors(offset_bytes + size_bytes) - first)
 
     @property
     def layer_ids(self) -> tuple[str | None, ...]:
-        """The unique id of each layer as text, leaf first; None for a raw one."""
+        """The unique id of each layer as a string, leaf first; None for a raw layer."""
         ids = (layer.unique_id for layer in self.chain.layers)
         return tuple(None if one is None else str(uuid.UUID(bytes=one)) for one in ids)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What opening the images found, leaf first, such as a parent that was written to after its child was made."""
+        """The findings from opening the images, leaf first, such as a parent written to after its child was made."""
         return tuple(one for layer in self.chain.layers for one in getattr(layer, "findings", ()))
 
     def zeroes_are_fast(self) -> bool:
@@ -304,7 +304,7 @@ class Disk:
     ) -> Iterator[Extent]:
         """The range (by default to the end) as runs of whole sectors that cover it, in order, without gaps.
 
-        Each is DATA or ZERO and says which layer owns it (leaf 0, -1 nobody) and where it lies in that file.
+        Each is DATA or ZERO and says which layer owns it (0 is the leaf, -1 no layer) and where it lies in that file.
         `find_holes` also looks for holes in the files. Raises OutOfRange, IoFailed.
         """
         offset_bytes = byte_size("offset_bytes", offset_bytes)
@@ -339,7 +339,7 @@ class Disk:
                 self.chain.close()
             except errors.VhdkitError:
                 raise
-            except BaseException:  # out of a signal handler: the rest is closed all the same
+            except BaseException:  # from a signal handler: close the rest anyway
                 try:
                     self.chain.close()
                 except errors.VhdkitError as error:
@@ -355,7 +355,7 @@ class Disk:
         except errors.VhdkitError as failure:
             if error is None:
                 raise
-            error.add_note(f"closing the disk failed, too: {failure}")  # and does not hide what came first
+            error.add_note(f"closing the disk failed, too: {failure}")  # without hiding the first error
 
     # -- what is refused ----------------------------------------------------------------------------------------
 
@@ -364,7 +364,7 @@ class Disk:
         return errors.DiskClosed("the disk is closed", path=self.path) if file is None else file.closed_error()
 
     def _refuse_reentry(self) -> None:
-        """Raise InvalidArgument in a signal handler that struck a call of this disk: it would wait for itself."""
+        """Raise InvalidArgument in a signal handler that interrupted a call of this disk: it would deadlock."""
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
@@ -376,7 +376,7 @@ class Disk:
                 )
 
     def _leave_to_parent(self) -> None:
-        """In a forked process: refuse every call. Locks may be held by threads that are not there."""
+        """In a forked process: refuse every call. Locks may be held by threads that do not exist here."""
         self._left_by_fork = self._closed = True
         self._write_lock = _WriteLock()
 
@@ -421,9 +421,9 @@ when_forked(_forked)
 
 
 def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
-    """The bytes of a buffer of any shape and format, as one row: its own, or a copy where it has gaps.
+    """The bytes of a buffer of any shape and format, contiguous: its own memory, or a copy if it has gaps.
 
-    A writable one must be without gaps. Raises InvalidArgument, and TypeError for what is no buffer.
+    A writable one must be without gaps. Raises InvalidArgument, and TypeError if it is not a buffer.
     """
     view = memoryview(buffer)
     if writable and view.readonly:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values and the open image of the contract that a format fulfils; the format itself is `formats.format.Format`.
+"""The contract that a format implements: its values and the open image; the format itself is `formats.format.Format`.
 
 A `Layer` is one image file by itself: which sectors it owns and where they lie in its file. The chain engine
-combines layers; front ends hold a `Disk`, never a layer. `ImageFacts` is what the file says about itself before it is
+combines layers; front ends hold a `Disk`, never a layer. `ImageFacts` is the file's metadata, read before it is
 opened: its ids, its size and its parent.
 
 The two ids have separate uses: `file_id` decides whether a record or an undo log belongs to this file, `linkage_id` is
-what children record of their parent. In a VHD both are the footer's unique id.
+what children record about their parent. In a VHD both are the footer's unique id.
 
 Who checks what: `Disk` checks the range and read-only, and splits off partial sectors. A layer may assume whole
 sectors inside its own size (it asserts this), and one writer at a time; `flush` may run beside a writer.
@@ -31,12 +31,12 @@ from vhdkit.finding import Finding
 from vhdkit.store import ReadStore, Store
 from vhdkit.units import SECTOR_SIZE, sectors_to_bytes
 
-ID_BYTES = 16  # of every id: records beside an image have room for so many
+ID_BYTES = 16  # of every id: the size of an id's field in records beside an image
 NULL_ID = bytes(ID_BYTES)  # in records, the id of an image without one (a raw disk)
 
 
 class ExtentKind(StrEnum):
-    """What a run of sectors is."""
+    """The kinds of runs of sectors."""
 
     DATA = "data"  # bytes in the layer's file
     ZERO = "zero"  # zeros that this layer owns, or that no layer can own
@@ -77,7 +77,7 @@ class Extent:
 class Piece:
     """A run of sectors to take over from another file: from `offset_bytes` of `source`, or zeros without one.
 
-    The last `short_bytes` of it lie behind the end of that file (a raw image may end inside a sector): zeros too.
+    The last `short_bytes` of it lie past the end of that file (a raw image may end inside a sector) and are zeros.
     """
 
     sector_index: int
@@ -93,15 +93,15 @@ class Piece:
 
 
 class NameDialect(StrEnum):
-    """How the text of a parent's name is meant."""
+    """How the text of a parent's name is interpreted."""
 
     PATH = "path"  # a path from the child's folder, or an absolute one; both kinds of slash separate
-    NAME = "name"  # a file name that programs do not follow by itself
+    NAME = "name"  # a file name alone, which programs do not follow
 
 
 @dataclass(frozen=True, slots=True)
 class ParentName:
-    """One of the names that a child has for its parent; `structure` is where it is stored, for messages."""
+    """One of the names that a child records for its parent; `structure` is where it is stored, for messages."""
 
     structure: str
     text: str
@@ -110,10 +110,10 @@ class ParentName:
 
 @dataclass(frozen=True, slots=True)
 class ParentRef:
-    """What a child records of its parent: any of the ids, and the names in the order in which they are tried.
+    """What a child records about its parent: the accepted ids, and the names in the order in which they are tried.
 
-    Without ids the parent is a raw disk, which has none. `timestamp` counts from the format's own epoch, 0 where it is
-    unknown. `is_whole` is False when some of the names cannot be read.
+    Without ids the parent is a raw disk, which has none. `timestamp` counts from the format's own epoch, 0 if it is
+    unknown. `is_whole` is False if some of the names cannot be read.
     """
 
     linkage_ids: tuple[bytes, ...]
@@ -144,11 +144,11 @@ class ParentRef:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What an image file says about itself. Sizes in bytes; ids and time stamp are None where it has none.
+    """The metadata of an image file. Sizes in bytes; ids and time stamp are None if it has none.
 
-    `kind` is a word such as "dynamic", `title` says the same to people ("dynamic VHD"). `made_size_bytes` is the
-    virtual size that it had when it was made, the present one where that is not recorded. `block_size_bytes` is 0 for
-    an image whose sectors lie one after the other.
+    `kind` is a word such as "dynamic", `title` the same for display ("dynamic VHD"). `made_size_bytes` is the
+    virtual size that it had when it was made, or the present one if that is not recorded. `block_size_bytes` is 0 for
+    an image whose sectors are contiguous.
     """
 
     path: str
@@ -181,17 +181,17 @@ class Layer(Protocol):
 
     @property
     def facts(self) -> ImageFacts:
-        """What the file said about itself when it was opened."""
+        """The file's metadata when it was opened."""
         ...
 
     @property
     def findings(self) -> list[Finding]:
-        """What opening it found; the chain adds what it finds about the parent."""
+        """The findings from opening it; the chain adds those about the parent."""
         ...
 
     @property
     def damage(self) -> CorruptImage | None:
-        """Why the image can be read but not written to; None for a sound one."""
+        """Why the image can be read but not written to; None if it is intact."""
         ...
 
     @property
@@ -274,16 +274,16 @@ class Layer(Protocol):
         ...
 
     def refuse_writing(self) -> None:
-        """Refuse every write and flush from now on: what is written might not be seen at the next open."""
+        """Refuse every write and flush from now on: a write might be lost at the next open."""
         ...
 
     def pin_blocks(self) -> None:
-        """Move no block from now on: an open chain reads the file by where its blocks are now."""
+        """Move no block from now on: an open chain reads the blocks at their present places."""
         ...
 
     @property
     def table_bytes(self) -> int:
-        """What the tables of an image that is only read take in memory; 0 where `leave_table` would free nothing."""
+        """The memory that the tables of a read-only image take; 0 if `leave_table` would free nothing."""
         ...
 
     def leave_table(self) -> None:
@@ -291,7 +291,7 @@ class Layer(Protocol):
         ...
 
     def seal(self) -> None:
-        """Flush so that nothing is left in memory and the file is whole, as if it had been closed. As `flush`."""
+        """Flush so that nothing is left in memory and the file is complete, as after `close`. Raises as `flush`."""
         ...
 
     def flush_is_due(self) -> bool:

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 MAX_TABLE_BYTES = 64 * MIB  # BATs in memory, of all read-only layers: three of the largest
-MAX_CHAIN_DEPTH = 254  # owners are kept as one byte a sector, with one value left for "nobody"
+MAX_CHAIN_DEPTH = 254  # one owner byte per sector, with one value for "no layer"
 
 
 def open_layers(

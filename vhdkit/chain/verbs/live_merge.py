@@ -88,7 +88,7 @@ class LiveMerge:
     # -- what is refused ----------------------------------------------------------------------------------------
 
     def _refuse_sizes(self) -> None:
-        """Refuse layers of different sizes, left to offline merges: what lies past an end would change, or blocks move."""
+        """Refuse layers of different sizes, left to offline merges: data past an end would change, or blocks move."""
         sizes = {layer.size_bytes for layer in self._chain.layers[: self._target + 1]}
         if len(sizes) > 1:
             raise errors.InvalidArgument(

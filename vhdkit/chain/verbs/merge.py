@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging layers of a chain into one of them, or into a new file beside it.
+"""Merges layers of a chain into one of them, or into a new file beside it.
 
 Decides in which order files change, so that the leaf reads the same at every moment (`INV-MERGE-PRESERVES`). What is
-moved is decided in `merge_plan`, how a block takes it in by its format.
+moved is decided in `merge_plan`, how a block receives it by its format.
 
     1  record: copy        the target changes only in sectors that the leaf sees in a source
-    2  record: relink      when asked for: children of the leaf are repointed to the target, which is complete
+    2  record: relink      if requested: children of the leaf are repointed to the target, which is complete
     3  record: remove      the leaf is removed, then the others
     4  no record
 
@@ -57,7 +57,7 @@ class Merge:
     """What a merge does, or has done. Paths are absolute; sizes are bytes.
 
     `removed` are the removed layers (with `to`, none), leaf first; `relinked` the images that stand on `target`
-    now. `data_bytes` are copied, `zero_bytes` become holes. `left` are files with the names of layers that were to be
+    now. `data_bytes` are copied, `zero_bytes` become holes. `left` are files named like layers that were to be
     removed; they stay, because they are not provably those layers.
     """
 
@@ -104,7 +104,7 @@ def merge(
 
 
 class InPlace:
-    """A merge into a layer of the chain itself; `phase` is how far it is already, by a record."""
+    """A merge into a layer of the chain itself; `phase` is the progress found in a record."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class InPlace:
         self._size = self._sources[0].size_bytes
         self.phase = phase
         if phase is not Phase.COPY and not self._is_complete(layers, index):
-            self.phase = Phase.COPY  # the leaf was written to since, or the record is not true
+            self.phase = Phase.COPY  # the leaf was written to since, or the record is wrong
         self._children = self._find_children()
         self._check_size()
 
@@ -146,7 +146,7 @@ class InPlace:
         return same_size and is_complete(self._plan, Chain(layers), Chain(layers[index:]))
 
     def _check_size(self) -> None:
-        """A size that the target cannot get is found out before anything changes."""
+        """Detect a size that the target cannot have before anything changes."""
         check_size(self._target, self._size)
         if self._target.size_bytes < min(self._size, _seen(self._below)):
             raise errors.InvalidArgument(
@@ -158,7 +158,7 @@ class InPlace:
     def _find_children(self) -> list[str]:
         """The leaf's children, to be relinked. Raises HasChildren for any image that the merge would break."""
         inside = {one.path for one in self._names[:-1]}
-        # also by the names that the layers were found under, which may be links
+        # Also by the names under which the layers were found, which may be links.
         folders = [real_path(os.path.dirname(layer.store.name)) for layer in (*self._sources, self._target)]
         layers = (*self._sources, self._target)
         images = [(linkage_of(layer), one.path) for layer, one in zip(layers, self._names, strict=True)]
@@ -166,7 +166,7 @@ class InPlace:
         for number, (one, family) in enumerate(zip(self._names, families, strict=True)):
             outside = [child for child in family if child.path not in inside]
             if number == len(self._names) - 1 and self.phase is not Phase.COPY:
-                continue  # they were repointed to it, and it will not change any more
+                continue  # they were repointed to it, and it no longer changes
             if outside and not (number == 0 and self._relink and not any(child.problem for child in outside)):
                 raise merge_would_break(one.path, outside, of_leaf=number == 0)
         return [child.path for child in families[0] if child.path not in inside]
@@ -192,14 +192,14 @@ class InPlace:
         return self._result(done)
 
     def _open_target(self, held: contextlib.ExitStack) -> FileStore:
-        """The target's file, open for writing; the lock stays with the descriptor that has it."""
+        """The target's file, open for writing; the lock stays with the descriptor that holds it."""
         store = held.enter_context(FileStore.open(self._names[-1].path, writable=True, follow_links=False))
         store.notes_folder = self._options.notes_folder
         if store.identity != file_of_layer(self._target).identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
         pending.settle(store)
         if self.phase is Phase.COPY:
-            image = self._opened(store)  # what cannot be written to is found out before anything changes
+            image = self._opened(store)  # an unwritable target is detected before anything changes
             if intent_of(store.name) is not None:
                 drop_earlier_try(image)
         return store
@@ -228,7 +228,7 @@ class InPlace:
 
 
 def _merge_to(layers: list[Layer], index: int, path: str, dry_run: bool, progress: Progress | None) -> Merge:
-    """The layers down to `index` as a new file of that one's kind, standing on its parent if it has one."""
+    """Merge the layers down to `index` into a new file of that layer's kind, on the parent of that layer, if any."""
     sources, below = layers[: index + 1], layers[index + 1 :]
     merged = tuple(real_path(file_of_layer(layer).name) for layer in sources)
     with NewFile(path, like=pending.files_of(sources)) as new:
@@ -263,7 +263,7 @@ def _write_empty_like(ancestor: Layer, below: Sequence[Layer], size_bytes: int, 
 
 @contextlib.contextmanager
 def closing(layers: Sequence[Layer]) -> Iterator[None]:
-    """The files of the layers are closed when the block ends."""
+    """Close the layers' files at the end of the block."""
     try:
         yield
     finally:
@@ -280,25 +280,25 @@ def _held_child(path: str, notes_folder: str | None) -> Iterator[FileStore]:
 
 
 def file_of_layer(layer: Layer) -> FileStore:
-    """The file of a layer that was opened from one."""
+    """The file from which a layer was opened."""
     file = pending.file_of(layer.store)
     assert file is not None
     return file
 
 
 def named(layer: Layer) -> Named:
-    """A layer as a merge's record names it."""
+    """A layer as named in the record of a merge."""
     store = file_of_layer(layer)
     return Named(real_path(store.name), layer.facts.file_id or NULL_ID)
 
 
 def _seen(layers: Sequence[Layer]) -> int:
-    """How much of the disk these layers, the topmost first, can answer for."""
+    """How much of the disk can be seen through these layers, the topmost first."""
     return layers[0].size_bytes if layers else 0
 
 
 def _index_of(layers: Sequence[Layer], into: AnyPath | None) -> int:
-    """Where in the chain the ancestor is."""
+    """The index of the ancestor in the chain."""
     leaf = layers[0].store.name
     if len(layers) == 1:
         raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=leaf)
@@ -326,6 +326,6 @@ def _count(plan: MergePlan) -> tuple[int, int]:
 
 
 def merge_would_break(path: str, children: Sequence[Dependent], *, of_leaf: bool = False) -> errors.HasChildren:
-    """The error for a file that a merge would change or remove while others stand on it."""
+    """The error for a file that a merge would change or remove although it has children."""
     hint = "to repoint it to the result say --relink" if of_leaf else "merge or move that image first"
     return has_children(path, children, ", which the merge would break", hint)

@@ -2,13 +2,13 @@
 """What a merge moves: for each block of the target, which run of sectors comes from which file.
 
 Decides which layer wins (`INV-SECTOR-RULE`: the first owner from the leaf) and what must become zeros in the target.
-Reads bitmaps and looks for holes, moves nothing and changes nothing.
+Reads bitmaps and looks for holes; moves and changes nothing.
 
-    sources' BATs --fold--> the blocks of the target that any source touches      (one vectorised pass a layer)
+    sources' BATs --fold--> the blocks of the target that any source touches      (one vectorised pass per layer)
     each of those --bitmaps, holes--> pieces: sectors, and where they lie (nowhere: zeros)
 
-Zeros are never left out: a hole in a source hides what the target, or its parents, have there, and so does the end of
-a source that is smaller than the leaf. Plans are made block by block, so memory does not grow with the disk.
+Zeros are never omitted: a hole in a source hides the data of the target or its parents, and so does the end of
+a source that is smaller than the leaf. Plans are made block by block, so memory use is independent of the disk's size.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from vhdkit.image import ExtentKind, Layer, Piece
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
-_KEEP, _ZERO = 255, 254  # owner bytes beside the indexes of the sources: the target's own, and zeros
+_KEEP, _ZERO = 255, 254  # owner bytes besides the indexes of the sources: keep the target's own, and zeros
 
 
 class MergePlan:
-    """The pieces that make `target` read as the leaf, `sources[0]`, does.
+    """The pieces that make `target` read like the leaf, `sources[0]`.
 
-    `sources` are the layers to be merged, leaf first. `below_bytes` is how much of the disk the target's own parents
-    answer for. A `fresh` target is an empty image that reads as zeros wherever it is not written.
-    Raises CorruptImage for a source that can be read but not written to, since its blocks lie over each other: a merge
+    `sources` are the layers to be merged, leaf first. `below_bytes` is how much of the disk can be seen through the
+    target's parents. A `fresh` target is an empty image that reads as zeros wherever it is not written.
+    Raises CorruptImage for a source that can be read but not written to, since its blocks overlap: a merge
     would remove it. Into a `fresh` target, which leaves the sources alone, it is copied as it reads.
     """
 
@@ -46,12 +46,12 @@ class MergePlan:
         for layer in sources:
             seen = min(seen, layer.size_bytes)
             visible.append(seen)
-        self._visible = visible  # what is seen of each source through those above it
+        self._visible = visible  # the part of each source visible through those above it
         self.units = np.flatnonzero(self._touched() | self._hidden(target, below_bytes, fresh))
 
     @property
     def touched_bytes(self) -> int:
-        """Bytes of all the blocks that will be looked at: the measure of progress."""
+        """Bytes of all the blocks that will be examined: the total for progress."""
         return len(self.units) * self.unit_bytes
 
     # -- which blocks -------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class MergePlan:
         return touched
 
     def _hidden(self, target: Layer, below_bytes: int, fresh: bool) -> NDArray[np.bool_]:
-        """The blocks behind the end of a source where something older would come to light."""
+        """The blocks past the end of a source where older data would reappear."""
         count = -(-self._size // self.unit_bytes)
         hidden = np.zeros(count, dtype=np.bool_)
         first = self._visible[-1] // self.unit_bytes
@@ -100,7 +100,7 @@ class MergePlan:
             yield pieces
 
     def _grain_pieces(self, first: int, count: int) -> list[Piece]:
-        """The pieces of one grain: of its first owner alone where that one has all of it, the usual case."""
+        """The pieces of one grain: from its first owner alone if that owns all of it, the usual case."""
         return self._whole_piece(first, count) or self._mixed_pieces(first, count)
 
     def _whole_piece(self, first: int, count: int) -> list[Piece]:
@@ -150,7 +150,7 @@ class MergePlan:
 
 
 def _by_unit(blocks: NDArray[np.bool_], block_bytes: int, unit_bytes: int) -> NDArray[np.bool_]:
-    """One truth value per unit from one per block: has any of it space?"""
+    """One boolean per unit from one per block: does any of it have space?"""
     if block_bytes >= unit_bytes:
         return np.repeat(blocks, block_bytes // unit_bytes)
     ratio = unit_bytes // block_bytes
@@ -171,7 +171,7 @@ def _owned_by(layer: Layer, first: int, count: int) -> tuple[int, NDArray[np.boo
 
 
 def _holes(layer: Layer, offset_bytes: int, count: int) -> Iterator[tuple[int, int]]:
-    """Sectors (from, to) of this part of the file that are zeros without anybody having written them."""
+    """Sectors (from, to) of this part of the file that are zeros because they were never written."""
     stored = min(sectors_to_bytes(max(layer.data_end_bytes - offset_bytes, 0) // SECTOR_SIZE), sectors_to_bytes(count))
     position = 0
     for offset, size, is_data in layer.store.data_runs(offset_bytes, stored):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges that were interrupted: continuing one, and what opening an image of it for writing does about it.
+"""Interrupted merges: continuing one, and what opening an image of it for writing does about it.
 
-Decides what is done about the record of a merge, and which files are removed because of one (`INV-RECORD-PROVEN`). A
-record may have been written by anybody (`intent`):
+Decides how the record of a merge is handled, and which files are removed because of one (`INV-RECORD-PROVEN`). Any
+program may have written a record (`intent`):
 
-    the leaf is there     the chain opened through it must be the recorded one, and the target must read as the
-                          leaf does wherever a source owns anything; otherwise it is copied again, on request
+    the leaf exists       the chain opened through it must be the recorded one, and the target must read like the
+                          leaf wherever a source owns anything; otherwise it is copied again, on request
     the leaf is gone      a file is removed only if it is a differencing image in the record's folder, or in one that
                           the user named, has the id of the record, and stands on the next image of the record; every
-                          other one is left where it is, and reported
+                          other file is left alone and reported
 
-A file with the name of a source and another id is not that source: by then the name belongs to another image.
+A file with the name of a source and another id is not that source: its name belongs to another image by now.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def resume_merge(
     progress: Progress | None = None,
     only_complete: bool = False,
 ) -> Merge:
-    """Finish the merge that was interrupted and has the image at `path` as its leaf, its target or in between.
+    """Finish the interrupted merge that has the image at `path` as its leaf, its target or in between.
 
-    With `only_complete` a merge whose data must still be copied is left as it is: InvalidArgument. Raises that also
-    when there is no merge, or its record is damaged, and what `merge` raises.
+    With `only_complete` a merge whose data must still be copied is left as it is: InvalidArgument. The same is raised
+    if no merge is found or its record is damaged. Also raises what `merge` raises.
     """
     options = options or OpenOptions()
     found = _found(path, options)
@@ -82,7 +82,7 @@ def merge_under_way(path: AnyPath, *, options: OpenOptions | None = None) -> str
 
 
 def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
-    """The merge that this image is part of; its record may lie in a folder below, beside a layer of its chain."""
+    """The merge to which this image belongs; its record may lie in a folder below, beside a layer of its chain."""
     folders = allowed_folders(os.fsdecode(path), options.parent_dirs)
     found = intents_about(os.fsdecode(path), folders)
     if found:
@@ -96,7 +96,7 @@ def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
 
 
 def _layers_below(path: AnyPath, options: OpenOptions) -> list[str]:
-    """The real paths of the layers that an image stands on, as far as they can be found."""
+    """The real paths of an image's ancestors, as far as they can be found."""
     try:
         layers = open_layers(path, options=replace(options, lock=False))
     except errors.VhdkitError:
@@ -106,7 +106,7 @@ def _layers_below(path: AnyPath, options: OpenOptions) -> list[str]:
 
 
 def is_there(one: Named) -> bool:
-    """True when the file under this name is the image that is meant. Raises AccessDenied, IoFailed."""
+    """True if the file under this name is the named image. Raises AccessDenied, IoFailed."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
             return not store.is_device and _id_of(store) == one.unique_id
@@ -117,9 +117,9 @@ def is_there(one: Named) -> bool:
 def finish(
     intent: Intent, options: OpenOptions, progress: Progress | None = None, *, only_compare: bool = False
 ) -> Merge:
-    """Do what is left of a merge. What was copied is compared, and copied again where it is not there.
+    """Complete a merge. Copied data is compared, and copied again where it differs.
 
-    With `only_compare` that raises InvalidArgument instead.
+    With `only_compare`, a difference raises InvalidArgument instead.
     """
     record = printable(record_of(intent.target.path))
     if not is_there(intent.leaf):
@@ -153,8 +153,8 @@ def finish(
 def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
     """Before the image at `path` is opened for writing, or frozen: finish a merge into it whose data is complete.
 
-    That is compared first: a record alone removes nothing. Raises ImageInUse for a target that is not whole,
-    RecordRefused for one that nobody may look at whether it is, and what `merge` raises.
+    The data is compared first: a record alone removes nothing. Raises ImageInUse if the target is incomplete,
+    RecordRefused if access rules forbid checking that, and what `merge` raises.
     """
     image = real_path(path)
     try:
@@ -164,7 +164,7 @@ def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
     if intent is None:
         return
     if intent.phase is Phase.REMOVE and not any(is_there(one) for one in intent.sources):
-        _remove_rest(intent, options)  # nothing but the record, and names that are other images' by now
+        _remove_rest(intent, options)  # only the record is left, and names that belong to other images by now
     else:
         _finish_complete(intent, image, options)
 
@@ -172,10 +172,10 @@ def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
 def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
     """After the chain `layers` was opened for writing: finish merges into its lower layers whose data is complete.
 
-    True where the layers were closed for that: the chain is to be opened again. A merge that was still copying does
-    not matter to the leaf. One of layers below the leaf (a server's, that died) is finished if it can be: the leaf
-    reads the same without that. Raises NotFound where the leaf was merged and is gone then; whatever is raised, the
-    layers are closed.
+    Returns True if the layers were closed for that: the caller must open the chain again. A merge that was still
+    copying does not matter to the leaf. A merge of layers below the leaf (by a server that died) is finished if
+    possible: the leaf reads the same without that. Raises NotFound if the leaf was merged and is gone then; on any
+    error the layers are closed.
     """
     paths = [real_path(file_of_layer(layer).name) for layer in layers]
     allowed = allowed_folders(paths[0], options.parent_dirs)
@@ -203,7 +203,7 @@ def open_settled(
 ) -> list[Layer]:
     """Open a chain whose leaf's content is about to change, leaf first, with every merge of its layers finished first.
 
-    A leaf that changes after its merge was recorded as complete would make that record untrue. Raises what
+    A change to the leaf after its merge was recorded as complete would make that record wrong. Raises what
     `open_layers`, `settle_merge_into` and `settle_merge_of` raise; nothing stays open then.
     """
     settle_merge_into(path, options)
@@ -262,7 +262,7 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
 
 
 def stands_on(one: Named, below: Named) -> bool:
-    """True when the file is a child of the one that the record says it was on."""
+    """True if the file is a child of the image on which the record places it."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
             view = pending.view(store)
@@ -273,7 +273,7 @@ def stands_on(one: Named, below: Named) -> bool:
 
 
 def _linkage_of(one: Named) -> bytes:
-    """What children of the named image record: read from it while it is there, else the id in the record."""
+    """The id that children of the named image record: read from it if it exists, else the id in the record."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
             if _id_of(store) == one.unique_id:
@@ -288,5 +288,5 @@ def _is_raw(one: Named, parent: ParentRef) -> bool:
 
 
 def _id_of(store: FileStore) -> bytes:
-    """Which image a file is, as a record names it."""
+    """The id by which records name the image in a file."""
     return pending.id_of(pending.view(store))

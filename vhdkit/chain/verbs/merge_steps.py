@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a merge, apart from where its files come from: moving the data, and changing the names.
+"""The steps of a merge, independent of where its files come from: moving data and changing names.
 
 Decides how the plan's pieces reach the target and in which order record and names change. `Names` is the interface to
 the folder, so that the power-cut tests can use a folder of their own.
@@ -23,22 +23,22 @@ from vhdkit.store import FileStore
 from vhdkit.units import MIB, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB
-_FLUSH_BYTES = 256 * MIB  # copied between two flushes: bounds what the page cache and the metadata have to hold
+_FLUSH_BYTES = 256 * MIB  # copied between two flushes: bounds dirty pages and pending metadata
 
 
 class Names(Protocol):
-    """What a merge does to the folder; each step is durable when it returns."""
+    """A merge's changes to the folder; each is durable when it returns."""
 
     def write(self, intent: Intent) -> None:
-        """Make this the merge's record, whatever was there before."""
+        """Make this the merge's record, replacing an earlier one."""
         ...
 
     def remove_record(self) -> None:
-        """The merge is over."""
+        """Remove the record: the merge is complete."""
         ...
 
     def remove(self, path: str) -> None:
-        """Take a merged layer away; one that is gone already is fine."""
+        """Remove a merged layer; a missing one is fine."""
         ...
 
 
@@ -46,14 +46,14 @@ class RealNames:
     """`Names` in the file system."""
 
     def __init__(self, target_path: str, held: Mapping[str, FileStore] | None = None) -> None:
-        """`held` are the files that go, open and locked, by their paths: no other file is removed by their names."""
+        """`held` are the files to be removed, open and locked, by path: no other file is removed under their names."""
         self._target = target_path
         self._record = sidecar_path(target_path, KIND)
         self._held = held or {}
 
     def write(self, intent: Intent) -> None:
         """See `Names.write`. Raises AccessDenied, NoSpace, IoFailed."""
-        with FileStore.open(self._target) as target:  # whoever may read the image may read what becomes of it
+        with FileStore.open(self._target) as target:  # users who may read the image may read its record
             write_whole(self._record, intent.encode(), like=target)
 
     def remove_record(self) -> None:
@@ -61,8 +61,8 @@ class RealNames:
         remove_file(self._record)
 
     def remove(self, path: str) -> None:
-        """See `Names.remove`; a record of another unfinished change to it goes too, also of a merge into it that was
-        stopped while it copied. Raises AccessDenied, IoFailed, `Replaced` when another file has that name by now.
+        """See `Names.remove`; also removes the records of other unfinished changes to the layer, even of a merge into
+        it that was still copying. Raises AccessDenied, IoFailed, `Replaced` if the name leads to another file by now.
         """
         if path in self._held and exists(path):
             self._held[path].require_name()
@@ -76,17 +76,17 @@ class RealNames:
 
 
 def drop_earlier_try(target: Layer) -> None:
-    """Give back what an interrupted merge copied behind everything else, and what nothing points at yet.
+    """Release what an interrupted merge copied to the end of the file, to which nothing points yet.
 
-    Else each new try would leave more of it. Raises IoFailed, NoSpace, SyncFailed.
+    Otherwise each new attempt would leave more of it. Raises IoFailed, NoSpace, SyncFailed.
     """
     formats.of(target).drop_unreferenced(target)
 
 
 def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
-    """Move everything in the plan into the open target; returns the bytes of data and of zeros.
+    """Move everything in the plan to the open target; returns the bytes of data and of zeros.
 
-    What was moved is on the device when the target has been closed. Raises NoSpace, IoFailed, SyncFailed.
+    The moved data is on the device once the target is closed. Raises NoSpace, IoFailed, SyncFailed.
     """
     data = zeros = unsynced = done = 0
     total = plan.touched_bytes
@@ -115,7 +115,7 @@ def fill_target(
 ) -> tuple[int, int]:
     """Make the target complete and durable, at the leaf's size, and close it; returns what `fold` does.
 
-    `open_target` opens it for writing, each time anew; `below_bytes` is how much its parents answer for.
+    `open_target` opens it for writing, each time anew; `below_bytes` is how much can be seen through its parents.
     """
     size = sources[0].size_bytes
     target = open_target()
@@ -125,7 +125,7 @@ def fill_target(
     try:
         done = fold(MergePlan(sources, target, below_bytes=below_bytes), target, progress)
     except errors.VhdkitError:
-        with contextlib.suppress(errors.VhdkitError):  # what is copied is found again then, not copied twice
+        with contextlib.suppress(errors.VhdkitError):  # so that the next attempt finds it and need not copy it again
             target.flush()
         raise
     if target.size_bytes > size:
@@ -137,9 +137,9 @@ def fill_target(
 
 
 def set_size(target: Layer, size_bytes: int) -> None:
-    """Give the target, open for writing, another virtual size; it is durable and the open layer of no use any more.
+    """Change the virtual size of the target, open for writing, durably. The open layer is unusable afterwards.
 
-    What appears is zeros. What goes is not seen through the leaf: it is behind its end. Raises NoSpace, IoFailed,
+    Added space is zeros. Removed space is past the leaf's end and not visible through it. Raises NoSpace, IoFailed,
     SyncFailed; the target then has one size or the other.
     """
     resizable = formats.of(target).resizable(target)
@@ -150,13 +150,13 @@ def set_size(target: Layer, size_bytes: int) -> None:
         return
     assert isinstance(store, FileStore)
     kept, (_, end) = min(size_bytes, target.size_bytes), resizable.spare_range()
-    store.punch(kept, end - kept)  # as a part of the disk it is zeros
+    store.punch(kept, end - kept)  # in the larger disk it must read as zeros
     store.sync()
     pending.change(store, plan.writes, plan.file_size_bytes)
 
 
 def check_size(target: Layer, size_bytes: int) -> None:
-    """Raise InvalidArgument for a size that the target cannot get."""
+    """Raise InvalidArgument for a size that the target cannot have."""
     if target.size_bytes == size_bytes:
         return
     resizable = formats.of(target).resizable(target)
@@ -170,7 +170,7 @@ def check_size(target: Layer, size_bytes: int) -> None:
 
 
 def is_complete(plan: MergePlan, leaf: Chain, target: Chain) -> bool:
-    """True when the target reads as the leaf does wherever a source owns something. Reads all of that."""
+    """True if the target reads like the leaf wherever a source owns something. Reads all of that."""
     ours, theirs = memoryview(bytearray(_PIECE_BYTES)), memoryview(bytearray(_PIECE_BYTES))
     step = whole_sectors(_PIECE_BYTES)
     for pieces in plan.blocks():
@@ -185,7 +185,7 @@ def is_complete(plan: MergePlan, leaf: Chain, target: Chain) -> bool:
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-    """(first sector, end sector) of pieces that follow one another."""
+    """(first sector, end sector) of adjacent pieces joined."""
     start = end = -1
     for piece in pieces:
         if piece.sector_index != end:
@@ -203,10 +203,10 @@ def carry_out(
     fill: Callable[[], tuple[int, int]],
     repoint: Iterable[Callable[[], None]] = (),
 ) -> tuple[int, int]:
-    """The whole merge, or what is left of it, in its order; returns what `fill` does, (0, 0) where the target is full.
+    """Carry out the whole merge, or the rest of it, in order; returns the result of `fill`, or (0, 0) if it was done.
 
-    `fill` makes the target complete, and durable when it returns; each of `repoint` moves one child of the leaf to it.
-    Whatever is raised in between, the leaf, or the target where the leaf is gone, reads as before.
+    `fill` makes the target complete and durable; each of `repoint` moves one child of the leaf to the target.
+    If anything is raised in between, the leaf, or the target if the leaf is gone, reads as before.
     """
     done = (0, 0)
     if intent.phase is Phase.COPY:
@@ -222,7 +222,7 @@ def carry_out(
 
 
 def remove_sources(intent: Intent, names: Names) -> None:
-    """Take the merged layers away, the leaf first: it cannot be read without the others."""
+    """Remove the merged layers, the leaf first, because it cannot be read without the others."""
     for one in intent.sources:
         names.remove(one.path)
     names.remove_record()

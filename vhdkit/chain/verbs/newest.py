@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image is the newest of a line: the one that a server had moved on to, whatever it was doing when it died.
+"""Finds the newest image of a line: the one that a server had moved on to, whatever it was doing when it died.
 
 Decides which image follows which. A merge whose data is complete (its record says relink or remove) makes one image
 of its target and its sources: an image that stands on any of them follows the target, and the sources themselves
@@ -30,10 +30,10 @@ from vhdkit.store import FileStore
 
 
 def newest_leaf(path: AnyPath, options: OpenOptions) -> str:
-    """The image that stands on this one, or on the one that does, and so on: the path itself when none does.
+    """The newest image that stands on this one, directly or through others; the path itself if there is none.
 
-    Looks where a writable open looks for children. The image may be gone where a record says what it was merged into.
-    Raises NotFound, and HasChildren where two stand on one image, naming both.
+    Searches where a writable open searches for children. The image may be gone if a record names its merge target.
+    Raises NotFound, and HasChildren if two images stand on one, naming both.
     """
     newest = os.fsdecode(path)
     for _ in range(MAX_CHAIN_DEPTH):
@@ -58,7 +58,7 @@ def newest_leaf(path: AnyPath, options: OpenOptions) -> str:
 
 
 def _merge_of(path: str, options: OpenOptions) -> Intent | None:
-    """The merge that is complete and has this image as one of its sources."""
+    """The completed merge that has this image as one of its sources."""
     place, is_file = real_path(path), is_regular(path)
     for intent in intents_about(path, allowed_folders(path, options.parent_dirs)):
         chain = [*intent.sources, intent.target] if intent.phase is not Phase.COPY else []
@@ -70,7 +70,7 @@ def _merge_of(path: str, options: OpenOptions) -> Intent | None:
 
 
 def _followers(path: str, options: OpenOptions) -> list[str]:
-    """The images that stand on this one, or on one that was merged into it and is still there."""
+    """The images that stand on this one, or on one that was merged into it and still exists."""
     folders = folders_of_children(path, options.parent_dirs)
     with FileStore.open(path) as store:
         found = find_children(unique_id(store), folders, apart_from=store.identity, raw_parent=real_path(path))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repointing a differencing image: to where its parent lies now, or to another image that reads the same.
+"""Repoints a differencing image: to its parent's present path, or to another image that reads the same.
 
 Decides that this never changes the disk: the names of the parent change freely, its identity (`INV-PARENT-ID`) only
-if every sector that is read through the parent was found equal under the old and the new one, or if the user vouches
-for it. The order in which the names reach the device is decided by the format.
+if every sector that is read through the parent was found equal under the old and the new one, or if the user takes
+responsibility. The order in which the names reach the device is decided by the format.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def rebase(
     progress: Progress | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Let the differencing image at `path` name `parent_path` as its parent, which it must be by its id.
+    """Make the differencing image at `path` name `parent_path` as its parent, whose id must match.
 
-    With `unsafe_new_id` an image with another id is accepted, and its id recorded, when the disk reads the same on it
-    as on the recorded parent: the whole content is compared, so both must be there. Where the recorded parent is gone,
-    `accept_parent_id`, the new parent's id, accepts it by the caller's word: nothing is compared but its size, which
+    With `unsafe_new_id` an image with another id is accepted, and its id recorded, if the disk reads the same on it
+    as on the recorded parent: the whole content is compared, so both must exist. If the recorded parent is gone,
+    `accept_parent_id`, the new parent's id, accepts it on the caller's responsibility: only its size is checked, which
     must be the image's own, now or when it was made, unless `accept_parent_size_bytes` is the new parent's.
     The relative and the absolute path are stored. The parent's own chain must open. Raises InvalidArgument for an
     image without a parent, for one on a device and for a size without an id, ParentMismatch for another parent,
@@ -93,7 +93,7 @@ def rebase(
                 hint="if you are sure, say --allow-raw-parent",
             )
         with _opened(new_path, found, options) as layers:
-            _refuse_loop(store, layers)  # first: no option helps there
+            _refuse_loop(store, layers)  # first, because no option can override it
             is_recorded = found in (facts.parent.linkage_ids or (NULL_ID,))
             _check_ids(store.name, new_path, recorded, found, is_recorded, unsafe_new_id, accept_parent_id)
             if not is_recorded:
@@ -114,7 +114,7 @@ def rebase(
 
 
 def _facts_of(store: FileStore) -> tuple[ImageFacts, Format]:
-    """What the image says about itself, and its format; one that is called as it must not have lost its structures."""
+    """The image's metadata and its format; an image with the expected name must not have lost its structures."""
     view = pending.view(store)
     found = formats.probed(view)
     if found.is_plain:
@@ -131,7 +131,7 @@ def _check_ids(
     unsafe_new_id: bool,
     accept_parent_id: str | None,
 ) -> None:
-    """Raise ParentMismatch unless the new parent is the recorded one by its id, or may be another."""
+    """Raise ParentMismatch unless the new parent has the recorded id, or another id is allowed."""
     if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
         raise errors.ParentMismatch(
             f"{errors.printable(new_path)} is not the parent that is to be accepted",
@@ -214,7 +214,7 @@ def _check_content(
 
 
 def _refuse_comparable(store: FileStore, facts: ImageFacts, options: OpenOptions) -> None:
-    """Raise where the recorded parent can be read: then a comparison says more than anybody's word."""
+    """Raise if the recorded parent can be read: then a comparison is possible, and safer than the user's word."""
     folders = allowed_folders(store.name, options.parent_dirs)
     try:
         old_path, old_id = _recorded_parent(facts, folders, options)
@@ -230,9 +230,9 @@ def _refuse_comparable(store: FileStore, facts: ImageFacts, options: OpenOptions
 
 
 def _check_size(path: str, facts: ImageFacts, parent: Layer, accepted_bytes: object) -> None:
-    """Raise ParentMismatch for a parent of another size than the image has and had, unless that size was accepted.
+    """Raise ParentMismatch for a parent whose size the image neither has nor had, unless that size was accepted.
 
-    No image records its parent's size. A child is made as large as its parent, unless somebody asked for more.
+    No image records its parent's size. A child is made as large as its parent, unless a larger size was requested.
     """
     sizes = {facts.size_bytes, facts.made_size_bytes, accepted_bytes}
     if parent.size_bytes not in sizes:
@@ -246,7 +246,7 @@ def _check_size(path: str, facts: ImageFacts, parent: Layer, accepted_bytes: obj
 
 
 def _recorded_parent(facts: ImageFacts, folders: tuple[str, ...], options: OpenOptions) -> tuple[str, bytes]:
-    """(path, id) of the parent as the image knows it: by its names, or in the folders under another name."""
+    """(path, id) of the parent known to the image: found by its names, or by its id in the folders."""
     parent_id = recorded_parent_id(facts)
     try:
         with find_parent(facts, folders, options) as store:
@@ -259,7 +259,7 @@ def _recorded_parent(facts: ImageFacts, folders: tuple[str, ...], options: OpenO
 
 
 def _refuse_unseen(child: Layer, new: Layer, cause: errors.VhdkitError) -> None:
-    """Without the old parent nothing can be compared, and nothing needs to be where nothing is read through it."""
+    """Without the old parent nothing can be compared; refuse, unless nothing is read through the parent."""
     through = sum(
         one.size_bytes for one in child.extents(0, whole_sectors(child.size_bytes)) if one.kind is ExtentKind.ABSENT
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moving a whole chain into another folder.
+"""Moves a whole chain to another folder.
 
 Decides which chains may move and the order in which names appear and disappear, so that at every moment the chain
-opens in its old place or in its new one (`INV-CHAIN-SOMEWHERE`). How names reach a header is decided in
+opens in its old place or in its new one (`INV-CHAIN-SOMEWHERE`). How names reach a header is decided
 by the format.
 
     one file system    second names, base first -> folder synced -> old names away, leaf first -> synced
@@ -47,12 +47,12 @@ from vhdkit.image import NULL_ID, ImageFacts
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 
-_PIECE_BYTES = 64 * MIB  # copied at once, between two words about progress
+_PIECE_BYTES = 64 * MIB  # copied between two progress reports
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One layer: where it was and where it is now; the same path if it was in the folder already."""
+    """One layer's old and new path; the same path if it was in the folder already."""
 
     old_path: str
     new_path: str
@@ -70,7 +70,7 @@ def relocate(
     """Move the chain of `leaf`, all its layers, into the folder `directory`; returns the moves, leaf first.
 
     Names stay; relative and absolute locators are rewritten. After an error the chain is where it was, except for an
-    error while locators are written, which says that the chain has moved. Raises AlreadyExists, NotFound,
+    error while locators are written, which reports that the chain has moved. Raises AlreadyExists, NotFound,
     InvalidArgument (two layers of one name, a device, unfinished work), HasChildren for an image that others stand on,
     ImageInUse, NoSpace, and what opening the chain raises.
     """
@@ -117,7 +117,7 @@ def relocate(
 
 
 def _paths_of(leaf: str, options: OpenOptions) -> list[str]:
-    """The real paths of the chain's files, leaf first; the chain opens."""
+    """The real paths of the chain's files, leaf first; raises unless the chain opens."""
     layers = open_layers(real_path(leaf), options=options)
     try:
         files = [pending.file_of(layer.store) for layer in layers]
@@ -130,7 +130,7 @@ def _paths_of(leaf: str, options: OpenOptions) -> list[str]:
 
 
 def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions) -> None:
-    """Raise for a chain that may not move, or a place it cannot move to."""
+    """Raise if the chain must not move, or cannot move to that place."""
     seen = set()
     for move in moves:
         if move.new_path in seen:
@@ -167,7 +167,7 @@ def _facts_of(store: Store) -> ImageFacts:
 
 
 def _unwritten(stores: Sequence[FileStore]) -> list[tuple[int, bytes]]:
-    """(index, id of its parent) of the children whose parent was not written after they were made."""
+    """(index, id of its parent) of the children whose parent was not written to after they were made."""
     found = []
     for index, (child, parent) in enumerate(itertools.pairwise(stores)):
         parent_id = recorded_parent_id(_facts_of(child))
@@ -177,7 +177,7 @@ def _unwritten(stores: Sequence[FileStore]) -> list[tuple[int, bytes]]:
 
 
 def _is_found_by_name(moves: Sequence[Move], stores: Sequence[FileStore]) -> bool:
-    """True when every child finds its parent by its bare name alone, whatever else its locators say."""
+    """True if every child finds its parent by its bare name alone, whatever its other locators say."""
     for store, parent in zip(stores, moves[1:], strict=False):
         names = {name.casefold() for name in bare_names(_facts_of(store))}
         if os.path.basename(parent.new_path).casefold() not in names:
@@ -186,7 +186,7 @@ def _is_found_by_name(moves: Sequence[Move], stores: Sequence[FileStore]) -> boo
 
 
 def _second_names(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions) -> bool:
-    """Give every layer its new name beside the old one; False, and no new name, where file systems cannot."""
+    """Give every layer its new name beside the old one; False, without new names, if the file systems cannot."""
     made: list[str] = []
     try:
         for move in reversed(moves):
@@ -210,7 +210,7 @@ def _forget(made: Sequence[str]) -> None:
 
 
 def _check_new(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOptions, *, same_files: bool) -> None:
-    """Raise unless the chain opens in its new place, made of the layers that moved."""
+    """Raise unless the chain opens in its new place and consists of the layers that moved."""
     wanted = replace(options, parent_dirs=(), lock=False)
     layers = open_layers(moves[0].new_path, options=wanted)
     try:
@@ -235,7 +235,7 @@ def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
 
 
 def _rewrite_names(moves: Sequence[Move], stores: Sequence[FileStore], children: Iterable[int]) -> None:
-    """Write the locators of these children anew; the chain opens without that, too."""
+    """Rewrite the locators of these children; the chain opens even without that."""
     for index in children:
         try:
             _relink(stores[index], moves[index].new_path, moves[index + 1].new_path)

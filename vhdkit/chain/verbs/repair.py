@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repairing an image in place, and undoing a repair.
+"""Repairs an image in place, and undoes a repair.
 
-Decides that a repair is one change: planned on a draft, examined, backed up if the user wants that, then written into
+Decides that a repair is one change: planned on a draft, examined, backed up if the user wants that, then written to
 the file whole or not at all. What a damaged file needs is decided by its format; only the parent's
 names are repaired here, because a parent is found by the rules of `parents`.
 
@@ -47,9 +47,9 @@ from vhdkit.store import FileStore, Store
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What a repair did, or would do. `findings` is what an examination of the whole chain says afterwards.
+    """What a repair did, or would do. `findings` are from an examination of the whole chain afterwards.
 
-    `undo_path` is the backup that was asked for, `report_path` the list of dropped ranges; None where there is none.
+    `undo_path` is the requested backup, `report_path` the list of dropped ranges; None if there is none.
     """
 
     path: str
@@ -75,8 +75,8 @@ def repair(
     """Repair one image as far as possible (its parents are left alone); returns what was done, and what remains.
 
     `accept_data_loss` allows impossible BAT entries to be cleared: the ranges of the disk that lose their content
-    are written to `report`, by default beside the image. `writer_is_dead` allows the mark of another program to be
-    removed. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` is that of the
+    are written to `report`, by default beside the image. `writer_is_dead` allows another program's mark to be
+    removed. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` covers the
     examinations before and after.
     Raises ImageInUse if the image is open anywhere, InvalidArgument for a file that is not a VHD, one on a device, or
     a repair that is too large, AlreadyExists for a backup or report that exists, NoSpace, IoFailed, and what `check`
@@ -108,7 +108,7 @@ def repair(
             if not dry_run:
                 undo_path = _write_backup(undo, log, store)
                 report_path = _write_report(report, image_path, fixes, store)
-                # What lost content reads differently through its children, too: they are to be warned.
+                # Lost content reads differently through the image's children, too: they need the warning.
                 with same_content(store.name) if report_path is None else contextlib.nullcontext():
                     pending.change(store, writes, draft.size(), unique_id=log.unique_id)
                     _give_back(store, log)
@@ -122,7 +122,7 @@ def repair(
 def restore(path: AnyPath, undo: AnyPath) -> int:
     """Undo a repair with the backup it wrote; returns how many bytes were restored.
 
-    Raises InvalidArgument for a file that is not a backup, or if the image is another one or was changed since;
+    Raises InvalidArgument if the file is not a backup, belongs to another image, or the image was changed since;
     ImageInUse, NoSpace, IoFailed.
     """
     image_path, undo_path = os.fsdecode(path), os.fsdecode(undo)
@@ -144,7 +144,7 @@ def restore(path: AnyPath, undo: AnyPath) -> int:
 
 
 def _format_to_repair(store: Store, options: OpenOptions) -> Format:
-    """The format of the image; one that lost all its structures has it by its name or the user's word.
+    """The format of the image; if all its structures are lost, by its name or the user's option.
 
     Raises InvalidArgument for a raw disk, UnsupportedFormat.
     """
@@ -169,7 +169,7 @@ def _size_of(writes: Sequence[tuple[int, bytes]]) -> int:
 
 
 def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options: OpenOptions) -> list[Fix]:
-    """Names of the parent that cannot be read or do not lead to it: written anew when it is found, or its id is."""
+    """Rewrite the parent's names if they are unreadable or do not lead to it, once it is found by a name or its id."""
     try:
         facts = image_format.facts(draft)
         if facts.parent is None:
@@ -195,14 +195,14 @@ def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options:
         if store.writable:
             mark_child(store.name, draft, parent, recorded)
         image_format.relink(draft, ref)
-    except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
+    except (errors.CorruptImage, errors.ImageInUse):  # other damage was not repaired
         return []
     how = ", found by its id" if parents else ""
     return [Fix("parent-names", f"the names of the parent lead to {printable(parent)} now{how}")]
 
 
 def _write_backup(undo: AnyPath | None, log: UndoLog, store: FileStore) -> str | None:
-    """The backup for the user, durable when this returns."""
+    """Write the backup for the user, durably."""
     if undo is None:
         return None
     with NewFile(undo, like=store) as new:
@@ -212,7 +212,7 @@ def _write_backup(undo: AnyPath | None, log: UndoLog, store: FileStore) -> str |
 
 
 def _write_report(report: AnyPath | None, image_path: str, fixes: Sequence[Fix], store: FileStore) -> str | None:
-    """The ranges of the disk that lose their content, or show what may belong elsewhere; None when there are none."""
+    """Write the ranges of the disk that lose their content, or may show foreign data; None if there are none."""
     done = [fix for fix in fixes if fix.needs is None]
     lost = [one for fix in done for one in fix.lost]
     doubtful = [one for fix in done for one in fix.doubtful]
@@ -239,7 +239,7 @@ def _free_name(image_path: str) -> str:
 
 
 def _give_back(store: FileStore, log: UndoLog) -> None:
-    """What was made zeros may become holes: the content does not change, so no log is needed."""
+    """Turn what became zeros into holes where possible: the content does not change, so no log is needed."""
     for change in log.changes:
         after = change.after[: max(log.size_after_bytes - change.offset_bytes, 0)]
         for start, end in zero_ranges(after):
@@ -247,7 +247,7 @@ def _give_back(store: FileStore, log: UndoLog) -> None:
 
 
 def _is_repaired(store: Store, log: UndoLog) -> bool:
-    """True when the file is exactly what the change made of it, wherever it changed."""
+    """True if the file still holds exactly the result of the change, wherever it changed."""
     if store.size() != log.size_after_bytes:
         return False
     return all(_holds(store, change) for change in log.changes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far long work is, when the total becomes known only on the way.
+"""Progress of long work whose total becomes known only on the way.
 
 Decides how the parts add up for a caller's progress function.
 """
@@ -10,23 +10,23 @@ from vhdkit.chain.engine.chain import Progress
 
 
 class Report:
-    """Adds up what was looked at and what was moved, for the caller's progress."""
+    """Adds up the bytes examined and moved, for the caller's progress function."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._done = self._total = 0
 
     def expect(self, size_bytes: int) -> None:
-        """There is so much more to do."""
+        """Add to the work expected."""
         self._total += size_bytes
 
     def did(self, size_bytes: int) -> None:
-        """So much more is done."""
+        """Add to the work done."""
         self._done += size_bytes
         if self._progress is not None:
             self._progress(self._done, max(self._total, self._done))
 
     def finish(self) -> None:
-        """All is done."""
+        """Report completion."""
         if self._progress is not None:
             self._progress(self._total, self._total)

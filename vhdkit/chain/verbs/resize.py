@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changing the virtual size of an image.
+"""Changes the virtual size of an image.
 
-Decides what may be resized and what prevents it. A disk becomes smaller only if the caller says so (`shrink`),
+Decides what may be resized and what prevents it. A disk becomes smaller only if the caller allows it (`shrink`),
 and even then nothing of value is cut off (`INV-SHRINK-KEEPS`): a disk does not become smaller than a partition or a
-file system on it, nor than its last byte other than zero, as seen through the whole chain; nothing overrides that.
+file system on it, or than its last nonzero byte, as seen through the whole chain; nothing overrides that.
 What becomes visible when a disk grows is zeros. How a format changes its size is decided by the format
-(`Resizable`), how far a file system reaches in `formats.filesystems`.
+(`Resizable`), how far a file system extends in `formats.filesystems`.
 
-An image on which others stand keeps its size: otherwise they would show other bytes after its end. A child does not
+An image that has children keeps its size: otherwise they would show other bytes past its end. A child does not
 become smaller than its parent; XenServer's tools refuse such a chain.
 """
 
@@ -41,13 +41,13 @@ _NOTE_GPT = (
 
 @dataclass(frozen=True, slots=True)
 class ResizeResult:
-    """What resizing did, or would do. Sizes in bytes; `notes` say what is left to do, in sentences."""
+    """What resizing did, or would do. Sizes in bytes; `notes` are sentences about what remains for the user to do."""
 
     path: str
     virtual_size_before_bytes: int
     virtual_size_after_bytes: int
     file_size_before_bytes: int
-    file_size_after_bytes: int | None  # None: not known before it is done
+    file_size_after_bytes: int | None  # None: unknown until it is done
     moved_block_count: int
     dropped_block_count: int
     notes: tuple[str, ...]
@@ -65,7 +65,7 @@ def resize(
 ) -> ResizeResult:
     """Change the virtual size of an image; new space reads as zeros. `dry_run` checks everything and changes nothing.
 
-    A size smaller than the present one is refused unless `shrink`. After a power cut or Ctrl-C the disk has its old
+    A smaller size is refused unless `shrink`. After a power cut or Ctrl-C the disk has its old
     size or the new one. Raises InvalidArgument for that, for an impossible size, for data, a partition or a file
     system behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed, and what
     opening the chain raises.
@@ -86,12 +86,12 @@ def resize(
 
 
 def resize_open(chain: Chain, size_bytes: int, *, shrink: bool = False) -> tuple[Chain, ResizeResult | VhdkitError]:
-    """Resize the leaf of an open chain that nobody uses meanwhile; its files stay open and locked.
+    """Resize the leaf of an open chain that is not used meanwhile; its files stay open and locked.
 
     Refuses what `resize` refuses.
 
-    The files belong to the new chain from now on, also where the second value is the error that left the disk as it
-    was. Raises ReadOnly, and what flushing the leaf and opening it anew raises.
+    The files belong to the new chain from now on, even if the second value is the error that left the disk as it
+    was. Raises ReadOnly, and what flushing the leaf and reopening it raises.
     """
     if not chain.writable:
         raise ReadOnly("was opened for reading only", path=chain.leaf.store.name)
@@ -119,7 +119,7 @@ class _Job:
         self.path = self.image.store.name
 
     def run(self, dry_run: bool) -> ResizeResult:
-        """Check, and do it."""
+        """Check everything, then resize unless `dry_run`."""
         before, file_before = self.image.size_bytes, self.image.store.size()
         self._check_size()
         table = read_partitions(self._read, before)
@@ -151,7 +151,7 @@ class _Job:
             )
 
     def _check_meant(self) -> None:
-        """Refuse a smaller size that was not asked for in so many words."""
+        """Refuse a smaller size that was not explicitly allowed."""
         if not self.shrink:
             raise InvalidArgument(
                 f"{self.size_bytes} bytes are less than the {self.image.size_bytes} bytes that the disk has now",
@@ -160,7 +160,7 @@ class _Job:
             )
 
     def _check_cut(self, table: PartitionTable | None) -> None:
-        """Refuse to cut off a partition, or anything that is not zero but the second copy of a whole GPT."""
+        """Refuse to cut off a partition, or anything nonzero except the backup of an intact GPT."""
         lost = [one for one in table.partitions if one.end_bytes > self.size_bytes] if table is not None else []
         if lost:
             names = ", ".join(_partition_name(one) for one in lost[:_MAX_NAMED])
@@ -210,7 +210,7 @@ class _Job:
         return start + len(raw) - len(raw.lstrip(b"\0")) if raw.strip(b"\0") else None
 
     def _check_gap(self) -> None:
-        """Refuse what lies between the end of a fixed disk and its footer: it would appear, or be lost."""
+        """Refuse data between the end of a fixed disk and its footer: it would appear, or be lost."""
         start, end = self.resizable.spare_range()
         if start == end:
             return
@@ -225,7 +225,7 @@ class _Job:
             )
 
     def _check_appearing(self) -> None:
-        """Refuse to show what a larger parent has behind the end of the disk."""
+        """Refuse to expose what a larger parent has past the end of the disk."""
         self._check_gap()
         if self.parents is None or self.parents.size_bytes <= self.image.size_bytes:
             return
@@ -251,7 +251,7 @@ class _Job:
     # -- doing it -----------------------------------------------------------------------------------------------
 
     def _change(self, dry_run: bool, table: PartitionTable | None) -> tuple[int, int]:
-        """The new size; returns how many blocks moved and how many went."""
+        """Apply the new size; returns how many blocks moved and how many were dropped."""
         image, size = self.image, self.size_bytes
         plan = self.resizable.plan(size)
         self.report.expect(plan.moved_bytes)
@@ -263,7 +263,7 @@ class _Job:
         store = image.store
         assert isinstance(store, FileStore)
         writes = list(plan.writes)
-        # A smaller file loses the second GPT: it is given back with the rest if that does not finish.
+        # A smaller disk loses the backup GPT: the undo log restores it, too, if the change is not completed.
         taken = [(offset, len(data)) for offset, data in writes]
         for offset, count in table.backup_ranges if table is not None and size < image.size_bytes else ():
             pieces = _without(max(offset, size), offset + count, taken)
@@ -273,7 +273,7 @@ class _Job:
 
 
 def _resizable_of(image: Layer) -> Resizable:
-    """Raises InvalidArgument for an image whose format cannot do that."""
+    """The format's way to resize. Raises InvalidArgument if it has none."""
     found = formats.of(image).resizable(image)
     if found is None:
         raise InvalidArgument(

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Freezing leaves by giving them children: one, several at once, or several children of one base.
+"""Freezes leaves by giving them children: one, several at once, or several children of one base.
 
-Decides the names of the new children, which images may be frozen, and that a set of children is made whole or
+Decides the names of the new children, which images may be frozen, and that a set of children is created whole or
 not at all (`INV-SET-HARMLESS`). The content of a child is decided in `chain.verbs.create`, how a set of files gets its
 names in `folder`.
 
     all chains open and locked -> every child written under a temporary name, all synced
                                -> named one after the other -> folders synced
 
-After an error or Ctrl-C anywhere the names are taken back. A power cut (or `kill -9`) between two names leaves the
+After an error or Ctrl-C anywhere the names are removed again. A power cut (or `kill -9`) between two names leaves the
 first few children of the set. They are empty, so every disk reads as before, through its leaf and through its child,
-and no record is needed: the same command, given again, adopts them and finishes the set. Clones are not adopted like
+and no record is needed: the same command, repeated, adopts them and finishes the set. Clones are not adopted like
 this, because an empty clone may be in use by now.
 """
 
@@ -36,14 +36,14 @@ from vhdkit.formats.probe import format_of
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
 
-MAX_SET = 64  # children made at once: each holds its whole chain open, and a process has about a thousand descriptors
+MAX_SET = 64  # children made at once: each holds its whole chain open, and a process may open about a thousand files
 _NUMBERED = re.compile(r"(.*)-(\d{1,9})")
 _MAX_NUMBER = 1_000_000
 
 
 @dataclass(slots=True)
 class _Wanted:
-    """A child to make, and the open chain it is to stand on, leaf first."""
+    """A child to create, and the open chain on which it will stand, leaf first."""
 
     parent: str
     path: str
@@ -57,7 +57,7 @@ def snapshot(
     """Freeze `leaf`: create an empty child that takes all further writes; returns the child's path.
 
     Without `new` the child lies beside the leaf under the next free name (`default_name`). The child is on the device
-    when this returns. With `dry_run` everything is checked and nothing made.
+    when this returns. With `dry_run` everything is checked and nothing is created.
     Raises HasChildren if `leaf` has children, ImageInUse if a program is writing to it, AlreadyExists, NoSpace, and
     what opening the chain raises.
     """
@@ -70,27 +70,27 @@ def snapshot_many(
 ) -> list[str]:
     """Freeze several leaves, all or none: (leaf, new) pairs as for `snapshot`; returns the children's paths.
 
-    A set that a power cut left half-made is finished by the same call. Raises what `snapshot` raises, and
+    If a power cut left the set half-made, the same call finishes it. Raises what `snapshot` raises, and
     InvalidArgument for a set that names something twice.
     """
     options = options or OpenOptions()
     if not all(map(_is_pair, pairs)):
         raise errors.InvalidArgument("pairs are (leaf, new) each, where new may be None")
     leaves = [os.fsdecode(leaf) for leaf, _ in pairs]
-    # Of two snapshots of one leaf the second looks when the first has made its child.
+    # Of two snapshots of one leaf, the second starts its checks when the first has made its child.
     with folders_held(os.path.dirname(real_path(leaf)) for leaf in leaves):
         return _snapshot_set(leaves, [new for _, new in pairs], options, dry_run)
 
 
 def _snapshot_set(leaves: list[str], wished: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
-    """`snapshot_many`, with nobody else at it."""
+    """`snapshot_many`, with the folders locked."""
     pairs = zip(leaves, wished, strict=True)
     named = [(leaf, os.fsdecode(new) if new is not None else _default_name(leaf, options)) for leaf, new in pairs]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _held(named, options, dry_run=dry_run) as wanted:
         left_over = [one for one in wanted if _is_left_over(one)]
         if len(left_over) == len(wanted):
-            left_over = []  # a finished set is no unfinished one: its names are taken
+            left_over = []  # all of them exist, so the set is not unfinished: its names are taken
         for one in wanted:
             if one not in left_over:
                 NewFile.check(one.path)
@@ -153,7 +153,7 @@ def default_name(leaf: str, suffix_of_children: str) -> str:
 
 
 def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
-    """Raise InvalidArgument for a set that is none."""
+    """Raise InvalidArgument for an invalid set."""
     if not children or len(children) > MAX_SET:
         raise errors.InvalidArgument(f"a set has 1 to {MAX_SET} images, not {len(children)}")
     seen: dict[str, str] = {}
@@ -166,7 +166,7 @@ def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bool) -> Iterator[list[_Wanted]]:
-    """All chains of the set, open and held so that nobody writes to them."""
+    """All chains of the set, open and locked against writers."""
     with contextlib.ExitStack() as stack:
         wanted = []
         for leaf, new in named:
@@ -180,9 +180,9 @@ def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bo
 
 
 def _settle(leaf: str, options: OpenOptions) -> None:
-    """Finish or take back a change that did not finish: once frozen, the leaf is not opened for writing any more.
+    """Finish or undo an unfinished change: once frozen, the leaf is never opened for writing again.
 
-    Of a merge into it whose data is complete only names are left to go: while others read it, it can be frozen so.
+    If a merge into it has complete data, only names remain to be removed: while others read it, it can be frozen so.
     """
     intent = intent_of(leaf, allowed_folders(leaf, options.parent_dirs))
     is_complete = intent is not None and intent.phase is not Phase.COPY
@@ -210,12 +210,12 @@ def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | N
 
 
 def _refuse_foreign_writer(leaf: Layer) -> None:
-    """Raise ImageInUse where the image says that a program without our locks is at work."""
+    """Raise ImageInUse if the image is marked as in use by a program without our locks."""
     formats.of(leaf).refuse_foreign_writer(leaf)
 
 
 def _is_left_over(one: _Wanted) -> bool:
-    """True for an empty child of this very parent under the wanted name: what a cut left of the same set."""
+    """True for an empty child of this very parent under the requested name: left by an interrupted run of the set."""
     parent = one.layers[0]
     if not exists(one.path):
         return False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks as streams of bytes: a raw or fixed image read from, or written to, a pipe.
+"""Disks as byte streams: a raw or fixed image read from, or written to, a pipe.
 
-Decides how a stream of unknown length becomes an image. The pipe itself belongs to the caller, who hands over a
+Decides how a stream of unknown length becomes an image. The pipe itself belongs to the caller, who passes a
 function that reads or writes.
 """
 
@@ -35,7 +35,7 @@ def export_stream(
     azure: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Hand the whole disk to `write`, piece by piece in order; returns its virtual size in bytes.
+    """Pass the whole disk to `write`, piece by piece in order; returns its virtual size in bytes.
 
     Raises InvalidArgument for a format that cannot be streamed, IoFailed, and what `write` raises.
     """
@@ -77,17 +77,17 @@ def import_stream(
     sync: bool = True,
     progress: Progress | None = None,
 ) -> int:
-    """Make an image of what `read` gives until it gives nothing; returns its virtual size in bytes.
+    """Create an image from what `read` returns until it returns nothing; returns its virtual size in bytes.
 
-    A stream that ends in the footer of a fixed VHD of just that length is taken as one, unless `source_format` is
-    RAW. For a raw or fixed result the bytes go straight into it; a dynamic one needs the length first, so they
+    A stream that ends with the footer of a fixed VHD of exactly that length is read as one, unless `source_format` is
+    RAW. For a raw or fixed result the bytes go directly to the image; a dynamic one needs the length first, so they
     wait in a nameless file beside the destination. Raises InvalidArgument, AlreadyExists, NoSpace, IoFailed.
     """
     path = os.fsdecode(destination)
     made = formats.making(disk_format)
     check_block_size(made, block_size_bytes)
     if made.stream_end(disk_format, SECTOR_SIZE) is None:
-        NewFile(path, replace=replace).discard()  # a destination that cannot be is refused before the stream is read
+        NewFile(path, replace=replace).discard()  # refuse an invalid destination before reading the stream
         with scratch_store(os.path.dirname(path)) as spool:
             receive(read, spool, source_format, progress)
             return convert_chain(
@@ -117,7 +117,7 @@ def pass_stream(
     source_format: FormatName | None = None,
     azure: bool = False,
 ) -> int:
-    """From pipe to pipe; the bytes wait in a temporary file until the end is known."""
+    """Convert from pipe to pipe; the bytes wait in a temporary file until the end is known."""
     with scratch_store(None) as spool:
         receive(read, spool, source_format, None)
         return export_stream(Chain([formats.plain().open(spool)]), write, disk_format, azure=azure)
@@ -129,7 +129,7 @@ def receive(
     source_format: FormatName | None,
     progress: Progress | None,
 ) -> int:
-    """Fill the empty `store` with the stream's disk, zeros left out; returns its size in bytes, whole sectors."""
+    """Fill the empty `store` with the stream's disk, omitting zeros; returns its size in bytes, whole sectors."""
     size, pending = 0, bytearray()
     while True:
         piece = read(_PIECE_BYTES)
@@ -159,9 +159,9 @@ def _place(store: FileStore, offset_bytes: int, data: bytes) -> None:
 
 
 def _disk_size(store: FileStore, size_bytes: int, source_format: FormatName | None) -> int:
-    """Bytes of the disk in what was received: all of it, or what stands before a fixed VHD's footer.
+    """The size of the disk in the received bytes: all of them, or those before a fixed VHD's footer.
 
-    Judged as a file would be. Raises InvalidArgument for a VHD that is not fixed, CorruptImage, UnsupportedFormat.
+    Detected as for a file. Raises InvalidArgument for a VHD that is not fixed, CorruptImage, UnsupportedFormat.
     """
     try:
         found = identify(store, by_name=False) if source_format is None else format_of(store, source_format)
@@ -169,7 +169,7 @@ def _disk_size(store: FileStore, size_bytes: int, source_format: FormatName | No
             return size_bytes
         facts = found.facts(store)
     except errors.VhdkitError as error:
-        error.path = _STREAM  # the store has the name of what is made of it
+        error.path = _STREAM  # the store carries the name of the result
         raise
     if facts.block_size_bytes:
         raise errors.InvalidArgument(

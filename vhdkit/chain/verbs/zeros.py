@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a disk, or a file, contains only zeros.
+"""Finds zeros in a disk or a file.
 
-Decides how zeros are found: holes are never read, the rest is read in pieces until the first byte other than zero.
+Decides how zeros are found: holes are never read, the rest is read in pieces until the first nonzero byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ZEROS = bytes(_PIECE_BYTES)
 
 
 def first_data_in_store(store: ReadStore, offset_bytes: int, size_bytes: int) -> int | None:
-    """Offset of the first byte of a range of the file that is not zero, or None. Raises IoFailed."""
+    """Offset of the first nonzero byte of a range of the file, or None. Raises IoFailed."""
     for offset, size, may_hold_data in store.data_runs(offset_bytes, size_bytes):
         if may_hold_data:
             found = _first_data(store.pread, offset, size)
@@ -28,7 +28,7 @@ def first_data_in_store(store: ReadStore, offset_bytes: int, size_bytes: int) ->
 
 
 def _first_data(read: Callable[[int, int], bytes], offset: int, size: int) -> int | None:
-    """The first byte that is not zero; the first page apart, since most data shows there."""
+    """The first nonzero byte; the first page is checked separately, since most data shows there."""
     end, step = offset + size, PAGE_SIZE
     while offset < end:
         raw = read(offset, min(step, end - offset))
@@ -43,9 +43,9 @@ def _first_data(read: Callable[[int, int], bytes], offset: int, size: int) -> in
 def data_of_disk(
     chain: Chain, offset_bytes: int, size_bytes: int, looked: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, int]]:
-    """(offset, size) of the parts of a range of the disk that are not zeros, in pieces of at most 256 KiB.
+    """(offset, size) of the nonzero parts of a range of the disk, in pieces of at most 256 KiB.
 
-    The range is whole sectors. `looked` is called with the bytes that were looked at. Raises IoFailed.
+    The range is whole sectors. `looked` is called with the number of bytes examined. Raises IoFailed.
     """
     buffer = memoryview(bytearray(_PIECE_BYTES))
     for extent in chain.extents(whole_sectors(offset_bytes), whole_sectors(size_bytes), find_holes=True):
@@ -66,6 +66,6 @@ def data_of_disk(
 
 
 def is_zero_in_disk(chain: Chain, offset_bytes: int, size_bytes: int) -> bool:
-    """True when the disk holds zeros there; what lies behind its end counts as zeros. Raises IoFailed."""
+    """True if the disk holds only zeros there; space past its end counts as zeros. Raises IoFailed."""
     inside = max(0, min(size_bytes, chain.size_bytes - offset_bytes))
     return inside == 0 or next(data_of_disk(chain, offset_bytes, inside), None) is None
