@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going back to a snapshot: the machine gets its configuration, its disks and its memory.
+"""Returning to a snapshot: the machine gets the snapshot's configuration, disks and memory.
 
-The disks are new leaves on the images that the snapshot froze, so the snapshot stays, and another one taken now
-begins a branch. If the snapshot has memory, the machine is saved afterwards and continues from it when it is started;
-otherwise it is off. What the present state had written since its last snapshot is dropped. The name, the id and the
-folders of the machine stay as they are: they say what and where it is, not how it was.
+The disks are new leaves on the images that the snapshot froze, so the snapshot stays, and another snapshot taken now
+begins a branch. If the snapshot has memory, the machine is saved afterwards and continues from it at its next start;
+otherwise it is off. Whatever the present state wrote since its last snapshot is dropped. The machine keeps its name,
+id and folders: they say which machine it is and where, not what state it is in.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vmm.store.state import note_clean, note_unclean
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What is the machine's state now: "saved" where there is memory, else "off"."""
+    """The result. `state` is the machine's state now: "saved" if the snapshot has memory, else "off"."""
 
     snapshot: Snapshot
     state: str
@@ -41,10 +41,10 @@ class Applied:
 
 
 def apply(machine: Changing, word: str) -> Applied:
-    """Make the machine, which is off or saved and whose lock the caller holds, what it was. The present state goes.
+    """Return the machine to a snapshot; it is off or saved, and the caller holds its lock. The present state is lost.
 
-    Raises NotFound, Refused when something of the snapshot is missing, InUse, NoSpace, StoreFailed; then the machine
-    is as it was.
+    Raises NotFound, Refused if part of the snapshot is missing, InUse, NoSpace, StoreFailed; the machine is then
+    unchanged.
     """
     with holding(machine.paths, machine.name) as held:
         machine = settle(held)
@@ -56,7 +56,7 @@ def apply(machine: Changing, word: str) -> Applied:
         with taken_back(held, "apply the snapshot"):
             options = options_of_all(frozen)
             for one in pivots:
-                kind = vhdkit.FormatName(one.format)  # as the tree knows it: a guest may have written anything into it
+                kind = vhdkit.FormatName(one.format)  # as recorded in the tree; the guest may have written anything
                 vhdkit.create_child(one.child, one.frozen, options=replace(options, format_name=kind))
             if snapshot.memory_bytes is not None:
                 folder.prepare_saved(machine.paths, spec)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The merges that are due, in a process of its own while the machine is off.
+"""Pending merges, done in a process of its own while the machine is off.
 
     python -m vmm.snapshots.background_merge MACHINE-FOLDER RUNTIME-FOLDER
 
 It is started when the machine has been switched off, and after a snapshot of a machine that is off was deleted. A
-command that needs the machine ends it (SIGTERM): it records what it has copied, and the next one continues from there.
-If it is killed, it leaves what `vhdkit.merge` leaves, which the next one finishes, too. The rule decides which merges
-are made.
+command that needs the machine stops it (SIGTERM): it records what it has copied, and the next run continues from
+there. If it is killed, it leaves the state of an interrupted `vhdkit.merge`, which the next run also completes. The
+delete rule decides which merges are made.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from vmm.store.snapshots.journal import MergeOff
 from vmm.store.snapshots.store import Held, Merging, holding, load_tree, merging_path, read_merging, write_merging
 from vmm.store.state import processes_of
 
-PUT_AWAY_SECONDS = 90.0  # for what is left of the running machine to end
-LOCK_SECONDS = 30.0  # for another command to be done with the machine
+PUT_AWAY_SECONDS = 90.0  # for the rest of a running machine to end
+LOCK_SECONDS = 30.0  # for another command to finish with the machine
 _TELL_SECONDS = 0.25
 _LOOK_SECONDS = 0.05
 
@@ -43,11 +43,11 @@ Progress = Callable[[Merging], None]
 
 
 class _Stopped(Exception):
-    """Somebody wants to work on the machine."""
+    """A command needs the machine."""
 
 
 class Fold:
-    """All merges of one machine that are due."""
+    """All pending merges of one machine."""
 
     def __init__(self, machine: MachinePaths, runtime: RuntimePaths, tell: Progress = lambda merging: None) -> None:
         self._tell = tell
@@ -59,12 +59,12 @@ class Fold:
         self.stop = False
 
     def run(self) -> int:
-        """Merge until nothing is left to merge; how many were done. Raises VmmError."""
+        """Merge until nothing is left to merge; returns the number of merges. Raises VmmError."""
         done = 0
         refuse_copy(self._name)
         with contextlib.suppress(_Stopped), contextlib.ExitStack() as stack:
             self._wait_off()
-            # Whoever starts the machine holds this lock until it runs.
+            # A process that starts the machine holds this lock until the machine runs.
             held = stack.enter_context(holding(self._machine, self._name, stop_merge=False))
             if self._is_there() or saved.is_saved(self._machine):
                 return 0
@@ -90,12 +90,12 @@ class Fold:
             time.sleep(_LOOK_SECONDS)
 
     def _is_there(self) -> bool:
-        """True while anything of the running machine is left."""
+        """True while any process of the running machine is left."""
         return is_locked(self._runtime.lock("keeper")) or bool(processes_of(self._runtime))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """The machine's lock, when whoever has it is done, unless he wants us to stop."""
+        """The machine's lock, once its holder releases it, unless that process asks us to stop."""
         deadline = time.monotonic() + LOCK_SECONDS
         with contextlib.ExitStack() as held:
             while True:
@@ -145,9 +145,9 @@ def merge_files(
     *,
     locked: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """One merge, of images that nobody uses. Raises StoreFailed, InUse, and vhdkit.Cancelled that `progress` raises.
+    """Merge images that no process uses. Raises StoreFailed, InUse, and vhdkit.Cancelled if `progress` raises it.
 
-    The machine's definition is changed, where it must, while `locked` is held.
+    `locked` is held while the machine's definition is changed.
     """
     begin_merge(held, MergeOff(merge.target, merge.layers))
     options = guarded(options_of_all(registry.load_for_change(held).spec))
@@ -162,7 +162,7 @@ def merge_files(
 
 
 def spawn(machine: MachinePaths, runtime: RuntimePaths) -> int | None:
-    """Start merging in the background what is due, if there may be something; the process's number. Raises OSError."""
+    """Start the pending merges in the background, if the tree has images; returns the pid. Raises OSError."""
     if not load_tree(machine).images:
         return None
     return spawn_detached(
@@ -173,14 +173,14 @@ def spawn(machine: MachinePaths, runtime: RuntimePaths) -> int | None:
 
 
 def follow(machine: MachinePaths, progress: Progress) -> None:
-    """Return when nobody merges any more."""
+    """Report progress until no process merges any more."""
     while (merging := read_merging(machine)) is not None:
         progress(merging)
         time.sleep(_LOOK_SECONDS)
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     fold = Fold(MachinePaths(sys.argv[1]), RuntimePaths(sys.argv[2]))
 
     def ask_to_stop(number: int, frame: object) -> None:

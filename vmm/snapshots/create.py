@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking a snapshot: what is refused, and the whole of it for a machine that does not run.
+"""Taking a snapshot: when it is refused, and the whole operation for a machine that is not running.
 
     off      new leaves for all disks, a copy of the configuration
-    saved    the same; the saved memory becomes the snapshot's, too, and the machine stays saved
+    saved    the same; the saved memory also becomes the snapshot's, and the machine stays saved
 
-A machine that runs is handled by `capture`, in its worker; what both have in common is here.
+Running machines are handled by `capture`, in their worker; the shared steps are here.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from vmm.store.state import is_clean
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRequest:
-    """A snapshot to be taken. `name` None: the time.
+    """Parameters of a snapshot. `name` None: named after the time.
 
-    `consistent`: the agent of a guest that runs freezes its file systems meanwhile. `mode`: how its memory is captured
-    (`kvm.background.Mode`); None: the best that the host allows.
+    `consistent`: the guest agent freezes the file systems of a running guest meanwhile. `mode`: how memory is captured
+    (`kvm.background.Mode`); None: the best mode that the host allows.
     """
 
     name: str | None = None
@@ -46,7 +46,7 @@ class SnapshotRequest:
 
 
 def begin(held: Held, spec: MachineSpec, request: SnapshotRequest, taken_in: TakenIn) -> tuple[Snapshot, list[Pivot]]:
-    """The snapshot that is going to be, and the new leaves it needs; nothing is made yet.
+    """The snapshot to take and the new leaves that it needs; nothing is created yet.
 
     Raises Refused, AlreadyExists, InvalidSpec.
     """
@@ -66,9 +66,9 @@ def begin(held: Held, spec: MachineSpec, request: SnapshotRequest, taken_in: Tak
 
 
 def create(machine: Changing, request: SnapshotRequest) -> Snapshot:
-    """A snapshot of a machine that is off or saved, whose lock the caller holds.
+    """Take a snapshot of a machine that is off or saved, whose lock the caller holds.
 
-    Raises Refused, AlreadyExists, InvalidSpec, NoSpace, InUse, StoreFailed; then there is no snapshot.
+    Raises Refused, AlreadyExists, InvalidSpec, NoSpace, InUse, StoreFailed; no snapshot exists then.
     """
     with holding(machine.paths, machine.name) as held:
         machine = settle(held)
@@ -94,14 +94,14 @@ def create(machine: Changing, request: SnapshotRequest) -> Snapshot:
 
 
 def add(held: Held, snapshot: Snapshot, pivots: Sequence[Pivot]) -> None:
-    """The tree with the snapshot and its images, not yet written down."""
+    """Add the snapshot and its images to the tree in memory; the caller saves it."""
     held.tree.add(snapshot)
     for one in pivots:
         held.tree.grow(one.frozen, one.child, one.format, child_id=vhdkit.image_id(one.child))
 
 
 def freeze(spec: MachineSpec, pivots: Sequence[Pivot]) -> None:
-    """Make the new leaves, all or none of each format. Raises VhdkitError."""
+    """Create the new leaves, all or none for each format. Raises VhdkitError."""
     options = options_of_all(spec)
     for kind in ("vhd", "raw"):
         pairs = [(one.frozen, one.child) for one in pivots if one.format == kind]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deleting snapshots: they leave the tree and their memory is removed at once, whatever the machine is doing.
 
-What becomes of the images is decided by the rule; merges wait until the machine is off (`background_merge`) or
-somebody requests them.
+The delete rule decides what happens to the images; merges wait until the machine is off (`background_merge`) or until
+the user requests them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from vmm.store.snapshots.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """Which snapshots went, and what became of their images."""
+    """The deleted snapshots, and what happened to their images."""
 
     snapshots: tuple[Snapshot, ...]
     tidied: Tidied
 
 
 def delete(held: Held, word: str, *, subtree: bool = False) -> Deleted:
-    """Take a snapshot away, with `subtree` also all that came of it, whatever the machine does.
+    """Delete a snapshot, with `subtree` also its descendants, in any state of the machine.
 
-    Nothing that was cut short is left to settle. Raises NotFound, InUse, VmmError.
+    No interrupted operation may be left to settle. Raises NotFound, InUse, VmmError.
     """
     snapshot = held.find(word)
     gone = tuple(held.tree.subtree(snapshot.id) if subtree else [snapshot])
@@ -50,8 +50,8 @@ def delete(held: Held, word: str, *, subtree: bool = False) -> Deleted:
 
 
 def _take_away(held: Held, gone: Sequence[Snapshot]) -> None:
-    """Snapshots leave the tree, then their folders go. Raises InUse where another machine has files in one."""
-    judge(registry.load_for_change(held), held.tree)  # nothing goes while nobody can tell who needs what
+    """Remove snapshots from the tree, then their folders. Raises InUse if another machine has files in one of them."""
+    judge(registry.load_for_change(held), held.tree)  # raises if the dependants cannot be determined
     for one in gone:
         refuse_needed_folder(one.folder, held)
         if (problem := removal_problem(one.folder)) is not None:
@@ -64,7 +64,7 @@ def _take_away(held: Held, gone: Sequence[Snapshot]) -> None:
 
 
 def forget_memory(held: Held, word: str) -> Snapshot:
-    """Keep a snapshot's disks and configuration without its memory. Raises NotFound, WrongState, Refused, InUse."""
+    """Drop a snapshot's memory; keep its disks and configuration. Raises NotFound, WrongState, Refused, InUse."""
     held.need_settled()
     snapshot = held.find(word)
     if snapshot.memory_bytes is None:
@@ -83,9 +83,10 @@ def forget_memory(held: Held, word: str) -> Snapshot:
 
 
 def images_to_delete(machine: Machine) -> list[str]:
-    """The images that go with a machine that is deleted with its disks, those on top first.
+    """The images to remove when a machine is deleted with its disks, children before parents.
 
-    They are those made for its snapshots, and its own that were frozen; what somebody else stands on or uses stays.
+    These are the images made for its snapshots and its own frozen images; images that other files stand on or that
+    other machines use stay.
     """
     tree = load_tree(machine.paths)
     leaves = [*(path for path, one in tree.images.items() if one.ours), *images_of(machine.spec).values()]
@@ -97,7 +98,7 @@ def images_to_delete(machine: Machine) -> list[str]:
 
 
 def delete_all(machine: Changing) -> None:
-    """All snapshots of a machine that is to be deleted, and the images that only they needed. Raises VmmError."""
+    """Delete all snapshots of a machine that is to be deleted, and the images that only they need. Raises VmmError."""
     with holding(machine.paths, machine.name) as held:
         settle(held)
         _take_away(held, tuple(held.tree.snapshots.values()))
@@ -105,7 +106,7 @@ def delete_all(machine: Changing) -> None:
 
 
 def hidden_images(machine: Machine) -> dict[str, str]:
-    """Images without a snapshot that stay, and why. Raises VmmError."""
+    """Images that belong to no snapshot but stay: path -> reason. Raises VmmError."""
     tree = load_tree(machine.paths)
     live = set(images_of(machine.spec).values())
     return {path: why for path, why in judge(machine, tree).kept.items() if path not in live}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else needs a machine's images: files that stand on them, and other machines that use them.
+"""Other users of a machine's images: files that stand on them, and other machines that use them.
 
-Decides where dependants are looked for: beside the images, in every folder in which any registered machine or snapshot
-has images, and in those in which it allows parents. What is done about them is decided by the rule.
+Decides where dependants are searched: beside the images, in every folder in which any registered machine or snapshot
+has images, and in the folders that it allows for parents. What is done about them is decided by the delete rule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vmm.store.snapshots.tree import Tree
 
 @dataclass(slots=True)
 class Survey:
-    """What was found. `problem` says why nobody can be sure that it is all."""
+    """What was found. `problem` says why the result may be incomplete."""
 
     foreign: dict[str, list[str]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
@@ -34,17 +34,17 @@ class Survey:
 
 
 def images_of(spec: MachineSpec) -> dict[str, str]:
-    """Disk id -> image of what the machine writes to."""
+    """Disk id -> image, for the images that the machine writes to."""
     return {disk.id: disk.path for disk in spec.disks if disk.is_writable_image and disk.path is not None}
 
 
 def parent_folders(spec: MachineSpec) -> tuple[str, ...]:
-    """The folders in which one of the machine's images may have parents, besides its own."""
+    """Further folders in which the machine's images may have parents, besides their own."""
     return tuple(dict.fromkeys(folder for disk in spec.disks for folder in disk.parent_dirs))
 
 
 def survey(machine: Machine, tree: Tree) -> Survey:
-    """Look for all that stands on the tree's images or uses them. Raises StoreFailed, AccessDenied."""
+    """Find all files that stand on the tree's images, and machines that use them. Raises StoreFailed, AccessDenied."""
     found = Survey()
     present = {os.path.realpath(path): path for path in tree.images if os.path.exists(path)}
     folders = set(_folders(machine.spec))
@@ -52,11 +52,11 @@ def survey(machine: Machine, tree: Tree) -> Survey:
     folders.update(map(os.path.dirname, known.images))
     others, failures = registry.load_all()
     for other in others:
-        if other.paths.folder == machine.paths.folder:  # not by id: a copied folder has that of another machine
+        if other.paths.folder == machine.paths.folder:  # not by id: a copied folder has the id of its original
             continue
         folders.update(_folders(other.spec))
         if has_tree(other.paths):
-            load_tree(other.paths)  # raises for one that is damaged
+            load_tree(other.paths)  # raises if it is damaged
         used = known.by_machine.get(other.name, frozenset())
         found.held.update(present[path] for path in used if path in present)
     if failures:
@@ -80,10 +80,10 @@ def survey(machine: Machine, tree: Tree) -> Survey:
 
 
 def refuse_older(machine: Machine, tree: Tree) -> None:
-    """Raise Refused for a machine whose definition names an image on which a newer one of its own stands.
+    """Raise Refused if the machine's definition names an image on which a newer image of its own stands.
 
-    Newer ones are those that vmm made, for this machine as far as is known. Copied, or frozen once more, the older one
-    would pass for the present state. Raises StoreFailed.
+    A newer image is one that vmm made and that belongs to no other machine. If the older one were copied or frozen
+    again, it would be mistaken for the present state. Raises StoreFailed.
     """
     paths = [path for path in images_of(machine.spec).values() if os.path.exists(path)]
     try:
@@ -105,7 +105,7 @@ def refuse_older(machine: Machine, tree: Tree) -> None:
 
 
 def _stands_on(child: str, parent: str, folders: tuple[str, ...]) -> bool:
-    """False only for an image that surely stands on another file of the same id: a copy of the parent."""
+    """False only if the image certainly stands on another file with the same id: a copy of the parent."""
     options = vhdkit.OpenOptions(parent_dirs=folders, allow_raw_parent=True)
     try:
         return vhdkit.chain_paths(child, options=options)[1:2] == [parent]
@@ -114,10 +114,10 @@ def _stands_on(child: str, parent: str, folders: tuple[str, ...]) -> bool:
 
 
 def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule.Plan:
-    """What the delete rule says about the machine's images now. Raises as `survey`.
+    """Apply the delete rule to the machine's images. Raises as `survey`.
 
-    An image that is recorded as made for the machine, and may be another one, stays, and so does what it stands on.
-    `proved`: of these somebody has made sure already.
+    An image that is recorded as ours but may be a different file stays, and so does everything below it. `proved`:
+    images that the caller has already verified.
     """
     if not tree.images:
         return rule.Plan()

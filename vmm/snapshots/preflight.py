@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be checked before something is destroyed: before a guest is powered off, before memory is thrown away.
+"""Checks that can be made before anything is destroyed: before a guest is powered off or its memory is discarded.
 
-Decides what must be there for a snapshot to be applied, and for a machine to start without its saved memory. The
-checks change nothing and take no lock, so the code that acts afterwards checks again under its own. Use by the machine
-itself is no obstacle, because it will have ended by then.
+Decides what must be present for a snapshot to be applied, and for a machine to start without its saved memory. The
+checks change nothing and take no locks, so the code that acts afterwards checks again under its own locks. Use by the
+machine itself is no obstacle, because it will have ended by then.
 
 INV-LOOK-FIRST: a verb that destroys something first refuses for every reason that can be known beforehand.
 
@@ -42,7 +42,7 @@ _KEPT = ("id", "name", "paths")
 
 
 def definition_of(snapshot: Snapshot, present: MachineSpec | None = None) -> MachineSpec:
-    """The configuration of a snapshot, with its images as they are called now. Raises NotFound, InvalidSpec."""
+    """The configuration of a snapshot, with the current paths of its images. Raises NotFound, InvalidSpec."""
     spec = registry.read_definition(SnapshotFolder(snapshot.folder).definition)
     disks = [
         disk.model_copy(update={"path": snapshot.disks[disk.id]}) if disk.id in snapshot.disks else disk
@@ -53,10 +53,10 @@ def definition_of(snapshot: Snapshot, present: MachineSpec | None = None) -> Mac
 
 
 def look_before_apply(machine: Machine, tree: Tree, snapshot: Snapshot) -> tuple[MachineSpec, list[Pivot]]:
-    """(the snapshot's configuration, the leaves that it would get) when nothing stands in the way of applying it.
+    """(the snapshot's configuration, the new leaves that applying it needs), if nothing prevents applying it.
 
-    Raises NotFound, InvalidSpec, Refused when something of the snapshot is missing or damaged, InUse for an image of
-    another machine's, NoSpace, AccessDenied.
+    Raises NotFound, InvalidSpec, Refused if part of the snapshot is missing or damaged, InUse for an image of another
+    machine, NoSpace, AccessDenied.
     """
     frozen = definition_of(snapshot, machine.spec)
     check_chains(frozen, snapshot.disks)
@@ -74,7 +74,7 @@ def look_before_apply(machine: Machine, tree: Tree, snapshot: Snapshot) -> tuple
 
 
 def look_before_discarding(machine: Machine) -> None:
-    """Raise what would keep the machine from starting without its saved memory, as far as its files tell."""
+    """Raise whatever would prevent the machine from starting without its saved memory, as far as its files show."""
     program.find()
     for disk in machine.spec.disks:
         if disk.is_image and disk.path is not None:
@@ -83,7 +83,7 @@ def look_before_discarding(machine: Machine) -> None:
 
 
 def removal_problem(path: str) -> str | None:
-    """Why this file cannot be removed by us; None when it can, or is not there."""
+    """Why we cannot remove this file; None if we can, or if it does not exist."""
     folder = os.path.dirname(path) or "."
     try:
         facts, around = os.lstat(path), os.stat(folder)
@@ -102,21 +102,21 @@ def removal_problem(path: str) -> str | None:
 
 
 def _is_fixed(path: str, facts: os.stat_result) -> bool:
-    """True for a file or folder that is marked as immutable or append-only, which binds root, too."""
+    """True for a file or folder marked immutable or append-only; these marks bind root as well."""
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
         return False
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         flags = struct.unpack("@l", fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(struct.calcsize("@l"))))[0]
     except OSError:
-        return False  # this file system has no such marks
+        return False  # this file system does not support the marks
     finally:
         os.close(descriptor)
     return bool(flags & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
 
 
 def _open_all(spec: MachineSpec, disks: Mapping[str, str]) -> None:
-    """Open the images of a snapshot, not only their headers. Raises StoreFailed, NotFound."""
+    """Open the images of a snapshot completely, not only their headers. Raises StoreFailed, NotFound."""
     options = options_of_all(spec)
     for disk in spec.disks:
         if disk.id in disks:
@@ -124,13 +124,13 @@ def _open_all(spec: MachineSpec, disks: Mapping[str, str]) -> None:
             try:
                 vhdkit.open_disk(disks[disk.id], options=kind).close()
             except vhdkit.ImageInUse:
-                pass  # by the guest that goes, or a merge that gives way
+                pass  # used by the guest that is about to end, or by a merge that will stop
             except vhdkit.VhdkitError as error:
                 raise store_problem(error, "open the image") from error
 
 
 def _check_memory(machine: Machine, snapshot: Snapshot) -> None:
-    """Raise Refused when the memory of a snapshot could not be restored here, NoSpace for a copy of it."""
+    """Raise Refused if the snapshot's memory could not be restored here, NoSpace if a copy of it would not fit."""
     folder = SnapshotFolder(snapshot.folder)
     hint = f"vmm snapshot forget-memory {machine.name} {snapshot.id[:8]} keeps its disks"
     assert snapshot.memory_bytes is not None
@@ -149,7 +149,7 @@ def _check_memory(machine: Machine, snapshot: Snapshot) -> None:
             f"the snapshot's memory is missing or damaged: {problem}", machine=machine.name, path=folder.memory,
             hint=hint,
         )  # fmt: skip
-    if facts.st_dev != os.stat(machine.paths.folder).st_dev:  # else it is given a second name
+    if facts.st_dev != os.stat(machine.paths.folder).st_dev:  # on one file system, a hard link is enough
         _check_room(machine.paths.folder, facts.st_blocks * 512 + MIN_FREE_BYTES)
 
 
@@ -165,7 +165,7 @@ def _document(path: str) -> dict[str, Any] | None:
 def _description_problem(document: dict[str, Any] | None) -> str | None:
     if document is None or not isinstance(document.get("definition"), dict):
         return "it is not described"
-    with contextlib.suppress(VmmError):  # without a QEMU nothing can be compared
+    with contextlib.suppress(VmmError):  # without QEMU the versions cannot be compared
         here = program.inspect(program.find()).version
         return saved.version_problem(str(document.get("qemu_version")), here)
     return None
@@ -179,7 +179,7 @@ def _check_readable(path: str) -> None:
 
 
 def _check_room(folder: str, size_bytes: int) -> None:
-    """Raise NoSpace, AccessDenied, where no new file of that size can be made."""
+    """Raise NoSpace or AccessDenied if a new file of that size cannot be created."""
     try:
         facts = os.statvfs(folder)
         if facts.f_bavail * facts.f_frsize < size_bytes or (facts.f_files and not facts.f_favail):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of an interrupted operation when the machine is off: it is finished, or taken back.
+"""Completing or undoing an interrupted operation while the machine is off.
 
     CreateOff, Apply    the new leaves were never used: they are removed, and so are unfinished folders
-    CreateLive          the guest may have written to the new leaves: they are the machine's disks now, and the images
+    CreateLive          the guest may have written to the new leaves: they become the machine's disks, and the images
                         below them, which belong to no snapshot, are merged when it is off
-    Commit              what it says is put in place again
+    PutInPlace          its contents are put in place again
     Delete              the remaining folders are removed
     MergeOff            if its data is complete it is finished; otherwise it continues at the next opportunity
-    MergeLive           the newest image in the line that the merge left is the machine's disk
-    the note of a backup    the new images are the machine's disks, as after CreateLive
+    MergeLive           the newest image in the chain that the merge left becomes the machine's disk
+    the note of a backup    the new images become the machine's disks, as after CreateLive
 
-Decides nothing about images that are not in the journal, and removes none that contains anything. The machine does not
+Decides nothing about images that are not in the journal, and removes no image that contains data. The machine does not
 run, and its tree is locked. The operations of a running machine are settled by its worker (`worker.recovery`).
 """
 
@@ -62,14 +62,14 @@ from vmm.store.snapshots.store import Held, tree_path
 
 @contextlib.contextmanager
 def taken_back(held: Held, doing: str) -> Iterator[None]:
-    """Whatever fails in the block, Ctrl-C too, is settled at once.
+    """If the block fails for any reason, Ctrl-C included, settle the operation at once.
 
     Raises VmmError for failures of files and images.
     """
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(VmmError):  # such as for a full disk: then the next command settles it
+        with contextlib.suppress(VmmError):  # for example, a full disk: the next command settles it
             held.reload()
             settle(held)
         if isinstance(error, OSError | vhdkit.VhdkitError):
@@ -78,12 +78,12 @@ def taken_back(held: Held, doing: str) -> Iterator[None]:
 
 
 def is_pending(held: Held) -> bool:
-    """True when something is to be settled."""
+    """True if an interrupted operation must be settled."""
     return held.tree.journal is not None or has_note(held.machine)
 
 
 def settle(held: Held) -> Changing:
-    """Settle what was cut short; the machine as it is then. Raises VmmError, and the next command tries again."""
+    """Settle an interrupted operation; returns the machine. Raises VmmError, and the next command retries."""
     journal = held.take_over()
     if journal is not None:
         settle_journal(held, journal)
@@ -93,7 +93,7 @@ def settle(held: Held) -> Changing:
 
 
 def settle_journal(held: Held, journal: Journal) -> None:
-    """Settle what a journal says that the caller has taken over. Raises VmmError; then it stands as before."""
+    """Settle a journal that the caller has taken over. Raises VmmError; the journal then stays."""
     try:
         match journal:
             case CreateLive(folder, pivots):
@@ -132,7 +132,7 @@ def _damaged(held: Held, problem: str) -> VmmError:
 
 
 def discard(held: Held, folder: str) -> None:
-    """A snapshot's folder goes, with what is vmm's in it, unless the tree knows it. What is left is told."""
+    """Remove vmm's files from a snapshot's folder, unless the tree knows the snapshot. Reports files that stay."""
     if os.path.basename(folder) in held.tree.snapshots:
         return
     try:
@@ -149,7 +149,7 @@ def discard(held: Held, folder: str) -> None:
 
 
 def remove_unused(held: Held, pivots: Sequence[Pivot]) -> None:
-    """New leaves that nothing was written to go; one that is anything else stays, and is told."""
+    """Remove new leaves that hold no data; report and keep any other file."""
     folders = parent_folders(registry.load_for_change(held).spec)
     for one in pivots:
         if not os.path.lexists(one.child):
@@ -168,9 +168,9 @@ def remove_unused(held: Held, pivots: Sequence[Pivot]) -> None:
 def adopt(
     held: Held, pivots: Sequence[Pivot], *, ids: Mapping[str, str | None] | None = None, must: bool = False
 ) -> Changing:
-    """The new leaves that are there are the machine's disks. `ids`: those of leaves that are known to be served.
+    """Make the new leaves that exist the machine's disks. `ids`: the ids of leaves that are known to be served.
 
-    `must`: the guest wrote to them, so one that is missing is an error. Raises Refused, StoreFailed, VmmError.
+    `must`: the guest wrote to them, so a missing leaf is an error. Raises Refused, StoreFailed, VmmError.
     """
     there, folders = [], parent_folders(registry.load_for_change(held).spec)
     for one in pivots:
@@ -191,12 +191,12 @@ def adopt(
     for one in there:
         child_id = vhdkit.image_id(one.child) if ids is None else ids.get(one.child)
         held.tree.grow(one.frozen, one.child, one.format, child_id=child_id)
-    held.save()  # before the definition: an image that is not known is never removed
+    held.save()  # before the definition: an unknown image is never removed
     return registry.update(held, lambda spec: pivoted(spec, there), check_images=False)
 
 
 def settle_backup(held: Held) -> Changing:
-    """After a backup that was cut short: the newest images are the machine's disks, and are merged in the background.
+    """After an interrupted backup, make the newest images the machine's disks; they are merged in the background.
 
     Raises StoreFailed for a damaged note, Refused.
     """
@@ -241,15 +241,16 @@ def _settle_merge(held: Held, journal: MergeOff) -> None:
 
 
 def _known(held: Held, path: str) -> str:
-    """The name by which the tree knows an image: 0.1.0 wrote down links as they were given."""
+    """The path by which the tree knows an image: 0.1.0 recorded links unresolved."""
     return path if path in held.tree.images else os.path.realpath(path)
 
 
 def _finish_complete(machine: Machine, target: str) -> None:
-    """A merge whose data is complete is finished, its layers and its record go: whatever opens a leaf above for
-    writing would do so, and the tree would not hear of it. One that still copies goes on at the next chance.
+    """Finish a merge whose data is complete, so that its layers and record go: otherwise the next program that opens a
+    leaf above it for writing would finish it, and the tree would not be updated. One that still copies continues
+    later.
 
-    Raises VhdkitError; then the journal or note stands.
+    Raises VhdkitError; the journal or note then stays.
     """
     options = guarded(options_of_all(machine.spec))
     if vhdkit.merge_under_way(target, options=options) is not None:
@@ -258,7 +259,7 @@ def _finish_complete(machine: Machine, target: str) -> None:
 
 
 def _follow(held: Held, journal: MergeLive) -> None:
-    """After a live merge that nobody saw the end of: the disk's newest image, and what it really stands on."""
+    """After a live merge whose end was not seen: find the disk's newest image and what it really stands on."""
     machine = registry.load_for_change(held)
     disk = machine.spec.disk(journal.disk)
     if disk is None or disk.path is None:
@@ -266,7 +267,7 @@ def _follow(held: Held, journal: MergeLive) -> None:
         return
     _finish_complete(machine, _known(held, journal.target))
     path = disk.path
-    if not os.path.exists(path):  # merged away: its target took its place
+    if not os.path.exists(path):  # it was merged away, and its target took its place
         if path not in journal.layers or _known(held, journal.target) not in held.tree.images:
             raise _damaged(held, "the merge that it says was begun is not one of its images")
         path = _known(held, journal.target)
@@ -276,15 +277,15 @@ def _follow(held: Held, journal: MergeLive) -> None:
                 f"{len(children)} images stand on it, and which of them is the newest cannot be told",
                 machine=held.name, path=path, hint=f"vmm repair {held.name} lists them",
             )  # fmt: skip
-        path = children[0]  # a leaf that the merge put on top meanwhile
+        path = children[0]  # a leaf that the merge put on top in the meantime
     chain = vhdkit.chain_paths(path, options=options_of_all(machine.spec))
     took_over(held, journal, {one: vhdkit.image_id(one) for one in chain})
 
 
 def took_over(held: Held, journal: MergeLive, chain: Mapping[str, str | None]) -> Changing:
-    """The disk's chain is this one now, leaf first, with their ids: definition and tree say so, and the merge is over.
+    """Record the chain that the disk has now (leaf first, path -> id) in definition and tree, and end the merge.
 
-    The definition comes first: done again by the same journal, it comes to the same.
+    The definition is written first: repeating this with the same journal has the same result.
     """
     tree, paths = held.tree, list(chain)
     if not os.path.lexists(journal.layers[0]):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps that taking and applying a snapshot have in common: new leaves, the moment at which it takes effect,
-and tidying up.
+"""Steps shared by taking and applying snapshots: new leaves, the commit, and tidying up.
 
-    journal: prepare     new images and folders are made; an operation that ends here is taken back
+    journal: prepare     new images and folders are made; an operation that ends here is undone
     journal: commit      it takes effect: definition, saved memory and UEFI variables are put in place, repeatably
-    no journal           what is no longer needed is removed, as the rule says
+    no journal           what is no longer needed is removed, according to the delete rule
 
-Decides what a new leaf is called and how a disk's definition changes with it. A new leaf lies beside the image on
-which it stands, as with Hyper-V 2008 R2: programs of ours that open that image for writing look there for children,
-and refuse.
+Decides the name of a new leaf and how a disk's definition changes with it. A new leaf lies beside the image on which
+it stands, as with Hyper-V 2008 R2: our programs that open that image for writing look there for children, and refuse.
 """
 
 from __future__ import annotations
@@ -35,13 +33,13 @@ from vmm.store.snapshots.store import Held, tree_path
 from vmm.store.snapshots.tree import Tree
 
 _OWN_STEM = re.compile(r"(.+)_[0-9a-f]{8}")
-_MAX_STEM_BYTES = 200  # a name has 255 bytes
-_MAX_VARIABLES_BYTES = 64 << 20  # of UEFI firmware: some MiB
+_MAX_STEM_BYTES = 200  # a file name has at most 255 bytes
+_MAX_VARIABLES_BYTES = 64 << 20  # UEFI firmware uses a few MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Tidied:
-    """What the rule did, and what is left for a merge. `kept`: image -> why it stays though no snapshot is on it."""
+    """What was removed, and how many merges are left. `kept`: image -> why it stays though it is in no snapshot."""
 
     removed: tuple[str, ...]
     merges: int
@@ -49,12 +47,12 @@ class Tidied:
 
 
 def options_of(disk: DiskSpec) -> vhdkit.OpenOptions:
-    """How the disk's chain is opened."""
+    """Options for opening the disk's chain."""
     return vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent)
 
 
 def options_of_all(spec: MachineSpec) -> vhdkit.OpenOptions:
-    """How any chain of the machine's is opened: with all folders that one of its disks allows."""
+    """Options for opening any chain of the machine: with all folders that any of its disks allows."""
     raw = any(disk.allow_raw_parent or disk.format == "raw" for disk in spec.disks)
     return vhdkit.OpenOptions(parent_dirs=parent_folders(spec), allow_raw_parent=raw)
 
@@ -72,7 +70,7 @@ def pivots_for(spec: MachineSpec, tree: Tree, frozen: Mapping[str, str]) -> list
 
 
 def child_path(frozen: str) -> str:
-    """A name for a new leaf beside an image: its own, and eight digits that nobody has."""
+    """An unused path for a new leaf beside an image: the image's name and eight random hexadecimal digits."""
     folder, name = os.path.split(frozen)
     stem = os.path.splitext(name)[0]
     if ours := _OWN_STEM.fullmatch(stem):
@@ -85,7 +83,7 @@ def child_path(frozen: str) -> str:
 
 
 def pivoted(spec: MachineSpec, pivots: Sequence[Pivot]) -> MachineSpec:
-    """The definition with the new leaves."""
+    """The definition with the new leaves as its disks."""
     return relocated(spec, {one.disk: (one.child, "vhd") for one in pivots})
 
 
@@ -101,11 +99,11 @@ def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, str]]) -> Machi
     return spec.changed(disks=disks)
 
 
-# -- what counts ------------------------------------------------------------------------------------------------------
+# -- taking effect ----------------------------------------------------------------------------------------------------
 
 
 def commit(held: Held) -> Changing:
-    """Put in place what the journal says. Raises VmmError; the next command tries again."""
+    """Put the contents of the journal in place. Raises VmmError; the next command retries."""
     journal = held.tree.journal
     assert isinstance(journal, PutInPlace)
     spec = journal.spec(tree_path(held.machine))
@@ -123,7 +121,7 @@ def commit(held: Held) -> Changing:
             adapt_saved(machine.paths, spec)
         case "drop":
             drop_saved(machine.paths)
-    if journal.uefi == NO_VARIABLES:  # the next start makes new ones
+    if journal.uefi == NO_VARIABLES:  # the next start creates new ones
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(machine.paths.uefi_variables)
@@ -145,9 +143,9 @@ def commit(held: Held) -> Changing:
 
 
 def tidy(held: Held) -> Tidied:
-    """Remove what the plan says goes now; merges are left to `background_merge`.
+    """Remove what the plan says can be removed now; merges are left to `background_merge`.
 
-    Raises VmmError, InUse while a journal stands.
+    Raises VmmError, InUse while a journal is pending.
     """
     held.need_settled()
     plan = judge(registry.load_for_change(held), held.tree)
@@ -158,7 +156,7 @@ def tidy(held: Held) -> Tidied:
             remove_image(path, held)
         except VmmError as error:
             kept[path] = error.problem
-            break  # what it stands on stays with it
+            break  # everything that it stands on stays as well
         removed.append(path)
         held.tree.forget(path)
     for path in plan.forget:
@@ -181,7 +179,7 @@ def chain_of(disk: DiskSpec) -> list[str]:
 
 
 def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
-    """Raise Refused, naming the file, when an image of a snapshot or one that it stands on cannot be opened."""
+    """Raise Refused, naming the file, if an image of a snapshot or one of its ancestors cannot be opened."""
     options = options_of_all(spec)
     for disk in spec.disks:
         if disk.id not in disks:
@@ -199,10 +197,10 @@ def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
 
 
 def begin_merge(held: Held, journal: MergeOff | MergeLive) -> None:
-    """A merge begins, of images that no other machine uses or gets meanwhile. Raises InUse, NoSpace, AccessDenied."""
+    """Begin a merge of images that no other machine uses or can acquire. Raises InUse, NoSpace, AccessDenied."""
     held.begin(journal)
     try:
-        with registry.standing_still():  # whoever gets an image later sees the journal (`registry.check_disks`)
+        with registry.standing_still():  # later acquisitions see the journal (`registry.check_disks`)
             refuse_used_elsewhere(held.name, (journal.target, *journal.layers))
     except BaseException:
         held.done()
@@ -210,7 +208,7 @@ def begin_merge(held: Held, journal: MergeOff | MergeLive) -> None:
 
 
 def finish_merge(held: Held, target: str, layers: Sequence[str]) -> Changing:
-    """`layers` were merged into `target`: every name that meant the newest of them means the target from now on."""
+    """`layers` were merged into `target`: replace every reference to the newest of them by the target."""
     image = held.tree.images.get(target, Image(None, ours=False))
 
     def follow(spec: MachineSpec) -> MachineSpec:
@@ -225,7 +223,7 @@ def finish_merge(held: Held, target: str, layers: Sequence[str]) -> Changing:
 
 
 def store_problem(error: Exception, doing: str) -> VmmError:
-    """A failure of files or images in the middle of something, as one of ours."""
+    """A failure of files or images during an operation, as a VmmError."""
     if isinstance(error, VmmError):
         return error
     if isinstance(error, vhdkit.VhdkitError):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The back end that each adapter of a machine used last.
 
-Decides what is recorded about it and how much of the record is believed. With it, a machine whose switch is gone
-starts with the data path that lets the adapter join the next switch of that name; saved memory fits only one data
-path. Must not know switches.
+Decides what is recorded about it and how much of the record is trusted. The record lets a machine whose switch has
+gone start with the data path that allows the adapter to join the next switch of that name; saved memory fits only one
+data path. Must not know switches.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _MAX_FILE_BYTES = 1 << 16
 
 
 def last_back_ends(machine: MachinePaths) -> dict[str, BackendName]:
-    """By the adapter's id, as far as it is known: what cannot be read says nothing."""
+    """Adapter id -> back end, where known; an unreadable record counts as empty."""
     try:
-        # Not to wait for the other end of a pipe that has this name.
+        # O_NONBLOCK: do not wait for the other end of a pipe with this name.
         descriptor = os.open(machine.back_ends, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             document = json.loads(file.read(_MAX_FILE_BYTES))
@@ -37,7 +37,7 @@ def last_back_ends(machine: MachinePaths) -> dict[str, BackendName]:
 
 
 def note_back_ends(machine: MachinePaths, found: Mapping[str, BackendName]) -> None:
-    """Write down what adapters are on now. Raises VmmError."""
+    """Record the back ends that adapters use now. Raises VmmError."""
     before = last_back_ends(machine)
     if (after := {**before, **found}) != before:
         write_whole(machine.back_ends, json.dumps(after).encode() + b"\n", durable=False)

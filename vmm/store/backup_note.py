@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The note of a backup in progress: which new image stands on each disk meanwhile.
+"""The note of a backup in progress: the new image that stands on each disk meanwhile.
 
     MACHINE-FOLDER/backup.json        {disk id: {"frozen": image, "child": the one that takes the writes}}
 
-Decides what it says and what is believed of it. It is untrusted, and images are merged because of it, so a child must
-lie beside the image on which it stands and have a name as `vmm backup` gives it. Light: every command looks for it.
+Decides what the note contains and how it is validated. It is untrusted, and images are merged because of it, so a
+child must lie beside the image on which it stands and have a name of the form that `vmm backup` gives. Light: every
+command looks for it.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ _CHILD_NAME = re.compile(r".+\.backup-[0-9]{1,20}(-[0-9]{1,9})?\.avhd")
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """A disk's image during a backup, and the new one that takes its writes."""
+    """A disk's image during a backup, and the new image that takes its writes."""
 
     frozen: str
     child: str
 
 
 def note_path(machine: MachinePaths) -> str:
-    """Where the note of a backup under way lies."""
+    """The path of the note."""
     return os.path.join(machine.folder, "backup.json")
 
 
 def has_note(machine: MachinePaths) -> bool:
-    """True while a backup is under way, or was cut short."""
+    """True while a backup is in progress or was interrupted."""
     return os.path.lexists(note_path(machine))
 
 
 def child_name(path: str) -> str:
-    """A new image beside this one, of a name that is free."""
+    """An unused name for a new image beside this one."""
     stem = f"{os.path.splitext(path)[0]}.backup-{int(time.time())}"
     name, number = f"{stem}.avhd", 1
     while os.path.lexists(name):
@@ -52,18 +53,18 @@ def child_name(path: str) -> str:
 
 
 def is_child_name(path: str) -> bool:
-    """True for what `child_name` could have said."""
+    """True if `child_name` could have returned this path."""
     return _CHILD_NAME.fullmatch(os.path.basename(path)) is not None
 
 
 def write_note(machine: MachinePaths, stacked: Mapping[str, Stacked]) -> None:
-    """Before the first of the new images is made. Raises VmmError."""
+    """Write the note; called before the first new image is made. Raises VmmError."""
     document = {disk: {"frozen": one.frozen, "child": one.child} for disk, one in stacked.items()}
     write_whole(note_path(machine), json.dumps(document).encode() + b"\n")
 
 
 def read_note(machine: MachinePaths) -> dict[str, Stacked]:
-    """What the note says; nothing where there is none. Raises StoreFailed for a damaged one."""
+    """The content of the note; empty if there is none. Raises StoreFailed for a damaged one."""
     path = note_path(machine)
     try:
         with open(path, "rb") as file:
@@ -91,7 +92,7 @@ def _stacked(row: dict[str, object]) -> Stacked:
 
 
 def remove_note(machine: MachinePaths) -> None:
-    """The backup is over. Raises VmmError."""
+    """Remove the note: the backup is over. Raises VmmError."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(note_path(machine))

@@ -2,11 +2,11 @@
 """Two machines with one id, one of which is a copied folder: which one is the copy.
 
 An id leads to a machine's processes, images and snapshots, so a copy with the id of another machine would stop that
-machine's guest and remove its snapshots. Decides which machine is a copy, and what its users are told; a copy
-becomes a machine of its own by `new_id`. Light: every command uses this.
+machine's guest and remove its snapshots. Decides which machine is a copy and how that is reported; `new_id` turns a
+copy into a machine of its own. Light: every command uses this.
 
 The original is the one whose processes run, otherwise the one whose definition has the name under which it is found.
-If that applies to several of them or to none, each counts as a copy of another: nothing is done with any of them.
+If that applies to several of them or to none, each counts as a copy, and all operations on them are refused.
 
 `INV-COPY-APART`: a machine that is a copy reaches no process, image or memory of its original.
 """
@@ -28,7 +28,7 @@ _MAX_DEFINITION_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A definition as far as it matters here. `name` is the one that the machine is found by."""
+    """The relevant parts of a definition. `name` is the one under which the machine is found."""
 
     name: str
     folder: str
@@ -37,7 +37,7 @@ class _Entry:
 
 
 class AllIds:
-    """The ids of all machines, read once: for whoever asks about every machine, and must not read all for each."""
+    """The ids of all machines, read once, so that callers that check every machine do not read all files for each."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, list[_Entry]] = {}
@@ -47,14 +47,14 @@ class AllIds:
                 self._by_id.setdefault(entry.id, []).append(entry)
 
     def others(self, own: _Entry) -> list[_Entry]:
-        """Those of the same id but this one."""
+        """The other machines with the same id."""
         return [one for one in self._by_id.get(own.id, ()) if one.name != own.name]
 
 
 def original_of(name: str, ids: AllIds | None = None) -> str | None:
-    """The machine of which this one is a copy; None where no other has its id, or it is the original itself.
+    """The machine of which this one is a copy; None if its id is unique or it is the original itself.
 
-    `ids`: those that were read already.
+    `ids`: ids that were read before.
     """
     registry = registry_folder()
     own = _entry(registry, name)
@@ -70,7 +70,7 @@ def original_of(name: str, ids: AllIds | None = None) -> str | None:
 
 
 def refuse_copy(name: str, ids: AllIds | None = None) -> None:
-    """Raise Refused for a machine that is a copy of another."""
+    """Raise Refused if the machine is a copy of another."""
     original = original_of(name, ids)
     if original is not None:
         raise Refused(
@@ -95,13 +95,13 @@ def _names(registry: str) -> list[str]:
 
 
 def _entry(registry: str, name: str, wanted_id: str | None = None) -> _Entry | None:
-    """A machine with an id, and with `wanted_id` where that is given; None for any other."""
+    """The machine if it has an id (`wanted_id`, if given); otherwise None."""
     folder = os.path.join(registry, name)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         with open(MachinePaths(folder).definition, "rb", buffering=0) as file:
             content = file.read(_MAX_DEFINITION_BYTES)
         if wanted_id is not None and wanted_id.encode() not in content:
-            return None  # most are of this kind, and none of them is parsed
+            return None  # this applies to most machines, so most files need no parsing
         document = json.loads(content)
         machine_id = document["id"]
         if is_id(machine_id) and wanted_id in (None, machine_id):
@@ -110,7 +110,7 @@ def _entry(registry: str, name: str, wanted_id: str | None = None) -> _Entry | N
 
 
 def _running_among(entries: list[_Entry]) -> _Entry | None:
-    """The one in whose folder the processes of this id work; a link to the same folder is the same machine."""
+    """The machine in whose folder the processes with this id run; a link to the same folder is the same machine."""
     try:
         processes = processes_of(runtime_of(entries[0].id))
     except InvalidSpec:

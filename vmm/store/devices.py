@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that are not files of vmm's: devices of the host and LUNs, which a machine gets whole.
+"""Disks that are not files of vmm: host devices and LUNs, each given to one machine as a whole.
 
 Decides when such a disk is examined (when it is defined, so that an unsuitable one is refused at once) and when it is
-claimed (when QEMU starts or the disk is plugged in, and for as long as QEMU lives), and what cannot be done with a
-machine that has one: there is no image of ours beneath it, so its content cannot be preserved while the guest goes on
-writing. What may be given away, and the claim, are decided in `kvm.passthrough` and `kvm.iscsi`; which machines there
-are, in `registry`.
+claimed (when QEMU starts or the disk is plugged in, and for as long as QEMU lives), and which operations a machine
+with such a disk does not support: there is no image of ours beneath it, so its content cannot be preserved while the
+guest keeps writing. Whether a disk may be given away, and the claim itself, are decided in `kvm.passthrough` and
+`kvm.iscsi`; the list of machines comes from `registry`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ GiveSecret = Callable[[str, bytes], Device]  # (id, content) -> the object to ma
 
 
 def looked_at(path: str, *, read_only: bool, machine_id: str) -> dict[str, str]:
-    """Settings of a disk that is a device or LUN: the name and the identity it is known by. Takes nothing.
+    """Settings for a device or LUN: the stable path and the identity. Keeps no claim.
 
-    The device is claimed for a moment, so that whatever stands in the way is said now. A LUN is tried where its target
-    answers, and taken as it is where that is away. Raises InvalidSpec, NotFound, InUse, Refused, AccessDenied.
+    The device is claimed for a moment, so that any obstacle is reported now. A LUN is tried if its target answers, and
+    accepted unchecked otherwise. Raises InvalidSpec, NotFound, InUse, Refused, AccessDenied.
     """
     given = given_to_others(machine_id)
     if iscsi.is_url(path):
@@ -52,7 +52,7 @@ def looked_at(path: str, *, read_only: bool, machine_id: str) -> dict[str, str]:
 
 
 def medium_of(spec: MachineSpec, disk: DiskSpec, *, give_set: GiveSet, give_secret: GiveSecret) -> Medium:
-    """Take a disk for QEMU, and say what QEMU is told. Raises as `looked_at`, and for what `give_set` raises."""
+    """Claim a disk for QEMU; returns how QEMU gets it. Raises as `looked_at`, and whatever `give_set` raises."""
     assert disk.kind == "pass-through" and disk.path is not None
     given = given_to_others(spec.id)
     if iscsi.is_url(disk.path):
@@ -78,9 +78,9 @@ def _refuse_lun(path: str, lun: iscsi.Lun, given: Given) -> None:
 
 
 def given_to_others(machine_id: str) -> Given:
-    """What all machines but this one have, and the layers below the images of all, this one too.
+    """Everything that other machines have, and the layers below the images of all machines, including this one.
 
-    Machines that cannot be read hold nothing back.
+    Machines that cannot be read are left out.
     """
     machines, _ = registry.load_all()
     given = passthrough.given_of((one.spec for one in machines), except_id=machine_id)
@@ -88,9 +88,9 @@ def given_to_others(machine_id: str) -> Given:
 
 
 def _layers_of_all() -> dict[Inode, str]:
-    """The files of every chain that belongs to a machine, its snapshots or a backup: inode -> the machine's name.
+    """The files of every chain of a machine, its snapshots or a backup: inode -> the machine's name.
 
-    A layer that cannot be opened ends its chain: what lies below it is not known.
+    A layer that cannot be opened ends its chain: the layers below it are unknown.
     """
     machines, _ = registry.load_all()
     found: dict[Inode, str] = {}
@@ -109,7 +109,7 @@ def _layers_of_all() -> dict[Inode, str]:
 
 
 def read_password(path: str) -> bytes:
-    """The first line of a file that nobody else may read. Raises NotFound, AccessDenied, Refused."""
+    """The first line of a file that no other user may read. Raises NotFound, AccessDenied, Refused."""
     try:
         with open(path, "rb") as file:
             facts = os.fstat(file.fileno())
@@ -124,7 +124,7 @@ def read_password(path: str) -> bytes:
 
 
 def size_bytes_of(disk: DiskSpec) -> int | None:
-    """The size of a device as the kernel knows it; None for a LUN. Raises NotFound, InvalidSpec."""
+    """The size of a device according to the kernel; None for a LUN. Raises NotFound, InvalidSpec."""
     assert disk.path is not None
     if iscsi.is_url(disk.path):
         return None
@@ -132,7 +132,7 @@ def size_bytes_of(disk: DiskSpec) -> int | None:
 
 
 def refuse_passed_through(spec: MachineSpec, what: str, *, hint: str | None = None) -> None:
-    """Raise Refused when the machine has a device or LUN, of which `what` ("a snapshot") could hold nothing."""
+    """Raise Refused if the machine has a device or LUN, whose content `what` ("a snapshot") could not hold."""
     found = [disk for disk in spec.disks if disk.kind == "pass-through"]
     if found:
         names = ", ".join(f"{disk.id} ({disk.path})" for disk in found)
@@ -144,10 +144,10 @@ def refuse_passed_through(spec: MachineSpec, what: str, *, hint: str | None = No
 
 
 def look_of(disk: DiskSpec, machine_id: str) -> list[Any] | None:
-    """What changes when anybody writes to a device or LUN: for a machine's saved memory, which would not fit.
+    """A value that changes when a device or LUN is written to; saved memory does not fit a disk that changed.
 
-    Of a device writes on this host count, and another boot counts anew; of a LUN samples of its content. None where it
-    cannot be told, as when the device is gone or the target does not answer.
+    For a device: the writes on this host since boot. For a LUN: samples of its content. None if it cannot be
+    determined, for example because the device is gone or the target does not answer.
     """
     assert disk.path is not None
     try:

@@ -2,7 +2,7 @@
 """The images that machines use, examined before a machine gets them.
 
 Decides what a path on the command line means and which image may become a disk: it is opened as the machine will open
-it, so that problems are reported at once. Everything about images themselves is left to vhdkit.
+it, so that problems are reported at once. Everything about the images themselves is left to vhdkit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vmm.store.known_images import known_images
 from vmm.store.media import open_medium
 from vmm.store.registry import Machine
 
-MIN_DISK_BYTES = 64 << 10  # a file that is shorter was named by mistake
-# The first volume descriptors lie behind a system area of 32 KiB (ECMA-119, 6.2.1; ECMA-167, 2/8.3.1).
+MIN_DISK_BYTES = 64 << 10  # a shorter file was most likely named by mistake
+# The first volume descriptors follow a system area of 32 KiB (ECMA-119, 6.2.1; ECMA-167, 2/8.3.1).
 _DESCRIPTORS_AT, _DESCRIPTORS_BYTES, _DESCRIPTOR_STEP = 32 << 10, 16 << 10, 2048
 _CD_MARKS = (b"CD001", b"BEA01")
 
@@ -35,9 +35,9 @@ class KnownImage:
 
 
 def find_image(path: str, folder: str) -> str:
-    """The real path of an image: as it is given, or else in the folder for disks where a bare name is not here.
+    """The real path of an image: the path as given, or in the folder for disks if a bare name does not exist here.
 
-    Links are followed once, now: snapshots lie beside the image, and where a link leads later changes nothing.
+    Links are resolved once, now: snapshots lie beside the image, and a later change of the link has no effect.
     """
     if os.path.exists(path) or os.sep in path:
         return os.path.realpath(path)
@@ -46,9 +46,9 @@ def find_image(path: str, folder: str) -> str:
 
 
 def find_disk(machine: Machine, word: str) -> DiskSpec:
-    """A machine's disk by its id, its serial, or its path by whatever name.
+    """A machine's disk by its id, its serial, or any path of its image.
 
-    Raises NotFound, and InvalidSpec where several disks have the path.
+    Raises NotFound, and InvalidSpec if several disks have the path.
     """
     disks = machine.spec.disks
     for by in ([one for one in disks if one.id == word], [one for one in disks if one.serial == word]):
@@ -72,7 +72,7 @@ def readable(path: str) -> str:
 
 
 def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings with files and folders as they really are called. Raises NotFound, AccessDenied, InvalidSpec."""
+    """Settings with the real paths of files and folders. Raises NotFound, AccessDenied, InvalidSpec."""
     found = dict(settings)
     for key in ("kernel", "initrd"):
         if isinstance(path := settings.get(key), str):
@@ -93,14 +93,14 @@ def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object
 def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
     """Open the image of a disk as the machine would, and close it again.
 
-    `writable`: also make sure that nobody else uses it and that no image stands on it. Raises NotFound, StoreFailed,
+    `writable`: also check that no other program uses it and that no image stands on it. Raises NotFound, StoreFailed,
     InUse.
     """
     assert disk.path is not None
     kinds = [vhdkit.FormatName(disk.format)] if disk.format is not None else []
     try:
         if not kinds:
-            _open(disk, None, lock=False).close()  # it says best what is wrong with a file that is neither
+            _open(disk, None, lock=False).close()  # gives the best error for a file of neither format
             kinds = [vhdkit.FormatName.VHD, vhdkit.FormatName.RAW]
         for kind in kinds:
             try:
@@ -130,14 +130,14 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
 
 
 def is_cd_image(opened: vhdkit.Disk) -> bool:
-    """True for what begins as ISO 9660 or UDF images do."""
+    """True if the content begins like an ISO 9660 or UDF image."""
     size = min(_DESCRIPTORS_BYTES, opened.size_bytes - _DESCRIPTORS_AT)
     content = opened.read(_DESCRIPTORS_AT, size) if size > 0 else b""
     return any(content[at + 1 : at + 6] in _CD_MARKS for at in range(0, len(content), _DESCRIPTOR_STEP))
 
 
 def refuse_frozen(disk: DiskSpec) -> None:
-    """Raise Refused for an image that another one stands on, where a guest would write to it. Raises StoreFailed."""
+    """Raise Refused if a guest would write to an image on which another image stands. Raises StoreFailed."""
     if disk.read_only or disk.path is None:
         return
     children = children_of(disk.path, parent_dirs=disk.parent_dirs)
@@ -159,7 +159,7 @@ def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writabl
 
 
 def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
-    """Give the image of a disk that nobody uses another size; the size it has then. Raises StoreFailed."""
+    """Change the size of a disk's image that is not in use; returns the new size. Raises StoreFailed."""
     assert disk.path is not None
     options = guarded(vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent))
     try:
@@ -169,9 +169,10 @@ def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
 
 
 def guarded(options: vhdkit.OpenOptions) -> vhdkit.OpenOptions:
-    """Options for whatever changes an image: none on which an image of any machine stands is changed.
+    """Options for operations that change an image: they refuse to change one on which an image of any machine stands.
 
-    Taking a snapshot is not among these: it writes to no image that has a child, and helps who has such a one.
+    Taking a snapshot does not need them: it writes to no image that has a child, and it helps users whose image has
+    one.
     """
     return replace(options, known_images=known_images())
 
@@ -186,9 +187,9 @@ def children_of(path: str, *, parent_dirs: Sequence[str] = ()) -> list[str]:
 
 
 def note_marks(machine: Machine, disks: Sequence[DiskSpec]) -> None:
-    """Leave a mark at the parents of disks that lie in other folders, so that vhdkit by itself protects them, too.
+    """Mark the parents of disks that lie in other folders, so that vhdkit protects them even without vmm.
 
-    What cannot be marked is an event of the machine and no failure: vmm knows its machines' images all the same.
+    A mark that cannot be set is recorded as an event and is no failure: vmm knows the images of its machines anyway.
     """
     for disk in disks:
         if not disk.is_image or disk.path is None or disk.format == "raw":

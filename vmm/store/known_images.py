@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image that vmm knows of: those of all machines, of their snapshots, and of backups in progress.
+"""Every image that vmm knows: those of all machines, of their snapshots, and of backups in progress.
 
 vhdkit looks for children of an image by its own rules. They may miss a clone in a folder of its own, so code that
-opens an image for writing, enlarges it, merges into it or removes it also passes on what is known here
+opens an image for writing, enlarges it, merges into it or removes it also passes the images known here
 (`INV-PARENT-READ-ONLY`).
 
 Decides what counts as an image of a machine. Reads the machines' files as plain JSON, because the supervisor uses this
-and must stay small; reports which machines could not be read. Must not know which image stands on which.
+module and must stay small; reports which machines could not be read. Must not know which image stands on which.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 from vmm.model.errors import InUse
 from vmm.model.paths import MachinePaths, check_name, registry_folder
 
-_MAX_BYTES = 16 << 20  # of a tree of snapshots, the longest of these files
+_MAX_BYTES = 16 << 20  # limit of a snapshot tree, the largest of these files
 _MAX_PATH_BYTES = 4095
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The real paths of each machine's images, by its name, and the names of machines that may have more."""
+    """Machine name -> the real paths of its images, and the names of machines whose images could not all be read."""
 
     by_machine: Mapping[str, frozenset[str]]
     unread: tuple[str, ...]
@@ -39,12 +39,12 @@ class Known:
 
 
 def known_images() -> tuple[str, ...]:
-    """The real paths of all images that are known; those of a machine that cannot be read are missing."""
+    """The real paths of all known images; those of machines that cannot be read are missing."""
     return look().images
 
 
 def look() -> Known:
-    """All images of all machines of this host, and whose could not be read."""
+    """The images of all machines of this host, and the machines that could not be read."""
     found: dict[str, frozenset[str]] = {}
     unread = []
     for name in _names():
@@ -56,7 +56,7 @@ def look() -> Known:
 
 
 def being_merged(own_id: str) -> dict[str, str]:
-    """The real paths of images that a merge changes or removes now -> its machine, which has another id than this."""
+    """Images that merges change or remove now: real path -> machine, for machines with an id other than `own_id`."""
     found: dict[str, str] = {}
     for name in _names():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -69,7 +69,7 @@ def being_merged(own_id: str) -> dict[str, str]:
 
 
 def refuse_used_elsewhere(own: str, paths: Iterable[str]) -> None:
-    """Raise InUse when a machine other than `own` uses one of these images, which a merge is about to change."""
+    """Raise InUse if a machine other than `own` uses one of these images, which a merge is about to change."""
     wanted = frozenset(map(os.path.realpath, paths))
     for name, images in look().by_machine.items():
         if name != own and (used := sorted(wanted & images)):
@@ -77,7 +77,7 @@ def refuse_used_elsewhere(own: str, paths: Iterable[str]) -> None:
 
 
 def _images_of(machine: MachinePaths) -> Iterator[str]:
-    """Raises OSError, and ValueError and its like for what is damaged."""
+    """Raises OSError, and ValueError, KeyError or TypeError for damaged files."""
     definition = _read(machine.definition)
     if definition is None:
         raise ValueError("no definition")
@@ -90,7 +90,7 @@ def _images_of(machine: MachinePaths) -> Iterator[str]:
             yield from _real(*snapshot["disks"].values())
             folder = str(snapshot["folder"])
             then = _read(os.path.join(folder, f"{os.path.basename(folder)}.json"))
-            if then is not None:  # its read-only disks are named nowhere else
+            if then is not None:  # no other file names its read-only disks
                 yield from _of_definition(then)
         journal = tree["journal"] or {}
         yield from _real(*(word for row in journal.get("children", ()) for word in row[1:3]))
@@ -112,7 +112,7 @@ def _real(*paths: object) -> Iterator[str]:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """A JSON object in a file; None where there is no file."""
+    """The JSON object in a file; None if the file does not exist."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_BYTES + 1)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The media in a machine's drives: how one is recognised, and whether the present one is the one that a guest had.
+"""The media in a machine's drives: how a medium is identified, and whether it is still the one that the guest had.
 
-Decides that a medium is recognised by its content and not by its name: a guest that continues with another one in the
-drive must be told, otherwise it takes old directories and pages for those of the new medium. An image that was moved
-is the same one; a newer one under the old name is not. Content is compared by samples, which distinguish images that
-were made separately: those differ in their volume descriptors and in where files lie.
+Decides that a medium is identified by its content and not by its name: a guest that continues with another medium in
+the drive must be notified, otherwise it uses cached directories and pages of the old medium. An image that was moved
+is the same medium; a newer image under the old name is not. Content is compared by samples, which distinguish images
+that were made separately: those differ in their volume descriptors and in the location of files.
 
-Must not know QEMU's commands, nor where a saved machine's description lies. Light: the command line starts machines
-with it.
+Must not know QEMU's commands, nor where a saved machine's description is stored. Light: the command line starts
+machines with it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 _EDGE_BYTES, _SAMPLE_BYTES, _SAMPLES = MIB, 64 << 10, 64
 
-Media = Mapping[str, str | None]  # drive -> what its medium is known by, None for none; None where it is not known
+Media = Mapping[str, str | None]  # drive -> identity of its medium, None if empty; a Media of None: not recorded
 
 
 def identity_of(descriptor: int) -> str:
-    """What an open medium is known by: its size, its first and last MiB, and 64 pieces between. Raises OSError."""
-    import hashlib  # takes long, and few machines have media
+    """The identity of an open medium: a hash of its size, its first and last MiB, and 64 samples. Raises OSError."""
+    import hashlib  # slow to import, and few machines have media
 
     size = os.lseek(descriptor, 0, os.SEEK_END)
     digest = hashlib.sha256(b"%d" % size)
@@ -39,14 +39,14 @@ def identity_of(descriptor: int) -> str:
         while length:
             piece = os.pread(descriptor, min(length, MIB), start)
             if not piece:
-                break  # it became shorter: another medium
+                break  # the file was truncated meanwhile: another medium
             digest.update(piece)
             start, length = start + len(piece), length - len(piece)
     return digest.hexdigest()
 
 
 def _samples(size: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what is looked at."""
+    """(offset, length) of the samples."""
     if size <= 2 * _EDGE_BYTES + _SAMPLES * _SAMPLE_BYTES:
         yield 0, size
         return
@@ -58,7 +58,7 @@ def _samples(size: int) -> Iterator[tuple[int, int]]:
 
 
 def known_by(descriptor: int, path: str | None) -> str:
-    """The same. Raises AccessDenied, VmmError, naming the path."""
+    """As `identity_of`. Raises AccessDenied, VmmError, naming the path."""
     try:
         return identity_of(descriptor)
     except OSError as error:
@@ -66,7 +66,7 @@ def known_by(descriptor: int, path: str | None) -> str:
 
 
 def look_at_medium(path: str) -> str:
-    """What the medium there is known by. Raises NotFound, AccessDenied, InvalidSpec, VmmError."""
+    """The identity of the medium at a path. Raises NotFound, AccessDenied, InvalidSpec, VmmError."""
     descriptor = open_medium(path)
     try:
         return known_by(descriptor, path)
@@ -75,7 +75,7 @@ def look_at_medium(path: str) -> str:
 
 
 def open_medium(path: str) -> int:
-    """An ISO image, opened for reading. Raises NotFound, AccessDenied, InvalidSpec."""
+    """Open an ISO image for reading. Raises NotFound, AccessDenied, InvalidSpec."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -89,26 +89,26 @@ def open_medium(path: str) -> int:
 
 
 def is_device(descriptor: int) -> bool:
-    """True for a block device, of which QEMU is told otherwise."""
+    """True for a block device, for which QEMU needs another driver."""
     return stat.S_ISBLK(os.fstat(descriptor).st_mode)
 
 
-# -- what cannot be found ------------------------------------------------------------------------------------------
+# -- missing files -------------------------------------------------------------------------------------------------
 
 
 def change_hint(name: str, drive: DiskSpec) -> str:
-    """How a drive gets another medium or none."""
+    """Hint: how to change or remove the medium of a drive."""
     return f"vmm disk change {name} {drive.id} FILE puts a medium in, and --eject leaves the drive empty"
 
 
 def kernel_hint(name: str, what: str) -> str:
-    """How a machine gets another kernel or initrd, or none."""
+    """Hint: how to change or remove a machine's kernel or initrd."""
     none = "--kernel ''" if what == "kernel" else "--initrd ''"
     return f"vmm set {name} --{what} FILE names another, and {none} goes without"
 
 
 def open_in_drive(spec: MachineSpec, drive: DiskSpec) -> int:
-    """The medium of a drive, opened for reading. Raises NotFound, AccessDenied, InvalidSpec with the way on."""
+    """Open the medium of a drive for reading. Raises NotFound, AccessDenied, InvalidSpec with a hint."""
     assert drive.path is not None
     try:
         return open_medium(drive.path)
@@ -118,7 +118,7 @@ def open_in_drive(spec: MachineSpec, drive: DiskSpec) -> int:
 
 
 def look_at_files(spec: MachineSpec) -> None:
-    """Raise what keeps the media, the kernel or the initrd of a machine from being opened, with the way on."""
+    """Raise, with a hint, whatever prevents the media, the kernel or the initrd of a machine from being opened."""
     for disk in spec.disks:
         if disk.kind == "iso" and disk.path is not None:
             os.close(open_in_drive(spec, disk))
@@ -132,19 +132,19 @@ def look_at_files(spec: MachineSpec) -> None:
 
 
 def media_of(spec: MachineSpec) -> dict[str, str | None]:
-    """What each drive's medium is known by. Raises NotFound, AccessDenied, InvalidSpec, VmmError."""
+    """Drive -> identity of its medium. Raises NotFound, AccessDenied, InvalidSpec, VmmError."""
     return {
         disk.id: None if disk.path is None else look_at_medium(disk.path) for disk in spec.disks if disk.kind == "iso"
     }
 
 
-# -- of a guest that goes on ---------------------------------------------------------------------------------------
+# -- when a guest continues ----------------------------------------------------------------------------------------
 
 
 def refuse_other_media(spec: MachineSpec, then: Media | None, accepted: Media) -> None:
-    """Raise Refused unless each drive has the medium that the guest had, or one that the user put in since.
+    """Raise Refused unless each drive has the medium that the guest had, or one that the user has inserted since.
 
-    `then`: None where nobody wrote down what the guest had. Files that are missing are refused, too.
+    `then`: None if the media were not recorded. Missing files are refused as well.
     """
     with _as_refusal(spec):
         look_at_files(spec)
@@ -162,7 +162,7 @@ def refuse_other_media(spec: MachineSpec, then: Media | None, accepted: Media) -
 
 @contextlib.contextmanager
 def _as_refusal(spec: MachineSpec) -> Iterator[None]:
-    """What is missing for a saved machine: its memory is kept, and the way on keeps it, too."""
+    """For missing files that a saved machine needs: its memory is kept, also when the hint is followed."""
     try:
         yield
     except VmmError as error:
@@ -174,7 +174,7 @@ def _as_refusal(spec: MachineSpec) -> Iterator[None]:
 
 
 def changed_drives(spec: MachineSpec, then: Media | None, accepted: Media, now: Media) -> list[str]:
-    """The drives whose guest must be told that the medium is another one."""
+    """The drives for which the guest must be notified of another medium."""
     drives = [disk.id for disk in spec.disks if disk.kind == "iso"]
     if then is None:
         return [one for one in drives if one in accepted]

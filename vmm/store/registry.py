@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machines of this host, as files: which there are, their definitions, and who may change them.
+"""The machines of this host, as files: the list of machines, their definitions, and who may change them.
 
 Decides how a machine is added, found, changed and removed so that it exists whole or not at all, that one command
-changes a machine at a time, and that no two machines write to one image. Must not know what is running.
+changes a machine at a time, and that no two machines write to one image. Must not know which machines run.
 
     home/machines/NAME/machine.json      or home/machines/NAME -> FOLDER/NAME if the machine lies elsewhere
 """
@@ -26,13 +26,13 @@ from vmm.model.spec import DiskSpec, MachineSpec, read_spec
 from vmm.store.known_images import being_merged
 from vmm.store.snapshots.store import machine_turn
 
-_FILE_IDENTITY = "file="  # how `host.block` begins the identity of a loop device
+_FILE_IDENTITY = "file="  # prefix of the identity of a loop device in `host.block`
 MAX_DEFINITION_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine as it is defined, and where its files are."""
+    """A machine's definition, and where its files are."""
 
     spec: MachineSpec
     paths: MachinePaths
@@ -46,7 +46,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Changing(Machine):
-    """A machine whose definition was read while `lock` was held: what a change is decided by."""
+    """A machine whose definition was read while `lock` was held: the basis for a change."""
 
     lock: HeldLock
 
@@ -66,7 +66,7 @@ def names() -> list[str]:
 def load(name: str) -> Machine:
     """A machine by its name. Raises NotFound, InvalidSpec, AccessDenied."""
     machine = load_folder(paths.machine_folder(name))
-    if machine.spec.name != name:  # a rename was cut short: the folder's name is the one it is found by
+    if machine.spec.name != name:  # a rename was interrupted: the folder's name is the valid one
         return Machine(machine.spec.changed(name=name), machine.paths, machine.runtime)
     return machine
 
@@ -79,7 +79,7 @@ def load_folder(folder: str) -> Machine:
 
 
 def read_definition(path: str) -> MachineSpec:
-    """A definition. Raises NotFound, AccessDenied, InvalidSpec."""
+    """Read a definition. Raises NotFound, AccessDenied, InvalidSpec."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_DEFINITION_BYTES + 1)
@@ -89,10 +89,10 @@ def read_definition(path: str) -> MachineSpec:
 
 
 def with_real_paths(spec: MachineSpec) -> MachineSpec:
-    """The definition with the files that links lead to.
+    """The definition with links in paths resolved.
 
-    What is given now is resolved when it is given; definitions of 0.1.0 may still hold links, whose folder is another
-    one than their image's.
+    Paths are resolved when the user gives them; definitions of 0.1.0 may still hold links, and the folder of a link
+    can differ from the folder of its image.
     """
     disks = [
         disk.model_copy(update={"path": os.path.realpath(disk.path)})
@@ -105,7 +105,7 @@ def with_real_paths(spec: MachineSpec) -> MachineSpec:
 
 
 def load_all() -> tuple[list[Machine], list[VmmError]]:
-    """All machines, and what is wrong with those that cannot be read."""
+    """All machines, and an error for each one that cannot be read."""
     machines, failures = [], []
     for name in names():
         try:
@@ -121,14 +121,14 @@ def load_all() -> tuple[list[Machine], list[VmmError]]:
 
 @contextlib.contextmanager
 def changing(name: str) -> Iterator[Changing]:
-    """The machine, which nobody else changes while the block runs. Raises InUse when somebody does, and as `load`."""
+    """Lock the machine while the block runs. Raises InUse if it is locked by another command, and as `load`."""
     folder = paths.machine_folder(name)
     with machine_turn(folder, name) as lock:
         yield load_for_change(lock)
 
 
 def load_for_change(lock: HeldLock) -> Changing:
-    """The machine as it is now that its lock is held. Raises as `load`."""
+    """The machine as it is now, with its lock held. Raises as `load`."""
     assert lock.is_held, "a machine is read for a change while its lock is held"
     found = load_folder(lock.folder)
     spec = found.spec if found.spec.name == lock.name else found.spec.changed(name=lock.name)  # as in `load`
@@ -138,12 +138,12 @@ def load_for_change(lock: HeldLock) -> Changing:
 def add(
     spec: MachineSpec, *, folder: str | None = None, fill: Callable[[MachinePaths], None] = lambda machine: None
 ) -> Machine:
-    """Add a machine; its folder is made in `folder`, by default the host's for machines. It appears whole.
+    """Add a machine; its folder is made in `folder`, by default the host's folder for machines. It appears as a whole.
 
-    `fill` puts further files into the folder before anybody sees it.
+    `fill` puts further files into the folder before it becomes visible.
 
-    Raises AlreadyExists for a name that is taken, InUse for an image of another machine's, InvalidSpec where its
-    sockets would have too long names, NoSpace, AccessDenied.
+    Raises AlreadyExists if the name is taken, InUse for an image of another machine, InvalidSpec if the paths of its
+    sockets would be too long, NoSpace, AccessDenied.
     """
     paths.runtime_of(spec.id)
     paths.make_home()
@@ -192,7 +192,7 @@ def _refuse_known_id(spec: MachineSpec) -> None:
 def save(machine: Changing, spec: MachineSpec) -> Changing:
     """Replace the definition that was read.
 
-    Raises InUse when it is another one by now, and for an image of another machine's; NoSpace.
+    Raises InUse if it has changed since, and for an image of another machine; NoSpace.
     """
 
     def change(present: MachineSpec) -> MachineSpec:
@@ -204,9 +204,9 @@ def save(machine: Changing, spec: MachineSpec) -> Changing:
 
 
 def update(lock: HeldLock, change: Callable[[MachineSpec], MachineSpec], *, check_images: bool = True) -> Changing:
-    """Change the definition as it is at this moment: reading and writing are one step for everybody who writes one.
+    """Change the current definition: reading and writing are one step, atomic with respect to all other writers.
 
-    Raises what `change` does, InUse for an image of another machine's unless `check_images` is off, NoSpace.
+    Raises whatever `change` raises, InUse for an image of another machine unless `check_images` is off, NoSpace.
     """
     with standing_still():
         machine = load_for_change(lock)
@@ -218,12 +218,12 @@ def update(lock: HeldLock, change: Callable[[MachineSpec], MachineSpec], *, chec
 
 
 def _put(where: MachinePaths, spec: MachineSpec) -> None:
-    """The definition's one writer: whoever calls it holds the machine's lock, or its folder is not visible yet."""
+    """The only writer of definitions: the caller holds the machine's lock, or the folder is not visible yet."""
     paths.write_whole(where.definition, spec.to_json())
 
 
 def rename(machine: Changing, spec: MachineSpec) -> None:
-    """Give a machine the name in `spec`, under its lock. Raises AlreadyExists."""
+    """Rename a machine to the name in `spec`, under its lock. Raises AlreadyExists."""
     old, new = (os.path.join(paths.registry_folder(), name) for name in (machine.name, spec.name))
     target = os.path.join(os.path.dirname(machine.paths.folder), spec.name)
     is_link = os.path.islink(old)
@@ -231,7 +231,7 @@ def rename(machine: Changing, spec: MachineSpec) -> None:
         with standing_still():
             if os.path.lexists(new) or os.path.lexists(target):
                 raise AlreadyExists("there is a machine or folder of that name already", machine=spec.name)
-            # The definition last: until then the folder's name is what a machine is found by.
+            # The definition is written last: until then the folder's name is the valid one.
             os.rename(machine.paths.folder, target)
             if is_link:
                 os.symlink(target, new)
@@ -243,10 +243,10 @@ def rename(machine: Changing, spec: MachineSpec) -> None:
 
 
 def remove(machine: Changing) -> None:
-    """Take a machine away, under its lock; its disks stay. Raises AccessDenied."""
+    """Remove a machine, under its lock; its disks stay. Raises AccessDenied."""
     entry = os.path.join(paths.registry_folder(), machine.name)
     try:
-        # Out of sight under a name that is none: half a machine is never seen.
+        # Renamed first to a name that is not a machine's, so that half a machine is never visible.
         unfinished.sweep(os.path.dirname(machine.paths.folder), folders=True)
         hidden = unfinished.folder_of(machine.paths.folder, "removed")
         os.rename(machine.paths.folder, hidden)
@@ -259,9 +259,10 @@ def remove(machine: Changing) -> None:
 
 @contextlib.contextmanager
 def standing_still() -> Iterator[None]:
-    """While the block runs nobody else writes a definition, or looks whether an image is free and takes or removes it.
+    """While the block runs, no other process writes a definition, or checks that an image is free to take or remove
+    it.
 
-    Not for a block in which another such block is entered. Raises VmmError.
+    Not reentrant. Raises VmmError.
     """
     path = os.path.join(paths.home(), ".lock")
     try:
@@ -279,7 +280,7 @@ def standing_still() -> Iterator[None]:
 
 
 def check_disks(spec: MachineSpec) -> None:
-    """Raise InUse when another machine uses an image or device of this one, and one of the two writes to it."""
+    """Raise InUse if another machine uses an image or device of this one, and one of the two writes to it."""
     mine = {_identity(disk): disk for disk in spec.disks if disk.kind != "iso" and disk.path is not None}
     written = [_identity(disk) for disk in spec.disks if disk.kind != "iso"]
     if len(set(written)) != len(written):
@@ -288,7 +289,7 @@ def check_disks(spec: MachineSpec) -> None:
     _refuse_merged(spec)
     others, _ = load_all()
     for other in others:
-        if other.name == spec.name or other.spec.id == spec.id:  # of one id: a copy, which does not get to use them
+        if other.name == spec.name or other.spec.id == spec.id:  # same id: a copy, which may not use them anyway
             continue
         for disk in other.spec.disks:
             own = mine.get(_identity(disk)) if disk.kind != "iso" else None
@@ -303,7 +304,7 @@ def check_disks(spec: MachineSpec) -> None:
 
 
 def _refuse_merged(spec: MachineSpec) -> None:
-    """Raise InUse for an image that another machine's merge changes or removes at this moment."""
+    """Raise InUse for an image that another machine's merge is changing or removing."""
     merged = being_merged(spec.id)
     for disk in spec.disks:
         if disk.path is not None and (other := merged.get(os.path.realpath(disk.path))) is not None:
@@ -314,7 +315,7 @@ def _refuse_merged(spec: MachineSpec) -> None:
 
 
 def other_user_of(disk: DiskSpec, name: str) -> str | None:
-    """The name of a machine other than `name` that has this image or device, too."""
+    """The name of a machine other than `name` that also has this image or device."""
     identity = _identity(disk)
     for other in load_all()[0]:
         if other.name != name and any(_identity(one) == identity for one in other.spec.disks if one.path is not None):
@@ -323,11 +324,11 @@ def other_user_of(disk: DiskSpec, name: str) -> str | None:
 
 
 def _identity(disk: DiskSpec) -> object:
-    """What two names of the same file or device have in common."""
+    """A value that is equal for different names of the same file or device."""
     path = disk.path or ""
     if disk.identity is not None and not disk.identity.startswith(_FILE_IDENTITY):
-        return disk.identity  # a device's name may be another's by now
-    if disk.identity is not None:  # a loop device is the file behind it
+        return disk.identity  # the path may lead to another device by now
+    if disk.identity is not None:  # a loop device counts as the file behind it
         path = disk.identity.removeprefix(_FILE_IDENTITY)
     try:
         facts = os.stat(path)
@@ -347,7 +348,7 @@ def _is_name(name: str) -> bool:
 
 
 def machine_of_port(port: str) -> tuple[str, str]:
-    """(machine, adapter) of a switch's port; the port itself where no machine has it."""
+    """(machine, adapter) of a switch's port; (port, "") if no machine has it."""
     prefix, _, adapter_id = port.partition(".")
     for machine in load_all()[0]:
         if machine.spec.id.replace("-", "").startswith(prefix) and adapter_id:

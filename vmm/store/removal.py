@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only way in which an image is removed: only if nothing names it or stands on it, and no process has it open.
+"""The only code that removes images: only if nothing names the image or stands on it, and no process has it open.
 
-Decides whether a file may be removed. A machine's definition, the definition with which a machine runs, a snapshot, or
-the note of a backup names it; a process has it open, or holds a lock on it as QEMU and vhdkit do; or a loop device
-uses it. All of this is checked while nobody can write a definition (`registry.standing_still`), so an image that was
-unused at the check is unused when it is removed. Must not know why it is to be removed.
+Decides whether a file may be removed. An image can be named by a machine's definition, the definition with which a
+machine runs, a snapshot, or the note of a backup; a process may have it open, or hold a lock on it as QEMU and vhdkit
+do; a loop device may use it. All of this is checked while no definition can be written (`registry.standing_still`), so
+an image that was unused at the check is unused when it is removed. Must not know why it is to be removed.
 
 `INV-REMOVED-UNUSED`: vmm removes no image that something names, stands on or has open, whatever its caller believed.
 """
@@ -31,22 +31,22 @@ from vmm.store.snapshots.store import has_tree, load_tree
 
 _MAX_DOCUMENT_BYTES = 4 << 20
 _MAX_TREE_BYTES = 16 << 20
-_RECORDS = ("snapshots.json", "backup.json")  # of a machine, beside its definition
+_RECORDS = ("snapshots.json", "backup.json")  # a machine's other files that name images
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A path that something names, and who does."""
+    """A path that is in use, and its user."""
 
     path: str
     who: str
 
 
 def remove_image(path: str, lock: HeldLock) -> None:
-    """Remove an image of the machine whose lock is held, durably; one that is gone is fine.
+    """Durably remove an image of the machine whose lock is held; a missing file is fine.
 
-    Raises InUse, saying who needs it, and what the system says.
+    Raises InUse, naming the user of the image, and errors of the operating system as VmmError.
     """
     try:
         facts = os.lstat(path)
@@ -73,7 +73,7 @@ def remove_image(path: str, lock: HeldLock) -> None:
 
 
 def refuse_needed_folder(folder: str, lock: HeldLock) -> None:
-    """Raise InUse when a machine other than the one whose lock is held has files in a folder that is to go."""
+    """Raise InUse if a machine other than the one whose lock is held has files in a folder that is to be removed."""
     root = os.path.realpath(folder)
     for use in uses(lock.folder, os.path.basename(folder), only_others=True):
         real = os.path.realpath(use.path)
@@ -81,11 +81,11 @@ def refuse_needed_folder(folder: str, lock: HeldLock) -> None:
             raise InUse(f"is not removed: {use.who} needs {use.path}", path=folder)
 
 
-# -- who names it ----------------------------------------------------------------------------------------------------
+# -- what names it ---------------------------------------------------------------------------------------------------
 
 
 def images_inside(folder: str) -> list[Use]:
-    """The images in a machine's folder that anything names, its own definition and tree too. Raises InUse."""
+    """The existing images in a machine's folder that are named, also by its own definition or tree. Raises InUse."""
     root = os.path.realpath(folder)
     found = [*uses(folder, os.path.basename(folder))]
     found += [Use(path, "its tree of snapshots") for path in load_tree(MachinePaths(folder)).images]
@@ -94,10 +94,10 @@ def images_inside(folder: str) -> list[Use]:
 
 
 def uses(own_folder: str, word: str, *, only_others: bool = False) -> Iterator[Use]:
-    """Every path that something names. What the tree of the machine in `own_folder` only remembers is not among them.
+    """Every path that is in use. Excludes images that only the tree of the machine in `own_folder` remembers.
 
-    Raises InUse for a machine that cannot be read and has `word`, the last part of the path that is to go, anywhere
-    in its files.
+    Raises InUse for a machine that cannot be read and whose files contain `word`, the last component of the path to
+    remove.
     """
     for name in registry.names():
         try:
@@ -114,7 +114,7 @@ def uses(own_folder: str, word: str, *, only_others: bool = False) -> Iterator[U
 
 
 def _has_word(folder: str, word: str) -> bool:
-    """True when one of a machine's files holds the word, or cannot be looked at."""
+    """True if one of a machine's files contains the word or cannot be read."""
     spelled = json.dumps(word)[1:-1].encode()
     for path in (MachinePaths(folder).definition, *(os.path.join(folder, name) for name in _RECORDS)):
         try:
@@ -153,7 +153,7 @@ def _uses_of(machine: Machine, *, is_own: bool) -> Iterator[Use]:
 
 
 def _paths_in(path: str, keys: tuple[str, ...]) -> Iterator[str]:
-    """The absolute paths in a JSON file of ours; none where it is not there. Raises VmmError for a damaged one."""
+    """The absolute paths in one of our JSON files; none if it does not exist. Raises VmmError for a damaged one."""
     try:
         with open(path, "rb") as file:
             document = json.loads(file.read(_MAX_DOCUMENT_BYTES))
@@ -183,7 +183,7 @@ def _strings_in(document: object) -> Iterator[str]:
 def _is_same(named: str, path: str, facts: os.stat_result) -> bool:
     if os.path.realpath(named) == os.path.realpath(path):
         return True
-    with contextlib.suppress(OSError, ValueError):  # another name of the same file
+    with contextlib.suppress(OSError, ValueError):  # hard links
         return facts.st_nlink > 1 and os.path.samestat(os.stat(named), facts)
     return False
 
@@ -194,13 +194,13 @@ def _is_same_folder(one: str, other: str) -> bool:
     return False
 
 
-# -- who has it open -------------------------------------------------------------------------------------------------
+# -- what has it open ------------------------------------------------------------------------------------------------
 
 
 def holder_of(path: str) -> str | None:
-    """Who has a file open or locked, as a clause; None where it is seen of nobody. Raises AccessDenied.
+    """The program that has a file open or locked, as a clause; None if none is visible. Raises AccessDenied.
 
-    Locks show the processes of other users too, descriptors those of readable ones.
+    Locks of all users' processes are visible; open descriptors only those of processes that we may read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -208,7 +208,7 @@ def holder_of(path: str) -> str | None:
         return None
     except OSError as error:
         if os.path.islink(path):
-            return None  # the link goes, not what it leads to
+            return None  # only the link is removed, not its target
         raise of_os_error(error, "look who has the image open", path=path) from error
     try:
         facts = os.fstat(descriptor)
@@ -225,12 +225,12 @@ def holder_of(path: str) -> str | None:
 
 
 def _is_locked(descriptor: int) -> bool:
-    """True when somebody holds a lock that would keep a writer out, as QEMU and vhdkit set them on open images."""
+    """True if a lock is held that would exclude a writer; QEMU and vhdkit set such locks on open images."""
     wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
         found = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))
     except OSError:
-        return False  # a file system without locks
+        return False  # a file system without lock support
     return bool(found[0] != fcntl.F_UNLCK)
 
 
@@ -243,10 +243,10 @@ def _has_open(pid: int, facts: os.stat_result) -> bool:
     try:
         names = os.listdir(folder)
     except OSError:
-        return False  # it has ended, or is another user's
+        return False  # the process has ended or belongs to another user
     for name in names:
         with contextlib.suppress(OSError):
-            # Only what can be this file is looked at: a look at one on a dead mount would wait for ever.
+            # Only candidates are examined: a stat of a file on a dead mount would block forever.
             if not os.readlink(f"{folder}/{name}").startswith("/") or not _may_be(pid, name, facts.st_ino):
                 continue
             if os.path.samestat(os.stat(f"{folder}/{name}"), facts):
@@ -255,7 +255,7 @@ def _has_open(pid: int, facts: os.stat_result) -> bool:
 
 
 def _may_be(pid: int, name: str, inode: int) -> bool:
-    """False for a descriptor of another inode; older kernels do not say."""
+    """False for a descriptor of another inode; older kernels do not report the inode."""
     with open(f"/proc/{pid}/fdinfo/{name}", "rb") as file:
         for line in file.read(4096).splitlines():
             if line.startswith(b"ino:"):

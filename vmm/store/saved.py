@@ -3,11 +3,11 @@
 
     saved/memory.bin    what QEMU wrote (its migration stream)
     saved/state.json    our description: QEMU, machine type, CPU, accelerator, the definition, the size of memory.bin
-    saved/disks.json    how the disks' files looked when all was written to them; it comes last
+    saved/disks.json    size and time of the disks' files after the last write to them; written last
 
 Decides what belongs to a saved state, what is compared before it is restored, and the order in which it is made and
-removed: nothing is renamed to `saved` before it is complete and synced, and it is removed before the guest runs again,
-because memory and disks that do not belong together destroy file systems. Must not know QEMU's commands.
+removed: it is renamed to `saved` only when it is complete and synced, and removed before the guest runs again, because
+memory and disks that do not belong together destroy file systems. Must not know QEMU's commands.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FORMAT = 1
 MIB = 1 << 20
 Tell = Callable[..., None]  # tell(event, **details)
 _MAX_DESCRIPTION_BYTES = 8 << 20
-# The guest's memory page by page, the screen's, firmware's and devices' state.
+# The guest's memory page by page, and the state of screen, firmware and devices.
 _PAGES_FACTOR, _OTHER_BYTES = 1.01, 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What `state.json` says."""
+    """The content of `state.json`."""
 
     qemu_version: str
     accelerator: str
@@ -47,24 +47,24 @@ class Description:
     memory_file_bytes: int
     definition: dict[str, Any]
     saved_at: float
-    media: Media | None = None  # what the guest had in its drives; None where nobody wrote it down
-    accepted: Media = field(default_factory=dict)  # and what the user put there since
+    media: Media | None = None  # the media that the guest had; None if they were not recorded
+    accepted: Media = field(default_factory=dict)  # the media that the user has inserted since
     had_kernel: bool = False  # QEMU was started with a kernel
-    mtus: dict[str, int] = field(default_factory=dict)  # adapter -> its device's `host_mtu`; 0: it tells none
+    mtus: dict[str, int] = field(default_factory=dict)  # adapter -> `host_mtu` of its device; 0: not announced
 
 
 def folder_while_saving(machine: MachinePaths) -> str:
-    """Where a state is written before it is complete."""
+    """The folder in which a state is written until it is complete."""
     return f"{machine.saved}.part"
 
 
 def is_saved(machine: MachinePaths) -> bool:
-    """True when there is a whole saved state."""
+    """True if there is a complete saved state."""
     return os.path.isdir(machine.saved)
 
 
 def open_memory_file(machine: MachinePaths, spec: MachineSpec) -> int:
-    """A new file for the memory, with room for all of it taken beforehand. Raises NoSpace, AccessDenied."""
+    """A new file for the memory, with all its space allocated beforehand. Raises NoSpace, AccessDenied."""
     folder = folder_while_saving(machine)
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,13 +93,13 @@ def complete(
     media: Media,
     mtus: Mapping[str, int],
 ) -> None:
-    """The memory is written: cut the file where the writing ended, sync, describe it, and give it its name.
+    """All memory is written: truncate the file to what was written, sync, describe and rename it.
 
-    Raises VmmError; then there is no saved state, and the machine can go on.
+    Raises VmmError; there is no saved state then, and the machine can continue.
     """
     folder = folder_while_saving(machine)
     try:
-        size = os.lseek(descriptor, 0, os.SEEK_CUR)  # QEMU's position: it is the same open file
+        size = os.lseek(descriptor, 0, os.SEEK_CUR)  # QEMU's position: it shares our open file description
         if (problem := memory_file.problem_of(descriptor, size)) is not None:
             raise VmmError(f"the memory was not saved: {problem}", path=folder)
         os.ftruncate(descriptor, size)
@@ -121,13 +121,13 @@ def complete(
 
 
 def note_disks(machine: MachinePaths, spec: MachineSpec) -> None:
-    """The disks' files are complete and closed: note how they look. Raises VmmError."""
+    """Record the state of the disks' files, which are complete and closed. Raises VmmError."""
     if is_saved(machine):
         write_whole(os.path.join(machine.saved, "disks.json"), json.dumps(_looks_of(spec)).encode() + b"\n")
 
 
 def read_description(machine: MachinePaths) -> Description:
-    """Raises NotFound, and VmmError for a damaged one."""
+    """Read `state.json`. Raises NotFound, and VmmError if it is damaged."""
     path = os.path.join(machine.saved, "state.json")
     try:
         with open(path, "rb") as file:
@@ -153,10 +153,10 @@ def read_description(machine: MachinePaths) -> Description:
 
 
 def machine_document(spec: MachineSpec, media: Media, mtus: Mapping[str, int]) -> dict[str, Any]:
-    """What a description says about the machine whose memory it is.
+    """The part of a description that is about the machine whose memory it is.
 
-    A guest goes on with the MTU that its adapters told it when it started: QEMU restores no adapter that told one into
-    an adapter that tells none.
+    A guest keeps the MTUs that its adapters announced when it started: QEMU does not restore an adapter that announced
+    one into an adapter that announces none.
     """
     return {
         "definition": json.loads(spec.to_json()),
@@ -167,7 +167,7 @@ def machine_document(spec: MachineSpec, media: Media, mtus: Mapping[str, int]) -
 
 
 def had_kernel(document: Mapping[str, Any]) -> bool:
-    """True where QEMU was started with a kernel; what 0.1.0 saved tells it by its definition."""
+    """True if QEMU was started with a kernel; states saved by 0.1.0 show it only in their definition."""
     return bool(document.get("had_kernel", document["definition"].get("kernel") is not None))
 
 
@@ -192,7 +192,7 @@ def _media_in(value: Mapping[str, object]) -> Media:
 
 
 def accept_media(machine: MachinePaths, media: Media) -> None:
-    """The user has put these media into drives of a saved machine: that is where it goes on. Raises VmmError."""
+    """Record the media that the user has inserted into drives of a saved machine. Raises VmmError."""
     description = read_description(machine)
     path = os.path.join(machine.saved, "state.json")
     try:
@@ -207,9 +207,9 @@ def accept_media(machine: MachinePaths, media: Media) -> None:
 def open_saved_memory(
     machine: MachinePaths, spec: MachineSpec, qemu_version: str, *, tell: Tell = lambda event, **details: None
 ) -> tuple[int, Description]:
-    """(the memory's file, its description) after everything was compared. Raises Refused with what does not fit.
+    """(descriptor of the memory file, its description) after all comparisons. Raises Refused, naming the mismatch.
 
-    `tell` hears of what could not be compared.
+    `tell` receives an event for each disk that could not be compared.
     """
     description = read_description(machine)
     hint = f"vmm start {spec.name} --discard-saved starts without the saved memory, as after a power cut"
@@ -237,7 +237,7 @@ def open_saved_memory(
 
 
 def _definition_problem(description: Description, spec: MachineSpec) -> str | None:
-    """What of the hardware was changed since."""
+    """The first difference in hardware since the machine was saved, or None."""
     now = json.loads(spec.to_json())
     for name in ("id", "memory_bytes", "cpu_count", "machine_type", "cpu_model", "firmware", "screen"):
         if description.definition.get(name) != now[name]:
@@ -246,7 +246,7 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
     def places(definition: dict[str, Any]) -> list[list[object]]:
         rows = []
         for disk in definition.get("disks", []):
-            path = disk.get("path") if disk.get("kind") != "iso" else None  # what is in a drive has its own rule
+            path = disk.get("path") if disk.get("kind") != "iso" else None  # media have a rule of their own
             if isinstance(path, str) and disk.get("kind") != "pass-through":
                 path = os.path.realpath(path)
             keys = ("id", "kind", "controller", "controller_index", "unit", "serial")
@@ -262,7 +262,7 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
 
 
 def version_problem(saved: str, present: str) -> str | None:
-    """Why this QEMU should not restore it: an older one is not promised to read what a newer one wrote."""
+    """Why this QEMU should not restore it: an older QEMU need not be able to read what a newer one wrote."""
 
     def numbers(version: str) -> list[int]:
         return [int(part) for part in version.split(".") if part.isdecimal()][:2]
@@ -277,7 +277,7 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str 
         with open(os.path.join(machine.saved, "disks.json"), "rb") as file:
             then = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
     except FileNotFoundError:
-        return None  # the host went down just after saving: nobody had a chance to change a disk in order
+        return None  # the host went down just after saving, before a disk could be changed in an orderly way
     except (OSError, ValueError, RecursionError):
         then = None
     if not isinstance(then, dict):
@@ -289,7 +289,7 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str 
             return f"{disk.path} was changed since"
         if disk.kind == "pass-through" and (before is None or after is None):
             tell("saved-disk-not-compared", disk=disk.id, path=disk.path)
-        # What was written to a device is counted anew with each boot of the host.
+        # Writes to a device are counted from each boot of the host.
         if isinstance(before, list) and isinstance(after, list) and disk.kind == "pass-through":
             is_same_boot = before[:1] == after[:1]
             if is_same_boot and before != after:
@@ -298,8 +298,8 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str 
 
 
 def _looks_of(spec: MachineSpec) -> dict[str, object]:
-    """Of each image: what changes when somebody writes to it."""
-    from vmm.store.devices import look_of  # who only starts a machine does not pay for it
+    """Disk id -> a value that changes when the disk is written to."""
+    from vmm.store.devices import look_of  # slow to import, and a plain start does not need it
 
     looks: dict[str, object] = {}
     for disk in spec.disks:
@@ -313,7 +313,7 @@ def _looks_of(spec: MachineSpec) -> dict[str, object]:
 
 
 def use_up(machine: MachinePaths) -> None:
-    """The guest is about to run with this memory: it may never be restored again. Raises VmmError."""
+    """Remove the saved state, because the guest is about to run with its memory. Raises VmmError."""
     try:
         os.rename(machine.saved, f"{machine.saved}.used")
         sync_folder(machine.folder)
@@ -323,20 +323,20 @@ def use_up(machine: MachinePaths) -> None:
 
 
 def discard(machine: MachinePaths) -> None:
-    """Throw the saved state away. Raises NotFound where there is none."""
+    """Discard the saved state. Raises NotFound if there is none."""
     if not is_saved(machine):
         raise NotFound("there is no saved state", path=machine.saved)
     use_up(machine)
 
 
 def discard_part(machine: MachinePaths) -> None:
-    """Remove what an interrupted saving or restoring left."""
+    """Remove what an interrupted save or restore left."""
     for folder in (folder_while_saving(machine), f"{machine.saved}.used"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_when_saved(machine: MachinePaths, name: str, what: str) -> None:
-    """Raise WrongState when there is a saved state, which `what` would make useless."""
+    """Raise WrongState if there is a saved state, which `what` would make useless."""
     if is_saved(machine):
         raise WrongState(
             f"is saved, and {what} would make its saved memory useless",

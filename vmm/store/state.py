@@ -2,8 +2,8 @@
 """The notes that supervisor and worker leave in the runtime folder, so that their successors can continue.
 
 Decides what is recorded about running processes. Each file has one writer: `state.json` the worker, `keeper.json` the
-supervisor. A process in a note is believed only while its number and its start time match. Light: the supervisor and
-the command line import it.
+supervisor. A process in a note is trusted only if its pid and its start time match. Light: the supervisor and the
+command line import it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_NOTE_BYTES = 1 << 20
 
 
 class MachineState(StrEnum):
-    """What a machine is doing, in Hyper-V's terms."""
+    """The state of a machine, in Hyper-V's terms."""
 
     OFF = "off"
     STARTING = "starting"
@@ -35,7 +35,7 @@ class MachineState(StrEnum):
 
 
 class WorkerPhase(StrEnum):
-    """How far the worker is: whether its QEMU is being made, runs, or is not wanted any more."""
+    """The worker's progress: its QEMU is being started, runs, or is no longer wanted."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -44,7 +44,7 @@ class WorkerPhase(StrEnum):
 
 @dataclass(slots=True)
 class WorkerNote:
-    """The worker's note. `operation` is what it was in the middle of, `details` what that needs to be undone."""
+    """The worker's note. `operation` is the one in progress, `details` what is needed to undo it."""
 
     phase: WorkerPhase = WorkerPhase.STARTING
     worker: ProcessRef | None = None
@@ -69,7 +69,7 @@ class WorkerNote:
 
     @classmethod
     def read(cls, runtime: RuntimePaths) -> WorkerNote | None:
-        """The note that is there; None for none and for a damaged one."""
+        """The stored note; None if there is none or it is damaged."""
         document = _read(runtime.state)
         if document is None:
             return None
@@ -92,7 +92,7 @@ class WorkerNote:
 
 @dataclass(slots=True)
 class SupervisorNote:
-    """The supervisor's note. `failure` is the error document of a disks' server that ended by itself."""
+    """The supervisor's note. `failure` is the error document of a disk server that ended by itself."""
 
     supervisor: ProcessRef | None = None
     worker: ProcessRef | None = None
@@ -111,7 +111,7 @@ class SupervisorNote:
 
     @classmethod
     def read(cls, runtime: RuntimePaths) -> SupervisorNote | None:
-        """The note that is there; None for none and for a damaged one."""
+        """The stored note; None if there is none or it is damaged."""
         document = _read(supervisor_note_path(runtime))
         if document is None:
             return None
@@ -125,34 +125,34 @@ class SupervisorNote:
 
 
 def supervisor_note_path(runtime: RuntimePaths) -> str:
-    """Where the supervisor's note lies."""
+    """The path of the supervisor's note."""
     return os.path.join(runtime.folder, "keeper.json")
 
 
-# The disks' server and QEMU do not hear what ends a login's or a host's processes (see `leaving`).
+# The disk server and QEMU ignore the signals that end the processes of a login or a host (see `leaving`).
 SERVER_END_SIGNAL = signal.SIGINT
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def mark_leaving(runtime: RuntimePaths) -> None:
-    """Have the machine's worker, and the one after it, carry out the stop action. Never fails."""
+    """Mark the machine so that its worker, or the worker's successor, carries out the stop action. Never fails."""
     with contextlib.suppress(OSError):
         os.close(os.open(runtime.leaving, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
 
 def is_leaving(runtime: RuntimePaths) -> bool:
-    """True when the machine was marked so."""
+    """True if the machine is marked as leaving."""
     return os.path.lexists(runtime.leaving)
 
 
 def end_left(runtime: RuntimePaths, grace_seconds: float) -> None:
-    """End what is left of a machine that nobody looks after; the disks' server flushes first."""
+    """End the remaining processes of a machine without a supervisor; the disk server flushes first."""
     for part, ref in processes_of(runtime).items():
         ref.end(grace_seconds, SERVER_END_SIGNAL if part == "server" else signal.SIGTERM)
 
 
 def processes_of(runtime: RuntimePaths) -> dict[str, ProcessRef]:
-    """Every process in the notes that lives, by its part: `keeper` (the supervisor), `worker`, `server`, `qemu`."""
+    """All live processes in the notes, by role: `keeper` (the supervisor), `worker`, `server`, `qemu`."""
     worker, supervisor = WorkerNote.read(runtime) or WorkerNote(), SupervisorNote.read(runtime) or SupervisorNote()
     found = {
         "keeper": supervisor.supervisor,
@@ -182,7 +182,7 @@ def _read(path: str) -> dict[str, Any] | None:
 
 
 def note_running(machine: MachinePaths, is_running: bool) -> None:
-    """Write down for the host's next start whether the machine runs. Not being able to is not worth failing for."""
+    """Record for the host's next start whether the machine runs. A failure is ignored."""
     with contextlib.suppress(OSError):
         if is_running:
             os.close(os.open(machine.was_running, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
@@ -191,17 +191,17 @@ def note_running(machine: MachinePaths, is_running: bool) -> None:
 
 
 def note_unclean(machine: MachinePaths) -> None:
-    """The guest's file systems are in use from now on, or nothing is known of them. Raises VmmError."""
+    """Record that the guest's file systems are in use, or that their state is unknown. Raises VmmError."""
     if not os.path.exists(machine.unclean):
         write_whole(machine.unclean, b"")
 
 
 def note_clean(machine: MachinePaths) -> None:
-    """The guest has written its file systems out, and does not run any more. Failing to say so is no error."""
+    """Record that the guest has written out its file systems and has stopped. A failure is ignored."""
     with contextlib.suppress(OSError):
         os.unlink(machine.unclean)
 
 
 def is_clean(machine: MachinePaths) -> bool:
-    """True for a machine that has never run, or whose guest shut itself down; not for one that died or was cut off."""
+    """True if the machine has never run or its guest shut itself down; False after a crash or a power-off."""
     return not os.path.lexists(machine.unclean) and not os.path.lexists(machine.was_running)

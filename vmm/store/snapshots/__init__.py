@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's tree of snapshots as values and files, and what an operation records beforehand."""
+"""A machine's snapshot tree as values and files, and the journal that an operation writes before it acts."""

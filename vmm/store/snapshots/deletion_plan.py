@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The delete rule: which image goes, which is merged into which, which stays. A pure function over files.
+"""The delete rule: which images are removed, which are merged into which, which stay. A pure function over files.
 
-The rule is Hyper-V's. The dependants of an image are the files that stand on it, whoever made them. For an image that
-no snapshot froze, to which the machine does not write and that no other machine uses, their number decides:
+The rule is Hyper-V's. The dependants of an image are the files that stand on it, whatever made them. For an image that
+no snapshot froze, that the machine does not write to and that no other machine uses, their number decides:
 
     none           it is removed now if it was made for this machine; a user's own image is never removed
-    exactly one    that one is merged down INTO it, and takes its place under its name:
+    exactly one    that child is merged down INTO it, and takes its place under its name:
 
                        A <- (B) <- C        B was deleted        A <- B'        B' reads as C did
-                                                                                 C's file is gone
+                                                                                C's file is gone
 
     two or more    it stays, hidden: two merges would need the space twice. It is judged again when one of them goes
 
-What stands on an image to which the machine writes may be newer than its definition (`repair`): it stays as it is.
+What stands on an image to which the machine writes may be newer than its definition (`repair`): it stays unchanged.
 
-So nothing is ever merged into an image that anything still needs as it is. Merges are combined into one step: if
-(B) and (C) are both deleted, D goes into B.
+So nothing is ever merged into an image whose content is still needed. Merges are combined into one step: if (B) and
+(C) are both deleted, D goes into B.
 
 `INV-DELETE-RULE`: whatever a plan does, every frozen image, the one written to, and everything on top of foreign
 images reads the same bytes, under the paths that `Tree.merged` gives; only images that are `ours` are removed.
@@ -34,7 +34,7 @@ FOREIGN = "an image that was not made by vmm for this machine stands on it"
 
 @dataclass(frozen=True, slots=True)
 class LayerMerge:
-    """`layers`, the newest first, go into `target`, which then is what the newest was."""
+    """`layers`, newest first, are merged into `target`, which then takes the place of the newest."""
 
     target: str
     layers: tuple[str, ...]
@@ -42,9 +42,9 @@ class LayerMerge:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the rule says. `unlink` is in the order in which it may be done, `kept` is path -> why it stays hidden.
+    """The result of the rule. `unlink` is in a safe order of removal; `kept`: path -> why it stays hidden.
 
-    `forget` are user's own images with which nothing is left to do.
+    `forget`: the user's own images for which there is nothing left to do.
     """
 
     unlink: tuple[str, ...] = ()
@@ -61,10 +61,10 @@ def plan(
     foreign: Mapping[str, Collection[str]] | None = None,
     held: Collection[str] = (),
 ) -> Plan:
-    """Judge all images of a machine.
+    """Apply the rule to all images of a machine.
 
-    `frozen`: what snapshots need; `live`: what the machine writes to; `foreign`: image -> files that stand on it and
-    are none of `images`; `held`: images that other machines use themselves.
+    `frozen`: images that snapshots need; `live`: images that the machine writes to; `foreign`: image -> files that
+    stand on it and are not in `images`; `held`: images that other machines use.
     """
     foreign = foreign or {}
     pinned, live = {*frozen, *held}, set(live)
@@ -73,7 +73,7 @@ def plan(
     left = dict(images)
     unlink = _removable(left, needed, foreign)
     dependants = _dependants(left)
-    mergeable: dict[str, str] = {}  # an image -> the one that goes into it
+    mergeable: dict[str, str] = {}  # an image -> the one that is merged into it
     kept = dict.fromkeys(newer, NEWER)
     for path in left:
         if path in needed:
@@ -95,7 +95,7 @@ def plan(
 
 
 def _standing_on(live: Collection[str], images: Mapping[str, Image]) -> set[str]:
-    """The images above those that the machine writes to: a machine that is in order has none."""
+    """The images above those that the machine writes to; a consistent machine has none."""
     found: set[str] = set()
     step = set(live)
     while step := {path for path, one in images.items() if one.parent in step and path not in found}:
@@ -104,7 +104,7 @@ def _standing_on(live: Collection[str], images: Mapping[str, Image]) -> set[str]
 
 
 def _removable(left: dict[str, Image], needed: set[str], foreign: Mapping[str, Collection[str]]) -> list[str]:
-    """What has no dependants, then what has none without those, and so on; taken out of `left`."""
+    """Remove from `left`, and return, the images without dependants, repeatedly: children before parents."""
     found: list[str] = []
     while True:
         dependants = _dependants(left)
@@ -142,7 +142,7 @@ def _obstacle(
 
 
 def _run(target: str, mergeable: Mapping[str, str]) -> LayerMerge:
-    """All that goes into the target, one on the other."""
+    """All images to be merged into the target, one on top of the other."""
     layers: list[str] = []
     step = target
     while step in mergeable:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation on a machine's snapshots records before it acts, so that it can be settled if interrupted.
+"""The record that an operation on a machine's snapshots writes before it acts, so that it can be settled afterwards.
 
     CreateOff, Apply    new leaves are being made, which no guest has seen
     CreateLive          the same while the guest runs: it may have written to the new leaves
-    Commit              it takes effect: this definition, saved state and UEFI variables are put in place
-    Delete              these snapshots have left the tree, their folders are removed
-    MergeOff, MergeLive these layers, newest first, go into the target
+    PutInPlace          it takes effect: this definition, saved state and UEFI variables are put in place
+    Delete              these snapshots have left the tree, their folders are being removed
+    MergeOff, MergeLive these layers, newest first, are being merged into the target
 
-Decides what each says, how it is written as JSON, and what is believed of it. A journal is untrusted: anybody who can
+Decides the fields of each, their form as JSON, and how they are validated. A journal is untrusted: anyone who can
 write to the machine's folder can put anything there, and settling it removes files. So a new leaf must lie beside the
-image on which it stands and have a name as vmm gives it, and a folder must have a snapshot's id as its name; anything
+image on which it stands and have a name of vmm's form, and a folder must have a snapshot's id as its name; anything
 else is damaged. vmm 0.1.0 wrote the same documents. What is done about a journal is decided in `snapshots.recovery`,
-and whether a file is really what its record says in `proof`. Pure.
+and whether a file really is what its record says in `proof`. Pure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vmm.model.spec import MachineSpec
 
 SavedStep = Literal["adapt", "put", "drop"]
-OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}\.avhd")  # of the images that vmm makes for snapshots
+OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}\.avhd")  # names of images that vmm makes for snapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Pivot:
     disk: str
     frozen: str
     child: str
-    format: Literal["vhd", "raw"]  # of the frozen one
+    format: Literal["vhd", "raw"]  # of the frozen image
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class CreateOff:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The memory that a snapshot of a running machine is going to have, and the snapshot itself.
+    """The memory of a snapshot of a running machine, and the snapshot itself, both to be completed.
 
-    `mode`: how it is captured (`kvm.background.Mode`). `description`: what is written beside the file once it is
+    `mode`: how memory is captured (`kvm.background.Mode`). `description`: written beside the file once that is
     complete (`store.saved` reads it).
     """
 
@@ -67,9 +67,9 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class CreateLive:
-    """A snapshot of a machine that runs is being taken.
+    """A snapshot of a running machine is being taken.
 
-    `pivoted`: the new leaves take the guest's writes, that much is certain. `memory`: None until it is about to be
+    `pivoted`: True if the new leaves certainly take the guest's writes. `memory`: None until it is about to be
     written.
     """
 
@@ -91,8 +91,8 @@ NO_VARIABLES = ""
 
 @dataclass(frozen=True, slots=True)
 class PutInPlace:
-    """What is put in place. `saved`: what becomes of the saved state; `uefi`: where the variables come from, or
-    `NO_VARIABLES` for a machine that had not been started yet; None: they stay.
+    """What is to be put in place. `saved`: what happens to the saved state. `uefi`: the file with the variables, or
+    `NO_VARIABLES` for a machine that had not been started yet; None: they are left unchanged.
     """
 
     definition: Mapping[str, Any]
@@ -101,19 +101,19 @@ class PutInPlace:
 
     @classmethod
     def of(cls, spec: MachineSpec, *, saved: SavedStep | None, uefi: str | None = None) -> PutInPlace:
-        """What is to be put in place, out of a definition."""
+        """A commit of this definition."""
         return cls(json.loads(spec.to_json()), saved, uefi)
 
     def spec(self, path: str) -> MachineSpec:
         """The definition to put in place. Raises InvalidSpec, which names `path`, the file that holds the journal."""
-        from vmm.model.spec import read_spec  # a start looks whether there is a journal, and does without pydantic
+        from vmm.model.spec import read_spec  # a start checks for a journal, and must not need pydantic for that
 
         return read_spec(json.dumps(self.definition).encode(), path)
 
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """The folders of snapshots that are in the tree no longer."""
+    """The folders of snapshots that have left the tree."""
 
     folders: tuple[str, ...]
 
@@ -128,7 +128,7 @@ class MergeOff:
 
 @dataclass(frozen=True, slots=True)
 class MergeLive:
-    """A merge in the disk that a guest uses."""
+    """A merge in the chain of a disk that a guest uses."""
 
     disk: str
     target: str
@@ -139,7 +139,7 @@ Journal: TypeAlias = CreateOff | CreateLive | Apply | PutInPlace | Delete | Merg
 
 
 def words_of(journal: Journal) -> str:
-    """What was being done, for people: `taking a snapshot`."""
+    """The operation, for messages: `taking a snapshot`."""
     match journal:
         case CreateOff() | CreateLive():
             return "taking a snapshot"
@@ -197,7 +197,7 @@ def _memory_document(memory: Memory | None) -> dict[str, Any]:
 
 
 def read_journal(document: object, path: str) -> Journal:
-    """What `journal_document` wrote, or vmm 0.1.0. Raises VmmError for anything else, which names the file `path`."""
+    """Parse what `journal_document`, or vmm 0.1.0, wrote. Raises VmmError for anything else, naming `path`."""
     try:
         return _decoded(document)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -253,7 +253,7 @@ def _commit(document: dict[str, Any]) -> PutInPlace:
         raise TypeError("definition")
     if saved is not None and saved not in get_args(SavedStep):
         raise ValueError("saved")
-    if uefi is not None and uefi != NO_VARIABLES:  # a file of a snapshot's folder
+    if uefi is not None and uefi != NO_VARIABLES:  # must be a file in a snapshot's folder
         folder = folder_path(os.path.dirname(absolute_path(uefi)))
         if os.path.basename(uefi) != f"{os.path.basename(folder)}.nvram":
             raise ValueError("uefi")

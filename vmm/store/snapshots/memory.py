@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of one snapshot: its configuration, and its memory where it has some.
+"""The folder of one snapshot: its configuration, and its memory if it has any.
 
-    ID.json        the definition as it was
+    ID.json        the definition when the snapshot was taken
     ID.bin         memory and devices, as QEMU wrote them (its migration stream)
-    ID.vsv         which machine they fit: QEMU, machine type, devices, size of the .bin
-    ID.nvram       the UEFI variables, where the machine has them
+    ID.vsv         the machine that they fit: QEMU, machine type, devices, size of the .bin
+    ID.nvram       the UEFI variables, if the machine has them
 
 Decides that a folder appears whole or not at all, that space for all the memory is reserved before anything is touched
-(QEMU hangs a guest if the disk becomes full during its background capture), and how memory goes from a saved machine
-into a snapshot and back. A memory file never changes once it is complete, so it gets a second name instead of a copy
-where possible.
+(QEMU hangs a guest if the disk becomes full during its background capture), and how memory gets from a saved machine
+into a snapshot and back. A memory file never changes once it is complete, so it is hard-linked instead of copied where
+possible.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from vmm.model.spec import MachineSpec
 
 MIB = 1 << 20
-# The guest's memory page by page with a header each, the screen's, firmware's and devices' state.
+# The guest's memory page by page with a header each, and the state of screen, firmware and devices.
 PAGES_FACTOR, OTHER_BYTES = 1.01, 64 * MIB
-_PIECE_BYTES = 32 * MIB  # of a copy, between two signs of how far it is
+_PIECE_BYTES = 32 * MIB  # size of a copy between two progress reports
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
 _MAX_DESCRIPTION_BYTES = 8 << 20
 
 
 def folder_of(spec: MachineSpec, snapshot_id: str) -> str:
-    """Where a snapshot's folder is made. Raises VmmError."""
+    """The path at which a snapshot's folder is made. Raises VmmError."""
     base = spec.paths.snapshots or default_folders()["snapshots"]
     return os.path.join(os.path.abspath(base), spec.id, snapshot_id)
 
@@ -70,7 +70,7 @@ class SnapshotFolder:
 
     @property
     def description(self) -> str:
-        """What the memory belongs to."""
+        """The description of the machine that the memory fits."""
         return os.path.join(self.folder, f"{self._name}.vsv")
 
     @property
@@ -79,13 +79,13 @@ class SnapshotFolder:
         return os.path.join(self.folder, f"{self._name}.nvram")
 
     def in_part(self, path: str) -> str:
-        """Where a file of it lies before it is complete."""
+        """The path of one of its files while the folder is incomplete."""
         return os.path.join(self.part, os.path.basename(path))
 
     # -- making ----------------------------------------------------------------------------------------------------
 
     def begin(self, spec: MachineSpec) -> None:
-        """The folder with the configuration, under a name that says that it is not complete. Raises NoSpace."""
+        """Make the folder with the configuration, under a name that marks it as incomplete. Raises NoSpace."""
         try:
             make_folders(os.path.dirname(self.folder))
             self._empty(self.part, "json|bin|vsv|nvram")
@@ -95,13 +95,13 @@ class SnapshotFolder:
             raise of_os_error(error, "make the snapshot's folder", path=self.folder) from error
 
     def write_definition(self, spec: MachineSpec) -> None:
-        """The configuration of a folder that is there already, such as one that was imported. Raises NoSpace."""
+        """Replace the configuration in an existing folder, such as an imported one. Raises NoSpace."""
         write_whole(self.definition, spec.to_json())
 
     def open_memory(self, memory_bytes: int) -> tuple[int, bool]:
-        """(a new file for memory of that size, whether room for all of it was taken). Raises NoSpace, AccessDenied.
+        """(a new file for memory of that size, whether all its space is reserved). Raises NoSpace, AccessDenied.
 
-        False only where the file system cannot take room beforehand; it has enough of it now.
+        Not reserved only if the file system does not support it; there is enough space at the moment.
         """
         path = self.in_part(self.memory)
         wanted = int(memory_bytes * PAGES_FACTOR) + OTHER_BYTES
@@ -119,9 +119,9 @@ class SnapshotFolder:
             raise of_os_error(error, "make room for the machine's memory", path=path) from error
 
     def complete_memory(self, descriptor: int, size_bytes: int, document: dict[str, Any]) -> None:
-        """All was written: give back the rest of the room, sync, and describe it.
+        """All memory is written: release the excess space, sync, and describe the file.
 
-        Raises VmmError, also when it is no memory.
+        Raises VmmError, also if the content is not a machine's memory.
         """
         path = self.in_part(self.memory)
         try:
@@ -136,13 +136,13 @@ class SnapshotFolder:
         write_whole(self.in_part(self.description), json.dumps(document, indent=1).encode() + b"\n")
 
     def copy_uefi(self, machine: MachinePaths, spec: MachineSpec) -> None:
-        """The UEFI variables as they are now, where there are some."""
+        """Copy the UEFI variables, if there are any."""
         if spec.firmware == "uefi":
             with contextlib.suppress(FileNotFoundError):
                 write_whole(self.in_part(self.uefi_variables), _content(machine.uefi_variables))
 
     def take_saved(self, machine: MachinePaths) -> int:
-        """The memory of a saved machine as this snapshot's, too; its size. Raises NoSpace, VmmError."""
+        """Take the memory of a saved machine for this snapshot as well; returns its size. Raises NoSpace, VmmError."""
         source = os.path.join(machine.saved, "memory.bin")
         share_file(source, self.in_part(self.memory))
         content = _content(os.path.join(machine.saved, "state.json"))
@@ -150,7 +150,7 @@ class SnapshotFolder:
         return os.stat(source).st_size
 
     def finish(self) -> None:
-        """Complete: it gets its name. Raises VmmError."""
+        """The folder is complete: give it its final name. Raises VmmError."""
         try:
             os.rename(self.part, self.folder)
             sync_folder(os.path.dirname(self.folder))
@@ -158,24 +158,24 @@ class SnapshotFolder:
             raise of_os_error(error, "name the snapshot's folder", path=self.folder) from error
 
     def discard(self) -> list[str]:
-        """Take its files away, complete or not. What lies there and is none of them stays, and is returned."""
+        """Remove the snapshot's files, complete or not. Other files in the folder stay, and are returned."""
         left = [path for folder in (self.part, self.folder) for path in self._empty(folder, "json|bin|vsv|nvram")]
-        with contextlib.suppress(OSError):  # the last one of the machine's
+        with contextlib.suppress(OSError):  # fails unless this was the machine's last snapshot
             os.rmdir(os.path.dirname(self.folder))
         return left
 
     def discard_memory(self) -> list[str]:
-        """Take its memory away, and leave the rest. What is called so and is no file stays, and is returned."""
+        """Remove the memory and keep the rest. Entries of these names that are not files stay, and are returned."""
         self._empty(self.folder, "bin|vsv")
         return [path for path in (self.memory, self.description) if os.path.lexists(path)]
 
     def _empty(self, folder: str, kinds: str) -> list[str]:
-        """Remove the regular files of a snapshot from a folder that is one, and the folder when nothing is left."""
+        """Remove a snapshot's regular files from its folder, and the folder if that is empty; return what is left."""
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return []
-        except OSError:  # a link, or a file: nothing of ours
+        except OSError:  # a link or a file, which is not ours
             return [folder]
         own = re.compile(rf"{re.escape(self._name)}\.({kinds})(\.[0-9]+\.part)?|{unfinished.FILE_PATTERN}")
         left = []
@@ -194,10 +194,10 @@ class SnapshotFolder:
             os.close(descriptor)
         return left
 
-    # -- going back --------------------------------------------------------------------------------------------------
+    # -- returning to the snapshot -----------------------------------------------------------------------------------
 
     def prepare_saved(self, machine: MachinePaths, spec: MachineSpec) -> str:
-        """The folder of a saved state out of this snapshot's memory, complete but for its name. Raises VmmError.
+        """Make the folder of a saved state from this snapshot's memory, complete except for its name. Raises VmmError.
 
         `spec` is the definition that will be in force then.
         """
@@ -218,12 +218,12 @@ class SnapshotFolder:
 
 
 def applied_folder(machine: MachinePaths) -> str:
-    """Where a saved state is prepared that a snapshot brings back."""
+    """The folder in which the saved state is prepared when a snapshot is applied."""
     return f"{machine.saved}.applied"
 
 
 def put_saved(machine: MachinePaths) -> None:
-    """The prepared state becomes the machine's, in place of the one there is; done twice it is done.
+    """Replace the machine's saved state with the prepared one. Idempotent.
 
     Raises VmmError.
     """
@@ -237,7 +237,7 @@ def put_saved(machine: MachinePaths) -> None:
 
 
 def adapt_saved(machine: MachinePaths, spec: MachineSpec) -> None:
-    """The saved state goes on belonging to the machine, whose disks have other names now. Raises VmmError."""
+    """Keep the saved state usable for the machine after its disks have changed their paths. Raises VmmError."""
     path = os.path.join(machine.saved, "state.json")
     try:
         document = json.loads(_content(path))
@@ -252,7 +252,7 @@ def adapt_saved(machine: MachinePaths, spec: MachineSpec) -> None:
 
 
 def drop_saved(machine: MachinePaths) -> None:
-    """The machine's saved state goes, where it has one."""
+    """Remove the machine's saved state, if it has one."""
     if saved.is_saved(machine):
         saved.use_up(machine)
 
@@ -266,7 +266,7 @@ def description_document(
     media: Media,
     mtus: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What is written beside a memory file, as `saved` reads it."""
+    """The description written beside a memory file, in the form that `saved` reads."""
     return {
         "format": saved.FORMAT,
         "saved_at": time.time(),
@@ -278,7 +278,7 @@ def description_document(
 
 
 def share_file(source: str, target: str) -> None:
-    """A second name for a file that never changes, or a copy where that cannot be. Raises OSError."""
+    """Hard-link a file that never changes, or copy it if that is impossible. Raises OSError."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -288,16 +288,16 @@ def share_file(source: str, target: str) -> None:
 
 
 def copy_file(source: str, target: str, did: Callable[[int], None] = lambda size_bytes: None) -> None:
-    """A copy on the device; space is shared where the file system can, holes stay holes. Raises OSError.
+    """Copy a file and sync it; shares space if the file system can, and keeps holes. Raises OSError.
 
-    `did` is called with the bytes of each piece that was copied.
+    `did` is called with the number of bytes of each copied piece.
     """
     with open(source, "rb") as reading:
         copy_open(reading.fileno(), target, did)
 
 
 def copy_open(reading: int, target: str, did: Callable[[int], None] = lambda size_bytes: None) -> None:
-    """The same of a file that is open. The copy is ours alone, whatever the umask is. Raises OSError."""
+    """As `copy_file`, from an open file. The copy is readable by our user only, whatever the umask. Raises OSError."""
     writing = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         size = os.fstat(reading).st_size
@@ -334,7 +334,7 @@ def _copy_range(reading: int, writing: int, start: int, end: int, did: Callable[
 
 
 def _reserve(descriptor: int, size_bytes: int) -> bool:
-    """Take room without making the file longer, so that its length says how far it was written."""
+    """Reserve space without extending the file, so that its length shows how much was written."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     if libc.fallocate(descriptor, _KEEP_SIZE, 0, size_bytes) == 0:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file is what a record of ours says, checked before it is removed, merged or followed.
+"""Whether a file is what one of our records says, checked before it is removed, merged or followed.
 
-Decides what counts as proof (`INV-PROVEN-OURS`). Records are untrusted, and images are precious: an image is ours to
-remove if it is a regular file beside the image on which it stands, and has the id that was recorded when it was made.
-A record of vmm 0.1.0 has no id: in that case the name must be one that vmm gives, and the image must really stand on
-what the record says. What fails is listed with the reason, and left. Must not know what is done afterwards.
+Decides what counts as proof (`INV-PROVEN-OURS`). Records are untrusted, and images are precious: we may remove an
+image if it is a regular file beside the image on which it stands, and has the id that was recorded when it was made. A
+record of vmm 0.1.0 has no id: in that case the name must be of vmm's form, and the image must really stand on what the
+record says. A file that fails is listed with the reason, and left alone. Must not know what is done afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CHILD_SUFFIX = ".avhd"  # of every image that vmm makes
 
 
 def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
-    """Why an image that its record calls ours must not be touched; None when it is ours, or is not there.
+    """Why an image recorded as ours must not be touched; None if it is proven ours, or does not exist.
 
-    `folders`: in which the machine's images may have parents, besides their own.
+    `folders`: where the machine's images may have parents, besides their own folders.
     """
     try:
         facts = os.lstat(path)
@@ -49,13 +49,13 @@ def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
 
 
 def options_on(parent: str, folders: Collection[str]) -> vhdkit.OpenOptions:
-    """How an image is opened that may stand on this one, which itself may have parents in these folders."""
+    """Options for opening an image that may stand on this one, which itself may have parents in these folders."""
     here = os.path.dirname(os.path.abspath(parent))
     return vhdkit.OpenOptions(parent_dirs=(here, *folders), allow_raw_parent=True)
 
 
 def stands_on(child: str, parent: str, folders: Collection[str]) -> bool:
-    """True when the image really stands on the other one, by its id and wherever it names it."""
+    """True if the child really stands on the parent, as found by its id and all its parent locators."""
     options = replace(options_on(parent, folders), lock=False)
     try:
         return vhdkit.chain_paths(child, options=options)[1:2] == [os.path.realpath(parent)]
@@ -69,7 +69,7 @@ def is_stood_on(path: str, leaves: Iterable[str], folders: Collection[str]) -> b
 
 
 def is_unused(child: str, options: vhdkit.OpenOptions) -> bool:
-    """True for a leaf that holds nothing of its own: it reads as what it stands on.
+    """True for a leaf that owns no sector: it reads the same as the image on which it stands.
 
     Raises VhdkitError, ImageInUse while a program has it open for writing.
     """

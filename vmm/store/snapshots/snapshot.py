@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A snapshot and an image of a machine's tree, as values and as JSON.
 
-Decides what is recorded about each, and what is believed of a record: paths must be absolute, ids must be ids, and a
+Decides what is recorded about each, and how a record is validated: paths must be absolute, ids must be ids, and a
 snapshot's folder must have its id as its name. Pure: no files are examined here.
 """
 
@@ -20,10 +20,10 @@ TakenIn = Literal["running", "paused", "saved", "off"]
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image of the tree. `parent` is the path it stands on, None where that is not ours to change.
+    """An image of the tree. `parent`: the path of its parent; None for an image whose parent is not ours to change.
 
-    `id` is the unique id in its file, by which it is known again before it is removed; None where vmm 0.1.0 wrote the
-    record, or the image has none.
+    `id`: the unique id in the file, which is checked before the image is removed; None if vmm 0.1.0 wrote the record,
+    or if the image has none.
     """
 
     parent: str | None
@@ -34,9 +34,9 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One state. `disks`: disk id -> the image that it froze; `folder` holds configuration and memory.
+    """One snapshot. `disks`: disk id -> the image that it froze; `folder` holds configuration and memory.
 
-    `memory_bytes` is None where there is no memory, `pause_seconds` how long the guest stood still for it.
+    `memory_bytes` is None without memory; `pause_seconds` is how long the guest was paused for it.
     """
 
     id: str
@@ -68,12 +68,12 @@ def image_document(image: Image) -> dict[str, Any]:
 
 
 def is_snapshot_id(value: object) -> bool:
-    """True for what can be the id of a snapshot, which is the name of its folder, too."""
+    """True if this can be the id of a snapshot, which is also the name of its folder."""
     return isinstance(value, str) and _SNAPSHOT_ID.fullmatch(value) is not None
 
 
 def snapshot_of(document: dict[str, Any]) -> Snapshot:
-    """What `snapshot_document` wrote. Raises ValueError, KeyError, TypeError."""
+    """Parse what `snapshot_document` wrote. Raises ValueError, KeyError, TypeError."""
     snapshot = Snapshot(**document)
     if not is_snapshot_id(snapshot.id):
         raise ValueError("id")
@@ -92,7 +92,7 @@ def snapshot_of(document: dict[str, Any]) -> Snapshot:
 
 
 def image_of(document: dict[str, Any]) -> Image:
-    """What `image_document` wrote. Raises ValueError, KeyError, TypeError."""
+    """Parse what `image_document` wrote. Raises ValueError, KeyError, TypeError."""
     parent, image_id = document["parent"], document.get("id")
     if document["format"] not in ("vhd", "raw") or not isinstance(document["ours"], bool):
         raise ValueError("image")
@@ -102,14 +102,14 @@ def image_of(document: dict[str, Any]) -> Image:
 
 
 def absolute_path(value: object) -> str:
-    """A path in a record. Raises ValueError for one that depends on where the reader is."""
+    """A path in a record. Raises ValueError if it is not absolute."""
     if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
         raise ValueError("path")
     return value
 
 
 def folder_path(value: object) -> str:
-    """The path of a snapshot's folder, which bears a snapshot's id and is said plainly. Raises ValueError."""
+    """The path of a snapshot's folder: normalized, and named by a snapshot's id. Raises ValueError."""
     path = absolute_path(value)
     if os.path.normpath(path) != path or not is_snapshot_id(os.path.basename(path)):
         raise ValueError("folder")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's tree of snapshots on disk: one file, one lock, and the note of the process that merges.
+"""A machine's snapshot tree on disk: one file, one lock, and the note of the process that merges.
 
     MACHINE-FOLDER/snapshots.json        the tree and its journal (`tree`), replaced as a whole
                    .snapshots.lock       held (flock) by the process that changes it, for as long as that takes
-                   merging.json          which process merges, and how far it is (`background_merge`)
+                   merging.json          the process that merges, and its progress (`background_merge`)
     SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what it belongs to
 
-Decides who may change a tree: one process at a time, which first stops a merge in the background; that continues
-later. Light: starting a machine uses this.
+Decides who may change a tree: one process at a time, which first stops a background merge; that continues later.
+Light: starting a machine uses this.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from vmm.model.paths import MachinePaths, write_whole
 from vmm.store.snapshots.journal import Journal, words_of
 from vmm.store.snapshots.tree import MAX_DOCUMENT_BYTES, Snapshot, Tree, read_tree
 
-MERGE_STOP_SECONDS = 60.0  # for a merge to put down what it holds; it looks up after each piece
+MERGE_STOP_SECONDS = 60.0  # for a merge to release its lock; it checks for the request after each piece
 BUSY_SECONDS = 1.0  # for another command to end
 _LOOK_SECONDS = 0.02
 _MAX_NOTE_BYTES = 1 << 16
 
 
 def tree_path(machine: MachinePaths) -> str:
-    """Where the tree is stored."""
+    """The path of the tree."""
     return os.path.join(machine.folder, "snapshots.json")
 
 
 def lock_path(machine: MachinePaths) -> str:
-    """Where the lock of who changes the tree lies."""
+    """The path of the lock for changing the tree."""
     return os.path.join(machine.folder, ".snapshots.lock")
 
 
 def has_tree(machine: MachinePaths) -> bool:
-    """True when the machine has, or had, snapshots."""
+    """True if the machine has, or had, snapshots."""
     return os.path.exists(tree_path(machine))
 
 
 def load_tree(machine: MachinePaths) -> Tree:
-    """The tree as it is now, empty where there is none. Raises VmmError, AccessDenied."""
+    """The stored tree, or an empty one. Raises VmmError, AccessDenied."""
     path = tree_path(machine)
     try:
         with open(path, "rb") as file:
@@ -58,15 +58,16 @@ def load_tree(machine: MachinePaths) -> Tree:
     except OSError as error:
         raise of_os_error(error, "read the snapshots", path=path) from error
     tree = read_tree(content[:MAX_DOCUMENT_BYTES], path)
-    tree.rename_users_images(os.path.realpath)  # 0.1.0 wrote down links as they were given
+    tree.rename_users_images(os.path.realpath)  # 0.1.0 recorded links unresolved
     return tree
 
 
 class Held(HeldLock):
-    """A tree that nobody else changes now, read after its lock was taken, and its journal, which has one owner.
+    """A tree with its lock held, read after the lock was taken, and its journal, which has one owner.
 
-    An operation is begun, goes on, and is done; none begins while what another one wrote down stands. Whoever settles
-    what was cut short takes it over first. Each of these writes it down; it is on the device when they return.
+    An operation begins, goes on, and is done; none can begin while another one's journal is pending. A caller that
+    settles an interrupted operation takes it over first. Each of these methods writes the journal durably before it
+    returns.
     """
 
     def __init__(self, machine: MachinePaths, name: str, tree: Tree) -> None:
@@ -76,37 +77,37 @@ class Held(HeldLock):
         self._is_owner = False
 
     def save(self) -> None:
-        """Write the tree down, with the journal that stands. Raises NoSpace, AccessDenied."""
+        """Write the tree with its present journal. Raises NoSpace, AccessDenied."""
         write_whole(tree_path(self.machine), self.tree.to_json())
 
     def begin(self, journal: Journal) -> None:
-        """An operation begins. Raises InUse while another one's journal stands, NoSpace, AccessDenied."""
+        """Begin an operation. Raises InUse while another one's journal is pending, NoSpace, AccessDenied."""
         self.need_settled()
         self._is_owner = True
         self._write(journal)
 
     def go_on(self, journal: Journal) -> None:
-        """The operation that was begun, or taken over, is at its next step. Raises NoSpace, AccessDenied."""
+        """Move the operation that was begun, or taken over, to its next step. Raises NoSpace, AccessDenied."""
         self._need_owner()
         self._write(journal)
 
     def done(self) -> None:
-        """The operation that was begun, or taken over, is over. Raises NoSpace, AccessDenied."""
+        """End the operation that was begun, or taken over. Raises NoSpace, AccessDenied."""
         self._need_owner()
         self._write(None)
         self._is_owner = False
 
     def take_over(self) -> Journal | None:
-        """What is to be settled now, by the caller; None for nothing."""
+        """Take over the pending journal, which the caller must settle; None if there is none."""
         self._is_owner = self.tree.journal is not None
         return self.tree.journal
 
     def reload(self) -> None:
-        """The tree as it is stored, when what is in memory got ahead of it. Raises VmmError."""
+        """Read the stored tree again, dropping changes in memory. Raises VmmError."""
         self.tree = load_tree(self.machine)
 
     def find(self, word: str) -> Snapshot:
-        """A snapshot, as `Tree.find`. Raises NotFound, which says whose it should be."""
+        """A snapshot, as `Tree.find`. Raises NotFound, which names the machine."""
         try:
             return self.tree.find(word)
         except VmmError as error:
@@ -114,7 +115,7 @@ class Held(HeldLock):
             raise
 
     def need_settled(self) -> None:
-        """Raise InUse while a journal stands that is nobody's yet: what it says must be settled first."""
+        """Raise InUse while an interrupted operation's journal is pending: it must be settled first."""
         if self.tree.journal is not None:
             raise InUse(
                 f"{words_of(self.tree.journal)} was cut short, and is not settled yet",
@@ -132,7 +133,7 @@ class Held(HeldLock):
 
 @contextlib.contextmanager
 def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Iterator[Held]:
-    """The tree, for changing. A merge in the background is stopped for it. Raises InUse, VmmError."""
+    """Lock the tree for changing; a background merge is stopped first. Raises InUse, VmmError."""
     lock = Lock(lock_path(machine))
     try:
         _take(lock, machine, name, stop_merge=stop_merge)
@@ -149,8 +150,8 @@ def holding(machine: MachinePaths, name: str, *, stop_merge: bool = True) -> Ite
 
 @contextlib.contextmanager
 def machine_turn(folder: str, name: str) -> Iterator[HeldLock]:
-    """The machine's lock, for a command. As `machine_lock`, but where a merge in the background is under way its steps
-    that need the lock, such as writing down what it came to, are waited for. Raises InUse.
+    """The machine's lock, for a command. As `machine_lock`, but if a background merge is in progress, waits for its
+    short steps that hold the lock, such as recording the result. Raises InUse.
     """
     deadline = time.monotonic() + MERGE_STOP_SECONDS
     with contextlib.ExitStack() as stack:
@@ -188,7 +189,7 @@ def _take(lock: Lock, machine: MachinePaths, name: str, *, stop_merge: bool) -> 
 
 @dataclass(frozen=True, slots=True)
 class Merging:
-    """A merge in the background: who does it, and how far it is."""
+    """A background merge: its process and its progress."""
 
     ref: ProcessRef
     target: str | None
@@ -197,12 +198,12 @@ class Merging:
 
 
 def merging_path(machine: MachinePaths) -> str:
-    """Where the merging process leaves its note."""
+    """The path of the merging process's note."""
     return os.path.join(machine.folder, "merging.json")
 
 
 def write_merging(machine: MachinePaths, merging: Merging) -> None:
-    """Say how far it is. Raises VmmError."""
+    """Record the progress. Raises VmmError."""
     document = {
         "process": merging.ref.to_document(),
         "target": merging.target,
@@ -213,9 +214,9 @@ def write_merging(machine: MachinePaths, merging: Merging) -> None:
 
 
 def read_merging(machine: MachinePaths) -> Merging | None:
-    """The merge that is under way; None where nobody merges.
+    """The merge in progress; None if there is none.
 
-    The note alone is not believed, because its process is sent a signal: it must have the tree's lock open.
+    The note alone is not trusted, because its process is sent a signal: the process must have the tree's lock open.
     """
     try:
         with open(merging_path(machine), "rb") as file:
@@ -229,7 +230,7 @@ def read_merging(machine: MachinePaths) -> Merging | None:
 
 
 def _has_open(ref: ProcessRef, path: str) -> bool:
-    """True for a living process that has this very file open."""
+    """True for a live process that has this very file open."""
     wanted = os.stat(path)
     folder = f"/proc/{ref.pid}/fd"
     for number in os.listdir(folder):

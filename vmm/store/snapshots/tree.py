@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of a machine's snapshots, as a value: the snapshots, the images they stand on, where the machine is now.
+"""A machine's snapshot tree as a value: the snapshots, the images they stand on, and the machine's present position.
 
     base.vhd <- base_1.avhd <- base_3.avhd            images: each stands on the one to its left
-       |            |              '-- the machine writes here ("now")
-       |            '-- frozen by snapshot B
-       '-- frozen by snapshot A                       tree: A <- B <- now
+      |            |              '-- the machine writes here ("now")
+      |            '-- frozen by snapshot B
+      '-- frozen by snapshot A                       tree: A <- B <- now
 
 Decides what a snapshot is, how names are chosen and found, and what happens to the tree when a snapshot is taken,
 deleted or applied. An image that a snapshot froze is never written again, so a snapshot's disks are the paths of such
-images. `images` are those that a merge may fill: made for this machine (`ours`: it may also be removed), or a user's
-own that a snapshot froze. Pure: no files are examined here.
+images. `images` are those that a merge may write to: made for this machine (`ours`, which may also be removed), or a
+user's own image that a snapshot froze. Pure: no files are examined here.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from vmm.store.snapshots.snapshot import (
 __all__ = ["Image", "Snapshot", "TakenIn", "Tree", "read_tree", "snapshot_document", "snapshot_of"]
 
 SCHEMA_VERSION: Final = 1
-DEFAULT_LIMIT, MAX_LIMIT = 50, 1000  # Hyper-V's 50; an image has at most some hundred layers below it
+DEFAULT_LIMIT, MAX_LIMIT = 50, 1000  # 50 as in Hyper-V; an image has at most some hundred layers below it
 MAX_NAME_CHARACTERS = 120
 MAX_NOTES_CHARACTERS = 64 * 1024
 MAX_DOCUMENT_BYTES = 16 << 20
-_SHORTEST_ID = 4  # characters of an id that stand for it
+_SHORTEST_ID = 4  # minimum length of an abbreviated id
 
 
 @dataclass(slots=True)
 class Tree:
-    """All snapshots of a machine. `now` is the one that the present state comes from.
+    """All snapshots of a machine. `now` is the snapshot on which the present state is based.
 
-    `journal` is what a command is in the middle of; see `snapshots.recovery`.
+    `journal` describes the operation in progress; see `snapshots.recovery`.
     """
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
@@ -56,10 +56,10 @@ class Tree:
     limit: int = DEFAULT_LIMIT
     journal: Journal | None = None
 
-    # -- looking -------------------------------------------------------------------------------------------------
+    # -- lookups -------------------------------------------------------------------------------------------------
 
     def find(self, word: str) -> Snapshot:
-        """A snapshot by its name, its id, or the beginning of its id. Raises NotFound."""
+        """A snapshot by its name, its id, or a prefix of its id. Raises NotFound."""
         for snapshot in self.snapshots.values():
             if word in (snapshot.name, snapshot.id):
                 return snapshot
@@ -72,25 +72,25 @@ class Tree:
         raise NotFound(f"has no snapshot {word!r}", hint="vmm snapshot list shows names and ids")
 
     def children(self, snapshot_id: str | None) -> list[Snapshot]:
-        """The snapshots that were taken next after it, the oldest first; None: those that stand on none."""
+        """The direct children of a snapshot, oldest first; None: the snapshots without a parent."""
         return sorted(
             (one for one in self.snapshots.values() if one.parent == snapshot_id), key=lambda one: one.created
         )
 
     def subtree(self, snapshot_id: str) -> list[Snapshot]:
-        """The snapshot and all that came of it, parents first."""
+        """The snapshot and all its descendants, parents first."""
         found = [self.snapshots[snapshot_id]]
-        for one in found:  # grows as it is walked
+        for one in found:  # the list grows during the iteration
             found += self.children(one.id)
         return found
 
     def frozen(self) -> Iterator[str]:
-        """The images that snapshots need as they are."""
+        """The images whose content snapshots need."""
         for snapshot in self.snapshots.values():
             yield from snapshot.disks.values()
 
     def free_name(self, now: float) -> str:
-        """A name for a snapshot that was given none: the time."""
+        """A name for an unnamed snapshot: the time."""
         name = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         taken = {one.name for one in self.snapshots.values()}
         return next(one for number in range(1, len(taken) + 2) if (one := _numbered(name, number)) not in taken)
@@ -98,7 +98,7 @@ class Tree:
     # -- changing ------------------------------------------------------------------------------------------------
 
     def check_new(self, name: str) -> None:
-        """Raise for a snapshot that cannot be added: Refused past the limit, AlreadyExists, InvalidSpec."""
+        """Raise if a snapshot cannot be added: Refused beyond the limit, AlreadyExists, InvalidSpec."""
         if len(self.snapshots) >= self.limit:
             raise Refused(
                 f"has {len(self.snapshots)} snapshots already, and may have {self.limit}",
@@ -107,7 +107,7 @@ class Tree:
         self.check_name(name)
 
     def check_name(self, name: str) -> None:
-        """Raise InvalidSpec for a name that no snapshot can have, AlreadyExists for one that is taken."""
+        """Raise InvalidSpec if no snapshot can have this name, AlreadyExists if it is taken."""
         if not name.strip() or len(name) > MAX_NAME_CHARACTERS or not name.isprintable() or name != name.strip():
             raise InvalidSpec(
                 f"{name!r} cannot be the name of a snapshot: use 1 to {MAX_NAME_CHARACTERS} printable "
@@ -117,7 +117,7 @@ class Tree:
             raise AlreadyExists(f"has a snapshot {name!r} already")
 
     def add(self, snapshot: Snapshot) -> None:
-        """A snapshot was taken of the present state: it is where the machine is now."""
+        """Add a snapshot of the present state; the machine is now based on it."""
         assert snapshot.id not in self.snapshots and snapshot.parent == self.now
         self.snapshots[snapshot.id] = snapshot
         self.now = snapshot.id
@@ -125,12 +125,12 @@ class Tree:
     def grow(
         self, frozen: str, child: str, format_name: Literal["vhd", "raw"], *, child_id: str | None = None
     ) -> None:
-        """An image was frozen, and a child made for it, which has that unique id."""
+        """Add a frozen image and the child made on it, which has that unique id."""
         self.images.setdefault(frozen, Image(None, ours=False, format=format_name))
         self.images[child] = Image(frozen, ours=True, id=child_id)
 
     def remove(self, snapshots: Iterable[Snapshot]) -> None:
-        """Snapshots go; what came of them stands on their parents from now on. Their images stay for the rule."""
+        """Remove snapshots; their children move to their parents. The images stay for the delete rule."""
         for gone in snapshots:
             parent = self.snapshots.pop(gone.id).parent
             for one in self.children(gone.id):
@@ -139,23 +139,23 @@ class Tree:
                 self.now = parent
 
     def rename(self, snapshot: Snapshot, name: str) -> None:
-        """Give a snapshot another name. Raises as `check_name`."""
+        """Rename a snapshot. Raises as `check_name`."""
         if name != snapshot.name:
             self.check_name(name)
             self.snapshots[snapshot.id] = replace(snapshot, name=name)
 
     def annotate(self, snapshot: Snapshot, notes: str) -> None:
-        """Give a snapshot other notes. Raises InvalidSpec."""
+        """Replace a snapshot's notes. Raises InvalidSpec."""
         if len(notes) > MAX_NOTES_CHARACTERS:
             raise InvalidSpec(f"notes have at most {MAX_NOTES_CHARACTERS} characters")
         self.snapshots[snapshot.id] = replace(snapshot, notes=notes)
 
     def forget(self, path: str) -> None:
-        """An image is gone, or is the user's own again."""
+        """Drop an image that no longer exists, or that is the user's own again."""
         self.images.pop(path, None)
 
     def rename_users_images(self, rename: Callable[[str], str]) -> None:
-        """Give the images that were not made for the machine the names that `rename` has for them."""
+        """Replace the paths of images that were not made for the machine by what `rename` returns for them."""
         names = {path: new for path, one in self.images.items() if not one.ours and (new := rename(path)) != path}
         if not names:
             return
@@ -168,7 +168,7 @@ class Tree:
             self.snapshots[one.id] = replace(one, disks=disks)
 
     def merged(self, target: str, layers: Iterable[str]) -> None:
-        """`layers`, the newest first, were merged into `target`, which is now what the newest of them was."""
+        """`layers`, newest first, were merged into `target`, which takes the place of the newest of them."""
         gone = list(layers)
         for path, image in list(self.images.items()):
             if image.parent == gone[0]:
@@ -179,7 +179,7 @@ class Tree:
         for path in gone:
             self.forget(path)
 
-    # -- writing down --------------------------------------------------------------------------------------------
+    # -- storing -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> bytes:
         """The tree as it is stored."""
@@ -199,7 +199,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def read_tree(content: bytes, path: str) -> Tree:
-    """The tree in a file. Raises VmmError for anything else: guessing could remove what somebody needs."""
+    """Parse a stored tree. Raises VmmError for anything else: a guess could remove images that are still needed."""
     try:
         document = json.loads(content)
         if document["schema_version"] != SCHEMA_VERSION:
@@ -219,7 +219,7 @@ def read_tree(content: bytes, path: str) -> Tree:
 
 
 def _check(tree: Tree) -> None:
-    """Raise ValueError for a tree that is none: a parent that is not there, a snapshot that stands on itself."""
+    """Raise ValueError for an inconsistent tree: a parent that does not exist, a cycle."""
     if tree.now is not None and tree.now not in tree.snapshots:
         raise ValueError("now")
     for parents in (
