@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU and KVM: command lines, processes, the monitor, drives, the guest's own channels. Knows nothing of switches."""
+"""QEMU and KVM: command lines, processes, the monitor, drives, the guest's channels. Knows nothing about switches."""

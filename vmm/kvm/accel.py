@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which accelerator machines get, and the proof that it runs a guest.
+"""The accelerator that machines get, and the proof that it runs a guest.
 
-Decides between KVM (the processor runs the guest) and TCG (QEMU translates it), and how this is reported.
+Decides between KVM (the processor runs the guest) and TCG (QEMU translates its code), and how this is reported.
 The existence of a device node proves nothing, so small guests are run: `trial` runs some on /dev/kvm directly, in a
 process that is killed if it takes too long, and QEMU itself runs one with the chosen accelerator.
 
 KVM is chosen automatically only if it passed *every* step of the trial. A KVM that emulates kernel code boots a BIOS
 and boot sectors, but no common 64-bit kernel: TCG is the better choice there. The user may insist on KVM
-(`wanted="kvm"`), which then needs only the real-mode guest. The result is kept in a file of the runtime
-folder until the host reboots, or QEMU, the node's access rights or the trial itself change.
-Processor flags are not decided here. Those of Hyper-V's interface (`hv_*`) are never set: with some KVMs they make
-QEMU crash.
+(`wanted="kvm"`), which then needs to pass only the real-mode guest. The result is cached in a file of the runtime
+folder until the host reboots, or until QEMU, the access rights of the node or the trial itself change.
+Processor flags are not decided here. Those of Hyper-V's interface (`hv_*`) are never set: with some KVMs they crash
+QEMU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NO_NODE_HINT = (
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """What runs the guests. `proof` says what was seen; `problem` why it is not KVM, or what this KVM cannot do."""
+    """The accelerator to use. `proof`: what was observed; `problem`: why it is not KVM, or what this KVM cannot do."""
 
     name: Literal["kvm", "tcg"]
     proof: str
@@ -59,7 +59,7 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything that was tried: KVM by itself, and QEMU with each accelerator (None: it ran the guest)."""
+    """The results of all trials: KVM by itself, and QEMU with each accelerator (None: it ran the guest)."""
 
     qemu_path: str
     qemu_version: str
@@ -71,16 +71,16 @@ class Evidence:
 def probe(
     wanted: str = "auto", *, cache_folder: str | None = None, qemu: str | None = None, refresh: bool = False
 ) -> Accelerator:
-    """The accelerator for `wanted` ("auto", "kvm" or "tcg"), after it ran a guest: now or since this boot.
+    """The accelerator for `wanted` ("auto", "kvm" or "tcg"), proven by running a guest now or earlier since boot.
 
-    `cache_folder` is a private folder where what was seen is kept (without it everything is tried now: 0.3 s).
-    Raises Unsupported when there is no QEMU, or when what is wanted does not run a guest.
+    `cache_folder` is a private folder for the results; without it everything is tried now (0.3 s).
+    Raises Unsupported if there is no QEMU, or if the wanted accelerator runs no guest.
     """
     return choose(gather(cache_folder=cache_folder, qemu=qemu, refresh=refresh), wanted)
 
 
 def choose(evidence: Evidence, wanted: str = "auto") -> Accelerator:
-    """What the evidence says about `wanted`. Raises Unsupported, InvalidSpec."""
+    """The accelerator for `wanted`, according to the evidence. Raises Unsupported, InvalidSpec."""
     if wanted not in WANTED:
         raise InvalidSpec(f"there is no accelerator {wanted!r}", hint=f"there are {', '.join(WANTED)}")
     bare_problem, hint = kvm_problem(evidence)
@@ -98,7 +98,7 @@ def choose(evidence: Evidence, wanted: str = "auto") -> Accelerator:
 
 
 def kvm_problem(evidence: Evidence) -> tuple[str | None, str | None]:
-    """(why KVM runs no guest at all, what to do about it), or (None, None). Pure but for the node's group."""
+    """(why KVM runs no guest at all, what to do about it), or (None, None). Pure except for the lookup of a group."""
     kvm = evidence.kvm
     if kvm.refused is not None:
         return f"{KVM_DEVICE}: {kvm.refused}", _hint_for(kvm.refused)
@@ -110,7 +110,7 @@ def kvm_problem(evidence: Evidence) -> tuple[str | None, str | None]:
 
 
 def kernel_problem(kvm: TrialResult) -> str | None:
-    """What in the trial a 64-bit kernel would miss, in words; None when every step was done. Pure."""
+    """What a 64-bit kernel would miss according to the trial; None if every step succeeded. Pure."""
     if not kvm.failed:
         return None if kvm.done else "nothing was tried in long mode"
     reasons = sorted(set(kvm.failed.values()))
@@ -149,7 +149,7 @@ def _hint_for(refusal: str) -> str | None:
 
 
 def gather(*, cache_folder: str | None = None, qemu: str | None = None, refresh: bool = False) -> Evidence:
-    """Try KVM and QEMU, or take what was seen before. Raises Unsupported when there is no QEMU that starts."""
+    """Try KVM and QEMU, or return the cached results. Raises Unsupported if there is no QEMU that starts."""
     path = qemu or program.find()
     key = _key(path)
     cache_path = None if cache_folder is None else os.path.join(cache_folder, CACHE_NAME)
@@ -168,13 +168,13 @@ def gather(*, cache_folder: str | None = None, qemu: str | None = None, refresh:
 
 
 def _is_lasting(evidence: Evidence) -> bool:
-    """A guest that took too long on a busy machine is no fact about the accelerator."""
+    """False if a guest only took too long, which on a busy machine says nothing about the accelerator."""
     problems = (evidence.kvm.refused, evidence.kvm.real_mode, evidence.qemu_kvm, evidence.qemu_tcg)
     return not any(problem is not None and problem.endswith(_TOO_LONG) for problem in problems)
 
 
 def kvm_trial(device: str = KVM_DEVICE, *, timeout_seconds: float = _TRIAL_SECONDS) -> TrialResult:
-    """Run the trial guests on KVM in a process of their own; see `trial.Outcome`. Never raises for what KVM does."""
+    """Run the trial guests on KVM in a separate process; see `trial.TrialResult`. Never raises, whatever KVM does."""
     command = [sys.executable, "-I", "-c", _TRIAL_PROGRAM, _PACKAGE_PARENT, device]
     try:
         code, output, _ = _run(command, timeout_seconds)
@@ -189,7 +189,7 @@ def kvm_trial(device: str = KVM_DEVICE, *, timeout_seconds: float = _TRIAL_SECON
 
 
 def _qemu_trial(found: program.Program, accelerator: str) -> str | None:
-    """Have QEMU run a firmware of a few instructions with this accelerator: None when it did, else what happened."""
+    """Let QEMU run a firmware of a few instructions with this accelerator. None on success, else what happened."""
     if accelerator not in found.accelerators:
         return f"this QEMU was built without {accelerator}"
     image = os.memfd_create("trial-firmware", os.MFD_CLOEXEC)
@@ -212,9 +212,9 @@ def _qemu_trial(found: program.Program, accelerator: str) -> str | None:
 
 
 def _run(command: list[str], timeout_seconds: float, *, keep: int | None = None) -> tuple[int | None, bytes, bytes]:
-    """(exit code, output, errors) of a command; the code is None when it had to be killed.
+    """(exit code, stdout, stderr) of a command; the code is None if it had to be killed.
 
-    One that the kernel does not let go of is left behind after a moment: it must not hang us too.
+    A process that the kernel cannot kill is abandoned after a moment, so that it does not hang us too.
     """
     process = subprocess.Popen(
         command,
@@ -238,11 +238,11 @@ def _run(command: list[str], timeout_seconds: float, *, keep: int | None = None)
     return process.returncode, output, said
 
 
-# -- remembering --------------------------------------------------------------------------------------------------
+# -- caching ------------------------------------------------------------------------------------------------------
 
 
 def _key(qemu_path: str) -> str:
-    """What the evidence depends on: the boot, QEMU's file, who we are, and the access to the device."""
+    """What the evidence depends on: the boot, QEMU's file, our user and groups, and the access to the device."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
@@ -258,7 +258,7 @@ def _key(qemu_path: str) -> str:
 
 
 def _remembered(path: str, key: str) -> Evidence | None:
-    """What the file says, when it is about the same circumstances; anything odd in it means trying again."""
+    """The cached evidence if it was gathered under the same circumstances; None for anything else in the file."""
     try:
         with open(path, encoding="utf-8") as file:
             content: Any = json.loads(file.read(_MAX_CACHE_BYTES))
@@ -274,7 +274,7 @@ def _remembered(path: str, key: str) -> Evidence | None:
 
 
 def _remember(path: str, key: str, evidence: Evidence) -> None:
-    """Write the file whole or not at all. Not being able to is no failure: the next one tries again."""
+    """Write the cache file atomically. A failure is ignored: the next call tries everything again."""
     text = json.dumps({"key": key, "evidence": asdict(evidence)})
     with contextlib.suppress(OSError):
         fd, part = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".accelerator-")

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a running guest's memory into a file, with the disks exchanged at one moment of it.
+"""Capturing a running guest's memory in a file, with its disks switched over at one moment of it.
 
-Decides how QEMU is told, which of three ways is used, and what state a failure leaves:
+Decides which commands QEMU gets, which of three modes is used, and what state a failure leaves:
 
     background   stop -> disks -> migrate with background-snapshot: the guest continues at once, and a page that it is
                  about to change is written first (userfaultfd). The memory is that of the stop. The shortest pause
-    switchover   migrate while the guest runs -> it stands still at the end -> disks -> the rest -> it continues.
+    switchover   migrate while the guest runs -> it is paused at the end -> disks -> the rest -> it continues.
                  The memory is that of the end
-    stop         stop -> disks -> migrate -> it continues. It stands still all the time
+    stop         stop -> disks -> migrate -> it continues. It is paused all the time
 
-Background capture is never cancelled and writes into a regular file in which all the space is reserved: in QEMU
-7.2 a failed one leaves the guest's memory write-protected, and the guest hangs for good. It needs userfaultfd, by one
-of the rights in `userfault`.
+A background capture is never cancelled, and writes to a regular file in which all the space is reserved: in QEMU 7.2 a
+failed one leaves the guest's memory write-protected, and the guest hangs for good. It needs userfaultfd, by one of the
+ways in `userfault`.
 
-A failure before the disks are exchanged leaves everything as it was; one afterwards leaves the guest running on the
-new disks (`Capturing.pivoted` says so). Must not know what is done with file and disks.
+A failure before the disks are switched leaves everything as it was; a later one leaves the guest running on the new
+disks (`Capturing.pivoted` is True then). Must not know what is done with the file and the disks.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from vmm.kvm.qmp import Qmp
 from vmm.kvm.said import reason_of
 from vmm.model.errors import QemuFailed, TimedOut, Unsupported, VmmError
 
-STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
+STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be down
 RESUME_SECONDS = 20.0
-SWITCHOVER_SECONDS = 60.0  # a guest that changes memory faster than it is written is stopped after that
-FASTEST_BYTES = 1 << 36  # a second: no limit
+SWITCHOVER_SECONDS = 60.0  # after that, a guest that changes memory faster than it is written is paused
+FASTEST_BYTES = 1 << 36  # per second: no limit
 _NAME = "snapshot-memory"  # QEMU's name for our descriptor
 _LOOK_SECONDS = 0.02
-_SHORT_LOOK_SECONDS = 0.002  # while the guest stands still
+_SHORT_LOOK_SECONDS = 0.002  # while the guest is paused
 
 Progress = Callable[[dict[str, Any]], None]
 Pivot = Callable[[], Awaitable[None]]
@@ -59,9 +59,10 @@ BACKGROUND_HINT = (
 
 
 async def best_mode(qmp: Qmp, wanted: Mode | None = None, *, room_taken: bool = True, runs: bool = True) -> Mode:
-    """The way that this QEMU can go; `wanted` or none other. Raises Unsupported, QemuFailed.
+    """The best mode that this QEMU supports; if `wanted` is given, that mode or an error. Raises Unsupported,
+    QemuFailed.
 
-    `room_taken`: all the room in the file; `runs`: the guest runs, one that stands still is captured as it stands.
+    `room_taken`: all space in the file is reserved; `runs`: the guest runs (a paused one is captured in mode STOP).
     """
     if wanted is Mode.STOP or not runs:
         return Mode.STOP
@@ -76,7 +77,7 @@ async def best_mode(qmp: Qmp, wanted: Mode | None = None, *, room_taken: bool = 
 
 
 async def background_problem(qmp: Qmp) -> str | None:
-    """Why this QEMU cannot capture in the background; None when it can. Raises TimedOut."""
+    """Why this QEMU cannot capture in the background; None if it can. Raises TimedOut."""
     try:
         await _set_capability(qmp, Mode.BACKGROUND)
     except QemuFailed as error:
@@ -90,15 +91,15 @@ _CAPABILITY_OF = {Mode.BACKGROUND: "background-snapshot", Mode.SWITCHOVER: "paus
 
 async def _set_capability(qmp: Qmp, mode: Mode | None) -> None:
     chosen = None if mode is None else _CAPABILITY_OF.get(mode)
-    names = sorted(_CAPABILITY_OF.values(), key=lambda name: name == chosen)  # off first: they exclude each other
+    names = sorted(_CAPABILITY_OF.values(), key=lambda name: name == chosen)  # disable first: they are exclusive
     states = [{"capability": name, "state": name == chosen} for name in names]
     await qmp.execute("migrate-set-capabilities", capabilities=states)
 
 
 class Capturing:
-    """One capture. `prepare`, then `take`; then `finish`, which waits until all is written.
+    """One capture: `prepare`, then `take`, then `finish`, which waits until everything is written.
 
-    `descriptor` is the file, which QEMU writes through a descriptor of its own with the same position.
+    `descriptor` is the file. QEMU writes through a duplicate, which shares the file position.
     """
 
     def __init__(self, qmp: Callable[[], Qmp], descriptor: int, mode: Mode, *, was_running: bool) -> None:
@@ -110,16 +111,17 @@ class Capturing:
         self.pause_seconds: float | None = None
 
     async def prepare(self) -> None:
-        """All that may be refused before the guest is touched. Raises QemuFailed, TimedOut."""
+        """Everything that QEMU may refuse before the guest is touched. Raises QemuFailed, TimedOut."""
         qmp = self._qmp()
         await _set_capability(qmp, self.mode)
         await qmp.execute("migrate-set-parameters", max_bandwidth=FASTEST_BYTES)
         await qmp.send_descriptor(_NAME, self._descriptor)
 
     async def take(self, pivot: Pivot, progress: Progress) -> None:
-        """The one moment: `pivot` exchanges the disks, or raises and has changed nothing.
+        """The moment of the snapshot: `pivot` switches the disks, or raises and has changed nothing.
 
-        When this returns the guest is doing what it did before. Raises what `pivot` raises, QemuFailed, TimedOut.
+        On return the guest is in the state that it was in before. Raises whatever `pivot` raises, QemuFailed,
+        TimedOut.
         """
         if self.mode is Mode.SWITCHOVER:
             await self._switchover(pivot, progress)
@@ -143,7 +145,7 @@ class Capturing:
         self.pause_seconds = time.monotonic() - began if self._was_running else 0.0
 
     async def _wait_resumed(self) -> None:
-        """QEMU goes on by itself when the devices are written and the memory is protected."""
+        """QEMU resumes the guest by itself when the devices are written and the memory is protected."""
         deadline = time.monotonic() + RESUME_SECONDS
         while (await self._qmp().execute("query-status"))["status"] != "running":
             migration = await self._qmp().execute("query-migrate")
@@ -187,9 +189,9 @@ class Capturing:
             await asyncio.sleep(_SHORT_LOOK_SECONDS)
 
     async def _go_on(self) -> None:
-        """The guest does what it did before, as soon as it can.
+        """Return the guest to its earlier state, as soon as possible.
 
-        One that stood still is let go for a moment: QEMU refuses to write the memory of a guest that stands still
+        A guest that was paused is resumed for a moment: QEMU refuses to write the memory of a guest that is paused
         because its memory was written.
         """
         deadline = time.monotonic() + RESUME_SECONDS
@@ -209,21 +211,21 @@ class Capturing:
                 await asyncio.sleep(_LOOK_SECONDS)
 
     async def finish(self, progress: Progress) -> int:
-        """Wait until all is written; the file's size. Raises QemuFailed, also when it is not what QEMU says it is."""
+        """Wait until everything is written; returns the file's size. Raises QemuFailed, also if data is missing."""
         await wait_written(self._qmp, progress)
         size = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         await check_written(self._qmp(), self._descriptor, size)
         return size
 
     async def reset(self) -> None:
-        """QEMU saves and migrates again as it usually does. Not while a capture is under way."""
+        """Restore QEMU's normal settings for saving and migrating. Not while a capture is in progress."""
         with contextlib.suppress(VmmError):
             await self._qmp().forget_descriptor(_NAME)
             await _set_capability(self._qmp(), None)
 
 
 async def wait_written(qmp: Callable[[], Qmp], progress: Progress) -> None:
-    """Wait until a capture under way is complete. Raises QemuFailed for one that failed, or when QEMU is gone."""
+    """Wait until a capture in progress is complete. Raises QemuFailed if it failed, or if QEMU is gone."""
     while True:
         migration = await qmp().execute("query-migrate", timeout_seconds=STOP_SECONDS)
         status = migration.get("status")
@@ -236,7 +238,7 @@ async def wait_written(qmp: Callable[[], Qmp], progress: Progress) -> None:
 
 
 async def check_written(qmp: Qmp, descriptor: int, size_bytes: int) -> None:
-    """Raise QemuFailed when QEMU's memory, which it says is written, is not in this file."""
+    """Raise QemuFailed if the memory that QEMU reports as written is not in this file."""
     ram = (await qmp.execute("query-migrate")).get("ram") or {}
     problem = memory_file.problem_of(descriptor, size_bytes, memory_bytes=int(ram.get("transferred") or 0))
     if problem is not None:
@@ -244,12 +246,12 @@ async def check_written(qmp: Qmp, descriptor: int, size_bytes: int) -> None:
 
 
 async def status_of(qmp: Qmp) -> str:
-    """What became of the last capture: none, active, pre-switchover, completed, failed, ..."""
+    """The status of the last capture: none, active, pre-switchover, completed, failed, ..."""
     return str((await qmp.execute("query-migrate")).get("status") or "none")
 
 
 async def give_up(qmp: Qmp) -> None:
-    """End a capture that is no background capture. Raises QemuFailed."""
+    """Cancel a capture, which must not be a background capture. Raises QemuFailed."""
     await qmp.execute("migrate_cancel")
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a machine's definition to QEMU's command line. Pure: the same definition and facts give the same command line.
+"""Builds QEMU's command line from a machine's definition. Pure: the same definition and facts give the same result.
 
 Decides which device a setting becomes, its id, and its place on a bus: saved memory can be restored only into the same
-devices in the same places, so what is here changes only with a new machine type. What a device is called:
+devices in the same places, so what is here changes only with a new machine type. The ids:
 
     buses        ide.0, ide.1 (part of the machine), scsi0 to scsi3
-    disks        the disk's id: node, export and device; the guest knows it by its serial
+    disks        the disk's id: node, export and device; the guest identifies it by its serial
     channels     agent (org.qemu.guest_agent.0), kvp (org.vmm.kvp.0), on the bus serialbus
     chardevs     qmp, serial, agent, kvp
 
@@ -22,12 +22,12 @@ from typing import Any
 from vmm.model.spec import DiskSpec, MachineSpec
 
 MIB = 1 << 20
-RECONNECT_SECONDS = 5  # QEMU's main loop can be held up for so long while the disks' server is away
+RECONNECT_SECONDS = 5  # QEMU's main loop can block for this long while the disk server is down
 AGENT_PORT, KEY_VALUE_PORT = "agent", "kvp"
 SERIAL_BUS = "serialbus"
 UEFI_CODE = "uefi-code"
 UEFI_VARIABLES = "uefi-variables"
-# PCI slots are given out by hand: a device that is added in a later version must not move the others.
+# PCI slots are assigned explicitly: a device that is added in a later version must not move the others.
 # 4 to 7 are for SCSI controllers, 8 to 19 for virtio disks, 20 to 31 for adapters.
 _SLOT_SCREEN, _SLOT_SERIAL_BUS, _SLOT_SCSI, _SLOT_VIRTIO_DISK, _SLOT_ADAPTER = 2, 3, 4, 8, 20
 
@@ -38,7 +38,7 @@ Device = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """Descriptors of listening unix sockets, as QEMU inherits them; None where there is no such channel."""
+    """Descriptors of listening unix sockets, as QEMU inherits them; None if the channel does not exist."""
 
     qmp: int
     serial: int
@@ -48,19 +48,19 @@ class Sockets:
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """What a disk that is no chain is made of, found by its id: a set of descriptors, or a whole block device node.
+    """What a disk without a chain is made of, found by the disk's id: a descriptor set, or a whole block device node.
 
     `descriptors` are (set number, our descriptor) pairs that QEMU is given first.
     """
 
     node: Device
     descriptors: tuple[tuple[int, int], ...] = ()
-    objects: tuple[Device, ...] = ()  # that the node refers to, made before it
+    objects: tuple[Device, ...] = ()  # objects that the node refers to, created before it
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A network adapter as the network's rooms deliver it."""
+    """A network adapter, as the network modules deliver it."""
 
     netdev: Device
     device: Device
@@ -68,7 +68,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class StartFacts:
-    """What is known only on this host and for this start."""
+    """Facts that depend on this host and this start."""
 
     accelerator: str
     nbd_socket: str
@@ -84,13 +84,13 @@ class StartFacts:
 
 
 def qemu_arguments(spec: MachineSpec, facts: StartFacts) -> list[str]:
-    """The words after the program's name."""
+    """The arguments after the program's name."""
     words = [
         *("-name", f"guest={_quoted(spec.name)},debug-threads=on"),
         *("-uuid", spec.id),
         "-nodefaults",
         "-no-user-config",
-        "-no-shutdown",  # it stays until it is told to quit: an end that nobody asked for is a crash
+        "-no-shutdown",  # QEMU stays until it gets the command quit, so any other exit is a crash
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-machine", ",".join(_machine(spec, facts))),
         *("-cpu", spec.cpu_model),
@@ -133,12 +133,12 @@ def _channels(spec: MachineSpec, sockets: Sockets) -> list[str]:
     words = [
         *("-chardev", f"socket,id=qmp,fd={sockets.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        # It waits for the worker, which is connected already, so that not a byte of the guest is lost.
+        # QEMU waits for the worker, which is connected already, so that no output of the guest is lost.
         *("-chardev", f"socket,id=serial,fd={sockets.serial},server=on,wait=on"),
         *("-device", _json({"driver": "isa-serial", "id": "serial0", "chardev": "serial"})),
     ]
-    # It has 64 queues, whatever is plugged in. An eventfd for each would be one more descriptor for the main loop to
-    # poll, every time it moves a frame for an adapter; what these channels carry is too little to gain from one.
+    # It has 64 queues, however many ports are used. An eventfd for each would be one more descriptor for the main loop
+    # to poll with every frame that it moves for an adapter; these channels carry too little data to gain from one.
     bus = {"driver": "virtio-serial-pci", "id": SERIAL_BUS, "bus": "pci.0", "addr": f"{_SLOT_SERIAL_BUS:#x}",
            "ioeventfd": False}  # fmt: skip
     words += ["-device", _json(bus)]
@@ -174,7 +174,7 @@ def _firmware(spec: MachineSpec, facts: StartFacts) -> list[str]:
 
 def _disks(spec: MachineSpec, facts: StartFacts) -> list[str]:
     words: list[str] = []
-    # Always one SCSI controller, for disks that are added while the machine runs.
+    # There is always one SCSI controller, for disks that are added while the machine runs.
     used = {disk.controller_index for disk in spec.disks if disk.controller == "scsi"}
     for number in sorted(used | {0}):
         words += ["-device", _json(scsi_controller(number))]
@@ -192,7 +192,7 @@ def _disks(spec: MachineSpec, facts: StartFacts) -> list[str]:
 def _medium_words(medium: Medium) -> list[str]:
     words: list[str] = []
     for set_number, descriptor in medium.descriptors:
-        # By this word the set is found again when the disk is unplugged.
+        # The `opaque` word identifies the set when the disk is unplugged.
         words += ["-add-fd", f"set={set_number},fd={descriptor},opaque={medium.node['node-name']}"]
     for one in medium.objects:
         words += ["-object", _json(one)]
@@ -200,12 +200,12 @@ def _medium_words(medium: Medium) -> list[str]:
 
 
 def scsi_controller(number: int) -> Device:
-    """The SCSI controller of that number."""
+    """The SCSI controller with that number."""
     return {"driver": "virtio-scsi-pci", "id": f"scsi{number}", "bus": "pci.0", "addr": f"{_SLOT_SCSI + number:#x}"}
 
 
 def chain_node(disk: DiskSpec, nbd_socket: str) -> Device:
-    """The block node of a chain that the disks' server serves, as `blockdev-add` takes it, too."""
+    """The block node of a chain served by the disk server; `blockdev-add` takes it as well."""
     return {
         "driver": "nbd",
         "node-name": disk.id,
@@ -218,8 +218,8 @@ def chain_node(disk: DiskSpec, nbd_socket: str) -> Device:
 
 
 def file_node(node_name: str, set_number: int, *, read_only: bool, is_device: bool = False) -> Device:
-    """A raw file, or block device, that QEMU has by a set of descriptors only; no lock of ours is worth more than its
-    own. QEMU's driver for files refuses devices.
+    """A raw file, or block device, that QEMU can reach only through a descriptor set. Its locking is off because the
+    descriptor is already protected by us. QEMU's driver for files refuses devices.
     """
     driver = "host_device" if is_device else "file"
     return {
@@ -231,7 +231,7 @@ def file_node(node_name: str, set_number: int, *, read_only: bool, is_device: bo
 
 
 def disk_device(disk: DiskSpec, *, boot_index: int | None = None) -> Device:
-    """The device of a disk or drive, as `device_add` takes it, too."""
+    """The device of a disk or drive; `device_add` takes it as well."""
     device: dict[str, Any] = {"id": disk.id}
     if disk.controller == "ide":
         driver = "ide-cd" if disk.kind == "iso" else "ide-hd"
@@ -252,7 +252,7 @@ def disk_device(disk: DiskSpec, *, boot_index: int | None = None) -> Device:
 
 
 def boot_indices(spec: MachineSpec) -> dict[str, int]:
-    """In which order disks and adapters are tried, by id, from 1; what is not in it is not booted from."""
+    """Boot order of disks and adapters: id -> number from 1. Devices that are missing are not booted from."""
     if spec.kernel is not None:
         return {}
     disks = [disk for disk in spec.disks if disk.kind != "iso" and disk.controller != "scsi"]
@@ -267,7 +267,7 @@ def boot_indices(spec: MachineSpec) -> dict[str, int]:
 
 
 def adapter_slot(number: int) -> int:
-    """The PCI slot of the adapter of that number (0 to 11)."""
+    """The PCI slot of the adapter with that number (0 to 11)."""
     return _SLOT_ADAPTER + number
 
 
@@ -276,5 +276,5 @@ def _json(document: Device) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text as a value in QEMU's own NAME=VALUE lists."""
+    """Escape text for use as a value in QEMU's NAME=VALUE lists."""
     return text.replace(",", ",,")

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's serial console: a hub in the worker to which several watchers can connect, and their way there.
+"""A machine's serial console: a hub in the worker to which several watchers can connect, and the client side.
 
 Decides who may type, how much earlier output a new watcher sees, how long the log may become, and what happens to a
-watcher that does not keep up (it misses output and is told so; the guest and the others never wait for it). Must not
-know terminals (vmm/cli/console.py) or why a machine starts and ends.
+slow watcher (it misses output and gets a notice; the guest and the other watchers never wait for it). Must not know
+terminals (vmm/cli/console.py) or why a machine starts and ends.
 
     QEMU's serial.sock  <->  ConsoleHub  ->  console.log, console.log.1          (bounded; the scroll-back)
-                                 ^
-                                 |  console.sock: a line of JSON each way, then bytes
+                                  ^
+                                  |  console.sock: a line of JSON each way, then bytes
                               watchers
 
 A watcher's line: {"type": "alone" | "shared" | "take" | "never", "scrollback": BYTES}. The answer: {"ok": true,
-"typing": true | false, "machine": NAME} or {"ok": false, "error": ...}. `alone` may type if nobody else does,
+"typing": true | false, "machine": NAME} or {"ok": false, "error": ...}. `alone` may type if no other watcher does,
 `shared` together with others who share, `take` ends the others' typing. A watcher that may not type still watches.
 
-The hub survives QEMU's restarts (it connects again) and a worker's death (the log is a file; the next worker opens
+The hub survives QEMU's restarts (it reconnects) and a worker's death (the log is a file; the next worker opens
 console.sock again, and watchers reconnect). While no hub is connected, QEMU discards the guest's output.
 
-Each start of the machine is marked in the log, and scroll-back does not go back beyond the last one: a script that
-waits for "login:" wants that of this start.
+Each start of the machine is marked in the log, and scroll-back does not go back beyond the last mark: a script that
+waits for "login:" means that of the present start.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Typing = Literal["alone", "shared", "take", "never"]
 
 LOG_BYTES: Final = 1024 * 1024  # of each of the two files
 SCROLLBACK_BYTES: Final = 64 * 1024
-BEHIND_BYTES: Final = 256 * 1024  # what is kept for a watcher who does not read
+BEHIND_BYTES: Final = 256 * 1024  # buffered for a watcher that does not read
 MAX_WATCHERS: Final = 32
 REQUEST_SECONDS: Final = 5.0
-UNREAD_SECONDS: Final = 10.0  # a guest that takes no keys for so long loses what is typed meanwhile
+UNREAD_SECONDS: Final = 10.0  # input is dropped if the guest does not read for this long
 RECONNECT_SECONDS: Final = 0.1
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_REQUEST_BYTES: Final = 4096
@@ -51,10 +51,10 @@ _MISSED: Final = b"\r\n[vmm: output was left out here, this terminal is too slow
 
 
 class ConsoleLog:
-    """What the guest said, in two files that take turns; the older is PATH.1."""
+    """What the guest wrote, in two files that are rotated; the older one is PATH.1."""
 
     def __init__(self, path: str, *, max_bytes: int = LOG_BYTES) -> None:
-        """Open or make the log, for us alone. Raises VmmError."""
+        """Open or create the log, accessible to our user only. Raises VmmError."""
         self.path = path
         self._max_bytes = max_bytes
         self._descriptor = -1
@@ -71,11 +71,11 @@ class ConsoleLog:
 
     @property
     def size_bytes(self) -> int:
-        """Of the newer file."""
+        """The size of the newer file."""
         return self._size
 
     def append(self, data: bytes) -> None:
-        """Keep this. A full disk loses it and nothing else: a console must not stop a machine."""
+        """Append output. If the disk is full, only the output is lost: a console must not stop a machine."""
         with contextlib.suppress(OSError, VmmError):
             if self._size + len(data) > self._max_bytes and self._size > 0:
                 os.rename(self.path, older_log(self.path))
@@ -87,7 +87,7 @@ class ConsoleLog:
             self._size += os.write(self._descriptor, data[-self._max_bytes :])
 
     def scrollback(self, count: int) -> bytes:
-        """The last bytes of it, since the machine was started."""
+        """The last `count` bytes, but nothing from before the machine's last start."""
         data = read_log(self.path, count)
         _, mark, since = data.rpartition(_START_MARK)
         return since.partition(b"\n")[2] if mark else data
@@ -100,12 +100,12 @@ class ConsoleLog:
 
 
 def older_log(path: str) -> str:
-    """The file that holds what came before the log `path`."""
+    """The file with the older part of the log `path`."""
     return path + ".1"
 
 
 def read_log(path: str, count: int = 2 * LOG_BYTES) -> bytes:
-    """The last `count` bytes of a console's log; nothing where there is none. Raises VmmError."""
+    """The last `count` bytes of a console's log; empty if there is none. Raises VmmError."""
     data = b""
     for one in (path, older_log(path)):
         wanted = count - len(data)
@@ -133,7 +133,7 @@ class _Watcher:
         self._missed = False
 
     def show(self, data: bytes) -> None:
-        """Hand on output, unless too much waits for this one already."""
+        """Send output to the watcher, unless too much is buffered for it already."""
         transport = self.writer.transport
         if transport.is_closing():
             return
@@ -150,9 +150,9 @@ class ConsoleHub:
     """The console of one running machine. For one event loop.
 
     hub = ConsoleHub(serial_path, console_path, log_path, machine="web")
-    await hub.start()              # console.sock is there, and the guest's output is kept from here on
+    await hub.start()              # console.sock exists, and the guest's output is logged from here on
     ...
-    await hub.close()              # console.sock is gone, watchers have been told
+    await hub.close()              # console.sock is removed, watchers are disconnected
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ConsoleHub:
         log_bytes: int = LOG_BYTES,
         on_first_output: Callable[[], None] | None = None,
     ) -> None:
-        """`serial_path`: QEMU's listening end. `on_first_output` is called once, when the guest says something."""
+        """`serial_path`: QEMU's listening end. `on_first_output` is called once, at the guest's first output."""
         self._serial_path = serial_path
         self._console_path = console_path
         self._log_path = log_path
@@ -182,13 +182,13 @@ class ConsoleHub:
 
     @property
     def watcher_count(self) -> int:
-        """How many watch."""
+        """The number of watchers."""
         return len(self._watchers)
 
     async def start(self, *, wait_seconds: float = 5.0) -> None:
-        """Open the log and console.sock, and connect to the serial port; the latter alone when called again.
+        """Open the log and console.sock, and connect to the serial port; if called again, only the latter.
 
-        Returns when connected, or after `wait_seconds` without QEMU: it is tried for as long as the hub lives.
+        Returns when connected, or after `wait_seconds` without QEMU: the hub keeps trying for as long as it lives.
         Raises VmmError.
         """
         if self._server is None:
@@ -203,7 +203,7 @@ class ConsoleHub:
         self._following = asyncio.create_task(self._follow())
 
     def mark_start(self) -> None:
-        """Note in the log that the guest begins anew. Before `start`, or its first words may stand before the mark."""
+        """Mark a new start of the guest in the log. Call before `start`, or first output may precede the mark."""
         now = time.strftime("%Y-%m-%d %H:%M:%S").encode()
         log = ConsoleLog(self._log_path, max_bytes=self._log_bytes) if self._log is None else self._log
         log.append((b"\r\n" if log.size_bytes else b"") + _START_MARK + now + b"]\r\n")
@@ -211,7 +211,7 @@ class ConsoleHub:
             log.close()
 
     async def close(self) -> None:
-        """End: console.sock goes first, so that a watcher whose connection ends knows that no other comes."""
+        """Close the hub. console.sock is removed first: a disconnected watcher then knows that none follows."""
         if self._server is not None:
             self._server.close()
             with contextlib.suppress(OSError):
@@ -293,7 +293,7 @@ class ConsoleHub:
         return watcher
 
     def _share_out(self) -> None:
-        """Settle who may type: the first who wants to alone, or all who share when the first of those came earlier."""
+        """Decide who may type: the last taker; else the first who wants to, with all who share if it shares."""
         wanting = [watcher for watcher in self._watchers if watcher.typing != "never"]
         taking = [watcher for watcher in wanting if watcher.typing == "take"]
         first = taking[-1] if taking else wanting[0] if wanting else None
@@ -305,7 +305,7 @@ class ConsoleHub:
         while data := await reader.read(_PIECE_BYTES):
             if not watcher.may_type:
                 continue
-            # A guest that does not read holds up those who type, and nobody else; for ever, it gets nothing more.
+            # A guest that does not read delays only those who type. After the time-out its input is dropped.
             with contextlib.suppress(OSError, TimeoutError):
                 async with self._typing, asyncio.timeout(UNREAD_SECONDS):
                     await self._connected.wait()
@@ -326,7 +326,7 @@ def _read_request(line: bytes) -> tuple[Typing, int]:
 
 
 def _listen(path: str) -> socket.socket:
-    """A listening socket there that only we may connect to, in place of one whose worker is gone."""
+    """A listening socket that only our user may connect to; replaces the socket of a dead worker."""
     try:
         listening = bind_private(path, backlog=MAX_WATCHERS)
     except OSError as error:
@@ -335,7 +335,7 @@ def _listen(path: str) -> socket.socket:
     return listening
 
 
-# -- the watcher's own side -----------------------------------------------------------------------------------------
+# -- the client side ------------------------------------------------------------------------------------------------
 
 
 def open_console(
@@ -345,9 +345,9 @@ def open_console(
     scrollback_bytes: int = SCROLLBACK_BYTES,
     timeout_seconds: float = REQUEST_SECONDS,
 ) -> tuple[socket.socket, dict[str, Any]]:
-    """Connect to a hub: the connection, on which bytes go both ways from here on, and the hub's answer.
+    """Connect to a hub: (the connection, a byte stream in both directions from now on; the hub's answer).
 
-    `answer["typing"]` says whether what is sent reaches the guest. Raises NotFound where no hub listens, InUse.
+    `answer["typing"]` says whether input reaches the guest. Raises NotFound if no hub listens, InUse.
     """
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -356,7 +356,7 @@ def open_console(
         link.sendall(json.dumps({"type": typing, "scrollback": scrollback_bytes}).encode() + b"\n")
         line = b""
         while not line.endswith(b"\n"):
-            piece = link.recv(1)  # a byte at a time: what follows the line is the guest's
+            piece = link.recv(1)  # one byte at a time: everything after the line is the guest's output
             if not piece or len(line) > _MAX_REQUEST_BYTES:
                 raise VmmError("the console ended before it answered", path=path)
             line += piece

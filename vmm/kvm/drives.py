@@ -2,12 +2,12 @@
 """The disks of a running machine: the server that serves them, and QEMU's nodes and devices.
 
 Decides the order in which a disk is added, removed and resized, so that a failure half-way leaves it as it was, and
-when it is worth continuing a machine whose disks had failed. Must not know machines' states.
+when it is worth resuming a machine whose disks had failed. Must not know machine states.
 
 Adding:   the server opens the image -> QEMU connects (a node) -> a device on a SCSI controller
 Removing: the device (the guest is asked, and agrees) -> the node -> the server closes the image
-Growing:  QEMU can read -> the chain grows -> QEMU is disconnected and connects again, with the new size -> the guest
-          is told
+Growing:  QEMU can read -> the chain grows -> QEMU is disconnected and reconnects, with the new size -> the guest is
+          notified
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from vmm.model.errors import InUse, QemuFailed, TimedOut, VmmError, of_os_error,
 from vmm.model.paths import RuntimePaths
 from vmm.model.spec import DiskSpec
 
-SERVER_SECONDS = 60.0  # an answer of the server's: it may flush a slow disk
-UNPLUG_SECONDS = 20.0  # for the guest to let go of a disk
+SERVER_SECONDS = 60.0  # for an answer of the server, which may be flushing a slow disk
+UNPLUG_SECONDS = 20.0  # for the guest to release a disk
 NODE_SECONDS = RECONNECT_SECONDS * 3.0
-FIRST_OTHER_SET = 9000  # sets of descriptors below are disks', those from here on pictures'
-MIN_FREE_BYTES = 1 << 20  # on a file system where writing is worth another try
+FIRST_OTHER_SET = 9000  # descriptor sets with lower numbers are for disks, the others for screenshots
+MIN_FREE_BYTES = 1 << 20  # free space with which another attempt to write is worthwhile
 _LOOK_SECONDS = 0.05
 
 
 class DiskServer:
-    """The control socket of the machine's disk server, which may be away for a moment."""
+    """The control socket of the machine's disk server, which may be down for a moment."""
 
     def __init__(self, runtime: RuntimePaths) -> None:
         self._runtime = runtime
 
     async def call(self, method: str, *, timeout_seconds: float = SERVER_SECONDS, **params: object) -> Any:
-        """Ask for something. Raises StoreFailed with the server's words, InUse, NoSpace."""
+        """Call a method of the server. Raises StoreFailed with the server's message, InUse, NoSpace."""
 
         def ask() -> Any:
             with vhdkit.ControlClient(self._runtime.nbd_control, timeout_seconds=timeout_seconds) as client:
@@ -54,7 +54,7 @@ class DiskServer:
             raise store_error(error) from error
 
     async def is_serving(self) -> bool:
-        """True when it answers."""
+        """True if the server answers."""
         try:
             await self.call("status", timeout_seconds=5)
         except VmmError:
@@ -62,7 +62,7 @@ class DiskServer:
         return True
 
     async def wait_serving(self, timeout_seconds: float) -> None:
-        """Return when it answers. Raises TimedOut."""
+        """Return when the server answers. Raises TimedOut."""
         deadline = time.monotonic() + timeout_seconds
         while not await self.is_serving():
             if time.monotonic() > deadline:
@@ -70,15 +70,15 @@ class DiskServer:
             await asyncio.sleep(_LOOK_SECONDS)
 
 
-# -- adding and taking away ------------------------------------------------------------------------------------------
+# -- adding and removing ---------------------------------------------------------------------------------------------
 
 
 async def add_disk(
     qmp: Qmp, server: DiskServer, disk: DiskSpec, nbd_socket: str, *, export: dict[str, Any], medium: Medium | None
 ) -> None:
-    """Plug a disk into the running machine; on an error everything is as before.
+    """Plug a disk into the running machine; on an error everything is undone.
 
-    `export` is its entry for the disks' server, `medium` what a passed-through one is made of.
+    `export` is its entry for the disk server; `medium` describes a pass-through disk.
     """
     async with contextlib.AsyncExitStack() as undo:
         if disk.is_image:
@@ -100,7 +100,7 @@ async def add_disk(
 
 
 async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
-    """Unplug a disk. Raises TimedOut, and leaves it plugged in, when the guest does not let go of it."""
+    """Unplug a disk. Raises TimedOut, and leaves it plugged in, if the guest does not release it."""
     if await has_device(qmp, disk.id):
         await qmp.execute("device_del", id=disk.id)
         deadline = time.monotonic() + UNPLUG_SECONDS
@@ -119,13 +119,13 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
 
 
 async def free_set(qmp: Qmp) -> int:
-    """The number of a set of descriptors that QEMU does not have yet."""
+    """An unused descriptor set number."""
     used = [one["fdset-id"] for one in await qmp.execute("query-fdsets") if one["fdset-id"] < FIRST_OTHER_SET]
     return max(used, default=0) + 1
 
 
 async def take_back(qmp: Qmp, disk_id: str) -> None:
-    """Have QEMU close its descriptors of a disk, with which the claim on a device ends, and forget its objects."""
+    """Have QEMU close its descriptors of a disk, which ends the claim on a device, and delete the disk's objects."""
     for one in await qmp.execute("query-fdsets"):
         if any(descriptor.get("opaque") == disk_id for descriptor in one["fds"]):
             await qmp.execute("remove-fd", fdset_id=one["fdset-id"])
@@ -145,7 +145,7 @@ async def has_device(qmp: Qmp, device_id: str) -> bool:
 
 
 async def _remove_export(server: DiskServer, name: str) -> None:
-    """Give an image back; QEMU's connection may take a moment to be seen as gone."""
+    """Have the server close an image; it may take a moment until QEMU's connection is seen as closed."""
     deadline = time.monotonic() + NODE_SECONDS
     while True:
         try:
@@ -167,18 +167,18 @@ async def _quietly_remove_node(qmp: Qmp, name: str) -> None:
         await qmp.execute("blockdev-del", node_name=name)
 
 
-# -- another size ----------------------------------------------------------------------------------------------------
+# -- resizing --------------------------------------------------------------------------------------------------------
 
 
 async def resize_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec, size_bytes: int) -> dict[str, Any]:
-    """Make a disk larger while the guest uses it; what the server said. Raises StoreFailed, QemuFailed.
+    """Enlarge a disk while the guest uses it; returns the server's answer. Raises StoreFailed, QemuFailed.
 
-    QEMU learns a size when it connects, and only then lets a disk be resized to it. What can fail beforehand is tried
-    beforehand.
+    QEMU learns the size when it connects, and only then allows a disk to be resized to it. Steps that can fail are
+    tried first.
     """
     await _read_from(qmp, disk.id)
     result: dict[str, Any] = await server.call("resize", export=disk.id, size_bytes=size_bytes)
-    size_bytes = int(result["size_bytes"])  # rounded as the format wants it
+    size_bytes = int(result["size_bytes"])  # rounded as the format requires
 
     async def resize() -> None:
         await _read_from(qmp, disk.id)
@@ -194,9 +194,9 @@ async def resize_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec, size_bytes: 
 
 
 async def _read_from(qmp: Qmp, node_name: str) -> None:
-    """Have QEMU connect, which it does when there is something to read; the guest may not for long. Raises QemuFailed.
+    """Have QEMU connect, which it does when it reads; the guest may not read for a long time. Raises QemuFailed.
 
-    By the node and not by the device: a virtio disk's is the device's child, and has no name.
+    Uses the node and not the device: the device of a virtio disk is a child without a name.
     """
     read = f'qemu-io {node_name} "read 0 512"'
     said = await qmp.execute("human-monitor-command", command_line=read, timeout_seconds=NODE_SECONDS)
@@ -205,7 +205,7 @@ async def _read_from(qmp: Qmp, node_name: str) -> None:
 
 
 async def _insist(work: Callable[[], Awaitable[object]]) -> None:
-    """Do this, again and again for a while when QEMU is not ready for it. Raises what it raised last."""
+    """Repeat this for a while if QEMU is not ready for it. Raises the last error."""
     deadline = time.monotonic() + NODE_SECONDS
     while True:
         try:
@@ -221,7 +221,7 @@ async def _insist(work: Callable[[], Awaitable[object]]) -> None:
 
 
 def problem_of_store(disks: tuple[DiskSpec, ...], nbd_socket: str) -> str | None:
-    """Why the disks cannot work now, as far as can be seen from outside; None when another try is worth while."""
+    """Why the disks cannot work now, as far as visible from outside; None if another attempt is worthwhile."""
     if not any(disk.is_image for disk in disks):
         return None
     try:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integration services that qemu's guest agent offers: heartbeat, what the guest is, shutdown, freezing, time.
+"""The integration services that qemu's guest agent offers: heartbeat, guest information, shutdown, freezing, time.
 
 Decides to which service a request belongs, and refuses it if that is switched off; how long each may take, what a
-guest's answer may look like, and that file systems never stay frozen. Must not know who asks, or what else QEMU does:
-the worker says when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
+guest's answer may look like, and that file systems never stay frozen. Must not know its callers, or what else QEMU
+does: the worker reports when the guest opened or closed the agent's port (`VSERPORT_CHANGE`, `query-chardev`).
 
-INV-THAWED: every freeze is followed by a thaw. Only an agent that has just answered is asked to freeze. Before, it is
-noted that a thaw is owed (`owes`), and the note is removed when the guest has answered a thaw that was requested after
-the freeze. Until then the thaw is requested again and again, however long the agent is silent, by the next worker,
-too. An agent answers in the order of the requests, so a freeze that it reads late comes before that thaw. The caller
-waits for none of this longer than FREEZE_ANSWER_SECONDS and a few seconds before and after.
+INV-THAWED: every freeze is followed by a thaw. Only an agent that has just answered is asked to freeze. Before that,
+the owed thaw is recorded (`owes`), and the record is removed when the guest has answered a thaw that was requested
+after the freeze. Until then the thaw is requested repeatedly, however long the agent is silent, also by the next
+worker. An agent answers requests in order, so a freeze that it reads late comes before that thaw. The caller waits for
+none of this longer than FREEZE_ANSWER_SECONDS and a few seconds before and after.
 
-The guest is not trusted: its answers are checked field by field, cut to a length, and bounded in number. There is one
+The guest is not trusted: its answers are checked field by field, truncated, and bounded in number. There is one
 request at a time; one that is not answered ends the connection, and the next begins by synchronising (`guest-sync`).
 
 In Hyper-V, names and addresses belong to the data exchange, so `key_value` switches them. Source of the commands:
@@ -35,25 +35,25 @@ PowerDown = Literal["powerdown", "reboot", "halt"]
 
 ANSWER_SECONDS: Final = 3.0
 HEARTBEAT_SECONDS: Final = 5.0
-LOST_AFTER_SECONDS: Final = 15.0  # three heartbeats that did not come
-SUMMARY_SECONDS: Final = 1.5  # `vmm show` waits no longer for a guest that is busy
+LOST_AFTER_SECONDS: Final = 15.0  # three missing heartbeats
+SUMMARY_SECONDS: Final = 1.5  # the longest that `vmm show` waits for a busy guest
 FREEZE_SECONDS: Final = (
     10.0  # how long file systems stay frozen unless the caller says otherwise, as Windows' VSS does
 )
-FREEZE_ANSWER_SECONDS: Final = 25.0  # it writes out all that is dirty first; with ping and thaw it makes 30
+FREEZE_ANSWER_SECONDS: Final = 25.0  # the guest writes out dirty data first; with ping and thaw this makes 30
 THAW_TRY_SECONDS: Final = 2.0
-THAW_GIVE_UP_SECONDS: Final = 10.0  # for whoever waits for it; it goes on without him
+THAW_GIVE_UP_SECONDS: Final = 10.0  # how long a caller waits; thawing continues without it
 THAW_AGAIN_SECONDS: Final = 1.0
-SHUTDOWN_ANSWER_SECONDS: Final = 1.0  # an error comes at once; a guest that obeys does not answer
+SHUTDOWN_ANSWER_SECONDS: Final = 1.0  # an error comes at once; a guest that shuts down does not answer
 
-# What a guest may tell us.
+# Limits on a guest's answers.
 MAX_TEXT_CHARACTERS: Final = 256
 MAX_INTERFACES: Final = 64
-MAX_ADDRESSES: Final = 32  # of an interface
+MAX_ADDRESSES: Final = 32  # per interface
 
 
 class Switches(Protocol):
-    """Which services are on; `vmm.model.spec.IntegrationSpec` is one."""
+    """The enabled services; `vmm.model.spec.IntegrationSpec` implements it."""
 
     @property
     def heartbeat(self) -> bool: ...
@@ -83,8 +83,8 @@ class GuestAgent:
     ) -> None:
         """`path`: QEMU's end of the agent's port. Nothing is connected yet.
 
-        `owes` is called with True before the guest may freeze and with False when it surely thawed, to be written
-        down; `is_owed`: what was written down last.
+        `owes` is called with True before the guest may freeze and with False when it has certainly thawed, to be
+        recorded; `is_owed`: what was recorded last.
         """
         self._path = path
         self._switches = switches
@@ -97,11 +97,11 @@ class GuestAgent:
         self._seen: float | None = None
         self._known_os: OsInfo | None = None
         self._known_interfaces: tuple[GuestInterface, ...] = ()
-        self._freeze_ends: asyncio.Task[None] | None = None  # thaws when the time is over
+        self._freeze_ends: asyncio.Task[None] | None = None  # thaws when the time is up
         self._holds_frozen = False
-        self._is_late = is_owed  # what was frozen thawed before somebody said so: he is to hear of it
+        self._is_late = is_owed  # a freeze thawed before the caller asked for it: the caller gets an error
         self._note_owed, self._is_owed, self._tell = owes, is_owed, tell
-        self._is_unsure = True  # nobody has asked this guest yet whether it is frozen
+        self._is_unsure = True  # it is not known yet whether this guest is frozen
         self._look_now = asyncio.Event()
 
     # -- whether there is an agent ----------------------------------------------------------------------------------
@@ -110,11 +110,11 @@ class GuestAgent:
         """The guest opened the agent's port, or closed it."""
         self._is_open = is_open
         if is_open:
-            self._is_unsure = True  # memory that was brought back, or a guest that came from elsewhere
+            self._is_unsure = True  # the memory may have been restored, or the guest may come from another host
             self._opened.set()
         else:
             self._opened.clear()
-            self._known_interfaces = ()  # a guest that restarts may come back as another
+            self._known_interfaces = ()  # a guest that restarts may have changed
             self._known_os = None
 
     @property
@@ -133,7 +133,7 @@ class GuestAgent:
         return Heartbeat("ok" if alive else "lost", round(ago, 1))
 
     async def run(self) -> None:
-        """Keep the heartbeat, and thaw what is frozen and held by nobody, until cancelled."""
+        """Maintain the heartbeat, and thaw file systems whose freeze no caller holds, until cancelled."""
         while True:
             await self._opened.wait()
             with contextlib.suppress(VmmError):
@@ -150,7 +150,7 @@ class GuestAgent:
                         await self._look_now.wait()
 
     def _must_look(self) -> bool:
-        """True while the guest may be frozen and nobody holds it so."""
+        """True while the guest may be frozen without a caller that holds the freeze."""
         return not self._holds_frozen and (self._is_owed or (self._is_unsure and self._switches.backup))
 
     async def _thaw_what_nobody_holds(self) -> None:
@@ -165,7 +165,7 @@ class GuestAgent:
             self._tell("guest-thawed", by="vmm", file_systems=answer if isinstance(answer, int) else None)
 
     def _has_thawed(self) -> None:
-        """The guest has answered a thaw that came after every freeze."""
+        """Record that the guest has answered a thaw that was requested after every freeze."""
         self._is_unsure = False
         if self._is_owed:
             self._is_owed = False
@@ -184,7 +184,7 @@ class GuestAgent:
         await self._ask("guest-ping")
 
     async def close(self) -> None:
-        """Let go of the agent; file systems that we hold frozen thaw first."""
+        """Disconnect from the agent; thaws file systems first if we hold them frozen."""
         if self._holds_frozen:
             with contextlib.suppress(VmmError):
                 await self.thaw()
@@ -192,10 +192,10 @@ class GuestAgent:
             self._freeze_ends.cancel()
         await self._hang_up()
 
-    # -- what the guest is ------------------------------------------------------------------------------------------
+    # -- information about the guest --------------------------------------------------------------------------------
 
     async def os_info(self) -> OsInfo:
-        """What runs in the guest. Raises AgentUnavailable, TimedOut."""
+        """The guest's operating system. Raises AgentUnavailable, TimedOut."""
         self._need("key_value")
         answer = _mapping(await self._ask("guest-get-osinfo"))
         host = _mapping(await self._ask("guest-get-host-name"))
@@ -209,7 +209,7 @@ class GuestAgent:
         return self._known_os
 
     async def addresses(self) -> tuple[GuestInterface, ...]:
-        """The guest's network interfaces, without its loopback. Raises AgentUnavailable, TimedOut."""
+        """The guest's network interfaces, without loopback. Raises AgentUnavailable, TimedOut."""
         self._need("key_value")
         found = []
         for one in _list(await self._ask("guest-network-get-interfaces"), MAX_INTERFACES):
@@ -221,8 +221,8 @@ class GuestAgent:
         return self._known_interfaces
 
     async def summary(self) -> GuestInfo:
-        """Heartbeat, system and addresses, for `vmm show`: fresh where the guest answers quickly, else as last
-        known. Never fails.
+        """Heartbeat, system and addresses, for `vmm show`: current if the guest answers quickly, else the last known
+        values. Never fails.
         """
         if self._is_open and self._switches.key_value:
             with contextlib.suppress(VmmError, TimeoutError):
@@ -232,24 +232,24 @@ class GuestAgent:
         beat = self.heartbeat()
         return GuestInfo(beat.state, beat.seen_seconds_ago, self._known_os, self._known_interfaces)
 
-    # -- what the guest does ----------------------------------------------------------------------------------------
+    # -- controlling the guest --------------------------------------------------------------------------------------
 
     async def shutdown(self, mode: PowerDown = "powerdown") -> None:
-        """Ask the guest to end; returns when it was asked. Raises AgentUnavailable when it cannot be or refuses.
+        """Request a shutdown; returns once the guest has the request. Raises AgentUnavailable if it cannot or refuses.
 
-        That it ended is told by QEMU, not by the agent, which goes down with it.
+        The end itself is reported by QEMU, not by the agent, which shuts down with the guest.
         """
         self._need("shutdown")
         try:
             await self._ask("guest-shutdown", seconds=SHUTDOWN_ANSWER_SECONDS, mode=mode)
         except TimedOut:
-            pass  # the answer of a guest that obeys
+            pass  # expected: a guest that shuts down does not answer
         except AgentUnavailable as error:
             if not isinstance(error.__cause__, ConnectionEnded):
-                raise  # else it went down before we could hear that it would
+                raise  # an ended connection means that the guest went down before it could answer
 
     async def set_time(self, seconds: float | None = None) -> None:
-        """Set the guest's clock to this time since 1970, UTC; to the host's where None. Raises VmmError."""
+        """Set the guest's clock to this time (seconds since 1970, UTC); None: the host's time. Raises VmmError."""
         self._need("time_sync")
         now = time.time_ns() if seconds is None else int(seconds * 1e9)
         await self._ask("guest-set-time", time=now)
@@ -258,10 +258,10 @@ class GuestAgent:
 
     @contextlib.asynccontextmanager
     async def frozen(self, *, max_seconds: float = FREEZE_SECONDS) -> AsyncIterator[int]:
-        """The guest's file systems written out and frozen inside this block; their number.
+        """Write out and freeze the guest's file systems while the block runs; yields their number.
 
-        They thaw at its end, however it ends. Raises AgentUnavailable, TimedOut, also when they had to thaw before the
-        block was done, so that what was copied meanwhile is not of one moment.
+        They thaw at its end, however it ends. Raises AgentUnavailable, TimedOut, also if they had to thaw before the
+        block was done: data copied meanwhile is then not of a single moment.
         """
         count = await self.freeze(max_seconds=max_seconds)
         ends = self._freeze_ends
@@ -278,14 +278,15 @@ class GuestAgent:
         await self.thaw()
 
     def _is_held(self, ends: asyncio.Task[None] | None) -> bool:
-        """True while the freeze that this task ends is the one that holds, and its time is not over."""
+        """True while the freeze that this task ends is the current one and its time is not up."""
         return self._holds_frozen and self._freeze_ends is ends
 
     async def freeze(self, *, max_seconds: float = FREEZE_SECONDS) -> int:
-        """Write out and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`.
+        """Write out and freeze the guest's file systems; returns their number. They thaw at the latest after
+        `max_seconds`.
 
-        Raises AgentUnavailable, TimedOut; then nothing stays frozen: what cannot thaw now will as soon as the guest
-        answers.
+        Raises AgentUnavailable, TimedOut; nothing stays frozen then: what cannot be thawed now is thawed as soon as
+        the guest answers.
         """
         self._need("backup")
         if not self._holds_frozen and self._freeze_ends is not None:
@@ -296,12 +297,12 @@ class GuestAgent:
             raise AgentUnavailable("the file systems are frozen already", machine=self._machine)
         self._holds_frozen, self._is_late = True, False
         try:
-            await self._ask("guest-ping")  # one that is silent would find the request later, and freeze for nobody
+            await self._ask("guest-ping")  # a silent agent would read the request later, and freeze for no caller
             self._is_owed = True
             self._note_owed(True)
             answer = await self._ask("guest-fsfreeze-freeze", seconds=FREEZE_ANSWER_SECONDS)
         except BaseException:
-            # It may have frozen some before it failed, or freeze after we stopped waiting.
+            # Some file systems may have been frozen before the failure, or the freeze may follow after our time-out.
             self._holds_frozen = False
             if self._is_owed:
                 thawing = asyncio.ensure_future(self._thaw(give_up_seconds=0.0))
@@ -312,7 +313,7 @@ class GuestAgent:
         return answer if isinstance(answer, int) else 0
 
     async def thaw(self) -> int:
-        """Thaw what `freeze` froze; how many file systems. Raises TimedOut when they had to thaw before."""
+        """Thaw what `freeze` froze; returns the number of file systems. Raises TimedOut if they thawed earlier."""
         self._need("backup")
         if self._is_late:
             self._is_late = False
@@ -335,7 +336,7 @@ class GuestAgent:
         )
 
     async def is_frozen(self) -> bool:
-        """True while the guest's file systems are frozen. Raises AgentUnavailable, TimedOut."""
+        """True if the guest's file systems are frozen. Raises AgentUnavailable, TimedOut."""
         self._need("backup")
         return bool(await self._ask("guest-fsfreeze-status") == "frozen")
 
@@ -346,7 +347,7 @@ class GuestAgent:
             await self._thaw()
 
     async def _thaw(self, *, give_up_seconds: float | None = None) -> int:
-        """Thaw, again and again until the guest says that it did, is gone, or `run` has to go on with it."""
+        """Thaw, with retries, until the guest confirms it or is gone; at the deadline `run` takes over."""
         deadline = self._clock() + (THAW_GIVE_UP_SECONDS if give_up_seconds is None else give_up_seconds)
         while True:
             try:
@@ -359,7 +360,7 @@ class GuestAgent:
                     raise
                 await asyncio.sleep(0.2)
 
-    # -- asking -----------------------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------------------
 
     def _need(self, service: Service) -> None:
         if not getattr(self._switches, service):
@@ -369,14 +370,14 @@ class GuestAgent:
             )
 
     async def _ask(self, command: str, *, seconds: float = ANSWER_SECONDS, **arguments: object) -> Any:
-        """The answer to a question. Raises AgentUnavailable, TimedOut."""
+        """Send a command and return the answer. Raises AgentUnavailable, TimedOut."""
         if not self._is_open:
             raise AgentUnavailable(
                 "no guest agent has answered yet",
                 machine=self._machine,
                 hint="is qemu-guest-agent installed and running in the guest?",
             )
-        deadline = self._clock() + seconds  # for all of it
+        deadline = self._clock() + seconds  # for the whole exchange
         try:
             async with asyncio.timeout(seconds):
                 await self._one_at_a_time.acquire()
@@ -398,7 +399,7 @@ class GuestAgent:
                 problem = f"the guest agent did not answer {command} within {seconds:g} s"
                 raise TimedOut(problem, machine=self._machine) from error
             except asyncio.CancelledError:
-                # The answer that is still to come must not be taken for another's.
+                # A late answer must not be taken for the answer to another command.
                 await asyncio.shield(self._hang_up())
                 raise
             self._seen = self._clock()
@@ -412,7 +413,7 @@ class GuestAgent:
             await qmp.close()
 
 
-# -- what a guest may say -----------------------------------------------------------------------------------------
+# -- validation of answers ----------------------------------------------------------------------------------------
 
 
 def _text(value: object) -> str:

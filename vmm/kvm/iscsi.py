@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LUNs that QEMU itself reaches over the network: what an iscsi:// URL says and how QEMU is told.
+"""LUNs that QEMU itself reaches over the network: the iscsi:// URL, and the block device that it becomes in QEMU.
 
-Decides how a URL is read, which LUN it names, whatever the portal, and when the LUN must not be given to a
-machine. Pure except for `host_sessions`, which reads where this host itself is logged in. A URL never contains a
-password, because URLs are stored in a machine's definition and shown: it names a file with the password.
+Decides how a URL is read, which LUN it names, whatever the portal, and when the LUN must not be given to a machine.
+Pure except for `host_sessions`, which reads where this host itself is logged in. A URL never contains a password,
+because URLs are stored in a machine's definition and displayed: it names a file with the password.
 
     iscsi://[USER@]HOST[:PORT]/TARGET/LUN[?password-file=PATH]
 
-While the target does not answer, the guest's requests wait and libiscsi reconnects again and again; no time-out is
-set, because the target may still carry out a request that was given up.
+While the target does not answer, the guest's requests wait and libiscsi keeps reconnecting; no time-out is set,
+because the target might still carry out a request that was given up.
 
 No claim of ours keeps other hosts away from a LUN: that is up to the target (its access rules, or reservations).
 
@@ -29,14 +29,14 @@ from vmm.model.errors import InvalidSpec
 SCHEME = "iscsi://"
 DEFAULT_PORT = 3260
 MAX_NAME_BYTES = 223  # RFC 7143, 4.2.7.1
-MAX_LUN = 16383  # what a flat LUN address holds
+MAX_LUN = 16383  # the largest flat LUN address
 SYNTAX_HINT = "iscsi://[USER@]HOST[:PORT]/TARGET/LUN[?password-file=PATH]"
 _TARGET = re.compile(r"iqn\.\d{4}-\d{2}\.[^\s/?#:]+(:[^\s/?#]*)?|eui\.[0-9A-Fa-f]{16}|naa\.[0-9A-Fa-f]{16,32}")
 
 
 @dataclass(frozen=True, slots=True)
 class Lun:
-    """A logical unit of a target. `portal` is HOST:PORT as QEMU wants it."""
+    """A logical unit of a target. `portal` is HOST:PORT, as QEMU expects it."""
 
     portal: str
     target: str
@@ -46,13 +46,13 @@ class Lun:
 
     @property
     def identity(self) -> str:
-        """The same by whichever portal: names of targets are unique in the world."""
+        """The identity, independent of the portal: target names are globally unique."""
         return f"iscsi={self.target},lun={self.number}"
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a device or LUN must not be given away; `in_use` tells that somebody would have to let go of it first."""
+    """Why a device or LUN must not be given away; `in_use`: its present user would have to release it first."""
 
     text: str
     in_use: bool = False
@@ -62,12 +62,12 @@ class Reason:
 
 
 def is_url(text: str) -> bool:
-    """True for what is meant to be the URL of a LUN."""
+    """True for a text that is meant as the URL of a LUN."""
     return text.lower().startswith(("iscsi:", "iser:"))
 
 
 def parse(url: str) -> Lun:
-    """What the URL names. Raises InvalidSpec with what is wrong with it."""
+    """Parse a URL. Raises InvalidSpec, which says what is wrong with it."""
     if not url.lower().startswith(SCHEME):
         raise _wrong(url, "does not begin with iscsi://")
     try:
@@ -80,7 +80,7 @@ def parse(url: str) -> Lun:
     if port == 0:
         raise _wrong(url, "has the port 0")
     if parts.password is not None or "%" in (parts.username or ""):
-        # libiscsi's form USER%PASSWORD too
+        # USER%PASSWORD is libiscsi's own form
         raise _wrong(url, "holds a password, which would be stored and shown with it", "use ?password-file=PATH")
     path = [unquote(one) for one in parts.path.split("/")[1:]]
     if len(path) != 2 or not path[1]:
@@ -115,17 +115,17 @@ def _password_file(url: str, query: str) -> str | None:
 
 
 def _wrong(url: str, what: str, hint: str = SYNTAX_HINT) -> InvalidSpec:
-    # A password in it must not be shown again.
+    # A password in the URL must not be displayed.
     return InvalidSpec(what, path=re.sub(r"//[^@/]*@", "//...@", url), hint=hint)
 
 
 def refusals(
     lun: Lun, *, identities: Mapping[str, str], sessions: Iterable[tuple[str, int, str]] = ()
 ) -> list[Reason]:
-    """Why this LUN must not be given to a machine; empty when it may be. Pure.
+    """Why this LUN must not be given to a machine; empty if it may be. Pure.
 
-    `identities` are those that machines have already, each with its machine; `sessions` the LUNs that this host's own
-    initiator has: (target, LUN, device).
+    `identities`: LUNs that machines already have -> machine; `sessions`: the LUNs that this host's own initiator is
+    logged in to, as (target, LUN, device).
     """
     reasons = []
     if lun.identity in identities:
@@ -165,7 +165,7 @@ def _listed(folder: str) -> list[str]:
 
 
 def initiator_name(machine_id: str) -> str:
-    """The name by which a target knows this machine: its own, so that access rules can tell machines apart."""
+    """The initiator name that a target sees: one for each machine, so that access rules can distinguish machines."""
     return f"iqn.2008-11.org.linux-kvm:{machine_id.lower()}"
 
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key-value data exchange: small texts that a machine and its host leave for each other.
+"""The key-value data exchange: short texts that a machine and its host exchange.
 
-Decides what an item may be, who may change which pool, how the two sides talk on the machine's virtio port
-`org.vmm.kvp.0`, and that the host keeps both pools: they exist while the guest is down, and a guest that starts is
-sent the host's items. Must not know what items mean, or who asks on the host.
+Decides what an item may be, who may change which pool, the protocol on the machine's virtio port `org.vmm.kvp.0`, and
+that the host keeps both pools: they exist while the guest is down, and a guest that starts is sent the host's items.
+Must not know what items mean, or who asks on the host.
 
     pool "host"     the host sets, the guest reads          pool "guest"    the guest sets, the host reads
 
-A message is a JSON object on a line of its own, at most MAX_LINE_BYTES with its end. From the guest:
-
-    {"op": "hello"}                                    I am here: tell me the host's items (as sets, below)
+A message is a JSON object on a line of its own, at most MAX_LINE_BYTES including its end. From the guest:
+    {"op": "hello"}                                    the guest is present: send the host's items (as sets, below)
     {"id": 1, "op": "get", "key": K, "pool": P}        -> {"id": 1, "ok": true, "value": V}    (P: "host" unless given)
     {"id": 2, "op": "list", "pool": P}                 -> {"id": 2, "key": K, "value": V} each, then
                                                           {"id": 2, "ok": true, "count": N}
@@ -21,8 +20,8 @@ From the host, when an item of its pool changes: {"id": 5, "op": "set", "key": K
 "delete", "key": K}, which the guest answers with {"id": 5, "ok": true} when it has accepted it. A worker that starts
 sends {"op": "hello"}, which asks the guest to do the same.
 
-The guest is not trusted: lines, keys, values and items are bounded (by Hyper-V's limits where there are any), a guest
-that does not read is not read from, and what it sets is written to the host's disk at most once a second.
+The guest is not trusted: lines, keys, values and items are bounded (by Hyper-V's limits where it has any), nothing is
+read from a guest that does not read, and what it sets is written to the host's disk at most once a second.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ POOLS: Final[tuple[Pool, ...]] = get_args(Pool)
 PORT_NAME: Final = "org.vmm.kvp.0"
 MAX_KEY_BYTES: Final = 512  # Hyper-V's HV_KVP_EXCHANGE_MAX_KEY_SIZE
 MAX_VALUE_BYTES: Final = 2048  # and its HV_KVP_EXCHANGE_MAX_VALUE_SIZE
-MAX_ITEMS: Final = 256  # of a pool: with the above, its file stays below a MiB
-MAX_LINE_BYTES: Final = 16 * 1024  # a set whose every byte is escaped as \u00xx fits
+MAX_ITEMS: Final = 256  # per pool: with the limits above, its file stays below 1 MiB
+MAX_LINE_BYTES: Final = 16 * 1024  # fits a set whose every byte is escaped as \u00xx
 MAX_FILE_BYTES: Final = 8 * 1024 * 1024
 ACKNOWLEDGE_SECONDS: Final = 2.0
 RECONNECT_SECONDS: Final = 0.5
@@ -55,7 +54,7 @@ class KeyValueStore:
     """Both pools of one machine, in memory and in a file of its folder."""
 
     def __init__(self, path: str) -> None:
-        """Read the file; one that is not there is empty. Raises VmmError for a damaged one."""
+        """Read the file; a missing file counts as empty. Raises VmmError for a damaged one."""
         self._path = path
         self._pools: dict[Pool, dict[str, str]] = {pool: {} for pool in POOLS}
         try:
@@ -82,7 +81,7 @@ class KeyValueStore:
             raise NotFound(f"the {pool} has no item {key[:MAX_KEY_BYTES]!r}") from None
 
     def set(self, pool: Pool, key: str, value: str) -> None:
-        """Add or replace an item, in memory. Raises InvalidSpec for one that cannot be."""
+        """Add or replace an item, in memory. Raises InvalidSpec for an invalid item."""
         check_item(key, value)
         items = self._pools[pool]
         if key not in items and len(items) >= MAX_ITEMS:
@@ -95,13 +94,13 @@ class KeyValueStore:
         del self._pools[pool][key]
 
     def save(self, *, durable: bool = True) -> None:
-        """Write both pools to the file, whole or not at all. Raises VmmError."""
+        """Write both pools to the file, atomically. Raises VmmError."""
         content = json.dumps(self._pools, ensure_ascii=False, indent=1, sort_keys=True).encode() + b"\n"
         write_whole(self._path, content, durable=durable)
 
 
 def check_item(key: str, value: str) -> None:
-    """Raise InvalidSpec for an item that cannot be."""
+    """Raise InvalidSpec for an invalid item."""
     for what, text, limit in (("key", key, MAX_KEY_BYTES), ("value", value, MAX_VALUE_BYTES)):
         try:
             length = len(text.encode())
@@ -119,20 +118,20 @@ class KeyValueChannel:
     """The host's side of one running machine's port. For one event loop."""
 
     def __init__(self, path: str, store: KeyValueStore, *, is_on: bool = True, machine: str | None = None) -> None:
-        """`path`: QEMU's end of the port. Nothing is connected yet; a channel that is not on never is."""
+        """`path`: QEMU's end of the port. Nothing is connected yet; with `is_on` False, nothing ever is."""
         self._path = path
         self._store = store
         self._is_on = is_on
         self._machine = machine
         self._writer: asyncio.StreamWriter | None = None
-        self._is_present = False  # the guest said hello and has not gone since
+        self._is_present = False  # the guest said hello and has not left since
         self._number = 0
         self._waiting: dict[int, asyncio.Future[bool]] = {}
         self._saving: asyncio.Task[None] | None = None
 
     @property
     def is_present(self) -> bool:
-        """True while somebody in the guest exchanges data."""
+        """True while a program in the guest takes part in the exchange."""
         return self._is_present
 
     def port_changed(self, is_open: bool) -> None:
@@ -140,10 +139,10 @@ class KeyValueChannel:
         if not is_open:
             self._gone()
 
-    # -- the host's questions ---------------------------------------------------------------------------------------
+    # -- requests of the host ---------------------------------------------------------------------------------------
 
     def items(self, pool: Pool) -> dict[str, str]:
-        """All items of a pool. Raises AgentUnavailable when the exchange is switched off."""
+        """All items of a pool. Raises AgentUnavailable if the exchange is switched off."""
         self._need()
         return self._store.items(pool)
 
@@ -153,7 +152,7 @@ class KeyValueChannel:
         return self._store.get(pool, key)
 
     async def set(self, key: str, value: str) -> bool:
-        """Set an item of the host's pool, durably; True when the guest has taken it, False when it will be told later.
+        """Set an item of the host's pool, durably. True if the guest has accepted it, False if it gets it later.
 
         Raises InvalidSpec, AgentUnavailable, NoSpace.
         """
@@ -163,7 +162,7 @@ class KeyValueChannel:
         return await self._tell({"op": "set", "key": key, "value": value})
 
     async def delete(self, key: str) -> bool:
-        """Remove an item of the host's pool; True when the guest has heard. Raises NotFound, AgentUnavailable."""
+        """Remove an item of the host's pool. True if the guest has accepted it. Raises NotFound, AgentUnavailable."""
         self._need()
         self._store.delete("host", key)
         self._store.save()
@@ -192,7 +191,7 @@ class KeyValueChannel:
     # -- the conversation -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep the conversation, until cancelled; QEMU may come and go meanwhile."""
+        """Run the conversation until cancelled; QEMU may come and go meanwhile."""
         if not self._is_on:
             return
         try:
@@ -212,7 +211,7 @@ class KeyValueChannel:
         line = bytearray()
         is_too_long = False
         try:
-            # A guest that was here before this worker need not say hello again: it is asked to.
+            # A guest that was present before this worker does not say hello again by itself, so it is asked to.
             self._send({"op": "hello"})
             while piece := await reader.read(MAX_LINE_BYTES):
                 *ends, rest = piece.split(b"\n")
@@ -300,7 +299,7 @@ class KeyValueChannel:
         async def save() -> None:
             await asyncio.sleep(SAVE_SECONDS)
             self._saving = None
-            with contextlib.suppress(VmmError):  # a full disk: it is in memory, and tried again with the next change
+            with contextlib.suppress(VmmError):  # a full disk: the item is in memory, and saved with the next change
                 self._store.save(durable=False)
 
         if self._saving is None:
@@ -322,7 +321,7 @@ def _word(message: dict[str, Any], name: str) -> str:
 
 
 def pool_named(name: str | None) -> Pool | None:
-    """The pool of that name. Raises InvalidSpec."""
+    """The pool with that name; None for None. Raises InvalidSpec."""
     for pool in POOLS:
         if pool == name:
             return pool
@@ -332,7 +331,7 @@ def pool_named(name: str | None) -> Pool | None:
 
 
 def find_item(get: Callable[[Pool, str], str], key: str, pool: Pool | None) -> ExchangedItem:
-    """The item of a key: in that pool, or in the guest's and then the host's. Raises NotFound."""
+    """The item with that key: in `pool`, or else first in the guest's, then in the host's. Raises NotFound."""
     pools: tuple[Pool, ...] = ("guest", "host") if pool is None else (pool,)
     for one in pools:
         try:
@@ -343,5 +342,5 @@ def find_item(get: Callable[[Pool, str], str], key: str, pool: Pool | None) -> E
 
 
 def store_path(machine_folder: str) -> str:
-    """The file of a machine's exchanged items."""
+    """The file with a machine's exchanged items."""
     return os.path.join(machine_folder, "exchange.json")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a LUN contains, as far as that can be seen quickly: for saved memory, which would not fit other content.
+"""A quick fingerprint of a LUN's content: saved memory does not fit content that has changed.
 
 A target does not count writes, and other hosts may reach it, so samples of its content are compared: its size, its
 first 2 MiB, where partition tables, volume groups and most file systems keep what changes when they are used, and
 64 KiB at each power of two after that. QEMU's own tool, which speaks iSCSI, does the reading. Decides what is read and
-how long it may take; must not know what follows.
+how long it may take; must not know what the fingerprint is used for.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Final
 from vmm.kvm import iscsi
 from vmm.kvm.iscsi import Lun
 
-SECONDS: Final = 20.0  # a target that is away must not keep a machine from starting for longer
+SECONDS: Final = 20.0  # an unreachable target must not delay a machine's start for longer
 _HEAD_BYTES, _SAMPLE_BYTES = 2 << 20, 64 << 10
 _FIRST_POWER, _LAST_POWER = 22, 45  # 4 MiB to 32 TiB
-_DUMPED = re.compile(rb"[0-9a-f]{8,16}: ")  # a line of qemu-io's with bytes; what is no such line tells times
+_DUMPED = re.compile(rb"[0-9a-f]{8,16}: ")  # a line of qemu-io's hex dump; other lines report times
 _SECRET_ID = "password"
 
 
 def look_at_lun(lun: Lun, *, initiator: str, password: bytes | None = None) -> str | None:
-    """What its content is known by; None where it cannot be read now, or there is no qemu-io."""
+    """The fingerprint of the content; None if it cannot be read now, or if there is no qemu-io."""
     tool = shutil.which("qemu-io")
     if tool is None:
         return None
@@ -56,7 +56,7 @@ def look_at_lun(lun: Lun, *, initiator: str, password: bytes | None = None) -> s
 
 
 def digest_of(said: bytes) -> str | None:
-    """Of what qemu-io printed: the size and the bytes, and no times. None where the beginning was not read."""
+    """The fingerprint of qemu-io's output: size and bytes, without times. None if the beginning was not read."""
     lines = said.splitlines()
     dumped = [line for line in lines if _DUMPED.match(line)]
     if len(dumped) < _HEAD_BYTES // 16:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versioned machine types and the processor models that this host's QEMU has.
+"""The versioned machine types and the processor models of this host's QEMU.
 
-Decides only which version a family's name means today: a machine keeps it for life, because its saved
-memory and its guest's view of the hardware depend on it.
+Decides only which version a family name such as `pc` means today: a machine keeps that version for life, because its
+saved memory and its guest's view of the hardware depend on it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _ALIAS = re.compile(r"^(\S+)\s.*\(alias of (\S+)\)")
 
 
 def newest(family: str) -> str:
-    """The versioned type behind `pc`. Raises Unsupported where there is no QEMU, QemuFailed."""
+    """The versioned type that `pc` stands for. Raises Unsupported if there is no QEMU, QemuFailed."""
     return newest_in(program.answer([program.find(), "-machine", "help"]), family)
 
 
 def newest_in(listing: str, family: str) -> str:
-    """The same, in what QEMU lists. Raises QemuFailed where the family is not in it."""
+    """As `newest`, from QEMU's listing. Raises QemuFailed if the family is missing there."""
     for line in listing.splitlines():
         found = _ALIAS.match(line)
         if found is not None and found[1] == family:
@@ -30,22 +30,22 @@ def newest_in(listing: str, family: str) -> str:
 
 
 def machine_types() -> frozenset[str]:
-    """The names of all machine types. Raises Unsupported where there is no QEMU, QemuFailed."""
+    """The names of all machine types. Raises Unsupported if there is no QEMU, QemuFailed."""
     return types_in(program.answer([program.find(), "-machine", "help"]))
 
 
 def types_in(listing: str) -> frozenset[str]:
-    """The same, in what QEMU lists: after a heading a name begins each line."""
+    """As `machine_types`, from QEMU's listing: a heading, then lines that begin with a name."""
     return frozenset(line.split()[0] for line in listing.splitlines()[1:] if line.strip())
 
 
 def processor_models() -> frozenset[str]:
-    """The names of all processor models. Raises Unsupported where there is no QEMU, QemuFailed."""
+    """The names of all processor models. Raises Unsupported if there is no QEMU, QemuFailed."""
     return models_in(program.answer([program.find(), "-cpu", "help"]))
 
 
 def models_in(listing: str) -> frozenset[str]:
-    """The same, in what QEMU lists: lines such as "x86 Nehalem-v1 ..." (before 10.0) or "  Nehalem-v1 ..."."""
+    """As `processor_models`, from a listing with lines like "x86 Nehalem-v1 ..." (before 10.0) or "  Nehalem..."."""
     found = set()
     for line in listing.partition("CPUID flags")[0].splitlines():
         words = line.split()

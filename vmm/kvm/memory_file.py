@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file with the memory and devices of a machine, as QEMU wrote it (its migration stream).
 
-Decides the minimum requirements for such a file: that it begins like a migration stream, and is not shorter than
-the amount of memory that QEMU reports to have written. Must not know who writes or reads it, nor where it lies.
+Decides the minimum requirements for such a file: that it begins like a migration stream, and is not shorter than the
+amount of memory that QEMU reports to have written. Must not know who writes or reads it, nor where it is stored.
 
 INV-MEMORY-WHOLE: no memory is reported as saved or captured, and none is restored, before its file is examined here.
 
@@ -19,9 +19,9 @@ HEADER = MAGIC + VERSION.to_bytes(4, "big")
 
 
 def problem_of(descriptor: int, size_bytes: int, *, memory_bytes: int = 0) -> str | None:
-    """Why the first `size_bytes` of this file cannot be a machine's memory; None when they can.
+    """Why the first `size_bytes` of this file cannot be a machine's memory; None if they can.
 
-    `memory_bytes`: what QEMU says that it wrote of the memory alone. Raises OSError.
+    `memory_bytes`: the amount of memory alone that QEMU reports to have written. Raises OSError.
     """
     found = os.fstat(descriptor).st_size
     if found < size_bytes:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices of the host, and LUNs, that a machine gets whole.
+"""Devices of the host, and LUNs, each given to one machine as a whole.
 
-Decides which device may be given away, how it is claimed and recognised, and how QEMU is told. Which devices there
-are, and who uses them, is read by `host.block`.
+Decides which device may be given away, how it is claimed and recognised, and which block device it becomes in QEMU.
+The list of devices, and their users, come from `host.block`.
 
 - INV-DEVICE-CLAIMED: as long as a guest can write to a device, its open file description holds the kernel's exclusive
-  claim (O_EXCL): nobody can mount it, swap to it, or make a file system on it. QEMU by itself takes no such claim. The
-  descriptor is opened here and handed to QEMU, so the claim lasts as long as either of them has it, and needs no
-  rights in QEMU.
-- INV-DEVICE-IDENTITY: what is claimed is what was requested: the identity is read from the device that is already
+  claim (O_EXCL): no other program can mount it, swap to it, or make a file system on it. QEMU by itself takes no such
+  claim. The descriptor is opened here and passed to QEMU, so the claim lasts as long as either of them has it, and
+  QEMU needs no privileges for it.
+- INV-DEVICE-IDENTITY: the claimed device is the requested one: the identity is read from the device that is already
   open, after the claim, and a name like /dev/sdb alone is never enough.
 
 Refusals list all reasons at once and are pure functions of facts. The claim itself is decisive: the mounts of a
@@ -50,20 +50,20 @@ NO_IDENTITY = (
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """A device and everything around it that matters for giving it away."""
+    """A device and everything that matters for giving it away."""
 
     device: BlockDevice
     partitions: tuple[BlockDevice, ...] = ()
-    whole: BlockDevice | None = None  # of a partition
-    holders: tuple[BlockDevice, ...] = ()  # devices made of it or of its partitions
-    twins: tuple[BlockDevice, ...] = ()  # others with the same identity
+    whole: BlockDevice | None = None  # for a partition: the whole disk
+    holders: tuple[BlockDevice, ...] = ()  # devices built on it or on its partitions
+    twins: tuple[BlockDevice, ...] = ()  # other devices with the same identity
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What machines have: identities of devices and LUNs, image files by their paths without links and by their
-    inodes, since a file may have several names; each with its machine. `below` finds the inodes of all layers that
-    machines' images stand on; it is asked only about a device that is made of a file."""
+    """What machines already have, each with its machine: identities of devices and LUNs, and image files by real path
+    and by inode (a file may have several names). `below` returns the inodes of all layers on which machines' images
+    stand; it is called only for a device that is backed by a file."""
 
     identities: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
@@ -72,10 +72,10 @@ class Given:
 
 
 def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, follow_links: bool = True) -> Given:
-    """What these machines have, without the one whose id is `except_id`. Pure but for links in paths.
+    """Everything that these machines have, except the one with the id `except_id`. Pure except for links in paths.
 
-    A disk whose identity is not written down, as in a definition made by hand, counts by its URL. Following links
-    touches the storage that images are on, and waits for it where it does not answer.
+    A disk without a recorded identity, as in a definition written by hand, counts by its URL. Following links accesses
+    the storage of the images, and blocks if that does not answer.
     """
     identities: dict[str, str] = {}
     images: dict[str, str] = {}
@@ -103,13 +103,13 @@ def given_of(specs: Iterable[MachineSpec], *, except_id: str | None = None, foll
 
 
 def inspect(path: str, *, root: str = "/") -> DeviceFacts:
-    """Everything about the device that a path leads to. Raises NotFound, InvalidSpec."""
+    """The facts about the device at a path. Raises NotFound, InvalidSpec."""
     device = block.find(path, root=root)
     return facts_of(device, HostDevices(root))
 
 
 def facts_of(device: BlockDevice, host: HostDevices) -> DeviceFacts:
-    """Everything about a device, from one view of the host."""
+    """The facts about a device, from one view of the host."""
     partitions = _existing(host, device.partitions)
     holders = [name for one in (device, *partitions) for name in one.holders]
     twins = host.by_identity(device.identity) if device.identity else []
@@ -133,7 +133,7 @@ def _existing(host: HostDevices, names: Iterable[str]) -> tuple[BlockDevice, ...
 
 
 def refusals(facts: DeviceFacts, *, read_only: bool = False, given: Given | None = None) -> list[Reason]:
-    """Why this device must not be given to a machine, each reason by itself; empty when it may be. Pure."""
+    """All reasons why this device must not be given to a machine; empty if it may be. Pure."""
     return [
         *_nature(facts.device, read_only),
         *_users(facts),
@@ -176,7 +176,7 @@ def _given_already(facts: DeviceFacts, given: Given) -> Iterator[Reason]:
             yield Reason(f"{who}belongs to the machine {given.identities[one.identity]}", in_use=True)
     for one, who in related:
         if one.file is not None:
-            machine = given.images.get(one.file)  # the kernel says the name without links
+            machine = given.images.get(one.file)  # the kernel reports the path with links resolved
             if machine is None and one.file_inode is not None:
                 machine = given.inodes.get(one.file_inode)
             if machine is not None:
@@ -198,18 +198,18 @@ def _not_known_again(facts: DeviceFacts) -> Iterator[Reason]:
 
 
 def refuse(path: str, reasons: Sequence[Reason], look: str = "vmm host disks") -> None:
-    """Raise InUse or Refused with all reasons, or nothing when there are none; `look` is the verb that shows more."""
+    """Raise InUse or Refused with all reasons, if there are any; `look` is the command that shows more."""
     if reasons:
         kind = InUse if any(one.in_use for one in reasons) else Refused
         text = "; ".join(map(str, reasons))
         raise kind(f"cannot be passed through: it {text}", path=path, hint=f"{look} shows more")
 
 
-# -- devices: taking it -------------------------------------------------------------------------------------------
+# -- devices: claiming --------------------------------------------------------------------------------------------
 
 
 class Claim:
-    """A device that is open and exclusively ours; `fd` is for QEMU. Use as a context, or `close` it."""
+    """A device that is open and exclusively ours; `fd` is for QEMU. Use it as a context manager, or `close` it."""
 
     def __init__(self, fd: int, path: str, device: BlockDevice, size_bytes: int, *, read_only: bool) -> None:
         self.fd = fd
@@ -220,12 +220,12 @@ class Claim:
 
     @property
     def identity(self) -> str:
-        """What the device is known by: never empty."""
+        """The identity of the device; never empty."""
         assert self.device.identity is not None
         return self.device.identity
 
     def close(self) -> None:
-        """Let go; while QEMU has its copy of the descriptor the device stays claimed."""
+        """Close our descriptor; the device stays claimed while QEMU has its own copy."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -245,10 +245,10 @@ def claim(
     given: Given | None = None,
     root: str = "/",
 ) -> Claim:
-    """Take the device at `path`, or, where that name is another device's by now, the one that has `identity`.
+    """Claim the device at `path`, or, if that name now leads to another device, the one that has `identity`.
 
-    Raises NotFound (gone), InUse (mounted, swap, part of a volume, held by a program or a machine), Refused (cannot be
-    known again, is another than asked for), AccessDenied, InvalidSpec (no block device).
+    Raises NotFound (gone), InUse (mounted, swap, part of a volume, used by a program or a machine), Refused (not
+    identifiable, or not the requested device), AccessDenied, InvalidSpec (not a block device).
     """
     path = locate(path, identity, root=root)
     facts = inspect(path, root=root)
@@ -270,10 +270,10 @@ def claim(
 
 
 def locate(path: str, identity: str | None, *, root: str = "/") -> str:
-    """The path under which the device with this identity is now: `path` itself while it still leads there.
+    """The present path of the device with this identity: `path` itself if it still leads there.
 
-    Raises NotFound when the device is gone, Refused when several have its identity, and what `block.find` raises
-    when no identity is known.
+    Raises NotFound if the device is gone, Refused if several have its identity, and whatever `block.find` raises if no
+    identity is known.
     """
     if identity is None:
         return path
@@ -281,7 +281,7 @@ def locate(path: str, identity: str | None, *, root: str = "/") -> str:
         if block.find(path, root=root).identity == identity:
             return path
     except VmmError:
-        pass  # its name is gone or another's: it is looked for below
+        pass  # the name is gone or belongs to another device: search by identity below
     found = HostDevices(root).by_identity(identity)
     whole = [one for one in found if not one.holders] or found
     if not whole:
@@ -293,7 +293,7 @@ def locate(path: str, identity: str | None, *, root: str = "/") -> str:
 
 
 def _open_exclusively(path: str, *, read_only: bool) -> int:
-    # Not blocking: a drive without medium must not keep us waiting.
+    # O_NONBLOCK: a drive without a medium must not block us.
     flags = os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
     try:
         return os.open(path, flags)
@@ -321,7 +321,7 @@ def _device_of(fd: int, path: str, root: str) -> BlockDevice:
 def blockdev_of(node_name: str, fd_set: int, *, read_only: bool = False) -> dict[str, Any]:
     """QEMU's block device on a claimed descriptor, which QEMU got with `-add-fd set=FD_SET,fd=…`. Pure.
 
-    Without the host's cache: another initiator of a shared disk, or a power cut, finds what the guest flushed.
+    Bypasses the host's cache, so that what the guest flushed is visible to other initiators and survives a power cut.
     """
     return {
         "driver": "host_device",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU as a process: which rights it has, how it is started, and what it said when it ended.
+"""QEMU as a process: its privileges, how it is started, and what it printed when it ended.
 
 Decides which signals QEMU ignores, and its privileges. It is untrusted: if we are root, it gets a user of its own, no
 capabilities, no way to gain any (no-new-privs), its own system call filter and one of ours (`confined`). If only root
-may use the host's /dev/kvm, QEMU gets a node of its own in a mount namespace of its own, and the host's node
-stays as it is. Must not know what the command line means.
+may use the host's /dev/kvm, QEMU gets a node of its own in a mount namespace of its own, and the host's node is left
+as it is. Must not know what the command line means.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 KVM_DEVICE = "/dev/kvm"
 _TAIL_BYTES = 16 << 10
 UNHEARD_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# Device nodes of the machine's own: arguments are a folder, the user, path, major and minor of each, --, the command.
+# The machine's own device nodes. Arguments: a folder, the user, path, major and minor of each, --, the command.
 _OWN_NODES_SCRIPT = (
     'set -e; folder="$1"; user="$2"; shift 2; mount -t tmpfs -o mode=0755,size=4k,nr_inodes=8 vmm "$folder"; '
     'while [ "$1" != -- ]; do node="$folder/${1##*/}"; mknod -m 600 "$node" c "$2" "$3"; chown "$user:$user" "$node"; '
@@ -42,24 +42,24 @@ _OWN_NODES_SCRIPT = (
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who QEMU runs as: a user and group of the machine's own."""
+    """The user and group that QEMU runs as, used by one machine only."""
 
     user_id: int
 
     @property
     def owner(self) -> tuple[int, int]:
-        """For `chown`."""
+        """(user, group), for `chown`."""
         return self.user_id, self.user_id
 
 
 def identity_of(machine_id: str) -> Identity | None:
-    """The user of a machine, out of its id; None where we are not root and QEMU runs as we do. Raises Unsupported."""
+    """The user of a machine, derived from its id; None if QEMU runs as we do (not root). Raises Unsupported."""
     number = user_of(machine_id)
     return None if number is None else Identity(number)
 
 
 def check_reachable(folder: str, identity: Identity | None) -> None:
-    """Raise AccessDenied when QEMU's user cannot come to the runtime folder, whose own rights are right."""
+    """Raise AccessDenied if QEMU's user cannot enter a parent of the runtime folder, whose own mode is right."""
     if identity is None:
         return
     parent = os.path.dirname(folder)
@@ -77,7 +77,7 @@ def check_reachable(folder: str, identity: Identity | None) -> None:
 
 
 def kvm_access(identity: Identity | None) -> tuple[bool, int | None]:
-    """(whether QEMU needs a node of its own to use KVM, the group that allows it), neither being the usual case."""
+    """(whether QEMU needs its own /dev/kvm node, the group that permits access); usually (False, None)."""
     if identity is None:
         return False, None
     facts = os.stat(KVM_DEVICE)
@@ -96,18 +96,18 @@ def privileged_command(
     scratch_folder: str,
     capture: Way | None = None,
 ) -> list[str]:
-    """The command that starts `command` with as few rights as it needs. Raises Unsupported.
+    """The command that starts `command` with the fewest possible privileges. Raises Unsupported.
 
-    `capture`: by what right QEMU protects memory from writes, as root: DEVICE gives it a node of its own, CAPABILITY
-    leaves it CAP_SYS_PTRACE and nothing else. `scratch_folder` is where a file system with device nodes may be
-    mounted, visible to nobody else.
+    `capture`: how QEMU gets the right to write-protect memory, if we are root: DEVICE gives it its own node,
+    CAPABILITY leaves it CAP_SYS_PTRACE and nothing else. `scratch_folder` is where a file system with device nodes may
+    be mounted, visible to no other process.
     """
     if shutil.which("setpriv") is None:
         raise Unsupported("there is no setpriv to take QEMU's rights away", hint="sudo apt install util-linux")
     drop = ["setpriv", "--no-new-privs"]
     if identity is None:
         return _confined([*drop, "--", *command])
-    from vmm.kvm.userfault import DEVICE, Way  # the command line, which starts nothing, does not wait for it
+    from vmm.kvm.userfault import DEVICE, Way  # not needed by the command line, which starts nothing
 
     own_kvm, group = kvm_access(identity) if uses_kvm else (False, None)
     nodes = [*([KVM_DEVICE] if own_kvm else []), *([DEVICE] if capture is Way.DEVICE else [])]
@@ -125,7 +125,7 @@ def _confined(command: Sequence[str], *, required: bool = False) -> list[str]:
 
 
 def _own_nodes(nodes: Sequence[str], identity: Identity, scratch_folder: str) -> list[str]:
-    """How the command begins so that these devices are there for QEMU's user, and for nobody else."""
+    """The beginning of a command that makes these devices available to QEMU's user, and to no other process."""
     if not nodes:
         return []
     words = ["unshare", "--mount", "--propagation", "slave", "--", "/bin/sh", "-c", _OWN_NODES_SCRIPT, "vmm"]
@@ -138,14 +138,14 @@ def _own_nodes(nodes: Sequence[str], identity: Identity, scratch_folder: str) ->
 
 @dataclass(slots=True)
 class QemuProcess:
-    """A QEMU that was started here, or found running."""
+    """A QEMU that was started here, or was found running."""
 
     ref: ProcessRef
     log_path: str
     log_offset: int = 0
 
     def last_words(self) -> str | None:
-        """The last complaint since it was started; None when it said nothing but warnings."""
+        """The last error message since it was started; None if it printed only warnings."""
         with contextlib.suppress(OSError), open(self.log_path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self.log_offset, size - _TAIL_BYTES))
@@ -157,7 +157,7 @@ class QemuProcess:
 
 
 def _without_description(words: str) -> str:
-    """A complaint about `-blockdev {...}: ` or the like with only the name of what it is about."""
+    """An error message about `-blockdev {...}: ` or similar, reduced to the name of the object."""
     option = re.match(r"-[a-z]+ (?=\{)", words)
     if option is None:
         return words
@@ -170,12 +170,12 @@ def _without_description(words: str) -> str:
 
 
 def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[int, int]) -> QemuProcess:
-    """Start it. Raises QemuFailed, AccessDenied, NotFound."""
+    """Start QEMU. Raises QemuFailed, AccessDenied, NotFound."""
     offset = 0
     with contextlib.suppress(FileNotFoundError):
         offset = os.stat(log_path).st_size
     try:
-        # QEMU powers the guest off when it hears one of these; whoever stops the host sends them to all processes.
+        # QEMU would power the guest off on these signals, and stopping the host sends them to all processes.
         pid = spawn_detached(command, log_path=log_path, descriptors=descriptors, blocked_signals=UNHEARD_SIGNALS)
     except OSError as error:
         raise of_os_error(error, f"start {command[0]}") from error
@@ -187,7 +187,7 @@ def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[in
 
 
 def reap(ref: ProcessRef) -> int | None:
-    """The exit status of a process that has ended, where it was our child."""
+    """The exit status of a process that has ended; None if it is not our child or still runs."""
     try:
         pid, status = os.waitpid(ref.pid, os.WNOHANG)
     except ChildProcessError:
@@ -196,7 +196,7 @@ def reap(ref: ProcessRef) -> int | None:
 
 
 def private_copy(path: str, target: str, identity: Identity | None) -> str:
-    """A file that QEMU may read: the very file where QEMU runs as we do, else a copy of its user's own.
+    """A file that QEMU may read: the file itself if QEMU runs as we do, else a copy that belongs to QEMU's user.
 
     Raises NotFound, AccessDenied, NoSpace.
     """

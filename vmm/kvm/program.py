@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which QEMU there is: where it lies, its version, what this build of it has.
+"""The installed QEMU: its path, its version, and the features of this build.
 
-Decides where QEMU is looked for and what is asked of it before any machine starts. Must not know machines. Everything
-is asked of the program itself, with a time limit, and an answer is valid for the file from which it came (`identity`).
+Decides where QEMU is searched and what is queried before any machine starts. Must not know machines. Every fact comes
+from the program itself, with a time limit, and is valid for the file that reported it (`identity`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vmm.model.errors import QemuFailed, TimedOut, Unsupported
 
 SYSTEM_PROGRAM = "qemu-system-x86_64"
 INSTALL_HINT = "install QEMU: sudo apt install qemu-system-x86"
-_ANSWER_SECONDS = 20.0  # a cold start from a slow disk
+_ANSWER_SECONDS = 20.0  # enough for a cold start from a slow disk
 _VERSION = re.compile(r"version (\d+(?:\.\d+)+)")
 
 
@@ -31,7 +31,7 @@ class Program:
 
 
 def find(name: str = SYSTEM_PROGRAM) -> str:
-    """The path of a program of QEMU's. Raises Unsupported where there is none."""
+    """The path of one of QEMU's programs. Raises Unsupported if there is none."""
     path = shutil.which(name)
     if path is None:
         raise Unsupported(f"there is no {name} in PATH", hint=INSTALL_HINT)
@@ -39,7 +39,7 @@ def find(name: str = SYSTEM_PROGRAM) -> str:
 
 
 def identity(path: str) -> str:
-    """A text that changes when another file takes this one's place: device, inode, size, time."""
+    """A text that changes when the file is replaced: device, inode, size, time."""
     try:
         facts = os.stat(path)
     except OSError as error:
@@ -48,19 +48,19 @@ def identity(path: str) -> str:
 
 
 def inspect(path: str) -> Program:
-    """Ask a QEMU what it is: about 80 ms. Raises QemuFailed, TimedOut or Unsupported."""
+    """Query a QEMU's version and accelerators: about 80 ms. Raises QemuFailed, TimedOut or Unsupported."""
     found = _VERSION.search(answer([path, "--version"]))
     if found is None:
         raise QemuFailed("does not say which version it is", path=path)
-    # The first line is a heading, then one name a line.
+    # The first line is a heading, then one name per line.
     names = answer([path, "-accel", "help"]).split("\n")[1:]
     return Program(path, found[1], tuple(name.strip() for name in names if name.strip()))
 
 
 def answer(command: list[str], *, keep: tuple[int, ...] = ()) -> str:
-    """What a program prints when it succeeds; `keep` are descriptors that it inherits.
+    """The output of a successful program; `keep` are descriptors that it inherits.
 
-    Raises QemuFailed with its last line, TimedOut, or Unsupported when it cannot be started.
+    Raises QemuFailed with its last line, TimedOut, or Unsupported if it cannot be started.
     """
     try:
         done = subprocess.run(

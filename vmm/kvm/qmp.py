@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation with QEMU's monitor, or with the guest agent, which speaks nearly the same.
+"""A connection to QEMU's monitor, or to the guest agent, which speaks nearly the same protocol.
 
-Decides that every command has a time-out, that failures are errors of ours, and what happens to a connection on which
-an answer is still missing: it is closed, because a late answer must not be taken for that to another command. The only
+Decides that every command has a time-out, that failures become our errors, and what happens to a connection with an
+outstanding answer: it is closed, because a late answer must not be taken for the answer to another command. The only
 file that knows qemu.qmp. Must not know what the commands mean.
 
 INV-DESCRIPTOR-NAMED: a descriptor gets the name for which it was sent. QEMU keeps only the newest unnamed descriptor,
@@ -37,16 +37,16 @@ Event: TypeAlias = dict[str, Any]
 
 
 class ConnectionEnded(QemuFailed):
-    """The connection ended before the answer came."""
+    """The connection ended before the answer arrived."""
 
 
 class Qmp:
-    """A connection. Commands may be given from several tasks at once."""
+    """A connection. Several tasks may execute commands at the same time."""
 
     def __init__(self, client: QMPClient, who: str) -> None:
-        """Use `connect` or `connect_agent`."""
+        """Internal; use `connect` or `connect_agent`."""
         self._client = client
-        # The client's own listener, which nobody reads, would keep every event for ever (an agent's are a guest's).
+        # The client's own listener is never read and would keep every event forever (an agent's come from a guest).
         client.events.event_filter = lambda event: False
         self._who = who
         self._listener = EventListener()
@@ -66,16 +66,16 @@ class Qmp:
 
     @classmethod
     async def connect_agent(cls, path: str, *, timeout_seconds: float = AGENT_SECONDS) -> Qmp:
-        """Connect to a guest agent and throw away what it still has to say to others before us.
+        """Connect to a guest agent and discard its pending answers to earlier clients.
 
-        Raises AgentUnavailable when nobody answers.
+        Raises AgentUnavailable if there is no answer.
         """
         client = QMPClient("agent")
         client.await_greeting = False
         client.negotiate = False
         qmp = cls(client, "the guest agent")
         try:
-            deadline = time.monotonic() + timeout_seconds  # for both
+            deadline = time.monotonic() + timeout_seconds  # for both steps
             await qmp._connect(path, timeout_seconds)
             token = random.getrandbits(31)
             left = max(0.0, deadline - time.monotonic())
@@ -103,7 +103,7 @@ class Qmp:
         self._watch = asyncio.create_task(self._wait_for_end())
 
     async def _wait_for_end(self) -> None:
-        """Notice the end of the connection, which the client tells only who asks."""
+        """Notice the end of the connection, which the client reports only on request."""
         while self._client.runstate.name == "RUNNING":
             await self._client.runstate_changed()
         self._ended.set()
@@ -112,10 +112,10 @@ class Qmp:
     # -- commands ---------------------------------------------------------------------------------------------------
 
     async def execute(self, command: str, *, timeout_seconds: float = COMMAND_SECONDS, **arguments: object) -> Any:
-        """The result of a command; `_` in names of arguments is written `-`.
+        """The result of a command; `_` in argument names is sent as `-`.
 
-        Raises QemuFailed with QEMU's own words (for an agent AgentUnavailable when it is gone), TimedOut. After a
-        TimedOut the connection is closed.
+        Raises QemuFailed with QEMU's message (for an agent AgentUnavailable if it is gone), TimedOut. After a TimedOut
+        the connection is closed.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.execute_raw(command, named, timeout_seconds=timeout_seconds)
@@ -123,7 +123,7 @@ class Qmp:
     async def execute_raw(
         self, command: str, arguments: dict[str, Any] | None = None, *, timeout_seconds: float = COMMAND_SECONDS
     ) -> Any:
-        """As `execute`, with the names of the arguments as they are."""
+        """As `execute`, with argument names unchanged."""
         try:
             return await asyncio.wait_for(self._client.execute(command, arguments or None), timeout_seconds)
         except TimeoutError as error:
@@ -135,7 +135,7 @@ class Qmp:
             raise ConnectionEnded(f"{self._who} went away during {command}: {_reason(error)}") from error
 
     def _refusal(self, command: str, words: str) -> QemuFailed:
-        """A command that was refused, with what is meant where that is known. The agent's words are a guest's."""
+        """The error for a refused command, explained if its message is known. An agent's message is the guest's."""
         LOG.warning("%s refused %s: %s", self._who, command, words)
         meaning = in_our_words(words)
         if meaning is None and self._who == "QEMU":
@@ -144,23 +144,23 @@ class Qmp:
         return QemuFailed(f"{self._who} refused {command}: {problem}", hint=hint)
 
     async def send_descriptor(self, name: str, descriptor: int) -> None:
-        """Give QEMU a descriptor, which it calls `name` from then on (`fd:NAME`). Ours stays open.
+        """Send QEMU a descriptor, which it then knows as `name` (`fd:NAME`). Ours stays open.
 
         Raises QemuFailed, TimedOut.
         """
         await self._hand_over(descriptor, "getfd", {"fdname": name})
 
     async def forget_descriptor(self, name: str) -> None:
-        """Have QEMU close what was sent under this name, unless it has been used. Never fails."""
+        """Have QEMU close the descriptor with this name, unless it has been used. Never fails."""
         with contextlib.suppress(VmmError):
             await self.execute("closefd", fdname=name)
 
     async def add_descriptor_to_set(self, set_number: int, descriptor: int, word: str = "") -> None:
-        """Give QEMU a descriptor as `/dev/fdset/SET_NUMBER`, to be found by `word`. Raises QemuFailed, TimedOut."""
+        """Send QEMU a descriptor as `/dev/fdset/SET_NUMBER`, marked with `word`. Raises QemuFailed, TimedOut."""
         await self._hand_over(descriptor, "add-fd", {"fdset-id": set_number, "opaque": word})
 
     async def _hand_over(self, descriptor: int, command: str, arguments: dict[str, Any]) -> None:
-        """Send a descriptor and name it by `command`, before anybody else's is sent. Raises QemuFailed, TimedOut."""
+        """Send a descriptor and name it with `command`, before any other is sent. Raises QemuFailed, TimedOut."""
         await self._handing_over.acquire()
         try:
             await self._wait_all_written()
@@ -170,19 +170,19 @@ class Qmp:
             if isinstance(error, QMPError | OSError):
                 raise QemuFailed(f"cannot hand over a descriptor: {_reason(error)}") from error
             raise
-        # It is on its way: the next one waits until it has its name, even if our caller does not wait.
+        # It is on its way: the next descriptor waits until this one has its name, even if our caller stops waiting.
         naming = asyncio.create_task(self.execute_raw(command, arguments))
 
         def named(task: asyncio.Task[Any]) -> None:
             self._handing_over.release()
             if not task.cancelled():
-                task.exception()  # whoever waited was told
+                task.exception()  # retrieved here: the caller has been notified through `naming`
 
         naming.add_done_callback(named)
         await asyncio.shield(naming)
 
     async def _wait_all_written(self) -> None:
-        """A descriptor goes around asyncio's buffer, and must not come in the middle of a command."""
+        """Wait for asyncio's buffer to drain: a descriptor bypasses it, and must not arrive inside a command."""
         writer = self._client._writer
         async with asyncio.timeout(COMMAND_SECONDS):
             while writer is not None and writer.transport.get_write_buffer_size():
@@ -191,7 +191,7 @@ class Qmp:
     # -- events -----------------------------------------------------------------------------------------------------
 
     async def events(self) -> AsyncIterator[Event]:
-        """What QEMU tells by itself, in its order, until the connection ends. For one reader."""
+        """QEMU's asynchronous events, in order, until the connection ends. For one reader."""
         while True:
             if not self._listener.empty():
                 yield dict(await self._listener.get())
@@ -219,26 +219,26 @@ class Qmp:
         await self._ended.wait()
 
     async def close(self) -> None:
-        """Hang up; closing twice is fine."""
+        """Close the connection; closing twice is fine."""
         self._ended.set()
         await self._disconnect()
         if self._watch is not None and self._watch is not asyncio.current_task():
             await asyncio.wait({self._watch})
 
     async def _disconnect(self) -> None:
-        if self._hanging_up is None:  # the client cannot be disconnected by two at once
+        if self._hanging_up is None:  # the client does not support two disconnects at once
             self._hanging_up = asyncio.create_task(self._hang_up())
         await asyncio.shield(self._hanging_up)
 
     async def _hang_up(self) -> None:
-        # It raises what ended the connection, which was or will be told to whoever is waiting for an answer.
-        # (ValueError: the other side sent a line without an end.)
+        # It raises whatever ended the connection; callers that wait for an answer get that error themselves.
+        # (ValueError: the peer sent a line without an end.)
         with contextlib.suppress(QMPError, OSError, EOFError, ValueError, asyncio.TimeoutError):
             await asyncio.wait_for(self._client.disconnect(), COMMAND_SECONDS)
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost reason, which is the one that says something."""
+    """The innermost reason, which is the most specific one."""
     if isinstance(error, ExecInterruptedError) or not str(error):
         return "the connection ended"
     inner = getattr(error, "exc", None)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU, and the libraries in it, complain about, worded for users.
+"""Error messages of QEMU and its libraries, translated for users.
 
-Decides which of their complaints are known, and what to do about each. An unknown one stays in the log in which it was
+Decides which of their messages are known, and what to do about each. An unknown one stays in the log in which it was
 found, and the report names that log. Pure.
 
-Sources: complaints of QEMU 7.2 to 10 (`block/iscsi.c`, `softmmu`, `target/i386/cpu.c`), libiscsi's `login.c` and
-`socket.c`, as they were seen.
+Sources: messages of QEMU 7.2 to 10 (`block/iscsi.c`, `softmmu`, `target/i386/cpu.c`), libiscsi's `login.c` and
+`socket.c`, as observed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-LOG = logging.getLogger("vmm.qemu")  # their own words; of a worker it ends in its log
+LOG = logging.getLogger("vmm.qemu")  # the original messages; a worker writes them to its log
 _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     (
         r"LOGICAL_UNIT_NOT_SUPPORTED",
@@ -101,9 +101,9 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
 
 
 def in_our_words(words: str) -> tuple[str, str | None] | None:
-    """(what it means, what helps) of a complaint; None for one that is not known.
+    """(meaning, hint) of a message; None for an unknown one.
 
-    What it is about, which stands before it ("disk-1: iSCSI: ..."), stays.
+    The name of the object at the beginning ("disk-1: iSCSI: ...") is kept.
     """
     for pattern, sentence, hint in _KNOWN:
         found = re.search(pattern, words)
@@ -115,7 +115,7 @@ def in_our_words(words: str) -> tuple[str, str | None] | None:
 
 
 def reason_of(migration: Mapping[str, Any]) -> str:
-    """Why QEMU did not write all of a machine's memory, out of its answer to query-migrate."""
+    """Why QEMU did not write all of a machine's memory, from its answer to query-migrate."""
     words = migration.get("error-desc")
     if not words:
         return "QEMU could not write all of it"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's screen: a picture of it, and how to look at it.
+"""A machine's screen: a picture of it, and viewers for it.
 
-Decides how a picture gets out of a QEMU that may open no files (it writes to a memory file of ours, of which we read
-no more than a limit), what is believed to be a picture, and which viewers can reach a VNC server on a unix socket.
+Decides how a picture gets out of a QEMU that may not open files (it writes to a memory file of ours, of which we read
+at most a limited amount), what is accepted as a picture, and which viewers can reach a VNC server on a unix socket.
 Must not know where a picture goes or how a viewer is started.
 """
 
@@ -15,25 +15,25 @@ from typing import Final
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import QemuFailed
 
-MAX_PICTURE_BYTES: Final = 8 * 1024 * 1024  # a screen of text has about ten KiB
+MAX_PICTURE_BYTES: Final = 8 * 1024 * 1024  # a text screen takes about 10 KiB
 PICTURE_SECONDS: Final = 20.0
-_SET_NUMBER: Final = 9000  # of QEMU's descriptor sets; disks have the ones below
+_SET_NUMBER: Final = 9000  # a descriptor set of QEMU; disks use lower numbers
 _PNG_BEGIN: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_END: Final = b"IEND\xaeB`\x82"
-# Viewers that take a unix socket, best first, and how each is told.
+# Viewers that accept a unix socket, best first, with the form of their argument.
 _VIEWERS: Final = (("remote-viewer", "vnc+unix://{path}"), ("vncviewer", "{path}"), ("gvncviewer", "{path}"))
 
 
 async def screendump(qmp: Qmp) -> bytes:
     """A picture of the screen, as PNG. Raises QemuFailed (no screen, or no PNG in this QEMU), TimedOut.
 
-    One at a time: all have the same set of descriptors.
+    Not concurrently: all calls use the same descriptor set.
     """
     descriptor = os.memfd_create("screen", os.MFD_CLOEXEC)
-    # QEMU wants a descriptor for writing only, and gets one that has no other use.
+    # QEMU requires a write-only descriptor; this one is used for nothing else.
     writable = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(QemuFailed):  # what a picture left that was given up
+        with contextlib.suppress(QemuFailed):  # the remains of an abandoned picture
             await qmp.execute("remove-fd", fdset_id=_SET_NUMBER)
         await qmp.add_descriptor_to_set(_SET_NUMBER, writable)
         try:
@@ -54,12 +54,12 @@ async def screendump(qmp: Qmp) -> bytes:
 
 
 def is_png(data: bytes) -> bool:
-    """True for what begins and ends as a PNG file does."""
+    """True if the data begins and ends like a PNG file."""
     return data.startswith(_PNG_BEGIN) and data.endswith(_PNG_END)
 
 
 def viewer_command(path: str, found: dict[str, str]) -> list[str] | None:
-    """The command that shows the VNC server on that socket, with a viewer of `found` (name to its path), or None."""
+    """The command that shows the VNC server on that socket, with the best of `found` (name -> path), or None."""
     for name, address in _VIEWERS:
         if name in found:
             return [found[name], address.format(path=path)]
@@ -67,5 +67,5 @@ def viewer_command(path: str, found: dict[str, str]) -> list[str] | None:
 
 
 def viewers() -> tuple[str, ...]:
-    """The names of the viewers that could be used, best first."""
+    """The names of supported viewers, best first."""
     return tuple(name for name, _ in _VIEWERS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking at a LUN before a machine gets it, by a QEMU without a machine: whether the target has it.
+"""Checks that a target has a LUN before a machine gets it, using a QEMU without a machine.
 
-Decides how long this may take, and what is certain enough to refuse the LUN: that the target lets us log in and has
-no such LUN, or that the password is wrong. Anything else may be different when the machine starts: the target may be
-away, or may not yet admit the machine's initiator.
+Decides how long this may take, and which results are certain enough to refuse the LUN: that the target accepts our
+login and has no such LUN, or that the password is wrong. Anything else may be different when the machine starts: the
+target may be down, or may not yet admit the machine's initiator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SECRET = "password"
 
 
 def refuse_missing(url: str, lun: iscsi.Lun, machine_id: str, password: bytes | None) -> None:
-    """Raise NotFound or Refused when the target surely does not give this machine the LUN."""
+    """Raise NotFound or Refused if the target certainly does not give this machine the LUN."""
     words = _complaint(lun, machine_id, password)
     for sign, kind in ((_NO_LUN, NotFound), (_WRONG_PASSWORD, Refused)):
         if sign in words and (meaning := in_our_words(sign)) is not None:
@@ -32,7 +32,7 @@ def refuse_missing(url: str, lun: iscsi.Lun, machine_id: str, password: bytes | 
 
 
 def _complaint(lun: iscsi.Lun, machine_id: str, password: bytes | None) -> str:
-    """What QEMU complains about when it opens the LUN; nothing where it does not, or not in time."""
+    """QEMU's error message when it opens the LUN; empty if there is none, or none in time."""
     secret_id = None if password is None else _SECRET
     node = iscsi.blockdev_of_lun(
         "lun", lun, initiator=iscsi.initiator_name(machine_id), read_only=True, secret_id=secret_id
@@ -41,7 +41,7 @@ def _complaint(lun: iscsi.Lun, machine_id: str, password: bytes | None) -> str:
     command += ["-qmp", "stdio"]
     with contextlib.ExitStack() as stack:
         kept: tuple[int, ...] = ()
-        if password is not None:  # in no command line, and in no file that others may read
+        if password is not None:  # neither in a command line nor in a file that others may read
             kept = (os.memfd_create("vmm-password"),)
             stack.callback(os.close, kept[0])
             os.write(kept[0], password)

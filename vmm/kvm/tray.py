@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving a drive of a running machine another medium, or none.
+"""Changing or removing the medium in a drive of a running machine.
 
 Decides the order, so that a failure leaves the drive as it was, or empty:
 
-    the tray opens (the guest may have locked it) -> the new medium is opened -> the old one goes -> the new one comes
-    -> the tray closes
+    the tray opens (the guest may have locked it) -> the new medium is opened -> the old one is removed -> the new one
+    is inserted -> the tray closes
 
 A guest learns from opening and closing that the medium has changed. Must not know where media come from.
 Sources: QEMU's qapi/block.json (blockdev-open-tray and its like), MMC-6 6.18 (a locked tray).
@@ -21,13 +21,13 @@ from vmm.kvm.drives import NODE_SECONDS, take_back
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import Refused
 
-EJECT_SECONDS = 5.0  # for a guest that locked the tray: it is asked, and may let go
+EJECT_SECONDS = 5.0  # for a guest that has locked the tray: it is asked, and may release it
 _LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """A drive as QEMU has it. `node` is its medium."""
+    """The state of a drive in QEMU. `node` is its medium."""
 
     is_open: bool
     is_locked: bool
@@ -35,7 +35,7 @@ class Drive:
 
 
 async def look(qmp: Qmp, drive_id: str) -> Drive:
-    """How a drive is. Raises QemuFailed."""
+    """Query the state of a drive. Raises QemuFailed."""
     for one in await qmp.execute("query-block"):
         if one.get("qdev") == drive_id:
             inserted = one.get("inserted") or {}
@@ -44,7 +44,7 @@ async def look(qmp: Qmp, drive_id: str) -> Drive:
 
 
 async def open_tray(qmp: Qmp, drive_id: str, *, force: bool) -> None:
-    """Open the tray. Raises Refused where the guest has locked it and does not let go, unless `force`."""
+    """Open the tray. Raises Refused if the guest has locked it and does not release it, unless `force`."""
     await qmp.execute("blockdev-open-tray", id=drive_id, force=force)
     deadline = time.monotonic() + EJECT_SECONDS
     while not (await look(qmp, drive_id)).is_open:
@@ -57,9 +57,9 @@ async def open_tray(qmp: Qmp, drive_id: str, *, force: bool) -> None:
 
 
 async def change_medium(qmp: Qmp, drive_id: str, medium: Medium | None) -> None:
-    """Put this medium in place of what is in the open drive, and close it; an empty one stays open. Raises QemuFailed.
+    """Replace the medium in the open drive and close it; without a medium it stays open. Raises QemuFailed.
 
-    The descriptors of the medium stay the caller's.
+    The caller keeps ownership of the medium's descriptors.
     """
     old = (await look(qmp, drive_id)).node
     if medium is not None:
@@ -80,12 +80,12 @@ async def change_medium(qmp: Qmp, drive_id: str, medium: Medium | None) -> None:
 
 
 async def tell_guest(qmp: Qmp, drive_id: str) -> None:
-    """Have the guest find that the medium is another one than it had, or none. Raises QemuFailed."""
+    """Notify the guest that the medium was changed or removed. Raises QemuFailed."""
     await qmp.execute("blockdev-open-tray", id=drive_id, force=True)
     await qmp.execute("blockdev-close-tray", id=drive_id)
 
 
 async def free_node(qmp: Qmp) -> str:
-    """A name for a medium's node that QEMU does not have yet, and no disk can have."""
+    """An unused node name for a medium, which no disk can have."""
     used = {one["node-name"] for one in await qmp.execute("query-named-block-nodes")}
     return next(name for number in range(len(used) + 1) if (name := f"medium.{number}") not in used)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the trial guests on /dev/kvm, by KVM's own ioctls: no QEMU, some milliseconds.
+"""Runs the trial guests on /dev/kvm with KVM's own ioctls: no QEMU, a few milliseconds.
 
 Decides how a virtual processor is set up and what its exits mean. What the guests do is decided in `trial_guest`, what
-follows from the outcome in `accel`. A KVM that misbehaves may block its caller, so `accel` runs `main` in a
-process of its own, which it can kill; `main` answers with one line of JSON on its standard output (the descriptor: the
-library never prints). Imports only the guests and Python's own modules, so that the process starts quickly.
+follows from the outcome in `accel`. A faulty KVM may block its caller, so `accel` runs `main` in a separate process,
+which it can kill; `main` answers with one line of JSON on its standard output (the descriptor: the library never
+prints). Imports only the guests and Python's own modules, so that the process starts quickly.
 
 Sources: Linux Documentation/virt/kvm/api.rst and include/uapi/linux/kvm.h (ABI version 12, fixed since Linux 2.6.22).
 """
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from vmm.kvm import trial_guest as guest
 
 API_VERSION = 12
-# Requests of /dev/kvm, of a machine and of a processor.
+# ioctl requests: of /dev/kvm, of a machine and of a processor.
 GET_API_VERSION, CREATE_VM, GET_VCPU_MMAP_SIZE, GET_SUPPORTED_CPUID = 0xAE00, 0xAE01, 0xAE04, 0xC008AE05
 CREATE_VCPU, SET_USER_MEMORY_REGION, SET_TSS_ADDR, SET_IDENTITY_MAP_ADDR = 0xAE41, 0x4020AE46, 0xAE47, 0x4008AE48
 RUN, SET_REGS, GET_SREGS, SET_SREGS, SET_CPUID2 = 0xAE80, 0x4090AE82, 0x8138AE83, 0x4138AE84, 0x4008AE90
@@ -34,7 +34,7 @@ _EXIT_NAMES = {
     EXIT_FAIL_ENTRY: "the processor refused to enter it",
 }
 _EMULATION_FAILED = 1  # kvm_run.internal.suberror
-_MAX_EXITS = 1000  # a guest that reports without end is no proof
+_MAX_EXITS = 1000  # an endless series of reports proves nothing
 _CPUID_ENTRY_BYTES, _MAX_CPUID_ENTRIES = 40, 256
 _SEGMENT = "<QIHBBBBBBBBBB"  # base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable, padding
 _SEGMENT_BYTES, _SEGMENTS = 24, 8  # cs ds es fs gs ss tr ldt
@@ -50,11 +50,11 @@ _FEATURE_BITS = {"cx16": 13, "xsave": 26}  # of CPUID leaf 1, ECX
 
 @dataclass
 class TrialResult:
-    """What the trial saw.
+    """What the trial observed.
 
-    `refused` says why /dev/kvm could not be used at all (None: it could), `real_mode` what went wrong with the
-    real-mode guest (None: it did all it should). `done` are the long-mode steps that were done, `failed` those that
-    were not, with what happened, `left_out` those whose processor feature this KVM does not offer its guests.
+    `refused`: why /dev/kvm could not be used at all (None: it could be). `real_mode`: what went wrong with the
+    real-mode guest (None: it succeeded). `done`: the long-mode steps that succeeded; `failed`: those that did not ->
+    what happened; `left_out`: those whose processor feature this KVM does not offer to guests.
     """
 
     refused: str | None = None
@@ -65,12 +65,12 @@ class TrialResult:
     microseconds: int = 0
 
     def to_json(self) -> str:
-        """One line."""
+        """The outcome as one line of JSON."""
         return json.dumps(asdict(self))
 
 
 def run_trial(device: str = "/dev/kvm") -> TrialResult:
-    """Run both guests. Never raises for what the device does; see `TrialResult`."""
+    """Run both kinds of guest. Never raises, whatever the device does; see `TrialResult`."""
     outcome = TrialResult()
     started = time.monotonic_ns()
     try:
@@ -103,7 +103,7 @@ def run_trial(device: str = "/dev/kvm") -> TrialResult:
 
 
 def _supported_cpuid(fd: int) -> bytearray:
-    """struct kvm_cpuid2 as the kernel fills it."""
+    """struct kvm_cpuid2, filled in by the kernel."""
     table = bytearray(8 + _MAX_CPUID_ENTRIES * _CPUID_ENTRY_BYTES)
     struct.pack_into("<I", table, 0, _MAX_CPUID_ENTRIES)
     fcntl.ioctl(fd, GET_SUPPORTED_CPUID, table)
@@ -120,8 +120,8 @@ def _features_of(cpuid: bytes | bytearray) -> frozenset[str]:
 
 
 def _run_guest(kvm: int, cpuid: bytearray, step: guest.GuestStep) -> str | None:
-    """Make a machine with one processor and run one step to its halt: None, or what went wrong."""
-    # The memory must outlive the machine: the kernel has its address only.
+    """Make a machine with one processor and run one step until it halts. None on success, else what went wrong."""
+    # The memory must outlive the machine: the kernel has only its address.
     memory = mmap.mmap(-1, guest.MEMORY_BYTES)
     memory[:] = guest.memory_image(step)
     anchor = ctypes.c_char.from_buffer(memory)
@@ -159,7 +159,7 @@ def _run_guest(kvm: int, cpuid: bytearray, step: guest.GuestStep) -> str | None:
 
 
 def _try_ioctl(fd: int, request: int, argument: int | bytes) -> None:
-    """For what only some processors need; where it matters, the run fails and says so."""
+    """For settings that only some processors need; if one is really needed, the run fails and reports it."""
     try:
         fcntl.ioctl(fd, request, argument)
     except OSError:
@@ -167,7 +167,7 @@ def _try_ioctl(fd: int, request: int, argument: int | bytes) -> None:
 
 
 def _start_registers() -> bytes:
-    """struct kvm_regs: all zero but the stack, the instruction pointer and the bit that is always set."""
+    """struct kvm_regs: all zero except for the stack, the instruction pointer and the bit that is always set."""
     registers = bytearray(_REGS_BYTES)
     struct.pack_into("<Q", registers, 6 * 8, guest.STACK_TOP)
     struct.pack_into("<QQ", registers, 16 * 8, guest.CODE, _RFLAGS_ALWAYS)
@@ -175,13 +175,13 @@ def _start_registers() -> bytes:
 
 
 def _set_real_mode(sregs: bytearray) -> None:
-    """The processor is in real mode after its reset; only its code segment lies elsewhere."""
+    """A processor is in real mode after its reset; only its code segment has to be moved."""
     _, limit, _, *rest = struct.unpack_from(_SEGMENT, sregs, 0)
     struct.pack_into(_SEGMENT, sregs, 0, 0, limit, 0, *rest)
 
 
 def _set_long_mode(sregs: bytearray, *, has_xsave: bool) -> None:
-    """Paging, 64-bit segments, descriptor tables, SSE."""
+    """Set up paging, 64-bit segments, descriptor tables and SSE."""
     for number in range(6):
         is_code = number == 0
         selector, kind = (guest.CODE_SELECTOR, 11) if is_code else (guest.DATA_SELECTOR, 3)
@@ -195,7 +195,7 @@ def _set_long_mode(sregs: bytearray, *, has_xsave: bool) -> None:
 
 
 def _run_to_halt(processor: int, run: mmap.mmap) -> str | None:
-    """Run until the guest halts: None when it had reported that its step was done, once; else what went wrong."""
+    """Run until the guest halts: None if it reported exactly once that its step succeeded, else what went wrong."""
     is_done = False
     for _ in range(_MAX_EXITS):
         fcntl.ioctl(processor, RUN, 0)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest guests there are: a few instructions that an accelerator must be able to run.
+"""Minimal guests: a few instructions that an accelerator must be able to run.
 
 Decides which instructions prove that KVM works, how they report, and what a guest's memory looks like around them.
 Pure: bytes and numbers, no device, no system call (`trial` runs them).
 
-A guest does one step and reports on I/O ports: on `PORT_DONE` when the step is done, on `PORT_WRONG` when a result is
-not what the processor must give, on `PORT_TRAP` with the vector when an exception comes that no step asked for. Then
-it halts.
+A guest does one step and reports on I/O ports: on `PORT_DONE` when the step succeeded, on `PORT_WRONG` when a result
+is not what the processor must return, on `PORT_TRAP` with the vector when an exception occurs that no step caused
+deliberately. Then it halts.
 
-One step is in real mode, where a BIOS and a boot sector live. The others are in long mode with paging, in ring 0,
-where every 64-bit kernel lives, and are what such kernels do early: SSE, an atomic 16-byte exchange, saving and
+One step is in real mode, in which a BIOS and a boot sector run. The others are in long mode with paging, in ring 0, in
+which every 64-bit kernel runs, and do what such kernels do early: SSE, an atomic 16-byte exchange, saving and
 restoring the extended state, a page fault and a breakpoint through the interrupt table (Linux tests its breakpoint
 handler when it starts). A KVM that emulates kernel code, instead of letting the processor run it, can do the first and
 only some of the others.
@@ -45,7 +45,7 @@ _INTERRUPT_GATE = 0x8E
 
 @dataclass(frozen=True, slots=True)
 class GuestStep:
-    """What one guest does. `code` is what an assembler makes of `source`; a test compares them.
+    """What one guest does. `code` is the assembled `source`; a test compares them.
 
     `needs` names the processor feature without which the step is left out ("cx16", "xsave", or nothing).
     """
@@ -56,7 +56,7 @@ class GuestStep:
     needs: str = ""
 
 
-# In each step the label 2 is where a right result goes on, where its number is reported.
+# In each step, execution continues at the label 2 if the result is right.
 REAL_STEP = GuestStep(
     "real mode",
     """
@@ -200,14 +200,14 @@ _DONE_AND_HALT = bytes([0xE6, PORT_DONE, 0xF4])  # out PORT_DONE, al; hlt
 
 
 def steps_for(features: frozenset[str]) -> tuple[GuestStep, ...]:
-    """The long-mode steps that a processor with these features must be able to do."""
+    """The long-mode steps that a processor with these features must support."""
     return tuple(step for step in LONG_STEPS if not step.needs or step.needs in features)
 
 
 def bios_image() -> bytes:
-    """The real-mode step as a firmware of 64 KiB: where a processor starts it jumps to the step.
+    """The real-mode step as a firmware of 64 KiB: the reset vector jumps to the step.
 
-    For a QEMU whose `isa-debug-exit` device has both ports: it ends with `BIOS_DONE` when the step was done.
+    For a QEMU whose `isa-debug-exit` device has both ports: it exits with `BIOS_DONE` if the step succeeded.
     """
     image = bytearray(b"\xf4" * _BIOS_BYTES)
     program = REAL_STEP.code + bytes([0xB0, _BIOS_DONE_VALUE]) + _DONE_AND_HALT  # mov al, value
@@ -226,7 +226,7 @@ def memory_image(step: GuestStep) -> bytes:
     put(CODE, step.code + _DONE_AND_HALT)
     put(PML4, struct.pack("<Q", PDPT | _PRESENT_WRITABLE))
     put(PDPT, struct.pack("<Q", PD | _PRESENT_WRITABLE))
-    put(PD, struct.pack("<Q", _PRESENT_WRITABLE | _LARGE))  # the first 2 MiB are themselves
+    put(PD, struct.pack("<Q", _PRESENT_WRITABLE | _LARGE))  # the first 2 MiB, identity-mapped
     put(GDT, struct.pack("<3Q", 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF))  # none, 64-bit code, data
     for vector in range(VECTORS):
         handler = HANDLERS + vector * _HANDLER_BYTES

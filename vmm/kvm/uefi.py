@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """UEFI firmware for guests, as distributions install it.
 
-Decides where it is looked for. A machine needs two files: the code, which all machines share, and an empty store for
-variables, of which it gets a copy. Must not know machines.
+Decides where it is searched. A machine needs two files: the code, which all machines share, and an empty variable
+store, of which it gets a copy. Must not know machines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PLACES = (  # code, empty variables
 
 
 def find() -> tuple[str, str] | None:
-    """(code, empty variables) of the first firmware of which both are there, or None."""
+    """(code, empty variables) of the first firmware with both files present, or None."""
     for code, variables in PLACES:
         if os.path.exists(code) and os.path.exists(variables):
             return code, variables

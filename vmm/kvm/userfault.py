@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which right lets a machine's QEMU protect its guest's memory from writes (userfaultfd) while capturing it.
+"""How a machine's QEMU gets the right to write-protect its guest's memory (userfaultfd) during a capture.
 
-Decides which of three ways a machine with background capture uses, the one with the fewest rights first:
+Decides which of three ways a machine with background capture uses, the one with the fewest privileges first:
 
     everybody     vm.unprivileged_userfaultfd is 1: QEMU needs nothing
     device        /dev/userfaultfd, a node of the machine's own, for a QEMU that supports it (8.0 and newer)
-    capability    CAP_SYS_PTRACE, with which the kernel would let QEMU into every process of the host; `confined` takes
-                  away the system calls for that
+    capability    CAP_SYS_PTRACE, with which the kernel would let QEMU into every process of the host; `confined`
+                  blocks the system calls for that
 
-Must not know how a right is given. Sources: userfaultfd(2); Linux's Documentation/admin-guide/mm/userfaultfd.rst;
+Must not know how a right is granted. Sources: userfaultfd(2); Linux's Documentation/admin-guide/mm/userfaultfd.rst;
 QEMU's util/userfaultfd.c.
 """
 
@@ -28,7 +28,7 @@ _USERFAULTFD_IOC_NEW = 0xAA00
 
 
 class Way(StrEnum):
-    """By what right."""
+    """The way in which QEMU gets the right."""
 
     EVERYBODY = "everybody"
     DEVICE = "device"
@@ -36,7 +36,7 @@ class Way(StrEnum):
 
 
 def best_way(version: str | None = None, *, device: str = DEVICE, unprivileged: str = UNPRIVILEGED) -> Way:
-    """The way that this host and this QEMU can go; `version` None asks the QEMU that is installed."""
+    """The way that this host and this QEMU support; `version` None: queries the installed QEMU."""
     if is_for_everybody(unprivileged):
         return Way.EVERYBODY
     if works(device) and knows_device(_installed() if version is None else version):
@@ -45,7 +45,7 @@ def best_way(version: str | None = None, *, device: str = DEVICE, unprivileged: 
 
 
 def is_for_everybody(path: str = UNPRIVILEGED) -> bool:
-    """True when programs without rights may have such a userfaultfd, too."""
+    """True if unprivileged programs may have such a userfaultfd."""
     try:
         with open(path, encoding="ascii") as file:
             return file.read().strip() == "1"
@@ -54,7 +54,7 @@ def is_for_everybody(path: str = UNPRIVILEGED) -> bool:
 
 
 def works(device: str = DEVICE) -> bool:
-    """True when the device gives us a userfaultfd."""
+    """True if the device gives us a userfaultfd."""
     try:
         node = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
