@@ -144,7 +144,7 @@ class Disk:
         return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
     def _read_unaligned(self, offset: int, view: memoryview) -> None:
-        """Read whole sectors straight into the caller's buffer, and the edges through a one-sector buffer."""
+        """Read whole sectors directly into the caller's buffer, and the edges through a one-sector buffer."""
         end = offset + len(view)
         inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
         if inner_end > inner_start:

@@ -154,7 +154,7 @@ def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
     """Before the image at `path` is opened for writing, or frozen: finish a merge into it whose data is complete.
 
     The data is compared first: a record alone removes nothing. Raises ImageInUse if the target is incomplete,
-    RecordRefused if access rules forbid checking that, and what `merge` raises.
+    RecordRefused if the files needed to check that may not be opened, and what `merge` raises.
     """
     image = real_path(path)
     try:

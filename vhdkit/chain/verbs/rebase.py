@@ -114,7 +114,7 @@ def rebase(
 
 
 def _facts_of(store: FileStore) -> tuple[ImageFacts, Format]:
-    """The image's metadata and its format; an image with the expected name must not have lost its structures."""
+    """The image's metadata and its format; a file without structures is taken for the format of its suffix, if any."""
     view = pending.view(store)
     found = formats.probed(view)
     if found.is_plain:

@@ -263,7 +263,7 @@ class _Job:
         store = image.store
         assert isinstance(store, FileStore)
         writes = list(plan.writes)
-        # A smaller disk loses the backup GPT: the undo log restores it, too, if the change is not completed.
+        # A smaller file loses the backup GPT: the undo log restores it, too, if the change is not completed.
         taken = [(offset, len(data)) for offset, data in writes]
         for offset, count in table.backup_ranges if table is not None and size < image.size_bytes else ():
             pieces = _without(max(offset, size), offset + count, taken)

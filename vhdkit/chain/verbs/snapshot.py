@@ -182,7 +182,8 @@ def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bo
 def _settle(leaf: str, options: OpenOptions) -> None:
     """Finish or undo an unfinished change: once frozen, the leaf is never opened for writing again.
 
-    If a merge into it has complete data, only names remain to be removed: while others read it, it can be frozen so.
+    If a merge into the leaf has complete data, only names remain to be removed. If other programs read the leaf, that
+    has to wait, and the leaf can be frozen as it is.
     """
     intent = intent_of(leaf, allowed_folders(leaf, options.parent_dirs))
     is_complete = intent is not None and intent.phase is not Phase.COPY

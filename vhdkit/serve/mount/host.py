@@ -317,7 +317,7 @@ class Presence:
                 self._thread.start()
 
     def _bind(self, address: str) -> None:
-        """Device numbers are reused at once: the previous server of ours may not have left yet."""
+        """Device numbers are reused at once: the server that had ours may not have left yet, so retry for a while."""
         deadline = time.monotonic() + _LEAVING_SECONDS
         while True:
             try:

@@ -52,7 +52,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A mount of ours (`base`) and the file systems in it that are mounted elsewhere, each with its loop device."""
+    """One of our mounts (`base`) and the file systems in it that are mounted elsewhere, each with its loop device."""
 
     base: Mount
     inside: tuple[tuple[Mount, str | None], ...] = ()
