@@ -204,7 +204,7 @@ def _inheritable() -> list[int]:
 
 
 class Lock:
-    """A lock (flock) that the kernel releases when its holder dies. The lock file at `path` is never removed."""
+    """A lock (flock) that the kernel releases when its holder dies. `release` leaves the file at `path` in place."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -218,8 +218,9 @@ def chain_node(disk: DiskSpec, nbd_socket: str) -> Device:
 
 
 def file_node(node_name: str, set_number: int, *, read_only: bool, is_device: bool = False) -> Device:
-    """A raw file, or block device, that QEMU can reach only through a descriptor set. Its locking is off because the
-    descriptor is already protected by us. QEMU's driver for files refuses devices.
+    """A raw file, or block device, that QEMU can reach only through a descriptor set. QEMU's own locking is off.
+
+    A device needs a driver of its own, because QEMU's driver for files refuses devices.
     """
     driver = "host_device" if is_device else "file"
     return {

@@ -28,9 +28,7 @@ from vmm.store import known_images, registry
 
 MAX_PASSWORD_BYTES = 255
 
-GiveSet = Callable[
-    [int], tuple[int, int]
-]  # our descriptor -> (set, the number that QEMU is told); ours is QEMU's then
+GiveSet = Callable[[int], tuple[int, int]]  # our descriptor -> (set, the descriptor for QEMU); QEMU owns ours then
 GiveSecret = Callable[[str, bytes], Device]  # (id, content) -> the object to make first
 
 

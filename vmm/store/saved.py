@@ -3,7 +3,7 @@
 
     saved/memory.bin    what QEMU wrote (its migration stream)
     saved/state.json    our description: QEMU, machine type, CPU, accelerator, the definition, the size of memory.bin
-    saved/disks.json    size and time of the disks' files after the last write to them; written last
+    saved/disks.json    the state of the disks after the last write to them (`_looks_of`); written last
 
 Decides what belongs to a saved state, what is compared before it is restored, and the order in which it is made and
 removed: it is renamed to `saved` only when it is complete and synced, and removed before the guest runs again, because
