@@ -24,6 +24,10 @@ from vmm.model.errors import printable
 if TYPE_CHECKING:
     from vmm.processes.answers import Started
 
+    AnyType = click.ParamType[Any]
+else:
+    AnyType = click.ParamType  # not a generic class before click 8.4
+
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -33,7 +37,7 @@ _COLOURS = {
 }  # fmt: skip
 
 
-class SizeType(click.ParamType[int]):
+class SizeType(AnyType):
     """Bytes as people write them: 512, 64K, 1.5G, 2TiB."""
 
     name = "size"
@@ -48,7 +52,7 @@ class SizeType(click.ParamType[int]):
         return int(float(found[1]) * _FACTORS[found[2].upper()])
 
 
-class DiskSizeType(click.ParamType[vhdkit.DiskSize]):
+class DiskSizeType(AnyType):
     """The size of a disk as people write it, rounded up to whole sectors."""
 
     name = "size"
@@ -61,7 +65,7 @@ class DiskSizeType(click.ParamType[vhdkit.DiskSize]):
             self.fail(str(error), param, ctx)
 
 
-class SecondsType(click.ParamType[float]):
+class SecondsType(AnyType):
     """How long: a number above 0. What is no number (nan) or has no end is no time to wait for."""
 
     name = "seconds"

@@ -36,6 +36,12 @@ Exit codes:
   5 in use, or in the wrong state     9 it took too long
   130 interrupted
 
+\b
+Shell completion (put the line into ~/.bashrc or ~/.zshrc to keep it):
+  bash:  eval "$(_VMM_COMPLETE=bash_source vmm)"
+  zsh:   eval "$(_VMM_COMPLETE=zsh_source vmm)"
+  fish:  _VMM_COMPLETE=fish_source vmm | source
+
 VMM_DEBUG=1 shows where an internal error came from. VMM_HOME and VMM_RUNTIME are the folders of machines and sockets.
 """
 
@@ -90,6 +96,10 @@ class _Group(click.Group):
         module, _, name = place[0].partition(":")
         command: click.Command = getattr(import_module(module), name)
         gc.enable()
+        if "_VMM_COMPLETE" in os.environ:
+            from vmm.cli.completion import with_names
+
+            return with_names(command, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -175,7 +175,7 @@ def _mtus_in(value: Mapping[str, object]) -> dict[str, int]:
     """Raises TypeError, AttributeError."""
     found = {}
     for adapter, mtu_bytes in value.items():
-        if not isinstance(mtu_bytes, int) or not 0 <= mtu_bytes < 1 << 16:
+        if type(mtu_bytes) is not int or not 0 <= mtu_bytes < 1 << 16:
             raise TypeError("mtu")
         found[adapter] = mtu_bytes
     return found

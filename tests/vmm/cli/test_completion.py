@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a shell is offered for a half-written command of `vmm`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vmm.cli.main import main
+from vmm.model.spec import make_adapter, make_spec
+from vmm.net import switches
+from vmm.net.switch_spec import make_switch
+from vmm.store import registry
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two machines, one of which has an adapter, and two switches."""
+    monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
+    for name in ("lab", "lan"):
+        switches.create(make_switch(name=name))
+    adapter = make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")
+    registry.add(make_spec(name="web", adapters=[adapter]))
+    registry.add(make_spec(name="base"))
+    yield tmp_path
+    for name in ("lab", "lan"):
+        switches.delete(name, force=True)
+
+
+def offered(line: str) -> list[str]:
+    """What bash is offered for the last word of the line, which may be empty."""
+    words = line.split(" ")
+    asked = {"_VMM_COMPLETE": "bash_complete", "COMP_WORDS": line.rstrip(), "COMP_CWORD": str(len(words) - 1)}
+    result = CliRunner().invoke(main, env=asked, prog_name="vmm")
+    assert result.exit_code == 0, result.output
+    return [answer.partition(",")[2] for answer in result.output.splitlines() if answer]
+
+
+@pytest.mark.parametrize("line, names", [
+    ("vmm switch sh", ["show"]),
+    ("vmm switch show ", ["lab", "lan"]),
+    ("vmm switch ports la", ["lab", "lan"]),
+    ("vmm switch capture lan", ["lan"]),
+    ("vmm switch lease lab ", ["web/nic-0"]),
+    ("vmm switch create ", []),
+    ("vmm switch create lan --type e", ["external"]),
+    ("vmm start ", ["base", "web"]),
+    ("vmm snapshot create w", ["web"]),
+    ("vmm nic set web ", ["nic-0"]),
+    ("vmm nic set nobody ", []),
+    ("vmm nic add web la", ["lab", "lan"]),
+    ("vmm create ", []),
+])  # fmt: skip
+def test_names_are_completed(line: str, names: list[str]) -> None:
+    """Names of switches, machines and adapters are offered where one is expected, and none for a new one."""
+    assert offered(line) == names
+
+
+def test_interfaces_are_completed() -> None:
+    """The card of a switch is one of the host's interfaces."""
+    assert "lo" in offered("vmm switch set lan --nic ")
+
+
+def test_what_cannot_be_read_is_not_offered(home: Path) -> None:
+    """A damaged definition ends no completion."""
+    (home / "home" / "machines" / "web" / "machine.json").write_text(json.dumps({"name": 3}))
+    assert offered("vmm nic set web ") == []
+    assert offered("vmm start ") == ["base", "web"]
