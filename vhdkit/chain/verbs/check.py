@@ -13,6 +13,7 @@ from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names import lineage
 from vhdkit.chain.names.dependents import mark_findings
+from vhdkit.chain.names.parents import parent_of
 from vhdkit.chain.names.resolve import (
     MAX_CHAIN_DEPTH,
     OpenOptions,
@@ -143,6 +144,8 @@ def _check_link(child: ImageFacts, store: FileStore, folders: tuple[str, ...], f
             " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` write the names anew)"
         )
         findings.append(Finding(Severity.WARNING, "parent-names", message, child.path, "dynamic header"))
+    if parent_of(child).raw_allowed:
+        return  # a raw file does not record the size of its disk
     try:
         parent = parent_format(child).facts(pending.view(store))
     except (errors.CorruptImage, errors.InvalidArgument):

@@ -69,6 +69,7 @@ def rebase(
     options = options or OpenOptions()
     image_path, new_path = real_path(path), os.fsdecode(parent_path)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
+        store.notes_folder = options.notes_folder
         if store.is_device:
             raise errors.InvalidArgument(
                 "is a device, which has no room behind the image to change its parent safely",

@@ -193,6 +193,7 @@ def _settle(leaf: str, options: OpenOptions) -> None:
         if pending.view(store) is store:
             return
     with FileStore.open_held(leaf, writable=True) as store:
+        store.notes_folder = options.notes_folder
         pending.settle(store)
 
 

@@ -11,6 +11,7 @@ import pytest
 import vhdkit
 from tests.harness.vhd_builder import PARENT_ID, Block, Vhd, bits_of, child, pattern
 from vhdkit import Severity, errors
+from vhdkit.units import MIB
 
 CHS = (120, 4, 17)
 
@@ -73,6 +74,19 @@ def test_sizes_that_differ_are_told(tmp_path: Path) -> None:
     smaller = child(size=2 << 20, chs=(60, 4, 17)).build().write(tmp_path / "s.avhd")
     assert codes(larger) == {"chain-size": Severity.NOTE}
     assert codes(smaller) == {"chain-size": Severity.WARNING}
+
+
+@pytest.mark.parametrize("size", [MIB, 3 * MIB])
+def test_the_length_of_a_raw_parent_is_no_finding(tmp_path: Path, size: int) -> None:
+    """A raw parent does not record the size of its disk: its file may be longer or shorter than the child's disk."""
+    raw, leaf = tmp_path / "base.raw", tmp_path / "leaf.avhd"
+    vhdkit.create_image(raw, 2 * MIB, disk_format=vhdkit.DiskFormat.RAW)
+    options = vhdkit.OpenOptions(allow_raw_parent=True)
+    vhdkit.create_child(leaf, raw, options=options)
+    with raw.open("r+b") as file:
+        file.truncate(size)
+    found = {one.code for one in vhdkit.check(leaf, options=options)}
+    assert found <= {"parent-written"}
 
 
 def test_loops_are_found(tmp_path: Path) -> None:

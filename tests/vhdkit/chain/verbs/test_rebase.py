@@ -11,6 +11,8 @@ import vhdkit
 from tests.harness.killing import killings
 from vhdkit import errors
 from vhdkit.chain.verbs.describe import describe_image
+from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.store import close_all
 
 MIB = 1 << 20
 
@@ -59,6 +61,25 @@ def test_rebase_refuses_an_image_in_use(moved: tuple[Path, Path]) -> None:
     vhdkit.rebase(child, parent)
     with vhdkit.open_disk(child), pytest.raises(errors.ImageInUse):
         vhdkit.rebase(child, parent)
+
+
+def test_rebase_writes_what_a_killed_server_noted(moved: tuple[Path, Path], tmp_path: Path) -> None:
+    """INV-ANSWERED-SURVIVES: a rebase that is given the folder of notes keeps what a killed server had answered."""
+    child, parent = moved
+    (tmp_path / "notes").mkdir()
+    options = vhdkit.OpenOptions(notes_folder=tmp_path / "notes")
+    vhdkit.rebase(child, parent)
+    disk = vhdkit.open_disk(child, writable=True, options=options)
+    disk.write(MIB, b"answered" * 64)
+    leaf = disk.chain.leaf
+    assert isinstance(leaf, DynamicImage) and leaf._commit._notes is not None
+    leaf._commit._notes.leave()  # killed: nothing is flushed
+    close_all(layer.store for layer in disk.chain.layers)
+    assert list((tmp_path / "notes").iterdir())
+    vhdkit.rebase(child, parent, options=options)
+    with vhdkit.open_disk(child) as disk:
+        assert disk.read(MIB, 512) == b"answered" * 64
+    assert not list((tmp_path / "notes").iterdir())
 
 
 def test_rebase_refuses_images_without_a_parent(moved: tuple[Path, Path]) -> None:
