@@ -33,7 +33,7 @@ from vhdkit.formats.probe import open_layer
 from vhdkit.image import ParentRef
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 from vhdkit.store import Store
-from vhdkit.units import MIB, PAGE_SIZE, whole_sectors
+from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
 SIZE = 3 * BLOCK_SIZE + 5 * PAGE_SIZE
 PARENT = ParentRef.of_paths(b"p" * 16, 0, relative=".\\base.sparse", absolute="\\srv\\base.sparse", name="base.sparse")
@@ -293,6 +293,23 @@ def test_convert(chain: list[Path], tmp_path: Path) -> None:
         vhdkit.convert(tmp_path / name, tmp_path / f"{name}.sparse", "sparse")
         assert content(tmp_path / f"{name}.sparse") == expected
     assert vhdkit.compare(tmp_path / "a.vhd", leaf).same_content
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_convert_from_smaller_sectors(tmp_path: Path, seed: int) -> None:
+    """Data that begins and ends within the format's sectors, in single sectors of 512 bytes, is converted to it."""
+    source, made, rng = [tmp_path / "base.vhd", tmp_path / "leaf.avhd"], tmp_path / "made.sparse", random.Random(seed)
+    vhdkit.create_image(source[0], SIZE, block_size_bytes=BLOCK_SIZE)
+    for path in source:
+        if path != source[0]:
+            vhdkit.create_child(path, source[0])
+        with vhdkit.open_disk(path, writable=True) as disk:
+            for _ in range(12):
+                count = rng.choice((1, 3, 9, 300))
+                place = rng.randrange(whole_sectors(SIZE) - count) * SECTOR_SIZE
+                disk.write(place, rng.randbytes(count * SECTOR_SIZE))
+    vhdkit.convert(source[1], made, "sparse")
+    assert content(made) == content(source[1])
 
 
 def test_what_the_format_cannot_do_is_refused(chain: list[Path]) -> None:

@@ -30,7 +30,7 @@ from vhdkit.folder import NewFile
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
 from vhdkit.image import ExtentKind
-from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
+from vhdkit.units import MIB, PAGE_SIZE, round_down, round_up, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB  # measured optimum: larger pieces leave the cache, smaller ones cost more calls
 _WORKERS = 2
@@ -40,6 +40,9 @@ _WORDS_PER_PAGE = PAGE_SIZE // 8
 
 
 class _Target(Protocol):
+    @property
+    def sector_bytes(self) -> int: ...
+
     def write(self, sector_index: int, data: memoryview) -> object: ...
 
 
@@ -115,10 +118,11 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
 
 
 def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None) -> None:
-    """Write everything in `chain` that is not zero to `target`, which reads as zeros.
+    """Write everything in `chain` that is not zero to `target`, which reads as zeros, in units of its sectors.
 
     `one_writer` serializes writes, as required by a layer that allocates. Raises IoFailed, NoSpace.
     """
+    assert PAGE_SIZE % target.sector_bytes == 0  # pieces are divided at pages
     mover = _Mover(chain, target, one_writer)
     running: deque[tuple[int, Future[None]]] = deque()
 
@@ -131,7 +135,7 @@ def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, pro
 
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhdkit-convert") as pool:
         try:
-            for sector_index, sector_count in _pieces(chain):
+            for sector_index, sector_count in _pieces(chain, whole_sectors(target.sector_bytes)):
                 finish(_PIECES_IN_FLIGHT - 1)
                 end_bytes = sectors_to_bytes(sector_index + sector_count)
                 running.append((end_bytes, pool.submit(mover.move, sector_index, sector_count)))
@@ -143,20 +147,22 @@ def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, pro
         progress(chain.size_bytes, chain.size_bytes)
 
 
-def _pieces(chain: Chain) -> Iterator[tuple[int, int]]:
+def _pieces(chain: Chain, unit: int) -> Iterator[tuple[int, int]]:
     """The parts of the disk that may hold data as (first sector, count), cut at multiples of the piece size.
 
-    Which layer owns the data does not matter here: in a chain, a piece often has runs of several layers.
+    They begin and end at multiples of `unit` sectors, or at the end of the disk. Which layer owns the data does not
+    matter here: in a chain, a piece often has runs of several layers.
     """
-    step = whole_sectors(_PIECE_BYTES)
+    step, disk_end = whole_sectors(_PIECE_BYTES), whole_sectors(chain.size_bytes)
     start = end = 0
-    for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
+    for extent in chain.extents(0, disk_end, find_holes=True):
         if extent.kind is not ExtentKind.DATA:
             continue
-        if extent.sector_index > end:
+        first = round_down(extent.sector_index, unit)
+        if first > end:
             yield from _cut(start, end, step)
-            start = extent.sector_index
-        end = extent.end_sector
+            start = first
+        end = min(round_up(extent.end_sector, unit), disk_end)
         while end - start >= 2 * step:  # emit complete pieces before the run ends
             stop = (start // step + 1) * step
             yield start, stop - start
