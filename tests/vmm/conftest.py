@@ -41,3 +41,10 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
     finally:
         made.end()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder with a short name, for sockets: their paths have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="vt-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

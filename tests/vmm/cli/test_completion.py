@@ -18,16 +18,16 @@ from vmm.store import registry
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Two machines, one of which has an adapter, and two switches."""
-    monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
+    monkeypatch.setenv("VMM_HOME", str(short_path / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(short_path / "run"))
     for name in ("lab", "lan"):
         switches.create(make_switch(name=name))
     adapter = make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")
     registry.add(make_spec(name="web", adapters=[adapter]))
     registry.add(make_spec(name="base"))
-    yield tmp_path
+    yield short_path
     for name in ("lab", "lan"):
         switches.delete(name, force=True)
 

@@ -23,25 +23,28 @@ from vmm.store import registry
 
 
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folders that the environment names."""
-    monkeypatch.setenv("VMM_HOME", str(tmp_path / "usual"))
-    monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "usual-run"))
+    monkeypatch.setenv("VMM_HOME", str(short_path / "usual"))
+    monkeypatch.setenv("VMM_RUNTIME", str(short_path / "usual-run"))
 
 
-def test_the_environment_is_the_default(tmp_path: Path) -> None:
+def test_the_environment_is_the_default(short_path: Path) -> None:
     """A manager without folders of its own works with those of the environment, at each call."""
     registry.add(make_spec(name="web"))
-    assert vmm.Manager().names() == ["web"] and paths.runtime_home() == str(tmp_path / "usual-run")
+    assert vmm.Manager().names() == ["web"] and paths.runtime_home() == str(short_path / "usual-run")
 
 
-def test_two_managers_side_by_side(tmp_path: Path) -> None:
+def test_two_managers_side_by_side(short_path: Path) -> None:
     """Each sees its own machines, and so do the objects that it hands out."""
-    one, two = vmm.Manager(home=tmp_path / "one"), vmm.Manager(home=str(tmp_path / "two"), runtime=tmp_path / "run")
+    one, two = (
+        vmm.Manager(home=short_path / "one"),
+        vmm.Manager(home=str(short_path / "two"), runtime=short_path / "run"),
+    )
     one.create("web")
     two.create("db")
     assert (one.names(), two.names(), vmm.Manager().names()) == (["web"], ["db"], [])
-    assert (tmp_path / "one" / "machines" / "web" / "machine.json").exists()
+    assert (short_path / "one" / "machines" / "web" / "machine.json").exists()
     snapshots, guest = one.snapshots("web"), two.guest("db")
     assert snapshots.tree().snapshots == {}
     assert guest.set_item("role", "database") is False and guest.get_item("role").value == "database"
@@ -51,52 +54,52 @@ def test_two_managers_side_by_side(tmp_path: Path) -> None:
     assert one.names() == [] and in_use() == Folders()
 
 
-def test_they_hold_in_one_thread(tmp_path: Path) -> None:
+def test_they_hold_in_one_thread(short_path: Path) -> None:
     """What one thread works with is not what another works with."""
     seen: list[str] = []
-    with Folders.given(home=tmp_path / "one").used():
+    with Folders.given(home=short_path / "one").used():
         other = threading.Thread(target=lambda: seen.append(paths.home()))
         other.start()
         other.join()
-        assert paths.home() == str(tmp_path / "one")
-    assert seen == [str(tmp_path / "usual")] and paths.home() == str(tmp_path / "usual")
+        assert paths.home() == str(short_path / "one")
+    assert seen == [str(short_path / "usual")] and paths.home() == str(short_path / "usual")
 
 
-def test_an_error_ends_their_use(tmp_path: Path) -> None:
+def test_an_error_ends_their_use(short_path: Path) -> None:
     """A call that fails leaves nothing behind."""
     with pytest.raises(vmm.NotFound):
-        vmm.Manager(home=tmp_path / "one").show("web")
+        vmm.Manager(home=short_path / "one").show("web")
     assert in_use() == Folders()
 
 
-def test_processes_get_them(tmp_path: Path) -> None:
+def test_processes_get_them(short_path: Path) -> None:
     """A process that is started meanwhile works with the same folders; one not given is what the environment says."""
-    with Folders.given(home=tmp_path / "one").used():
+    with Folders.given(home=short_path / "one").used():
         found = python_environment()
-        assert found["VMM_HOME"] == str(tmp_path / "one") and found["VMM_RUNTIME"] == os.environ["VMM_RUNTIME"]
-        assert kept_environment()["VMM_HOME"] == str(tmp_path / "one")
+        assert found["VMM_HOME"] == str(short_path / "one") and found["VMM_RUNTIME"] == os.environ["VMM_RUNTIME"]
+        assert kept_environment()["VMM_HOME"] == str(short_path / "one")
     assert python_environment()["VMM_HOME"] == os.environ["VMM_HOME"]
 
 
-def test_a_manager_made_on_behalf_of_another_has_its_folders(tmp_path: Path) -> None:
+def test_a_manager_made_on_behalf_of_another_has_its_folders(short_path: Path) -> None:
     """Code that makes a manager of its own inside a call works with the folders of that call."""
-    with Folders.given(home=tmp_path / "one", runtime=tmp_path / "run").used():
-        inner = vmm.Manager(runtime=tmp_path / "other")
-    assert inner.folders == Folders(str(tmp_path / "one"), str(tmp_path / "other"))
+    with Folders.given(home=short_path / "one", runtime=short_path / "run").used():
+        inner = vmm.Manager(runtime=short_path / "other")
+    assert inner.folders == Folders(str(short_path / "one"), str(short_path / "other"))
 
 
-def test_no_public_method_forgets_them(tmp_path: Path) -> None:
+def test_no_public_method_forgets_them(short_path: Path) -> None:
     """Every public method of a class runs with its folders, and a generator, whose body runs later, is refused."""
 
     @uses_own_folders
     class Reader:
-        folders = Folders(home=str(tmp_path / "one"))
+        folders = Folders(home=str(short_path / "one"))
 
         def home(self) -> str:
             """Where it works."""
             return paths.home()
 
-    assert Reader().home() == str(tmp_path / "one") and Reader.home.__doc__ == "Where it works."
+    assert Reader().home() == str(short_path / "one") and Reader.home.__doc__ == "Where it works."
     for public in (vmm.Manager, vmm.MachineSnapshots, vmm.GuestAccess):
         names = [name for name, one in vars(public).items() if callable(one) and not name.startswith("_")]
         assert names and all(hasattr(getattr(public, name), "__wrapped__") for name in names)
@@ -112,20 +115,20 @@ def test_no_public_method_forgets_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
-def test_a_machine_runs_with_them(tmp_path: Path) -> None:
+def test_a_machine_runs_with_them(short_path: Path) -> None:
     """Its processes work with the folders of the manager that started it, whatever the environment says."""
     runtime = Path(tempfile.mkdtemp(prefix="vmmt-", dir="/tmp"))  # a short name: sockets lie in there
     runtime.chmod(0o711)
-    manager = vmm.Manager(home=tmp_path / "one", runtime=runtime)
+    manager = vmm.Manager(home=short_path / "one", runtime=runtime)
     try:
-        make_machine(manager, tmp_path)
+        make_machine(manager, short_path)
         manager.start("small")
         pids = manager.show("small").pids or {}
         for part in ("keeper", "worker"):
             variables = Path(f"/proc/{pids[part]}/environ").read_bytes().split(b"\0")
-            assert f"VMM_HOME={tmp_path / 'one'}".encode() in variables
+            assert f"VMM_HOME={short_path / 'one'}".encode() in variables
             assert f"VMM_RUNTIME={runtime}".encode() in variables
-        assert vmm.Manager().names() == [] and not (tmp_path / "usual-run").exists()
+        assert vmm.Manager().names() == [] and not (short_path / "usual-run").exists()
         manager.stop("small")
         assert manager.state("small") is vmm.MachineState.OFF
     finally:
