@@ -267,12 +267,12 @@ def stands_on(one: Named, below: Named) -> bool:
         with FileStore.open(one.path, follow_links=False) as store:
             view = pending.view(store)
             parent = formats.probed(view).facts(view).parent
-        return parent is not None and (_linkage_of(below) in parent.linkage_ids or _is_raw(below, parent))
+        return parent is not None and (linkage_of_named(below) in parent.linkage_ids or _is_raw(below, parent))
     except errors.VhdkitError:
         return False
 
 
-def _linkage_of(one: Named) -> bytes:
+def linkage_of_named(one: Named) -> bytes:
     """The id that children of the named image record: read from it if it exists, else the id in the record."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:

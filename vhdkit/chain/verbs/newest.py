@@ -24,7 +24,7 @@ from vhdkit.chain.names.resolve import (
     unique_id,
 )
 from vhdkit.chain.records.intent import Intent, Phase, intent_of, intents_about
-from vhdkit.chain.verbs.merge_recovery import is_there, stands_on
+from vhdkit.chain.verbs.merge_recovery import is_there, linkage_of_named, stands_on
 from vhdkit.folder import is_regular, real_path
 from vhdkit.store import FileStore
 
@@ -79,7 +79,6 @@ def _followers(path: str, options: OpenOptions) -> list[str]:
         return found
     sources = [one for one in intent.sources if is_there(one)]
     for one in sources:
-        with FileStore.open(one.path) as store:
-            found += find_children(unique_id(store), (*folders, os.path.dirname(one.path)))
+        found += find_children(linkage_of_named(one), (*folders, os.path.dirname(one.path)))
     gone = {one.path for one in sources}
     return list({real_path(child): child for child in found if real_path(child) not in gone}.values())

@@ -21,6 +21,7 @@ from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.resolve import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND
+from vhdkit.chain.verbs import newest
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.chain.verbs.live_merge import LiveMerge
 from vhdkit.chain.verbs.merge_steps import RealNames
@@ -101,6 +102,19 @@ def test_killed_in_a_live_merge(step: int, named: int, tmp_path: Path, monkeypat
     if step > 2:  # all was copied
         served(paths[2])
         assert not paths[1].exists() and not os.path.exists(sidecar_path(paths[2], KIND))
+
+
+def test_a_source_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merged layer that another program removes while the newest image is looked for is no error."""
+    paths, _ = make_chain(tmp_path, 3, "dynamic", random.Random(1))
+    chain = Chain.open(paths[0], writable=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 4)
+        merged_live(chain, 1, 2)
+    let_go(chain)
+    paths[1].unlink()
+    monkeypatch.setattr(newest, "is_there", lambda one: True)  # it was, when that was asked
+    assert newest_leaf(paths[2], OpenOptions()) == str(paths[0])
 
 
 @pytest.mark.parametrize("named", [0, 1, 2])
