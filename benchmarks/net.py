@@ -25,7 +25,14 @@ from vmm.net.ports import PortSetup
 from vmm.net.switch_process import SwitchProcess
 
 SIZES = (64, 1514)
-NEED_ROOT = ("bandwidth-bridge", "guest-tcp", "guest-ping", "guest-processor")
+NEED_ROOT = (
+    "bandwidth-bridge",
+    "guest-tcp",
+    "guest-ping",
+    "guest-tcp-devices",
+    "guest-ping-devices",
+    "guest-processor",
+)
 GOALS = {64: 150_000.0, 1514: 1.5e9 / 8 / 1514}
 
 

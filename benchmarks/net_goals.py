@@ -335,6 +335,12 @@ GOALS = {
     "guest-ping": Goal(
         "bridge, guests' ping as part of a plain bridge's", "×", 1.5, False, lambda: _of_guests("ping")
     ),
+    "guest-tcp-devices": Goal(
+        "the same beside a plain QEMU with the same devices", "×", 1.0, True, lambda: _of_guests("tcp-devices")
+    ),
+    "guest-ping-devices": Goal(
+        "the same beside a plain QEMU with the same devices", "×", 1.5, False, lambda: _of_guests("ping-devices")
+    ),
     "guest-processor": Goal(
         "bridge, guests' TCP: processor time as part of a plain bridge's",
         "×",

@@ -8,8 +8,10 @@ costs. Needs root; everything happens in a network namespace of its own.
 `beside_a_plain_bridge` compares machines of ours on a bridge switch with a bare QEMU on a bridge that has nothing but
 its taps: no rules, no filter of system calls, no other devices. Both pairs have the same processor model, memory and
 kernel and run all the time. They are measured in turn, each round in the other order, and the result is the median of
-the rounds' ratios. Since whatever else the machine does changes a rate more than a switch does, the processor time
-that the QEMUs use for a MiB (`/proc/PID/task/*/schedstat`, softirqs included) is compared, too.
+the rounds' ratios. A second pair of bare QEMUs has the devices of a machine of ours as well (a SCSI controller, agent
+ports, a monitor): what ours cost beside those is the switch alone. Since whatever else the machine does changes a rate
+more than a switch does, the processor time that the QEMUs use for a MiB (`/proc/PID/task/*/schedstat`, softirqs
+included) is compared, too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -37,6 +39,16 @@ PATHS = {
     "bridge, 2 queues": ("bridge", 2),
 }
 FILE_MIB = 16
+# The devices of a machine of ours beside its adapter, for a QEMU that nobody manages; {0}: a path for sockets.
+OUR_DEVICES = (
+    "-chardev socket,id=qmp,path={0}.qmp,server=on,wait=off -mon chardev=qmp,mode=control "
+    "-device virtio-serial-pci,id=ports,ioeventfd=off "
+    "-chardev socket,id=agent,path={0}.agent,server=on,wait=off "
+    "-device virtserialport,bus=ports.0,nr=1,chardev=agent,name=agent "
+    "-chardev socket,id=items,path={0}.items,server=on,wait=off "
+    "-device virtserialport,bus=ports.0,nr=2,chardev=items,name=items "
+    "-device virtio-scsi-pci,id=scsi0 "
+)
 FILES = 8  # of a sample beside a plain bridge: half a second is the least that can be compared
 
 
@@ -110,22 +122,24 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def plain_guests(lab: BridgeLab, cpu_model: str) -> Iterator[tuple[GuestShell, GuestShell, list[int]]]:
+def plain_guests(
+    lab: BridgeLab, cpu_model: str, name: str = "plain", devices: str = ""
+) -> Iterator[tuple[GuestShell, GuestShell, list[int]]]:
     """Two guests of a QEMU that nobody manages, on a bridge that has nothing but their taps; and the QEMUs."""
     from tests.vmm.guests.linux import linux_guest
 
     guest = linux_guest()
     started: list[subprocess.Popen[bytes]] = []
     try:
-        lab.spaces.run(lab.here, "ip link add plain0 type bridge && ip link set plain0 up")
+        lab.spaces.run(lab.here, f"ip link add {name} type bridge && ip link set {name} up")
         shells = []
         for number in range(2):
-            lab.spaces.run(lab.here, f"ip tuntap add tp{number} mode tap && ip link set tp{number} master plain0 up")
-            serial = lab.folder / f"{number}.serial"
+            tap, serial = f"{name}{number}", lab.folder / f"{name}{number}.serial"
+            lab.spaces.run(lab.here, f"ip tuntap add {tap} mode tap && ip link set {tap} master {name} up")
             command = (
                 f"ip netns exec {lab.here} qemu-system-x86_64 -nodefaults -display none -accel tcg -cpu {cpu_model} "
                 f"-m 192 -kernel {guest.kernel} -initrd {guest.initrd} -serial unix:{serial},server=on,wait=off "
-                f"-netdev tap,id=n0,ifname=tp{number},script=no,downscript=no "
+                f"{devices.format(serial)}-netdev tap,id=n0,ifname={tap},script=no,downscript=no "
                 f"-device virtio-net-pci,netdev=n0,mac=02:00:00:00:00:0{number + 1} -append"
             )
             started.append(subprocess.Popen([*command.split(), guest.append]))
@@ -176,22 +190,27 @@ def _sample(one: GuestShell, pids: Sequence[int]) -> Sample:
     return Sample(rate, _processor_seconds(pids) - before, ping_milliseconds(one))
 
 
+_SHORT = {"mbit_per_second": "tcp", "ping_milliseconds": "ping", "processor_seconds": "processor"}
+
+
 def beside_a_plain_bridge(rounds: int = 11) -> dict[str, float]:
     """Our bridge's rate, ping and processor time divided by a plain one's: the medians of the rounds' ratios."""
     environment: Any = _Environment()
     lab = BridgeLab(environment)
-    ratios: dict[str, list[float]] = {"tcp": [], "ping": [], "processor": []}
-    with guests("bridge", 1, lab) as (ours, _):
+    ratios: dict[str, list[float]] = {}
+    with ExitStack() as running:
+        ours, _ = running.enter_context(guests("bridge", 1, lab))
         machines = [registry.load(name) for name in ("one", "two")]
-        our_pids = [processes_of(machine.runtime)["qemu"].pid for machine in machines]
-        with plain_guests(lab, machines[0].spec.cpu_model) as (plain, _, plain_pids):
-            pairs = {"plain": (plain, plain_pids), "ours": (ours, our_pids)}
-            for number in range(rounds + 1):
-                names = sorted(pairs, reverse=number % 2 == 1)
-                found = {name: _sample(*pairs[name]) for name in names}
-                if number:  # the first round does not count
-                    one, other = found["ours"], found["plain"]
-                    ratios["tcp"].append(one.mbit_per_second / other.mbit_per_second)
-                    ratios["ping"].append(one.ping_milliseconds / other.ping_milliseconds)
-                    ratios["processor"].append(one.processor_seconds / other.processor_seconds)
+        pairs = {"ours": (ours, [processes_of(machine.runtime)["qemu"].pid for machine in machines])}
+        for pair, devices in (("plain", ""), ("alike", OUR_DEVICES)):
+            one, _, pids = running.enter_context(plain_guests(lab, machines[0].spec.cpu_model, pair, devices))
+            pairs[pair] = (one, pids)
+        for number in range(rounds + 1):
+            names = sorted(pairs, reverse=number % 2 == 1)
+            found = {name: _sample(*pairs[name]) for name in names}
+            if number:  # the first round does not count
+                for pair, suffix in (("plain", ""), ("alike", "-devices")):
+                    for what in ("mbit_per_second", "ping_milliseconds", "processor_seconds"):
+                        ratio = getattr(found["ours"], what) / getattr(found[pair], what)
+                        ratios.setdefault(_SHORT[what] + suffix, []).append(ratio)
     return {name: median(found) for name, found in ratios.items()}
