@@ -190,11 +190,16 @@ class ControlClient:
         """
         request = self._caller.request(method, params)
         try:
+            self._socket.settimeout(timeout_seconds)  # not what was left of an earlier call's time
             self._socket.sendall(request)
             while isinstance(message := self._next_message(method, timeout_seconds), jsonrpc.Notification):
                 if message.method == "progress" and progress is not None:
                     progress(message.params)
             return self._result(message)
+        except TimeoutError as error:
+            raise TimedOut(
+                f"the worker did not answer {method} within {timeout_seconds:g} s", machine=self.machine
+            ) from error
         except OSError as error:
             raise VmmError(f"the worker went away during {method}", machine=self.machine) from error
         except jsonrpc.ProtocolError as error:
@@ -213,12 +218,7 @@ class ControlClient:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while (message := self._caller.next_message()) is None:
             self._socket.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
-            try:
-                piece = self._socket.recv(_PIECE_BYTES)
-            except TimeoutError as error:
-                raise TimedOut(
-                    f"the worker did not answer {method} within {timeout_seconds:g} s", machine=self.machine
-                ) from error
+            piece = self._socket.recv(_PIECE_BYTES)
             if not piece:
                 raise VmmError(f"the worker ended during {method}", machine=self.machine)
             self._caller.feed(piece)

@@ -157,6 +157,39 @@ def test_who_is_no_worker(tmp_path: Path) -> None:
                     other.close()
 
 
+def test_a_request_has_the_time_of_its_own_call(tmp_path: Path) -> None:
+    """A long request to a worker that reads slowly is given the whole time, whatever an earlier call had left."""
+    path = str(tmp_path / "c")
+    asked: list[int] = []
+
+    def answer_late(listener: socket.socket) -> None:
+        with listener, listener.accept()[0] as sock, sock.makefile("rb") as lines:
+            for wait_seconds in (0.0, 0.3):
+                threading.Event().wait(wait_seconds)
+                request = json.loads(lines.readline())
+                asked.append(len(request["params"]["text"]))
+                sock.sendall(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": None}).encode() + b"\n")
+
+    listener = bind_private(path)
+    listener.listen()
+    server = threading.Thread(target=answer_late, args=(listener,), daemon=True)
+    server.start()
+    with contextlib.closing(ControlClient(path)) as client:
+        client.call("echo", text="")
+        client._socket.settimeout(0.001)  # as an answer in the last moment leaves it
+        client.call("echo", text="x" * (4 << 20))
+    server.join()
+    assert asked == [0, 4 << 20]
+
+
+def test_a_worker_that_does_not_read_is_late(tmp_path: Path) -> None:
+    """A request that is longer than the socket's buffer does not wait for ever."""
+    with bind_private(str(tmp_path / "c")) as listener:
+        listener.listen()
+        with contextlib.closing(ControlClient(str(tmp_path / "c"))) as client, pytest.raises(TimedOut):
+            client.call("echo", timeout_seconds=0.05, text="x" * (4 << 20))
+
+
 def test_parameters_are_looked_at() -> None:
     """A parameter of another kind is refused; true is not a number."""
     assert parameter({"a": 1}, "a", int) == 1 and parameter({}, "a", int, 5) == 5
