@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -58,8 +59,12 @@ class Scene:
     def dnsmasq(self) -> set[str]:
         """The numbers of the host's dnsmasq processes."""
         pids = subprocess.run(["ip", "netns", "pids", self.host.here], capture_output=True, text=True, check=True)
-        named = {one: Path(f"/proc/{one}/comm") for one in pids.stdout.split()}
-        return {one for one, path in named.items() if path.exists() and path.read_text() == "dnsmasq\n"}
+        found = set()
+        for one in pids.stdout.split():
+            with contextlib.suppress(OSError):  # it has ended since it was listed
+                if Path(f"/proc/{one}/comm").read_text() == "dnsmasq\n":
+                    found.add(one)
+        return found
 
     def faults(self, switch: str) -> list[str]:
         """What `vmm switch show` says is wrong."""
