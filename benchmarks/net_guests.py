@@ -39,7 +39,7 @@ PATHS = {
     "bridge, 2 queues": ("bridge", 2),
 }
 FILE_MIB = 16
-# The devices of a machine of ours beside its adapter, for a QEMU that nobody manages; {0}: a path for sockets.
+# What one of our machines has besides its adapter, as arguments for a bare QEMU; {0} is a path prefix for sockets.
 OUR_DEVICES = (
     "-chardev socket,id=qmp,path={0}.qmp,server=on,wait=off -mon chardev=qmp,mode=control "
     "-device virtio-serial-pci,id=ports,ioeventfd=off "
@@ -125,7 +125,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 def plain_guests(
     lab: BridgeLab, cpu_model: str, name: str = "plain", devices: str = ""
 ) -> Iterator[tuple[GuestShell, GuestShell, list[int]]]:
-    """Two guests of a QEMU that nobody manages, on a bridge that has nothing but their taps; and the QEMUs."""
+    """Two guests of bare QEMUs on a bridge that has nothing but their taps, and the process numbers of the QEMUs."""
     from tests.vmm.guests.linux import linux_guest
 
     guest = linux_guest()

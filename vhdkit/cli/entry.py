@@ -2,8 +2,9 @@
 """Where the commands `vhdkit` and `vhdkit-mount` begin.
 
 Decides what a Ctrl-C means while Python is still importing modules: the process ends without a traceback, because
-nothing has been done yet. Imports nothing of ours before that is set up. Once `main` runs, the verbs decide. Also that
-no garbage is collected before a verb is there: imports make none, and looking for it takes a twentieth of a start.
+nothing has been done yet. Nothing else of vhdkit is imported before that is set up; once `main` runs, the verbs
+decide. Also that garbage is not collected until the verb is imported: imports leave none, and looking for it takes a
+twentieth of a start.
 """
 
 from __future__ import annotations

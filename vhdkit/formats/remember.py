@@ -234,9 +234,10 @@ def begin(store: Store, unique_id: bytes | None) -> Notes | None:
 
 
 def disown(store: Store) -> None:
-    """Before whoever has no folder of notes changes the image: those there are, are of a state that will be gone.
+    """Mark the image's notes as void before a caller without a folder of notes changes the image.
 
-    Says so in the log: answered writes are lost then, as in a power cut. The image's writer's lock is held.
+    They describe a state that this change ends. The log says so: answered writes that only the notes hold are lost, as
+    in a power cut. The caller holds the image's writer's lock.
     """
     if isinstance(store, FileStore) and store.notes_folder is None:
         value = store.label(LABEL)
@@ -294,12 +295,12 @@ def has_notes(store: Store, unique_id: bytes) -> bool:
 
 
 def acknowledge(store: FileStore) -> None:
-    """Somebody has seen to it that notes of this image were set aside."""
+    """Forget that notes of this image were set aside: a caller has dealt with it."""
     store.set_label(KEPT_LABEL, None)
 
 
 def findings(store: FileStore) -> tuple[Finding, ...]:
-    """What there is to say about notes of this image, by its labels alone: nobody knows in whose folder they are."""
+    """Findings about notes of this image, from its labels alone: the folder that holds them is not known."""
     found = []
     label, kept = store.label(LABEL), store.label(KEPT_LABEL)
     if label is not None and is_of_this_boot(label) and not store.in_use():

@@ -142,7 +142,7 @@ class GuestAccess:
 
     @contextlib.contextmanager
     def _for_a_change(self) -> Iterator[OpenMachine]:
-        """The machine: of one that runs its worker, which needs no lock; else its file, while nobody starts it."""
+        """Open the machine: through its worker if it runs, which needs no lock; otherwise its file, under its lock."""
         with machines.reach(self._place) as machine:
             if machine.is_running:
                 yield machine

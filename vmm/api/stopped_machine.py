@@ -252,7 +252,7 @@ class StoppedMachine(LocalMachine):
         return KeyValueStore(store_path(self.place.machine.folder))
 
     def _change_items(self, change: Callable[[KeyValueStore, Pool], None]) -> bool:
-        assert self.opened.lock.is_held  # nobody starts it meanwhile
+        assert self.opened.lock.is_held  # the machine cannot be started meanwhile
         store = self._store()
         change(store, "host")
         store.save()

@@ -2,7 +2,8 @@
 """Where the command `vmm` begins.
 
 Decides what a Ctrl-C means while Python is still importing modules: the process ends without a traceback, because
-nothing has been done yet. Imports nothing of ours before that is set up. What it means later is decided in `failure`.
+nothing has been done yet. Nothing else of vmm is imported before that is set up. What it means later is
+decided in `failure`.
 """
 
 from __future__ import annotations

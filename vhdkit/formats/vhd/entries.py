@@ -36,8 +36,8 @@ def used_sizes(metadata: Metadata) -> tuple[int, int]:
 def check_blocks(metadata: Metadata, bat: Bat) -> CorruptImage | None:
     """Refuse BAT entries outside the file or over metadata (`INV-BLOCKS-DISJOINT`).
 
-    Blocks over each other can be read, one as well as the other, but a write to one would change the other: the error
-    for those is returned, for whoever wants to write.
+    Overlapping blocks can both be read, but a write to one would change the other: the error for those is returned,
+    and a caller that opens the image for writing raises it.
     """
     for reason, blocks in bad_entries(metadata, bat):
         if len(blocks):
