@@ -30,7 +30,7 @@ from fuzz.loop import main
 from fuzz.mutate import mutate_bytes
 from vhdkit import VhdkitError, check, clone, collect_garbage, open_disk, repair, snapshot
 from vhdkit.chain.names import marks
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.describe import describe_chain
 from vhdkit.units import KIB
 

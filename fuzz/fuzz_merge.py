@@ -28,7 +28,7 @@ from tests.harness.power import LINK
 from tests.harness.stores import MemStore
 from vhdkit import VhdkitError
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records.intent import KIND, decode
 from vhdkit.chain.verbs.create import create_child, create_image
 from vhdkit.chain.verbs.merge_plan import MergePlan

@@ -520,7 +520,7 @@ GOOD: tuple[tuple[str, str], ...] = (
         "vhdkit/cli/main.py",
         "import os, sys, click\nfrom vhdkit import disk\nprint(os.environ, file=sys.stderr)",
     ),
-    ("vhdkit/chain/names/resolve.py", "import os\nfrom pathlib import PureWindowsPath\nos.path.join('a', 'b')"),
+    ("vhdkit/chain/names/opening.py", "import os\nfrom pathlib import PureWindowsPath\nos.path.join('a', 'b')"),
     ("vhdkit/store.py", "import os, fcntl\nfrom vhdkit.units import MIB\nos.open('x', 0)"),
     ("vhdkit/formats/vhd/layout.py", "from construct import Struct"),
     ("vhdkit/serve/nbd/protocol.py", "from vhdkit.serve.nbd.wire import MAGIC"),

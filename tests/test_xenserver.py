@@ -14,7 +14,7 @@ import vhdkit
 from tests.harness.vhd_builder import Block, Locator, Vhd, absolute, bits_of, child, pattern, relative
 from tests.xenserver import faults_of
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import open_layers
+from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.verbs.live_merge import LiveMerge
 from vhdkit.finding import Severity
 from vhdkit.units import KIB, MIB, SECTOR_SIZE

@@ -33,7 +33,7 @@ import numpy as np
 from vhdkit import errors
 from vhdkit.arguments import AnyPath, Size, byte_size, checked, flag
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.merge_recovery import open_settled
 from vhdkit.descriptor import when_forked

@@ -16,7 +16,8 @@ import pytest
 
 from tests.support import expected_samples, sample, samples_dir
 from vhdkit import errors
-from vhdkit.chain.names.resolve import OpenOptions, open_layers
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.vhd.dump import dump_vhd
 from vhdkit.formats.vhd.dynamic import DynamicImage

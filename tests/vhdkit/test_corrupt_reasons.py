@@ -29,7 +29,7 @@ from tests.harness.vhd_builder import (
     seal_footer,
     seal_header,
 )
-from vhdkit.chain.names import resolve
+from vhdkit.chain.names import opening
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.store import FileStore
@@ -91,7 +91,7 @@ LOCATORS = {
 
 
 def test_every_reason_is_provoked_here() -> None:
-    """The table and the enum agree; the depth limit is provoked in chain/test_resolve.py."""
+    """The table and the enum agree; the depth limit is provoked in chain/names/test_opening.py."""
     assert set(RAISED) | set(LOCATORS) | {CorruptReason.CHAIN_DEPTH} == set(CorruptReason)
 
 
@@ -108,7 +108,7 @@ def test_opening_raises_the_reason(reason: CorruptReason, tmp_path: Path) -> Non
     ways = {CorruptReason.CHAIN_LOOP: (False,), CorruptReason.BLOCKS_OVERLAP: (True,)}  # the latter can be read
     for writable in ways.get(reason, (False, True)):
         with pytest.raises(CorruptImage) as caught:
-            resolve.open_layers(path, writable=writable)
+            opening.open_layers(path, writable=writable)
         assert caught.value.reason is reason
         assert Path(caught.value.path or "").parent == tmp_path
         assert str(caught.value).isprintable()

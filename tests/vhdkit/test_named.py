@@ -18,7 +18,7 @@ import pytest
 import vhdkit
 from vhdkit import errors, locks
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs import garbage, merge_steps, rebase, relocate, snapshot
 from vhdkit.chain.verbs.live import Freezing

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vhdkit import errors
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.create import create_child
 from vhdkit.chain.verbs.live import scratch_child
 from vhdkit.chain.verbs.newest import newest_leaf

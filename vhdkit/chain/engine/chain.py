@@ -28,7 +28,8 @@ from vhdkit.chain.engine.blockmap import (
     owner_runs,
 )
 from vhdkit.chain.engine.hiding import zeros_to_write
-from vhdkit.chain.names.resolve import OpenOptions, limit_tables, open_layers
+from vhdkit.chain.names.opening import limit_tables, open_layers
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
@@ -63,7 +64,7 @@ class Chain:
 
     @classmethod
     def open(cls, path: AnyPath, *, writable: bool = False, options: OpenOptions | None = None) -> Chain:
-        """Open a leaf and its parents. Raises what `resolve.open_layers` raises."""
+        """Open a leaf and its parents. Raises what `opening.open_layers` raises."""
         return cls(open_layers(path, writable=writable, options=options))
 
     # -- reading ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 """The paths of a chain, and the images that stand on others.
 
 Decides nothing itself: where a parent is searched is decided in `parents`, and what counts as a child in
-`dependents`. Nothing is locked or changed, so images in use can be queried.
+`children`. Nothing is locked or changed, so images in use can be queried.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vhdkit.arguments import AnyPath, Several, checked
-from vhdkit.chain.names.dependents import standing_on
+from vhdkit.chain.names.children import find_children_of, folders_of_children, standing_on
 from vhdkit.chain.names.marks import mark_child
-from vhdkit.chain.names.resolve import (
-    NULL_ID,
-    OpenOptions,
-    find_children_of,
-    folders_of_children,
-    format_id,
-    open_layers,
-    unique_id,
-)
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import format_id, unique_id
 from vhdkit.chain.records import pending
 from vhdkit.errors import InvalidArgument, quoted
 from vhdkit.finding import Finding, Severity
 from vhdkit.folder import real_path
+from vhdkit.image import NULL_ID
 from vhdkit.store import FileStore
 
 

@@ -2,7 +2,7 @@
 """The record that children in other folders leave beside their parent, so that vhdkit knows about them.
 
 Decides where the record lies, what it contains, and that concurrent writers lose no mark. Its content is not trusted:
-code that reads a mark examines the child that it names (`dependents`).
+code that reads a mark examines the child that it names (`children`).
 
 A child beside its parent needs no mark, because that folder is searched anyway. The mark is on the device before the
 child has its name, so a power cut leaves at most a mark without a child, which is ignored. A mark that cannot

@@ -2,7 +2,7 @@
 """What a caller can specify about opening a chain.
 
 Decides which options there are and what their defaults mean; acting on them is left to `parents`,
-`dependents` and `resolve`.
+`children` and `opening`.
 
 `INV-OPTIONS-CHECKED`: an invalid option is refused when it is given.
 """

@@ -12,16 +12,10 @@ from vhdkit import errors
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names import lineage
-from vhdkit.chain.names.dependents import mark_findings
-from vhdkit.chain.names.parents import parent_of
-from vhdkit.chain.names.resolve import (
-    MAX_CHAIN_DEPTH,
-    OpenOptions,
-    allowed_folders,
-    find_parent,
-    leads_to,
-    parent_format,
-)
+from vhdkit.chain.names.children import mark_findings
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders, find_parent, leads_to, parent_format, parent_of
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity, left_by_repair

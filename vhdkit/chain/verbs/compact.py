@@ -22,7 +22,8 @@ from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.lineage import same_content
-from vhdkit.chain.names.resolve import OpenOptions, open_layers
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.convert import data_ranges
 from vhdkit.chain.verbs.report import Report

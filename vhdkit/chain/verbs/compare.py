@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.image import Extent, ExtentKind
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors

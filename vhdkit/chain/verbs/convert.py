@@ -23,7 +23,7 @@ import numpy as np
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Size, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
 from vhdkit.folder import NewFile

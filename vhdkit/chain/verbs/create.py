@@ -14,9 +14,11 @@ from enum import StrEnum
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, NewSize, Size, byte_size, checked
+from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.lineage import record_parent
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.resolve import OpenOptions, open_layers, refuse_with_children
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.folder_lock import folders_held

@@ -15,15 +15,10 @@ from vhdkit.arguments import AnyPath
 from vhdkit.beneath import find_beneath
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
-from vhdkit.chain.names.dependents import mark_findings
-from vhdkit.chain.names.parents import parent_format, parent_of
-from vhdkit.chain.names.resolve import (
-    MAX_CHAIN_DEPTH,
-    OpenOptions,
-    allowed_folders,
-    find_parent,
-    format_id,
-)
+from vhdkit.chain.names.children import mark_findings
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders, find_parent, format_id, parent_format, parent_of
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding

@@ -26,8 +26,9 @@ from enum import StrEnum
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain.names import marks
-from vhdkit.chain.names.dependents import Dependent, drop_stale_marks, standing_on
-from vhdkit.chain.names.resolve import OpenOptions, open_layers
+from vhdkit.chain.names.children import Dependent, drop_stale_marks, standing_on
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND, intents_about, read_intent
 from vhdkit.errors import CorruptImage, CorruptReason, printable

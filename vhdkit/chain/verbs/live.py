@@ -21,7 +21,7 @@ from typing import Self
 from vhdkit import errors, formats
 from vhdkit.chain.engine.blockmap import MAX_LAYERS
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.dependents import drop_stale_marks
+from vhdkit.chain.names.children import drop_stale_marks
 from vhdkit.chain.names.lineage import forget_parent, record_parent
 from vhdkit.chain.names.marks import marked
 from vhdkit.chain.records import pending

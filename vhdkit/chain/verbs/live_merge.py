@@ -31,10 +31,10 @@ from typing import Self
 from vhdkit import errors, formats
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.dependents import drop_stale_marks, standing_on
+from vhdkit.chain.names.children import drop_stale_marks, standing_on
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase
 from vhdkit.chain.verbs.create import link_to, linkage_of, require_names

@@ -25,14 +25,12 @@ from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.dependents import Dependent, drop_stale_marks, has_children, standing_on
+from vhdkit.chain.names.children import Dependent, drop_stale_marks, has_children, standing_on
 from vhdkit.chain.names.lineage import record_parent, record_parents, same_content
 from vhdkit.chain.names.marks import mark_child, marked
-from vhdkit.chain.names.resolve import (
-    OpenOptions,
-    allowed_folders,
-    open_layers,
-)
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase, intent_of, refuse_sources
 from vhdkit.chain.verbs.create import link_to, linkage_of, names_of, require_names

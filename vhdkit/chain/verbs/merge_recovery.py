@@ -24,8 +24,10 @@ from dataclasses import replace
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
-from vhdkit.chain.names.dependents import drop_stale_marks, standing_on
-from vhdkit.chain.names.resolve import OpenOptions, allowed_folders, open_layers, unique_id
+from vhdkit.chain.names.children import drop_stale_marks, standing_on
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders, unique_id
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import (
     DamagedRecord,

@@ -15,14 +15,10 @@ import os
 
 from vhdkit import errors
 from vhdkit.arguments import AnyPath
-from vhdkit.chain.names.resolve import (
-    MAX_CHAIN_DEPTH,
-    OpenOptions,
-    allowed_folders,
-    find_children,
-    folders_of_children,
-    unique_id,
-)
+from vhdkit.chain.names.children import find_children, folders_of_children
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders, unique_id
 from vhdkit.chain.records.intent import Intent, Phase, intent_of, intents_about
 from vhdkit.chain.verbs.merge_recovery import is_there, linkage_of_named, stands_on
 from vhdkit.folder import is_regular, real_path

@@ -19,14 +19,14 @@ from vhdkit.arguments import AnyPath, Size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
-from vhdkit.chain.names.parents import recorded_parent_id
-from vhdkit.chain.names.resolve import (
-    OpenOptions,
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import (
     allowed_folders,
     find_by_id,
     find_parent,
     format_id,
-    open_layers,
+    recorded_parent_id,
     unique_id,
 )
 from vhdkit.chain.records import pending

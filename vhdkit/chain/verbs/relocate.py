@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
-from vhdkit.chain.names.dependents import drop_stale_marks, has_children, standing_on
+from vhdkit.chain.names.children import drop_stale_marks, has_children, standing_on
 from vhdkit.chain.names.lineage import record_parents, was_written_since
 from vhdkit.chain.names.marks import forget, other_records
-from vhdkit.chain.names.parents import parent_of, recorded_parent_id
-from vhdkit.chain.names.resolve import OpenOptions, bare_names, open_layers
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import bare_names, parent_of, recorded_parent_id
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import intents_about
 from vhdkit.chain.verbs.create import names_of

@@ -23,13 +23,8 @@ from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
-from vhdkit.chain.names.resolve import (
-    OpenOptions,
-    allowed_folders,
-    find_by_id,
-    find_parent,
-    leads_to,
-)
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders, find_by_id, find_parent, leads_to
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.compact import zero_ranges

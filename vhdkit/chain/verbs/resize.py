@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from vhdkit import formats
 from vhdkit.arguments import AnyPath, NewSize, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.resolve import OpenOptions, open_layers
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.merge_recovery import open_settled
 from vhdkit.chain.verbs.report import Report

@@ -24,8 +24,11 @@ from dataclasses import dataclass
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
+from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.resolve import OpenOptions, allowed_folders, open_layers, refuse_with_children
+from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import allowed_folders
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Phase, intent_of
 from vhdkit.chain.verbs.create import child_size, require_names, write_child

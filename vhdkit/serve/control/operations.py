@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from vhdkit import errors
-from vhdkit.chain.names.resolve import allowed_folders
+from vhdkit.chain.names.parents import allowed_folders
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plugin.py")
 PACKAGES = "nbdkit and nbdkit-plugin-python"

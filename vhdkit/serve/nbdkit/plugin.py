@@ -31,7 +31,7 @@ from typing import ParamSpec, TypeVar
 import nbdkit
 
 from vhdkit import errors
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import FormatName
 from vhdkit.serve.nbd.export import ALLOCATION, MAX_CACHE_BYTES, PIECE_BYTES, Export, check_text

@@ -17,7 +17,7 @@ from tests.support import daily_or_nightly
 from vhdkit.chain.engine import blockmap
 from vhdkit.chain.engine.blockmap import BlockMap, owner_runs
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import MAX_CHAIN_DEPTH
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.image import ExtentKind

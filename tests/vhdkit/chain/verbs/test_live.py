@@ -17,7 +17,7 @@ from tests.harness.power import LINK
 from tests.harness.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.create import create_child, create_image
 from vhdkit.chain.verbs.live import Freezing, scratch_child, stack
 from vhdkit.chain.verbs.newest import newest_leaf

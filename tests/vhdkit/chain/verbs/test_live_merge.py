@@ -23,7 +23,7 @@ from tests.harness.stores import MemStore
 from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records.intent import KIND, Phase
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.chain.verbs.live_merge import LiveMerge

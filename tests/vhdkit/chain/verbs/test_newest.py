@@ -18,7 +18,7 @@ from tests.vhdkit.chain.verbs.test_merge_recovery import GONE, crafted, id_of
 from tests.vhdkit.formats.test_remember import killed
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND
 from vhdkit.chain.verbs import newest

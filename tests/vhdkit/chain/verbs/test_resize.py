@@ -18,7 +18,7 @@ from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import Block, Vhd, child, pattern
 from tests.support import require_tool, run
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
-from vhdkit.chain.names.resolve import unique_id
+from vhdkit.chain.names.parents import unique_id
 from vhdkit.chain.records.pending import undo_path
 from vhdkit.store import FileStore
 from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE

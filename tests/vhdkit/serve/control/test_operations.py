@@ -15,7 +15,7 @@ import pytest
 from tests import nbd_client as nbd
 from tests.nbd_client import Client, Running
 from vhdkit import errors
-from vhdkit.chain.names.resolve import OpenOptions
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.create import create_image
 from vhdkit.disk import open_disk

@@ -11,7 +11,7 @@ import pytest
 
 import vhdkit
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.names import resolve
+from vhdkit.chain.names import opening
 from vhdkit.chain.verbs.live import Freezing
 from vhdkit.formats.vhd.bat import ENTRIES_PER_PART, MAX_PARTS, Bat, BatInFile
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -41,7 +41,7 @@ def held(chain: Chain) -> int:
 
 def test_tables_of_a_long_chain_take_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-BOUNDED: a chain takes the memory of its map and of a few tables, however many layers it has."""
-    monkeypatch.setattr(resolve, "MAX_TABLE_BYTES", MIB)
+    monkeypatch.setattr(opening, "MAX_TABLE_BYTES", MIB)
     leaf = written(tmp_path, 64 * GIB, random.Random(5))
     tables = LAYERS * 64 * GIB // BLOCK * 5
     tracemalloc.start()
@@ -63,7 +63,7 @@ def test_a_chain_reads_the_same_with_tables_left_in_their_files(
     leaf = written(tmp_path, 64 * MIB, random.Random(6))
     with vhdkit.open_disk(leaf) as disk:
         wanted, runs = disk.read(0, disk.size_bytes), list(disk.extents())
-    monkeypatch.setattr(resolve, "MAX_TABLE_BYTES", limit)
+    monkeypatch.setattr(opening, "MAX_TABLE_BYTES", limit)
     with vhdkit.open_disk(leaf) as disk:
         assert held(disk.chain) <= limit
         assert disk.read(0, disk.size_bytes) == wanted and list(disk.extents()) == runs

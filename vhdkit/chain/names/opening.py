@@ -2,7 +2,7 @@
 """From the path of a leaf to its open layers.
 
 Decides in which order the files of a chain are opened, locked and examined. Where a parent is searched is decided in
-`parents`, which images stand on an image in `dependents`. Must not know blocks or bitmaps.
+`parents`, which images stand on an image in `children`. Must not know blocks or bitmaps.
 
 - `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only if no image stands on it.
 """
@@ -14,45 +14,20 @@ from collections.abc import Sequence
 
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.names import lineage
-from vhdkit.chain.names.dependents import find_children, find_children_of, folders_of_children, refuse_with_children
+from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
     allowed_folders,
-    bare_names,
-    find_by_id,
     find_parent,
-    format_id,
-    leads_to,
     parent_format,
-    unique_id,
 )
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.probe import open_layer
-from vhdkit.image import NULL_ID, ImageFacts, Layer
+from vhdkit.image import ImageFacts, Layer
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
-
-__all__ = [
-    "MAX_CHAIN_DEPTH",
-    "NULL_ID",
-    "OpenOptions",
-    "allowed_folders",
-    "bare_names",
-    "find_by_id",
-    "find_children",
-    "find_children_of",
-    "find_parent",
-    "folders_of_children",
-    "format_id",
-    "leads_to",
-    "limit_tables",
-    "open_layers",
-    "parent_format",
-    "refuse_with_children",
-    "unique_id",
-]
 
 MAX_TABLE_BYTES = 64 * MIB  # BATs in memory, of all read-only layers: three of the largest
 MAX_CHAIN_DEPTH = 254  # one owner byte per sector, with one value for "no layer"

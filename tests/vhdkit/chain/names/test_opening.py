@@ -15,7 +15,10 @@ import pytest
 import vhdkit
 from tests.harness.vhd_builder import PARENT_ID, Block, Locator, Vhd, absolute, child, pattern, relative
 from vhdkit import errors
-from vhdkit.chain.names.resolve import MAX_CHAIN_DEPTH, OpenOptions, find_children, open_layers, unique_id
+from vhdkit.chain.names.children import find_children
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH, open_layers
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import unique_id
 from vhdkit.errors import CorruptReason
 from vhdkit.store import FileStore
 

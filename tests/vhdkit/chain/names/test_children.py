@@ -18,7 +18,7 @@ import pytest
 import vhdkit
 from tests.harness.killing import killings
 from vhdkit import OpenOptions, errors, folder
-from vhdkit.chain.names import dependents, marks
+from vhdkit.chain.names import children, marks
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs import snapshot
 from vhdkit.formats.undo import apply_change, plan_change
@@ -140,7 +140,7 @@ def test_a_child_above_that_stands_on_a_copy_does_not_count(tmp_path: Path) -> N
 
 def test_folders_above_cost_a_bounded_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder above, that may hold anything, only so many names are looked at."""
-    monkeypatch.setattr(dependents, "MAX_FILES_ELSEWHERE", 10)
+    monkeypatch.setattr(children, "MAX_FILES_ELSEWHERE", 10)
     base = tmp_path / "below/base.vhd"
     base.parent.mkdir()
     vhdkit.create_image(base, MIB)
@@ -502,7 +502,7 @@ def test_a_mark_survives_a_look_between_mark_and_child(farm: Farm, tmp_path: Pat
     real_commit = folder.commit_all
 
     def tidied(files: Sequence[folder.NewFile]) -> None:
-        dependents.drop_stale_marks(str(farm.gold))
+        children.drop_stale_marks(str(farm.gold))
         assert str(new) not in farm.marked()
         real_commit(files)
 
