@@ -312,6 +312,10 @@ class SparseFormat:
         """See `Format`."""
         return self.file_id(store) in (None, file_id)
 
+    def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
+        """See `Format`: its structures are never changed under an undo log."""
+        return False
+
     def written_at(self, modified_ns: int) -> int:
         """See `Format`."""
         return modified_ns // 10**9

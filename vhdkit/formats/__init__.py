@@ -67,6 +67,11 @@ def parent_ids(store: ReadStore) -> frozenset[bytes]:
     return frozenset[bytes]().union(*(one.parent_ids(store) for one in FORMATS))
 
 
+def is_torn(sector: bytes, before: bytes, after: bytes) -> bool:
+    """Whether a format takes the sector for what an interrupted write left; see `Format.is_torn`."""
+    return any(one.is_torn(sector, before, after) for one in FORMATS)
+
+
 def reopened(layer: Layer, *, writable: bool, store: Store | None = None) -> Layer:
     """The image as its file is now, through the same store, with the lock that it has, or through another `store`.
 

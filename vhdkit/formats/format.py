@@ -254,6 +254,14 @@ class Format(Protocol):
         """
         ...
 
+    def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
+        """For undo logs: True if `sector` is what a power cut may leave while `before` is replaced by `after`, or back.
+
+        All three are equally long. True only for a structure of this format that has a checksum, which the sector does
+        not pass: then the sector belongs to no other image.
+        """
+        ...
+
     def written_at(self, modified_ns: int) -> int:
         """A file's time as a time stamp of this format, as some programs record it of a parent."""
         ...

@@ -143,6 +143,10 @@ class RawFormat:
         """See `Format.may_be_changing`: nothing in the file says that it is not."""
         return True
 
+    def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
+        """See `Format.is_torn`: a raw disk has no structures."""
+        return False
+
     def written_at(self, modified_ns: int) -> int:
         """See `Format.written_at`: no raw disk records the time of another file."""
         raise AssertionError("a raw disk has no parent")

@@ -12,8 +12,8 @@ lies and who acts on it is `chain.records.pending`'s decision.
 
 A log is untrusted input, and the image beside it may have been replaced since. It is believed only if it is whole
 (it has a digest), of bounded size, made for an image with this id, and if every byte of the file where it would write
-is the one from before the change or the one the change writes. A torn sector is accepted as one of the two only where
-a footer goes.
+is the one from before the change or the one the change writes. A torn sector is accepted as one of the two only if
+a format says that its checksum reveals that (`Format.is_torn`).
 
     magic 8 | version 4 | count 4 | id 16 | size before 8 | size after 8 | count x (offset 8, size 8)
     | per change: bytes before, bytes after | SHA-256 over all of it 32
@@ -30,16 +30,13 @@ import numpy as np
 
 from vhdkit import errors, formats
 from vhdkit.formats.patched import Patches, ReadOnlyView
-from vhdkit.formats.vhd.footers import footer_state
-from vhdkit.formats.vhd.geometry import MAX_FIXED_BYTES
-from vhdkit.formats.vhd.layout import FOOTER_COOKIE, FOOTER_SIZE
 from vhdkit.store import Buffer, ReadStore, Store
-from vhdkit.units import MIB, SECTOR_SIZE
+from vhdkit.units import MIB, SECTOR_SIZE, TIB
 
 MAX_LOG_BYTES = 64 * MIB  # the largest BAT, before and after, is 32 MiB; a log is held in memory
 MAX_CHANGES = 1 << 16  # a table of the largest BAT changed in every page takes 4096
-_MAX_TORN = 8  # footers that a change writes: at the beginning, at the old end and at the new one
-MAX_FILE_BYTES = MAX_FIXED_BYTES + MIB
+_MAX_TORN = 8  # a VHD's footers that a change writes: at the beginning, at the old end and at the new one
+MAX_FILE_BYTES = 64 * TIB + MIB  # the largest disk of any format, and its structures; offsets stay far inside 63 bits
 _MAGIC = b"vhdkUNDO"
 _VERSION = 1
 _HEAD = struct.Struct(">8sII16sQQ")
@@ -240,7 +237,7 @@ def _is_either(store: ReadStore, size_bytes: int, change: Change) -> bool:
     found = found + change.before[len(found) :]  # cut off by the file's end: nothing to compare
     for torn, (start, stop) in enumerate(_sectors_of_neither(found, change)):
         piece, before, after = found[start:stop], change.before[start:stop], change.after[start:stop]
-        if torn >= _MAX_TORN or not _is_torn(piece, before, after):
+        if torn >= _MAX_TORN or not formats.is_torn(piece, before, after):
             return False
     return True
 
@@ -256,12 +253,6 @@ def _sectors_of_neither(found: bytes, change: Change) -> Iterator[tuple[int, int
             for sector in np.unique((np.flatnonzero(wrong) + start - first) // SECTOR_SIZE).tolist():
                 begin = first + sector * SECTOR_SIZE
                 yield max(begin, 0), min(begin + SECTOR_SIZE, len(found))
-
-
-def _is_torn(piece: bytes, before: bytes, after: bytes) -> bool:
-    """A footer was being written, and what stands there is none, nor another image's."""
-    footers = before.startswith(FOOTER_COOKIE) or after.startswith(FOOTER_COOKIE)
-    return footers and len(piece) == FOOTER_SIZE and not footer_state(piece).usable
 
 
 def apply_change(store: Store, log: UndoLog) -> None:

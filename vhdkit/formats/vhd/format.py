@@ -28,7 +28,7 @@ from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.facts import FORMAT_NAME, details_of, facts_of
 from vhdkit.formats.vhd.fixed import FixedImage, open_fixed
-from vhdkit.formats.vhd.footers import FooterState, image_id, looks_like_vhd, read_footers
+from vhdkit.formats.vhd.footers import FooterState, footer_state, image_id, looks_like_vhd, read_footers
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.peek import parent_ids
@@ -111,6 +111,11 @@ class VhdFormat:
         # One before zeros is where a fixed image's footer stood before, in a file whose change is under way.
         is_last = tail.state.usable and tail.offset_bytes + len(tail.raw) == size
         return not is_last or (tail.footer.unique_id == file_id and size in sizes_bytes)
+
+    def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
+        """See `Format.is_torn`: where a footer is written, anything that is not a good footer."""
+        has_footer = before.startswith(layout.FOOTER_COOKIE) or after.startswith(layout.FOOTER_COOKIE)
+        return has_footer and len(sector) == layout.FOOTER_SIZE and not footer_state(sector).usable
 
     def written_at(self, modified_ns: int) -> int:
         """See `Format.written_at`."""
