@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors, formats
@@ -72,13 +72,61 @@ def repair(
     `accept_data_loss` allows impossible BAT entries to be cleared: the ranges of the disk that lose their content
     are written to `report`, by default beside the image. `writer_is_dead` allows another program's mark to be
     removed. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` covers the
-    examinations before and after.
+    examinations before and after. What a killed server noted in the options' `notes_folder` is written to the image
+    before it is repaired.
     Raises ImageInUse if the image is open anywhere, InvalidArgument for a file that is not a VHD, one on a device, or
     a repair that is too large, AlreadyExists for a backup or report that exists, NoSpace, IoFailed, and what `check`
     raises.
     """
-    options = options or OpenOptions()
+    options, consent = options or OpenOptions(), Consent(accept_data_loss, writer_is_dead)
     image_path = os.fsdecode(path)
+    with _prepare(image_path, options, dry_run=dry_run) as store:
+        planned = _plan(store, _format_to_repair(pending.view(store), options), options, consent, progress)
+        if dry_run:
+            return Repair(image_path, planned.fixes, _size_of(planned.writes), planned.left)
+        undo_path, report_path = _run(store, planned, undo, report, image_path)
+    findings = check(image_path, options=options, progress=progress)
+    return Repair(image_path, planned.fixes, _size_of(planned.writes), tuple(findings), undo_path, report_path)
+
+
+@dataclass(frozen=True, slots=True)
+class _RepairPlan:
+    """A repair as it was made on a draft. `log` is the change, None if there is none; `left` is found afterwards."""
+
+    fixes: tuple[Fix, ...]
+    writes: tuple[tuple[int, bytes], ...]
+    size_bytes: int
+    log: UndoLog | None
+    left: tuple[Finding, ...]
+
+
+def _plan(
+    store: FileStore, image_format: Format, options: OpenOptions, consent: Consent, progress: Progress | None
+) -> _RepairPlan:
+    """Make the repair on a draft over the image, which is not changed."""
+    view = pending.view(store)
+    draft = DraftStore(view)
+    fixes = image_format.repair(draft, consent)
+    fixes += _repoint(image_format, draft, store, options)
+    fixes += image_format.settle(draft)
+    left = image_format.check(draft, progress=progress)
+    writes = draft.diff()
+    log = None
+    if writes or draft.size() != view.size():
+        log = plan_change(view, pending.id_of(draft), writes, draft.size())
+    return _RepairPlan(tuple(fixes), tuple(writes), draft.size(), log, tuple(left))
+
+
+@contextlib.contextmanager
+def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterator[FileStore]:
+    """The image, held against everyone else; unless `dry_run`, earlier unfinished changes are settled.
+
+    What a killed server noted in the folder of the options is written to the image first, if that can be opened for
+    writing. Otherwise the notes are void, because they describe the state before the repair; their files are kept.
+    """
+    if not dry_run and options.notes_folder is not None:
+        with contextlib.suppress(errors.CorruptImage):
+            _write_noted(image_path, options.notes_folder)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         if store.is_device:
             raise errors.InvalidArgument(
@@ -89,28 +137,29 @@ def repair(
         if not dry_run:
             pending.settle(store)
             remember.acknowledge(store)
-        view = pending.view(store)
-        image_format = _format_to_repair(view, options)
-        draft = DraftStore(view)
-        fixes = image_format.repair(draft, Consent(accept_data_loss, writer_is_dead))
-        fixes += _repoint(image_format, draft, store, options)
-        fixes += image_format.settle(draft)
-        left = image_format.check(draft, progress=progress)
-        writes = draft.diff()
-        undo_path = report_path = None
-        if writes or draft.size() != view.size():
-            log = plan_change(view, pending.id_of(draft), writes, draft.size())
-            if not dry_run:
-                undo_path = _write_backup(undo, log, store)
-                report_path = _write_report(report, image_path, fixes, store)
-                # Lost content reads differently through the image's children, too: they need the warning.
-                with same_content(store.name) if report_path is None else contextlib.nullcontext():
-                    pending.change(store, writes, draft.size(), unique_id=log.unique_id)
-                    _give_back(store, log)
-        if dry_run:
-            return Repair(image_path, tuple(fixes), _size_of(writes), tuple(left))
-    findings = check(image_path, options=options, progress=progress)
-    return Repair(image_path, tuple(fixes), _size_of(writes), tuple(findings), undo_path, report_path)
+        yield store
+
+
+def _write_noted(image_path: str, notes_folder: str) -> None:
+    with FileStore.open(image_path) as store:
+        store.notes_folder = notes_folder
+        if not store.is_device:
+            pending.write_noted(store)
+
+
+def _run(
+    store: FileStore, planned: _RepairPlan, undo: AnyPath | None, report: AnyPath | None, image_path: str
+) -> tuple[str | None, str | None]:
+    """Carry out the repair; returns the paths of the backup and of the report, None for those not written."""
+    if planned.log is None:
+        return None, None
+    undo_path = _write_backup(undo, planned.log, store)
+    report_path = _write_report(report, image_path, planned.fixes, store)
+    # Lost content reads differently through the image's children, too: they need the warning.
+    with same_content(store.name) if report_path is None else contextlib.nullcontext():
+        pending.change(store, planned.writes, planned.size_bytes, unique_id=planned.log.unique_id)
+        _give_back(store, planned.log)
+    return undo_path, report_path
 
 
 @checked

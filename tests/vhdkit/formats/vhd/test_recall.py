@@ -190,6 +190,42 @@ def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest
     assert ["will not be used" in record.message for record in caplog.records] == [True]
 
 
+def test_a_repair_writes_the_notes_of_its_folder_first(notes: Path, image: Path) -> None:
+    """INV-ANSWERED-SURVIVES: a repair that is given the folder of notes writes them to the image, and loses nothing."""
+    one, model = opened(image), bytearray(SIZE)
+    for first in (5, 2000, 6000):
+        write(one, model, first, b"x" * SECTOR_SIZE)
+    killed(one)
+    with without_notes():
+        repair(image, options=noting.options(), dry_run=True)
+    assert list(notes.iterdir())
+    repair(image, options=noting.options())
+    assert list(notes.iterdir()) == []
+    with without_notes(), open_disk(image) as disk:
+        assert disk.read(0, SIZE) == model
+
+
+def test_a_repair_of_what_cannot_be_written_to_keeps_the_notes(notes: Path, image: Path) -> None:
+    """An image that no writable open accepts is repaired without its notes, which stay in their folder."""
+    one, model = opened(image), bytearray(SIZE)
+    write(one, model, 5, b"x" * SECTOR_SIZE)
+    write(one, model, 6000, b"x" * SECTOR_SIZE)
+    one.flush()
+    write(one, model, 5, b"y" * SECTOR_SIZE)
+    write(one, model, 4200, b"y" * SECTOR_SIZE)
+    killed(one)
+    before = sorted(path.name for path in notes.iterdir())
+    table = one.metadata.header.table_offset if one.metadata.header is not None else 0
+    with image.open("r+b") as file:  # two blocks over each other
+        file.seek(table)
+        entry = file.read(4)
+        file.seek(table + 4)
+        file.write(entry)
+    assert before
+    done = repair(image, options=noting.options())
+    assert done.fixes and [path.name.partition(".kept-")[0] for path in sorted(notes.iterdir())] == before
+
+
 @pytest.mark.parametrize("moment", ["prepared", "frozen"])
 @pytest.mark.parametrize("writable", [True, False])
 def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str, writable: bool) -> None:
