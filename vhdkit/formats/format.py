@@ -255,7 +255,7 @@ class Format(Protocol):
         ...
 
     def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
-        """For undo logs: True if `sector` is what a power cut may leave while `before` is replaced by `after`, or back.
+        """For undo logs: True if a power cut may leave `sector` while `before` is replaced by `after`, or back.
 
         All three are equally long. True only for a structure of this format that has a checksum, which the sector does
         not pass: then the sector belongs to no other image.

@@ -191,7 +191,7 @@ def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest
 
 
 def test_a_repair_writes_the_notes_of_its_folder_first(notes: Path, image: Path) -> None:
-    """INV-ANSWERED-SURVIVES: a repair that is given the folder of notes writes them to the image, and loses nothing."""
+    """INV-ANSWERED-SURVIVES: a repair that is given the folder of notes writes them first, and loses nothing."""
     one, model = opened(image), bytearray(SIZE)
     for first in (5, 2000, 6000):
         write(one, model, first, b"x" * SECTOR_SIZE)
