@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test of the command line runs in a folder of its own, so that names on its command lines are short."""
+"""Every test of the command line runs in its own folder, so that names on its command lines are short."""
 
 from __future__ import annotations
 

@@ -31,21 +31,21 @@ def run(*words: str | Path, stdin: bytes | None = None) -> Result:
 
 
 def good(*words: str | Path, stdin: bytes | None = None) -> str:
-    """Run what must succeed; what it printed."""
+    """Run a command that must succeed, and return what it printed."""
     result = run(*words, stdin=stdin)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def document(*words: str | Path, code: int = 0) -> Any:
-    """Run with --json; the document on standard output."""
+    """Run with --json, and return the document on standard output."""
     result = run(*words, "--json")
     assert result.exit_code == code, result.output
     return json.loads(result.stdout)
 
 
 def failure(*words: str | Path, code: int, stdin: bytes | None = None) -> str:
-    """Run what must fail with this exit code and one line; the line without its beginning."""
+    """Run a command that must fail with this exit code and one line; return the line without its prefix."""
     result = run(*words, stdin=stdin)
     assert result.exit_code == code, result.output
     lines = result.stderr.splitlines()
@@ -67,24 +67,24 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
 
 
 def wait_for_part(folder: Path) -> None:
-    """Return when a file under construction is there, hidden under its temporary name."""
+    """Wait until a file under construction is there, hidden under its temporary name."""
     deadline = time.monotonic() + 30
     while not list(folder.glob(".vhdkit-*.part")):
-        assert time.monotonic() < deadline, "nothing was begun"
+        assert time.monotonic() < deadline, "no file was begun"
         time.sleep(0.01)
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in the folder, hidden files too."""
+    """Every name in the folder, hidden files included."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def make_chain() -> bytes:
-    """`base.vhd`, `middle.avhd` and `leaf.avhd`, 8 MiB, each with data of its own; returns the disk's content."""
+    """Make `base.vhd`, `middle.avhd` and `leaf.avhd`, 8 MiB, each with its own data; return the disk's content."""
     content = bytearray(8 * MIB)
     good("create", "base.vhd", "--size", "8M", "--block-size", "1M")
     good("create", "middle.avhd", "--parent", "base.vhd")
-    write(content, "middle.avhd", 0, b"")  # nothing yet: opening it for writing must not spoil it
+    write(content, "middle.avhd", 0, b"")  # still empty: opening it for writing must not damage it
     for image, offset, size in (
         ("middle.avhd", MIB + 4096, 8192),
         ("middle.avhd", 5 * MIB, 2 * MIB),
@@ -97,13 +97,13 @@ def make_chain() -> bytes:
 
 
 def write(content: bytearray, image: str, offset: int, data: bytes) -> None:
-    """Write into the disk and into its model."""
+    """Write to the disk and to its model."""
     content[offset : offset + len(data)] = data
     with vhdkit.open_disk(image, writable=True) as disk:
         disk.write(offset, data)
 
 
 def interrupt(process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> tuple[int, str, str]:
-    """Send a signal and collect what the command said."""
+    """Send a signal, and collect the command's exit code and output."""
     process.send_signal(number)
     return finish(process)

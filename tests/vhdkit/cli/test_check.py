@@ -11,7 +11,7 @@ from tests.vhdkit.cli.running import MIB, document, good, make_chain, run
 
 
 def cut_footer(path: str) -> None:
-    """Take the trailing footer away; the copy is left."""
+    """Remove the trailing footer, and keep its copy."""
     raw = Path(path).read_bytes()
     Path(path).write_bytes(raw[:-512])
 
@@ -24,7 +24,7 @@ def test_clean() -> None:
 
 
 def test_notes_are_clean() -> None:
-    """A note is no fault: code 0."""
+    """A note is not a fault: code 0."""
     Path("x.raw").write_bytes(b"a" * 1000)
     assert "x.raw: clean (1 note)" in good("check", "x.raw")
 
@@ -35,7 +35,7 @@ def test_warnings() -> None:
     cut_footer("base.vhd")
     result = run("check", "leaf.avhd")
     assert result.exit_code == 4 and "warnings (2 warnings)" in result.stdout
-    assert "written after this image was made" in result.stdout, "nothing of ours did that"
+    assert "written after this image was made" in result.stdout, "the write by another program was not reported"
     found = document("check", "leaf.avhd", code=4)
     assert found["status"] == "warnings"
     assert set(found["findings"][0]) == {"severity", "code", "message", "path", "structure", "offset_bytes"}
@@ -56,23 +56,23 @@ def test_errors_come_first() -> None:
 
 
 def test_a_missing_parent_is_an_error() -> None:
-    """An orphan: code 3, and what was searched is said."""
+    """An orphan: code 3, and the message lists what was searched."""
     make_chain()
     Path("base.vhd").unlink()
     result = run("check", "leaf.avhd")
     assert result.exit_code == 3 and "was not found" in result.stdout
 
 
-def test_quiet_leaves_the_code() -> None:
-    """--quiet prints nothing; the exit code says it."""
+def test_quiet_keeps_the_exit_code() -> None:
+    """--quiet prints nothing; only the exit code reports the result."""
     make_chain()
     cut_footer("base.vhd")
     result = run("check", "leaf.avhd", "--quiet")
     assert (result.exit_code, result.output) == (4, "")
 
 
-def test_lost_bytes_of_a_cut_file_are_counted_right() -> None:
-    """A file that was cut in the middle of its blocks: what each lost is at most what a block has."""
+def test_lost_bytes_of_a_truncated_file_are_counted_correctly() -> None:
+    """If a file was truncated inside its blocks, each block reports at most its own size as lost."""
     good("create", "a.vhd", "--size", "8M")
     with vhdkit.open_disk("a.vhd", writable=True) as disk:
         for block in range(3):

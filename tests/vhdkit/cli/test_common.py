@@ -20,8 +20,8 @@ def test_sizes(text: str, size_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "1Q", "-1", "1e9"])
-def test_what_is_no_size(text: str) -> None:
-    """What is no size is a usage error with the text in it."""
+def test_invalid_sizes(text: str) -> None:
+    """An invalid size is a usage error that quotes the text."""
     with pytest.raises(click.BadParameter, match="is not a size"):
         size(text)
 
@@ -38,7 +38,7 @@ def test_allow_parent_dir_may_be_repeated() -> None:
 
 
 def test_allow_raw_parent() -> None:
-    """A raw parent is accepted only when the user says so."""
+    """A raw parent is accepted only if the user allows it."""
     Path("base.raw").write_bytes(b"x" * 65536)
     good("create", "leaf.avhd", "--parent", "base.raw")
     assert "--allow-raw-parent" in failure("convert", "leaf.avhd", "y.raw", "--to", "raw", code=6)
@@ -47,7 +47,7 @@ def test_allow_raw_parent() -> None:
 
 
 def test_dynamic_bitmap() -> None:
-    """A sector under a clear bit reads as zeros, or with `ignore` as what is stored."""
+    """A sector whose bit is clear reads as zeros, or with `ignore` as the stored bytes."""
     good("create", "x.vhd", "--size", "2M")
     with vhdkit.open_disk("x.vhd", writable=True) as disk:
         disk.write(0, b"y" * 512)
@@ -63,7 +63,7 @@ def test_dynamic_bitmap() -> None:
 
 
 def test_format() -> None:
-    """--format raw takes a VHD as the bytes it is."""
+    """--format raw treats a VHD as plain bytes."""
     good("create", "x.vhd", "--size", "1M", "--format", "fixed")
     assert document("info", "x.vhd")["kind"] == "fixed"
     raw = document("info", "x.vhd", "--format", "raw")
@@ -71,5 +71,5 @@ def test_format() -> None:
 
 
 def test_examples_are_kept_as_typed() -> None:
-    """The end of a help text has its examples on lines of their own."""
+    """The examples at the end of a help text stay on separate lines."""
     assert epilog("a b", "c d") == "\b\nExamples:\n  a b\n  c d"

@@ -10,7 +10,7 @@ from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, r
 
 
 def make_slack() -> bytes:
-    """The chain of `make_chain`, its base with blocks of zeros in front; returns the leaf's content."""
+    """Make the chain of `make_chain` with blocks of zeros at the start of its base; return the leaf's content."""
     content = make_chain()
     with vhdkit.open_disk("leaf.avhd", writable=True) as disk:
         disk.write(2 * MIB, b"last" * 1000)
@@ -19,8 +19,8 @@ def make_slack() -> bytes:
     return content
 
 
-def test_compact_says_what_it_will_do_and_did(folder: Path) -> None:
-    """The plan and the deed name the same numbers; afterwards there is nothing to gain, and the disk is the same."""
+def test_compact_reports_its_plan_and_its_result(folder: Path) -> None:
+    """Plan and result name the same numbers; afterwards nothing is left to gain, and the disk is the same."""
     content = make_slack()
     del folder
     size = Path("leaf.avhd").stat().st_size
@@ -34,22 +34,22 @@ def test_compact_says_what_it_will_do_and_did(folder: Path) -> None:
     assert run("check", "leaf.avhd").exit_code == 0
 
 
-def test_compact_as_json() -> None:
-    """The document has the sizes before and after."""
+def test_json() -> None:
+    """The document contains the sizes before and after."""
     make_slack()
-    told = document("compact", "leaf.avhd")
-    assert told["path"] == "leaf.avhd" and told["dropped_block_count"] == 1
-    assert told["file_size_after_bytes"] == Path("leaf.avhd").stat().st_size < told["file_size_before_bytes"]
+    result = document("compact", "leaf.avhd")
+    assert result["path"] == "leaf.avhd" and result["dropped_block_count"] == 1
+    assert result["file_size_after_bytes"] == Path("leaf.avhd").stat().st_size < result["file_size_before_bytes"]
 
 
-def test_compact_of_a_raw_file() -> None:
-    """Zeros of a raw file become holes."""
+def test_a_raw_file() -> None:
+    """Zeros in a raw file become holes."""
     Path("disk.raw").write_bytes(bytes(2 * MIB) + b"x")
     assert "made holes of 2.0 MiB of zeros" in good("compact", "disk.raw")
 
 
-def test_what_cannot_be_compacted(folder: Path) -> None:
-    """A missing file, an empty one, a folder, an image in use: each its exit code and one line."""
+def test_refusals(folder: Path) -> None:
+    """A missing file, an empty one, a folder, an image in use: each has its exit code and one line."""
     make_chain()
     Path("empty.vhd").touch()
     failure("compact", "gone.vhd", code=1)

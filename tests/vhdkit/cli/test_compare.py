@@ -9,7 +9,7 @@ from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, r
 
 
 def test_equal() -> None:
-    """Images of different kinds with one content: code 0."""
+    """Images of different kinds with equal content: code 0."""
     Path("flat.raw").write_bytes(make_chain())
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
     assert document("compare", "leaf.avhd", "flat.raw") == {
@@ -19,7 +19,7 @@ def test_equal() -> None:
 
 
 def test_different() -> None:
-    """Code 1, with the first byte that differs and how many sectors do."""
+    """Code 1, with the first byte that differs and the number of sectors that do."""
     content = bytearray(make_chain())
     content[3 * MIB + 7] ^= 1
     content[7 * MIB] ^= 1
@@ -31,7 +31,7 @@ def test_different() -> None:
 
 
 def test_sizes_may_differ() -> None:
-    """A longer disk whose rest is zeros is equal, which is said; otherwise it differs there."""
+    """A longer disk is equal if the rest is zeros, and a note says so; otherwise the difference is in the rest."""
     content = make_chain()
     Path("long.raw").write_bytes(content + bytes(MIB))
     assert "the rest of long.raw is zeros" in good("compare", "leaf.avhd", "long.raw")
@@ -40,8 +40,8 @@ def test_sizes_may_differ() -> None:
     assert result.exit_code == 1 and f"{8 * MIB:#x}" in result.stdout and "compared with zeros" in result.stdout
 
 
-def test_what_cannot_be_compared() -> None:
-    """A missing image fails with its line; --quiet leaves the code alone."""
+def test_refusals() -> None:
+    """A missing image fails with one line; --quiet does not change the exit code."""
     make_chain()
     assert "gone.vhd" in failure("compare", "leaf.avhd", "gone.vhd", code=1)
     Path("x.raw").write_bytes(b"x" * 512)

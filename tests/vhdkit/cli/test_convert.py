@@ -39,7 +39,7 @@ def content_of(image: str) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chain_to_every_kind(kind: str) -> None:
-    """The result holds the same disk, is of the kind asked for, and one line says what was done."""
+    """The result holds the same disk and has the requested kind, and one line reports what was done."""
     content = make_chain()
     text = good("convert", "leaf.avhd", "out.img", "--to", kind)
     assert text.startswith("wrote out.img: ") and text.endswith("/s)\n") and text.count("\n") == 1
@@ -48,7 +48,7 @@ def test_a_chain_to_every_kind(kind: str) -> None:
 
 
 def test_a_raw_disk_that_ends_inside_a_sector() -> None:
-    """Its last sector is filled up with zeros, and that is said."""
+    """Its last sector is filled up with zeros, and a note says so."""
     Path("odd.raw").write_bytes(b"x" * 1000)
     result = run("convert", "odd.raw", "out.vhd", "--to", "dynamic")
     assert "rounded 1000 bytes up to 1024" in result.stderr
@@ -57,13 +57,13 @@ def test_a_raw_disk_that_ends_inside_a_sector() -> None:
 
 
 def test_json_and_quiet() -> None:
-    """--json tells the same as one document; --quiet nothing."""
+    """--json prints the same facts as one document; --quiet prints nothing."""
     make_chain()
-    told = document("convert", "leaf.avhd", "out.vhd", "--to", "dynamic", "--block-size", "512K")
-    assert set(told) == {
+    result = document("convert", "leaf.avhd", "out.vhd", "--to", "dynamic", "--block-size", "512K")
+    assert set(result) == {
         "source", "destination", "format", "virtual_size_bytes", "seconds", "bytes_per_second",
     }  # fmt: skip
-    assert told["virtual_size_bytes"] == 8 * MIB
+    assert result["virtual_size_bytes"] == 8 * MIB
     assert document("info", "out.vhd")["block_size_bytes"] == 512 << 10
     result = run("convert", "leaf.avhd", "q.vhd", "--to", "dynamic", "--quiet", "--no-sync")
     assert (result.exit_code, result.output) == (0, "")
@@ -71,7 +71,7 @@ def test_json_and_quiet() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_a_pipe(kind: str) -> None:
-    """`-` as the source takes a raw disk, and a fixed VHD, from standard input."""
+    """With the source `-`, a raw disk or a fixed VHD is read from standard input."""
     content = make_chain()
     good("convert", "-", "out.img", "--to", kind, stdin=content)
     assert content_of("out.img") == content
@@ -82,7 +82,7 @@ def test_from_a_pipe(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["raw", "fixed"])
 def test_to_a_pipe(kind: str) -> None:
-    """`-` as the destination gives the disk and nothing else on standard output."""
+    """With the destination `-`, standard output receives the disk and nothing else."""
     content = make_chain()
     result = run("convert", "leaf.avhd", "-", "--to", kind)
     assert result.exit_code == 0 and result.stderr == ""
@@ -92,8 +92,8 @@ def test_to_a_pipe(kind: str) -> None:
     assert through.stdout_bytes == content
 
 
-def test_what_a_pipe_cannot_do() -> None:
-    """A dynamic VHD is not written to a pipe nor read from one, and JSON does not mix with the disk."""
+def test_unsupported_uses_of_a_pipe() -> None:
+    """A dynamic VHD is neither written to a pipe nor read from one, and JSON is not mixed with the disk."""
     make_chain()
     failure("convert", "leaf.avhd", "-", "--to", "dynamic", code=2)
     failure("convert", "-", "x.raw", "--to", "raw", code=2, stdin=Path("base.vhd").read_bytes())
@@ -102,8 +102,8 @@ def test_what_a_pipe_cannot_do() -> None:
     assert not Path("x.raw").exists()
 
 
-def test_a_terminal_gets_no_disk(folder: Path) -> None:
-    """Standard output or input on a terminal is refused."""
+def test_a_terminal_is_refused(folder: Path) -> None:
+    """Standard input or output on a terminal is refused."""
     make_chain()
     master, slave = os.openpty()
     try:
@@ -116,8 +116,8 @@ def test_a_terminal_gets_no_disk(folder: Path) -> None:
         os.close(slave)
 
 
-def test_options_that_do_not_fit() -> None:
-    """--to is needed, --block-size is for dynamic, Azure takes fixed."""
+def test_options_that_do_not_fit_together() -> None:
+    """--to is required, --block-size is for dynamic disks only, and Azure needs a fixed one."""
     make_chain()
     assert "--to" in failure("convert", "leaf.avhd", "x", code=2)
     failure("convert", "leaf.avhd", "x", "--to", "raw", "--block-size", "1M", code=2)
@@ -127,7 +127,7 @@ def test_options_that_do_not_fit() -> None:
 
 
 def test_azure() -> None:
-    """--azure makes a fixed VHD of whole MiB and says what it rounded."""
+    """--azure makes a fixed VHD of whole MiB and reports the rounding."""
     Path("odd.raw").write_bytes(b"x" * (MIB + 512))
     result = run("convert", "odd.raw", "azure.vhd", "--azure")
     assert result.exit_code == 0 and f"rounded {MIB + 512} bytes up to {2 * MIB}" in result.stderr
@@ -136,7 +136,7 @@ def test_azure() -> None:
 
 
 def test_nothing_is_overwritten() -> None:
-    """Without --force no file; with it no layer of the source, no parent of others, no image in use."""
+    """Without --force no file is replaced; with it no layer of the source, no parent of others, no image in use."""
     make_chain()
     good("create", "other.vhd", "--size", "1M")
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
@@ -155,20 +155,20 @@ def test_nothing_is_overwritten() -> None:
 
 
 def test_progress_lines() -> None:
-    """--progress works where there is no terminal."""
+    """--progress works without a terminal."""
     make_chain()
     assert run("convert", "leaf.avhd", "x.raw", "--to", "raw", "--progress").exit_code == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("kind", ["fixed", "dynamic"])
-def test_stopped_while_reading_a_pipe(number: signal.Signals, code: int, kind: str, folder: Path) -> None:
-    """Ctrl-C and SIGTERM end at once, with their codes, and leave nothing."""
+def test_interrupted_while_reading_a_pipe(number: signal.Signals, code: int, kind: str, folder: Path) -> None:
+    """Ctrl-C and SIGTERM end the command at once with their exit codes, and leave no file."""
     process = start("convert", "-", "out.vhd", "--to", kind)
     assert process.stdin is not None
     process.stdin.write(b"x" * (3 * MIB))
     process.stdin.flush()
-    if kind == "fixed":  # a dynamic result waits in a nameless file
+    if kind == "fixed":  # a dynamic result is kept in a file without a name
         wait_for_part(folder)
     ended = interrupt(process, number)
     assert ended == (code, "", "vhdkit: interrupted\n")
@@ -176,7 +176,7 @@ def test_stopped_while_reading_a_pipe(number: signal.Signals, code: int, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_in_the_middle(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_while_copying(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while workers copy: code 130, and no partial file is left."""
     Path("x.raw").write_bytes(os.urandom(24 * MIB))
     calls = 0
@@ -196,7 +196,7 @@ def test_stopped_in_the_middle(kind: str, folder: Path, monkeypatch: pytest.Monk
 
 
 def test_two_at_once(folder: Path) -> None:
-    """Of two that make the same file one wins whole, and the other says that the file exists."""
+    """Of two commands that make the same file one succeeds completely, and the other reports that the file exists."""
     processes = [start("convert", "-", "out.raw", "--to", "raw") for _ in range(2)]
     for number, process in enumerate(processes):
         assert process.stdin is not None
@@ -213,7 +213,7 @@ def test_two_at_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_limit_on_file_size(kind: str, folder: Path) -> None:
-    """A quota or limit that is reached ends with code 7 and leaves nothing."""
+    """If a quota or limit is reached, the command ends with code 7 and leaves no file."""
     Path("x.raw").write_bytes(os.urandom(4 * MIB))
     command = [
         "bash",
@@ -235,7 +235,7 @@ def test_a_limit_on_file_size(kind: str, folder: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk(kind: str, folder: Path) -> None:
-    """A file system that is full ends with code 7 and leaves nothing."""
+    """If the file system is full, the command ends with code 7 and leaves no file."""
     if shutil.which("unshare") is None:
         pytest.skip("needs the command unshare")
     Path("x.raw").write_bytes(os.urandom(4 * MIB))
@@ -255,17 +255,17 @@ def test_a_full_disk(kind: str, folder: Path) -> None:
 
 
 def test_standard_output_that_is_a_layer_is_refused() -> None:
-    """`convert leaf.avhd - >base.vhd`, in whatever mode, does not write over the source."""
+    """`convert leaf.avhd - >base.vhd` never overwrites the source, in whatever mode the shell opened it."""
     make_chain()
     before = Path("base.vhd").read_bytes()
     with Path("base.vhd").open("r+b") as layer:
-        code, _, told = finish(start("convert", "leaf.avhd", "-", "--to", "raw", stdout=layer))
-    assert code == 2 and "part of the source" in told
+        code, _, message = finish(start("convert", "leaf.avhd", "-", "--to", "raw", stdout=layer))
+    assert code == 2 and "part of the source" in message
     assert Path("base.vhd").read_bytes() == before
 
 
 def test_without_standard_error() -> None:
-    """With standard error closed or full, work is done and failures keep their exit code."""
+    """If standard error is closed or full, the work is done and failures keep their exit codes."""
     make_chain()
     command = [*COMMAND, "convert", "leaf.avhd", "out.raw", "--to", "raw"]
     subprocess.run(command, check=True, stderr=None, preexec_fn=lambda: os.close(2))

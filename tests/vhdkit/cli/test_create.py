@@ -24,7 +24,7 @@ from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, r
     ],
 )
 def test_every_kind(more: list[str], kind: str, size_bytes: int) -> None:
-    """Each kind is what info says it is, has the size, and reads as zeros."""
+    """Each image has the kind and size that info reports, and reads as zeros."""
     text = good("create", "x.img", "--size", "10M", *more)
     assert text.startswith(f"created x.img: {kind} ") and text.count("\n") == 1
     info = document("info", "x.img")
@@ -47,16 +47,16 @@ def test_json() -> None:
     assert child["parent"] == "x.vhd" and child["virtual_size_bytes"] == 2 * MIB
 
 
-def test_azure_says_what_it_rounded() -> None:
-    """A size that is not a whole number of MiB is rounded up, and that is said."""
+def test_azure_reports_its_rounding() -> None:
+    """A size that is not a whole number of MiB is rounded up, and a note says so."""
     result = run("create", "x.vhd", "--size", "1000000", "--azure")
     assert result.exit_code == 0 and "rounded 1000000 bytes up to 1048576 bytes" in result.stderr
     assert run("create", "y.vhd", "--size", "1M", "--azure").stderr == ""
     assert "Azure takes fixed" in failure("create", "z.vhd", "--size", "1M", "--azure", "--format", "raw", code=2)
 
 
-def test_a_child_elsewhere_says_how_to_open_it() -> None:
-    """When the chain lies outside the child's folder, the options that opening needs are printed, and work."""
+def test_a_child_elsewhere_names_the_options_to_open_it() -> None:
+    """If the chain is outside the child's folder, the options needed to open it are printed, and they work."""
     Path("far").mkdir()
     good("create", "base.vhd", "--size", "1M")
     assert run("create", "near.avhd", "--parent", "base.vhd").stderr == ""
@@ -67,8 +67,8 @@ def test_a_child_elsewhere_says_how_to_open_it() -> None:
     good("map", "far/other.avhd", *options)
 
 
-def test_a_child_of_a_raw_disk_says_how_to_open_it() -> None:
-    """A raw parent has no id, so opening the child needs the user's word."""
+def test_a_child_of_a_raw_disk_names_the_option_to_open_it() -> None:
+    """A raw parent has no id, so the user must allow it when opening the child."""
     good("create", "base.raw", "--size", "1M", "--format", "raw")
     assert document("create", "c.avhd", "--parent", "base.raw")["open_with"] == ["--allow-raw-parent"]
 
@@ -80,8 +80,8 @@ def test_a_child_of_a_raw_disk_says_how_to_open_it() -> None:
      ["--parent", "base.vhd", "--azure"], ["--parent", "base.vhd", "--format", "raw"],
      ["--parent", "base.vhd", "--size", "512K"]],
 )  # fmt: skip
-def test_what_cannot_be(more: list[str], folder: Path) -> None:
-    """Impossible wishes end with code 2, and no file is left."""
+def test_invalid_requests(more: list[str], folder: Path) -> None:
+    """Invalid requests end with code 2, and no file is left."""
     good("create", "base.vhd", "--size", "1M")
     failure("create", "x.vhd", *more, code=2)
     assert [path.name for path in folder.iterdir()] == ["base.vhd"]
@@ -97,7 +97,7 @@ def test_nothing_is_overwritten_without_force() -> None:
 
 
 def test_force_does_not_destroy_a_chain() -> None:
-    """With --force too, a parent, an image in use and the new child's own chain are refused."""
+    """Even with --force, a parent, an image in use and the new child's own chain are not replaced."""
     make_chain()
     before = Path("base.vhd").read_bytes()
     failure("create", "base.vhd", "--size", "1M", "--force", code=5)
@@ -107,8 +107,8 @@ def test_force_does_not_destroy_a_chain() -> None:
     assert Path("base.vhd").read_bytes() == before
 
 
-def test_places_where_no_file_can_be() -> None:
-    """A folder, a device, and a folder that does not exist."""
+def test_invalid_destinations() -> None:
+    """A folder, a device, and a file in a folder that does not exist are refused."""
     assert "is a folder" in failure("create", ".", "--size", "1M", code=2)
     assert "is not a regular file" in failure("create", "/dev/null", "--size", "1M", "--force", code=2)
     assert "folder" in failure("create", "gone/x.vhd", "--size", "1M", code=1)
@@ -116,20 +116,20 @@ def test_places_where_no_file_can_be() -> None:
 
 
 def test_quiet() -> None:
-    """--quiet says nothing."""
+    """--quiet prints nothing."""
     result = run("create", "x.vhd", "--size", "1000000", "--azure", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_a_raw_disk_with_the_name_of_a_vhd() -> None:
-    """It can be made, with a word about what opening it needs."""
+def test_a_raw_disk_named_like_a_vhd() -> None:
+    """It is made, and a note names the option that opening it needs."""
     assert "--format raw" in run("create", "x.vhd", "--size", "1M", "--format", "raw").stderr
     good("map", "x.vhd", "--format", "raw")
 
 
 @pytest.mark.parametrize(("text", "size_bytes"), [("0.1G", 107374592), ("1000", 1024), ("1.8T", 1979120930304)])
 def test_a_size_is_rounded_up_to_whole_sectors(text: str, size_bytes: int) -> None:
-    """Any size works; that it was rounded is said, also for a child, and not with --quiet."""
+    """Any size works; the rounding is reported, also for a child, but not with --quiet."""
     result = run("create", "x.vhd", "--size", text)
     assert (
         result.exit_code == 0
@@ -142,8 +142,8 @@ def test_a_size_is_rounded_up_to_whole_sectors(text: str, size_bytes: int) -> No
 
 
 @pytest.mark.parametrize("name", ["x.vhdx", "x.raw", "X.QCOW2", "x.vmdk", "x.vhd.gz"])
-def test_a_vhd_gets_no_other_formats_name_silently(name: str, folder: Path) -> None:
-    """Without --format nothing is made and the way on is said; with it a note says what lies under that name."""
+def test_a_vhd_named_like_another_format_needs_format(name: str, folder: Path) -> None:
+    """Without --format no file is made and the message says what to do; with it a note names what the file is."""
     said = failure("create", name, "--size", "1M", code=2)
     assert "--format dynamic" in said and not list(folder.iterdir())
     assert ("--format raw" in said) == (name == "x.raw")
@@ -155,34 +155,34 @@ def test_a_vhd_gets_no_other_formats_name_silently(name: str, folder: Path) -> N
     assert "under the name of a QCOW2" in run("clone", name, "c.qcow2").stderr
 
 
-def test_a_raw_disk_keeps_its_name() -> None:
-    """A raw disk called so needs no word."""
+def test_a_raw_disk_named_like_another_format_needs_no_option() -> None:
+    """A raw disk under such a name is made, with a note."""
     assert run("create", "x.raw", "--size", "1M", "--format", "raw").stderr == ""
     assert "raw disk under the name of a QCOW2 image" in (
         run("create", "x.qcow2", "--size", "1M", "--format", "raw").stderr
     )
 
 
-def test_help_names_who_misreads_other_block_sizes() -> None:
-    """Who chooses another block size knows which program reads such an image wrongly."""
+def test_help_warns_about_other_block_sizes() -> None:
+    """The help of --block-size names the program that reads such an image wrongly."""
     for verb in ("create", "convert"):
         assert "vhd-util reads others than 2M wrongly" in " ".join(good(verb, "--help").split())
 
 
-def test_force_is_named_where_it_is_obeyed() -> None:
-    """ "already exists" leads to --force only for a file that --force replaces, and only in verbs that have it."""
+def test_force_is_suggested_only_where_it_helps() -> None:
+    """ "already exists" suggests --force only for a file that --force replaces, and only in verbs that have it."""
     make_chain()
     good("create", "free.vhd", "--size", "1M")
     assert "or --force" in failure("create", "free.vhd", "--size", "1M", code=1)
     assert "or --force" in failure("convert", "leaf.avhd", "free.vhd", "--to", "dynamic", code=1)
     for words in (("create", "base.vhd", "--size", "1M"), ("convert", "free.vhd", "base.vhd", "--to", "fixed"),
                   ("create", "middle.avhd", "--parent", "base.vhd")):  # fmt: skip
-        told = failure(*words, code=1)
-        assert "--force" not in told and "cannot be replaced: it is the parent of" in told
+        message = failure(*words, code=1)
+        assert "--force" not in message and "cannot be replaced: it is the parent of" in message
     assert "part of the chain that is read" in failure("convert", "leaf.avhd", "leaf.avhd", "--to", "fixed", code=1)
     with vhdkit.open_disk("free.vhd", writable=True):
-        told = failure("create", "free.vhd", "--size", "1M", code=1)
-        assert "--force" not in told and "another program is" in told
+        message = failure("create", "free.vhd", "--size", "1M", code=1)
+        assert "--force" not in message and "another program is" in message
     for taken in (("snapshot", "leaf.avhd", "free.vhd"), ("clone", "base.vhd", "free.vhd"),
                   ("merge", "leaf.avhd", "--to", "free.vhd")):  # fmt: skip
         assert "--force" not in run(*taken).stderr and "already exists" in run(*taken).stderr, taken

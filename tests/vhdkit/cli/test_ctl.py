@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ctl` against a server in a process of its own."""
+"""`ctl` talking to a server process."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def content(path: str) -> bytes:
 
 @pytest.mark.parametrize("verb", VERBS.split())
 def test_every_verb_has_help(verb: str) -> None:
-    """Each verb says what it does, and has --json."""
+    """Each verb has a description, and --json."""
     assert "--json" in good("ctl", "x", verb, "--help") and verb in good("ctl", "--help")
 
 
 def test_session(folder: Path) -> None:
-    """Status, snapshot by its usual name and by a given one, read-only, disconnect, shutdown; words and JSON."""
+    """Status, snapshot with the default and a given name, read-only, disconnect, shutdown; as text and as JSON."""
     make_chain()
     good("create", "other.vhd", "--size", "1M")
     with serving("leaf.avhd", "other.vhd", "--socket", "s", "--control", "c") as server:
@@ -83,13 +83,13 @@ def test_session(folder: Path) -> None:
     ],
 )
 def test_wrong_words(words: list[str]) -> None:
-    """A wrong command line is one line and code 2, before anybody is asked."""
+    """A wrong command line ends with code 2 and one line before a server is contacted."""
     if words:
         failure("ctl", "c", *words, code=2)
 
 
 def fio(server: Server, seconds: int) -> subprocess.Popen[str]:
-    """A client that writes at random and reads back what it wrote."""
+    """A client that writes at random and verifies what it wrote."""
     command = [
         require_tool("fio"), "--name=live", "--thread", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randwrite",
         "--size=6m", "--bsrange=512-64k", "--iodepth=8", "--time_based", f"--runtime={seconds}", "--rate=4m,4m",
@@ -98,8 +98,8 @@ def fio(server: Server, seconds: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_snapshots_under_fio() -> None:
-    """INV-LIVE-PRESERVES: fio writes and verifies over three snapshots and finds every byte; the chain is sound."""
+def test_snapshots_while_fio_writes() -> None:
+    """INV-LIVE-PRESERVES: fio writes and verifies across three snapshots and finds every byte; the chain is sound."""
     make_chain()
     with serving("leaf.avhd", "--control", "c") as server:
         writer = fio(server, 3)
@@ -120,8 +120,8 @@ def test_snapshots_under_fio() -> None:
     good("check", "leaf-3.avhd")
 
 
-def test_exports_come_and_go(folder: Path) -> None:
-    """A server that began with an empty list gets an image, serves it by its name and manner, and gives it back."""
+def test_exports_are_added_and_removed(folder: Path) -> None:
+    """A server that started with an empty list adds an image under its name and mode, serves it, and removes it."""
     make_chain()
     Path("list").write_text("[]")
     with serving("--exports", "list", "--socket", "s", "--control", "c"):
@@ -138,8 +138,8 @@ def test_exports_come_and_go(folder: Path) -> None:
         good("check", "leaf.avhd")
 
 
-def test_an_empty_server_says_that_it_is_ready(folder: Path) -> None:
-    """Without an export to print the address of, the line says where clients and commands go."""
+def test_an_empty_server_reports_that_it_is_ready(folder: Path) -> None:
+    """As it has no export whose address it could print, the line says where clients and commands connect."""
     Path("list").write_text("[]")
     process = start("serve", "--exports", "list", "--socket", "s", "--control", "my c")
     assert process.stdout is not None
@@ -152,7 +152,7 @@ def test_an_empty_server_says_that_it_is_ready(folder: Path) -> None:
 
 
 def test_exports_from_a_file(folder: Path) -> None:
-    """Each entry of the list is opened in its own manner."""
+    """Each entry of the list is opened in its own mode."""
     make_chain()
     good("create", "other.vhd", "--size", "1M")
     entries = [{"name": "a", "path": "leaf.avhd"}, {"name": "b", "path": "other.vhd", "read_only": True}]
@@ -168,14 +168,14 @@ def test_exports_from_a_file(folder: Path) -> None:
      '[{"name": "a", "path": "x", "parent_dirs": [1]}]', "[" * 100000, "[]"],
 )  # fmt: skip
 def test_bad_lists_of_exports(folder: Path, text: str) -> None:
-    """A list that is none is one clear line; so is an empty one when nothing could be added to it."""
+    """An invalid list is reported in one clear line; so is an empty one if nothing could be added to it."""
     Path("list").write_text(text)
     failure("serve", "--exports", "list", code=2)
     failure("serve", "--exports", "list", "--read-only", code=2)
 
 
 def test_merging_while_serving(folder: Path) -> None:
-    """Layers below the leaf, then the leaf too, go into an ancestor; words, JSON, progress, refusals."""
+    """Layers below the leaf, then the leaf itself, are merged into an ancestor; text, JSON, progress, refusals."""
     make_chain()
     before = content("leaf.avhd")
     with serving("leaf.avhd", "--socket", "s", "--control", "c"):
@@ -195,8 +195,8 @@ def test_merging_while_serving(folder: Path) -> None:
     assert content("base.vhd") == before
 
 
-def test_a_merge_is_stopped_by_a_signal(folder: Path) -> None:
-    """Ctrl-C, and SIGTERM, end a slow merge in the server too; what is served reads as before."""
+def test_a_signal_cancels_a_merge(folder: Path) -> None:
+    """Ctrl-C and SIGTERM cancel a slow merge in the server, too; the export reads as before."""
     make_chain()
     with vhdkit.open_disk("leaf.avhd", writable=True) as disk:
         disk.write(0, os.urandom(4 * MIB))
@@ -215,7 +215,7 @@ def test_a_merge_is_stopped_by_a_signal(folder: Path) -> None:
     assert content("leaf-1.avhd") == before
 
 
-ASK = """
+ASK_AS_NOBODY = """
 import json, os, socket, sys
 os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
 client = socket.socket(socket.AF_UNIX)
@@ -230,22 +230,26 @@ for line in sys.argv[2:]:
 """
 
 
-def asked(socket: Path, *requests: tuple[str, dict[str, Any]]) -> list[str]:
-    """What the server answers to the user nobody, a line each."""
+def answers_to_nobody(socket: Path, *requests: tuple[str, dict[str, Any]]) -> list[str]:
+    """The server's answers to the user `nobody`, one line each."""
     lines = [json.dumps(one) for one in requests]
     done = subprocess.run(
-        [sys.executable, "-c", ASK, str(socket), *lines], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", ASK_AS_NOBODY, str(socket), *lines],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     return done.stdout.splitlines()
 
 
-def test_the_control_socket_stays_ours(tmp_path: Path) -> None:
-    """INV-CONTROL-CONFINED: --socket-owner gives the clients' socket alone; --control-owner gives what is named."""
+def test_the_control_socket_keeps_its_own_owner(tmp_path: Path) -> None:
+    """INV-CONTROL-CONFINED: --socket-owner covers the clients' socket only; --control-owner the named files only."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
     with tempfile.TemporaryDirectory() as name:
         room = Path(name)
-        room.chmod(0o755)  # whoever owns a socket has to get there
+        room.chmod(0o755)  # the owner of a socket must be able to reach it
         images = room / "images"
         images.mkdir(0o700)
         for path in (room / "a.vhd", images / "b.vhd", tmp_path / "secret.vhd"):
@@ -253,13 +257,13 @@ def test_the_control_socket_stays_ours(tmp_path: Path) -> None:
         (images / "way.vhd").symlink_to(tmp_path / "secret.vhd")
         with serving(room / "a.vhd", "--socket", room / "s", "--control", room / "c", "--socket-owner", "nobody"):
             assert [os.stat(room / one).st_uid for one in "sc"] == [65534, 0]
-            assert asked(room / "c", ("status", {})) == ["no way in"]
+            assert answers_to_nobody(room / "c", ("status", {})) == ["no way in"]
             assert "a.vhd" in good("ctl", str(room / "c"), "status")
             good("ctl", str(room / "c"), "add", f"mine={tmp_path / 'secret.vhd'}")
         words = ("--control", room / "c", "--control-owner", "nobody", "--control-dir", images)
         with serving(room / "a.vhd", "--socket", room / "s", *words):
             assert [os.stat(room / one).st_uid for one in "sc"] == [0, 65534]
-            answers = asked(
+            answers = answers_to_nobody(
                 room / "c",
                 ("status", {}),
                 ("add", {"name": "x", "path": str(tmp_path / "secret.vhd")}),

@@ -38,7 +38,7 @@ def test_info_as_json() -> None:
     """The document has the documented keys, in bytes and plain values."""
     make_chain()
     info = document("info", "leaf.avhd")
-    assert set(info) == {field.name for field in fields(ImageInfo)} - {"title"}  # words for people
+    assert set(info) == {field.name for field in fields(ImageInfo)} - {"title"}  # words for human readers
     assert (info["kind"], info["virtual_size_bytes"], info["allocated_block_count"]) == ("differencing", 8 * MIB, 2)
     assert info["parent"]["path"].endswith("/middle.avhd") and info["parent"]["problem"] is None
     assert info["findings"] == [] and info["in_use"] is False
@@ -51,7 +51,7 @@ def test_help_of_info_lists_every_key() -> None:
 
 
 def test_info_of_an_orphan() -> None:
-    """A missing parent is a problem shown, not a failure."""
+    """A missing parent is shown as a problem; the command succeeds."""
     make_chain()
     Path("middle.avhd").unlink()
     text = good("info", "leaf.avhd")
@@ -59,8 +59,8 @@ def test_info_of_an_orphan() -> None:
     assert "was not found" in document("info", "leaf.avhd")["parent"]["problem"]
 
 
-def test_info_tells_findings() -> None:
-    """What is odd about an image that opens is said on lines of their own; not with --quiet."""
+def test_info_lists_findings() -> None:
+    """Oddities of an image that still opens are listed on separate lines, but not with --quiet."""
     make_chain()
     size = Path("base.vhd").stat().st_size
     spoil("base.vhd", size - 500)
@@ -77,7 +77,7 @@ def test_info_of_a_damaged_image() -> None:
 
 
 def test_chain_tree() -> None:
-    """All layers leaf first, with what each owns; the sum is the disk."""
+    """All layers are listed leaf first, with what each owns; the sum is the disk."""
     make_chain()
     lines = good("chain", "leaf.avhd").splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
@@ -91,7 +91,7 @@ def test_chain_tree() -> None:
 
 
 def test_a_broken_chain_is_shown_as_far_as_it_goes() -> None:
-    """A missing parent: the layers above it are shown, code 6."""
+    """If a parent is missing, the layers above it are shown: code 6."""
     make_chain()
     Path("base.vhd").unlink()
     result = run("chain", "leaf.avhd")
@@ -104,7 +104,7 @@ def test_a_broken_chain_is_shown_as_far_as_it_goes() -> None:
 
 
 def test_a_damaged_parent_is_shown_as_far_as_it_goes() -> None:
-    """A parent whose header is spoilt: code 3, and the layers above it are shown."""
+    """If a parent's header is damaged, the layers above it are shown: code 3."""
     make_chain()
     spoil("base.vhd", 512 + 100)
     result = run("chain", "leaf.avhd")
@@ -112,7 +112,7 @@ def test_a_damaged_parent_is_shown_as_far_as_it_goes() -> None:
 
 
 def test_a_bad_block_table_breaks_the_chain() -> None:
-    """The layers are shown, nobody can say what they own: code 3."""
+    """The layers are shown without what they own, which is unknown: code 3."""
     make_chain()
     spoil("base.vhd", 4096, b"\0\0\0\1")
     result = run("chain", "leaf.avhd")
@@ -120,7 +120,7 @@ def test_a_bad_block_table_breaks_the_chain() -> None:
 
 
 def test_a_loop_ends() -> None:
-    """A chain that leads back to itself shows each layer once: code 3."""
+    """Each layer of a chain that leads back to itself is shown once: code 3."""
     make_chain()
     base_id = layout.parse_footer(Path("base.vhd").read_bytes()[:512]).unique_id
     raw = bytearray(Path("leaf.avhd").read_bytes())
@@ -133,7 +133,7 @@ def test_a_loop_ends() -> None:
 
 
 def test_dump() -> None:
-    """Both footers, the header and the locators, field by field, at their offsets."""
+    """Both footers, the header and the locators are printed field by field, at their offsets."""
     make_chain()
     text = good("dump", "leaf.avhd")
     for words in ("footer copy at byte 0x0: good", "dynamic header at byte 0x200: good", "0x200    8  cookie", "W2ru"):
@@ -145,8 +145,8 @@ def test_dump() -> None:
     assert structures[2]["fields"][0]["offset_bytes"] == 512
 
 
-def test_dump_shows_what_is_damaged() -> None:
-    """A file that opens no more is shown all the same, with what is wrong."""
+def test_dump_of_a_damaged_file() -> None:
+    """A file that can no longer be opened is printed all the same, with what is wrong."""
     make_chain()
     spoil("base.vhd", 512 + 100)
     assert "dynamic header at byte 0x200: checksum wrong" in good("dump", "base.vhd")
@@ -161,21 +161,21 @@ def test_dump_shows_what_is_damaged() -> None:
 
 
 def test_dump_of_a_raw_disk() -> None:
-    """There is nothing to show, which is said; --format vhd looks all the same."""
+    """There is no structure to print, and the message says so; --format vhd looks anyway."""
     Path("x.raw").write_bytes(b"a" * 4096)
     assert "no structures" in failure("dump", "x.raw", code=1)
     assert "absent" in good("dump", "x.raw", "--format", "vhd")
 
 
-def test_info_says_which_folder_allowed_a_parent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own folder, an option, the environment: in words and in JSON; what is ignored is a warning."""
+def test_info_names_the_folder_that_allowed_a_parent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own folder, an option or the environment, in text and JSON; an ignored entry is a warning."""
     for name in ("bases", "leaves"):
         Path(name).mkdir()
     good("create", "bases/base.vhd", "--size", "1M")
     good("create", "leaves/leaf.avhd", "--parent", "bases/base.vhd")
     assert document("info", "leaves/leaf.avhd")["parent"]["allowed_by"] is None
-    told = good("info", "leaves/leaf.avhd", "--allow-parent-dir", "bases")
-    assert f"{folder}/bases (--allow-parent-dir)" in told
+    output = good("info", "leaves/leaf.avhd", "--allow-parent-dir", "bases")
+    assert f"{folder}/bases (--allow-parent-dir)" in output
     monkeypatch.setenv("VHDKIT_PARENT_DIRS", f"{folder}/bases:elsewhere")
     parent = document("info", "leaves/leaf.avhd")["parent"]
     assert (parent["allowed_folder"], parent["allowed_by"]) == (f"{folder}/bases", "VHDKIT_PARENT_DIRS")

@@ -20,19 +20,19 @@ from vhdkit.cli.main import main
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_becomes_an_exception(number: signal.Signals, code: int) -> None:
-    """The first signal raises, further ones wait, and afterwards everything is as it was."""
+    """The first signal raises, later ones wait, and afterwards all handlers are as they were."""
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught, stopped_by_signals():
         try:
             signal.raise_signal(number)
         finally:
-            signal.raise_signal(number)  # ignored: a second Ctrl-C must not stop the cleaning up
+            signal.raise_signal(number)  # ignored: a second Ctrl-C must not stop the cleanup
     assert caught.value.exit_code == code
     assert signal.getsignal(number) == before
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """Who starts us with nohup means it."""
+    """A signal that was ignored at the start, as under nohup, stays ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stopped_by_signals():
@@ -41,7 +41,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_another_thread_has_no_signals() -> None:
+def test_other_threads_do_not_touch_signals() -> None:
     """Outside the main thread the signals are left alone."""
     problems: list[BaseException] = []
 
@@ -58,8 +58,8 @@ def test_another_thread_has_no_signals() -> None:
     assert problems == []
 
 
-def test_a_library_error_is_its_own_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    """Path, structure, offset, values and hint are all in the line, and the code is the error's."""
+def test_a_library_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """The line contains path, structure, offset, values and hint, and the exit code is the error's."""
     error = CorruptImage(
         CorruptReason.BLOCK_SIZE, "impossible", path="x.vhd", structure="dynamic header", offset_bytes=512,
         expected=1, found=2, hint="look",
@@ -71,8 +71,8 @@ def test_a_library_error_is_its_own_sentence(capsys: pytest.CaptureFixture[str])
     )
 
 
-def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is dropped, and not tried again at the end of the process, whose code would be 120 then."""
+def test_unwritable_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is dropped and not retried at the end of the process, which would then exit with code 120."""
     with open(os.devnull, "w") as taking, open("/dev/full", "w") as full:
         for stream in (taking, full):
             stream.write("words")
@@ -82,8 +82,8 @@ def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_a_note_that_nobody_takes(is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verb that did what it should has succeeded, though standard error is broken, or full."""
+def test_a_note_that_cannot_be_written(is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verb that did its work succeeds although standard error is broken or full."""
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as broken, open("/dev/full", "w") as full:
@@ -92,6 +92,6 @@ def test_a_note_that_nobody_takes(is_full: bool, tmp_path: Path, monkeypatch: py
             main.main(["create", str(tmp_path / "new.vhd"), "--size", "0.1G"])
         failure.settle_standard_error()
         for stream in (broken, full):
-            with contextlib.suppress(OSError):  # what it did not take
+            with contextlib.suppress(OSError):  # drop what could not be written
                 stream.close()
     assert ended.value.code == 0 and (tmp_path / "new.vhd").exists()

@@ -9,14 +9,14 @@ from pathlib import Path
 from tests.vhdkit.cli.running import document, failure, good, make_chain, names, run
 
 
-def test_gc_lists_first_and_removes_when_asked(folder: Path) -> None:
-    """Without --delete a list and what to say; with it the files are gone and the leaf opens."""
+def test_gc_lists_first_and_removes_with_delete(folder: Path) -> None:
+    """Without --delete it prints the list and how to go on; with it the files are removed and the leaf opens."""
     content = make_chain()
     good("clone", "base.vhd", "one.avhd", "two.avhd")
-    told = good("gc", ".", "--keep", "leaf.avhd", "two.avhd")
-    assert "one.avhd" in told and "two.avhd" not in told and "say --delete" in told
-    told = good("gc", ".", "--keep", "leaf.avhd", "--keep", "two.avhd", "--delete")
-    assert "removed 1 file" in told
+    output = good("gc", ".", "--keep", "leaf.avhd", "two.avhd")
+    assert "one.avhd" in output and "two.avhd" not in output and "say --delete" in output
+    output = good("gc", ".", "--keep", "leaf.avhd", "--keep", "two.avhd", "--delete")
+    assert "removed 1 file" in output
     assert names(folder) == ["base.vhd", "leaf.avhd", "middle.avhd", "two.avhd"]
     assert "nothing to remove" in good("gc", ".", "--keep", "leaf.avhd", "two.avhd")
     Path("flat.raw").write_bytes(content)
@@ -24,15 +24,15 @@ def test_gc_lists_first_and_removes_when_asked(folder: Path) -> None:
 
 
 def test_gc_as_json() -> None:
-    """Every file with its size and why it stays."""
+    """Every file is listed with its size and the reason why it is kept."""
     make_chain()
-    told = document("gc", ".", "--keep", "base.vhd")
-    assert [Path(one["path"]).name for one in told["items"]] == ["leaf.avhd", "middle.avhd"]
-    assert all(one["kept"] is None and not one["removed"] and one["size_bytes"] > 0 for one in told["items"])
+    output = document("gc", ".", "--keep", "base.vhd")
+    assert [Path(one["path"]).name for one in output["items"]] == ["leaf.avhd", "middle.avhd"]
+    assert all(one["kept"] is None and not one["removed"] and one["size_bytes"] > 0 for one in output["items"])
 
 
 def test_gc_refuses_to_guess(folder: Path) -> None:
-    """No leaf, a leaf whose chain is broken, no folder: nothing is removed."""
+    """Without a leaf, with a leaf whose chain is broken, or without a folder, nothing is removed."""
     make_chain()
     assert run("gc", ".").exit_code == 2
     shutil.move("base.vhd", folder.parent / "base.bin")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command as a whole: help, completion, and how every kind of bad input ends."""
+"""The command as a whole: help, completion, and how every kind of invalid input ends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 import vhdkit
 from tests.vhdkit.cli.running import COMMAND, VERBS, failure, finish, good, make_chain, run, start
 
-OF_MOUNTS = ("umount", "mounts")  # they open no image
+OF_MOUNTS = ("umount", "mounts")  # they do not open an image
 READERS = ("info", "chain", "check", "map", "dump")
 
 
 def test_help_names_every_verb() -> None:
-    """`vhdkit --help` and `vhdkit` alone list all verbs, exit codes and how to switch completion on."""
+    """`vhdkit --help` and `vhdkit` alone list all verbs, the exit codes and how to enable completion."""
     text = good("--help")
     assert good() == text
     for verb in VERBS:
@@ -29,7 +29,7 @@ def test_help_names_every_verb() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
-    """The help of a verb says what --json prints and shows how to type the command."""
+    """The help of a verb says what --json prints and gives an example command."""
     text = good(verb, "--help")
     assert "Example" in text and re.search(rf"^ +vhdkit {verb}\b", text, re.MULTILINE)
     if verb in OF_MOUNTS:
@@ -39,7 +39,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
 
 
 def test_version() -> None:
-    """--version is one line."""
+    """--version prints one line."""
     assert good("--version").startswith("vhdkit ")
 
 
@@ -57,7 +57,7 @@ def test_version() -> None:
     ],
 )
 def test_usage_errors_are_one_line(words: list[str], text: str) -> None:
-    """A wrong command line ends with code 2 and one line that points to the help."""
+    """A wrong command line ends with code 2 and one line that refers to the help."""
     line = failure(*words, code=2)
     assert text in line and "--help`" in line
 
@@ -96,8 +96,8 @@ def test_errors_as_json() -> None:
         ("other.vhdx", 1, "VHDX"),
     ],
 )
-def test_what_is_no_image(verb: str, name: str, code: int, text: str) -> None:
-    """A wrong path ends with one line and the code of its cause, and never waits."""
+def test_a_wrong_path(verb: str, name: str, code: int, text: str) -> None:
+    """A wrong path ends with one line and the code of its cause, and never blocks."""
     Path("folder").mkdir()
     Path("file").write_text("x")
     Path("empty.vhd").touch()
@@ -109,17 +109,17 @@ def test_what_is_no_image(verb: str, name: str, code: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["info", "chain", "map"])
-def test_a_file_cut_short(verb: str) -> None:
-    """A VHD with neither footer left is damaged: code 3, and the line says where the footer should be."""
+def test_a_truncated_file(verb: str) -> None:
+    """A VHD that has lost both footers is damaged: code 3, and the line says where the footer should be."""
     good("create", "x.vhd", "--size", "1M")
     Path("x.vhd").write_bytes(Path("x.vhd").read_bytes()[:300])
     assert "footer at byte 0x0" in failure(verb, "x.vhd", code=3)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody without permission")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without permission")
 @pytest.mark.parametrize("words", [["info", "x.vhd"], ["map", "x.vhd"], ["convert", "x.vhd", "y.raw", "--to", "raw"]])
 def test_no_permission(words: list[str], folder: Path) -> None:
-    """A file one may not read, a folder one may not write to or not even look at: code 1, one line."""
+    """A file that cannot be read, and a folder that cannot be written to or searched: code 1, one line."""
     good("create", "x.vhd", "--size", "1M")
     folder.chmod(0o755)
     Path("closed").mkdir(mode=0o700)
@@ -136,7 +136,7 @@ def test_no_permission(words: list[str], folder: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a loop device")
 def test_a_block_device(folder: Path) -> None:
-    """A block device is a raw disk."""
+    """A block device is treated as a raw disk."""
     Path("disk.raw").write_bytes(b"\x55" * (1 << 20))
     made = subprocess.run(
         ["losetup", "--find", "--show", "--read-only", "disk.raw"], capture_output=True, text=True, check=False
@@ -155,7 +155,7 @@ def test_a_block_device(folder: Path) -> None:
 
 @pytest.mark.parametrize("words", [["map", "x.vhd"], ["check", "x.vhd"], ["convert", "x.vhd", "y", "--to", "raw"]])
 def test_in_use(words: list[str]) -> None:
-    """An image that another program writes to: code 5, and nothing is made."""
+    """An image that another program is writing to: code 5, and no file is made."""
     good("create", "x.vhd", "--size", "1M")
     with vhdkit.open_disk("x.vhd", writable=True):
         assert "another program" in failure(*words, code=5)
@@ -163,7 +163,7 @@ def test_in_use(words: list[str]) -> None:
 
 
 def test_info_chain_and_dump_work_on_an_image_in_use() -> None:
-    """Three verbs need no lock, and the first two say that the image is in use."""
+    """Three verbs need no lock, and the first two report that the image is in use."""
     good("create", "x.vhd", "--size", "1M")
     with vhdkit.open_disk("x.vhd", writable=True):
         assert "another program is writing to it" in good("info", "x.vhd")
@@ -171,8 +171,8 @@ def test_info_chain_and_dump_work_on_an_image_in_use() -> None:
         assert "cxsparse" in good("dump", "x.vhd")
 
 
-def test_names_are_shown_as_they_are() -> None:
-    """Control characters of a name are escaped, markup and wide characters are not touched."""
+def test_control_characters_in_names() -> None:
+    """Control characters of a name are escaped; markup and wide characters are printed unchanged."""
     good("create", "[red]x[bold] ü日.vhd", "--size", "1M")
     for verb in READERS:
         text = good(verb, "[red]x[bold] ü日.vhd")
@@ -184,16 +184,16 @@ def test_names_are_shown_as_they_are() -> None:
     assert "\\x1b" in failure("create", evil, "--size", "1M", code=1)
 
 
-def test_names_that_are_no_text() -> None:
-    """A name that is no UTF-8 works, and JSON shows its bytes as people see them."""
+def test_names_that_are_not_utf_8() -> None:
+    """A name that is not UTF-8 works, and JSON shows its bytes in readable form."""
     name = os.fsdecode(b"\xff\xfe.vhd")
     good("create", name, "--size", "1M")
     assert "\\udcff" in good("info", name)
     assert json.loads(good("info", name, "--json"))["path"] == r"\xff\xfe.vhd"
 
 
-def test_a_bug_is_called_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unforeseen exception is one line that says so; its traceback only with --verbose or VHDKIT_DEBUG."""
+def test_an_unforeseen_exception_is_reported_as_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one line that says so; the traceback appears only with --verbose or VHDKIT_DEBUG."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("by\x1bnought")
@@ -206,8 +206,8 @@ def test_a_bug_is_called_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" in run("info", "x.vhd").stderr
 
 
-def test_a_reader_that_went_away(folder: Path) -> None:
-    """A closed pipe ends the command without a word."""
+def test_a_closed_pipe(folder: Path) -> None:
+    """If the reader has gone, the command ends silently."""
     make_chain()
     for words in (["convert", "leaf.avhd", "-", "--to", "raw"], ["map", "leaf.avhd", "--json"]):
         process = start(*words)
@@ -219,7 +219,7 @@ def test_a_reader_that_went_away(folder: Path) -> None:
         process.stderr.close()
 
 
-def test_output_that_cannot_be_written() -> None:
+def test_a_full_output_device() -> None:
     """Standard output on a full device: code 7 and one line."""
     good("create", "x.vhd", "--size", "1M")
     with open("/dev/full", "wb") as full:
@@ -227,8 +227,8 @@ def test_output_that_cannot_be_written() -> None:
     assert code == 7 and errors.startswith("vhdkit: standard output") and errors.count("\n") == 1
 
 
-def test_closed_streams() -> None:
-    """Without standard streams nothing breaks: what is printed goes nowhere, a pipe is refused."""
+def test_closed_standard_streams() -> None:
+    """Without standard streams output is dropped, and a pipe is refused."""
     good("create", "x.vhd", "--size", "1M")
     shell = 'exec "$@" >&- <&-'
     for words, code in ((["info", "x.vhd"], 0), (["convert", "x.vhd", "-", "--to", "raw"], 2)):
@@ -238,7 +238,7 @@ def test_closed_streams() -> None:
 
 
 def test_shell_completion() -> None:
-    """The documented line gives bash a script, and that script's question is answered with the verbs."""
+    """The documented line makes bash load a script that completes the verbs."""
     script = finish(start(env={"_VHDKIT_COMPLETE": "bash_source"}))
     assert script[0] == 0 and "complete " in script[1]
     words = {"_VHDKIT_COMPLETE": "bash_complete", "COMP_WORDS": "vhdkit c", "COMP_CWORD": "1"}

@@ -16,7 +16,7 @@ from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, r
 
 
 def test_json_is_exact() -> None:
-    """The entries cover the disk in order, and their offsets lead to the bytes of the disk in the layers' files."""
+    """The entries cover the disk in order, and their offsets point to the disk's bytes in the layers' files."""
     content = make_chain()
     entries = document("map", "leaf.avhd")
     position = 0
@@ -39,7 +39,7 @@ def test_json_is_exact() -> None:
 
 @pytest.mark.interop
 def test_json_agrees_with_qemu(folder: Path) -> None:
-    """On a raw disk with holes start, length, data and zero are what qemu-img map says."""
+    """On a raw disk with holes start, length, data and zero are as in qemu-img map."""
     qemu_img = require_tool("qemu-img")
     with Path("x.raw").open("wb") as file:
         file.truncate(16 * MIB)
@@ -54,8 +54,8 @@ def test_json_agrees_with_qemu(folder: Path) -> None:
     assert [tuple(one[key] for key in keys) for one in document("map", "x.raw")] == wanted
 
 
-def test_picture_in_a_pipe() -> None:
-    """Without a terminal the picture has no colours; numbers show the owners, lanes name the layers leaf first."""
+def test_a_picture_in_a_pipe() -> None:
+    """Without a terminal the picture has no colours; digits show the owners, and lanes name the layers leaf first."""
     make_chain()
     text = good("map", "leaf.avhd")
     assert "\x1b" not in text
@@ -68,7 +68,7 @@ def test_picture_in_a_pipe() -> None:
     assert names == ["leaf.avhd", "middle.avhd", "base.vhd"]
 
 
-def test_table() -> None:
+def test_extents() -> None:
     """--extents lists every run with its place."""
     make_chain()
     lines = good("map", "leaf.avhd", "--extents").splitlines()
@@ -79,7 +79,7 @@ def test_table() -> None:
 
 
 def test_pictures_in_files(folder: Path) -> None:
-    """--svg and --png write whole files, never over another without --force."""
+    """--svg and --png write complete files, and replace another only with --force."""
     require_module("PIL")
     make_chain()
     assert good("map", "leaf.avhd", "--svg", "m.svg", "--png", "m.png") == "wrote m.svg\nwrote m.png\n"
@@ -92,7 +92,7 @@ def test_pictures_in_files(folder: Path) -> None:
 
 
 def test_force_spares_the_chain() -> None:
-    """A picture never replaces a layer of the disk, nor an image that others stand on."""
+    """A picture never replaces a layer of the disk, nor an image that others build on."""
     make_chain()
     before = Path("base.vhd").read_bytes()
     failure("map", "leaf.avhd", "--svg", "base.vhd", "--force", code=2)
@@ -103,7 +103,7 @@ def test_force_spares_the_chain() -> None:
 
 
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """--png without Pillow says what to install and leaves no file."""
+    """--png without Pillow says what to install, and leaves no file."""
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     make_chain()
     assert "vhdkit[picture]" in failure("map", "leaf.avhd", "--png", "m.png", code=1)
@@ -112,7 +112,7 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @pytest.mark.parametrize("size", ["512", "1K", "33K", "5M", "2040G"])
 def test_disks_of_every_size(size: str) -> None:
-    """From one sector to the largest VHD, every form works."""
+    """Every form works from one sector to the largest VHD."""
     good("create", "x.vhd", "--size", size)
     with vhdkit.open_disk("x.vhd", writable=True) as disk:
         disk.write(disk.size_bytes - 512, b"x" * 512)
@@ -122,7 +122,7 @@ def test_disks_of_every_size(size: str) -> None:
 
 
 def test_a_deep_chain() -> None:
-    """Layers beyond the tenth are letters."""
+    """Layers beyond the tenth are shown as letters."""
     good("create", "0.vhd", "--size", "1M")
     for depth in range(1, 13):
         good("create", f"{depth}.avhd", "--parent", f"{depth - 1}.vhd" if depth == 1 else f"{depth - 1}.avhd")
@@ -134,7 +134,7 @@ def test_a_deep_chain() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """A disk with very many runs is printed without collecting them."""
+    """A disk with very many runs is printed without collecting them in memory."""
     good("create", "x.vhd", "--size", "64M")
     with vhdkit.open_disk("x.vhd", writable=True) as disk:
         for offset in range(0, 64 * MIB, 2 * MIB):
@@ -146,7 +146,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_a_file_that_claims_exabytes_is_mapped_at_once() -> None:
-    """A sparse raw file of any size has a bounded number of slices to look at."""
+    """The number of slices to look at is bounded whatever the size of a sparse raw file."""
     with Path("huge.raw").open("wb") as file:
         file.truncate(1 << 43)
     assert "8.0 TiB" in good("map", "huge.raw")

@@ -16,35 +16,35 @@ HERE = Path()
 
 
 def same(image: str, content: bytes) -> bool:
-    """True when the image's disk holds this."""
+    """Whether the image's disk has this content."""
     Path("expected.raw").write_bytes(content)
-    told = good("compare", image, "expected.raw")
+    output = good("compare", image, "expected.raw")
     Path("expected.raw").unlink()
-    return told.startswith("equal")
+    return output.startswith("equal")
 
 
 def test_a_leaf_into_its_parent() -> None:
-    """The target is named, the leaf is gone, the parent holds the disk."""
+    """The target is named, the leaf is removed, and the parent holds the disk."""
     content = make_chain()
-    told = good("merge", "leaf.avhd")
-    assert told.startswith(f"merged 1 layer into {os.path.realpath('middle.avhd')}: 8.0 MiB (8388608 bytes), ")
+    output = good("merge", "leaf.avhd")
+    assert output.startswith(f"merged 1 layer into {os.path.realpath('middle.avhd')}: 8.0 MiB (8388608 bytes), ")
     assert names(HERE) == ["base.vhd", "middle.avhd"] and same("middle.avhd", content)
     assert run("check", "middle.avhd").exit_code == 0
 
 
 def test_into_an_ancestor_as_json() -> None:
-    """One document says what went where."""
+    """One document reports what was merged into what."""
     content = make_chain()
-    told = document("merge", "leaf.avhd", "--into", "base.vhd")
+    output = document("merge", "leaf.avhd", "--into", "base.vhd")
     paths = [os.path.realpath(name) for name in ("leaf.avhd", "middle.avhd")]
-    assert told["target"] == os.path.realpath("base.vhd") and told["merged"] == told["removed"] == paths
-    assert told["relinked"] == [] and told["virtual_size_bytes"] == len(content) and told["dry_run"] is False
-    assert told["data_bytes"] > 0 and told["block_count"] > 0 and told["bytes_per_second"] > 0
+    assert output["target"] == os.path.realpath("base.vhd") and output["merged"] == output["removed"] == paths
+    assert output["relinked"] == [] and output["virtual_size_bytes"] == len(content) and output["dry_run"] is False
+    assert output["data_bytes"] > 0 and output["block_count"] > 0 and output["bytes_per_second"] > 0
     assert names(HERE) == ["base.vhd"] and same("base.vhd", content)
 
 
 def test_to_a_new_file_with_odd_names() -> None:
-    """Spaces and letters of other alphabets; the chain stays."""
+    """Spaces and letters of other alphabets work, and the chain stays."""
     content = make_chain()
     Path("mappe mit ä").mkdir()
     good("merge", "leaf.avhd", "--into", "base.vhd", "--to", "mappe mit ä/новый диск.vhd")
@@ -53,26 +53,26 @@ def test_to_a_new_file_with_odd_names() -> None:
 
 
 def test_a_dry_run() -> None:
-    """It says what goes where, and does nothing."""
+    """It reports what would be merged, and changes nothing."""
     make_chain()
-    told = good("merge", "leaf.avhd", "--into", "base.vhd", "--dry-run").splitlines()
-    assert told[0].startswith("would merge 2 layers into ")
-    assert told[1:] == [f"would remove {os.path.realpath(name)}" for name in ("leaf.avhd", "middle.avhd")]
+    output = good("merge", "leaf.avhd", "--into", "base.vhd", "--dry-run").splitlines()
+    assert output[0].startswith("would merge 2 layers into ")
+    assert output[1:] == [f"would remove {os.path.realpath(name)}" for name in ("leaf.avhd", "middle.avhd")]
     assert names(HERE) == ["base.vhd", "leaf.avhd", "middle.avhd"]
 
 
 def test_children_are_repointed_with_relink() -> None:
-    """Without --relink the child is named in a refusal that says so; with it the child reads on."""
+    """Without --relink the refusal names the child and the option; with it the child still reads the same."""
     content = make_chain()
     good("create", "child.avhd", "--parent", "leaf.avhd")
-    told = failure("merge", "leaf.avhd", code=5)
-    assert "child.avhd" in told and "--relink" in told
+    output = failure("merge", "leaf.avhd", code=5)
+    assert "child.avhd" in output and "--relink" in output
     assert "child.avhd stands on it now" in good("merge", "leaf.avhd", "--relink")
     assert same("child.avhd", content) and "leaf.avhd" not in names(HERE)
 
 
-def test_what_cannot_be_merged() -> None:
-    """Wrong files and options: each its exit code and one line."""
+def test_refusals() -> None:
+    """Wrong files and options: each has its exit code and one line."""
     make_chain()
     good("create", "other.vhd", "--size", "8M")
     Path("empty.vhd").touch()
@@ -89,7 +89,7 @@ def test_what_cannot_be_merged() -> None:
 
 
 def test_ctrl_c_and_resume() -> None:
-    """Interrupted in the middle the leaf is as it was, the way on is told, and `--resume` goes it."""
+    """After Ctrl-C the leaf is unchanged, the message says how to continue, and `--resume` completes the merge."""
     good("create", "base.vhd", "--size", "1G")
     good("create", "leaf.avhd", "--parent", "base.vhd")
     with open("leaf.raw", "wb") as raw:
@@ -106,10 +106,10 @@ def test_ctrl_c_and_resume() -> None:
     while not os.path.exists(record) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    code, _, told = interrupt(process)
+    code, _, output = interrupt(process)
     if code == 0:
-        return  # it was quicker
-    assert code == 130 and "vhdkit merge leaf.avhd --resume" in told and told.endswith("vhdkit: interrupted\n")
+        return  # it had finished before the signal
+    assert code == 130 and "vhdkit merge leaf.avhd --resume" in output and output.endswith("vhdkit: interrupted\n")
     assert "equal" in good("compare", "leaf.avhd", "leaf.raw")
     good("merge", "leaf.avhd", "--resume")
     assert "equal" in good("compare", "base.vhd", "leaf.raw")

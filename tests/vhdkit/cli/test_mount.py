@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mount`, `umount`, `mounts`: options that exclude each other, /etc/fstab's, what is printed, and --foreground."""
+"""`mount`, `umount`, `mounts`: exclusive options, /etc/fstab's options, what is printed, and --foreground."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vhdkit.cli import mount as module
 from vhdkit.cli.common import Common
 
 MIB = 1 << 20
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ NOBODY = 65534
         (("--partition", "0", "--fs"), "--partition"),
     ],
 )
-def test_options_that_do_not_go_together(words: tuple[str, ...], text: str) -> None:
-    """Exit code 2 and a line that says which."""
+def test_exclusive_options(words: tuple[str, ...], text: str) -> None:
+    """Exit code 2 and a line that names the options."""
     assert text in failure("mount", "disk.vhd", "mnt", *words, code=2)
 
 
-def test_options_of_fstab() -> None:
-    """Ours are taken, mount(8)'s are passed over, and the last word about writing counts."""
+def test_fstab_options() -> None:
+    """Our options are applied, mount(8)'s are ignored, and the last of ro and rw counts."""
     plain = module._Words("i", "m", False, False, None, False, None, False, False, False)
     common = Common(vhdkit.OpenOptions(), False, False, False)
     words, common = module._with_fstab(
@@ -59,7 +59,7 @@ def test_options_of_fstab() -> None:
 
 
 def test_documents(folder: Path) -> None:
-    """mount, mounts and umount with --json, and one line each without."""
+    """mount, mounts and umount print one line each, or a document with --json."""
     require_fuse()
     good("create", "disk.vhd", "--size", "4M")
     (folder / "mnt").mkdir()
@@ -77,8 +77,8 @@ def test_documents(folder: Path) -> None:
         assert str(folder / "mnt") in command("mounts", "--quiet").stdout.splitlines()
         assert str(folder / "mnt") in command("mounts").stdout
         assert json.loads(command("umount", "mnt", "--json").stdout) == {"mountpoint": "mnt"}
-        told = command("mount", "disk.vhd", "mnt", "--rw").stdout
-        assert told == "disk.vhd is at mnt: 4.0 MiB, writable\n"
+        line = command("mount", "disk.vhd", "mnt", "--rw").stdout
+        assert line == "disk.vhd is at mnt: 4.0 MiB, writable\n"
         error = json.loads(command("mount", "disk.vhd", "mnt", "--json", code=1).stderr)["error"]
         assert error["kind"] == "AlreadyExists"
         assert command("umount", "mnt").stdout == ""
@@ -86,7 +86,7 @@ def test_documents(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_foreground_ends_with_a_signal(folder: Path, number: int) -> None:
-    """It unmounts in order, with what was written in the image, and that is no failure."""
+    """A signal unmounts in order, with all writes in the image, and counts as success."""
     require_fuse()
     good("create", "disk.vhd", "--size", "4M")
     (folder / "mnt").mkdir()
@@ -104,7 +104,7 @@ def test_foreground_ends_with_a_signal(folder: Path, number: int) -> None:
 
 
 def test_foreground_ends_with_the_mount(folder: Path) -> None:
-    """When it is unmounted elsewhere, and, as a failure, when the server is killed."""
+    """It ends when the mount is unmounted elsewhere, and fails if the server is killed."""
     require_fuse()
     good("create", "disk.vhd", "--size", "4M")
     (folder / "mnt").mkdir()
@@ -121,8 +121,8 @@ def test_foreground_ends_with_the_mount(folder: Path) -> None:
             assert not is_mounted(folder / "mnt")
 
 
-def test_a_line_of_fstab(folder: Path) -> None:
-    """mount(8) has mount.fuse3 call `vhdkit-mount`, here by its whole path."""
+def test_an_fstab_line(folder: Path) -> None:
+    """mount(8) runs mount.fuse3, which calls `vhdkit-mount`, here by its full path."""
     require_fuse()
     require_root()
     mount = require_tool("mount")
@@ -165,7 +165,7 @@ if $vhdkit mount disk.vhd /srv; then exit 9; fi
 
 
 def test_an_ordinary_user(folder: Path) -> None:
-    """Mounts, writes, reads and unmounts; may not let others in, nor mount on what is not his."""
+    """Mounts, writes, reads and unmounts; may neither admit other users nor mount on a folder of another user."""
     require_fuse()
     require_root()
     unshare = require_tool("unshare")
@@ -179,7 +179,7 @@ def test_an_ordinary_user(folder: Path) -> None:
     if "user_allow_other" in _uncommented(Path("/etc/fuse.conf")):
         pytest.skip("/etc/fuse.conf has user_allow_other here")
     with Reachable(folder):
-        script = SCRIPT.format(user=NOBODY, script=AS_USER.format(python=python))
+        script = SCRIPT.format(user=NOBODY_UID, script=AS_USER.format(python=python))
         done = subprocess.run(
             [unshare, "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False,
             env=environment, cwd=folder,
@@ -196,11 +196,11 @@ def _uncommented(path: Path) -> str:
 
 
 def _python_for_all(environment: dict[str, str]) -> str:
-    """A Python that an ordinary user may run with our packages; the test ends where there is none."""
+    """A Python that an ordinary user can run with our packages; without one the test is skipped."""
     for python in (sys.executable, SYSTEM_PYTHON):
-        # By a shell, or the program would be started with root's rights still.
+        # Through a shell, or the program would still start with root's rights.
         words = shlex.join([python, "-c", "import numpy, mfusepy, vhdkit"])
-        check = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", words]
+        check = ["setpriv", f"--reuid={NOBODY_UID}", f"--regid={NOBODY_UID}", "--clear-groups", "sh", "-c", words]
         try:
             if subprocess.run(check, env=environment, capture_output=True, check=False, cwd="/").returncode == 0:
                 return str(python)
@@ -210,7 +210,7 @@ def _python_for_all(environment: dict[str, str]) -> str:
 
 
 class Reachable:
-    """A folder that everybody may write to, and come to, for a while."""
+    """Makes a folder reachable and writable for every user for a while."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -229,7 +229,7 @@ class Reachable:
             path.chmod(mode)
 
 
-def test_fuse_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the device the message says how to get it, before anything is opened."""
+def test_without_a_fuse_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the device the message says how to get it, before an image is opened."""
     monkeypatch.setattr("vhdkit.serve.mount.host.FUSE_DEVICE", str(folder / "fuse"))
     assert "modprobe fuse" in failure("mount", "no.vhd", "mnt", code=1)

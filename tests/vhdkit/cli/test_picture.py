@@ -17,7 +17,7 @@ SIZE = 64 << 20
 
 
 def counted(layer_count: int = 2) -> Tally:
-    """The first quarter is the leaf's, the second half the base's."""
+    """The first quarter belongs to the leaf, the second half to the base."""
     quarter = SIZE // 512 // 4
     extents = [
         Extent(0, quarter, ExtentKind.DATA, 0, 0),
@@ -27,7 +27,7 @@ def counted(layer_count: int = 2) -> Tally:
     return tally(extents, SIZE, layer_count, MAX_CELLS)
 
 
-def test_areas_are_true() -> None:
+def test_areas_are_proportional() -> None:
     """In the rows the area of a layer's colour is its share of the disk."""
     drawing = draw(counted(), ["leaf.avhd", "base.vhd"])
     rows = [shape for shape in drawing.shapes if isinstance(shape, Box) and shape.height == 22]
@@ -38,7 +38,7 @@ def test_areas_are_true() -> None:
 
 
 def test_the_legend_is_leaf_first() -> None:
-    """Every layer is named with its number, leaf first; a very deep chain says how many are left out."""
+    """Every layer is named with its number, leaf first; for a very deep chain it says how many are left out."""
     texts = [shape.text for shape in draw(counted(), ["leaf.avhd", "base.vhd"]).shapes if isinstance(shape, Words)]
     leaf, base = (next(i for i, text in enumerate(texts) if text.startswith(sign)) for sign in ("0  leaf", "1  base"))
     assert leaf < base
@@ -47,14 +47,14 @@ def test_the_legend_is_leaf_first() -> None:
 
 
 def test_svg_is_xml() -> None:
-    """Names with XML's own characters do no harm."""
+    """Names may contain the special characters of XML."""
     svg = as_svg(draw(counted(), ["<leaf>&.avhd", "base.vhd"]))
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg") and "<leaf>&.avhd" in "".join(root.itertext())
 
 
 def test_png_has_the_size_and_the_colours() -> None:
-    """The PNG opens, and the first stretch has the leaf's colour."""
+    """The PNG can be opened, and the first part has the leaf's colour."""
     require_module("PIL")
     from io import BytesIO
 
@@ -68,13 +68,13 @@ def test_png_has_the_size_and_the_colours() -> None:
 
 
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing Pillow is one error that says how to get it."""
+    """If Pillow is missing, one error says how to get it."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(VhdkitError, match=r"vhdkit\[picture\]"):
         as_png(draw(counted(), ["leaf.avhd", "base.vhd"]))
 
 
 def test_signs() -> None:
-    """Layers have one character each, as far as characters go."""
+    """Each layer is shown by its own character, as far as there are characters."""
     assert [glyph_of(one) for one in (0, 9, 10, 35, 36)] == ["0", "9", "a", "z", "+"]
     assert paler("#000000") == "#aaaaaa"

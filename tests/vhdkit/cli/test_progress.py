@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When progress is shown, and what."""
+"""When progress is shown, and in which form."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vhdkit.cli.progress import FittingBar, progress_shown
 PLAIN = Common(OpenOptions(), json=False, quiet=False, verbose=False)
 
 
-def test_no_terminal_no_progress() -> None:
-    """Where standard error is no terminal nothing is shown unless it is asked for."""
+def test_no_progress_without_a_terminal() -> None:
+    """If standard error is not a terminal, progress is shown only on request."""
     with progress_shown(PLAIN, None, "converting") as show:
         assert show is None
     with progress_shown(PLAIN, False, "converting") as show:
         assert show is None
 
 
-def test_lines_when_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """--progress without a terminal prints plain lines with amount and speed."""
     monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0)
     with progress_shown(PLAIN, True, "converting") as show:
@@ -39,7 +39,7 @@ def test_lines_when_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a terminal a bar is drawn and taken away again; --quiet and --json have none."""
+    """On a terminal a bar is drawn and erased again; --quiet and --json have none."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setattr(progress, "_SHOW_EVERY_SECONDS", 0)
     monkeypatch.setenv("TERM", "xterm")
@@ -55,7 +55,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 @pytest.mark.parametrize("endless", [False, True])
 @pytest.mark.parametrize("width", [20, 39, 40, 41, 71, 72, 80, 103, 104, 200])
 def test_one_line_however_narrow_the_terminal_is(width: int, endless: bool) -> None:
-    """The largest numbers fit too: into 40 columns with share, speed and the time that is left."""
+    """Even the largest numbers fit into 40 columns with share, speed and remaining time."""
     now = 0.0
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     bar = FittingBar(screen, endless=endless)

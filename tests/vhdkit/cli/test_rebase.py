@@ -11,25 +11,25 @@ from vhdkit.units import MIB
 
 
 def move_middle() -> None:
-    """Take the middle of the chain to another folder under another name."""
+    """Move the middle layer to another folder under another name."""
     Path("moved").mkdir()
     Path("middle.avhd").rename("moved/mid.avhd")
     good("rebase", "moved/mid.avhd", "--parent", "base.vhd", "--allow-parent-dir", ".")
 
 
-def test_the_command_that_the_error_names_mends_it() -> None:
-    """A moved parent: the error names `vhdkit rebase`, which makes the chain whole again."""
+def test_the_suggested_command_repairs_the_chain() -> None:
+    """If a parent was moved, the error suggests `vhdkit rebase`, which makes the chain complete again."""
     content = make_chain()
     move_middle()
     assert "vhdkit rebase leaf.avhd --parent PARENT" in failure("map", "leaf.avhd", code=6)
-    told = good("rebase", "leaf.avhd", "--parent", "moved/mid.avhd", "--allow-parent-dir", ".")
-    assert "leaf.avhd now stands on moved/mid.avhd" in told
+    output = good("rebase", "leaf.avhd", "--parent", "moved/mid.avhd", "--allow-parent-dir", ".")
+    assert "leaf.avhd now stands on moved/mid.avhd" in output
     assert run("check", "leaf.avhd").exit_code == 0
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
 
 
-def test_as_json() -> None:
+def test_json() -> None:
     """The document names both files."""
     make_chain()
     expected = {"path": "leaf.avhd", "parent": "middle.avhd", "dry_run": False}
@@ -37,8 +37,8 @@ def test_as_json() -> None:
     assert document("rebase", "leaf.avhd", "--parent", "middle.avhd", "--dry-run") == expected | {"dry_run": True}
 
 
-def test_what_cannot_be_rebased() -> None:
-    """Another disk, no parent at all, a missing file, no option: each its exit code, and nothing changes."""
+def test_refusals() -> None:
+    """Another disk, no parent at all, a missing file, no option: each has its exit code, and nothing changes."""
     make_chain()
     before = Path("leaf.avhd").read_bytes()
     good("create", "other.vhd", "--size", "8M")
@@ -50,33 +50,33 @@ def test_what_cannot_be_rebased() -> None:
 
 
 def test_a_converted_parent() -> None:
-    """A parent converted to another kind has a new id: refused with a hint, accepted after the comparison."""
+    """A parent converted to another kind has a new id: it is refused with a hint, and accepted after a comparison."""
     content = make_chain()
     good("convert", "middle.avhd", "whole.vhd", "--to", "fixed")
     assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
-    told = run("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", "--progress")
-    assert told.exit_code == 0 and "leaf.avhd now stands on whole.vhd" in told.stdout
+    output = run("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", "--progress")
+    assert output.exit_code == 0 and "leaf.avhd now stands on whole.vhd" in output.stdout
     Path("middle.avhd").unlink()
     Path("base.vhd").unlink()
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
 
 
-def test_a_parent_that_is_gone_can_be_replaced() -> None:
-    """The hints lead out: to the comparison, from there to the id that accepts another image without one."""
+def test_a_lost_parent_can_be_replaced() -> None:
+    """The hints lead first to the comparison, and then to the id that accepts another image without one."""
     content = make_chain()
     good("convert", "middle.avhd", "whole.vhd", "--to", "fixed")
     found = vhdkit.image_id("whole.vhd")
-    told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found), code=2)
-    assert "which is there" in told and "--unsafe-new-id instead of --accept-parent-id" in told
+    output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found), code=2)
+    assert "which is there" in output and "--unsafe-new-id instead of --accept-parent-id" in output
     Path("middle.avhd").unlink()
     assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
-    told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", code=6)
-    assert told.endswith(f"say --accept-parent-id {found}")
+    output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", code=6)
+    assert output.endswith(f"say --accept-parent-id {found}")
     before = Path("leaf.avhd").read_bytes()
     other = "00010203-0405-0607-0809-0a0b0c0d0e0f"
-    told = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", other, code=6)
-    assert f"expected id {other}, found id {found}" in told
+    output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", other, code=6)
+    assert f"expected id {other}, found id {found}" in output
     assert "is not an id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", "x", code=2)
     assert Path("leaf.avhd").read_bytes() == before
     words = ("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found))
@@ -86,8 +86,8 @@ def test_a_parent_that_is_gone_can_be_replaced() -> None:
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
 
 
-def test_a_parent_of_another_size_is_confirmed() -> None:
-    """By its id alone it is refused, with its size; that is accepted when it is said, and no other."""
+def test_a_parent_of_another_size_must_be_confirmed() -> None:
+    """The id alone is refused, with the size that was found; only that size is then accepted."""
     make_chain()
     with vhdkit.open_disk("leaf.avhd") as disk:
         size = disk.size_bytes
@@ -96,8 +96,8 @@ def test_a_parent_of_another_size_is_confirmed() -> None:
     Path("middle.avhd").unlink()
     before = Path("leaf.avhd").read_bytes()
     words = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-id", found)
-    told = failure(*words, code=6)
-    assert f"{size + MIB} bytes" in told and f"say --accept-parent-size {size + MIB} as well" in told
+    output = failure(*words, code=6)
+    assert f"{size + MIB} bytes" in output and f"say --accept-parent-size {size + MIB} as well" in output
     assert "has another size" in failure(*words, "--accept-parent-size", str(size + 512), code=6)
     assert Path("leaf.avhd").read_bytes() == before
     without = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-size", "512")

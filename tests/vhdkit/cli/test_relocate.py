@@ -9,13 +9,13 @@ import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, make_chain, names
 
 
-def test_relocate_moves_and_says_so(folder: Path) -> None:
-    """A dry run says what would move; then it moves, and the chain is clean in its new place."""
+def test_relocate_moves_and_reports(folder: Path) -> None:
+    """A dry run lists what would move; then it moves, and the chain is sound in its new place."""
     content = make_chain()
     Path("new place").mkdir()
     assert "would move" in good("relocate", "leaf.avhd", "new place", "--dry-run")
-    told = document("relocate", "leaf.avhd", "new place")
-    assert [Path(one["new"]).name for one in told["moves"]] == ["leaf.avhd", "middle.avhd", "base.vhd"]
+    result = document("relocate", "leaf.avhd", "new place")
+    assert [Path(one["new"]).name for one in result["moves"]] == ["leaf.avhd", "middle.avhd", "base.vhd"]
     assert names(folder) == ["new place"]
     assert "clean" in good("check", "new place/leaf.avhd")
     Path("flat.raw").write_bytes(content)
@@ -23,8 +23,8 @@ def test_relocate_moves_and_says_so(folder: Path) -> None:
     assert "stays: " in good("relocate", "new place/leaf.avhd", "new place")
 
 
-def test_what_cannot_move(folder: Path) -> None:
-    """No folder, a taken name, a busy chain, an inner layer: each its exit code."""
+def test_refusals(folder: Path) -> None:
+    """No folder, a taken name, a busy chain, an inner layer: each has its exit code."""
     make_chain()
     Path("new").mkdir()
     failure("relocate", "leaf.avhd", "nowhere", code=1)

@@ -15,7 +15,7 @@ BLOCK = 512 * KIB
 
 
 def damaged(name: str, **fields: object) -> bytes:
-    """A dynamic image that needs a repair; its bytes."""
+    """Make a dynamic image that needs a repair; return its bytes."""
     values: dict[str, object] = {
         "size": 4 * MIB,
         "block_size": BLOCK,
@@ -27,41 +27,41 @@ def damaged(name: str, **fields: object) -> bytes:
 
 
 def test_repair_and_restore() -> None:
-    """A repair says what it did, how it is taken back, and what is left; the typed line takes it back."""
+    """A repair reports what it did, how to undo it, and what is left; the printed command undoes it."""
     before = damaged("a b.vhd")
     assert "would do: the trailing footer was absent" in run("check", "a b.vhd", "--repair", "--dry-run").stdout
     assert Path("a b.vhd").read_bytes() == before
-    told = good("check", "a b.vhd", "--repair", "--undo", "undo file")
-    assert "repaired: the trailing footer was absent" in told
-    assert "vhdkit check 'a b.vhd' --restore 'undo file'" in told and "a b.vhd: clean" in told
+    output = good("check", "a b.vhd", "--repair", "--undo", "undo file")
+    assert "repaired: the trailing footer was absent" in output
+    assert "vhdkit check 'a b.vhd' --restore 'undo file'" in output and "a b.vhd: clean" in output
     assert "nothing to repair" in good("check", "a b.vhd", "--repair")
     result = run("check", "a b.vhd", "--restore", "undo file")
     assert result.exit_code == 4 and "restored" in result.stdout
     assert Path("a b.vhd").read_bytes() == before
 
 
-def test_consent_is_asked_for(folder: Path) -> None:
-    """Without consent the exit code stays 3, the option is named and nothing changes; with it a report lies there."""
+def test_consent_is_required(folder: Path) -> None:
+    """Without consent the code stays 3, the option is named and nothing changes; with it a report is written."""
     damaged("a.vhd", entries={3: 0x7FFFFFFF})
     result = run("check", "a.vhd", "--repair")
     assert result.exit_code == 3
     assert "not done: 1 blocks have impossible places" in result.stdout and "needs --accept-data-loss" in result.stdout
-    told = document("check", "a.vhd", "--repair", "--accept-data-loss", "--report", "lost.json")
+    repaired = document("check", "a.vhd", "--repair", "--accept-data-loss", "--report", "lost.json")
     lost = [{"offset_bytes": 3 * BLOCK, "size_bytes": BLOCK}]
-    assert [one["lost"] for one in told["repair"]["fixes"] if one["code"] == "bat"] == [lost]
-    assert told["status"] == "clean" and told["repair"]["report"] == "lost.json"
+    assert [one["lost"] for one in repaired["repair"]["fixes"] if one["code"] == "bat"] == [lost]
+    assert repaired["status"] == "clean" and repaired["repair"]["report"] == "lost.json"
     assert names(folder) == ["a.vhd", "lost.json"]
 
 
 @pytest.mark.parametrize("words", [["--undo", "x"], ["--accept-data-loss"], ["--writer-is-dead"], ["--dry-run"]])
-def test_options_of_a_repair_alone(words: list[str]) -> None:
-    """They mean nothing without --repair."""
+def test_repair_options_need_repair(words: list[str]) -> None:
+    """They are refused without --repair."""
     damaged("a.vhd")
     assert "goes with --repair" in failure("check", "a.vhd", *words, code=2)
 
 
-def test_what_cannot_be_repaired() -> None:
-    """Missing, in use, raw, taken backup, no backup: each its exit code."""
+def test_refusals() -> None:
+    """A missing image, one in use, a raw one, an existing backup file, no backup: each has its exit code."""
     damaged("a.vhd")
     Path("disk.raw").write_bytes(b"r" * 4096)
     Path("taken").touch()

@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, run
 
 
-def test_resize_says_what_it_did() -> None:
-    """Larger, the same, smaller, with a plan first; the disk keeps its content."""
+def test_resize_reports_what_it_did() -> None:
+    """Larger, unchanged, smaller, with a plan first; the disk keeps its content."""
     content = make_chain()
     assert "would be resized 8.0 MiB (8388608 bytes) -> 4.0 GiB" in good("resize", "--dry-run", "leaf.avhd", "4G")
     assert "resized 8.0 MiB (8388608 bytes) -> 4.0 GiB" in good("resize", "leaf.avhd", "4G")
@@ -20,16 +20,16 @@ def test_resize_says_what_it_did() -> None:
     assert run("check", "leaf.avhd").exit_code == 0
 
 
-def test_resize_as_json() -> None:
-    """The document has the sizes, and the file's."""
+def test_json() -> None:
+    """The document has the disk's sizes and the file's."""
     good("create", "disk.vhd", "--size", "8M")
-    told = document("resize", "disk.vhd", "16M")
-    assert (told["virtual_size_before_bytes"], told["virtual_size_after_bytes"]) == (8 * MIB, 16 * MIB)
-    assert told["file_size_after_bytes"] == Path("disk.vhd").stat().st_size and told["notes"] == []
+    result = document("resize", "disk.vhd", "16M")
+    assert (result["virtual_size_before_bytes"], result["virtual_size_after_bytes"]) == (8 * MIB, 16 * MIB)
+    assert result["file_size_after_bytes"] == Path("disk.vhd").stat().st_size and result["notes"] == []
 
 
-def test_what_resize_refuses() -> None:
-    """Parents, sizes that are none, too large ones, missing files: each its exit code and one line."""
+def test_refusals() -> None:
+    """Parents, invalid sizes, sizes that are too large, missing files: each has its exit code and one line."""
     make_chain()
     assert "is the parent of" in failure("resize", "base.vhd", "16M", code=5)
     assert run("resize", "leaf.avhd", "much").exit_code == 2
@@ -42,7 +42,7 @@ def test_what_resize_refuses() -> None:
 
 
 def test_a_size_is_rounded_up_to_whole_sectors() -> None:
-    """Any size works, and that it was rounded is said on standard error, not in JSON or with --quiet."""
+    """Any size works; the rounding is reported on standard error, but not in JSON or with --quiet."""
     good("create", "disk.vhd", "--size", "8M")
     result = run("resize", "disk.vhd", "0.1G")
     assert result.exit_code == 0 and "0.1G is not a whole number of 512-byte sectors" in result.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve` as a process: readiness, signals, sockets, what it leaves behind, and wrong command lines."""
+"""`serve` as a process: readiness, signals, sockets, what remains afterwards, and wrong command lines."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from tests.vhdkit.cli.running import failure, finish, good, make_chain, names, s
 
 
 def digest(path: str) -> str:
-    """Of a file's bytes."""
+    """A digest of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def copied(uri: str) -> bytes:
-    """The whole export, by nbdcopy."""
+    """The whole export, read by nbdcopy."""
     run_tool([require_tool("nbdcopy"), uri, "copy.raw"])
     return Path("copy.raw").read_bytes()
 
 
 def put(uri: str, data: bytes) -> None:
-    """Fill the export from its beginning, and flush."""
+    """Write to the start of the export, and flush."""
     Path("put.raw").write_bytes(data)
     run_tool([require_tool("nbdcopy"), "--flush", "put.raw", uri])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serves_until_a_signal(number: int, folder: Path) -> None:
-    """A chain reads back whole; a signal ends it with 0, and nothing is left but the images."""
+    """A chain is served completely; a signal ends the server with 0, and only the images remain."""
     content = make_chain()
     before = names(folder)
     with serving("leaf.avhd", "--socket", "a b.sock", "--pid-file", "pid") as server:
@@ -55,8 +55,8 @@ def test_serves_until_a_signal(number: int, folder: Path) -> None:
     good("check", "leaf.avhd")
 
 
-def test_address_on_standard_output() -> None:
-    """Without --json the address is one line, whatever is asked for, and the private folder goes at the end."""
+def test_the_address_on_standard_output() -> None:
+    """Without --json the address is one line for every transport, and the private folder is removed at the end."""
     good("create", "a.vhd", "--size", "1M")
     process = start("serve", "a.vhd", "--listen", "localhost:0")
     assert process.stdout is not None
@@ -74,7 +74,7 @@ def test_address_on_standard_output() -> None:
 
 
 def test_several_exports() -> None:
-    """Each image under its file's name or its own; the first is the default."""
+    """Each image is served under its file name or a given name; the first is the default."""
     for name, size in (("a.vhd", "1M"), ("b.vhd", "2M"), ("c.vhd", "3M")):
         good("create", name, "--size", size)
     with serving("a.vhd", "b.vhd", "--export", "see/me=c.vhd", "--socket", "s") as server:
@@ -88,8 +88,8 @@ def test_several_exports() -> None:
 
 
 @pytest.mark.parametrize("engine", [(), ("--engine", "nbdkit")], ids=["builtin", "nbdkit"])
-def test_description(engine: tuple[str, ...]) -> None:
-    """Clients that list the exports see the words that were given, also after a live snapshot."""
+def test_descriptions(engine: tuple[str, ...]) -> None:
+    """Clients that list the exports see the given descriptions, also after a live snapshot."""
     if engine:
         require_nbdkit()
     good("create", "a.vhd", "--size", "1M")
@@ -104,8 +104,8 @@ def test_description(engine: tuple[str, ...]) -> None:
         assert [one["description"] for one in listed] == ["Büro, 2nd floor", *(["of Tuesday"] if control else [])]
 
 
-def test_overlay_leaves_the_images_alone() -> None:
-    """With --overlay clients write, and at the end every file of the chain is as it was; several may do so at once."""
+def test_overlay_leaves_the_images_unchanged() -> None:
+    """With --overlay clients can write, the chain's files stay unchanged, and several servers may do so at once."""
     content = make_chain()
     before = {name: digest(name) for name in ("base.vhd", "middle.avhd", "leaf.avhd")}
     with serving("leaf.avhd", "--overlay", "--socket", "a") as server, serving("leaf.avhd", "--overlay") as other:
@@ -116,8 +116,8 @@ def test_overlay_leaves_the_images_alone() -> None:
     assert {name: digest(name) for name in before} == before
 
 
-def test_kept_overlay() -> None:
-    """With --keep-overlay the changes are a child of the image; it is valid after kill -9 too, and never replaced."""
+def test_keep_overlay() -> None:
+    """With --keep-overlay the changes are a child of the image; it is valid after kill -9, too, and never replaced."""
     content = make_chain()
     before = digest("leaf.avhd")
     Path("elsewhere").mkdir()
@@ -137,8 +137,8 @@ def test_kept_overlay() -> None:
     assert not Path("new.avhd").exists()
 
 
-def test_killed_overlay_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After kill -9 there is no trace of a temporary overlay."""
+def test_a_killed_overlay_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After kill -9 no trace of a temporary overlay is left."""
     make_chain()
     Path("tmp").mkdir()
     with serving("leaf.avhd", "--overlay", "--socket", "s", env={"TMPDIR": str(Path("tmp").absolute())}) as server:
@@ -148,7 +148,7 @@ def test_killed_overlay_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(Path("tmp").iterdir())
 
 
-def test_written_data_is_there_afterwards() -> None:
+def test_written_data_is_on_the_disk_afterwards() -> None:
     """What a client wrote is on the disk when the server has ended."""
     content = make_chain()
     with serving("leaf.avhd") as server:
@@ -159,7 +159,7 @@ def test_written_data_is_there_afterwards() -> None:
 
 
 def test_two_servers_for_one_image() -> None:
-    """An image in use is refused with code 5; readers share it."""
+    """An image in use is refused with code 5; readers can share it."""
     good("create", "a.vhd", "--size", "1M")
     with serving("a.vhd"):
         assert "a.vhd: another program" in failure("serve", "a.vhd", code=5)
@@ -169,7 +169,7 @@ def test_two_servers_for_one_image() -> None:
 
 
 def test_killed_and_started_again() -> None:
-    """After kill -9 the same command line starts again over the stale socket and pid file."""
+    """After kill -9 the same command line replaces the stale socket and pid file and starts again."""
     good("create", "a.vhd", "--size", "1M")
     words = ("a.vhd", "--socket", "s", "--pid-file", "pid")
     with serving(*words) as server:
@@ -184,7 +184,7 @@ def test_killed_and_started_again() -> None:
 
 
 def test_exit_last() -> None:
-    """With --exit-last it ends when its last client has gone."""
+    """With --exit-last the server ends when its last client disconnects."""
     make_chain()
     with serving("leaf.avhd", "--read-only", "--exit-last") as server:
         run_tool([require_tool("nbdinfo"), "--size", server.uri])
@@ -192,7 +192,7 @@ def test_exit_last() -> None:
 
 
 def test_socket_activation(tmp_path: Path) -> None:
-    """`nbdcopy -- [ vhdkit serve IMAGE ]`: the socket is passed, nothing is printed, the copy is whole."""
+    """`nbdcopy -- [ vhdkit serve IMAGE ]`: the socket is passed, nothing is printed, and the copy is complete."""
     content = make_chain()
     command = ["[", os.path.join(os.path.dirname(sys.executable), "vhdkit"), "serve", "leaf.avhd", "]"]
     run_tool([require_tool("nbdcopy"), "--", *command, "copy.raw"])
@@ -200,8 +200,8 @@ def test_socket_activation(tmp_path: Path) -> None:
     assert failure("serve", "gone.vhd", code=1)
 
 
-def test_passed_descriptor_that_is_no_socket() -> None:
-    """LISTEN_FDS for something that does not listen is refused in one line."""
+def test_a_passed_descriptor_that_is_not_a_socket() -> None:
+    """LISTEN_FDS with a descriptor that does not listen is refused in one line."""
     good("create", "a.vhd", "--size", "1M")
     program = (
         "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
@@ -214,8 +214,8 @@ def test_passed_descriptor_that_is_no_socket() -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "descriptor 3" in done.stderr
 
 
-def test_service_manager_is_told() -> None:
-    """READY=1 when clients can connect, STOPPING=1 when it ends."""
+def test_the_service_manager_is_notified() -> None:
+    """READY=1 is sent when clients can connect, STOPPING=1 when the server ends."""
     good("create", "a.vhd", "--size", "1M")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("notify.sock")
@@ -234,7 +234,7 @@ def test_service_manager_is_told() -> None:
 
 
 def test_follow_leaf() -> None:
-    """--follow-leaf serves the newest image that stands on the one named; two that do are both named."""
+    """--follow-leaf serves the newest image built on the one named; if there are two, both are named."""
     make_chain()
     assert "is the parent of" in failure("serve", "base.vhd", code=5)
     with serving("base.vhd", "--follow-leaf") as server:
@@ -280,7 +280,7 @@ def test_follow_leaf() -> None:
     ],
 )
 def test_wrong_command_lines(words: list[str], code: int, text: str, folder: Path) -> None:
-    """Each is one line that names what is wrong, and leaves nothing."""
+    """Each ends with one line that names what is wrong, and leaves no file."""
     for name in ("a.vhd", "b.vhd"):
         good("create", name, "--size", "1M")
     before = names(folder)

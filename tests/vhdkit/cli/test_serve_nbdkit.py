@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve --engine nbdkit` as a process: the same sockets, signals and names, nbdkit's own arguments, and refusals."""
+"""`serve --engine nbdkit` as a process: the same sockets, signals and names, nbdkit's arguments, and refusals."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ENGINE = ("--engine", "nbdkit")
 
 @pytest.fixture
 def nbdkit() -> str:
-    """The real one."""
+    """The real nbdkit."""
     return require_nbdkit()
 
 
 def fake_nbdkit(folder: Path, script: str) -> dict[str, str]:
-    """An environment in which nbdkit is this shell script."""
+    """An environment in which this shell script takes the place of nbdkit."""
     program = folder / "bin" / "nbdkit"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -39,7 +39,7 @@ def fake_nbdkit(folder: Path, script: str) -> dict[str, str]:
 @pytest.mark.interop
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serves_until_a_signal(nbdkit: str, number: int, folder: Path) -> None:
-    """A chain reads back whole; a signal ends nbdkit with 0; the socket is private and gone at the end."""
+    """A chain is served completely; a signal ends nbdkit with 0; the socket is private and removed at the end."""
     require_tool("nbdcopy")
     content = make_chain()
     before = names(folder)
@@ -63,7 +63,7 @@ def test_serves_until_a_signal(nbdkit: str, number: int, folder: Path) -> None:
 
 @pytest.mark.interop
 def test_arguments_for_nbdkit(nbdkit: str) -> None:
-    """What follows "--" reaches nbdkit: options and a filter's settings. With cow the image is only read."""
+    """Arguments after "--" reach nbdkit: options and a filter's settings. With cow the image is only read."""
     require_tool("nbdinfo")
     good("create", "a.vhd", "--size", "4M")
     before = Path("a.vhd").read_bytes()
@@ -72,7 +72,7 @@ def test_arguments_for_nbdkit(nbdkit: str) -> None:
     assert process.stdout is not None
     uri = process.stdout.readline().decode().strip()
     assert run_tool(["nbdinfo", "--size", uri]).stdout.strip() == str(1 << 20)
-    good("compare", "a.vhd", "a.vhd")  # readers are welcome
+    good("compare", "a.vhd", "a.vhd")  # readers are accepted
     process.terminate()
     assert finish(process) == (0, "", "")
     assert Path("a.vhd").read_bytes() == before
@@ -80,7 +80,7 @@ def test_arguments_for_nbdkit(nbdkit: str) -> None:
 
 @pytest.mark.interop
 def test_overlay_read_only_and_exit_last(nbdkit: str) -> None:
-    """`--overlay`, `--read-only` and `--exit-last` mean what they mean with our own engine; several exports too."""
+    """`--overlay`, `--read-only` and `--exit-last` work as with our own engine; several exports, too."""
     require_tool("nbdcopy")
     good("create", "a.vhd", "--size", "1M")
     good("create", "b.vhd", "--size", "2M")
@@ -100,7 +100,7 @@ def test_overlay_read_only_and_exit_last(nbdkit: str) -> None:
 
 @pytest.mark.interop
 def test_killed(nbdkit: str) -> None:
-    """nbdkit does not outlive us, and when it dies we say so and end with 1."""
+    """nbdkit does not outlive us; if it dies, we report it and end with 1."""
     good("create", "a.vhd", "--size", "1M")
     process = start_server("a.vhd", *ENGINE)
     read_ready(process)
@@ -112,8 +112,8 @@ def test_killed(nbdkit: str) -> None:
 
 
 @pytest.mark.interop
-def test_wrong_words(nbdkit: str, folder: Path) -> None:
-    """What is wrong with an image is told by us, what is wrong with a filter by nbdkit; no socket stays."""
+def test_invalid_arguments(nbdkit: str, folder: Path) -> None:
+    """We report what is wrong with an image, nbdkit what is wrong with a filter; no socket is left."""
     assert "gone.vhd" in failure("serve", "gone.vhd", *ENGINE, code=1)
     good("create", "a.vhd", "--size", "1M")
     good("create", "child.avhd", "--parent", "a.vhd")
@@ -124,14 +124,14 @@ def test_wrong_words(nbdkit: str, folder: Path) -> None:
     assert names(folder) == before
 
 
-def test_what_nbdkit_has_not() -> None:
-    """Options that only our own engine can serve are refused by name."""
+def test_options_that_nbdkit_does_not_support() -> None:
+    """Options that only our own engine supports are refused by name."""
     good("create", "a.vhd", "--size", "1M")
     assert "--control" in failure("serve", "a.vhd", "--control", "c", *ENGINE, code=2)
 
 
 def test_another_minor_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nbdkit of another Python is refused, with both numbers and what to do."""
+    """An nbdkit for another version of Python is refused, with both versions and what to do."""
     good("create", "a.vhd", "--size", "1M")
     other = f"{sys.version_info[0]}.{sys.version_info[1] + 1}"
     environment = fake_nbdkit(folder, f"echo name=python; echo python_version={other}.2")
@@ -150,13 +150,13 @@ def test_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "its python plugin is not installed" in failure("serve", "a.vhd", *ENGINE, code=1)
 
 
-def test_first_nbdkit_of_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that a shell would start."""
+def test_the_first_nbdkit_of_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nbdkit that a shell would start is used."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}.0"
     monkeypatch.setenv("PATH", fake_nbdkit(folder, f"echo python_version={version}")["PATH"])
     assert find_nbdkit() == str(folder / "bin" / "nbdkit")
 
 
-def test_names_that_begin_with_a_dash() -> None:
+def test_names_that_start_with_a_dash() -> None:
     """With our own engine "--" still ends the options."""
     assert "-x.vhd" in failure("serve", "--", "-x.vhd", code=1)

@@ -12,8 +12,8 @@ import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, make_chain, names, run
 
 
-def test_snapshot_says_what_it_made(folder: Path) -> None:
-    """One leaf, a name of its own or the next free one; the old leaf is said to be read-only."""
+def test_snapshot_reports_what_it_made(folder: Path) -> None:
+    """One leaf, with a given name or the next free one; the output says that the old leaf is read-only."""
     content = make_chain()
     assert "created leaf-1.avhd on leaf.avhd, which is read-only" in good("snapshot", "leaf.avhd")
     assert "would create mine.avhd" in good("snapshot", "leaf-1.avhd", "mine.avhd", "--dry-run")
@@ -27,27 +27,27 @@ def test_snapshot_of_a_set_as_json() -> None:
     """The document lists leaves and children in the order of the command line."""
     make_chain()
     good("create", "data=1.vhd", "--size", "1M")
-    told = document("snapshot", "--many", "leaf.avhd=a b.avhd", "data=1.vhd=x=y.avhd")
-    assert told == {
+    result = document("snapshot", "--many", "leaf.avhd=a b.avhd", "data=1.vhd=x=y.avhd")
+    assert result == {
         "snapshots": [
             {"leaf": "leaf.avhd", "new": "a b.avhd", "open_with": []},
             {"leaf": "data=1.vhd", "new": "x=y.avhd", "open_with": []},
         ],
         "dry_run": False,
     }
-    told = document("snapshot", "--many", "--dry-run", "a b.avhd", "x=y.avhd")
-    assert [one["new"] for one in told["snapshots"]] == ["a b-1.avhd", "x=y-1.avhd"]
+    result = document("snapshot", "--many", "--dry-run", "a b.avhd", "x=y.avhd")
+    assert [one["new"] for one in result["snapshots"]] == ["a b-1.avhd", "x=y-1.avhd"]
 
 
 @pytest.mark.parametrize("word", ["=new.avhd", "leaf.avhd="])
-def test_words_that_are_no_pair(word: str) -> None:
+def test_incomplete_pairs(word: str) -> None:
     """Half a pair is a usage error."""
     make_chain()
     assert "is not LEAF=NEW" in failure("snapshot", "--many", word, code=2)
 
 
-def test_what_cannot_be_frozen(folder: Path) -> None:
-    """Wrong file, folder, empty file, busy leaf, inner image, taken name: each its exit code, nothing left."""
+def test_refusals(folder: Path) -> None:
+    """Wrong file, folder, empty file, busy leaf, inner image, taken name: each has its exit code; no file is left."""
     make_chain()
     Path("empty.vhd").touch()
     Path("dir").mkdir()
@@ -67,11 +67,11 @@ def test_what_cannot_be_frozen(folder: Path) -> None:
     assert names(folder) == before
 
 
-def test_a_raw_leaf_needs_its_option_afterwards() -> None:
-    """A snapshot of a raw disk says how the child is opened."""
+def test_a_child_of_a_raw_leaf_needs_an_option() -> None:
+    """A snapshot of a raw disk names the option with which the child is opened."""
     Path("disk.raw").write_bytes(b"r" * 4096)
-    told = document("snapshot", "disk.raw")
-    assert told["snapshots"][0]["open_with"] == ["--allow-raw-parent"]
+    result = document("snapshot", "disk.raw")
+    assert result["snapshots"][0]["open_with"] == ["--allow-raw-parent"]
     assert (
         "note: opening disk-1.avhd needs --allow-raw-parent"
         in run("snapshot", "disk.avhd", "--allow-raw-parent").stderr
@@ -79,10 +79,10 @@ def test_a_raw_leaf_needs_its_option_afterwards() -> None:
 
 
 def test_clones() -> None:
-    """Several children of one base, which may be the leaf of others already."""
+    """Several children of one base, which may be the leaf of other chains already."""
     make_chain()
-    told = document("clone", "middle.avhd", "one.avhd", "two.avhd")
-    assert [one["new"] for one in told["clones"]] == ["one.avhd", "two.avhd"]
+    result = document("clone", "middle.avhd", "one.avhd", "two.avhd")
+    assert [one["new"] for one in result["clones"]] == ["one.avhd", "two.avhd"]
     assert "would create three.avhd" in good("clone", "middle.avhd", "three.avhd", "--dry-run")
     assert "equal" in good("compare", "one.avhd", "two.avhd")
     failure("clone", "middle.avhd", "four.avhd", "two.avhd", code=1)

@@ -15,7 +15,7 @@ from vhdkit.serve.nbd.server import NbdServer
 
 
 def test_line() -> None:
-    """Clients, rate, how long half and nearly all requests took, totals; nothing about times before the first."""
+    """Clients, rate, median and 99th percentile of request times, totals; no times before the first request."""
     server = NbdServer([])
     try:
         assert stats_line(server, 0) == "0 clients, 0 requests/s, 0 in all, 0 errors"
@@ -29,7 +29,7 @@ def test_line() -> None:
 
 
 def test_shown_on_a_terminal_only() -> None:
-    """Standard error that is a terminal gets the line, a pipe does not."""
+    """The line appears if standard error is a terminal, and not in a pipe."""
     good("create", "a.vhd", "--size", "1M")
     with serving("a.vhd", "--stats") as server:
         time.sleep(1.3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Styles of lines: the same as rich's, which is not imported for them."""
+"""Styled lines: the same as rich prints, without importing rich."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ VARIABLES = ("TERM", "COLORTERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE")
 
 
 class Output(io.StringIO):
-    """Standard output that says whether it is a terminal."""
+    """A standard output that claims to be a terminal or not."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
         self.terminal = terminal
 
     def isatty(self) -> bool:
-        """Whether it is one."""
+        """Whether it is a terminal."""
         return self.terminal
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("number", range(len(ENVIRONMENTS)))
 def test_lines_look_as_rich_prints_them(number: int, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every kind of terminal, into a pipe, and whatever the environment asks for: byte for byte the same."""
+    """On every kind of terminal, in a pipe, and whatever the environment requests: byte for byte the same."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENTS[number].items():

@@ -15,7 +15,7 @@ LAYERS = 3
 
 @given(st.lists(st.integers(-1, LAYERS - 1), min_size=1, max_size=200), st.integers(1, 40))
 def test_counts_agree_with_counting_sectors(owners: list[int], max_cells: int) -> None:
-    """Cells hold what one gets by looking at every sector."""
+    """Cells hold what a count of every single sector gives."""
     size_bytes = len(owners) * 512
     counted = tally(extents_of(owners), size_bytes, LAYERS, max_cells)
     assert counted.cell_count <= max_cells and counted.data.sum() == 512 * sum(owner >= 0 for owner in owners)
@@ -32,21 +32,21 @@ def test_counts_agree_with_counting_sectors(owners: list[int], max_cells: int) -
 
 
 def extents_of(owners: list[int]) -> list[Extent]:
-    """One extent per sector; -1 is nobody's."""
+    """One extent per sector; -1 means that no layer owns it."""
     return [
         Extent(index, 1, ExtentKind.ZERO if owner < 0 else ExtentKind.DATA, owner, None if owner < 0 else index * 512)
         for index, owner in enumerate(owners)
     ]
 
 
-def test_zeros_of_a_layer_are_counted_apart() -> None:
-    """A hole in a layer's file is no data, and is told."""
+def test_zeros_of_a_layer_are_counted_separately() -> None:
+    """A hole in a layer's file does not count as data, but as zeros of that layer."""
     counted = tally([Extent(0, 4, ExtentKind.ZERO, 1), Extent(4, 4, ExtentKind.DATA, 0, 0)], 4096, 2, 8)
     assert counted.zero_bytes == (0, 2048) and counted.data_bytes(0) == 2048
 
 
 def test_lanes_keep_the_proportions() -> None:
-    """A lane is the whole disk, whether it has more or fewer places than the disk has cells."""
+    """A lane covers the whole disk, whether it has more or fewer positions than the disk has cells."""
     counted = tally(extents_of([0, 0, 0, -1, -1, -1]), 6 * 512, 1, 6)
     assert counted.lane(0, 2).tolist() == [1, 0]
     assert counted.lane(0, 12).tolist() == [1] * 6 + [0] * 6
@@ -54,12 +54,12 @@ def test_lanes_keep_the_proportions() -> None:
 
 
 def test_cells_are_powers_of_two() -> None:
-    """A cell is never less than a sector, and 2 TiB fits too."""
+    """A cell is never smaller than a sector, and 2 TiB fits, too."""
     assert cell_size(512, 1000) == 512
     assert cell_size(2 << 40, 512) == 4 << 30
     assert cell_size((2 << 40) + 512, 512) == 8 << 30
 
 
 def test_runs_of_equal_neighbours() -> None:
-    """Every place is in exactly one run."""
+    """Every position is in exactly one run."""
     assert list(alike(np.array([1, 1, 2, 1]))) == [(0, 2), (2, 3), (3, 4)]

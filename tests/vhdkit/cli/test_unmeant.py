@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that nobody means as an end: a server lives on, with all that was written to it."""
+"""Signals that are not a request to end: a server continues, with everything that was written to it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vhdkit.cli.unmeant import UNMEANT_SIGNALS, unmeant_ignored
 
 
 @pytest.mark.parametrize("engine", ["builtin", "nbdkit"])
-def test_server_lives_on(engine: str) -> None:
-    """USR1, USR2, ALRM and their like do nothing to a server; what was written and not flushed is there afterwards."""
+def test_the_server_continues(engine: str) -> None:
+    """USR1, USR2, ALRM and the like do not affect a server; data written but not flushed is there afterwards."""
     if engine == "nbdkit":
         require_nbdkit()
     good("create", "a.vhd", "--size", "8M")
@@ -38,15 +38,15 @@ def test_server_lives_on(engine: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGXCPU])
-def test_other_ends_are_in_order(number: int) -> None:
-    """Ctrl-\\ and a used-up time limit end a server as SIGTERM does."""
+def test_other_signals_end_the_server_in_order(number: int) -> None:
+    r"""Ctrl-\ and an exceeded CPU limit end a server as SIGTERM does."""
     good("create", "a.vhd", "--size", "8M")
     with serving("a.vhd") as server:
         assert server.stop(number) == (0, "")
 
 
-def test_handlers_come_back() -> None:
-    """After the block each signal does what it did before; on another thread nothing is changed."""
+def test_handlers_are_restored() -> None:
+    """After the block each signal is handled as before; on another thread nothing is changed."""
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
     try:
