@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,17 @@ def _is_property(item: pytest.Item) -> bool:
 def samples() -> Path:
     """The folder of real images; the test is skipped where it is absent."""
     return samples_dir()
+
+
+@pytest.fixture(params=(0, 0o022, 0o777), ids=("lets everybody in", "usual", "takes everything"))
+def umask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs the test under each umask. The umask belongs to the whole process: code that changes it fails."""
+    change = os.umask
+
+    def refuse(mask: int) -> int:
+        raise AssertionError("files that other threads make at this moment get these rights")
+
+    before = change(request.param)
+    monkeypatch.setattr(os, "umask", refuse)
+    yield
+    change(before)

@@ -61,7 +61,7 @@ VMM_LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmm.snapshots",),
     ("vmm.processes",),
     ("vmm.worker", "vmm.api"),
-    ("vmm", "vmm.__main__", "vmm.cli"),
+    ("vmm", "vmm.__main__", "vmm.keeper", "vmm.cli"),
 )
 # These see nothing of vhdkit but what is listed, and none of these modules of Python.
 SANS_IO: dict[str, set[str]] = {

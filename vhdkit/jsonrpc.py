@@ -166,12 +166,15 @@ class Caller:
     def next_message(self) -> Answer | Notification | None:
         """The answer to the last request, or a notification; None when more bytes are needed.
 
-        Answers to earlier requests, which the caller no longer waits for, are skipped. An answer without an id is
-        the server's reply to a line that it could not read, and counts. Raises LineTooLong, BadMessage.
+        Answers to earlier requests, which the caller no longer waits for, are skipped. An error without an id is
+        the server's reply to a line that it could not read, and counts; a result without an id answers none of our
+        requests, which all have one, and is skipped. Raises LineTooLong, BadMessage.
         """
         while (line := self._lines.next_line()) is not None:
             message = parse_message(line)
-            if isinstance(message, Notification) or message.id in (None, self._number):
+            if isinstance(message, Notification) or message.id == self._number:
+                return message
+            if message.id is None and message.failure is not None:
                 return message
         return None
 

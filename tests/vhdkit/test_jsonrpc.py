@@ -114,6 +114,7 @@ def test_any_bytes_to_a_caller_are_messages_or_a_protocol_error(data: bytes, cut
             caller.feed(piece)
             while (message := caller.next_message()) is not None:
                 assert isinstance(message, jsonrpc.Notification) or message.id in (None, 1)
+                assert isinstance(message, jsonrpc.Notification) or message.id == 1 or message.failure is not None
     except jsonrpc.ProtocolError as error:
         assert isinstance(error, jsonrpc.LineTooLong | jsonrpc.BadMessage)
 
@@ -163,10 +164,12 @@ def test_answers_to_earlier_requests_are_skipped() -> None:
     assert caller.next_answer() is None
 
 
-def test_an_answer_without_an_id_counts() -> None:
-    """A server that could not read the request says so without its id."""
+def test_an_error_without_an_id_counts() -> None:
+    """A server that could not read the request says so without its id; a result without an id answers no request."""
     caller = jsonrpc.Caller(1 << 10)
     caller.request("status", {})
+    caller.feed(jsonrpc.encode_result(None, "of another request"))
+    assert caller.next_answer() is None
     caller.feed(jsonrpc.encode_failure(None, jsonrpc.PARSE_ERROR, "this is not JSON"))
     answer = caller.next_answer()
     assert answer is not None and answer.failure == jsonrpc.Failure(jsonrpc.PARSE_ERROR, "this is not JSON")

@@ -6,27 +6,12 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from vhdkit.sockets import SocketFile
-
-
-@pytest.fixture(params=(0, 0o022, 0o777), ids=("lets everybody in", "usual", "takes everything"))
-def umask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test under each umask. It is the whole process's: whoever changes it for a moment fails."""
-    change = os.umask
-
-    def refuse(mask: int) -> int:
-        raise AssertionError("files that other threads make at this moment get these rights")
-
-    before = change(request.param)
-    monkeypatch.setattr(os, "umask", refuse)
-    yield
-    change(before)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -9,8 +9,8 @@ folder, which tests replace.
 The identity is what stays the same when the kernel renumbers its devices: a WWN, a serial number, the id of a volume,
 the file behind a loop device. A device without any of these has no identity; its name is never used as one.
 
-Sources: Linux Documentation/ABI/{stable,testing}/sysfs-block, sysfs-class-* and sysfs-devices-*;
-proc_pid_mountinfo(5) and swapon(8); udev's 60-persistent-storage.rules for the order of trust among identities.
+Sources: Linux Documentation/ABI/{stable,testing}/sysfs-block, sysfs-class-* and sysfs-devices-*; udev's
+60-persistent-storage.rules for the order of trust among identities.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vmm.host import loops
+from vmm.host import device_uses, loops
 from vmm.host.loops import Inode
 from vmm.model.errors import InvalidSpec, NotFound
 
@@ -94,8 +94,8 @@ class HostDevices:
 
     def __init__(self, root: str = "/") -> None:
         self._root = root
-        self._mounts = _mounts_by_device(self._text("proc/self/mountinfo") or "")
-        self._swaps = frozenset(_swaps(self._text("proc/swaps") or ""))
+        self._mounts = device_uses.mounts_by_device(self._text("proc/self/mountinfo") or "")
+        self._swaps = frozenset(device_uses.swaps(self._text("proc/swaps") or ""))
         self._links = self._links_by_id()
         self._cache: dict[str, BlockDevice] = {}
 
@@ -396,33 +396,6 @@ def _is_block(mode: int) -> bool:
 def _what(mode: int) -> str:
     names = {0o040000: "a folder", 0o100000: "a file", 0o020000: "a character device", 0o010000: "a pipe"}
     return names.get(mode & 0o170000, "something else")
-
-
-def _mounts_by_device(text: str) -> dict[str, list[str]]:
-    """Mount points by device number and by source, from mountinfo. Some file systems report numbers of their own."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for line in text.splitlines():
-        words = line.split(" ")
-        if len(words) < 7 or "-" not in words[6:]:
-            continue
-        point, source = _unescaped(words[4]), words[words.index("-", 6) + 2 :][:1]
-        for key in {words[2], *map(_unescaped, source)}:
-            if point not in found[key]:
-                found[key].append(point)
-    return found
-
-
-def _swaps(text: str) -> Iterator[str]:
-    """Paths of the devices used as swap."""
-    for line in text.splitlines()[1:]:
-        words = line.split()
-        if len(words) > 1 and words[1] == "partition":
-            yield _unescaped(words[0])
-
-
-def _unescaped(text: str) -> str:
-    """Decode octal escapes: the kernel writes blanks in names as \\040."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def _best_link(links: tuple[str, ...]) -> str | None:

@@ -99,7 +99,7 @@ def main() -> None:
         _end(f"vmm: cannot start {command[0]}: {error.strerror}")
 
 
-def _end(words: str) -> NoReturn:
+def _end(words: str) -> NoReturn:  # net/enclosed has the same: neither script imports anything of ours
     """Exit without starting anything. Our standard error is QEMU's log, whose last line is reported."""
     os.write(2, f"{words}\n".encode())
     os.execvp("false", ["false"])

@@ -22,7 +22,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm.model import errors
-from vmm.net import frames, ipv6, ipv6_settings, plan, uplinks
+from vmm.net import bridge_features, frames, ipv6, ipv6_settings, plan, uplinks
 from vmm.net.plan import HostAddress, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import SwitchSpec
 
@@ -352,7 +352,10 @@ class Kernel:
                 ),
             )
         return HostFacts(
-            has_vlan_filtering(), uplink, tuple(self.networks(spec.bridge_name)), tuple(self.routed(spec.bridge_name))
+            bridge_features.has_vlan_filtering(),
+            uplink,
+            tuple(self.networks(spec.bridge_name)),
+            tuple(self.routed(spec.bridge_name)),
         )
 
     def _on_top(self, index: int) -> Iterator[str]:
@@ -428,24 +431,3 @@ def _place(one: HostAddress) -> dict[str, Any]:
     if one.peer is None:
         return {"address": host, "prefixlen": int(prefix)}
     return {"local": host, "address": one.peer, "prefixlen": int(prefix)}
-
-
-def has_vlan_filtering() -> bool:
-    """True when this kernel's bridges know VLANs, as its configuration or any bridge of the host says."""
-    for name in os.listdir("/sys/class/net"):
-        if os.path.isdir(f"/sys/class/net/{name}/bridge"):
-            return os.path.exists(f"/sys/class/net/{name}/bridge/vlan_filtering")
-    return _configured("CONFIG_BRIDGE_VLAN_FILTERING")
-
-
-def _configured(option: str) -> bool:
-    import gzip
-
-    wanted = f"{option}=y".encode()
-    for path in ("/proc/config.gz", f"/boot/config-{os.uname().release}"):
-        try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-                return wanted in file.read().splitlines()
-        except OSError:
-            continue
-    return False

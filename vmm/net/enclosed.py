@@ -221,7 +221,7 @@ def main() -> None:
         _end(f"vmm: {command[0]} cannot be enclosed: {error.strerror or error}")
 
 
-def _end(words: str) -> NoReturn:
+def _end(words: str) -> NoReturn:  # host/confined has the same: neither script imports anything of ours
     """Nothing is started. Our standard error is the log, of which the last line is shown."""
     os.write(2, f"{words}\n".encode())
     os.execvp("false", ["false"])

@@ -123,7 +123,9 @@ def prepare(
             uefi_variables=_uefi_variables(machine, launch) if spec.firmware == "uefi" else None,
         )
         scratch = os.path.join(runtime.folder, "dev")
-        os.makedirs(scratch, mode=0o711, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(scratch)
+        os.chmod(scratch, 0o711)  # QEMU's user must pass through it, whatever our umask is
         command = privileged_command(
             [program.find(), *qemu_arguments(spec, facts)],
             identity=identity,

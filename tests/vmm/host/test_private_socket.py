@@ -15,20 +15,6 @@ import pytest
 from vmm.host.private_socket import bind_private
 
 
-@pytest.fixture(params=(0, 0o022, 0o777), ids=("lets everybody in", "usual", "takes everything"))
-def umask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test under each umask. It is the whole process's: whoever changes it for a moment fails."""
-    change = os.umask
-
-    def refuse(mask: int) -> int:
-        raise AssertionError("files that other threads make at this moment get these rights")
-
-    before = change(request.param)
-    monkeypatch.setattr(os, "umask", refuse)
-    yield
-    change(before)
-
-
 @pytest.fixture
 def path() -> Iterator[str]:
     """A short path: the system allows 107 bytes."""

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is prepared for QEMU before it starts."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from vmm.kvm import program
+from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.model.spec import make_spec
+from vmm.worker import launch
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """A short path, in which sockets can be made, that everybody may pass through."""
+    with tempfile.TemporaryDirectory(prefix="vmm-launch-") as path:
+        os.chmod(path, 0o711)
+        yield path
+
+
+def test_qemus_user_may_pass_through_the_folder_of_its_devices(
+    folder: str, monkeypatch: pytest.MonkeyPatch, umask: None
+) -> None:
+    """The folder of device nodes is 0711 whatever the umask is, also if an earlier start left it otherwise."""
+    monkeypatch.setattr(program, "find", lambda: "qemu")
+    monkeypatch.setattr(launch, "privileged_command", lambda command, **rest: command)
+    for _ in range(2):
+        _, prepared = launch.prepare(
+            make_spec(name="web"), MachinePaths(folder), RuntimePaths(folder),
+            accelerator="tcg", incoming=False, identity=None,
+        )  # fmt: skip
+        prepared.close()
+        scratch = os.path.join(folder, "dev")
+        assert stat.S_IMODE(os.stat(scratch).st_mode) == 0o711
+        os.chmod(scratch, 0o700)
