@@ -31,7 +31,7 @@ from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records.intent import KIND, decode
 from vhdkit.chain.verbs.create import create_child, create_image
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_recovery import resume_merge
 from vhdkit.chain.verbs.merge_steps import is_complete
 from vhdkit.disk import open_disk
@@ -149,7 +149,7 @@ def _merge(plan: ChainPlan, stores: list[MemStore], index: int, fresh: bool) -> 
         one.frozen = True
     into = opened(store, index, writable=True)
     sources, below = layers[: index + 1 if fresh else index], layers[index + 1 :]
-    merge = MergePlan(sources, into, below_bytes=below[0].size_bytes if below else 0, fresh=fresh)
+    merge = plan_merge(sources, into, below_bytes=below[0].size_bytes if below else 0, fresh=fresh)
     for pieces in merge.blocks():
         if pieces:
             into.copy_in(pieces)

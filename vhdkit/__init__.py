@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from vhdkit.chain.verbs.convert import convert
     from vhdkit.chain.verbs.create import DiskFormat, create_child, create_image
     from vhdkit.chain.verbs.garbage import GarbageItem, GarbageKind, collect_garbage
-    from vhdkit.chain.verbs.merge import Merge, merge
+    from vhdkit.chain.verbs.merge import merge
+    from vhdkit.chain.verbs.merge_in_place import Merge
     from vhdkit.chain.verbs.merge_recovery import merge_under_way, resume_merge
     from vhdkit.chain.verbs.rebase import rebase
     from vhdkit.chain.verbs.relocate import Move, relocate
@@ -164,7 +165,8 @@ _HOMES = {
     "vhdkit.chain.verbs.create": "DiskFormat create_child create_image",
     "vhdkit.chain.names.family": "chain_held chain_paths find_children image_id mark_parents",
     "vhdkit.chain.verbs.garbage": "GarbageItem GarbageKind collect_garbage",
-    "vhdkit.chain.verbs.merge": "Merge merge",
+    "vhdkit.chain.verbs.merge": "merge",
+    "vhdkit.chain.verbs.merge_in_place": "Merge",
     "vhdkit.chain.verbs.merge_recovery": "merge_under_way resume_merge",
     "vhdkit.chain.verbs.rebase": "rebase",
     "vhdkit.chain.verbs.relocate": "Move relocate",

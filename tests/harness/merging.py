@@ -24,7 +24,7 @@ from tests.harness.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.records.intent import Intent, Named, Phase
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import carry_out, drop_earlier_try, fill_target, is_complete, remove_sources
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
@@ -200,9 +200,11 @@ class World:
         layers = [layer_of(store) for store in stores]
         index = self.index
         below = layers[index + 1].size_bytes if layers[index + 1 :] else 0
+        plan = plan_merge(layers[:index], layers[index], below_bytes=below)
+        target = layer_of(stores[index], writable=True) if intent.phase is Phase.COPY else layers[index]
 
         def fill() -> tuple[int, int]:
-            return fill_target(layers[:index], partial(layer_of, stores[index], writable=True), below)
+            return fill_target(plan, target, partial(layer_of, stores[index], writable=True))
 
         carry_out(intent, self, fill, [partial(self._repoint, name, intent) for name in self._children()])
 
@@ -224,7 +226,7 @@ class World:
             return
         if self.record.leaf.path in self.files:
             layers = [layer_of(store) for store in self.chain()]
-            plan = MergePlan(layers[: self.index], layers[self.index], below_bytes=DISK_SIZE)
+            plan = plan_merge(layers[: self.index], layers[self.index], below_bytes=DISK_SIZE)
             if self.record.phase is not Phase.COPY:
                 whole = is_complete(plan, Chain(layers), Chain(layers[self.index :]))
                 assert whole, "INV-MERGE-PRESERVES: the record says complete, and it is not"

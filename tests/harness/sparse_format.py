@@ -297,6 +297,10 @@ class SparseFormat:
         """See `Format`."""
         return None if _read(store) is None else self.facts(store).linkage_id
 
+    def renewed_id(self, layer: Layer) -> bytes | None:
+        """See `Format`."""
+        return None
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format`."""
         header = _read(store)

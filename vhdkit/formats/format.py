@@ -233,6 +233,16 @@ class Format(Protocol):
         """What children record of it, `ID_BYTES` long; None where nothing says it."""
         ...
 
+    def renewed_id(self, layer: Layer) -> bytes | None:
+        """The linkage id that the open, writable layer gets with its next write of content; None if it stays as it is.
+
+        A format may change the id with the first write of each session, because what children see through the image
+        changes; from then on `Layer.unique_id` is the new one. Children of such a format record several ids
+        (`ParentRef.linkage_ids`) and `relink` writes them, also for a child that is open for writing through the same
+        store, as long as nothing of that layer is unflushed and no write is under way.
+        """
+        ...
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """The ids that the file may record for its parent, `NULL_ID` for a raw one; a quick look with few reads.
 

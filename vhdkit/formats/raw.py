@@ -131,6 +131,10 @@ class RawFormat:
         """See `Format.linkage_id`."""
         return None
 
+    def renewed_id(self, layer: Layer) -> bytes | None:
+        """See `Format.renewed_id`: there is none."""
+        return None
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format.parent_ids`."""
         return frozenset()

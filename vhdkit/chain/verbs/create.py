@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import StrEnum
 
 from vhdkit import errors, formats
@@ -24,7 +25,7 @@ from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.folder_lock import folders_held
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest, Format
-from vhdkit.image import NULL_ID, Layer, ParentRef
+from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
 
@@ -198,7 +199,7 @@ def write_child(
     """
     if block_size_bytes is None:
         block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
-    link = link_to(child, parent.store.name, parent)
+    link = link_to(child, parent)
     formats.for_children_of(parent).create_child(store, size_bytes, link, block_size_bytes=block_size_bytes)
     record_parent(store, parent.store, linkage_of(parent))
 
@@ -208,9 +209,21 @@ def linkage_of(layer: Layer) -> bytes:
     return layer.unique_id or NULL_ID
 
 
-def link_to(child: str, path: str, parent: Layer) -> ParentRef:
-    """What `child` records about the open image `parent`, which lies or will lie at `path`. Raises InvalidArgument."""
-    return names_of(child, path, linkage_of(parent), parent.facts.timestamp or 0)
+def link_to(child: str, parent: Layer) -> ParentRef:
+    """What `child` records about the open image `parent`. Raises InvalidArgument.
+
+    If `parent` gets another id with the next write, both ids are recorded, the new one first: a leaf gets its child
+    while it is still written to, and perhaps is not written to again.
+    """
+    link = link_of(child, parent.store.name, parent.facts)
+    renewed = formats.of(parent).renewed_id(parent) if parent.writable else None
+    ids = tuple(one for one in (renewed, linkage_of(parent)) if one not in (None, NULL_ID))
+    return replace(link, linkage_ids=ids)
+
+
+def link_of(child: str, path: str, parent: ImageFacts) -> ParentRef:
+    """What `child` records about an image that lies or will lie at `path`. Raises InvalidArgument."""
+    return names_of(child, path, parent.linkage_id or NULL_ID, parent.timestamp or 0)
 
 
 def names_of(child: str, parent: str, linkage_id: bytes, timestamp: int) -> ParentRef:

@@ -37,9 +37,9 @@ from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase
-from vhdkit.chain.verbs.create import link_to, linkage_of, require_names
-from vhdkit.chain.verbs.merge import merge_would_break, named
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.create import link_of, linkage_of, require_names
+from vhdkit.chain.verbs.merge_parts import merge_would_break, named
+from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import RealNames, drop_earlier_try, fold, remove_sources
 from vhdkit.folder import exists, real_path
 from vhdkit.image import Layer, ParentRef
@@ -168,7 +168,7 @@ class LiveMerge:
         target = self._opened(self._store)
         sources = self._chain.layers[self._first : self._target]
         below = self._chain.layers[self._target + 1 :]
-        plan = MergePlan(sources, target, below_bytes=below[0].size_bytes if below else 0)
+        plan = plan_merge(sources, target, below_bytes=below[0].size_bytes if below else 0)
         try:
             done = fold(plan, target, progress)
         except errors.VhdkitError:
@@ -221,7 +221,7 @@ class LiveMerge:
         """Repoint the layer above the merge to the target; unless it is the leaf, through a separate opening."""
         target = self._chain.layers[self._target]
         file, target_path = _file(child), self._intent.target.path
-        parent = link_to(file.name, target_path, target)
+        parent = link_of(file.name, target_path, target.facts)
         mark_child(file.name, child.store, target_path, linkage_of(target))
         with same_content(file.name):
             self._relink(child, parent)

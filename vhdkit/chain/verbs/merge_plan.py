@@ -14,6 +14,7 @@ a source that is smaller than the leaf. Plans are made block by block, so memory
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,74 +25,32 @@ from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_
 _KEEP, _ZERO = 255, 254  # owner bytes besides the indexes of the sources: keep the target's own, and zeros
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class MergePlan:
-    """The pieces that make `target` read like the leaf, `sources[0]`.
+    """The blocks that a merge examines, and the pieces that make its target read like the leaf, `sources[0]`.
 
-    `sources` are the layers to be merged, leaf first. `below_bytes` is how much of the disk can be seen through the
-    target's parents. A `fresh` target is an empty image that reads as zeros wherever it is not written.
-    Raises CorruptImage for a source that can be read but not written to, since its blocks overlap: a merge
-    would remove it. Into a `fresh` target, which leaves the sources alone, it is copied as it reads.
+    `sources` are the merged layers, leaf first; `units` are the indexes of the target's blocks that change, each of
+    `unit_bytes`. Only the sources are read for the pieces, so the plan stays valid while the target is filled, and
+    when it gets another size.
     """
 
-    def __init__(self, sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0, fresh: bool = False) -> None:
-        for layer in sources if not fresh else ():
-            if layer.damage is not None:
-                raise layer.damage
-        self._sources = tuple(sources)
-        self._size = sources[0].size_bytes
-        blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]
-        self._grain = min([*blocks, target.block_size_bytes or blocks[0]])
-        self.unit_bytes = target.block_size_bytes or self._grain
-        seen, visible = self._size, []
-        for layer in sources:
-            seen = min(seen, layer.size_bytes)
-            visible.append(seen)
-        self._visible = visible  # the part of each source visible through those above it
-        self.units = np.flatnonzero(self._touched() | self._hidden(target, below_bytes, fresh))
+    sources: tuple[Layer, ...]
+    size_bytes: int
+    unit_bytes: int
+    units: NDArray[np.int64]
+    _visible: tuple[int, ...]  # bytes of each source that can be seen through those above it
+    _grain_bytes: int  # pieces are made for so much at once
 
     @property
     def touched_bytes(self) -> int:
         """Bytes of all the blocks that will be examined: the total for progress."""
         return len(self.units) * self.unit_bytes
 
-    # -- which blocks -------------------------------------------------------------------------------------------
-
-    def _touched(self) -> NDArray[np.bool_]:
-        """The blocks of the target in which a source has space."""
-        touched = np.zeros(-(-self._size // self.unit_bytes), dtype=np.bool_)
-        for layer, size in zip(self._sources, self._visible, strict=True):
-            count = -(-size // self.unit_bytes)
-            if layer.block_size_bytes:
-                allocated = _by_unit(layer.allocated_blocks(), layer.block_size_bytes, self.unit_bytes)[:count]
-                touched[: len(allocated)] |= allocated
-            else:
-                for offset, length, is_data in layer.store.data_runs(0, size):
-                    if is_data:
-                        touched[offset // self.unit_bytes : -(-(offset + length) // self.unit_bytes)] = True
-        return touched
-
-    def _hidden(self, target: Layer, below_bytes: int, fresh: bool) -> NDArray[np.bool_]:
-        """The blocks past the end of a source where older data would reappear."""
-        count = -(-self._size // self.unit_bytes)
-        hidden = np.zeros(count, dtype=np.bool_)
-        first = self._visible[-1] // self.unit_bytes
-        if self._visible[-1] == self._size or (fresh and target.unowned is ExtentKind.ZERO):
-            return hidden
-        if not target.block_size_bytes:
-            hidden[first:] = True
-            return hidden
-        allocated = target.allocated_blocks()[:count]
-        hidden[: len(allocated)] = allocated
-        if target.unowned is ExtentKind.ABSENT:
-            hidden[: -(-min(below_bytes, self._size) // self.unit_bytes)] = True
-        hidden[:first] = False
-        return hidden
-
     # -- what is in them ----------------------------------------------------------------------------------------
 
     def blocks(self) -> Iterator[list[Piece]]:
         """The pieces of each block of the target that changes, block after block. Raises IoFailed."""
-        step, end = whole_sectors(self._grain), whole_sectors(self._size)
+        step, end = whole_sectors(self._grain_bytes), whole_sectors(self.size_bytes)
         per_unit = whole_sectors(self.unit_bytes)
         for unit in self.units.tolist():
             pieces: list[Piece] = []
@@ -104,7 +63,7 @@ class MergePlan:
         return self._whole_piece(first, count) or self._mixed_pieces(first, count)
 
     def _whole_piece(self, first: int, count: int) -> list[Piece]:
-        for layer, visible in zip(self._sources, self._visible, strict=True):
+        for layer, visible in zip(self.sources, self._visible, strict=True):
             if not layer.block_size_bytes or visible < sectors_to_bytes(first + count):
                 break
             offset, owned = _owned_by(layer, first, count)
@@ -117,7 +76,7 @@ class MergePlan:
         owners = np.full(count, _KEEP, dtype=np.uint8)
         undecided = np.ones(count, dtype=np.bool_)
         bases: dict[int, int] = {}
-        for index, layer in enumerate(self._sources):
+        for index, layer in enumerate(self.sources):
             seen = max(whole_sectors(self._visible[index]) - first, 0)
             if seen < count:
                 owners[seen:][undecided[seen:]] = _ZERO
@@ -142,11 +101,71 @@ class MergePlan:
             if owner == _ZERO:
                 yield Piece(first + start, stop - start)
             elif owner != _KEEP:
-                place, layer = bases[owner] + sectors_to_bytes(start), self._sources[owner]
+                place, layer = bases[owner] + sectors_to_bytes(start), self.sources[owner]
                 short = 0
                 if not layer.block_size_bytes:
                     short = max(place + sectors_to_bytes(stop - start) - layer.store.size(), 0)
                 yield Piece(first + start, stop - start, layer.store, place, short)
+
+
+def plan_merge(sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0, fresh: bool = False) -> MergePlan:
+    """The plan for merging `sources`, leaf first, into `target`. Reads tables and looks for holes.
+
+    `below_bytes` is how much of the disk can be seen through the target's parents. A `fresh` target is an empty image
+    that reads as zeros wherever it is not written.
+    Raises CorruptImage for a source that can be read but not written to, since its blocks overlap: a merge
+    would remove it. Into a `fresh` target, which leaves the sources alone, it is copied as it reads.
+    """
+    for layer in sources if not fresh else ():
+        if layer.damage is not None:
+            raise layer.damage
+    size = sources[0].size_bytes
+    blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]
+    grain = min([*blocks, target.block_size_bytes or blocks[0]])
+    unit = target.block_size_bytes or grain
+    seen, visible = size, []
+    for layer in sources:
+        seen = min(seen, layer.size_bytes)
+        visible.append(seen)
+    touched = _touched(sources, visible, -(-size // unit), unit)
+    hidden = _hidden(target, size, visible[-1], unit, below_bytes, fresh)
+    units = np.flatnonzero(touched | hidden).astype(np.int64)
+    return MergePlan(tuple(sources), size, unit, units, tuple(visible), grain)
+
+
+def _touched(sources: Sequence[Layer], visible: Sequence[int], count: int, unit_bytes: int) -> NDArray[np.bool_]:
+    """The `count` blocks of the target in which a source has space."""
+    touched = np.zeros(count, dtype=np.bool_)
+    for layer, size in zip(sources, visible, strict=True):
+        if layer.block_size_bytes:
+            seen = -(-size // unit_bytes)
+            allocated = _by_unit(layer.allocated_blocks(), layer.block_size_bytes, unit_bytes)[:seen]
+            touched[: len(allocated)] |= allocated
+        else:
+            for offset, length, is_data in layer.store.data_runs(0, size):
+                if is_data:
+                    touched[offset // unit_bytes : -(-(offset + length) // unit_bytes)] = True
+    return touched
+
+
+def _hidden(
+    target: Layer, size_bytes: int, visible_bytes: int, unit_bytes: int, below_bytes: int, fresh: bool
+) -> NDArray[np.bool_]:
+    """The blocks past the end of a source where older data would reappear."""
+    count = -(-size_bytes // unit_bytes)
+    hidden = np.zeros(count, dtype=np.bool_)
+    first = visible_bytes // unit_bytes
+    if visible_bytes == size_bytes or (fresh and target.unowned is ExtentKind.ZERO):
+        return hidden
+    if not target.block_size_bytes:
+        hidden[first:] = True
+        return hidden
+    allocated = target.allocated_blocks()[:count]
+    hidden[: len(allocated)] = allocated
+    if target.unowned is ExtentKind.ABSENT:
+        hidden[: -(-min(below_bytes, size_bytes) // unit_bytes)] = True
+    hidden[:first] = False
+    return hidden
 
 
 def _by_unit(blocks: NDArray[np.bool_], block_bytes: int, unit_bytes: int) -> NDArray[np.bool_]:

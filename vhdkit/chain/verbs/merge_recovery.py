@@ -40,7 +40,8 @@ from vhdkit.chain.records.intent import (
     record_of,
     resume_command,
 )
-from vhdkit.chain.verbs.merge import InPlace, Merge, closing, file_of_layer, merge_would_break, named
+from vhdkit.chain.verbs.merge_in_place import Merge, plan_in_place, prepare, run
+from vhdkit.chain.verbs.merge_parts import file_of_layer, merge_would_break, named, opened
 from vhdkit.chain.verbs.merge_steps import RealNames, remove_sources
 from vhdkit.errors import printable
 from vhdkit.folder import exists, real_path
@@ -100,11 +101,10 @@ def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
 def _layers_below(path: AnyPath, options: OpenOptions) -> list[str]:
     """The real paths of an image's ancestors, as far as they can be found."""
     try:
-        layers = open_layers(path, options=replace(options, lock=False))
+        with opened(path, replace(options, lock=False)) as layers:
+            return [real_path(file_of_layer(layer).name) for layer in layers[1:]]
     except errors.VhdkitError:
         return []
-    with closing(layers):
-        return [real_path(file_of_layer(layer).name) for layer in layers[1:]]
 
 
 def is_there(one: Named) -> bool:
@@ -133,8 +133,7 @@ def finish(
             hint=f"put it back: {printable(intent.target.path)} holds only a part of it; to keep that as it is, move"
             f" {record} away",
         )
-    layers = open_layers(intent.leaf.path, options=options)
-    with closing(layers):
+    with opened(intent.leaf.path, options) as layers:
         index = len(intent.sources)
         if [named(layer) for layer in layers[: index + 1]] != [*intent.sources, intent.target]:
             raise errors.InvalidArgument(
@@ -142,14 +141,15 @@ def finish(
                 path=intent.leaf.path,
                 hint=f"make sure that each image reads as it should, and move {record} away; then merge again",
             )
-        merging = InPlace(layers, index, intent.relink, options, intent.phase)
-        if only_compare and merging.phase is Phase.COPY:
-            raise errors.InvalidArgument(
-                f"does not hold all of {printable(intent.leaf.path)}, though its merge record says so",
-                path=intent.target.path,
-                hint=f"have it copied again: {resume_command(intent, intent.target.path)}",
-            )
-        return merging.run(False, progress)
+        incomplete = errors.InvalidArgument(
+            f"does not hold all of {printable(intent.leaf.path)}, though its merge record says so",
+            path=intent.target.path,
+            hint=f"have it copied again: {resume_command(intent, intent.target.path)}",
+        )
+        plan = plan_in_place(layers, index, relink_children=intent.relink)
+        if_incomplete = incomplete if only_compare else None
+        with prepare(plan, options, intent.phase, if_incomplete=if_incomplete) as prepared:
+            return run(prepared, progress)
 
 
 def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:

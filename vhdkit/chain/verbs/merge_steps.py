@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from vhdkit import errors, formats
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names import marks
+from vhdkit.chain.names.lineage import same_content
+from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND, Intent, Phase, intent_of
 from vhdkit.chain.verbs.merge_plan import MergePlan
@@ -78,9 +81,46 @@ class RealNames:
 def drop_earlier_try(target: Layer) -> None:
     """Release what an interrupted merge copied to the end of the file, to which nothing points yet.
 
-    Otherwise each new attempt would leave more of it. Raises IoFailed, NoSpace, SyncFailed.
+    Otherwise each new attempt would leave more of it. Open the target again afterwards: the layer does not know the
+    new end of its file. Raises IoFailed, NoSpace, SyncFailed.
     """
     formats.of(target).drop_unreferenced(target)
+
+
+def accept_renewed_id(child: FileStore, target: Layer) -> None:
+    """Before the first write through `target`: let `child`, which stands on it, record the id that this write brings.
+
+    The present id is recorded too, so the child finds its parent whether or not the write is made. Does nothing for a
+    format whose ids stay. The child is held as a writer, and nothing is being written to it through another opening.
+    Raises `Replaced`, NoSpace, IoFailed, SyncFailed.
+    """
+    renewed = formats.of(target).renewed_id(target)
+    if renewed is None:
+        return
+    with opened_for_relink(child) as store:
+        child_format = formats.for_children_of(target)
+        parent = child_format.facts(store).parent
+        assert parent is not None and target.unique_id is not None
+        mark_child(child.name, store, target.store.name, renewed)
+        with same_content(child.name):
+            child_format.relink(store, replace(parent, linkage_ids=(renewed, target.unique_id)))
+
+
+@contextlib.contextmanager
+def opened_for_relink(file: FileStore) -> Iterator[FileStore]:
+    """A file that is held as a writer, open for writing: itself if it is, else another opening, which has no lock.
+
+    An unfinished change to it is undone. Raises `Replaced` if the name leads to another file, NoSpace, IoFailed.
+    """
+    if file.writable:
+        yield file
+        return
+    with FileStore.open(file.name, writable=True, follow_links=False) as store:
+        store.notes_folder = file.notes_folder
+        if store.identity != file.identity:
+            raise errors.Replaced("was replaced while it was opened", path=store.name)
+        pending.settle(store)
+        yield store
 
 
 def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
@@ -108,29 +148,26 @@ def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tu
 
 
 def fill_target(
-    sources: Sequence[Layer],
-    open_target: Callable[[], Layer],
-    below_bytes: int,
-    progress: Progress | None = None,
+    plan: MergePlan, target: Layer, open_again: Callable[[], Layer], progress: Progress | None = None
 ) -> tuple[int, int]:
     """Make the target complete and durable, at the leaf's size, and close it; returns what `fold` does.
 
-    `open_target` opens it for writing, each time anew; `below_bytes` is how much can be seen through its parents.
+    `target` is open for writing. After a change of its size it is opened again by `open_again`, for writing, too: the
+    layer that changed the size does not know the new one.
     """
-    size = sources[0].size_bytes
-    target = open_target()
+    size = plan.size_bytes
     if target.size_bytes < size:
         set_size(target, size)
-        target = open_target()
+        target = open_again()
     try:
-        done = fold(MergePlan(sources, target, below_bytes=below_bytes), target, progress)
+        done = fold(plan, target, progress)
     except errors.VhdkitError:
         with contextlib.suppress(errors.VhdkitError):  # so that the next attempt finds it and need not copy it again
             target.flush()
         raise
     if target.size_bytes > size:
         target.flush()
-        target = open_target()
+        target = open_again()
         set_size(target, size)
     target.close()
     return done

@@ -92,6 +92,10 @@ class VhdFormat:
         """See `Format.linkage_id`: the same id."""
         return self.file_id(store)
 
+    def renewed_id(self, layer: Layer) -> bytes | None:
+        """See `Format.renewed_id`: the unique id stays."""
+        return None
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format.parent_ids`."""
         return parent_ids(store)

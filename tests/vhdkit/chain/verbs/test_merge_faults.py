@@ -15,7 +15,7 @@ from tests.harness.stores import Fault, FaultyStore, MemStore, io_failed, no_spa
 from tests.vhdkit.chain.verbs.test_merge_power import many_layers, moving_blocks, raw_base, two_layers
 from tests.vhdkit.test_disk_faults import small_tmpfs
 from vhdkit import errors
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import fold
 from vhdkit.units import KIB, MIB
 
@@ -30,7 +30,7 @@ def merge(scene: Scene, stores: list[MemStore]) -> None:
     layers = [layer_of(store) for store in stores]
     target = layer_of(stores[scene.index], writable=True)
     below = layers[scene.index + 1].size_bytes if layers[scene.index + 1 :] else 0
-    fold(MergePlan(layers[: scene.index], target, below_bytes=below), target)
+    fold(plan_merge(layers[: scene.index], target, below_bytes=below), target)
     target.close()
 
 
@@ -73,7 +73,7 @@ def test_a_bad_sector_in_a_source(at: int) -> None:
     stores[1] = bad
     layers = [layer_of(store) for store in stores]
     target = layer_of(stores[scene.index], writable=True)
-    plan = MergePlan(layers[: scene.index], target, below_bytes=layers[-1].size_bytes)
+    plan = plan_merge(layers[: scene.index], target, below_bytes=layers[-1].size_bytes)
     bad.faults = [Fault("read", io_failed, at=at)]
     try:
         fold(plan, target)

@@ -15,7 +15,7 @@ from tests.harness.model import walk_read
 from tests.harness.power import LINK
 from tests.harness.stores import MemStore
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import fold
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
@@ -68,7 +68,7 @@ def test_the_target_reads_as_the_leaf_did(case: tuple[ChainPlan, int], rng: rand
     store = make_store(plan.layers[index], index)
     target = reopened(store, plan, index, writable=True)
     below = layers[index + 1 :]
-    merge = MergePlan(layers[:index], target, below_bytes=below[0].size_bytes if below else 0)
+    merge = plan_merge(layers[:index], target, below_bytes=below[0].size_bytes if below else 0)
     for pieces in merge.blocks():
         if pieces:
             target.copy_in(pieces)
@@ -98,7 +98,7 @@ def test_a_new_file_reads_as_the_leaf_does(plan: ChainPlan, depth: int, block_si
         (create_raw if kind == "raw" else create_fixed)(store, size)
     target = reopened(store, plan, index, writable=True)
     sources = layers[: index + 1]
-    fold(MergePlan(sources, target, below_bytes=below[0].size_bytes if below else 0, fresh=True), target)
+    fold(plan_merge(sources, target, below_bytes=below[0].size_bytes if below else 0, fresh=True), target)
     target.close()
     assert content_of([reopened(store, plan, index, writable=False), *below]) == content_of(layers)
 
@@ -127,7 +127,7 @@ def test_zeros_in_a_source_hide_older_data() -> None:
         assert before[2 * SECTOR_SIZE] and before[8 * SECTOR_SIZE]
         name = FormatName.RAW if kind == "raw" else FormatName.VHD
         target = open_layer(layers[1].store, format_name=name, writable=True)
-        plan = MergePlan(layers[:1], target, below_bytes=2 * MIB)
+        plan = plan_merge(layers[:1], target, below_bytes=2 * MIB)
         (pieces,) = plan.blocks()
         assert [(one.sector_index, one.sector_count, one.source) for one in pieces] == [(3, 5, None)]
         fold(plan, target)
@@ -149,7 +149,7 @@ def test_a_smaller_layer_in_between_hides_what_is_below() -> None:
     assert not any(before[sectors_to_bytes(700) :])
     store = make_store(plans[2], 2)
     target = open_layer(store, writable=True)
-    fold(MergePlan(layers[:2], target, below_bytes=sectors_to_bytes(size)), target)
+    fold(plan_merge(layers[:2], target, below_bytes=sectors_to_bytes(size)), target)
     target.close()
     assert content_of([open_layer(store), layers[3]]) == before
 
@@ -162,7 +162,7 @@ def test_runs_are_joined_and_blocks_nobody_touches_left_out() -> None:
         LayerPlan("dynamic", 8192, 512 * KIB, ((0, 8192),)),
     )
     layers = build(ChainPlan(plans))
-    plan = MergePlan(layers[:2], layers[2])
+    plan = plan_merge(layers[:2], layers[2])
     whole, partial = plan.blocks()
     assert plan.units.tolist() == [1, 4]
     assert [(one.sector_index, one.sector_count) for one in whole] == [(1024, 1024)]
