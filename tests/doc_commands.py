@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import ROOT
+from tests.waiting import wait_until
 
 SECONDS = 120.0
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -192,10 +193,11 @@ class Shell:
 
     def _wait_for(self, pattern: str, text: str, printed: Path, seconds: float, is_alive: Callable[[], bool]) -> None:
         shape = re.compile(pattern)
-        deadline = time.monotonic() + seconds
-        while is_alive() and not shape.search(printed.read_text(encoding="utf-8", errors="replace")):
-            assert time.monotonic() < deadline, f"{text}: never printed {pattern!r}: {printed.read_text()}"
-            time.sleep(0.02)
+        wait_until(
+            lambda: not is_alive() or shape.search(printed.read_text(encoding="utf-8", errors="replace")),
+            lambda: f"{text}: prints {pattern!r}: {printed.read_text()}",
+            seconds,
+        )
 
     def _new_file(self) -> Path:
         self._count += 1

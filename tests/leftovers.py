@@ -14,10 +14,10 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tests.support import in_ci
+from tests.waiting import becomes
 
 MARK = "VHDKIT_TEST_RUN"
 _SECONDS = 10.0  # for what is ending when the last test is over
@@ -47,9 +47,8 @@ class Run:
         tempfile.tempdir = None
         if (tracking := sys.modules.get("multiprocessing.resource_tracker")) is not None:
             tracking._resource_tracker._stop()  # Python keeps it beside a process that has used processes of its own
-        deadline = time.monotonic() + _SECONDS
-        while (left := self.left()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        becomes(lambda: not self.left(), _SECONDS, pause=0.1)
+        left = self.left()
         if not any(line.startswith("mount ") for line in left):  # never through a mount into somebody's files
             shutil.rmtree(self.folder, ignore_errors=True)
         return left
@@ -80,11 +79,15 @@ class Run:
 
 def _command(entry: Path) -> str:
     """The command line of a process. While a program is being started it has neither that nor an environment yet."""
-    deadline = time.monotonic() + _START_SECONDS
-    while not (content := (entry / "cmdline").read_bytes()) and time.monotonic() < deadline:
+
+    def has_one() -> bool:
+        if (entry / "cmdline").read_bytes():
+            return True
         os.readlink(entry / "exe")  # fails for the kernel's processes and for zombies, which get none
-        time.sleep(0.01)
-    return content.replace(b"\0", b" ").decode(errors="replace").strip()
+        return False
+
+    becomes(has_one, _START_SECONDS)
+    return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def _mounts() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import ROOT, in_ci, not_available, require_module, require_tool
+from tests.waiting import wait_until
 from tests.warm_commands import warm
 
 COMMAND = (sys.executable, "-m", "vhdkit")
@@ -99,12 +100,14 @@ def kill(pid: int) -> None:
     """kill -9, and wait until the process is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + SECONDS
-    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-        time.sleep(0.01)
+
+    def is_gone() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    wait_until(is_gone, f"process {pid} ends", SECONDS)
 
 
 def can_mount_kernel(kind: str) -> bool:

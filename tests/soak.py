@@ -79,7 +79,7 @@ def run_killed(command: Work, seconds: float | None) -> bool:
         finally:
             os._exit(70)
     if seconds is not None:
-        time.sleep(seconds)
+        time.sleep(seconds)  # the moment of the kill is random
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):

@@ -28,8 +28,9 @@ import pytest
 import vhdkit
 from tests.harness.plain_reader import read_chain
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
-from tests.vmm.small_guests import MIB, console, make_disk, processes, wait_until
+from tests.vmm.small_guests import MIB, console, make_disk, processes
 from tests.vmm.stage import machine_stage
+from tests.waiting import wait_until
 from vmm.api.export_import import exporting as transfer
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
@@ -101,7 +102,7 @@ class _Cut:
     def _round(self, victims: tuple[str, ...], verb: str) -> None:
         self._prepare()
         command = self._begin()
-        time.sleep(self._rng.uniform(0, 0.6))
+        time.sleep(self._rng.uniform(0, 0.6))  # the moment of the kills
         booted = len(_BOOTS.findall(console(self._manager)))
         living = processes(NAME)
         for part in victims:

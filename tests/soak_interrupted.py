@@ -26,9 +26,10 @@ import pytest
 
 import vhdkit
 from tests.vmm.guests.boot_sector import COUNT_LBA, BootOptions
-from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes, wait_until
+from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, VmmError
 from vmm.model.spec import DiskSpec
@@ -118,7 +119,7 @@ class _Soak:
                 os._exit(0)
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        time.sleep(self._rng.uniform(0, _LONGEST_SECONDS) ** 2)
+        time.sleep(self._rng.uniform(0, _LONGEST_SECONDS) ** 2)  # the moment of the interruption
         os.kill(child, number)
         _, status = os.waitpid(child, 0)
         return "was done" if status == 0 else number.name

@@ -114,9 +114,9 @@ def _replace(rng: random.Random) -> None:
 
 def _rename(rng: random.Random) -> None:
     """By hand, without any lock: the base is away for a moment."""
-    time.sleep(rng.uniform(0, 0.05))
+    time.sleep(rng.uniform(0, 0.05))  # the others run meanwhile
     os.rename("base.vhd", _AWAY)
-    time.sleep(rng.uniform(0, 0.002))
+    time.sleep(rng.uniform(0, 0.002))  # the others do without it for that long
     os.rename(_AWAY, "base.vhd")
 
 

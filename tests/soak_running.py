@@ -24,10 +24,11 @@ import pytest
 
 import vhdkit
 from tests.vmm.guests.boot_sector import BootOptions
-from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes, wait_until
+from tests.vmm.small_guests import MIB, PARTS, console, make_disk, processes
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.stage import machine_stage
 from tests.vmm.worker.test_capture import settled
+from tests.waiting import wait_until
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
@@ -122,7 +123,7 @@ class _Soak:
             with contextlib.suppress(BaseException):
                 work(Manager().snapshots(NAME))
             os._exit(0)
-        time.sleep(self._rng.uniform(0, 0.5))
+        time.sleep(self._rng.uniform(0, 0.5))  # the moment of the kill
         killed = True
         if victim == "command":
             os.kill(child, signal.SIGKILL)

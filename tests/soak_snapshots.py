@@ -40,8 +40,9 @@ from tests.harness.injecting import KILLED, Injection, Journal, injected
 from tests.harness.plain_reader import Unreadable, digest_of
 from tests.vmm.guests import boot_sector
 from tests.vmm.guests.boot_sector import BootOptions
-from tests.vmm.small_guests import console, processes, wait_until
+from tests.vmm.small_guests import console, processes
 from tests.vmm.stage import kill_all, machine_stage
+from tests.waiting import becomes, wait_until
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.stopped_machine import StoppedMachine
 from vmm.model.errors import VmmError
@@ -322,9 +323,10 @@ class Driver:
         return end
 
     def _wait_for(self, seconds: float | None) -> None:
-        end = time.monotonic() + (_JOURNAL_SECONDS if seconds is None else seconds)
-        while time.monotonic() < end and (seconds is not None or self._journal() is None):
-            time.sleep(0.002)
+        if seconds is None:
+            becomes(lambda: self._journal() is not None, _JOURNAL_SECONDS, pause=0.002)
+        else:
+            time.sleep(seconds)  # the moment of the kill
 
     def _end_session(self) -> None:
         """Switch it off, whatever state it is in."""

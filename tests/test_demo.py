@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.mounting import require_fuse
 from tests.support import ROOT, require_linux_guest, require_tool
+from tests.waiting import wait_until
 
 
 def _shown_in_readme() -> str:
@@ -100,9 +100,7 @@ def test_demo(tmp_path: Path) -> None:
 def test_demo_cleans_up_when_it_is_stopped(tmp_path: Path) -> None:
     """Ctrl-C in the middle leaves no files."""
     process = start_demo(tmp_path)
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("*/base.vhd")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: list(tmp_path.glob("*/base.vhd")) or process.poll() is not None, "the demo has made its base")
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0

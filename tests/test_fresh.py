@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT, require_root_and_namespaces
+from tests.waiting import wait_until
 
 SCRIPT = ROOT / "script" / "fresh"
 FAILS = "echo E: no such suite; exit 1"
@@ -67,10 +67,12 @@ class Stage:
         """A run in the middle of debootstrap, and the name of the namespace of its processes."""
         self.program("debootstrap", HANGS)
         process = self.start("true")
-        deadline = time.monotonic() + 60
-        while not (self.notes.exists() and len(self.notes.read_text().split()) == 2):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+
+        def hangs() -> bool:
+            assert process.poll() is None
+            return self.notes.exists() and len(self.notes.read_text().split()) == 2
+
+        wait_until(hangs, "debootstrap runs")
         return process, self.notes.read_text().split()[1]
 
 
@@ -122,10 +124,7 @@ def test_killed(stage: Stage) -> None:
     assert "which a killed run left" not in stage.run("true")[1]
     process.kill()
     process.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while processes_in(namespace) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not processes_in(namespace)
+    wait_until(lambda: not processes_in(namespace), "its processes end")
     (left,) = stage.roots.iterdir()
     kept = stage.roots / "vhdkit-fresh.kept"
     kept.mkdir()

@@ -93,7 +93,7 @@ def test_power_button(tmp_path: Path, obeys: bool) -> None:
             launch.read_until(serial, b"power button")
             assert guest.wait() == 0
         else:
-            time.sleep(0.3)
+            time.sleep(0.3)  # in which it would obey
             serial.sendall(b"c")
             assert b"power" not in launch.read_until(serial, b"count ")
 

@@ -157,6 +157,18 @@ def check_mirror(path: str, text: str) -> Complaints:
             yield f"{path}: there is no {stems[-1].relative_to(ROOT).as_posix()}.py that it tests"
 
 
+def check_sleeps(path: str, text: str) -> Complaints:
+    """A test waits by looking (tests/waiting.py); where it sleeps, the same line says why."""
+    if not path.startswith("tests/") or path == "tests/waiting.py":
+        return
+    lines = text.splitlines()
+    for node in ast.walk(tree_of(text)):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("time.sleep", "asyncio.sleep"):
+            continue
+        if ast.unparse(node) != "asyncio.sleep(0)" and "  # " not in lines[node.lineno - 1]:
+            yield f"{path}:{node.lineno}: wait_until of tests/waiting.py, or say in a comment why it sleeps"
+
+
 def check_back_ends(path: str, text: str) -> Complaints:
     """A switch's back end is asked, not compared: `HostSide` chooses it, `Capabilities` says what it can do."""
     if not path.startswith("vmm/"):
@@ -215,6 +227,7 @@ PYTHON_RULES: tuple[Rule, ...] = (
     check_type_ignores,
     check_test_docstrings,
     check_mirror,
+    check_sleeps,
     check_back_ends,
 )
 TEXT_RULES: tuple[Rule, ...] = (check_markers, check_machine_paths)
@@ -239,6 +252,8 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (check_type_ignores, "vhdkit/a.py", "x = 1  # no" + "qa\n"),
     (check_test_docstrings, "tests/test_a.py", "class TestIt:\n    def test_x(self): ..."),
     (check_mirror, "tests/vhdkit/test_no_such_module.py", ""),
+    (check_sleeps, "tests/test_a.py", "import time\ntime.sleep(0.5)"),
+    (check_sleeps, "tests/test_a.py", "async def f():\n    await asyncio.sleep(1)"),
     (check_back_ends, "vmm/net/a.py", 'x = 1 if host.spec.backend == "user" else 2'),
     (check_back_ends, "vmm/net/a.py", 'x = "user" != back_end'),
     (check_back_ends, "vmm/net/a.py", 'x = spec.backend in ("user", "bridge")'),
@@ -249,6 +264,7 @@ GOOD: tuple[tuple[str, str], ...] = (
     ("vhdkit/units.py", f'{SPDX_LINE}\n"""Units."""\nx = 512\n'),
     ("vhdkit/a.py", f'{SPDX_LINE}\n"""Other numbers."""\nx = (9, 1 << 10, True, "512")  # noqa: E501\n'),
     ("vmm/net/a.py", f'{SPDX_LINE}\n"""Asks."""\nx = host.backend.is_up() and plugged.back_end is not None\n'),
+    ("tests/a.py", f'{SPDX_LINE}\n"""Sleeps."""\nimport time\ntime.sleep(1)  # nothing may happen meanwhile\n'),
     ("tests/vmm/cli/test_main.py", f'{SPDX_LINE}\n"""Mirrors."""\ndef test_x():\n    """Works."""\n'),
 )
 

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT, require_root_and_namespaces
+from tests.waiting import wait_until
 from tests.warm_commands import COMMANDS, PYTHON, warm
 
 
@@ -59,9 +59,10 @@ def test_ends_with_the_tests() -> None:
         assert process.stdout is not None
         command = process.stdout.readline().strip()
         process.kill()
-    deadline = time.monotonic() + 60
-    while subprocess.run([command, "--version"], capture_output=True, timeout=60, check=False).returncode == 0:
-        assert time.monotonic() < deadline
+    wait_until(
+        lambda: subprocess.run([command, "--version"], capture_output=True, timeout=60, check=False).returncode,
+        "the loaded process ends",
+    )
     shutil.rmtree(Path(command).parent.parent.parent)
 
 
@@ -97,10 +98,7 @@ def test_ends_with_its_caller(tmp_path: Path, number: signal.Signals) -> None:
 def test_a_copy_that_is_killed(tmp_path: Path) -> None:
     """The caller of a copy that was killed ends with 137."""
     with following(tmp_path) as process:
-        deadline = time.monotonic() + 60
-        while not (copies := _writers_of(process)):
-            assert time.monotonic() < deadline
-        for pid in copies:
+        for pid in wait_until(lambda: _writers_of(process), "the copy runs"):
             os.kill(pid, signal.SIGKILL)
         assert process.wait(60) == 137
 

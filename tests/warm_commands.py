@@ -28,7 +28,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tests.support import ROOT
+from tests.waiting import becomes, wait_until
 
 COMMANDS = ("vhdkit", "vmm")
 PYTHON = "python"  # with both packages loaded, for `-m MODULE`
@@ -79,10 +79,10 @@ class WarmCommands:
             [*prefix, sys.executable, "-m", "tests.warm_commands", address], cwd=ROOT, start_new_session=True,
             stdin=subprocess.PIPE,  # it ends when this process does, however that ends
         )  # fmt: skip
-        deadline = time.monotonic() + SECONDS
-        while not os.path.exists(address):
-            assert self._process.poll() is None and time.monotonic() < deadline, "the commands were not loaded"
-            time.sleep(0.01)
+        wait_until(
+            lambda: os.path.exists(address) or self._process.poll() is not None, "the commands are loaded", SECONDS
+        )
+        assert self._process.returncode is None, "the process that loads the commands ended"
 
     def close(self) -> None:
         """SIGTERM to all that run, which ends servers in order; after a while SIGKILL."""
@@ -91,20 +91,20 @@ class WarmCommands:
                 os.killpg(self._process.pid, number)
             except ProcessLookupError:
                 break
-            self._wait_for_the_group(10.0)
+            if becomes(self._has_ended, 10.0):
+                break
         self._process.wait(SECONDS)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    def _wait_for_the_group(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self._process.poll()
-            try:
-                os.killpg(self._process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.01)
+    def _has_ended(self) -> bool:
+        """True when no process of the group is left."""
+        self._process.poll()
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 @contextlib.contextmanager

@@ -176,7 +176,7 @@ def test_what_was_synced_survives_a_killed_server(pause: float, tmp_path: Path) 
         ) as writer:
             assert writer.stdout is not None
             acknowledged = int(writer.stdout.readline())
-            time.sleep(pause)
+            time.sleep(pause)  # the moment of the kill
             kill(pid)
             for line in writer.stdout:
                 acknowledged = int(line)

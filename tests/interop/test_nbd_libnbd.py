@@ -7,7 +7,6 @@ import json
 import os
 import random
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.interop.disks import KIB, MIB, SECTOR, content_of
 from tests.interop.nbd import KINDS, SIZE, client, make_image, owners_of_sectors, served, states_of_sectors
 from tests.servers import serving
 from tests.support import SYSTEM_PYTHON, not_available, require_tool
+from tests.waiting import becomes
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 
@@ -161,11 +161,10 @@ def test_nbdfuse(tmp_path: Path) -> None:
         pid_file = tmp_path / "pid"
         fuse = subprocess.Popen([require_tool("nbdfuse"), "-P", str(pid_file), str(mount), server.uri])
         try:
-            until = time.monotonic() + 60
-            while not (pid_file.exists() and (mount / "nbd").exists()):
-                if fuse.poll() is not None or time.monotonic() > until:
-                    not_available("nbdfuse cannot mount here")
-                time.sleep(0.05)
+            if not becomes(lambda: fuse.poll() is not None or (pid_file.exists() and (mount / "nbd").exists())) or (
+                fuse.poll() is not None
+            ):
+                not_available("nbdfuse cannot mount here")
             assert (mount / "nbd").read_bytes() == image.content
             with (mount / "nbd").open("r+b", buffering=0) as file:
                 file.seek(12345)

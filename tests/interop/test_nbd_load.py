@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.interop.nbd import KINDS, client, make_image, served
 from tests.nbd_client import FLUSH, FUA, WRITE, Client, HungUp
 from tests.servers import serving
 from tests.support import require_tool
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 PAGE = 4 * KIB
@@ -59,6 +61,10 @@ class Writer(threading.Thread):
         self._path = path
         self._rng = random.Random(seed)
 
+    def has_flushed(self, pages: int) -> bool:
+        """True when a flush has covered more than so many pages."""
+        return len(self.flushed) > pages
+
     def run(self) -> None:
         """Write until it is hung up on."""
         sock = socket.socket(socket.AF_UNIX)
@@ -97,10 +103,8 @@ def test_kill_9_under_load(tmp_path: Path, kind: str, monkeypatch: pytest.Monkey
             load = subprocess.Popen(fio(server.uri, *words, "--do_verify=0"), stdout=-3, stderr=-3)
             try:
                 writer.start()
-                until = time.monotonic() + 60
-                while len(writer.flushed) <= 50 and time.monotonic() < until:
-                    time.sleep(0.05)
-                time.sleep(0.3 + rng.random())
+                wait_until(partial(writer.has_flushed, 50), "the client flushes")
+                time.sleep(0.3 + rng.random())  # the moment of the kill is random
                 server.process.kill()
                 writer.join(30)
                 assert not writer.is_alive()

@@ -177,7 +177,7 @@ def test_asyncio_with_threads(image: Path) -> None:
                     assert await asyncio.to_thread(disk.read, number * 8192, 1000) == data
 
         tasks = [asyncio.create_task(one(number)) for number in range(16)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # it is closed while they read and write
         await asyncio.to_thread(disk.close)
         await asyncio.gather(*tasks)
 
@@ -568,7 +568,7 @@ def test_a_dropped_store_is_told_once(image: Path) -> None:
         other = FileStore.open(image)
         del other
         gc.collect()
-        time.sleep(0)
+        time.sleep(0)  # gives another thread, which may warn, its turn
     assert [str(one.message) for one in told if one.category is ResourceWarning] == [
         f"{str(image)!r} was never closed"
     ]

@@ -7,11 +7,11 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import vhdkit
 from tests.vmm.guests import boot_sector
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.host.proc import ProcessRef
 from vmm.processes.worker_connection import MachineRef
@@ -38,14 +38,6 @@ def make_machine(manager: Manager, folder: Path, name: str = "small", **settings
     settings = {"memory_bytes": 16 * MIB, "accelerator": "tcg", **settings}
     manager.create(name, disks=[DiskRequest(str(leaf))], **settings)  # type: ignore[arg-type]
     return leaf
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
-    """Return when the condition holds; fails after a long time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def console(manager: Manager, name: str = "small") -> str:
@@ -76,7 +68,7 @@ def press(manager: Manager, key: str, name: str = "small") -> None:
         link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
         assert json.loads(link.makefile().readline())["ok"]
         link.sendall(key.encode())
-        time.sleep(0.1)
+        time.sleep(0.1)  # hung up on at once, the console's hub may drop the key
 
 
 def processes(name: str = "small") -> dict[str, ProcessRef]:

@@ -10,12 +10,12 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from vmm.api.manager import Manager
 from vmm.host.proc import ProcessRef, command_words
 from vmm.model.paths import RuntimePaths
@@ -43,12 +43,12 @@ def kill_all(runtime: Path) -> None:
 
     Who was killed in the middle of starting another has not noted it yet: that one has the folder on its command line.
     """
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
+
+    def is_all_dead() -> bool:
         living = [processes_of(RuntimePaths(str(one))) for one in runtime.glob("*")]
         named = [ProcessRef.of(pid) for pid in pids_naming(runtime)]
         if not any(living) and not named:
-            return
+            return True
         for part in ("keeper", "worker", "qemu", "server"):
             for processes in living:
                 if part in processes:
@@ -56,8 +56,9 @@ def kill_all(runtime: Path) -> None:
         for ref in named:
             if ref is not None:
                 ref.kill()
-        time.sleep(0.05)
-    raise AssertionError(f"something of {runtime} still lives: {os.listdir(runtime)}")
+        return False
+
+    wait_until(is_all_dead, lambda: f"all of {runtime} is dead: {os.listdir(runtime)}", SECONDS, pause=0.02)
 
 
 def pids_naming(runtime: Path) -> list[int]:

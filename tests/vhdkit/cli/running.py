@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
 
 import vhdkit
+from tests.waiting import wait_until
 from vhdkit.cli.main import main
 
 MIB = 1 << 20
@@ -68,10 +68,7 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
 
 def wait_for_part(folder: Path) -> None:
     """Wait until a file under construction is there, hidden under its temporary name."""
-    deadline = time.monotonic() + 30
-    while not list(folder.glob(".vhdkit-*.part")):
-        assert time.monotonic() < deadline, "no file was begun"
-        time.sleep(0.01)
+    wait_until(lambda: list(folder.glob(".vhdkit-*.part")), "the command begins its file")
 
 
 def names(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ def test_ready_is_reported_by_the_process_itself(tmp_path: Path) -> None:
         facts.write_text(json.dumps({"session": os.getsid(0), "folder": os.getcwd(), "input": os.read(0, 1).decode()}))
         ready()
         while not go_on.exists():
-            time.sleep(0.01)
+            time.sleep(0.01)  # this is the program under test, which ends when it is asked to
         return 7
 
     child = start(body, talks=False)

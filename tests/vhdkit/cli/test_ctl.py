@@ -20,6 +20,7 @@ import vhdkit
 from tests.servers import Server, serving
 from tests.support import require_tool
 from tests.vhdkit.cli.running import document, failure, finish, good, make_chain, names, start
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -105,7 +106,7 @@ def test_snapshots_while_fio_writes() -> None:
         writer = fio(server, 3)
         try:
             for _ in range(3):
-                time.sleep(0.6)
+                time.sleep(0.6)  # fio writes meanwhile
                 good("ctl", "c", "snapshot")
             output, _ = writer.communicate(timeout=60)
         finally:
@@ -205,10 +206,12 @@ def test_a_signal_cancels_a_merge(folder: Path) -> None:
         good("ctl", "c", "snapshot")
         words = ["ctl", "c", "merge", "leaf.avhd", "--layer", "leaf.avhd", "--max-rate", "1", "--progress"]
         with start(*words) as merging:
-            deadline = time.monotonic() + 60
-            while not (document("ctl", "c", "status")["exports"][0]["merge"] or {}).get("done_bytes"):
-                assert time.monotonic() < deadline and merging.poll() is None
-                time.sleep(0.05)
+
+            def has_copied() -> bool:
+                assert merging.poll() is None
+                return bool((document("ctl", "c", "status")["exports"][0]["merge"] or {}).get("done_bytes"))
+
+            wait_until(has_copied, "the merge copies")
             merging.send_signal(signal.SIGINT)
             assert merging.wait(60) == 130
         assert document("ctl", "c", "status")["exports"][0]["merge"] is None

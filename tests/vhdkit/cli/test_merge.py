@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, interrupt, make_chain, names, run, start
+from tests.waiting import wait_until
 from vhdkit.chain.records.intent import KIND
 from vhdkit.folder import sidecar_path
 
@@ -102,10 +102,7 @@ def test_ctrl_c_and_resume() -> None:
             raw.write(piece)
     process = start("merge", "leaf.avhd")
     record = sidecar_path("base.vhd", KIND)
-    deadline = time.monotonic() + 30
-    while not os.path.exists(record) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: os.path.exists(record) or process.poll() is not None, "the merge begins", pause=0.001)
     code, _, output = interrupt(process)
     if code == 0:
         return  # it had finished before the signal

@@ -32,7 +32,7 @@ def test_shown_on_a_terminal_only() -> None:
     """The line appears if standard error is a terminal, and not in a pipe."""
     good("create", "a.vhd", "--size", "1M")
     with serving("a.vhd", "--stats") as server:
-        time.sleep(1.3)
+        time.sleep(1.3)  # a line is due every second
         assert server.stop() == (0, "")
     ours, theirs = pty.openpty()
     try:

@@ -21,6 +21,7 @@ from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, BootOptions
 from tests.vmm.guests.launch import read_until
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.stage import SECONDS
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AgentUnavailable, NotFound, TimedOut, WrongState
 from vmm.model.guest import ExchangedItem
@@ -65,10 +66,7 @@ def shell_of(manager: Manager) -> GuestShell:
 
 def wait_off(manager: Manager) -> None:
     """Until the machine is off by itself."""
-    deadline = time.monotonic() + SECONDS
-    while manager.state("web") is not MachineState.OFF:
-        assert time.monotonic() < deadline, "the machine does not end"
-        time.sleep(0.05)
+    wait_until(lambda: manager.state("web") is MachineState.OFF, "the machine ends", SECONDS)
 
 
 def hash_of(path: Path) -> str:
@@ -149,10 +147,7 @@ def test_saved_memory_goes_on_counting(manager: Manager, tmp_path: Path) -> None
     link = manager.guest("web").open_console().link
     with link:
         read_until(link, b"READY\r\n")
-        deadline = time.monotonic() + SECONDS
-        while (counted := _count(link)) < 5:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        counted = wait_until(lambda: (now := _count(link)) >= 5 and now, "it counts", SECONDS)
     manager.save("web")
     assert manager.state("web") is MachineState.SAVED
     with vhdkit.open_disk(leaf) as disk:
@@ -185,10 +180,7 @@ def test_agent(manager: Manager) -> None:
     linux_machine(manager)
     guest = manager.guest("web")
     with shell_of(manager) as shell:
-        deadline = time.monotonic() + SECONDS
-        while manager.show("web").heartbeat != "ok":
-            assert time.monotonic() < deadline, "no heartbeat"
-            time.sleep(0.1)
+        wait_until(lambda: manager.show("web").heartbeat == "ok", "it has a heartbeat", SECONDS, pause=0.1)
         assert guest.ping().state == "ok"
         told = manager.show("web", guest=True).guest
         assert told is not None and told.os is not None and told.os.name == "vmm test guest"
@@ -204,7 +196,7 @@ def test_agent(manager: Manager) -> None:
             guest.freeze()
         assert guest.thaw() >= 0
         guest.freeze(0.1)
-        time.sleep(0.5)
+        time.sleep(0.5)  # longer than it may be frozen
         with pytest.raises(TimedOut, match="before the work was done"):
             guest.thaw()
     manager.shutdown("web", timeout_seconds=SECONDS)
@@ -300,10 +292,8 @@ def test_screen(manager: Manager, tmp_path: Path, firmware: str) -> None:
     manager.start("web")
     guest = manager.guest("web")
     colours = 2 if firmware == "bios" else 3
-    deadline = time.monotonic() + 2 * SECONDS
-    while (picture := read_png(guest.screen())).colour_count < colours:
-        assert time.monotonic() < deadline, "nothing was drawn"
-        time.sleep(0.3)
+    wait_until(lambda: read_png(guest.screen()).colour_count >= colours, "something is drawn", 2 * SECONDS, pause=0.3)
+    picture = read_png(guest.screen())
     assert picture.width >= 640 and picture.height >= 400
     assert 0 < picture.share_of_other_than((0, 0, 0)) < 0.5
     assert Path(guest.vnc_socket()).is_socket()

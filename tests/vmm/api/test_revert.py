@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.vmm.small_guests import processes, wait_state, wait_until
+from tests.vmm.small_guests import processes, wait_state
 from tests.vmm.worker.test_capture import count, folder, guest
+from tests.waiting import wait_until
 from vmm.api import revert
 from vmm.api.manager import Manager
 from vmm.model.events import add_event

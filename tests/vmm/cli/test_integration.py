@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 
 import pytest
 
 from tests.support import require_linux_guest
 from tests.vmm.guests import linux
 from tests.vmm.stage import SECONDS
+from tests.waiting import wait_until
 from tests.warm_commands import warm
 from vmm.api.manager import Manager
 from vmm.cli.integration import guest_pairs
@@ -51,9 +51,7 @@ def test_agent(manager: Manager) -> None:
     manager.start("web")
     done = vmm("agent", "show", "web")  # it still boots
     assert done.returncode == 1 and "qemu-guest-agent" in done.stderr
-    deadline = time.monotonic() + SECONDS
-    while vmm("agent", "ping", "web").returncode != 0:
-        assert time.monotonic() < deadline, "no agent"
+    wait_until(lambda: vmm("agent", "ping", "web").returncode == 0, "the agent answers", SECONDS)
     assert "vmm test guest" in vmm("agent", "show", "web").stdout
     assert json.loads(vmm("agent", "show", "web", "--json").stdout)["heartbeat"] == "ok"
     assert vmm("agent", "set-time", "web").returncode == 0

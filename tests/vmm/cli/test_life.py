@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.cli.running import document, failure, good, run
-from tests.vmm.small_guests import console, make_machine, wait_counting, wait_until
+from tests.vmm.small_guests import console, make_machine, wait_counting
+from tests.waiting import wait_until
 from vmm.api.manager import Manager
 from vmm.processes import worker_connection as contact
 

@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import require_qemu
+from tests.waiting import wait_until
 from tests.warm_commands import warm
 from vmm.net.switch_process import SwitchProcess
 
@@ -138,10 +138,7 @@ def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:
     vmm.good("switch", "create", "lab")
     path = vmm.folder / "c.pcapng"
     capture = subprocess.Popen(vmm.command("switch", "capture", "lab", "-o", str(path)), env=vmm.environment)
-    deadline = time.monotonic() + 60
-    while not (path.exists() and path.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: path.exists() and path.stat().st_size, "the capture begins")
     assert path.stat().st_mode & 0o077 == 0  # what guests say to each other
     capture.send_signal(signal.SIGINT)
     assert capture.wait(60) == 0
@@ -157,10 +154,7 @@ def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
     path = vmm.folder / "c.pcapng"
     command = vmm.command("switch", "capture", "lab", "-o", str(path))
     capture = subprocess.Popen(command, env=vmm.environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (path.exists() and path.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: path.exists() and path.stat().st_size, "the capture begins")
     os.kill(json.loads(vmm.good("switch", "show", "lab", "--json"))["status"]["pid"], signal.SIGKILL)
     said = capture.communicate(timeout=30)[1]
     assert capture.returncode == 5  # as for anything that is in the wrong state

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import wait_until
+
 SECONDS = 60.0
 
 
@@ -64,18 +66,20 @@ class Guest:
 
 def connect(path: Path) -> socket.socket:
     """A connection to a unix socket that may not be there yet."""
-    deadline = time.monotonic() + SECONDS
-    while True:
+
+    def connected() -> socket.socket | None:
         link = socket.socket(socket.AF_UNIX)
         try:
             link.settimeout(SECONDS)
             link.connect(str(path))
-            return link
         except (FileNotFoundError, ConnectionRefusedError):
             link.close()
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+            return None
+        return link
+
+    link = wait_until(connected, f"{path} takes connections", SECONDS)
+    assert link is not None
+    return link
 
 
 def read_until(link: socket.socket, words: bytes, seconds: float = SECONDS) -> bytes:

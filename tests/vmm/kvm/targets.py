@@ -7,12 +7,12 @@ import contextlib
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import not_available, require_root, require_tool, run
+from tests.waiting import becomes
 
 TARGET = "iqn.2001-04.com.example:store"
 
@@ -79,17 +79,14 @@ def iscsi_target(file: Path, *, size_bytes: int = 16 << 20, user: str = "", pass
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int, control: int) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    show = [require_tool("tgtadm"), "-C", str(control), "--lld", "iscsi", "--op", "show", "--mode", "sys"]
+
+    def listens() -> bool:
         if process.poll() is not None:
             not_available(f"tgtd ended with code {process.returncode}")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            shown = subprocess.run(
-                [require_tool("tgtadm"), "-C", str(control), "--lld", "iscsi", "--op", "show", "--mode", "sys"],
-                capture_output=True,
-                check=False,
-            )
-            if shown.returncode == 0:
-                return
-        time.sleep(0.05)
-    not_available("tgtd does not listen")
+            return subprocess.run(show, capture_output=True, check=False).returncode == 0
+        return False
+
+    if not becomes(listens, 30):
+        not_available("tgtd does not listen")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from vmm.kvm import console
 from vmm.kvm.console import LOG_BYTES, MAX_WATCHERS, ConsoleHub, ConsoleLog, Typing, open_console, read_log
 from vmm.model.errors import InUse, NotFound, VmmError
@@ -128,13 +129,6 @@ def play(folder: Path, act: Callable[[Scene], Awaitable[None]], *, log_bytes: in
     asyncio.run(run())
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that is about to happen."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def test_all_watch_and_one_types(tmp_path: Path) -> None:
     """Everybody sees the same; the first types, the second only watches until the first has gone."""
 
@@ -147,7 +141,7 @@ def test_all_watch_and_one_types(tmp_path: Path) -> None:
         await first.type(b"ls\n")
         assert await scene.serial.hear(3) == b"ls\n"
         first.link.close()
-        await until(lambda: scene.hub.watcher_count == 1)
+        await until(lambda: scene.hub.watcher_count == 1, "the first has gone")
         await second.type(b"now me")
         assert await scene.serial.hear(6) == b"now me"
 
@@ -327,7 +321,9 @@ def test_slow_watcher_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.Monkey
             await scene.serial.say(b"%4096d" % number)
             await quick.see(b"%4096d" % number)
         seeing = asyncio.create_task(slow.see(b"left out here"))
-        await until(lambda: all(not one.writer.transport.get_write_buffer_size() for one in scene.hub._watchers))
+        await until(
+            lambda: all(not one.writer.transport.get_write_buffer_size() for one in scene.hub._watchers), "all is sent"
+        )
         await scene.serial.say(b"the end")
         assert len(await seeing) < 300 * 4096
         await quick.see(b"the end")
@@ -377,7 +373,7 @@ def test_too_many_watchers(tmp_path: Path) -> None:
         with pytest.raises(InUse, match=str(MAX_WATCHERS)):
             await scene.watch()
         watchers[3].link.close()
-        await until(lambda: scene.hub.watcher_count < MAX_WATCHERS)
+        await until(lambda: scene.hub.watcher_count < MAX_WATCHERS, "one has gone")
         await scene.watch()
 
     play(tmp_path, act)

@@ -16,6 +16,7 @@ import pytest
 from tests.support import require_linux_guest, require_qemu
 from tests.vmm.guests import launch, linux
 from tests.vmm.guests.shell import GuestShell
+from tests.waiting import until
 from vmm.kvm import guest_agent
 from vmm.kvm.guest_agent import GuestAgent
 from vmm.model.errors import AgentUnavailable, TimedOut, VmmError
@@ -219,8 +220,7 @@ def test_frozen_too_long_thaws_and_says_so(tmp_path: Path) -> None:
         async with agent_of(tmp_path, guest) as (agent, _):
             with pytest.raises(TimedOut, match="before the work was done"):
                 async with agent.frozen(max_seconds=0.05):
-                    while guest.is_frozen:
-                        await asyncio.sleep(0.01)
+                    await until(lambda: not guest.is_frozen, "the guest thaws")
             async with agent.frozen():  # and it can be frozen again
                 pass
 
@@ -236,11 +236,10 @@ def test_cancelled_and_closed_thaw(tmp_path: Path) -> None:
 
             async def work() -> None:
                 async with agent.frozen():
-                    await asyncio.sleep(60)
+                    await asyncio.sleep(60)  # until it is cancelled
 
             task = asyncio.create_task(work())
-            while not guest.is_frozen:
-                await asyncio.sleep(0.01)
+            await until(lambda: guest.is_frozen, "the guest freezes")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -318,8 +317,7 @@ def test_a_freeze_whose_time_is_over(tmp_path: Path) -> None:
         async with agent_of(tmp_path, guest) as (agent, _):
             for _ in range(2):
                 await agent.freeze(max_seconds=0.02)
-                while guest.is_frozen:
-                    await asyncio.sleep(0.01)
+                await until(lambda: not guest.is_frozen, "the guest thaws")
             with pytest.raises(TimedOut, match="before the work was done"):
                 await agent.thaw()
             assert await agent.thaw() == 2
@@ -350,12 +348,10 @@ def test_a_freeze_whose_end_finds_the_agent_silent(tmp_path: Path, monkeypatch: 
         async with agent_of(tmp_path, guest, heartbeat=False, key_value=False) as (agent, fake):
             await agent.freeze(max_seconds=0.02)
             running = asyncio.create_task(agent.run())
-            async with asyncio.timeout(10):
-                while fake.asked.count("guest-fsfreeze-thaw") < 5:  # the timer gives up before
-                    await asyncio.sleep(0.01)
-                guest["guest-fsfreeze-thaw"] = thaw
-                while guest.is_frozen:
-                    await asyncio.sleep(0.01)
+            # The timer gives up before.
+            await until(lambda: fake.asked.count("guest-fsfreeze-thaw") >= 5, "it is asked to thaw again and again")
+            guest["guest-fsfreeze-thaw"] = thaw
+            await until(lambda: not guest.is_frozen, "the guest thaws")
             running.cancel()
 
     asyncio.run(scene())
@@ -401,9 +397,7 @@ def test_an_agent_that_freezes_long_after_is_thawed(
             await asyncio.sleep(0.3)  # it finds a silent guest first
         assert events == []
         guest.goes_on.set()
-        async with asyncio.timeout(30):
-            while notes[-1] or guest.is_frozen:
-                await asyncio.sleep(0.01)
+        await until(lambda: not notes[-1] and not guest.is_frozen, "the guest thaws, and nothing is owed")
         assert "guest-fsfreeze-freeze" in guest.done
         assert (events, notes) == (["guest-thawed"], [True, False]), guest.done
         running.cancel()
@@ -438,7 +432,7 @@ def test_a_question_takes_no_longer_than_it_says(tmp_path: Path) -> None:
             slow = fake.serve
 
             async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await asyncio.sleep(0.6)
+                await asyncio.sleep(0.6)  # most of the time that the question may take
                 await slow(reader, writer)
 
             server = await asyncio.start_unix_server(late, tmp_path / "late.sock")
@@ -460,9 +454,7 @@ def test_a_new_worker_thaws_what_it_finds_frozen(tmp_path: Path) -> None:
     async def scene() -> None:
         async with agent_of(tmp_path, guest) as (agent, _):
             running = asyncio.create_task(agent.run())
-            async with asyncio.timeout(30):
-                while guest.is_frozen:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not guest.is_frozen, "the guest thaws")
             running.cancel()
 
     asyncio.run(scene())
@@ -487,9 +479,7 @@ async def thawed_when_it_goes_on(path: str, shell: GuestShell, monkeypatch: pyte
         await agent.freeze()
     assert agent._is_owed
     await asyncio.to_thread(shell.check, "kill -CONT $(pidof qemu-ga)")
-    async with asyncio.timeout(60):
-        while agent._is_owed:
-            await asyncio.sleep(0.05)
+    await until(lambda: not agent._is_owed, "the guest thaws")
     assert not await agent.is_frozen()
     running.cancel()
     await agent.close()

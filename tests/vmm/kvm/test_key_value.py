@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.support import require_linux_guest, require_qemu
 from tests.vmm.guests import launch, linux
 from tests.vmm.guests.shell import GuestShell
+from tests.waiting import until
 from vmm.kvm import key_value
 from vmm.kvm.key_value import MAX_ITEMS, MAX_KEY_BYTES, MAX_LINE_BYTES, MAX_VALUE_BYTES, KeyValueChannel, KeyValueStore
 from vmm.model.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError
@@ -166,12 +167,11 @@ def test_guest_that_does_not_acknowledge(tmp_path: Path, monkeypatch: pytest.Mon
     async def scene() -> None:
         async with channel_of(tmp_path) as (channel, store, port):
             port.writer.write(b'{"op":"hello"}\n')
-            while not channel.is_present:
-                await asyncio.sleep(0.01)
+            await until(lambda: channel.is_present, "the guest is there")
             assert await channel.set("k", "v") is False
             assert store.get("host", "k") == "v"
             waiting = asyncio.create_task(channel.set("k", "w"))
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # it waits for the acknowledgement now
             channel.port_changed(False)  # nobody waits for a guest that is gone
             assert await waiting is False and not channel.is_present
 

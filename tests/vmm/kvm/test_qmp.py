@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support import require_tool
+from tests.waiting import until
 from vmm.kvm.qmp import ConnectionEnded, Qmp
 from vmm.model.errors import AgentUnavailable, QemuFailed, TimedOut
 
@@ -257,7 +258,7 @@ def keep_descriptors(listener: socket.socket, names: dict[str, int]) -> None:
     with link:
         link.sendall(json.dumps(GREETING).encode() + b"\n")
         while True:
-            time.sleep(0.005)
+            time.sleep(0.005)  # slow, see above
             piece, ancillary, _, _ = link.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             if not piece:
                 break
@@ -298,7 +299,7 @@ def test_descriptors_of_several_tasks_get_their_own_names(folder: Path) -> None:
             qmp = await Qmp.connect(str(folder / "q"))
             abandoned = asyncio.create_task(qmp.send_descriptor("abandoned", files.enter_context(
                 (folder / "abandoned").open("wb")).fileno()))  # fmt: skip
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it begins
             abandoned.cancel()  # whoever asked is gone, and the next one waits all the same
             await asyncio.gather(
                 *(qmp.send_descriptor(name, file.fileno()) for name, file in wanted.items()),
@@ -327,9 +328,8 @@ def test_real_qemu(folder: Path) -> None:
     )
 
     async def scene() -> None:
-        while not path.exists():
-            assert process.poll() is None
-            await asyncio.sleep(0.01)
+        await until(lambda: path.exists() or process.poll() is not None, "QEMU listens")
+        assert process.poll() is None
         qmp = await Qmp.connect(str(path))
         assert (await qmp.execute("query-status"))["status"] in ("running", "prelaunch")
         with (folder / "f").open("wb") as file:

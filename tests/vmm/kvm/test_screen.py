@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.pictures import Picture, read_png
 from tests.support import not_available, require_boot_sector_guest, require_qemu
 from tests.vmm.guests import boot_sector, launch
+from tests.waiting import wait_until
 from vmm.kvm.qmp import Qmp
 from vmm.kvm.screen import is_png, screendump, viewer_command
 from vmm.model.errors import QemuFailed
@@ -62,10 +62,8 @@ def test_uefi(tmp_path: Path) -> None:
     ]  # fmt: skip
     with launch.running(require_qemu(), tmp_path, *words, memory="96") as guest:
         launch.connect(guest.serial).close()  # (the firmware would wait for one who listens and does not read)
-        deadline = time.monotonic() + 60
-        while (picture := take(guest)).colour_count < 3:  # text mode before the firmware begins
-            assert time.monotonic() < deadline, "the firmware drew nothing"
-            time.sleep(0.2)
+        wait_until(lambda: take(guest).colour_count >= 3, "the firmware draws", pause=0.2)  # text mode before
+        picture = take(guest)
     assert picture.width >= 640 and picture.height >= 400
 
 

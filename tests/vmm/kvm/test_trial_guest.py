@@ -7,12 +7,12 @@ QEMU's translator is that whole processor: on a machine whose KVM fails at a ste
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import require_tool, run
+from tests.waiting import becomes
 from vmm.kvm import trial_guest as guest
 
 ALL_CODE = (
@@ -114,16 +114,16 @@ def test_whole_processor_does_every_step(step: guest.GuestStep, tmp_path: Path) 
     for port in ports:
         command += ["-chardev", f"file,id=p{port},path={tmp_path}/{port}"]
         command += ["-device", f"isa-debugcon,iobase={port},chardev=p{port}"]
+
+    def said() -> list[bytes]:
+        return [path.read_bytes() if (path := tmp_path / str(port)).exists() else b"" for port in ports]
+
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 60
-            said = [b"", b"", b""]
-            while not any(said) and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-                said = [(tmp_path / str(port)).read_bytes() for port in ports if (tmp_path / str(port)).exists()]
+            becomes(lambda: any(said()) or process.poll() is not None)
         finally:
             process.kill()
-    assert [len(one) for one in said] == [1, 0, 0], said
+    assert [len(one) for one in said()] == [1, 0, 0], said()
 
 
 def test_steps_follow_the_features() -> None:

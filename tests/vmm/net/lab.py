@@ -6,13 +6,13 @@ from __future__ import annotations
 import shutil
 import socket
 import tempfile
-import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from vmm.net.ports import PortSetup
 from vmm.net.switch_process import SwitchProcess
 
@@ -47,10 +47,7 @@ class SwitchLab:
 
     def wait_for_end(self) -> None:
         """Until the process that was told to end has."""
-        deadline = time.monotonic() + 20
-        while self.backend.is_running():
-            assert time.monotonic() < deadline, "the switch runs on"
-            time.sleep(0.02)
+        wait_until(lambda: not self.backend.is_running(), "the switch ends")
 
     def close(self) -> None:
         """End the switch and take everything away."""

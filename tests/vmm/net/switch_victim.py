@@ -16,12 +16,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import click
 from click.testing import CliRunner, Result
 
 from tests.vmm.net.applying_victim import COUNTER, STATE, count_everything, in_child
+from tests.waiting import becomes
 from vmm.api import doctor
 from vmm.cli import switch
 from vmm.host.proc import is_locked
@@ -50,9 +50,8 @@ def look(name: str) -> bool:
     assert listed == switches.names()
     if name not in listed:
         return False
-    lock, deadline = os.path.join(HostSide(switches.load(name)).folder, "change.lock"), time.monotonic() + 60
-    while is_locked(lock) and time.monotonic() < deadline:  # by what the killed one was just starting
-        time.sleep(0.02)
+    lock = os.path.join(HostSide(switches.load(name)).folder, "change.lock")
+    becomes(lambda: not is_locked(lock))  # by what the killed one was just starting
     shown = json.loads(good(switch.show_command, name, "--json"))
     is_unfinished = any(one["what"] == "unfinished" for one in shown["faults"])
     (check,) = doctor._check_switches()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.support import require_linux_guest
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import MachineLab, address, lease, ping
+from tests.waiting import wait_until
 from vmm.net import switches
 from vmm.net.adapter import port_name
 from vmm.net.host_side import HostSide
@@ -66,11 +66,13 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     assert status is not None
     two.check("(ping 10.5.0.1 >/tmp/pings 2>&1 &)")
     os.kill(status["pid"], signal.SIGKILL)
-    time.sleep(2)
-    assert ping(one, "10.5.0.2").exit_code == 0
-    assert any(
-        event.name == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name)
+    wait_until(
+        lambda: any(
+            event.name == "switch-restarted" for name in ("one", "two", "three") for event in lab.manager.events(name)
+        ),
+        "the switch is started again",
     )
+    assert ping(one, "10.5.0.2").exit_code == 0
     # VLANs: apart, and the trunk is in both.
     lab.manager.change_adapter("one", "nic-0", vlan=10)
     lab.manager.change_adapter("two", "nic-0", vlan=20)
@@ -116,10 +118,7 @@ def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
     # It is there for the guest, and in the definition, until it is taken away.
     added = lab.manager.add_adapter("one", switch="b")
     assert added.id == "nic-1"
-    for _ in range(50):
-        if one.run("test -e /sys/class/net/eth1").exit_code == 0:
-            break
-        time.sleep(0.2)
+    wait_until(lambda: one.run("test -e /sys/class/net/eth1").exit_code == 0, "the guest has eth1", pause=0.2)
     assert one.check("cat /sys/class/net/eth1/address") == added.mac
     address(one, "10.6.0.1/24", "eth1")
     address(two, "10.6.0.2/24", "eth1")

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from tests.support import ROOT, require_root_and_namespaces, require_tool
 from tests.vmm.net.applying_victim import STATE
 from tests.vmm.net.machines import Namespaces
+from tests.waiting import wait_until
 from tests.warm_commands import PYTHON, warm
 from vmm.net import switch_spec
 
@@ -45,8 +45,10 @@ class Host:
             self.here, "ip route add 192.168.50.0/24 via 10.9.0.254 && ip route add 10.60.0.0/16 dev up0 table 77"
         )
         spaces.run(self.here, "ping -c 1 -w 10 10.9.0.254")
-        while "NO-CARRIER" in spaces.run(self.here, "ip link show up0"):  # the kernel tells it a second later
-            time.sleep(0.1)
+        # The kernel announces the carrier a second later.
+        wait_until(
+            lambda: "NO-CARRIER" not in spaces.run(self.here, "ip link show up0"), "up0 has a carrier", pause=0.1
+        )
 
     def state(self) -> str:
         """Everything that must be as before."""

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from tests.support import require_linux_guest, require_root_and_namespaces, require_tool
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import MachineLab, Namespaces, address, lease, ping
+from tests.waiting import wait_until
 from tests.warm_commands import warm
 from vmm.store import registry
 from vmm.store.state import processes_of
@@ -45,8 +45,10 @@ class BridgeLab(MachineLab):
         self.spaces.run(self.there, "ip addr add 10.9.0.254/24 dev lan0 && ip link set lan0 up")
         self.spaces.run(self.here, "ip addr add 10.9.0.2/24 dev up0 && ip link set up0 up")
         self.spaces.run(self.here, "ip route add default via 10.9.0.254; ping -c 1 -w 10 10.9.0.254")
-        while "NO-CARRIER" in self.spaces.run(self.here, "ip link show up0"):  # the kernel tells it a second later
-            time.sleep(0.1)
+        # The kernel announces the carrier a second later.
+        wait_until(
+            lambda: "NO-CARRIER" not in self.spaces.run(self.here, "ip link show up0"), "up0 has a carrier", pause=0.1
+        )
 
     def vmm(self, *words: str, code: int = 0) -> str:
         """The command line, on that host."""
@@ -186,10 +188,12 @@ def test_external_and_booting_from_the_network(lab: BridgeLab) -> None:
         assert ping(one, "10.9.0.254").exit_code == 0
         assert ping(one, "10.9.0.2").exit_code == 0
         log = lab.manager.log_path("old", "console")
-        deadline = time.monotonic() + 90
-        while b"BOOTED FROM THE NETWORK" not in Path(log).read_bytes():
-            assert time.monotonic() < deadline, Path(log).read_bytes()[-2000:]
-            time.sleep(0.5)
+        wait_until(
+            lambda: b"BOOTED FROM THE NETWORK" in Path(log).read_bytes(),
+            lambda: f"it boots from the network: {Path(log).read_bytes()[-2000:]!r}",
+            90,
+            pause=0.1,
+        )
         for name in ("one", "old"):
             lab.vmm("stop", name)
         lab.vmm("switch", "delete", "lan", "--force")

@@ -101,7 +101,7 @@ def test_a_bandwidth_limit_holds_from_the_first_moment(bridge: Bridge) -> None:
         while time.monotonic() < start + 1.5 or not bridge.drops().get("vt0", {}).get("bandwidth"):
             bridge.enforce(GuestPort("vt0", ANY, RATE), GuestPort("vt1", replace(ANY, dhcp_guard=True)))
             assert time.monotonic() < start + 60
-            time.sleep(0.1)
+            time.sleep(0.1)  # the rate is measured over a while
         got = bridge.received_bytes() - before
         seconds = time.monotonic() - start
     finally:

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from tests.support import require_qemu
 from tests.vmm.net import dhcp_client, packets
 from tests.vmm.net.lab import SwitchLab
+from tests.waiting import becomes, wait_until
 from vmm.host.proc import ProcessRef
 from vmm.model import errors
 from vmm.net import frames, gateway
@@ -46,18 +46,16 @@ def arp_request(station: bytes, target: str) -> bytes:
 
 def is_answered(lab: SwitchLab, guest: socket.socket) -> bool:
     """True when the gateway answers within seconds."""
-    deadline = time.monotonic() + 60
     guest.settimeout(0.5)
-    while time.monotonic() < deadline:
+
+    def answers() -> bool:
         try:
             lab.send("a", arp_request(packets.mac(1), "10.0.7.1"))
-            if guest.recv(2000)[12:14] == b"\x08\x06":
-                return True
-        except TimeoutError:
-            continue
-        except ConnectionRefusedError:  # a switch that is just being started
-            time.sleep(0.05)
-    return False
+            return guest.recv(2000)[12:14] == b"\x08\x06"
+        except (TimeoutError, ConnectionRefusedError):  # refused by a switch that is just being started
+            return False
+
+    return becomes(answers)
 
 
 def test_the_gateway_answers_and_is_started_again(lab: SwitchLab) -> None:
@@ -75,10 +73,7 @@ def test_the_gateway_answers_and_is_started_again(lab: SwitchLab) -> None:
     child = again["gateway"]["pid"]
     assert child not in (None, status["gateway"]["pid"])
     os.kill(status["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while os.path.exists(f"/proc/{child}"):
-        assert time.monotonic() < deadline, "the helper outlives its switch"
-        time.sleep(0.05)
+    wait_until(lambda: not os.path.exists(f"/proc/{child}"), "the helper ends with its switch")
     lab.backend.ensure_running()
     assert is_answered(lab, guest)
 
@@ -141,10 +136,13 @@ def test_a_gateway_that_cannot_be_is_told(lab: SwitchLab) -> None:
     """Its status says that it does not run, and why."""
     lab.backend.ensure_running()
     lab.backend.ask("set_gateway", gateway=asdict(replace(SETUP, first="10.0.7.1")), dhcp=None)
-    deadline = time.monotonic() + 60
-    while (status := lab.backend.status()) is not None and status["gateway"]["running"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+
+    def is_running() -> bool:
+        status = lab.backend.status()
+        return status is not None and status["gateway"]["running"]
+
+    wait_until(lambda: not is_running(), "the gateway ends")
+    status = lab.backend.status()
     assert status is not None
     assert "DHCP" in status["gateway"]["said"]
 

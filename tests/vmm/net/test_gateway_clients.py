@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.support import require_qemu, require_root_and_namespaces, require_tool
 from tests.vmm.net.machines import MachineLab, Namespaces
+from tests.waiting import wait_until
 from vmm.net import frames, lease_file, switches
 from vmm.net.engine import PortRules
 from vmm.net.host_side import HostSide
@@ -42,7 +43,7 @@ class ClientLab(MachineLab):
         words += ["-netdev", "hubport,id=one,hubid=0,netdev=tap", "-netdev", "hubport,id=two,hubid=0,netdev=port"]
         words += ["-netdev", f"dgram,id=port,local.type=unix,local.path={peer},remote.type=unix,remote.path={address}"]
         self.processes.append(subprocess.Popen(words, text=True, stderr=subprocess.DEVNULL))
-        wait_for(lambda: os.path.exists(peer))
+        wait_until(lambda: os.path.exists(peer), "QEMU has its end")
         rules = PortRules(addresses=frozenset({frames.parse_mac(MACS[name])}))
         HostSide(switches.load(switch)).user.plug(PortSetup(name, address, peer, rules))
         return space
@@ -70,14 +71,6 @@ class ClientLab(MachineLab):
                 process.stderr.close()
         super().close()
         self.spaces.close()
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    """Look until it has happened."""
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -119,11 +112,14 @@ def test_a_client_of_another_hand(lab: ClientLab) -> None:
             status = host.user.status()
             assert status is not None
             os.kill(status["pid"], signal.SIGKILL)
-            wait_for(lambda: not host.user.is_running())
+            wait_until(lambda: not host.user.is_running(), "the switch ends")
             host.ensure()
         one.send_signal(signal.SIGUSR1)
         assert said(one, "^(renew|bound|nak) ") == "renew 10.0.7.4 10.0.7.1 10.0.7.2 3600"
     path = host.lease_path
     one.send_signal(signal.SIGUSR2)
     said(one, "^deconfig")
-    wait_for(lambda: {one["address"]: one["expires"] for one in lease_file.read(path)}["10.0.7.4"] <= time.time())
+    wait_until(
+        lambda: {one["address"]: one["expires"] for one in lease_file.read(path)}["10.0.7.4"] <= time.time(),
+        "the lease is given back",
+    )

@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from tests.support import require_qemu, require_root
 from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP, is_answered
+from tests.waiting import wait_until
 from vmm.host.proc import ProcessRef
 from vmm.model import errors
 from vmm.net import gateway_note, gateway_process
@@ -30,14 +31,6 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwitchLab]:
     one = SwitchLab(monkeypatch)
     yield one
     one.close()
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    """Look until it has happened."""
-    deadline = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def facts(pid: int) -> dict[str, str]:
@@ -83,7 +76,7 @@ def test_a_switch_whose_starter_died_ends(lab: SwitchLab) -> None:
     os.kill(starter, signal.SIGKILL)
     assert helper is not None
     assert helper.wait(20)
-    wait_for(lambda: not lab.backend.is_running())
+    wait_until(lambda: not lab.backend.is_running(), "the switch ends")
     lab.backend.ensure_running()
     assert lab.backend.status() is not None  # it has its ports
     assert is_answered(lab, guest)
@@ -93,7 +86,7 @@ def test_a_switch_whose_starter_died_ends(lab: SwitchLab) -> None:
     os.kill(again["pid"], signal.SIGKILL)
     for ref in refs:
         assert ref is None or ref.wait(20)
-    wait_for(lambda: not lab.backend.is_running())  # nobody holds its lock for it
+    wait_until(lambda: not lab.backend.is_running(), "the switch ends")  # nobody holds its lock for it
 
 
 def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +98,7 @@ def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
         gateway = Gateway(SETUP, folder, starter)
         gateway.start()
         try:
-            wait_for(lambda: os.path.exists(gateway.peer))
+            wait_until(lambda: os.path.exists(gateway.peer), "the gateway has its end")
             pid = starter.pid()
             assert pid is not None
             assert (facts(pid)["NoNewPrivs"], facts(pid)["Seccomp"]) == ("1", "2")

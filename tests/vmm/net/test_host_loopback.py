@@ -13,7 +13,7 @@ import pytest
 from tests.support import require_qemu
 from tests.vmm.net import packets
 from tests.vmm.net.lab import SwitchLab
-from tests.vmm.small_guests import wait_until
+from tests.waiting import wait_until
 from vmm.model import errors
 from vmm.net import frames
 from vmm.net.engine import Drop, Engine, PortRules

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from tests.vmm.small_guests import wait_until
+from tests.waiting import wait_until
 from vmm.net.switch_spec import SwitchSpec, make_switch
 
 pytestmark = [pytest.mark.netns]

@@ -17,7 +17,8 @@ import pytest
 from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.cli.running import document, good
 from tests.vmm.net.machines import Namespaces
-from tests.vmm.small_guests import make_machine, wait_until
+from tests.vmm.small_guests import make_machine
+from tests.waiting import wait_until
 from tests.warm_commands import warm
 from vmm.api import adapters
 from vmm.api.manager import Manager

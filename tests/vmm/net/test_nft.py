@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.net import packets
 from tests.vmm.net.machines import Namespaces
+from tests.waiting import wait_until
 from vmm.net import frames, nft
 from vmm.net.engine import Engine, PortRules, VlanMode
 from vmm.net.forwarding import Guard
@@ -172,9 +172,7 @@ def _bridged(spaces: Namespaces, here: str) -> tuple[str, str]:
         spaces.run(here, f"ip link add vt{number} type veth peer name eth0 netns {name}")
         spaces.run(here, f"ip link set vt{number} master br0 up")
         spaces.run(name, "ip link set eth0 up")
-    deadline = time.monotonic() + 60
-    while spaces.run(here, "bridge link").count("state forwarding") < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: spaces.run(here, "bridge link").count("state forwarding") == 2, "both ports forward")
     return one, other
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support import ROOT
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from tests.vmm.small_guests import wait_until
+from tests.waiting import wait_until
 from vmm.net import enforcing, rule_check, rule_watch
 from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import make_switch
@@ -45,7 +45,7 @@ watching.put_right(host)
 print("ready", flush=True)
 while True:
     if found := watching.put_right(host).mended: print(json.dumps(found), flush=True)
-    time.sleep(0.05)
+    time.sleep(0.05)  # one of two watchers, which look again and again as a worker does
 """
 _SHOW = """
 import json, subprocess, sys

@@ -19,6 +19,7 @@ from tests.support import require_qemu, require_tool
 from tests.vmm.net import packets
 from tests.vmm.net.lab import SwitchLab
 from tests.vmm.net.test_gateway import SETUP
+from tests.waiting import wait_until
 from vmm.host.proc import ProcessRef
 from vmm.model import errors
 from vmm.net import frames, switch_process, user_switch
@@ -141,8 +142,7 @@ def test_rules_change_while_it_runs(lab: SwitchLab) -> None:
     assert other.recv(2000) == HELLO
     lab.plug("a", rules=PortRules(addresses=frozenset({TWO})))
     lab.send("a", HELLO)
-    while port_status(lab, "a")["received_frames"] != 2:
-        time.sleep(0.01)
+    wait_until(lambda: port_status(lab, "a")["received_frames"] == 2, "both frames arrive")
     assert port_status(lab, "a")["drops"] == {"spoofed": 1}
 
 
@@ -152,13 +152,11 @@ def test_links_go_down_and_up(lab: SwitchLab) -> None:
     other = lab.plug("b")
     lab.backend.ask("set_link", name="a", up=False)
     lab.send("a", HELLO)
-    while not port_status(lab, "a")["drops"]:
-        time.sleep(0.01)
+    wait_until(lambda: port_status(lab, "a")["drops"], "the frame is counted")
     status = lab.backend.status()
     assert status is not None
     os.kill(status["pid"], signal.SIGKILL)
-    while lab.backend.is_running():
-        time.sleep(0.01)
+    wait_until(lambda: not lab.backend.is_running(), "the switch ends")
     lab.backend.ensure_running()
     assert port_status(lab, "a")["link_up"] is False
     lab.backend.ask("set_link", name="a", up=True)
@@ -223,12 +221,7 @@ def test_captures_stream_to_whoever_asks(lab: SwitchLab, tmp_path: Path) -> None
         text=True,
     )
     assert done.stdout.split() == [frames.format_mac(ONE), frames.format_mac(TWO)]
-    while True:
-        status = lab.backend.status()
-        assert status is not None
-        if not status["capture_count"]:
-            break
-        time.sleep(0.01)
+    wait_until(lambda: not (lab.backend.status() or {"capture_count": 0})["capture_count"], "the capture ends")
     with pytest.raises(errors.NotFound, match="no port nobody"), lab.backend.capture("nobody"):
         pass
     with pytest.raises(errors.InvalidSpec), lab.backend.capture(None, 5):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.vmm.net.hosts import BridgeHost, bridge_host
-from tests.vmm.small_guests import make_machine, wait_until
+from tests.vmm.small_guests import make_machine
+from tests.waiting import wait_until
 from vmm.api.manager import Manager
 from vmm.model import paths
 

@@ -57,7 +57,7 @@ class Server:
     async def _slow(self, params: dict[str, Any], progress: Progress) -> object:
         for number in range(3):
             progress({"step": "working", "done": number, "total": 3})
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # it is slow
         self.finished.append("slow")
         return "done"
 

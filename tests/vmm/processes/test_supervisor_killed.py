@@ -24,10 +24,10 @@ from tests.vmm.small_guests import (
     processes,
     wait_counting,
     wait_state,
-    wait_until,
     wait_whole,
 )
 from tests.vmm.stage import pids_naming
+from tests.waiting import wait_until
 from vmm.api.manager import Manager
 from vmm.host.proc import ProcessRef
 from vmm.model.errors import QemuFailed, StoreFailed, VmmError

@@ -83,7 +83,7 @@ class Machines:
     def quiet(self, name: str) -> None:
         """Wait for the merge in the background."""
         machine = registry.load(name)
-        time.sleep(0.05)
+        time.sleep(0.05)  # it is begun by another process, of which nothing is to be seen until then
         fold.follow(machine.paths, lambda merging: None)
 
     def images(self) -> set[str]:

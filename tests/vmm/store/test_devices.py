@@ -24,9 +24,9 @@ from tests.vmm.small_guests import (
     make_disk,
     processes,
     wait_counting,
-    wait_until,
     wait_whole,
 )
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AccessDenied, InUse, InvalidSpec, NotFound, QemuFailed, Refused, VmmError
 from vmm.model.spec import make_disk as disk_spec
@@ -353,7 +353,7 @@ def wait_standing_still(manager: Manager) -> None:
     deadline = since + 60
     while time.monotonic() - since < 2:
         assert time.monotonic() < deadline, "the guest goes on without its disk"
-        time.sleep(0.1)
+        time.sleep(0.1)  # it must have counted nothing for two seconds
         if last_tick(manager) != seen:
             seen, since = last_tick(manager), time.monotonic()
 

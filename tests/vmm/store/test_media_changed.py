@@ -15,7 +15,8 @@ from tests.vmm.cli.running import document, failure, good
 from tests.vmm.discs import make_iso
 from tests.vmm.guests import linux
 from tests.vmm.guests.shell import GuestShell
-from tests.vmm.small_guests import console, make_machine, press, processes, wait_counting, wait_until, wait_whole
+from tests.vmm.small_guests import console, make_machine, press, processes, wait_counting, wait_whole
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InvalidSpec, NotFound, Refused, WrongState
 from vmm.processes.worker_connection import MachineRef

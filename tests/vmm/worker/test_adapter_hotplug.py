@@ -11,11 +11,13 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from tests.waiting import until
 from vmm.model.paths import MachinePaths
 from vmm.model.spec import MachineSpec, make_adapter, make_spec
 from vmm.net import joining, switches
@@ -191,21 +193,26 @@ def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyP
     switches.create(make_switch(name="lab"))
     host = HostSide(switches.load("lab"))
 
+    def is_restarted(seen: int) -> bool:
+        return any(one["event"] == "switch-restarted" for one in running.events[seen:])
+
     async def go_through() -> None:
         wires = wiring.Wiring(cast(Running, running))
+
+        def is_watched() -> bool:
+            wires._woken.set()  # its process may not have said its number yet
+            return bool(wires._ends)
+
         wires._woken.set()  # the first look
         watching = asyncio.create_task(wires.watch())
         for _ in range(2):
-            while not wires._ends:
-                wires._woken.set()  # its process may not have said its number yet
-                await asyncio.sleep(0.01)
+            await until(is_watched, "the switch's process is watched")
             status = host.user.status()
             assert status is not None
             seen = len(running.events)
             wires._woken.clear()
             os.kill(status["pid"], signal.SIGKILL)
-            while not any(one["event"] == "switch-restarted" for one in running.events[seen:]):
-                await asyncio.sleep(0.01)
+            await until(partial(is_restarted, seen), "the switch is started again")
         watching.cancel()
         await wires.put_away()
         assert not wires._ends

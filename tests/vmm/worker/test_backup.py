@@ -21,9 +21,9 @@ from tests.vmm.small_guests import (
     press,
     processes,
     wait_counting,
-    wait_until,
     wait_whole,
 )
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AlreadyExists, NotFound, Refused, StoreFailed
 from vmm.model.spec import make_spec

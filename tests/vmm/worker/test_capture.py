@@ -27,10 +27,10 @@ from tests.vmm.small_guests import (
     press,
     processes,
     wait_state,
-    wait_until,
     wait_whole,
 )
 from tests.vmm.snapshots.machines import Machines
+from tests.waiting import becomes, wait_until
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.store import FileStore
 from vmm.api.machine_snapshots import MachineSnapshots
@@ -78,15 +78,16 @@ def guest(
 def count(manager: Manager) -> int:
     """What the guest counted to, asked now: it is in its memory alone."""
     before = len(console(manager))
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
+
+    def answers() -> list[str]:
+        return re.findall(r"count (\d+)\r?\n", console(manager)[before:])
+
+    def answers_to_a_key() -> list[str]:
         press(manager, "c")  # again: a guest that is still booting hears nothing
-        patience = time.monotonic() + 1
-        while time.monotonic() < patience:
-            if found := re.findall(r"count (\d+)\r?\n", console(manager)[before:]):
-                return int(found[-1])
-            time.sleep(0.02)
-    raise AssertionError(f"it does not answer: {console(manager)[-200:]!r}")
+        return answers() if becomes(answers, 1) else []
+
+    said = wait_until(answers_to_a_key, lambda: f"it answers: {console(manager)[-200:]!r}", SECONDS)
+    return int(said[-1])
 
 
 def disk_count(machines: Machines, path: str) -> int:
@@ -313,7 +314,7 @@ def test_start_during_a_merge(manager: Manager, folder: Path, machines: Machines
     assert small.merges_due() == 1
     for _ in range(2):
         manager.stop("small")
-        time.sleep(0.3)
+        time.sleep(0.3)  # the merge begins meanwhile, or not yet
         manager.start("small")  # whatever the merge is doing
         assert count(manager) >= 0
     manager.stop("small")
@@ -424,7 +425,7 @@ def test_killed_at_any_moment(manager: Manager, folder: Path, machines: Machines
 
         taking = threading.Thread(target=take)
         taking.start()
-        time.sleep((0.03, 0.1, 0.06, 0.15)[number])
+        time.sleep((0.03, 0.1, 0.06, 0.15)[number])  # the moment of the kill
         processes()[part].send(signal.SIGKILL)
         taking.join(60)
         if part == "qemu":

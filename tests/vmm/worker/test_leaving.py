@@ -24,9 +24,9 @@ from tests.vmm.small_guests import (
     processes,
     wait_counting,
     wait_state,
-    wait_until,
     wait_whole,
 )
+from tests.waiting import wait_until
 from vmm.api.automatic import starts_with_host, stop_machines
 from vmm.api.manager import Manager
 from vmm.host import autostart

@@ -17,8 +17,9 @@ from tests.support import require_linux_guest
 from tests.vmm.guests import linux
 from tests.vmm.guests.launch import connect
 from tests.vmm.guests.shell import GuestShell
-from tests.vmm.small_guests import MIB, processes, wait_until, wait_whole
+from tests.vmm.small_guests import MIB, processes, wait_whole
 from tests.vmm.snapshots.machines import Machines
+from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
 from vmm.processes.worker_connection import MachineRef

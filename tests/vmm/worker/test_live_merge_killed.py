@@ -17,9 +17,10 @@ import pytest
 import vhdkit
 from tests.support import require_boot_sector_guest
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, WRITE_LBA, BootOptions
-from tests.vmm.small_guests import MIB, PARTS, make_disk, processes, wait_state, wait_until, wait_whole
+from tests.vmm.small_guests import MIB, PARTS, make_disk, processes, wait_state, wait_whole
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, settled
+from tests.waiting import wait_until
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, VmmError

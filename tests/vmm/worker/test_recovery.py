@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.vmm.small_guests import MIB, processes, wait_until
+from tests.vmm.small_guests import MIB, processes
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, guest
+from tests.waiting import wait_until
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.manager import Manager
 from vmm.processes.worker_connection import MachineRef

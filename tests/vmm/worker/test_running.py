@@ -27,8 +27,8 @@ from tests.vmm.small_guests import (
     processes,
     wait_counting,
     wait_state,
-    wait_until,
 )
+from tests.waiting import becomes, wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, NoSpace, Refused, TimedOut, WrongState
 from vmm.processes.worker_connection import MachineRef
@@ -316,14 +316,15 @@ def test_one_command_at_a_time(manager: Manager, tmp_path: Path) -> None:
 
 def save_when_idle(manager: Manager, name: str) -> None:
     """Save as soon as no other operation is under way."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def is_saved() -> bool:
         try:
             manager.save(name)
         except InUse:
-            time.sleep(0.01)
-        else:
-            return
+            return False
+        return True
+
+    becomes(is_saved)
 
 
 def test_busy_with_saving(manager: Manager, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.vhdkit.serve.control.test_operations import SIZE, Bench, Writer, bench_in, wait_for
+from tests.vhdkit.serve.control.test_operations import SIZE, Bench, Writer, bench_in, write_on
+from tests.waiting import wait_until
 from vhdkit import errors
 from vhdkit.disk import open_disk
 from vhdkit.serve.control import merging
@@ -19,11 +20,15 @@ from vhdkit.serve.nbd.wire import Command
 HALF = SIZE // 2
 
 
+def has_copied(bench: Bench) -> bool:
+    """True when the merge of the first export has copied something."""
+    return bool((bench.do("status")["exports"][0]["merge"] or {}).get("done_bytes"))  # type: ignore[index]
+
+
 def frozen_often(bench: Bench, times: int, writers: list[Writer]) -> list[str]:
     """Freeze export a so often while the writers write; its layers, leaf first."""
     for _ in range(times):
-        goal = [writer.rounds + 3 for writer in writers]
-        wait_for(lambda goal=goal: all(w.rounds >= least or w.failure for w, least in zip(writers, goal, strict=True)))  # type: ignore[misc]
+        write_on(writers, 3)
         bench.do("snapshot", exports={"a": None})
     return [layer.store.name for layer in bench.exports[0].disk.chain.layers]
 
@@ -67,8 +72,7 @@ def test_a_leaf_under_writing_clients(tmp_path: Path) -> None:
         layers = frozen_often(bench, 2, writers)
         done = bench.do("merge", export="a", into=layers[-1])
         assert done["leaf"] == layers[-1] and done["into"] == layers[-1]
-        goal = [writer.rounds + 3 for writer in writers]
-        wait_for(lambda: all(w.rounds >= least or w.failure for w, least in zip(writers, goal, strict=True)))
+        write_on(writers, 3)
         bench.do("snapshot", exports={"a": None})  # what took the writes over is a leaf like any other
         leaf = bench.exports[0].image_path
         finished(bench, writers, leaf, 2)
@@ -103,7 +107,7 @@ def test_stopped_in_the_middle(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=merge)
         thread.start()
-        wait_for(lambda: (bench.do("status")["exports"][0]["merge"] or {}).get("done_bytes", 0) > 0)  # type: ignore[index]
+        wait_until(lambda: has_copied(bench), "the merge copies")
         refused: list[tuple[str, dict[str, object]]] = [
             ("snapshot", {}),
             ("resize", {"export": "a", "size_bytes": 2 * SIZE}),
@@ -174,7 +178,7 @@ def test_a_server_that_ends_stops_its_merge(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=merge)
         thread.start()
-        wait_for(lambda: (bench.do("status")["exports"][0]["merge"] or {}).get("done_bytes", 0) > 0)  # type: ignore[index]
+        wait_until(lambda: has_copied(bench), "the merge copies")
         bench.running.end()
         thread.join(30)
         assert [type(one) for one in failures] == [errors.Cancelled]

@@ -14,6 +14,7 @@ import pytest
 
 from tests import nbd_client as nbd
 from tests.nbd_client import Client, Running
+from tests.waiting import wait_until
 from vhdkit import errors
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.check import check
@@ -133,12 +134,14 @@ class Writer(threading.Thread):
         return self.model
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when it holds."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def write_on(writers: list[Writer], rounds: int) -> None:
+    """Return when each has written so many more rounds, or has failed."""
+    goal = [writer.rounds + rounds for writer in writers]
+    wait_until(
+        lambda: all(one.rounds >= least or one.failure for one, least in zip(writers, goal, strict=True)),
+        f"each client writes {rounds} rounds",
+        SECONDS,
+    )
 
 
 def test_snapshots_under_writing_clients(bench: Bench) -> None:
@@ -153,8 +156,7 @@ def test_snapshots_under_writing_clients(bench: Bench) -> None:
         writer.start()
     frozen: dict[str, bytes] = {}
     for number in range(5):
-        goal = [writer.rounds + 4 for writer in writers]
-        wait_for(lambda goal=goal: all(w.rounds >= least or w.failure for w, least in zip(writers, goal, strict=True)))  # type: ignore[misc]
+        write_on(writers, 4)
         done = bench.do("snapshot")
         for row in done["snapshots"]:  # type: ignore[attr-defined]
             assert row["leaf"].endswith(f"{row['export']}{'' if not number else f'-{number}'}.avhd")
@@ -239,13 +241,12 @@ def test_a_disk_grows_and_shrinks_under_a_writing_client(bench: Bench) -> None:
     client = bench.running.client("a")
     writer = Writer(client, 0, SIZE, 1)
     writer.start()
-    wait_for(lambda: writer.rounds > 10)
+    write_on([writer], 11)
     for size in (4 * SIZE, 2 * SIZE, 3 * SIZE):
-        rounds = writer.rounds
         words: dict[str, object] = {} if size == 4 * SIZE else {"shrink": True, "under_clients": True}
         assert bench.do("resize", export="a", size_bytes=size, **words)["size_bytes"] == size
         assert bench.running.client("a").size == size
-        wait_for(lambda rounds=rounds: writer.rounds > rounds + 10)  # type: ignore[misc]
+        write_on([writer], 11)
     model = writer.finish()
     assert client.size == SIZE
     bench.running.end()
@@ -442,7 +443,7 @@ def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPa
     thread.start()
     assert entered.wait(SECONDS)
     bench.do("shutdown")
-    time.sleep(0.1)
+    time.sleep(0.1)  # in which a server that did not wait for the snapshot would end
     gate.set()
     thread.join(SECONDS)
     assert done
@@ -468,14 +469,14 @@ def test_an_export_in_use_stays(bench: Bench) -> None:
         client.call(Command.WRITE, 0, PAGE_SIZE, payload=b"x" * PAGE_SIZE)
         with pytest.raises(errors.ImageInUse, match="used by client"):
             bench.do("remove", export="b")
-    deadline = time.monotonic() + SECONDS
-    while True:
+
+    def is_removed() -> bool:
         try:
-            assert bench.do("remove", export="b") == {"export": "b"}
-            break
+            return bench.do("remove", export="b") == {"export": "b"}
         except errors.ImageInUse:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+            return False
+
+    wait_until(is_removed, "the server notices that the client has gone", SECONDS)
     with open_disk(bench.folder / "b.vhd", writable=True) as disk:
         assert disk.read(0, PAGE_SIZE) == b"x" * PAGE_SIZE
     assert [one.name for one in bench.server.catalog()] == ["a"]

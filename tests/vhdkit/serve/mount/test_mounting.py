@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.mounting import (
 )
 from tests.mounting import vhdkit as command
 from tests.support import require_tool, run
+from tests.waiting import wait_until
 from vhdkit import OpenOptions
 from vhdkit.formats.filesystems import FileSystem
 from vhdkit.serve.mount import drivers, mounting
@@ -131,15 +131,15 @@ def test_busy_mounts(image: Path, tmp_path: Path) -> None:
 
 def wait_until_free(image: Path) -> None:
     """Until nobody writes to it any more."""
-    deadline = time.monotonic() + 60
-    while True:
+
+    def is_free() -> bool:
         try:
             vhdkit.open_disk(image, writable=True).close()
         except vhdkit.ImageInUse:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        else:
-            return
+            return False
+        return True
+
+    wait_until(is_free, f"{image} is free")
 
 
 def test_a_killed_server(image: Path, tmp_path: Path) -> None:

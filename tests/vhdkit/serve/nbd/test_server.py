@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,22 +16,13 @@ from tests.harness.power import Scene
 from tests.harness.stores import MemStore
 from tests.nbd_client import DISC, FLUSH, FUA, READ, STATUS, WRITE, HungUp, Running, serving
 from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
+from tests.waiting import wait_until
 from vhdkit import errors
 from vhdkit.serve.nbd import server as nbd_server
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.units import MIB
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    """True as soon as `condition()` is; False when it never becomes so."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def listening(running: Running, path: Path) -> str:
@@ -62,7 +52,7 @@ def test_many_who_come_and_go(tmp_path: Path) -> None:
                         sock.send(b"\0\0\0\3" + nbd.option(nbd.LIST)[:20])
                 if number % 100 == 0:
                     assert len(good.read(0, 4096)) == 4096
-            assert wait_for(lambda: len(running.server.connections) == 1)
+            wait_until(lambda: len(running.server.connections) == 1, "the others have gone")
 
 
 def test_gone_before_the_greeting() -> None:
@@ -71,7 +61,7 @@ def test_gone_before_the_greeting() -> None:
         for _ in range(20):
             running.connect().sock.close()
         running.on_loop()
-        assert wait_for(lambda: not running.server.connections)
+        wait_until(lambda: not running.server.connections, "it has gone")
 
 
 def test_who_only_connects_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +146,7 @@ def test_flood_of_options_is_bounded() -> None:
             client.send_bytes(nbd.option(nbd.LIST) * 4000)
             with running.client("disk 1") as good:
                 assert good.read(0, 512) == bytes(512)
-            time.sleep(0.2)
+            time.sleep(0.2)  # in which it would fill the memory
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -176,8 +166,8 @@ def test_client_death_with_requests_in_flight() -> None:
                 client.send(FLUSH)
             client.sock.close()
         assert len(good.read(0, SIZE)) == SIZE
-        assert wait_for(lambda: len(running.server.connections) == 1)
-        assert wait_for(lambda: running.server.job_bytes == 0 and running.server.exports[0].jobs == 0)
+        wait_until(lambda: len(running.server.connections) == 1, "the others have gone")
+        wait_until(lambda: running.server.job_bytes == 0 and running.server.exports[0].jobs == 0, "its jobs are done")
 
 
 class SlowReads(MemStore):
@@ -234,7 +224,7 @@ def test_hold() -> None:
             with running.server.hold([export]):
                 assert export.jobs == 0
                 before = export.disk.read(0, SIZE)
-                time.sleep(0.02)
+                time.sleep(0.02)  # in which a job that was not held would begin
                 assert export.jobs == 0
                 assert export.disk.read(0, SIZE) == before
             for client, count in zip(clients, asked, strict=True):
