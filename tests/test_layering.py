@@ -29,6 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.space",
         "vhdkit.named",
         "vhdkit.store",
+        "vhdkit.volume",
+        "vhdkit.local_volume",
         "vhdkit.maker",
         "vhdkit.unfinished",
         "vhdkit.folder",

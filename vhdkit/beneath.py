@@ -16,13 +16,12 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 from vhdkit import errors
 from vhdkit.descriptor import Owned, close_owned, opened
 from vhdkit.named import identity_of
 from vhdkit.store import FileStore, translate, translated
+from vhdkit.volume import Outcome, Place, Trail
 
 _MAX_LINKS = 40  # the kernel's own limit
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -30,31 +29,13 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
-class Outcome(StrEnum):
-    """The result of following a name."""
-
-    FOUND = "found"
-    MISSING = "missing"
-    OUTSIDE = "outside"  # it leads out of the allowed folders; nothing there was examined
-    SPECIAL = "special"  # a folder, device, pipe or socket
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a name led: `path` is free of links, as far as the name could be followed."""
-
-    outcome: Outcome
-    path: str
-    store: FileStore | None = None
-
-
-def open_regular(path: str) -> FileStore:
-    """Open a regular file for reading, links followed.
+def open_regular(path: str, *, follow_links: bool = True) -> FileStore:
+    """Open a regular file for reading.
 
     Raises NotFound, AccessDenied, IoFailed, and InvalidArgument for any other kind of file, which is not opened.
     """
     try:
-        looked = opened(path, os.O_PATH | os.O_CLOEXEC)
+        looked = opened(path, os.O_PATH | os.O_CLOEXEC if follow_links else _LOOK)
         try:
             return _opened(looked[0], path, None)
         finally:
@@ -201,7 +182,7 @@ def _opened(looked: int, path: str, folder: int | None) -> FileStore:
     return FileStore(owned, path, writable=False)
 
 
-def trail_of(directory: str) -> tuple[tuple[int, bool], ...]:
+def trail_of(directory: str) -> Trail:
     """Identify the folders from the root down to `directory`: for each its inode, and whether a file system begins
     there.
 

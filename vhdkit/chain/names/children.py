@@ -16,11 +16,10 @@ Each file is examined once, with three reads; only files that contain the wanted
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from vhdkit import errors, formats
-from vhdkit.beneath import open_regular, was_removed
 from vhdkit.chain.names import marks
 from vhdkit.chain.names.marks import Mark
 from vhdkit.chain.names.options import OpenOptions
@@ -34,9 +33,11 @@ from vhdkit.chain.names.parents import (
 from vhdkit.chain.records import pending
 from vhdkit.errors import printable, quoted
 from vhdkit.finding import Finding, Severity, left_by_repair
-from vhdkit.folder import exists, is_file_name, real_path, regular_files
+from vhdkit.folder import is_file_name
 from vhdkit.image import NULL_ID, ImageFacts
+from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore
+from vhdkit.volume import Volume, VolumeFile
 
 MAX_LEVELS_ABOVE = 16
 _MAX_TOLD = 8
@@ -60,30 +61,34 @@ class _Parent:
     """An image whose children are searched, and those found so far, by their real paths."""
 
     path: str
-    unique_id: bytes
-    identity: tuple[int, int] | None
+    linkage_id: bytes
+    identity: Hashable | None
     children: dict[str, Dependent] = field(default_factory=dict)
     kept: list[Mark] = field(default_factory=list)  # marks that are valid, or may be
     dropped: int = 0
     marked: int = 0  # children that the record names
 
 
-def folders_of_children(path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
+def folders_of_children(path: str, parent_dirs: Sequence[str], volume: Volume = LOCAL) -> tuple[str, ...]:
     """The real folders in which children of an image are searched first: those in which parents may lie, and the
     folder of the name by which it was given, which may be a link: a child made through that name lies there.
     """
-    here = real_path(os.path.dirname(path) or os.curdir)
-    return tuple(dict.fromkeys(real_path(one) for one in (*allowed_folders(path, parent_dirs), here)))
+    here = volume.real(os.path.dirname(path) or os.curdir)
+    return tuple(dict.fromkeys(volume.real(one) for one in (*allowed_folders(path, parent_dirs, volume), here)))
 
 
 def standing_on(
-    images: Sequence[tuple[bytes, str]], options: OpenOptions, *, folders: Sequence[str] = ()
+    images: Sequence[tuple[bytes, str]],
+    options: OpenOptions,
+    *,
+    folders: Sequence[str] = (),
+    volume: Volume = LOCAL,
 ) -> list[list[Dependent]]:
-    """For each image, (unique id, path), everything found to stand on it. Nothing is changed.
+    """For each image, (linkage id, path), everything found to stand on it. Nothing is changed.
 
     `folders` are searched as well. Raises AccessDenied and IoFailed for the images themselves.
     """
-    return [list(parent.children.values()) for parent in _searched(images, options, folders)]
+    return [list(parent.children.values()) for parent in _searched(images, options, folders, volume)]
 
 
 def refuse_with_children(
@@ -100,8 +105,8 @@ def refuse_with_children(
     `danger` says what would happen to the child, `hint` what to do; the child at `apart_from` does not count. With
     `tidy`, for callers that hold the writer's lock, marks that are no longer valid are dropped.
     """
-    (parent,) = _searched([(unique_id(store), store.name)], options, ())
-    own = None if apart_from is None else real_path(apart_from)
+    (parent,) = _searched([(unique_id(store), store.name)], options, (), LOCAL)
+    own = None if apart_from is None else LOCAL.real(apart_from)
     children = [one for one in parent.children.values() if one.path != own]
     if children:
         raise has_children(store.name, children, danger, hint)
@@ -130,13 +135,13 @@ def has_children(path: str, children: Sequence[Dependent], danger: str, hint: st
 def _original(path: str, child_path: str) -> str | None:
     """The other file that a child stands on, if the one at `path` merely has its parent's id; else None."""
     try:
-        with open_regular(child_path) as store:
-            child = _facts_of(store)
+        with LOCAL.open_regular(child_path) as store:
+            child = _facts_of(store, LOCAL)
         if child.parent is None:
             return None
-        folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(real_path(path))))
+        folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(LOCAL.real(path))))
         with find_parent(child, tuple(folders), OpenOptions()) as found:
-            return found.name if found.identity != _identity(real_path(path)) else None
+            return found.name if found.identity != _identity(LOCAL.real(path), LOCAL) else None
     except errors.VhdkitError:
         return None
 
@@ -146,12 +151,12 @@ def _advised(one: Dependent) -> str:
     return f"{one.problem}; {one.hint}" if one.hint else str(one.problem)
 
 
-def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]:
+def mark_findings(store: VolumeFile, options: OpenOptions, volume: Volume = LOCAL) -> tuple[Finding, ...]:
     """Findings about the marks beside an image that are worth reporting."""
-    if store.is_device or not exists(marks.record_path(store.name)):
+    if store.is_device or not volume.exists(marks.record_path(store.name, volume)):
         return ()
-    parent = _Parent(real_path(store.name), unique_id(store), store.identity)
-    _Search([parent], options).look_at_marks(parent)
+    parent = _Parent(volume.real(store.name), unique_id(store, volume), store.identity)
+    _Search([parent], options, volume).look_at_marks(parent)
     found, seen = [], [one for one in parent.children.values() if one.problem is None]
     if seen:
         more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
@@ -159,7 +164,7 @@ def mark_findings(store: FileStore, options: OpenOptions) -> tuple[Finding, ...]
         found.append(Finding(Severity.NOTE, "children-elsewhere", message, store.name))
     for one in [one for one in parent.children.values() if one.problem is not None][:_MAX_TOLD]:
         message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {_advised(one)}"
-        if one.path == marks.record_path(store.name):
+        if one.path == marks.record_path(store.name, volume):
             message = f"its record of children {printable(one.path)} cannot be believed: {_advised(one)}"
         message = left_by_repair(message, "it changes this image alone")
         found.append(Finding(Severity.WARNING, "children-unseen", message, store.name))
@@ -179,9 +184,9 @@ def tidy_marks(path: str, kept: Sequence[Mark]) -> None:
 
 def drop_stale_marks(path: str, options: OpenOptions | None = None) -> None:
     """Drop the marks beside an image that are no longer valid; the caller holds it as a writer."""
-    if exists(marks.record_path(path)):
-        with FileStore.open(path) as store:
-            (parent,) = _searched([(unique_id(store), path)], options or OpenOptions(), ())
+    if LOCAL.exists(marks.record_path(path)):
+        with LOCAL.open(path) as store:
+            (parent,) = _searched([(unique_id(store), path)], options or OpenOptions(), (), LOCAL)
         if parent.dropped or not (parent.kept or parent.children):
             tidy_marks(path, parent.kept)
 
@@ -190,29 +195,34 @@ def find_children(
     parent_id: bytes,
     folders: Sequence[str],
     *,
-    apart_from: tuple[int, int] | None = None,
+    apart_from: Hashable | None = None,
     raw_parent: str | None = None,
+    volume: Volume = LOCAL,
 ) -> list[str]:
     """Paths of the differencing images directly in `folders` whose parent has this id. Damaged images are skipped.
 
     Children of raw disks record no id; with `raw_parent` those count whose names lead to that path.
     """
     parent = _Parent(raw_parent or "", parent_id, apart_from)
-    _Search([parent], OpenOptions()).look_in(folders)
+    _Search([parent], OpenOptions(), volume).look_in(folders)
     return list(parent.children)
 
 
-def find_children_of(parents: Sequence[tuple[bytes, str]], folders: Sequence[str]) -> list[list[str]]:
-    """For each parent, (unique id, real path), the result of `find_children`; every file is examined once."""
-    wanted = [_Parent(path, parent_id, _identity(path)) for parent_id, path in parents]
-    _Search(wanted, OpenOptions()).look_in(folders)
+def find_children_of(
+    parents: Sequence[tuple[bytes, str]], folders: Sequence[str], volume: Volume = LOCAL
+) -> list[list[str]]:
+    """For each parent, (linkage id, real path), the result of `find_children`; every file is examined once."""
+    wanted = [_Parent(path, parent_id, _identity(path, volume)) for parent_id, path in parents]
+    _Search(wanted, OpenOptions(), volume).look_in(folders)
     return [list(one.children) for one in wanted]
 
 
-def _searched(images: Sequence[tuple[bytes, str]], options: OpenOptions, folders: Sequence[str]) -> Sequence[_Parent]:
-    parents = [_Parent(real_path(path), parent_id, _identity(path)) for parent_id, path in images]
-    search = _Search(parents, options)
-    near = [*(one for _, path in images for one in folders_of_children(path, options.parent_dirs)), *folders]
+def _searched(
+    images: Sequence[tuple[bytes, str]], options: OpenOptions, folders: Sequence[str], volume: Volume
+) -> Sequence[_Parent]:
+    parents = [_Parent(volume.real(path), parent_id, _identity(path, volume)) for parent_id, path in images]
+    search = _Search(parents, options, volume)
+    near = [*(one for _, path in images for one in folders_of_children(path, options.parent_dirs, volume)), *folders]
     search.look_in(near)
     search.look_in([above for parent in parents for above in _above(parent.path)], nearby=False)
     for path in options.known_images:
@@ -222,17 +232,17 @@ def _searched(images: Sequence[tuple[bytes, str]], options: OpenOptions, folders
     return parents
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(path: str, volume: Volume) -> Hashable | None:
     try:
-        with open_regular(path) as store:
+        with volume.open_regular(path) as store:
             return store.identity
     except errors.VhdkitError:
         return None
 
 
-def _facts_of(store: FileStore) -> ImageFacts:
+def _facts_of(store: VolumeFile, volume: Volume) -> ImageFacts:
     """The metadata of an image as it will be read. Raises CorruptImage, InvalidArgument."""
-    view = pending.view(store)
+    view = pending.view(store, volume)
     return formats.probed(view).facts(view)
 
 
@@ -249,20 +259,21 @@ def _above(path: str) -> list[str]:
 class _Search:
     """One search for the children of some images. Files that were examined already are skipped."""
 
-    def __init__(self, parents: Sequence[_Parent], options: OpenOptions) -> None:
+    def __init__(self, parents: Sequence[_Parent], options: OpenOptions, volume: Volume) -> None:
+        self._volume = volume
         self._parents = parents
-        self._ids = frozenset(parent.unique_id for parent in parents)
+        self._ids = frozenset(parent.linkage_id for parent in parents)
         self._options = replace(options, allow_raw_parent=True)
         self._folders: set[str] = set()
         self._seen: set[str] = set()
 
     def look_in(self, folders: Iterable[str], *, nearby: bool = True) -> None:
         """Examine the files directly in `folders`; if not `nearby`, only files that find the image count."""
-        for folder in dict.fromkeys(real_path(folder) for folder in folders):
+        for folder in dict.fromkeys(self._volume.real(folder) for folder in folders):
             if folder in self._folders:
                 continue
             self._folders.add(folder)
-            paths = list(regular_files(folder, None if nearby else MAX_FILES_ELSEWHERE))
+            paths = list(self._volume.siblings(folder, None if nearby else MAX_FILES_ELSEWHERE))
             there = set(paths)
             for path in paths:
                 if path not in self._seen:
@@ -271,13 +282,13 @@ class _Search:
 
     def look_at(self, path: str) -> None:
         """Examine an image that the caller knows; a missing or unreadable one is ignored."""
-        if is_file_name(path) and (real := real_path(path)) not in self._seen:
+        if is_file_name(path) and (real := self._volume.real(path)) not in self._seen:
             self._seen.add(real)
             self._look(real, False, True)
 
     def _look(self, path: str, nearby: bool, may_have_log: bool) -> None:
         try:
-            with open_regular(path) as store:
+            with self._volume.open_regular(path) as store:
                 child = self._child(store, may_have_log)
                 identity = store.identity
         except errors.VhdkitError:
@@ -285,30 +296,30 @@ class _Search:
         if child is not None:
             self._add(child, identity, nearby)
 
-    def _child(self, store: FileStore, may_have_log: bool) -> ImageFacts | None:
+    def _child(self, store: VolumeFile, may_have_log: bool) -> ImageFacts | None:
         """The metadata of an image that may stand on one of the parents, else None. Raises CorruptImage."""
         found = formats.parent_ids(store)
         if (
             NULL_ID not in found
             and not self._ids & found
-            and not (may_have_log and pending.log_mentions(store.name, self._ids))
+            and not (may_have_log and pending.log_mentions(store.name, self._ids, self._volume))
         ):
             return None
-        facts = _facts_of(store)
+        facts = _facts_of(store, self._volume)
         return facts if facts.parent is not None else None
 
-    def _add(self, child: ImageFacts, identity: tuple[int, int], nearby: bool) -> bool:
+    def _add(self, child: ImageFacts, identity: Hashable, nearby: bool) -> bool:
         """Record the image as a child of the parents that it stands on; True if there is one."""
         added = False
         for parent in self._parents:
             # A child of a raw disk records no id, whatever the guest has written to that disk since, even a footer.
             recorded = parent_of(child)
-            if not recorded.raw_allowed and parent.unique_id not in recorded.linkage_ids:
+            if not recorded.raw_allowed and parent.linkage_id not in recorded.linkage_ids:
                 continue
             if identity == parent.identity:
                 continue
             if recorded.raw_allowed and nearby:
-                stands = names_lead_to(child, parent.path)
+                stands = names_lead_to(child, parent.path, self._volume)
             else:
                 stands = nearby or self._finds(child, parent)
             if stands:
@@ -319,9 +330,9 @@ class _Search:
     def _finds(self, child: ImageFacts, parent: _Parent) -> bool:
         """False for an image that stands on another file with this id: a copy of the parent."""
         folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(parent.path)))
-        more = (real_path(one) for one in self._options.parent_dirs)
+        more = (self._volume.real(one) for one in self._options.parent_dirs)
         try:
-            with find_parent(child, tuple(dict.fromkeys((*folders, *more))), self._options) as found:
+            with find_parent(child, tuple(dict.fromkeys((*folders, *more))), self._options, self._volume) as found:
                 return found.identity == parent.identity
         except errors.VhdkitError:
             return not parent_of(child).raw_allowed
@@ -331,15 +342,15 @@ class _Search:
     def look_at_marks(self, parent: _Parent) -> None:
         """Examine the children that left a mark beside the image. An unreadable record counts as a child."""
         try:
-            found, is_of_here = marks.marks_about(parent.path)
+            found, is_of_here = marks.marks_about(parent.path, self._volume)
         except errors.VhdkitError as error:
-            path = error.path or marks.record_path(parent.path)
+            path = error.path or marks.record_path(parent.path, self._volume)
             parent.children[path] = Dependent(path, error.problem, error.hint)
             return
         parent.dropped += not is_of_here
         parent.marked = len(found)
         for mark in found:
-            if mark.parent_id == parent.unique_id and self._holds(mark, parent):
+            if mark.parent_id == parent.linkage_id and self._holds(mark, parent):
                 parent.kept.append(mark)
             else:
                 parent.dropped += 1
@@ -348,15 +359,15 @@ class _Search:
         """Examine the child that a mark names; False if it does not stand on the image any more."""
         before = len(parent.children)
         try:
-            with open_regular(mark.path) as store:
+            with self._volume.open_regular(mark.path) as store:
                 child = self._child(store, True)
                 if child is None:
-                    _facts_of(store)  # raises if it is damaged: it may be repaired
+                    _facts_of(store, self._volume)  # raises if it is damaged: it may be repaired
                 identity = store.identity
             if child is not None and self._add(child, identity, False):
                 return any(one.path == mark.path for one in parent.children.values())
         except errors.NotFound:
-            if was_removed(os.path.dirname(mark.path), mark.trail):
+            if self._volume.was_removed(os.path.dirname(mark.path), mark.trail):
                 self.look_in([os.path.dirname(mark.path)], nearby=False)
                 return len(parent.children) > before
             self._unseen(mark, parent, "it is not there, and may be on a file system that is not mounted")
@@ -369,7 +380,7 @@ class _Search:
         return False
 
     def _unseen(self, mark: Mark, parent: _Parent, problem: str) -> None:
-        record = quoted(marks.record_path(parent.path))
+        record = quoted(marks.record_path(parent.path, self._volume))
         hint = f"make it readable, so that it can be looked at; if it is gone for good, remove the record: rm {record}"
         if parent.marked > 1:
             hint += "; the other images that it names are written down again by `vhdkit rebase IMAGE --parent"

@@ -22,14 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vhdkit import errors, formats
-from vhdkit.beneath import open_regular, trail_of
 from vhdkit.chain.records.pending import id_of, view
 from vhdkit.errors import printable
 from vhdkit.folder import (
     NewFile,
     exists,
     is_file_name,
-    read_whole,
     real_path,
     regular_files,
     remove_file,
@@ -37,8 +35,10 @@ from vhdkit.folder import (
     sidecars_of,
 )
 from vhdkit.image import ID_BYTES
+from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
+from vhdkit.volume import Trail, Volume, read_whole
 from vhdkit.xattrs import record_held
 
 KIND = "children"
@@ -51,17 +51,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A child: its real path, its id, its parent's id, and what identifies the folders that lead to it."""
+    """A child: its real path and file id, its parent's linkage id, and what identifies the folders that lead to it."""
 
     path: str
-    unique_id: bytes
+    file_id: bytes
     parent_id: bytes
-    trail: tuple[tuple[int, bool], ...]
+    trail: Trail
 
     @property
     def document(self) -> dict[str, Any]:
         """The mark's form in the record."""
-        return {"path": self.path, "id": self.unique_id.hex(), "parent_id": self.parent_id.hex(), "trail": self.trail}
+        return {"path": self.path, "id": self.file_id.hex(), "parent_id": self.parent_id.hex(), "trail": self.trail}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +72,21 @@ class Record:
     marks: tuple[Mark, ...] = ()
 
 
-def record_path(parent_path: str) -> str:
+def record_path(parent_path: str, volume: Volume = LOCAL) -> str:
     """The path of the record about an image."""
-    return sidecar_path(parent_path, KIND)
+    return sidecar_path(volume.real(parent_path), KIND, is_real=True)
 
 
-def read_record(parent_path: str) -> Record:
+def read_record(parent_path: str, volume: Volume = LOCAL) -> Record:
     """The marks beside an image. Raises InvalidArgument for a damaged record, AccessDenied, IoFailed."""
-    return read_file(record_path(parent_path)) or Record(real_path(parent_path))
+    return read_file(record_path(parent_path, volume), volume) or Record(volume.real(parent_path))
 
 
-def read_file(path: str) -> Record | None:
+def read_file(path: str, volume: Volume = LOCAL) -> Record | None:
     """The record at `path`, None if there is none; raises as `read_record` does."""
-    raw = read_whole(path, MAX_RECORD_BYTES) if exists(path) else None
+    raw = read_whole(volume, path, MAX_RECORD_BYTES) if volume.exists(path) else None
     if raw is None:
-        if not exists(path):
+        if not volume.exists(path):
             return None
         raise _damaged(path, "is not a regular file, or too long")
     if not raw:  # being created: see `record_held`
@@ -159,7 +159,7 @@ def _mark_of(path: str, image: Store, parent_path: str, parent_id: bytes | None 
         parent = formats.probed(image).facts(image).parent
         assert parent is not None
         parent_id = parent.linkage_id
-    return Mark(real, id_of(image), parent_id, trail_of(folder))
+    return Mark(real, id_of(image), parent_id, LOCAL.trail_of(folder))
 
 
 def _leave(parent_path: str, mark: Mark) -> str | None:
@@ -188,43 +188,44 @@ def _take_back(parent_path: str, mark: Mark) -> None:
         _replace(parent_path, [one for one in marks_about(parent_path)[0] if one != mark])
 
 
-def marks_about(parent_path: str) -> tuple[list[Mark], bool]:
+def marks_about(parent_path: str, volume: Volume = LOCAL) -> tuple[list[Mark], bool]:
     """The marks that may be about the image at `parent_path`, and whether its record was left for that very path.
 
     If the image was moved or copied, its children may have come along: they are searched at the same place relative to
     it. The children of the original do not count for a copy. Raises as `read_record` does.
     """
-    record, real = read_record(parent_path), real_path(parent_path)
+    record, real = read_record(parent_path, volume), volume.real(parent_path)
     if record.parent_path == real:
         return list(record.marks), True
-    is_copy, found = _is_copy(record.parent_path, real), []
+    is_copy, found = _is_copy(record.parent_path, real, volume), []
     for mark in record.marks:
-        came = _came_along(mark, record.parent_path, real)
-        if not is_copy and (came is None or exists(mark.path)):
+        came = _came_along(mark, record.parent_path, real, volume)
+        if not is_copy and (came is None or volume.exists(mark.path)):
             found.append(mark)
         found += [came] if came is not None else []
     return found, False
 
 
-def _is_copy(original: str, parent_path: str) -> bool:
+def _is_copy(original: str, parent_path: str, volume: Volume) -> bool:
     """True if the image for which the marks were left still exists, and the one at `parent_path` is another file."""
     try:
-        with open_regular(original) as store, open_regular(parent_path) as parent:
-            return store.identity != parent.identity and id_of(view(store)) == id_of(view(parent))
+        with volume.open_regular(original) as store, volume.open_regular(parent_path) as parent:
+            is_other = store.identity != parent.identity
+            return is_other and id_of(view(store, volume)) == id_of(view(parent, volume))
     except errors.VhdkitError:
         return False
 
 
-def _came_along(mark: Mark, old_parent: str, new_parent: str) -> Mark | None:
+def _came_along(mark: Mark, old_parent: str, new_parent: str, volume: Volume) -> Mark | None:
     """The mark of the child at the same place relative to the parent's new path; None if there is none."""
     path = os.path.relpath(mark.path, os.path.dirname(old_parent))
     path = os.path.normpath(os.path.join(os.path.dirname(new_parent), path))
     if path == mark.path or not is_file_name(path):
         return None
     try:
-        with open_regular(path) as store:
-            is_it = id_of(view(store)) == mark.unique_id
-        return replace(mark, path=path, trail=trail_of(os.path.dirname(path))) if is_it else None
+        with volume.open_regular(path) as store:
+            is_it = id_of(view(store, volume)) == mark.file_id
+        return replace(mark, path=path, trail=volume.trail_of(os.path.dirname(path))) if is_it else None
     except errors.VhdkitError:
         return None
 

@@ -20,14 +20,17 @@ from vhdkit.chain.names.parents import (
     allowed_folders,
     find_parent,
     parent_format,
+    parent_of,
 )
 from vhdkit.chain.records import pending
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.errors import CorruptImage, CorruptReason, Replaced
 from vhdkit.formats.probe import open_layer
 from vhdkit.image import ImageFacts, Layer
+from vhdkit.local_volume import LOCAL
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
+from vhdkit.volume import Volume, VolumeFile
 
 MAX_TABLE_BYTES = 64 * MIB  # BATs in memory, of all read-only layers: three of the largest
 MAX_CHAIN_DEPTH = 254  # one owner byte per sector, with one value for "no layer"
@@ -39,6 +42,7 @@ def open_layers(
     writable: bool = False,
     options: OpenOptions | None = None,
     danger: str | None = "writing to it would corrupt that image",
+    volume: Volume = LOCAL,
 ) -> list[Layer]:
     """Open a leaf and all its parents, leaf first; only the leaf is writable.
 
@@ -47,30 +51,51 @@ def open_layers(
     Raises NotFound, AccessDenied, CorruptImage (also for loops and too deep chains), UnsupportedFormat,
     ImageInUse, HasChildren, ParentMissing, ParentMismatch, ParentRefused. On error nothing stays open.
     """
-    return opened_again(lambda: _opened_once(os.fsdecode(path), writable, options or OpenOptions(), danger))
+    leaf = os.fsdecode(path)
+    if writable:
+        return opened_again(lambda: _opened_for_writing(leaf, options or OpenOptions(), danger, volume))
+    return opened_again(lambda: _opened_for_reading(leaf, options or OpenOptions(), volume))
 
 
-def _opened_once(leaf_path: str, writable: bool, options: OpenOptions, danger: str | None) -> list[Layer]:
+def _opened_for_reading(leaf: str, options: OpenOptions, volume: Volume) -> list[Layer]:
     """`open_layers`; raises `Replaced` if a file of the chain was replaced before it was locked."""
     layers: list[Layer] = []
-    store = FileStore.open(leaf_path, writable=writable)
+    store = volume.open(leaf)
     try:
-        _hold(store, writable, options)
-        if writable and danger is not None:
-            refuse_with_children(store, options, danger, tidy=options.lock)
-        layers.append(_open_leaf(pending.view(store), False, options))
-        _open_parents(layers, store, options)
-        if writable:  # last: only now is the chain known to be complete, and this may mend the file
-            pending.settle(store)
-            said = layers[0].findings
-            layers[0] = _open_leaf(store, True, options)
-            layers[0].findings.extend(one for one in said if one.code == lineage.WRITTEN)
+        _hold(store, False, options)
+        layers.append(_open_leaf(pending.view(store, volume), False, options))
+        _open_parents(layers, store, options, volume)
     except BaseException:
-        store.close()
-        for layer in layers:
-            layer.store.close()
+        _close_all(store, layers)
         raise
     return layers
+
+
+def _opened_for_writing(leaf: str, options: OpenOptions, danger: str | None, volume: Volume) -> list[Layer]:
+    """The same with a writable leaf."""
+    layers: list[Layer] = []
+    store = volume.open_for_writing(leaf)
+    try:
+        _hold(store, True, options)
+        if danger is not None:
+            refuse_with_children(store, options, danger, tidy=options.lock)
+        layers.append(_open_leaf(pending.view(store), False, options))
+        _open_parents(layers, store, options, volume)
+        # Last: only now is the chain known to be complete, and this may mend the file.
+        pending.settle(store)
+        said = layers[0].findings
+        layers[0] = _open_leaf(store, True, options)
+        layers[0].findings.extend(one for one in said if one.code == lineage.WRITTEN)
+    except BaseException:
+        _close_all(store, layers)
+        raise
+    return layers
+
+
+def _close_all(leaf: VolumeFile, layers: Sequence[Layer]) -> None:
+    leaf.close()
+    for layer in layers:
+        layer.store.close()
 
 
 def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
@@ -91,17 +116,17 @@ def limit_tables(layers: Sequence[Layer]) -> None:
                 left = 0
 
 
-def _hold(store: FileStore, writer: bool, options: OpenOptions) -> None:
-    store.notes_folder = options.notes_folder
-    if not options.lock:
-        return
-    if not writer:
-        pending.write_noted(store)  # a writer does this itself when it opens the image
-    store.lock(writer=writer)
+def _hold(store: VolumeFile, writer: bool, options: OpenOptions) -> None:
+    if isinstance(store, FileStore):  # notes are about files of the file system
+        store.notes_folder = options.notes_folder
+        if options.lock and not writer:
+            pending.write_noted(store)  # a writer does this itself when it opens the image
+    if options.lock:
+        store.lock(writer=writer)
 
 
-def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) -> None:
-    folders = allowed_folders(leaf.name, options.parent_dirs)
+def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, volume: Volume) -> None:
+    folders = allowed_folders(leaf.name, options.parent_dirs, volume)
     seen = {leaf.identity}
     while (child := layers[-1].facts).parent is not None:
         if len(layers) >= MAX_CHAIN_DEPTH:
@@ -110,7 +135,7 @@ def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) ->
                 f"the chain has more than {MAX_CHAIN_DEPTH} layers",
                 path=leaf.name,
             )
-        store = find_parent(child, folders, options)
+        store = find_parent(child, folders, options, volume)
         try:
             if store.identity in seen:
                 raise CorruptImage(
@@ -120,7 +145,7 @@ def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) ->
                 )
             seen.add(store.identity)
             _hold(store, False, options)
-            layers.append(_open_parent(store, child, options))
+            layers.append(_open_parent(store, child, options, volume))
             limit_tables(layers)
             written = lineage.finding_of(layers[-2].store, child, store)
             layers[-2].findings.extend([] if written is None else [written])
@@ -129,5 +154,9 @@ def _open_parents(layers: list[Layer], leaf: FileStore, options: OpenOptions) ->
             raise
 
 
-def _open_parent(store: FileStore, child: ImageFacts, options: OpenOptions) -> Layer:
-    return parent_format(child).open(pending.view(store), ignore_bitmaps=options.ignore_bitmaps)
+def _open_parent(store: VolumeFile, child: ImageFacts, options: OpenOptions, volume: Volume) -> Layer:
+    """Open the parent, which is held. It was found by its id before that, and an id may change with the content."""
+    view, parent = pending.view(store, volume), parent_of(child)
+    if not parent.raw_allowed and parent_format(child).linkage_id(view) not in parent.linkage_ids:
+        raise Replaced("became another disk while the chain was opened", path=store.name)
+    return parent_format(child).open(view, ignore_bitmaps=options.ignore_bitmaps)

@@ -14,17 +14,16 @@ from __future__ import annotations
 import ntpath
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vhdkit import errors, formats
-from vhdkit.beneath import Outcome, find_beneath
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
-from vhdkit.folder import is_file_name, real_path, regular_files
 from vhdkit.formats.format import Format
 from vhdkit.image import NULL_ID, ImageFacts, NameDialect, ParentRef
-from vhdkit.store import FileStore
+from vhdkit.local_volume import LOCAL
+from vhdkit.volume import Outcome, Volume, VolumeFile
 
 _MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
 _MAX_NAME_TOLD = 500  # letters
@@ -32,8 +31,9 @@ _MAX_NAME_TOLD = 500  # letters
 
 @dataclass(slots=True)
 class _Search:
-    """The places examined while searching for one parent, for the error message."""
+    """A search for one parent on a volume, and the places that were examined, for the error message."""
 
+    volume: Volume
     places: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, bytes]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # targets of links in the folders
@@ -53,12 +53,12 @@ def parent_format(child: ImageFacts) -> Format:
     return formats.named(child.format_name)
 
 
-def allowed_folders(leaf_path: str, parent_dirs: Sequence[str]) -> tuple[str, ...]:
+def allowed_folders(leaf_path: str, parent_dirs: Sequence[str], volume: Volume = LOCAL) -> tuple[str, ...]:
     """The folders in which parents may lie: real paths first, the leaf's own at the head, then differing spellings."""
-    here = os.path.dirname(real_path(leaf_path))
-    real = [here, *(real_path(folder) for folder in parent_dirs)]
-    called = [os.path.abspath(folder or os.curdir) for folder in (os.path.dirname(leaf_path), *parent_dirs)]
-    if real_path(called[0]) != here:  # the leaf was named by a link in another folder
+    here = os.path.dirname(volume.real(leaf_path))
+    real = [here, *(volume.real(folder) for folder in parent_dirs)]
+    called = [volume.absolute(folder) for folder in (os.path.dirname(leaf_path), *parent_dirs)]
+    if volume.real(called[0]) != here:  # the leaf was named by a link in another folder
         called.pop(0)
     return tuple(dict.fromkeys([*real, *called]))
 
@@ -74,8 +74,10 @@ def recorded_parent_id(child: ImageFacts) -> bytes:
     return parent_of(child).linkage_id
 
 
-def find_parent(child: ImageFacts, folders: tuple[str, ...], options: OpenOptions) -> FileStore:
-    """The open file of the parent of `child`; its `path` is where it was found.
+def find_parent(
+    child: ImageFacts, folders: tuple[str, ...], options: OpenOptions, volume: Volume = LOCAL
+) -> VolumeFile:
+    """The open file of the parent of `child`, on the child's volume; its `name` is where it was found.
 
     Raises ParentMissing, ParentMismatch, ParentRefused, each naming every place that was searched.
     """
@@ -85,21 +87,18 @@ def find_parent(child: ImageFacts, folders: tuple[str, ...], options: OpenOption
             path=child.path,
             hint="if you trust it, say --allow-raw-parent",
         )
-    search = _Search()
-    for candidate in dict.fromkeys(candidates(child, folders)):
+    search = _Search(volume)
+    for candidate in dict.fromkeys(candidates(child, folders, volume)):
         store = _try(candidate, child, folders, search)
         if store is not None:
             return store
     raise _not_found(child, search)
 
 
-def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _Search) -> FileStore | None:
+def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _Search) -> VolumeFile | None:
     """Open the candidate if it is the parent; else record why not. Nothing outside the folders is examined."""
-    if not is_file_name(candidate):
-        search.note(candidate)
-        return None
     try:
-        place = find_beneath(candidate, folders)
+        place = search.volume.follow(candidate, folders)
     except errors.VhdkitError as error:
         search.note(candidate)
         search.unreadable.append(error)
@@ -114,7 +113,7 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
     if parent_of(child).raw_allowed:
         return place.store  # the child says that it is raw: what its guest wrote to it, even a footer, is ignored
     try:
-        found = parent_format(child).linkage_id(pending.view(place.store))
+        found = parent_format(child).linkage_id(pending.view(place.store, search.volume))
     except BaseException:
         place.store.close()
         raise
@@ -125,14 +124,14 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
     return None
 
 
-def unique_id(store: FileStore) -> bytes:
-    """The id by which other images know this one, `NULL_ID` for a raw image."""
-    return formats.linkage_id(pending.view(store)) or NULL_ID
+def unique_id(store: VolumeFile, volume: Volume = LOCAL) -> bytes:
+    """The linkage id, by which children know the image; `NULL_ID` for a raw image."""
+    return formats.linkage_id(pending.view(store, volume)) or NULL_ID
 
 
-def candidates(child: ImageFacts, folders: tuple[str, ...]) -> Iterator[str]:
+def candidates(child: ImageFacts, folders: tuple[str, ...], volume: Volume = LOCAL) -> Iterator[str]:
     """Paths to try, in order: the names as recorded in the child, then the bare names in every folder."""
-    here = os.path.dirname(real_path(child.path))
+    here = os.path.dirname(volume.real(child.path))
     for one in parent_of(child).names:
         yield from _paths_of(one.text, here)
     names = bare_names(child)
@@ -147,28 +146,26 @@ def bare_names(child: ImageFacts) -> list[str]:
     return list(dict.fromkeys(ntpath.basename(one.text.rstrip("\\/")) for one in parent_of(child).names))
 
 
-def leads_to(child: ImageFacts, parent_path: str, folders: tuple[str, ...]) -> bool:
+def leads_to(child: ImageFacts, parent_path: str, folders: tuple[str, ...], volume: Volume = LOCAL) -> bool:
     """True if a path in the child leads directly to this file, without a search for its bare name."""
-    here, parent = os.path.dirname(real_path(child.path)), real_path(parent_path)
+    here, parent = os.path.dirname(volume.real(child.path)), volume.real(parent_path)
     texts = [one.text for one in parent_of(child).names if one.dialect is NameDialect.PATH]
     paths = [path for text in texts for path in _paths_of(text, here)]
-    return any(_place_of(path, folders) == parent for path in paths)
+    return any(_place_of(path, folders, volume) == parent for path in paths)
 
 
-def names_lead_to(child: ImageFacts, parent_path: str) -> bool:
+def names_lead_to(child: ImageFacts, parent_path: str, volume: Volume = LOCAL) -> bool:
     """True if any name recorded in the child leads to this file; a child of a raw disk has nothing else."""
-    parent = real_path(parent_path)
+    parent = volume.real(parent_path)
     folder = os.path.dirname(parent)
-    here = os.path.dirname(real_path(child.path))
-    return any(_place_of(one, (folder, here)) == parent for one in candidates(child, (here,)))
+    here = os.path.dirname(volume.real(child.path))
+    return any(_place_of(one, (folder, here), volume) == parent for one in candidates(child, (here,), volume))
 
 
-def _place_of(path: str, folders: Sequence[str]) -> str | None:
+def _place_of(path: str, folders: Sequence[str], volume: Volume) -> str | None:
     """The regular file to which a path leads, if it stays beneath the folders all the way."""
-    if not is_file_name(path):
-        return None
     try:
-        place = find_beneath(path, folders)
+        place = volume.follow(path, folders)
     except errors.VhdkitError:
         return None
     if place.store is None:
@@ -233,7 +230,7 @@ def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
 
 def _leads_out(child: ImageFacts, search: _Search) -> bool:
     """True if the most specific of the child's names leads out of the allowed folders."""
-    here = os.path.dirname(real_path(child.path))
+    here = os.path.dirname(search.volume.real(child.path))
     first = next((path for one in parent_of(child).names for path in _paths_of(one.text, here)), None)
     return first is not None and first in search.outside
 
@@ -259,19 +256,21 @@ def format_id(unique_id_bytes: bytes) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def find_by_id(wanted_id: bytes, folders: Sequence[str], *, apart_from: tuple[int, int] | None = None) -> list[str]:
+def find_by_id(
+    wanted_id: bytes, folders: Sequence[str], *, apart_from: Hashable | None = None, volume: Volume = LOCAL
+) -> list[str]:
     """Paths of the files directly in `folders` that are the image with this id, under any name.
 
     Several results are copies, and it is unknown which one is meant. Hard links count once. A null id matches none.
     """
-    found: dict[tuple[int, int], str] = {}
+    found: dict[Hashable, str] = {}
     if wanted_id == NULL_ID:
         return []
-    for folder in dict.fromkeys(real_path(folder) for folder in folders):
-        for path in regular_files(folder):
+    for folder in dict.fromkeys(volume.real(folder) for folder in folders):
+        for path in volume.siblings(folder):
             try:
-                with FileStore.open(path, follow_links=False) as store:
-                    if store.identity != apart_from and unique_id(store) == wanted_id:
+                with volume.open_regular(path, follow_links=False) as store:
+                    if store.identity != apart_from and unique_id(store, volume) == wanted_id:
                         found.setdefault(store.identity, path)
             except errors.VhdkitError:
                 continue

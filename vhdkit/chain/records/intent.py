@@ -28,9 +28,11 @@ from typing import Any
 from vhdkit import errors
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity, left_by_repair
-from vhdkit.folder import exists, is_file_name, is_within, read_whole, real_path, regular_files, sidecar_path
+from vhdkit.folder import is_file_name, is_within, sidecar_path
 from vhdkit.image import ID_BYTES
+from vhdkit.local_volume import LOCAL
 from vhdkit.units import MIB
+from vhdkit.volume import Volume, read_whole
 
 KIND = "merge"
 MAX_RECORD_BYTES = MIB  # enough for 254 layers with paths of maximum length
@@ -97,7 +99,9 @@ def _named_document(one: Named, folder: str) -> dict[str, str]:
     return {"path": os.path.relpath(one.path, folder), "unique_id": one.unique_id.hex()}
 
 
-def decode(raw: bytes, folder: str, allowed: tuple[str, ...], *, path: str | None = None) -> Intent:
+def decode(
+    raw: bytes, folder: str, allowed: tuple[str, ...], *, path: str | None = None, volume: Volume = LOCAL
+) -> Intent:
     """Decode the record `raw`, which lies in `folder`, at `path`.
 
     Every file it names lies in `folder` or below it, or in one of the `allowed` folders or below. Raises DamagedRecord
@@ -111,8 +115,8 @@ def decode(raw: bytes, folder: str, allowed: tuple[str, ...], *, path: str | Non
         if document["format"] != _FORMAT:
             raise _damaged("it is of another kind", path)
         phase, relink = Phase(document["phase"]), document["relink"]
-        target = _named(document["target"], folder)
-        sources = tuple(_named(one, folder) for one in document["sources"])
+        target = _named(document["target"], folder, volume)
+        sources = tuple(_named(one, folder, volume) for one in document["sources"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged("something in it is missing, or of a wrong kind", path) from error
     names = [target, *sources]
@@ -140,53 +144,53 @@ def _damaged(problem: str, path: str | None) -> DamagedRecord:
     )
 
 
-def _named(document: Any, folder: str) -> Named:
+def _named(document: Any, folder: str, volume: Volume) -> Named:
     unique_id, path = bytes.fromhex(document["unique_id"]), document["path"]
     if len(unique_id) != ID_BYTES or os.path.basename(path) in ("", os.curdir, os.pardir):
         raise ValueError("no such name")
     path = os.path.join(folder, path)
     if not is_file_name(path):
         raise ValueError("no such name")
-    return Named(os.path.join(real_path(os.path.dirname(path)), os.path.basename(path)), unique_id)  # not followed
+    return Named(os.path.join(volume.real(os.path.dirname(path)), os.path.basename(path)), unique_id)  # not followed
 
 
 def intent_of(target_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
     """The unfinished merge into this image, or None. Raises IoFailed, AccessDenied."""
-    return read_intent(sidecar_path(target_path, KIND), allowed)
+    return read_intent(record_of(target_path), allowed)
 
 
-def read_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
+def read_intent(record_path: str, allowed: tuple[str, ...] = (), volume: Volume = LOCAL) -> Intent | None:
     """The content of a record, or None if there is none or it is not accepted. Raises IoFailed, AccessDenied."""
     try:
-        return demand_intent(record_path, allowed)
+        return demand_intent(record_path, allowed, volume)
     except (DamagedRecord, RecordRefused):
         return None
 
 
-def demand_intent(record_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
+def demand_intent(record_path: str, allowed: tuple[str, ...] = (), volume: Volume = LOCAL) -> Intent | None:
     """The content of a record, or None if the file does not exist. A record must lie beside its own target.
 
     Raises DamagedRecord, RecordRefused, IoFailed, AccessDenied.
     """
-    if not exists(record_path):
+    if not volume.exists(record_path):
         return None
-    raw = read_whole(record_path, MAX_RECORD_BYTES)
+    raw = read_whole(volume, record_path, MAX_RECORD_BYTES)
     if raw is None:
         raise _damaged("it is not a regular file, or too long", record_path)
-    intent = decode(raw, os.path.dirname(record_path), allowed, path=record_path)
-    if sidecar_path(intent.target.path, KIND) != record_path:
+    intent = decode(raw, os.path.dirname(record_path), allowed, path=record_path, volume=volume)
+    if record_of(intent.target.path, volume) != record_path:
         raise _damaged("it lies beside an image that it is not about", record_path)
     return intent
 
 
-def record_of(target_path: str) -> str:
+def record_of(target_path: str, volume: Volume = LOCAL) -> str:
     """The path of the record of a merge into this image."""
-    return sidecar_path(target_path, KIND)
+    return sidecar_path(volume.real(target_path), KIND, is_real=True)
 
 
-def resume_command(intent: Intent, image_path: str) -> str:
+def resume_command(intent: Intent, image_path: str, volume: Volume = LOCAL) -> str:
     """The command that continues the merge, given this image of it."""
-    here = os.path.dirname(real_path(image_path))
+    here = os.path.dirname(volume.real(image_path))
     places = [os.path.dirname(one.path) for one in (intent.target, *intent.sources)]
     more = dict.fromkeys(place for place in places if place != here)
     words = ["vhdkit", "merge", "--resume", printable(image_path)]
@@ -195,13 +199,13 @@ def resume_command(intent: Intent, image_path: str) -> str:
     return shlex.join(words)
 
 
-def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
+def merge_findings(image_path: str, in_use: bool, volume: Volume = LOCAL) -> tuple[Finding, ...]:
     """Findings about a merge into this image: in progress, unfinished, or with a record that is not accepted."""
-    record = sidecar_path(image_path, KIND)
-    if not exists(record):
+    record = record_of(image_path, volume)
+    if not volume.exists(record):
         return ()
     try:
-        intent = demand_intent(record, (os.sep,))  # only for the message
+        intent = demand_intent(record, (os.sep,), volume)  # only for the message
     except DamagedRecord as error:
         message = left_by_repair(
             f"{printable(record)} is {error.problem}", "it removes no file; remove it where nobody needs it"
@@ -215,7 +219,9 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
             f"{leaf} is being merged into it by another program; until that ends, only {leaf} shows the whole disk"
         )
         return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
-    rest = f"`{resume_command(intent, image_path)}` finishes it (`check --repair` leaves it: it merges nothing)"
+    rest = (
+        f"`{resume_command(intent, image_path, volume)}` finishes it (`check --repair` leaves it: it merges nothing)"
+    )
     if intent.phase is Phase.COPY:
         message = (
             f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, this image alone is a"
@@ -227,14 +233,14 @@ def merge_findings(image_path: str, in_use: bool) -> tuple[Finding, ...]:
     return (Finding(Severity.WARNING, "merge-unfinished", message, image_path),)
 
 
-def intents_about(path: str, folders: tuple[str, ...]) -> list[Intent]:
+def intents_about(path: str, folders: tuple[str, ...], volume: Volume = LOCAL) -> list[Intent]:
     """The unfinished merges in these folders that have the image at `path`, which may be gone, as target or source."""
-    place = real_path(path)
+    place = volume.real(path)
     found = []
     for folder in folders:
-        for record in regular_files(folder):
+        for record in volume.siblings(folder):
             if record.endswith(f".vhdkit-{KIND}"):
-                intent = read_intent(record, folders)
+                intent = read_intent(record, folders, volume)
                 if intent is not None and place in (intent.target.path, *(one.path for one in intent.sources)):
                     found.append(intent)
     return found

@@ -37,7 +37,9 @@ from vhdkit.formats.undo import (
     roll_back,
 )
 from vhdkit.image import NULL_ID, Layer
-from vhdkit.store import Buffer, FileStore, Store
+from vhdkit.local_volume import LOCAL
+from vhdkit.store import Buffer, FileStore, ReadStore, Store
+from vhdkit.volume import Volume, VolumeFile
 
 _UNDO = "undo"
 
@@ -50,9 +52,9 @@ class Look:
     findings: tuple[Finding, ...]
 
 
-def undo_path(image_path: str) -> str:
-    """The path of an image's undo log."""
-    return sidecar_path(image_path, _UNDO)
+def undo_path(image_path: str, volume: Volume = LOCAL) -> str:
+    """The place of an image's undo log."""
+    return undo_path_beside(volume.real(image_path))
 
 
 def undo_path_beside(image_path: str) -> str:
@@ -60,26 +62,29 @@ def undo_path_beside(image_path: str) -> str:
     return sidecar_path(image_path, _UNDO, is_real=True)
 
 
-def log_mentions(image_path: str, ids: Collection[bytes]) -> bool:
+def log_mentions(image_path: str, ids: Collection[bytes], volume: Volume = LOCAL) -> bool:
     """True if a file that looks like an undo log lies beside the image and contains one of these ids anywhere.
 
     Then the image may stand on another parent once the change is undone. Searches the bytes once, without parsing.
     """
     try:
-        with FileStore.open(undo_path(image_path), follow_links=False) as record:
-            return not record.is_device and mentions(record, ids)
+        with volume.open_record(undo_path(image_path, volume)) as record:
+            return mentions(record, ids)
     except errors.VhdkitError:
         return False
 
 
-def look(store: FileStore) -> Look:
+def look(store: VolumeFile, volume: Volume = LOCAL) -> Look:
     """The image as it must be read, whether or not its lock is held. Nothing is changed.
 
-    Raises AccessDenied or IoFailed if the log cannot be read, since the image may be half changed.
+    `volume` is the one that opened the file. Raises AccessDenied or IoFailed if the log cannot be read, since the
+    image may be half changed.
     """
-    log, findings = _find(store)
+    log, findings = _find(store, volume)
     if not store.is_device:
-        findings += merge_findings(store.name, store.in_use()) + remember.findings(store)
+        findings += merge_findings(store.name, store.in_use(), volume)
+    if (file := file_of(store)) is not None and not file.is_device:
+        findings += remember.findings(file)
     if store.lacks_locks():
         message = left_by_repair(
             "its file system has no locks: nothing keeps other programs from writing to it while it is read",
@@ -89,9 +94,9 @@ def look(store: FileStore) -> Look:
     return Look(store if log is None else UndoneStore(store, log), findings)
 
 
-def view(store: FileStore) -> Store:
+def view(store: VolumeFile, volume: Volume = LOCAL) -> Store:
     """The image as it must be read, without findings."""
-    return look(store).store
+    return look(store, volume).store
 
 
 def settle(store: FileStore) -> None:
@@ -100,11 +105,11 @@ def settle(store: FileStore) -> None:
     Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log then remains, and the next open tries again.
     """
     remember.disown(store)
-    log, _ = _find(store)
+    log, _ = _find(store, LOCAL)
     if log is not None:
         roll_back(store, log)
         _remove(undo_path(store.name))
-    elif not store.is_device and _was_being_removed(undo_path(store.name)):
+    elif not store.is_device and _was_being_removed(undo_path(store.name), LOCAL):
         remove_file(undo_path(store.name))
 
 
@@ -126,7 +131,7 @@ def write_noted(store: FileStore) -> None:
         formats.probed(own).open(own, writable=True).close()
 
 
-def id_of(store: Store) -> bytes:
+def id_of(store: ReadStore) -> bytes:
     """The id by which undo logs, notes and the records of merges identify an image; `NULL_ID` for a raw disk.
 
     For a file that was just opened, pass its `view`.
@@ -134,8 +139,8 @@ def id_of(store: Store) -> bytes:
     return formats.file_id(store) or NULL_ID
 
 
-def file_of(store: Store) -> FileStore | None:
-    """The file behind a store that `look` gave, or None for a store that is none."""
+def file_of(store: ReadStore) -> FileStore | None:
+    """The file behind a store that `look` gave; None for a store that is not a file of the file system."""
     if isinstance(store, UndoneStore):
         store = store.store
     return store if isinstance(store, FileStore) else None
@@ -189,11 +194,11 @@ def _remove(path: str) -> None:
     remove_file(path)
 
 
-def _was_being_removed(path: str) -> bool:
+def _was_being_removed(path: str, volume: Volume) -> bool:
     """True for the empty file that remains of a log if the machine stopped in `_remove`."""
     try:
-        with FileStore.open(path, follow_links=False) as record:
-            return not record.is_device and record.size() == 0
+        with volume.open_record(path) as record:
+            return record.size() == 0
     except errors.VhdkitError:
         return False
 
@@ -203,7 +208,7 @@ def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
 
     Raises InvalidArgument if a complete log, or something other than a regular file, exists there; NoSpace, IoFailed.
     """
-    if exists(path) and _load(path) is not None:
+    if exists(path) and _load(path, LOCAL) is not None:
         raise errors.InvalidArgument(
             f"a record of an earlier change lies at {printable(path)}",
             path=like.name,
@@ -214,20 +219,20 @@ def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
         new.commit()
 
 
-def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
+def _find(store: VolumeFile, volume: Volume) -> tuple[UndoLog | None, tuple[Finding, ...]]:
     """The log to apply, and the findings."""
     if store.is_device:
         return None, ()
-    path = undo_path(store.name)
-    if not exists(path):
+    path = undo_path(store.name, volume)
+    if not volume.exists(path):
         return None, ()
     try:
-        log = _load(path, store)
+        log = _load(path, volume, store)
     except errors.NotFound:  # removed in the meantime: the change is complete
         return None, ()
     except errors.InvalidArgument as error:
         return None, (_ignored(store, path, f"is not a regular file ({error.problem})"),)
-    if log is None and _was_being_removed(path):
+    if log is None and _was_being_removed(path, volume):
         return None, ()
     if log is None:
         why = "is not a whole undo log of this image as it is: the change was not begun, or is of another image"
@@ -237,25 +242,23 @@ def _find(store: FileStore) -> tuple[UndoLog | None, tuple[Finding, ...]]:
     return log, (_unfinished(store, path),)
 
 
-def _load(path: str, image: FileStore | None = None) -> UndoLog | None:
+def _load(path: str, volume: Volume, image: ReadStore | None = None) -> UndoLog | None:
     """The log under this name, or None; see `read_log`.
 
     Raises InvalidArgument for anything but a regular file, including a link.
     """
-    with FileStore.open(path, follow_links=False) as record:
-        if record.is_device:
-            raise errors.InvalidArgument("is a device", path=path)
+    with volume.open_record(path) as record:
         return read_log(record, image)
 
 
-def _ignored(store: FileStore, path: str, problem: str) -> Finding:
+def _ignored(store: VolumeFile, path: str, problem: str) -> Finding:
     message = left_by_repair(
         f"{printable(path)} {problem}; it is ignored", "it removes no file; remove it where nobody needs it"
     )
     return Finding(Severity.WARNING, "undo-log-ignored", message, store.name)
 
 
-def _unfinished(store: FileStore, path: str) -> Finding:
+def _unfinished(store: VolumeFile, path: str) -> Finding:
     if store.in_use():
         message = "is being changed by another program; it reads as it was before"
         return Finding(Severity.NOTE, "change-under-way", message, store.name)

@@ -24,6 +24,7 @@ from vhdkit.formats.probe import format_of
 from vhdkit.image import ImageFacts
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore
+from vhdkit.volume import VolumeFile
 
 
 @checked
@@ -41,7 +42,7 @@ def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) ->
     folders = allowed_folders(leaf_path, options.parent_dirs)
     findings: list[Finding] = []
     examined_bytes = 0
-    stores = [FileStore.open(leaf_path)]
+    stores: list[VolumeFile] = [FileStore.open(leaf_path)]
     image_format: Format | None = None
     try:
         findings += mark_findings(stores[0], options)
@@ -73,7 +74,7 @@ def _after(progress: Progress | None, before_bytes: int) -> Progress | None:
 
 
 def _check_one(
-    store: FileStore,
+    store: VolumeFile,
     findings: list[Finding],
     options: OpenOptions,
     image_format: Format | None,
@@ -99,7 +100,7 @@ def _check_one(
 
 def _parent_of(
     child: ImageFacts, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding]
-) -> FileStore | None:
+) -> VolumeFile | None:
     codes = {
         errors.ParentMissing: "parent-missing",
         errors.ParentMismatch: "parent-mismatch",
@@ -119,7 +120,7 @@ def _finding(error: errors.VhdkitError, code: str, path: str) -> Finding:
     return Finding(Severity.ERROR, code, message, path, error.structure, error.offset_bytes)
 
 
-def _closes_loop(stores: list[FileStore], child: ImageFacts, findings: list[Finding]) -> bool:
+def _closes_loop(stores: list[VolumeFile], child: ImageFacts, findings: list[Finding]) -> bool:
     if stores[-1].identity in [store.identity for store in stores[:-1]]:
         reason, message = CorruptReason.CHAIN_LOOP, "the chain of parents leads back to itself"
     elif len(stores) > MAX_CHAIN_DEPTH:
@@ -130,7 +131,7 @@ def _closes_loop(stores: list[FileStore], child: ImageFacts, findings: list[Find
     return True
 
 
-def _check_link(child: ImageFacts, store: FileStore, folders: tuple[str, ...], findings: list[Finding]) -> None:
+def _check_link(child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], findings: list[Finding]) -> None:
     """Differences between a child and its parent that are not errors."""
     if not leads_to(child, store.name, folders):
         message = (

@@ -8,11 +8,11 @@ is described as far as possible.
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from vhdkit import errors
 from vhdkit.arguments import AnyPath
-from vhdkit.beneath import find_beneath
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
 from vhdkit.chain.names.children import mark_findings
@@ -25,8 +25,10 @@ from vhdkit.finding import Finding
 from vhdkit.formats.format import Format, ImageDetails
 from vhdkit.formats.probe import format_of
 from vhdkit.image import ExtentKind, ImageFacts
+from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore, Store
 from vhdkit.units import whole_sectors
+from vhdkit.volume import VolumeFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def _with_marks(store: FileStore, image: ImageInfo, options: OpenOptions) -> Ima
 
 
 def _describe(
-    store: FileStore, folders: tuple[str, ...], options: OpenOptions, image_format: Format | None
+    store: VolumeFile, folders: tuple[str, ...], options: OpenOptions, image_format: Format | None
 ) -> tuple[ImageInfo, ImageFacts]:
     """Describe one image; `image_format` is the format recorded by its child, None for the leaf."""
     seen = pending.look(store)
@@ -219,21 +221,21 @@ def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenO
     """
     folders = allowed_folders(images[0].path, options.parent_dirs)
     with FileStore.open(images[0].path) as store:
-        seen = {store.identity}
+        seen: set[Hashable] = {store.identity}
     while (parent := images[-1].parent) is not None and parent.path is not None:
         child = images[-1].path
         if len(images) >= MAX_CHAIN_DEPTH:
             problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers"
             raise errors.CorruptImage(CorruptReason.CHAIN_DEPTH, problem, path=child)
-        found = find_beneath(parent.path, folders).store
+        found = LOCAL.follow(parent.path, folders).store
         if found is None:
             raise errors.NotFound("went away while it was looked at", path=parent.path)
-        with found as store:
-            if store.identity in seen:
+        with found:
+            if found.identity in seen:
                 problem = "the chain of parents leads back to itself"
                 raise errors.CorruptImage(CorruptReason.CHAIN_LOOP, problem, path=child)
-            seen.add(store.identity)
-            image, facts = _describe(store, folders, options, parent_format(facts))
+            seen.add(found.identity)
+            image, facts = _describe(found, folders, options, parent_format(facts))
             images.append(image)
 
 

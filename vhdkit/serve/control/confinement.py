@@ -13,9 +13,10 @@ import os
 from collections.abc import Sequence
 
 from vhdkit import errors
-from vhdkit.beneath import Outcome, find_beneath
+from vhdkit.beneath import find_beneath
 from vhdkit.folder import real_path
 from vhdkit.guarded import unguarded
+from vhdkit.volume import Outcome
 
 _HINT = "the server's own user can do this, or start the server with another --control-dir"
 

@@ -26,6 +26,7 @@ from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.store import FileStore
 from vhdkit.units import MIB
+from vhdkit.volume import Volume, VolumeFile
 
 GOLD = b"gold".ljust(512, b".")
 
@@ -446,9 +447,9 @@ def test_a_log_beside_an_image_that_does_not_matter_is_not_parsed(
     looked: list[str] = []
     real_look = pending.look
 
-    def look(store: FileStore) -> pending.Look:
+    def look(store: VolumeFile, volume: Volume) -> pending.Look:
         looked.append(store.name)
-        return real_look(store)
+        return real_look(store, volume)
 
     monkeypatch.setattr(pending, "look", look)
     vhdkit.open_disk(base, writable=True).close()
