@@ -17,33 +17,14 @@ import pytest
 
 from tests.support import ROOT, python_files
 
+FILES_AND_IMAGES = """
+    likeness wording locks descriptor transfer space named store maker unfinished folder folder_lock
+    shared_words sockets volume beneath local_volume guarded trusted attributes xattrs image
+"""
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("vhdkit.units", "vhdkit.errors", "vhdkit.arguments", "vhdkit.finding", "vhdkit.jsonrpc", "vhdkit.jsontext"),
-    (
-        "vhdkit.likeness",
-        "vhdkit.wording",
-        "vhdkit.locks",
-        "vhdkit.descriptor",
-        "vhdkit.transfer",
-        "vhdkit.space",
-        "vhdkit.named",
-        "vhdkit.store",
-        "vhdkit.volume",
-        "vhdkit.local_volume",
-        "vhdkit.maker",
-        "vhdkit.unfinished",
-        "vhdkit.folder",
-        "vhdkit.folder_lock",
-        "vhdkit.shared_words",
-        "vhdkit.sockets",
-        "vhdkit.beneath",
-        "vhdkit.guarded",
-        "vhdkit.trusted",
-        "vhdkit.attributes",
-        "vhdkit.xattrs",
-        "vhdkit.image",
-    ),
+    tuple(f"vhdkit.{name}" for name in FILES_AND_IMAGES.split()),
     ("vhdkit.formats",),
     ("vhdkit.chain.records",),
     ("vhdkit.chain.names",),
